@@ -1,0 +1,15 @@
+"""What every config class has in common: frozen, typed, and deaf to unknown keys."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    """A frozen, typed piece of the run's configuration; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def violations(self, whole: Any) -> list[str]:
+        """Sentences about what this piece, seen within the `whole` RunConfig, gets wrong."""
+        return []

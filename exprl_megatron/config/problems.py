@@ -1,0 +1,42 @@
+"""Where problems come from and how they are put to the policy."""
+
+from pydantic import Field, PositiveInt
+
+from exprl_megatron.config.base import Config
+
+
+class FieldNames(Config):
+    """Names of a record's fields in the source."""
+
+    id: str = "id"
+    problem: str = "problem"
+    reference: str = "reference"
+    answer: str = "answer"
+
+
+class ProblemsConfig(Config):
+    """One set of problems."""
+
+    source: str
+    """A JSON-lines or Parquet file, a directory of them, or a hub name."""
+    split: str = "train"
+    fields: FieldNames = FieldNames()
+    limit: PositiveInt | None = None
+    """Take the first so many."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Longer prompts are dropped and counted."""
+
+
+class PromptConfig(Config):
+    """The chat that the policy gets: an optional system message and the problem's text."""
+
+    system: str | None = None
+    user: str = "{problem}"
+    """Template of the user message; `{problem}` is its only placeholder."""
+    template_args: dict[str, bool | str | int] = Field(default_factory=dict)
+    """Passed to the chat template (for example `enable_thinking: false`)."""
+
+    def violations(self, whole) -> list[str]:
+        if "{problem}" not in self.user:
+            return [f"prompt.user is {self.user!r} and never shows the problem; put {{problem}} into it."]
+        return []

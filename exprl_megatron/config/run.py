@@ -1,0 +1,69 @@
+"""The whole configuration of a run."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from exprl_megatron.config.base import Config
+from exprl_megatron.config.judging import JudgeConfig
+from exprl_megatron.config.policy import PolicyConfig
+from exprl_megatron.config.problems import ProblemsConfig, PromptConfig
+from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
+from exprl_megatron.config.stages import AnyStage, RlStage
+
+
+class EvaluationConfig(Config):
+    """pass@k on held-out problems before the first stage and after every stage."""
+
+    problems: ProblemsConfig
+    samples: PositiveInt = 16
+    k: tuple[PositiveInt, ...] = (1, 16)
+    sampling: SamplingConfig = SamplingConfig()
+    confidence: float = Field(0.95, gt=0, lt=1)
+
+    def violations(self, whole) -> list[str]:
+        return [
+            f"evaluation.k contains {k}, more than evaluation.samples ({self.samples}); raise samples."
+            for k in self.k
+            if k > self.samples
+        ]
+
+
+class CheckpointConfig(Config):
+    """When the run's state is written."""
+
+    every_steps: PositiveInt = 10
+    keep: PositiveInt = 2
+
+
+class RunConfig(Config):
+    """A run: a policy, its servers, and a list of stages."""
+
+    directory: str
+    """All that the run writes lies here."""
+    seed: NonNegativeInt = 0
+    policy: PolicyConfig
+    prompt: PromptConfig = PromptConfig()
+    server: ServerConfig = ServerConfig()
+    judge: JudgeConfig | None = None
+    sync: SyncConfig = SyncConfig()
+    stages: tuple[AnyStage, ...]
+    evaluation: EvaluationConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_level: Literal["debug", "info", "warning"] = "info"
+
+    @property
+    def samples(self) -> bool:
+        """Whether anything in this run needs a sampling server."""
+        return self.evaluation is not None or any(isinstance(s, RlStage) for s in self.stages)
+
+    @property
+    def judges(self) -> bool:
+        """Whether any stage needs the judge."""
+        return any(stage.kind == "exprl-outcome" for stage in self.stages)
+
+    def violations(self, whole=None) -> list[str]:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            return ["stages is empty; list at least one stage."]
+        return [f"stages: the name {n} is given twice; names must differ." for n in sorted(set(names)) if names.count(n) > 1]

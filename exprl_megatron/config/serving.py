@@ -1,0 +1,45 @@
+"""SGLang servers, how they sample, and how weights reach them."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from exprl_megatron.config.base import Config
+
+
+class ServerConfig(Config):
+    """One kind of SGLang server (policy or judge)."""
+
+    count: PositiveInt = 1
+    tp: PositiveInt = 1
+    port: int | None = Field(None, ge=1024, le=65535)
+    """First port; server i takes port + i. None picks free ones."""
+    max_total_tokens: PositiveInt | None = None
+    """KV-cache slots; None lets SGLang fill the device (on a CPU: 65,536)."""
+    max_running_requests: PositiveInt | None = None
+    start_deadline_s: float = Field(600.0, gt=0)
+    request_deadline_s: float = Field(600.0, gt=0)
+    extra_args: tuple[str, ...] = ()
+    """Passed to `sglang.launch_server` as they are."""
+
+
+class SamplingConfig(Config):
+    """How traces are sampled."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = -1
+    max_new_tokens: PositiveInt = 1024
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class SyncConfig(Config):
+    """How updated weights reach the sampling servers, and what is checked then."""
+
+    transport: Literal["broadcast", "disk"] = "broadcast"
+    bucket_mb: float = Field(256.0, gt=0)
+    verify: bool = True
+    """Compare the servers' checksums with the trainer's after every sync."""
+    max_log_prob_gap: float | None = Field(None, gt=0)
+    """Stop the run where mean |trainer - sampler| log-prob of a step exceeds this."""
+    deadline_s: float = Field(600.0, gt=0)

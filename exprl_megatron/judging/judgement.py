@@ -1,0 +1,26 @@
+"""A verdict on a trace, or the reason why there is none."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score in [0, 1] and what it rests on (the judge's words, the verifier's finding)."""
+
+    value: float
+    evidence: str = ""
+
+
+@dataclass(frozen=True)
+class Abstained:
+    """No verdict: out of the loss, out of the group's statistics, and counted.
+
+    `reason` is a short stable word: unreadable, out-of-range, timeout, too-long, server-error, verifier-timeout,
+    verifier-error.
+    """
+
+    reason: str
+    evidence: str = ""
+
+
+Judgement = Scored | Abstained

