@@ -66,4 +66,6 @@ class RunConfig(Config):
         names = [stage.name for stage in self.stages]
         if not names:
             return ["stages is empty; list at least one stage."]
-        return [f"stages: the name {n} is given twice; names must differ." for n in sorted(set(names)) if names.count(n) > 1]
+        return [
+            f"stages: the name {n} is given twice; names must differ." for n in sorted(set(names)) if names.count(n) > 1
+        ]

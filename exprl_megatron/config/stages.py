@@ -73,7 +73,9 @@ class SparseRlStage(RlStage):
     """Sparse-reward RL: right answer or not, mean-centred advantages, loose clip, no KL."""
 
     kind: Literal["sparse-rl"]
-    loss: LossConfig = LossConfig(clip_low=4.0, clip_high=4.0, dual_clip=None, kl_coefficient=0.0, entropy_coefficient=1e-4)
+    loss: LossConfig = LossConfig(
+        clip_low=4.0, clip_high=4.0, dual_clip=None, kl_coefficient=0.0, entropy_coefficient=1e-4
+    )
     verifier_deadline_s: float = Field(5.0, gt=0)
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
 

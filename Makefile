@@ -1,0 +1,33 @@
+# The two commands of a newcomer are `make demo` and `make test`; each installs what is missing first.
+export OMP_NUM_THREADS = 1
+PYTEST = .venv/bin/python -m pytest
+
+.PHONY: setup demo demo-smollm test test-fast lint lock miniature
+
+setup:
+	@tools/setup.sh
+
+demo: setup
+	.venv/bin/exprl train recipes/configs/demo.yaml --fresh
+
+demo-smollm: setup
+	.venv/bin/python tools/prepare_smollm.py
+	.venv/bin/exprl train recipes/configs/demo-smollm.yaml --fresh
+
+test: setup
+	$(PYTEST) -m "not gpu"
+
+test-fast: setup
+	$(PYTEST) -m "not gpu and not slow"
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+miniature: setup
+	.venv/bin/python tools/make_miniature.py
+
+lock: setup
+	build/uv/bin/uv pip compile setup.py requirements/cpu.in --extra launch --extra examples --extra dev \
+	    --python-version 3.12 --excludes requirements/cpu-excludes.txt --no-header --generate-hashes --quiet \
+	    --output-file requirements/cpu.txt

@@ -1,0 +1,103 @@
+"""Where a run keeps what it writes, and the rule that no run overwrites another."""
+
+import fcntl
+import os
+from pathlib import Path
+
+import yaml
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import UserError
+
+
+class RunDirectory:
+    """The paths of one run, and the claim on its directory."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.logs = self.root / "logs"
+        self.journal = self.root / "journal"
+        self.checkpoints = self.root / "checkpoints"
+        self.models = self.root / "models"
+        self.evaluations = self.root / "evaluations"
+        self.tensorboard = self.root / "tensorboard"
+        self.metrics = self.root / "metrics.jsonl"
+        self.sync = self.root / "sync"
+
+    def claim(self, config: RunConfig, resume: bool) -> "Claim":
+        """Take the directory for this process and write the resolved config into it.
+
+        Raises UserError where it holds another run, where `resume` finds none or one of another
+        config (the layout and the servers may differ), or where a live process has it.
+        """
+        if self.config.is_file():
+            if not resume:
+                raise UserError(
+                    f"The directory {self.root} already holds a run; go on with it by --resume, or choose another directory."
+                )
+            _refuse_changes(yaml.safe_load(self.config.read_text()), config.model_dump(mode="json"), self.root)
+        elif self.root.is_dir() and any(self.root.iterdir()):
+            raise UserError(f"The directory {self.root} holds other files; choose a new or empty directory.")
+        elif resume:
+            raise UserError(f"There is no run in {self.root} to resume; start it without --resume.")
+        for path in (self.root, self.logs, self.journal, self.checkpoints, self.models, self.evaluations):
+            path.mkdir(parents=True, exist_ok=True)
+        claim = Claim(self.root)
+        write_atomically(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        return claim
+
+
+class Claim:
+    """An exclusive lock on a run directory, held until this process ends or `release` is called."""
+
+    def __init__(self, root: Path):
+        self._file = open(root / "lock", "w")  # noqa: SIM115 - held open for as long as the claim lives
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise UserError(f"Another process is running in {root}; wait for it, or stop it.") from error
+
+    def release(self) -> None:
+        """Give the directory back."""
+        self._file.close()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a crash leaves either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# What a resumed run may do differently: none of it changes what is learned from what.
+_FREE = ("directory", "server", "sync", "checkpoint", "log_level", "policy.layout", "judge.server")
+
+
+def _refuse_changes(old: dict, new: dict, root: Path) -> None:
+    changed = sorted(
+        key
+        for key in _leaves(old).keys() | _leaves(new).keys()
+        if _leaves(old).get(key) != _leaves(new).get(key)
+        and not any(key == free or key.startswith(free + ".") for free in _FREE)
+    )
+    if changed:
+        raise UserError(
+            f"The run in {root} was started with other values of {', '.join(changed)}; "
+            "resume it with its own config, or start a new run in another directory."
+        )
+
+
+def _leaves(tree, prefix: str = "") -> dict:
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    return {k: v for key, value in items for k, v in _leaves(value, f"{prefix}.{key}" if prefix else str(key)).items()}

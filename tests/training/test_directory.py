@@ -1,0 +1,57 @@
+import pytest
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.errors import UserError
+from exprl_megatron.training.directory import RunDirectory
+
+
+def config(directory, **changes):
+    tree = {
+        "directory": str(directory),
+        "policy": {"model": "m"},
+        "stages": [{"kind": "sft", "name": "a", "steps": 3, "examples": "e.jsonl"}],
+    }
+    return check_config(tree | changes, "test")
+
+
+def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(tmp_path / "run"), resume=False).release()
+    before = directory.config.read_bytes()
+    with pytest.raises(UserError, match="already holds a run; go on with it by --resume"):
+        directory.claim(config(tmp_path / "run", seed=5), resume=False)
+    assert directory.config.read_bytes() == before
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        RunDirectory(tmp_path).claim(config(tmp_path), resume=False)
+
+
+def test_resuming_needs_a_run(tmp_path):
+    with pytest.raises(UserError, match="no run in"):
+        RunDirectory(tmp_path / "new").claim(config(tmp_path / "new"), resume=True)
+
+
+def test_resuming_with_another_config_names_the_changed_keys(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(tmp_path / "run"), resume=False).release()
+    changed = config(tmp_path / "run", seed=5, policy={"model": "other"})
+    with pytest.raises(UserError, match=r"other values of policy\.model, seed"):
+        directory.claim(changed, resume=True)
+
+
+def test_a_resumed_run_may_take_another_layout(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(tmp_path / "run"), resume=False).release()
+    directory.claim(config(tmp_path / "run", policy={"model": "m", "layout": {"tp": 2}}), resume=True).release()
+
+
+def test_a_directory_is_claimed_once(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    claim = directory.claim(config(tmp_path / "run"), resume=False)
+    with pytest.raises(UserError, match="Another process is running"):
+        directory.claim(config(tmp_path / "run"), resume=True)
+    claim.release()
+    directory.claim(config(tmp_path / "run"), resume=True).release()
