@@ -1,4 +1,4 @@
-"""The one error type whose message is meant for the user as it stands."""
+"""Errors that the command line and the loop tell apart."""
 
 
 class UserError(Exception):
@@ -6,4 +6,11 @@ class UserError(Exception):
 
     The message is one sentence (or one line for each violation) that names the thing, its value
     and the remedy; the command line prints it without a traceback and exits with status 2.
+    """
+
+
+class ServerError(Exception):
+    """A server that is dead, hangs, refuses or answers nonsense.
+
+    The message names the server, what was asked of it, its log file and the last lines of that log.
     """

@@ -1,0 +1,319 @@
+"""Typed async client for the part of SGLang's HTTP API that training uses."""
+
+import json
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+
+from exprl_megatron.errors import ServerError
+from exprl_megatron.serving.log_tail import log_tail
+
+CONNECT_S = 30.0
+"""A server that does not even take the connection within this time is given up."""
+_OPEN_FILES = 65_536
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One sampled continuation, as /generate returned it."""
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    """Natural log, of each output token, at the sampling temperature, before top-p and top-k."""
+    text: str
+    finish_reason: str
+    """`stop`, `length` or `abort`."""
+    weight_versions: tuple[tuple[str, int, int], ...]
+    """(version, first output token, one past the last) for each stretch of output tokens."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that the radix cache already held."""
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """One answer of /v1/chat/completions."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class SGLangClient:
+    """Speaks to one server; use as `async with client:` within one event loop at a time.
+
+    Every call raises ServerError where the server is dead, hangs past the deadline, or refuses.
+    """
+
+    def __init__(self, url: str, name: str, log_file: Path | None = None, deadline_s: float = 600.0):
+        self.url = url.rstrip("/")
+        self.name = name
+        self.log_file = log_file
+        self.deadline_s = deadline_s
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "SGLangClient":
+        _allow_many_connections()
+        # SGLang closes a connection idle for 5 s; one that we reuse just then would look like a dead server.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+        self._session = aiohttp.ClientSession(connector=connector)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        top_p: float = 1.0,
+        top_k: int = -1,
+        stop_token_ids: Sequence[int] = (),
+        regex: str | None = None,
+        deadline_s: float | None = None,
+    ) -> Generation:
+        """Continue `input_ids`; the same seed gives the same tokens under the same weights.
+
+        The keywords are the fields of SamplingConfig, so `**sampling.model_dump()` fits. Temperature 0
+        is greedy. `regex` constrains the text. The end-of-sequence token, where sampled, is among the
+        tokens.
+        """
+        params = {
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "top_p": top_p,
+            "top_k": top_k,
+            "stop_token_ids": list(stop_token_ids),
+            "sampling_seed": seed,
+        }
+        if regex is not None:
+            params["regex"] = regex
+        request = {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True}
+        reply = await self._post("/generate", request, deadline_s)
+        return self._read("/generate", _generation, reply)
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        top_p: float = 1.0,
+        regex: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        deadline_s: float | None = None,
+    ) -> ChatReply:
+        """Answer a chat under the model's own template (`template_args` are passed to it)."""
+        request: dict[str, Any] = {
+            "model": "default",
+            "messages": [dict(message) for message in messages],
+            "temperature": temperature,
+            "max_tokens": max_new_tokens,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        if regex is not None:
+            request["regex"] = regex
+        if template_args:
+            request["chat_template_kwargs"] = dict(template_args)
+        reply = await self._post("/v1/chat/completions", request, deadline_s)
+        return self._read("/v1/chat/completions", _chat_reply, reply)
+
+    async def init_weights_group(
+        self,
+        *,
+        master_address: str,
+        master_port: int,
+        rank_offset: int,
+        world_size: int,
+        group: str,
+        backend: Literal["gloo", "nccl"],
+        deadline_s: float | None = None,
+    ) -> None:
+        """Join the broadcast group `group` with ranks from `rank_offset` on; the trainer is rank 0.
+
+        Answers only when all `world_size` members met, so the trainer must join at the same time.
+        """
+        request = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group,
+            "backend": backend,
+        }
+        await self._order("/init_weights_update_group", request, deadline_s)
+
+    async def destroy_weights_group(self, group: str) -> None:
+        """Leave the broadcast group."""
+        await self._order("/destroy_weights_update_group", {"group_name": group})
+
+    async def begin_weight_update(self) -> None:
+        """Open a weight update; without it `update_from_distributed` is refused."""
+        await self._order("/begin_weight_update", {})
+
+    async def update_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        group: str,
+        version: str | None,
+        flush_cache: bool,
+        deadline_s: float | None = None,
+    ) -> None:
+        """Receive one bucket: the trainer broadcasts these tensors, in this order, from rank 0.
+
+        Names are Hugging Face's, dtypes as in `str(tensor.dtype)` without `torch.`. Give `version` and
+        `flush_cache=True` with the last bucket.
+        """
+        request = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group,
+            "flush_cache": flush_cache,
+        }
+        if version is not None:
+            request["weight_version"] = version
+        await self._order("/update_weights_from_distributed", request, deadline_s)
+
+    async def end_weight_update(self) -> None:
+        """Close the weight update."""
+        await self._order("/end_weight_update", {})
+
+    async def update_from_disk(self, directory: str | Path, version: str, *, deadline_s: float | None = None) -> None:
+        """Load the safetensors in `directory` (same architecture) and empty the cache."""
+        request = {"model_path": str(directory), "weight_version": version, "flush_cache": True}
+        await self._order("/update_weights_from_disk", request, deadline_s)
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
+        """Stop sampling: `abort` ends running requests, `retract` and `in_place` hold them."""
+        await self._post("/pause_generation", {"mode": mode})
+
+    async def continue_(self) -> None:
+        """Go on sampling after `pause`."""
+        await self._post("/continue_generation", {})
+
+    async def flush_cache(self) -> None:
+        """Empty the radix cache; refused while requests run."""
+        await self._post("/flush_cache", None)
+
+    async def checksums(self, *, deadline_s: float | None = None) -> tuple[dict[str, str], ...]:
+        """Checksum of every tensor under SGLang's (fused) names, one dict for each TP rank.
+
+        `serving.checksums` computes the same from Hugging Face-named tensors.
+        """
+        reply = await self._order("/weights_checker", {"action": "checksum"}, deadline_s)
+        return self._read("/weights_checker", lambda r: tuple(dict(rank["checksums"]) for rank in r["ranks"]), reply)
+
+    async def health(self, *, deadline_s: float = 10.0) -> None:
+        """Return where the server answers /health within the deadline, else raise."""
+        await self._request("GET", "/health", None, deadline_s)
+
+    async def info(self) -> dict[str, Any]:
+        """/get_model_info: model_path, weight_version and more."""
+        return self._read("/get_model_info", dict, await self._request("GET", "/get_model_info", None, None))
+
+    async def _order(self, path: str, request: dict, deadline_s: float | None = None) -> dict:
+        reply = await self._post(path, request, deadline_s)
+        if not isinstance(reply, dict) or reply.get("success") is not True:
+            raise self._error(path, f"refused: {reply}")
+        return reply
+
+    async def _post(self, path: str, request: dict | None, deadline_s: float | None = None) -> Any:
+        return await self._request("POST", path, request, deadline_s)
+
+    async def _request(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> Any:
+        """The decoded JSON (or text) of the answer; every failure becomes a ServerError."""
+        if self._session is None:
+            raise RuntimeError(f"the client of {self.name} is not open; use `async with client:`")
+        deadline_s = self.deadline_s if deadline_s is None else deadline_s
+        timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                text = await response.text()
+                status = response.status
+        except TimeoutError as error:
+            raise self._error(path, f"no answer within {deadline_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._error(path, f"died or is not reachable ({type(error).__name__}: {error})") from error
+        if status != 200:
+            raise self._error(path, f"refused with HTTP {status}: {_message(text)}")
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    def _read(self, path: str, parse: Any, reply: Any) -> Any:
+        try:
+            return parse(reply)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise self._error(path, f"answered in an unknown form ({error!r}): {str(reply)[:300]}") from error
+
+    def _error(self, path: str, what: str) -> ServerError:
+        return ServerError(f"{self.name} ({self.url}), asked {path}: {what.rstrip('.')}.{log_tail(self.log_file)}")
+
+
+def _generation(reply: dict) -> Generation:
+    meta = reply["meta_info"]
+    token_ids = tuple(reply["output_ids"])
+    log_probs = tuple(float(entry[0]) for entry in meta["output_token_logprobs"])
+    if len(log_probs) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} tokens but {len(log_probs)} log-probs")
+    spans = tuple((span["version"], span["start"], span["end"]) for span in meta["weight_versions"])
+    return Generation(
+        token_ids=token_ids,
+        log_probs=log_probs,
+        text=reply["text"],
+        finish_reason=meta["finish_reason"]["type"],
+        weight_versions=spans,
+        prompt_tokens=meta["prompt_tokens"],
+        cached_tokens=meta["cached_tokens"],
+    )
+
+
+def _chat_reply(reply: dict) -> ChatReply:
+    choice, usage = reply["choices"][0], reply["usage"]
+    details = usage.get("prompt_tokens_details") or {}
+    return ChatReply(
+        text=choice["message"]["content"] or "",
+        finish_reason=choice["finish_reason"],
+        prompt_tokens=usage["prompt_tokens"],
+        cached_tokens=details.get("cached_tokens", 0),
+        completion_tokens=usage["completion_tokens"],
+    )
+
+
+def _message(text: str) -> str:
+    """SGLang's own words out of an error body."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return text.strip()[:2000]
+    if isinstance(body, dict):
+        inner = body.get("error", body)
+        if isinstance(inner, dict) and "message" in inner:
+            return str(inner["message"])
+    return text.strip()[:2000]
+
+
+def _allow_many_connections() -> None:
+    """A step's requests are all under way at once, each with a socket of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
