@@ -66,7 +66,7 @@ def _listing(origin: str, sentences: list[str]) -> str:
 
 def _sentence(item: dict, tree: Any) -> str:
     """One pydantic finding as a sentence with key, value and remedy."""
-    path, tags = _path(item["loc"], tree)
+    path = _path(item["loc"], tree)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(item["loc"][-1]), _known(item["loc"][:-1]), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "remove it."
@@ -82,19 +82,18 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:].rstrip(".")
 
 
-def _path(loc: tuple, tree: Any) -> tuple[str, list]:
+def _path(loc: tuple, tree: Any) -> str:
     """The key path as the user wrote it: pydantic adds the chosen stage kind, which no YAML has."""
-    shown, tags = [], []
+    shown = []
     for part in loc:
         if isinstance(tree, dict) and part not in tree and tree.get("kind") == part:
-            tags.append(part)
             continue
         shown.append(str(part))
         if isinstance(tree, dict):
             tree = tree.get(part)
         elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
             tree = tree[part]
-    return ".".join(shown), tags
+    return ".".join(shown)
 
 
 def _known(loc: tuple) -> list[str]:

@@ -21,6 +21,16 @@ class LossConfig(Config):
     entropy_coefficient: float = Field(0.0, ge=0)
 
 
+class SparseLossConfig(LossConfig):
+    """The loose clip of the sparse-reward stage: ratios up to 5, no lower bound, no KL."""
+
+    clip_low: float = Field(4.0, gt=0)
+    clip_high: float = Field(4.0, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    kl_coefficient: float = Field(0.0, ge=0)
+    entropy_coefficient: float = Field(1e-4, ge=0)
+
+
 class Stage(Config):
     """What every stage has."""
 
@@ -73,9 +83,7 @@ class SparseRlStage(RlStage):
     """Sparse-reward RL: right answer or not, mean-centred advantages, loose clip, no KL."""
 
     kind: Literal["sparse-rl"]
-    loss: LossConfig = LossConfig(
-        clip_low=4.0, clip_high=4.0, dual_clip=None, kl_coefficient=0.0, entropy_coefficient=1e-4
-    )
+    loss: SparseLossConfig = SparseLossConfig()
     verifier_deadline_s: float = Field(5.0, gt=0)
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
 

@@ -34,7 +34,8 @@ class RunDirectory:
         if self.config.is_file():
             if not resume:
                 raise UserError(
-                    f"The directory {self.root} already holds a run; go on with it by --resume, or choose another directory."
+                    f"The directory {self.root} already holds a run; "
+                    "go on with it by --resume, or choose another directory."
                 )
             _refuse_changes(yaml.safe_load(self.config.read_text()), config.model_dump(mode="json"), self.root)
         elif self.root.is_dir() and any(self.root.iterdir()):

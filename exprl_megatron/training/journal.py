@@ -45,12 +45,12 @@ class Journal:
 
     def write(self, stage: str, step: int, groups: list[Group]) -> None:
         """Keep the groups of a step; complete on disk when this returns."""
-        lines = [json.dumps(asdict_group(group), separators=(",", ":")) for group in groups]
+        lines = [json.dumps(group_record(group), separators=(",", ":")) for group in groups]
         content = gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
         write_atomically(self.path(stage, step), content)
 
 
-def asdict_group(group: Group) -> dict:
+def group_record(group: Group) -> dict:
     """A group in JSON's terms; Python's float text is exact, so numbers come back bit for bit."""
     return {
         "problem_id": group.problem_id,
