@@ -1,0 +1,98 @@
+"""The objectives sum over response tokens only, and their terms add up as the paper writes them."""
+
+import pytest
+import torch
+
+from exprl_megatron.algorithms.mismatch import log_prob_gap
+from exprl_megatron.algorithms.objective import policy_objective, sft_objective
+from exprl_megatron.config.stages import LossConfig, SparseLossConfig
+from exprl_megatron.policy.batch import Sequence, pad
+
+OLD = ((-1.0, -2.0, -0.5, -1.0), (-0.3, -0.7))
+NEW = ((-0.6, -2.1, -0.9, 0.4), (-0.3, -1.2))
+START = ((-0.9, -2.0, -1.0, -0.5), (-0.3, -0.7))
+ADVANTAGES = ((1.0, 1.0, -1.0, -2.0), (0.5, -0.5))
+TOKENS = 6
+
+
+def _batch(**given):
+    """Two sequences with prompts of two tokens and responses of four and two, as one micro-batch."""
+    rows = [
+        Sequence((1, 2), tuple(range(3, 3 + len(OLD[row]))), ADVANTAGES[row], **{k: v[row] for k, v in given.items()})
+        for row in (0, 1)
+    ]
+    return pad(rows, 8)
+
+
+def _outputs():
+    """Log-probs and entropies as a model gives them: something at every position, padding included."""
+    log_probs, entropy = torch.full((2, 8), -7.0), torch.full((2, 8), 0.5)
+    for row in (0, 1):
+        log_probs[row, 1 : 1 + len(NEW[row])] = torch.tensor(NEW[row])
+    return log_probs.requires_grad_(), entropy
+
+
+def test_the_first_stage_objective_reproduces_the_released_loss():
+    config = LossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coefficient=1e-3)
+    loss, metrics = policy_objective(config)(*_outputs(), _batch(old_log_probs=OLD, start_log_probs=START))
+    assert loss.item() / TOKENS == pytest.approx(0.752611, abs=1e-6)
+    assert metrics["loss/policy"].item() / TOKENS == pytest.approx(0.752527, abs=1e-6)
+    assert metrics["kl/start"].item() / TOKENS == pytest.approx(0.084353, abs=1e-6)
+    assert metrics["clip_share"].item() / TOKENS == pytest.approx(4 / 6)
+    assert metrics["entropy"].item() / TOKENS == pytest.approx(0.5)
+
+
+def test_without_old_log_probs_the_step_is_on_policy():
+    log_probs, entropy = _outputs()
+    loss, metrics = policy_objective(LossConfig(kl_coefficient=0.0))(log_probs, entropy, _batch())
+    loss.backward()
+    assert metrics["ratio"].item() == TOKENS
+    assert metrics["clip_share"].item() == 0
+    assert log_probs.grad[0].tolist() == [0, -1, -1, 1, 2, 0, 0, 0]
+    assert log_probs.grad[1].tolist() == [0, -0.5, 0.5, 0, 0, 0, 0, 0]
+
+
+def test_the_entropy_bonus_is_taken_off_the_loss():
+    plain, _ = policy_objective(SparseLossConfig(entropy_coefficient=0.0))(*_outputs(), _batch(old_log_probs=OLD))
+    bonus, _ = policy_objective(SparseLossConfig(entropy_coefficient=0.1))(*_outputs(), _batch(old_log_probs=OLD))
+    assert (plain - bonus).item() == pytest.approx(0.1 * 0.5 * TOKENS, abs=1e-5)
+
+
+def test_a_kl_term_without_start_log_probs_is_refused():
+    with pytest.raises(ValueError, match="starting policy"):
+        policy_objective(LossConfig(kl_coefficient=0.1))(*_outputs(), _batch())
+
+
+def test_the_gap_to_the_sampler_is_measured_on_the_old_log_probs():
+    batch = _batch(old_log_probs=OLD, sampler_log_probs=START)
+    _, metrics = policy_objective(LossConfig(kl_coefficient=0.0))(*_outputs(), batch)
+    assert metrics["log_prob_gap/mean"].item() == pytest.approx(0.1 + 0 + 0.5 + 0.5)
+
+
+def test_log_prob_gap_has_sum_maximum_and_k3_over_the_masked_tokens():
+    trainer, sampler = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -1.75, 0.0]])
+    gap = log_prob_gap(trainer, sampler, torch.tensor([[1.0, 1.0, 0.0]]))
+    assert gap.absolute.item() == pytest.approx(0.75)
+    assert gap.largest.item() == 0.5
+    # e^d - d - 1 at d = 0.5 and d = -0.25
+    assert gap.k3.item() == pytest.approx(0.1487212707 + 0.0288007831)
+
+
+def test_the_supervised_objective_is_the_summed_negative_log_likelihood():
+    loss, metrics = sft_objective()(*_outputs(), _batch())
+    assert loss.item() == pytest.approx(-sum(NEW[0]) - sum(NEW[1]))
+    assert metrics["loss"].item() == loss.item()
+
+
+def test_two_micro_batches_sum_to_one_large_one():
+    objective = policy_objective(LossConfig(kl_coefficient=1e-3))
+    batch = _batch(old_log_probs=OLD, start_log_probs=START)
+    log_probs, entropy = _outputs()
+    whole, _ = objective(log_probs, entropy, batch)
+    halves = []
+    for row in (0, 1):
+        sequence = Sequence((1, 2), tuple(range(3, 3 + len(OLD[row]))), ADVANTAGES[row], None, OLD[row], START[row])
+        length = len(sequence)
+        loss, _ = objective(log_probs[row : row + 1, :length], entropy[row : row + 1, :length], pad([sequence], length))
+        halves.append(loss)
+    torch.testing.assert_close(whole, halves[0] + halves[1])
