@@ -1,10 +1,11 @@
 """From a YAML file and `key.path=value` overrides to a checked RunConfig."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import Container, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
@@ -24,24 +25,32 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         raise UserError(f"There is no config file {path}; give the path of a YAML file.")
     try:
         tree = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}; mend that line.") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not YAML: {_one_line(error)}; mend that line.") from error
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"The override {override!r} has no value; write key.path=value.")
-        try:
-            value = OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"])["value"]
-            OmegaConf.update(tree, key, value, force_add=True)
-        except (YAMLError, OmegaConfBaseException, ValueError, AttributeError) as error:
-            raise UserError(f"The override {override!r} fits nowhere in {path}: {error}.") from error
-    return check_config(OmegaConf.to_container(tree, resolve=True), str(path))
+        _override(tree, override, path)
+    try:
+        return check_config(OmegaConf.to_container(tree, resolve=True), str(path))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; mend the ${{...}}.") from error
+
+
+def _override(tree: Container, override: str, path: Path) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"The override {override!r} has no value; write key.path=value.")
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+        OmegaConf.update(tree, key, value, force_add=True)
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"The override {override!r} fits nowhere in {path}: {_one_line(error)}; mend it.") from error
 
 
 def check_config(tree: Any, origin: str) -> RunConfig:
     """`tree` (plain dicts and lists) as a RunConfig; see load_config for what it raises."""
     try:
-        config = RunConfig.model_validate(tree)
+        # As JSON, strictly: a list may become a tuple, but neither "3" nor true an integer.
+        config = RunConfig.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         sentences = [_sentence(item, tree) for item in error.errors()]
         raise UserError(_listing(origin, sentences)) from error
@@ -74,8 +83,30 @@ def _sentence(item: dict, tree: Any) -> str:
     if item["type"] == "missing":
         return f"{path} is missing; set it."
     if item["type"].startswith("union_tag"):
-        return f"{path}: {item['msg']}; set `kind` to one of the known stages."
-    return f"{path} is {item['input']!r}: {_lower(item['msg'])}; change the value."
+        return f"{path}.kind is {_given(item)}; set it to one of {', '.join(_kinds())}."
+    if not path:
+        return "the config is not a mapping of keys to values; write key: value lines."
+    return f"{path} is {_shown(item['input'])}: {_lower(item['msg'])}; change the value."
+
+
+def _given(item: dict) -> str:
+    tag = item.get("ctx", {}).get("tag")
+    return "missing" if tag is None else f"{tag!r}"
+
+
+def _kinds() -> list[str]:
+    """The stages that a config may name."""
+    classes = _classes(RunConfig.model_fields["stages"].annotation)
+    return [name for c in classes for name in _kind_of(c)]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _lower(text: str) -> str:
@@ -106,8 +137,13 @@ def _known(loc: tuple) -> list[str]:
         if named:
             classes = [k for c in named for k in _classes(c.model_fields[part].annotation)]
         else:
-            classes = [c for c in classes if part in get_args(c.model_fields["kind"].annotation)] or classes
+            classes = [c for c in classes if part in _kind_of(c)] or classes
     return [name for c in classes for name in c.model_fields]
+
+
+def _kind_of(config_class: type[BaseModel]) -> tuple:
+    field = config_class.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:

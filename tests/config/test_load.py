@@ -1,0 +1,205 @@
+"""What a good config becomes, and the sentences that a bad one gets."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from exprl_megatron.config.load import check_config, load_config
+from exprl_megatron.errors import UserError
+
+
+def _tree():
+    return {
+        "directory": "out",
+        "policy": {"model": "model", "max_tokens": 512, "layout": {"tp": 2}},
+        "judge": {"model": "judge"},
+        "stages": [
+            {
+                "kind": "exprl-outcome",
+                "name": "priming",
+                "steps": 5,
+                "problems": {"source": "problems.jsonl"},
+                "sampling": {"max_new_tokens": 128},
+                "optimizer": {"betas": [0.9, 0.95]},
+            },
+            {
+                "kind": "sparse-rl",
+                "name": "sparse",
+                "steps": 5,
+                "problems": {"source": "problems.jsonl"},
+                "sampling": {"max_new_tokens": 128},
+            },
+        ],
+    }
+
+
+def _file(tmp_path, tree):
+    path = tmp_path / "run.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return path
+
+
+def _complaints(tmp_path, tree, *overrides):
+    with pytest.raises(UserError) as caught:
+        load_config(_file(tmp_path, tree), overrides)
+    return str(caught.value).splitlines()
+
+
+def _only(tmp_path, tree, *overrides):
+    (line,) = _complaints(tmp_path, tree, *overrides)
+    return line
+
+
+def test_a_good_config_is_loaded_with_defaults_and_tuples(tmp_path):
+    config = load_config(_file(tmp_path, _tree()))
+    assert config.policy.layout.world_size == 2
+    assert config.stages[0].optimizer.betas == (0.9, 0.95)
+    assert config.stages[1].loss.clip_high == 4.0
+    assert check_config(config.model_dump(mode="json"), "again") == config
+
+
+def test_overrides_reach_into_lists_and_keep_their_type(tmp_path):
+    overrides = (
+        "stages.0.steps=3",
+        "stages.1.optimizer.lr=2e-4",
+        "policy.layout.sequence_parallel=true",
+        "stages.0.sampling.stop_token_ids=[2, 7]",
+        "prompt.system=Think = hard.",
+        "judge.server.port=null",
+    )
+    config = load_config(_file(tmp_path, _tree()), overrides)
+    assert config.stages[0].steps == 3
+    assert config.stages[1].optimizer.lr == 2e-4
+    assert config.policy.layout.sequence_parallel is True
+    assert config.stages[0].sampling.stop_token_ids == (2, 7)
+    assert config.prompt.system == "Think = hard."
+    assert config.judge.server.port is None
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "near"),
+    [
+        ("directry=x", "directry", "directory"),
+        ("policy.layout.tpp=2", "policy.layout.tpp", "tp"),
+        ("stages.0.group_sise=4", "stages.0.group_sise", "group_size"),
+        ("stages.1.loss.clip_hihg=4.0", "stages.1.loss.clip_hihg", "clip_high"),
+        ("stages.1.verifier_deadline=4.0", "stages.1.verifier_deadline", "verifier_deadline_s"),
+        ("judge.server.prot=30000", "judge.server.prot", "port"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_name(tmp_path, override, path, near):
+    line = _only(tmp_path, _tree(), override)
+    assert f"unknown key {path}; did you mean '{near}'?" in line
+
+
+def test_an_unknown_key_like_no_known_one_is_to_be_removed(tmp_path):
+    assert "unknown key policy.zzzz; remove it." in _only(tmp_path, _tree(), "policy.zzzz=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("stages.0.steps=soon", "stages.0.steps is 'soon':"),
+        ("stages.0.steps='3'", "stages.0.steps is '3':"),
+        ("stages.0.steps=true", "stages.0.steps is True:"),
+        ("stages.0.steps=2.5", "stages.0.steps is 2.5:"),
+        ("stages.0.steps=0", "stages.0.steps is 0:"),
+        ("policy.layout.sequence_parallel=1", "policy.layout.sequence_parallel is 1:"),
+        ("policy.layout=2", "policy.layout is 2:"),
+        ("policy.precision=fp64", "policy.precision is 'fp64':"),
+        ("stages.0.optimizer.lr=.nan", "stages.0.optimizer.lr is nan:"),
+        ("stages.0.sampling.stop_token_ids.0=x", "stages.0.sampling.stop_token_ids.0 is 'x':"),
+        ("directory=3", "directory is 3:"),
+        ("stages=3", "stages is 3:"),
+        ("stages.0.name=No Spaces", "stages.0.name is 'No Spaces':"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_named_with_its_key(tmp_path, override, start):
+    tree = _tree()
+    tree["stages"][0]["sampling"]["stop_token_ids"] = [1]
+    line = _only(tmp_path, tree, override)
+    assert start in line
+    assert line.endswith("; change the value.")
+
+
+def test_every_violation_is_listed_at_once_each_in_one_line(tmp_path):
+    tree = _tree()
+    del tree["policy"]["model"]
+    tree["polcy"] = 1
+    tree["stages"][0]["steps"] = "many"
+    tree["stages"][1]["problems"] = {}
+    lines = _complaints(tmp_path, tree)
+    expected = (
+        "policy.model is missing",
+        "unknown key polcy",
+        "stages.0.steps is 'many'",
+        "problems.source is missing",
+    )
+    assert len(lines) == len(expected)
+    for part in expected:
+        assert any(part in line for line in lines)
+
+
+def test_pieces_that_do_not_fit_together_are_listed_at_once(tmp_path):
+    tree = _tree()
+    del tree["judge"]
+    tree["policy"]["layout"] = {"vpp": 2}
+    tree["stages"][1]["sampling"]["max_new_tokens"] = 512
+    tree["stages"][1]["name"] = "priming"
+    tree["prompt"] = {"user": "solve it"}
+    tree["evaluation"] = {"problems": {"source": "x.jsonl"}, "samples": 4, "k": [1, 16]}
+    lines = _complaints(tmp_path, tree)
+    parts = ("needs a judge", "vpp is 2", "leaves no room", "given twice", "never shows the problem", "contains 16")
+    assert len(lines) == len(parts)
+    for part in parts:
+        assert any(part in line for line in lines)
+
+
+def test_an_unknown_stage_is_refused_with_the_known_ones(tmp_path):
+    line = _only(tmp_path, _tree(), "stages.0.kind=exprl")
+    assert "stages.0.kind is 'exprl'; set it to one of exprl-outcome, sparse-rl, sft." in line
+    tree = _tree()
+    del tree["stages"][0]["kind"]
+    assert "stages.0.kind is missing" in _only(tmp_path, tree)
+
+
+def test_an_empty_list_of_stages_is_refused(tmp_path):
+    assert "stages is empty" in _only(tmp_path, _tree(), "stages=[]")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("policy: [1,\nb: }\n", "is not YAML"),
+        ("a: 1\na: 2\n", "duplicate key a"),
+        ("- 1\n- 2\n", "is not a mapping"),
+        ("directory: ${nowhere}\n", "'nowhere' not found"),
+    ],
+)
+def test_a_file_that_is_no_config_gets_one_sentence(tmp_path, text, part):
+    assert part in _only(tmp_path, text)
+
+
+def test_a_file_that_is_no_text_gets_one_sentence(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"There is no config file .*nowhere\.yaml; give the path"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("override", ["stages.0.steps", "=3", "stages.x.steps=3", "stages.9.steps=3", "seed=[1"])
+def test_an_override_that_fits_nowhere_is_quoted(tmp_path, override):
+    assert f"The override {override!r}" in _only(tmp_path, _tree(), override)
+
+
+@pytest.mark.parametrize("module", ["exprl_megatron.config.load", "exprl_megatron.problems.problem"])
+def test_importing_needs_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
