@@ -1,0 +1,61 @@
+"""The console command `exprl`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exprl_megatron.errors import ServerError, UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def exprl() -> None:
+    """ExpRL mid-training and the sparse-reward RL after it, on Megatron-Core and SGLang."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, for example stages.0.steps=3")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and the processes; start none.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last complete checkpoint.")] = False,
+) -> None:
+    """Run the stages of a config, one after the other."""
+    from exprl_megatron.config.load import load_config
+    from exprl_megatron.training.launch import launch
+    from exprl_megatron.training.plan import print_plan
+
+    run_config = load_config(config, overrides or [])
+    if dry_run:
+        print_plan(run_config)
+        return
+    raise typer.Exit(launch(run_config, resume))
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Say what this machine has, and what each missing part prevents."""
+    from exprl_megatron.doctor import print_findings
+
+    print_findings(as_json=json)
+
+
+def main() -> None:
+    """Entry point; what the user can mend is one line on stderr and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"exprl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ServerError as error:
+        print(f"exprl: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What this machine has of what a run needs, and what each missing part prevents."""
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import socket
+import sys
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from exprl_megatron.serving.launch import stand_ins_in_use
+
+_DISK_GB = 10
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part: whether it is there, what exactly was found, and what its absence prevents."""
+
+    part: str
+    ok: bool
+    found: str
+    prevents: str = ""
+
+
+def examine() -> list[Finding]:
+    """Every finding, in the order of the table."""
+    gpus = _gpus()
+    return [
+        _python(),
+        _package("torch", "torch", "everything"),
+        _package("megatron-core", "megatron.core", "training"),
+        _package("sglang", "sglang", "sampling and judging"),
+        _stand_ins(bool(gpus)),
+        _package("transformer-engine", "transformer_engine", "FP8 and the fast kernels on GPUs"),
+        _package("apex", "apex", "fused gradient accumulation on GPUs (optional)"),
+        Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
+        _package("nemo-run", "nemo_run", "recipes and Slurm"),
+        _ports(),
+        _disk(),
+    ]
+
+
+def print_findings(as_json: bool) -> None:
+    """Print a table, or JSON: {"findings": [{part, ok, found, prevents}, ...]}."""
+    findings = examine()
+    if as_json:
+        print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
+        return
+    table = Table("part", "", "found", "without it: no")
+    for finding in findings:
+        mark = "[green]yes[/]" if finding.ok else "[yellow]no[/]"
+        table.add_row(finding.part, mark, finding.found, finding.prevents)
+    Console().print(table)
+
+
+def _python() -> Finding:
+    ok = sys.version_info[:2] == (3, 12)
+    return Finding("Python", ok, f"{platform.python_version()} at {sys.executable}", "" if ok else "installation")
+
+
+def _package(name: str, module: str, prevents: str) -> Finding:
+    """Looked up, not imported: an import of torch or SGLang takes many seconds."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version is None or importlib.util.find_spec(module.partition(".")[0]) is None:
+        return Finding(name, False, "not installed", prevents)
+    return Finding(name, True, version)
+
+
+def _stand_ins(gpu: bool) -> Finding:
+    if stand_ins_in_use():
+        return Finding("SGLang kernels", True, "stand-ins for a machine without CUDA")
+    found = importlib.util.find_spec("sgl_kernel") is not None
+    return Finding("SGLang kernels", found, "CUDA" if found else "not installed", "" if found else "serving on GPUs")
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _ports() -> Finding:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", 0))
+        except OSError as error:
+            return Finding("ports", False, f"127.0.0.1: {error.strerror}", "servers on this machine")
+        return Finding("ports", True, f"free on 127.0.0.1 (for example {probe.getsockname()[1]})")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(".").free / _GIB
+    ok = free >= _DISK_GB
+    return Finding("disk", ok, f"{free:.0f} GiB free here", "" if ok else "checkpoints of more than a tiny model")

@@ -1,0 +1,51 @@
+"""What `exprl train --dry-run` prints: the resolved config and the processes that a run would start."""
+
+from dataclasses import dataclass
+
+import yaml
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from exprl_megatron.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class PlannedProcess:
+    """One process of a run."""
+
+    name: str
+    what: str
+    where: str
+
+
+def planned_processes(config: RunConfig) -> list[PlannedProcess]:
+    """Servers and trainer ranks in the order in which they start."""
+    planned = []
+    if config.samples:
+        planned += [_server("policy", i, config.policy.model, config.server) for i in range(config.server.count)]
+    if config.judges:
+        judge = config.judge
+        planned += [_server("judge", i, judge.model, judge.server) for i in range(judge.server.count)]
+    layout = config.policy.layout
+    for rank in range(layout.world_size):
+        # Megatron's order of ranks: tensor parallel innermost, then data parallel, then pipeline.
+        tp, dp, pp = rank % layout.tp, rank // layout.tp % layout.dp, rank // (layout.tp * layout.dp)
+        role = "trainer, conducts" if rank == 0 else "trainer"
+        planned.append(PlannedProcess(f"trainer-{rank}", role, f"tp {tp}, pp {pp}, dp {dp}"))
+    return planned
+
+
+def _server(kind: str, number: int, model: str, server) -> PlannedProcess:
+    port = "a free port" if server.port is None else f"port {server.port + number}"
+    return PlannedProcess(f"{kind}-{number}", f"SGLang server of {model}, tp {server.tp}", port)
+
+
+def print_plan(config: RunConfig) -> None:
+    """Print the config as YAML and the processes as a table."""
+    console = Console()
+    console.print(Syntax(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "yaml"))
+    table = Table("process", "what", "where")
+    for process in planned_processes(config):
+        table.add_row(process.name, process.what, process.where)
+    console.print(table)

@@ -1,0 +1,36 @@
+"""Where a run stands: what a checkpoint says of it beside the weights."""
+
+from dataclasses import asdict, dataclass, replace
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run's place: `step` steps of stage number `stage` are done; counters cover the whole run."""
+
+    stage: int = 0
+    step: int = 0
+    updates: int = 0
+    """Optimizer steps so far; names the weight version."""
+    problems_drawn: int = 0
+    """Place in the current stage's data."""
+    traces: int = 0
+    tokens: int = 0
+    abstentions: int = 0
+
+    @property
+    def weight_version(self) -> str:
+        """Name of the weights at this place."""
+        return f"v{self.updates}"
+
+    def after_stage(self) -> "Place":
+        """The place at the start of the next stage."""
+        return replace(self, stage=self.stage + 1, step=0, problems_drawn=0)
+
+    def as_record(self) -> dict:
+        """For the checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Place":
+        """From the checkpoint."""
+        return cls(**record)

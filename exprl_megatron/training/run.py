@@ -1,0 +1,148 @@
+"""A run in progress: its policy, its place, its servers; the verbs that the algorithm is written in."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stages import RlStage, SftStage, Stage
+from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.rollout.group import Group
+from exprl_megatron.training.conductor import Conductor
+from exprl_megatron.training.console import Console
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.examples import ExampleReader
+from exprl_megatron.training.mismatch import check_log_prob_gap
+from exprl_megatron.training.recovery import Place
+from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.sync import WeightSync
+
+
+class Run:
+    """Every rank has one and calls the same methods in the same order; rank 0 conducts.
+
+    `rollouts` and `console` exist on rank 0 alone; `resumed_from` is the checkpoint to go on from, if any.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        policy: Policy,
+        conductor: Conductor,
+        sync: WeightSync,
+        rollouts: Rollouts | None,
+        console: Console | None,
+        place: Place,
+        resumed_from: Path | None,
+    ):
+        self.config = config
+        self.policy = policy
+        self._directory = directory
+        self._conductor = conductor
+        self._sync = sync
+        self._rollouts = rollouts
+        self._console = console
+        self._place = place
+        self._resumed_from = resumed_from
+        self._examples: ExampleReader | None = None
+        self._seconds: dict[str, float] = {}
+
+    def remaining_stages(self) -> Iterator[Stage]:
+        """The stages from the run's place on."""
+        while self._place.stage < len(self.config.stages):
+            yield self.config.stages[self._place.stage]
+            self._place = self._place.after_stage()
+
+    def remaining_steps(self, stage: Stage) -> range:
+        """The steps of `stage` (1-based) that are not done yet."""
+        return range(self._place.step + 1, stage.steps + 1)
+
+    def open_stage(self, stage: Stage) -> None:
+        """A fresh optimizer on the current weights, or the state of the checkpoint that the run resumes from."""
+        keep_start = isinstance(stage, RlStage) and stage.loss.kl_coefficient > 0
+        self.policy.begin_stage(stage.optimizer, stage.steps, keep_start=keep_start)
+        if self._resumed_from is not None and self._place.step > 0:
+            load_checkpoint(self._resumed_from, self.policy)
+        self._resumed_from = None
+        self._examples = ExampleReader(self.config, stage) if isinstance(stage, SftStage) else None
+
+    def graded_groups(self, stage: RlStage, step: int) -> list[Group]:
+        """The step's groups, from the journal or freshly sampled under the newest weights; the same on every rank."""
+        groups = self._conductor.everywhere(lambda: self._rollouts.recall(stage, step))
+        if groups is None:
+            with self.clock("sync"):
+                self._sync.bring(self._place.weight_version)
+            with self.clock("sample_and_grade"):
+                groups = self._conductor.everywhere(
+                    lambda: self._rollouts.collect(stage, step, self._place.problems_drawn, self._place.weight_version)
+                )
+        self._count(stage, groups)
+        return groups
+
+    def sft_batch(self, stage: SftStage, step: int) -> list[Sequence]:
+        """The rows of step `step`, tokenised."""
+        return self._examples.batch(step, stage.batch_size)
+
+    def apply_update(self) -> dict[str, float]:
+        """Take the optimizer step for the accumulated gradients; its metrics."""
+        update = self.policy.apply_update()
+        self._place = replace(self._place, updates=self._place.updates + 1)
+        return {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
+
+    def check_log_prob_gap(self, metrics: dict[str, float]) -> None:
+        """Stop the run where trainer and sampler disagree by more than the config allows."""
+        check_log_prob_gap(metrics, self.config.sync.max_log_prob_gap)
+
+    @contextmanager
+    def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
+        """Everything around one step: its clock, its line on the terminal, its metrics on disk."""
+        started = time.monotonic()
+        self._seconds = {}
+        metrics: dict[str, float] = {}
+        yield metrics
+        self._place = replace(self._place, step=step)
+        metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
+        metrics["seconds/step"] = time.monotonic() - started
+        if self._console is not None:
+            self._console.step_done(stage, step, metrics)
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to the step's `seconds/NAME`."""
+        started = time.monotonic()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
+
+    def checkpoint_if_due(self, stage: Stage, step: int) -> None:
+        """Write a checkpoint every so many steps, and after a stage's last one."""
+        checkpoint = self.config.checkpoint
+        if step % checkpoint.every_steps == 0 or step == stage.steps:
+            save_checkpoint(self._directory.checkpoints, self.policy, self._place.as_record(), keep=checkpoint.keep)
+
+    def close_stage(self, stage: Stage) -> None:
+        """Leave the stage's weights in Hugging Face form, once."""
+        target = self._directory.models / stage.name
+        if not self._conductor.everywhere(target.is_dir):
+            self.policy.save_huggingface(target)
+
+    def evaluate(self, name: str) -> None:
+        """pass@k of the current weights on the held-out problems, once."""
+        if self.config.evaluation is None or self._conductor.everywhere(lambda: self._rollouts.evaluated(name)):
+            return
+        self._sync.bring(self._place.weight_version)
+        self._conductor.everywhere(lambda: self._rollouts.evaluate(name, self._place.weight_version))
+
+    def _count(self, stage: RlStage, groups: list[Group]) -> None:
+        members = [member for group in groups for member in group.members]
+        self._place = replace(
+            self._place,
+            problems_drawn=self._place.problems_drawn + stage.problems_per_step,
+            traces=self._place.traces + len(members),
+            tokens=self._place.tokens + sum(len(member.trace.token_ids) for member in members),
+            abstentions=self._place.abstentions + sum(member.score is None for member in members),
+        )

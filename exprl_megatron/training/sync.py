@@ -1,0 +1,80 @@
+"""Brings the policy's weights to the sampling servers, and proves that they arrived."""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+
+from exprl_megatron.config.serving import SyncConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.resharding.transport import Bucket, Transport
+from exprl_megatron.serving.checksums import ChecksumStream
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.training.conductor import Conductor
+
+_MB = 2**20
+
+
+class WeightSync:
+    """Knows which version the servers hold; every rank calls `bring`, the conductor alone talks to servers."""
+
+    def __init__(
+        self,
+        config: SyncConfig,
+        policy: Policy,
+        conductor: Conductor,
+        clients: Sequence[SGLangClient],
+        transport: Transport | None,
+    ):
+        self._config = config
+        self._policy = policy
+        self._conductor = conductor
+        self._clients = clients
+        self._transport = transport
+        self._served: str | None = None
+
+    def bring(self, version: str) -> None:
+        """Make every server hold the policy's current weights as `version`, where it does not yet.
+
+        Raises ServerError where a server refuses, dies, hangs, or afterwards holds other bytes than the trainer.
+        """
+        if version == self._served:
+            return
+        buckets = self._policy.hf_buckets(int(self._config.bucket_mb * _MB))
+        self._conductor.collective(lambda: self._push(buckets, version), lambda: _exhaust(buckets))
+        self._served = version
+
+    def _push(self, buckets: Iterable[Bucket], version: str) -> None:
+        stream = ChecksumStream(self._policy.hf_config) if self._config.verify else None
+        self._conductor.run(self._transport.push(_observed(buckets, stream), version))
+        if stream is not None:
+            self._conductor.run(verify(self._clients, stream.result(), version))
+
+
+async def verify(clients: Sequence[SGLangClient], expected: dict[str, str], version: str) -> None:
+    """Compare what each server holds with the trainer's checksums.
+
+    Raises ServerError naming the server and the first tensors that differ.
+    """
+    for client, held in zip(clients, await asyncio.gather(*(c.checksums() for c in clients)), strict=True):
+        for rank, checksums in enumerate(held):
+            wrong = sorted(
+                name for name in expected.keys() | checksums.keys() if expected.get(name) != checksums.get(name)
+            )
+            if wrong:
+                raise ServerError(
+                    f"{client.name} (rank {rank}) does not hold the weights of {version} after the sync: "
+                    f"{len(wrong)} of {len(expected)} tensors differ, first {', '.join(wrong[:3])}; "
+                    "its weights cannot be trusted, start the run again with --resume."
+                )
+
+
+def _observed(buckets: Iterable[Bucket], stream: ChecksumStream | None) -> Iterator[Bucket]:
+    for bucket in buckets:
+        if stream is not None:
+            stream.add(bucket)
+        yield bucket
+
+
+def _exhaust(buckets: Iterable[Bucket]) -> None:
+    for _ in buckets:
+        pass
