@@ -1,0 +1,150 @@
+"""Problems from JSON lines, Parquet, a directory of either, or the Hugging Face hub."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow
+
+from exprl_megatron.config.problems import FieldNames, ProblemsConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.problems.problem import Problem, Reference
+
+JSON_LINES = (".jsonl", ".json")
+PARQUET = (".parquet",)
+SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
+SHOWN_FAULTS = 10
+
+Row = tuple[str, dict | str]
+"""Where a record is, and the record, or a sentence about why it could not be read."""
+
+
+def load_problems(config: ProblemsConfig) -> list[Problem]:
+    """The problems of `config.source`, in the order of the source, at most `config.limit`.
+
+    In a directory all JSON-lines and Parquet files count, sorted by path, except those named after
+    another split than `config.split`. Raises UserError with one sentence for each fault (the first
+    ten of them): unreadable source, bad line, missing or empty field, ids given twice, no problem.
+    """
+    problems, faults, seen = [], [], {}
+    for place, record in itertools.islice(_rows(config), config.limit):
+        problem = [record] if isinstance(record, str) else _problem(record, config.fields)
+        if isinstance(problem, list):
+            faults += [f"{place}: {sentence}" for sentence in problem]
+            continue
+        if problem.id in seen:
+            faults.append(f"{place}: the id {problem.id!r} was given at {seen[problem.id]}; make the ids differ.")
+        seen.setdefault(problem.id, place)
+        problems.append(problem)
+    if faults:
+        rest = len(faults) - SHOWN_FAULTS
+        raise UserError("\n".join(faults[:SHOWN_FAULTS] + ([f"... and {rest} more faults."] if rest > 0 else [])))
+    if not problems:
+        raise UserError(f"The problem source {config.source} is empty; give one with at least one problem.")
+    return problems
+
+
+def _rows(config: ProblemsConfig) -> Iterator[Row]:
+    path = Path(config.source).expanduser()
+    if path.is_dir():
+        return itertools.chain.from_iterable(_file_rows(file) for file in _files(path, config.split))
+    if path.is_file():
+        return _file_rows(path)
+    if path.suffix in JSON_LINES + PARQUET or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.source):
+        raise UserError(f"There is no problem file {config.source}; mend the path.")
+    return _hub_rows(config)
+
+
+def _files(directory: Path, split: str) -> list[Path]:
+    files = sorted(f for f in directory.rglob("*") if f.suffix in JSON_LINES + PARQUET and f.is_file())
+    if not files:
+        raise UserError(f"The directory {directory} holds no .jsonl and no .parquet file; give one that does.")
+    kept = [f for f in files if _in_split(f.relative_to(directory).as_posix(), split)]
+    if not kept:
+        raise UserError(f"The directory {directory} has no file for the split {split!r}; set problems.split.")
+    return kept
+
+
+def _in_split(path: str, split: str) -> bool:
+    """Whether a file belongs to the split: its path names it, or names no split at all."""
+    named = set(re.findall(r"[a-z]+", path.lower())) & {*SPLIT_NAMES, split.lower()}
+    return not named or split.lower() in named
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    if path.suffix in JSON_LINES:
+        return _json_rows(path)
+    if path.suffix in PARQUET:
+        return _parquet_rows(path)
+    raise UserError(f"The problem file {path} is neither .jsonl nor .parquet; convert it, or mend its name.")
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    # Read as text: the JSON reader of `datasets` neither names the line of a fault nor takes answers
+    # that are numbers on one line and text on the next.
+    lines = datasets.load_dataset("text", data_files=[str(path)], split="train", streaming=True)
+    try:
+        for number, row in enumerate(lines, start=1):
+            if row["text"].strip():
+                yield f"{path} line {number}", _parsed(row["text"])
+    except UnicodeDecodeError as error:
+        raise UserError(f"The problem file {path} is not UTF-8 text ({error}); convert it.") from error
+
+
+def _parsed(line: str) -> dict | str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return f"this is not JSON ({error}); mend or delete the line."
+    if not isinstance(record, dict):
+        return f"this is a JSON {type(record).__name__}, not an object; write {{...}} with named fields."
+    return record
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        rows = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
+        for number, record in enumerate(rows, start=1):
+            yield f"{path} row {number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"The problem file {path} cannot be read as Parquet ({error}); write it anew.") from error
+
+
+def _hub_rows(config: ProblemsConfig) -> Iterator[Row]:
+    try:
+        rows = datasets.load_dataset(config.source, split=config.split, streaming=True)
+        for number, record in enumerate(rows, start=1):
+            yield f"{config.source} row {number}", record
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"The problem source {config.source} is no file here and cannot be had from the Hugging Face hub "
+            f"({_one_line(error)}); mend the name, the split {config.split!r} or the connection."
+        ) from error
+
+
+def _problem(record: dict, fields: FieldNames) -> Problem | list[str]:
+    """The record as a Problem, or what is wrong with it."""
+    texts, faults = {}, []
+    for role, name in fields.model_dump().items():
+        value = record.get(name)
+        if role in ("id", "answer") and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if value is None:
+            known = ", ".join(record)
+            faults.append(f"the field {name!r} is missing (there are: {known}); add it or set problems.fields.{role}.")
+        elif not isinstance(value, str):
+            faults.append(f"the field {name!r} is a {type(value).__name__}, not text; write it as text.")
+        elif not value.strip():
+            faults.append(f"the field {name!r} is empty; fill it or leave the problem out.")
+        else:
+            texts[role] = value
+    if faults:
+        return faults
+    return Problem(texts["id"], texts["problem"], Reference(texts["reference"]), texts["answer"])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,129 @@
+"""Problems are read from every kind of source, and each fault of a source gets its sentence."""
+
+import json
+
+import datasets
+import pytest
+
+from exprl_megatron.config.problems import FieldNames, ProblemsConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.problems.sources import load_problems
+
+
+def _record(number, **changes):
+    return {
+        "id": f"p{number}",
+        "problem": f"What is {number} + 1?",
+        "reference": f"One more than {number}.",
+        "answer": str(number + 1),
+    } | changes
+
+
+def _lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def _load(source, **config):
+    return load_problems(ProblemsConfig(source=str(source), **config))
+
+
+def _faults(source, **config):
+    with pytest.raises(UserError) as caught:
+        _load(source, **config)
+    return str(caught.value).splitlines()
+
+
+def test_json_lines_become_problems(tmp_path):
+    odd = _record(2, problem="a line\u2028separator and {braces}")
+    problems = _load(_lines(tmp_path / "a.jsonl", [_record(1), "", odd]))
+    assert [p.id for p in problems] == ["p1", "p2"]
+    assert problems[1].text == "a line\u2028separator and {braces}"
+    assert problems[0].reference.for_judge() == "One more than 1."
+    assert problems[0].answer == "2"
+
+
+def test_numbers_are_taken_as_ids_and_answers(tmp_path):
+    records = [_record(1, id=7, answer=2), _record(2, answer="x^2"), _record(3, answer=0.5)]
+    problems = _load(_lines(tmp_path / "a.jsonl", records))
+    assert [(p.id, p.answer) for p in problems] == [("7", "2"), ("p2", "x^2"), ("p3", "0.5")]
+
+
+def test_parquet_and_own_field_names(tmp_path):
+    records = [{"key": f"p{i}", "question": "q", "solution": "s", "short": "1"} for i in range(3)]
+    datasets.Dataset.from_list(records).to_parquet(str(tmp_path / "a.parquet"))
+    fields = FieldNames(id="key", problem="question", reference="solution", answer="short")
+    problems = _load(tmp_path / "a.parquet", fields=fields, limit=2)
+    assert [p.id for p in problems] == ["p0", "p1"]
+    assert problems[0].reference.for_judge() == "s"
+
+
+def test_a_directory_is_its_files_in_order_without_other_splits(tmp_path):
+    _lines(tmp_path / "b.jsonl", [_record(2)])
+    _lines(tmp_path / "test.jsonl", [_record(9)])
+    _lines(tmp_path / "more" / "train-00000.jsonl", [_record(3)])
+    datasets.Dataset.from_list([_record(1)]).to_parquet(str(tmp_path / "a.parquet"))
+    assert [p.id for p in _load(tmp_path)] == ["p1", "p2", "p3"]
+    assert [p.id for p in _load(tmp_path, split="test")] == ["p1", "p2", "p9"]
+
+
+def test_a_bad_line_is_named_by_its_number(tmp_path):
+    path = _lines(tmp_path / "a.jsonl", [_record(1), "", "{'id': 1}", "[1]"])
+    faults = _faults(path)
+    assert len(faults) == 2
+    assert faults[0].startswith(f"{path} line 3: this is not JSON")
+    assert faults[1].startswith(f"{path} line 4: this is a JSON list, not an object")
+
+
+def test_a_missing_an_empty_and_an_odd_field_are_named_with_their_line(tmp_path):
+    missing = _record(1)
+    del missing["reference"]
+    path = _lines(tmp_path / "a.jsonl", [missing, _record(2, problem="  "), _record(3, answer=["4"])])
+    faults = _faults(path)
+    assert "line 1: the field 'reference' is missing (there are: id, problem, answer)" in faults[0]
+    assert "line 2: the field 'problem' is empty" in faults[1]
+    assert "line 3: the field 'answer' is a list, not text" in faults[2]
+
+
+def test_an_id_given_twice_is_named_with_both_places(tmp_path):
+    path = _lines(tmp_path / "a.jsonl", [_record(1), _record(2), _record(1)])
+    (fault,) = _faults(path)
+    assert f"{path} line 3: the id 'p1' was given at {path} line 1" in fault
+
+
+def test_many_faults_are_counted_after_the_first_ten(tmp_path):
+    faults = _faults(_lines(tmp_path / "a.jsonl", ["x"] * 25))
+    assert len(faults) == 11
+    assert faults[-1] == "... and 15 more faults."
+
+
+@pytest.mark.parametrize("records", [[], ["", "  "]])
+def test_an_empty_file_is_refused(tmp_path, records):
+    (fault,) = _faults(_lines(tmp_path / "a.jsonl", records))
+    assert "is empty" in fault
+
+
+def test_a_missing_file_an_unknown_kind_and_an_empty_directory_are_refused(tmp_path):
+    assert "There is no problem file" in _faults(tmp_path / "nowhere.jsonl")[0]
+    assert "There is no problem file" in _faults("data/sub/dir/train")[0]
+    (tmp_path / "a.csv").write_text("id\n")
+    assert "neither .jsonl nor .parquet" in _faults(tmp_path / "a.csv")[0]
+    assert "holds no .jsonl" in _faults(tmp_path)[0]
+    _lines(tmp_path / "test.jsonl", [_record(1)])
+    assert "no file for the split 'train'" in _faults(tmp_path)[0]
+
+
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"nothing of the kind")
+    (fault,) = _faults(tmp_path / "a.parquet")
+    assert "cannot be read as Parquet" in fault
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x80")
+    (fault,) = _faults(tmp_path / "a.jsonl")
+    assert "is not UTF-8 text" in fault
+
+
+def test_an_unreachable_hub_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (fault,) = _faults("nobody-here/no-such-set")
+    assert "nobody-here/no-such-set is no file here and cannot be had from the Hugging Face hub" in fault
