@@ -17,21 +17,6 @@ TEMPLATE = (
 )
 SPECIAL = ["<unk>", "<system>", "<user>", "<assistant>"]
 WORDS = [*SPECIAL, "be", "brief", "one", "two", "three", "four", "{problem}", "secret", "steps", "quiet"]
-    "<unk>",
-    "<system>",
-    "<user>",
-    "<assistant>",
-    "be",
-    "brief",
-    "one",
-    "two",
-    "three",
-    "four",
-    "{problem}",
-    "secret",
-    "steps",
-    "quiet",
-]
 
 
 def _tokenizer(template=TEMPLATE):
