@@ -1,8 +1,8 @@
 """What a training step minimises: functions from a micro-batch's log-probs to its summed loss and metrics.
 
-Losses and metrics are sums over the micro-batch's response tokens (maxima where the name ends in `/max`). Whoever calls divides by the number
-of response tokens over all micro-batches and data-parallel ranks, so that the result depends neither on
-packing nor on the layout.
+Losses and metrics are sums over the micro-batch's response tokens, maxima where the name ends in `/max`.
+Whoever calls divides the sums by the number of response tokens over all micro-batches and data-parallel
+ranks, so that the result depends neither on packing nor on the layout.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from exprl_megatron.config.stages import LossConfig
 from exprl_megatron.policy.batch import MicroBatch
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(log_probs [b, l], entropy [b, l], micro-batch) -> (loss sum, {metric: detached sum}), all scalar tensors."""
+"""(log_probs [b, l], entropy [b, l], micro-batch) -> (loss sum, {metric: detached sum or maximum}), scalar tensors."""
 
 
 def policy_objective(config: LossConfig) -> LossFunction:
@@ -50,14 +50,14 @@ def policy_objective(config: LossConfig) -> LossFunction:
         metrics = {name: _sum(value.detach(), micro.mask) for name, value in terms.items()}
         if micro.sampler_log_probs is not None:
             gap = log_prob_gap(old, micro.sampler_log_probs, micro.mask)
-            metrics |= {"log_prob_gap/mean": gap.absolute, "log_prob_gap/k3": gap.k3}
+            metrics |= {"sampler_gap/mean": gap.absolute, "sampler_gap/max": gap.largest, "sampler_gap/k3": gap.k3}
         loss = _sum(total, micro.mask)
         return loss, metrics | {"loss": loss.detach()}
 
     return loss_function
 
 
-def sft_objective() -> LossFunction:
+def supervised_objective() -> LossFunction:
     """Negative log-likelihood of the response tokens, in nats."""
 
     def loss_function(log_probs, entropy, micro):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exprl_megatron.algorithms.mismatch import log_prob_gap
-from exprl_megatron.algorithms.objective import policy_objective, sft_objective
+from exprl_megatron.algorithms.objective import policy_objective, supervised_objective
 from exprl_megatron.config.stages import LossConfig, SparseLossConfig
 from exprl_megatron.policy.batch import Sequence, pad
 
@@ -66,7 +66,8 @@ def test_a_kl_term_without_start_log_probs_is_refused():
 def test_the_gap_to_the_sampler_is_measured_on_the_old_log_probs():
     batch = _batch(old_log_probs=OLD, sampler_log_probs=START)
     _, metrics = policy_objective(LossConfig(kl_coefficient=0.0))(*_outputs(), batch)
-    assert metrics["log_prob_gap/mean"].item() == pytest.approx(0.1 + 0 + 0.5 + 0.5)
+    assert metrics["sampler_gap/mean"].item() == pytest.approx(0.1 + 0 + 0.5 + 0.5)
+    assert metrics["sampler_gap/max"].item() == 0.5
 
 
 def test_log_prob_gap_has_sum_maximum_and_k3_over_the_masked_tokens():
@@ -79,7 +80,7 @@ def test_log_prob_gap_has_sum_maximum_and_k3_over_the_masked_tokens():
 
 
 def test_the_supervised_objective_is_the_summed_negative_log_likelihood():
-    loss, metrics = sft_objective()(*_outputs(), _batch())
+    loss, metrics = supervised_objective()(*_outputs(), _batch())
     assert loss.item() == pytest.approx(-sum(NEW[0]) - sum(NEW[1]))
     assert metrics["loss"].item() == loss.item()
 
