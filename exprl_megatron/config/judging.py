@@ -15,6 +15,8 @@ class JudgeConfig(Config):
     """Directory in Hugging Face form."""
     prompt: str = "math-outcome"
     """A prompt shipped in judging/prompts, or the path of a prompt file."""
+    template_args: dict[str, bool | str | int] = Field(default_factory=dict)
+    """Passed to the judge's chat template (for example `enable_thinking: false`)."""
     max_new_tokens: PositiveInt = 2048
     temperature: float = Field(0.0, ge=0)
     score_format: Literal["free", "constrained"] = "free"
