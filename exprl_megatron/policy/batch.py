@@ -1,7 +1,7 @@
 """What the trainer learns from: sequences, and micro-batches of padded tensors made of them."""
 
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -42,6 +42,11 @@ class MicroBatch:
     old_log_probs: torch.Tensor | None
     start_log_probs: torch.Tensor | None
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on `device`."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return MicroBatch(**{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
+
 
 PER_TOKEN = ("advantages", "sampler_log_probs", "old_log_probs", "start_log_probs")
 
@@ -67,6 +72,11 @@ def pad(sequences: ListLike[Sequence], length: int, pad_id: int = 0) -> MicroBat
             tensor[row, first:last] = torch.tensor(getattr(sequence, name))
     positions = torch.arange(length).expand(shape).contiguous()
     return MicroBatch(ids, positions, targets, mask, **{name: optional.get(name) for name in PER_TOKEN})
+
+
+def filler(sequences: ListLike[Sequence]) -> Sequence:
+    """A sequence without response that fits into a micro-batch beside `sequences` and adds nothing to any sum."""
+    return Sequence((0,), (), **{name: () for name in PER_TOKEN if _given(sequences, name)})
 
 
 def _given(sequences: ListLike[Sequence], name: str) -> bool:

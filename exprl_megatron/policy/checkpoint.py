@@ -1,0 +1,239 @@
+"""Checkpoints of a stage in progress: any layout in, any layout out, and never a half-written one.
+
+A checkpoint is a directory `checkpoint-NUMBER` with Megatron's torch_dist files (weights, optimizer state,
+random states, the stage's starting weights where they are kept) and `state.json` (schedule, layout, the
+caller's own record). It is written under another name, `state.json` last, and renamed when complete.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, nested_values
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.policy.optimizer import separate_step_counters
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.resharding.names import hf_shapes
+
+STATE = "state.json"
+NAME = re.compile(r"checkpoint-(\d{8})")
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) -> Path:
+    """Writes the policy's state as the newest checkpoint in `root` and deletes all but the newest `keep`.
+
+    A collective. `extra` is a JSON-able dict; rank 0's counts. Raises UserError where it cannot be written;
+    the checkpoints that were there before are then untouched.
+    """
+    root = Path(root)
+    target, partial = _shared(lambda: _prepare(root, policy), policy, root)
+    try:
+        dist_checkpointing.save(_state(policy, loading=False), str(partial), _save_strategy())
+    except Exception as error:
+        # Every rank comes here with its own view of the failure; Megatron reports them by many types.
+        if policy.world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise _unwritten(root, error) from error
+    _shared(lambda: _complete(root, partial, target, _record(policy, extra), keep), policy, root)
+    return target
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The newest complete checkpoint in `root`, or None."""
+    found = _complete_checkpoints(Path(root))
+    return found[-1] if found else None
+
+
+def read_extra(path: str | Path) -> dict:
+    """The caller's own record in the checkpoint `path`."""
+    return _read_record(path)["extra"]
+
+
+def load_checkpoint(path: str | Path, policy: Policy) -> dict:
+    """Puts `policy`, in any layout, where the checkpoint `path` left it; returns the caller's record (every rank).
+
+    The policy must have begun the same stage (begin_stage with the same config). Random states are restored
+    where the layout is the checkpoint's. Raises UserError where the checkpoint does not fit the policy.
+    """
+    record = _read_record(path)
+    stage = policy.stage
+    if stage is None:
+        raise RuntimeError("a checkpoint is loaded into a stage; call begin_stage first")
+    _check_fit(path, record, policy)
+    state = _state(policy, loading=True, same_layout=record["layout"] == policy.config.layout.model_dump())
+    loaded = dist_checkpointing.load(state, str(path), _load_strategy())
+    for index, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded[f"model{index}"])
+        if stage.start is not None:
+            values = loaded[f"start{index}"]
+            stage.start[index] = {name: values[name].cpu() for name in stage.start[index]}
+    stage.optimizer.load_state_dict(loaded["optimizer"])
+    separate_step_counters(stage.optimizer)
+    stage.updates, stage.total_steps = record["updates"], record["total_steps"]
+    if "random" in loaded:
+        torch.set_rng_state(loaded["random"]["torch"])
+        get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
+    return record["extra"]
+
+
+def _state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
+    """Megatron's sharded description of everything that goes into the torch_dist files."""
+    stage, world = policy.stage, policy.world
+    models = {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(policy.chunks)}
+    state = dict(models)
+    state["optimizer"] = stage.optimizer.sharded_state_dict(models, is_loading=loading, metadata=METADATA)
+    if stage.start is not None:
+        for index in range(len(policy.chunks)):
+            state[f"start{index}"] = _starting_weights(policy, index)
+    if same_layout:
+        states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+        state["random"] = ShardedObject("random", states, (dist.get_world_size(),), (world.rank,))
+    return state
+
+
+def _starting_weights(policy: Policy, index: int) -> dict:
+    """The description of a chunk's weights, with the starting weights as data and names of their own."""
+    chunk, start = policy.chunks[index], policy.stage.start[index]
+    values = {id(parameter): start[name] for name, parameter in chunk.named_parameters()}
+    described = chunk.sharded_state_dict(metadata=METADATA)
+    for shard in nested_values(described):
+        if isinstance(shard, ShardedBase) and id(shard.data) in values:
+            shard.data = values[id(shard.data)].clone()
+    add_prefix_for_sharding(described, "start.")
+    return described
+
+
+def _save_strategy():
+    # With one thread a failed write is reported to every rank; with more, the failing rank raises alone.
+    strategy = TorchDistSaveShardedStrategy(thread_count=1)
+    return FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
+
+
+def _load_strategy():
+    return FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group())
+
+
+def _record(policy: Policy, extra: dict) -> dict:
+    return {
+        "architecture": asdict(policy.architecture),
+        "layout": policy.config.layout.model_dump(),
+        "precision": policy.config.precision,
+        "distributed": policy.stage.config.distributed,
+        "start_kept": policy.stage.start is not None,
+        "updates": policy.stage.updates,
+        "total_steps": policy.stage.total_steps,
+        "extra": extra,
+    }
+
+
+def _read_record(path: str | Path) -> dict:
+    try:
+        return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a complete checkpoint ({error}); choose another.") from error
+
+
+def _check_fit(path: str | Path, record: dict, policy: Policy) -> None:
+    mine = json.loads(json.dumps(_record(policy, {})))
+    names = {
+        "architecture": "policy.model",
+        "precision": "policy.precision",
+        "distributed": "the stage's optimizer.distributed",
+        "start_kept": "the stage's loss.kl_coefficient (zero or not)",
+    }
+    for key, setting in names.items():
+        if record[key] != mine[key]:
+            raise UserError(f"{path} was written with another {key} than this run has; set {setting} as it was then.")
+
+
+def _complete_checkpoints(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if NAME.fullmatch(path.name) and (path / STATE).is_file())
+
+
+def _prepare(root: Path, policy: Policy) -> tuple[Path, Path]:
+    """An empty directory to write to, and the name it will get."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob("checkpoint-*.tmp"):
+        shutil.rmtree(leftover)
+    complete = _complete_checkpoints(root)
+    number = int(NAME.fullmatch(complete[-1].name)[1]) + 1 if complete else 1
+    target = root / f"checkpoint-{number:08d}"
+    if target.exists():
+        shutil.rmtree(target)
+    needed, free = _bytes_needed(policy), shutil.disk_usage(root).free
+    if free < needed:
+        raise OSError(f"it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
+    partial = target.with_name(target.name + ".tmp")
+    partial.mkdir()
+    return target, partial
+
+
+def _bytes_needed(policy: Policy) -> int:
+    """No checkpoint is smaller: the weights, AdamW's two moments in fp32, the starting weights."""
+    numbers = sum(torch.Size(shape).numel() for shape in hf_shapes(policy.architecture).values())
+    itemsize = next(policy.chunks[0].parameters()).dtype.itemsize
+    copies = 2 if policy.stage.start is not None else 1
+    return numbers * (copies * itemsize + 2 * 4)
+
+
+def _complete(root: Path, partial: Path, target: Path, record: dict, keep: int) -> None:
+    """Marks the written checkpoint complete, gives it its name, deletes the oldest."""
+    with open(partial / STATE, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(target)
+    directory = os.open(root, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    for old in _complete_checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _shared(action, policy: Policy, root: Path):
+    """Rank 0's result of `action` on every rank; its failure to write is every rank's."""
+    message: list = [None, None]
+    if policy.world.rank == 0:
+        try:
+            message[0] = action()
+        except OSError as error:
+            message[1] = error
+    dist.broadcast_object_list(message, src=0)
+    if message[1] is not None:
+        raise _unwritten(root, message[1]) from message[1]
+    return message[0]
+
+
+def _unwritten(root: Path, error: Exception) -> UserError:
+    free = shutil.disk_usage(root).free if root.is_dir() else 0
+    reason = " ".join(str(error).split())[:300]
+    return UserError(
+        f"A checkpoint cannot be written to {root} ({free / 1e6:,.1f} MB free; {type(error).__name__}: {reason}); "
+        f"make room there and go on with --resume, the last complete checkpoint is intact."
+    )

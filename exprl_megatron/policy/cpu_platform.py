@@ -1,0 +1,204 @@
+"""What Megatron-Core needs on a machine without CUDA; nothing of this is active where CUDA is.
+
+`install()` runs before the first import of `megatron.core`. From then on every `megatron.core` module
+sees, under its own name `torch`, a view of torch in which "the CUDA device" is the CPU. The torch that
+everybody else imports stays as it is, but for two methods of Tensor named below.
+"""
+
+import contextlib
+import functools
+import importlib.abc
+import sys
+import types
+import warnings
+from collections.abc import Callable
+
+import torch
+
+CPU = torch.device("cpu")
+PREFIX = "megatron.core."
+FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like")
+FACTORIES += ("rand", "randn", "tensor", "zeros", "zeros_like")
+
+
+class NoStream:
+    """Stands for a CUDA stream: the CPU has finished each operation before the next begins."""
+
+    cuda_stream = 0
+
+    def wait_stream(self, stream) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, event=None) -> "NoEvent":
+        """An event that has already happened."""
+        return event or NoEvent()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class NoEvent:
+    """Stands for a CUDA event that has already happened."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None) -> None:
+        """Nothing to record."""
+
+    def wait(self, stream=None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+class CudaOnCpu(types.ModuleType):
+    """`torch.cuda` as Megatron sees it; names not given here are the real ones (`is_available()` is False)."""
+
+    Event = NoEvent
+    Stream = NoStream
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cuda, name)
+
+    def current_device(self) -> torch.device:
+        """Megatron allocates with device=torch.cuda.current_device(); a torch.device is valid there too."""
+        return CPU
+
+    def current_stream(self, device=None) -> NoStream:
+        """Gradient buffers and pipeline sends order themselves by streams."""
+        return NoStream()
+
+    def stream(self, stream):
+        """A context that changes nothing."""
+        return contextlib.nullcontext()
+
+    def synchronize(self, device=None) -> None:
+        """Pipeline sends and checkpoint staging wait for the device."""
+
+    def empty_cache(self) -> None:
+        """There is no caching allocator."""
+
+    def manual_seed(self, seed: int) -> None:
+        """The tracker of random states seeds the device's generator: here it is the CPU's."""
+        torch.default_generator.manual_seed(seed)
+
+    def get_rng_state(self, device=None) -> torch.Tensor:
+        """State of the CPU generator, for the same tracker."""
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device=None) -> None:
+        """Sets the CPU generator, for the same tracker."""
+        torch.set_rng_state(state)
+
+
+class TorchView(types.ModuleType):
+    """`torch` as Megatron sees it."""
+
+    def __init__(self):
+        super().__init__("torch")
+        self.cuda = CudaOnCpu("torch.cuda")
+        for name in FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    """`factory` with device="cuda" (schedules, gradient clipping) read as the CPU and without pinned memory."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _named_as_cuda(function: Callable) -> Callable:
+    """`function` while Tensor.type() says 'torch.cuda.FloatTensor': the optimizer sorts parameters by that string."""
+    plain = torch.Tensor.type
+
+    def cuda_type(self, dtype=None, **kwargs):
+        answer = plain(self, dtype, **kwargs) if dtype is not None else plain(self)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        before = torch.Tensor.type
+        torch.Tensor.type = cuda_type
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.Tensor.type = before
+
+    return call
+
+
+def _adapt(module: types.ModuleType) -> None:
+    """Gives a freshly imported `megatron.core` module the view of torch, and its own adaptions where it has any."""
+    if module.__dict__.get("torch") is torch:
+        module.torch = VIEW
+    name = module.__name__.removeprefix(PREFIX)
+    if name == "optimizer.optimizer":
+        mixed = module.Float16OptimizerWithFloat16Params
+        mixed.__init__ = _named_as_cuda(mixed.__init__)
+    elif name == "optimizer.distrib_optimizer":
+        sharded = module.DistributedOptimizer
+        sharded.__init__ = _named_as_cuda(sharded.__init__)
+    elif name == "optimizer.clip_grads":
+        module.clip_grad_by_total_norm_fp32 = _named_as_cuda(module.clip_grad_by_total_norm_fp32)
+    elif name == "tensor_parallel.random":
+        # These two go past torch.cuda to the CUDA generators themselves.
+        module._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
+        module._set_cuda_rng_state = lambda state, device=None, graph_safe=False: torch.set_rng_state(state)
+
+
+class _Importer(importlib.abc.MetaPathFinder):
+    """Adapts each `megatron.core` module right after its code has run, also those imported late."""
+
+    def find_spec(self, name, path, target=None):
+        if not name.startswith(PREFIX):
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                _adapt(module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+VIEW = TorchView()
+
+
+def install() -> bool:
+    """Prepares this process for Megatron-Core on CPU; True if it did, False where CUDA makes it needless.
+
+    Calling it again changes nothing. Raises RuntimeError where megatron.core was imported before.
+    """
+    if torch.cuda.is_available():
+        return False
+    if any(isinstance(finder, _Importer) for finder in sys.meta_path):
+        return True
+    if any(name.startswith(PREFIX) for name in sys.modules):
+        raise RuntimeError("megatron.core was imported before exprl_megatron.policy; import the latter first.")
+    sys.meta_path.insert(0, _Importer())
+    for missing in ("Transformer Engine and Apex are not", "Apex is not"):
+        # Said by half a dozen modules at import; on a CPU neither has a use.
+        warnings.filterwarnings("ignore", message=f"{missing} installed")
+    # Tied embeddings and checkpoints move tensors with .cuda(), which raises without a driver.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    return True

@@ -1,0 +1,90 @@
+"""Transformer layers from torch and Megatron's own linear layers, for machines without CUDA.
+
+Parameters bear the names that Transformer Engine's layers have, so that loading, export and checkpoints
+know one set of names for both.
+"""
+
+from functools import partial
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm that, other than Megatron's torch norm, may stand under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Each tensor-parallel rank then sees a part of the tokens: Megatron sums such gradients.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm and column-parallel linear layer in one, as TELayerNormColumnParallelLinear."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.layer_norm_eps = config.layernorm_epsilon
+
+    def forward(self, hidden: torch.Tensor, *args, **kwargs):
+        """hidden: [sequence, batch, input_size]; returns (output, bias or None) as the linear layer does."""
+        normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], self.layer_norm_weight, self.layer_norm_eps)
+        return super().forward(normed, *args, **kwargs)
+
+
+class CausalAttention(MegatronModule):
+    """Causal attention with grouped queries by torch's scaled_dot_product_attention.
+
+    Sequences are padded on the right, so causality alone keeps real tokens from seeing padding.
+    """
+
+    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_):
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask=None, *_, **__):
+        """query: [sequence, batch, heads, head_dim]; key, value: with groups for heads; returns [s, b, heads * dim]."""
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def local_block(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+    """`layers` decoder layers and the final norm (which Megatron builds on the last stage alone)."""
+    qk_norm = RMSNorm if config.qk_layernorm else None
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=NormColumnParallelLinear,
+                    core_attention=CausalAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=partial(
+                MLP.as_mlp_submodule,
+                submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -1,0 +1,126 @@
+"""Megatron's GPTModel for an Architecture, in the layout of the World that this process is in."""
+
+import math
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from exprl_megatron.config.policy import PolicyConfig
+from exprl_megatron.policy.architecture import Architecture, check_layout
+from exprl_megatron.policy.local_spec import local_block
+from exprl_megatron.policy.world import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_chunks(architecture: Architecture, config: PolicyConfig, world: World) -> list[GPTModel]:
+    """This rank's share of the model, one GPTModel for each virtual pipeline stage; weights are not yet set.
+
+    Raises UserError where the layout cannot hold the architecture.
+    """
+    check_layout(architecture, config.layout)
+    stages = config.layout.vpp
+    return [_chunk(architecture, config, world, stage if stages > 1 else None) for stage in range(stages)]
+
+
+def padded_vocabulary(architecture: Architecture, tp: int) -> int:
+    """Rows of the embedding: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
+    return math.ceil(architecture.vocabulary / tp) * tp
+
+
+def transformer_config(architecture: Architecture, config: PolicyConfig, device: torch.device) -> TransformerConfig:
+    """Megatron's own configuration; `device` decides which fused kernels are asked for."""
+    layout, dtype, cuda = config.layout, DTYPES[config.precision], device.type == "cuda"
+    recompute = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_groups,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights are read or drawn by resharding.huggingface, layout-independently.
+        perform_initialization=False,
+        use_cpu_initialization=not cuda,
+        # The policy divides by the global token count itself.
+        calculate_per_token_loss=True,
+        # Micro-batches differ in length; Megatron ties that to this setting even for dense models.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        batch_p2p_sync=cuda,
+        # gloo may still be reading an output when the schedule would free it.
+        deallocate_pipeline_outputs=cuda,
+        attention_softmax_in_fp32=True,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=cuda,
+        apply_rope_fusion=cuda,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **recompute[config.recompute],
+    )
+
+
+def rope_frequencies(architecture: Architecture) -> torch.Tensor:
+    """Rotary frequencies [head_dim / 2], fp32, with Llama 3's scaling where the architecture has it.
+
+    The scaling: wavelengths above original_max_positions / low_freq_factor are stretched by `factor`, those
+    below original_max_positions / high_freq_factor are left, and between the two both are blended linearly
+    in 1 / wavelength (transformers, rope type `llama3`).
+    """
+    exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
+    frequencies = 1.0 / architecture.rope_base**exponents
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage: int | None) -> GPTModel:
+    layout = config.layout
+    megatron = transformer_config(architecture, config, world.device)
+    if world.device.type == "cuda":
+        block = get_gpt_decoder_block_spec(megatron, use_transformer_engine=True, vp_stage=stage)
+    else:
+        block = local_block(megatron, architecture.layers // (layout.pp * layout.vpp))
+    chunk = GPTModel(
+        megatron,
+        block,
+        vocab_size=padded_vocabulary(architecture, layout.tp),
+        max_sequence_length=config.max_tokens,
+        pre_process=world.pp_rank == 0 and stage in (None, 0),
+        post_process=world.last_stage and stage in (None, layout.vpp - 1),
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_base,
+        vp_stage=stage,
+    )
+    chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(world.device)
+    return chunk.to(world.device)

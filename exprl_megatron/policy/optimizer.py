@@ -1,0 +1,80 @@
+"""Megatron's AdamW for a stage, and what its checkpoints need where torch's AdamW is beneath it."""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from exprl_megatron.config.policy import OptimizerConfig
+
+
+def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+    """A fresh optimizer on the chunks' current weights; norms and biases do not decay."""
+    dtype = next(chunks[0].parameters()).dtype
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad_norm,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        list(chunks),
+    )
+    for part in _torch_adam_parts(optimizer):
+        _create_state(part.optimizer)
+        if isinstance(part, DistributedOptimizer):
+            _accept_states_without_step(part)
+    return optimizer
+
+
+def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:
+    """What the next step uses."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def separate_step_counters(optimizer: MegatronOptimizer) -> None:
+    """Gives every parameter its own step counter; to be called after loading a checkpoint.
+
+    DistributedOptimizer.load_state_dict hands one tensor to all of them, and torch's AdamW counts in place:
+    each step would then count once for every parameter.
+    """
+    for part in _torch_adam_parts(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_adam_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Megatron chains optimizers; those of its parts that have torch's AdamW beneath."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+def _create_state(adam: torch.optim.AdamW) -> None:
+    """AdamW creates its state at the first step, but DistributedOptimizer reads it before."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+
+def _accept_states_without_step(part: DistributedOptimizer) -> None:
+    """A reshardable checkpoint keeps `step` once, not per parameter, but the loader looks for it there."""
+    load = part._set_main_param_and_optimizer_states
+
+    def load_with_step(model_param, tensors):
+        group, place = part.model_param_group_index_map[model_param]
+        main_param = part.optimizer.param_groups[group]["params"][place]
+        load(model_param, {"step": part.optimizer.state[main_param]["step"], **tensors})
+
+    part._set_main_param_and_optimizer_states = load_with_step

@@ -1,0 +1,221 @@
+"""The model that learns: all that the training loop asks of Megatron."""
+
+import json
+import math
+from collections.abc import Iterator
+from collections.abc import Sequence as ListLike
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+
+from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
+from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.policy import step
+from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.model import build_chunks
+from exprl_megatron.policy.optimizer import build_optimizer, set_rates
+from exprl_megatron.policy.schedule import learning_rate
+from exprl_megatron.policy.world import current_world
+from exprl_megatron.resharding.gather import Bucket, gather_buckets
+from exprl_megatron.resharding.huggingface import initialise, load_huggingface, save_huggingface
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global, before clipping."""
+    learning_rate: float
+    skipped: bool
+    """True where Megatron refused the step."""
+
+
+@dataclass
+class StageState:
+    """What lives as long as a stage does."""
+
+    config: OptimizerConfig
+    optimizer: MegatronOptimizer
+    total_steps: int
+    updates: int
+    start: list[dict[str, torch.Tensor]] | None
+    """The stage's starting weights, in host memory, by parameter name for each chunk; None: not kept."""
+
+
+class Policy:
+    """This rank's part of the policy. Every rank calls the same methods with the same arguments in the same order.
+
+    Needs a world (see enter_world) for the config's layout. The model is a directory in Hugging Face form;
+    with `initialise: random` its weights are not read but drawn from `seed`, the same for every layout.
+    Raises UserError where the layout cannot hold the model, or the directory does not hold it.
+    """
+
+    def __init__(self, config: PolicyConfig, seed: int):
+        self.config = config
+        self.seed = seed
+        self.world = current_world(config.layout)
+        self.architecture = read_architecture(config.model)
+        self.chunks = build_chunks(self.architecture, config, self.world)
+        self.stage: StageState | None = None
+        self._wrapped: list[DistributedDataParallel] = []
+        if config.initialise == "random":
+            initialise(self.chunks, self.architecture, self.world, seed)
+        else:
+            load_huggingface(self.chunks, self.architecture, self.world, config.model)
+
+    @property
+    def hf_config(self) -> dict:
+        """The model's config.json."""
+        return json.loads((Path(self.config.model) / "config.json").read_text(encoding="utf-8"))
+
+    def begin_stage(self, optimizer: OptimizerConfig, total_steps: int, keep_start: bool = False) -> None:
+        """A fresh optimizer and schedule on the current weights; `total_steps` counts calls of apply_update.
+
+        `keep_start` keeps a copy of the current weights in host memory, for log_probs(start=True).
+        """
+        self._wrap(optimizer.distributed)
+        start = [_host_copy(chunk) for chunk in self.chunks] if keep_start else None
+        self.stage = StageState(optimizer, build_optimizer(optimizer, self._wrapped), total_steps, 0, start)
+        self._zero_grad()
+
+    def log_probs(self, sequences: ListLike[Sequence], temperature: float, start: bool = False) -> list[list[float]]:
+        """The log-prob of every response token of all `sequences`, on every rank, logits divided by `temperature`.
+
+        `start` takes the stage's starting weights instead of the current ones.
+        """
+        if not sequences:
+            return []
+        self._check(sequences)
+        plan = step.plan_micro_batches(sequences, self.config, self.world)
+        micros = self._micro_batches(sequences, plan)
+        with self._starting_weights() if start else _nothing():
+            collected = step.forward_log_probs(
+                self._model(), micros, self.config, self.architecture.vocabulary, temperature
+            )
+        return step.share_log_probs(sequences, plan, collected, self.world)
+
+    def accumulate(
+        self, sequences: ListLike[Sequence], loss_fn: step.LossFunction, temperature: float, denominator: float
+    ) -> dict[str, float]:
+        """Adds the gradients of (sum of losses over all sequences) / denominator; they wait for apply_update.
+
+        Returns the metrics of `loss_fn` summed over everything (maxima where a name ends in `/max`), the same
+        on every rank. How sequences are spread over ranks and micro-batches changes nothing but rounding.
+        """
+        self._stage()
+        self._check(sequences)
+        plan = step.plan_micro_batches(sequences, self.config, self.world)
+        micros = self._micro_batches(sequences, plan)
+        collected = step.forward_backward(
+            self._model(), micros, self.config, self.architecture.vocabulary, temperature, loss_fn, denominator
+        )
+        return step.global_metrics(collected, self.world)
+
+    def apply_update(self) -> UpdateStats:
+        """One optimizer step on the accumulated gradients, clipped to the config's global norm; zeroes them.
+
+        Raises RunStopped, with the weights as they were, where the norm is not finite.
+        """
+        stage = self._stage()
+        finalize_model_grads(self._wrapped)
+        stage.optimizer.prepare_grads()
+        grad_norm = float(stage.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise RunStopped(
+                f"The gradient norm of update {stage.updates + 1} is {grad_norm}; nothing was updated: "
+                f"look at this step's losses and log-probs."
+            )
+        rate = learning_rate(stage.config, stage.updates, stage.total_steps)
+        set_rates(stage.optimizer, rate, stage.config.weight_decay)
+        done, _, _ = stage.optimizer.step()
+        stage.updates += 1
+        self._zero_grad()
+        return UpdateStats(grad_norm, rate, skipped=not done)
+
+    def hf_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """Full tensors under their Hugging Face names, on rank 0, bucket by bucket; see gather_buckets."""
+        return gather_buckets(self.chunks, self.architecture, self.world, bucket_bytes)
+
+    def save_huggingface(self, directory: str | Path) -> None:
+        """Writes the current weights as a model directory; see resharding.huggingface."""
+        save_huggingface(self.chunks, self.architecture, self.world, self.config.model, directory)
+
+    def _model(self) -> list[torch.nn.Module]:
+        return list(self._wrapped or self.chunks)
+
+    def _stage(self) -> StageState:
+        if self.stage is None:
+            raise RuntimeError("the policy learns within a stage; call begin_stage first")
+        return self.stage
+
+    def _zero_grad(self) -> None:
+        for chunk in self._wrapped:
+            chunk.zero_grad_buffer()
+        self._stage().optimizer.zero_grad()
+
+    def _micro_batches(self, sequences: ListLike[Sequence], plan: list[list[list[int]]]):
+        multiple = step.length_multiple(self.config, self.world)
+        return step.padded_micro_batches(sequences, plan[self.world.dp_rank], multiple, self.world.device)
+
+    def _check(self, sequences: ListLike[Sequence]) -> None:
+        longest = max(map(len, sequences))
+        if longest > self.config.max_tokens:
+            raise UserError(
+                f"A sequence has {longest} tokens, more than policy.max_tokens ({self.config.max_tokens}); raise it."
+            )
+        if not all(sequence.prompt_ids for sequence in sequences):
+            raise ValueError("a sequence has no prompt: its first response token would have no log-prob")
+
+    def _wrap(self, distributed: bool) -> None:
+        """Puts the chunks into Megatron's data parallelism, with or without a sharded optimizer in mind."""
+        if self._wrapped:
+            if self._wrapped[0].ddp_config.use_distributed_optimizer == distributed:
+                return
+            # The buffers and hooks of the one kind cannot be taken off a model: build it again.
+            weights = [_host_copy(chunk) for chunk in self.chunks]
+            self._wrapped, self.stage = [], None
+            self.chunks = build_chunks(self.architecture, self.config, self.world)
+            self._set_weights(weights)
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        )
+        self._wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in self.chunks]
+
+    @contextmanager
+    def _starting_weights(self) -> Iterator[None]:
+        """The stage's starting weights in the model's place."""
+        start = self._stage().start
+        if start is None:
+            raise RuntimeError("the starting weights were not kept; call begin_stage with keep_start=True")
+        current = [_host_copy(chunk) for chunk in self.chunks]
+        self._set_weights(start)
+        try:
+            yield
+        finally:
+            self._set_weights(current)
+
+    @torch.no_grad()
+    def _set_weights(self, weights: list[dict[str, torch.Tensor]]) -> None:
+        for chunk, values in zip(self.chunks, weights, strict=True):
+            for name, parameter in chunk.named_parameters():
+                parameter.copy_(values[name])
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _host_copy(chunk: GPTModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in chunk.named_parameters()}

@@ -1,0 +1,155 @@
+"""Forward and backward over micro-batches, through whatever pipeline the layout has."""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as ListLike
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from exprl_megatron.config.policy import PolicyConfig
+from exprl_megatron.policy.batch import MicroBatch, Sequence, filler, pad
+from exprl_megatron.policy.log_probs import response_log_probs
+from exprl_megatron.policy.packing import pack, padded
+from exprl_megatron.policy.world import World
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(log_probs [b, l], entropy [b, l], micro-batch) -> (loss sum, {metric: sum}), scalar tensors.
+
+A metric whose name ends in `/max` is a maximum, not a sum.
+"""
+
+
+def plan_micro_batches(sequences: ListLike[Sequence], config: PolicyConfig, world: World) -> list[list[list[int]]]:
+    """Indices into `sequences` as [data-parallel rank][micro-batch][row]; the same on every rank."""
+    layout = config.layout
+    lengths = [len(sequence) for sequence in sequences]
+    # Interleaved pipelines need as many micro-batches as stages at a time.
+    group = layout.pp if layout.vpp > 1 else 1
+    return pack(lengths, layout.dp, config.micro_batch_tokens, length_multiple(config, world), group)
+
+
+def length_multiple(config: PolicyConfig, world: World) -> int:
+    """Padded lengths are multiples of this: sequence parallelism cuts them, and tensor cores like round numbers."""
+    parts = config.layout.tp if config.layout.sequence_parallel else 1
+    return math.lcm(parts, 64 if world.device.type == "cuda" else 1)
+
+
+def padded_micro_batches(
+    sequences: ListLike[Sequence], plan: list[list[int]], multiple: int, device: torch.device
+) -> list[MicroBatch]:
+    """One rank's plan as tensors."""
+    micros = []
+    for indices in plan:
+        rows = [sequences[index] for index in indices] or [filler(sequences)]
+        micros.append(pad(rows, padded(max(map(len, rows)), multiple)).to(device))
+    return micros
+
+
+def forward_log_probs(
+    model: list[torch.nn.Module], micros: list[MicroBatch], config: PolicyConfig, vocabulary: int, temperature: float
+) -> list[torch.Tensor]:
+    """Log-probs [b, l] of each micro-batch on the last pipeline stage, an empty list on the others."""
+
+    def collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+        return output[0]
+
+    with torch.no_grad():
+        return _run(model, micros, config, vocabulary, temperature, lambda micro: collect, forward_only=True)
+
+
+def forward_backward(
+    model: list[torch.nn.Module],
+    micros: list[MicroBatch],
+    config: PolicyConfig,
+    vocabulary: int,
+    temperature: float,
+    loss_fn: LossFunction,
+    denominator: float,
+) -> list[dict[str, torch.Tensor]]:
+    """Adds the gradients of sum(loss) / denominator; the metrics of each micro-batch on the last stage, else []."""
+
+    def loss_of(micro: MicroBatch):
+        def compute(output: torch.Tensor):
+            loss, metrics = loss_fn(output[0], output[1], micro)
+            # The count that Megatron asks for in the middle is not used: gradients are finalised by the policy.
+            return loss / denominator, torch.zeros((), dtype=torch.int, device=loss.device), metrics
+
+        return compute
+
+    return _run(model, micros, config, vocabulary, temperature, loss_of, forward_only=False)
+
+
+def _run(model, micros, config: PolicyConfig, vocabulary: int, temperature: float, on_output, forward_only: bool):
+    def output_processor(*, hidden_states, output_layer, output_weight, context: MicroBatch, **_):
+        return response_log_probs(
+            hidden_states,
+            output_layer.weight if output_weight is None else output_weight,
+            context.targets,
+            context.mask,
+            temperature=temperature,
+            vocabulary=vocabulary,
+            chunk=config.log_prob_chunk,
+            sequence_parallel=config.layout.sequence_parallel,
+        )
+
+    def forward_step(iterator, chunk):
+        micro = next(iterator)
+        output = chunk(
+            micro.input_ids,
+            micro.position_ids,
+            None,
+            output_processor=output_processor,
+            output_processor_context=micro,
+        )
+        return output, on_output(micro)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micros) for _ in model],
+        model=model,
+        num_microbatches=len(micros),
+        seq_length=config.max_tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> dict[str, float]:
+    """Sums (or maxima) over micro-batches and data-parallel ranks, the same on every rank."""
+    message: list[dict[str, float]] = [{}]
+    if world.last_stage:
+        names = sorted(collected[0])
+        rows = torch.stack([torch.stack([one[name].double() for name in names]) for one in collected])
+        largest = torch.tensor([name.endswith("/max") for name in names], device=rows.device)
+        group = parallel_state.get_data_parallel_group()
+        sums, maxima = rows.sum(dim=0), rows.amax(dim=0)
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
+        message = [dict(zip(names, torch.where(largest, maxima, sums).tolist(), strict=True))]
+    if world.layout.pp > 1:
+        # Pipeline stages are the outermost dimension of the layout: the last rank has the model's end.
+        dist.broadcast_object_list(message, src=dist.get_world_size() - 1)
+    return message[0]
+
+
+def share_log_probs(
+    sequences: ListLike[Sequence], plan: list[list[list[int]]], collected: list[torch.Tensor], world: World
+) -> list[list[float]]:
+    """From each data-parallel rank's micro-batches to the response log-probs of all sequences, on every rank."""
+    offsets = [0]
+    for sequence in sequences:
+        offsets.append(offsets[-1] + len(sequence.response_ids))
+    flat = torch.zeros(offsets[-1], dtype=torch.float32, device=world.device)
+    if world.last_stage and world.tp_rank == 0:
+        for indices, log_probs in zip(plan[world.dp_rank], collected, strict=True):
+            for row, index in enumerate(indices):
+                first, last = len(sequences[index].prompt_ids) - 1, len(sequences[index]) - 1
+                flat[offsets[index] : offsets[index + 1]] = log_probs[row, first:last]
+    dist.all_reduce(flat)
+    values = flat.tolist()
+    return [values[start:stop] for start, stop in pairwise(offsets)]

@@ -1,0 +1,107 @@
+"""The trainer's processes: who talks to whom for a given layout, on which device, from which seed."""
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the trainer's processes; `*_rank` are its coordinates in the layout."""
+
+    layout: Layout
+    device: torch.device
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this process holds the model's end (the pipeline's last stage)."""
+        return self.pp_rank == self.layout.pp - 1
+
+
+def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> World:
+    """Joins the processes that torchrun (or srun, or nobody: then a world of one) started, as `layout` says.
+
+    Uses NCCL where CUDA is and gloo elsewhere. An existing torch process group is used as it is; groups of
+    another layout are dropped first, so one set of processes can go through several layouts.
+    Every collective that waits longer than `timeout_s` raises. Raises UserError where the number of
+    processes is not the layout's.
+    """
+    # Megatron warns of its plans for GPTModel at every start; what is wrong it raises.
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    device = _device()
+    if not dist.is_initialized():
+        _start_process_group(device, timeout_s)
+    processes = dist.get_world_size()
+    if processes != layout.world_size:
+        raise UserError(
+            f"{processes} trainer processes were started but policy.layout needs {layout.world_size} "
+            f"(tp {layout.tp} x pp {layout.pp} x dp {layout.dp}); start {layout.world_size}, or change the layout."
+        )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return current_world(layout)
+
+
+def current_world(layout: Layout) -> World:
+    """The world that enter_world made for `layout`. Raises RuntimeError where it made none or another."""
+    if not parallel_state.model_parallel_is_initialized():
+        raise RuntimeError("this process is in no world; call enter_world first")
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_data_parallel_world_size(),
+    )
+    if sizes != (layout.tp, layout.pp, layout.vpp, layout.dp):
+        raise RuntimeError(f"this process is in a world with tp, pp, vpp, dp = {sizes}, not in that of {layout!r}")
+    return World(
+        layout=layout,
+        device=_device(),
+        rank=dist.get_rank(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def leave_world() -> None:
+    """Gives up all process groups; enter_world may be called again afterwards."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start_process_group(device: torch.device, timeout_s: float) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

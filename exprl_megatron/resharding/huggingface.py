@@ -1,0 +1,166 @@
+"""Model directories in Hugging Face form: into any layout, and out of any layout."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.gather import gather_buckets
+from exprl_megatron.resharding.names import EMBEDDING, HEAD, hf_shapes, parameters
+from exprl_megatron.resharding.sources import INDEX, SINGLE, Random, Safetensors, read_part
+
+SHARD_BYTES = 4 * 2**30
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+"""Files that are copied from the original model: tokenizer and generation settings."""
+
+
+def load_huggingface(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, directory: str | Path
+) -> None:
+    """Fills this rank's parameters from the safetensors in `directory`, reading only what they need.
+
+    Values are converted to the parameters' dtype. Raises UserError where the directory has no weights, a
+    truncated file, or a tensor too many, too few or of another shape than config.json says.
+    """
+    with Safetensors(directory, architecture) as source:
+        _fill(chunks, architecture, world, source)
+        if architecture.tied:
+            _check_tied(source, directory, architecture, world)
+
+
+def initialise(chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, seed: int) -> None:
+    """Fills this rank's parameters with fresh weights, the same model for every layout."""
+    with Random(architecture, seed) as source:
+        _fill(chunks, architecture, world, source)
+
+
+def save_huggingface(
+    chunks: Sequence[torch.nn.Module],
+    architecture: Architecture,
+    world: World,
+    origin: str | Path,
+    directory: str | Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the model as `directory`: safetensors (several with an index above `shard_bytes`), config, tokenizer.
+
+    A collective; config and tokenizer files are taken from `origin`. The directory appears, complete, by one
+    rename, and is refused where it exists. Raises UserError on every rank where it cannot be written.
+    """
+    directory = Path(directory)
+    partial = directory.with_name(directory.name + ".tmp")
+    problem: list[str | None] = [None]
+    written: list[dict[str, int]] = []
+    if world.rank == 0:
+        problem[0] = _attempt(_begin, directory, partial)
+    for bucket in gather_buckets(chunks, architecture, world, shard_bytes):
+        if world.rank == 0 and problem[0] is None:
+            problem[0] = _attempt(_write_shard, partial, len(written), bucket)
+            written.append({name: tensor.nbytes for name, tensor in bucket})
+    if world.rank == 0 and problem[0] is None:
+        problem[0] = _attempt(_finish, directory, partial, Path(origin), written, _dtype(chunks))
+    if world.rank == 0 and problem[0] is not None and partial.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UserError(f"The model cannot be written to {directory}: {problem[0]}; choose another place or make room.")
+
+
+@torch.no_grad()
+def _fill(
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, source: Safetensors | Random
+) -> None:
+    shapes = hf_shapes(architecture)
+    empty = {(index, name): p for index, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+    for entry in parameters(architecture, world.layout):
+        if entry.pp_rank != world.pp_rank:
+            continue
+        parameter = empty.pop((entry.chunk, entry.name))
+        parts = [
+            read_part(source, name, shapes[name], entry.rule.split_dim, world.tp_rank, world.layout.tp)
+            for name in entry.hf_names
+        ]
+        value = entry.rule.merge(parts)
+        if value.shape != parameter.shape:
+            raise ValueError(f"{entry.name}: the table gives shape {tuple(value.shape)}, Megatron {parameter.shape}")
+        parameter.copy_(value)
+    if empty:
+        raise ValueError(f"the table of names does not know the parameters {sorted(empty)}")
+
+
+def _check_tied(source: Safetensors, directory: str | Path, architecture: Architecture, world: World) -> None:
+    """A second, different output layer beside a tied embedding would be lost silently."""
+    if not source.has(HEAD):
+        return
+    shape = hf_shapes(architecture)[EMBEDDING]
+    head, embedding = (read_part(source, n, shape, 0, world.tp_rank, world.layout.tp) for n in (HEAD, EMBEDDING))
+    if not torch.equal(head, embedding):
+        raise UserError(
+            f"{directory} ties its embeddings but {HEAD} differs from {EMBEDDING}; "
+            f"set tie_word_embeddings to false in its config.json."
+        )
+
+
+def _attempt(action: Callable[..., None], *arguments) -> str | None:
+    """Runs `action`; the reason, in a few words, where the file system refused."""
+    try:
+        action(*arguments)
+    except OSError as error:
+        return error.strerror or str(error)
+    except (UserError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
+def _begin(directory: Path, partial: Path) -> None:
+    if directory.exists():
+        raise UserError("it exists already")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write_shard(partial: Path, number: int, bucket: list[tuple[str, torch.Tensor]]) -> None:
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in bucket}
+    save_file(tensors, partial / f"shard-{number}", metadata={"format": "pt"})
+
+
+def _finish(directory: Path, partial: Path, origin: Path, written: list[dict[str, int]], dtype: str) -> None:
+    """Gives the shards their final names, adds index, config and tokenizer, and renames the directory."""
+    names = [SINGLE]
+    if len(written) > 1:
+        names = [f"model-{number + 1:05d}-of-{len(written):05d}.safetensors" for number in range(len(written))]
+        total = sum(sum(sizes.values()) for sizes in written)
+        weight_map = {tensor: name for name, sizes in zip(names, written, strict=True) for tensor in sizes}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for number, name in enumerate(names):
+        (partial / f"shard-{number}").rename(partial / name)
+    config = json.loads((origin / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in COMPANIONS:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, partial / name)
+    partial.rename(directory)
+
+
+def _dtype(chunks: Sequence[torch.nn.Module]) -> str:
+    return str(next(chunks[0].parameters()).dtype).removeprefix("torch.")

@@ -1,0 +1,142 @@
+"""Where Hugging Face tensors come from: safetensors files, or a seed. Both hand out slices."""
+
+import json
+import math
+import zlib
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.resharding.names import EMBEDDING, HEAD, hf_shapes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Safetensors:
+    """The safetensors of a model directory, one file or several with an index; a context manager.
+
+    Opening reads the headers alone and checks that they account for exactly the tensors of `architecture`,
+    shape by shape. Raises UserError otherwise, and for a missing, truncated or damaged file.
+    """
+
+    def __init__(self, directory: str | Path, architecture: Architecture):
+        self._directory = Path(directory)
+        self._stack = ExitStack()
+        self._files = {}
+        with ExitStack() as opened:
+            for path in self._paths():
+                file = opened.enter_context(_open(path))
+                self._files |= dict.fromkeys(file.keys(), file)
+            self._check(architecture)
+            self._stack = opened.pop_all()
+
+    def __enter__(self) -> "Safetensors":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The tensor `name`, or its slice [start, stop) along `dim` (0 or 1); nothing else is read."""
+        view = self._files[name].get_slice(name)
+        return view[start:stop] if dim == 0 else view[:, start:stop]
+
+    def has(self, name: str) -> bool:
+        """Whether the files hold a tensor of that name."""
+        return name in self._files
+
+    def _paths(self) -> list[Path]:
+        index = self._directory / INDEX
+        if not index.is_file():
+            single = self._directory / SINGLE
+            if not single.is_file():
+                raise UserError(f"{self._directory} holds no safetensors weights; fetch the model again.")
+            return [single]
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} is not a safetensors index; fetch the model again.") from error
+        missing = [name for name in names if not (self._directory / name).is_file()]
+        if missing:
+            raise UserError(f"{self._directory} lacks {missing[0]}, which {INDEX} names; fetch the model again.")
+        return [self._directory / name for name in names]
+
+    def _check(self, architecture: Architecture) -> None:
+        shapes = hf_shapes(architecture)
+        if architecture.tied and HEAD in self._files:
+            # Some writers store the tied output layer a second time.
+            shapes[HEAD] = shapes[EMBEDDING]
+        given = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
+        for what, names in (("lacks", shapes.keys() - given), ("has the unknown", given - shapes.keys())):
+            if names:
+                raise UserError(
+                    f"{self._directory} {what} tensor {min(names)} ({len(names)} such); "
+                    f"use weights that fit its config.json."
+                )
+        for name, shape in shapes.items():
+            found = tuple(self._files[name].get_slice(name).get_shape())
+            if found != shape:
+                raise UserError(
+                    f"{self._directory}: tensor {name} has shape {found}, config.json says {shape}; "
+                    f"use weights that fit its config.json."
+                )
+
+
+class Random:
+    """Fresh weights: norms 1, biases 0, matrices normal with the architecture's initializer_range.
+
+    Each tensor is drawn whole from a seed of its own, so it does not depend on the layout.
+    """
+
+    def __init__(self, architecture: Architecture, seed: int):
+        self._shapes = hf_shapes(architecture)
+        self._std = architecture.initializer_range
+        self._seed = seed
+
+    def __enter__(self) -> "Random":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        return None
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """As Safetensors.read."""
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            whole = torch.ones(shape)
+        elif name.endswith(".bias"):
+            whole = torch.zeros(shape)
+        else:
+            generator = torch.Generator().manual_seed((self._seed << 32) % 2**63 + zlib.crc32(name.encode()))
+            whole = torch.empty(shape).normal_(0.0, self._std, generator=generator)
+        return whole[start:stop] if dim == 0 else whole[:, start:stop]
+
+
+def read_part(
+    source: Safetensors | Random, name: str, shape: tuple[int, ...], dim: int | None, rank: int, ranks: int
+) -> torch.Tensor:
+    """Rank `rank`'s part of the tensor `name` cut into `ranks` equal parts along `dim`; None: all of it.
+
+    Where `ranks` does not divide the rows (the vocabulary), they count as padded with zeros until it does.
+    """
+    if dim is None:
+        return source.read(name)
+    size = math.ceil(shape[dim] / ranks)
+    start, stop = min(rank * size, shape[dim]), min((rank + 1) * size, shape[dim])
+    part = source.read(name, dim, start, stop)
+    if stop - start == size:
+        return part
+    padding = part.new_zeros(size - (stop - start), *shape[1:])
+    return torch.cat([part, padding])
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged ({error}); fetch the model again.") from error
