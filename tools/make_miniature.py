@@ -1,0 +1,140 @@
+"""Makes the miniature: all that a complete experiment needs on two CPU cores, from nothing but a seed.
+
+    <out>/tokenizer/       one word, one token; also copied into both models
+    <out>/policy/          config.json and tokenizer of the base policy (1.1 M parameters)
+    <out>/judge/           the same for the judge
+    <out>/base-sft.jsonl   {"id", "prompt", "completion"}: what the base policy learns from, in this order
+    <out>/judge-sft.jsonl  the same for the judge
+    <out>/train.jsonl      {"id", "problem", "reference", "answer"}: long chains for reinforcement learning
+    <out>/heldout.jsonl    the same for evaluation; no problem of these two files is in another file of prompts
+
+The texts and the rules are those of `exprl_megatron.problems.chains`.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from random import Random
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+from exprl_megatron.problems import chains
+
+CONTEXT = 512
+PAD, EOS, UNK = chains.SPECIAL_WORDS
+# Messages are joined by blanks: the miniature's models know no turns.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not loop.last %} {% endif %}{% endfor %}"
+
+
+def write_tokenizer(directory: Path) -> None:
+    words = list(chains.VOCABULARY)
+    # Filled up to a multiple of 32, so that the embedding splits over tensor-parallel ranks and every id that
+    # a model can sample is a word.
+    words += [f"<unused{i}>" for i in range(-len(words) % 32)]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(directory)
+
+
+def model_config() -> Qwen3Config:
+    """The shape of both models: they differ only in what they are taught."""
+    size = len(chains.VOCABULARY)
+    return Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=size + -size % 32,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=576,
+        max_position_embeddings=CONTEXT,
+        rope_theta=10000.0,
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        pad_token_id=chains.VOCABULARY.index(PAD),
+        eos_token_id=chains.VOCABULARY.index(EOS),
+        bos_token_id=None,
+        dtype="float32",
+    )
+
+
+def distinct_chains(rng: Random, count: int, taken: set[str]) -> list[chains.Chain]:
+    """`count` long chains whose problem texts are not in `taken`; theirs are added to it."""
+    found = []
+    while len(found) < count:
+        chain = chains.chain_problem(rng, rng.choice(chains.LONG))
+        text = chains.problem_text(chain)
+        if text not in taken:
+            taken.add(text)
+            found.append(chain)
+    return found
+
+
+def problem_rows(name: str, problems: Iterable[chains.Chain]) -> Iterator[dict]:
+    for i, chain in enumerate(problems):
+        yield {
+            "id": f"{name}-{i}",
+            "problem": chains.problem_text(chain),
+            "reference": chains.reference_text(chain),
+            "answer": chains.answer_text(chain),
+        }
+
+
+def lesson_rows(name: str, pairs: Iterable[tuple[str, str]]) -> Iterator[dict]:
+    for i, (prompt, completion) in enumerate(pairs):
+        yield {"id": f"{name}-{i}", "prompt": prompt, "completion": completion}
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_data(out: Path, args: argparse.Namespace) -> None:
+    taken: set[str] = set()
+    heldout = distinct_chains(Random(f"heldout {args.seed}"), args.heldout, taken)
+    train = distinct_chains(Random(f"train {args.seed}"), args.train, taken)
+    write_rows(out / "heldout.jsonl", problem_rows("heldout", heldout))
+    write_rows(out / "train.jsonl", problem_rows("train", train))
+    base = chains.base_sft_pairs(Random(f"base {args.seed}"), args.base_rows, taken)
+    write_rows(out / "base-sft.jsonl", lesson_rows("base", base))
+    judge = chains.judge_sft_pairs(Random(f"judge {args.seed}"), args.judge_rows, taken)
+    write_rows(out / "judge-sft.jsonl", lesson_rows("judge", judge))
+
+
+def parsed_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make the miniature's tokenizer, model configs and data.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base-rows", type=int, default=600 * 96, help="steps times batch of the base's SFT")
+    parser.add_argument("--judge-rows", type=int, default=600 * 64, help="steps times batch of the judge's SFT")
+    parser.add_argument("--train", type=int, default=4096, help="training problems")
+    parser.add_argument("--heldout", type=int, default=128, help="held-out problems")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parsed_arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(args.out / "tokenizer")
+    for name in ("policy", "judge"):
+        write_tokenizer(args.out / name)
+        model_config().save_pretrained(args.out / name)
+    write_data(args.out, args)
+
+
+if __name__ == "__main__":
+    main()
