@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
     packages=find_packages(include=["exprl_megatron", "exprl_megatron.*"]),
-    package_data={"exprl_megatron": ["**/*.md", "**/*.json", "**/*.yaml"]},
+    package_data={"exprl_megatron": ["**/*.md", "**/*.json", "**/*.yaml", "serving/stand_ins/**/*"]},
     install_requires=[
         "torch==2.14.1",
         "megatron-core==0.19.2",

@@ -1,0 +1,69 @@
+"""The command line and environment of one SGLang server: all that differs between CPU and CUDA is decided here."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from exprl_megatron.config.serving import ServerConfig
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+CPU_MAX_TOTAL_TOKENS = 65_536
+# What torchrun tells its ranks; a server that inherits it looks for its own process group in the wrong place.
+_TORCHRUN = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+_TORCHRUN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def server_command(
+    model: Path, config: ServerConfig, *, dtype: str, port: int, seed: int, weight_version: str, cuda: bool
+) -> list[str]:
+    """Arguments of `python -m sglang.launch_server`.
+
+    On a CPU requests are sampled from their own seed. On CUDA SGLang honours it only with
+    `--enable-deterministic-inference`, which costs speed and is left to `config.extra_args`.
+    """
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--tp-size", str(config.tp)]
+    command += ["--random-seed", str(seed), "--weight-version", weight_version]
+    command += ["--log-level-http", "warning", "--sleep-on-idle"]
+    max_total_tokens = config.max_total_tokens
+    if not cuda:
+        command += ["--device", "cpu", "--attention-backend", "torch_native", "--enable-deterministic-inference"]
+        command += ["--disable-overlap-schedule", "--skip-server-warmup", "--mem-fraction-static", "0.5"]
+        max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
+    if max_total_tokens is not None:
+        command += ["--max-total-tokens", str(max_total_tokens)]
+    if config.max_running_requests is not None:
+        command += ["--max-running-requests", str(config.max_running_requests)]
+    return [*command, *config.extra_args]
+
+
+def server_environment(inherited: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
+    """The environment of a server started from a process with `inherited`."""
+    environment = {
+        name: value
+        for name, value in inherited.items()
+        if not name.startswith(_TORCHRUN) and name not in _TORCHRUN_NAMES
+    }
+    # Without bytecode each of a server's processes compiles 10,000 modules at every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment.update(HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
+    if not cuda:
+        path = [str(STAND_INS), inherited.get("PYTHONPATH", "")]
+        environment.update(
+            PYTHONPATH=os.pathsep.join(part for part in path if part),
+            SGLANG_USE_CPU_ENGINE="1",
+            SGLANG_EXTERNAL_MODEL_PACKAGE="exprl_sglang_models",
+            # More threads than free cores spin on each other: 60 times slower on a busy machine.
+            OMP_NUM_THREADS="1",
+            # Seeded sampling is decorated with torch.compile.
+            TORCHDYNAMO_DISABLE="1",
+        )
+    return environment
+
+
+def has_cuda() -> bool:
+    """Whether servers run on CUDA here."""
+    return torch.cuda.is_available()

@@ -1,0 +1,209 @@
+"""Starts SGLang servers side by side, watches them while they start, and stops them."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.serving import supervise
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.command import has_cuda, server_command, server_environment
+from exprl_megatron.serving.log_tail import log_tail
+from exprl_megatron.serving.ports import free_ports, is_free
+
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """One server to start."""
+
+    name: str
+    """As in messages and in the name of the log file: `policy-0`."""
+    model: Path
+    """Directory in Hugging Face form."""
+    config: ServerConfig
+    log_dir: Path
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    port: int | None = None
+    """None picks a free one."""
+    seed: int = 0
+    weight_version: str = "initial"
+    """What traces carry until the first update."""
+
+
+def server_specs(
+    role: str,
+    model: str | Path,
+    config: ServerConfig,
+    log_dir: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    seed: int = 0,
+    weight_version: str = "initial",
+) -> list[ServerSpec]:
+    """The `config.count` servers `role-0`, `role-1`, ... of one model."""
+    return [
+        ServerSpec(
+            name=f"{role}-{i}",
+            model=Path(model),
+            config=config,
+            log_dir=Path(log_dir),
+            dtype=dtype,
+            port=None if config.port is None else config.port + i,
+            seed=seed,
+            weight_version=weight_version,
+        )
+        for i in range(config.count)
+    ]
+
+
+class Server:
+    """A started server; `with server:` stops it at the end."""
+
+    def __init__(self, spec: ServerSpec, url: str, log_file: Path, process: subprocess.Popen):
+        self.name = spec.name
+        self.url = url
+        self.log_file = log_file
+        self._config = spec.config
+        self._process = process
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The process that supervises the server; SIGTERM to it stops the server."""
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self._process.poll() is None
+
+    def client(self) -> SGLangClient:
+        """A client with this server's name, log file and request deadline."""
+        return SGLangClient(self.url, self.name, self.log_file, self._config.request_deadline_s)
+
+    def wait_ready(self) -> None:
+        """Return when the server answers /health.
+
+        Raises ServerError where it dies first or exceeds start_deadline_s, counted from its start.
+        """
+        deadline_s = self._config.start_deadline_s
+        while not self._healthy():
+            status = self._process.poll()
+            if status is not None:
+                raise self._error(f"ended with status {status} while starting")
+            if time.monotonic() - self._started > deadline_s:
+                raise self._error(f"did not answer /health within start_deadline_s ({deadline_s:g} s)")
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """End the server and every process it started; does nothing where it has ended."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.wait()
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _error(self, what: str) -> ServerError:
+        return ServerError(f"{self.name} ({self.url}) {what}.{log_tail(self.log_file)}")
+
+
+def launch_servers(specs: Sequence[ServerSpec]) -> list[Server]:
+    """Start all processes and return at once; call `wait_ready` on each server before use.
+
+    Raises UserError, before anything is started, where a configured port is in use or a model
+    directory is none.
+    """
+    ports = _ports(specs)
+    for spec in specs:
+        _check_model(spec)
+    return [_launch(spec, port) for spec, port in zip(specs, ports, strict=True)]
+
+
+def start_servers(specs: Sequence[ServerSpec]) -> list[Server]:
+    """Start all servers side by side and wait until all are ready; where one fails, all are stopped.
+
+    Raises UserError (see `launch_servers`) or ServerError.
+    """
+    servers = launch_servers(specs)
+    try:
+        for server in servers:
+            server.wait_ready()
+    except BaseException:
+        for server in servers:
+            server.stop()
+        raise
+    return servers
+
+
+def _launch(spec: ServerSpec, port: int) -> Server:
+    cuda = has_cuda()
+    command = server_command(
+        spec.model,
+        spec.config,
+        dtype=spec.dtype,
+        port=port,
+        seed=spec.seed,
+        weight_version=spec.weight_version,
+        cuda=cuda,
+    )
+    spec.log_dir.mkdir(parents=True, exist_ok=True)
+    log_file = spec.log_dir / f"{spec.name}.log"
+    supervised = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *command]
+    with open(log_file, "ab") as log:
+        process = subprocess.Popen(
+            supervised,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=server_environment(os.environ, cuda=cuda),
+            # Ctrl-C is for us: we decide when servers stop.
+            start_new_session=True,
+        )
+    return Server(spec, f"http://127.0.0.1:{port}", log_file, process)
+
+
+def _ports(specs: Sequence[ServerSpec]) -> list[int]:
+    configured: dict[int, str] = {}
+    for spec in specs:
+        if spec.port is None:
+            continue
+        if spec.port in configured:
+            raise UserError(
+                f"Port {spec.port} is wanted by {configured[spec.port]} and by {spec.name}; set another port for one."
+            )
+        if not is_free(spec.port):
+            raise UserError(
+                f"Port {spec.port}, configured for {spec.name}, is in use; set another port, or none to get a free one."
+            )
+        configured[spec.port] = spec.name
+    free = iter(free_ports(sum(spec.port is None for spec in specs), set(configured)))
+    return [next(free) if spec.port is None else spec.port for spec in specs]
+
+
+def _check_model(spec: ServerSpec) -> None:
+    if not (spec.model / "config.json").is_file():
+        raise UserError(
+            f"{spec.model}, the model of {spec.name}, has no config.json; give a directory in Hugging Face form."
+        )
+    if not any(spec.model.glob("*.safetensors")):
+        raise UserError(f"{spec.model}, the model of {spec.name}, has no *.safetensors; put the weights there.")

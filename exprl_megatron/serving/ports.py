@@ -1,0 +1,33 @@
+"""Ports on the local machine."""
+
+import random
+import socket
+
+# Below the ports that the kernel gives to outgoing connections: one of those may be taken while a server starts.
+_RANGE = range(20_000, 32_000)
+
+
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen on `port` now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_ports(count: int, taken: set[int] = frozenset()) -> list[int]:
+    """`count` different ports on which nothing listens and which are not in `taken`.
+
+    Raises OSError where there are not that many.
+    """
+    candidates = random.SystemRandom().sample(_RANGE, len(_RANGE))
+    found: list[int] = []
+    for port in candidates:
+        if len(found) == count:
+            return found
+        if port not in taken and is_free(port):
+            found.append(port)
+    raise OSError(f"fewer than {count} free ports between {_RANGE.start} and {_RANGE.stop}")

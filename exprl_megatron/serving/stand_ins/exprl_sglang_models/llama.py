@@ -1,0 +1,3 @@
+"""SGLang's own llama."""
+
+from sglang.srt.models.llama import EntryClass as EntryClass

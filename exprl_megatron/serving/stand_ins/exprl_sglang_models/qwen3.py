@@ -1,0 +1,3 @@
+"""SGLang's own qwen3."""
+
+from sglang.srt.models.qwen3 import EntryClass as EntryClass

@@ -1,0 +1,44 @@
+"""Stand-in for SGLang's CUDA kernels: placeholders, and the hash behind seeded sampling.
+
+Submodules are absent on purpose: where SGLang fails to import one, it takes its own fallback.
+"""
+
+import torch
+from exprl_placeholder import placeholders
+
+__version__ = "0.0.0"
+__getattr__ = placeholders("sgl_kernel")
+
+_MASK = 0xFFFFFFFF
+
+
+def _rotate(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((x << bits) | (x >> (32 - bits))) & _MASK
+
+
+def _absorb(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    word = _rotate((word * 0xCC9E2D51) & _MASK, 15)
+    word = (word * 0x1B873593) & _MASK
+    return (_rotate(state ^ word, 13) * 5 + 0xE6546B64) & _MASK
+
+
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3_x86_32, hash seed 0, of the 16 bytes (seed low, seed high, position, column).
+
+    `seed` [n] uint64 or int64, `positions` [n], `col_indices` [m]; the result is [n, m] uint32. The
+    arithmetic is on 32-bit words held in int64; a product that overflows keeps its low 32 bits right.
+    """
+    seed = seed.view(torch.int64) if seed.dtype == torch.uint64 else seed.to(torch.int64)
+    state = _absorb(torch.zeros_like(seed), seed & _MASK)
+    state = _absorb(state, (seed >> 32) & _MASK)
+    state = _absorb(state, positions.to(torch.int64) & _MASK)
+    state = _absorb(state[:, None], col_indices.to(torch.int64)[None, :] & _MASK)
+    state = state ^ 16
+    state = ((state ^ (state >> 16)) * 0x85EBCA6B) & _MASK
+    state = ((state ^ (state >> 13)) * 0xC2B2AE35) & _MASK
+    return (state ^ (state >> 16)).to(torch.uint32)
+
+
+_library = torch.library.Library("sgl_kernel", "FRAGMENT")
+_library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
+_library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")

@@ -1,0 +1,54 @@
+"""Runs one server as a child and ends it, with all that it started, when the parent is gone.
+
+Run as a script with the standard library alone: `supervise.py PARENT_PID COMMAND...`. It asks for its
+own parent's pid five times a second, so kill -9 of the parent is enough; SIGTERM to it stops the server.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+
+GRACE_S = 5.0
+"""From SIGTERM to SIGKILL."""
+_POLL_S = 0.2
+_PR_SET_PDEATHSIG = 1
+
+
+def supervise(parent: int, command: list[str]) -> int:
+    """Run `command` to its end, to our SIGTERM, or to the end of `parent`; returns its exit status."""
+    asked_to_stop = []
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
+    libc = ctypes.CDLL(None)
+    # The server's children watch the server; the server watches us, should we be killed ourselves.
+    server = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    )
+    while server.poll() is None and not asked_to_stop and os.getppid() == parent:
+        time.sleep(_POLL_S)
+    if server.poll() is None:
+        server.terminate()
+        _wait(server, GRACE_S)
+    _kill_group(server.pid)
+    return server.wait()
+
+
+def _wait(server: subprocess.Popen, seconds: float) -> None:
+    try:
+        server.wait(seconds)
+    except subprocess.TimeoutExpired:
+        print(f"supervise: the server did not end within {seconds:g} s of SIGTERM; killing it", file=sys.stderr)
+
+
+def _kill_group(group: int) -> None:
+    """SIGKILL whatever is left of the server's process group: children whose parent died before they watched it."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))

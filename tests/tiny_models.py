@@ -1,0 +1,111 @@
+"""Tiny random models in Hugging Face form, each with a tokenizer of its own, made from nothing."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+Architecture = Literal["llama", "qwen2", "qwen3"]
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+TEXT = (
+    "What is 12 plus 34? The answer is 46. Score: 3. First take the number, then add seven; multiply the result by "
+    "five and subtract what was there before. Problem, reference, trace and solution are judged step by step."
+)
+
+
+def write_tiny_model(
+    directory: Path,
+    architecture: Architecture,
+    *,
+    vocab_size: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    hidden: int = 64,
+    tied: bool = False,
+    seed: int = 0,
+    published_form: bool = True,
+) -> Path:
+    """Write config, float32 weights and tokenizer into `directory` and return it.
+
+    Norm weights, biases and logits are far from trivial. Llama has Llama 3's rope scaling, Qwen2 a
+    bias on query, key and value, Qwen3 norms on query and key. `published_form` writes rope settings
+    under the names that published checkpoints have (rope_theta, rope_scaling).
+    """
+    tokenizer = tiny_tokenizer(vocab_size)
+    torch.manual_seed(seed)
+    config = CONFIGS[architecture](
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=1024,
+        rope_parameters=_rope(architecture),
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    model = AutoModelForCausalLM.from_config(config).float()
+    for name, parameter in model.named_parameters():
+        mean, deviation = (1.0, 0.3) if "norm" in name else (0.0, 0.5 if name.endswith("bias") else 0.15)
+        torch.nn.init.normal_(parameter.data, mean, deviation)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if published_form:
+        _write_published_form(directory / "config.json")
+    return directory
+
+
+def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over ASCII with exactly `vocab_size` tokens (103 to about 250) and a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ascii_text = "".join(chr(code) for code in range(32, 127)) + "\n"
+    alphabet = sorted({c for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(ascii_text) for c in piece})
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", extra_special_tokens=["<|start|>"]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    assert len(fast) == vocab_size
+    return fast
+
+
+def _rope(architecture: Architecture) -> dict:
+    if architecture != "llama":
+        return {"rope_type": "default", "rope_theta": 10_000.0}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+
+
+def _write_published_form(path: Path) -> None:
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    config["torch_dtype"] = config.pop("dtype")
+    path.write_text(json.dumps(config, indent=2))
