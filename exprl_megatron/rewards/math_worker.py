@@ -1,0 +1,62 @@
+"""The process in which math-verify runs, so that it can be killed: JSON lines in, JSON lines out.
+
+A request is {"gold": text, "answer": text, "limit_s": seconds}; the reply is {"equal": bool} or
+{"reason": "verifier-error", "error": text}. The process prints {"ready": true} once it is warm, and ends
+when its input does.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+
+MEMORY_BYTES = 4 * 2**30
+
+
+def serve() -> None:
+    """Answer requests from standard input until it ends."""
+    # Whatever a library prints must not get between the replies.
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    _limit_memory()
+    logging.disable(logging.CRITICAL)
+    from math_verify import parse, verify
+
+    parse("$1$", parsing_timeout=None)
+    replies.write(json.dumps({"ready": True}) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        # The parent kills a process that hangs; this ends one whose parent was itself killed.
+        signal.setitimer(signal.ITIMER_REAL, 2 * request["limit_s"])
+        try:
+            reply = {"equal": _equal(parse, verify, request["gold"], request["answer"])}
+        except Exception as error:  # whatever it is, the parent hears of it
+            reply = {"reason": "verifier-error", "error": f"{type(error).__name__}: {error}"[:300]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write(json.dumps(reply) + "\n")
+
+
+def _equal(parse, verify, gold: str, answer: str) -> bool:
+    if gold.strip() == answer.strip():
+        return True
+    wanted = _parsed(parse, gold)
+    if not wanted:
+        raise ValueError(f"the right answer {gold!r} is nothing that math-verify can read")
+    return verify(wanted, _parsed(parse, answer), timeout_seconds=None, raise_on_error=True)
+
+
+def _parsed(parse, text: str) -> list:
+    return parse(f"\\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
+
+
+def _limit_memory() -> None:
+    """An expression that explodes must not take the machine's memory along."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+if __name__ == "__main__":
+    serve()

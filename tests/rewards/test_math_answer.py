@@ -1,0 +1,115 @@
+"""The verifier: right, wrong, no answer, and comparisons that never end."""
+
+import asyncio
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.rewards.math_answer import MathVerifier
+
+ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with MathVerifier(deadline_s=20.0, workers=2) as verifier:
+        yield verifier
+
+
+def _verify(verifier, answer, text, finish_reason="stop"):
+    return asyncio.run(verifier.verify(answer, text, finish_reason))
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "value"),
+    [
+        ("36", r"\boxed{36}", 1.0),
+        ("36", r"\boxed{36.0}", 1.0),
+        ("1/2", r"\boxed{\frac{1}{2}}", 1.0),
+        (r"\frac12", r"\boxed{0.5}", 1.0),
+        ("1200", "#### 1,200", 1.0),
+        ("x^2+1", r"\boxed{1+x^2}", 1.0),
+        (r"\{1,2\}", r"\boxed{\{2,1\}}", 1.0),
+        ("36", "### 12 * 3 = 36 ans 36", 1.0),
+        ("B", r"\boxed{B}", 1.0),
+        ("36", r"\boxed{36} or rather \boxed{37}", 0.0),
+        ("36", "ans 35", 0.0),
+        ("36", r"\boxed{\frac{}}", 0.0),
+        ("A", r"\boxed{B}", 0.0),
+    ],
+)
+def test_right_answers_score_one_and_wrong_ones_zero(verifier, answer, text, value):
+    verdict = _verify(verifier, answer, text)
+    assert isinstance(verdict, Scored)
+    assert verdict.value == value
+
+
+def test_no_answer_scores_zero(verifier):
+    assert _verify(verifier, "36", "I do not know.") == Scored(0.0, "no answer")
+
+
+def test_a_right_answer_before_the_length_limit_counts(verifier):
+    assert _verify(verifier, "36", r"\boxed{36} and so on", "length") == Scored(1.0, "36 (cut off)")
+
+
+def test_a_right_answer_that_cannot_be_read_is_an_abstention(verifier):
+    verdict = _verify(verifier, "}{", r"\boxed{36}")
+    assert isinstance(verdict, Abstained)
+    assert verdict.reason == "verifier-error"
+
+
+def test_many_at_once_get_their_own_verdicts_from_several_loops(verifier):
+    async def all_of_them():
+        return await asyncio.gather(*(verifier.verify(str(i % 3), f"ans {i}", "stop") for i in range(12)))
+
+    for _ in range(2):
+        assert [verdict.value for verdict in asyncio.run(all_of_them())] == [1.0] * 3 + [0.0] * 9
+
+
+def test_an_endless_comparison_is_an_abstention_and_its_process_is_replaced():
+    before = set(psutil.Process().children())
+    with MathVerifier(deadline_s=4.0) as verifier:
+        (hung,) = set(psutil.Process().children()) - before
+        verdict = _verify(verifier, "36", ENDLESS)
+        assert isinstance(verdict, Abstained)
+        assert verdict.reason == "verifier-timeout"
+        assert not hung.is_running()
+        assert _verify(verifier, "36", "ans 36") == Scored(1.0, "36")
+
+
+def test_a_process_that_dies_is_an_abstention_and_is_replaced():
+    before = set(psutil.Process().children())
+    with MathVerifier(deadline_s=60.0) as verifier:
+        assert _verify(verifier, "36", "ans 36").value == 1.0
+        (process,) = set(psutil.Process().children()) - before
+        process.kill()
+        verdict = _verify(verifier, "36", r"\boxed{36}")
+        assert verdict.reason == "verifier-error"
+        assert _verify(verifier, "36", "ans 36").value == 1.0
+    assert set(psutil.Process().children()) <= before
+
+
+def test_the_worker_loads_no_torch():
+    code = "import sys, exprl_megatron.rewards.math_worker, math_verify; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_endless_comparison_whose_trainer_was_killed_ends_by_itself():
+    code = (
+        "import asyncio, os, signal, psutil, threading\n"
+        "from exprl_megatron.rewards.math_answer import MathVerifier\n"
+        "verifier = MathVerifier(deadline_s=3.0)\n"
+        "print(psutil.Process().children()[0].pid, flush=True)\n"
+        "asyncio.run(verifier.verify('36', 'ans 36', 'stop'))\n"
+        "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()\n"
+        f"asyncio.run(verifier.verify('36', {ENDLESS!r}, 'stop'))\n"
+    )
+    trainer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert trainer.returncode == -9
+    pid = int(trainer.stdout)
+    if psutil.pid_exists(pid):
+        psutil.wait_procs([psutil.Process(pid)], timeout=60)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
