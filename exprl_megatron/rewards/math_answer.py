@@ -14,37 +14,35 @@ from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.rewards.extraction import extract_answer
 
 START_DEADLINE_S = 120.0
+DEADLINE_S = 5.0
 
 
 class MathVerifier:
     """Compares answers in `workers` warm processes; a process that hangs is killed and replaced.
 
-    `deadline_s` bounds one comparison. Works from any event loop; `close` ends the processes, and so does
-    the end of this process.
+    Works from any event loop; `close` ends the processes, and so does the end of this process.
     """
 
-    def __init__(self, deadline_s: float, workers: int = 1):
-        self._deadline_s = deadline_s
+    def __init__(self, workers: int = 1):
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="math-verifier")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(workers):
             self._idle.put(_Worker())
 
-    async def verify(self, answer: str, trace_text: str, finish_reason: str) -> Judgement:
-        """1.0 where the trace's final answer equals `answer`, else 0.0; evidence is the answer found.
+    async def verify(self, answer: str, trace_text: str, deadline_s: float = DEADLINE_S) -> Judgement:
+        """1.0 where the trace's final answer equals `answer`, else 0.0; the evidence is the answer found.
 
-        A trace without an answer gets 0. One that the length limit cut off (`finish_reason` "length")
-        after a right answer still gets 1. Abstains with `verifier-timeout`, or with `verifier-error`
-        where math-verify fails. Raises RuntimeError where no process can be started.
+        A trace without an answer gets 0; one that the length limit cut off after a right answer gets 1.
+        Abstains with `verifier-timeout` where the comparison takes longer than `deadline_s`, and with
+        `verifier-error` where math-verify fails. Raises RuntimeError where no process can be started.
         """
         found = extract_answer(trace_text)
-        cut = " (cut off)" if finish_reason == "length" else ""
         if found is None:
-            return Scored(0.0, f"no answer{cut}")
+            return Scored(0.0, "no answer")
         loop = asyncio.get_running_loop()
-        reply = await loop.run_in_executor(self._threads, self._compare, answer, found)
+        reply = await loop.run_in_executor(self._threads, self._compare, answer, found, deadline_s)
         if "equal" in reply:
-            return Scored(float(reply["equal"]), found + cut)
+            return Scored(float(reply["equal"]), found)
         return Abstained(reply["reason"], f"{found}: {reply['error']}")
 
     def close(self) -> None:
@@ -59,14 +57,14 @@ class MathVerifier:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _compare(self, gold: str, answer: str) -> dict:
+    def _compare(self, gold: str, answer: str, deadline_s: float) -> dict:
         worker = self._idle.get()
         try:
             worker.wait_until_warm()
-            return worker.ask({"gold": gold, "answer": answer, "limit_s": self._deadline_s}, self._deadline_s)
+            return worker.ask({"gold": gold, "answer": answer, "limit_s": deadline_s}, deadline_s)
         except TimeoutError:
             worker.kill()
-            return {"reason": "verifier-timeout", "error": f"not compared within {self._deadline_s:g} s"}
+            return {"reason": "verifier-timeout", "error": f"not compared within {deadline_s:g} s"}
         except EOFError as error:
             worker.kill()
             return {"reason": "verifier-error", "error": str(error)}

@@ -15,12 +15,12 @@ ENDLESS = r"\boxed{9^{9^{9^{9}}}}"
 
 @pytest.fixture(scope="module")
 def verifier():
-    with MathVerifier(deadline_s=20.0, workers=2) as verifier:
+    with MathVerifier(workers=2) as verifier:
         yield verifier
 
 
-def _verify(verifier, answer, text, finish_reason="stop"):
-    return asyncio.run(verifier.verify(answer, text, finish_reason))
+def _verify(verifier, answer, text, deadline_s=60.0):
+    return asyncio.run(verifier.verify(answer, text, deadline_s))
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,6 @@ def test_no_answer_scores_zero(verifier):
     assert _verify(verifier, "36", "I do not know.") == Scored(0.0, "no answer")
 
 
-def test_a_right_answer_before_the_length_limit_counts(verifier):
-    assert _verify(verifier, "36", r"\boxed{36} and so on", "length") == Scored(1.0, "36 (cut off)")
-
-
 def test_a_right_answer_that_cannot_be_read_is_an_abstention(verifier):
     verdict = _verify(verifier, "}{", r"\boxed{36}")
     assert isinstance(verdict, Abstained)
@@ -63,7 +59,7 @@ def test_a_right_answer_that_cannot_be_read_is_an_abstention(verifier):
 
 def test_many_at_once_get_their_own_verdicts_from_several_loops(verifier):
     async def all_of_them():
-        return await asyncio.gather(*(verifier.verify(str(i % 3), f"ans {i}", "stop") for i in range(12)))
+        return await asyncio.gather(*(verifier.verify(str(i % 3), f"ans {i}", 60.0) for i in range(12)))
 
     for _ in range(2):
         assert [verdict.value for verdict in asyncio.run(all_of_them())] == [1.0] * 3 + [0.0] * 9
@@ -71,9 +67,9 @@ def test_many_at_once_get_their_own_verdicts_from_several_loops(verifier):
 
 def test_an_endless_comparison_is_an_abstention_and_its_process_is_replaced():
     before = set(psutil.Process().children())
-    with MathVerifier(deadline_s=4.0) as verifier:
+    with MathVerifier() as verifier:
         (hung,) = set(psutil.Process().children()) - before
-        verdict = _verify(verifier, "36", ENDLESS)
+        verdict = _verify(verifier, "36", ENDLESS, deadline_s=2.0)
         assert isinstance(verdict, Abstained)
         assert verdict.reason == "verifier-timeout"
         assert not hung.is_running()
@@ -82,7 +78,7 @@ def test_an_endless_comparison_is_an_abstention_and_its_process_is_replaced():
 
 def test_a_process_that_dies_is_an_abstention_and_is_replaced():
     before = set(psutil.Process().children())
-    with MathVerifier(deadline_s=60.0) as verifier:
+    with MathVerifier() as verifier:
         assert _verify(verifier, "36", "ans 36").value == 1.0
         (process,) = set(psutil.Process().children()) - before
         process.kill()
@@ -101,11 +97,11 @@ def test_an_endless_comparison_whose_trainer_was_killed_ends_by_itself():
     code = (
         "import asyncio, os, signal, psutil, threading\n"
         "from exprl_megatron.rewards.math_answer import MathVerifier\n"
-        "verifier = MathVerifier(deadline_s=3.0)\n"
+        "verifier = MathVerifier()\n"
         "print(psutil.Process().children()[0].pid, flush=True)\n"
-        "asyncio.run(verifier.verify('36', 'ans 36', 'stop'))\n"
+        "asyncio.run(verifier.verify('36', 'ans 36', 60.0))\n"
         "threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()\n"
-        f"asyncio.run(verifier.verify('36', {ENDLESS!r}, 'stop'))\n"
+        f"asyncio.run(verifier.verify('36', {ENDLESS!r}, 2.0))\n"
     )
     trainer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert trainer.returncode == -9
