@@ -35,6 +35,7 @@ def _verify(verifier, answer, text, deadline_s=60.0):
         (r"\{1,2\}", r"\boxed{\{2,1\}}", 1.0),
         ("36", "### 12 * 3 = 36 ans 36", 1.0),
         ("B", r"\boxed{B}", 1.0),
+        ("36", r"\boxed{36} and on, until the length lim", 1.0),
         ("36", r"\boxed{36} or rather \boxed{37}", 0.0),
         ("36", "ans 35", 0.0),
         ("36", r"\boxed{\frac{}}", 0.0),

@@ -1,0 +1,84 @@
+"""A run's metrics: one JSON object a step in metrics.jsonl, and the same in TensorBoard."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from exprl_megatron.errors import UserError
+
+
+class MetricsWriter:
+    """Appends to `jsonl` and to TensorBoard's files in `tensorboard`; one process alone may hold it.
+
+    `resumed_step` is the last step that the resumed run has behind it (0 for a new run), counted over
+    all stages. Records of later steps, written before the interruption, are taken out of both, so that
+    no step is there twice. Raises UserError where `jsonl` is damaged anywhere but in its last line.
+    """
+
+    def __init__(self, jsonl: Path, tensorboard: Path, resumed_step: int = 0):
+        jsonl.parent.mkdir(parents=True, exist_ok=True)
+        kept = _truncate(jsonl, resumed_step)
+        # Seconds go on from the interrupted run's: they are time spent on the run, not the time of day.
+        self._started = time.monotonic() - (kept[-1]["wall_s"] if kept else 0.0)
+        self._file = open(jsonl, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer is
+        self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
+
+    def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record a step; `step` counts over all stages, from 1. On disk when this returns.
+
+        A number that is not finite becomes null in metrics.jsonl, which has no other word for it.
+        """
+        record = {
+            "stage": stage,
+            "step": step,
+            "wall_s": round(time.monotonic() - self._started, 3),
+            "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
+        }
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close both."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(jsonl: Path) -> list[dict]:
+    """The records of metrics.jsonl in order; a last line cut off by a crash is left out.
+
+    Raises UserError where any other line is damaged.
+    """
+    if not jsonl.is_file():
+        return []
+    lines = jsonl.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{jsonl} line {number} is damaged ({error}); delete that line.") from error
+    return records
+
+
+def _truncate(jsonl: Path, last_step: int) -> list[dict]:
+    """Rewrite the file with the records up to `last_step` alone, in one move; those records."""
+    if not jsonl.is_file():
+        return []
+    kept = [record for record in read_metrics(jsonl) if record["step"] <= last_step]
+    temporary = jsonl.with_name(jsonl.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    temporary.replace(jsonl)
+    return kept

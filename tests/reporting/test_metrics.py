@@ -1,0 +1,63 @@
+"""metrics.jsonl and TensorBoard hold each step once, whatever interrupted the run."""
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.reporting.metrics import MetricsWriter, read_metrics
+
+
+def _writer(tmp_path, resumed_step=0):
+    return MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resumed_step)
+
+
+def _write(tmp_path, steps, resumed_step=0, offset=0.0):
+    with _writer(tmp_path, resumed_step) as writer:
+        for step in steps:
+            writer.write("priming", step, {"loss": step + offset, "reward/mean": 0.5})
+
+
+def test_a_step_is_a_record_and_a_point(tmp_path):
+    _write(tmp_path, [1, 2])
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["stage"], r["step"], r["metrics"]) for r in records] == [
+        ("priming", 1, {"loss": 1.0, "reward/mean": 0.5}),
+        ("priming", 2, {"loss": 2.0, "reward/mean": 0.5}),
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
+
+
+def test_after_a_resume_no_step_is_there_twice(tmp_path):
+    _write(tmp_path, [1, 2, 3, 4])
+    _write(tmp_path, [3, 4, 5], resumed_step=2, offset=0.25)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["metrics"]["loss"]) for r in records] == [(1, 1), (2, 2), (3, 3.25), (4, 4.25), (5, 5.25)]
+    seconds = [r["wall_s"] for r in records]
+    assert seconds == sorted(seconds)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1), (2, 2), (3, 3.25), (4, 4.25), (5, 5.25)]
+
+
+def test_a_last_line_cut_off_by_a_crash_is_dropped(tmp_path):
+    _write(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    _write(tmp_path, [3], resumed_step=2)
+    assert [r["step"] for r in read_metrics(path)] == [1, 3]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is damaged"):
+        _writer(tmp_path)
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    with _writer(tmp_path) as writer:
+        writer.write("priming", 1, {"loss": float("nan"), "grad_norm": float("inf")})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["metrics"] == {"loss": None, "grad_norm": None}
