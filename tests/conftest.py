@@ -1,22 +1,22 @@
-"""Fixtures shared by all tests: tiny models, and one running server."""
+"""Fixtures shared by all tests: tiny models, and one running server.
+
+What the fixtures need is imported inside them, so that tests without them start at once.
+"""
 
 import inspect
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_models import write_tiny_model
-
-from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.launch import Server, ServerSpec, start_servers
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def tiny_model(tmp_path_factory):
     """`tiny_model("qwen3", tied=True)`: the directory of such a model, written once (see write_tiny_model).
 
     Tests must not write into it.
     """
+    from tiny_models import write_tiny_model
+
     written: dict[str, Path] = {}
 
     def get(architecture: str, **settings) -> Path:
@@ -31,10 +31,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def qwen3_server(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A policy server with the default tiny Qwen3, for all tests that leave it as they found it."""
-    spec = ServerSpec(
-        name="policy-0", model=tiny_model("qwen3"), config=ServerConfig(), log_dir=tmp_path_factory.mktemp("logs")
-    )
+def qwen3_server(tiny_model, tmp_path_factory):
+    """A running policy server with the default tiny Qwen3; a test leaves it with the weights it found."""
+    from exprl_megatron.config.serving import ServerConfig
+    from exprl_megatron.serving.launch import ServerSpec, start_servers
+
+    config = ServerConfig(request_deadline_s=120)
+    spec = ServerSpec("policy-0", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))
     with start_servers([spec])[0] as server:
         yield server

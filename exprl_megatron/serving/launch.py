@@ -96,24 +96,29 @@ class Server:
         """A client with this server's name, log file and request deadline."""
         return SGLangClient(self.url, self.name, self.log_file, self._config.request_deadline_s)
 
-    def wait_ready(self) -> None:
-        """Return when the server answers /health.
+    def ready(self) -> bool:
+        """Whether the server answers /health by now.
 
-        Raises ServerError where it dies first or exceeds start_deadline_s, counted from its start.
+        Raises ServerError where it has died, or start_deadline_s, counted from its start, has passed.
         """
+        status = self._process.poll()
+        if status is not None:
+            raise self._error(f"ended with status {status} while starting")
+        if self._healthy():
+            return True
         deadline_s = self._config.start_deadline_s
-        while not self._healthy():
-            status = self._process.poll()
-            if status is not None:
-                raise self._error(f"ended with status {status} while starting")
-            if time.monotonic() - self._started > deadline_s:
-                raise self._error(f"did not answer /health within start_deadline_s ({deadline_s:g} s)")
-            time.sleep(_POLL_S)
+        if time.monotonic() - self._started > deadline_s:
+            raise self._error(f"did not answer /health within start_deadline_s ({deadline_s:g} s)")
+        return False
+
+    def ask_to_stop(self) -> None:
+        """Begin to end the server, without waiting."""
+        if self._process.poll() is None:
+            self._process.terminate()
 
     def stop(self) -> None:
         """End the server and every process it started; does nothing where it has ended."""
-        if self._process.poll() is None:
-            self._process.terminate()
+        self.ask_to_stop()
         self._process.wait()
 
     def _healthy(self) -> bool:
@@ -128,7 +133,7 @@ class Server:
 
 
 def launch_servers(specs: Sequence[ServerSpec]) -> list[Server]:
-    """Start all processes and return at once; call `wait_ready` on each server before use.
+    """Start all processes side by side and return at once; `wait_servers` before use.
 
     Raises UserError, before anything is started, where a configured port is in use or a model
     directory is none.
@@ -139,20 +144,30 @@ def launch_servers(specs: Sequence[ServerSpec]) -> list[Server]:
     return [_launch(spec, port) for spec, port in zip(specs, ports, strict=True)]
 
 
-def start_servers(specs: Sequence[ServerSpec]) -> list[Server]:
-    """Start all servers side by side and wait until all are ready; where one fails, all are stopped.
-
-    Raises UserError (see `launch_servers`) or ServerError.
-    """
-    servers = launch_servers(specs)
+def wait_servers(servers: Sequence[Server]) -> None:
+    """Return when all are ready; where one fails, all are stopped and its ServerError is raised."""
     try:
-        for server in servers:
-            server.wait_ready()
+        waiting = list(servers)
+        while waiting := [server for server in waiting if not server.ready()]:
+            time.sleep(_POLL_S)
     except BaseException:
-        for server in servers:
-            server.stop()
+        stop_servers(servers)
         raise
+
+
+def start_servers(specs: Sequence[ServerSpec]) -> list[Server]:
+    """`launch_servers`, then `wait_servers`."""
+    servers = launch_servers(specs)
+    wait_servers(servers)
     return servers
+
+
+def stop_servers(servers: Sequence[Server]) -> None:
+    """End all servers, side by side."""
+    for server in servers:
+        server.ask_to_stop()
+    for server in servers:
+        server.stop()
 
 
 def _launch(spec: ServerSpec, port: int) -> Server:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 GRACE_S = 5.0
@@ -22,24 +23,29 @@ def supervise(parent: int, command: list[str]) -> int:
     asked_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     libc = ctypes.CDLL(None)
-    # The server's children watch the server; the server watches us, should we be killed ourselves.
-    server = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    )
-    while server.poll() is None and not asked_to_stop and os.getppid() == parent:
-        time.sleep(_POLL_S)
-    if server.poll() is None:
-        server.terminate()
-        _wait(server, GRACE_S)
-    _kill_group(server.pid)
-    return server.wait()
+    # SGLang leaves its sockets in the temporary directory; their paths must be short, so it is not in the run's.
+    with tempfile.TemporaryDirectory(prefix="exprl-", ignore_cleanup_errors=True) as directory:
+        # The server's children watch the server; the server watches us, should we be killed ourselves.
+        server = subprocess.Popen(
+            command,
+            env={**os.environ, "TMPDIR": directory},
+            start_new_session=True,
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+        )
+        while server.poll() is None and not asked_to_stop and os.getppid() == parent:
+            time.sleep(_POLL_S)
+        if server.poll() is None:
+            server.terminate()
+            _wait(server, GRACE_S)
+        _kill_group(server.pid)
+        return server.wait()
 
 
 def _wait(server: subprocess.Popen, seconds: float) -> None:
     try:
         server.wait(seconds)
     except subprocess.TimeoutExpired:
-        print(f"supervise: the server did not end within {seconds:g} s of SIGTERM; killing it", file=sys.stderr)
+        print(f"supervise: SIGKILL, {seconds:g} s after SIGTERM", file=sys.stderr)
 
 
 def _kill_group(group: int) -> None:

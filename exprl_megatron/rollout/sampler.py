@@ -1,0 +1,94 @@
+"""Groups of traces from the policy's servers, each trace handed on as soon as it is finished."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from exprl_megatron.config.serving import SamplingConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.serving.client import Generation, SGLangClient
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy gets to read of one problem."""
+
+    problem_id: str
+    token_ids: tuple[int, ...]
+
+
+def sample_seed(run_seed: int, stage: str, step: int, problem_id: str, k: int) -> int:
+    """The seed of sample `k` of a problem: 31 bits of SHA-256 over all that tells it from any other sample."""
+    key = repr((run_seed, stage, step, problem_id, k)).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
+
+
+async def sample_groups(
+    clients: Sequence[SGLangClient],
+    prompts: Sequence[Prompt],
+    group_size: int,
+    sampling: SamplingConfig,
+    seed_of: Callable[[str, int], int],
+    *,
+    weight_version: str,
+    on_trace: Callable[[Trace], Awaitable[None]] | None = None,
+) -> list[list[Trace]]:
+    """`group_size` traces of every prompt, in the order of `prompts` and of the samples.
+
+    All requests are under way at once, a problem's to one server, so that its group shares the prompt's
+    cache. `seed_of(problem_id, k)` seeds sample k. `on_trace` is awaited for each trace when it is
+    finished, while others are still being written; the call returns when all of these have returned too.
+
+    The first failure, of a server or of `on_trace`, cancels everything else and is raised as it is.
+    Raises ServerError where a trace was not written under `weight_version` from first to last token.
+    """
+
+    async def one(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
+        generation = await client.generate(
+            prompt.token_ids, seed=seed_of(prompt.problem_id, k), **sampling.model_dump()
+        )
+        trace = _trace(client, prompt, k, generation, weight_version)
+        if on_trace is not None:
+            await on_trace(trace)
+        return trace
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            groups = [
+                [tasks.create_task(one(clients[i % len(clients)], prompt, k)) for k in range(group_size)]
+                for i, prompt in enumerate(prompts)
+            ]
+    except BaseExceptionGroup as failures:
+        raise _first(failures) from None
+    return [[task.result() for task in group] for group in groups]
+
+
+def _trace(client: SGLangClient, prompt: Prompt, k: int, generation: Generation, weight_version: str) -> Trace:
+    if generation.finish_reason not in ("stop", "length"):
+        raise ServerError(
+            f"{client.name} ({client.url}) ended sample {k} of problem {prompt.problem_id} with "
+            f"{generation.finish_reason!r} after {len(generation.token_ids)} tokens."
+        )
+    versions = sorted({version for version, _, _ in generation.weight_versions})
+    if versions != [weight_version]:
+        raise ServerError(
+            f"{client.name} ({client.url}) wrote sample {k} of problem {prompt.problem_id} under weight version "
+            f"{', '.join(versions) or 'none'}, not {weight_version}."
+        )
+    return Trace(
+        problem_id=prompt.problem_id,
+        sample=k,
+        prompt_ids=tuple(prompt.token_ids),
+        token_ids=generation.token_ids,
+        log_probs=generation.log_probs,
+        text=generation.text,
+        finish_reason=generation.finish_reason,
+        weight_versions=generation.weight_versions,
+    )
+
+
+def _first(failures: BaseExceptionGroup) -> BaseException:
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,52 @@
+"""Checksums from Hugging Face tensors; that they are SGLang's own is shown in test_real_servers."""
+
+import hashlib
+
+import numpy
+import pytest
+import torch
+
+from exprl_megatron.serving.checksums import checksums, differing
+
+ATTENTION = "model.layers.0.self_attn"
+
+
+def sha(*arrays):
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).digest()[:8].hex()
+
+
+def tensors(*names, rows=2):
+    return {name: torch.randn(rows + i, 3) for i, name in enumerate(names)}
+
+
+def test_projections_are_joined_whatever_their_order():
+    parts = tensors(*(f"{ATTENTION}.{part}_proj.weight" for part in "qkv"))
+    expected = {f"{ATTENTION}.qkv_proj.weight": sha(*(t.numpy() for t in parts.values()))}
+    assert checksums(parts.items(), tied=False) == expected
+    assert checksums(reversed(parts.items()), tied=False) == expected
+
+
+def test_the_vocabulary_is_padded_with_zero_rows_and_a_tied_head_left_out():
+    weights = tensors("model.embed_tokens.weight", "lm_head.weight", rows=130)
+    embedding, head = (t.numpy() for t in weights.values())
+    padded = numpy.concatenate([embedding, numpy.zeros((62, 3), numpy.float32)])
+    untied = checksums(weights.items(), tied=False)
+    assert untied["model.embed_tokens.weight"] == sha(padded)
+    assert untied["lm_head.weight"] == sha(numpy.concatenate([head, numpy.zeros((61, 3), numpy.float32)]))
+    assert checksums(weights.items(), tied=True).keys() == {"model.embed_tokens.weight"}
+
+
+def test_tensors_are_hashed_in_the_server_s_dtype():
+    norm = {"model.norm.weight": torch.tensor([1.0, 2.5, -3.0])}
+    bits = numpy.array([0x3F80, 0x4020, 0xC040], dtype="<u2")
+    assert checksums(norm.items(), tied=False, dtype=torch.bfloat16) == {"model.norm.weight": sha(bits)}
+
+
+def test_a_missing_part_is_an_error_that_names_the_parameter():
+    parts = tensors("model.layers.3.mlp.gate_proj.weight")
+    with pytest.raises(ValueError, match=r"missing: model.layers.3.mlp.gate_up_proj.weight \(has gate_proj\)"):
+        checksums(parts.items(), tied=False)
+
+
+def test_differences_name_changed_missing_and_surplus_parameters():
+    assert differing({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}) == ["b", "c", "d"]
