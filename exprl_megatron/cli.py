@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.errors import RunStopped, ServerError, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,7 +32,7 @@ def train(
     if dry_run:
         print_plan(run_config)
         return
-    raise typer.Exit(launch(run_config, resume))
+    launch(run_config, resume)
 
 
 @app.command()
@@ -52,7 +52,7 @@ def main() -> None:
     except UserError as error:
         print(f"exprl: {error}", file=sys.stderr)
         sys.exit(2)
-    except ServerError as error:
+    except (ServerError, RunStopped) as error:
         print(f"exprl: {error}", file=sys.stderr)
         sys.exit(1)
 

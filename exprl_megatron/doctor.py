@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from exprl_megatron.serving.launch import stand_ins_in_use
+from exprl_megatron.serving.command import has_cuda
 
 _DISK_GB = 10
 _GIB = 2**30
@@ -36,7 +36,7 @@ def examine() -> list[Finding]:
         _package("torch", "torch", "everything"),
         _package("megatron-core", "megatron.core", "training"),
         _package("sglang", "sglang", "sampling and judging"),
-        _stand_ins(bool(gpus)),
+        _stand_ins(),
         _package("transformer-engine", "transformer_engine", "FP8 and the fast kernels on GPUs"),
         _package("apex", "apex", "fused gradient accumulation on GPUs (optional)"),
         Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
@@ -75,8 +75,8 @@ def _package(name: str, module: str, prevents: str) -> Finding:
     return Finding(name, True, version)
 
 
-def _stand_ins(gpu: bool) -> Finding:
-    if stand_ins_in_use():
+def _stand_ins() -> Finding:
+    if not has_cuda():
         return Finding("SGLang kernels", True, "stand-ins for a machine without CUDA")
     found = importlib.util.find_spec("sgl_kernel") is not None
     return Finding("SGLang kernels", found, "CUDA" if found else "not installed", "" if found else "serving on GPUs")

@@ -62,7 +62,18 @@ class RunConfig(Config):
         """Whether any stage needs the judge."""
         return any(stage.kind == "exprl-outcome" for stage in self.stages)
 
+    def problem_sets(self) -> dict[ProblemsConfig, SamplingConfig]:
+        """Every set of problems that the run reads, each once, with the sampling that leaves its prompts least room."""
+        uses = [(stage.problems, stage.sampling) for stage in self.stages if isinstance(stage, RlStage)]
+        if self.evaluation is not None:
+            uses.append((self.evaluation.problems, self.evaluation.sampling))
+        return dict(sorted(uses, key=lambda use: use[1].max_new_tokens))
+
     def violations(self, whole=None) -> list[str]:
+        if self.policy.initialise == "random" and self.samples:
+            return ["policy.initialise is random, but servers need weights to start with; train by SFT first."]
+        if self.sync.verify and self.server.tp > 1:
+            return [f"sync.verify reads whole tensors, but server.tp is {self.server.tp}; set one of them otherwise."]
         names = [stage.name for stage in self.stages]
         if not names:
             return ["stages is empty; list at least one stage."]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 
@@ -24,6 +25,7 @@ class RunDirectory:
         self.tensorboard = self.root / "tensorboard"
         self.metrics = self.root / "metrics.jsonl"
         self.sync = self.root / "sync"
+        self.servers = self.root / "servers.json"
 
     def claim(self, config: RunConfig, resume: bool) -> "Claim":
         """Take the directory for this process and write the resolved config into it.
@@ -47,6 +49,11 @@ class RunDirectory:
         claim = Claim(self.root)
         write_atomically(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
         return claim
+
+
+def read_config(directory: RunDirectory) -> RunConfig:
+    """The resolved config that the run's directory holds."""
+    return check_config(yaml.safe_load(directory.config.read_text()), str(directory.config))
 
 
 class Claim:

@@ -32,7 +32,7 @@ class ExampleReader:
     def _sequence(self, row: int) -> Sequence:
         prompt, completion = self._rows[row]
         response = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-        sequence = Sequence(tuple(self._prompts.build(prompt)), (*response, self._tokenizer.eos_token_id))
+        sequence = Sequence(tuple(self._prompts.token_ids(prompt)), (*response, self._tokenizer.eos_token_id))
         if len(sequence) > self._max_tokens:
             raise UserError(
                 f"Example {row + 1} has {len(sequence)} tokens, more than policy.max_tokens ({self._max_tokens}); "

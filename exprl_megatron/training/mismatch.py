@@ -1,15 +1,13 @@
 """Stops a run whose trainer and sampler no longer agree about the same tokens."""
 
-
-class LogProbGapTooLarge(Exception):
-    """The mean difference of trainer and sampler log-probs exceeds the configured bound."""
+from exprl_megatron.errors import RunStopped
 
 
 def check_log_prob_gap(metrics: dict[str, float], bound: float | None) -> None:
-    """Raise LogProbGapTooLarge where `sampler_gap/mean` (nats a token) exceeds `bound`."""
+    """Raise RunStopped where `sampler_gap/mean` (nats a token) exceeds `bound`."""
     gap = metrics.get("sampler_gap/mean")
     if bound is not None and gap is not None and gap > bound:
-        raise LogProbGapTooLarge(
+        raise RunStopped(
             f"Trainer and sampler log-probs of the same tokens differ by {gap:.2e} on average, more than "
             f"sync.max_log_prob_gap ({bound:.2e}); nothing was learned from this step. "
             "Look for a weight sync that failed, or raise the bound."

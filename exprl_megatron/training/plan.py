@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import yaml
 from rich.console import Console
-from rich.syntax import Syntax
 from rich.table import Table
 
 from exprl_megatron.config.run import RunConfig
@@ -43,9 +42,8 @@ def _server(kind: str, number: int, model: str, server) -> PlannedProcess:
 
 def print_plan(config: RunConfig) -> None:
     """Print the config as YAML and the processes as a table."""
-    console = Console()
-    console.print(Syntax(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "yaml"))
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     table = Table("process", "what", "where")
     for process in planned_processes(config):
         table.add_row(process.name, process.what, process.where)
-    console.print(table)
+    Console().print(table)

@@ -15,6 +15,7 @@ from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.examples import ExampleReader
 from exprl_megatron.training.mismatch import check_log_prob_gap
 from exprl_megatron.training.recovery import Place
@@ -25,7 +26,7 @@ from exprl_megatron.training.sync import WeightSync
 class Run:
     """Every rank has one and calls the same methods in the same order; rank 0 conducts.
 
-    `rollouts` and `console` exist on rank 0 alone; `resumed_from` is the checkpoint to go on from, if any.
+    `rollouts`, `evaluator` and `console` exist on rank 0 alone; `resumed_from` is the checkpoint to go on from, if any.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Run:
         conductor: Conductor,
         sync: WeightSync,
         rollouts: Rollouts | None,
+        evaluator: Evaluator | None,
         console: Console | None,
         place: Place,
         resumed_from: Path | None,
@@ -46,6 +48,7 @@ class Run:
         self._conductor = conductor
         self._sync = sync
         self._rollouts = rollouts
+        self._evaluator = evaluator
         self._console = console
         self._place = place
         self._resumed_from = resumed_from
@@ -65,7 +68,8 @@ class Run:
     def open_stage(self, stage: Stage) -> None:
         """A fresh optimizer on the current weights, or the state of the checkpoint that the run resumes from."""
         keep_start = isinstance(stage, RlStage) and stage.loss.kl_coefficient > 0
-        self.policy.begin_stage(stage.optimizer, stage.steps, keep_start=keep_start)
+        updates = stage.steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
+        self.policy.begin_stage(stage.optimizer, updates, keep_start=keep_start)
         if self._resumed_from is not None and self._place.step > 0:
             load_checkpoint(self._resumed_from, self.policy)
         self._resumed_from = None
@@ -132,10 +136,19 @@ class Run:
 
     def evaluate(self, name: str) -> None:
         """pass@k of the current weights on the held-out problems, once."""
-        if self.config.evaluation is None or self._conductor.everywhere(lambda: self._rollouts.evaluated(name)):
+        if self.config.evaluation is None or self._conductor.everywhere(lambda: self._evaluator.done(name)):
             return
         self._sync.bring(self._place.weight_version)
-        self._conductor.everywhere(lambda: self._rollouts.evaluate(name, self._place.weight_version))
+        self._conductor.everywhere(lambda: self._evaluator.evaluate(name, self._place.weight_version))
+
+    def close(self) -> None:
+        """Print the closing table, leave the servers, end the verifier's processes, finish the logs."""
+        if self._conductor.here:
+            self._console.closing(self._evaluator.all())
+            self._conductor.run(self._sync.close())
+            self._conductor.run(self._rollouts.close())
+            self._console.close()
+        self._conductor.close()
 
     def _count(self, stage: RlStage, groups: list[Group]) -> None:
         members = [member for group in groups for member in group.members]

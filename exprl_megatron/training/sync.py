@@ -7,7 +7,7 @@ from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.transport import Bucket, Transport
-from exprl_megatron.serving.checksums import ChecksumStream
+from exprl_megatron.serving.checksums import checksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.training.conductor import Conductor
 
@@ -43,11 +43,24 @@ class WeightSync:
         self._conductor.collective(lambda: self._push(buckets, version), lambda: _exhaust(buckets))
         self._served = version
 
+    async def close(self) -> None:
+        """Leave the servers' broadcast group; rank 0 only."""
+        if self._transport is not None:
+            await self._transport.close()
+
     def _push(self, buckets: Iterable[Bucket], version: str) -> None:
-        stream = ChecksumStream(self._policy.hf_config) if self._config.verify else None
-        self._conductor.run(self._transport.push(_observed(buckets, stream), version))
-        if stream is not None:
-            self._conductor.run(verify(self._clients, stream.result(), version))
+        expected: dict[str, str] = {}
+        observed = self._hashed(buckets, expected) if self._config.verify else buckets
+        self._conductor.run(self._transport.push(observed, version))
+        if self._config.verify:
+            self._conductor.run(verify(self._clients, expected, version))
+
+    def _hashed(self, buckets: Iterable[Bucket], found: dict[str, str]) -> Iterator[Bucket]:
+        """The buckets as they are; their checksums are added to `found` as they pass."""
+        tied = self._policy.architecture.tied
+        for bucket in buckets:
+            found |= checksums(bucket, tied=tied)
+            yield bucket
 
 
 async def verify(clients: Sequence[SGLangClient], expected: dict[str, str], version: str) -> None:
@@ -55,24 +68,15 @@ async def verify(clients: Sequence[SGLangClient], expected: dict[str, str], vers
 
     Raises ServerError naming the server and the first tensors that differ.
     """
-    for client, held in zip(clients, await asyncio.gather(*(c.checksums() for c in clients)), strict=True):
-        for rank, checksums in enumerate(held):
-            wrong = sorted(
-                name for name in expected.keys() | checksums.keys() if expected.get(name) != checksums.get(name)
-            )
+    for client, ranks in zip(clients, await asyncio.gather(*(c.checksums() for c in clients)), strict=True):
+        for held in ranks:
+            wrong = differing(held, expected)
             if wrong:
                 raise ServerError(
-                    f"{client.name} (rank {rank}) does not hold the weights of {version} after the sync: "
-                    f"{len(wrong)} of {len(expected)} tensors differ, first {', '.join(wrong[:3])}; "
-                    "its weights cannot be trusted, start the run again with --resume."
+                    f"{client.name} does not hold the weights of {version} after the sync: {len(wrong)} of "
+                    f"{len(expected)} tensors differ, first {', '.join(wrong[:3])}; nothing more was sampled from it, "
+                    "go on with --resume."
                 )
-
-
-def _observed(buckets: Iterable[Bucket], stream: ChecksumStream | None) -> Iterator[Bucket]:
-    for bucket in buckets:
-        if stream is not None:
-            stream.add(bucket)
-        yield bucket
 
 
 def _exhaust(buckets: Iterable[Bucket]) -> None:

@@ -1,0 +1,66 @@
+"""Puts a run together: the policy at its place, and on rank 0 all that talks to servers and people."""
+
+from pathlib import Path
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.resharding.broadcast import BroadcastTransport
+from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.resharding.transport import Transport
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.training.conductor import Conductor
+from exprl_megatron.training.console import Console
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.evaluator import Evaluator
+from exprl_megatron.training.journal import Journal
+from exprl_megatron.training.recovery import Place
+from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.run import Run
+from exprl_megatron.training.sync import WeightSync
+
+
+def assemble(config: RunConfig, paths: RunDirectory, servers: list[dict]) -> Run:
+    """This rank's Run, standing where the last complete checkpoint left it (or at the start).
+
+    `servers` is the launcher's list of {kind: policy | judge, name, url, log_file}.
+    """
+    conductor = Conductor()
+    checkpoint = conductor.everywhere(lambda: latest_checkpoint(paths.checkpoints))
+    place = Place() if checkpoint is None else Place.from_record(read_extra(checkpoint))
+    clients = _clients(config, servers, "policy", config.server.request_deadline_s)
+    judges = _clients(config, servers, "judge", config.judge.deadline_s) if config.judge is not None else []
+    rollouts, evaluator, console = None, None, None
+    if conductor.here:
+        console = Console(config, paths, place)
+        rollouts = Rollouts(config, Journal(paths.journal), conductor, clients, judges, console)
+        evaluator = Evaluator(config, paths, rollouts, console)
+    # Prompts first: what is wrong with them is known before the servers are up, and so is the policy.
+    conductor.everywhere(lambda: rollouts.prepare())
+    policy = Policy(_starting_policy(config, paths, place), config.seed)
+    conductor.everywhere(lambda: conductor.run(rollouts.open()))
+    transport = _transport(config, paths, clients) if conductor.here else None
+    sync = WeightSync(config.sync, policy, conductor, clients, transport)
+    return Run(config, paths, policy, conductor, sync, rollouts, evaluator, console, place, checkpoint)
+
+
+def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):
+    """The policy config whose weights the current stage starts from."""
+    if place.stage == 0:
+        return config.policy
+    model = paths.models / config.stages[place.stage - 1].name
+    return config.policy.model_copy(update={"model": str(model), "initialise": "weights"})
+
+
+def _clients(config: RunConfig, servers: list[dict], kind: str, deadline_s: float) -> list[SGLangClient]:
+    return [
+        SGLangClient(server["url"], server["name"], Path(server["log_file"]), deadline_s)
+        for server in servers
+        if server["kind"] == kind
+    ]
+
+
+def _transport(config: RunConfig, paths: RunDirectory, clients: list[SGLangClient]) -> Transport:
+    if config.sync.transport == "disk":
+        return DiskTransport(clients, paths.sync, Path(config.policy.model), config.sync.deadline_s)
+    return BroadcastTransport(clients, config.server.tp, config.sync.deadline_s)

@@ -1,0 +1,59 @@
+"""pass@k of the weights that the servers hold, on held-out problems; each evaluation is made once and kept."""
+
+import json
+from dataclasses import asdict
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.evaluation.pass_at_k import PassAtK, estimate_pass_at_k
+from exprl_megatron.training.console import Console
+from exprl_megatron.training.directory import RunDirectory, write_atomically
+from exprl_megatron.training.rollouts import Rollouts
+
+_VERIFIER_DEADLINE_S = 5.0
+
+
+class Evaluator:
+    """Lives on rank 0; one JSON file for each evaluation: {counts: {problem: [graded, correct]}, estimates: [...]}."""
+
+    def __init__(self, config: RunConfig, paths: RunDirectory, rollouts: Rollouts, console: Console):
+        self._config = config
+        self._directory = paths.evaluations
+        self._rollouts = rollouts
+        self._console = console
+
+    def done(self, name: str) -> bool:
+        """Whether the evaluation `name` has been made."""
+        return self._file(name).is_file()
+
+    def evaluate(self, name: str, version: str) -> None:
+        """Sample the held-out problems under the weights `version` and verify every trace.
+
+        All evaluations of a run draw the same seeds, so that they differ by the weights alone.
+        """
+        settings = self._config.evaluation
+        groups = self._rollouts.sample(
+            ("evaluation", 0),
+            settings.problems,
+            range(self._rollouts.problem_count(settings.problems)),
+            settings.samples,
+            settings.sampling,
+            version,
+            self._rollouts.verifier(_VERIFIER_DEADLINE_S),
+        )
+        counts = {group.problem_id: (len(group.scores), int(sum(group.scores))) for group in groups}
+        estimates = [estimate_pass_at_k(list(counts.values()), k, settings.confidence) for k in settings.k]
+        record = {"weight_version": version, "counts": counts, "estimates": [asdict(e) for e in estimates]}
+        write_atomically(self._file(name), json.dumps(record, indent=1).encode())
+        shown = ", ".join(f"pass@{e.k} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in estimates)
+        self._console.say(f"evaluation of {name}: {shown}")
+
+    def all(self) -> dict[str, list[PassAtK]]:
+        """Every evaluation made so far, in the order of the stages."""
+        names = ["start", *(stage.name for stage in self._config.stages)]
+        return {name: self._read(name) for name in names if self.done(name)}
+
+    def _read(self, name: str) -> list[PassAtK]:
+        return [PassAtK(**estimate) for estimate in json.loads(self._file(name).read_text())["estimates"]]
+
+    def _file(self, name: str):
+        return self._directory / f"{name}.json"

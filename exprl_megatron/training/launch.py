@@ -1,0 +1,74 @@
+"""Starts a run's processes side by side, watches them, and ends them all when one ends."""
+
+import json
+import signal
+import time
+from collections.abc import Sequence
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.serving.launch import Server, ServerSpec, launch_servers, server_specs
+from exprl_megatron.serving.log_tail import log_tail
+from exprl_megatron.training.directory import RunDirectory, write_atomically
+from exprl_megatron.training.preflight import check_inputs
+from exprl_megatron.training.ranks import TrainerRanks
+
+_POLL_S = 0.2
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def launch(config: RunConfig, resume: bool) -> None:
+    """Run `config` to its end on this machine.
+
+    Raises UserError before anything is started where the input is bad; ServerError or RunStopped where the
+    run ends early. Whatever happens, no process is left behind.
+    """
+    check_inputs(config)
+    directory = RunDirectory(config.directory)
+    claim = directory.claim(config, resume)
+    signal.signal(signal.SIGTERM, _interrupt)
+    servers: list[Server] = []
+    ranks: TrainerRanks | None = None
+    try:
+        servers = launch_servers(wanted_servers(config, directory))
+        write_atomically(directory.servers, json.dumps([_address(server) for server in servers]).encode())
+        ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.servers)
+        while ranks.running():
+            _check_alive(servers)
+            time.sleep(_POLL_S)
+    finally:
+        if ranks is not None:
+            ranks.stop()
+        for server in servers:
+            server.stop()
+        claim.release()
+
+
+def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpec]:
+    """The servers that the stages and the evaluation of `config` need."""
+    specs: list[ServerSpec] = []
+    dtype = _DTYPES[config.policy.precision]
+    if config.samples:
+        specs += server_specs(
+            "policy", config.policy.model, config.server, directory.logs, dtype=dtype, seed=config.seed
+        )
+    if config.judges:
+        judge = config.judge
+        specs += server_specs("judge", judge.model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
+    return specs
+
+
+def _address(server: Server) -> dict[str, str]:
+    kind = server.name.rpartition("-")[0]
+    return {"kind": kind, "name": server.name, "url": server.url, "log_file": str(server.log_file)}
+
+
+def _check_alive(servers: Sequence[Server]) -> None:
+    for server in servers:
+        if not server.alive():
+            raise ServerError(f"{server.name} ({server.url}) died; go on with --resume.{log_tail(server.log_file)}")
+
+
+def _interrupt(*_) -> None:
+    """SIGTERM ends a run as Ctrl-C does: everything is stopped on the way out."""
+    raise KeyboardInterrupt

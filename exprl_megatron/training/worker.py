@@ -1,0 +1,75 @@
+"""One trainer process: `python -m exprl_megatron.training.worker RUN_DIRECTORY` under torchrun's variables.
+
+How it ends is told in RUN_DIRECTORY/logs/trainer-RANK.end, for the launcher to show to the user.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from exprl_megatron.errors import RunStopped, ServerError, UserError
+from exprl_megatron.training.orphans import die_with_parent
+
+
+def main() -> None:
+    """Run the rank; exit status 0, 2 (the user can mend it) or 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--servers", type=Path, required=True, help="JSON list of {kind, name, url, log_file}")
+    arguments = parser.parse_args()
+    die_with_parent()
+    sys.exit(guarded(arguments.directory, arguments.servers))
+
+
+def guarded(directory: Path, servers: Path) -> int:
+    """The exit status of this rank's work; errors are written where the launcher finds them."""
+    from exprl_megatron.training.conductor import ConductorFailed
+
+    end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
+    end.unlink(missing_ok=True)
+    try:
+        work(directory, json.loads(servers.read_text()))
+    except ConductorFailed:
+        return 1
+    except UserError as error:
+        return _tell(end, 2, str(error))
+    except (ServerError, RunStopped) as error:
+        return _tell(end, 1, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return _tell(end, 1, f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}")
+    return 0
+
+
+def _tell(end: Path, status: int, message: str) -> int:
+    end.write_text(json.dumps({"status": status, "message": message}))
+    return status
+
+
+def work(directory: Path, servers: list[dict]) -> None:
+    """Build this rank's part of the run and take it to its end."""
+    from exprl_megatron.policy.world import enter_world, leave_world
+    from exprl_megatron.training.assemble import assemble
+    from exprl_megatron.training.directory import RunDirectory, read_config
+    from exprl_megatron.training.loop import run_stages
+
+    paths = RunDirectory(directory)
+    config = read_config(paths)
+    enter_world(config.policy.layout, config.seed, _longest_wait(config))
+    run = assemble(config, paths, servers)
+    run_stages(run)
+    run.close()
+    leave_world()
+
+
+def _longest_wait(config) -> float:
+    """Ranks wait for the conductor in a collective; no step of its work may take longer than this, in seconds."""
+    judge = 0.0 if config.judge is None else config.judge.deadline_s + config.judge.server.start_deadline_s
+    return config.server.start_deadline_s + config.server.request_deadline_s + config.sync.deadline_s + judge + 60.0
+
+
+if __name__ == "__main__":
+    main()
