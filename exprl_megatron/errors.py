@@ -14,3 +14,10 @@ class ServerError(Exception):
 
     The message names the server, what was asked of it, its log file and the last lines of that log.
     """
+
+
+class RunStopped(Exception):
+    """The run watched itself and stopped: a bound of the config was passed.
+
+    The message names the bound, what was measured, and what to look at.
+    """

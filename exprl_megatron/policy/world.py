@@ -1,5 +1,6 @@
 """The trainer's processes: who talks to whom for a given layout, on which device, from which seed."""
 
+import gc
 import logging
 import os
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ def current_world(layout: Layout) -> World:
 def leave_world() -> None:
     """Gives up all process groups; enter_world may be called again afterwards."""
     parallel_state.destroy_model_parallel()
+    # Models hold groups in reference cycles, and every group keeps threads and sockets.
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
