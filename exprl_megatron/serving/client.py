@@ -270,6 +270,9 @@ class SGLangClient:
 
 def _generation(reply: dict) -> Generation:
     meta = reply["meta_info"]
+    if meta["finish_reason"]["type"] == "abort":
+        # A request that was still waiting has none of these.
+        meta = {"output_token_logprobs": [], "weight_versions": [], "prompt_tokens": 0, "cached_tokens": 0, **meta}
     token_ids = tuple(reply["output_ids"])
     log_probs = tuple(float(entry[0]) for entry in meta["output_token_logprobs"])
     if len(log_probs) != len(token_ids):

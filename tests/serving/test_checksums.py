@@ -1,13 +1,32 @@
 """Checksums from Hugging Face tensors; that they are SGLang's own is shown in test_real_servers."""
 
 import hashlib
+import os
+import subprocess
+import sys
 
 import numpy
 import pytest
 import torch
 
 from exprl_megatron.serving.checksums import checksums, differing
+from exprl_megatron.serving.command import server_environment
 
+# SGLang's own CUDA kernel, run by Triton's interpreter on the tensors of the file given as its first argument.
+INTERPRETED = """
+import sys, torch, triton
+import sglang.kernels.ops.memory.gpu_tensor_hash as h
+seed, mask = 0x243F6A88, 2**32 - 1
+for tensor in torch.load(sys.argv[1]):
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    words = torch.cat([data, torch.zeros(-len(data) % 4, dtype=torch.uint8)]).view(torch.uint32)
+    tiles = triton.cdiv(len(words), 8192)
+    sums = torch.empty(tiles, dtype=torch.uint64)
+    h.hash_tiles32_kernel_blocked[(tiles,)](
+        words, sums, len(words), seed1=seed, seed2=(seed * 0x9E3779B1 ^ 0xDEADBEEF) & mask, FM_C1=h.FMIX32_C1,
+        FM_C2=h.FMIX32_C2, POS_A=h.POS_C1, POS_B=h.POS_C2, TILE=8192, BLOCK=256, USE_CG=True)
+    print(f"{h._final_splitmix64(sum(sums.tolist())):016x}")
+"""
 ATTENTION = "model.layers.0.self_attn"
 
 
@@ -40,6 +59,17 @@ def test_tensors_are_hashed_in_the_server_s_dtype():
     norm = {"model.norm.weight": torch.tensor([1.0, 2.5, -3.0])}
     bits = numpy.array([0x3F80, 0x4020, 0xC040], dtype="<u2")
     assert checksums(norm.items(), tied=False, dtype=torch.bfloat16) == {"model.norm.weight": sha(bits)}
+
+
+@pytest.mark.slow
+def test_the_hash_of_a_cuda_server_is_that_of_sglang_s_kernel(tmp_path):
+    given = [torch.randn(3, 5), torch.randn(7).bfloat16(), torch.randn(300, 70), -torch.ones(1)]
+    torch.save(given, tmp_path / "tensors.pt")
+    environment = server_environment(os.environ, cuda=False) | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED, str(tmp_path / "tensors.pt")]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    ours = [checksums([("w", tensor)], tied=False, server="cuda")["w"] for tensor in given]
+    assert printed.split() == ours
 
 
 def test_a_missing_part_is_an_error_that_names_the_parameter():
