@@ -41,6 +41,11 @@ class TrainerRanks:
             )
             log.close()
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids by rank."""
+        return [process.pid for process in self._processes]
+
     def running(self) -> bool:
         """Whether all ranks still run; False when all ended well. Raises what ended the first that failed."""
         states = [process.poll() for process in self._processes]

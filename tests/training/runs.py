@@ -1,0 +1,82 @@
+"""Small complete runs for tests: a tiny policy at TP2 under a tiny judge, on problems made here."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.serving.launch import Server
+from exprl_megatron.training.directory import RunDirectory, write_atomically
+from exprl_megatron.training.ranks import TrainerRanks
+
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 24}
+
+
+def write_problems(path: Path, count: int = 12) -> Path:
+    records = [
+        {"id": f"p{i}", "problem": f"What is {i} plus 1?", "reference": f"{i} + 1 = {i + 1}", "answer": str(i + 1)}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def run_config(directory: Path, model: Path, judge: Path, problems: Path, **changes) -> RunConfig:
+    """Three steps of ExpRL-Outcome and two of sparse-reward RL, a checkpoint after each step."""
+    shared = {
+        "problems": {"source": str(problems)},
+        "problems_per_step": 2,
+        "group_size": 3,
+        "sampling": SAMPLING,
+        "optimizer": {"lr": 1e-3},
+    }
+    tree = {
+        "directory": str(directory),
+        "seed": 3,
+        "policy": {"model": str(model), "layout": {"tp": 2}, "max_tokens": 160},
+        "judge": {"model": str(judge), "prompt": "miniature", "score_format": "constrained", "max_new_tokens": 12},
+        "sync": {"max_log_prob_gap": 1e-4},
+        "checkpoint": {"every_steps": 1, "keep": 2},
+        "stages": [
+            {"kind": "exprl-outcome", "name": "prime", "steps": 3, "overlong": "score"} | shared,
+            {"kind": "sparse-rl", "name": "sparse", "steps": 2} | shared,
+        ],
+    }
+    return check_config(tree | changes, "test")
+
+
+def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = False) -> TrainerRanks:
+    """The trainer's processes on servers that are already there."""
+    directory = RunDirectory(config.directory)
+    directory.claim(config, resume).release()
+    addresses = [
+        {"kind": kind, "name": server.name, "url": server.url, "log_file": str(server.log_file)}
+        for kind, server in servers.items()
+    ]
+    write_atomically(directory.servers, json.dumps(addresses).encode())
+    return TrainerRanks(directory, config.policy.layout.world_size, directory.servers)
+
+
+def finish(ranks: TrainerRanks, deadline_s: float = 300) -> None:
+    """Wait until all ranks ended well; raises what ended them otherwise."""
+    wait_until(lambda: not ranks.running(), deadline_s)
+
+
+def kill_when(ranks: TrainerRanks, condition: Callable[[], bool], deadline_s: float = 300) -> None:
+    """kill -9 of every rank at the first moment at which `condition` holds."""
+    wait_until(lambda: condition() or not ranks.running(), deadline_s)
+    assert condition(), "the run ended before the moment came"
+    for pid in ranks.pids:
+        os.kill(pid, signal.SIGKILL)
+    ranks.stop()
+
+
+def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened within {deadline_s} s"
+        time.sleep(0.002)

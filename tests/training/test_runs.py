@@ -1,0 +1,106 @@
+"""Whole runs on real servers: what is learned, what is kept, and what a kill -9 costs."""
+
+import filecmp
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.serving.launch import server_specs, start_servers
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.journal import Journal
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import finish, kill_when, run_config, start_ranks, write_problems
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model, tmp_path_factory):
+    """Model, judge and problems, as run_config takes them."""
+    problems = write_problems(tmp_path_factory.mktemp("problems") / "problems.jsonl")
+    return {"model": tiny_model("qwen3"), "judge": tiny_model("qwen3", seed=1, tied=True), "problems": problems}
+
+
+@pytest.fixture(scope="module")
+def servers(inputs, tmp_path_factory):
+    """A policy and a judge server, side by side."""
+    logs = tmp_path_factory.mktemp("logs")
+    config = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
+    specs = server_specs("policy", inputs["model"], config, logs) + server_specs("judge", inputs["judge"], config, logs)
+    started = start_servers(specs)
+    yield {"policy": started[0], "judge": started[1]}
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def killed_run(inputs, servers, tmp_path_factory):
+    """A run that was killed in mid-sampling, between sampling and learning, and while writing a checkpoint."""
+    config = run_config(tmp_path_factory.mktemp("killed") / "run", **inputs)
+    paths = RunDirectory(config.directory)
+    journal = Journal(paths.journal)
+    ranks = start_ranks(config, servers)
+    kill_when(ranks, lambda: paths.metrics.is_file() and paths.metrics.read_text().count("\n") == 1)
+    ranks = start_ranks(config, servers, resume=True)
+    kill_when(ranks, journal.path("prime", 3).is_file)
+    sampled = journal.path("prime", 3).read_bytes()
+    ranks = start_ranks(config, servers, resume=True)
+    kill_when(ranks, lambda: journal.path("sparse", 1).is_file() and any(paths.checkpoints.glob("*.tmp")))
+    finish(start_ranks(config, servers, resume=True))
+    assert journal.path("prime", 3).read_bytes() == sampled, "a journalled step was sampled again"
+    return config
+
+
+def test_killed_three_times_the_run_leaves_the_weights_of_an_uninterrupted_one(killed_run, inputs, servers, tmp_path):
+    config = run_config(tmp_path / "run", **inputs)
+    paths, killed = RunDirectory(config.directory), RunDirectory(killed_run.directory)
+    config_claim = paths.claim(config, resume=False)
+    config_claim.release()
+    shutil.copytree(killed.journal, paths.journal, dirs_exist_ok=True)
+    finish(start_ranks(config, servers, resume=True))
+    for stage in ("prime", "sparse"):
+        name = f"{stage}/model.safetensors"
+        assert filecmp.cmp(paths.models / name, killed.models / name, shallow=False), f"{stage} differs"
+
+
+def test_every_step_is_logged_once_although_the_run_was_killed(killed_run):
+    records = [json.loads(line) for line in RunDirectory(killed_run.directory).metrics.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert [record["stage"] for record in records] == ["prime"] * 3 + ["sparse"] * 2
+
+
+def test_trainer_and_sampler_agree_on_every_step_of_the_run(killed_run):
+    records = [json.loads(line) for line in RunDirectory(killed_run.directory).metrics.read_text().splitlines()]
+    gaps = [record["metrics"]["sampler_gap/mean"] for record in records]
+    assert len(gaps) == 5
+    assert 0 < max(gaps) <= 1e-4
+
+
+def test_traces_carry_the_version_of_the_weights_that_sampled_them(killed_run):
+    journal = Journal(RunDirectory(killed_run.directory).journal)
+    for stage, step, version in (("prime", 1, "v0"), ("prime", 3, "v2"), ("sparse", 1, "v3")):
+        versions = {
+            span[0]
+            for group in journal.read(stage, step)
+            for member in group.members
+            for span in member.trace.weight_versions
+        }
+        assert versions == {version}
+
+
+def test_the_models_of_both_stages_load_in_transformers_and_have_learned(killed_run, inputs):
+    models = RunDirectory(killed_run.directory).models
+    start = load_file(Path(inputs["model"]) / "model.safetensors")
+    for stage in ("prime", "sparse"):
+        loaded = AutoModelForCausalLM.from_pretrained(models / stage)
+        learned = load_file(models / stage / "model.safetensors")
+        assert loaded.config.model_type == "qwen3"
+        assert learned.keys() == start.keys()
+        assert any(not learned[name].equal(start[name]) for name in start)
