@@ -1,0 +1,126 @@
+"""Run by test_layouts.py on four processes: the same work in many layouts."""
+
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from witness import loss_function, sequences, tokens
+
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.policy.log_probs import VocabularyParallelLogProbs
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.world import enter_world, leave_world
+
+BASE = {
+    "TP1": Layout(),
+    "TP2": Layout(tp=2),
+    "PP2": Layout(pp=2),
+    "TP2xPP2": Layout(tp=2, pp=2),
+    "VPP2": Layout(pp=2, vpp=2),
+}
+MORE = {
+    "DP2": Layout(dp=2),
+    "DP4": Layout(dp=4),
+    "TP2+SP": Layout(tp=2, sequence_parallel=True),
+    "TP2xDP2+SP": Layout(tp=2, dp=2, sequence_parallel=True),
+    "PP2xDP2": Layout(pp=2, dp=2),
+    "TP2xPP2xVPP2+SP": Layout(tp=2, pp=2, vpp=2, sequence_parallel=True),
+}
+VARIANTS = {
+    "TP1 recompute full": (Layout(), {"recompute": "full"}, {}),
+    "TP2+SP recompute full": (Layout(tp=2, sequence_parallel=True), {"recompute": "full"}, {}),
+    "VPP2 recompute selective": (Layout(pp=2, vpp=2), {"recompute": "selective"}, {}),
+    "DP2 not distributed": (Layout(dp=2), {}, {"distributed": False}),
+    "TP2xPP2 not distributed": (Layout(tp=2, pp=2), {}, {"distributed": False}),
+    "TP1 one by one": (Layout(), {"micro_batch_tokens": 1}, {}),
+    "TP1 all at once": (Layout(), {"micro_batch_tokens": 10_000, "log_prob_chunk": 1000}, {}),
+    "DP2 one by one": (Layout(dp=2), {"micro_batch_tokens": 1, "log_prob_chunk": 1}, {}),
+}
+
+
+def policy(model: str, layout: Layout, **settings) -> Policy:
+    settings = {"micro_batch_tokens": 64, "log_prob_chunk": 7, "max_tokens": 64, **settings}
+    return Policy(PolicyConfig(model=model, layout=layout, **settings), seed=3)
+
+
+def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=None) -> dict:
+    """Log-probs, then two steps: the first's gradients come in two calls."""
+    learner = policy(model, layout, **settings)
+    batch = sequences(learner.architecture.vocabulary)
+    result = {"log_probs": learner.log_probs(batch, 0.7)}
+    if export is not None:
+        learner.save_huggingface(export)
+    learner.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5, **optimizer), total_steps=2)
+    parts = [learner.accumulate(part, loss_function, 0.7, tokens(batch)) for part in (batch[:3], batch[3:])]
+    for name in ("loss", "entropy"):
+        result[name] = parts[0][name] + parts[1][name]
+    result["gap/max"] = max(part["gap/max"] for part in parts)
+    result["grad_norm"] = learner.apply_update().grad_norm
+    result["second"] = learner.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
+    result["second_grad_norm"] = learner.apply_update().grad_norm
+    result["learned"] = learner.log_probs(batch, 0.7)
+    return result
+
+
+def gradients_of_log_probs(world) -> dict[str, float]:
+    """Largest differences from autograd on the undivided vocabulary of 11 (the last of 12 rows is padding)."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 6, generator=generator)
+    weight = torch.randn(12, 6, generator=generator)
+    targets = torch.randint(0, 11, (9,), generator=generator)
+    outer = torch.randn(2, 9, generator=generator)
+    whole = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    table = (whole[0] @ whole[1][:11].T / 0.7).log_softmax(-1)
+    values = torch.stack([table.gather(1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)])
+    (values * outer).sum().backward()
+
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    rows = slice(6 * group.rank(), 6 * group.rank() + 6)
+    mine = [hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()]
+    ours = VocabularyParallelLogProbs.apply(*mine, targets, 0.7, 11, 4, group)
+    (ours * outer).sum().backward()
+    dist.all_reduce(mine[0].grad, group=group)
+    errors = [ours - values, mine[0].grad - whole[0].grad, mine[1].grad - whole[1].grad[rows]]
+    largest = torch.stack([error.detach().abs().max() for error in errors])
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return dict(zip(("values", "hidden", "weight"), largest.tolist(), strict=True))
+
+
+def main() -> None:
+    ranks = Ranks()
+    models = ranks.arguments["models"]
+    for family, model in models.items():
+        for name, layout in BASE.items():
+            export = ranks.out / f"{family}-{name}"
+            work = lambda _, m=model, la=layout, e=export: learn(m, la, {}, {}, e)  # noqa: E731
+            ranks.within(layout, work, f"{family} {name}")
+    for name, layout in MORE.items():
+        ranks.within(layout, lambda _, la=layout: learn(models["qwen3"], la, {}, {}), f"qwen3 {name}")
+    for name, (layout, settings, optimizer) in VARIANTS.items():
+        work = lambda _, v=(layout, settings, optimizer): learn(models["qwen3"], *v)  # noqa: E731
+        ranks.within(layout, work, f"qwen3 {name}")
+    for name, layout in BASE.items():
+
+        def fresh(_, layout=layout):
+            learner = policy(models["qwen2"], layout, initialise="random")
+            return learner.log_probs(sequences(learner.architecture.vocabulary), 1.0)
+
+        ranks.within(layout, fresh, f"random {name}")
+    ranks.within(Layout(tp=2), gradients_of_log_probs, "gradients of log-probs")
+    refuse_wrong_world(ranks)
+    ranks.finish()
+
+
+def refuse_wrong_world(ranks: Ranks) -> None:
+    ranks.join(4)
+    try:
+        enter_world(Layout(tp=2, dp=1))
+    except UserError as error:
+        ranks.results["wrong world"] = str(error)
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

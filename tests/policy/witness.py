@@ -1,0 +1,72 @@
+"""Random sequences, a loss, and what transformers with autograd makes of them: the independent witness."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from exprl_megatron.policy.batch import MicroBatch, Sequence
+
+
+def sequences(vocabulary: int, count: int = 7, seed: int = 5) -> list[Sequence]:
+    """Prompts of 2 to 9 and responses of 3 to 20 random tokens, with advantages.
+
+    No token is 0: it is the tiny models' padding token, and transformers gives its embedding no gradient.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return tuple(torch.randint(1, vocabulary, (length,), generator=generator).tolist())
+
+    made = []
+    for _ in range(count):
+        prompt, response = ids(2, 9), ids(3, 20)
+        advantages = tuple(torch.randn(len(response), generator=generator).tolist())
+        made.append(Sequence(prompt, response, advantages=advantages))
+    return made
+
+
+def tokens(batch: list[Sequence]) -> int:
+    """Response tokens."""
+    return sum(len(sequence.response_ids) for sequence in batch)
+
+
+def loss_function(log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch):
+    """Weighted log-likelihood and a term in the entropy, so that both gradients count."""
+    loss = -((micro.advantages * log_probs + 0.1 * entropy) * micro.mask).sum()
+    largest = (log_probs.detach() * micro.mask).abs().max()
+    return loss, {"loss": loss.detach(), "entropy": (entropy.detach() * micro.mask).sum(), "gap/max": largest}
+
+
+def expectation(directory: Path, batch: list[Sequence], temperature: float) -> dict:
+    """`log_probs` of the response tokens, sums of loss and entropy, and the norm of the gradient of loss / tokens."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    log_probs, losses, entropies = [], [], []
+    for sequence in batch:
+        ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+        logits = model(ids).logits[0].float() / temperature
+        table = logits[len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
+        chosen = table.gather(1, torch.tensor(sequence.response_ids)[:, None])[:, 0]
+        entropy = -(table.exp() * table).sum(-1)
+        log_probs.append(chosen.tolist())
+        entropies.append(entropy.sum())
+        losses.append(-(torch.tensor(sequence.advantages) * chosen + 0.1 * entropy).sum())
+    (sum(losses) / tokens(batch)).backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in model.parameters())
+    return {
+        "log_probs": log_probs,
+        "loss": float(sum(losses).detach()),
+        "entropy": float(sum(entropies).detach()),
+        "gap/max": max(abs(value) for row in log_probs for value in row),
+        "grad_norm": squares**0.5,
+    }
+
+
+def largest_difference(ours: list[list[float]], theirs: list[list[float]]) -> float:
+    """Of two ragged tables of the same shape."""
+    assert [len(row) for row in ours] == [len(row) for row in theirs]
+    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+    return max(abs(a - b) for a, b in pairs)
