@@ -81,7 +81,6 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            start_new_session=True,  # an interrupt at the terminal is the trainer's to handle
         )
         self._unread = b""
         self._warm = False

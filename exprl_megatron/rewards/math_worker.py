@@ -20,6 +20,8 @@ def serve() -> None:
     # Whatever a library prints must not get between the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    # An interrupt at the terminal is the trainer's to handle; we end with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit_memory()
     logging.disable(logging.CRITICAL)
     from math_verify import parse, verify

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -17,6 +18,7 @@ from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.rollout.trace import Trace
 
+PROMPT = Path(__file__).parent / "plain_prompt.md"
 SPECIAL = ["<unk>", "<|start|>", "<|end|>"]
 WORDS = [*SPECIAL, "user", "judge", "REF", "TR", "JUDGE", "1", "2", "3", "+", "=", "###"]
 TEMPLATE = (
@@ -66,7 +68,7 @@ def _trace(text):
 
 
 def _judge(*clients, context_tokens=64, **config):
-    settings = {"model": "judge", "prompt": "miniature", "max_new_tokens": 8} | config
+    settings = {"model": "judge", "prompt": str(PROMPT), "max_new_tokens": 8} | config
     return Judge(JudgeConfig(**settings), clients, _tokenizer(), context_tokens)
 
 

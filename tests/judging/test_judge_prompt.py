@@ -22,9 +22,10 @@ def test_the_shipped_math_prompt_puts_the_trace_last():
     assert not {"PROBLEM", "REFERENCE", "TRACE"} & set(system["content"].split())
 
 
-def test_the_miniature_prompt_is_one_plain_user_message():
-    messages = load_prompt("miniature").messages("Q 1 A", "### 1 + 1 = 2", "### 1 + 1 = 3")
-    assert messages == [{"role": "user", "content": "REF ### 1 + 1 = 2 TR ### 1 + 1 = 3 JUDGE"}]
+def test_the_miniature_prompt_is_one_plain_user_message_that_ends_with_the_trace():
+    (message,) = load_prompt("miniature").messages("Q 1 A", "### 1 + 1 = 2", "### 1 + 1 = 3")
+    assert message["role"] == "user"
+    assert message["content"].index("### 1 + 1 = 2") < message["content"].index("### 1 + 1 = 3")
 
 
 def test_placeholders_and_braces_in_the_data_are_not_expanded():
