@@ -19,7 +19,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def supervise(parent: int, command: list[str]) -> int:
-    """Run `command` to its end, to our SIGTERM, or to the end of `parent`; returns its exit status."""
+    """Run `command` to its end, to our SIGTERM, or to the end of `parent`.
+
+    Returns its exit status, negative where a signal ended it.
+    """
     asked_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     libc = ctypes.CDLL(None)
@@ -57,4 +60,6 @@ def _kill_group(group: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(int(sys.argv[1]), sys.argv[2:]))
+    status = supervise(int(sys.argv[1]), sys.argv[2:])
+    # As a shell tells it: 128 + the signal that ended the command.
+    sys.exit(status if status >= 0 else 128 - status)

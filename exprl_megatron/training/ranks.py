@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.serving import supervise
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.training.directory import RunDirectory
 
@@ -18,10 +19,7 @@ _LAST_WORDS_S = 3.0
 
 
 class TrainerRanks:
-    """`world_size` workers of one run, with torchrun's environment; rank 0 shares our standard output.
-
-    Must be started from the main thread: the kernel ends the workers with the thread that made them.
-    """
+    """`world_size` workers of one run, with torchrun's environment; rank 0 shares our standard output."""
 
     def __init__(self, directory: RunDirectory, world_size: int, servers: Path):
         self._logs = directory.logs
@@ -29,7 +27,9 @@ class TrainerRanks:
         self._processes = []
         for rank in range(world_size):
             log = open(self._log(rank), "ab")  # noqa: SIM115 - the child keeps it
-            command = [sys.executable, "-m", "exprl_megatron.training.worker", str(directory.root)]
+            worker = [sys.executable, "-m", "exprl_megatron.training.worker", str(directory.root)]
+            # What a rank starts (checkpoint writers, verifiers) must end with it, even by kill -9.
+            command = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *worker]
             self._processes.append(
                 subprocess.Popen(
                     [*command, "--servers", str(servers)],
@@ -43,7 +43,7 @@ class TrainerRanks:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids by rank."""
+        """Process ids of the ranks' supervisors."""
         return [process.pid for process in self._processes]
 
     def running(self) -> bool:
@@ -83,7 +83,7 @@ class TrainerRanks:
                 return (UserError if told["status"] == 2 else RunStopped)(told["message"])
         rank = failed[0]
         status = self._processes[rank].returncode
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        how = f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"
         return RunStopped(f"trainer-{rank} {how}; go on with --resume.{log_tail(self._log(rank))}")
 
     def _log(self, rank: int) -> Path:

@@ -11,7 +11,6 @@ import traceback
 from pathlib import Path
 
 from exprl_megatron.errors import RunStopped, ServerError, UserError
-from exprl_megatron.training.orphans import die_with_parent
 
 
 def main() -> None:
@@ -20,7 +19,6 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--servers", type=Path, required=True, help="JSON list of {kind, name, url, log_file}")
     arguments = parser.parse_args()
-    die_with_parent()
     sys.exit(guarded(arguments.directory, arguments.servers))
 
 

@@ -1,11 +1,11 @@
 """Small complete runs for tests: a tiny policy at TP2 under a tiny judge, on problems made here."""
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
@@ -70,9 +70,13 @@ def kill_when(ranks: TrainerRanks, condition: Callable[[], bool], deadline_s: fl
     """kill -9 of every rank at the first moment at which `condition` holds."""
     wait_until(lambda: condition() or not ranks.running(), deadline_s)
     assert condition(), "the run ended before the moment came"
-    for pid in ranks.pids:
-        os.kill(pid, signal.SIGKILL)
+    workers = [worker for pid in ranks.pids for worker in psutil.Process(pid).children()]
+    started = [child for worker in workers for child in worker.children(recursive=True)]
+    for worker in workers:
+        worker.kill()
     ranks.stop()
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert not left, f"left behind: {left}"
 
 
 def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
