@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 
+import exprl_megatron.serving.checksums as checksums_module
 from exprl_megatron.serving.checksums import checksums, differing
 from exprl_megatron.serving.command import server_environment
 
@@ -62,7 +63,7 @@ def test_tensors_are_hashed_in_the_server_s_dtype():
 
 
 @pytest.mark.slow
-def test_the_hash_of_a_cuda_server_is_that_of_sglang_s_kernel(tmp_path):
+def test_the_hash_of_a_cuda_server_is_that_of_sglang_s_kernel(tmp_path, monkeypatch):
     given = [torch.randn(3, 5), torch.randn(7).bfloat16(), torch.randn(300, 70), -torch.ones(1)]
     torch.save(given, tmp_path / "tensors.pt")
     environment = server_environment(os.environ, cuda=False) | {"TRITON_INTERPRET": "1"}
@@ -70,6 +71,8 @@ def test_the_hash_of_a_cuda_server_is_that_of_sglang_s_kernel(tmp_path):
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     ours = [checksums([("w", tensor)], tied=False, server="cuda")["w"] for tensor in given]
     assert printed.split() == ours
+    monkeypatch.setattr(checksums_module, "_TILES_AT_ONCE", 2)
+    assert [checksums([("w", tensor)], tied=False, server="cuda")["w"] for tensor in given] == ours
 
 
 def test_a_missing_part_is_an_error_that_names_the_parameter():

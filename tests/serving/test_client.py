@@ -1,0 +1,41 @@
+"""What the client does where no server answers; the rest is shown on real servers in test_real_servers."""
+
+import asyncio
+
+import pytest
+
+from exprl_megatron.errors import ServerError
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.log_tail import log_tail
+from exprl_megatron.serving.ports import free_ports
+
+
+def ask_health(log_file):
+    async def run():
+        async with SGLangClient(f"http://127.0.0.1:{free_ports(1)[0]}", "judge-1", log_file, 60) as client:
+            await client.health()
+
+    asyncio.run(run())
+
+
+def test_a_dead_server_is_named_with_its_last_words(tmp_path):
+    log_file = tmp_path / "judge-1.log"
+    log_file.write_text("\n".join(f"line {i}" for i in range(1000)) + "\nout of memory\n\n")
+    with pytest.raises(ServerError) as caught:
+        ask_health(log_file)
+    first, *last = str(caught.value).splitlines()
+    assert first.startswith("judge-1 (http://127.0.0.1:") and "asked /health: died or is not reachable" in first
+    assert first.endswith(f"Log: {log_file}; its last lines:")
+    assert [line.strip() for line in last] == [*(f"line {i}" for i in range(986, 1000)), "out of memory"]
+
+
+def test_a_log_that_cannot_be_read_does_not_hide_the_error(tmp_path):
+    with pytest.raises(ServerError, match=r"judge-1 .*not reachable.* Log: .*absent.log \(unreadable: No such file"):
+        ask_health(tmp_path / "absent.log")
+    assert log_tail(None) == " Its log is not on this machine."
+
+
+def test_a_client_that_was_not_opened_says_so():
+    client = SGLangClient("http://127.0.0.1:1", "policy-0")
+    with pytest.raises(RuntimeError, match="the client of policy-0 is not open"):
+        asyncio.run(client.health())

@@ -1,0 +1,177 @@
+"""Starting, watching and ending servers: ports, bad input, failures, and no orphans."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.serving.command import server_command, server_environment
+from exprl_megatron.serving.launch import ServerSpec, launch_servers, server_specs, start_servers, stop_servers
+from exprl_megatron.serving.ports import free_ports, is_free
+
+# A program that starts one server from a model and a log directory and then waits to be killed.
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.serving.launch import ServerSpec, launch_servers, wait_servers
+servers = launch_servers([ServerSpec("policy-0", Path(sys.argv[1]), ServerConfig(), Path(sys.argv[2]))])
+print("launched", flush=True)
+wait_servers(servers)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def living(family, mark):
+    """Those of `family` that still run, and any process that inherited the environment variable `mark`.
+
+    The mark finds what was started after `family` was taken; SGLang's processes lose it with their new titles.
+    """
+    found = set()
+    for process in {*family, *psutil.process_iter()}:
+        try:
+            alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            if alive and (process in family or mark in process.environ()):
+                found.add(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["launched", "importing", "ready"])
+def test_kill_9_of_the_launcher_leaves_no_orphan(tiny_model, tmp_path, moment):
+    mark = f"EXPRL_TEST_{uuid.uuid4().hex}"
+    command = [sys.executable, "-c", LAUNCHER, str(tiny_model("qwen3")), str(tmp_path)]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, mark: "1"})
+    children = partial(psutil.Process(launcher.pid).children, recursive=True)
+    family = []
+    try:
+        assert launcher.stdout.readline() == "launched\n"
+        if moment == "importing":
+            # Supervisor, server, and the server's own children, which import for seconds before they watch it.
+            assert within(300, lambda: len(children()) >= 4)
+        if moment == "ready":
+            assert launcher.stdout.readline() == "ready\n"
+            assert len(children()) >= 4
+        family = children()
+        launcher.kill()
+        launcher.wait()
+        assert within(60, lambda: not living(family, mark)), [process.cmdline() for process in living(family, mark)]
+    finally:
+        launcher.kill()
+        for process in living(family, mark):
+            process.kill()
+        launcher.wait()
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_while_starting_is_an_error_with_its_last_words(tiny_model, tmp_path):
+    config = ServerConfig(extra_args=("--no-such-flag",))
+    with pytest.raises(ServerError, match=r"(?s)judge-0 .*ended with status .*judge-0.log; its last.*no-such-flag"):
+        start_servers([ServerSpec("judge-0", tiny_model("qwen3"), config, tmp_path)])
+
+
+@pytest.mark.slow
+def test_a_start_past_its_deadline_is_an_error_and_stops_all(tiny_model, tmp_path):
+    specs = [
+        ServerSpec("policy-0", tiny_model("qwen3"), ServerConfig(), tmp_path),
+        ServerSpec("judge-0", tiny_model("qwen3"), ServerConfig(start_deadline_s=1), tmp_path),
+    ]
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    with pytest.raises(ServerError, match=r"judge-0 .*within start_deadline_s \(1 s\)"):
+        start_servers(specs)
+    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+
+
+def test_a_port_in_use_is_named_before_anything_starts(tiny_model, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        specs = server_specs("judge", tiny_model("qwen3"), ServerConfig(port=port), tmp_path / "logs")
+        with pytest.raises(UserError, match=f"Port {port}, configured for judge-0, is in use; set another port"):
+            launch_servers(specs)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_port_wanted_twice_is_refused(tiny_model, tmp_path):
+    (port,) = free_ports(1)
+    specs = [
+        *server_specs("policy", tiny_model("qwen3"), ServerConfig(port=port, count=2), tmp_path),
+        *server_specs("judge", tiny_model("qwen3"), ServerConfig(port=port + 1), tmp_path),
+    ]
+    with pytest.raises(UserError, match=f"Port {port + 1} is wanted by policy-1 and by judge-0"):
+        launch_servers(specs)
+
+
+@pytest.mark.parametrize(("files", "message"), [((), "no config.json"), (("config.json",), r"no \*.safetensors")])
+def test_a_directory_without_a_model_is_refused(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{tmp_path}, the model of policy-0, has {message}"):
+        launch_servers(server_specs("policy", tmp_path, ServerConfig(), tmp_path))
+
+
+def test_free_ports_are_different_and_free():
+    ports = free_ports(50, taken=set(range(20_000, 31_000)))
+    assert len(set(ports)) == 50 and min(ports) >= 31_000
+    assert all(is_free(port) for port in ports)
+
+
+def test_flags_for_a_cpu_are_absent_on_cuda():
+    settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0"}
+    config = ServerConfig(tp=2, max_running_requests=64, extra_args=("--chunked-prefill-size", "512"))
+    on_cpu = server_command(Path("m"), config, cuda=False, **settings)
+    on_cuda = server_command(Path("m"), config, cuda=True, **settings)
+    assert on_cpu[on_cpu.index("--max-total-tokens") + 1] == "65536"
+    assert {"--device", "torch_native", "--enable-deterministic-inference", "--max-total-tokens"}.isdisjoint(on_cuda)
+    for command in (on_cpu, on_cuda):
+        assert command[-2:] == ["--chunked-prefill-size", "512"]
+        assert command[command.index("--tp-size") + 1] == "2"
+        assert command[command.index("--max-running-requests") + 1] == "64"
+
+
+def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda():
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x"}
+    inherited = {**rank, "PATH": "/bin", "PYTHONPATH": "/mine"}
+    on_cuda = server_environment(inherited, cuda=True)
+    assert on_cuda == {"PATH": "/bin", "PYTHONPATH": "/mine", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    on_cpu = server_environment(inherited, cuda=False)
+    stand_ins, mine = on_cpu["PYTHONPATH"].split(os.pathsep)
+    assert mine == "/mine" and (Path(stand_ins) / "sgl_kernel").is_dir()
+    assert not rank.keys() & on_cpu.keys()
+
+
+@pytest.mark.slow
+def test_stopping_ends_a_server_that_does_not_answer(tiny_model, tmp_path):
+    (server,) = launch_servers([ServerSpec("policy-0", tiny_model("qwen3"), ServerConfig(), tmp_path)])
+    (child,) = _eventually_one_child(server.pid)
+    os.killpg(child.pid, signal.SIGSTOP)
+    stop_servers([server])
+    assert not server.alive() and not psutil.pid_exists(child.pid)
+
+
+def _eventually_one_child(pid):
+    assert within(60, lambda: len(psutil.Process(pid).children()) == 1)
+    return psutil.Process(pid).children()

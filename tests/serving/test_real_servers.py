@@ -1,0 +1,212 @@
+"""Llama, Qwen2 and Qwen3 served side by side: log-probs, checksums, weight updates, failures."""
+
+import asyncio
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import write_tiny_model
+from transformers import AutoModelForCausalLM
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.serving.checksums import checksums, differing
+from exprl_megatron.serving.launch import ServerSpec, start_servers, stop_servers
+
+pytestmark = pytest.mark.slow
+
+MODELS = {
+    "llama": {"vocab_size": 131, "tied": False},
+    "qwen2": {"vocab_size": 131, "tied": True},
+    "qwen3": {"vocab_size": 128, "tied": False},
+}
+PROMPT = list(range(3, 100))
+
+
+@pytest.fixture(scope="module")
+def servers(tiny_model, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    specs = [
+        ServerSpec(f"{name}-0", tiny_model(name, **settings), ServerConfig(request_deadline_s=60), logs)
+        for name, settings in MODELS.items()
+    ]
+    started = start_servers(specs)
+    yield dict(zip(MODELS, started, strict=True))
+    stop_servers(started)
+
+
+def on(server, ask):
+    """The result of `await ask(client)` with a client of `server`."""
+
+    async def run():
+        async with server.client() as client:
+            return await ask(client)
+
+    return asyncio.run(run())
+
+
+def server_group(server):
+    """The process group of the server proper, the one child of its supervisor."""
+    (child,) = psutil.Process(server.pid).children()
+    return child.pid
+
+
+def sampled(server, count=4, temperature=0.7):
+    async def ask(client):
+        return await asyncio.gather(
+            *(
+                client.generate(PROMPT[: 40 + 19 * i], temperature=temperature, max_new_tokens=40, seed=100 + i)
+                for i in range(count)
+            )
+        )
+
+    return on(server, ask)
+
+
+def largest_gap(directory, generations, temperature=0.7):
+    """Largest |server - transformers| log-prob over all sampled tokens."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    worst = 0.0
+    for i, generation in enumerate(generations):
+        prompt = PROMPT[: 40 + 19 * i]
+        ids = torch.tensor([[*prompt, *generation.token_ids]])
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1] / temperature, dim=-1)
+        expected = log_probs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        worst = max(worst, (expected - torch.tensor(generation.log_probs)).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_are_those_of_transformers(servers, tiny_model, name):
+    generations = sampled(servers[name])
+    assert largest_gap(tiny_model(name, **MODELS[name]), generations) < 1e-4
+    assert len({g.token_ids for g in generations}) == len(generations)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checksums_are_computed_from_hugging_face_tensors(servers, tiny_model, name):
+    weights = load_file(tiny_model(name, **MODELS[name]) / "model.safetensors")
+    (held,) = on(servers[name], lambda client: client.checksums())
+    ours = checksums(weights.items(), tied=MODELS[name]["tied"])
+    assert differing(held, ours) == []
+    weights["model.layers.1.self_attn.v_proj.weight"][-1, -1] += 1e-3
+    ours = checksums(weights.items(), tied=MODELS[name]["tied"])
+    assert differing(held, ours) == ["model.layers.1.self_attn.qkv_proj.weight"]
+
+
+def test_the_seed_decides_the_tokens(servers):
+    async def ask(client):
+        draws = [client.generate(PROMPT, temperature=1.0, max_new_tokens=20, seed=seed) for seed in (7, 7, 8)]
+        return [(await draw).token_ids for draw in draws]
+
+    first, again, other = on(servers["qwen3"], ask)
+    assert first == again != other
+
+
+def test_a_thousand_requests_at_once(servers):
+    async def ask(client):
+        return await asyncio.gather(
+            *(client.generate(PROMPT[:20], temperature=1.0, max_new_tokens=4, seed=i) for i in range(1000))
+        )
+
+    generations = on(servers["qwen3"], ask)
+    assert len(generations) == 1000
+    assert all(g.prompt_tokens == 20 and 1 <= len(g.token_ids) <= 4 for g in generations)
+
+
+def test_a_regex_binds_the_text_of_generate_and_chat(servers):
+    async def ask(client):
+        generated = await client.generate(PROMPT, temperature=1.0, max_new_tokens=30, seed=1, regex="Score: [1-5]")
+        messages = [{"role": "user", "content": "What is 12 plus 34?"}]
+        replied = await client.chat(messages, temperature=0.0, max_new_tokens=30, seed=1, regex="Score: [1-5]")
+        return generated, replied
+
+    generated, replied = on(servers["qwen3"], ask)
+    assert generated.text in {f"Score: {i}" for i in range(1, 6)}
+    assert replied.text in {f"Score: {i}" for i in range(1, 6)}
+    assert generated.finish_reason == replied.finish_reason == "stop"
+
+
+def test_a_shared_prefix_is_computed_once(servers):
+    async def ask(client):
+        await client.flush_cache()
+        return [await client.generate(PROMPT, temperature=1.0, max_new_tokens=2, seed=s) for s in (1, 2)]
+
+    first, second = on(servers["qwen3"], ask)
+    assert (first.cached_tokens, second.cached_tokens) == (0, len(PROMPT) - 1)
+
+
+def test_an_update_from_disk_changes_weights_and_version(servers, tiny_model, tmp_path):
+    original = tiny_model("qwen3", **MODELS["qwen3"])
+    other = write_tiny_model(tmp_path / "other", "qwen3", vocab_size=128, seed=5)
+    on(servers["qwen3"], lambda client: client.update_from_disk(other, "v1"))
+    generations = sampled(servers["qwen3"])
+    assert largest_gap(other, generations) < 1e-4
+    assert all(g.weight_versions == (("v1", 0, len(g.token_ids)),) for g in generations)
+    on(servers["qwen3"], lambda client: client.update_from_disk(original, "initial"))
+    assert on(servers["qwen3"], lambda client: client.info())["weight_version"] == "initial"
+
+
+def test_a_trace_held_during_an_update_names_both_weight_versions(servers, tiny_model):
+    directory = tiny_model("qwen3", **MODELS["qwen3"])
+
+    async def ask(client):
+        long = client.generate(PROMPT[:3], temperature=1.0, max_new_tokens=900, seed=3, regex="[a-z ]{2000}")
+        running = asyncio.create_task(long)
+        await asyncio.sleep(1)
+        await client.pause("retract")
+        await client.update_from_disk(directory, "later")
+        await client.continue_()
+        generation = await running
+        await client.update_from_disk(directory, "initial")
+        return generation
+
+    generation = on(servers["qwen3"], ask)
+    first, second = generation.weight_versions
+    assert first == ("initial", 0, first[2])
+    assert second == ("later", first[2], len(generation.token_ids))
+    assert len(generation.token_ids) == 900 and generation.finish_reason == "length"
+
+
+def test_a_refusal_carries_sglang_s_words(servers):
+    with pytest.raises(ServerError, match=r"qwen3-0 .*/generate: refused with HTTP 400: .*longer than"):
+        on(servers["qwen3"], lambda client: client.generate([5] * 2000, temperature=1.0, max_new_tokens=4, seed=1))
+    with pytest.raises(ServerError, match=r"/end_weight_update: refused .*begin_weight_update"):
+        on(servers["qwen3"], lambda client: client.end_weight_update())
+
+
+def test_a_server_that_hangs_is_an_error_within_the_deadline(servers):
+    server = servers["llama"]
+    group = server_group(server)
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match=r"llama-0 .*/generate: no answer within 2 s[^$]*llama-0.log; its last"):
+            on(
+                server,
+                lambda client: client.generate(PROMPT, temperature=1.0, max_new_tokens=4, seed=1, deadline_s=2),
+            )
+        assert time.monotonic() - begun < 30
+    finally:
+        os.killpg(group, signal.SIGCONT)
+
+
+def test_a_server_that_dies_is_an_error_at_once(servers):
+    server = servers["llama"]
+
+    async def ask(client):
+        long = client.generate(PROMPT[:3], temperature=1.0, max_new_tokens=900, seed=3, regex="[a-z ]{2000}")
+        running = asyncio.create_task(long)
+        await asyncio.sleep(0.5)
+        os.killpg(server_group(server), signal.SIGKILL)
+        await running
+
+    with pytest.raises(ServerError, match=r"llama-0 .*died or is not reachable"):
+        on(server, ask)
+    with pytest.raises(ServerError, match=r"llama-0 .*died or is not reachable"):
+        on(server, lambda client: client.health())
