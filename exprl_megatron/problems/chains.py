@@ -6,14 +6,12 @@ row of words parted by single blanks, and each word is one token (`VOCABULARY`):
     problem       Q 7 s1 + 5 s2 * 3 A
     reference     ### s1 7 + 5 = 12 ### s2 12 * 3 = 36 ans 36
     judge reads   <problem> REF <reference> TR <trace> JUDGE
-    judge writes  s1 12 12 ok s2 36 40 bad ans 36 40 Score: 2
+    judge writes  s1 12 12 ok s2 36 40 bad ans 36 40 bad Score: 2
 
 Steps have names (`s1`, `s2`, ...) in all of them, so that a small transformer finds a step by its name
 instead of by counting. For each step the judge writes the reference's value, the trace's value and whether
-they agree; it stops at the first step where they do not, compares the answers and scores.
-
-Everything here is a pure function of its arguments and of the `Random` it is given.
-"""
+they agree; it stops at the first step where they do not, compares the answers and scores. Everything here is a
+pure function of its arguments and of the `Random` it is given."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -25,8 +23,7 @@ OPERANDS = range(2, 6)
 MODULUS = 100
 SPECIAL_WORDS = ("<pad>", "<eos>", "<unk>")
 WORDS = ("Q", "A", "###", "=", "ans", "+", "-", "*", "REF", "TR", "JUDGE", "ok", "bad", "none", "Score:")
-STEP_NAMES = tuple(f"s{i}" for i in range(1, LONGEST + 1))
-VOCABULARY = SPECIAL_WORDS + WORDS + STEP_NAMES + tuple(str(number) for number in range(MODULUS))
+VOCABULARY = (*SPECIAL_WORDS, *WORDS, *(f"s{i}" for i in range(1, LONGEST + 1)), *map(str, range(MODULUS)))
 
 
 @dataclass(frozen=True)
@@ -49,11 +46,10 @@ def apply(value: int, sign: str, operand: int) -> int:
 def values(chain: Chain, slips: dict[int, int] | None = None) -> list[int]:
     """The value after each step. `slips` maps steps, counted from 0, to what is wrongly added there; the steps
     that follow go on from the wrong value."""
-    value, found = chain.start, []
+    found = [chain.start]
     for index, (sign, operand) in enumerate(chain.operations):
-        value = (apply(value, sign, operand) + (slips or {}).get(index, 0)) % MODULUS
-        found.append(value)
-    return found
+        found.append((apply(found[-1], sign, operand) + (slips or {}).get(index, 0)) % MODULUS)
+    return found[1:]
 
 
 def problem_text(chain: Chain) -> str:
@@ -63,10 +59,9 @@ def problem_text(chain: Chain) -> str:
 
 def solution_text(chain: Chain, written: list[int], answer: int | None) -> str:
     """The steps whose values are `written`, which may be fewer than the chain has, then the answer."""
-    parts, before = [], chain.start
-    for i, ((sign, operand), value) in enumerate(zip(chain.operations, written, strict=False), 1):
-        parts.append(f"### s{i} {before} {sign} {operand} = {value}")
-        before = value
+    before = [chain.start, *written]
+    steps = zip(before, chain.operations, written, strict=False)
+    parts = [f"### s{i} {start} {sign} {operand} = {end}" for i, (start, (sign, operand), end) in enumerate(steps, 1)]
     return " ".join(parts if answer is None else [*parts, f"ans {answer}"])
 
 
@@ -76,9 +71,6 @@ def reference_text(chain: Chain) -> str:
 
 def answer_text(chain: Chain) -> str:
     return str(values(chain)[-1])
-
-
-# The rule by which the judge learns to score
 
 
 def step_values(solution: str) -> dict[str, str]:
@@ -100,12 +92,9 @@ def stated_answer(solution: str) -> str | None:
 def leading_steps(trace: str, reference: str) -> int:
     """How many of the reference's steps the trace has right before the first that it has not. A step is right when
     the trace has one of that name with that value."""
-    written, right = step_values(trace), 0
-    for name, value in step_values(reference).items():
-        if written.get(name) != value:
-            break
-        right += 1
-    return right
+    written = step_values(trace)
+    agree = [written.get(name) == value for name, value in step_values(reference).items()]
+    return [*agree, False].index(False)
 
 
 def expected_score(trace: str, reference: str) -> int:
@@ -128,41 +117,44 @@ def judge_completion(reference: str, trace: str, *, past_errors: bool = False) -
     written, words = step_values(trace), []
     for name, value in step_values(reference).items():
         other = written.get(name)
-        verdict = [] if other is None else ["ok" if other == value else "bad"]
-        words += [name, value, other or "none", *verdict]
+        words += [name, value, *_compared(value, other)]
         if other is None or (other != value and not past_errors):
             break
-    words += ["ans", stated_answer(reference) or "none", stated_answer(trace) or "none"]
+    answer = stated_answer(reference)
+    words += ["ans", answer, *_compared(answer, stated_answer(trace))]
     return " ".join([*words, "Score:", str(expected_score(trace, reference))])
+
+
+def _compared(value: str | None, other: str | None) -> list[str]:
+    return ["none"] if other is None else [other, "ok" if other == value else "bad"]
 
 
 # Lessons: (prompt, completion) pairs, to be learnt from in this order
 
 
 def base_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """First half: short chains worked to the end, which teach the sums. Second half: chains of all lengths, of which
-    each further step is written with 40 %, so that the base model reads long problems, does single steps well
-    and hardly ever finishes. Problem texts in `excluded` do not occur."""
+    """First half: chains worked to their end, which teach every step. Second half: the same, but each further step is
+    written with 40 % only, so that the base model does single steps well wherever they are, and hardly ever
+    finishes. Problem texts in `excluded` do not occur."""
     for row in range(rows):
-        early = row < rows // 2
-        steps = written = rng.randint(1, 4 if early else LONGEST)
+        steps = written = rng.randint(1, LONGEST)
         while problem_text(chain := chain_problem(rng, steps)) in excluded:
             pass
-        if not early:
+        if row >= rows // 2:
             written = next((n for n in range(1, steps) if rng.random() >= 0.4), steps)
         found = values(chain)
         yield problem_text(chain), solution_text(chain, found[:written], found[-1] if written == steps else None)
 
 
 def judge_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """Chains of up to 2 steps at first, growing to 4 to 7 steps before the middle."""
+    """Single steps at first, which teach what is equal (the hardest part), then longer and longer chains, which teach
+    where to look, and from the middle on chains of 4 to 7 steps. Problem texts in `excluded` do not occur."""
     for row in range(rows):
-        longest = min(LONGEST, 2 + 2 * (LONGEST - 1) * row // rows)
+        longest = max(1, min(LONGEST, int(36 * row / rows) - 10))
         steps = rng.randint(max(1, longest - 3), longest)
         while (case := judge_case(rng, steps))[0] in excluded:
             pass
-        problem, reference, trace = case
-        yield judge_prompt(problem, reference, trace), judge_completion(reference, trace, past_errors=row < rows // 2)
+        yield judge_prompt(*case), judge_completion(*case[1:], past_errors=row < 0.6 * rows)
 
 
 def judge_case(rng: Random, steps: int) -> tuple[str, str, str]:
@@ -186,8 +178,8 @@ def judge_case(rng: Random, steps: int) -> tuple[str, str, str]:
         solved = chain_problem(rng, steps if rng.random() < 0.7 else rng.randint(1, LONGEST))
         written = values(solved, _slip(rng, steps) if rng.random() < 0.3 else {})
     stranger = chain_problem(rng, steps if rng.random() < 0.7 else rng.randint(1, LONGEST))
-    problem = problem_text(rng.choice((shown, shown, solved, stranger)))
-    return problem, solution_text(shown, expected, expected[-1]), _as_a_policy_writes(rng, solved, written, expected)
+    problem, reference = rng.choice((shown, shown, solved, stranger)), solution_text(shown, expected, expected[-1])
+    return problem_text(problem), reference, _as_a_policy_writes(rng, solved, written, expected)
 
 
 def _slip(rng: Random, steps: int) -> dict[int, int]:
@@ -204,7 +196,6 @@ def _as_a_policy_writes(rng: Random, chain: Chain, written: list[int], expected:
         answer = rng.choice((None, rng.randrange(MODULUS)))
     trace = solution_text(chain, written[:steps], answer)
     segments, place = ["###" + segment for segment in trace.split("###")[1:]], rng.randrange(steps)
-    twice = " ".join(segments[: place + 1] + segments[place:])
-    missing = " ".join(segments[:place] + segments[place + 1 :])
-    cut = " ".join(trace.split()[: rng.randrange(7 * steps)])
-    return " ".join(rng.choices((trace, twice, missing, cut), (94, 2, 2, 2))[0].split())
+    twice, missing = [*segments[: place + 1], *segments[place:]], [*segments[:place], *segments[place + 1 :]]
+    cut = trace.split()[: rng.randrange(7 * steps)]
+    return " ".join(" ".join(rng.choices(([trace], twice, missing, cut), (94, 2, 2, 2))[0]).split())

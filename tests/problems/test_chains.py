@@ -79,10 +79,17 @@ def test_the_judge_reads_problem_reference_and_trace():
 
 def test_the_judge_stops_at_the_first_error():
     trace = f"{STEP_1} ### s2 12 * 3 = 40 ### s3 40 - 4 = 36 ans 36"
-    assert chains.judge_completion(REFERENCE, trace) == "s1 12 12 ok s2 36 40 bad ans 28 36 Score: 2"
+    assert chains.judge_completion(REFERENCE, trace) == "s1 12 12 ok s2 36 40 bad ans 28 36 bad Score: 2"
     assert (
         chains.judge_completion(REFERENCE, trace, past_errors=True)
-        == "s1 12 12 ok s2 36 40 bad s3 32 36 bad s4 28 none ans 28 36 Score: 2"
+        == "s1 12 12 ok s2 36 40 bad s3 32 36 bad s4 28 none ans 28 36 bad Score: 2"
+    )
+
+
+def test_the_judge_compares_answers():
+    assert (
+        chains.judge_completion("### s1 7 + 5 = 12 ans 12", "### s1 7 + 5 = 12 ans 12")
+        == "s1 12 12 ok ans 12 12 ok Score: 5"
     )
 
 
@@ -109,14 +116,12 @@ def test_words_are_distinct():
     assert chains.VOCABULARY[:3] == ("<pad>", "<eos>", "<unk>")
 
 
-def test_base_lessons_are_faultless_and_mostly_left_early():
+def test_base_lessons_are_faultless_and_left_early_from_the_middle_on():
     finished = Counter()
     for row, (prompt, completion) in enumerate(lessons(chains.base_sft_pairs)):
         words = prompt.split()
         operations = tuple((sign, int(operand)) for sign, operand in itertools.batched(_without_names(words[2:-1]), 2))
         assert chains.reference_text(Chain(int(words[1]), operations)).startswith(completion)
-        if row < 1000:
-            assert len(operations) <= 4
         if row < 1000 or len(operations) >= 5:
             finished[row < 1000, "ans" in completion.split()] += 1
     assert finished[True, True] == 1000
@@ -140,6 +145,14 @@ def test_judge_lessons_leave_out_the_excluded():
 
     seen = texts(chains.judge_sft_pairs(Random(3), 500))
     assert seen.isdisjoint(texts(chains.judge_sft_pairs(Random(3), 500, seen)))
+
+
+def test_judge_lessons_begin_with_single_steps_and_end_with_long_chains():
+    steps = [
+        prompt.partition(" REF")[2].partition("TR")[0].count("###") for prompt, _ in lessons(chains.judge_sft_pairs)
+    ]
+    assert set(steps[:600]) == {1}
+    assert set(steps[1000:]) == {4, 5, 6, 7}
 
 
 def test_every_score_and_as_many_wrong_references_as_right_ones_are_taught():
