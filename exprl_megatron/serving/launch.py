@@ -138,9 +138,7 @@ def launch_servers(specs: Sequence[ServerSpec]) -> list[Server]:
     Raises UserError, before anything is started, where a configured port is in use or a model
     directory is none.
     """
-    ports = _ports(specs)
-    for spec in specs:
-        _check_model(spec)
+    ports = check_servers(specs)
     return [_launch(spec, port) for spec, port in zip(specs, ports, strict=True)]
 
 
@@ -153,6 +151,14 @@ def wait_servers(servers: Sequence[Server]) -> None:
     except BaseException:
         stop_servers(servers)
         raise
+
+
+def check_servers(specs: Sequence[ServerSpec]) -> list[int]:
+    """The ports that the servers would get now; starts nothing. Raises as `launch_servers` does."""
+    ports = _ports(specs)
+    for spec in specs:
+        _check_model(spec)
+    return ports
 
 
 def start_servers(specs: Sequence[ServerSpec]) -> list[Server]:

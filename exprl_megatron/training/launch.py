@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.serving.launch import Server, ServerSpec, launch_servers, server_specs
+from exprl_megatron.serving.launch import Server, ServerSpec, check_servers, launch_servers, server_specs
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.training.directory import RunDirectory, write_atomically
 from exprl_megatron.training.preflight import check_inputs
@@ -23,8 +23,9 @@ def launch(config: RunConfig, resume: bool) -> None:
     Raises UserError before anything is started where the input is bad; ServerError or RunStopped where the
     run ends early. Whatever happens, no process is left behind.
     """
-    check_inputs(config)
     directory = RunDirectory(config.directory)
+    check_inputs(config)
+    check_servers(wanted_servers(config, directory))
     claim = directory.claim(config, resume)
     signal.signal(signal.SIGTERM, _interrupt)
     servers: list[Server] = []

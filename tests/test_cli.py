@@ -1,0 +1,150 @@
+"""What a user sees who types something wrong: one sentence, exit status 2, nothing written."""
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from exprl_megatron import cli
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model):
+    """`run(changes) -> (status, stderr)` of `exprl train` on a config that is sound but for `changes`."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"id": "a", "problem": "1 + 1?", "reference": "It is 2.", "answer": "2"}) + "\n")
+    tree = {
+        "directory": str(tmp_path / "run"),
+        "policy": {"model": str(tiny_model("qwen3")), "max_tokens": 128},
+        "stages": [
+            {
+                "kind": "sparse-rl",
+                "name": "sparse",
+                "steps": 1,
+                "problems": {"source": str(problems)},
+                "sampling": {"max_new_tokens": 16},
+            }
+        ],
+    }
+
+    def call(monkeypatch, capsys, *overrides: str) -> tuple[int, str]:
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(tree))
+        monkeypatch.setattr(sys, "argv", ["exprl", "train", str(config), *overrides])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, capsys.readouterr().err
+
+    call.tree = tree
+    call.directory = tmp_path / "run"
+    call.problems = problems
+    return call
+
+
+def refused(run, monkeypatch, capsys, *overrides: str) -> str:
+    """The one sentence of a refusal; nothing may have been written."""
+    status, told = run(monkeypatch, capsys, *overrides)
+    assert status == 2
+    assert told.startswith("exprl: ")
+    assert told.count("\n") == 1, told
+    assert not run.directory.exists()
+    return told
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(run, monkeypatch, capsys):
+    told = refused(run, monkeypatch, capsys, "policy.layuot.tp=2")
+    assert "unknown key policy.layuot; did you mean 'layout'?" in told
+
+
+def test_a_value_of_the_wrong_type_is_refused(run, monkeypatch, capsys):
+    assert "stages.0.steps is 'many'" in refused(run, monkeypatch, capsys, "stages.0.steps=many")
+
+
+def test_tp_that_does_not_divide_the_heads_is_refused(run, monkeypatch, capsys):
+    run.tree["policy"]["layout"] = {"tp": 4}
+    told = refused(run, monkeypatch, capsys)
+    assert "policy.layout.tp is 4, which does not divide the model's 2 KV groups; use one of 1, 2." in told
+
+
+def test_a_model_without_weights_is_refused(run, monkeypatch, capsys, tmp_path):
+    model = tmp_path / "bare"
+    model.mkdir()
+    shutil.copyfile(Path(run.tree["policy"]["model"]) / "config.json", model / "config.json")
+    told = refused(run, monkeypatch, capsys, f"policy.model={model}")
+    assert "bare holds no safetensors weights; fetch the model again." in told
+
+
+def test_a_truncated_safetensors_file_is_refused(run, monkeypatch, capsys, tmp_path):
+    model = tmp_path / "cut"
+    shutil.copytree(run.tree["policy"]["model"], model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in refused(run, monkeypatch, capsys, f"policy.model={model}")
+
+
+def test_an_unknown_architecture_is_refused(run, monkeypatch, capsys, tmp_path):
+    model = tmp_path / "other"
+    shutil.copytree(run.tree["policy"]["model"], model)
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["MambaForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    told = refused(run, monkeypatch, capsys, f"policy.model={model}")
+    assert "MambaForCausalLM; use one of LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM." in told
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{}}\n", "line 1: this is not JSON"),
+        ("", "is empty; give one with at least one problem."),
+        ('{"id": "a", "problem": "p", "reference": "r"}\n', "line 1: the field 'answer' is missing"),
+        ('{"id": "a", "problem": "p", "reference": "r", "answer": "1"}\n' * 2, "line 2: the id 'a' was given at"),
+    ],
+    ids=["bad line", "empty", "missing field", "duplicate ids"],
+)
+def test_a_faulty_problem_file_is_refused(run, monkeypatch, capsys, content, sentence):
+    run.problems.write_text(content)
+    assert sentence in refused(run, monkeypatch, capsys)
+
+
+def test_a_directory_that_holds_another_run_is_left_as_it_is(run, monkeypatch, capsys):
+    run.directory.mkdir()
+    (run.directory / "config.yaml").write_text("seed: 7\n")
+    status, told = run(monkeypatch, capsys)
+    assert status == 2
+    assert "already holds a run; go on with it by --resume" in told
+    assert [path.name for path in run.directory.iterdir()] == ["config.yaml"]
+    assert (run.directory / "config.yaml").read_text() == "seed: 7\n"
+
+
+def test_a_port_in_use_is_refused(run, monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        told = refused(run, monkeypatch, capsys, f"server.port={port}")
+    assert f"Port {port}, configured for policy-0, is in use" in told
+
+
+@pytest.mark.slow
+def test_a_set_of_prompts_that_are_all_too_long_ends_the_run_with_their_count(run, monkeypatch, capsys):
+    run.tree["stages"][0]["problems"]["max_prompt_tokens"] = 3
+    status, told = run(monkeypatch, capsys)
+    assert status == 2
+    assert "None of the 1 problems has a prompt of at most 3 tokens" in told
+
+
+def test_a_dry_run_prints_config_and_processes_and_starts_nothing(run, monkeypatch, capsys, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run.tree))
+    monkeypatch.setattr(sys, "argv", ["exprl", "train", str(config), "policy.layout.tp=2", "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert yaml.safe_load(printed.partition("\n\n")[0])["policy"]["layout"]["tp"] == 2
+    assert all(name in printed for name in ("policy-0", "trainer-0", "trainer-1"))
+    assert not run.directory.exists()

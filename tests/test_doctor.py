@@ -1,0 +1,16 @@
+import json
+
+from exprl_megatron.doctor import examine, print_findings
+
+
+def test_every_missing_part_says_what_it_prevents():
+    findings = examine()
+    assert {"Python", "torch", "megatron-core", "sglang", "GPUs", "ports", "disk"} <= {f.part for f in findings}
+    assert all(finding.ok or finding.prevents for finding in findings)
+
+
+def test_json_output_is_for_machines(capsys):
+    print_findings(as_json=True)
+    findings = {f["part"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["megatron-core"] == {"part": "megatron-core", "ok": True, "found": "0.19.2", "prevents": ""}
+    assert findings["sglang"]["found"] == "0.5.23"
