@@ -35,12 +35,6 @@ from exprl_megatron.resharding.names import hf_shapes
 
 STATE = "state.json"
 NAME = re.compile(r"checkpoint-(\d{8})")
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
 
 
 def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) -> Path:
@@ -100,12 +94,22 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
     return record["extra"]
 
 
+def _metadata() -> dict:
+    """What Megatron's sharded descriptions are told; a new dict each time, they write groups into it."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
 def _state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
     """Megatron's sharded description of everything that goes into the torch_dist files."""
     stage, world = policy.stage, policy.world
-    models = {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(policy.chunks)}
+    models = {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(policy.chunks)}
     state = dict(models)
-    state["optimizer"] = stage.optimizer.sharded_state_dict(models, is_loading=loading, metadata=METADATA)
+    state["optimizer"] = stage.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
     if stage.start is not None:
         for index in range(len(policy.chunks)):
             state[f"start{index}"] = _starting_weights(policy, index)
@@ -119,7 +123,7 @@ def _starting_weights(policy: Policy, index: int) -> dict:
     """The description of a chunk's weights, with the starting weights as data and names of their own."""
     chunk, start = policy.chunks[index], policy.stage.start[index]
     values = {id(parameter): start[name] for name, parameter in chunk.named_parameters()}
-    described = chunk.sharded_state_dict(metadata=METADATA)
+    described = chunk.sharded_state_dict(metadata=_metadata())
     for shard in nested_values(described):
         if isinstance(shard, ShardedBase) and id(shard.data) in values:
             shard.data = values[id(shard.data)].clone()

@@ -1,0 +1,84 @@
+"""Run by test_resharded_checkpoints.py on four processes: stages cut short in one layout, continued in others."""
+
+import hashlib
+
+from ranks import Ranks
+from witness import loss_function, sequences, tokens
+
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from exprl_megatron.policy.policy import Policy
+
+FOUR = Layout(tp=2, pp=2)
+OTHERS = {
+    "one rank": Layout(),
+    "TP2xDP2+SP": Layout(tp=2, dp=2, sequence_parallel=True),
+    "VPP2": Layout(pp=2, vpp=2),
+    "PP4": Layout(pp=4),
+}
+EXTRA = {"step": 2, "counters": {"traces": 14}}
+
+
+def begin(ranks: Ranks, layout: Layout, distributed: bool, seed: int = 0) -> Policy:
+    model = ranks.arguments["model"]
+    policy = Policy(PolicyConfig(model=model, layout=layout, micro_batch_tokens=64, max_tokens=64), seed)
+    optimizer = OptimizerConfig(lr=3e-3, eps=1e-5, schedule="cosine", warmup_steps=1, distributed=distributed)
+    policy.begin_stage(optimizer, total_steps=6, keep_start=True)
+    return policy
+
+
+def learn(policy: Policy, first: int, last: int) -> list:
+    """Updates number `first` to `last`, each on a batch of its own: loss, norm and rate."""
+    done = []
+    for number in range(first, last + 1):
+        batch = sequences(policy.architecture.vocabulary, seed=number)
+        metrics = policy.accumulate(batch, loss_function, 1.0, tokens(batch))
+        update = policy.apply_update()
+        done.append([metrics["loss"], update.grad_norm, update.learning_rate])
+    return done
+
+
+def state(policy: Policy) -> dict:
+    """What the policy is now: log-probs, those of the stage's start, and a digest of all weights (rank 0)."""
+    batch = sequences(policy.architecture.vocabulary)
+    digest = hashlib.sha256()
+    for bucket in policy.hf_buckets(10_000):
+        for name, tensor in bucket:
+            digest.update(name.encode() + tensor.numpy().tobytes())
+    return {
+        "log_probs": policy.log_probs(batch, 1.0),
+        "start": policy.log_probs(batch, 1.0, start=True),
+        "digest": digest.hexdigest(),
+    }
+
+
+def main() -> None:
+    ranks = Ranks()
+    for kind, distributed in (("sharded", True), ("plain", False)):
+        root = ranks.out / kind
+
+        def uninterrupted(_, root=root, distributed=distributed):
+            policy = begin(ranks, FOUR, distributed)
+            learn(policy, 1, 2)
+            save_checkpoint(root, policy, EXTRA, keep=1)
+            return {"updates": learn(policy, 3, 4), **state(policy)}
+
+        def resumed(_, layout, root=root, distributed=distributed, again=None):
+            policy = begin(ranks, layout, distributed, seed=99)
+            extra = load_checkpoint(latest_checkpoint(root), policy)
+            if again is not None:
+                save_checkpoint(again, policy, extra, keep=1)
+            return {"extra": extra, "updates": learn(policy, 3, 4), **state(policy)}
+
+        ranks.within(FOUR, uninterrupted, f"{kind} uninterrupted")
+        ranks.within(FOUR, lambda _, work=resumed: work(_, FOUR), f"{kind} resumed")
+        for name, layout in OTHERS.items():
+            again = ranks.out / f"{kind}-again" if name == "one rank" else None
+            ranks.within(layout, lambda _, la=layout, a=again, w=resumed: w(_, la, again=a), f"{kind} {name}")
+        back = ranks.out / f"{kind}-again"
+        ranks.within(FOUR, lambda _, b=back, work=resumed: work(_, FOUR, root=b), f"{kind} one rank and back")
+    ranks.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""A stage cut short in one layout goes on in any other; in the same layout bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from resharding_worker import EXTRA, OTHERS
+from witness import largest_difference
+
+pytestmark = pytest.mark.slow
+
+KINDS = ("sharded", "plain")
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    model = tiny_model("qwen3", tied=True, vocab_size=107, layers=4)
+    out = tmp_path_factory.mktemp("resharded")
+    return run_ranks(Path(__file__).with_name("resharding_worker.py"), 4, out, model=model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_the_same_layout_the_resumed_stage_is_the_uninterrupted_one_bit_for_bit(results, kind):
+    resumed = dict(results[f"{kind} resumed"])
+    assert resumed.pop("extra") == EXTRA
+    assert resumed == results[f"{kind} uninterrupted"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*OTHERS, "one rank and back"])
+def test_in_any_other_layout_it_goes_on_with_the_same_steps(results, kind, name):
+    expected, resumed = results[f"{kind} uninterrupted"], results[f"{kind} {name}"]
+    assert resumed["extra"] == EXTRA
+    for ours, theirs in zip(resumed["updates"], expected["updates"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert largest_difference(resumed["log_probs"], expected["log_probs"]) <= 1e-4
+    assert largest_difference(resumed["start"], expected["start"]) <= 1e-5
