@@ -42,6 +42,6 @@ if [ ! -x "$uv" ]; then
 fi
 echo "setup: installing the locked environment into .venv (about 7 GB)"
 "$uv" venv --quiet --allow-existing --python "$python" .venv
-"$uv" pip sync --quiet --python .venv/bin/python requirements/cpu.txt
+"$uv" pip sync --quiet --compile-bytecode --python .venv/bin/python requirements/cpu.txt
 "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 echo "$wanted" >.venv/.installed

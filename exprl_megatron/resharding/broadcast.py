@@ -36,7 +36,7 @@ class BroadcastTransport:
         self._deadline_s = deadline_s
         self._address = address
         self._backend = "nccl" if torch.cuda.is_available() else "gloo"
-        self._name = f"exprl-weights-{uuid.uuid4().hex[:8]}"
+        self.name = f"exprl-weights-{uuid.uuid4().hex[:8]}"
         self._group: dist.ProcessGroup | None = None
 
     async def push(self, buckets: Iterable[Bucket], version: str) -> None:
@@ -49,7 +49,7 @@ class BroadcastTransport:
 
     async def close(self) -> None:
         if self._group is not None:
-            await self._all(client.destroy_weights_group(self._name) for client in self._clients)
+            await self._all(client.destroy_weights_group(self.name) for client in self._clients)
             dist.destroy_process_group(self._group)
             self._group = None
 
@@ -63,7 +63,7 @@ class BroadcastTransport:
                 master_port=port,
                 rank_offset=1 + i * self._server_tp,
                 world_size=world_size,
-                group=self._name,
+                group=self.name,
                 backend=self._backend,
                 deadline_s=self._deadline_s,
             )
@@ -87,8 +87,8 @@ class BroadcastTransport:
             rank,
             [],
             Backend(self._backend),
-            PrefixStore(self._name, store),
-            group_name=self._name,
+            PrefixStore(self.name, store),
+            group_name=self.name,
             timeout=timeout,
         )
         _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
@@ -104,7 +104,7 @@ class BroadcastTransport:
                     names,
                     dtypes,
                     shapes,
-                    group=self._name,
+                    group=self.name,
                     version=version,
                     flush_cache=version is not None,
                     deadline_s=self._deadline_s,
@@ -114,17 +114,27 @@ class BroadcastTransport:
         )
         tensors = [tensor.contiguous() for _, tensor in bucket]
         works = [dist.broadcast(tensor, 0, group=self._group, async_op=True) for tensor in tensors]
-        # The reply is watched while the broadcast runs: a server that refuses never enters it.
-        while not all(work.is_completed() for work in works):
-            if replies.done():
-                replies.result()
-            await asyncio.sleep(_POLL_S)
-        for work in works:
-            work.wait()
+        try:
+            await _until_sent(works, replies)
+        except RuntimeError as error:
+            # The connection broke: the server's own reply, or its absence, says why.
+            await replies
+            names = ", ".join(client.name for client in self._clients)
+            raise ServerError(f"The weight broadcast to {names} broke: {error}.") from error
         await replies
 
     async def _all(self, calls: Iterable) -> None:
         await asyncio.gather(*calls)
+
+
+async def _until_sent(works: Sequence[dist.Work], replies: asyncio.Future) -> None:
+    """Return when all tensors are sent; raise at once what a server replies that refuses to take them."""
+    while not all(work.is_completed() for work in works):
+        if replies.done():
+            replies.result()
+        await asyncio.sleep(_POLL_S)
+    for work in works:
+        work.wait()
 
 
 def _free_port(address: str) -> int:

@@ -11,8 +11,7 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import Architecture
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.names import Parameter, hf_shapes, parameters
-
-Bucket = list[tuple[str, torch.Tensor]]
+from exprl_megatron.resharding.transport import Bucket
 
 
 def bucket_plan(architecture: Architecture, layout: Layout, itemsize: int, bucket_bytes: int) -> list[list[Parameter]]:

@@ -112,7 +112,8 @@ class Random:
         elif name.endswith(".bias"):
             whole = torch.zeros(shape)
         else:
-            generator = torch.Generator().manual_seed((self._seed << 32) % 2**63 + zlib.crc32(name.encode()))
+            # torch's CPU generator looks at 32 bits of a seed only.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
             whole = torch.empty(shape).normal_(0.0, self._std, generator=generator)
         return whole[start:stop] if dim == 0 else whole[:, start:stop]
 

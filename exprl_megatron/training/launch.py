@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.serving.launch import Server, ServerSpec, check_servers, launch_servers, server_specs
+from exprl_megatron.serving.launch import Server, ServerSpec, check_servers, launch_servers, server_specs, stop_servers
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.training.directory import RunDirectory, write_atomically
 from exprl_megatron.training.preflight import check_inputs
@@ -40,8 +40,7 @@ def launch(config: RunConfig, resume: bool) -> None:
     finally:
         if ranks is not None:
             ranks.stop()
-        for server in servers:
-            server.stop()
+        stop_servers(servers)
         claim.release()
 
 

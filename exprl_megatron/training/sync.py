@@ -9,6 +9,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.transport import Bucket, Transport
 from exprl_megatron.serving.checksums import checksums, differing
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.training.conductor import Conductor
 
 _MB = 2**20
@@ -58,8 +59,9 @@ class WeightSync:
     def _hashed(self, buckets: Iterable[Bucket], found: dict[str, str]) -> Iterator[Bucket]:
         """The buckets as they are; their checksums are added to `found` as they pass."""
         tied = self._policy.architecture.tied
+        server = "cuda" if has_cuda() else "cpu"
         for bucket in buckets:
-            found |= checksums(bucket, tied=tied)
+            found |= checksums(bucket, tied=tied, server=server)
             yield bucket
 
 

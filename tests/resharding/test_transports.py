@@ -1,0 +1,128 @@
+"""Weights of a Megatron policy reach a real SGLang server, bit for bit, by every transport."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from exprl_megatron.config.policy import PolicyConfig
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.world import enter_world, leave_world
+from exprl_megatron.resharding.broadcast import BroadcastTransport
+from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.serving.checksums import checksums
+from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.training.sync import verify
+
+pytestmark = pytest.mark.slow
+
+PROMPT = (5, 6, 7, 8, 9, 10, 11)
+BUCKET_BYTES = 40_000
+
+
+@pytest.fixture(scope="module")
+def other(tiny_model) -> Path:
+    """A model of the server's shape with other weights."""
+    return tiny_model("qwen3", seed=7)
+
+
+@pytest.fixture(scope="module")
+def policy(other):
+    config = PolicyConfig(model=str(other))
+    enter_world(config.layout)
+    yield Policy(config, seed=0)
+    leave_world()
+
+
+@pytest.fixture
+def client(qwen3_server, tiny_model):
+    """A client of the running server, which gets its own weights back afterwards."""
+    yield qwen3_server.client()
+
+    async def restore():
+        async with qwen3_server.client() as client:
+            await client.update_from_disk(tiny_model("qwen3"), "initial")
+
+    asyncio.run(restore())
+
+
+def greedy(model: Path) -> list[int]:
+    """What transformers writes after PROMPT with these weights."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    written = loaded.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=12)
+    return written[0, len(PROMPT) :].tolist()
+
+
+async def pushed(client, transport, buckets, version):
+    """Push, then sample: the tokens and the version that the server says wrote them."""
+    async with client:
+        await transport.push(buckets, version)
+        generation = await client.generate(PROMPT, temperature=0.0, max_new_tokens=12, seed=1)
+        held = await client.checksums()
+        await transport.close()
+        return list(generation.token_ids), {span[0] for span in generation.weight_versions}, held
+
+
+def transports(client, other, tmp_path):
+    return {
+        "broadcast": BroadcastTransport([client], server_tp=1, deadline_s=60),
+        "disk": DiskTransport([client], tmp_path / "sync", other, deadline_s=60),
+    }
+
+
+@pytest.mark.parametrize("name", ["broadcast", "disk"])
+def test_the_server_then_writes_what_transformers_writes(name, client, policy, other, tmp_path):
+    transport = transports(client, other, tmp_path)[name]
+    tokens, versions, held = asyncio.run(pushed(client, transport, policy.hf_buckets(BUCKET_BYTES), "v1"))
+    assert len(list(policy.hf_buckets(BUCKET_BYTES))) > 2
+    assert tokens == greedy(other)
+    assert versions == {"v1"}
+    expected = checksums((pair for bucket in policy.hf_buckets(2**30) for pair in bucket), tied=False)
+    assert held == (expected,)
+
+
+def test_the_disk_transport_leaves_no_weights_behind(client, policy, other, tmp_path):
+    transport = transports(client, other, tmp_path)["disk"]
+    asyncio.run(pushed(client, transport, policy.hf_buckets(BUCKET_BYTES), "v1"))
+    assert not (tmp_path / "sync").exists()
+
+
+def test_a_server_that_holds_other_weights_is_found_out_by_name(client, policy):
+    expected = checksums((pair for bucket in policy.hf_buckets(2**30) for pair in bucket), tied=False)
+
+    async def check():
+        async with client:
+            await verify([client], expected, "v1")
+
+    with pytest.raises(ServerError, match=r"policy-0 does not hold the weights of v1 after the sync.*first lm_head"):
+        asyncio.run(check())
+
+
+def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path):
+    async def push_after_the_server_left(client):
+        transport = BroadcastTransport([client], server_tp=1, deadline_s=20)
+        async with client:
+            await transport.push(policy.hf_buckets(BUCKET_BYTES), "v1")
+            await client.destroy_weights_group(transport.name)
+            await transport.push(policy.hf_buckets(BUCKET_BYTES), "v2")
+
+    # A server of its own: SGLang ends itself where an update fails half-way.
+    spec = ServerSpec("leaver", tiny_model("qwen3"), ServerConfig(), tmp_path)
+    with (
+        start_servers([spec])[0] as server,
+        pytest.raises(ServerError, match=r"leaver.*asked /update_weights_from_distributed: (refused|died)"),
+    ):
+        asyncio.run(asyncio.wait_for(push_after_the_server_left(server.client()), timeout=60))
+
+
+def test_a_missing_directory_is_refused_with_the_servers_words(client, tmp_path):
+    async def update():
+        async with client:
+            await client.update_from_disk(tmp_path / "nowhere", "v2")
+
+    with pytest.raises(ServerError, match="policy-0"):
+        asyncio.run(update())
