@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, nested_values
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.optimizer import separate_step_counters
@@ -47,8 +48,8 @@ def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) ->
     target, partial = _shared(lambda: _prepare(root, policy), policy, root)
     try:
         dist_checkpointing.save(_state(policy, loading=False), str(partial), _save_strategy())
-    except Exception as error:
-        # Every rank comes here with its own view of the failure; Megatron reports them by many types.
+    except (Exception, CheckpointException) as error:
+        # Every rank comes here with its own view of the failure; torch's is no subclass of Exception.
         if policy.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise _unwritten(root, error) from error
@@ -234,7 +235,7 @@ def _shared(action, policy: Policy, root: Path):
     return message[0]
 
 
-def _unwritten(root: Path, error: Exception) -> UserError:
+def _unwritten(root: Path, error: BaseException) -> UserError:
     free = shutil.disk_usage(root).free if root.is_dir() else 0
     reason = " ".join(str(error).split())[:300]
     return UserError(

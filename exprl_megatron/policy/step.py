@@ -122,8 +122,8 @@ def _run(model, micros, config: PolicyConfig, vocabulary: int, temperature: floa
 def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> dict[str, float]:
     """Sums (or maxima) over micro-batches and data-parallel ranks, the same on every rank."""
     message: list[dict[str, float]] = [{}]
-    if world.last_stage:
-        names = sorted(collected[0])
+    names = sorted(collected[0]) if world.last_stage else []
+    if names:
         rows = torch.stack([torch.stack([one[name].double() for name in names]) for one in collected])
         largest = torch.tensor([name.endswith("/max") for name in names], device=rows.device)
         group = parallel_state.get_data_parallel_group()

@@ -1,0 +1,82 @@
+import torch
+
+from exprl_megatron.policy import log_probs as module
+from exprl_megatron.policy.log_probs import response_log_probs
+
+VOCABULARY = 11
+
+
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [5, 2, 6], weight [12, 6] (a row of padding), targets and mask [2, 5] with 7 tokens wanted."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 2, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(12, 6, generator=generator, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (2, 5), generator=generator)
+    mask = torch.tensor([[0.0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    return hidden, weight, targets, mask
+
+
+def ours(hidden, weight, targets, mask, chunk=3, temperature=0.7):
+    return response_log_probs(
+        hidden,
+        weight,
+        targets,
+        mask,
+        temperature=temperature,
+        vocabulary=VOCABULARY,
+        chunk=chunk,
+        sequence_parallel=False,
+    )
+
+
+def plain(hidden, weight, targets, mask, temperature=0.7):
+    """The same from the undivided table of logits."""
+    table = (hidden.transpose(0, 1) @ weight[:VOCABULARY].T / temperature).log_softmax(-1)
+    chosen = table.gather(2, targets[..., None])[..., 0]
+    return torch.stack([chosen * mask, -(table.exp() * table).sum(-1) * mask])
+
+
+def test_values_and_gradients_are_those_of_the_undivided_table(world):
+    hidden, weight, targets, mask = tensors()
+    outer = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(1))
+    expected = plain(hidden, weight, targets, mask)
+    wanted = torch.autograd.grad((expected * outer).sum(), (hidden, weight))
+    for chunk in (1, 3, 100):
+        result = ours(hidden, weight, targets, mask, chunk)
+        assert torch.allclose(result, expected, atol=1e-6)
+        found = torch.autograd.grad((result * outer).sum(), (hidden, weight))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+
+
+def test_entropy_of_equal_logits_is_the_logarithm_of_the_vocabulary(world):
+    hidden, weight, targets, mask = tensors()
+    result = ours(torch.zeros_like(hidden), weight, targets, mask)
+    assert torch.allclose(result[1][mask > 0], torch.tensor(float(VOCABULARY)).log())
+    assert torch.allclose(result[0][mask > 0], -torch.tensor(float(VOCABULARY)).log())
+
+
+def test_extreme_logits_stay_finite(world):
+    hidden, weight, targets, mask = tensors()
+    result = ours(hidden * 1e4, weight, targets, mask)
+    result.sum().backward()
+    assert all(torch.isfinite(tensor).all() for tensor in (result, hidden.grad, weight.grad))
+
+
+def test_no_more_than_a_chunk_of_logits_exists_at_a_time(world, monkeypatch):
+    counted, original = [], module._logits
+
+    def counting(hidden, *rest):
+        counted.append(len(hidden))
+        return original(hidden, *rest)
+
+    monkeypatch.setattr(module, "_logits", counting)
+    hidden, weight, targets, mask = tensors()
+    ours(hidden, weight, targets, mask, chunk=3).sum().backward()
+    assert counted == [3, 3, 1, 3, 3, 1]
+
+
+def test_a_micro_batch_without_response_tokens_has_zero_gradients(world):
+    hidden, weight, targets, mask = tensors()
+    result = ours(hidden, weight, targets, torch.zeros_like(mask))
+    result.sum().backward()
+    assert result.abs().sum() == hidden.grad.abs().sum() == weight.grad.abs().sum() == 0

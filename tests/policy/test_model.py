@@ -1,0 +1,45 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.policy.model import build_chunks, rope_frequencies
+
+
+@pytest.mark.parametrize("original", [32, 64, 8192])
+def test_scaled_rope_frequencies_are_those_of_transformers(tiny_model, original):
+    architecture = read_architecture(tiny_model("llama"))
+    scaling = replace(architecture.rope_scaling, original_max_positions=original)
+    config = transformers.AutoConfig.from_pretrained(tiny_model("llama"))
+    config.rope_parameters["original_max_position_embeddings"] = original
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    assert torch.allclose(rope_frequencies(replace(architecture, rope_scaling=scaling)), expected, rtol=1e-6)
+
+
+def test_parameter_names_are_those_of_transformer_engines_layers(tiny_model, world):
+    model: Path = tiny_model("qwen3")
+    chunk = build_chunks(read_architecture(model), PolicyConfig(model=str(model)), world)[0]
+    layer = {name.split(".", 3)[3] for name, _ in chunk.named_parameters() if name.startswith("decoder.layers.")}
+    assert layer == {
+        "self_attention.linear_proj.weight",
+        "self_attention.linear_qkv.layer_norm_weight",
+        "self_attention.linear_qkv.weight",
+        "self_attention.q_layernorm.weight",
+        "self_attention.k_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    }
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_is_built(tiny_model, world):
+    model = str(tiny_model("qwen3"))
+    config = PolicyConfig(model=model, layout=Layout(tp=4, pp=3))
+    with pytest.raises(UserError, match=r"2 KV groups; use one of 1, 2.\npolicy.layout.pp x vpp is 3"):
+        build_chunks(read_architecture(model), config, world)

@@ -1,0 +1,137 @@
+"""One process: what a stage of learning does; layouts are the matter of test_layouts.py."""
+
+import pytest
+import torch
+from witness import loss_function, sequences, tokens
+
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.policy import Policy
+
+
+@pytest.fixture
+def policy(tiny_model, world) -> Policy:
+    config = PolicyConfig(model=str(tiny_model("qwen2")), max_tokens=40, micro_batch_tokens=64, log_prob_chunk=8)
+    return Policy(config, seed=0)
+
+
+BATCH = sequences(128)
+ADAM = OptimizerConfig(lr=1e-2)
+
+
+def step(policy: Policy, loss=loss_function):
+    policy.accumulate(BATCH, loss, 1.0, tokens(BATCH))
+    return policy.apply_update()
+
+
+def weights(policy: Policy) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in policy.chunks[0].parameters()]
+
+
+def test_the_same_steps_give_the_same_bits(policy, tiny_model):
+    again = Policy(policy.config, seed=0)
+    for learner in (policy, again):
+        learner.begin_stage(ADAM, total_steps=3)
+        step(learner), step(learner)
+    assert all(torch.equal(a, b) for a, b in zip(weights(policy), weights(again), strict=True))
+
+
+def test_a_step_is_adamw_with_clipping_and_without_decay_of_norms_and_biases(policy):
+    settings = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad_norm=0.5)
+    policy.begin_stage(settings, total_steps=2)
+    before = {name: p.detach().clone() for name, p in policy.chunks[0].named_parameters()}
+    policy.accumulate(BATCH, loss_function, 1.0, tokens(BATCH))
+    gradients = {name: p.main_grad.clone() for name, p in policy.chunks[0].named_parameters()}
+    update = policy.apply_update()
+    norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    assert update.grad_norm == pytest.approx(norm)
+    for name, parameter in policy.chunks[0].named_parameters():
+        gradient = gradients[name] * (0.5 / norm)
+        # The first AdamW step: bias-corrected moments are the gradient and its square.
+        expected = before[name] * (1 - 1e-2 * (0.1 if parameter.dim() > 1 else 0))
+        expected = expected - 1e-2 * gradient / (gradient.abs() + 1e-8)
+        assert torch.allclose(parameter, expected, atol=1e-5), name
+
+
+def test_a_new_stage_has_a_fresh_optimizer_on_the_current_weights(policy):
+    policy.begin_stage(ADAM, total_steps=2)
+    step(policy)
+    learned = weights(policy)
+    policy.begin_stage(OptimizerConfig(lr=5e-3, schedule="linear"), total_steps=2, keep_start=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(policy), learned, strict=True))
+    assert [step(policy).learning_rate for _ in range(2)] == [5e-3, 0.0]
+
+
+def test_a_stage_may_change_the_kind_of_optimizer(policy):
+    policy.begin_stage(ADAM, total_steps=2)
+    step(policy)
+    learned = policy.log_probs(BATCH, 1.0)
+    policy.begin_stage(OptimizerConfig(lr=1e-2, distributed=False), total_steps=2)
+    assert policy.log_probs(BATCH, 1.0) == learned
+    step(policy)
+    assert policy.log_probs(BATCH, 1.0) != learned
+
+
+def test_starting_weights_are_kept_while_the_policy_learns(policy):
+    before = policy.log_probs(BATCH, 0.9)
+    policy.begin_stage(ADAM, total_steps=2, keep_start=True)
+    step(policy)
+    after = policy.log_probs(BATCH, 0.9)
+    assert policy.log_probs(BATCH, 0.9, start=True) == before
+    assert policy.log_probs(BATCH, 0.9) == after != before
+
+
+def test_gradients_wait_for_apply_update_and_are_gone_after_it(policy):
+    policy.begin_stage(ADAM, total_steps=9)
+    whole = policy.accumulate(BATCH, loss_function, 1.0, tokens(BATCH))
+    policy.accumulate(BATCH, lambda *a: (-loss_function(*a)[0], {}), 1.0, tokens(BATCH))
+    assert policy.apply_update().grad_norm == pytest.approx(0.0, abs=1e-4)
+    assert whole["loss"] != 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(policy):
+    policy.begin_stage(ADAM, total_steps=2)
+    before = weights(policy)
+
+    def broken(log_probs, entropy, micro):
+        return log_probs.sum() * float("nan"), {}
+
+    with pytest.raises(RunStopped, match="gradient norm of update 1 is nan; nothing was updated"):
+        step(policy, broken)
+    assert all(torch.equal(a, b) for a, b in zip(weights(policy), before, strict=True))
+
+
+def test_a_sequence_longer_than_the_config_allows_is_refused(policy):
+    with pytest.raises(UserError, match=r"has 41 tokens, more than policy.max_tokens \(40\)"):
+        policy.log_probs([Sequence((1,) * 20, (2,) * 21)], 1.0)
+
+
+def test_a_sequence_without_prompt_is_an_error(policy):
+    with pytest.raises(ValueError, match="has no prompt"):
+        policy.log_probs([Sequence((), (2, 3))], 1.0)
+
+
+def test_no_sequences_have_no_log_probs(policy):
+    assert policy.log_probs([], 1.0) == []
+
+
+def test_learning_outside_a_stage_is_an_error(policy):
+    with pytest.raises(RuntimeError, match="call begin_stage first"):
+        policy.apply_update()
+
+
+def test_a_policy_of_another_layout_than_the_worlds_is_an_error(policy):
+    with pytest.raises(RuntimeError, match="not in that of"):
+        Policy(policy.config.model_copy(update={"layout": Layout(tp=2)}), seed=0)
+
+
+def test_bf16_learns_with_fp32_main_weights(tiny_model, world):
+    policy = Policy(PolicyConfig(model=str(tiny_model("qwen3")), max_tokens=40, precision="bf16"), seed=0)
+    policy.begin_stage(OptimizerConfig(lr=1e-5), total_steps=9)
+    before = weights(policy)
+    losses = [policy.accumulate(BATCH, loss_function, 1.0, tokens(BATCH))["loss"], step(policy)]
+    assert losses[1].grad_norm > 0
+    assert {parameter.dtype for parameter in before} == {torch.bfloat16}
+    main = [p for group in policy.stage.optimizer.param_groups for p in group["params"]]
+    assert {parameter.dtype for parameter in main} == {torch.float32}

