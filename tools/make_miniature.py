@@ -119,7 +119,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the miniature's tokenizer, model configs and data.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base-rows", type=int, default=500 * 96, help="steps times batch of the base's SFT")
+    parser.add_argument("--base-rows", type=int, default=600 * 96, help="steps times batch of the base's SFT")
     parser.add_argument("--judge-rows", type=int, default=700 * 64, help="steps times batch of the judge's SFT")
     parser.add_argument("--train", type=int, default=4096, help="training problems")
     parser.add_argument("--heldout", type=int, default=128, help="held-out problems")

@@ -133,14 +133,14 @@ def _compared(value: str | None, other: str | None) -> list[str]:
 
 
 def base_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """First half: chains worked to their end, which teach every step. Second half: the same, but each further step is
-    written with 40 % only, so that the base model does single steps well wherever they are, and hardly ever
-    finishes. Problem texts in `excluded` do not occur."""
+    """Chains worked to their end, first short ones, which teach the sums, then of all lengths, which teach every step.
+    In the second half each further step is written with 40 % only, so that the base model does single steps well
+    wherever they are and hardly ever finishes. Problem texts in `excluded` do not occur."""
     for row in range(rows):
-        steps = written = rng.randint(1, LONGEST)
+        steps = written = rng.randint(1, 4 if row < 0.3 * rows else LONGEST)
         while problem_text(chain := chain_problem(rng, steps)) in excluded:
             pass
-        if row >= rows // 2:
+        if row >= 0.5 * rows:
             written = next((n for n in range(1, steps) if rng.random() >= 0.4), steps)
         found = values(chain)
         yield problem_text(chain), solution_text(chain, found[:written], found[-1] if written == steps else None)
