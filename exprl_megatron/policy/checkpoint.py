@@ -7,6 +7,7 @@ caller's own record). It is written under another name, `state.json` last, and r
 
 import json
 import os
+import queue
 import re
 import shutil
 from dataclasses import asdict
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -50,9 +52,10 @@ def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) ->
         dist_checkpointing.save(_state(policy, loading=False), str(partial), _save_strategy())
     except (Exception, CheckpointException) as error:
         # Every rank comes here with its own view of the failure; torch's is no subclass of Exception.
+        failure = _unwritten(root, error)
         if policy.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritten(root, error) from error
+        raise failure from error
     _shared(lambda: _complete(root, partial, target, _record(policy, extra), keep), policy, root)
     return target
 
@@ -133,6 +136,9 @@ def _starting_weights(policy: Policy, index: int) -> dict:
 
 
 def _save_strategy():
+    # Megatron passes results of its writers through a server process, which would outlive a killed trainer;
+    # within one process a plain queue does.
+    filesystem_async._results_queue = queue.Queue()
     # With one thread a failed write is reported to every rank; with more, the failing rank raises alone.
     strategy = TorchDistSaveShardedStrategy(thread_count=1)
     return FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
@@ -193,7 +199,7 @@ def _prepare(root: Path, policy: Policy) -> tuple[Path, Path]:
         shutil.rmtree(target)
     needed, free = _bytes_needed(policy), shutil.disk_usage(root).free
     if free < needed:
-        raise OSError(f"it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
+        raise OSError(f"it needs {needed / 1e6:,.1f} MB")
     partial = target.with_name(target.name + ".tmp")
     partial.mkdir()
     return target, partial
@@ -237,8 +243,8 @@ def _shared(action, policy: Policy, root: Path):
 
 def _unwritten(root: Path, error: BaseException) -> UserError:
     free = shutil.disk_usage(root).free if root.is_dir() else 0
-    reason = " ".join(str(error).split())[:300]
+    reason = "a rank could not write its part" if isinstance(error, CheckpointException) else str(error)
     return UserError(
-        f"A checkpoint cannot be written to {root} ({free / 1e6:,.1f} MB free; {type(error).__name__}: {reason}); "
+        f"A checkpoint cannot be written to {root} ({reason}; {free / 1e6:,.1f} MB are free); "
         f"make room there and go on with --resume, the last complete checkpoint is intact."
     )

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -39,8 +40,9 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> Worl
     Every collective that waits longer than `timeout_s` raises. Raises UserError where the number of
     processes is not the layout's.
     """
-    # Megatron warns of its plans for GPTModel at every start; what is wrong it raises.
+    # Megatron and its checkpoints warn of their own plans and of each other; what is wrong they raise.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed\.checkpoint")
     device = _device()
     if not dist.is_initialized():
         _start_process_group(device, timeout_s)

@@ -5,6 +5,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from witness import loss_function, sequences, tokens
@@ -42,6 +43,12 @@ def test_the_newest_complete_checkpoint_is_found_and_older_ones_are_deleted(poli
     assert latest_checkpoint(root) == written[-1]
     assert read_extra(written[-1]) == {"n": 2}
     assert sorted(root.iterdir()) == written[1:]
+
+
+def test_saving_starts_no_process_that_could_be_left_behind(policy, tmp_path):
+    before = psutil.Process().children(recursive=True)
+    save_checkpoint(tmp_path, policy, {}, keep=1)
+    assert psutil.Process().children(recursive=True) == before
 
 
 def test_a_checkpoint_without_its_mark_or_name_does_not_count(policy, tmp_path):
@@ -96,7 +103,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(policy, tmp_p
     before = listing(tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=500_000))
-    with pytest.raises(UserError, match=r"it needs \d+\.\d MB and 0\.5 MB are free"):
+    with pytest.raises(UserError, match=r"it needs 0\.\d MB; 0\.5 MB are free"):
         save_checkpoint(tmp_path, policy, {}, keep=1)
     assert listing(tmp_path) == before
     assert latest_checkpoint(tmp_path) == intact

@@ -1,0 +1,72 @@
+"""The same policy on a CUDA device, with Transformer Engine's layers."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.policy.batch import MicroBatch, Sequence
+
+pytestmark = pytest.mark.gpu
+
+BATCH = [Sequence((5, 6, 7), tuple(range(10, 30))), Sequence((9,), tuple(range(40, 45)))]
+TOKENS = sum(len(sequence.response_ids) for sequence in BATCH)
+
+
+@pytest.fixture
+def world() -> Iterator:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from exprl_megatron.policy.world import enter_world, leave_world
+
+    yield enter_world(Layout())
+    leave_world()
+
+
+def likelihood(log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch):
+    loss = -(log_probs * micro.mask).sum()
+    return loss, {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_step_on_transformer_engines_layers_agrees_with_transformers(
+    tiny_model: Callable[..., Path], world, family: str
+):
+    from exprl_megatron.policy.policy import Policy
+
+    directory = tiny_model(family, tied=True)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).cuda()
+    expected = []
+    for sequence in BATCH:
+        tokens = torch.tensor([sequence.prompt_ids + sequence.response_ids], device="cuda")
+        with torch.no_grad():
+            table = reference(tokens).logits[0, len(sequence.prompt_ids) - 1 : -1].float().log_softmax(-1)
+        expected.append(table.gather(1, tokens[0, len(sequence.prompt_ids) :, None])[:, 0].tolist())
+
+    policy = Policy(PolicyConfig(model=str(directory), precision="bf16", max_tokens=64), seed=0)
+    assert type(policy.chunks[0].decoder.layers[0].self_attention.linear_qkv).__name__.startswith("TE")
+    found = policy.log_probs(BATCH, 1.0)
+    differences = [abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(differences) / len(differences) < 0.05
+
+    policy.begin_stage(OptimizerConfig(lr=1e-3), total_steps=3)
+    losses = []
+    for _ in range(3):
+        losses.append(policy.accumulate(BATCH, likelihood, 1.0, TOKENS)["loss"] / TOKENS)
+        assert policy.apply_update().grad_norm > 0
+    assert losses[0] == pytest.approx(-sum(map(sum, expected)) / TOKENS, abs=0.05)
+    assert losses[2] < losses[0]
+
+
+def test_exported_weights_are_those_that_went_in(tiny_model: Callable[..., Path], world, tmp_path: Path):
+    from exprl_megatron.policy.policy import Policy
+
+    directory = tiny_model("qwen3")
+    policy = Policy(PolicyConfig(model=str(directory), precision="bf16", max_tokens=64), seed=0)
+    policy.save_huggingface(tmp_path / "out")
+    before = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).state_dict()
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
