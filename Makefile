@@ -1,6 +1,7 @@
 # The two commands of a newcomer are `make demo` and `make test`; each installs what is missing first.
 export OMP_NUM_THREADS = 1
 PYTEST = .venv/bin/python -m pytest
+NOW := $(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: setup demo demo-smollm test test-fast lint lock miniature
 
@@ -8,11 +9,12 @@ setup:
 	@tools/setup.sh
 
 demo: setup
-	.venv/bin/exprl train recipes/configs/demo.yaml --fresh
+	.venv/bin/exprl train recipes/configs/demo.yaml directory=runs/demo-$(NOW)
 
 demo-smollm: setup
 	.venv/bin/python tools/prepare_smollm.py
-	.venv/bin/exprl train recipes/configs/demo-smollm.yaml --fresh
+	.venv/bin/python tools/prepare_data.py gsm8k --out build/gsm8k.jsonl
+	.venv/bin/exprl train recipes/configs/demo-smollm.yaml directory=runs/demo-smollm-$(NOW)
 
 test: setup
 	$(PYTEST) -m "not gpu"

@@ -1,18 +1,18 @@
 """Makes the miniature: all that a complete experiment needs on two CPU cores, from nothing but a seed.
 
-    <out>/tokenizer/       one word, one token; also copied into both models
-    <out>/policy/          config.json and tokenizer of the base policy (1.1 M parameters)
-    <out>/judge/           the same for the judge
-    <out>/base-sft.jsonl   {"id", "prompt", "completion"}: what the base policy learns from, in this order
-    <out>/judge-sft.jsonl  the same for the judge
-    <out>/train.jsonl      {"id", "problem", "reference", "answer"}: long chains for reinforcement learning
-    <out>/heldout.jsonl    the same for evaluation; no problem of these two files is in another file of prompts
+    <out>/policy/, <out>/judge/   the base policy and the judge (1.1 M parameters each) in Hugging Face form
+    <out>/train.jsonl             {"id", "problem", "reference", "answer"}: long chains for reinforcement learning
+    <out>/heldout.jsonl           the same for evaluation
+    <build>/*-sft.jsonl           {"id", "prompt", "completion"}: what the two models learn from, in this order
 
+No problem of train.jsonl or heldout.jsonl is in another file. Training takes minutes and is the project's own SFT
+stage (recipes/configs/miniature-*.yaml); interrupted, it goes on from its checkpoint when called again.
 The texts and the rules are those of `exprl_megatron.problems.chains`.
 """
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -22,7 +22,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
+from exprl_megatron.config.load import load_config
 from exprl_megatron.problems import chains
+from exprl_megatron.training.launch import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "recipes" / "configs"
+MODELS = ("policy", "judge")
 
 CONTEXT = 512
 PAD, EOS, UNK = chains.SPECIAL_WORDS
@@ -103,37 +109,56 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def write_data(out: Path, args: argparse.Namespace) -> None:
+def write_data(made: Path, out: Path, args: argparse.Namespace) -> None:
     taken: set[str] = set()
     heldout = distinct_chains(Random(f"heldout {args.seed}"), args.heldout, taken)
     train = distinct_chains(Random(f"train {args.seed}"), args.train, taken)
     write_rows(out / "heldout.jsonl", problem_rows("heldout", heldout))
     write_rows(out / "train.jsonl", problem_rows("train", train))
-    base = chains.base_sft_pairs(Random(f"base {args.seed}"), args.base_rows, taken)
-    write_rows(out / "base-sft.jsonl", lesson_rows("base", base))
+    policy = chains.base_sft_pairs(Random(f"base {args.seed}"), args.policy_rows, taken)
+    write_rows(made / "policy-sft.jsonl", lesson_rows("policy", policy))
     judge = chains.judge_sft_pairs(Random(f"judge {args.seed}"), args.judge_rows, taken)
-    write_rows(out / "judge-sft.jsonl", lesson_rows("judge", judge))
+    write_rows(made / "judge-sft.jsonl", lesson_rows("judge", judge))
+
+
+def train(name: str, made: Path, out: Path) -> None:
+    """Trains `name` (policy or judge) by the project's own SFT stage and puts the model into `out`."""
+    config = load_config(
+        CONFIGS / f"miniature-{name}.yaml",
+        [
+            f"directory={made / f'{name}-run'}",
+            f"policy.model={made / name}",
+            f"stages.0.examples={made / f'{name}-sft.jsonl'}",
+        ],
+    )
+    launch(config, resume=(made / f"{name}-run" / "config.yaml").is_file())
+    shutil.rmtree(out / name, ignore_errors=True)
+    shutil.copytree(made / f"{name}-run" / "models" / name, out / name)
 
 
 def parsed_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make the miniature's tokenizer, model configs and data.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "recipes" / "miniature", metavar="DIR")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "miniature", metavar="DIR", help="working files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base-rows", type=int, default=600 * 96, help="steps times batch of the base's SFT")
+    parser.add_argument("--policy-rows", type=int, default=600 * 96, help="steps times batch of the policy's SFT")
     parser.add_argument("--judge-rows", type=int, default=700 * 64, help="steps times batch of the judge's SFT")
     parser.add_argument("--train", type=int, default=4096, help="training problems")
     parser.add_argument("--heldout", type=int, default=128, help="held-out problems")
+    parser.add_argument("--only", choices=MODELS, action="append", help="train this model alone")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parsed_arguments()
+    args.build.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(args.out / "tokenizer")
-    for name in ("policy", "judge"):
-        write_tokenizer(args.out / name)
-        model_config().save_pretrained(args.out / name)
-    write_data(args.out, args)
+    for name in MODELS:
+        write_tokenizer(args.build / name)
+        model_config().save_pretrained(args.build / name)
+    write_data(args.build, args.out, args)
+    for name in args.only or MODELS:
+        train(name, args.build, args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""`exprl train` as a user runs it: what happens to its processes when one of them dies."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from exprl_megatron.training.directory import RunDirectory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import run_config, wait_until, write_problems
+
+pytestmark = pytest.mark.slow
+
+
+def start(config, *flags: str) -> subprocess.Popen:
+    path = Path(config.directory).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(path), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def steps_done(config) -> int:
+    metrics = RunDirectory(config.directory).metrics
+    return metrics.read_text().count("\n") if metrics.is_file() else 0
+
+
+def all_end(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=30)[1]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model, tmp_path_factory):
+    """A run far too long to end by itself."""
+    root = tmp_path_factory.mktemp("launched")
+    problems = write_problems(root / "problems.jsonl")
+    config = run_config(root / "run", tiny_model("qwen3"), tiny_model("qwen3", seed=1, tied=True), problems)
+    prime = config.stages[0].model_copy(update={"steps": 100_000})
+    return config.model_copy(update={"stages": (prime,)})
+
+
+def test_a_dead_sampling_server_ends_the_run_with_its_name_and_log(config):
+    run = start(config)
+    wait_until(lambda: steps_done(config) >= 1 or run.poll() is not None, 300)
+    everybody = psutil.Process(run.pid).children(recursive=True)
+    servers = [p for p in everybody if "sglang.launch_server" in p.cmdline() and "supervise.py" not in p.cmdline()[3]]
+    judge_or_policy = {p.cmdline()[p.cmdline().index("--model-path") + 1]: p for p in servers}
+    judge_or_policy[config.policy.model].kill()
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "exprl: policy-0 (http://127.0.0.1:" in told
+    assert "policy-0.log; its last lines:" in told
+    assert all_end(everybody)
+
+
+def test_kill_9_of_the_launcher_leaves_no_process_behind(config):
+    done = steps_done(config)
+    run = start(config, "--resume")
+    wait_until(lambda: steps_done(config) > done or run.poll() is not None, 300)
+    everybody = psutil.Process(run.pid).children(recursive=True)
+    assert len(everybody) >= 8
+    run.kill()
+    assert all_end(everybody)
+    run.communicate()
