@@ -86,6 +86,11 @@ def test_a_truncated_safetensors_file_is_refused(run, monkeypatch, capsys, tmp_p
     assert "model.safetensors" in refused(run, monkeypatch, capsys, f"policy.model={model}")
 
 
+def test_more_tokens_than_the_model_has_positions_are_refused(run, monkeypatch, capsys):
+    told = refused(run, monkeypatch, capsys, "policy.max_tokens=4096")
+    assert "policy.max_tokens is 4096, more than the 1024 positions" in told
+
+
 def test_an_unknown_architecture_is_refused(run, monkeypatch, capsys, tmp_path):
     model = tmp_path / "other"
     shutil.copytree(run.tree["policy"]["model"], model)

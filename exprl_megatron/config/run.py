@@ -1,7 +1,5 @@
 """The whole configuration of a run."""
 
-from typing import Literal
-
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from exprl_megatron.config.base import Config
@@ -50,7 +48,6 @@ class RunConfig(Config):
     stages: tuple[AnyStage, ...]
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
-    log_level: Literal["debug", "info", "warning"] = "info"
 
     @property
     def samples(self) -> bool:

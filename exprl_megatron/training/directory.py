@@ -84,7 +84,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 # What a resumed run may do differently: none of it changes what is learned from what.
-_FREE = ("directory", "server", "sync", "checkpoint", "log_level", "policy.layout", "judge.server")
+_FREE = ("directory", "server", "sync", "checkpoint", "policy.layout", "judge.server")
 
 
 def _refuse_changes(old: dict, new: dict, root: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
+from exprl_megatron.errors import UserError
 from exprl_megatron.policy.architecture import check_layout, read_architecture
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.examples import read_examples
@@ -13,6 +14,11 @@ def check_inputs(config: RunConfig) -> None:
     """Raise UserError where the model, the layout, the problems or the examples cannot be used."""
     architecture = read_architecture(config.policy.model)
     check_layout(architecture, config.policy.layout)
+    if config.policy.max_tokens > architecture.max_positions:
+        raise UserError(
+            f"policy.max_tokens is {config.policy.max_tokens}, more than the {architecture.max_positions} positions "
+            f"that {config.policy.model} was made for; lower it."
+        )
     if config.policy.initialise == "weights":
         from exprl_megatron.resharding.sources import Safetensors
 

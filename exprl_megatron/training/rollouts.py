@@ -9,10 +9,11 @@ from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage
-from exprl_megatron.errors import ServerError
+from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.judging.abstentions import check_abstention_rate
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judgement import Judgement
+from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, drop_overlong
@@ -75,6 +76,7 @@ class Rollouts:
             room = self._config.policy.max_tokens - sampling.max_new_tokens
             limit = min(room, problems.max_prompt_tokens or room)
             prompted = drop_overlong(load_problems(problems), builder, limit)
+            _check_vocabulary(self._config.policy.model, prompted)
             self._prompted[problems] = prompted
             if prompted.dropped:
                 self._console.say(f"{problems.source}: {prompted.dropped} prompts of more than {limit} tokens left out")
@@ -157,6 +159,17 @@ class Rollouts:
             Group(prompt.problem_id, tuple(GradedTrace(trace, judgements[trace]) for trace in members))
             for prompt, members in zip(prompts, traces, strict=True)
         ]
+
+
+def _check_vocabulary(model: str, prompted: PromptedProblems) -> None:
+    """A token that the model does not have would end the server."""
+    vocabulary = read_architecture(model).vocabulary
+    largest = max(max(ids) for ids in prompted.prompts)
+    if largest >= vocabulary:
+        raise UserError(
+            f"The tokenizer in {model} gives token {largest}, but its model has {vocabulary} tokens; "
+            "use the model's own."
+        )
 
 
 async def _ready(client: SGLangClient, deadline_s: float) -> None:

@@ -1,9 +1,13 @@
 import math
 
+import pytest
+
 from exprl_megatron.config.load import check_config
+from exprl_megatron.errors import RunStopped
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.training.mismatch import check_log_prob_gap
 from exprl_megatron.training.sequences import group_advantages, sequences_of
 from exprl_megatron.training.statistics import group_statistics, update_statistics
 
@@ -61,3 +65,10 @@ def test_statistics_count_abstentions_by_reason_and_groups_with_a_success():
 def test_sums_become_token_means_and_maxima_stay():
     found = update_statistics({"loss": 6.0, "sampler_gap/max": 0.5}, tokens=4)
     assert found == {"loss": 1.5, "sampler_gap/max": 0.5, "tokens": 4}
+
+
+def test_a_gap_between_trainer_and_sampler_above_the_bound_stops_the_run():
+    check_log_prob_gap({"sampler_gap/mean": 9e-5}, 1e-4)
+    check_log_prob_gap({"sampler_gap/mean": 9.0}, None)
+    with pytest.raises(RunStopped, match=r"differ by 1\.10e-04 on average, more than sync\.max_log_prob_gap"):
+        check_log_prob_gap({"sampler_gap/mean": 1.1e-4}, 1e-4)
