@@ -43,7 +43,7 @@ def run_config(directory: Path, model: Path, judge: Path, problems: Path, **chan
         "checkpoint": {"every_steps": 1, "keep": 2},
         "stages": [
             {"kind": "exprl-outcome", "name": "prime", "steps": 3, "overlong": "score"} | shared,
-            {"kind": "sparse-rl", "name": "sparse", "steps": 2} | shared,
+            {"kind": "sparse-rl", "name": "sparse", "steps": 2, "updates_per_step": 2} | shared,
         ],
     }
     return check_config(tree | changes, "test")
