@@ -1,5 +1,6 @@
 """From a YAML file and `key.path=value` overrides to a checked RunConfig."""
 
+import copy
 import difflib
 import json
 from pathlib import Path
@@ -49,15 +50,34 @@ def _override(tree: Container, override: str, path: Path) -> None:
 def check_config(tree: Any, origin: str) -> RunConfig:
     """`tree` (plain dicts and lists) as a RunConfig; see load_config for what it raises."""
     try:
-        # As JSON, strictly: a list may become a tuple, but neither "3" nor true an integer.
-        config = RunConfig.model_validate_json(json.dumps(tree), strict=True)
+        config = _validated(tree)
     except ValidationError as error:
-        sentences = [_sentence(item, tree) for item in error.errors()]
-        raise UserError(_listing(origin, sentences)) from error
+        raise UserError(_listing(origin, _all_sentences(error, tree))) from error
     sentences = list(_violations(config, config))
     if sentences:
         raise UserError(_listing(origin, sentences))
     return config
+
+
+def _validated(tree: Any) -> RunConfig:
+    # As JSON, strictly: a list may become a tuple, but neither "3" nor true an integer.
+    return RunConfig.model_validate_json(json.dumps(tree), strict=True)
+
+
+def _all_sentences(error: ValidationError, tree: Any) -> list[str]:
+    """What is wrong with keys and values, and, where only keys are unknown, how the rest contradicts itself."""
+    sentences = [_sentence(item, tree) for item in error.errors()]
+    if any(item["type"] != "extra_forbidden" for item in error.errors()):
+        return sentences
+    rest = copy.deepcopy(tree)
+    for item in error.errors():
+        *parents, key = _keys(item["loc"], tree)
+        place = rest
+        for part in parents:
+            place = place[part]
+        del place[key]
+    config = _validated(rest)
+    return sentences + list(_violations(config, config))
 
 
 def _violations(piece: Config, whole: RunConfig):
@@ -75,7 +95,7 @@ def _listing(origin: str, sentences: list[str]) -> str:
 
 def _sentence(item: dict, tree: Any) -> str:
     """One pydantic finding as a sentence with key, value and remedy."""
-    path = _path(item["loc"], tree)
+    path = ".".join(map(str, _keys(item["loc"], tree)))
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(item["loc"][-1]), _known(item["loc"][:-1]), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "remove it."
@@ -113,18 +133,18 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:].rstrip(".")
 
 
-def _path(loc: tuple, tree: Any) -> str:
-    """The key path as the user wrote it: pydantic adds the chosen stage kind, which no YAML has."""
-    shown = []
+def _keys(loc: tuple, tree: Any) -> list[str | int]:
+    """The keys as the user wrote them: pydantic adds the chosen stage kind, which no YAML has."""
+    keys = []
     for part in loc:
         if isinstance(tree, dict) and part not in tree and tree.get("kind") == part:
             continue
-        shown.append(str(part))
+        keys.append(part)
         if isinstance(tree, dict):
             tree = tree.get(part)
         elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
             tree = tree[part]
-    return ".".join(shown)
+    return keys
 
 
 def _known(loc: tuple) -> list[str]:

@@ -67,13 +67,13 @@ class RunConfig(Config):
         return dict(sorted(uses, key=lambda use: use[1].max_new_tokens))
 
     def violations(self, whole=None) -> list[str]:
-        if self.policy.initialise == "random" and self.samples:
-            return ["policy.initialise is random, but servers need weights to start with; train by SFT first."]
-        if self.sync.verify and self.server.tp > 1:
-            return [f"sync.verify reads whole tensors, but server.tp is {self.server.tp}; set one of them otherwise."]
         names = [stage.name for stage in self.stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        found = [f"stages: the name {name} is given twice; names must differ." for name in twice]
         if not names:
-            return ["stages is empty; list at least one stage."]
-        return [
-            f"stages: the name {n} is given twice; names must differ." for n in sorted(set(names)) if names.count(n) > 1
-        ]
+            found.append("stages is empty; list at least one stage.")
+        if self.policy.initialise == "random" and self.samples:
+            found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")
+        if self.sync.verify and self.server.tp > 1:
+            found.append(f"sync.verify reads whole tensors, but server.tp is {self.server.tp}; change one of them.")
+        return found

@@ -157,6 +157,19 @@ def test_pieces_that_do_not_fit_together_are_listed_at_once(tmp_path):
         assert any(part in line for line in lines)
 
 
+def test_unknown_keys_do_not_hide_what_contradicts_itself(tmp_path):
+    tree = _tree()
+    tree["seeed"] = 3
+    tree["stages"][0]["stepps"] = 4
+    tree["policy"]["layout"] = {"vpp": 2, "tpp": 2}
+    tree["stages"][1]["name"] = "priming"
+    lines = _complaints(tmp_path, tree)
+    parts = ("unknown key seeed", "unknown key stages.0.stepps", "unknown key policy.layout.tpp", "vpp is 2", "twice")
+    assert len(lines) == len(parts)
+    for part in parts:
+        assert any(part in line for line in lines)
+
+
 def test_an_unknown_stage_is_refused_with_the_known_ones(tmp_path):
     line = _only(tmp_path, _tree(), "stages.0.kind=exprl")
     assert "stages.0.kind is 'exprl'; set it to one of exprl-outcome, sparse-rl, sft." in line
