@@ -118,10 +118,11 @@ def test_a_faulty_problem_file_is_refused(run, monkeypatch, capsys, content, sen
 def test_a_directory_that_holds_another_run_is_left_as_it_is(run, monkeypatch, capsys):
     run.directory.mkdir()
     (run.directory / "config.yaml").write_text("seed: 7\n")
+    (run.directory / "metrics.jsonl").write_text("{}\n")
     status, told = run(monkeypatch, capsys)
     assert status == 2
     assert "already holds a run; go on with it by --resume" in told
-    assert [path.name for path in run.directory.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in run.directory.iterdir()) == ["config.yaml", "metrics.jsonl"]
     assert (run.directory / "config.yaml").read_text() == "seed: 7\n"
 
 

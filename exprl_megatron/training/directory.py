@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import yaml
@@ -31,24 +32,40 @@ class RunDirectory:
         """Take the directory for this process and write the resolved config into it.
 
         Raises UserError where it holds another run, where `resume` finds none or one of another
-        config (the layout and the servers may differ), or where a live process has it.
+        config (the layout and the servers may differ), or where a live process has it. A run that
+        ended before it had anything to keep does not count.
         """
-        if self.config.is_file():
-            if not resume:
-                raise UserError(
-                    f"The directory {self.root} already holds a run; "
-                    "go on with it by --resume, or choose another directory."
-                )
-            _refuse_changes(yaml.safe_load(self.config.read_text()), config.model_dump(mode="json"), self.root)
-        elif self.root.is_dir() and any(self.root.iterdir()):
+        known, begun = self.config.is_file(), self._holds_work()
+        if begun and not resume:
+            raise UserError(
+                f"The directory {self.root} already holds a run; "
+                "go on with it by --resume, or choose another directory."
+            )
+        if not known and self.root.is_dir() and any(self.root.iterdir()):
             raise UserError(f"The directory {self.root} holds other files; choose a new or empty directory.")
-        elif resume:
+        if not known and resume:
             raise UserError(f"There is no run in {self.root} to resume; start it without --resume.")
-        for path in (self.root, self.logs, self.journal, self.checkpoints, self.models, self.evaluations):
-            path.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         claim = Claim(self.root)
-        write_atomically(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        try:
+            if begun:
+                _refuse_changes(yaml.safe_load(self.config.read_text()), config.model_dump(mode="json"), self.root)
+            elif known:
+                shutil.rmtree(self.logs, ignore_errors=True)
+            for path in (self.logs, self.journal, self.checkpoints, self.models, self.evaluations):
+                path.mkdir(exist_ok=True)
+            write_atomically(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        except BaseException:
+            claim.release()
+            raise
         return claim
+
+    def _holds_work(self) -> bool:
+        """Whether a run has left anything here that was sampled, learned or measured."""
+        kept = (self.journal, self.checkpoints, self.models, self.evaluations, self.metrics)
+        return self.config.is_file() and any(
+            file.stat().st_size for path in kept for file in (path, *path.rglob("*")) if file.is_file()
+        )
 
 
 def read_config(directory: RunDirectory) -> RunConfig:

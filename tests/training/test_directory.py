@@ -2,7 +2,14 @@ import pytest
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.directory import RunDirectory, read_config
+
+
+def started(directory: RunDirectory) -> RunDirectory:
+    """The directory of a run that has taken a step."""
+    directory.claim(config(directory.root), resume=False).release()
+    directory.metrics.write_text('{"step": 1}\n')
+    return directory
 
 
 def config(directory, **changes):
@@ -15,8 +22,7 @@ def config(directory, **changes):
 
 
 def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path):
-    directory = RunDirectory(tmp_path / "run")
-    directory.claim(config(tmp_path / "run"), resume=False).release()
+    directory = started(RunDirectory(tmp_path / "run"))
     before = directory.config.read_bytes()
     with pytest.raises(UserError, match="already holds a run; go on with it by --resume"):
         directory.claim(config(tmp_path / "run", seed=5), resume=False)
@@ -35,16 +41,14 @@ def test_resuming_needs_a_run(tmp_path):
 
 
 def test_resuming_with_another_config_names_the_changed_keys(tmp_path):
-    directory = RunDirectory(tmp_path / "run")
-    directory.claim(config(tmp_path / "run"), resume=False).release()
+    directory = started(RunDirectory(tmp_path / "run"))
     changed = config(tmp_path / "run", seed=5, policy={"model": "other"})
     with pytest.raises(UserError, match=r"other values of policy\.model, seed"):
         directory.claim(changed, resume=True)
 
 
 def test_a_resumed_run_may_take_another_layout(tmp_path):
-    directory = RunDirectory(tmp_path / "run")
-    directory.claim(config(tmp_path / "run"), resume=False).release()
+    directory = started(RunDirectory(tmp_path / "run"))
     directory.claim(config(tmp_path / "run", policy={"model": "m", "layout": {"tp": 2}}), resume=True).release()
 
 
@@ -55,3 +59,12 @@ def test_a_directory_is_claimed_once(tmp_path):
         directory.claim(config(tmp_path / "run"), resume=True)
     claim.release()
     directory.claim(config(tmp_path / "run"), resume=True).release()
+
+
+def test_a_run_that_ended_before_its_first_step_does_not_block_the_directory(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(tmp_path / "run"), resume=False).release()
+    (directory.logs / "policy-0.log").write_text("an old attempt")
+    directory.claim(config(tmp_path / "run", seed=5), resume=False).release()
+    assert read_config(directory).seed == 5
+    assert not any(directory.logs.iterdir())
