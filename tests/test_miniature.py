@@ -147,21 +147,20 @@ def test_the_judge_reads_the_reference(servers):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_script_makes_the_base_policy_again(maker, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv",
-        ["make_miniature.py", "--out", str(tmp_path / "out"), "--build", str(tmp_path / "build"), "--only", "policy"],
-    )
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("name", ["policy", "judge"])
+def test_the_script_makes_the_model_again(maker, tmp_path, monkeypatch, name):
+    out, build = tmp_path / "out", tmp_path / "build"
+    arguments = ["--out", str(out), "--build", str(build), "--only", name]
+    monkeypatch.setattr("sys.argv", ["make_miniature.py", *arguments])
     maker.main()
-    made, committed = (
-        losses(path / "policy", tmp_path / "build" / "policy-sft.jsonl") for path in (tmp_path / "out", MINIATURE)
-    )
-    assert made == pytest.approx(committed, rel=0.1)
+    examples = build / f"{name}-sft.jsonl"
+    # Another processor rounds otherwise, and hundreds of steps make that large: losses agree, weights need not.
+    assert losses(out / name, examples) == pytest.approx(losses(MINIATURE / name, examples), abs=0.03)
 
 
 def losses(model: Path, examples: Path) -> float:
-    """Mean loss of a model, in nats a token, on the last rows that the base learned from."""
+    """Mean loss of a model, in nats a token, on the last rows that it learned from."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
