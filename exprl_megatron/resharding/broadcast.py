@@ -5,7 +5,6 @@ takes as many ranks as its tensor parallelism has.
 """
 
 import asyncio
-import socket
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -23,6 +22,7 @@ from torch.distributed.distributed_c10d import (
 from exprl_megatron.errors import ServerError
 from exprl_megatron.resharding.transport import Bucket, with_last
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.ports import free_ports
 
 _POLL_S = 0.001
 
@@ -55,7 +55,7 @@ class BroadcastTransport:
 
     async def _open(self) -> None:
         """All servers and this process meet in one new group."""
-        port = _free_port(self._address)
+        (port,) = free_ports(1)
         world_size = 1 + self._server_tp * len(self._clients)
         joining = [
             client.init_weights_group(
@@ -135,12 +135,3 @@ async def _until_sent(works: Sequence[dist.Work], replies: asyncio.Future) -> No
         await asyncio.sleep(_POLL_S)
     for work in works:
         work.wait()
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError as error:
-            raise ServerError(f"The trainer cannot listen on {address} ({error.strerror}).") from error
-        return probe.getsockname()[1]

@@ -5,11 +5,10 @@ from dataclasses import asdict
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.evaluation.pass_at_k import PassAtK, estimate_pass_at_k
+from exprl_megatron.rewards.math_answer import DEADLINE_S
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory, write_atomically
 from exprl_megatron.training.rollouts import Rollouts
-
-_VERIFIER_DEADLINE_S = 5.0
 
 
 class Evaluator:
@@ -38,7 +37,7 @@ class Evaluator:
             settings.samples,
             settings.sampling,
             version,
-            self._rollouts.verifier(_VERIFIER_DEADLINE_S),
+            self._rollouts.verifier(DEADLINE_S),
         )
         counts = {group.problem_id: (len(group.scores), int(sum(group.scores))) for group in groups}
         estimates = [estimate_pass_at_k(list(counts.values()), k, settings.confidence) for k in settings.k]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.serving import supervise
 from exprl_megatron.serving.log_tail import log_tail
+from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.training.directory import RunDirectory
 
 _STOP_S = 10.0
@@ -23,7 +23,7 @@ class TrainerRanks:
 
     def __init__(self, directory: RunDirectory, world_size: int, servers: Path):
         self._logs = directory.logs
-        port = _free_port()
+        (port,) = free_ports(1)
         self._processes = []
         for rank in range(world_size):
             log = open(self._log(rank), "ab")  # noqa: SIM115 - the child keeps it
@@ -100,9 +100,3 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
     # Several ranks share the cores: one thread each, unless the user says otherwise.
     return {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(os.environ) | rendezvous
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
