@@ -11,7 +11,7 @@ import torch
 
 from exprl_megatron.algorithms.losses import clipped_policy_loss, k3_divergence, probability_ratio
 from exprl_megatron.algorithms.mismatch import log_prob_gap
-from exprl_megatron.config.stages import LossConfig
+from exprl_megatron.config.losses import LossConfig
 from exprl_megatron.policy.batch import MicroBatch
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]

@@ -84,7 +84,8 @@ def _violations(piece: Config, whole: RunConfig):
     yield from piece.violations(whole)
     for name in type(piece).model_fields:
         value = getattr(piece, name)
-        for item in value if isinstance(value, tuple) else (value,):
+        items = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
+        for item in items:
             if isinstance(item, Config):
                 yield from _violations(item, whole)
 

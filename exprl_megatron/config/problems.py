@@ -6,12 +6,25 @@ from exprl_megatron.config.base import Config
 
 
 class FieldNames(Config):
-    """Names of a record's fields in the source."""
+    """Names of a record's fields in the source; all but the first two may be missing from a record."""
 
     id: str = "id"
     problem: str = "problem"
     reference: str = "reference"
     answer: str = "answer"
+    domain: str = "domain"
+    choices: str = "choices"
+    tests: str = "tests"
+    source: str = "source"
+
+
+class LeakGuardConfig(Config):
+    """Watches that nothing of a reference is sent to the policy."""
+
+    ngram_words: PositiveInt = 12
+    """A request that shares so many words in a row with a reference, which its problem does not have, stops the run."""
+    canary: str | None = None
+    """A string planted into references (prepare_data.py --canary); a request or a trace that holds it stops the run."""
 
 
 class ProblemsConfig(Config):

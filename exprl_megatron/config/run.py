@@ -5,9 +5,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from exprl_megatron.config.base import Config
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.config.problems import ProblemsConfig, PromptConfig
+from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
-from exprl_megatron.config.stages import AnyStage, RlStage
+from exprl_megatron.config.stages import AnyStage, JudgedStage, RlStage
 
 
 class EvaluationConfig(Config):
@@ -42,6 +42,7 @@ class RunConfig(Config):
     seed: NonNegativeInt = 0
     policy: PolicyConfig
     prompt: PromptConfig = PromptConfig()
+    leak_guard: LeakGuardConfig = LeakGuardConfig()
     server: ServerConfig = ServerConfig()
     judge: JudgeConfig | None = None
     sync: SyncConfig = SyncConfig()
@@ -57,7 +58,7 @@ class RunConfig(Config):
     @property
     def judges(self) -> bool:
         """Whether any stage needs the judge."""
-        return any(stage.kind == "exprl-outcome" for stage in self.stages)
+        return any(isinstance(stage, JudgedStage) for stage in self.stages)
 
     def problem_sets(self) -> dict[ProblemsConfig, SamplingConfig]:
         """Every set of problems that the run reads, each once, with the sampling that leaves its prompts least room."""

@@ -5,30 +5,12 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from exprl_megatron.config.base import Config
+from exprl_megatron.config.losses import Advantage, Aggregation, LossConfig, SparseLossConfig
 from exprl_megatron.config.policy import OptimizerConfig
-from exprl_megatron.config.problems import ProblemsConfig
+from exprl_megatron.config.problems import ProblemsConfig, PromptConfig
+from exprl_megatron.config.segments import RouteConfig, SegmentsConfig
 from exprl_megatron.config.serving import SamplingConfig
-
-
-class LossConfig(Config):
-    """Clipped policy gradient with an optional KL term to the stage's starting policy."""
-
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.28, gt=0)
-    dual_clip: float | None = Field(3.0, gt=1)
-    """Bound of the loss where the advantage is negative, in units of the advantage."""
-    kl_coefficient: float = Field(1e-3, ge=0)
-    entropy_coefficient: float = Field(0.0, ge=0)
-
-
-class SparseLossConfig(LossConfig):
-    """The loose clip of the sparse-reward stage: ratios up to 5, no lower bound, no KL."""
-
-    clip_low: float = Field(4.0, gt=0)
-    clip_high: float = Field(4.0, gt=0)
-    dual_clip: float | None = Field(None, gt=1)
-    kl_coefficient: float = Field(0.0, ge=0)
-    entropy_coefficient: float = Field(1e-4, ge=0)
+from exprl_megatron.problems.problem import Domain
 
 
 class Stage(Config):
@@ -49,6 +31,8 @@ class RlStage(Stage):
     """Optimizer steps that one step's traces are split into."""
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
+    verifier_deadline_s: float = Field(5.0, gt=0)
+    """For the answer of one trace; in stages with a judge the finding is only logged."""
 
     def violations(self, whole) -> list[str]:
         found = []
@@ -65,12 +49,8 @@ class RlStage(Stage):
         return found
 
 
-class ExprlOutcomeStage(RlStage):
-    """ExpRL-Outcome: the judge scores every trace, group-normalised advantages."""
-
-    kind: Literal["exprl-outcome"]
-    overlong: Literal["zero", "score"] = "zero"
-    """Score of a trace that ran into max_new_tokens: 0 (paper), or what the judge says."""
+class JudgedStage(RlStage):
+    """What the stages share whose rewards come from the judge."""
 
     def violations(self, whole) -> list[str]:
         found = super().violations(whole)
@@ -79,22 +59,104 @@ class ExprlOutcomeStage(RlStage):
         return found
 
 
+class ExprlOutcomeStage(JudgedStage):
+    """ExpRL-Outcome: the judge scores every trace, group-normalised advantages."""
+
+    kind: Literal["exprl-outcome"]
+    advantage: Advantage = "group-normalised"
+    overlong: Literal["zero", "score", "exclude"] = "zero"
+    """Score of a trace that ran into max_new_tokens: 0 (paper), what the judge says, or left out."""
+    variant: Literal["recommended", "code"] = "recommended"
+    """`code`: an abstention is out of the loss, but its reward 0 stays in the group's mean and std."""
+
+
+class ExprlProcessStage(JudgedStage):
+    """ExpRL-Process: the judge scores every segment or prefix, and each segment gets an advantage of its own."""
+
+    kind: Literal["exprl-process"]
+    estimator: Literal["delta", "end", "group", "batch", "basic"] = "delta"
+    """DeltaNorm, EndNorm, GroupNorm, BatchNorm, or the score itself."""
+    unit: Literal["prefix", "segment"] = "prefix"
+    """What the judge is shown: all up to the end of a segment (paper), or the segment alone (code)."""
+    variant: Literal["recommended", "paper", "code"] = "recommended"
+    """Where paper and released code differ, and where both can be bettered; see algorithms/process.py."""
+    segments: SegmentsConfig = SegmentsConfig()
+    overlong: Literal["zero", "penalise", "exclude"] = "zero"
+    """Advantages of a trace that ran into max_new_tokens: 0, minus the group's mean last score, or left out."""
+    routes: dict[Domain, RouteConfig] = Field(default_factory=dict)
+    """Other units and estimators for some domains."""
+
+    def violations(self, whole) -> list[str]:
+        found = super().violations(whole)
+        if self.updates_per_step > 1:
+            found.append(
+                f"stage {self.name}: process rewards need strictly on-policy updates, but updates_per_step is "
+                f"{self.updates_per_step}; set it to 1."
+            )
+        return found
+
+    def route(self, domain: Domain) -> RouteConfig:
+        """How problems of `domain` are judged."""
+        return self.routes.get(domain, RouteConfig(unit=self.unit, estimator=self.estimator))
+
+
 class SparseRlStage(RlStage):
     """Sparse-reward RL: right answer or not, mean-centred advantages, loose clip, no KL."""
 
     kind: Literal["sparse-rl"]
+    advantage: Advantage = "mean-centred"
     loss: SparseLossConfig = SparseLossConfig()
-    verifier_deadline_s: float = Field(5.0, gt=0)
+    overlong: Literal["score", "exclude"] = "score"
+    """A trace that ran into max_new_tokens counts like any other, or is left out (DAPO's filtering)."""
+    dynamic_sampling: PositiveInt | None = None
+    """At most so many rounds of further problems replace groups whose scores are all equal (DAPO); None: kept."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
 
 
+class SelfDistillStage(RlStage):
+    """Self-distillation: the teacher is the frozen start of the stage, which sees the reference in its prompt.
+
+    A token's loss is (student - teacher log-prob, detached) * student log-prob: the score-function estimate of the
+    gradient of KL(student || teacher), on the student's own traces.
+    """
+
+    kind: Literal["self-distill"]
+    teacher_prompt: PromptConfig = PromptConfig(
+        user="{problem}\n\nThis is a solution to the problem:\n{reference}\n\n"
+        "After understanding it, solve the problem in your own way."
+    )
+    """`user` shows {problem} and {reference}."""
+    aggregation: Aggregation = "sequence-mean"
+
+    def violations(self, whole) -> list[str]:
+        found = super().violations(whole)
+        if "{reference}" not in self.teacher_prompt.user:
+            found.append(
+                f"stage {self.name}: teacher_prompt.user never shows the reference; put {{reference}} into it."
+            )
+        if self.updates_per_step > 1:
+            found.append(f"stage {self.name}: self-distillation has no ratio to correct by; set updates_per_step to 1.")
+        return found
+
+
 class SftStage(Stage):
-    """Supervised fine-tuning on prompt and completion pairs, in the order of the file."""
+    """Supervised fine-tuning on prompt and completion pairs, in the order of the file, or on problems' references."""
 
     kind: Literal["sft"]
-    examples: str
+    examples: str | None = None
     """JSON lines with `prompt` and `completion`."""
+    problems: ProblemsConfig | None = None
+    """Problems whose references are the completions, in a new seeded order each epoch."""
+    prompt: PromptConfig | None = None
+    """The prompt to learn under; None: the run's."""
     batch_size: PositiveInt = 32
 
+    def violations(self, whole) -> list[str]:
+        if (self.examples is None) == (self.problems is None):
+            return [f"stage {self.name}: give either `examples` or `problems` to learn from."]
+        return []
 
-AnyStage = Annotated[ExprlOutcomeStage | SparseRlStage | SftStage, Field(discriminator="kind")]
+
+AnyStage = Annotated[
+    ExprlOutcomeStage | ExprlProcessStage | SparseRlStage | SelfDistillStage | SftStage, Field(discriminator="kind")
+]

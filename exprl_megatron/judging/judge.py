@@ -61,7 +61,7 @@ class Judge:
         self._clients = clients
         self._tokenizer = tokenizer
         self._context_tokens = context_tokens or model_context(config.model)
-        self._prompt = load_prompt(config.prompt)
+        self._prompt = load_prompt(config.prompt or "math-outcome")
         self._control = _control_tokens(tokenizer)
         self._slots = asyncio.Semaphore(config.concurrency)
 
@@ -89,7 +89,7 @@ class Judge:
         Control tokens of the judge's template (`<|im_end|>`) that the data spells out are broken up, so
         that data cannot open a turn of its own.
         """
-        texts = (problem.text, problem.reference.for_judge(), trace_text)
+        texts = (problem.statement, problem.reference.for_judge(), trace_text)
         messages = self._prompt.messages(*(self._without_control(text) for text in texts))
         return self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self._config.template_args

@@ -1,6 +1,10 @@
 """A verdict on a trace, or the reason why there is none."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["trace", "prefix", "segment"]
+"""What a judge is shown: the whole trace, all of it up to the end of a segment, or a segment alone."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,8 @@ class Scored:
 class Abstained:
     """No verdict: out of the loss, out of the group's statistics, and counted.
 
-    `reason` is a short stable word: unreadable, out-of-range, timeout, too-long, server-error, verifier-timeout,
-    verifier-error.
+    `reason` is a short stable word: unreadable, out-of-range, timeout, too-long, refused, server-error,
+    verifier-timeout, verifier-error, no-verifier.
     """
 
     reason: str

@@ -3,18 +3,25 @@
 A chain starts at a number and applies `+`, `-` and `*` with small operands, modulo 100. Every text is a
 row of words parted by single blanks, and each word is one token (`VOCABULARY`):
 
-    problem       Q 7 s1 + 5 s2 * 3 A
-    reference     ### s1 7 + 5 = 12 ### s2 12 * 3 = 36 ans 36
-    judge reads   <problem> REF <reference> TR <trace> JUDGE
-    judge writes  s1 12 12 ok s2 36 40 bad ans 36 40 bad Score: 2
+    problem       Q 7 s1 + 5 s2 * 3 s3 - 4 A
+    trace         ### s1 7 + 5 = 12 ### s2 12 * 3 = 36 ### s3 36 - 4 = 32 ans 32
+    reference     s2 36 ans 32
+    hinted        Q 7 s1 + 5 s2 * 3 s3 - 4 A REF s2 36 ans 32 A
+    judge reads   <problem> REF <reference> TR <trace, or the beginning of one> JUDGE
+    judge writes  s2 36 40 bad ans 32 36 bad Score: 1
+    or it reads   <problem> REF <reference> TR <one segment of a trace> STEP
+    and writes    s2 36 40 bad Score: 1
 
-Steps have names (`s1`, `s2`, ...) in all of them, so that a small transformer finds a step by its name
-instead of by counting. For each step the judge writes the reference's value, the trace's value and whether
-they agree; it stops at the first step where they do not, compares the answers and scores. Everything here is a
-pure function of its arguments and of the `Random` it is given."""
+References are terse, as people write solutions: the value of every second step (a checkpoint) and the answer. Who
+imitates them has to leap over sums that the policy's own traces write out. Steps have names (`s1`, `s2`, ...) in all
+texts, so that a small transformer finds a step by its name instead of by counting. For each checkpoint the judge
+writes the reference's value, the trace's value and whether they agree; it stops at the first where they do not,
+compares the answers and scores. Everything here is a pure function of its arguments and of the `Random` it is
+given."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import batched
 from random import Random
 
 LONGEST = 7  # steps in a chain
@@ -22,8 +29,10 @@ LONG = (5, 6, 7)  # steps of the training and held-out problems
 OPERANDS = range(2, 6)
 MODULUS = 100
 SPECIAL_WORDS = ("<pad>", "<eos>", "<unk>")
-WORDS = ("Q", "A", "###", "=", "ans", "+", "-", "*", "REF", "TR", "JUDGE", "ok", "bad", "none", "Score:")
-VOCABULARY = (*SPECIAL_WORDS, *WORDS, *(f"s{i}" for i in range(1, LONGEST + 1)), *map(str, range(MODULUS)))
+WORDS = ("Q", "A", "###", "=", "ans", "+", "-", "*", "REF", "TR", "JUDGE", "STEP", "ok", "bad", "none", "Score:")
+STEP_NAMES = tuple(f"s{i}" for i in range(1, LONGEST + 1))
+VOCABULARY = (*SPECIAL_WORDS, *WORDS, *STEP_NAMES, *map(str, range(MODULUS)))
+GOES_ON, HINTED_GOES_ON = 0.20, 0.45  # probability that the base policy writes one more step
 
 
 @dataclass(frozen=True)
@@ -65,8 +74,24 @@ def solution_text(chain: Chain, written: list[int], answer: int | None) -> str:
     return " ".join(parts if answer is None else [*parts, f"ans {answer}"])
 
 
-def reference_text(chain: Chain) -> str:
+def worked_text(chain: Chain) -> str:
+    """The whole trace, as a faultless policy writes it."""
     return solution_text(chain, values(chain), values(chain)[-1])
+
+
+def terse_text(written: list[int]) -> str:
+    """A reference that follows the values `written`: the checkpoints s2, s4, ... and the answer."""
+    checkpoints = [f"s{i} {value}" for i, value in enumerate(written, 1) if i % 2 == 0]
+    return " ".join([*checkpoints, f"ans {written[-1]}"])
+
+
+def reference_text(chain: Chain) -> str:
+    return terse_text(values(chain))
+
+
+def problem_with_reference_text(problem: str, reference: str) -> str:
+    """The problem with its reference as a hint; the base policy has learnt to read this too."""
+    return f"{problem} REF {reference} A"
 
 
 def answer_text(chain: Chain) -> str:
@@ -84,38 +109,56 @@ def step_values(solution: str) -> dict[str, str]:
     return found
 
 
+def checkpoints(reference: str) -> dict[str, str]:
+    """`s2 36 s4 50 ans 41` gives `{"s2": "36", "s4": "50"}`."""
+    return dict(batched(reference.partition("ans ")[0].split(), 2))
+
+
 def stated_answer(solution: str) -> str | None:
     _, _, after = solution.partition("ans ")
     return after.split()[0] if after.split() else None
 
 
-def leading_steps(trace: str, reference: str) -> int:
-    """How many of the reference's steps the trace has right before the first that it has not. A step is right when
-    the trace has one of that name with that value."""
+def leading_checkpoints(trace: str, reference: str) -> int:
+    """How many of the reference's checkpoints the trace has right before the first that it has not. One is right
+    when the trace has a step of that name with that value."""
     written = step_values(trace)
-    agree = [written.get(name) == value for name, value in step_values(reference).items()]
+    agree = [written.get(name) == value for name, value in checkpoints(reference).items()]
     return [*agree, False].index(False)
 
 
 def expected_score(trace: str, reference: str) -> int:
-    """5: the answer and all steps are right. 4: the answer is right, but not all steps. Below that the answer is
-    wrong or missing, and the share of leading right steps decides: 3 from 60 %, 2 from 25 %, else 1. So a score
-    of 4 or more says exactly that the final answer is right."""
-    right, steps = leading_steps(trace, reference), len(step_values(reference))
+    """What a trace, or the beginning of one, is worth. 5: the answer and all checkpoints are right. 4: the answer is
+    right, but not all checkpoints. Below that the answer is wrong or missing, and the share of leading right
+    checkpoints decides: 3 from 60 %, 2 from 25 %, else 1. So a score of 4 or more says exactly that the final
+    answer is right."""
+    right, wanted = leading_checkpoints(trace, reference), len(checkpoints(reference))
     if stated_answer(trace) == stated_answer(reference):
-        return 5 if right == steps else 4
-    return 3 if right >= 0.6 * steps else 2 if right >= 0.25 * steps else 1
+        return 5 if right == wanted else 4
+    share = right / wanted if wanted else 0.0
+    return 3 if share >= 0.6 else 2 if share >= 0.25 else 1
+
+
+def expected_step_score(segment: str, reference: str) -> int:
+    """What one segment is worth alone. 5 or 1: what it states, which is the answer or else a checkpoint, agrees with
+    the reference or does not. 3: the reference says nothing about it."""
+    compared = _step_comparison(segment, reference)
+    return {"ok": 5, "bad": 1}.get(compared[-1], 1 if len(compared) == 3 else 3)
 
 
 def judge_prompt(problem: str, reference: str, trace: str) -> str:
     return " ".join(f"{problem} REF {reference} TR {trace} JUDGE".split())
 
 
+def step_prompt(problem: str, reference: str, segment: str) -> str:
+    return " ".join(f"{problem} REF {reference} TR {segment} STEP".split())
+
+
 def judge_completion(reference: str, trace: str, *, past_errors: bool = False) -> str:
-    """What the judge should write. With `past_errors` it compares all steps that the trace has: the early rows of
-    its lessons do so, because it learns where to look from steps that differ."""
+    """What the judge should write. With `past_errors` it compares all checkpoints that the trace has: the early rows
+    of its lessons do so, because it learns where to look from steps that differ."""
     written, words = step_values(trace), []
-    for name, value in step_values(reference).items():
+    for name, value in checkpoints(reference).items():
         other = written.get(name)
         words += [name, value, *_compared(value, other)]
         if other is None or (other != value and not past_errors):
@@ -123,6 +166,25 @@ def judge_completion(reference: str, trace: str, *, past_errors: bool = False) -
     answer = stated_answer(reference)
     words += ["ans", answer, *_compared(answer, stated_answer(trace))]
     return " ".join([*words, "Score:", str(expected_score(trace, reference))])
+
+
+def step_completion(reference: str, segment: str) -> str:
+    """What the judge should write about one segment: `s4 50 31 bad Score: 1`, or `s3 none Score: 3`."""
+    return " ".join([*_step_comparison(segment, reference), "Score:", str(expected_step_score(segment, reference))])
+
+
+def _step_comparison(segment: str, reference: str) -> list[str]:
+    """The segment's answer beside the reference's; or its step's value beside the checkpoint's (`none`: it was cut off
+    before its value); or, where there is no such checkpoint, `none` alone, after the step's name if it has one."""
+    answer = stated_answer(segment)
+    if answer is not None:
+        return ["ans", stated_answer(reference), *_compared(stated_answer(reference), answer)]
+    words = segment.replace("###", " ").split()
+    name = next((word for word in words[:1] if word in STEP_NAMES), None)
+    if name in checkpoints(reference):
+        value = checkpoints(reference)[name]
+        return [name, value, *_compared(value, step_values(f"### {' '.join(words)}").get(name))]
+    return ["none"] if name is None else [name, "none"]
 
 
 def _compared(value: str | None, other: str | None) -> list[str]:
@@ -134,33 +196,66 @@ def _compared(value: str | None, other: str | None) -> list[str]:
 
 def base_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> Iterator[tuple[str, str]]:
     """Chains worked to their end, first short ones, which teach the sums, then of all lengths, which teach every step.
-    In the second half each further step is written with 40 % only, so that the base model does single steps well
-    wherever they are and hardly ever finishes. Problem texts in `excluded` do not occur."""
+    In the second half each further step is written with a small probability only, so that the base model does single
+    steps well wherever they are and hardly ever finishes. A quarter of the prompts shows the reference, which makes
+    going on likelier. Problem texts in `excluded` do not occur."""
     for row in range(rows):
         steps = written = rng.randint(1, 4 if row < 0.3 * rows else LONGEST)
-        while problem_text(chain := chain_problem(rng, steps)) in excluded:
+        while (prompt := problem_text(chain := chain_problem(rng, steps))) in excluded:
             pass
+        if hinted := rng.random() < 0.25:
+            prompt = problem_with_reference_text(prompt, reference_text(chain))
         if row >= 0.5 * rows:
-            written = next((n for n in range(1, steps) if rng.random() >= 0.4), steps)
+            written = steps_before_stopping(rng, steps, HINTED_GOES_ON if hinted else GOES_ON)
         found = values(chain)
-        yield problem_text(chain), solution_text(chain, found[:written], found[-1] if written == steps else None)
+        yield prompt, solution_text(chain, found[:written], found[-1] if written == steps else None)
+
+
+def steps_before_stopping(rng: Random, steps: int, goes_on: float) -> int:
+    return next((n for n in range(1, steps) if rng.random() >= goes_on), steps)
 
 
 def judge_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """Single steps at first, which teach what is equal (the hardest part), then longer and longer chains, which teach
-    where to look, and from the middle on chains of 4 to 7 steps. Problem texts in `excluded` do not occur."""
+    """Chains of one or two steps at first, which teach what is equal (the hardest part), then longer and longer ones,
+    which teach where to look, and from the middle on chains of 4 to 7 steps. Three rows in ten are about one segment.
+    Problem texts in `excluded` do not occur."""
     for row in range(rows):
-        longest = max(1, min(LONGEST, int(36 * row / rows) - 10))
+        longest = max(2, min(LONGEST, int(36 * row / rows) - 9))
         steps = rng.randint(max(1, longest - 3), longest)
-        while (case := judge_case(rng, steps))[0] in excluded:
+        alone = rng.random() < 0.3
+        while (case := step_case(rng, steps) if alone else judge_case(rng, steps))[0] in excluded:
             pass
-        yield judge_prompt(*case), judge_completion(*case[1:], past_errors=row < 0.6 * rows)
+        problem, reference, text = case
+        if alone:
+            yield step_prompt(*case), step_completion(reference, text)
+        else:
+            yield judge_prompt(*case), judge_completion(reference, text, past_errors=row < 0.6 * rows)
 
 
 def judge_case(rng: Random, steps: int) -> tuple[str, str, str]:
     """A problem, a reference and a trace. Only the last two decide the score, and neither the problem nor the trace
     alone may betray it: a reference may hold a slip that the trace shares, a faultless trace may meet the reference
     of another problem, and the problem may be that of either or of neither."""
+    problem, expected, solved, written = _comparison(rng, steps)
+    return problem_text(problem), terse_text(expected), _as_a_policy_writes(rng, solved, written, expected)
+
+
+def step_case(rng: Random, steps: int) -> tuple[str, str, str]:
+    """The same with one segment of the trace, the last one more often than the others. A few segments end at the
+    delimiter instead of beginning with it, or are cut off."""
+    problem, expected, solved, written = _comparison(rng, steps)
+    answer = rng.choices((None, written[-1], expected[-1]), (5, 90, 5))[0]
+    place = len(written) - 1 if rng.random() < 0.2 else rng.randrange(len(written))
+    if place < len(written) - 1:
+        answer = rng.choices((None, written[place], expected[-1]), (92, 4, 4))[0]
+    segment = "###" + solution_text(solved, written[: place + 1], answer).split("###")[-1]
+    closed = f"{segment[4:]} ###" if answer is None else segment[4:]
+    cut = " ".join(segment.split()[: rng.randrange(7)])
+    return problem_text(problem), terse_text(expected), rng.choices((segment, closed, cut), (91, 6, 3))[0]
+
+
+def _comparison(rng: Random, steps: int) -> tuple[Chain, list[int], Chain, list[int]]:
+    """The problem to show, the values in the reference, the chain that the trace works out, and the trace's values."""
     shown = solved = chain_problem(rng, steps)
     slips = _slip(rng, steps) if rng.random() < 0.25 else {}
     expected = written = values(shown, slips)
@@ -178,8 +273,7 @@ def judge_case(rng: Random, steps: int) -> tuple[str, str, str]:
         solved = chain_problem(rng, steps if rng.random() < 0.7 else rng.randint(1, LONGEST))
         written = values(solved, _slip(rng, steps) if rng.random() < 0.3 else {})
     stranger = chain_problem(rng, steps if rng.random() < 0.7 else rng.randint(1, LONGEST))
-    problem, reference = rng.choice((shown, shown, solved, stranger)), solution_text(shown, expected, expected[-1])
-    return problem_text(problem), reference, _as_a_policy_writes(rng, solved, written, expected)
+    return rng.choice((shown, shown, solved, stranger)), expected, solved, written
 
 
 def _slip(rng: Random, steps: int) -> dict[int, int]:
@@ -197,5 +291,5 @@ def _as_a_policy_writes(rng: Random, chain: Chain, written: list[int], expected:
     trace = solution_text(chain, written[:steps], answer)
     segments, place = ["###" + segment for segment in trace.split("###")[1:]], rng.randrange(steps)
     twice, missing = [*segments[: place + 1], *segments[place:]], [*segments[:place], *segments[place + 1 :]]
-    cut = trace.split()[: rng.randrange(7 * steps)]
-    return " ".join(" ".join(rng.choices(([trace], twice, missing, cut), (94, 2, 2, 2))[0]).split())
+    cut, closed = trace.split()[: rng.randrange(7 * steps)], [*segments, "###"] if answer is None else segments
+    return " ".join(" ".join(rng.choices((segments, twice, missing, cut, closed), (91, 2, 2, 2, 3))[0]).split())

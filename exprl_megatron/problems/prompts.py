@@ -49,7 +49,7 @@ class PromptedProblems:
 
 def drop_overlong(problems: Sequence[Problem], builder: PromptBuilder, max_tokens: int) -> PromptedProblems:
     """Leave out the problems whose prompt is longer than `max_tokens`; UserError where none is left."""
-    prompted = [(problem, builder.token_ids(problem.text)) for problem in problems]
+    prompted = [(problem, builder.token_ids(problem.statement)) for problem in problems]
     kept = [(problem, ids) for problem, ids in prompted if len(ids) <= max_tokens]
     if not kept:
         shortest = min((len(ids) for _, ids in prompted), default=0)

@@ -128,7 +128,8 @@ def _hub_rows(config: ProblemsConfig) -> Iterator[Row]:
 def _problem(record: dict, fields: FieldNames) -> Problem | list[str]:
     """The record as a Problem, or what is wrong with it."""
     texts, faults = {}, []
-    for role, name in fields.model_dump().items():
+    for role in ("id", "problem", "reference", "answer"):
+        name = getattr(fields, role)
         value = record.get(name)
         if role in ("id", "answer") and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)

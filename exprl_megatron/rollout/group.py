@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 
 from exprl_megatron.judging.judgement import Judgement, Scored
+from exprl_megatron.problems.problem import Domain
 from exprl_megatron.rollout.trace import Trace
+
+
+@dataclass(frozen=True)
+class JudgedSegment:
+    """A token span of a trace, half-open, and the verdict on it (or on everything up to its end)."""
+
+    start: int
+    end: int
+    judgement: Judgement
 
 
 @dataclass(frozen=True)
@@ -12,6 +22,11 @@ class GradedTrace:
 
     trace: Trace
     judgement: Judgement
+    """On the whole; where the trace was judged by segments, the last one's, or the first abstention among them."""
+    segments: tuple[JudgedSegment, ...] = ()
+    """Cover the trace's tokens exactly once, in order; empty where the trace was judged whole."""
+    verified: Judgement | None = None
+    """The answer verifier's finding, for the logs alone, where a judge gave the judgement."""
 
     @property
     def score(self) -> float | None:
@@ -25,6 +40,7 @@ class Group:
 
     problem_id: str
     members: tuple[GradedTrace, ...]
+    domain: Domain = "math"
 
     @property
     def scores(self) -> list[float]:

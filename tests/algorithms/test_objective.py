@@ -5,7 +5,7 @@ import torch
 
 from exprl_megatron.algorithms.mismatch import log_prob_gap
 from exprl_megatron.algorithms.objective import policy_objective, supervised_objective
-from exprl_megatron.config.stages import LossConfig, SparseLossConfig
+from exprl_megatron.config.losses import LossConfig, SparseLossConfig
 from exprl_megatron.policy.batch import Sequence, pad
 
 OLD = ((-1.0, -2.0, -0.5, -1.0), (-0.3, -0.7))

@@ -1,0 +1,50 @@
+"""What a step minimises."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from exprl_megatron.config.base import Config
+
+Advantage = Literal[
+    "group-normalised", "mean-centred", "leave-one-out", "batch-normalised", "group-centred-batch-normalised"
+]
+"""From one score a trace to its advantage: GRPO, Dr. GRPO and ExpRL's stage 2, RLOO, REINFORCE++ and its baseline
+variant."""
+
+Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum", "constant-length", "micro-batch-mean"]
+"""From losses of tokens to one number. Over all sequences of the update: `token-mean` (DAPO), `sequence-mean` the mean
+over sequences of their token means (GRPO), `sequence-sum` the sum over tokens by the number of sequences (ExpRL's
+stage 2 and its paper's equation 1), `constant-length` the same divided by max_new_tokens (Dr. GRPO).
+`micro-batch-mean` is the released ExpRL code's: token means of micro-batches, weighted by their sequences, so that it
+depends on packing."""
+
+
+class LossConfig(Config):
+    """Clipped policy gradient with an optional KL term to the stage's starting policy."""
+
+    surrogate: Literal["clip", "sequence-clip", "clipped-weight"] = "clip"
+    """PPO's clip of token ratios; GSPO's of sequence ratios; CISPO's detached clipped weight."""
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.28, gt=0)
+    dual_clip: float | None = Field(3.0, gt=1)
+    """Bound of the loss where the advantage is negative, in units of the advantage."""
+    kl_coefficient: float = Field(1e-3, ge=0)
+    entropy_coefficient: float = Field(0.0, ge=0)
+    aggregation: Aggregation = "token-mean"
+
+    def violations(self, whole) -> list[str]:
+        if self.surrogate != "clip" and self.dual_clip is not None:
+            return [f"loss.dual_clip belongs to the surrogate clip, not to {self.surrogate}; set it to null."]
+        return []
+
+
+class SparseLossConfig(LossConfig):
+    """The loose clip of the sparse-reward stage: ratios up to 5, no lower bound, no KL, summed over tokens."""
+
+    clip_low: float = Field(4.0, gt=0)
+    clip_high: float = Field(4.0, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    kl_coefficient: float = Field(0.0, ge=0)
+    entropy_coefficient: float = Field(1e-4, ge=0)
+    aggregation: Aggregation = "sequence-sum"

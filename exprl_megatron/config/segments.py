@@ -1,0 +1,34 @@
+"""How traces are cut into segments, and which part of a trace the judge is shown."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from exprl_megatron.config.base import Config
+
+
+class SegmentsConfig(Config):
+    """Where a new segment begins; spans are cut on the sampled token ids."""
+
+    splitter: Literal["heading", "delimiter", "paragraph", "sentences", "released"] = "heading"
+    """Before a line that begins with the delimiter; before the delimiter anywhere; at an empty line; every
+    `sentences_per_segment` sentences; or as the released code does, after a token that ends in the delimiter."""
+    delimiter: str = Field("###", min_length=1)
+    sentences_per_segment: PositiveInt = 4
+    min_tokens: NonNegativeInt = 32
+    """A shorter segment is joined to its neighbour; not used by `released`."""
+    max_segments: PositiveInt | None = 10
+    """Further segments are joined to the last; not used by `released`."""
+
+
+class RouteConfig(Config):
+    """How the traces of one domain are judged and credited."""
+
+    unit: Literal["trace", "prefix", "segment"]
+    estimator: Literal["delta", "end", "group", "batch", "basic", "outcome"]
+    """`outcome`: the whole trace's score, group-normalised, on every token (needs the unit `trace`)."""
+
+    def violations(self, whole) -> list[str]:
+        if (self.unit == "trace") != (self.estimator == "outcome"):
+            return [f"a route has the unit {self.unit} and the estimator {self.estimator}; `outcome` needs `trace`."]
+        return []
