@@ -1,9 +1,13 @@
 """Makes the miniature: all that a complete experiment needs on two CPU cores, from nothing but a seed.
 
     <out>/policy/, <out>/judge/   the base policy and the judge (1.1 M parameters each) in Hugging Face form
-    <out>/train.jsonl             {"id", "problem", "reference", "answer"}: long chains for reinforcement learning
+    <out>/losses-*.json           the loss of every step of their training, in nats a token
+    <out>/train.jsonl             {"id", "domain", "problem", "reference", "answer"}: long chains to learn from
     <out>/heldout.jsonl           the same for evaluation
+    <out>/judged.jsonl            {"problem_id", "problem", "reference", "answer", "trace", "correct"}: traces of
+                                  held-out problems, right, slipped and unfinished, for `exprl judge-bench`
     <build>/*-sft.jsonl           {"id", "prompt", "completion"}: what the two models learn from, in this order
+    <build>/sft-traces.jsonl      the same: training problems with worked traces in the policy's own style
 
 No problem of train.jsonl or heldout.jsonl is in another file. Training takes minutes and is the project's own SFT
 stage (recipes/configs/miniature-*.yaml); interrupted, it goes on from its checkpoint when called again.
@@ -24,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.problems import chains
+from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.training.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,10 +98,34 @@ def problem_rows(name: str, problems: Iterable[chains.Chain]) -> Iterator[dict]:
     for i, chain in enumerate(problems):
         yield {
             "id": f"{name}-{i}",
+            "domain": "math",
             "problem": chains.problem_text(chain),
             "reference": chains.reference_text(chain),
             "answer": chains.answer_text(chain),
         }
+
+
+def judged_rows(rng: Random, problems: list[chains.Chain]) -> Iterator[dict]:
+    """120 worked traces, 90 with a slip that is carried on, and 90 left early as the base policy leaves them (with
+    a hint, so that not all end after one step)."""
+    for i, chain in enumerate(problems[:120]):
+        steps, found = len(chain.operations), chains.values(chain)
+        traces = [chains.worked_text(chain)]
+        if i < 90:
+            slipped = chains.values(chain, {rng.randrange(steps): rng.randrange(1, chains.MODULUS)})
+            left_after = min(steps - 1, chains.steps_before_stopping(rng, steps, chains.HINTED_GOES_ON))
+            traces.append(chains.solution_text(chain, slipped, slipped[-1]))
+            traces.append(chains.solution_text(chain, found[:left_after], None))
+        answer = chains.answer_text(chain)
+        for trace in traces:
+            yield {
+                "problem_id": f"heldout-{i}",
+                "problem": chains.problem_text(chain),
+                "reference": chains.reference_text(chain),
+                "answer": answer,
+                "trace": trace,
+                "correct": chains.stated_answer(trace) == answer,
+            }
 
 
 def lesson_rows(name: str, pairs: Iterable[tuple[str, str]]) -> Iterator[dict]:
@@ -115,6 +144,9 @@ def write_data(made: Path, out: Path, args: argparse.Namespace) -> None:
     train = distinct_chains(Random(f"train {args.seed}"), args.train, taken)
     write_rows(out / "heldout.jsonl", problem_rows("heldout", heldout))
     write_rows(out / "train.jsonl", problem_rows("train", train))
+    write_rows(out / "judged.jsonl", judged_rows(Random(f"judged {args.seed}"), heldout))
+    worked = ((chains.problem_text(chain), chains.worked_text(chain)) for chain in train)
+    write_rows(made / "sft-traces.jsonl", lesson_rows("trace", worked))
     policy = chains.base_sft_pairs(Random(f"base {args.seed}"), args.policy_rows, taken)
     write_rows(made / "policy-sft.jsonl", lesson_rows("policy", policy))
     judge = chains.judge_sft_pairs(Random(f"judge {args.seed}"), args.judge_rows, taken)
@@ -132,6 +164,8 @@ def train(name: str, made: Path, out: Path) -> None:
         ],
     )
     launch(config, resume=(made / f"{name}-run" / "config.yaml").is_file())
+    losses = [round(record["metrics"]["loss"], 4) for record in read_metrics(made / f"{name}-run" / "metrics.jsonl")]
+    (out / f"losses-{name}.json").write_text(json.dumps(losses) + "\n")
     shutil.rmtree(out / name, ignore_errors=True)
     shutil.copytree(made / f"{name}-run" / "models" / name, out / name)
 
@@ -142,7 +176,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "miniature", metavar="DIR", help="working files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy-rows", type=int, default=600 * 96, help="steps times batch of the policy's SFT")
-    parser.add_argument("--judge-rows", type=int, default=700 * 64, help="steps times batch of the judge's SFT")
+    parser.add_argument("--judge-rows", type=int, default=900 * 64, help="steps times batch of the judge's SFT")
     parser.add_argument("--train", type=int, default=4096, help="training problems")
     parser.add_argument("--heldout", type=int, default=128, help="held-out problems")
     parser.add_argument("--only", choices=MODELS, action="append", help="train this model alone")

@@ -212,6 +212,7 @@ def base_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> It
 
 
 def steps_before_stopping(rng: Random, steps: int, goes_on: float) -> int:
+    """How many of a chain's steps are written by one who writes each after the first with probability `goes_on`."""
     return next((n for n in range(1, steps) if rng.random() >= goes_on), steps)
 
 
@@ -225,11 +226,10 @@ def judge_sft_pairs(rng: Random, rows: int, excluded: Collection[str] = ()) -> I
         alone = rng.random() < 0.3
         while (case := step_case(rng, steps) if alone else judge_case(rng, steps))[0] in excluded:
             pass
-        problem, reference, text = case
         if alone:
-            yield step_prompt(*case), step_completion(reference, text)
+            yield step_prompt(*case), step_completion(*case[1:])
         else:
-            yield judge_prompt(*case), judge_completion(reference, text, past_errors=row < 0.6 * rows)
+            yield judge_prompt(*case), judge_completion(*case[1:], past_errors=row < 0.6 * rows)
 
 
 def judge_case(rng: Random, steps: int) -> tuple[str, str, str]:
