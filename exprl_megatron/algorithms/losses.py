@@ -1,4 +1,7 @@
-"""Per-token losses. All tensors have one shape, usually [batch, length], and a float dtype; nothing is masked here."""
+"""Per-token losses. All tensors have one shape, [batch, length] where a row is a sequence, and a float dtype.
+
+Nothing is masked here but in what looks at whole sequences.
+"""
 
 import torch
 
@@ -11,13 +14,28 @@ def probability_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> t
     return torch.exp((log_probs - old_log_probs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
 
 
+def sequence_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """GSPO's ratio of a sequence, at each of its tokens (arXiv 2507.18071, the form of its section GSPO-token).
+
+    s_i = (p(y_i) / p_old(y_i))^(1 / |y_i|), the geometric mean of the token ratios over the response tokens
+    (where `mask` is 1). Token t gets sg[s_i] p_t / sg[p_t]: the value s_i, with the gradient of its own log-prob.
+    Where a sequence's advantages are equal, the mean over its tokens has GSPO's own value and gradient,
+    s_i A_i (1 / |y_i|) sum_t grad log p_t; where they differ, each token keeps its own.
+    """
+    difference = (log_probs - old_log_probs).detach() * mask
+    mean = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    value = torch.exp(mean.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+    return value * torch.exp(log_probs - log_probs.detach())
+
+
 def clipped_policy_loss(
     ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's clipped surrogate as a loss, and 1.0 where a clip decides a token's loss.
 
     loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (arXiv 1707.06347); with `dual_clip` c
-    the loss of a negative advantage is at most -A c (arXiv 1912.09729).
+    the loss of a negative advantage is at most -A c (arXiv 1912.09729). `ratio` may be that of tokens or,
+    for GSPO, that of sequences.
     """
     plain = -advantages * ratio
     loss = torch.maximum(plain, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
@@ -25,6 +43,29 @@ def clipped_policy_loss(
         bounded = torch.minimum(loss, -advantages * dual_clip)
         loss = torch.where(advantages < 0, bounded, loss)
     return loss, (loss != plain).to(loss.dtype)
+
+
+def clipped_weight_loss(
+    log_probs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CISPO (arXiv 2506.13585), and 1.0 where the weight was clipped.
+
+    loss = -sg[clip(r, 1 - clip_low, 1 + clip_high)] A log p: the importance weight is clipped and detached, so that
+    every token keeps a gradient. The paper sets no lower bound: a clip_low of 1 or more.
+    """
+    weight = ratio.detach()
+    bounded = weight.clamp(1 - clip_low, 1 + clip_high)
+    return -bounded * advantages * log_probs, (bounded != weight).to(weight.dtype)
+
+
+def distillation_loss(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ExpRL's self-distillation (arXiv 2606.17024): loss d log p, and d = sg[log p - log p_teacher].
+
+    On the student's own samples the gradient estimates that of the sum over tokens of KL(student || teacher), each
+    token's contexts taken as given: no baseline, no credit for later tokens. The mean of d estimates that KL.
+    """
+    difference = log_probs.detach() - teacher_log_probs
+    return difference * log_probs, difference
 
 
 def k3_divergence(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:

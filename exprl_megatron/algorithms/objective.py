@@ -1,17 +1,26 @@
 """What a training step minimises: functions from a micro-batch's log-probs to its summed loss and metrics.
 
-Losses and metrics are sums over the micro-batch's response tokens, maxima where the name ends in `/max`.
-Whoever calls divides the sums by the number of response tokens over all micro-batches and data-parallel
-ranks, so that the result depends neither on packing nor on the layout.
+A loss is a weighted sum over the micro-batch's response tokens; whoever calls divides the sum over all
+micro-batches and data-parallel ranks by aggregation.denominator. Metrics named `loss` or `loss/...` are such
+weighted sums too and have the same denominator; all others are plain sums over response tokens, to be divided by
+their number, and maxima where the name ends in `/max`.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from exprl_megatron.algorithms.losses import clipped_policy_loss, k3_divergence, probability_ratio
+from exprl_megatron.algorithms.aggregation import token_weights
+from exprl_megatron.algorithms.losses import (
+    clipped_policy_loss,
+    clipped_weight_loss,
+    distillation_loss,
+    k3_divergence,
+    probability_ratio,
+    sequence_ratio,
+)
 from exprl_megatron.algorithms.mismatch import log_prob_gap
-from exprl_megatron.config.losses import LossConfig
+from exprl_megatron.config.losses import Aggregation, LossConfig
 from exprl_megatron.policy.batch import MicroBatch
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -19,7 +28,7 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Te
 
 
 def policy_objective(config: LossConfig) -> LossFunction:
-    """Clipped policy gradient, plus the KL to the starting policy, minus the entropy bonus.
+    """The config's surrogate, plus the KL to the starting policy, minus the entropy bonus, all aggregated alike.
 
     The micro-batch needs advantages; old log-probs default to the current ones, detached (strictly
     on-policy); start log-probs are needed where `kl_coefficient` is not 0 (ValueError without them).
@@ -28,17 +37,8 @@ def policy_objective(config: LossConfig) -> LossFunction:
 
     def loss_function(log_probs, entropy, micro):
         old = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
-        ratio = probability_ratio(log_probs, old)
-        policy, clipped = clipped_policy_loss(
-            ratio, micro.advantages, config.clip_low, config.clip_high, config.dual_clip
-        )
-        terms = {
-            "loss/policy": policy,
-            "entropy": entropy,
-            "ratio": ratio,
-            "clip_share": clipped,
-            "kl/old": k3_divergence(log_probs, old),
-        }
+        policy, ratio, clipped = _surrogate(config, log_probs, old, micro)
+        terms = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "kl/old": k3_divergence(log_probs, old)}
         total = policy
         if config.entropy_coefficient:
             total = total - config.entropy_coefficient * entropy
@@ -47,25 +47,64 @@ def policy_objective(config: LossConfig) -> LossFunction:
             total = total + config.kl_coefficient * terms["kl/start"]
         elif config.kl_coefficient:
             raise ValueError("the loss has a KL term, but the batch carries no log-probs of the starting policy")
-        metrics = {name: _sum(value.detach(), micro.mask) for name, value in terms.items()}
-        if micro.sampler_log_probs is not None:
-            gap = log_prob_gap(old, micro.sampler_log_probs, micro.mask)
-            metrics |= {"sampler_gap/mean": gap.absolute, "sampler_gap/max": gap.largest, "sampler_gap/k3": gap.k3}
-        loss = _sum(total, micro.mask)
+        weights = token_weights(micro.mask, config.aggregation)
+        loss = (total * weights).sum()
+        metrics = _sums(terms, micro) | _sampler_gap(old, micro)
+        return loss, metrics | {"loss": loss.detach(), "loss/policy": (policy.detach() * weights).sum()}
+
+    return loss_function
+
+
+def distillation_objective(aggregation: Aggregation) -> LossFunction:
+    """Self-distillation; the micro-batch's start log-probs are those of the frozen teacher, which saw the reference.
+
+    `kl/teacher` estimates KL(student || teacher) for each token. Raises ValueError without start log-probs.
+    """
+
+    def loss_function(log_probs, entropy, micro):
+        if micro.start_log_probs is None:
+            raise ValueError("self-distillation needs the teacher's log-probs, but the batch carries none")
+        values, difference = distillation_loss(log_probs, micro.start_log_probs)
+        loss = (values * token_weights(micro.mask, aggregation)).sum()
+        metrics = _sums({"entropy": entropy, "kl/teacher": difference}, micro) | _sampler_gap(log_probs, micro)
         return loss, metrics | {"loss": loss.detach()}
 
     return loss_function
 
 
 def supervised_objective() -> LossFunction:
-    """Negative log-likelihood of the response tokens, in nats."""
+    """Negative log-likelihood of the response tokens, in nats; its aggregation is the token mean."""
 
     def loss_function(log_probs, entropy, micro):
-        loss = _sum(-log_probs, micro.mask)
-        return loss, {"loss": loss.detach(), "entropy": _sum(entropy.detach(), micro.mask)}
+        loss = (-log_probs * micro.mask).sum()
+        return loss, {"loss": loss.detach()} | _sums({"entropy": entropy}, micro)
 
     return loss_function
 
 
-def _sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return (values * mask).sum()
+def _surrogate(
+    config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per token: the policy's loss, the ratio that it is made with, and 1.0 where that was clipped."""
+    if config.surrogate == "sequence-clip":
+        ratio = sequence_ratio(log_probs, old, micro.mask)
+    else:
+        ratio = probability_ratio(log_probs, old)
+    if config.surrogate == "clipped-weight":
+        loss, clipped = clipped_weight_loss(log_probs, ratio, micro.advantages, config.clip_low, config.clip_high)
+    else:
+        loss, clipped = clipped_policy_loss(
+            ratio, micro.advantages, config.clip_low, config.clip_high, config.dual_clip
+        )
+    return loss, ratio, clipped
+
+
+def _sums(terms: dict[str, torch.Tensor], micro: MicroBatch) -> dict[str, torch.Tensor]:
+    return {name: (value.detach() * micro.mask).sum() for name, value in terms.items()}
+
+
+def _sampler_gap(log_probs: torch.Tensor, micro: MicroBatch) -> dict[str, torch.Tensor]:
+    if micro.sampler_log_probs is None:
+        return {}
+    gap = log_prob_gap(log_probs, micro.sampler_log_probs, micro.mask)
+    return {"sampler_gap/mean": gap.absolute, "sampler_gap/max": gap.largest, "sampler_gap/k3": gap.k3}

@@ -25,8 +25,14 @@ def group_statistics(groups: list[Group]) -> dict[str, float]:
     return found | {f"abstained/{reason}": count / len(members) for reason, count in sorted(reasons.items())}
 
 
-def update_statistics(sums: dict[str, float], tokens: int) -> dict[str, float]:
-    """Sums over response tokens become means; names that end in `/max` already are maxima."""
-    return {name: value if name.endswith("/max") else value / tokens for name, value in sums.items()} | {
-        "tokens": tokens
+def update_statistics(sums: dict[str, float], tokens: int, denominator: float | None = None) -> dict[str, float]:
+    """Sums over response tokens become means; names that end in `/max` already are maxima.
+
+    `loss` and `loss/...` are divided by the update's `denominator` (see algorithms/aggregation.py); None: by tokens.
+    """
+    divisors = {"loss": tokens if denominator is None else denominator}
+    means = {
+        name: value if name.endswith("/max") else value / divisors.get(name.split("/")[0], tokens)
+        for name, value in sums.items()
     }
+    return means | {"tokens": tokens}

@@ -1,16 +1,24 @@
-"""Losses against the numbers of ExpRL's released functions, and their gradients against closed forms."""
+"""Losses against the numbers of ExpRL's and verl's released functions, and their gradients against closed forms."""
 
 import math
 
 import pytest
 import torch
 
-from exprl_megatron.algorithms.losses import clipped_policy_loss, k3_divergence, probability_ratio
+from exprl_megatron.algorithms.losses import (
+    clipped_policy_loss,
+    clipped_weight_loss,
+    distillation_loss,
+    k3_divergence,
+    probability_ratio,
+    sequence_ratio,
+)
 
 OLD = [[-1.0, -2.0, -0.5, -1.0], [-0.3, -0.7, 0.0, 0.0]]
 NEW = [[-0.6, -2.1, -0.9, 0.4], [-0.3, -1.2, 0.0, 0.0]]
 START = [[-0.9, -2.0, -1.0, -0.5], [-0.3, -0.7, 0.0, 0.0]]
 ADVANTAGES = [[1.0, 1.0, -1.0, -2.0], [0.5, -0.5, 0.0, 0.0]]
+MASK = [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
 def _tensor(values):
@@ -64,3 +72,100 @@ def test_far_apart_log_probs_stay_finite():
     far, near = _tensor([-500.0, 0.0]), _tensor([0.0, -500.0])
     assert probability_ratio(far, near).tolist() == pytest.approx([math.exp(-20), math.exp(20)])
     assert k3_divergence(far, near).tolist() == [10.0, 10.0]
+
+
+def test_a_sequence_ratio_is_the_geometric_mean_of_its_tokens_ratios():
+    old, new = _tensor(OLD), _tensor(NEW) + _tensor([[0] * 4, [0, 0, 5, 5]])
+    ratio = sequence_ratio(new, old, _tensor(MASK))
+    first = (math.exp(0.4) * math.exp(-0.1) * math.exp(-0.4) * math.exp(1.4)) ** (1 / 4)
+    _close(ratio[0], [first] * 4)
+    _close(ratio[1, :2], [math.sqrt(math.exp(0.0) * math.exp(-0.5))] * 2)
+
+
+@pytest.mark.parametrize(
+    ("clip_low", "clip_high", "advantages", "loss", "gradient"),
+    [
+        (0.2, 0.5, [[1] * 4, [-0.5] * 4], -0.49201532, [[-0.17300383] * 4, [0] * 4]),
+        (3e-4, 4e-4, [[1] * 4, [-0.5] * 4], -0.250275, [[0] * 4, [0] * 4]),
+        (0.2, 0.3, ADVANTAGES, 0.19666139, [[0, 0, 0.17300383, 0.34600766], [-0.0973501, 0, 0, 0]]),
+    ],
+)
+def test_gspo_reproduces_loss_and_gradient_of_verl(clip_low, clip_high, advantages, loss, gradient):
+    log_probs, mask = _tensor(NEW).requires_grad_(), _tensor(MASK)
+    ratio = sequence_ratio(log_probs, _tensor(OLD), mask)
+    tokens, _ = clipped_policy_loss(ratio, _tensor(advantages), clip_low, clip_high, None)
+    total = ((tokens * mask).sum(-1) / mask.sum(-1)).mean()
+    total.backward()
+    assert total.item() == pytest.approx(loss, abs=1e-6)
+    _close(log_probs.grad, gradient)
+
+
+@pytest.mark.parametrize("advantage", [0.7, -0.7])
+def test_gspos_gradient_is_that_of_the_papers_sequence_objective(advantage):
+    log_probs, old = _tensor(NEW[0]).requires_grad_(), _tensor(OLD[0])
+    ratio = ((log_probs - old).sum() / 4).exp()
+    (expected,) = torch.autograd.grad(-torch.min(ratio * advantage, ratio.clamp(0.5, 2.0) * advantage), log_probs)
+    row = log_probs[None]
+    loss, _ = clipped_policy_loss(
+        sequence_ratio(row, old[None], torch.ones_like(row)), torch.full_like(row, advantage), 0.5, 1.0, None
+    )
+    (found,) = torch.autograd.grad(loss.mean(), log_probs)
+    torch.testing.assert_close(found, expected)
+    assert expected.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("clip_low", "loss", "gradient", "clipped"),
+    [
+        (
+            0.2,
+            0.44035976,
+            [[-0.21333333, -0.15080624, 0.13333333, 0.42666667], [-0.08333333, 0.06666667, 0, 0]],
+            [[1, 0, 1, 1], [0, 1, 0, 0]],
+        ),
+        (
+            1.0,
+            0.47915869,
+            [[-0.21333333, -0.15080624, 0.11172001, 0.42666667], [-0.08333333, 0.05054422, 0, 0]],
+            [[1, 0, 0, 1], [0, 0, 0, 0]],
+        ),
+    ],
+)
+def test_cispo_reproduces_loss_and_gradient_of_verl(clip_low, loss, gradient, clipped):
+    log_probs = _tensor(NEW).requires_grad_()
+    ratio = probability_ratio(log_probs, _tensor(OLD))
+    tokens, where = clipped_weight_loss(log_probs, ratio, _tensor(ADVANTAGES), clip_low, 0.28)
+    total = tokens.sum() / 6
+    total.backward()
+    assert total.item() == pytest.approx(loss, abs=1e-6)
+    _close(log_probs.grad, gradient)
+    _close(where, clipped)
+
+
+def test_cispo_on_policy_has_the_gradient_of_the_clip():
+    log_probs = _tensor(NEW).requires_grad_()
+    ratio = probability_ratio(log_probs, log_probs.detach())
+    loss, _ = clipped_weight_loss(log_probs, ratio, _tensor(ADVANTAGES), 0.2, 0.28)
+    loss.sum().backward()
+    _close(-log_probs.grad, ADVANTAGES)
+
+
+def test_self_distillation_reproduces_the_released_numbers():
+    student = _tensor([[-0.5, -1.0, -2.0], [-0.1, -3.0, 0.0]]).requires_grad_()
+    teacher = _tensor([[-0.7, -0.4, -2.5], [-0.1, -1.0, 0.0]])
+    loss, difference = distillation_loss(student, teacher)
+    _close(difference, [[0.2, -0.6, 0.5], [0.0, -2.0, 0.0]])
+    (loss.sum() / 5).backward()
+    assert loss.sum().item() / 5 == pytest.approx(1.1, abs=1e-6)
+    _close(student.grad, [[0.04, -0.12, 0.1], [0.0, -0.4, 0.0]])
+
+
+def test_self_distillations_expected_gradient_is_that_of_the_kl_to_the_teacher():
+    logits, teacher = _tensor([0.3, -1.0, 0.8]).requires_grad_(), _tensor([1.0, 0.2, -0.5]).log_softmax(0)
+    student = logits.log_softmax(0)
+    divergence = (student.exp() * (student - teacher)).sum()
+    (expected,) = torch.autograd.grad(divergence, logits, retain_graph=True)
+    loss, difference = distillation_loss(student, teacher)
+    (found,) = torch.autograd.grad((student.exp().detach() * loss).sum(), logits)
+    torch.testing.assert_close(found, expected)
+    assert (student.exp() * difference).sum().item() == pytest.approx(divergence.item())

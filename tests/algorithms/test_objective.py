@@ -1,10 +1,10 @@
-"""The objectives sum over response tokens only, and their terms add up as the paper writes them."""
+"""The objectives sum over response tokens only, and their terms add up as the papers write them."""
 
 import pytest
 import torch
 
 from exprl_megatron.algorithms.mismatch import log_prob_gap
-from exprl_megatron.algorithms.objective import policy_objective, supervised_objective
+from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.losses import LossConfig, SparseLossConfig
 from exprl_megatron.policy.batch import Sequence, pad
 
@@ -97,3 +97,60 @@ def test_two_micro_batches_sum_to_one_large_one():
         loss, _ = objective(log_probs[row : row + 1, :length], entropy[row : row + 1, :length], pad([sequence], length))
         halves.append(loss)
     torch.testing.assert_close(whole, halves[0] + halves[1])
+
+
+def test_the_released_codes_aggregation_of_one_micro_batch_is_the_released_loss():
+    config = LossConfig(aggregation="micro-batch-mean")
+    loss, _ = policy_objective(config)(*_outputs(), _batch(old_log_probs=OLD, start_log_probs=START))
+    assert loss.item() / 2 == pytest.approx(0.752611, abs=1e-6)
+
+
+def test_the_second_stage_is_the_sum_over_tokens_by_the_number_of_samples():
+    rows = [Sequence((1,), (2, 3, 4), (advantage,) * 3, None, (-1.0, -0.5, -2.0)) for advantage in (0.75, -0.25)]
+    log_probs = torch.zeros(2, 4)
+    log_probs[:, :3] = torch.tensor([1.0, -0.4, -6.0])
+    loss, _ = policy_objective(SparseLossConfig())(log_probs, torch.full((2, 4), 0.5), pad(rows, 4))
+    surrogate = 3.75 + 0.828878 + 0.013737 - 1.847264 - 0.276293 - 0.004579
+    assert loss.item() / 2 == pytest.approx(-(surrogate + 1e-4 * 0.5 * 6) / 2, abs=1e-5)
+
+
+def test_gspo_and_cispo_go_through_the_objective_with_their_own_ratio_and_clip_share():
+    batch = _batch(old_log_probs=OLD)
+    config = {"dual_clip": None, "kl_coefficient": 0.0, "clip_low": 0.2, "clip_high": 0.3}
+    gspo = LossConfig(surrogate="sequence-clip", aggregation="sequence-mean", **config)
+    loss, metrics = policy_objective(gspo)(*_outputs(), batch)
+    assert loss.item() / 2 == pytest.approx(0.19666139, abs=1e-6)
+    assert metrics["ratio"].item() == pytest.approx(4 * 1.384031 + 2 * 0.778801, abs=1e-5)
+    assert metrics["clip_share"].item() == 3
+    cispo = LossConfig(surrogate="clipped-weight", **config | {"clip_low": 1.0, "clip_high": 0.28})
+    loss, metrics = policy_objective(cispo)(*_outputs(), batch)
+    assert loss.item() / TOKENS == pytest.approx(0.47915869, abs=1e-6)
+    assert metrics["clip_share"].item() == 2
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "denominator", "expected"), [("token-mean", 5, 1.1), ("sequence-mean", 2, 1.416667)]
+)
+def test_self_distillation_reproduces_the_released_loss(aggregation, denominator, expected):
+    student, teacher = ((-0.5, -1.0, -2.0), (-0.1, -3.0)), ((-0.7, -0.4, -2.5), (-0.1, -1.0))
+    rows = [Sequence((1, 2), (3,) * len(teacher[row]), start_log_probs=teacher[row]) for row in (0, 1)]
+    log_probs = torch.full((2, 6), -7.0)
+    for row in (0, 1):
+        log_probs[row, 1 : 1 + len(student[row])] = torch.tensor(student[row])
+    log_probs.requires_grad_()
+    loss, metrics = distillation_objective(aggregation)(log_probs, torch.full((2, 6), 0.5), pad(rows, 6))
+    (loss / denominator).backward()
+    assert loss.item() / denominator == pytest.approx(expected, abs=1e-6)
+    assert metrics["loss"].item() == loss.item()
+    assert metrics["kl/teacher"].item() == pytest.approx(0.2 - 0.6 + 0.5 + 0 - 2, abs=1e-6)
+    assert metrics["entropy"].item() == 2.5
+    lengths = (5, 5) if aggregation == "token-mean" else (6, 4)
+    difference = [(0.2, -0.6, 0.5), (0.0, -2.0)]
+    for row in (0, 1):
+        expected_row = [value / lengths[row] for value in difference[row]]
+        assert log_probs.grad[row, 1 : 1 + len(expected_row)].tolist() == pytest.approx(expected_row, abs=1e-6)
+
+
+def test_self_distillation_without_a_teacher_is_refused():
+    with pytest.raises(ValueError, match="teacher's log-probs"):
+        distillation_objective("token-mean")(*_outputs(), _batch())
