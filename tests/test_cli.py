@@ -105,7 +105,7 @@ def test_an_unknown_architecture_is_refused(run, monkeypatch, capsys, tmp_path):
     [
         ("{}}\n", "line 1: this is not JSON"),
         ("", "is empty; give one with at least one problem."),
-        ('{"id": "a", "problem": "p", "reference": "r"}\n', "line 1: the field 'answer' is missing"),
+        ('{"id": "a", "reference": "r", "answer": "1"}\n', "line 1: the field 'problem' is missing"),
         ('{"id": "a", "problem": "p", "reference": "r", "answer": "1"}\n' * 2, "line 2: the id 'a' was given at"),
     ],
     ids=["bad line", "empty", "missing field", "duplicate ids"],

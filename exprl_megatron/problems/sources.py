@@ -9,9 +9,10 @@ from pathlib import Path
 import datasets
 import pyarrow
 
-from exprl_megatron.config.problems import FieldNames, ProblemsConfig
+from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.problem import Problem, Reference
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.problems.records import problem_of
 
 JSON_LINES = (".jsonl", ".json")
 PARQUET = (".parquet",)
@@ -29,22 +30,27 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
     another split than `config.split`. Raises UserError with one sentence for each fault (the first
     ten of them): unreadable source, bad line, missing or empty field, ids given twice, no problem.
     """
-    problems, faults, seen = [], [], {}
+    return [problem for problem, _ in load_records(config)]
+
+
+def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
+    """The same problems, each with the record that it was read from."""
+    found, faults, seen = [], [], {}
     for place, record in itertools.islice(_rows(config), config.limit):
-        problem = [record] if isinstance(record, str) else _problem(record, config.fields)
+        problem = [record] if isinstance(record, str) else problem_of(record, config.fields)
         if isinstance(problem, list):
             faults += [f"{place}: {sentence}" for sentence in problem]
             continue
         if problem.id in seen:
             faults.append(f"{place}: the id {problem.id!r} was given at {seen[problem.id]}; make the ids differ.")
         seen.setdefault(problem.id, place)
-        problems.append(problem)
+        found.append((problem, record))
     if faults:
         rest = len(faults) - SHOWN_FAULTS
         raise UserError("\n".join(faults[:SHOWN_FAULTS] + ([f"... and {rest} more faults."] if rest > 0 else [])))
-    if not problems:
+    if not found:
         raise UserError(f"The problem source {config.source} is empty; give one with at least one problem.")
-    return problems
+    return found
 
 
 def _rows(config: ProblemsConfig) -> Iterator[Row]:
@@ -123,28 +129,6 @@ def _hub_rows(config: ProblemsConfig) -> Iterator[Row]:
             f"The problem source {config.source} is no file here and cannot be had from the Hugging Face hub "
             f"({_one_line(error)}); mend the name, the split {config.split!r} or the connection."
         ) from error
-
-
-def _problem(record: dict, fields: FieldNames) -> Problem | list[str]:
-    """The record as a Problem, or what is wrong with it."""
-    texts, faults = {}, []
-    for role in ("id", "problem", "reference", "answer"):
-        name = getattr(fields, role)
-        value = record.get(name)
-        if role in ("id", "answer") and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
-        if value is None:
-            known = ", ".join(record)
-            faults.append(f"the field {name!r} is missing (there are: {known}); add it or set problems.fields.{role}.")
-        elif not isinstance(value, str):
-            faults.append(f"the field {name!r} is a {type(value).__name__}, not text; write it as text.")
-        elif not value.strip():
-            faults.append(f"the field {name!r} is empty; fill it or leave the problem out.")
-        else:
-            texts[role] = value
-    if faults:
-        return faults
-    return Problem(texts["id"], texts["problem"], Reference(texts["reference"]), texts["answer"])
 
 
 def _one_line(error: Exception) -> str:

@@ -7,7 +7,8 @@ import pytest
 
 from exprl_megatron.config.problems import FieldNames, ProblemsConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.problems.problem import CodeTest
+from exprl_megatron.problems.sources import load_problems, load_records
 
 
 def _record(number, **changes):
@@ -59,6 +60,84 @@ def test_parquet_and_own_field_names(tmp_path):
     assert problems[0].reference.for_judge() == "s"
 
 
+def test_a_record_needs_nothing_but_an_id_and_a_problem(tmp_path):
+    bare = {"id": "p1", "problem": "Why?"}
+    nulls = {"id": "p2", "problem": "Why?"} | dict.fromkeys(
+        ("reference", "answer", "domain", "choices", "tests", "source")
+    )
+    expected = (None, None, "math", (), (), "")
+    for problem in _load(_lines(tmp_path / "a.jsonl", [bare, nulls])):
+        assert (
+            problem.reference,
+            problem.answer,
+            problem.domain,
+            problem.choices,
+            problem.tests,
+            problem.source,
+        ) == expected
+
+
+def test_the_full_record_comes_alike_from_json_lines_and_parquet(tmp_path):
+    tests = [{"input": "1 2\n", "output": "3\n", "function": None}, {"input": "1\n2", "output": "3", "function": "add"}]
+    records = [
+        _record(1, domain="multiple-choice", choices=["red", "blue"], answer="B", tests=None, source="colours"),
+        _record(2, domain="code", choices=None, answer=None, tests=tests, source="sums"),
+    ]
+    datasets.Dataset.from_list(records).to_parquet(str(tmp_path / "a.parquet"))
+    problems = _load(_lines(tmp_path / "a.jsonl", records))
+    assert problems == _load(tmp_path / "a.parquet")
+    assert problems[0].statement == "What is 1 + 1?\nA. red\nB. blue"
+    assert (problems[0].answer, problems[0].source) == ("B", "colours")
+    assert problems[1].tests == (CodeTest("1 2\n", "3\n"), CodeTest("1\n2", "3", "add"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"domain": "physics"}, "the field 'domain' is 'physics'; use one of math, multiple-choice, science, code."),
+        ({"choices": "A or B"}, "the field 'choices' is 'A or B'; write a list of texts"),
+        ({"choices": ["A", 2]}, "the field 'choices' is ['A', 2]; write a list of texts"),
+        ({"choices": ["red", "blue"]}, "there are choices, but the domain is math; set the domain to multiple-choice."),
+        ({"domain": "multiple-choice"}, "the domain is multiple-choice, but the choices are 0; give at least two."),
+        (
+            {"domain": "multiple-choice", "choices": ["red", "blue"], "answer": "C"},
+            "the answer is 'C', but the choices are A to B; write one of these letters.",
+        ),
+        (
+            {"domain": "multiple-choice", "choices": ["red", "blue"], "answer": "blue"},
+            "the answer is 'blue', but the choices are A to B",
+        ),
+        ({"domain": "multiple-choice", "choices": ["x"] * 27, "answer": "A"}, "has 27 choices, more than there are"),
+        ({"tests": "1 -> 2"}, "the field 'tests' is '1 -> 2'; write a list of tests."),
+        ({"tests": [["1", "2"]]}, "the field 'tests': test 1 is ['1', '2']; write {\"input\": ..., \"output\": ...}."),
+        ({"tests": [{"input": "1", "output": 2}]}, "the field 'tests': test 1 has no text 'output'; add it."),
+        (
+            {"tests": [{"input": "1", "output": "2"}, {"input": "1", "outptu": "2"}]},
+            "the field 'tests': test 2 has the unknown key 'outptu'",
+        ),
+        (
+            {"tests": [{"input": "1", "output": "2", "function": "a b"}]},
+            "the field 'tests': test 1 names the function 'a b'",
+        ),
+        (
+            {"tests": [{"input": "1", "output": "2"}]},
+            "there are tests, but the domain is math; set the domain to code.",
+        ),
+        ({"domain": "code", "reference": None}, "the domain is code, but there are neither tests nor a reference"),
+        ({"answer": ""}, "the field 'answer' is empty; fill it or leave the field out."),
+    ],
+)
+def test_what_contradicts_itself_is_named(tmp_path, changes, sentence):
+    (fault,) = _faults(_lines(tmp_path / "a.jsonl", [_record(1, **changes)]))
+    assert sentence in fault
+
+
+def test_records_are_given_as_they_were_read(tmp_path):
+    record = _record(1, level="hard", extra=[1, 2])
+    ((problem, read),) = load_records(ProblemsConfig(source=str(_lines(tmp_path / "a.jsonl", [record]))))
+    assert (problem.id, read) == ("p1", record)
+
+
 def test_a_directory_is_its_files_in_order_without_other_splits(tmp_path):
     _lines(tmp_path / "b.jsonl", [_record(2)])
     _lines(tmp_path / "test.jsonl", [_record(9)])
@@ -78,10 +157,10 @@ def test_a_bad_line_is_named_by_its_number(tmp_path):
 
 def test_a_missing_an_empty_and_an_odd_field_are_named_with_their_line(tmp_path):
     missing = _record(1)
-    del missing["reference"]
+    del missing["problem"]
     path = _lines(tmp_path / "a.jsonl", [missing, _record(2, problem="  "), _record(3, answer=["4"])])
     faults = _faults(path)
-    assert "line 1: the field 'reference' is missing (there are: id, problem, answer)" in faults[0]
+    assert "line 1: the field 'problem' is missing (there are: id, reference, answer)" in faults[0]
     assert "line 2: the field 'problem' is empty" in faults[1]
     assert "line 3: the field 'answer' is a list, not text" in faults[2]
 

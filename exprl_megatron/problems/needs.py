@@ -1,0 +1,40 @@
+"""What a stage needs of its problems, and which problems lack it."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from exprl_megatron.problems.problem import Domain, Problem
+
+Need = Literal["reference", "verification"]
+"""A reference (to judge by, to imitate, to distil from), or something that a verifier can compare with."""
+SHOWN_IDS = 3
+_VERIFIED_BY: dict[Domain, str] = {
+    "math": "answer to compare with",
+    "science": "answer to compare with",
+    "multiple-choice": "letter to compare with",
+    "code": "tests to run",
+}
+
+
+def verifiable(problem: Problem) -> bool:
+    """Whether a verifier can tell right from wrong without a judge."""
+    return bool(problem.tests) if problem.domain == "code" else problem.answer is not None
+
+
+def missing_for(problems: Sequence[Problem], need: Need) -> list[str]:
+    """A sentence for each domain about the problems that lack `need`; empty where all have it."""
+    if need == "reference":
+        lacking = [problem for problem in problems if problem.reference is None]
+        return [_sentence(lacking, len(problems), "reference")] if lacking else []
+    found = []
+    for domain, wanted in _VERIFIED_BY.items():
+        members = [problem for problem in problems if problem.domain == domain]
+        lacking = [problem for problem in members if not verifiable(problem)]
+        if lacking:
+            found.append(_sentence(lacking, len(members), wanted, f"{domain} "))
+    return found
+
+
+def _sentence(lacking: Sequence[Problem], of: int, wanted: str, kind: str = "") -> str:
+    ids = ", ".join(problem.id for problem in lacking[:SHOWN_IDS]) + (", ..." if len(lacking) > SHOWN_IDS else "")
+    return f"{len(lacking)} of {of} {kind}problems have no {wanted} ({ids}); add it, or leave these problems out."

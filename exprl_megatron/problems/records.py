@@ -1,0 +1,153 @@
+"""From a source's record to a Problem: which fields it may have, and what is wrong with them."""
+
+import string
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from exprl_megatron.config.problems import FieldNames
+from exprl_megatron.problems.problem import CodeTest, Domain, Problem, Reference
+
+DOMAINS = get_args(Domain)
+OPTIONAL_TEXTS = ("reference", "answer", "source")
+NUMBERS_TOO = ("id", "answer")
+"""Roles that may be numbers in a source; they are kept as text."""
+
+
+def problem_of(record: dict[str, Any], fields: FieldNames) -> Problem | list[str]:
+    """The record as a Problem, or a sentence for each thing that is wrong with it.
+
+    Only the id and the problem must be there; any other field may be missing or null. `choices` is a list of text,
+    `tests` a list of {"input": text, "output": text} with an optional "function".
+    """
+    reader = _Reader(record, fields)
+    texts = {role: reader.text(role, needed=role in ("id", "problem")) for role in ("id", "problem", *OPTIONAL_TEXTS)}
+    domain = reader.domain()
+    choices, tests = reader.choices(), reader.tests()
+    if not reader.faults:
+        reader.faults += _contradictions(domain, texts["reference"], texts["answer"], choices, tests)
+    if reader.faults:
+        return reader.faults
+    return Problem(
+        id=texts["id"],
+        text=texts["problem"],
+        reference=None if texts["reference"] is None else Reference(texts["reference"]),
+        answer=texts["answer"],
+        domain=domain,
+        choices=choices,
+        tests=tests,
+        source=texts["source"] or "",
+    )
+
+
+class _Reader:
+    """Takes the fields of one record one by one and collects what is wrong with them."""
+
+    def __init__(self, record: dict[str, Any], fields: FieldNames):
+        self._record = record
+        self._fields = fields
+        self.faults: list[str] = []
+
+    def text(self, role: str, *, needed: bool) -> str | None:
+        name, value = self._field(role)
+        if role in NUMBERS_TOO and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        if value is None:
+            if needed:
+                known = ", ".join(self._record)
+                self.faults.append(
+                    f"the field {name!r} is missing (there are: {known}); add it or set problems.fields.{role}."
+                )
+        elif not isinstance(value, str):
+            self.faults.append(f"the field {name!r} is a {type(value).__name__}, not text; write it as text.")
+        elif not value.strip():
+            self.faults.append(
+                f"the field {name!r} is empty; fill it or leave the {'problem' if needed else 'field'} out."
+            )
+        else:
+            return value
+        return None
+
+    def domain(self) -> Domain:
+        name, value = self._field("domain")
+        if value is None:
+            return "math"
+        if value not in DOMAINS:
+            self.faults.append(f"the field {name!r} is {value!r}; use one of {', '.join(DOMAINS)}.")
+        return value
+
+    def choices(self) -> tuple[str, ...]:
+        name, value = self._field("choices")
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(choice, str) and choice.strip() for choice in value):
+            self.faults.append(f"the field {name!r} is {_shown(value)}; write a list of texts, none of them empty.")
+            return ()
+        if len(value) > len(string.ascii_uppercase):
+            self.faults.append(f"the field {name!r} has {len(value)} choices, more than there are letters; shorten it.")
+        return tuple(value)
+
+    def tests(self) -> tuple[CodeTest, ...]:
+        name, value = self._field("tests")
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            self.faults.append(f"the field {name!r} is {_shown(value)}; write a list of tests.")
+            return ()
+        found = []
+        for number, test in enumerate(value, start=1):
+            fault = _test_fault(test)
+            if fault is not None:
+                self.faults.append(f"the field {name!r}: test {number} {fault}")
+                return ()
+            found.append(CodeTest(test["input"], test["output"], test.get("function")))
+        return tuple(found)
+
+    def _field(self, role: str) -> tuple[str, Any]:
+        name = getattr(self._fields, role)
+        return name, self._record.get(name)
+
+
+def _test_fault(test: Any) -> str | None:
+    if not isinstance(test, dict):
+        return f'is {_shown(test)}; write {{"input": ..., "output": ...}}.'
+    unknown = sorted(test.keys() - {"input", "output", "function"})
+    if unknown:
+        return f"has the unknown key {unknown[0]!r}; use input, output and, to call a function, function."
+    for key in ("input", "output"):
+        if not isinstance(test.get(key), str):
+            return f"has no text {key!r}; add it."
+    function = test.get("function")
+    if function is not None and not (isinstance(function, str) and function.isidentifier()):
+        return f"names the function {function!r}; write the name that a program defines, or leave it out."
+    return None
+
+
+def _contradictions(
+    domain: Domain,
+    reference: str | None,
+    answer: str | None,
+    choices: Sequence[str],
+    tests: Sequence[CodeTest],
+) -> list[str]:
+    found = []
+    if domain == "multiple-choice":
+        letters = string.ascii_uppercase[: len(choices)]
+        if len(choices) < 2:
+            found.append(f"the domain is multiple-choice, but the choices are {len(choices)}; give at least two.")
+        elif answer is not None and (len(answer) != 1 or answer not in letters):
+            found.append(
+                f"the answer is {answer!r}, but the choices are A to {letters[-1]}; write one of these letters."
+            )
+    elif choices:
+        found.append(f"there are choices, but the domain is {domain}; set the domain to multiple-choice.")
+    if domain == "code":
+        if not tests and reference is None:
+            found.append("the domain is code, but there are neither tests nor a reference; add tests.")
+    elif tests:
+        found.append(f"there are tests, but the domain is {domain}; set the domain to code.")
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

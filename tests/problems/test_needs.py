@@ -1,0 +1,35 @@
+"""Which problems lack what a stage needs, in sentences."""
+
+from exprl_megatron.problems.needs import missing_for, verifiable
+from exprl_megatron.problems.problem import CodeTest, Problem, Reference
+
+WITH_ALL = Problem("all", "p", Reference("r"), "1")
+LETTER = Problem("letter", "p", Reference("r"), "A", "multiple-choice", ("x", "y"))
+RUNS = Problem("runs", "p", Reference("r"), None, "code", tests=(CodeTest("1", "2"),))
+JUDGED = [
+    Problem("essay", "p", Reference("r"), None, "science"),
+    Problem("program", "p", Reference("r"), None, "code"),
+    Problem("proof", "p", Reference("r")),
+]
+
+
+def test_nothing_is_missing_where_all_have_it():
+    assert missing_for([WITH_ALL, LETTER, RUNS, *JUDGED], "reference") == []
+    assert missing_for([WITH_ALL, LETTER, RUNS], "verification") == []
+    assert all(map(verifiable, (WITH_ALL, LETTER, RUNS)))
+
+
+def test_missing_references_are_one_sentence():
+    bare = [Problem(f"p{i}", "p", answer="1") for i in range(5)]
+    assert missing_for([WITH_ALL, *bare], "reference") == [
+        "5 of 6 problems have no reference (p0, p1, p2, ...); add it, or leave these problems out."
+    ]
+
+
+def test_what_cannot_be_verified_is_one_sentence_for_each_domain():
+    assert missing_for([WITH_ALL, RUNS, *JUDGED], "verification") == [
+        "1 of 2 math problems have no answer to compare with (proof); add it, or leave these problems out.",
+        "1 of 1 science problems have no answer to compare with (essay); add it, or leave these problems out.",
+        "1 of 2 code problems have no tests to run (program); add it, or leave these problems out.",
+    ]
+    assert not any(map(verifiable, JUDGED))
