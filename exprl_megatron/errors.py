@@ -16,6 +16,17 @@ class ServerError(Exception):
     """
 
 
+class RequestRefused(ServerError):
+    """A server that is up and does not take this one request (HTTP 400, 413, 422); to ask again is of no use.
+
+    `said` holds the server's own words.
+    """
+
+    def __init__(self, message: str, said: str):
+        super().__init__(message)
+        self.said = said
+
+
 class RunStopped(Exception):
     """The run watched itself and stopped: a bound of the config was passed.
 

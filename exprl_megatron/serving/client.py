@@ -1,20 +1,11 @@
 """Typed async client for the part of SGLang's HTTP API that training uses."""
 
-import json
-import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import aiohttp
-
-from exprl_megatron.errors import ServerError
-from exprl_megatron.serving.log_tail import log_tail
-
-CONNECT_S = 30.0
-"""A server that does not even take the connection within this time is given up."""
-_OPEN_FILES = 65_536
+from exprl_megatron.serving.http import HttpServer
 
 
 @dataclass(frozen=True)
@@ -32,6 +23,8 @@ class Generation:
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens that the radix cache already held."""
+    watched_log_probs: tuple[tuple[float, ...], ...] = ()
+    """At the place of each output token the log-probs of `watched_ids`, in that order; empty where none were asked."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +38,11 @@ class ChatReply:
     completion_tokens: int
 
 
-class SGLangClient:
+class SGLangClient(HttpServer):
     """Speaks to one server; use as `async with client:` within one event loop at a time.
 
     Every call raises ServerError where the server is dead, hangs past the deadline, or refuses.
     """
-
-    def __init__(self, url: str, name: str, log_file: Path | None = None, deadline_s: float = 600.0):
-        self.url = url.rstrip("/")
-        self.name = name
-        self.log_file = log_file
-        self.deadline_s = deadline_s
-        self._session: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> "SGLangClient":
-        _allow_many_connections()
-        # SGLang closes a connection idle for 5 s; one that we reuse just then would look like a dead server.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        self._session = aiohttp.ClientSession(connector=connector)
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
 
     async def generate(
         self,
@@ -81,13 +55,15 @@ class SGLangClient:
         top_k: int = -1,
         stop_token_ids: Sequence[int] = (),
         regex: str | None = None,
+        json_schema: str | None = None,
+        watched_ids: Sequence[int] = (),
         deadline_s: float | None = None,
     ) -> Generation:
         """Continue `input_ids`; the same seed gives the same tokens under the same weights.
 
         The keywords are the fields of SamplingConfig, so `**sampling.model_dump()` fits. Temperature 0
-        is greedy. `regex` constrains the text. The end-of-sequence token, where sampled, is among the
-        tokens.
+        is greedy. `regex` or `json_schema` (JSON text) constrains the text. The end-of-sequence token, where
+        sampled, is among the tokens. `watched_ids` are tokens whose log-probs at every place are wanted.
         """
         params = {
             "temperature": temperature,
@@ -99,7 +75,11 @@ class SGLangClient:
         }
         if regex is not None:
             params["regex"] = regex
-        request = {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True}
+        if json_schema is not None:
+            params["json_schema"] = json_schema
+        request: dict[str, Any] = {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True}
+        if watched_ids:
+            request["token_ids_logprob"] = list(watched_ids)
         reply = await self._post("/generate", request, deadline_s)
         return self._read("/generate", _generation, reply)
 
@@ -234,39 +214,6 @@ class SGLangClient:
             raise self._error(path, f"refused: {reply}")
         return reply
 
-    async def _post(self, path: str, request: dict | None, deadline_s: float | None = None) -> Any:
-        return await self._request("POST", path, request, deadline_s)
-
-    async def _request(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> Any:
-        """The decoded JSON (or text) of the answer; every failure becomes a ServerError."""
-        if self._session is None:
-            raise RuntimeError(f"the client of {self.name} is not open; use `async with client:`")
-        deadline_s = self.deadline_s if deadline_s is None else deadline_s
-        timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
-        try:
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                text = await response.text()
-                status = response.status
-        except TimeoutError as error:
-            raise self._error(path, f"no answer within {deadline_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._error(path, f"died or is not reachable ({type(error).__name__}: {error})") from error
-        if status != 200:
-            raise self._error(path, f"refused with HTTP {status}: {_message(text)}")
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-
-    def _read(self, path: str, parse: Any, reply: Any) -> Any:
-        try:
-            return parse(reply)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise self._error(path, f"answered in an unknown form ({error!r}): {str(reply)[:300]}") from error
-
-    def _error(self, path: str, what: str) -> ServerError:
-        return ServerError(f"{self.name} ({self.url}), asked {path}: {what.rstrip('.')}.{log_tail(self.log_file)}")
-
 
 def _generation(reply: dict) -> Generation:
     meta = reply["meta_info"]
@@ -277,6 +224,7 @@ def _generation(reply: dict) -> Generation:
     log_probs = tuple(float(entry[0]) for entry in meta["output_token_logprobs"])
     if len(log_probs) != len(token_ids):
         raise ValueError(f"{len(token_ids)} tokens but {len(log_probs)} log-probs")
+    watched = meta.get("output_token_ids_logprobs") or ()
     spans = tuple((span["version"], span["start"], span["end"]) for span in meta["weight_versions"])
     return Generation(
         token_ids=token_ids,
@@ -286,6 +234,7 @@ def _generation(reply: dict) -> Generation:
         weight_versions=spans,
         prompt_tokens=meta["prompt_tokens"],
         cached_tokens=meta["cached_tokens"],
+        watched_log_probs=tuple(tuple(float(entry[0]) for entry in entries) for entries in watched),
     )
 
 
@@ -299,24 +248,3 @@ def _chat_reply(reply: dict) -> ChatReply:
         cached_tokens=details.get("cached_tokens", 0),
         completion_tokens=usage["completion_tokens"],
     )
-
-
-def _message(text: str) -> str:
-    """SGLang's own words out of an error body."""
-    try:
-        body = json.loads(text)
-    except ValueError:
-        return text.strip()[:2000]
-    if isinstance(body, dict):
-        inner = body.get("error", body)
-        if isinstance(inner, dict) and "message" in inner:
-            return str(inner["message"])
-    return text.strip()[:2000]
-
-
-def _allow_many_connections() -> None:
-    """A step's requests are all under way at once, each with a socket of its own."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,108 @@
+"""One server reached over HTTP and JSON: its session, its deadlines, and what its failures are called."""
+
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+
+from exprl_megatron.errors import RequestRefused, ServerError
+from exprl_megatron.serving.log_tail import log_tail
+
+CONNECT_S = 30.0
+"""A server that does not even take the connection within this time is given up."""
+_REFUSALS = (400, 413, 422)
+_OPEN_FILES = 65_536
+
+
+class HttpServer:
+    """Speaks to one server; use as `async with client:` within one event loop at a time.
+
+    Every call raises ServerError where the server is dead, hangs past the deadline, or refuses; RequestRefused, which
+    is one, where it is this request that it does not take (HTTP 400, 413, 422).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        log_file: Path | None = None,
+        deadline_s: float = 600.0,
+        headers: Mapping[str, str] | None = None,
+    ):
+        self.url = url.rstrip("/")
+        self.name = name
+        self.log_file = log_file
+        self.deadline_s = deadline_s
+        self._headers = dict(headers or {})
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        _allow_many_connections()
+        # SGLang closes a connection idle for 5 s; one that we reuse just then would look like a dead server.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _post(self, path: str, request: dict | None, deadline_s: float | None = None) -> Any:
+        return await self._request("POST", path, request, deadline_s)
+
+    async def _request(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> Any:
+        """The decoded JSON (or text) of the answer; every failure becomes a ServerError."""
+        if self._session is None:
+            raise RuntimeError(f"the client of {self.name} is not open; use `async with client:`")
+        deadline_s = self.deadline_s if deadline_s is None else deadline_s
+        timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                text = await response.text()
+                status = response.status
+        except TimeoutError as error:
+            raise self._error(path, f"no answer within {deadline_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._error(path, f"died or is not reachable ({type(error).__name__}: {error})") from error
+        if status != 200:
+            said = _message(text)
+            error = self._error(path, f"refused with HTTP {status}: {said}")
+            raise RequestRefused(str(error), said) if status in _REFUSALS else error
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    def _read(self, path: str, parse: Any, reply: Any) -> Any:
+        try:
+            return parse(reply)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise self._error(path, f"answered in an unknown form ({error!r}): {str(reply)[:300]}") from error
+
+    def _error(self, path: str, what: str) -> ServerError:
+        return ServerError(f"{self.name} ({self.url}), asked {path}: {what.rstrip('.')}.{log_tail(self.log_file)}")
+
+
+def _message(text: str) -> str:
+    """The server's own words out of an error body."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return text.strip()[:2000]
+    if isinstance(body, dict):
+        inner = body.get("error", body)
+        if isinstance(inner, dict) and "message" in inner:
+            return str(inner["message"])
+    return text.strip()[:2000]
+
+
+def _allow_many_connections() -> None:
+    """A step's requests are all under way at once, each with a socket of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
