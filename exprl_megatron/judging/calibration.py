@@ -1,12 +1,30 @@
-"""How well a judge's scores tell right traces from wrong ones, and the wrong references that test whether it reads."""
+"""How well a judge's scores tell right traces from wrong ones: the arithmetic of calibration, without a judge.
+
+Scores are on the judge's scale 1..5. The measures are those of the ExpRL paper's calibration (misplacement, AUROC).
+"""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
 
 RIGHT_FROM = 4
 """A score of 4 or 5 means that the judge takes the trace for right."""
+RESAMPLES = 2000
+CONFIDENCE = 0.95
 _WRONG_REFERENCE_SEED = 0xC0DE
+# A score may be a weighted sum, and 4 then miss itself by a rounding.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -14,9 +32,9 @@ class Misplacement:
     """Shares of the traces that the judge put on the wrong side."""
 
     false_negative: float
-    """Right traces scored 3 or less."""
+    """Right traces scored below 4; nan without a scored right trace."""
     false_positive: float
-    """Wrong traces scored 4 or more."""
+    """Wrong traces scored 4 or more; nan without a scored wrong trace."""
 
     @property
     def rate(self) -> float:
@@ -24,15 +42,73 @@ class Misplacement:
         return (self.false_negative + self.false_positive) / 2
 
 
-def misplacement(scores: Sequence[int | None], correct: Sequence[bool]) -> Misplacement:
-    """From scores 1..5 (None: abstained, not counted) and whether each trace is right in truth.
+def misplacement(scores: Sequence[float | None], correct: Sequence[bool]) -> Misplacement:
+    """From scores (None: abstained, not counted) and whether each trace is right in truth."""
+    values, right = _scored(scores, correct)
+    passed = values >= RIGHT_FROM - _ROUNDING
+    return Misplacement(_share(~passed[right]), _share(passed[~right]))
 
-    A side without traces has a share of 0.
+
+def auroc(scores: Sequence[float | None], correct: Sequence[bool]) -> float:
+    """Chance that a right trace has a higher score than a wrong one, ties counted half (None: not counted).
+
+    The Mann-Whitney statistic from mid-ranks; nan where either side has no score.
     """
-    pairs = [(score, right) for score, right in zip(scores, correct, strict=True) if score is not None]
-    on_right = [score < RIGHT_FROM for score, right in pairs if right]
-    on_wrong = [score >= RIGHT_FROM for score, right in pairs if not right]
-    return Misplacement(_share(on_right), _share(on_wrong))
+    values, right = _scored(scores, correct)
+    positives, negatives = int(right.sum()), int((~right).sum())
+    if not positives or not negatives:
+        return float("nan")
+    above = mid_ranks(values)[right].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: Pearson's correlation of mid-ranks; nan for fewer than 3 pairs or where one side is constant."""
+    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+        return float("nan")
+    return float(np.corrcoef(mid_ranks(x), mid_ranks(y))[0, 1])
+
+
+def mid_ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, float64 [n]; equal values share the mean of theirs."""
+    _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]
+
+
+def histogram(scores: Sequence[float]) -> tuple[int, int, int, int, int]:
+    """How many scores are nearest to 1, 2, 3, 4 and 5."""
+    nearest = np.floor(np.asarray(scores, dtype=float) + 0.5).astype(int)
+    return tuple(int((nearest == score).sum()) for score in range(1, 6))
+
+
+def agreement(repeats: Sequence[float]) -> float:
+    """Share of pairs of one trace's scores that are equal; nan for fewer than two scores."""
+    pairs = list(combinations(repeats, 2))
+    return _share([abs(a - b) <= _ROUNDING for a, b in pairs])
+
+
+def bootstrap_interval(
+    clusters: Sequence[Hashable], statistic: Callable[[np.ndarray], float], seed: int = 0
+) -> Interval | None:
+    """The percentile bootstrap over clusters (95 %, 2,000 resamples, seeded) of `statistic`.
+
+    `clusters` names each item's cluster (the traces of one problem are not independent); `statistic` gets
+    the indices of a resample's items, int64. Resamples on which it is nan are left out; None where all are.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index, cluster in enumerate(clusters):
+        members.setdefault(cluster, []).append(index)
+    if not members:
+        return None
+    items = [np.array(indices) for indices in members.values()]
+    draws = np.random.default_rng(seed).integers(len(items), size=(RESAMPLES, len(items)))
+    values = np.array([statistic(np.concatenate([items[i] for i in drawn])) for drawn in draws])
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return None
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(low), float(high))
 
 
 def wrong_references(keys: Sequence[str]) -> dict[str, str]:
@@ -45,5 +121,11 @@ def wrong_references(keys: Sequence[str]) -> dict[str, str]:
     return {key: order[(i + 1) % len(order)] for i, key in enumerate(order)}
 
 
+def _scored(scores: Sequence[float | None], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """The scores that there are, float64 [n], and whether their traces are right, bool [n]."""
+    pairs = [(score, right) for score, right in zip(scores, correct, strict=True) if score is not None]
+    return np.array([score for score, _ in pairs], dtype=float), np.array([right for _, right in pairs], dtype=bool)
+
+
 def _share(hits: Sequence[bool]) -> float:
-    return sum(hits) / len(hits) if hits else 0.0
+    return float(np.mean(hits)) if len(hits) else float("nan")

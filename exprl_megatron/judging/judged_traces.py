@@ -1,0 +1,100 @@
+"""Traces whose correctness is known, with their problems: what a judge is calibrated on."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.problems.problem import Domain, Problem, Reference
+
+SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class JudgedTrace:
+    """A trace, its problem with the right reference, and the truth about it."""
+
+    problem: Problem
+    text: str
+    correct: bool
+
+
+def read_judged_traces(path: str | Path, limit: int | None = None) -> tuple[JudgedTrace, ...]:
+    """The first `limit` traces of a JSON-lines file, in its order.
+
+    A line is an object with `problem_id`, `problem`, `reference`, `trace` (texts), `correct` (true or
+    false), and optionally `answer`, `domain` and `choices`. Raises UserError with one sentence for each
+    fault (the first ten of them); also where there is no right trace, no wrong one, or only one problem,
+    which has nobody else's reference to be given.
+    """
+    path = Path(path).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The judged traces {path} cannot be read ({error}); give a file of JSON lines.") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:limit]
+    traces, faults, problems = [], [], {}
+    for number, line in numbered:
+        trace = _judged_trace(line)
+        if isinstance(trace, list):
+            faults += [f"{path} line {number}: {sentence}" for sentence in trace]
+        elif problems.setdefault(trace.problem.id, trace.problem) != trace.problem:
+            faults.append(f"{path} line {number}: {trace.problem.id!r} is another problem further up; rename one.")
+        else:
+            traces.append(trace)
+    if faults:
+        rest = len(faults) - SHOWN_FAULTS
+        raise UserError("\n".join(faults[:SHOWN_FAULTS] + ([f"... and {rest} more faults."] if rest > 0 else [])))
+    _check_sides(path, traces, len(problems))
+    return tuple(traces)
+
+
+def _check_sides(path: Path, traces: list[JudgedTrace], problems: int) -> None:
+    right = sum(trace.correct for trace in traces)
+    if not 0 < right < len(traces):
+        raise UserError(
+            f"{path}: {right} of the {len(traces)} traces that are taken are right; calibration needs right and wrong "
+            "ones, so add such traces, or take more of them."
+        )
+    if problems < 2:
+        raise UserError(f"{path}: all traces are of one problem, so that there is no wrong reference; add others.")
+
+
+def _judged_trace(line: str) -> JudgedTrace | list[str]:
+    """The line as a JudgedTrace, or what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return [f"this is not JSON ({error}); mend or delete the line."]
+    if not isinstance(record, dict):
+        return [f"this is a JSON {type(record).__name__}, not an object; write {{...}} with named fields."]
+    if faults := list(_faults(record)):
+        return faults
+    problem = Problem(
+        id=record["problem_id"],
+        text=record["problem"],
+        reference=Reference(record["reference"]),
+        answer=record.get("answer"),
+        domain=record.get("domain", "math"),
+        choices=tuple(record.get("choices", ())),
+    )
+    return JudgedTrace(problem, record["trace"], record["correct"])
+
+
+def _faults(record: dict[str, Any]) -> Iterator[str]:
+    for name in ("problem_id", "problem", "reference", "trace"):
+        if not isinstance(record.get(name), str):
+            yield f"the field {name!r} is {record.get(name)!r}, not text; write it as text."
+        elif name != "trace" and not record[name].strip():
+            yield f"the field {name!r} is empty; fill it or leave the trace out."
+    if not isinstance(record.get("correct"), bool):
+        yield f"the field 'correct' is {record.get('correct')!r}; write true or false."
+    if not isinstance(record.get("answer", ""), str | None):
+        yield f"the field 'answer' is {record['answer']!r}, not text; write it as text."
+    if record.get("domain", "math") not in get_args(Domain):
+        yield f"the field 'domain' is {record['domain']!r}; write one of {', '.join(get_args(Domain))}."
+    choices = record.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        yield f"the field 'choices' is {choices!r}; write a list of texts."

@@ -1,0 +1,94 @@
+"""How a process judge's scores fall at the first wrong step of a trace."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from exprl_megatron.judging.arms import Grade, judge_all, on_scale, without_nan
+from exprl_megatron.judging.calibration import Interval, auroc, bootstrap_interval
+from exprl_megatron.judging.champ import MarkedTrace
+from exprl_megatron.judging.judgement import Abstained, Judgement, Unit
+from exprl_megatron.problems.problem import Problem
+
+UNITS: tuple[Unit, ...] = ("prefix", "segment")
+
+
+@dataclass(frozen=True)
+class WrongStepFigures:
+    """How a judge's scores (1..5) fall at the first wrong step; nan (in JSON null) where nothing was scored.
+
+    The AUROCs are chances that what is right scores higher than what holds the wrong step, ties half.
+    """
+
+    unit: Unit
+    traces: int
+    marked: int
+    mean_before: float
+    """Mean score right before the marked step."""
+    mean_after: float
+    """Mean score with the marked step."""
+    mean_unmarked: float
+    """Mean score of whole traces without a wrong step (of their last step)."""
+    auroc: float
+    """Over all: right is what stands before marks, and the unmarked traces."""
+    interval: Interval | None
+    """Of the AUROC, 95 %, bootstrap over problems."""
+    paired_auroc: float
+    """Before against after within the same trace: the difficulty of problems cancels out."""
+    abstained: int
+    judgements: int
+
+    def record(self) -> dict[str, Any]:
+        """The same in JSON's terms."""
+        return without_nan(asdict(self))
+
+
+async def judge_wrong_steps(grade: Grade, traces: Sequence[MarkedTrace], unit: Unit) -> WrongStepFigures:
+    """Ask for every trace's score before and after its mark, and compare them."""
+
+    async def judged(problem: Problem, text: str | None, unit: Unit) -> Judgement | None:
+        return None if text is None else await grade(problem, text, unit)
+
+    before = await judge_all(judged, [(trace.problem, trace.before(unit), unit) for trace in traces])
+    after = await judge_all(judged, [(trace.problem, trace.after(unit), unit) for trace in traces])
+    return wrong_step_figures(unit, traces, before, after)
+
+
+def wrong_step_figures(
+    unit: Unit,
+    traces: Sequence[MarkedTrace],
+    before: Sequence[Judgement | None],
+    after: Sequence[Judgement | None],
+) -> WrongStepFigures:
+    """From the judgements before and after each trace's mark (None: there was nothing to judge)."""
+    marked = [trace.mark is not None for trace in traces]
+    low = [None if judgement is None else on_scale(judgement) for judgement in after]
+    high = [None if judgement is None else on_scale(judgement) for judgement in before]
+    problems = [trace.problem.id for trace in traces]
+    scores, right = [*high, *low], [True] * len(high) + [False] * len(low)
+
+    def resampled(indices: np.ndarray) -> float:
+        return auroc([scores[i] for i in indices], [right[i] for i in indices])
+
+    pairs = [(b, a) for b, a in zip(high, low, strict=True) if b is not None and a is not None]
+    given = [judgement for judgement in (*before, *after) if judgement is not None]
+    return WrongStepFigures(
+        unit=unit,
+        traces=len(traces),
+        marked=sum(marked),
+        mean_before=_mean([s for s, m in zip(high, marked, strict=True) if m]),
+        mean_after=_mean(low),
+        mean_unmarked=_mean([s for s, m in zip(high, marked, strict=True) if not m]),
+        auroc=auroc(scores, right),
+        interval=bootstrap_interval(problems + problems, resampled),
+        paired_auroc=_mean([1.0 if b > a else 0.5 if b == a else 0.0 for b, a in pairs]),
+        abstained=sum(isinstance(judgement, Abstained) for judgement in given),
+        judgements=len(given),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else float("nan")

@@ -1,0 +1,77 @@
+"""Constructed process judges at the first wrong step: perfect, inverted, blind."""
+
+import asyncio
+import math
+
+import pytest
+
+from exprl_megatron.judging.champ import MarkedTrace
+from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.judging.wrong_steps import UNITS, judge_wrong_steps
+from exprl_megatron.problems.problem import Problem, Reference
+
+TEXT = "First this is right. Now comes WRONG work. More."
+MARK = (21, 42)
+PROBLEMS = [Problem(f"p{i}", "?", Reference("!")) for i in range(8)]
+TRACES = [
+    *(MarkedTrace(problem, "a", TEXT, MARK) for problem in PROBLEMS),
+    MarkedTrace(PROBLEMS[0], "b", "All of this is right.", None),
+    MarkedTrace(PROBLEMS[1], "b", "WRONG from the start.", (0, 21)),
+]
+
+
+async def perfect(problem, text, unit):
+    return Scored(0.0 if "WRONG" in text else 1.0)
+
+
+async def inverted(problem, text, unit):
+    return Scored(1.0 if "WRONG" in text else 0.0)
+
+
+async def blind(problem, text, unit):
+    return Scored(0.5)
+
+
+def figures(grade, unit="prefix"):
+    return asyncio.run(judge_wrong_steps(grade, TRACES, unit))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("grade, area", [(perfect, 1.0), (inverted, 0.0), (blind, 0.5)])
+def test_the_auroc_of_constructed_judges(grade, area, unit):
+    found = figures(grade, unit)
+    assert found.auroc == found.paired_auroc == area
+    assert (found.interval.low, found.interval.high) == (area, area)
+    assert (found.unit, found.traces, found.marked) == (unit, 10, 9)
+    assert found.judgements == 18
+
+
+def test_means_are_scores_before_and_after_the_mark():
+    found = figures(perfect)
+    assert (found.mean_before, found.mean_after, found.mean_unmarked) == (5, 1, 5)
+    assert found.record()["interval"] == {"low": 1, "high": 1}
+
+
+def test_a_judge_of_lengths_is_told_apart_by_pairs():
+    async def grade(problem, text, unit):
+        return Scored(1 - len(text) / 100)
+
+    found = figures(grade)
+    assert found.paired_auroc == 1
+    assert found.auroc < 1
+
+
+def test_abstentions_are_left_out():
+    async def grade(problem, text, unit):
+        return Abstained("unreadable") if problem.id == "p2" else await perfect(problem, text, unit)
+
+    found = figures(grade)
+    assert (found.auroc, found.abstained, found.judgements) == (1, 2, 18)
+
+    async def silent(problem, text, unit):
+        return Abstained("timeout")
+
+    found = figures(silent)
+    assert math.isnan(found.auroc)
+    assert found.record()["auroc"] is None
+    assert found.abstained == 18
