@@ -7,9 +7,10 @@
     <out>/judged.jsonl            {"problem_id", "problem", "reference", "answer", "trace", "correct"}: traces of
                                   held-out problems, right, slipped and unfinished, for `exprl judge-bench`
     <build>/*-sft.jsonl           {"id", "prompt", "completion"}: what the two models learn from, in this order
-    <build>/sft-traces.jsonl      the same: training problems with worked traces in the policy's own style
+    <out>/hard-*.jsonl            train and heldout of the study, all of them of the longest chains, and prompts and
+                                  completions of the former worked in the policy's own style
 
-No problem of train.jsonl or heldout.jsonl is in another file. Training takes minutes and is the project's own SFT
+No problem to train on or held out is in another file. Training takes minutes and is the project's own SFT
 stage (recipes/configs/miniature-*.yaml); interrupted, it goes on from its checkpoint when called again.
 The texts and the rules are those of `exprl_megatron.problems.chains`.
 """
@@ -17,7 +18,7 @@ The texts and the rules are those of `exprl_megatron.problems.chains`.
 import argparse
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -82,11 +83,13 @@ def model_config() -> Qwen3Config:
     )
 
 
-def distinct_chains(rng: Random, count: int, taken: set[str]) -> list[chains.Chain]:
-    """`count` long chains whose problem texts are not in `taken`; theirs are added to it."""
+def distinct_chains(
+    rng: Random, count: int, taken: set[str], lengths: Sequence[int] = chains.LONG
+) -> list[chains.Chain]:
+    """`count` chains of these lengths whose problem texts are not in `taken`; theirs are added to it."""
     found = []
     while len(found) < count:
-        chain = chains.chain_problem(rng, rng.choice(chains.LONG))
+        chain = chains.chain_problem(rng, rng.choice(lengths))
         text = chains.problem_text(chain)
         if text not in taken:
             taken.add(text)
@@ -144,9 +147,14 @@ def write_data(made: Path, out: Path, args: argparse.Namespace) -> None:
     train = distinct_chains(Random(f"train {args.seed}"), args.train, taken)
     write_rows(out / "heldout.jsonl", problem_rows("heldout", heldout))
     write_rows(out / "train.jsonl", problem_rows("train", train))
+    hardest = (chains.LONGEST,)
+    hard_heldout = distinct_chains(Random(f"hard heldout {args.seed}"), args.heldout, taken, hardest)
+    hard_train = distinct_chains(Random(f"hard train {args.seed}"), args.hard, taken, hardest)
+    write_rows(out / "hard-heldout.jsonl", problem_rows("hard-heldout", hard_heldout))
+    write_rows(out / "hard-train.jsonl", problem_rows("hard-train", hard_train))
     write_rows(out / "judged.jsonl", judged_rows(Random(f"judged {args.seed}"), heldout))
-    worked = ((chains.problem_text(chain), chains.worked_text(chain)) for chain in train)
-    write_rows(made / "sft-traces.jsonl", lesson_rows("trace", worked))
+    worked = ((chains.problem_text(chain), chains.worked_text(chain)) for chain in hard_train)
+    write_rows(out / "hard-traces.jsonl", lesson_rows("trace", worked))
     policy = chains.base_sft_pairs(Random(f"base {args.seed}"), args.policy_rows, taken)
     write_rows(made / "policy-sft.jsonl", lesson_rows("policy", policy))
     judge = chains.judge_sft_pairs(Random(f"judge {args.seed}"), args.judge_rows, taken)
@@ -178,6 +186,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--policy-rows", type=int, default=600 * 96, help="steps times batch of the policy's SFT")
     parser.add_argument("--judge-rows", type=int, default=900 * 64, help="steps times batch of the judge's SFT")
     parser.add_argument("--train", type=int, default=4096, help="training problems")
+    parser.add_argument("--hard", type=int, default=1024, help="training problems of the study, all of them longest")
     parser.add_argument("--heldout", type=int, default=128, help="held-out problems")
     parser.add_argument("--only", choices=MODELS, action="append", help="train this model alone")
     return parser.parse_args()
