@@ -26,13 +26,18 @@ class PromptBuilder:
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """The prompt with the opening of the assistant's turn at its end."""
-        messages = [{"role": "user", "content": self._config.user.replace("{problem}", text)}]
-        if self._config.system is not None:
-            messages.insert(0, {"role": "system", "content": self._config.system})
-        ids = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self._config.template_args
-        )
-        return tuple(ids)
+        return chat_token_ids(self._tokenizer, self._config, self._config.user.replace("{problem}", text))
+
+
+def chat_token_ids(tokenizer: Any, config: PromptConfig, user: str) -> tuple[int, ...]:
+    """The chat of the config's system message and the user message `user`, with the assistant's turn opened."""
+    messages = [{"role": "user", "content": user}]
+    if config.system is not None:
+        messages.insert(0, {"role": "system", "content": config.system})
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **config.template_args
+    )
+    return tuple(ids)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Prompt and completion pairs for supervised fine-tuning."""
+"""Prompt and completion pairs for supervised fine-tuning, from a file of them or from problems and their references."""
 
 import json
 from pathlib import Path
@@ -9,36 +9,103 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.batch import Sequence
-from exprl_megatron.problems.prompts import PromptBuilder
+from exprl_megatron.problems.needs import missing_for
+from exprl_megatron.problems.order import problem_indices
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.problems.prompts import PromptBuilder, drop_overlong
+from exprl_megatron.problems.sources import load_problems
+
+Row = tuple[str, str, str]
+"""What to call it in an error, prompt, completion."""
 
 
 class ExampleReader:
-    """Rows of a JSON-lines file in their order, over again after the last; a pure function of the step."""
+    """The batches of an SFT stage; each a pure function of its step.
+
+    The lines of `examples` come in their order, over again after the last; `problems` in a new seeded order each
+    epoch. The prompt is put as `stage.prompt` says, else as the run's does. Raises UserError where the source
+    cannot be used.
+    """
 
     def __init__(self, config: RunConfig, stage: SftStage):
-        self._rows = read_examples(Path(stage.examples))
-        self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
-        self._prompts = PromptBuilder(self._tokenizer, config.prompt)
         self._max_tokens = config.policy.max_tokens
+        self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
+        self._prompts = PromptBuilder(self._tokenizer, stage.prompt or config.prompt)
+        if stage.problems is None:
+            self._rows = FileRows(Path(stage.examples))
+        else:
+            self._rows = ReferenceRows(stage, self._prompts, self._max_tokens, config.seed)
+
+    @property
+    def dropped(self) -> int:
+        """How many problems were left out because their prompts are too long."""
+        return self._rows.dropped
 
     def batch(self, step: int, size: int) -> list[Sequence]:
         """The `size` rows of step `step` (1-based); the end-of-sequence token closes every completion.
 
         Raises UserError where a row is longer than policy.max_tokens.
         """
-        first = (step - 1) * size
-        return [self._sequence((first + i) % len(self._rows)) for i in range(size)]
+        return [self._sequence(*row) for row in self._rows.take((step - 1) * size, size)]
 
-    def _sequence(self, row: int) -> Sequence:
-        prompt, completion = self._rows[row]
+    def _sequence(self, name: str, prompt: str, completion: str) -> Sequence:
         response = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-        sequence = Sequence(tuple(self._prompts.token_ids(prompt)), (*response, self._tokenizer.eos_token_id))
+        sequence = Sequence(self._prompts.token_ids(prompt), (*response, self._tokenizer.eos_token_id))
         if len(sequence) > self._max_tokens:
             raise UserError(
-                f"Example {row + 1} has {len(sequence)} tokens, more than policy.max_tokens ({self._max_tokens}); "
+                f"{name} has {len(sequence)} tokens, more than policy.max_tokens ({self._max_tokens}); "
                 "shorten it, or raise the limit."
             )
         return sequence
+
+
+class FileRows:
+    """The lines of a file of examples, in their order, over and over."""
+
+    dropped = 0
+
+    def __init__(self, path: Path):
+        self._rows = read_examples(path)
+
+    def take(self, first: int, count: int) -> list[Row]:
+        """The `count` rows from the `first` (0-based) on."""
+        places = [place % len(self._rows) for place in range(first, first + count)]
+        return [(f"Example {place + 1}", *self._rows[place]) for place in places]
+
+
+class ReferenceRows:
+    """Problems with their references as completions, in a new seeded order each epoch.
+
+    Left out are those whose prompt is longer than `max_tokens` or the set's `max_prompt_tokens`.
+    """
+
+    def __init__(self, stage: SftStage, prompts: PromptBuilder, max_tokens: int, seed: int):
+        limit = min(max_tokens, stage.problems.max_prompt_tokens or max_tokens)
+        fitting = drop_overlong(problems_with_references(stage), prompts, limit)
+        self._problems, self.dropped = fitting.problems, fitting.dropped
+        self._order = (seed, stage.name)
+
+    def take(self, first: int, count: int) -> list[Row]:
+        """The `count` rows from the `first` (0-based) on."""
+        places = problem_indices(*self._order, first, count, len(self._problems))
+        problems = [self._problems[place] for place in places]
+        return [(f"Problem {p.id} with its reference", p.statement, p.reference.for_training()) for p in problems]
+
+
+def check_source(stage: SftStage) -> None:
+    """Read what the stage learns from; raises UserError where that cannot be used."""
+    if stage.problems is None:
+        read_examples(Path(stage.examples))
+    else:
+        problems_with_references(stage)
+
+
+def problems_with_references(stage: SftStage) -> list[Problem]:
+    """The stage's problems; raises UserError where some have no reference to learn."""
+    problems = load_problems(stage.problems)
+    if missing := missing_for(problems, "reference"):
+        raise UserError("\n".join(f"stage {stage.name}: {sentence}" for sentence in missing))
+    return problems
 
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
