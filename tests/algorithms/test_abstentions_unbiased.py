@@ -22,7 +22,7 @@ from exprl_megatron.algorithms.advantages import estimator
 from exprl_megatron.algorithms.aggregation import denominator
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.algorithms.scores import group_scores
-from exprl_megatron.config.losses import LossConfig
+from exprl_megatron.config.losses import Aggregation, LossConfig
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.policy.batch import Sequence, pad
 
@@ -30,7 +30,6 @@ FAILURE = 0.2
 TRACES = ((0,), (1, 0), (1, 1))
 SCORES = (0.25, 1.0, 0.5)
 K = 3
-OBJECTIVE = policy_objective(LossConfig(kl_coefficient=0.0, aggregation="sequence-sum"))
 PER_GROUP = ("group-normalised", "mean-centred", "leave-one-out")
 
 
@@ -50,7 +49,12 @@ def _true_gradient(scores=SCORES) -> torch.Tensor:
     return torch.autograd.grad(expected, logits)[0]
 
 
-def _loss(logits: torch.Tensor, groups: list[list[tuple[int, Judgement]]], name: str) -> torch.Tensor | float:
+def _loss(
+    logits: torch.Tensor,
+    groups: list[list[tuple[int, Judgement]]],
+    name: str,
+    aggregation: Aggregation = "sequence-sum",
+) -> torch.Tensor | float:
     """What an update minimises: groups of (index of a trace, judgement), all of one size."""
     pairs = [group_scores([judgement for _, judgement in group], [False] * len(group)) for group in groups]
     advantages = estimator(name)(*(torch.stack(tensors) for tensors in zip(*pairs, strict=True)))
@@ -65,8 +69,9 @@ def _loss(logits: torch.Tensor, groups: list[list[tuple[int, Judgement]]], name:
     micro = pad(sequences, 3)
     table = logits.log_softmax(-1)
     log_probs = torch.stack([table[:, 0], table[:, 1]])[micro.targets[:, :2], torch.arange(2)]
-    loss, _ = OBJECTIVE(torch.nn.functional.pad(log_probs, (0, 1)), torch.zeros(micro.mask.shape), micro)
-    return loss / denominator("sequence-sum", sequences, 2)
+    objective = policy_objective(LossConfig(kl_coefficient=0.0, aggregation=aggregation))
+    loss, _ = objective(torch.nn.functional.pad(log_probs, (0, 1)), torch.zeros(micro.mask.shape), micro)
+    return loss / denominator(aggregation, sequences, 2)
 
 
 def _verdicts(indices, failed, scores=SCORES, as_zero=False) -> list[tuple[int, Judgement]]:
@@ -74,7 +79,9 @@ def _verdicts(indices, failed, scores=SCORES, as_zero=False) -> list[tuple[int, 
     return [(index, lost if fails else Scored(scores[index])) for index, fails in zip(indices, failed, strict=True)]
 
 
-def _expected_step(name, size, patterns, scores=SCORES, as_zero=False, fails_with=None) -> torch.Tensor:
+def _expected_step(
+    name, size, patterns, scores=SCORES, as_zero=False, fails_with=None, aggregation="sequence-sum"
+) -> torch.Tensor:
     """Minus the expected gradient of the loss: all groups of `size` traces, under the given patterns of failures.
 
     A pattern is weighed by its probability; `fails_with(trace index)` makes that depend on the trace.
@@ -90,7 +97,7 @@ def _expected_step(name, size, patterns, scores=SCORES, as_zero=False, fails_wit
             ]
             chance = math.prod(prior[i] for i in indices) * math.prod(chances)
             if chance:
-                total = total + chance * _loss(logits, [_verdicts(indices, failed, scores, as_zero)], name)
+                total = total + chance * _loss(logits, [_verdicts(indices, failed, scores, as_zero)], name, aggregation)
                 weight += chance
     return -torch.autograd.grad(total, logits)[0] / weight
 
@@ -122,6 +129,17 @@ def test_with_leave_one_out_the_expected_gradient_is_that_without_failures():
     comparable = sum(_chance_of(n, K) for n in range(2, K + 1))
     _close(_expected_step("leave-one-out", K, _patterns(K)), comparable * _true_gradient())
     assert sum(_chance_of(n, 16) for n in (0, 1)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "exact"), [("sequence-mean", True), ("constant-length", True), ("token-mean", False)]
+)
+def test_what_divides_by_sequences_keeps_the_expected_gradient_and_the_token_mean_nearly(aggregation, exact):
+    without = _expected_step("leave-one-out", K, [(False,) * K], aggregation=aggregation)
+    comparable = _patterns(K, range(2, K + 1))
+    found = _expected_step("leave-one-out", K, comparable, aggregation=aggregation)
+    error = float((found - without).norm() / without.norm())
+    assert error < 1e-5 if exact else 1e-3 < error < 0.05
 
 
 def test_mean_centring_changes_its_length_by_a_known_factor_and_never_its_direction():
