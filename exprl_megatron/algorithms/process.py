@@ -1,0 +1,181 @@
+"""Process rewards: from the scores of a trace's segments to one advantage for each segment.
+
+s_1..s_T are the scores of one trace, in [0, 1]; K is the number of traces of a problem. The equations are those of the
+ExpRL paper (arXiv 2606.17024). Three variants:
+
+* `recommended`, the default: the equations; an EndNorm trace of a single segment gets 0, like a DeltaNorm one (a
+  trace that cannot be compared with itself must earn nothing by that); a trace with an abstained segment is out of
+  the loss, of K and of every mean; an overlong trace is in no baseline, and what it gets is a setting.
+* `paper`: the equations to the letter (EndNorm gives a single segment s_1); an overlong trace's scores are all 0. The
+  paper is silent on abstentions and has no BatchNorm and no basic scores: there it is the recommended form.
+* `code`: the arithmetic of the released code, with its sentinel -100 in place of a missing score.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from statistics import fmean
+from typing import Literal
+
+Estimator = Literal["delta", "end", "group", "batch", "basic"]
+Variant = Literal["recommended", "paper", "code"]
+OverlongRule = Literal["zero", "penalise", "exclude"]
+
+SENTINEL = -100.0
+"""What the released code writes in place of a missing score."""
+_LENGTH_EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class SegmentedTrace:
+    """What of a trace its advantages are computed from; it has at least one segment."""
+
+    scores: tuple[float | None, ...]
+    """One for each segment, in [0, 1]; None: the judge abstained."""
+    lengths: tuple[int, ...]
+    """The segments' lengths in tokens."""
+    overlong: bool = False
+
+    @property
+    def valid(self) -> bool:
+        """Whether every segment has a score."""
+        return None not in self.scores
+
+
+@dataclass(frozen=True)
+class Credit:
+    """An advantage for each segment, and whether the trace takes part in the loss at all."""
+
+    advantages: tuple[float, ...]
+    in_loss: bool = True
+
+
+def process_credits(
+    groups: Sequence[Sequence[SegmentedTrace]],
+    estimator: Estimator,
+    variant: Variant = "recommended",
+    overlong: OverlongRule = "zero",
+    padded_length: int | None = None,
+) -> list[list[Credit]]:
+    """A Credit for every trace of every group of one batch, in their order.
+
+    `overlong` is the recommended variant's: advantage 0, minus the mean last score of the group's valid traces, or
+    out of the loss. `padded_length`, the tokens that the released code pads responses to, is needed for its GroupNorm
+    (ValueError without it).
+    """
+    if variant == "code":
+        return _released_credits(groups, estimator, padded_length)
+    if variant == "paper":
+        groups = [[_worthless(trace) if trace.overlong else trace for trace in group] for group in groups]
+    batch_mean = mean_score(list(chain.from_iterable(groups)))
+    return [
+        _group_credits(group, batch_mean if estimator == "batch" else mean_score(group), estimator, variant, overlong)
+        for group in groups
+    ]
+
+
+def delta_norm(scores: Sequence[float]) -> tuple[float, ...]:
+    """A_t = s_t - s_(t-1), and A_1 = s_1 - s_T: they sum to 0 (equations 2 and 5)."""
+    return tuple(score - before for score, before in zip(scores, (scores[-1], *scores[:-1]), strict=True))
+
+
+def end_norm(scores: Sequence[float]) -> tuple[float, ...]:
+    """A_t = s_t - s_T before the last segment, A_T = s_T (equation 4)."""
+    return (*(score - scores[-1] for score in scores[:-1]), scores[-1])
+
+
+def mean_score(traces: Sequence[SegmentedTrace]) -> float:
+    """Mean over traces of the mean over their segments, of those valid and not overlong; 0 where there is none.
+
+    The baseline of GroupNorm, A_t = s_t - (1/K) sum_k (1/T_k) sum_t s_kt (equation 6), and over all groups
+    that of BatchNorm.
+    """
+    means = [fmean(trace.scores) for trace in traces if trace.valid and not trace.overlong]
+    return fmean(means) if means else 0.0
+
+
+def _group_credits(
+    group: Sequence[SegmentedTrace], baseline: float, estimator: Estimator, variant: Variant, overlong: OverlongRule
+) -> list[Credit]:
+    last_scores = [trace.scores[-1] for trace in group if trace.valid]
+    credits = []
+    for trace in group:
+        nothing = (0.0,) * len(trace.scores)
+        if not trace.valid or (trace.overlong and overlong == "exclude"):
+            credits.append(Credit(nothing, in_loss=False))
+        elif trace.overlong:
+            penalty = fmean(last_scores) if overlong == "penalise" else 0.0
+            credits.append(Credit(tuple(-penalty for _ in nothing)))
+        elif estimator == "end" and len(nothing) == 1 and variant == "recommended":
+            credits.append(Credit(nothing))
+        else:
+            credits.append(Credit(_equation(trace.scores, baseline, estimator)))
+    return credits
+
+
+def _equation(scores: Sequence[float], baseline: float, estimator: Estimator) -> tuple[float, ...]:
+    if estimator == "delta":
+        return delta_norm(scores)
+    if estimator == "end":
+        return end_norm(scores)
+    return tuple(score - (0.0 if estimator == "basic" else baseline) for score in scores)
+
+
+def _worthless(trace: SegmentedTrace) -> SegmentedTrace:
+    """The trace as one that counts everywhere, with the score 0 wherever it has one."""
+    return replace(trace, scores=tuple(None if s is None else 0.0 for s in trace.scores), overlong=False)
+
+
+def _released_credits(
+    groups: Sequence[Sequence[SegmentedTrace]], estimator: Estimator, padded_length: int | None
+) -> list[list[Credit]]:
+    rewards = [[released_rewards(trace, estimator == "delta") for trace in group] for group in groups]
+    if estimator in ("delta", "basic"):
+        return rewards
+    if estimator == "end":
+        return [
+            [_shifted(credit, trace.scores[-1] or 0.0) for credit, trace in zip(credits, group, strict=True)]
+            for credits, group in zip(rewards, groups, strict=True)
+        ]
+    means = [list(map(_token_mean, credits, group)) for credits, group in zip(rewards, groups, strict=True)]
+    if estimator == "batch":
+        baselines = [fmean(chain.from_iterable(means))] * len(groups)
+    elif padded_length is None:
+        raise ValueError("the released code's GroupNorm needs padded_length, the tokens that responses are padded to")
+    else:
+        # It averages over the padded tokens what it has already divided by the response's own.
+        baselines = [fmean(of_group) / padded_length for of_group in means]
+    return [
+        [_shifted(credit, baseline) for credit in credits] for credits, baseline in zip(rewards, baselines, strict=True)
+    ]
+
+
+def released_rewards(trace: SegmentedTrace, difference: bool) -> Credit:
+    """The released code's reward of each segment, and whether the trace stays in its loss.
+
+    With `difference` (DeltaNorm) a reward is the score less the last one there was, and s_T is taken off segment 1
+    before the last segment's reward is written: a single segment thus gets s_1. A missing score is -100, and the trace
+    is masked where a reward equals -100: where s_T > 0 was taken off it, it does not, and is learned from. An
+    overlong trace that is not masked has the reward 0 everywhere.
+    """
+    rewards, before = [0.0] * len(trace.scores), 0.0
+    for t, score in enumerate(trace.scores):
+        if score is None:
+            rewards[t] = SENTINEL
+            continue
+        if difference and t == len(rewards) - 1:
+            rewards[0] -= score
+        rewards[t] = score - before
+        before = score if difference else 0.0
+    in_loss = SENTINEL not in rewards
+    return Credit((0.0,) * len(rewards) if in_loss and trace.overlong else tuple(rewards), in_loss)
+
+
+def _shifted(credit: Credit, baseline: float) -> Credit:
+    return replace(credit, advantages=tuple(advantage - baseline for advantage in credit.advantages))
+
+
+def _token_mean(credit: Credit, trace: SegmentedTrace) -> float:
+    """The mean reward of a trace's tokens; 0 where it is masked."""
+    total = sum(reward * length for reward, length in zip(credit.advantages, trace.lengths, strict=True))
+    return total / (sum(trace.lengths) + _LENGTH_EPSILON) if credit.in_loss else 0.0
