@@ -1,7 +1,5 @@
 """Where a run keeps what it writes, and the rule that no run overwrites another."""
 
-import fcntl
-import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import yaml
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.files import Claim, write_atomically
 
 
 class RunDirectory:
@@ -71,33 +70,6 @@ class RunDirectory:
 def read_config(directory: RunDirectory) -> RunConfig:
     """The resolved config that the run's directory holds."""
     return check_config(yaml.safe_load(directory.config.read_text()), str(directory.config))
-
-
-class Claim:
-    """An exclusive lock on a run directory, held until this process ends or `release` is called."""
-
-    def __init__(self, root: Path):
-        self._file = open(root / "lock", "w")  # noqa: SIM115 - held open for as long as the claim lives
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise UserError(f"Another process is running in {root}; wait for it, or stop it.") from error
-
-    def release(self) -> None:
-        """Give the directory back."""
-        self._file.close()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a crash leaves either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 # What a resumed run may do differently: none of it changes what is learned from what.

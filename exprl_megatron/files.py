@@ -1,0 +1,34 @@
+"""Files that are whole or not there, and directories that one process has at a time."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from exprl_megatron.errors import UserError
+
+
+class Claim:
+    """An exclusive lock on an existing directory, held until this process ends or `release` is called."""
+
+    def __init__(self, root: Path):
+        self._file = open(root / "lock", "w")  # noqa: SIM115 - held open for as long as the claim lives
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise UserError(f"Another process is running in {root}; wait for it, or stop it.") from error
+
+    def release(self) -> None:
+        """Give the directory back."""
+        self._file.close()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a crash leaves either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
