@@ -1,57 +1,14 @@
 import math
+from dataclasses import replace
 
 import pytest
+from graded import cut, graded, group
 
-from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.rollout.group import GradedTrace, Group
-from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.judging.judgement import Abstained
+from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.mismatch import check_log_prob_gap
-from exprl_megatron.training.sequences import group_advantages, sequences_of
 from exprl_megatron.training.statistics import group_statistics, update_statistics
-
-
-def group(*verdicts, finish="stop", tokens=3) -> Group:
-    members = []
-    for i, verdict in enumerate(verdicts):
-        trace = Trace("p", i, (1,), (5,) * tokens, (-0.5,) * tokens, "t", finish, (("v0", 0, tokens),))
-        judgement = Abstained("timeout") if verdict is None else Scored(verdict)
-        members.append(GradedTrace(trace, judgement))
-    return Group("p", tuple(members))
-
-
-def stage(kind, **changes):
-    tree = {
-        "directory": "d",
-        "policy": {"model": "m"},
-        "judge": {"model": "j"},
-        "stages": [{"kind": kind, "name": "a", "steps": 3, "problems": {"source": "x"}} | changes],
-    }
-    return check_config(tree, "test").stages[0]
-
-
-def test_outcome_advantages_reproduce_the_papers_group_of_four():
-    found = group_advantages(stage("exprl-outcome"), group(0.0, 0.5, 0.75, 1.0)).tolist()
-    expected = [-1.317462, -0.146385, 0.439154, 1.024693]
-    assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(found, expected, strict=True))
-
-
-def test_sparse_advantages_are_centred_and_not_scaled():
-    found = group_advantages(stage("sparse-rl"), group(1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)).tolist()
-    assert found == [0.75, -0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25]
-
-
-def test_an_abstention_leaves_loss_and_statistics():
-    with_abstention = sequences_of(stage("sparse-rl"), [group(1.0, None, 0.0)])
-    without = sequences_of(stage("sparse-rl"), [group(1.0, 0.0)])
-    assert [s.advantages for s in with_abstention] == [s.advantages for s in without] == [(0.5,) * 3, (-0.5,) * 3]
-
-
-def test_an_overlong_trace_scores_zero_under_the_judge_and_keeps_its_score_under_the_verifier():
-    cut = group(1.0, 0.0, finish="length")
-    assert group_advantages(stage("exprl-outcome"), cut).tolist() == [0.0, 0.0]
-    assert group_advantages(stage("sparse-rl"), cut).tolist() == [0.5, -0.5]
 
 
 def test_statistics_count_abstentions_by_reason_and_groups_with_a_success():
@@ -62,9 +19,83 @@ def test_statistics_count_abstentions_by_reason_and_groups_with_a_success():
     assert found["length/mean"] == 3
 
 
+def test_lengths_and_overlong_traces():
+    members = (graded(0, 1.0, tokens=2), graded(1, 1.0, tokens=6, finish="length"))
+    found = group_statistics([Group("p", members)])
+    assert (found["length/mean"], found["length/max"], found["length/overlong"]) == (4, 6, 0.5)
+
+
+def test_groups_all_right_and_all_wrong_by_a_verifier_that_is_the_grader():
+    found = group_statistics([group(1.0, 1.0), group(0.0, None), group(1.0, 0.0), group(None, None)])
+    assert found["verifier/right"] == 3 / 5
+    assert found["verifier/all_right_groups"] == found["verifier/all_wrong_groups"] == 1 / 3
+    assert found["verifier/abstained"] == 3 / 8
+    assert not [name for name in found if name.startswith(("score/", "segments/", "judge/"))]
+
+
+def test_groups_all_right_and_all_wrong_by_a_verifier_beside_the_judge():
+    groups = [
+        Group("p", (cut(0, (1.0, 1), right=0.0), cut(1, (1.0, 1), right=0.0))),
+        Group("q", (cut(0, (0.0, 1), right=1.0), cut(1, (1.0, 1), right=None))),
+    ]
+    found = group_statistics(groups, judged=True)
+    assert found["verifier/right"] == 1 / 3
+    assert found["verifier/all_right_groups"] == found["verifier/all_wrong_groups"] == 0.5
+    assert found["verifier/abstained"] == 0.25
+    assert found["reward/groups_with_success"] == 1.0
+
+
+def test_segments_are_counted_and_the_first_ones_share_of_tokens():
+    traces = [cut(0, (0.5, 4)), cut(1, (0.5, 1), (0.5, 2), (0.5, 1)), cut(2, *[(0.5, 1)] * 12)]
+    found = group_statistics([Group("p", tuple(traces)), group(1.0)], judged=True)
+    assert found["segments/mean"] == 16 / 3
+    assert found["segments/single_share"] == found["segments/count_1"] == found["segments/count_3"] == 1 / 3
+    assert found["segments/count_over_10"] == 1 / 3
+    assert sum(value for name, value in found.items() if name.startswith("segments/count_")) == pytest.approx(1)
+    assert found["segments/first_token_share"] == (4 + 1 + 1) / (4 + 4 + 12)
+
+
+def test_scores_of_everything_that_was_judged():
+    segmented = Group("p", (cut(0, (0.0, 1), (1.0, 1)), cut(1, (0.25, 1), (None, 1))))
+    whole = Group("q", (graded(0, 0.5), graded(1, 0.6)))
+    found = group_statistics([segmented, whole], judged=True)
+    assert [found[f"score/{grade}"] for grade in range(1, 6)] == [0.2, 0.2, 0.4, 0, 0.2]
+    assert found["score/units"] == 6
+    assert found["score/abstained"] == pytest.approx(1 / 6)
+    assert found["score/mean"] == pytest.approx(2.35 / 5)
+    of_segments = math.sqrt(((0 - 5 / 12) ** 2 + (1 - 5 / 12) ** 2 + (0.25 - 5 / 12) ** 2) / 3)
+    assert found["score/std_within_prompt"] == pytest.approx((of_segments + 0.05) / 2)
+
+
+def test_a_step_in_which_the_judge_only_abstained_has_statistics():
+    found = group_statistics([Group("p", (cut(0, (None, 2)), cut(1, (None, 1))))], judged=True)
+    assert found["score/abstained"] == found["reward/abstained"] == found["abstained/timeout"] == 1
+    assert "score/mean" not in found
+
+
+def test_auroc_of_the_judge_against_the_verifier_needs_both_classes():
+    scored = [cut(0, (0.75, 1), right=1.0), cut(1, (0.25, 1), right=0.0), cut(2, (0.75, 1), right=0.0)]
+    unknown = [cut(3, (1.0, 1)), cut(4, (None, 1), right=1.0)]
+    assert group_statistics([Group("p", (*scored, *unknown))], judged=True)["judge/auroc"] == 0.75
+    assert "judge/auroc" not in group_statistics([Group("p", (*scored[1:], *unknown))], judged=True)
+
+
+def test_reasons_of_abstentions_are_told_apart():
+    traces = (graded(0, None), graded(1, None), graded(2, 1.0))
+    refused = replace(graded(3, None), judgement=Abstained("refused"))
+    found = group_statistics([Group("p", (*traces, refused))], judged=True)
+    assert (found["abstained/timeout"], found["abstained/refused"]) == (0.5, 0.25)
+
+
 def test_sums_become_token_means_and_maxima_stay():
     found = update_statistics({"loss": 6.0, "sampler_gap/max": 0.5}, tokens=4)
     assert found == {"loss": 1.5, "sampler_gap/max": 0.5, "tokens": 4}
+
+
+def test_losses_are_divided_by_their_own_denominator():
+    sums = {"loss": 6.0, "loss/policy": 4.0, "entropy": 8.0, "clip_share": 2.0}
+    found = update_statistics(sums, tokens=4, denominator=2.0)
+    assert found == {"loss": 3.0, "loss/policy": 2.0, "entropy": 2.0, "clip_share": 0.5, "tokens": 4}
 
 
 def test_a_gap_between_trainer_and_sampler_above_the_bound_stops_the_run():

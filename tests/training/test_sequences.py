@@ -1,0 +1,141 @@
+import json
+from pathlib import Path
+
+import pytest
+from graded import cut, graded, group, stage
+
+from exprl_megatron.rollout.group import Group
+from exprl_megatron.training.sequences import sequences_of, token_advantages, update_sequences
+
+VECTORS = json.loads((Path(__file__).parents[1] / "data" / "exprl_vectors.json").read_text())
+
+
+def close(expected):
+    """Within what the 1e-6 beside the std makes of a closed form."""
+    return pytest.approx(expected, abs=5e-6)
+
+
+def first_tokens(stage_, *groups) -> list[float | None]:
+    return [row and row[0] for rows in token_advantages(stage_, list(groups)) for row in rows]
+
+
+@pytest.mark.parametrize("variant", ["recommended", "code"])
+@pytest.mark.parametrize("case", VECTORS["Outcome_grpo"]["cases"], ids=lambda case: case["name"])
+def test_outcome_advantages_reproduce_the_papers(case, variant):
+    rows = zip(case["uid"], case["raw"], case["lengths"], strict=True)
+    members = {name: [] for name in dict.fromkeys(case["uid"])}
+    for name, raw, length in rows:
+        finish = "length" if length == case["max_len"] else "stop"
+        members[name].append(graded(0, (raw - 1) / 4, length, finish))
+    groups = [Group(name, tuple(of)) for name, of in members.items()]
+    found = [first for one in groups for first in first_tokens(stage("exprl-outcome", variant=variant), one)]
+    expected = case["code_seq_adv" if variant == "code" else "recommended_seq_adv_excluding_unparsed"]
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_abstention_leaves_loss_and_statistics_but_in_the_released_form_only_the_loss():
+    recommended = first_tokens(stage("exprl-outcome"), group(1.0, None, 0.0))
+    assert recommended == [close(2**-0.5), None, close(-(2**-0.5))]
+    code = first_tokens(stage("exprl-outcome", variant="code"), group(1.0, None, 0.0))
+    assert code == [close(2 / 3**0.5), None, close(-1 / 3**0.5)]
+
+
+def test_sparse_advantages_are_centred_and_not_scaled():
+    found = first_tokens(stage("sparse-rl"), group(1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
+    assert found == [0.75, -0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25]
+
+
+def test_an_abstention_is_no_sequence():
+    with_abstention = sequences_of(stage("sparse-rl"), [group(1.0, None, 0.0)])
+    without = sequences_of(stage("sparse-rl"), [group(1.0, 0.0)])
+    assert [s.advantages for s in with_abstention] == [s.advantages for s in without] == [(0.5,) * 3, (-0.5,) * 3]
+
+
+def test_overlong_traces_of_stages_judged_whole():
+    ends = Group("p", (graded(0, 1.0, finish="length"), graded(1, 1.0), graded(2, 0.0)))
+    assert first_tokens(stage("exprl-outcome"), ends) == close([-1 / 3**0.5, 2 / 3**0.5, -1 / 3**0.5])
+    assert first_tokens(stage("exprl-outcome", overlong="score"), ends)[0] == close(1 / 3**0.5)
+    assert first_tokens(stage("exprl-outcome", overlong="exclude"), ends) == [None, close(2**-0.5), close(-(2**-0.5))]
+    assert first_tokens(stage("sparse-rl"), ends) == close([1 / 3, 1 / 3, -2 / 3])
+    assert first_tokens(stage("sparse-rl", overlong="exclude"), ends) == [None, 0.5, -0.5]
+
+
+def test_the_stage_names_the_estimator_and_a_batch_is_the_whole_step():
+    groups = [group(1.0, 0.0), group(0.0, 0.0)]
+    split = update_sequences(stage("sparse-rl", advantage="batch-normalised", updates_per_step=2), groups)
+    std = (3 * 0.25**2 + 0.75**2) ** 0.5 / 3**0.5
+    found = [[s.advantages[0] for s in part] for part in split]
+    assert found == [close([0.75 / std, -0.25 / std]), close([-0.25 / std, -0.25 / std])]
+    assert first_tokens(stage("sparse-rl", advantage="leave-one-out"), group(1.0, 0.0, 0.0)) == close([1, -0.5, -0.5])
+
+
+def test_updates_share_the_groups_in_their_order():
+    groups = [group(score, 0.0) for score in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    parts = update_sequences(stage("sparse-rl", updates_per_step=2), groups)
+    assert [[s.advantages[0] for s in part[::2]] for part in parts] == [close([0.05, 0.1]), close([0.15, 0.2, 0.25])]
+    assert update_sequences(stage("sparse-rl", updates_per_step=2), [group(None, None)] * 2) == [[], []]
+    assert update_sequences(stage("exprl-process"), []) == [[]]
+
+
+def test_self_distillation_takes_every_trace_and_needs_no_judgement():
+    sequences = sequences_of(stage("self-distill"), [group(None, 1.0, finish="length")])
+    assert [s.advantages for s in sequences] == [None, None]
+    assert sequences[0].sampler_log_probs == (-0.5,) * 3
+
+
+def test_process_advantages_go_to_the_tokens_of_their_segments():
+    traces = Group("p", (cut(0, (0.5, 3), (1.0, 3), (0.75, 1)), cut(1, (0.75, 2)), cut(2, (0.5, 1), (None, 2))))
+    delta = sequences_of(stage("exprl-process"), [traces])
+    assert [s.advantages for s in delta] == [close([-0.25] * 3 + [0.5] * 3 + [-0.25]), close([0, 0])]
+    code = sequences_of(stage("exprl-process", variant="code"), [traces])
+    assert [s.advantages for s in code] == [close([-0.25] * 3 + [0.5] * 3 + [-0.25]), close([0.75] * 2)]
+    assert [s.response_ids for s in delta] == [member.trace.token_ids for member in traces.members[:2]]
+
+
+def test_process_settings_reach_the_estimator():
+    group_ = Group("p", (cut(0, (0.5, 1), (1.0, 1)), cut(1, (0.25, 2), finish="length")))
+    penalised = sequences_of(stage("exprl-process", overlong="penalise"), [group_])
+    assert penalised[1].advantages == close((-0.625,) * 2)
+    assert len(sequences_of(stage("exprl-process", overlong="exclude"), [group_])) == 1
+    ended = sequences_of(stage("exprl-process", estimator="end", variant="code"), [group_])
+    assert [s.advantages for s in ended] == [close((-0.5, 0)), close((-0.25,) * 2)]
+    padded = sequences_of(
+        stage("exprl-process", estimator="group", variant="code", sampling={"max_new_tokens": 10}), [group_]
+    )
+    assert padded[0].advantages == close((0.5 - 0.0375, 1 - 0.0375))
+
+
+@pytest.mark.parametrize(
+    ("variant", "code_group"),
+    [("code", [[0, 0, 1.0], [0, 0, 0.25]]), ("recommended", [[2**-0.5] * 3, [-(2**-0.5)] * 3])],
+)
+def test_domains_of_a_step_are_routed_to_their_own_estimators(variant, code_group):
+    case = VECTORS["mixed_delta_process"]
+    assert case["code_token_adv"][1] == [0, 0, 1.0]
+    routes = {"code": {"unit": "trace", "estimator": "outcome"}, "science": {"unit": "segment", "estimator": "basic"}}
+    mixed = stage("exprl-process", variant=variant, routes=routes)
+    math = Group("m", (cut(0, (0.25, 2), (0.75, 1)), cut(1, (0.5, 1), (0.5, 1))))
+    code = group(1.0, 0.25, domain="code")
+    science = Group("s", (cut(0, (0.5, 1), (1.0, 1)), cut(1, (0.75, 1))), domain="science")
+    found = [sequence.advantages for sequence in sequences_of(mixed, [code, math, science, math])]
+    assert [list(row) for row in found[:2]] == [close(row) for row in code_group]
+    assert list(found[2]) == close(case["code_token_adv"][0])
+    assert found[3:6] == [(0.0, 0.0), (0.5, 1.0), (0.75,)]
+    assert found[6:] == found[2:4]
+
+
+def test_routed_outcomes_that_are_overlong_or_abstained():
+    routes = {"code": {"unit": "trace", "estimator": "outcome"}}
+    members = (graded(0, 1.0, finish="length"), graded(1, 1.0), graded(2, 0.5), graded(3, None))
+    code = Group("c", members, "code")
+    zero = first_tokens(stage("exprl-process", routes=routes), code)
+    assert zero == [close(-1.0), close(1.0), close(0.0), None]
+    excluded = first_tokens(stage("exprl-process", routes=routes, overlong="exclude"), code)
+    assert excluded[0] is None and excluded[1] == close(2**-0.5)
+    released = token_advantages(stage("exprl-process", routes=routes, variant="code"), [code])[0]
+    assert released == [(0, 0, 0), (0, 0, 1.0), (0, 0, 0.5), None]
+
+
+def test_a_trace_without_judged_segments_cannot_have_process_rewards():
+    with pytest.raises(ValueError, match="sample 0 of problem p has no judged segments"):
+        sequences_of(stage("exprl-process"), [group(1.0)])
