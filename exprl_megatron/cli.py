@@ -35,6 +35,30 @@ def train(
     launch(run_config, resume)
 
 
+@app.command("judge-bench")
+def judge_bench(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
+    traces: Annotated[Path | None, typer.Option(help="Judged traces, JSON lines; else those of judge.gate.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many.")] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="Judge each trace so many times more, sampled.")] = 2,
+    champ: Annotated[bool, typer.Option("--champ", help="Score first wrong steps in CHAMP instead.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the three arms: F.png, F.svg or F.pdf.")] = None,
+) -> None:
+    """Say how far a config's judge can be trusted: with the right reference, none and a wrong one."""
+    from exprl_megatron.config.load import load_config
+    from exprl_megatron.evaluation.judge_bench import bench_judge, bench_judge_on_champ
+
+    run_config = load_config(config, overrides or [])
+    if champ:
+        if traces is not None or picture is not None:
+            raise UserError("--champ has its own traces and no picture; leave --traces and --picture out.")
+        bench_judge_on_champ(run_config, limit, json)
+        return
+    bench_judge(run_config, traces, limit, repeats, json, picture)
+
+
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,

@@ -19,6 +19,8 @@ from exprl_megatron.serving.command import has_cuda, server_command, server_envi
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import free_ports, is_free
 
+SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""What a server's `dtype` is for each `policy.precision`."""
 _POLL_S = 0.25
 
 

@@ -1,0 +1,194 @@
+"""`exprl judge-bench`: how far the judge of a config can be trusted, before it trains anything."""
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from exprl_megatron.config.judging import GateConfig, JudgeConfig
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.evaluation.judge_picture import ARM_NAMES, SUFFIXES, draw_arms
+from exprl_megatron.evaluation.judge_tables import arms_table, wrong_steps_table
+from exprl_megatron.judging.arms import ARMS, Arm, ArmFigures, Grade, arm_figures, judge_arm
+from exprl_megatron.judging.champ import MarkedTrace, load_champ
+from exprl_megatron.judging.gate import GateResult, JudgeGate
+from exprl_megatron.judging.judge import Judge
+from exprl_megatron.judging.judged_traces import JudgedTrace, read_judged_traces
+from exprl_megatron.judging.judgement import Judgement, Unit
+from exprl_megatron.judging.wrong_steps import UNITS, WrongStepFigures, judge_wrong_steps
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.reporting.progress import Bar, StepProgress
+from exprl_megatron.serving.http import HttpServer
+from exprl_megatron.serving.launch import SERVED_DTYPES, server_specs, start_servers, stop_servers
+from exprl_megatron.serving.openai_endpoint import judge_endpoints
+
+# The judge itself takes the next few seeds where it asks again.
+_SEED_STEP = 1000
+
+
+def bench_judge(
+    config: RunConfig,
+    traces_file: Path | None = None,
+    limit: int | None = None,
+    repeats: int = 0,
+    json_file: Path | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Judge traces of known correctness with the right reference, none and a wrong one; print and write what it shows.
+
+    `traces_file` is by default that of `judge.gate`; with `repeats` each trace is judged so many times more, sampled
+    at `judge.reask_temperature`. Raises UserError, before anything is started, where input or output cannot be used.
+    """
+    judge, tokenizer = _judge_of(config)
+    if picture is not None and picture.suffix not in SUFFIXES:
+        raise UserError(f"The picture {picture} is of no known kind; let its name end in {', '.join(SUFFIXES)}.")
+    source = traces_file or (judge.gate and judge.gate.traces)
+    if source is None:
+        raise UserError("There are no judged traces to look at; give --traces, or set judge.gate.traces.")
+    traces = read_judged_traces(source, limit or (judge.gate.limit if judge.gate and not traces_file else None))
+    with _servers(config) as clients:
+        arms = asyncio.run(_arms(clients, _graders(judge, clients, tokenizer, repeats), traces))
+    title = f"{judge.model} on {len(traces)} traces of {len({trace.problem.id for trace in traces})} problems"
+    gate = judge.gate and _gate_record(judge.gate.model_copy(update={"traces": str(source)}), traces, arms)
+    console = Console()
+    console.print(arms_table(list(arms.values()), title))
+    if gate is not None:
+        console.print(f"gate: {gate['says'] or 'passed'}", markup=False, highlight=False, soft_wrap=True)
+    if json_file is not None:
+        record = {arm: figures.record() for arm, figures in arms.items()}
+        _write_json(json_file, {"judge": judge.model, "traces": str(source), "arms": record, "gate": gate})
+    if picture is not None:
+        draw_arms(list(arms.values()), title, picture)
+
+
+def bench_judge_on_champ(config: RunConfig, limit: int | None = None, json_file: Path | None = None) -> None:
+    """Score the judge as a process judge at the first wrong steps that people marked in CHAMP; print and write it.
+
+    Raises UserError, before anything is started, where the data or the judge cannot be used.
+    """
+    judge, tokenizer = _judge_of(config)
+    traces = load_champ(limit)
+    with _servers(config) as clients:
+        units = asyncio.run(_wrong_steps(clients, Judge(judge, clients, tokenizer).grade, traces))
+    Console().print(wrong_steps_table(units, f"{judge.model} on {len(traces)} outputs of CHAMP"))
+    if json_file is not None:
+        _write_json(json_file, {"judge": judge.model, "units": {unit.unit: unit.record() for unit in units}})
+
+
+def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
+    """The judge's config and tokenizer; UserError where they cannot make a judge."""
+    if config.judge is None:
+        raise UserError("The config has no judge; add the section `judge`.")
+    model = config.judge.model
+    if not (Path(model) / "config.json").is_file():
+        raise UserError(f"{model}, the judge's model, has no config.json; give a directory in Hugging Face form.")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    Judge(config.judge, (), tokenizer)
+    return config.judge, tokenizer
+
+
+@contextmanager
+def _servers(config: RunConfig) -> Iterator[list[HttpServer]]:
+    """Clients of the judge's endpoints, or of servers that run as long as the block does."""
+    if config.judge.endpoints:
+        yield judge_endpoints(config.judge)
+        return
+    logs = Path(tempfile.mkdtemp(prefix="exprl-judge-bench-"))
+    dtype = SERVED_DTYPES[config.policy.precision]
+    servers = start_servers(
+        server_specs("judge", config.judge.model, config.judge.server, logs, dtype=dtype, seed=config.seed)
+    )
+    try:
+        yield [server.client() for server in servers]
+    finally:
+        stop_servers(servers)
+    # Only where all went well: an error names its log file.
+    shutil.rmtree(logs)
+
+
+async def _arms(
+    clients: Sequence[HttpServer], rounds: Sequence[Grade], traces: Sequence[JudgedTrace]
+) -> dict[Arm, ArmFigures]:
+    figures = {}
+    async with _open(clients):
+        for arm in ARMS:
+            with StepProgress(0).bar(ARM_NAMES[arm], len(traces) * len(rounds)) as bar:
+                judged = [await judge_arm(_counted(grade, bar), traces, arm) for grade in rounds]
+            figures[arm] = arm_figures(arm, traces, judged[0], judged[1:])
+    return figures
+
+
+async def _wrong_steps(
+    clients: Sequence[HttpServer], grade: Grade, traces: Sequence[MarkedTrace]
+) -> list[WrongStepFigures]:
+    figures = []
+    async with _open(clients):
+        for unit in UNITS:
+            with StepProgress(0).bar(unit, 2 * len(traces)) as bar:
+                figures.append(await judge_wrong_steps(_counted(grade, bar), traces, unit))
+    return figures
+
+
+@asynccontextmanager
+async def _open(clients: Sequence[HttpServer]) -> AsyncIterator[None]:
+    async with AsyncExitStack() as stack:
+        for client in clients:
+            await stack.enter_async_context(client)
+        yield
+
+
+def _graders(config: JudgeConfig, clients: Sequence[HttpServer], tokenizer: Any, repeats: int) -> list[Grade]:
+    """The judge as the run has it, and `repeats` times one that samples, rubrics included, each with other seeds."""
+    sampling = config.model_copy(update={"temperature": config.reask_temperature})
+    sampled = [Judge(sampling, [_Reseeded(c, i) for c in clients], tokenizer) for i in range(1, repeats + 1)]
+    return [judge.grade for judge in (Judge(config, clients, tokenizer), *sampled)]
+
+
+def _counted(grade: Grade, bar: Bar) -> Grade:
+    async def counted(problem: Problem, text: str, unit: Unit) -> Judgement:
+        judgement = await grade(problem, text, unit)
+        bar.advance("judged")
+        return judgement
+
+    return counted
+
+
+class _Reseeded:
+    """A client that sends every question with another seed than it was given."""
+
+    def __init__(self, client: HttpServer, shift: int):
+        self._client = client
+        self._shift = shift * _SEED_STEP
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def generate(self, *args: Any, seed: int, **settings: Any) -> Any:
+        """The client's."""
+        return await self._client.generate(*args, seed=(seed + self._shift) % 2**31, **settings)
+
+    async def chat(self, *args: Any, seed: int, **settings: Any) -> Any:
+        """The client's."""
+        return await self._client.chat(*args, seed=(seed + self._shift) % 2**31, **settings)
+
+
+def _gate_record(config: GateConfig, traces: Sequence[JudgedTrace], arms: dict[Arm, ArmFigures]) -> dict[str, Any]:
+    """Whether the gate would let a run begin, and what it says where it would not."""
+    try:
+        JudgeGate(config, traces).require(GateResult(**arms), "this judge would stop a run")
+    except RunStopped as stopped:
+        return {"passed": False, "says": str(stopped)}
+    return {"passed": True, "says": None}
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,78 @@
+"""A judge's calibration as tables for people."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+
+from exprl_megatron.evaluation.judge_picture import ARM_NAMES
+from exprl_megatron.judging.arms import ArmFigures
+from exprl_megatron.judging.calibration import Interval
+from exprl_megatron.judging.wrong_steps import WrongStepFigures
+
+_ARM_ROWS: dict[str, Callable[[ArmFigures], str]] = {
+    "misplacement": lambda arm: _percent(arm.misplaced.rate),
+    "95 %, over problems": lambda arm: _bounds(arm.interval, 100),
+    "FPR, wrong passed": lambda arm: _percent(arm.misplaced.false_positive),
+    "FNR, right failed": lambda arm: _percent(arm.misplaced.false_negative),
+    "AUROC": lambda arm: _number(arm.auroc),
+    "abstained": lambda arm: _abstained(arm),
+    "scores 1-5 of right": lambda arm: " ".join(map(str, arm.right_scores)),
+    "scores 1-5 of wrong": lambda arm: " ".join(map(str, arm.wrong_scores)),
+    "length bias, right": lambda arm: _number(arm.right_length_bias),
+    "length bias, wrong": lambda arm: _number(arm.wrong_length_bias),
+    "asked again, same": lambda arm: "-" if arm.consistency is None else _percent(arm.consistency.agreement),
+    "asked again, s. d.": lambda arm: "-" if arm.consistency is None else _number(arm.consistency.deviation),
+}
+
+_STEP_ROWS: dict[str, Callable[[WrongStepFigures], str]] = {
+    "score before the marked step": lambda unit: _number(unit.mean_before),
+    "score with the marked step": lambda unit: _number(unit.mean_after),
+    "score where nothing is marked": lambda unit: _number(unit.mean_unmarked),
+    "AUROC": lambda unit: _number(unit.auroc),
+    "95 %, over problems": lambda unit: _bounds(unit.interval),
+    "AUROC within a trace": lambda unit: _number(unit.paired_auroc),
+    "abstained": lambda unit: f"{unit.abstained} of {unit.judgements}",
+}
+
+
+def arms_table(arms: Sequence[ArmFigures], title: str) -> Table:
+    """A column for each arm."""
+    caption = "misplacement: (FPR + FNR) / 2; length bias: rank correlation of score and length"
+    return _table(title, caption, [ARM_NAMES[arm.arm] for arm in arms], _ARM_ROWS, arms)
+
+
+def wrong_steps_table(units: Sequence[WrongStepFigures], title: str) -> Table:
+    """A column for each unit that the judge was shown."""
+    caption = "AUROC: chance that what is right scores higher than what holds the first wrong step"
+    return _table(title, caption, [unit.unit for unit in units], _STEP_ROWS, units)
+
+
+def _table(title: str, caption: str, names: Sequence[str], rows: dict[str, Callable], columns: Sequence) -> Table:
+    table = Table(title=title, caption=caption)
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for name, cell in rows.items():
+        table.add_row(name, *map(cell, columns))
+    return table
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _bounds(interval: Interval | None, scale: float = 1.0) -> str:
+    if interval is None:
+        return "-"
+    digits = 1 if scale == 100 else 3
+    return f"{scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f}"
+
+
+def _abstained(arm: ArmFigures) -> str:
+    reasons = [f"{reason} {count}" for reason, count in arm.abstained.items()]
+    return "\n".join([f"{sum(arm.abstained.values())} of {arm.traces}", *reasons])
