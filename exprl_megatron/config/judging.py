@@ -85,3 +85,16 @@ class JudgeConfig(Config):
     """SQLite file of rubrics and judgements; None: `judgements.sqlite` in the run's directory."""
     gate: GateConfig | None = None
     server: ServerConfig = ServerConfig()
+
+    def violations(self, whole) -> list[str]:
+        found = []
+        if self.endpoints and self.score_format == "constrained":
+            found.append(
+                "judge.score_format is constrained, but nothing constrains what judge.endpoints write; set it to free."
+            )
+        if not self.show_reference and self.rubric.kind == "checkpoints":
+            found.append(
+                "judge.show_reference is false, but judge.rubric.kind is checkpoints, which are drawn from the "
+                "reference; change one of them."
+            )
+        return found

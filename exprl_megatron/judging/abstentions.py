@@ -1,10 +1,28 @@
 """Counting judgements that were not given, and stopping a run that has too many of them."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.judging.judgement import Abstained, Judgement
+
+
+class AbstentionWindow:
+    """Watches the share of abstentions among the last `size` judgements, across steps."""
+
+    def __init__(self, max_rate: float, size: int):
+        """`max_rate` is in [0, 1]."""
+        self._max_rate = max_rate
+        self._last: deque[Judgement] = deque(maxlen=size)
+
+    def add(self, judgements: Iterable[Judgement], where: str) -> None:
+        """Take in a step's judgements; raise RunStopped where more than `max_rate` of the window are abstentions.
+
+        A window that is not full yet counts as it is. `where` names the step in the message, for example "stage
+        priming, step 3".
+        """
+        self._last.extend(judgements)
+        check_abstention_rate(self._last, self._max_rate, where)
 
 
 def count_abstentions(judgements: Iterable[Judgement]) -> Counter[str]:
@@ -12,20 +30,20 @@ def count_abstentions(judgements: Iterable[Judgement]) -> Counter[str]:
     return Counter(judgement.reason for judgement in judgements if isinstance(judgement, Abstained))
 
 
-def check_abstention_rate(judgements: Iterable[Judgement], max_rate: float, where: str) -> None:
-    """Raise RunStopped where more than `max_rate` (0..1) of a step's judgements are abstentions.
+def check_abstention_rate(judgements: Sequence[Judgement], max_rate: float, where: str) -> None:
+    """Raise RunStopped where more than `max_rate` (0..1) of the judgements are abstentions.
 
-    `where` names the step in the message, for example "stage priming, step 3".
+    `where` names the step in the message.
     """
-    judgements = list(judgements)
     reasons = count_abstentions(judgements)
     abstained = reasons.total()
-    if not judgements or abstained <= max_rate * len(judgements):
+    if abstained <= max_rate * len(judgements):
         return
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    example = next(j for j in judgements if isinstance(j, Abstained) and j.reason == reasons.most_common(1)[0][0])
-    said = " ".join(example.evidence.split())[:200]
+    commonest = reasons.most_common(1)[0][0]
+    example = next(j.evidence for j in judgements if isinstance(j, Abstained) and j.reason == commonest)
+    said = " ".join(example.split())[:200]
     raise RunStopped(
-        f"{where}: {abstained} of {len(judgements)} traces got no verdict ({counts}), more than "
-        f"max_abstention_rate ({max_rate:g}) allows" + (f"; one of them: {said!r}." if said else ".")
+        f"{where}: of the last {len(judgements)} judgements {abstained} are abstentions ({counts}), more than "
+        f"max_abstention_rate ({max_rate:g}) allows" + (f"; one of them ({commonest}): {said!r}." if said else ".")
     )

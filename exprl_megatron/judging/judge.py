@@ -2,144 +2,251 @@
 
 import asyncio
 import json
-import re
+import weakref
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
-from exprl_megatron.judging.prompt import load_prompt
-from exprl_megatron.judging.verdict import normalise, parse_score, stated_score
+from exprl_megatron.judging.answers import Answer, ChatAnswerer, Question, TokenAnswerer
+from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
+from exprl_megatron.judging.data import DataGuard, control_tokens
+from exprl_megatron.judging.judge_model import model_context, model_identity
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, Unit
+from exprl_megatron.judging.prompt import JudgePrompt, load_prompt, shipped_prompt
+from exprl_megatron.judging.rubric import VALUES, Rubric
+from exprl_megatron.judging.rubric_builder import RubricBuilder
+from exprl_megatron.judging.store import JudgementStore, content_key
+from exprl_megatron.judging.verdict import expected_score, normalise, read_marks, read_verdict, stated_score
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.rollout.trace import Trace
 
 SCORE_REGEX = "Score: [1-5]"
-# The judgement's own deadline passes first: it is an abstention, and a request's deadline an error.
-REQUEST_GRACE_S = 30.0
 
 
-class Written(Protocol):
-    """What a server wrote."""
+@dataclass(frozen=True)
+class _Case:
+    """What is to be judged, and by what."""
 
-    @property
-    def text(self) -> str: ...
-
-
-class Generator(Protocol):
-    """The part of a serving client that judging needs; raises where the server is dead."""
-
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        regex: str | None,
-        deadline_s: float | None,
-    ) -> Written: ...
+    problem: Problem
+    text: str
+    unit: Unit
+    rubric: Rubric | None
+    prompt: JudgePrompt
+    messages: tuple[dict[str, str], ...]
 
 
 class Judge:
     """Grades traces; use within one event loop.
 
-    `tokenizer` is the judge's own Hugging Face tokenizer, `clients` its servers, `context_tokens` the
-    longest request that they take (prompt and verdict; by default what the model's config.json says).
-    All traces of a problem go to the same server, whose radix cache then holds all but the trace.
-    Raises UserError where the prompt cannot be used or the tokenizer has no chat template.
+    `clients` are opened SGLangClients of the judge's servers, or OpenAIEndpoints where the config has `endpoints`;
+    `tokenizer` is the judge's own Hugging Face tokenizer, `context_tokens` the longest request that the servers take,
+    answer included (by default what the model's config.json says). With a `store` nothing is asked twice.
+
+    All requests about a problem go to the same server as a rule, whose radix cache then holds what they share.
+    `counts` counts `asked`, `reasked`, `retried`, `hedged`, `hedge-won` (see JudgeServers) and `stored` (judgements
+    that the store knew); `rubric_fallbacks` the problems judged without a rubric, by reason (see RubricBuilder).
+
+    Raises UserError where a prompt cannot be used or the tokenizer has no chat template.
     """
 
     def __init__(
-        self, config: JudgeConfig, clients: Sequence[Generator], tokenizer: Any, context_tokens: int | None = None
+        self,
+        config: JudgeConfig,
+        clients: Sequence[Any],
+        tokenizer: Any,
+        context_tokens: int | None = None,
+        store: JudgementStore | None = None,
     ):
         if not tokenizer.chat_template:
             raise UserError(f"The judge's tokenizer in {config.model} has no chat template; add one to it.")
         self._config = config
-        self._clients = clients
         self._tokenizer = tokenizer
         self._context_tokens = context_tokens or model_context(config.model)
-        self._prompt = load_prompt(config.prompt or "math-outcome")
-        self._control = _control_tokens(tokenizer)
-        self._slots = asyncio.Semaphore(config.concurrency)
-
-    async def judge(self, problem: Problem, trace: Trace) -> Judgement:
-        """The verdict on one trace; raises what the client raises where its server is dead.
-
-        Abstains with `too-long`, `timeout`, `unreadable` or `out-of-range`; the latter two only after
-        the verdict was asked for again as often as the config says.
-        """
-        request = self.request(problem, trace.text)
-        if len(request) + self._config.max_new_tokens > self._context_tokens:
-            return Abstained("too-long", f"{len(request)} prompt tokens, {self._context_tokens} in all")
-        async with self._slots:
-            try:
-                async with asyncio.timeout(self._config.deadline_s) as deadline:
-                    return await self._ask(request, self._client(problem), zlib.crc32(trace.text.encode()))
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
-                return Abstained("timeout", f"no verdict within {self._config.deadline_s:g} s")
-
-    def request(self, problem: Problem, trace_text: str) -> list[int]:
-        """Token ids of the judge's chat about a trace.
-
-        Control tokens of the judge's template (`<|im_end|>`) that the data spells out are broken up, so
-        that data cannot open a turn of its own.
-        """
-        texts = (problem.statement, problem.reference.for_judge(), trace_text)
-        messages = self._prompt.messages(*(self._without_control(text) for text in texts))
-        return self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self._config.template_args
+        self._store = store
+        self._overrides = _overrides(config)
+        self._control = control_tokens(tokenizer)
+        self._tokenizing = asyncio.Lock()
+        self._identity = {} if store is None else _identity(config)
+        self._being_judged: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self.counts: Counter[str] = Counter()
+        self._servers = JudgeServers(config, [self._answerer(client) for client in clients], self.counts)
+        self._rubrics = RubricBuilder(
+            config, self._servers, self._tokens, self._guard, self._context_tokens, self._identity, store
         )
 
-    async def _ask(self, request: list[int], client: Generator, seed: int) -> Judgement:
-        verdict: Judgement = Abstained("unreadable")
-        for attempt in range(1 + self._config.reasks):
-            written = await client.generate(
-                request,
-                temperature=self._config.reask_temperature if attempt else self._config.temperature,
-                max_new_tokens=self._config.max_new_tokens,
+    @property
+    def rubric_fallbacks(self) -> Counter[str]:
+        """Problems that are judged by their reference alone although checkpoints are wanted, by reason."""
+        return self._rubrics.fallbacks
+
+    async def grade(self, problem: Problem, text: str, unit: Unit = "trace") -> Judgement:
+        """The verdict on a trace, a beginning of one, or a segment alone, as `unit` says.
+
+        A problem without a reference is judged without one. Abstains with `unreadable` or `out-of-range` after
+        asking again as often as the config says, `timeout`, `too-long`, `refused`, and `server-error` where this
+        request fails although a server is well. Raises ServerError where no server is.
+        """
+        case = await self._case(problem, text, unit)
+        if self._store is None:
+            return (await self._judged(case))[0]
+        key = self._key(case)
+        # Equal beginnings of a group's traces come at the same time: one is asked, the others find the answer.
+        lock = self._being_judged.setdefault(key, asyncio.Lock())
+        async with lock:
+            found = self._store.find_judgement(key)
+            if found is not None:
+                self.counts["stored"] += 1
+                return found
+            judgement, answer = await self._judged(case)
+            self._store.keep_judgement(key, self._asked(case), answer, judgement)
+            return judgement
+
+    def messages(self, problem: Problem, text: str, unit: Unit = "trace", rubric: Rubric | None = None) -> list[dict]:
+        """The chat in which the judge is asked."""
+        return list(self._prepared(problem, text, unit, rubric).messages)
+
+    def request(self, problem: Problem, text: str, unit: Unit = "trace", rubric: Rubric | None = None) -> list[int]:
+        """The same in token ids, under the judge's template."""
+        return self._token_ids(self.messages(problem, text, unit, rubric))
+
+    async def _case(self, problem: Problem, text: str, unit: Unit) -> _Case:
+        rubric = None
+        if self._config.rubric.kind == "checkpoints" and self._shows_reference(problem):
+            rubric = await self._rubrics.rubric(problem)
+        return self._prepared(problem, text, unit, rubric)
+
+    def _prepared(self, problem: Problem, text: str, unit: Unit, rubric: Rubric | None) -> _Case:
+        prompt = self._prompt(problem, unit, rubric)
+        reference = problem.reference.for_judge() if self._shows_reference(problem) else ""
+        rubric_text = rubric.text if rubric is not None else ""
+        guard = self._guard(prompt.tags)
+        messages = prompt.messages(problem.statement, reference, text, rubric_text, guard)
+        return _Case(problem, text, unit, rubric, prompt, tuple(messages))
+
+    def _prompt(self, problem: Problem, unit: Unit, rubric: Rubric | None) -> JudgePrompt:
+        own = self._overrides.get(unit)
+        if own is not None and ("rubric" in own.placeholders) == (rubric is not None):
+            return own
+        measure = "checkpoints" if rubric is not None else "reference" if self._shows_reference(problem) else "noref"
+        return shipped_prompt(problem.domain, unit, measure, self._config.prompt_order)
+
+    def _shows_reference(self, problem: Problem) -> bool:
+        return self._config.show_reference and problem.reference is not None
+
+    async def _judged(self, case: _Case) -> tuple[Judgement, str]:
+        """The judgement and the judge's last words."""
+        input_ids = await self._tokens(case.messages)
+        if len(input_ids) + self._config.max_new_tokens > self._context_tokens:
+            return Abstained("too-long", f"{len(input_ids)} prompt tokens, {self._context_tokens} in all"), ""
+        home = zlib.crc32(case.problem.id.encode())
+        questions = self._questions(case, input_ids)
+        return await self._servers.ask(questions, home, self._config.deadline_s, self._reader(case))
+
+    def _questions(self, case: _Case, input_ids: tuple[int, ...]) -> Iterator[Question]:
+        """The question, and then as often as the config says the same again, sampled."""
+        config, seed = self._config, zlib.crc32(case.text.encode("utf-8", "surrogatepass"))
+        for attempt in range(1 + config.reasks):
+            yield Question(
+                messages=case.messages,
+                input_ids=input_ids,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.reask_temperature if attempt else config.temperature,
                 seed=(seed + attempt) % 2**31,
-                regex=SCORE_REGEX if self._config.score_format == "constrained" else None,
-                deadline_s=self._config.deadline_s + REQUEST_GRACE_S,
+                deadline_s=config.deadline_s + REQUEST_GRACE_S,
+                regex=_answer_regex(case.rubric) if config.score_format == "constrained" else None,
+                probabilities=config.score_reading == "expected" and case.rubric is None,
             )
-            verdict = read_verdict(written.text)
-            if isinstance(verdict, Scored):
-                break
+
+    def _reader(self, case: _Case) -> Callable[[Answer], Judgement]:
+        def marked(answer: Answer) -> Judgement:
+            marks = read_marks(answer.text, len(case.rubric.checkpoints))
+            if marks is None:
+                return Abstained("unreadable", answer.text)
+            return Scored(case.rubric.score(marks, case.unit), answer.text)
+
+        def scored(answer: Answer) -> Judgement:
+            return read_answer(answer, self._config)
+
+        return scored if case.rubric is None else marked
+
+    def _answerer(self, client: Any) -> TokenAnswerer | ChatAnswerer:
+        if self._config.endpoints:
+            return ChatAnswerer(client, self._config.template_args)
+        return TokenAnswerer(client, self._tokenizer)
+
+    def _guard(self, tags: frozenset[str]) -> DataGuard:
+        return DataGuard(tags, self._control, every_score=self._config.parser == "released")
+
+    async def _tokens(self, messages: Sequence[dict]) -> tuple[int, ...]:
+        """Thousands of long prompts would hold up the event loop; a tokenizer serves one thread at a time."""
+        async with self._tokenizing:
+            return tuple(await asyncio.to_thread(self._token_ids, messages))
+
+    def _token_ids(self, messages: Sequence[dict]) -> list[int]:
+        return self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **self._config.template_args
+        )
+
+    def _key(self, case: _Case) -> str:
+        problem = case.problem
+        return content_key(
+            "judgement",
+            problem=problem.statement,
+            reference=problem.reference.for_judge() if self._shows_reference(problem) else None,
+            rubric=case.rubric.to_json() if case.rubric is not None else None,
+            prompt=case.prompt.version,
+            unit=case.unit,
+            trace=case.text,
+            **self._identity,
+        )
+
+    def _asked(self, case: _Case) -> dict:
+        rubric = None if case.rubric is None else json.loads(case.rubric.to_json())
+        what = {"problem": case.problem.id, "unit": case.unit, "prompt": case.prompt.version, "rubric": rubric}
+        return {**what, "messages": list(case.messages), **self._identity}
+
+
+def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
+    """The score that an answer states, or its expectation where the config says so.
+
+    Where the server does not tell the probabilities at the stated digit's place, the digit counts as it stands.
+    """
+    verdict = read_verdict(answer.text, config.parser)
+    if config.score_reading == "stated" or not isinstance(verdict, Scored):
         return verdict
-
-    def _client(self, problem: Problem) -> Generator:
-        return self._clients[zlib.crc32(problem.id.encode()) % len(self._clients)]
-
-    def _without_control(self, text: str) -> str:
-        return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text) if self._control else text
+    probabilities = answer.digit_probabilities(stated_score(answer.text, config.parser).place)
+    expected = expected_score(probabilities) if probabilities is not None else None
+    return verdict if expected is None else Scored(normalise(expected), answer.text)
 
 
-def read_verdict(text: str) -> Judgement:
-    """A judge's words as a judgement: the score in [0, 1], or an abstention that says why."""
-    score = parse_score(text)
-    if score is not None:
-        return Scored(normalise(score), text)
-    return Abstained("unreadable" if stated_score(text) is None else "out-of-range", text)
+def _overrides(config: JudgeConfig) -> dict[Unit, JudgePrompt]:
+    """The prompts that the config names; one that shows {rubric} is for marking checkpoints, another one is not."""
+    names: dict[Unit, str | None] = {
+        "trace": config.prompt,
+        "prefix": config.prefix_prompt,
+        "segment": config.segment_prompt,
+    }
+    return {unit: load_prompt(name, config.prompt_order) for unit, name in names.items() if name is not None}
 
 
-def model_context(model: str) -> int:
-    """Positions that the model in directory `model` was made for; UserError where its config does not say."""
-    path = Path(model) / "config.json"
-    try:
-        return int(json.loads(path.read_text())["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"The judge's context length cannot be read from {path} ({error!r}); "
-            "give judge.model a directory whose config.json has max_position_embeddings."
-        ) from error
+def _answer_regex(rubric: Rubric | None) -> str:
+    """Constrains an answer to the verdict alone."""
+    if rubric is None:
+        return SCORE_REGEX
+    marks = "|".join(VALUES)
+    return r"\n".join(f"Mark {number}: ({marks})" for number in range(1, len(rubric.checkpoints) + 1))
 
 
-def _control_tokens(tokenizer: Any) -> re.Pattern | None:
-    """Matches every control token that the tokenizer would recognise within plain text."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    names = sorted((name for name in added | set(tokenizer.all_special_tokens) if len(name) > 1), reverse=True)
-    return re.compile("|".join(map(re.escape, names))) if names else None
+def _identity(config: JudgeConfig) -> dict[str, str]:
+    """What, apart from the question, decides the answer: the model and how it is sampled and read."""
+    sampling = config.model_dump(
+        include={
+            *("max_new_tokens", "temperature", "template_args", "score_format", "score_reading", "parser"),
+            *("reasks", "reask_temperature"),
+        }
+    )
+    model = f"{config.endpoint_model} {model_identity(config.model)}" if config.endpoints else None
+    return {"judge": model or model_identity(config.model), "sampling": json.dumps(sampling, sort_keys=True)}

@@ -1,60 +1,136 @@
-"""Judge prompts: files with a system and a user section, filled in with data that stays data."""
+"""Judge prompts: text from files, filled in with data that stays data.
 
+The shipped prompts have names like `math-trace`, `code-segment-noref` and `science-prefix-checkpoints`: domain, unit
+and what a trace is measured against. They are put together from the pieces in prompts/parts, so that what they share
+is written once. Anything else is one file with a system and a user section.
+"""
+
+import hashlib
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.problems.problem import Domain
 
 SHIPPED = Path(__file__).parent / "prompts"
-PLACEHOLDERS = ("problem", "reference", "trace")
+PLACEHOLDERS = ("problem", "reference", "rubric", "trace")
+
+Measure = Literal["reference", "noref", "checkpoints"]
+"""What a trace is measured against: the reference, the judge's own knowledge, or a rubric of checkpoints."""
+Order = Literal["shared", "upstream"]
+"""Trace last, so that the requests about one problem begin alike; or, as in the released code, the reference last."""
 
 _SECTION = re.compile(r"^## (system|user)[ \t]*$", re.MULTILINE)
+_PART = re.compile(r"^## ([a-z-]+)[ \t]*$", re.MULTILINE)
 # A brace after a letter or a brace belongs to TeX (\boxed{x}, a_{n}), not to us.
 _PLACEHOLDER = re.compile(r"(?<![\w}^\\])\{([a-z_]+)\}")
-_TAG = re.compile(rf"<(\s*/?\s*(?:{'|'.join(PLACEHOLDERS)})\s*)>", re.IGNORECASE)
+_TAG = re.compile(r"</([a-z]+)>")
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """Templates of the two messages that a judge gets; `{problem}`, `{reference}` and `{trace}` are filled in."""
+    """Templates of the two messages that a judge gets; `{problem}`, `{reference}`, ... are filled in."""
 
     system: str | None
     user: str
 
-    def messages(self, problem: str, reference: str, trace: str) -> list[dict[str, str]]:
-        """The chat. All placeholders are filled in one pass: braces within the data are not looked at.
+    @cached_property
+    def version(self) -> str:
+        """Hash of the content."""
+        return hashlib.sha256(json.dumps([self.system, self.user]).encode()).hexdigest()[:16]
 
-        Tags like `</trace>` within the data get square brackets, so that data cannot end its section.
+    @cached_property
+    def placeholders(self) -> frozenset[str]:
+        """Names of all that is filled in."""
+        return frozenset(_PLACEHOLDER.findall(self._text))
+
+    @cached_property
+    def tags(self) -> frozenset[str]:
+        """Names of the tags that set off data; what is filled in must not hold them (see DataGuard)."""
+        return frozenset(_TAG.findall(self._text)) | {*PLACEHOLDERS, "checkpoints"}
+
+    def messages(
+        self, problem: str, reference: str, trace: str, rubric: str = "", guard: Callable[[str], str] = str
+    ) -> list[dict[str, str]]:
+        """The chat, with each text filled in as `guard` returns it.
+
+        All placeholders are filled in one pass: braces within the data are not looked at.
         """
-        data = {"problem": problem, "reference": reference, "trace": trace}
-        data = {name: _TAG.sub(r"[\1]", text) for name, text in data.items()}
+        texts = {"problem": problem, "reference": reference, "rubric": rubric, "trace": trace}
+        data = {name: guard(text) for name, text in texts.items() if name in self.placeholders}
         parts = [("system", self.system), ("user", self.user)]
         return [{"role": role, "content": _filled(text, data)} for role, text in parts if text is not None]
 
+    @property
+    def _text(self) -> str:
+        return f"{self.system or ''}\n{self.user}"
 
-def load_prompt(name: str) -> JudgePrompt:
-    """The prompt shipped under `name` (judging/prompts), or that in the file of this path.
 
-    A prompt file is text with the sections `## system` (optional) and `## user`. Raises UserError where
-    the file is missing, has no user section, names an unknown placeholder or never shows the trace.
+def load_prompt(name: str, order: Order = "shared", shows: str = "trace") -> JudgePrompt:
+    """The prompt shipped under `name`, or that in the file of this path.
+
+    A prompt file is text with the sections `## system` (optional) and `## user`; `order` is about the shipped prompts
+    that are put together. Raises UserError where the file is missing, has no user section, names an unknown
+    placeholder or does not have the placeholder `shows`.
     """
+    if name in shipped_names():
+        return shipped_prompt(*shipped_names()[name], order)
     path = SHIPPED / f"{name}.md"
     if not path.is_file():
         path = Path(name).expanduser()
     if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.md")))
+        shipped = ", ".join([*sorted(p.stem for p in SHIPPED.glob("*.md")), *shipped_names()])
         raise UserError(f"There is no judge prompt {name!r}; give the path of a file or one of: {shipped}.")
     prompt = _parsed(path)
-    used = set(_PLACEHOLDER.findall(f"{prompt.system or ''}\n{prompt.user}"))
-    if unknown := sorted(used - set(PLACEHOLDERS)):
+    if unknown := sorted(prompt.placeholders - set(PLACEHOLDERS)):
         raise UserError(
             f"The judge prompt {path} has the unknown placeholder {{{unknown[0]}}}; "
             f"the known ones are {', '.join(PLACEHOLDERS)}."
         )
-    if "trace" not in used:
-        raise UserError(f"The judge prompt {path} never shows the trace; put {{trace}} into its user section.")
+    if shows not in prompt.placeholders:
+        raise UserError(f"The judge prompt {path} never shows the {shows}; put {{{shows}}} into its user section.")
     return prompt
+
+
+@cache
+def shipped_names() -> dict[str, tuple[Domain, Unit, Measure]]:
+    """Names of the prompts that are put together."""
+    return {
+        f"{domain}-{unit}" + ("" if measure == "reference" else f"-{measure}"): (domain, unit, measure)
+        for domain in get_args(Domain)
+        for unit in get_args(Unit)
+        for measure in get_args(Measure)
+    }
+
+
+@cache
+def shipped_prompt(domain: Domain, unit: Unit, measure: Measure, order: Order = "shared") -> JudgePrompt:
+    """The shipped prompt for judging this part of a trace by this measure."""
+    common, own = _parts("common"), _parts(domain)
+    marked = measure == "checkpoints"
+    task = common["task-checkpoints"] if marked else own[unit]
+    answer = common["answer-checkpoints" if marked else "answer-score"]
+    introduction = [own["role"], common[f"shown-{unit}"], common[f"measure-{measure}"]]
+    sections = [f"section-{unit}"] if measure == "noref" else [f"section-{measure}", f"section-{unit}"]
+    if order == "upstream":
+        sections.reverse()
+    return JudgePrompt(
+        system="\n\n".join([*introduction, task, common["data"], answer]),
+        user="\n\n".join(common[name] for name in ["section-problem", *sections]),
+    )
+
+
+@cache
+def _parts(name: str) -> dict[str, str]:
+    """The pieces in prompts/parts/NAME.md; what stands before the first heading is for people."""
+    pieces = _PART.split((SHIPPED / "parts" / f"{name}.md").read_text(encoding="utf-8"))
+    return dict(zip(pieces[1::2], (text.strip() for text in pieces[2::2]), strict=True))
 
 
 def _parsed(path: Path) -> JudgePrompt:

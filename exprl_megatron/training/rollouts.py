@@ -101,7 +101,11 @@ class Rollouts:
         count = len(self._prompted[stage.problems])
         indices = problem_indices(self._config.seed, stage.name, drawn, stage.problems_per_step, count)
         if isinstance(stage, ExprlOutcomeStage):
-            grade, bound = self._judge.judge, self._config.judge.max_abstention_rate
+            judge, bound = self._judge, self._config.judge.max_abstention_rate
+
+            def grade(problem: Problem, trace: Trace) -> Awaitable[Judgement]:
+                return judge.grade(problem, trace.text)
+
         else:
             grade, bound = self.verifier(stage.verifier_deadline_s), stage.max_abstention_rate
         purpose = (stage.name, step)

@@ -1,0 +1,163 @@
+"""Questions to a judge and its answers: through token ids to an SGLang server, as a chat to any other endpoint."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from exprl_megatron.errors import ServerError
+from exprl_megatron.judging.token_text import TokenText
+from exprl_megatron.judging.verdict import HIGHEST, LOWEST
+
+_DIGIT = re.compile(rf"[\sĠ▁]*([{LOWEST}-{HIGHEST}])")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request to a judge."""
+
+    messages: tuple[Mapping[str, str], ...]
+    input_ids: tuple[int, ...]
+    """The same in tokens, under the judge's own template."""
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    deadline_s: float
+    """After which the server is given up; longer than what the asker itself waits."""
+    regex: str | None = None
+    json_schema: str | None = None
+    """Either constrains the answer; endpoints are not told."""
+    probabilities: bool = False
+    """Whether the probabilities of the digits 1..5 are wanted."""
+
+
+class Answer(Protocol):
+    """What a server wrote."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def refused(self) -> bool:
+        """Whether a content filter or the model itself declined to answer."""
+
+    def digit_probabilities(self, place: int) -> dict[int, float] | None:
+        """Probability of each digit 1..5 where character `place` of the text stands; None where that is not known."""
+
+
+class Answerer(Protocol):
+    """One server; raises ServerError where it is dead, and RequestRefused where it does not take the question."""
+
+    async def answer(self, question: Question) -> Answer: ...
+
+    async def health(self) -> None: ...
+
+
+class TokenAnswerer:
+    """An SGLang server, asked in the tokens of the judge's own tokenizer and template."""
+
+    def __init__(self, client: Any, tokenizer: Any):
+        self._client = client
+        self._tokenizer = tokenizer
+        self._digits = _digit_tokens(tokenizer)
+
+    async def answer(self, question: Question) -> "TokenAnswer":
+        written = await self._client.generate(
+            question.input_ids,
+            temperature=question.temperature,
+            max_new_tokens=question.max_new_tokens,
+            seed=question.seed,
+            regex=question.regex,
+            json_schema=question.json_schema,
+            watched_ids=tuple(self._digits) if question.probabilities else (),
+            deadline_s=question.deadline_s,
+        )
+        if written.finish_reason == "abort":
+            raise ServerError(f"{self._client.name} ({self._client.url}) aborted a judgement.")
+        return TokenAnswer(written.text, written.token_ids, written.watched_log_probs, self._digits, self._tokenizer)
+
+    async def health(self) -> None:
+        await self._client.health()
+
+
+@dataclass(frozen=True)
+class TokenAnswer:
+    """An answer of TokenAnswerer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    watched_log_probs: tuple[tuple[float, ...], ...]
+    digits: Mapping[int, int] = field(repr=False)
+    """Token -> digit, in the order of `watched_log_probs`."""
+    tokenizer: Any = field(repr=False)
+    refused: bool = False
+
+    def digit_probabilities(self, place: int) -> dict[int, float] | None:
+        tokens = TokenText(self.token_ids, self.tokenizer)
+        if not self.watched_log_probs or tokens.text[place : place + 1] != self.text[place]:
+            return None
+        token = tokens.token_at(place)
+        if self.digits.get(self.token_ids[token]) != int(self.text[place]):
+            return None
+        return _summed(zip(self.digits.values(), self.watched_log_probs[token], strict=True))
+
+
+class ChatAnswerer:
+    """An OpenAI-compatible endpoint, which puts the chat into its model's template itself."""
+
+    def __init__(self, endpoint: Any, template_args: Mapping[str, Any]):
+        self._endpoint = endpoint
+        self._template_args = template_args
+
+    async def answer(self, question: Question) -> "ChatAnswer":
+        completion = await self._endpoint.chat(
+            question.messages,
+            temperature=question.temperature,
+            max_new_tokens=question.max_new_tokens,
+            seed=question.seed,
+            log_probs=question.probabilities,
+            template_args=self._template_args,
+            deadline_s=question.deadline_s,
+        )
+        if completion.refusal is not None or completion.finish_reason == "content_filter":
+            return ChatAnswer(completion.refusal or completion.text, (), refused=True)
+        tokens = tuple((token.text, token.alternatives) for token in completion.tokens)
+        return ChatAnswer(completion.text, tokens)
+
+    async def health(self) -> None:
+        await self._endpoint.health()
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """An answer of ChatAnswerer."""
+
+    text: str
+    tokens: tuple[tuple[str, Sequence[tuple[str, float]]], ...]
+    """Each token's text and its alternatives (text, log-prob)."""
+    refused: bool = False
+
+    def digit_probabilities(self, place: int) -> dict[int, float] | None:
+        end = 0
+        for text, alternatives in self.tokens:
+            end += len(text)
+            if end > place:
+                if not (stated := _DIGIT.fullmatch(text)) or stated[1] != self.text[place]:
+                    return None
+                matches = ((_DIGIT.fullmatch(token), log_prob) for token, log_prob in alternatives)
+                return _summed((int(match[1]), log_prob) for match, log_prob in matches if match)
+        return None
+
+
+def _digit_tokens(tokenizer: Any) -> dict[int, int]:
+    """Token -> digit, for every token that is a digit 1..5, with or without a space before it."""
+    matches = ((token, _DIGIT.fullmatch(text)) for text, token in tokenizer.get_vocab().items())
+    return {token: int(match[1]) for token, match in sorted(matches, key=lambda pair: pair[0]) if match}
+
+
+def _summed(pairs: Any) -> dict[int, float]:
+    found = dict.fromkeys(range(LOWEST, HIGHEST + 1), 0.0)
+    for digit, log_prob in pairs:
+        found[digit] += math.exp(log_prob)
+    return found

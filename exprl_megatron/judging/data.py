@@ -1,0 +1,102 @@
+"""Text that stays data, whatever it says: what is done to a problem, a reference and a trace before a judge reads them.
+
+A trace is written by a policy that is paid by the judge's score, so whatever works there will be found. Four things
+are changed, and nothing else:
+
+* characters that nobody sees (zero-width, bidirectional marks, other control characters) are left out;
+* tags like those that the prompt sets around its data, in look-alike letters and brackets too, get square brackets:
+  `</trace>` becomes `[/trace]`, so that data cannot end its section;
+* control tokens of chat templates are broken up: `<|im_end|>` becomes `< |im_end|>`, so that data cannot open a turn;
+* statements in the form of the judge's verdict lose their colon: `Score: 5` becomes `Score = 5`, so that a judge who
+  quotes the trace states no score.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+_LINE_ENDS = {0x0B, 0x0C, 0x0D, 0x85, 0x2028, 0x2029}
+# Format, control, surrogate, private use.
+_UNSEEN = ("Cf", "Cc", "Cs", "Co")
+
+_OPEN, _CLOSE = r"(?:[<＜﹤‹〈⟨❬⟪《«˂≺ᐸ]|&lt;)", r"(?:[>＞﹥›〉⟩❭⟫》»˃≻ᐳ]|&gt;)"
+_NAME = r"[^\W\d_](?:[^\W\d_]|[\u0300-\u036f])*"
+_ANGLED = re.compile(rf"{_OPEN}(?P<inner>[\s/／⁄∕\\⧸]*(?P<name>{_NAME})(?:[\s/／=:.\-][^<>\n]{{0,80}}?)?){_CLOSE}")
+_LOOK_ALIKES = {
+    **{"a": "аɑα", "b": "Ьь", "c": "сϲ", "d": "ԁ", "e": "еєε", "f": "ſ", "h": "һ", "i": "іıιɩ", "k": "кκ", "l": "ӏ"},
+    **{"m": "м", "n": "пηɴ", "o": "оοσ", "p": "рρ", "r": "гɼ", "s": "ѕ", "t": "тτ", "u": "υս", "v": "νѵ", "x": "хχ"},
+}
+_LATIN = str.maketrans({other: letter for letter, others in _LOOK_ALIKES.items() for other in others})
+
+# ChatML, Llama 2 to 4, Mistral, Gemma, DeepSeek and Phi; the judge's own come from its tokenizer.
+_CONTROL = (
+    r"<[|｜][^<>|｜\s]{1,60}[|｜]>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk)>|</?(?:start_of_turn|end_of_turn)>"
+)
+# Tokens that a tokenizer finds in plain text without calling them special (`<think>`); others are whitespace or words.
+_MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+
+_SCORE = re.compile(r"(score[*_]*\s*)[:：](?=[\s*_\[(]*[+\-−]?\d)", re.IGNORECASE)
+_MARK = re.compile(
+    r"(mark[*_\s]*\d+[*_]*\s*)[:：](?=[\s*_\[(]*(?:established|partial|absent|contradicted))", re.IGNORECASE
+)
+
+
+class DataGuard:
+    """Makes text plain data for one judge (its control tokens, its parser) and one prompt (its tags)."""
+
+    def __init__(self, tags: Iterable[str], control: re.Pattern, *, every_score: bool = False):
+        """`every_score`: the parser takes a `Score:` for a verdict even where no number follows."""
+        self._tags = frozenset(tags)
+        self._control = control
+        self._every_score = every_score
+
+    def __call__(self, text: str) -> str:
+        """`text` as data; applied twice it is as applied once."""
+        text = _ANGLED.sub(self._tag_disarmed, seen(text))
+        text = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        for statement in (_SCORE, _MARK):
+            text = statement.sub(r"\1 =", text)
+        return text.replace("Score:", "Score =") if self._every_score else text
+
+    def _tag_disarmed(self, match: re.Match) -> str:
+        return f"[{match['inner']}]" if _folded(match["name"]) in self._tags else match[0]
+
+
+def seen(text: str) -> str:
+    """`text` without the characters that cannot be seen; every line end is a newline."""
+    return text.replace("\r\n", "\n").translate(_VISIBLE)
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern:
+    """Matches the control tokens of the usual chat templates and of this tokenizer, where they stand in plain text."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special or _MARKUP.fullmatch(token.content)}
+    names |= set(tokenizer.all_special_tokens)
+    own = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+    return re.compile("|".join([*map(re.escape, own), _CONTROL]))
+
+
+class _Visible(dict):
+    """For str.translate: what becomes of a character, worked out when it is first met."""
+
+    def __missing__(self, code: int) -> int | None:
+        if code in _LINE_ENDS:
+            kept = ord("\n")
+        elif chr(code) in "\n\t":
+            kept = code
+        else:
+            kept = None if unicodedata.category(chr(code)) in _UNSEEN else code
+        self[code] = kept
+        return kept
+
+
+_VISIBLE = _Visible()
+
+
+def _folded(name: str) -> str:
+    """A tag's name in plain lower-case Latin letters: accents and look-alikes are taken away."""
+    letters = unicodedata.normalize("NFKD", name).casefold().translate(_LATIN)
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))

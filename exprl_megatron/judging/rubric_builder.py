@@ -1,0 +1,132 @@
+"""Rubrics for problems, each asked for once, by whoever needs it first."""
+
+import asyncio
+import json
+import zlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any
+
+from exprl_megatron.config.judging import JudgeConfig
+from exprl_megatron.judging.answers import Answer, Question
+from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
+from exprl_megatron.judging.data import DataGuard
+from exprl_megatron.judging.judgement import Abstained
+from exprl_megatron.judging.prompt import load_prompt
+from exprl_megatron.judging.rubric import Rubric, RubricError, checked_rubric, rubric_schema
+from exprl_megatron.judging.store import TRANSIENT, JudgementStore, content_key
+from exprl_megatron.problems.problem import Problem
+
+_NO_RUBRIC = "null"
+"""What the store holds where no rubric passed its checks."""
+
+
+class RubricBuilder:
+    """Builds, remembers and stores the rubric of each problem; use within one event loop.
+
+    `fallbacks` counts, by reason, the problems that are judged by their reference alone because no rubric passed its
+    checks (`failed-checks`), or none came (`too-long`, `refused`, `timeout`, `server-error`). The last two are not
+    held against the problem: who needs the rubric next asks again.
+    """
+
+    def __init__(
+        self,
+        config: JudgeConfig,
+        servers: JudgeServers,
+        tokens: Callable[[list], Awaitable[tuple[int, ...]]],
+        guard: Callable[[frozenset[str]], DataGuard],
+        context_tokens: int,
+        identity: Mapping[str, Any],
+        store: JudgementStore | None,
+    ):
+        """`tokens` puts messages into the judge's template, `guard` makes data plain for a prompt with such tags,
+        `identity` tells the judge from others in the store's keys."""
+        self._config = config
+        self._servers = servers
+        self._tokens = tokens
+        self._prompt = load_prompt(config.rubric.prompt, shows="reference")
+        self._guard = guard(self._prompt.tags)
+        self._context_tokens = context_tokens
+        self._identity = identity
+        self._store = store
+        self._known: dict[str, Rubric | None] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self.fallbacks: Counter[str] = Counter()
+
+    async def rubric(self, problem: Problem) -> Rubric | None:
+        """The problem's rubric, or None where it has to be judged by its reference alone.
+
+        Raises ServerError where no server is alive. Of those who ask at the same time one builds; where that one is
+        cancelled, the next does.
+        """
+        key = self._key(problem)
+        if key not in self._known:
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                if key not in self._known:
+                    return await self._found(problem, key)
+        return self._known[key]
+
+    async def _found(self, problem: Problem, key: str) -> Rubric | None:
+        """The rubric from the store, or a new one; whatever is final is remembered and stored."""
+        kept = self._store.find_rubric(key) if self._store is not None else None
+        if kept == _NO_RUBRIC:
+            rubric = Abstained("failed-checks")
+        elif kept is not None:
+            rubric = checked_rubric(kept, self._reference(problem))
+        else:
+            rubric = await self._built(problem, key)
+        found = rubric if isinstance(rubric, Rubric) else None
+        if found is None:
+            self.fallbacks[rubric.reason] += 1
+        if found is not None or rubric.reason not in TRANSIENT:
+            self._known[key] = found
+        return found
+
+    async def _built(self, problem: Problem, key: str) -> Rubric | Abstained:
+        messages = self._prompt.messages(problem.statement, problem.reference.for_judge(), "", guard=self._guard)
+        input_ids = await self._tokens(messages)
+        if len(input_ids) + self._config.rubric.max_new_tokens > self._context_tokens:
+            return Abstained("too-long")
+        home = zlib.crc32(problem.id.encode())
+
+        def read(answer: Answer) -> Rubric | Abstained:
+            try:
+                return checked_rubric(answer.text, self._reference(problem))
+            except RubricError as error:
+                return Abstained("failed-checks", str(error))
+
+        questions = self._questions(messages, input_ids, home)
+        rubric, answer = await self._servers.ask(questions, home, self._config.rubric.deadline_s, read)
+        final = isinstance(rubric, Rubric) or rubric.reason == "failed-checks"
+        if self._store is not None and final:
+            asked = {"problem": problem.id, "messages": messages, **self._identity}
+            text = rubric.to_json() if isinstance(rubric, Rubric) else _NO_RUBRIC
+            self._store.keep_rubric(key, asked, answer, text)
+        return rubric
+
+    def _questions(self, messages: list, input_ids: tuple[int, ...], seed: int) -> Iterator[Question]:
+        config = self._config
+        for attempt in range(1 + config.reasks):
+            yield Question(
+                messages=tuple(messages),
+                input_ids=input_ids,
+                max_new_tokens=config.rubric.max_new_tokens,
+                temperature=config.reask_temperature if attempt else config.temperature,
+                seed=(seed + attempt) % 2**31,
+                deadline_s=config.rubric.deadline_s + REQUEST_GRACE_S,
+                json_schema=rubric_schema(),
+            )
+
+    def _reference(self, problem: Problem) -> str:
+        """As the builder reads it, and therefore quotes it."""
+        return self._guard(problem.reference.for_judge())
+
+    def _key(self, problem: Problem) -> str:
+        return content_key(
+            "rubric",
+            problem=problem.statement,
+            reference=problem.reference.for_judge(),
+            prompt=self._prompt.version,
+            max_new_tokens=self._config.rubric.max_new_tokens,
+            identity=json.dumps(self._identity, sort_keys=True),
+        )

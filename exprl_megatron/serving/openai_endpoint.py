@@ -1,0 +1,113 @@
+"""Client of any OpenAI-compatible server: chats in, answers with the probabilities of their tokens out."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from exprl_megatron.config.judging import JudgeConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.serving.http import HttpServer
+
+TOP_LOG_PROBS = 20
+"""As many as the interface allows."""
+_CHAT = "/chat/completions"
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer."""
+
+    text: str
+    alternatives: tuple[tuple[str, float], ...]
+    """The most probable tokens at its place, itself among them as a rule: (text, natural log of the probability)."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of /chat/completions."""
+
+    text: str
+    finish_reason: str
+    """`stop`, `length`, `content_filter` or what else the server says."""
+    refusal: str | None
+    """The model's words where it refused to answer."""
+    tokens: tuple[Token, ...]
+    """Empty where their probabilities were not asked for, or are not told."""
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class OpenAIEndpoint(HttpServer):
+    """Speaks to one OpenAI-compatible server; use as `async with endpoint:` within one event loop at a time.
+
+    `url` ends in `/v1` as a rule; `model` is the name of the model there. Raises what HttpServer does.
+    """
+
+    def __init__(self, url: str, model: str, name: str, *, api_key: str | None = None, deadline_s: float = 600.0):
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        super().__init__(url, name, deadline_s=deadline_s, headers=headers)
+        self.model = model
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        log_probs: bool = False,
+        template_args: Mapping[str, Any] | None = None,
+        deadline_s: float | None = None,
+    ) -> Completion:
+        """Answer a chat. `template_args` go to the chat template of servers that take such (SGLang, vLLM)."""
+        request: dict[str, Any] = {
+            "model": self.model,
+            "messages": [dict(message) for message in messages],
+            "temperature": temperature,
+            "max_tokens": max_new_tokens,
+            "seed": seed,
+        }
+        if log_probs:
+            request |= {"logprobs": True, "top_logprobs": TOP_LOG_PROBS}
+        if template_args:
+            request["chat_template_kwargs"] = dict(template_args)
+        return self._read(_CHAT, _completion, await self._post(_CHAT, request, deadline_s))
+
+    async def health(self, *, deadline_s: float = 10.0) -> None:
+        """Return where the server lists its models within the deadline, else raise."""
+        await self._request("GET", "/models", None, deadline_s)
+
+
+def judge_endpoints(config: JudgeConfig) -> list[OpenAIEndpoint]:
+    """Clients of `config.endpoints`, named `judge-0`, `judge-1`, ..., with the key from the environment.
+
+    Raises UserError where `config.api_key_variable` names a variable that is not set.
+    """
+    variable = config.api_key_variable
+    key = None if variable is None else os.environ.get(variable)
+    if variable is not None and not key:
+        raise UserError(
+            f"judge.api_key_variable is {variable}, but there is no such environment variable; set it to the key."
+        )
+    return [
+        OpenAIEndpoint(url, config.endpoint_model, f"judge-{i}", api_key=key, deadline_s=config.deadline_s)
+        for i, url in enumerate(config.endpoints)
+    ]
+
+
+def _completion(reply: dict) -> Completion:
+    choice, usage = reply["choices"][0], reply.get("usage") or {}
+    message, log_probs = choice["message"], choice.get("logprobs") or {}
+    return Completion(
+        text=message.get("content") or "",
+        finish_reason=choice["finish_reason"],
+        refusal=message.get("refusal") or None,
+        tokens=tuple(map(_token, log_probs.get("content") or ())),
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
+    )
+
+
+def _token(entry: dict) -> Token:
+    return Token(entry["token"], tuple((a["token"], float(a["logprob"])) for a in entry.get("top_logprobs") or ()))

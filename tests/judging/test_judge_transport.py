@@ -1,0 +1,238 @@
+"""The judge against servers that fail: retries, hedging, refusals, and nothing left running behind."""
+
+import asyncio
+import math
+import zlib
+from contextlib import AsyncExitStack
+
+import pytest
+from faulty_server import FaultyServer, endpoint, listening, sglang_client
+from judge_parts import PROBLEM, make_judge
+
+from exprl_megatron.config.judging import JudgeConfig
+from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.problems.problem import Problem, Reference
+from exprl_megatron.serving.openai_endpoint import judge_endpoints
+from exprl_megatron.serving.ports import free_ports
+
+FOUR = Scored(0.75, "Score: 4")
+
+
+def _run(servers, ask, client=sglang_client, **config):
+    """`await ask(judge)` with the servers listening."""
+    if client is endpoint:
+        config["endpoints"] = ("http://as-the-client-says/v1",)
+
+    async def run():
+        async with listening(*servers), AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(client(server)) for server in servers]
+            return await ask(make_judge(*clients, **config))
+
+    return asyncio.run(run())
+
+
+def _one(judge):
+    return judge.grade(PROBLEM, "1")
+
+
+def _in_order(home, other):
+    """The two servers, so that PROBLEM's requests go to `home` first."""
+    return (other, home) if zlib.crc32(PROBLEM.id.encode()) % 2 else (home, other)
+
+
+@pytest.mark.parametrize("client", [sglang_client, endpoint])
+@pytest.mark.parametrize("fault", ["drop", 500, 503, 429])
+def test_a_transport_error_is_tried_again(client, fault):
+    server = FaultyServer(fault, fault)
+    assert _run([server], _one, client) == FOUR
+    assert server.counts["requests"] == 3
+
+
+def test_every_pause_is_twice_the_one_before():
+    server = FaultyServer(503, 503, 503)
+
+    async def timed(judge):
+        started = asyncio.get_running_loop().time()
+        judgement = await _one(judge)
+        return judgement, asyncio.get_running_loop().time() - started, judge.counts["retried"]
+
+    judgement, seconds, retried = _run([server], timed, retry_pause_s=0.1)
+    assert (judgement, retried) == (FOUR, 3)
+    assert seconds >= 0.1 + 0.2 + 0.4
+
+
+def test_a_retry_goes_to_the_next_server():
+    home, other = FaultyServer("drop", "drop", "drop", "drop"), FaultyServer()
+    assert _run(_in_order(home, other), _one) == FOUR
+    assert (home.counts["requests"], other.counts["requests"]) == (1, 1)
+
+
+def test_dead_servers_end_the_run():
+    class Dead:
+        url = f"http://127.0.0.1:{free_ports(1)[0]}"
+
+    async def run():
+        async with sglang_client(Dead, "judge-7") as client:
+            await _one(make_judge(client, retries=1))
+
+    with pytest.raises(ServerError, match=r"judge-7 .*died or is not reachable"):
+        asyncio.run(run())
+
+
+def test_servers_that_are_up_but_not_well_end_the_run():
+    with pytest.raises(ServerError, match="HTTP 503"):
+        _run([FaultyServer(*[503] * 9, well=False)], _one, retries=2)
+
+
+def test_a_request_that_fails_everywhere_while_a_server_is_well_is_an_abstention():
+    judgement = _run([FaultyServer(*[500] * 9)], _one, retries=2)
+    assert judgement.reason == "server-error"
+    assert "status 500" in judgement.evidence
+
+
+@pytest.mark.parametrize("client", [sglang_client, endpoint])
+def test_a_request_that_is_not_taken_is_an_abstention(client):
+    server = FaultyServer(400)
+    assert _run([server], _one, client) == Abstained("refused", "status 400")
+    assert server.counts["requests"] == 1
+
+
+def test_a_straggler_is_hedged_and_the_loser_is_cancelled():
+    home, other = FaultyServer("hang"), FaultyServer()
+
+    async def one_and_settled(judge):
+        judgement = await _one(judge)
+        await _until(lambda: home.counts["running"] == 0)
+        return judgement, judge.counts
+
+    judgement, counts = _run(_in_order(home, other), one_and_settled, hedge_after_s=0.1)
+    assert judgement == FOUR
+    assert home.counts["abandoned"] == 1
+    assert (counts["hedged"], counts["hedge-won"], counts["asked"]) == (1, 1, 2)
+
+
+def test_a_hedge_that_fails_does_not_harm():
+    home, other = FaultyServer(), FaultyServer(*[500] * 9)
+    assert _run(_in_order(home, other), _one, hedge_after_s=0.001, retries=0) == FOUR
+
+
+def test_quick_answers_are_not_hedged():
+    home, other = FaultyServer(), FaultyServer()
+    assert _run(_in_order(home, other), _one, hedge_after_s=30) == FOUR
+    assert other.counts["requests"] == 0
+
+
+def test_hedges_wait_for_a_slot():
+    servers = [FaultyServer(), FaultyServer()]
+
+    async def many(judge):
+        problems = [Problem(f"p{i}", "1", Reference("1")) for i in range(12)]
+        return await asyncio.gather(*(judge.grade(problem, "1") for problem in problems))
+
+    assert _run(servers, many, concurrency=3, hedge_after_s=0.001) == [FOUR] * 12
+    assert sum(server.counts["most-running"] for server in servers) <= 2 * 3
+    assert max(server.counts["most-running"] for server in servers) <= 3
+
+
+@pytest.mark.parametrize("client", [sglang_client, endpoint])
+def test_when_a_step_is_abandoned_no_request_is_left_running(client):
+    servers = [FaultyServer(*["hang"] * 20), FaultyServer(*["hang"] * 20)]
+
+    async def abandoned(judge):
+        grades = [asyncio.create_task(judge.grade(PROBLEM, str(i))) for i in range(5)]
+        await _until(lambda: sum(server.counts["running"] for server in servers) == 10)
+        for grade in grades:
+            grade.cancel()
+        await asyncio.gather(*grades, return_exceptions=True)
+        await _until(lambda: sum(server.counts["running"] for server in servers) == 0)
+        return judge
+
+    judge = _run(servers, abandoned, client, hedge_after_s=0.05)
+    assert sum(server.counts["abandoned"] for server in servers) == 10
+    assert judge.counts["asked"] == 10
+
+
+def test_a_judgement_past_its_deadline_leaves_no_request_running():
+    server = FaultyServer("hang")
+
+    async def late(judge):
+        judgement = await _one(judge)
+        await _until(lambda: server.counts["running"] == 0)
+        return judgement
+
+    assert _run([server], late, deadline_s=0.2).reason == "timeout"
+    assert server.counts["abandoned"] == 1
+
+
+def test_requests_in_flight_are_bounded():
+    server = FaultyServer()
+
+    async def many(judge):
+        return await asyncio.gather(*(judge.grade(PROBLEM, str(i)) for i in range(12)))
+
+    assert _run([server], many, concurrency=3) == [FOUR] * 12
+    assert server.counts["most-running"] == 3
+
+
+def test_an_endpoint_gets_the_chat_the_model_and_the_key():
+    server = FaultyServer()
+
+    def with_key(server):
+        return endpoint(server, api_key="sesame")
+
+    config = {"endpoints": ("http://as-the-client-says/v1",), "template_args": {"enable_thinking": False}}
+    assert _run([server], _one, with_key, **config) == FOUR
+    (body,) = server.bodies
+    assert body["messages"] == [{"role": "user", "content": "REF ### 1 + 1 = 2 TR 1 JUDGE"}]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("the-model", 0, 8)
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "logprobs" not in body
+    assert server.headers[0]["Authorization"] == "Bearer sesame"
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({"message": {"content": None, "refusal": "I will not."}, "finish_reason": "stop"}, "I will not."),
+        ({"message": {"content": "Sco"}, "finish_reason": "content_filter"}, "Sco"),
+    ],
+)
+def test_an_endpoint_that_declines_is_an_abstention(choice, said):
+    assert _run([FaultyServer({"choices": [choice]})], _one, endpoint) == Abstained("refused", said)
+
+
+def test_the_expected_score_is_read_from_an_endpoints_alternatives():
+    def token(text, *alternatives):
+        return {"token": text, "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in alternatives]}
+
+    digit = token(" 4", (" 4", 0.5), (" 5", 0.3), ("4", 0.1), ("x", 0.1))
+    tokens = [token("5 of 5? "), token("Score"), token(":"), digit]
+    text = "".join(t["token"] for t in tokens)
+    reply = {"choices": [{"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": tokens}}]}
+    server = FaultyServer(reply)
+    judgement = _run([server], _one, endpoint, score_reading="expected")
+    assert judgement.value == pytest.approx(((4 * 0.6 + 5 * 0.3) / 0.9 - 1) / 4)
+    assert (server.bodies[0]["logprobs"], server.bodies[0]["top_logprobs"]) == (True, 20)
+
+
+def test_without_alternatives_the_stated_score_counts():
+    assert _run([FaultyServer()], _one, endpoint, score_reading="expected") == FOUR
+
+
+def test_the_key_comes_from_the_environment(monkeypatch):
+    config = JudgeConfig(model="m", endpoints=("http://a/v1", "http://b/v1/"), api_key_variable="JUDGE_KEY_OF_TEST")
+    with pytest.raises(UserError, match="JUDGE_KEY_OF_TEST"):
+        judge_endpoints(config)
+    monkeypatch.setenv("JUDGE_KEY_OF_TEST", "sesame")
+    endpoints = judge_endpoints(config)
+    assert [(e.name, e.url, e.model) for e in endpoints] == [
+        ("judge-0", "http://a/v1", "default"),
+        ("judge-1", "http://b/v1", "default"),
+    ]
+
+
+async def _until(condition):
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)

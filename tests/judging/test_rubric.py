@@ -1,0 +1,127 @@
+"""Rubrics: what is accepted, and the score that follows from marks."""
+
+import json
+
+import jsonschema
+import pytest
+
+from exprl_megatron.judging.rubric import Checkpoint, Rubric, RubricError, checked_rubric, rubric_schema, supported
+
+REFERENCE = "First take 12.\nThen add 34,  which gives\n$x = 46$. So the answer is 46."
+GOOD = [
+    {"text": "12 is taken first", "weight": 1, "quote": "take 12"},
+    {"text": "The sum is 46", "weight": 3, "quote": "add 34, which gives $x = 46$"},
+]
+
+
+def _json(checkpoints):
+    return json.dumps({"checkpoints": checkpoints})
+
+
+def _with(**change):
+    return _json([GOOD[0], GOOD[1] | change])
+
+
+def test_a_rubric_is_read_out_of_the_builders_words():
+    rubric = checked_rubric(f"Here {{it}} is: {{}}\n```json\n{_json(GOOD)}\n```", REFERENCE)
+    assert rubric.checkpoints[1] == Checkpoint("The sum is 46", 3.0, "add 34, which gives $x = 46$")
+    assert rubric.text == "1. 12 is taken first\n2. The sum is 46"
+    assert checked_rubric(rubric.to_json(), REFERENCE) == rubric
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("I cannot.", "no JSON object"),
+        ('{"points": []}', "no JSON object"),
+        (_json(GOOD)[:-3], "no JSON object"),
+        (_json([]), "checkpoints"),
+        (_json(GOOD[:1]), "checkpoints"),
+        (_json([GOOD[0] | {"text": f"claim {i}"} for i in range(7)]), "checkpoints"),
+        (_json(["12", "46"]), "checkpoints.0"),
+        (_json([GOOD[0], {"text": "The sum is 46", "weight": 1}]), "quote"),
+        (_with(weight=0), "weight"),
+        (_with(weight=-1), "weight"),
+        (_with(weight=float("inf")), "weight"),
+        (_with(text=""), "text"),
+        (_with(text=" \n"), "says nothing"),
+        (_with(text="12 is  TAKEN first"), "say the same"),
+        (_with(note="extra"), "note"),
+        (_with(quote="add 35"), "quote of checkpoint 2"),
+        (_with(quote="the sum is forty-six"), "quote of checkpoint 2"),
+    ],
+)
+def test_a_rubric_that_fails_a_check_says_which(text, why):
+    with pytest.raises(RubricError, match=why):
+        checked_rubric(text, REFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("quote", "is_there"),
+    [
+        ("Then add 34, which gives $x = 46$", True),
+        ("then add 34", False),
+        ("= 46$.", True),
+        ("4", False),
+        ("nswer", False),
+        ("$", False),
+        ("", False),
+    ],
+)
+def test_a_quote_supports_a_checkpoint_where_it_stands_in_the_reference_word_for_word(quote, is_there):
+    assert supported(quote, REFERENCE) is is_there
+
+
+RUBRIC = Rubric(tuple(Checkpoint(f"claim {w}", w, "46") for w in (1, 2, 5)))
+
+
+@pytest.mark.parametrize(
+    ("marks", "score"),
+    [
+        (("established", "established", "established"), 1),
+        (("absent", "absent", "absent"), 0),
+        (("established", "absent", "absent"), 1 / 8),
+        (("established", "partial", "absent"), 2 / 8),
+        (("absent", "established", "partial"), 4.5 / 8),
+        (("contradicted", "absent", "established"), 4 / 8),
+        (("established", "established", "contradicted"), 0),
+        (("contradicted", "contradicted", "contradicted"), 0),
+    ],
+)
+def test_the_score_of_a_trace_is_the_weighted_mean_of_its_marks_and_never_negative(marks, score):
+    assert RUBRIC.score(marks) == RUBRIC.score(marks, "prefix") == pytest.approx(score)
+
+
+def test_a_prefix_loses_where_it_goes_wrong():
+    marks = [("established", m, "absent") for m in ("absent", "established")]
+    before, after = (RUBRIC.score(m, "prefix") for m in marks)
+    wrong = RUBRIC.score(("established", "established", "contradicted"), "prefix")
+    assert before < after
+    assert wrong < before
+
+
+@pytest.mark.parametrize(
+    ("marks", "score"),
+    [
+        (("established", "absent", "absent"), 1),
+        (("absent", "partial", "absent"), 0.5),
+        (("absent", "absent", "absent"), 0),
+        (("established", "absent", "contradicted"), 0),
+    ],
+)
+def test_a_segment_alone_is_worth_its_best_mark_unless_it_contradicts(marks, score):
+    assert RUBRIC.score(marks, "segment") == score
+
+
+def test_a_mark_for_every_checkpoint_is_wanted():
+    with pytest.raises(ValueError):
+        RUBRIC.score(("established", "absent"))
+
+
+def test_the_schema_is_valid_and_no_wider_than_the_checks():
+    schema = json.loads(rubric_schema())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid(json.loads(_json(GOOD)))
+    for text in (_json(GOOD[:1]), _with(weight=0), _with(text=""), _with(note="extra"), _json([])):
+        assert not validator.is_valid(json.loads(text))
