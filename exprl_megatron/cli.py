@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from exprl_megatron.errors import RunStopped, ServerError, UserError
+from exprl_megatron.evaluation.command import eval_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,6 +58,9 @@ def judge_bench(
         bench_judge_on_champ(run_config, limit, json)
         return
     bench_judge(run_config, traces, limit, repeats, json, picture)
+
+
+app.command("eval")(eval_command)
 
 
 @app.command()

@@ -14,7 +14,8 @@ Evaluations = Mapping[str, Sequence[PassAtK]]
 def evaluation_table(evaluations: Evaluations, title: str, confidence: float) -> Table:
     """A row for each model and a column for each k: percent, with the interval and the gain over the first row."""
     ks = sorted({estimate.k for estimates in evaluations.values() for estimate in estimates})
-    table = Table(title=title, caption=f"in brackets: {confidence:.0%} interval over problems; +/-: against the first")
+    gains = "; +/-: against the first" if len(evaluations) > 1 else ""
+    table = Table(title=title, caption=f"in brackets: {confidence:.0%} interval over problems{gains}")
     table.add_column("model")
     for k in ks:
         table.add_column(f"pass@{k}", justify="right")

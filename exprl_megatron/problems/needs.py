@@ -10,15 +10,17 @@ Need = Literal["reference", "verification"]
 SHOWN_IDS = 3
 _VERIFIED_BY: dict[Domain, str] = {
     "math": "answer to compare with",
-    "science": "answer to compare with",
     "multiple-choice": "letter to compare with",
     "code": "tests to run",
+    "science": "verifier, only a judge can grade them",
 }
 
 
 def verifiable(problem: Problem) -> bool:
-    """Whether a verifier can tell right from wrong without a judge."""
-    return bool(problem.tests) if problem.domain == "code" else problem.answer is not None
+    """Whether the answer verifier can tell right from wrong (`rewards.verifier.AnswerVerifier`)."""
+    if problem.domain == "code":
+        return bool(problem.tests)
+    return problem.domain != "science" and problem.answer is not None
 
 
 def missing_for(problems: Sequence[Problem], need: Need) -> list[str]:
@@ -37,4 +39,4 @@ def missing_for(problems: Sequence[Problem], need: Need) -> list[str]:
 
 def _sentence(lacking: Sequence[Problem], of: int, wanted: str, kind: str = "") -> str:
     ids = ", ".join(problem.id for problem in lacking[:SHOWN_IDS]) + (", ..." if len(lacking) > SHOWN_IDS else "")
-    return f"{len(lacking)} of {of} {kind}problems have no {wanted} ({ids}); add it, or leave these problems out."
+    return f"{len(lacking)} of {of} {kind}problems have no {wanted} ({ids}); mend them or leave them out."

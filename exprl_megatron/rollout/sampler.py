@@ -61,7 +61,7 @@ async def sample_groups(
                 for i, prompt in enumerate(prompts)
             ]
     except BaseExceptionGroup as failures:
-        raise _first(failures) from None
+        raise first_failure(failures) from None
     return [[task.result() for task in group] for group in groups]
 
 
@@ -89,6 +89,7 @@ def _trace(client: SGLangClient, prompt: Prompt, k: int, generation: Generation,
     )
 
 
-def _first(failures: BaseExceptionGroup) -> BaseException:
+def first_failure(failures: BaseExceptionGroup) -> BaseException:
+    """The first exception in a task group's failures, however deep it lies."""
     first = failures.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+    return first_failure(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,146 @@
+"""`exprl eval` on the command line."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exprl_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from exprl_megatron.evaluation.settings import EvalSettings
+
+DEFAULT_K = (1, 4, 16, 128)
+PAIRS = "NAME=VALUE, may be given several times."
+
+
+def eval_command(
+    model: Annotated[Path, typer.Argument(help="A model's directory in Hugging Face form.")],
+    problems: Annotated[str, typer.Option(help="Problems: a JSON-lines or Parquet file, a directory, or a hub name.")],
+    samples: Annotated[int, typer.Option(min=1, help="Samples for each problem.")] = 128,
+    k: Annotated[
+        str | None, typer.Option(help="Which pass@k, for example 1,4,16. (default: those of 1,4,16,128)")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longer samples are cut off.")] = 16384,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the samples.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Likeliest tokens to sample from; -1: all.")] = -1,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    user: Annotated[str, typer.Option(help="User message; {problem} stands for the problem.")] = "{problem}",
+    template_arg: Annotated[list[str] | None, typer.Option(help=f"For the chat template: {PAIRS}")] = None,
+    field: Annotated[list[str] | None, typer.Option(help=f"Other names of the problems' fields: {PAIRS}")] = None,
+    split: Annotated[str, typer.Option(help="Of a directory or hub name.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many problems.")] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Problems with longer prompts are left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory to keep and resume in. (default: runs/eval/...)")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    keep_unsolved: Annotated[Path | None, typer.Option(help="Write the problems that no sample solved.")] = None,
+    max_solve_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Count a problem as unsolved up to this share of right samples.")
+    ] = 0.0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    server_count: Annotated[int, typer.Option(min=1, help="Servers side by side.")] = 1,
+    server_tp: Annotated[int, typer.Option(min=1, help="Devices of one server.")] = 1,
+    server_port: Annotated[int | None, typer.Option(help="The first server's port. (default: free ones)")] = None,
+    server_arg: Annotated[list[str] | None, typer.Option(help="Passed to SGLang as it is; may be repeated.")] = None,
+    request_deadline_s: Annotated[float, typer.Option(help="For one sample, its wait for a place included.")] = 3600.0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Samples under way at one server.")] = 1024,
+    verifier_workers: Annotated[int, typer.Option(min=1, help="Processes that compare answers.")] = 1,
+    verifier_deadline_s: Annotated[float, typer.Option(help="For the comparison of one answer.")] = 10.0,
+    program_deadline_s: Annotated[float, typer.Option(help="For all tests of one program.")] = 120.0,
+) -> None:
+    """Measure pass@k of a model; an evaluation that was interrupted goes on where it stopped."""
+    settings = _settings(
+        model=str(model),
+        problems={
+            "source": problems,
+            "split": split,
+            "fields": _pairs(field),
+            "limit": limit,
+            "max_prompt_tokens": max_prompt_tokens,
+        },
+        directory=str(out or Path("runs", "eval", f"{model.resolve().name}-{Path(problems).stem}")),
+        samples=samples,
+        k=_ks(k, samples),
+        sampling={"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k},
+        prompt={"system": system, "user": user, "template_args": _pairs(template_arg)},
+        seed=seed,
+        dtype=_dtype(dtype),
+        server={
+            "count": server_count,
+            "tp": server_tp,
+            "port": server_port,
+            "extra_args": server_arg or [],
+            "request_deadline_s": request_deadline_s,
+        },
+        concurrency=concurrency,
+        verifier_workers=verifier_workers,
+        verifier_deadline_s=verifier_deadline_s,
+        program_deadline_s=program_deadline_s,
+    )
+    _run(settings, json, keep_unsolved, max_solve_rate)
+
+
+def _run(settings: "EvalSettings", json: Path | None, keep_unsolved: Path | None, max_solve_rate: float) -> None:
+    from rich.console import Console
+
+    from exprl_megatron.evaluation.evaluate import evaluate
+    from exprl_megatron.evaluation.report import result_lines, result_table, write_record, write_unsolved
+
+    terminal = Console()
+
+    def say(text: str) -> None:
+        terminal.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    evaluation = evaluate(settings, say)
+    terminal.print(result_table(settings, evaluation))
+    for line in result_lines(settings, evaluation):
+        say(line)
+    say(f"samples and counts: {settings.directory}")
+    if json is not None:
+        write_record(json, settings, evaluation)
+        say(f"figures: {json}")
+    if keep_unsolved is not None:
+        say(f"{write_unsolved(keep_unsolved, evaluation, max_solve_rate)} unsolved problems: {keep_unsolved}")
+
+
+def _settings(**tree: Any) -> "EvalSettings":
+    from pydantic import ValidationError
+
+    from exprl_megatron.evaluation.settings import EvalSettings
+
+    try:
+        return EvalSettings.model_validate(tree)
+    except ValidationError as error:
+        places = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}." for e in error.errors()]
+        raise UserError("\n".join(places)) from error
+
+
+def _ks(text: str | None, samples: int) -> tuple[int, ...]:
+    if text is None:
+        return tuple(k for k in DEFAULT_K if k <= samples)
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--k is {text!r}; write numbers with commas between them, for example 1,4,16.") from error
+
+
+def _pairs(texts: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"{text!r} is no NAME=VALUE; put an equals sign between the two.")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def _dtype(name: str) -> str:
+    from exprl_megatron.serving.command import has_cuda
+
+    return name if name != "auto" else "bfloat16" if has_cuda() else "float32"

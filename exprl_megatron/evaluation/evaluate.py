@@ -1,0 +1,160 @@
+"""pass@k of a model on a set of problems: servers, samples, verdicts; `exprl eval`."""
+
+import asyncio
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.evaluation.kept import KeptResults, Result
+from exprl_megatron.evaluation.questions import Question, Questions, read_questions
+from exprl_megatron.evaluation.settings import EvalSettings
+from exprl_megatron.judging.judge_model import model_identity
+from exprl_megatron.judging.judgement import Abstained, Judgement
+from exprl_megatron.rewards.verifier import AnswerVerifier
+from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.rollout.sampler import first_failure, sample_groups, sample_seed
+from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.launch import ServerSpec, check_servers, server_specs, start_servers, stop_servers
+
+WEIGHTS = "initial"
+"""The weight version that traces carry."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was asked, and the result of each question in the same order."""
+
+    asked: Questions
+    results: tuple[Result, ...]
+
+
+def evaluate(settings: EvalSettings, say: Callable[[str], None] = print) -> Evaluation:
+    """Sample and verify whatever `settings.directory` does not hold yet.
+
+    Raises UserError before anything is started where the input is bad, ServerError where a server fails; what was
+    finished by then stays. No process is left behind, however this ends.
+    """
+    settings.check()
+    logs = Path(settings.directory) / "logs"
+    specs = server_specs(
+        "policy",
+        settings.model,
+        settings.server,
+        logs,
+        dtype=settings.dtype,
+        seed=settings.seed,
+        weight_version=WEIGHTS,
+    )
+    check_servers(specs)
+    asked = read_questions(settings)
+    for line in asked.left_out():
+        say(line)
+    kept = KeptResults(Path(settings.directory), settings.identity(model_identity(settings.model)))
+    try:
+        results = {q.problem.id: kept.find(q.problem.id, q.key) for q in asked.questions}
+        waiting = [q for q in asked.questions if results[q.problem.id] is None]
+        say(f"{len(results)} problems, {len(results) - len(waiting)} of them finished before")
+        if waiting:
+            found = _measure(settings, specs, waiting, kept, say)
+            results |= {result.problem_id: result for result in found}
+    finally:
+        kept.release()
+    return Evaluation(asked, tuple(results[q.problem.id] for q in asked.questions))
+
+
+def _measure(
+    settings: EvalSettings,
+    specs: Sequence[ServerSpec],
+    questions: Sequence[Question],
+    kept: KeptResults,
+    say: Callable[[str], None],
+) -> list[Result]:
+    signal.signal(signal.SIGTERM, _interrupt)
+    with AnswerVerifier(settings.verifier_workers) as verifier:
+        _check_sandbox(verifier, questions)
+        say(f"starting {len(specs)} server{'s' if len(specs) > 1 else ''}")
+        servers = start_servers(specs)
+        try:
+            clients = [server.client() for server in servers]
+            return asyncio.run(_sample(settings, clients, questions, verifier, kept, say))
+        finally:
+            stop_servers(servers)
+
+
+def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[Question]) -> None:
+    """Samples of programs are no use where none can be run."""
+    problem = next((q.problem for q in questions if q.problem.domain == "code"), None)
+    if problem is None:
+        return
+    verdict = asyncio.run(verifier.verify(problem, "```python\npass\n```"))
+    if isinstance(verdict, Abstained) and verdict.reason == "no-sandbox":
+        raise UserError(
+            f"Programs cannot be run safely on this machine ({verdict.evidence}); leave out the code problems, or use "
+            "another machine."
+        )
+
+
+async def _sample(
+    settings: EvalSettings,
+    clients: Sequence[SGLangClient],
+    questions: Sequence[Question],
+    verifier: AnswerVerifier,
+    kept: KeptResults,
+    say: Callable[[str], None],
+) -> list[Result]:
+    """All questions, each on one server, as many at a time as `settings.concurrency` allows."""
+    at_once = max(1, settings.concurrency // settings.samples)
+    places = [asyncio.Semaphore(at_once) for _ in clients]
+    finished: list[Result] = []
+
+    async def one(question: Question, client: SGLangClient, place: asyncio.Semaphore) -> None:
+        async with place:
+            members = await _graded(settings, client, question, verifier)
+        result = await asyncio.to_thread(kept.keep, question.problem.id, question.key, members)
+        finished.append(result)
+        share = "-" if result.tally.solve_rate is None else f"{result.tally.solve_rate:.1%}"
+        say(f"{len(finished)}/{len(questions)} {question.problem.id}: {share} right")
+
+    async with AsyncExitStack() as stack:
+        for client in clients:
+            await stack.enter_async_context(client)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for i, question in enumerate(questions):
+                    server = i % len(clients)
+                    tasks.create_task(one(question, clients[server], places[server]))
+        except BaseExceptionGroup as failures:
+            raise first_failure(failures) from None
+    return finished
+
+
+async def _graded(
+    settings: EvalSettings, client: SGLangClient, question: Question, verifier: AnswerVerifier
+) -> list[GradedTrace]:
+    """All samples of one problem, each verified as soon as it is finished; seeded as a run's evaluation is."""
+    judgements: dict[int, Judgement] = {}
+    is_code = question.problem.domain == "code"
+    deadline_s = settings.program_deadline_s if is_code else settings.verifier_deadline_s
+
+    async def grade(trace: Trace) -> None:
+        judgements[trace.sample] = await verifier.verify(question.problem, trace.text, deadline_s)
+
+    (traces,) = await sample_groups(
+        [client],
+        [question.prompt],
+        settings.samples,
+        settings.sampling,
+        lambda problem_id, k: sample_seed(settings.seed, "evaluation", 0, problem_id, k),
+        weight_version=WEIGHTS,
+        on_trace=grade,
+    )
+    return [GradedTrace(trace, judgements[trace.sample]) for trace in traces]
+
+
+def _interrupt(*_) -> None:
+    """SIGTERM ends an evaluation as Ctrl-C does: the servers are stopped on the way out."""
+    raise KeyboardInterrupt

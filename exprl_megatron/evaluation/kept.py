@@ -1,0 +1,134 @@
+"""Finished problems of an evaluation on disk: what is kept is never sampled again.
+
+DIR/evaluation.json           what was measured: model, sampling, prompt, seed
+DIR/results/<problem>.json    the counts of one finished problem; its presence says that it is finished
+DIR/traces/<problem>.jsonl.gz its samples with their verdicts
+DIR/logs/                     the servers'
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.evaluation.tally import Tally, tally
+from exprl_megatron.files import Claim, write_atomically
+from exprl_megatron.rollout.group import GradedTrace
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one problem once all its samples are graded."""
+
+    problem_id: str
+    question: str
+    """Hash of what was asked and of what the answers were compared with."""
+    tally: Tally
+    overlong: int
+    """Samples that the length limit ended."""
+    tokens: int
+    """Of all samples together."""
+
+
+class KeptResults:
+    """The results in one directory, which this process has until `release`."""
+
+    def __init__(self, directory: Path, identity: dict):
+        """Take `directory` for an evaluation with `identity` (see EvalSettings.identity).
+
+        Raises UserError where it holds another evaluation or other files, or where a live process has it.
+        """
+        self.logs = directory / "logs"
+        self._directory = directory
+        file = directory / "evaluation.json"
+        if directory.exists() and not file.is_file() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(f"The directory {directory} holds other files; choose a new or empty directory with --out.")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(directory)
+        try:
+            if file.is_file():
+                _refuse_another(json.loads(file.read_text()), identity, directory)
+            write_atomically(file, json.dumps(identity, indent=1).encode())
+        except BaseException:
+            self._claim.release()
+            raise
+
+    def find(self, problem_id: str, question: str) -> Result | None:
+        """The result of a finished problem; None where it is not finished.
+
+        Raises UserError where another `question` was asked under this id, or the file cannot be read back.
+        """
+        path = self._result(problem_id)
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text())
+            result = Result(**record | {"tally": Tally(**record["tally"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"The result {path} is damaged ({error!r}); delete it to measure it again.") from error
+        if result.question != question:
+            raise UserError(
+                f"The problem {problem_id} was another one when {self._directory} was filled (its text, its answer or "
+                "the prompt has changed); choose another directory with --out."
+            )
+        return result
+
+    def keep(self, problem_id: str, question: str, members: Sequence[GradedTrace]) -> Result:
+        """Put all graded samples of a problem on disk, the counts last; complete when this returns."""
+        result = Result(
+            problem_id=problem_id,
+            question=question,
+            tally=tally(member.judgement for member in members),
+            overlong=sum(member.trace.overlong for member in members),
+            tokens=sum(len(member.trace.token_ids) for member in members),
+        )
+        lines = "".join(json.dumps(_sample(member)) + "\n" for member in members)
+        write_atomically(self.traces(problem_id), gzip.compress(lines.encode(), compresslevel=6, mtime=0))
+        write_atomically(self._result(problem_id), json.dumps(asdict(result)).encode())
+        return result
+
+    def traces(self, problem_id: str) -> Path:
+        """The file of a problem's samples."""
+        return self._directory / "traces" / f"{_name(problem_id)}.jsonl.gz"
+
+    def release(self) -> None:
+        """Give the directory back."""
+        self._claim.release()
+
+    def _result(self, problem_id: str) -> Path:
+        return self._directory / "results" / f"{_name(problem_id)}.json"
+
+
+def question_key(*parts: object) -> str:
+    """A hash of what a problem is: SHA-256 (hex) over the parts' JSON."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _sample(member: GradedTrace) -> dict:
+    judgement = {"kind": type(member.judgement).__name__} | asdict(member.judgement)
+    trace = member.trace
+    return {
+        "problem_id": trace.problem_id,
+        "sample": trace.sample,
+        "text": trace.text,
+        "tokens": len(trace.token_ids),
+        "finish_reason": trace.finish_reason,
+        "judgement": judgement,
+    }
+
+
+def _name(problem_id: str) -> str:
+    """An id may be anything, a file name may not."""
+    return hashlib.sha256(problem_id.encode()).hexdigest()[:32]
+
+
+def _refuse_another(old: dict, new: dict, directory: Path) -> None:
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if changed:
+        raise UserError(
+            f"The directory {directory} holds an evaluation with another {' and another '.join(changed)}; give it the "
+            "same again, or choose another directory with --out."
+        )

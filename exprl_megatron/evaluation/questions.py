@@ -1,0 +1,94 @@
+"""The problems of an evaluation with their prompts: what is asked, and what has to be left out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from transformers import AutoConfig, AutoTokenizer
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.evaluation.kept import question_key
+from exprl_megatron.evaluation.settings import EvalSettings
+from exprl_megatron.problems.needs import missing_for, verifiable
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.problems.prompts import PromptBuilder, drop_overlong
+from exprl_megatron.problems.sources import load_records
+from exprl_megatron.rollout.sampler import Prompt
+
+
+@dataclass(frozen=True)
+class Question:
+    """A problem as it is asked."""
+
+    problem: Problem
+    record: dict
+    """As it was read."""
+    prompt: Prompt
+    key: str
+    """Changes with anything that the result hangs on: prompt, domain, answer, choices, tests."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked, in the order of the problems, and what is not."""
+
+    questions: tuple[Question, ...]
+    unverifiable: tuple[str, ...]
+    """A sentence for each domain about problems that have nothing to verify with."""
+    unverifiable_count: int
+    overlong_count: int
+    """Problems whose prompt is longer than `longest_prompt` tokens."""
+    longest_prompt: int
+
+    def left_out(self) -> list[str]:
+        """A line for each kind of problem that is not asked."""
+        found = [f"not measured: {sentence}" for sentence in self.unverifiable]
+        if self.overlong_count:
+            found.append(f"not measured: {self.overlong_count} prompts of more than {self.longest_prompt} tokens")
+        return found
+
+
+def read_questions(settings: EvalSettings) -> Questions:
+    """Read the problems and build their prompts with the model's own tokenizer.
+
+    Raises UserError where the problems, the tokenizer or the model's context do not serve, or nothing is left.
+    """
+    loaded = load_records(settings.problems)
+    records = {problem.id: record for problem, record in loaded}
+    problems = [problem for problem, _ in loaded if verifiable(problem)]
+    unverifiable = missing_for([problem for problem, _ in loaded], "verification")
+    if not problems:
+        raise UserError("\n".join(unverifiable))
+    model = AutoConfig.from_pretrained(settings.model).get_text_config()
+    longest = _longest_prompt(settings, model.max_position_embeddings)
+    builder = PromptBuilder(AutoTokenizer.from_pretrained(settings.model), settings.prompt)
+    prompted = drop_overlong(problems, builder, longest)
+    _check_vocabulary(settings.model, model.vocab_size, prompted.prompts)
+    questions = [
+        Question(problem, records[problem.id], Prompt(problem.id, ids), _key(problem, ids))
+        for problem, ids in zip(prompted.problems, prompted.prompts, strict=True)
+    ]
+    return Questions(tuple(questions), tuple(unverifiable), len(loaded) - len(problems), prompted.dropped, longest)
+
+
+def _longest_prompt(settings: EvalSettings, positions: int) -> int:
+    room = positions - settings.sampling.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens is {settings.sampling.max_new_tokens}, but {settings.model} was made for {positions} "
+            "positions, prompt included; lower --max-new-tokens."
+        )
+    return min(room, settings.problems.max_prompt_tokens or room)
+
+
+def _key(problem: Problem, prompt_ids: Sequence[int]) -> str:
+    tests = [asdict(test) for test in problem.tests]
+    return question_key(list(prompt_ids), problem.domain, problem.answer, list(problem.choices), tests)
+
+
+def _check_vocabulary(model: str, size: int, prompts: Sequence[Sequence[int]]) -> None:
+    """A token that the model does not have would end the server."""
+    largest = max(max(ids) for ids in prompts)
+    if largest >= size:
+        raise UserError(
+            f"The tokenizer in {model} gives token {largest}, but its model has {size} tokens; use the model's own."
+        )

@@ -1,0 +1,85 @@
+"""What an evaluation found: for people a table, for machines JSON, for training the problems not yet solved."""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from exprl_megatron.evaluation.evaluate import Evaluation
+from exprl_megatron.evaluation.settings import EvalSettings
+from exprl_megatron.evaluation.table import evaluation_table
+from exprl_megatron.evaluation.tally import estimates
+from exprl_megatron.files import write_atomically
+
+
+def result_table(settings: EvalSettings, evaluation: Evaluation) -> Table:
+    """pass@k with its intervals."""
+    found = estimates([result.tally for result in evaluation.results], settings.k, settings.confidence)
+    name = Path(settings.model).name or settings.model
+    return evaluation_table({name: found}, settings.problems.source, settings.confidence)
+
+
+def result_lines(settings: EvalSettings, evaluation: Evaluation) -> list[str]:
+    """What the table does not say: lengths, abstentions, problems left out, ks out of reach."""
+    record = result_record(settings, evaluation)
+    lines = [f"{record['mean_tokens']:.0f} tokens a sample, {record['overlong_share']:.1%} ended by the length limit"]
+    abstained = record["abstained"]
+    if abstained["samples"]:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in abstained["reasons"].items())
+        lines.append(f"abstentions: {abstained['samples']} samples of {abstained['problems']} problems ({reasons})")
+        lines.append(f"problems without any verdict: {abstained['problems_without_verdict']}")
+    for what, number in record["left_out"].items():
+        if number:
+            lines.append(f"{number} problems left out: {what}")
+    estimated = {estimate["k"] for estimate in record["estimates"]}
+    lines += [f"pass@{k} needs {k} graded samples, which no problem has" for k in settings.k if k not in estimated]
+    return lines
+
+
+def result_record(settings: EvalSettings, evaluation: Evaluation) -> dict:
+    """All figures in JSON's terms; `counts` holds [graded samples, correct ones] of each problem."""
+    results = evaluation.results
+    samples = settings.samples * len(results)
+    reasons = sum((Counter(result.tally.abstained) for result in results), Counter())
+    found = estimates([result.tally for result in results], settings.k, settings.confidence)
+    return {
+        "model": settings.model,
+        "problems": settings.problems.source,
+        "samples": settings.samples,
+        "sampling": settings.sampling.model_dump(mode="json"),
+        "seed": settings.seed,
+        "confidence": settings.confidence,
+        "estimates": [asdict(estimate) for estimate in found],
+        "mean_tokens": sum(result.tokens for result in results) / samples,
+        "overlong_share": sum(result.overlong for result in results) / samples,
+        "abstained": {
+            "samples": reasons.total(),
+            "problems": sum(bool(result.tally.abstained) for result in results),
+            "problems_without_verdict": sum(not result.tally.graded for result in results),
+            "reasons": dict(sorted(reasons.items())),
+        },
+        "left_out": {
+            "nothing to verify with": evaluation.asked.unverifiable_count,
+            "prompt too long": evaluation.asked.overlong_count,
+        },
+        "counts": {result.problem_id: [result.tally.graded, result.tally.correct] for result in results},
+    }
+
+
+def write_record(path: Path, settings: EvalSettings, evaluation: Evaluation) -> None:
+    """Write the figures."""
+    write_atomically(path, (json.dumps(result_record(settings, evaluation), indent=1) + "\n").encode())
+
+
+def write_unsolved(path: Path, evaluation: Evaluation, max_solve_rate: float) -> int:
+    """Write the records of the problems of which at most that share of the graded samples is right; how many.
+
+    Records are written as they were read. Problems without any verdict are left out: nobody knows.
+    """
+    pairs = zip(evaluation.asked.questions, evaluation.results, strict=True)
+    rates = [(question.record, result.tally.solve_rate) for question, result in pairs]
+    kept = [record for record, rate in rates if rate is not None and rate <= max_solve_rate]
+    write_atomically(path, "".join(json.dumps(record, default=str) + "\n" for record in kept).encode())
+    return len(kept)

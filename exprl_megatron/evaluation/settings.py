@@ -1,0 +1,57 @@
+"""What `exprl eval` measures and how."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from exprl_megatron.config.base import Config
+from exprl_megatron.config.problems import ProblemsConfig, PromptConfig
+from exprl_megatron.config.serving import SamplingConfig, ServerConfig
+from exprl_megatron.errors import UserError
+
+
+class EvalSettings(Config):
+    """One model on one set of problems."""
+
+    model: str
+    """Directory in Hugging Face form."""
+    problems: ProblemsConfig
+    directory: str
+    """All that is sampled and measured is kept here."""
+    samples: PositiveInt = 128
+    k: tuple[PositiveInt, ...] = (1, 4, 16, 128)
+    sampling: SamplingConfig = SamplingConfig(temperature=0.8, max_new_tokens=16_384)
+    prompt: PromptConfig = PromptConfig()
+    seed: NonNegativeInt = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    server: ServerConfig = ServerConfig()
+    concurrency: PositiveInt = 1024
+    """Samples under way at one server, in whole problems."""
+    confidence: float = Field(0.95, gt=0, lt=1)
+    verifier_deadline_s: float = Field(10.0, gt=0)
+    """For the comparison of one answer."""
+    program_deadline_s: float = Field(120.0, gt=0)
+    """For all tests of one program."""
+    verifier_workers: PositiveInt = 1
+
+    def check(self) -> None:
+        """Raise UserError where the settings contradict each other."""
+        found = [
+            f"k contains {k}, more than the {self.samples} samples; raise --samples."
+            for k in self.k
+            if k > self.samples
+        ]
+        found += self.prompt.violations(self)
+        if found:
+            raise UserError("\n".join(found))
+
+    def identity(self, model: str) -> dict:
+        """What must be the same for results to count together, in JSON's terms; `model` is a hash of its content."""
+        return {
+            "model": model,
+            "samples": self.samples,
+            "sampling": self.sampling.model_dump(mode="json"),
+            "prompt": self.prompt.model_dump(mode="json"),
+            "seed": self.seed,
+            "dtype": self.dtype,
+        }

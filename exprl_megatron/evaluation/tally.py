@@ -1,0 +1,38 @@
+"""What the verifier found about the samples of one problem, and what that says of pass@k."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from exprl_megatron.evaluation.pass_at_k import PassAtK, estimate_pass_at_k
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Verdicts on the samples of one problem; abstentions are no part of `graded`."""
+
+    graded: int
+    correct: int
+    abstained: dict[str, int] = field(default_factory=dict)
+    """How many by reason."""
+
+    @property
+    def solve_rate(self) -> float | None:
+        """Share of the graded samples that are correct; None where there are none."""
+        return self.correct / self.graded if self.graded else None
+
+
+def tally(judgements: Iterable[Judgement]) -> Tally:
+    """Count a verifier's judgements, whose scores are 0 or 1."""
+    found = list(judgements)
+    scores = [judgement.value for judgement in found if isinstance(judgement, Scored)]
+    reasons = Counter(judgement.reason for judgement in found if isinstance(judgement, Abstained))
+    return Tally(len(scores), round(sum(scores)), dict(sorted(reasons.items())))
+
+
+def estimates(tallies: Sequence[Tally], ks: Sequence[int], confidence: float) -> list[PassAtK]:
+    """pass@k over problems for each k that any problem has enough graded samples for."""
+    counts = [(each.graded, each.correct) for each in tallies]
+    reachable = max((graded for graded, _ in counts), default=0)
+    return [estimate_pass_at_k(counts, k, confidence) for k in ks if k <= reachable]
