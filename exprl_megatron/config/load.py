@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from omegaconf import Container, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
@@ -15,25 +15,43 @@ from exprl_megatron.config.base import Config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 
+_TO_REFER_TO = "x-"
+
 
 def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
     """The run's config; relative paths in it are taken from the working directory.
 
-    Raises UserError with one sentence for each violation, all of them at once.
+    `extends: FILE` puts the file over another one (its path is relative to the file); top-level keys that
+    begin with `x-` are for `${x-...}` to refer to. Raises UserError with one sentence for each violation,
+    all of them at once.
     """
     path = Path(path)
+    tree = _loaded(path)
+    for override in overrides:
+        _override(tree, override, path)
+    try:
+        resolved = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; mend the ${{...}}.") from error
+    if isinstance(resolved, dict):
+        resolved = {key: value for key, value in resolved.items() if not str(key).startswith(_TO_REFER_TO)}
+    return check_config(resolved, str(path))
+
+
+def _loaded(path: Path, above: tuple[Path, ...] = ()) -> Container:
+    """The file's tree over that of the file that it extends; `above` are the files that extend it."""
     if not path.is_file():
         raise UserError(f"There is no config file {path}; give the path of a YAML file.")
+    if path.resolve() in above:
+        raise UserError(f"{path} extends itself; take its `extends` out.")
     try:
         tree = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not YAML: {_one_line(error)}; mend that line.") from error
-    for override in overrides:
-        _override(tree, override, path)
-    try:
-        return check_config(OmegaConf.to_container(tree, resolve=True), str(path))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; mend the ${{...}}.") from error
+    if not isinstance(tree, DictConfig) or "extends" not in tree:
+        return tree
+    below = path.parent / str(tree.pop("extends"))
+    return OmegaConf.merge(_loaded(below, (*above, path.resolve())), tree)
 
 
 def _override(tree: Container, override: str, path: Path) -> None:

@@ -34,6 +34,11 @@ class RlStage(Stage):
     verifier_deadline_s: float = Field(5.0, gt=0)
     """For the answer of one trace; in stages with a judge the finding is only logged."""
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether the loss compares with the stage's starting policy."""
+        return self.loss.kl_coefficient > 0
+
     def violations(self, whole) -> list[str]:
         found = []
         if self.problems_per_step % self.updates_per_step:
@@ -57,6 +62,11 @@ class JudgedStage(RlStage):
         if whole.judge is None:
             found.append(f"stage {self.name} ({self.kind}) needs a judge; add the section `judge`.")
         return found
+
+    @property
+    def units_per_trace(self) -> int:
+        """How often one trace is judged, at most."""
+        return 1
 
 
 class ExprlOutcomeStage(JudgedStage):
@@ -83,17 +93,29 @@ class ExprlProcessStage(JudgedStage):
     segments: SegmentsConfig = SegmentsConfig()
     overlong: Literal["zero", "penalise", "exclude"] = "zero"
     """Advantages of a trace that ran into max_new_tokens: 0, minus the group's mean last score, or left out."""
+    allow_off_policy: bool = False
+    """Take several updates on one step's traces all the same."""
     routes: dict[Domain, RouteConfig] = Field(default_factory=dict)
     """Other units and estimators for some domains."""
 
     def violations(self, whole) -> list[str]:
         found = super().violations(whole)
-        if self.updates_per_step > 1:
+        if self.updates_per_step > 1 and not self.allow_off_policy:
             found.append(
                 f"stage {self.name}: process rewards need strictly on-policy updates, but updates_per_step is "
-                f"{self.updates_per_step}; set it to 1."
+                f"{self.updates_per_step}; set it to 1, or allow_off_policy to true."
+            )
+        if self.overlong != "zero" and self.variant != "recommended":
+            found.append(
+                f"stage {self.name}: overlong is {self.overlong}, but the variant {self.variant} says itself what "
+                "becomes of overlong traces; set overlong to zero."
             )
         return found
+
+    @property
+    def units_per_trace(self) -> int:
+        """How often one trace is judged, at most."""
+        return self.segments.max_segments or self.sampling.max_new_tokens
 
     def route(self, domain: Domain) -> RouteConfig:
         """How problems of `domain` are judged."""
@@ -127,6 +149,11 @@ class SelfDistillStage(RlStage):
     )
     """`user` shows {problem} and {reference}."""
     aggregation: Aggregation = "sequence-mean"
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether the loss compares with the stage's starting policy: the teacher."""
+        return True
 
     def violations(self, whole) -> list[str]:
         found = super().violations(whole)

@@ -9,11 +9,13 @@ from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.disk import DiskTransport
 from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.journal import Journal
+from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
@@ -29,12 +31,13 @@ def assemble(config: RunConfig, paths: RunDirectory, servers: list[dict]) -> Run
     checkpoint = conductor.everywhere(lambda: latest_checkpoint(paths.checkpoints))
     place = Place() if checkpoint is None else Place.from_record(read_extra(checkpoint))
     clients = _clients(config, servers, "policy", config.server.request_deadline_s)
-    judges = _clients(config, servers, "judge", config.judge.deadline_s) if config.judge is not None else []
+    judges = _judges(config, servers)
     rollouts, evaluator, console = None, None, None
     if conductor.here:
         console = Console(config, paths, place)
-        rollouts = Rollouts(config, Journal(paths.journal), conductor, clients, judges, console)
-        evaluator = Evaluator(config, paths, rollouts, console)
+        judging = JudgingSide(config, paths.judgements, judges, conductor, console)
+        rollouts = Rollouts(config, Journal(paths.journal), conductor, clients, judges, judging, console)
+        evaluator = Evaluator(config, paths, rollouts, judging, console)
     # Prompts first: what is wrong with them is known before the servers are up, and so is the policy.
     conductor.everywhere(lambda: rollouts.prepare())
     policy = Policy(_starting_policy(config, paths, place), config.seed)
@@ -50,6 +53,12 @@ def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):
         return config.policy
     model = paths.models / config.stages[place.stage - 1].name
     return config.policy.model_copy(update={"model": str(model), "initialise": "weights"})
+
+
+def _judges(config: RunConfig, servers: list[dict]) -> list[SGLangClient | OpenAIEndpoint]:
+    if not config.judges:
+        return []
+    return judge_endpoints(config.judge) or _clients(config, servers, "judge", config.judge.deadline_s)
 
 
 def _clients(config: RunConfig, servers: list[dict], kind: str, deadline_s: float) -> list[SGLangClient]:

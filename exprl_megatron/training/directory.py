@@ -25,6 +25,7 @@ class RunDirectory:
         self.tensorboard = self.root / "tensorboard"
         self.metrics = self.root / "metrics.jsonl"
         self.sync = self.root / "sync"
+        self.judgements = self.root / "judgements.sqlite"
         self.servers = self.root / "servers.json"
 
     def claim(self, config: RunConfig, resume: bool) -> "Claim":

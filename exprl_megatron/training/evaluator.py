@@ -8,16 +8,20 @@ from exprl_megatron.evaluation.pass_at_k import PassAtK, estimate_pass_at_k
 from exprl_megatron.rewards.math_answer import DEADLINE_S
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory, write_atomically
+from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.rollouts import Rollouts
 
 
 class Evaluator:
     """Lives on rank 0; one JSON file for each evaluation: {counts: {problem: [graded, correct]}, estimates: [...]}."""
 
-    def __init__(self, config: RunConfig, paths: RunDirectory, rollouts: Rollouts, console: Console):
+    def __init__(
+        self, config: RunConfig, paths: RunDirectory, rollouts: Rollouts, judging: JudgingSide, console: Console
+    ):
         self._config = config
         self._directory = paths.evaluations
         self._rollouts = rollouts
+        self._judging = judging
         self._console = console
 
     def done(self, name: str) -> bool:
@@ -37,7 +41,7 @@ class Evaluator:
             settings.samples,
             settings.sampling,
             version,
-            self._rollouts.verifier(DEADLINE_S),
+            self._judging.grade_by_answer(DEADLINE_S),
         )
         counts = {group.problem_id: (len(group.scores), int(sum(group.scores))) for group in groups}
         estimates = [estimate_pass_at_k(list(counts.values()), k, settings.confidence) for k in settings.k]

@@ -52,7 +52,7 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
         specs += server_specs(
             "policy", config.policy.model, config.server, directory.logs, dtype=dtype, seed=config.seed
         )
-    if config.judges:
+    if config.judges and not config.judge.endpoints:
         judge = config.judge
         specs += server_specs("judge", judge.model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
     return specs

@@ -1,20 +1,23 @@
 """The algorithm.
 
 A run is a list of stages. In a stage that learns from its own traces, one step is: sample K traces of each
-problem under the newest weights; grade each trace as soon as it is finished (judge: ExpRL; verifier:
-sparse-reward RL); turn the grades of a group into advantages; take one or more clipped policy-gradient
-steps; send the new weights to the samplers. Every rank executes this file; rank 0 talks to the servers.
+problem under the newest weights; grade each trace as soon as it is finished (judge, whole or by segments:
+ExpRL; verifier: sparse-reward RL); turn the grades of a group into advantages; take one or more clipped
+policy-gradient steps; send the new weights to the samplers. Self-distillation has a teacher in the place of
+advantages. Every rank executes this file; rank 0 talks to the servers.
 """
 
 from dataclasses import replace
 
-from exprl_megatron.algorithms.objective import policy_objective, supervised_objective
-from exprl_megatron.config.stages import RlStage, SftStage
+from exprl_megatron.algorithms.aggregation import denominator
+from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
+from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.run import Run
-from exprl_megatron.training.sequences import sequences_of
+from exprl_megatron.training.sequences import update_sequences
 from exprl_megatron.training.statistics import group_statistics, update_statistics
+from exprl_megatron.training.teacher import student_and_teacher
 
 
 def run_stages(run: Run) -> None:
@@ -36,22 +39,33 @@ def run_stages(run: Run) -> None:
 def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     """Sample, grade, learn; the step's metrics."""
     groups = run.graded_groups(stage, step)
-    metrics = group_statistics(groups)
-    parts = [sequences_of(stage, part) for part in split(groups, stage.updates_per_step)]
+    metrics = group_statistics(groups, judged=isinstance(stage, JudgedStage))
     with run.clock("log_probs"):
-        parts = [with_log_probs(run, stage, part) for part in parts]
+        batches = [with_log_probs(run, stage, *batch) for batch in batches_of(run, stage, groups)]
     with run.clock("train"):
-        for part in parts:
-            if part:
-                metrics |= update(run, stage, part)
+        for batch in batches:
+            if batch:
+                metrics |= update(run, stage, batch)
     return metrics
 
 
-def with_log_probs(run: Run, stage: RlStage, sequences: list[Sequence]) -> list[Sequence]:
+def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> list[tuple[list[Sequence], list[Sequence]]]:
+    """For each update the sequences to learn from, and the same as the stage's starting policy reads them.
+
+    That differs in self-distillation alone, where it is the teacher and has the reference in its prompts.
+    """
+    if isinstance(stage, SelfDistillStage):
+        return [student_and_teacher(groups, run.teacher_prompts)]
+    return [(batch, batch) for batch in update_sequences(stage, groups)]
+
+
+def with_log_probs(
+    run: Run, stage: RlStage, sequences: list[Sequence], as_start_reads: list[Sequence]
+) -> list[Sequence]:
     """Add the log-probs under the stage's starting policy and, where a step has several updates, the old ones."""
     temperature = stage.sampling.temperature
-    if stage.loss.kl_coefficient > 0 and sequences:
-        start = run.policy.log_probs(sequences, temperature, start=True)
+    if stage.needs_start and sequences:
+        start = run.policy.log_probs(as_start_reads, temperature, start=True)
         sequences = [replace(s, start_log_probs=tuple(lp)) for s, lp in zip(sequences, start, strict=True)]
     if stage.updates_per_step > 1 and sequences:
         old = run.policy.log_probs(sequences, temperature)
@@ -60,11 +74,14 @@ def with_log_probs(run: Run, stage: RlStage, sequences: list[Sequence]) -> list[
 
 
 def update(run: Run, stage: RlStage, sequences: list[Sequence]) -> dict[str, float]:
-    """One optimizer step; the loss is the mean over all response tokens of `sequences`."""
-    tokens = sum(len(s.response_ids) for s in sequences)
-    objective = policy_objective(stage.loss)
-    sums = run.policy.accumulate(sequences, objective, stage.sampling.temperature, denominator=tokens)
-    metrics = update_statistics(sums, tokens)
+    """One optimizer step on the stage's loss, aggregated over all of `sequences` as the stage says."""
+    if isinstance(stage, SelfDistillStage):
+        aggregation, objective = stage.aggregation, distillation_objective(stage.aggregation)
+    else:
+        aggregation, objective = stage.loss.aggregation, policy_objective(stage.loss)
+    whole = denominator(aggregation, sequences, stage.sampling.max_new_tokens)
+    sums = run.policy.accumulate(sequences, objective, stage.sampling.temperature, denominator=whole)
+    metrics = update_statistics(sums, sum(len(s.response_ids) for s in sequences), whole)
     run.check_log_prob_gap(metrics)
     return metrics | run.apply_update()
 
@@ -76,9 +93,3 @@ def sft_step(run: Run, stage: SftStage, step: int) -> dict[str, float]:
     with run.clock("train"):
         sums = run.policy.accumulate(sequences, supervised_objective(), 1.0, denominator=tokens)
         return update_statistics(sums, tokens) | run.apply_update()
-
-
-def split(groups: list[Group], parts: int) -> list[list[Group]]:
-    """`groups` in `parts` runs of equal length."""
-    size = len(groups) // parts
-    return [groups[i * size : (i + 1) * size] for i in range(parts)]

@@ -1,13 +1,14 @@
 """Looks at everything that a run will read before any process is started."""
 
-from pathlib import Path
-
+from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import SftStage
+from exprl_megatron.config.stages import JudgedStage, SelfDistillStage, SftStage, SparseRlStage
 from exprl_megatron.errors import UserError
+from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.policy.architecture import check_layout, read_architecture
+from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
-from exprl_megatron.training.examples import read_examples
+from exprl_megatron.training.examples import check_source
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -24,8 +25,26 @@ def check_inputs(config: RunConfig) -> None:
 
         with Safetensors(config.policy.model, architecture):
             pass
-    for problems in config.problem_sets():
-        load_problems(problems)
+    for problems, needs in needed(config).items():
+        loaded = load_problems(problems)
+        lacking = [sentence for need in sorted(needs) for sentence in missing_for(loaded, need)]
+        if lacking:
+            raise UserError("\n".join(f"{problems.source}: {sentence}" for sentence in lacking))
     for stage in config.stages:
         if isinstance(stage, SftStage):
-            read_examples(Path(stage.examples))
+            check_source(stage)
+    if config.judges and config.judge.gate is not None:
+        read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
+
+
+def needed(config: RunConfig) -> dict[ProblemsConfig, set[Need]]:
+    """Every set of problems of the run, with what its stages need of them."""
+    found: dict[ProblemsConfig, set[Need]] = {}
+    for stage in config.stages:
+        if isinstance(stage, JudgedStage | SelfDistillStage | SftStage) and stage.problems is not None:
+            found.setdefault(stage.problems, set()).add("reference")
+        if isinstance(stage, SparseRlStage):
+            found.setdefault(stage.problems, set()).add("verification")
+    if config.evaluation is not None:
+        found.setdefault(config.evaluation.problems, set()).add("verification")
+    return found

@@ -1,33 +1,31 @@
 """The conductor's side of a step: problems out, graded groups back."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from transformers import AutoTokenizer
 
+from exprl_megatron.algorithms.advantages import informative
+from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
-from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage
+from exprl_megatron.config.stages import RlStage, SparseRlStage
 from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.judging.abstentions import check_abstention_rate
-from exprl_megatron.judging.judge import Judge
-from exprl_megatron.judging.judgement import Judgement
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.problems.order import problem_indices
-from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, drop_overlong
 from exprl_megatron.problems.sources import load_problems
-from exprl_megatron.rewards.math_answer import MathVerifier
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
-from exprl_megatron.training.journal import Journal
+from exprl_megatron.training.grading import Grade
+from exprl_megatron.training.journal import Journal, SampledStep
+from exprl_megatron.training.judging_side import JudgingSide
 
-Grade = Callable[[Problem, Trace], Awaitable[Judgement]]
 _HEALTH_POLL_S = 0.5
 
 
@@ -41,6 +39,7 @@ class Rollouts:
         conductor: Conductor,
         clients: Sequence[SGLangClient],
         judges: Sequence[SGLangClient],
+        judging: JudgingSide,
         console: Console,
     ):
         self._config = config
@@ -48,10 +47,10 @@ class Rollouts:
         self._conductor = conductor
         self._clients = clients
         self._judges = judges
+        self._judging = judging
         self._console = console
+        self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
         self._prompted: dict[ProblemsConfig, PromptedProblems] = {}
-        self._judge: Judge | None = None
-        self._verifier = MathVerifier() if config.samples else None
 
     async def open(self) -> None:
         """Open the connections and wait until every server is ready."""
@@ -63,15 +62,14 @@ class Rollouts:
         )
 
     async def close(self) -> None:
-        """Close the connections and end the verifier's processes."""
+        """Close the connections and the judging side."""
         for client in (*self._clients, *self._judges):
             await client.__aexit__()
-        if self._verifier is not None:
-            self._verifier.close()
+        self._judging.close()
 
     def prepare(self) -> None:
         """Read every problem and build every prompt that the run needs, so that bad input ends it at its start."""
-        builder = PromptBuilder(AutoTokenizer.from_pretrained(self._config.policy.model), self._config.prompt)
+        builder = PromptBuilder(self._tokenizer, self._config.prompt)
         for problems, sampling in self._config.problem_sets().items():
             room = self._config.policy.max_tokens - sampling.max_new_tokens
             limit = min(room, problems.max_prompt_tokens or room)
@@ -80,48 +78,48 @@ class Rollouts:
             self._prompted[problems] = prompted
             if prompted.dropped:
                 self._console.say(f"{problems.source}: {prompted.dropped} prompts of more than {limit} tokens left out")
-        if self._config.judges:
-            judge_tokenizer = AutoTokenizer.from_pretrained(self._config.judge.model)
-            self._judge = Judge(self._config.judge, self._judges, judge_tokenizer)
 
     def problem_count(self, problems: ProblemsConfig) -> int:
         """How many problems of the set have prompts that fit."""
         return len(self._prompted[problems])
 
-    def recall(self, stage: RlStage, step: int) -> list[Group] | None:
-        """The step's groups from the journal, or None where it was never sampled to its end."""
+    def recall(self, stage: RlStage, step: int) -> SampledStep | None:
+        """The step from the journal, or None where it was never sampled to its end."""
         return self._journal.read(stage.name, step)
 
-    def collect(self, stage: RlStage, step: int, drawn: int, version: str) -> list[Group]:
+    def collect(self, stage: RlStage, step: int, drawn: int, version: str) -> SampledStep:
         """Sample and grade the next problems after the first `drawn`, and put them into the journal.
 
-        Every trace must come from the weights `version`. Raises ServerError, or RunStopped where more
-        judgements than the config allows are abstentions.
+        Every trace must come from the weights `version`. Raises ServerError, or RunStopped where the judge fails
+        its gate or more judgements than the config allows are abstentions.
         """
+        self._judging.check_judge(stage, step)
+        sampled = self._sampled(stage, step, drawn, version)
+        self._judging.check_abstentions(stage, step, sampled.groups)
+        self._journal.write(stage.name, step, sampled)
+        return sampled
+
+    def _sampled(self, stage: RlStage, step: int, drawn: int, version: str) -> SampledStep:
+        """The step's groups; dynamic sampling replaces those that teach nothing, as long as rounds are left."""
+        grade = self._judging.grade(stage, self._tokenizer)
         count = len(self._prompted[stage.problems])
-        indices = problem_indices(self._config.seed, stage.name, drawn, stage.problems_per_step, count)
-        if isinstance(stage, ExprlOutcomeStage):
-            judge, bound = self._judge, self._config.judge.max_abstention_rate
-
-            def grade(problem: Problem, trace: Trace) -> Awaitable[Judgement]:
-                return judge.grade(problem, trace.text)
-
-        else:
-            grade, bound = self.verifier(stage.verifier_deadline_s), stage.max_abstention_rate
-        purpose = (stage.name, step)
-        groups = self.sample(purpose, stage.problems, indices, stage.group_size, stage.sampling, version, grade)
-        judgements = [member.judgement for group in groups for member in group.members]
-        check_abstention_rate(judgements, bound, f"stage {stage.name}, step {step}")
-        self._journal.write(stage.name, step, groups)
-        return groups
-
-    def verifier(self, deadline_s: float) -> Grade:
-        """Grades a trace by its final answer: 1 where it is right, else 0."""
-
-        async def verify(problem: Problem, trace: Trace) -> Judgement:
-            return await self._verifier.verify(problem.answer, trace.text, deadline_s)
-
-        return verify
+        wanted = stage.problems_per_step
+        rounds = stage.dynamic_sampling if isinstance(stage, SparseRlStage) else None
+        groups: list[Group] = []
+        dull: list[Group] = []
+        next_problem = drawn
+        for _ in range(1 + (rounds or 0)):
+            missing = wanted - len(groups)
+            indices = problem_indices(self._config.seed, stage.name, next_problem, missing, count)
+            next_problem += missing
+            purpose = (stage.name, step)
+            sampled = self.sample(purpose, stage.problems, indices, stage.group_size, stage.sampling, version, grade)
+            for group in sampled:
+                (groups if rounds is None or _teaches(stage, group) else dull).append(group)
+            if len(groups) == wanted:
+                break
+        # Where too few can be found, dull groups fill the step: its size, and so its place in the data, is kept.
+        return SampledStep(groups + dull[: wanted - len(groups)], next_problem - drawn)
 
     def sample(
         self,
@@ -140,12 +138,12 @@ class Rollouts:
         prompted = self._prompted[problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
         prompts = [Prompt(prompted.problems[i].id, prompted.prompts[i]) for i in indices]
-        judgements: dict[Trace, Judgement] = {}
+        graded: dict[Trace, GradedTrace] = {}
         with self._console.bar(" ".join(map(str, purpose)), len(prompts) * group_size) as bar:
 
-            async def graded(trace: Trace) -> None:
+            async def grade_one(trace: Trace) -> None:
                 bar.advance("sampled")
-                judgements[trace] = await grade(by_id[trace.problem_id], trace)
+                graded[trace] = await grade(by_id[trace.problem_id], trace)
                 bar.advance("graded")
 
             traces = self._conductor.run(
@@ -156,13 +154,20 @@ class Rollouts:
                     sampling,
                     lambda problem_id, k: sample_seed(self._config.seed, *purpose, problem_id, k),
                     weight_version=version,
-                    on_trace=graded,
+                    on_trace=grade_one,
                 )
             )
         return [
-            Group(prompt.problem_id, tuple(GradedTrace(trace, judgements[trace]) for trace in members))
+            Group(prompt.problem_id, tuple(graded[trace] for trace in members), by_id[prompt.problem_id].domain)
             for prompt, members in zip(prompts, traces, strict=True)
         ]
+
+
+def _teaches(stage: SparseRlStage, group: Group) -> bool:
+    """Whether the group's scores differ, so that some trace of it gets an advantage."""
+    judgements = [member.judgement for member in group.members]
+    overlong = [member.trace.overlong for member in group.members]
+    return bool(informative(*group_scores(judgements, overlong, stage.overlong)))
 
 
 def _check_vocabulary(model: str, prompted: PromptedProblems) -> None:

@@ -6,21 +6,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import RlStage, SftStage, Stage
+from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.examples import ExampleReader
+from exprl_megatron.training.journal import SampledStep
 from exprl_megatron.training.mismatch import check_log_prob_gap
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.sync import WeightSync
+from exprl_megatron.training.teacher import teacher_prompts
 
 
 class Run:
@@ -53,6 +58,7 @@ class Run:
         self._place = place
         self._resumed_from = resumed_from
         self._examples: ExampleReader | None = None
+        self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}
 
     def remaining_stages(self) -> Iterator[Stage]:
@@ -67,30 +73,38 @@ class Run:
 
     def open_stage(self, stage: Stage) -> None:
         """A fresh optimizer on the current weights, or the state of the checkpoint that the run resumes from."""
-        keep_start = isinstance(stage, RlStage) and stage.loss.kl_coefficient > 0
+        keep_start = isinstance(stage, RlStage) and stage.needs_start
         updates = stage.steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
         self.policy.begin_stage(stage.optimizer, updates, keep_start=keep_start)
         if self._resumed_from is not None and self._place.step > 0:
             load_checkpoint(self._resumed_from, self.policy)
         self._resumed_from = None
         self._examples = ExampleReader(self.config, stage) if isinstance(stage, SftStage) else None
+        if self._examples is not None and self._console is not None and self._examples.dropped:
+            self._console.say(f"{stage.name}: {self._examples.dropped} examples are too long and left out")
+        self._teacher_prompts = self._read_teacher_prompts(stage) if isinstance(stage, SelfDistillStage) else {}
 
     def graded_groups(self, stage: RlStage, step: int) -> list[Group]:
         """The step's groups, from the journal or freshly sampled under the newest weights; the same on every rank."""
-        groups = self._conductor.everywhere(lambda: self._rollouts.recall(stage, step))
-        if groups is None:
+        sampled = self._conductor.everywhere(lambda: self._rollouts.recall(stage, step))
+        if sampled is None:
             with self.clock("sync"):
                 self._sync.bring(self._place.weight_version)
             with self.clock("sample_and_grade"):
-                groups = self._conductor.everywhere(
+                sampled = self._conductor.everywhere(
                     lambda: self._rollouts.collect(stage, step, self._place.problems_drawn, self._place.weight_version)
                 )
-        self._count(stage, groups)
-        return groups
+        self._count(sampled)
+        return sampled.groups
 
     def sft_batch(self, stage: SftStage, step: int) -> list[Sequence]:
         """The rows of step `step`, tokenised."""
         return self._examples.batch(step, stage.batch_size)
+
+    @property
+    def teacher_prompts(self) -> dict[str, tuple[int, ...]]:
+        """What the stage's frozen teacher reads of each problem: its text and its reference."""
+        return self._teacher_prompts
 
     def apply_update(self) -> dict[str, float]:
         """Take the optimizer step for the accumulated gradients; its metrics."""
@@ -150,11 +164,16 @@ class Run:
             self._console.close()
         self._conductor.close()
 
-    def _count(self, stage: RlStage, groups: list[Group]) -> None:
-        members = [member for group in groups for member in group.members]
+    def _read_teacher_prompts(self, stage: SelfDistillStage) -> dict[str, tuple[int, ...]]:
+        tokenizer = AutoTokenizer.from_pretrained(self.config.policy.model)
+        room = self.config.policy.max_tokens - stage.sampling.max_new_tokens
+        return teacher_prompts(tokenizer, stage.teacher_prompt, load_problems(stage.problems), room)
+
+    def _count(self, sampled: SampledStep) -> None:
+        members = [member for group in sampled.groups for member in group.members]
         self._place = replace(
             self._place,
-            problems_drawn=self._place.problems_drawn + stage.problems_per_step,
+            problems_drawn=self._place.problems_drawn + sampled.problems_drawn,
             traces=self._place.traces + len(members),
             tokens=self._place.tokens + sum(len(member.trace.token_ids) for member in members),
             abstentions=self._place.abstentions + sum(member.score is None for member in members),

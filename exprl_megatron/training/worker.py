@@ -5,6 +5,7 @@ How it ends is told in RUN_DIRECTORY/logs/trainer-RANK.end, for the launcher to 
 
 import argparse
 import json
+import math
 import os
 import sys
 import traceback
@@ -65,8 +66,21 @@ def work(directory: Path, servers: list[dict]) -> None:
 
 def _longest_wait(config) -> float:
     """Ranks wait for the conductor in a collective; no step of its work may take longer than this, in seconds."""
-    judge = 0.0 if config.judge is None else config.judge.deadline_s + config.judge.server.start_deadline_s
+    judge = config.judge.server.start_deadline_s + _longest_judging(config) if config.judges else 0.0
     return config.server.start_deadline_s + config.server.request_deadline_s + config.sync.deadline_s + judge + 60.0
+
+
+def _longest_judging(config) -> float:
+    """Deadlines of a step's judgements, of which `concurrency` at a time are under way, and of a rubric before them."""
+    from exprl_megatron.config.stages import JudgedStage
+
+    units = max(
+        stage.problems_per_step * stage.group_size * stage.units_per_trace
+        for stage in config.stages
+        if isinstance(stage, JudgedStage)
+    )
+    rounds = math.ceil(units / config.judge.concurrency)
+    return rounds * config.judge.deadline_s + config.judge.rubric.deadline_s
 
 
 if __name__ == "__main__":

@@ -78,6 +78,29 @@ def test_overrides_reach_into_lists_and_keep_their_type(tmp_path):
     assert config.judge.server.port is None
 
 
+def test_a_file_lies_over_the_one_that_it_extends(tmp_path):
+    (tmp_path / "below.yaml").write_text(yaml.safe_dump(_tree() | {"seed": 5, "x-steps": 7}))
+    above = {
+        "extends": "below.yaml",
+        "directory": "elsewhere",
+        "policy": {"layout": {"tp": 4}},
+        "stages": [_tree()["stages"][1] | {"steps": "${x-steps}"}],
+    }
+    config = load_config(_file(tmp_path, above), ["x-steps=9"])
+    assert (config.seed, config.directory, config.policy.model) == (5, "elsewhere", "model")
+    assert config.policy.layout.tp == 4
+    assert [(stage.kind, stage.steps) for stage in config.stages] == [("sparse-rl", 9)]
+
+
+def test_a_file_that_extends_itself_is_refused(tmp_path):
+    (tmp_path / "below.yaml").write_text("extends: run.yaml\n")
+    assert "extends itself" in _only(tmp_path, {"extends": "below.yaml"})
+
+
+def test_a_file_that_extends_nothing_there_is_refused(tmp_path):
+    assert "There is no config file" in _only(tmp_path, {"extends": "below.yaml"})
+
+
 @pytest.mark.parametrize(
     ("override", "path", "near"),
     [
@@ -172,10 +195,35 @@ def test_unknown_keys_do_not_hide_what_contradicts_itself(tmp_path):
 
 def test_an_unknown_stage_is_refused_with_the_known_ones(tmp_path):
     line = _only(tmp_path, _tree(), "stages.0.kind=exprl")
-    assert "stages.0.kind is 'exprl'; set it to one of exprl-outcome, exprl-process, sparse-rl, self-distill, sft." in line
+    assert (
+        "stages.0.kind is 'exprl'; set it to one of exprl-outcome, exprl-process, sparse-rl, self-distill, sft." in line
+    )
     tree = _tree()
     del tree["stages"][0]["kind"]
     assert "stages.0.kind is missing" in _only(tmp_path, tree)
+
+
+def test_contradictions_within_a_route_and_of_process_rewards_are_found(tmp_path):
+    tree = _tree()
+    routes = {"code": {"unit": "prefix", "estimator": "outcome"}}
+    tree["stages"][0] |= {"kind": "exprl-process", "updates_per_step": 2, "routes": routes}
+    lines = _complaints(tmp_path, tree)
+    assert len(lines) == 2
+    assert "updates_per_step is 2" in lines[0]
+    assert "`outcome` needs `trace`" in lines[1]
+
+
+def test_a_teacher_that_never_sees_the_reference_is_refused(tmp_path):
+    tree = _tree()
+    tree["stages"][0] |= {"kind": "self-distill", "teacher_prompt": {"user": "{problem}"}}
+    assert "never shows the reference" in _only(tmp_path, tree)
+
+
+@pytest.mark.parametrize("source", [{}, {"examples": "a.jsonl", "problems": {"source": "b.jsonl"}}])
+def test_supervised_learning_wants_exactly_one_source(tmp_path, source):
+    tree = _tree()
+    tree["stages"] = [{"kind": "sft", "name": "sft", "steps": 1} | source]
+    assert "either `examples` or `problems`" in _only(tmp_path, tree)
 
 
 def test_an_empty_list_of_stages_is_refused(tmp_path):

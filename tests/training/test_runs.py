@@ -1,8 +1,10 @@
 """Whole runs on real servers: what is learned, what is kept, and what a kill -9 costs."""
 
 import filecmp
+import itertools
 import json
 import shutil
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -88,7 +90,7 @@ def test_traces_carry_the_version_of_the_weights_that_sampled_them(killed_run):
     for stage, step, version in (("prime", 1, "v0"), ("prime", 3, "v2"), ("sparse", 1, "v3")):
         versions = {
             span[0]
-            for group in journal.read(stage, step)
+            for group in journal.read(stage, step).groups
             for member in group.members
             for span in member.trace.weight_versions
         }
@@ -104,3 +106,58 @@ def test_the_models_of_both_stages_load_in_transformers_and_have_learned(killed_
         assert loaded.config.model_type == "qwen3"
         assert learned.keys() == start.keys()
         assert any(not learned[name].equal(start[name]) for name in start)
+
+
+@pytest.fixture(scope="module")
+def mixed_run(inputs, servers, tmp_path_factory):
+    """One or two steps of every other kind of stage, at TP2."""
+    stages = [
+        {
+            "kind": "exprl-process",
+            "name": "process",
+            "steps": 2,
+            "segments": {"splitter": "sentences", "min_tokens": 4},
+        },
+        {"kind": "self-distill", "name": "distill", "steps": 1, "teacher_prompt": {"user": "{problem} {reference}"}},
+        {"kind": "sparse-rl", "name": "dapo", "steps": 1, "dynamic_sampling": 1, "overlong": "exclude"},
+    ]
+    whole = run_config(tmp_path_factory.mktemp("mixed") / "run", **inputs)
+    shared = whole.stages[0].model_dump(
+        mode="json", include={"problems", "problems_per_step", "group_size", "sampling"}
+    )
+    sft = {"kind": "sft", "name": "sft", "steps": 1, "batch_size": 4, "problems": shared["problems"]}
+    config = run_config(Path(whole.directory), **inputs, stages=[stage | shared for stage in stages] + [sft])
+    finish(start_ranks(config, servers))
+    return config
+
+
+def test_every_segment_of_a_process_stage_is_judged(mixed_run):
+    sampled = Journal(RunDirectory(mixed_run.directory).journal).read("process", 1)
+    members = [member for group in sampled.groups for member in group.members]
+    assert max(len(member.segments) for member in members) > 1
+    for member in members:
+        bounds = [0, *(segment.end for segment in member.segments)]
+        assert bounds == [*(segment.start for segment in member.segments), len(member.trace.token_ids)]
+
+
+def test_every_kind_of_stage_learns_and_logs_what_it_did(mixed_run):
+    paths = RunDirectory(mixed_run.directory)
+    records = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    assert [record["stage"] for record in records] == ["process", "process", "distill", "dapo", "sft"]
+    assert {"segments/mean", "kl/start", "clip_share", "entropy"} <= records[0]["metrics"].keys()
+    weights = [load_file(paths.models / name / "model.safetensors") for name in ("process", "distill", "sft")]
+    for before, after in itertools.pairwise(weights):
+        assert any(not before[name].equal(after[name]) for name in before)
+
+
+def test_dynamic_sampling_draws_further_problems_in_the_place_of_equal_groups(mixed_run):
+    sampled = Journal(RunDirectory(mixed_run.directory).journal).read("dapo", 1)
+    assert len(sampled.groups) == 2
+    # An untrained model solves nothing, so that both groups are replaced once.
+    assert sampled.problems_drawn == 4
+
+
+def test_judgements_are_kept_by_content(mixed_run):
+    with sqlite3.connect(RunDirectory(mixed_run.directory).judgements) as store:
+        (count,) = store.execute("select count(*) from judgements").fetchone()
+    assert count > 0
