@@ -184,16 +184,7 @@ class JudgementStore:
         return self._entries(f"SELECT * FROM ({_ENTRIES}) WHERE key >= ? AND key < ? ORDER BY key", (prefix, end))
 
     def _entries(self, sql: str, parameters: tuple) -> list[Entry]:
-        return [
-            Entry(
-                key,
-                json.loads(zlib.decompress(asked)),
-                answer,
-                created,
-                _judgement(*judgement) if rubric is None else rubric,
-            )
-            for key, asked, answer, created, rubric, *judgement in self._run(sql, parameters)
-        ]
+        return [_entry(*row) for row in self._run(sql, parameters)]
 
     def _check(self) -> None:
         """That the file is a store, and of this version."""
@@ -230,6 +221,11 @@ def _create(path: Path) -> None:
         return  # another process was first, and its file is as good
     finally:
         new.unlink(missing_ok=True)
+
+
+def _entry(key: str, asked: bytes, answer: str, created: float, rubric: str | None, *judgement) -> Entry:
+    result = _judgement(*judgement) if rubric is None else rubric
+    return Entry(key, json.loads(zlib.decompress(asked)), answer, created, result)
 
 
 def _judgement(value: float | None, reason: str | None, evidence: str) -> Judgement:

@@ -113,7 +113,7 @@ def test_a_resumed_run_asks_only_for_what_it_has_not(tmp_path):
 def test_writers_at_once_and_one_killed_lose_nothing_that_was_kept(tmp_path):
     file = tmp_path / "s.sqlite"
     victim = start_writer(file, 0, 10_000_000, 0.125)
-    others = [start_writer(file, first, first + 400, score) for first, score in ((0, 0.25), (200, 0.5), (0, 0.75))]
+    others = [start_writer(file, first, first + 800, score) for first, score in ((0, 0.25), (200, 0.5), (0, 0.75))]
     promised = {victim.stdout.readline().strip() for _ in range(300)}
     victim.kill()
     promised |= {line.strip() for line in victim.stdout if line.endswith("\n")}
@@ -123,7 +123,7 @@ def test_writers_at_once_and_one_killed_lose_nothing_that_was_kept(tmp_path):
         assert process.returncode == 0
     assert integrity(file) == "ok"
     with JudgementStore(file) as store:
-        assert {key_of(number) for number in range(600)} <= promised
+        assert {key_of(number) for number in range(1000)} <= promised
         assert all(store.find_judgement(key).value in (0.125, 0.25, 0.5, 0.75) for key in promised)
         store.keep_judgement(KEY, {}, "after the kill", Scored(1.0))
         assert store.find_judgement(KEY) == Scored(1.0)
