@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class LeakGuard:
     """
 
     def __init__(self, config: LeakGuardConfig, problems: Iterable[Problem]):
-        self._n = config.ngram_words
+        self._config = config
         self._canary = _squeezed(config.canary) if config.canary is not None else None
         if self._canary is not None and len(self._canary) < SHORTEST_CANARY:
             raise UserError(
@@ -114,7 +115,9 @@ class LeakGuard:
             problems = self._problems[problem_id]
             statements = [_hashed_words(statement) for statement in {problem.statement for problem in problems}]
             texts = {problem.reference.for_judge() for problem in problems if problem.reference is not None}
-            hidden = [_hidden(_hashed_words(text), statements, self._n) for text in sorted(texts)]
+            # A planted canary is no part of the solution: a short one has to be found without it too.
+            solutions = [text.replace(self._config.canary or "", "") for text in sorted(texts)]
+            hidden = [_hidden(_hashed_words(text), statements, self._config.ngram_words) for text in solutions]
             self._hidden[problem_id] = [(n, ngrams) for n, ngrams in hidden if len(ngrams)]
         return self._hidden[problem_id]
 
@@ -138,6 +141,7 @@ def _overlap(words: np.ndarray, hidden: np.ndarray, n: int) -> Overlap:
     return Overlap(len(places), int(places[0]) + 1, int(places[-1]) + n, n, reproduced)
 
 
+@lru_cache(maxsize=2)  # the traces of a group share their request, and a trace is compared more than once
 def _hashed_words(text: str) -> np.ndarray:
     """64-bit hashes of the words, uint64 [words], alike for any case, blanks and punctuation; for this process only."""
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())

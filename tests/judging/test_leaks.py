@@ -140,6 +140,15 @@ def test_a_planted_canary_is_found_in_requests_and_traces(text):
     watching.check_trace("p", "First a, then b.")
 
 
+def test_a_short_solution_is_found_with_its_canary_and_without():
+    problem = Problem("c", "Q 7 s1 + 5 s2 * 3 A", Reference(f"s2 36 ans 36\n{CANARY}"))
+    watching = guard(problem, canary=CANARY)
+    watching.check_request("c", problem.statement)
+    for leaked in ("s2 36 ans 36", f"s2 36 ans 36\n{CANARY}"):
+        with pytest.raises(RunStopped, match="runs of 4 words"):
+            watching.check_request("c", f"{problem.statement} REF {leaked} A")
+
+
 def test_a_trace_may_find_the_reference_by_itself():
     guard(canary=CANARY).check_trace("p", SOLUTION)
 
