@@ -64,6 +64,34 @@ app.command("eval")(eval_command)
 
 
 @app.command()
+def judgement(
+    hash: Annotated[
+        str | None, typer.Argument(help="Its first six digits or more; the latest are listed without one.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="The directory of a run that judged.")] = None,
+    store: Annotated[Path | None, typer.Option(help="The file that judge.store names.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Show what the judge, or the builder of a rubric, was asked and what it answered."""
+    from exprl_megatron.training.stored_judgements import show_judgement
+
+    show_judgement(hash, run, store, json)
+
+
+@app.command("leak-scan")
+def leak_scan(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    canary: Annotated[str | None, typer.Option(help="Look for this instead of leak_guard.canary.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Look through a run's saved rollouts for references; exit status 1 where one has leaked."""
+    from exprl_megatron.training.leak_scan import report_leaks
+
+    if report_leaks(run, canary, json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:

@@ -47,7 +47,8 @@ class JudgeConfig(Config):
     """Environment variable that holds the endpoints' key."""
     prompt: str | None = None
     """For whole traces of every domain: a prompt shipped in judging/prompts, or the path of a prompt file.
-    None: the shipped one of the problem's domain."""
+    None: the shipped one of the problem's domain. A prompt that shows {rubric} is for marking checkpoints, another one
+    for judging by the reference; where the other kind of judging is needed the shipped prompt is taken."""
     prefix_prompt: str | None = None
     """The same for prefixes."""
     segment_prompt: str | None = None
@@ -88,6 +89,8 @@ class JudgeConfig(Config):
 
     def violations(self, whole) -> list[str]:
         found = []
+        if self.gate is not None and not self.show_reference and self.gate.min_separation > 0:
+            found.append("judge.gate asks for a separation that no judge has without show_reference; drop one.")
         if self.endpoints and self.score_format == "constrained":
             found.append(
                 "judge.score_format is constrained, but nothing constrains what judge.endpoints write; set it to free."

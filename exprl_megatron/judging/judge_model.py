@@ -50,7 +50,7 @@ def _update_by_weights(digest: "hashlib._Hash", path: Path) -> None:
         if size <= _WHOLE_BYTES:
             digest.update(file.read())
             return
-        digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
+        digest.update(file.read(int.from_bytes(file.read(8), "little")))
         for i in range(_SAMPLES):
             file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))

@@ -20,7 +20,7 @@ class Abstained:
     """No verdict: out of the loss, out of the group's statistics, and counted.
 
     `reason` is a short stable word: unreadable, out-of-range, timeout, too-long, refused, server-error,
-    verifier-timeout, verifier-error, no-verifier.
+    verifier-timeout, verifier-error, no-verifier, no-sandbox.
     """
 
     reason: str

@@ -1,6 +1,6 @@
 """The process in which math-verify runs, so that it can be killed: JSON lines in, JSON lines out.
 
-A request is {"gold": text, "answer": text, "limit_s": seconds}; the reply is {"equal": bool} or
+A request is {"gold": text, "answer": text, "limit_s": seconds, "variant": name}; the reply is {"equal": bool} or
 {"reason": "verifier-error", "error": text}. The process prints {"ready": true} once it is warm, and ends
 when its input does.
 """
@@ -33,7 +33,8 @@ def serve() -> None:
         # The parent kills a process that hangs; this ends one whose parent was itself killed.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["limit_s"])
         try:
-            reply = {"equal": _equal(parse, verify, request["gold"], request["answer"])}
+            equal = _equal_as_released if request["variant"] == "code" else _equal
+            reply = {"equal": equal(parse, verify, request["gold"], request["answer"])}
         except Exception as error:  # whatever it is, the parent hears of it
             reply = {"reason": "verifier-error", "error": f"{type(error).__name__}: {error}"[:300]}
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -47,6 +48,12 @@ def _equal(parse, verify, gold: str, answer: str) -> bool:
     if not wanted:
         raise ValueError(f"the right answer {gold!r} is nothing that math-verify can read")
     return verify(wanted, _parsed(parse, answer), timeout_seconds=None, raise_on_error=True)
+
+
+def _equal_as_released(parse, verify, gold: str, boxed_tail: str) -> bool:
+    """`boxed_tail` is the trace from its last box on; math-verify looks for the answer in it."""
+    answer = parse(boxed_tail, parsing_timeout=None, raise_on_error=True)
+    return verify(_parsed(parse, gold), answer, strict=True, timeout_seconds=None, raise_on_error=True)
 
 
 def _parsed(parse, text: str) -> list:

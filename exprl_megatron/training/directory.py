@@ -69,7 +69,9 @@ class RunDirectory:
 
 
 def read_config(directory: RunDirectory) -> RunConfig:
-    """The resolved config that the run's directory holds."""
+    """The resolved config that the run's directory holds; UserError where there is none."""
+    if not directory.config.is_file():
+        raise UserError(f"There is no run in {directory.root}; give the directory of one.")
     return check_config(yaml.safe_load(directory.config.read_text()), str(directory.config))
 
 

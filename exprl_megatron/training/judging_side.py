@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import JudgedStage, RlStage
+from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
 from exprl_megatron.judging.abstentions import AbstentionWindow
 from exprl_megatron.judging.gate import JudgeGate
 from exprl_megatron.judging.judge import Judge
@@ -65,6 +65,8 @@ class JudgingSide:
 
     def check_abstentions(self, stage: RlStage, step: int, groups: Sequence[Group]) -> None:
         """Raise RunStopped where too many of the latest judgements are abstentions."""
+        if isinstance(stage, SelfDistillStage):
+            return  # learns without grades
         judged = isinstance(stage, JudgedStage)
         rate = self._config.judge.max_abstention_rate if judged else stage.max_abstention_rate
         judgements = [member.judgement for group in groups for member in group.members]

@@ -7,14 +7,21 @@ from collections.abc import Sequence
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.serving.launch import Server, ServerSpec, check_servers, launch_servers, server_specs, stop_servers
+from exprl_megatron.serving.launch import (
+    SERVED_DTYPES,
+    Server,
+    ServerSpec,
+    check_servers,
+    launch_servers,
+    server_specs,
+    stop_servers,
+)
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.training.directory import RunDirectory, write_atomically
 from exprl_megatron.training.preflight import check_inputs
 from exprl_megatron.training.ranks import TrainerRanks
 
 _POLL_S = 0.2
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def launch(config: RunConfig, resume: bool) -> None:
@@ -47,7 +54,7 @@ def launch(config: RunConfig, resume: bool) -> None:
 def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpec]:
     """The servers that the stages and the evaluation of `config` need."""
     specs: list[ServerSpec] = []
-    dtype = _DTYPES[config.policy.precision]
+    dtype = SERVED_DTYPES[config.policy.precision]
     if config.samples:
         specs += server_specs(
             "policy", config.policy.model, config.server, directory.logs, dtype=dtype, seed=config.seed

@@ -12,6 +12,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.config.stages import RlStage, SparseRlStage
 from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, drop_overlong
@@ -51,6 +52,7 @@ class Rollouts:
         self._console = console
         self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
         self._prompted: dict[ProblemsConfig, PromptedProblems] = {}
+        self._guards: dict[ProblemsConfig, LeakGuard] = {}
 
     async def open(self) -> None:
         """Open the connections and wait until every server is ready."""
@@ -76,6 +78,7 @@ class Rollouts:
             prompted = drop_overlong(load_problems(problems), builder, limit)
             _check_vocabulary(self._config.policy.model, prompted)
             self._prompted[problems] = prompted
+            self._guards[problems] = LeakGuard(self._config.leak_guard, prompted.problems)
             if prompted.dropped:
                 self._console.say(f"{problems.source}: {prompted.dropped} prompts of more than {limit} tokens left out")
 
@@ -134,15 +137,19 @@ class Rollouts:
         """`group_size` graded traces for each of the problems at `indices`, in that order.
 
         A trace is graded as soon as it is finished. `purpose` (stage and step) is shown and seeds the samples.
+        Raises RunStopped before anything is sent where a prompt holds a piece of its problem's reference.
         """
-        prompted = self._prompted[problems]
+        prompted, guard = self._prompted[problems], self._guards[problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
         prompts = [Prompt(prompted.problems[i].id, prompted.prompts[i]) for i in indices]
+        for prompt in prompts:
+            guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids))
         graded: dict[Trace, GradedTrace] = {}
         with self._console.bar(" ".join(map(str, purpose)), len(prompts) * group_size) as bar:
 
             async def grade_one(trace: Trace) -> None:
                 bar.advance("sampled")
+                guard.check_trace(trace.problem_id, trace.text)
                 graded[trace] = await grade(by_id[trace.problem_id], trace)
                 bar.advance("graded")
 

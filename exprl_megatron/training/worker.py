@@ -71,14 +71,17 @@ def _longest_wait(config) -> float:
 
 
 def _longest_judging(config) -> float:
-    """Deadlines of a step's judgements, of which `concurrency` at a time are under way, and of a rubric before them."""
+    """Deadlines of a step's judgements and the gate's, `concurrency` at a time under way, and of a rubric."""
     from exprl_megatron.config.stages import JudgedStage
+    from exprl_megatron.judging.judged_traces import read_judged_traces
 
     units = max(
         stage.problems_per_step * stage.group_size * stage.units_per_trace
         for stage in config.stages
         if isinstance(stage, JudgedStage)
     )
+    if config.judge.gate is not None:
+        units += 3 * len(read_judged_traces(config.judge.gate.traces, config.judge.gate.limit))
     rounds = math.ceil(units / config.judge.concurrency)
     return rounds * config.judge.deadline_s + config.judge.rubric.deadline_s
 

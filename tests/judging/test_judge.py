@@ -14,7 +14,7 @@ from judge_parts import PROBLEM, WORDS, Scripted, Written, make_judge, verdict, 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import RequestRefused, ServerError, UserError
 from exprl_megatron.judging.judge import Judge
-from exprl_megatron.judging.judge_model import model_context, model_identity
+from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.store import JudgementStore
 from exprl_megatron.problems.problem import Problem, Reference
@@ -251,15 +251,21 @@ def test_what_was_asked_and_answered_can_be_read_in_the_store(tmp_path):
     assert json.loads(entry.asked["sampling"])["max_new_tokens"] == 8
 
 
-def test_the_context_is_read_from_the_models_config(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
-    assert model_context(str(tmp_path)) == 512
-    with pytest.raises(UserError, match="context length"):
-        model_context(str(tmp_path / "nowhere"))
-
-
 def test_a_tokenizer_without_a_chat_template_is_refused():
     tokenizer = word_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         Judge(JudgeConfig(model="judge"), [], tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"endpoints": ("http://a/v1",), "score_format": "constrained"}, "judge.score_format"),
+        ({"show_reference": False, "rubric": {"kind": "checkpoints"}}, "judge.show_reference"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_violations(config, part):
+    (sentence,) = JudgeConfig(model="judge", **config).violations(None)
+    assert part in sentence
+    assert JudgeConfig(model="judge").violations(None) == []

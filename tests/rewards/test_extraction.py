@@ -1,8 +1,8 @@
-"""Where a trace's final answer is looked for."""
+"""Where a trace's final answer and its final program are looked for."""
 
 import pytest
 
-from exprl_megatron.rewards.extraction import extract_answer
+from exprl_megatron.rewards.extraction import extract_answer, extract_program
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,27 @@ from exprl_megatron.rewards.extraction import extract_answer
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("```python\na\nb\n```", "a\nb"),
+        ("1.\n```python\na\n```\n2.\n```python\nb\n```\nDone.", "b"),
+        ("```python\na\n```\n```\noutput\n```", "a"),
+        ("```python\na\n```\n```text\noutput\n```", "a"),
+        ("```\na\n```\n```\nb\n```", "b"),
+        ("```py\na\n```", "a"),
+        ("```Python3\r\na\r\n```\r\n", "a"),
+        ("  ``` python\n  a\n  ```", "  a"),
+        ("```\n```python\na\n```", "a"),
+        ("```python\nx = '```'\n```", "x = '```'"),
+        ("```python\n```", ""),
+        ("```python\na\n```\n```python\nb", None),
+        ("```cpp\na\n```", None),
+        ("a", None),
+        ("", None),
+    ],
+)
+def test_extract_program(text, program):
+    assert extract_program(text) == program

@@ -116,3 +116,34 @@ def test_an_endless_comparison_whose_trainer_was_killed_ends_by_itself():
         if not ended:
             worker.kill()
         assert ended
+
+
+@pytest.fixture(scope="module")
+def released():
+    with MathVerifier(variant="code") as verifier:
+        assert _verify(verifier, "1", r"\boxed{1}").value == 1.0
+        yield verifier
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "value"),
+    [
+        ("36", r"\boxed{35} or rather \boxed{36}", 1.0),
+        ("36", r"\boxed{36} or rather \boxed{35}", 0.0),
+        (r"\frac12", r"\boxed{0.5} and on, until the length lim", 1.0),
+        ("36", "#### 36", 0.0),
+        ("36", "ans 36", 0.0),
+        ("36", "36", 0.0),
+        ("36", r"\boxed {36}", 0.0),
+        ("36", r"\boxed{}", 0.0),
+        ("36", r"\boxed{36} " + "x" * 900, 1.0),
+        ("36", r"\boxed{36} " + "x" * 1000, 0.0),
+        ("36", "x" * 5000 + r"\boxed{36}", 1.0),
+        ("}{", r"\boxed{36}", 0.0),
+        ("36", ENDLESS, 0.0),
+    ],
+)
+def test_the_released_reward_counts_boxes_only_and_never_abstains(released, answer, text, value):
+    verdict = _verify(released, answer, text)
+    assert isinstance(verdict, Scored)
+    assert verdict.value == value

@@ -38,7 +38,13 @@ def run_config(directory: Path, model: Path, judge: Path, problems: Path, **chan
         "directory": str(directory),
         "seed": 3,
         "policy": {"model": str(model), "layout": {"tp": 2}, "max_tokens": 160},
-        "judge": {"model": str(judge), "prompt": "miniature", "score_format": "constrained", "max_new_tokens": 12},
+        "judge": {
+            "model": str(judge),
+            "prompt": "miniature",
+            "prefix_prompt": "miniature",
+            "score_format": "constrained",
+            "max_new_tokens": 12,
+        },
         "sync": {"max_log_prob_gap": 1e-4},
         "checkpoint": {"every_steps": 1, "keep": 2},
         "stages": [

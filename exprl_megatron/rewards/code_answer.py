@@ -1,0 +1,137 @@
+"""Does the program at the end of a trace pass the tests? Its output is compared out here, where it cannot reach."""
+
+import asyncio
+import json
+import queue
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal, InvalidOperation
+
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
+from exprl_megatron.problems.problem import CodeTest
+from exprl_megatron.rewards.code_sandbox import CodeSandbox, NoSandbox, Outcome, SandboxFailed
+from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
+from exprl_megatron.rewards.extraction import extract_program
+
+_SHOWN = 100
+_OVERRUN = {"time": "out of time", "output": "too much output"}
+
+
+class CodeVerifier:
+    """Runs programs in at most `workers` sandboxes at once; works from any event loop. `close` ends them."""
+
+    def __init__(self, workers: int = 1, limits: Limits = DEFAULT_LIMITS):
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="code-verifier")
+        self._idle: queue.SimpleQueue[CodeSandbox] = queue.SimpleQueue()
+        for _ in range(workers):
+            self._idle.put(CodeSandbox(limits))
+
+    async def verify(self, tests: Sequence[CodeTest], trace_text: str, deadline_s: float) -> Judgement:
+        """1.0 where the last Python block of the trace passes every test, else 0.0; the evidence names the test.
+
+        The tests together have `deadline_s` seconds, waiting for a free sandbox not counted; a program that needs
+        longer fails, as does one that overruns a limit of a single test. Abstains with `no-sandbox` where this
+        machine cannot contain programs, and with `verifier-error` where the sandbox fails or a test is unreadable.
+        """
+        program = extract_program(trace_text)
+        if program is None:
+            return Scored(0.0, "no program")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._test, tests, program, deadline_s)
+
+    def close(self) -> None:
+        """End the sandboxes; programs under way are finished first."""
+        self._threads.shutdown()
+        while not self._idle.empty():
+            self._idle.get().close()
+
+    def __enter__(self) -> "CodeVerifier":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _test(self, tests: Sequence[CodeTest], program: str, deadline_s: float) -> Judgement:
+        sandbox = self._idle.get()
+        try:
+            sandbox.layers()  # a start is not the program's time
+            end = time.monotonic() + deadline_s
+            for number, test in enumerate(tests, start=1):
+                fault = _fault(sandbox, program, test, end - time.monotonic())
+                if fault is not None:
+                    return Scored(0.0, f"test {number} of {len(tests)}: {fault}")
+        except NoSandbox as error:
+            return Abstained("no-sandbox", str(error))
+        except (SandboxFailed, _UnreadableTest) as error:
+            return Abstained("verifier-error", str(error))
+        finally:
+            self._idle.put(sandbox)
+        return Scored(1.0, f"{len(tests)} tests passed")
+
+
+class _UnreadableTest(Exception):
+    """A test whose arguments or expected value are no JSON."""
+
+
+def _fault(sandbox: CodeSandbox, program: str, test: CodeTest, left_s: float) -> str | None:
+    """What the program gets wrong in this test; None where it is right."""
+    expected = _read_call(test) if test.function else None
+    if left_s <= 0:
+        return _OVERRUN["time"]
+    outcome = sandbox.run(program, test.input, test.function, left_s)
+    if outcome.ending in _OVERRUN:
+        return _OVERRUN[outcome.ending]
+    if outcome.ending == "failed":
+        return f"error: {_last_line(outcome)}"
+    right = _same_value(outcome.output, expected) if test.function else same_output(outcome.output, test.output)
+    return None if right else f"expected {_shorten(test.output)}, got {_shorten(outcome.output)}"
+
+
+def same_output(output: str, expected: str) -> bool:
+    """Whether the lines agree, white space around them left out: as text, or else as decimal numbers all along.
+
+    The rule of LiveCodeBench.
+    """
+    lines, wanted = (text.strip().split("\n") for text in (output, expected))
+    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
+
+
+def _same_line(line: str, wanted: str) -> bool:
+    if line.strip() == wanted.strip():
+        return True
+    numbers, wanted_numbers = line.split(), wanted.split()
+    if len(numbers) != len(wanted_numbers):
+        return False
+    try:
+        return all(Decimal(a) == Decimal(b) for a, b in zip(numbers, wanted_numbers, strict=True))
+    except InvalidOperation:
+        return False
+
+
+def _read_call(test: CodeTest) -> object:
+    """The value that the call should return."""
+    try:
+        for line in filter(str.strip, test.input.split("\n")):
+            json.loads(line)
+        return json.loads(test.output)
+    except ValueError as error:
+        raise _UnreadableTest(f"a test of {test.function} is no JSON: {error}") from error
+
+
+def _same_value(output: str, expected: object) -> bool:
+    """Equal as JSON, so that tuples are lists; numbers are compared exactly, as LiveCodeBench does."""
+    try:
+        return json.loads(output) == expected
+    except (ValueError, RecursionError):
+        return False
+
+
+def _last_line(outcome: Outcome) -> str:
+    lines = outcome.error.strip().splitlines()
+    return _shorten(lines[-1]) if lines else "it ended without a word"
+
+
+def _shorten(text: str) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

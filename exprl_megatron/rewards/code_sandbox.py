@@ -1,0 +1,121 @@
+"""Running programs that nobody has read: the side of the process that asks for it."""
+
+import importlib.util
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
+from exprl_megatron.rewards.worker_process import WorkerProcess
+
+START_DEADLINE_S = 120.0
+_GRACE_S = 60.0
+"""Beyond a program's own time the worker may need so long to answer."""
+_BOOT = """
+import sys
+sys.path.extend(sys.argv[3:])
+from exprl_megatron.rewards.code_worker import serve
+serve(sys.argv[1] == "all", tuple(filter(None, sys.argv[2].split(","))))
+"""
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""All that a program sees of any environment. The seed makes verdicts repeatable; threads must not be forked."""
+
+
+class NoSandbox(Exception):
+    """This machine cannot contain programs; the message says why."""
+
+
+class SandboxFailed(Exception):
+    """A program was not run, or not to its end, by no fault of its own; the message says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program in one run."""
+
+    ending: Literal["finished", "failed", "time", "output"]
+    """`failed`: it ended with an exception, an exit status or a signal; `time` and `output`: it overran them."""
+    output: str
+    """Standard output; of a call the returned value as JSON."""
+    error: str
+    """The end of standard error."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether programs can be run here."""
+
+    ok: bool
+    found: str
+    """The layers of containment, or why there is none."""
+
+
+class CodeSandbox:
+    """One worker process, in which one program runs at a time; it is started by the first.
+
+    `modules` can be imported by programs besides those of `code_program.MODULES`. Without `optional_layers` only those
+    are used that need no privilege and no recent kernel. Not to be used by two threads at once.
+    """
+
+    def __init__(self, limits: Limits = DEFAULT_LIMITS, modules: tuple[str, ...] = (), optional_layers: bool = True):
+        self._limits = limits
+        self._modules = modules
+        self._optional_layers = optional_layers
+        self._worker: WorkerProcess | None = None
+
+    def layers(self) -> list[str]:
+        """The names of the layers that contain programs here; NoSandbox, SandboxFailed where there are none."""
+        if self._worker is None or not self._worker.alive:
+            self.close()
+            self._worker = self._start()
+        try:
+            greeting = self._worker.wait_until_ready(START_DEADLINE_S)
+        except RuntimeError as error:
+            raise SandboxFailed(str(error)) from error
+        if "refused" in greeting:
+            raise NoSandbox(greeting["refused"])
+        return greeting["layers"]
+
+    def run(self, program: str, text: str, function: str | None, wall_s: float) -> Outcome:
+        """Run `program` on the input `text`, or call its `function` with one argument from each line of `text`.
+
+        Past `wall_s` seconds it is killed. NoSandbox, SandboxFailed.
+        """
+        self.layers()
+        request = {"program": program, "function": function, "input": text, "wall_s": wall_s}
+        try:
+            reply = self._worker.ask({**request, "limits": asdict(self._limits)}, wall_s + _GRACE_S)
+        except (TimeoutError, EOFError) as error:
+            self.close()
+            raise SandboxFailed(str(error)) from error
+        if "failure" in reply:
+            raise SandboxFailed(reply["failure"])
+        return Outcome(**reply)
+
+    def close(self) -> None:
+        """End the worker, and with it a program under way."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+
+    def _start(self) -> WorkerProcess:
+        numpy = importlib.util.find_spec("numpy")
+        paths = [str(Path(__file__).parents[2])]
+        if numpy is not None:
+            paths.append(str(Path(numpy.origin).parents[1]))
+        layers = "all" if self._optional_layers else "needed"
+        python = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _BOOT]
+        command = [*python, layers, ",".join(self._modules), *paths]
+        return WorkerProcess(command, env=_ENVIRONMENT, cwd="/", new_session=True)
+
+
+def sandbox_available() -> Availability:
+    """Whether this machine can contain programs, found out by trying."""
+    sandbox = CodeSandbox()
+    try:
+        return Availability(True, ", ".join(sandbox.layers()))
+    except (NoSandbox, SandboxFailed) as error:
+        return Availability(False, str(error))
+    finally:
+        sandbox.close()

@@ -1,0 +1,125 @@
+"""Following one contained program to its end."""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+
+from exprl_megatron.rewards import seccomp
+from exprl_megatron.rewards.containment import Limits
+
+CONTAINED = b"contained"
+"""What a forked process says, before anything of the program has run, when every layer is in place."""
+THREADS = b"threads"
+"""What goes with the file descriptor at which new threads wait."""
+
+_REQUESTS = 0
+_PIECE = 2**16
+_ERROR_BYTES = 4096
+_POLL_S = 0.001
+
+
+class Watch:
+    """Follows one program to its end, and ends it where it uses more than it may."""
+
+    def __init__(self, pid: int, control: socket.socket, pipes: list[int], end: float, limits: Limits):
+        self._pid = pid
+        self._control = control
+        self._end = end
+        self._limits = limits
+        self._output, self._errors, self._result = pipes
+        self._read = {fd: bytearray() for fd in pipes}
+        self._open = {*pipes, control.fileno(), _REQUESTS}
+        self._size = 0
+        self._threads = 0
+        self._listener: int | None = None
+        self._said = b""
+        self._overran: str | None = None
+
+    def reply(self, of_call: bool) -> dict:
+        """What became of the program; its process is gone afterwards."""
+        try:
+            while self._overran is None and self._open & self._read.keys():
+                self._attend()
+            status, usage = self._wait()
+        finally:
+            if self._listener is not None:
+                os.close(self._listener)
+        if self._said != CONTAINED:
+            return {"failure": f"the program was not contained: {self._said.decode(errors='replace') or status}"}
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        if self._overran is None and killed:
+            if usage.ru_utime + usage.ru_stime < 0.9 * self._limits.cpu_s:
+                return {"failure": "the program was killed from outside"}
+            self._overran = "time"
+        ending = self._overran or ("finished" if status == 0 else "failed")
+        error = self._read[self._errors].decode(errors="replace")
+        if os.WIFSIGNALED(status) and ending == "failed":
+            error = f"{error}\nended by {signal.Signals(os.WTERMSIG(status)).name}"
+        value = self._read[self._result if of_call else self._output]
+        return {"ending": ending, "output": value.decode(errors="replace"), "error": error}
+
+    def _attend(self) -> None:
+        """Wait for the next thing to happen, and see to it."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            self._overran = "time"
+            return
+        poll = select.poll()
+        for fd in self._open:
+            poll.register(fd, select.POLLIN)
+        for fd, event in poll.poll(1000 * left):
+            if fd == _REQUESTS:
+                # Nothing is asked meanwhile, so this is the end of the process that asks.
+                os.kill(self._pid, signal.SIGKILL)
+                os._exit(0)
+            elif fd == self._control.fileno():
+                self._listen()
+            elif fd == self._listener:
+                self._count(event)
+            else:
+                self._collect(fd)
+
+    def _listen(self) -> None:
+        message, fds, _, _ = socket.recv_fds(self._control, _PIECE, 1)
+        if fds:
+            self._listener = fds[0]
+            self._open.add(self._listener)
+        elif message:
+            self._said = message
+        else:
+            self._open.discard(self._control.fileno())
+
+    def _count(self, event: int) -> None:
+        if not event & select.POLLIN:
+            self._open.discard(self._listener)
+            return
+        # The thread that waits may be gone by now, together with its process.
+        with contextlib.suppress(OSError):
+            seccomp.answer_thread(self._listener, allow=self._threads < self._limits.threads)
+        self._threads += 1
+
+    def _collect(self, fd: int) -> None:
+        piece = os.read(fd, _PIECE)
+        if not piece:
+            self._open.discard(fd)
+        self._size += len(piece)
+        if self._size > self._limits.output_bytes:
+            self._overran = "output"
+        self._read[fd] += piece
+        if fd == self._errors:
+            del self._read[fd][:-_ERROR_BYTES]
+
+    def _wait(self) -> tuple[int, object]:
+        """Status and usage of the ended process; one that closed its pipes and goes on has until the deadline."""
+        while self._overran is None:
+            pid, status, usage = os.wait4(self._pid, os.WNOHANG)
+            if pid:
+                return status, usage
+            if time.monotonic() > self._end:
+                self._overran = "time"
+            time.sleep(_POLL_S)
+        os.kill(self._pid, signal.SIGKILL)
+        return os.wait4(self._pid, 0)[1:]

@@ -1,0 +1,152 @@
+"""The process from which contained programs are forked: JSON lines in, JSON lines out.
+
+It has read every module beforehand, so that a program starts in milliseconds and never opens a file. It knows
+programs and inputs; what output is right it never learns. Its first line is {"layers": names of the layers}, or
+{"refused": why} where it cannot contain programs here. A request is {"program", "input", "function", "wall_s",
+"limits"}; the reply is {"ending": "finished" | "failed" | "time" | "output", "output", "error"}, or {"failure": text}
+where no fault of the program kept it from running. The process ends when its input does.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import socket
+import sys
+import time
+
+from exprl_megatron.rewards import code_program, containment, seccomp
+from exprl_megatron.rewards.code_watch import CONTAINED, THREADS, Watch
+from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
+
+_REQUESTS, _REPLIES = 0, 1
+_CONTROL = 4
+_FIRST_FREE = 5
+_ASIDE = containment.OPEN_FILES // 2
+
+_ATTEMPTS = """
+import os, socket
+attempts = {
+    "open files": lambda: os.open("/", os.O_RDONLY),
+    "use the network": socket.socket,
+    "start processes": os.fork,
+    "send signals": lambda: os.kill(os.getppid(), 0),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except PermissionError:
+        continue
+    print(name, flush=True)
+"""
+
+
+class Sandbox:
+    """Runs programs, each in a forked and contained process."""
+
+    def __init__(self, optional_layers: bool, modules: tuple[str, ...]):
+        code_program.load_modules(modules)
+        self._names = code_program.prelude()
+        self._landlock = optional_layers and containment.landlock_version() > 0
+        self._optional_layers = optional_layers
+        self.layers: list[str] = []
+
+    def close_in(self) -> str | None:
+        """Give up what the worker itself does not need, and try a program; returns why none can be contained."""
+        if not seccomp.supported():
+            return f"there is no seccomp filter for {sys.platform} on {os.uname().machine}"
+        containment.limit_worker()
+        layers = containment.leave_the_machine() if self._optional_layers else []
+        tried = self.run(_ATTEMPTS, None, "", 30.0, DEFAULT_LIMITS)
+        if "failure" in tried or tried["ending"] != "finished" or tried["error"]:
+            return f"a harmless program did not run: {tried}"
+        if tried["output"]:
+            return f"a contained program could {' and '.join(tried['output'].splitlines())}"
+        counted = self.run("import threading; threading.Thread(target=int).start()", None, "", 30.0, DEFAULT_LIMITS)
+        threads = "threads counted" if counted["ending"] == "finished" and not counted["error"] else "no threads"
+        landlock = [f"Landlock {containment.landlock_version()}"] if self._landlock else []
+        self.layers = ["seccomp", threads, *landlock, *layers]
+        return None
+
+    def run(self, program: str, function: str | None, text: str, wall_s: float, limits: Limits) -> dict:
+        """The reply to one request. OSError where a process or a pipe could not be had."""
+        end_of_time = time.monotonic() + wall_s
+        with contextlib.ExitStack() as opened:
+            source = opened.enter_context(open(os.memfd_create("input"), "r+b", buffering=0))
+            _write(source.fileno(), b"" if function else text.encode())
+            source.seek(0)
+            pipes = [[opened.enter_context(end) for end in _pipe()] for _ in range(3)]
+            control, theirs = map(opened.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            ends = [source, *(writer for _, writer in pipes), theirs]
+            worker = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                try:
+                    _arrange(*(end.fileno() for end in ends))
+                    self._contain(worker, limits)
+                    status = code_program.run(program, function, text, self._names)
+                finally:
+                    os._exit(status)
+            for end in ends:
+                end.close()
+            watch = Watch(pid, control, [reader.fileno() for reader, _ in pipes], end_of_time, limits)
+            return watch.reply(of_call=function is not None)
+
+    def _contain(self, worker: int, limits: Limits) -> None:
+        """Close this forked process in, tell the worker so over the control socket, and close that too."""
+        try:
+            containment.begin_program(worker, limits)
+            if self._landlock:
+                containment.deny_with_landlock()
+            listener = seccomp.announce_threads()
+            if listener is not None:
+                with socket.socket(fileno=os.dup(_CONTROL)) as control:
+                    socket.send_fds(control, [THREADS], [listener])
+                os.close(listener)
+            seccomp.forbid(threads=listener is not None)
+            os.write(_CONTROL, CONTAINED)
+            os.close(_CONTROL)
+        except BaseException as error:
+            os.write(_CONTROL, f"{type(error).__name__}: {error}".encode())
+            os._exit(1)
+
+
+def _arrange(*fds: int) -> None:
+    """Put `fds` at 0, 1, 2, ... and close everything else."""
+    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD, _ASIDE) for fd in fds]
+    for place, fd in enumerate(aside):
+        os.dup2(fd, place)
+    os.closerange(_FIRST_FREE, containment.OPEN_FILES)
+
+
+def _pipe() -> tuple[io.FileIO, io.FileIO]:
+    reader, writer = os.pipe()
+    return open(reader, "rb", buffering=0), open(writer, "wb", buffering=0)
+
+
+def _write(fd: int, content: bytes) -> None:
+    unwritten = memoryview(content)
+    while unwritten:
+        unwritten = unwritten[os.write(fd, unwritten) :]
+
+
+def serve(optional_layers: bool, modules: tuple[str, ...]) -> None:
+    """Answer requests from standard input until it ends."""
+    sandbox = Sandbox(optional_layers, modules)
+    refused = sandbox.close_in()
+    _say({"layers": sandbox.layers} if refused is None else {"refused": refused})
+    with open(_REQUESTS, "rb", closefd=False) as requests:
+        while refused is None and (line := requests.readline()):
+            asked = json.loads(line)
+            limits = Limits(**asked["limits"])
+            try:
+                reply = sandbox.run(asked["program"], asked["function"], asked["input"], asked["wall_s"], limits)
+            except OSError as error:
+                reply = {"failure": f"{type(error).__name__}: {error}"}
+            _say(reply)
+
+
+def _say(reply: dict) -> None:
+    _write(_REPLIES, json.dumps(reply).encode() + b"\n")

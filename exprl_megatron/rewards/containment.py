@@ -1,0 +1,143 @@
+"""What keeps a program in: layers, of which the first must be had and the others are taken where the kernel gives them.
+
+Needed, and had by any process on Linux (x86-64, ARM64):
+
+* seccomp filter: files, network, processes, programs, signals, other processes' limits and memory;
+* resource limits: memory, CPU time, number of open files, size of files, core dumps;
+* wall clock and output limit, kept by the worker: sleeping, endless output;
+* no capabilities and no new privileges: what root could still do.
+
+Optional:
+
+* thread limit, kept by the worker (Linux 5.5): number of threads; without it there are no threads at all;
+* Landlock (Linux 5.13, switched on): files; TCP (6.7); signals and abstract sockets (6.12);
+* user, network and IPC namespace (where permitted): network, System V IPC, and what is left of root's rights;
+* empty root directory (with the namespace, or as root): names and sizes of files, which the filter leaves visible
+  to raw system calls.
+
+A process identifier namespace would add nothing: there is never a second process, and no call that sends a signal.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import struct
+import tempfile
+from dataclasses import dataclass
+
+from exprl_megatron.rewards import seccomp
+
+OPEN_FILES = 64
+"""Of the worker; a program gets half of them."""
+
+_NEWUSER, _NEWNET, _NEWIPC = 0x10000000, 0x40000000, 0x08000000
+_PR_SET_PDEATHSIG = 1
+_CAPABILITIES_VERSION = 0x20080522
+_LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446
+_LANDLOCK_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use in one test."""
+
+    cpu_s: int = 6
+    """Seconds of CPU time, of all threads together."""
+    memory_bytes: int = 2 * 2**30
+    """Address space."""
+    output_bytes: int = 16 * 2**20
+    """Standard output, standard error and result together."""
+    threads: int = 64
+    """That it starts in all."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def limit_worker() -> None:
+    """Bound this process's open files, and have it and its programs go first where memory runs out."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")
+
+
+def leave_the_machine() -> list[str]:
+    """Give up network and files of this process, and so of all programs that it will start.
+
+    Returns the names of the layers that the kernel gave. The process must have a single thread and must have
+    loaded all that it needs.
+    """
+    layers = []
+    libc = ctypes.CDLL(None, use_errno=True)
+    emptied = _enter_empty_directory()
+    if libc.unshare(_NEWUSER | _NEWNET | _NEWIPC) == 0:
+        layers.append("user namespace")
+    if layers or libc.unshare(_NEWNET | _NEWIPC) == 0:
+        layers.append("network namespace")
+    if emptied and libc.chroot(b".") == 0:
+        layers.append("empty root directory")
+    return layers
+
+
+def begin_program(parent: int, limits: Limits) -> None:
+    """The first part of containment, in a process of its own: limits, no capabilities, an end with its parent.
+
+    OSError where any of it is refused.
+    """
+    os.setsid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    _check(libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != parent:
+        os._exit(1)
+    for limited, most in (
+        (resource.RLIMIT_CPU, limits.cpu_s),
+        (resource.RLIMIT_AS, limits.memory_bytes),
+        (resource.RLIMIT_NOFILE, OPEN_FILES // 2),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(limited, (most, most))
+    header, nothing = struct.pack("=Ii", _CAPABILITIES_VERSION, 0), struct.pack("=6I", *(6 * [0]))
+    _check(libc.capset(header, nothing))
+    seccomp.forbid_privileges()
+
+
+def landlock_version() -> int:
+    """What this kernel's Landlock knows; 0 where there is none."""
+    return max(0, ctypes.CDLL(None, use_errno=True).syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION))
+
+
+def deny_with_landlock() -> None:
+    """Deny this process all that the kernel's Landlock knows. OSError where refused.
+
+    Open files stay usable. Needs `seccomp.forbid_privileges` to have been called.
+    """
+    version = landlock_version()
+    files = 2 ** (13 + (version >= 2) + (version >= 3) + (version >= 5)) - 1
+    rules = struct.pack("=QQQ", files, 0b11, 0b11)
+    known = 8 if version < 4 else 16 if version < 6 else 24
+    libc = ctypes.CDLL(None, use_errno=True)
+    ruleset = _check(libc.syscall(_LANDLOCK_CREATE, rules, known, 0))
+    try:
+        _check(libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0))
+    finally:
+        os.close(ruleset)
+
+
+def _enter_empty_directory() -> bool:
+    """Change to a directory that is empty and, being removed at once, stays so; False where none can be made."""
+    try:
+        path = tempfile.mkdtemp()
+        os.chdir(path)
+        os.rmdir(path)
+    except OSError:
+        return False
+    return True
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result

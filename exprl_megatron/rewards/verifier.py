@@ -1,0 +1,47 @@
+"""Is a trace's answer right? Each domain has its own way to find out."""
+
+from exprl_megatron.judging.judgement import Abstained, Judgement
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.rewards.code_answer import CodeVerifier
+from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
+from exprl_megatron.rewards.math_answer import DEADLINE_S, MathVerifier, Variant
+from exprl_megatron.rewards.multiple_choice import grade_choice
+
+
+class AnswerVerifier:
+    """Math by math-verify, multiple choice by the letter, code by running its tests, all else by nobody.
+
+    Math and code have `workers` processes each; those of math start at once, those of code with the first program.
+    Works from any event loop; `close` ends the processes. `variant` is about math alone.
+    """
+
+    def __init__(self, workers: int = 1, variant: Variant = "recommended", code_limits: Limits = DEFAULT_LIMITS):
+        self._math = MathVerifier(workers, variant)
+        self._code = CodeVerifier(workers, code_limits)
+
+    async def verify(self, problem: Problem, trace_text: str, deadline_s: float = DEADLINE_S) -> Judgement:
+        """1.0 where the trace's answer is right, else 0.0, with what was found as evidence.
+
+        `deadline_s` counts from the moment when a process is free: for math it bounds the comparison, for code all
+        tests together. Abstains with `no-verifier` where the problem is open-ended or has no answer or tests; with
+        `verifier-timeout`, `verifier-error` or `no-sandbox` where the verifier, and not the trace, is at fault.
+        Raises RuntimeError where math-verify's process cannot be started.
+        """
+        if problem.domain == "code" and problem.tests:
+            return await self._code.verify(problem.tests, trace_text, deadline_s)
+        if problem.domain == "math" and problem.answer is not None:
+            return await self._math.verify(problem.answer, trace_text, deadline_s)
+        if problem.domain == "multiple-choice" and problem.answer is not None:
+            return grade_choice(problem.answer, problem.choices, trace_text)
+        return Abstained("no-verifier", f"{problem.domain} without an answer that can be checked")
+
+    def close(self) -> None:
+        """End the processes; verifications under way are finished first."""
+        self._math.close()
+        self._code.close()
+
+    def __enter__(self) -> "AnswerVerifier":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,86 @@
+"""A child process that answers requests, one JSON object a line, each within a deadline."""
+
+import json
+import os
+import select
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+
+_PIECE = 2**16
+
+
+class WorkerProcess:
+    """Starts `command`; its first line of output says that it is ready, every further one answers one request."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        new_session: bool = False,
+    ):
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=env,
+            cwd=cwd,
+            start_new_session=new_session,
+        )
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._unread = bytearray()
+        self._greeting: dict | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_until_ready(self, deadline_s: float) -> dict:
+        """The process's first line. Kills it and raises RuntimeError where none comes within `deadline_s`."""
+        if self._greeting is None:
+            try:
+                self._greeting = self._reply(time.monotonic() + deadline_s)
+            except (TimeoutError, EOFError) as error:
+                self.kill()
+                raise RuntimeError(f"the answer verifier's process did not start: {error}") from error
+        return self._greeting
+
+    def ask(self, request: dict, deadline_s: float) -> dict:
+        """The reply to `request`; TimeoutError past the deadline, EOFError where the process died."""
+        end = time.monotonic() + deadline_s
+        pipe = self._process.stdin.fileno()
+        unsent = memoryview(json.dumps(request).encode() + b"\n")
+        while unsent:
+            if not select.select([], [pipe], [], max(0.0, end - time.monotonic()))[1]:
+                raise TimeoutError("the request was not read in time")
+            try:
+                unsent = unsent[os.write(pipe, unsent[:_PIECE]) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError as error:
+                raise EOFError("the verifier's process died") from error
+        return self._reply(end)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+    def _reply(self, end: float) -> dict:
+        pipe = self._process.stdout.fileno()
+        newline = self._unread.find(b"\n")
+        while newline < 0:
+            if not select.select([pipe], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError("no reply in time")
+            piece = os.read(pipe, _PIECE)
+            if not piece:
+                raise EOFError("the verifier's process died")
+            if b"\n" in piece:
+                newline = len(self._unread) + piece.index(b"\n")
+            self._unread += piece
+        line = bytes(self._unread[:newline])
+        del self._unread[: newline + 1]
+        return json.loads(line)

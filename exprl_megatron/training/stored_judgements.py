@@ -1,0 +1,108 @@
+"""`exprl judgement`: what a judge, or the builder of a rubric, was asked and what it answered."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.judging.judgement import Scored
+from exprl_megatron.judging.store import Entry, JudgementStore
+from exprl_megatron.training.directory import RunDirectory, read_config
+
+LISTED = 20
+# What models write may hold terminal commands; here they are signs like any other.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), "�")
+
+
+def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_json: bool) -> None:
+    """Print the entry whose hash begins with `prefix`, or a list of the latest without one.
+
+    Raises UserError where there is no such store, run or hash.
+    """
+    with JudgementStore(store_file(run, store)) as kept:
+        entries = kept.newest(LISTED) if prefix is None else [kept.entry(prefix)]
+    if as_json:
+        records = [entry_record(entry) for entry in entries]
+        print(json.dumps({"entries": records} if prefix is None else records[0], indent=2))
+        return
+    Console().print(_listing(entries) if prefix is None else _page(entries[0]))
+
+
+def store_file(run: Path | None, store: Path | None) -> Path:
+    """The store that is meant: `store` itself or that of the run in directory `run`."""
+    if (run is None) == (store is None):
+        raise UserError("Say which store is meant: give --run DIR or --store FILE.")
+    if run is not None:
+        directory = RunDirectory(run)
+        judge = read_config(directory).judge
+        store = Path(judge.store) if judge is not None and judge.store is not None else directory.judgements
+    if not store.is_file():
+        raise UserError(f"There is no judgement store {store}; give --run DIR or --store FILE of a run that judged.")
+    return store
+
+
+def entry_record(entry: Entry) -> dict:
+    """{hash, kind, kept, asked, answer} and, by its kind, {judgement: {kind, ...}} or {rubric}."""
+    record = {"hash": entry.key, "kind": _kind(entry), "kept": _time(entry)}
+    record |= {"asked": entry.asked, "answer": entry.answer}
+    if isinstance(entry.result, str):
+        return record | {"rubric": json.loads(entry.result)}
+    return record | {"judgement": {"kind": type(entry.result).__name__} | vars(entry.result)}
+
+
+def _page(entry: Entry) -> RenderableType:
+    facts = Table.grid(padding=(0, 2))
+    for name, value in (("hash", entry.key), ("kind", _kind(entry)), ("kept", _time(entry))):
+        facts.add_row(name, value)
+    parts: list[RenderableType] = []
+    for name, value in entry.asked.items():
+        if name == "messages":
+            parts += [_panel(f"asked: {message['role']}", message["content"]) for message in value]
+        elif isinstance(value, dict | list):
+            parts.append(_panel(f"asked: {name}", json.dumps(value, indent=2, ensure_ascii=False)))
+        elif value is not None:
+            facts.add_row(_plain(name), _plain(str(value)))
+    parts.append(_panel("answered", entry.answer))
+    if isinstance(entry.result, str):
+        parts.append(_panel("rubric", json.dumps(json.loads(entry.result), indent=2, ensure_ascii=False)))
+    elif entry.result.evidence != entry.answer:
+        parts.append(_panel("evidence", entry.result.evidence))
+    return Group(facts, *parts, Text.assemble("verdict: ", (_verdict(entry), "bold")))
+
+
+def _listing(entries: list[Entry]) -> Table:
+    table = Table("hash", "kind", "kept", "problem", "verdict", caption=f"the latest, at most {LISTED}")
+    for entry in entries:
+        problem = _plain(str(entry.asked.get("problem", "")))
+        table.add_row(entry.key[:12], _kind(entry), _time(entry), problem, _verdict(entry))
+    return table
+
+
+def _panel(title: str, text: str) -> Panel:
+    return Panel(_plain(text), title=Text(title), title_align="left")
+
+
+def _plain(text: str) -> Text:
+    """`text` without any markup, commands to the terminal, or signs that cannot be written."""
+    return Text(text.encode("utf-8", "replace").decode().translate(_CONTROLS))
+
+
+def _kind(entry: Entry) -> str:
+    return "rubric" if isinstance(entry.result, str) else "judgement"
+
+
+def _verdict(entry: Entry) -> str:
+    if isinstance(entry.result, str):
+        return "a rubric"
+    if isinstance(entry.result, Scored):
+        return f"scored {entry.result.value:g}"
+    return f"abstained: {entry.result.reason}"
+
+
+def _time(entry: Entry) -> str:
+    return datetime.fromtimestamp(entry.created).astimezone().isoformat(sep=" ", timespec="seconds")

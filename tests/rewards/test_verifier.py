@@ -1,0 +1,51 @@
+"""Each domain is verified in its own way; what nobody can verify is an abstention."""
+
+import asyncio
+
+import pytest
+
+from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.problems.problem import CodeTest, Problem
+from exprl_megatron.rewards.verifier import AnswerVerifier
+
+PRINT = "```python\nprint(input())\n```"
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    with AnswerVerifier() as verifier:
+        yield verifier
+
+
+def _verify(verifier, problem, text, deadline_s=60.0):
+    return asyncio.run(verifier.verify(problem, text, deadline_s))
+
+
+@pytest.mark.parametrize(
+    ("problem", "text", "verdict"),
+    [
+        (Problem("1", "?", answer="1/2"), r"\boxed{0.5}", Scored(1.0, "0.5")),
+        (Problem("1", "?", answer="1/2"), r"\boxed{2}", Scored(0.0, "2")),
+        (Problem("1", "?", answer="0"), "ans 0", Scored(1.0, "0")),
+        (Problem("2", "?", answer="B", domain="multiple-choice", choices=("x", "y")), "Answer: y", Scored(1.0, "B")),
+        (Problem("3", "?", domain="code", tests=(CodeTest("a", "a"),)), PRINT, Scored(1.0, "1 tests passed")),
+        (Problem("3", "?", domain="code", tests=(CodeTest("a", "a"),)), "a", Scored(0.0, "no program")),
+    ],
+)
+def test_each_domain_has_its_verifier(verifier, problem, text, verdict):
+    assert _verify(verifier, problem, text) == verdict
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("1", "?"),
+        Problem("2", "?", domain="multiple-choice", choices=("x", "y")),
+        Problem("3", "?", domain="code", answer="print(1)"),
+        Problem("4", "Why?", domain="science", answer="Because."),
+    ],
+)
+def test_what_nobody_can_verify_is_an_abstention(verifier, problem):
+    verdict = _verify(verifier, problem, r"\boxed{A}")
+    assert isinstance(verdict, Abstained)
+    assert verdict.reason == "no-verifier"
