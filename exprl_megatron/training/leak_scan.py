@@ -124,8 +124,8 @@ def _scan_stage(
     leaking: dict[str, None],
 ) -> StageScan:
     """`leaking` gets the problems that leak, in order."""
-    steps, found = journal.steps(stage), Counter(requests=0)
-    for step in track(steps, f"scanning {stage}", console=Console(stderr=True), transient=True):
+    steps, found, terminal = journal.steps(stage), Counter(requests=0), Console(stderr=True)
+    for step in track(steps, f"scanning {stage}", console=terminal, transient=True, disable=not terminal.is_terminal):
         for group in journal.read(stage, step).groups:
             here = _findings(group, problems, tokenizer)
             if any(here[name] for name in LEAKS):
