@@ -79,7 +79,7 @@ def _listing(entries: list[Entry]) -> Table:
     table = Table("hash", "kind", "kept", "problem", "verdict", caption=f"the latest, at most {LISTED}")
     for entry in entries:
         problem = _plain(str(entry.asked.get("problem", "")))
-        table.add_row(entry.key[:12], _kind(entry), _time(entry), problem, _verdict(entry))
+        table.add_row(entry.key[:12], _kind(entry), _time(entry)[:19], problem, _verdict(entry))
     return table
 
 

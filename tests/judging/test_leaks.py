@@ -48,6 +48,11 @@ def test_case_blanks_and_punctuation_hide_nothing():
         guard().check_request("p", chat(f"{STATEMENT} {disguised}"))
 
 
+def test_the_same_words_in_another_order_are_no_leak():
+    backwards = " ".join(reversed(SOLUTION.split()))
+    guard().check_request("p", chat(f"{STATEMENT} {backwards}"))
+
+
 def test_the_message_tells_place_and_size_and_no_word_of_the_reference():
     text = chat(f"{STATEMENT} {SOLUTION}", system="")
     with pytest.raises(RunStopped) as stopped:
