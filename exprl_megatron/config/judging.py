@@ -89,8 +89,6 @@ class JudgeConfig(Config):
 
     def violations(self, whole) -> list[str]:
         found = []
-        if self.gate is not None and not self.show_reference and self.gate.min_separation > 0:
-            found.append("judge.gate asks for a separation that no judge has without show_reference; drop one.")
         if self.endpoints and self.score_format == "constrained":
             found.append(
                 "judge.score_format is constrained, but nothing constrains what judge.endpoints write; set it to free."

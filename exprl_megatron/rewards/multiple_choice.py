@@ -60,9 +60,11 @@ def _letter(fragment: str, choices: Sequence[str]) -> str | None:
     Several letters, or a letter with the text of another choice, are given as they stand.
     """
     fragment = _plain(fragment)
-    if alone := _ALONE.fullmatch(fragment):
-        return alone[1].upper()
     same = _with_text(fragment, choices)
+    alone = _ALONE.fullmatch(fragment)
+    # A lone letter beyond the choices may still be the text of one: "x" among x, y and z.
+    if alone and (alone[1].upper() in string.ascii_uppercase[: len(choices) or None] or len(same) != 1):
+        return alone[1].upper()
     if len(same) == 1:
         return same[0]
     if several := _SEVERAL.match(fragment):

@@ -119,7 +119,7 @@ def _alone(code: str) -> str:
         ("open('/etc/hostname')", 1),
         ("os.listdir('/')", 1),
         ("open('made', 'w')", 1),
-        ("os.truncate(sys.argv[0] or '/etc/hostname', 0)", 3),
+        ("os.truncate('/etc/hostname', 0)", 3),
         ("socket.create_server(('127.0.0.1', 0))", 4),
         ("os.kill(os.getppid(), 0)", 6),
     ],
@@ -136,9 +136,9 @@ def test_namespaces_by_themselves():
     if "network namespace" in layers:
         code = (
             "server = socket.create_server(('127.0.0.1', 0))\ncontainment.leave_the_machine()\n"
-            "socket.create_connection(server.getsockname(), timeout=5)\nprint('done')"
+            "socket.socket().connect(server.getsockname())\nprint('done')"
         )
-        assert _alone(code).startswith("OSError")
+        assert _alone(code).startswith(("OSError", "ConnectionRefusedError"))
     if "empty root directory" in layers:
         assert _alone("containment.leave_the_machine()\nprint(os.path.exists('/etc'), os.listdir('/'))") == "False []"
     if not layers.strip("[]"):
