@@ -3,7 +3,7 @@ export OMP_NUM_THREADS = 1
 PYTEST = .venv/bin/python -m pytest
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo demo-smollm test test-fast lint lock miniature
+.PHONY: setup demo demo-smollm study test test-fast lint lock miniature
 
 setup:
 	@tools/setup.sh
@@ -15,6 +15,9 @@ demo-smollm: setup
 	.venv/bin/python tools/prepare_smollm.py
 	.venv/bin/python tools/prepare_data.py gsm8k --out build/gsm8k.jsonl
 	.venv/bin/exprl train recipes/configs/demo-smollm.yaml directory=runs/demo-smollm-$(NOW)
+
+study: setup
+	.venv/bin/python tools/study.py
 
 test: setup
 	$(PYTEST) -m "not gpu"
