@@ -41,7 +41,8 @@ class Watch:
     def reply(self, of_call: bool) -> dict:
         """What became of the program; its process is gone afterwards."""
         try:
-            while self._overran is None and self._open & self._read.keys():
+            followed = {*self._read, self._control.fileno()}
+            while self._overran is None and self._open & followed:
                 self._attend()
             status, usage = self._wait()
         finally:

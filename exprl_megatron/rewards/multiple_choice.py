@@ -12,6 +12,8 @@ _STATEMENT = re.compile(
     r"(?=\s*(?P<rest>[^\n]{0,1000}))",
     re.IGNORECASE,
 )
+_MOST_STATEMENTS = 100
+"""Only so many are read, from the last; traces that got stuck hold thousands."""
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 _ALONE = re.compile(r"(?:option|choice)?\s*\(?([A-Za-z])\)?", re.IGNORECASE)
 _FIRST = re.compile(r"(?:[Oo]ption\s|[Cc]hoice\s)?\s*(?:\(([A-Za-z])\)|([A-Z])(?![\w'’]))")
@@ -40,7 +42,7 @@ def grade_choice(answer: str, choices: Sequence[str], trace_text: str) -> Judgem
 def _last_statement(text: str, choices: Sequence[str]) -> str | None:
     """The letter last stated, be it a choice's or not, or else what the last box holds."""
     found = []
-    for statement in reversed(list(_STATEMENT.finditer(text))):
+    for statement in reversed(list(_STATEMENT.finditer(text))[-_MOST_STATEMENTS:]):
         line = statement["rest"]
         letter = _letter(line, choices) or _letter(_SENTENCE_END.split(line)[0], choices)
         if letter is not None:

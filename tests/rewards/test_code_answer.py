@@ -147,21 +147,18 @@ def test_a_worker_that_dies_is_an_abstention_and_is_replaced():
 
 
 def test_a_program_killed_from_outside_is_an_abstention():
+    before = set(psutil.Process().children())
     with CodeVerifier() as verifier:
-        before = set(psutil.Process().children(recursive=True))
+        assert _verify(verifier, ADD, "print(3)").value == 0.0
+        (worker,) = set(psutil.Process().children()) - before
 
         async def killed():
-            task = asyncio.create_task(
-                verifier.verify([CodeTest("", "ok")], "```python\nprint(1)\nimport time\ntime.sleep(60)\n```", 120.0)
-            )
-            while True:
+            program = "```python\nimport time\nprint(1, flush=True)\ntime.sleep(60)\n```"
+            task = asyncio.create_task(verifier.verify([CodeTest("", "1")], program, 120.0))
+            while not (programs := worker.children()):
                 await asyncio.sleep(0.01)
-                new = [p for p in psutil.Process().children(recursive=True) if p not in before]
-                asleep = [p for p in new if p.parent() in new and p.num_ctx_switches().voluntary > 0]
-                if asleep:
-                    await asyncio.sleep(0.3)
-                    asleep[0].kill()
-                    return await task
+            programs[0].kill()
+            return await task
 
         verdict = asyncio.run(killed())
     assert isinstance(verdict, Abstained)
