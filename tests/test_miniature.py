@@ -169,9 +169,8 @@ async def scores(server, pairs: list[tuple[dict, str]], references: dict[str, st
         judge = Judge(config, [client], AutoTokenizer.from_pretrained(config.model))
         judgements = await asyncio.gather(
             *(
-                judge.judge(
-                    Problem(row["problem"], row["problem"], Reference(references[row["problem"]]), row["answer"]),
-                    Trace(row["problem"], 0, (), (), (), text, "stop", ()),
+                judge.grade(
+                    Problem(row["problem"], row["problem"], Reference(references[row["problem"]]), row["answer"]), text
                 )
                 for row, text in pairs
             )
