@@ -1,0 +1,78 @@
+"""The arithmetic of a study, and its config: every arm resolves and draws as many samples as any other."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from exprl_megatron.evaluation.study import SUCCESSES, Arm, Evaluated, curves, pooled_pass_at_k, results, tables
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("study", ROOT / "tools" / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(arm: str, seed: int, right: int, wrong_groups: list[float]) -> Evaluated:
+    """A run in which one problem of two has `right` of 16 samples right at the end, and none before."""
+    metrics = [{"verifier/all_wrong_groups": share} for share in wrong_groups]
+    steps = [{"stage": "prime", "step": step, "metrics": of_step} for step, of_step in enumerate(metrics, 1)]
+    return Evaluated(arm, seed, {"a": [16, 0], "b": [16, 0]}, {"a": [16, right], "b": [16, 0]}, steps)
+
+
+def test_pass_at_k_is_pooled_over_seeds_and_problems():
+    counts = [{"a": [4, 4], "b": [4, 0]}, {"a": [4, 2], "b": [4, 0]}]
+    pooled = pooled_pass_at_k(counts, 1)
+    assert pooled.seeds == (0.5, 0.25)
+    assert pooled.mean == 0.375
+    assert pooled.low <= 0.375 <= pooled.high
+    # Of 2 right and 2 wrong samples a pair is all wrong in one of six cases.
+    assert pooled_pass_at_k(counts, 2).mean == pytest.approx((1 + 5 / 6) / 4)
+
+
+def test_without_any_difference_there_is_no_doubt():
+    pooled = pooled_pass_at_k([{"a": [4, 4]}] * 3, 1)
+    assert (pooled.low, pooled.high) == (1, 1)
+
+
+def test_seeds_with_other_problems_are_refused():
+    with pytest.raises(ValueError, match="different problems"):
+        pooled_pass_at_k([{"a": [4, 4]}, {"b": [4, 4]}], 1)
+
+
+def test_groups_with_a_success_are_those_not_all_wrong():
+    assert run("grpo", 1, 2, [1.0, 0.75]).curve("prime", SUCCESSES) == [0.0, 0.25]
+
+
+def test_an_interrupted_seed_shortens_its_arms_curve():
+    arm = Arm("grpo", [run("grpo", 1, 2, [1.0, 0.5, 0.5]), run("grpo", 2, 0, [1.0, 1.0])])
+    assert arm.curve("prime", SUCCESSES).tolist() == [[0.0, 0.5], [0.0, 0.0]]
+
+
+def test_tables_and_curves_show_every_arm(tmp_path):
+    arms = [Arm("grpo", [run("grpo", 1, 2, [1.0, 0.5])]), Arm("bonus", [run("bonus", 1, 16, [0.0])])]
+    rivals, ablations = tables(arms, ("bonus",)).split("The ablations")
+    assert "| grpo | 1 | 25.0 | 0.0 [0.0, 0.0] |" in rivals
+    assert "bonus" not in rivals
+    assert "| bonus | 1 |" in ablations
+    curves(arms, tmp_path / "curves.svg")
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    assert results(arms, ks=(1, 4))["bonus"]["final"]["pass@4"]["mean"] == 0.5
+
+
+def test_every_arm_draws_as_many_samples_as_any_other(study):
+    settings = yaml.safe_load(study.STUDY.read_text())
+    runs = study.study_runs(settings, "somewhere")
+    assert len(runs) == len(settings["seeds"]) * (len(settings["arms"]) + len(settings["ablations"]))
+    drawn = {}
+    for one in runs:
+        *prime, sparse = one.config.stages
+        assert (sparse.kind, sparse.steps) == ("sparse-rl", 10)
+        drawn[one.arm] = sum(s.steps * s.problems_per_step * s.group_size for s in prime if s.kind != "sft")
+    assert {samples for arm, samples in drawn.items() if arm not in ("base", "sft", "sft-own-style")} == {12 * 16 * 16}
