@@ -1,7 +1,6 @@
 """pass@k of a model on a set of problems: servers, samples, verdicts; `exprl eval`."""
 
 import asyncio
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -18,7 +17,14 @@ from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.sampler import first_failure, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.launch import ServerSpec, check_servers, server_specs, start_servers, stop_servers
+from exprl_megatron.serving.launch import (
+    ServerSpec,
+    check_servers,
+    interrupt_on_sigterm,
+    server_specs,
+    start_servers,
+    stop_servers,
+)
 
 WEIGHTS = "initial"
 """The weight version that traces carry."""
@@ -73,7 +79,7 @@ def _measure(
     kept: KeptResults,
     say: Callable[[str], None],
 ) -> list[Result]:
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     with AnswerVerifier(settings.verifier_workers) as verifier:
         _check_sandbox(verifier, questions)
         say(f"starting {len(specs)} server{'s' if len(specs) > 1 else ''}")
@@ -153,8 +159,3 @@ async def _graded(
         on_trace=grade,
     )
     return [GradedTrace(trace, judgements[trace.sample]) for trace in traces]
-
-
-def _interrupt(*_) -> None:
-    """SIGTERM ends an evaluation as Ctrl-C does: the servers are stopped on the way out."""
-    raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from pathlib import Path
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.tally import Tally, tally
 from exprl_megatron.files import Claim, write_atomically
+from exprl_megatron.judging.judgement import judgement_record
 from exprl_megatron.rollout.group import GradedTrace
 
 
@@ -108,7 +109,6 @@ def question_key(*parts: object) -> str:
 
 
 def _sample(member: GradedTrace) -> dict:
-    judgement = {"kind": type(member.judgement).__name__} | asdict(member.judgement)
     trace = member.trace
     return {
         "problem_id": trace.problem_id,
@@ -116,7 +116,7 @@ def _sample(member: GradedTrace) -> dict:
         "text": trace.text,
         "tokens": len(trace.token_ids),
         "finish_reason": trace.finish_reason,
-        "judgement": judgement,
+        "judgement": judgement_record(member.judgement),
     }
 
 

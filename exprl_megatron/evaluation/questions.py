@@ -10,7 +10,7 @@ from exprl_megatron.evaluation.kept import question_key
 from exprl_megatron.evaluation.settings import EvalSettings
 from exprl_megatron.problems.needs import missing_for, verifiable
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.prompts import PromptBuilder, drop_overlong
+from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_records
 from exprl_megatron.rollout.sampler import Prompt
 
@@ -62,7 +62,7 @@ def read_questions(settings: EvalSettings) -> Questions:
     longest = _longest_prompt(settings, model.max_position_embeddings)
     builder = PromptBuilder(AutoTokenizer.from_pretrained(settings.model), settings.prompt)
     prompted = drop_overlong(problems, builder, longest)
-    _check_vocabulary(settings.model, model.vocab_size, prompted.prompts)
+    check_vocabulary(settings.model, model.vocab_size, prompted.prompts)
     questions = [
         Question(problem, records[problem.id], Prompt(problem.id, ids), _key(problem, ids))
         for problem, ids in zip(prompted.problems, prompted.prompts, strict=True)
@@ -83,12 +83,3 @@ def _longest_prompt(settings: EvalSettings, positions: int) -> int:
 def _key(problem: Problem, prompt_ids: Sequence[int]) -> str:
     tests = [asdict(test) for test in problem.tests]
     return question_key(list(prompt_ids), problem.domain, problem.answer, list(problem.choices), tests)
-
-
-def _check_vocabulary(model: str, size: int, prompts: Sequence[Sequence[int]]) -> None:
-    """A token that the model does not have would end the server."""
-    largest = max(max(ids) for ids in prompts)
-    if largest >= size:
-        raise UserError(
-            f"The tokenizer in {model} gives token {largest}, but its model has {size} tokens; use the model's own."
-        )

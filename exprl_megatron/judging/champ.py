@@ -5,16 +5,13 @@ looked at. 96 outputs are without a mistake. Outputs are free text without steps
 to compare a marked one with is cut here.
 """
 
-import importlib.util
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.problems.datasets.packaged import champ_problems
 from exprl_megatron.problems.problem import Problem, Reference
 
 TYPICAL_STEP = 100
@@ -58,13 +55,7 @@ def load_champ(limit: int | None = None) -> tuple[MarkedTrace, ...]:
 
     Raises UserError where the package is not installed.
     """
-    # The file alone: the package builds everything it has, 19,000 conversations, when asked for anything.
-    package = importlib.util.find_spec("champ_dataset")
-    if package is None:
-        raise UserError("The package champ-dataset is not installed; run `pip install champ-dataset`.")
-    path = Path(package.submodule_search_locations[0]) / "dataset_files" / "v0.json"
-    problems = json.loads(path.read_text(encoding="utf-8"))["problems"]
-    traces = [trace for record in problems.values() for trace in marked_traces(record)]
+    traces = [trace for record in champ_problems().values() for trace in marked_traces(record)]
     return tuple(traces[:limit])
 
 

@@ -1,6 +1,5 @@
 """Traces whose correctness is known, with their problems: what a judge is calibrated on."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any, get_args
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import Domain, Problem, Reference
-
-SHOWN_FAULTS = 10
+from exprl_megatron.problems.records import record_of, refuse_faults
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,7 @@ def read_judged_traces(path: str | Path, limit: int | None = None) -> tuple[Judg
             faults.append(f"{path} line {number}: {trace.problem.id!r} is another problem further up; rename one.")
         else:
             traces.append(trace)
-    if faults:
-        rest = len(faults) - SHOWN_FAULTS
-        raise UserError("\n".join(faults[:SHOWN_FAULTS] + ([f"... and {rest} more faults."] if rest > 0 else [])))
+    refuse_faults(faults)
     _check_sides(path, traces, len(problems))
     return tuple(traces)
 
@@ -64,12 +60,9 @@ def _check_sides(path: Path, traces: list[JudgedTrace], problems: int) -> None:
 
 def _judged_trace(line: str) -> JudgedTrace | list[str]:
     """The line as a JudgedTrace, or what is wrong with it."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        return [f"this is not JSON ({error}); mend or delete the line."]
-    if not isinstance(record, dict):
-        return [f"this is a JSON {type(record).__name__}, not an object; write {{...}} with named fields."]
+    record = record_of(line)
+    if isinstance(record, str):
+        return [record]
     if faults := list(_faults(record)):
         return faults
     problem = Problem(

@@ -1,6 +1,6 @@
 """A verdict on a trace, or the reason why there is none."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 Unit = Literal["trace", "prefix", "segment"]
@@ -28,3 +28,8 @@ class Abstained:
 
 
 Judgement = Scored | Abstained
+
+
+def judgement_record(judgement: Judgement) -> dict:
+    """In JSON's terms: {kind: Scored | Abstained, and the fields of that}."""
+    return {"kind": type(judgement).__name__} | asdict(judgement)

@@ -52,6 +52,15 @@ class PromptedProblems:
         return len(self.problems)
 
 
+def check_vocabulary(model: str, size: int, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise UserError where a prompt holds a token that the model does not have: it would end the server."""
+    largest = max(max(ids) for ids in prompts)
+    if largest >= size:
+        raise UserError(
+            f"The tokenizer in {model} gives token {largest}, but its model has {size} tokens; use the model's own."
+        )
+
+
 def drop_overlong(problems: Sequence[Problem], builder: PromptBuilder, max_tokens: int) -> PromptedProblems:
     """Leave out the problems whose prompt is longer than `max_tokens`; UserError where none is left."""
     prompted = [(problem, builder.token_ids(problem.statement)) for problem in problems]

@@ -1,16 +1,37 @@
 """From a source's record to a Problem: which fields it may have, and what is wrong with them."""
 
+import json
 import string
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from exprl_megatron.config.problems import FieldNames
+from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import CodeTest, Domain, Problem, Reference
 
 DOMAINS = get_args(Domain)
+SHOWN_FAULTS = 10
 OPTIONAL_TEXTS = ("reference", "answer", "source")
 NUMBERS_TOO = ("id", "answer")
 """Roles that may be numbers in a source; they are kept as text."""
+
+
+def record_of(line: str) -> dict[str, Any] | str:
+    """A line of JSON as a record, or a sentence about why it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return f"this is not JSON ({error}); mend or delete the line."
+    if not isinstance(record, dict):
+        return f"this is a JSON {type(record).__name__}, not an object; write {{...}} with named fields."
+    return record
+
+
+def refuse_faults(faults: Sequence[str]) -> None:
+    """Raise UserError with the first ten of the sentences, where there is any."""
+    if faults:
+        rest = len(faults) - SHOWN_FAULTS
+        raise UserError("\n".join([*faults[:SHOWN_FAULTS], *([f"... and {rest} more faults."] if rest > 0 else [])]))
 
 
 def problem_of(record: dict[str, Any], fields: FieldNames) -> Problem | list[str]:

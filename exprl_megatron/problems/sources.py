@@ -1,7 +1,6 @@
 """Problems from JSON lines, Parquet, a directory of either, or the Hugging Face hub."""
 
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +11,11 @@ import pyarrow
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.records import problem_of
+from exprl_megatron.problems.records import problem_of, record_of, refuse_faults
 
 JSON_LINES = (".jsonl", ".json")
 PARQUET = (".parquet",)
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
-SHOWN_FAULTS = 10
 
 Row = tuple[str, dict | str]
 """Where a record is, and the record, or a sentence about why it could not be read."""
@@ -45,9 +43,7 @@ def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
             faults.append(f"{place}: the id {problem.id!r} was given at {seen[problem.id]}; make the ids differ.")
         seen.setdefault(problem.id, place)
         found.append((problem, record))
-    if faults:
-        rest = len(faults) - SHOWN_FAULTS
-        raise UserError("\n".join(faults[:SHOWN_FAULTS] + ([f"... and {rest} more faults."] if rest > 0 else [])))
+    refuse_faults(faults)
     if not found:
         raise UserError(f"The problem source {config.source} is empty; give one with at least one problem.")
     return found
@@ -95,19 +91,9 @@ def _json_rows(path: Path) -> Iterator[Row]:
     try:
         for number, row in enumerate(lines, start=1):
             if row["text"].strip():
-                yield f"{path} line {number}", _parsed(row["text"])
+                yield f"{path} line {number}", record_of(row["text"])
     except UnicodeDecodeError as error:
         raise UserError(f"The problem file {path} is not UTF-8 text ({error}); convert it.") from error
-
-
-def _parsed(line: str) -> dict | str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        return f"this is not JSON ({error}); mend or delete the line."
-    if not isinstance(record, dict):
-        return f"this is a JSON {type(record).__name__}, not an object; write {{...}} with named fields."
-    return record
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

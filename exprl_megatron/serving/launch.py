@@ -1,6 +1,7 @@
 """Starts SGLang servers side by side, watches them while they start, and stops them."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,15 @@ from exprl_megatron.serving.ports import free_ports, is_free
 SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """What a server's `dtype` is for each `policy.precision`."""
 _POLL_S = 0.25
+
+
+def interrupt_on_sigterm() -> None:
+    """SIGTERM ends this process as Ctrl-C does: what it started is stopped on the way out."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)

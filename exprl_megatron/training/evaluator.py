@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.evaluation.pass_at_k import PassAtK, estimate_pass_at_k
+from exprl_megatron.evaluation.pass_at_k import PassAtK
+from exprl_megatron.evaluation.tally import estimates, tally
 from exprl_megatron.rewards.math_answer import DEADLINE_S
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory, write_atomically
@@ -43,11 +44,12 @@ class Evaluator:
             version,
             self._judging.grade_by_answer(DEADLINE_S),
         )
-        counts = {group.problem_id: (len(group.scores), int(sum(group.scores))) for group in groups}
-        estimates = [estimate_pass_at_k(list(counts.values()), k, settings.confidence) for k in settings.k]
-        record = {"weight_version": version, "counts": counts, "estimates": [asdict(e) for e in estimates]}
+        tallies = {group.problem_id: tally(member.judgement for member in group.members) for group in groups}
+        found = estimates(list(tallies.values()), settings.k, settings.confidence)
+        counts = {problem_id: (of.graded, of.correct) for problem_id, of in tallies.items()}
+        record = {"weight_version": version, "counts": counts, "estimates": [asdict(e) for e in found]}
         write_atomically(self._file(name), json.dumps(record, indent=1).encode())
-        shown = ", ".join(f"pass@{e.k} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in estimates)
+        shown = ", ".join(f"pass@{e.k} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in found)
         self._console.say(f"evaluation of {name}: {shown}")
 
     def all(self) -> dict[str, list[PassAtK]]:

@@ -38,8 +38,7 @@ def verified(verifier: AnswerVerifier, deadline_s: float) -> Grade:
     """Grades by the final answer: 1 where it is right, else 0."""
 
     async def grade(problem: Problem, trace: Trace) -> GradedTrace:
-        judgement = await verifier.verify(problem, trace.text, deadline_s)
-        return GradedTrace(trace, judgement, verified=judgement)
+        return GradedTrace(trace, await verifier.verify(problem, trace.text, deadline_s))
 
     return grade
 
@@ -47,7 +46,7 @@ def verified(verifier: AnswerVerifier, deadline_s: float) -> Grade:
 def _checked(by_judge: Grade, by_answer: Grade) -> Grade:
     async def grade(problem: Problem, trace: Trace) -> GradedTrace:
         judged, checked = await asyncio.gather(by_judge(problem, trace), by_answer(problem, trace))
-        return GradedTrace(trace, judged.judgement, judged.segments, checked.verified)
+        return GradedTrace(trace, judged.judgement, judged.segments, verified=checked.judgement)
 
     return grade
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, judgement_record
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.directory import write_atomically
@@ -72,14 +72,10 @@ def group_record(group: Group) -> dict:
 def _member(member: GradedTrace) -> dict:
     return {
         "trace": asdict(member.trace),
-        "judgement": _judgement_record(member.judgement),
-        "segments": [[s.start, s.end, _judgement_record(s.judgement)] for s in member.segments],
-        "verified": None if member.verified is None else _judgement_record(member.verified),
+        "judgement": judgement_record(member.judgement),
+        "segments": [[s.start, s.end, judgement_record(s.judgement)] for s in member.segments],
+        "verified": None if member.verified is None else judgement_record(member.verified),
     }
-
-
-def _judgement_record(judgement: Judgement) -> dict:
-    return {"kind": type(judgement).__name__} | asdict(judgement)
 
 
 def _group(record: dict) -> Group:

@@ -37,11 +37,12 @@ class JudgingSide:
         if config.judges:
             judge = config.judge
             kept = self._open.enter_context(JudgementStore(Path(judge.store) if judge.store else store))
-            self._judge = Judge(judge, judges, AutoTokenizer.from_pretrained(judge.model), store=kept)
+            tokenizer = AutoTokenizer.from_pretrained(judge.model)
+            self._judge = Judge(judge, judges, tokenizer, store=kept)
             if judge.gate is not None:
                 self._gate = JudgeGate(judge.gate, read_judged_traces(judge.gate.traces, judge.gate.limit))
                 # A store would answer the repeated check for the judge.
-                self._asked_anew = Judge(judge, judges, AutoTokenizer.from_pretrained(judge.model))
+                self._asked_anew = Judge(judge, judges, tokenizer)
 
     def grade(self, stage: RlStage, policy_tokenizer: Any) -> Grade:
         """How the traces of `stage` are graded."""

@@ -1,7 +1,6 @@
 """Starts a run's processes side by side, watches them, and ends them all when one ends."""
 
 import json
-import signal
 import time
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from exprl_megatron.serving.launch import (
     Server,
     ServerSpec,
     check_servers,
+    interrupt_on_sigterm,
     launch_servers,
     server_specs,
     stop_servers,
@@ -34,7 +34,7 @@ def launch(config: RunConfig, resume: bool) -> None:
     check_inputs(config)
     check_servers(wanted_servers(config, directory))
     claim = directory.claim(config, resume)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     servers: list[Server] = []
     ranks: TrainerRanks | None = None
     try:
@@ -74,8 +74,3 @@ def _check_alive(servers: Sequence[Server]) -> None:
     for server in servers:
         if not server.alive():
             raise ServerError(f"{server.name} ({server.url}) died; go on with --resume.{log_tail(server.log_file)}")
-
-
-def _interrupt(*_) -> None:
-    """SIGTERM ends a run as Ctrl-C does: everything is stopped on the way out."""
-    raise KeyboardInterrupt

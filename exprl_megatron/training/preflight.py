@@ -38,10 +38,10 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def needed(config: RunConfig) -> dict[ProblemsConfig, set[Need]]:
-    """Every set of problems of the run, with what its stages need of them."""
+    """Every set of problems that is sampled from, with what its stages need of them."""
     found: dict[ProblemsConfig, set[Need]] = {}
     for stage in config.stages:
-        if isinstance(stage, JudgedStage | SelfDistillStage | SftStage) and stage.problems is not None:
+        if isinstance(stage, JudgedStage | SelfDistillStage):
             found.setdefault(stage.problems, set()).add("reference")
         if isinstance(stage, SparseRlStage):
             found.setdefault(stage.problems, set()).add("verification")

@@ -11,11 +11,11 @@ from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.config.stages import RlStage, SparseRlStage
-from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.errors import ServerError
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.problems.order import problem_indices
-from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, drop_overlong
+from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
@@ -71,12 +71,12 @@ class Rollouts:
 
     def prepare(self) -> None:
         """Read every problem and build every prompt that the run needs, so that bad input ends it at its start."""
-        builder = PromptBuilder(self._tokenizer, self._config.prompt)
+        builder, model = PromptBuilder(self._tokenizer, self._config.prompt), self._config.policy.model
         for problems, sampling in self._config.problem_sets().items():
             room = self._config.policy.max_tokens - sampling.max_new_tokens
             limit = min(room, problems.max_prompt_tokens or room)
             prompted = drop_overlong(load_problems(problems), builder, limit)
-            _check_vocabulary(self._config.policy.model, prompted)
+            check_vocabulary(model, read_architecture(model).vocabulary, prompted.prompts)
             self._prompted[problems] = prompted
             self._guards[problems] = LeakGuard(self._config.leak_guard, prompted.problems)
             if prompted.dropped:
@@ -175,17 +175,6 @@ def _teaches(stage: SparseRlStage, group: Group) -> bool:
     judgements = [member.judgement for member in group.members]
     overlong = [member.trace.overlong for member in group.members]
     return bool(informative(*group_scores(judgements, overlong, stage.overlong)))
-
-
-def _check_vocabulary(model: str, prompted: PromptedProblems) -> None:
-    """A token that the model does not have would end the server."""
-    vocabulary = read_architecture(model).vocabulary
-    largest = max(max(ids) for ids in prompted.prompts)
-    if largest >= vocabulary:
-        raise UserError(
-            f"The tokenizer in {model} gives token {largest}, but its model has {vocabulary} tokens; "
-            "use the model's own."
-        )
 
 
 async def _ready(client: SGLangClient, deadline_s: float) -> None:

@@ -8,41 +8,34 @@ import torch
 from exprl_megatron.algorithms.advantages import estimator, group_normalised
 from exprl_megatron.algorithms.process import SegmentedTrace, process_credits
 from exprl_megatron.algorithms.scores import group_scores
-from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, RlStage, SelfDistillStage, SparseRlStage
+from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.rollout.group import GradedTrace, Group
+
+GradedStage = ExprlOutcomeStage | ExprlProcessStage | SparseRlStage
+"""Stages that learn from grades; self-distillation has a teacher instead."""
 
 TokenAdvantages = tuple[float, ...] | None
 """An advantage for each token of a trace; None: the trace is out of the loss."""
 
 
-def update_sequences(stage: RlStage, groups: list[Group]) -> list[list[Sequence]]:
+def update_sequences(stage: GradedStage, groups: list[Group]) -> list[list[Sequence]]:
     """The sequences of each of the step's `updates_per_step` optimizer steps, the groups in their order.
 
     Estimators that look at a batch look at all groups of the step. An update whose traces are all out of the loss is
     an empty list.
     """
-    if isinstance(stage, SelfDistillStage):
-        of_groups = [[_sequence(member, None) for member in group.members] for group in groups]
-    else:
-        of_groups = [
-            [_sequence(member, row) for member, row in zip(group.members, rows, strict=True) if row is not None]
-            for group, rows in zip(groups, token_advantages(stage, groups), strict=True)
-        ]
+    of_groups = [
+        [_sequence(member, row) for member, row in zip(group.members, rows, strict=True) if row is not None]
+        for group, rows in zip(groups, token_advantages(stage, groups), strict=True)
+    ]
     bounds = [i * len(groups) // stage.updates_per_step for i in range(stage.updates_per_step + 1)]
     parts = [chain.from_iterable(of_groups[first:last]) for first, last in pairwise(bounds)]
     return [[sequence for sequence in part if sequence.response_ids] for part in parts]
 
 
-def sequences_of(stage: RlStage, groups: list[Group]) -> list[Sequence]:
-    """The sequences of all updates, one for each trace that is in the loss."""
-    return list(chain.from_iterable(update_sequences(stage, groups)))
-
-
-def token_advantages(
-    stage: ExprlOutcomeStage | ExprlProcessStage | SparseRlStage, groups: list[Group]
-) -> list[list[TokenAdvantages]]:
+def token_advantages(stage: GradedStage, groups: list[Group]) -> list[list[TokenAdvantages]]:
     """By the stage's rules, for every member of every group; abstentions are out of the loss.
 
     All groups have as many members. Raises ValueError where a trace was not judged as the stage wants it.
@@ -133,6 +126,6 @@ def _spread(groups: list[Group], advantages: torch.Tensor, in_loss: torch.Tensor
     ]
 
 
-def _sequence(member: GradedTrace, advantages: TokenAdvantages) -> Sequence:
+def _sequence(member: GradedTrace, advantages: tuple[float, ...]) -> Sequence:
     trace = member.trace
     return Sequence(trace.prompt_ids, trace.token_ids, advantages, sampler_log_probs=trace.log_probs)

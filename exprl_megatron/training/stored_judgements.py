@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.judgement import Scored
+from exprl_megatron.judging.judgement import Scored, judgement_record
 from exprl_megatron.judging.store import Entry, JudgementStore
 from exprl_megatron.training.directory import RunDirectory, read_config
 
@@ -52,7 +52,7 @@ def entry_record(entry: Entry) -> dict:
     record |= {"asked": entry.asked, "answer": entry.answer}
     if isinstance(entry.result, str):
         return record | {"rubric": json.loads(entry.result)}
-    return record | {"judgement": {"kind": type(entry.result).__name__} | vars(entry.result)}
+    return record | {"judgement": judgement_record(entry.result)}
 
 
 def _page(entry: Entry) -> RenderableType:

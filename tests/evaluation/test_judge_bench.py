@@ -139,7 +139,6 @@ def test_a_gate_that_would_stop_a_run_says_so(config, bench, capsys, tmp_path):
 
 
 def test_a_process_judge_is_scored_at_champs_first_wrong_steps(config, bench, capsys, tmp_path):
-    pytest.importorskip("champ_dataset")
     config["judge"]["show_reference"] = False
     figures = tmp_path / "champ.json"
     assert not bench("--champ", "--limit", "6", "--json", str(figures))

@@ -10,7 +10,6 @@ PROBLEM = Problem("p", "?", Reference("!"))
 
 @pytest.fixture(scope="module")
 def champ():
-    pytest.importorskip("champ_dataset")
     return load_champ()
 
 

@@ -5,7 +5,8 @@ import pytest
 from graded import cut, graded, group, stage
 
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.sequences import sequences_of, token_advantages, update_sequences
+from exprl_megatron.training.sequences import token_advantages, update_sequences
+from exprl_megatron.training.teacher import student_and_teacher
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "exprl_vectors.json").read_text())
 
@@ -13,6 +14,12 @@ VECTORS = json.loads((Path(__file__).parents[1] / "data" / "exprl_vectors.json")
 def close(expected):
     """Within what the 1e-6 beside the std makes of a closed form."""
     return pytest.approx(expected, abs=5e-6)
+
+
+def sequences_of(stage_, groups):
+    """Of a stage with one update a step."""
+    (sequences,) = update_sequences(stage_, groups)
+    return sequences
 
 
 def first_tokens(stage_, *groups) -> list[float | None]:
@@ -78,7 +85,8 @@ def test_updates_share_the_groups_in_their_order():
 
 
 def test_self_distillation_takes_every_trace_and_needs_no_judgement():
-    sequences = sequences_of(stage("self-distill"), [group(None, 1.0, finish="length")])
+    graded_or_not = group(None, 1.0, finish="length")
+    sequences, _ = student_and_teacher([graded_or_not], {graded_or_not.problem_id: (1,)})
     assert [s.advantages for s in sequences] == [None, None]
     assert sequences[0].sampler_log_probs == (-0.5,) * 3
 

@@ -1,11 +1,13 @@
 """Data sets that installed packages carry: no network is needed."""
 
+import importlib.util
 import json
 import random
 import re
 from collections.abc import Iterator
-from importlib.resources import files
+from pathlib import Path
 
+from exprl_megatron.errors import UserError
 from exprl_megatron.problems.datasets.record import Record, record
 
 CALCULATOR_NOTE = re.compile(r"<<[^>]*>>")
@@ -36,8 +38,7 @@ def gsm_symbolic(variants: int, seed: int) -> Iterator[Record]:
 
 def champ() -> Iterator[Record]:
     """CHAMP's 270 competition problems; their steps are the references (package champ-dataset, MIT)."""
-    content = (files("champ_dataset") / "dataset_files" / "v0.json").read_text(encoding="utf-8")
-    for name, problem in json.loads(content)["problems"].items():
+    for name, problem in champ_problems().items():
         steps = [step["_text"] for step in problem["solution"]["steps"]]
         yield record(
             f"champ-{name.removeprefix('P_')}",
@@ -46,6 +47,19 @@ def champ() -> Iterator[Record]:
             reference="\n".join(steps),
             answer=problem["_answer"],
         )
+
+
+def champ_problems() -> dict[str, dict]:
+    """CHAMP's own records by name: problems, solutions, and outputs of models with the marks of annotators.
+
+    The file alone: the package builds everything it has, 19,000 conversations, when asked for anything. Raises
+    UserError where it is not installed.
+    """
+    package = importlib.util.find_spec("champ_dataset")
+    if package is None:
+        raise UserError("The package champ-dataset is not installed; run `pip install champ-dataset`.")
+    path = Path(package.submodule_search_locations[0]) / "dataset_files" / "v0.json"
+    return json.loads(path.read_text(encoding="utf-8"))["problems"]
 
 
 def _gsm_templates() -> list:
