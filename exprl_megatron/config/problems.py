@@ -1,8 +1,13 @@
 """Where problems come from and how they are put to the policy."""
 
+from typing import Literal
+
 from pydantic import Field, PositiveInt
 
 from exprl_megatron.config.base import Config
+
+Domain = Literal["math", "multiple-choice", "science", "code"]
+"""What kind of answer a problem wants; decides its verifier and its judge prompts."""
 
 
 class FieldNames(Config):

@@ -7,10 +7,9 @@ from pydantic import Field, PositiveInt
 from exprl_megatron.config.base import Config
 from exprl_megatron.config.losses import Advantage, Aggregation, LossConfig, SparseLossConfig
 from exprl_megatron.config.policy import OptimizerConfig
-from exprl_megatron.config.problems import ProblemsConfig, PromptConfig
+from exprl_megatron.config.problems import Domain, ProblemsConfig, PromptConfig
 from exprl_megatron.config.segments import RouteConfig, SegmentsConfig
 from exprl_megatron.config.serving import SamplingConfig
-from exprl_megatron.problems.problem import Domain
 
 
 class Stage(Config):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from exprl_megatron.config.problems import Domain
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.problem import Domain, Problem, Reference
+from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.records import record_of, refuse_faults
 
 

@@ -14,9 +14,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
+from exprl_megatron.config.problems import Domain
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Unit
-from exprl_megatron.problems.problem import Domain
 
 SHIPPED = Path(__file__).parent / "prompts"
 PLACEHOLDERS = ("problem", "reference", "rubric", "trace")

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from exprl_megatron.problems.problem import Domain, Problem
+from exprl_megatron.config.problems import Domain
+from exprl_megatron.problems.problem import Problem
 
 Need = Literal["reference", "verification"]
 """A reference (to judge by, to imitate, to distil from), or something that a verifier can compare with."""

@@ -2,10 +2,9 @@
 
 import string
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import NoReturn
 
-Domain = Literal["math", "multiple-choice", "science", "code"]
-"""What kind of answer a problem wants; decides its verifier and its judge prompts."""
+from exprl_megatron.config.problems import Domain
 
 
 class Reference:

@@ -5,9 +5,9 @@ import string
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from exprl_megatron.config.problems import FieldNames
+from exprl_megatron.config.problems import Domain, FieldNames
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.problem import CodeTest, Domain, Problem, Reference
+from exprl_megatron.problems.problem import CodeTest, Problem, Reference
 
 DOMAINS = get_args(Domain)
 SHOWN_FAULTS = 10

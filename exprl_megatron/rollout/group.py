@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from exprl_megatron.config.problems import Domain
 from exprl_megatron.judging.judgement import Judgement, Scored
-from exprl_megatron.problems.problem import Domain
 from exprl_megatron.rollout.trace import Trace
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from exprl_megatron.problems.problem import Domain
+from exprl_megatron.config.problems import Domain
 
 Row = dict[str, Any]
 """A row as the data set has it."""
