@@ -5,22 +5,46 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from exprl_megatron.config.base import Config
+from exprl_megatron.config.precision import PrecisionConfig
 
 
 class Layout(Config):
-    """How the policy is spread over ranks; world size = tp x pp x dp (cp and ep are 1 so far)."""
+    """How the policy is spread over ranks; world size = tp x cp x dp x pp, tp innermost, pp outermost.
+
+    Experts are laid over the same ranks in another way: etp x ep x (what remains is their data parallelism).
+    """
 
     tp: PositiveInt = 1
     pp: PositiveInt = 1
     vpp: PositiveInt = 1
     """Virtual pipeline stages for each rank; 1 is the plain pipeline."""
+    cp: PositiveInt = 1
+    """Ranks that share one sequence."""
+    ep: PositiveInt = 1
+    """Ranks that share the experts of a layer."""
+    etp: PositiveInt = 1
+    """Ranks that share one expert's matrices."""
     dp: PositiveInt = 1
     sequence_parallel: bool = False
+    embedding_as_layer: bool = False
+    """The first stage holds a layer less, for the embedding."""
+    head_as_layer: bool = False
+    """The last stage holds a layer less, for the output layer."""
 
     @property
     def world_size(self) -> int:
         """Number of trainer processes."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def stages(self) -> int:
+        """Pieces into which the pipeline cuts the layers."""
+        return self.pp * self.vpp
+
+    @property
+    def edp(self) -> int:
+        """Copies of each expert (data parallelism of the experts)."""
+        return self.tp * self.cp * self.dp // (self.etp * self.ep)
 
     def violations(self, whole) -> list[str]:
         found = []
@@ -28,6 +52,16 @@ class Layout(Config):
             found.append(f"policy.layout.vpp is {self.vpp} but pp is 1; virtual stages need pp of 2 or more.")
         if self.sequence_parallel and self.tp == 1:
             found.append("policy.layout.sequence_parallel needs tp of 2 or more; set tp, or turn it off.")
+        if (self.embedding_as_layer or self.head_as_layer) and self.pp == 1:
+            found.append("policy.layout.embedding_as_layer and head_as_layer need pp of 2 or more; leave them out.")
+        stage, experts = self.tp * self.cp * self.dp, self.etp * self.ep
+        if stage % experts:
+            found.append(
+                f"policy.layout.ep x etp is {experts}, which does not divide the {stage} ranks of a pipeline stage "
+                f"(tp x cp x dp); change one of them."
+            )
+        if self.ep > 1 and self.tp > 1 and not self.sequence_parallel:
+            found.append("policy.layout.ep with tp needs sequence_parallel; turn it on.")
         return found
 
 
@@ -39,7 +73,7 @@ class PolicyConfig(Config):
     initialise: Literal["weights", "random"] = "weights"
     """`random` needs only config.json and the tokenizer: for SFT from nothing."""
     layout: Layout = Layout()
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: PrecisionConfig = PrecisionConfig()
     recompute: Literal["none", "selective", "full"] = "none"
     max_tokens: PositiveInt = 2048
     """Longest sequence, prompt and response together."""
@@ -47,6 +81,12 @@ class PolicyConfig(Config):
     """Padded tokens in one micro-batch of one data-parallel rank."""
     log_prob_chunk: PositiveInt = 1024
     """Tokens whose logits exist at the same time."""
+    packing: bool = True
+    """Sequences of a micro-batch lie one behind the other instead of being padded to the longest."""
+    starting_policy: Literal["host", "server"] = "host"
+    """Where a stage's starting weights are scored for the KL term: swapped in from host memory, or by a server."""
+    moe_aux_loss: float = Field(0.0, ge=0)
+    """Weight of the router's load-balancing loss (mixture of experts)."""
 
 
 class OptimizerConfig(Config):
@@ -63,3 +103,7 @@ class OptimizerConfig(Config):
     clip_grad_norm: float = Field(1.0, gt=0)
     distributed: bool = True
     """Shard the optimizer state over data-parallel ranks."""
+    overlap: bool = False
+    """Reduce gradients and gather parameters while the backward and forward pass compute; needs `distributed`."""
+    offload: float = Field(0.0, ge=0, le=1)
+    """Share of the optimizer state that is kept and stepped in host memory."""

@@ -102,7 +102,7 @@ def _servers(config: RunConfig) -> Iterator[list[HttpServer]]:
         yield judge_endpoints(config.judge)
         return
     logs = Path(tempfile.mkdtemp(prefix="exprl-judge-bench-"))
-    dtype = SERVED_DTYPES[config.policy.precision]
+    dtype = SERVED_DTYPES[config.policy.precision.dtype]
     servers = start_servers(
         server_specs("judge", config.judge.model, config.judge.server, logs, dtype=dtype, seed=config.seed)
     )

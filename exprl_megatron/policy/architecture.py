@@ -7,7 +7,13 @@ from pathlib import Path
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
 
-FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3-moe",
+    "MixtralForCausalLM": "mixtral",
+}
 
 
 @dataclass(frozen=True)
@@ -21,11 +27,24 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in every layer's MLP: a linear router with softmax, SwiGLU experts, none shared."""
+
+    count: int
+    chosen: int
+    """Experts that each token goes to."""
+    ffn: int
+    """Width of one expert."""
+    normalised: bool
+    """Whether the chosen experts' weights are made to sum to 1."""
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A dense decoder: RMSNorm before attention and before a SwiGLU MLP, rotary positions, grouped queries."""
+    """A decoder: RMSNorm before attention and before a SwiGLU MLP (or experts), rotary positions, grouped queries."""
 
     family: str
-    """`llama`, `qwen2` or `qwen3`."""
+    """`llama`, `qwen2`, `qwen3`, `qwen3-moe` or `mixtral`."""
     layers: int
     hidden: int
     heads: int
@@ -43,6 +62,8 @@ class Architecture:
     max_positions: int
     initializer_range: float
     """Standard deviation of randomly initialised matrices."""
+    experts: Experts | None = None
+    """None: a dense MLP of width `ffn` in every layer."""
 
 
 def read_architecture(directory: str | Path) -> Architecture:
@@ -75,20 +96,39 @@ def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
     for what, count in (
         ("attention heads", architecture.heads),
         ("KV groups", architecture.kv_groups),
-        ("MLP columns", architecture.ffn),
+        *([] if architecture.experts else [("MLP columns", architecture.ffn)]),
     ):
         if count % layout.tp:
             found.append(
                 f"policy.layout.tp is {layout.tp}, which does not divide the model's {count} {what}; "
                 f"use one of {_divisors(architecture)}."
             )
-    stages = layout.pp * layout.vpp
-    if architecture.layers % stages:
+    found += _expert_violations(architecture.experts, layout)
+    slots = architecture.layers + layout.embedding_as_layer + layout.head_as_layer
+    if slots % layout.stages:
+        counted = " with embedding or output layer counted in" if slots > architecture.layers else ""
         found.append(
-            f"policy.layout.pp x vpp is {stages}, which does not divide the model's {architecture.layers} layers; "
+            f"policy.layout.pp x vpp is {layout.stages}, which does not divide the model's {slots} layers{counted}; "
             f"change pp or vpp."
         )
+    elif slots == layout.stages and slots > architecture.layers:
+        found.append("policy.layout leaves the first or last stage without a layer; use fewer stages.")
     return found
+
+
+def stage_layers(architecture: Architecture, layout: Layout) -> list[list[range]]:
+    """The layers, counted from 0, as [pipeline rank][virtual stage]; `layout` must fit (see check_layout).
+
+    Stage k of pp x vpp lies on rank k modulo pp, as Megatron interleaves them.
+    """
+    slots = architecture.layers + layout.embedding_as_layer + layout.head_as_layer
+    each = slots // layout.stages
+    before = int(layout.embedding_as_layer)
+    cuts = [min(max(stage * each - before, 0), architecture.layers) for stage in range(layout.stages + 1)]
+    return [
+        [range(cuts[chunk * layout.pp + rank], cuts[chunk * layout.pp + rank + 1]) for chunk in range(layout.vpp)]
+        for rank in range(layout.pp)
+    ]
 
 
 def check_layout(architecture: Architecture, layout: Layout) -> None:
@@ -98,9 +138,29 @@ def check_layout(architecture: Architecture, layout: Layout) -> None:
         raise UserError("\n".join(found))
 
 
+def _expert_violations(experts: Experts | None, layout: Layout) -> list[str]:
+    if experts is None:
+        sizes = [("ep", layout.ep), ("etp", layout.etp)]
+        return [
+            f"policy.layout.{name} is {size} but the model has no experts; set it to 1."
+            for name, size in sizes
+            if size > 1
+        ]
+    found = []
+    if experts.count % layout.ep:
+        found.append(
+            f"policy.layout.ep is {layout.ep}, which does not divide the model's {experts.count} experts; change it."
+        )
+    if experts.ffn % layout.etp:
+        found.append(
+            f"policy.layout.etp is {layout.etp}, which does not divide an expert's {experts.ffn} columns; change it."
+        )
+    return found
+
+
 def _divisors(architecture: Architecture) -> str:
     """The tensor-parallel sizes that fit."""
-    counts = (architecture.heads, architecture.kv_groups, architecture.ffn)
+    counts = (architecture.heads, architecture.kv_groups, *(() if architecture.experts else (architecture.ffn,)))
     return ", ".join(str(n) for n in range(1, architecture.kv_groups + 1) if not any(count % n for count in counts))
 
 
@@ -109,6 +169,10 @@ def _unsupported(tree: dict) -> str | None:
         return f"hidden_act {tree['hidden_act']}"
     if tree.get("use_sliding_window"):
         return "use_sliding_window"
+    if tree["architectures"][0] == "MixtralForCausalLM" and tree.get("sliding_window"):
+        return "sliding_window"
+    if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
+        return "dense layers between its layers of experts"
     if tree.get("mlp_bias"):
         return "mlp_bias"
     if tree["architectures"][0] != "Qwen2ForCausalLM" and tree.get("attention_bias"):
@@ -147,9 +211,23 @@ def _architecture(family: str, tree: dict) -> Architecture:
         norm_eps=tree["rms_norm_eps"],
         rope_base=rope.get("rope_theta") or tree.get("rope_theta", 10000.0),
         rope_scaling=scaling,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3-moe"),
         qkv_bias=family == "qwen2",
         tied=tree.get("tie_word_embeddings", False),
         max_positions=tree.get("max_position_embeddings", 2048),
         initializer_range=tree.get("initializer_range", 0.02),
+        experts=_experts(family, tree),
     )
+
+
+def _experts(family: str, tree: dict) -> Experts | None:
+    if family == "qwen3-moe":
+        return Experts(
+            count=tree["num_experts"],
+            chosen=tree["num_experts_per_tok"],
+            ffn=tree["moe_intermediate_size"],
+            normalised=tree.get("norm_topk_prob", False),
+        )
+    if family == "mixtral":
+        return Experts(tree["num_local_experts"], tree["num_experts_per_tok"], tree["intermediate_size"], True)
+    return None

@@ -152,7 +152,7 @@ def _record(policy: Policy, extra: dict) -> dict:
     return {
         "architecture": asdict(policy.architecture),
         "layout": policy.config.layout.model_dump(),
-        "precision": policy.config.precision,
+        "precision": policy.config.precision.model_dump(),
         "distributed": policy.stage.config.distributed,
         "start_kept": policy.stage.start is not None,
         "updates": policy.stage.updates,

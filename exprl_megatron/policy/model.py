@@ -8,7 +8,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.policy.architecture import Architecture, check_layout
+from exprl_megatron.policy.architecture import Architecture, check_layout, stage_layers
 from exprl_megatron.policy.local_spec import local_block
 from exprl_megatron.policy.world import World
 
@@ -32,7 +32,7 @@ def padded_vocabulary(architecture: Architecture, tp: int) -> int:
 
 def transformer_config(architecture: Architecture, config: PolicyConfig, device: torch.device) -> TransformerConfig:
     """Megatron's own configuration; `device` decides which fused kernels are asked for."""
-    layout, dtype, cuda = config.layout, DTYPES[config.precision], device.type == "cuda"
+    layout, dtype, cuda = config.layout, DTYPES[config.precision.dtype], device.type == "cuda"
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -58,6 +58,11 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        account_for_embedding_in_pipeline_split=layout.embedding_as_layer,
+        account_for_loss_in_pipeline_split=layout.head_as_layer,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -109,7 +114,7 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
     if world.device.type == "cuda":
         block = get_gpt_decoder_block_spec(megatron, use_transformer_engine=True, vp_stage=stage)
     else:
-        block = local_block(megatron, architecture.layers // (layout.pp * layout.vpp))
+        block = local_block(megatron, len(stage_layers(architecture, layout)[world.pp_rank][stage or 0]))
     chunk = GPTModel(
         megatron,
         block,

@@ -25,6 +25,9 @@ class World:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    cp_rank: int = 0
+    ep_rank: int = 0
+    etp_rank: int = 0
 
     @property
     def last_stage(self) -> bool:
@@ -48,15 +51,19 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> Worl
         _start_process_group(device, timeout_s)
     processes = dist.get_world_size()
     if processes != layout.world_size:
+        sizes = f"tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
         raise UserError(
-            f"{processes} trainer processes were started but policy.layout needs {layout.world_size} "
-            f"(tp {layout.tp} x pp {layout.pp} x dp {layout.dp}); start {layout.world_size}, or change the layout."
+            f"{processes} trainer processes were started but policy.layout needs {layout.world_size} ({sizes}); "
+            f"start {layout.world_size}, or change the layout."
         )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=timeout_s / 60,
     )
     torch.manual_seed(seed)
@@ -72,10 +79,14 @@ def current_world(layout: Layout) -> World:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
         parallel_state.get_data_parallel_world_size(),
     )
-    if sizes != (layout.tp, layout.pp, layout.vpp, layout.dp):
-        raise RuntimeError(f"this process is in a world with tp, pp, vpp, dp = {sizes}, not in that of {layout!r}")
+    if sizes != (layout.tp, layout.pp, layout.vpp, layout.cp, layout.ep, layout.etp, layout.dp):
+        names = "tp, pp, vpp, cp, ep, etp, dp"
+        raise RuntimeError(f"this process is in a world with {names} = {sizes}, not in that of {layout!r}")
     return World(
         layout=layout,
         device=_device(),
@@ -83,6 +94,9 @@ def current_world(layout: Layout) -> World:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.policy.architecture import Architecture, stage_layers
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -94,25 +94,32 @@ class Parameter:
     chunk: int
     """Virtual pipeline stage on that rank."""
     name: str
-    """Within the chunk: layers are counted from the chunk's first."""
+    """Within the chunk: layers are counted from the chunk's first, experts from the rank's first."""
     hf_names: tuple[str, ...]
     rule: Rule
     exported: bool = True
     """False for the last stage's copy of a tied embedding."""
+    ep_rank: int | None = None
+    """The expert-parallel rank that has this expert, whose rule then cuts over expert-tensor-parallel ranks; None:
+    no expert, on every rank of the stage and cut over tensor-parallel ranks."""
 
 
-def parameters(architecture: Architecture, layout: Layout) -> list[Parameter]:
-    """All Megatron parameters of all pipeline stages, from the embedding to the output layer."""
+def parameters(architecture: Architecture, layout: Layout, grouped: bool = False) -> list[Parameter]:
+    """All Megatron parameters of all pipeline stages, from the embedding to the output layer.
+
+    `grouped`: experts are named as Transformer Engine's grouped layers name them (on CUDA), else one by one.
+    """
     last = (layout.pp - 1, layout.vpp - 1)
     vocabulary = Vocabulary(rows=architecture.vocabulary)
     table = [Parameter(0, 0, "embedding.word_embeddings.weight", (EMBEDDING,), vocabulary)]
-    layers_per_stage = architecture.layers // (layout.pp * layout.vpp)
-    for layer in range(architecture.layers):
-        stage, local = divmod(layer, layers_per_stage)
-        chunk, pp_rank = divmod(stage, layout.pp)
-        for name, hf_names, rule in _layer(architecture):
-            hf_full = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)
-            table.append(Parameter(pp_rank, chunk, f"decoder.layers.{local}.{name}", hf_full, rule))
+    stages = stage_layers(architecture, layout)
+    places = [(layers, pp, chunk) for pp, chunks in enumerate(stages) for chunk, layers in enumerate(chunks)]
+    for layers, pp_rank, chunk in sorted(places, key=lambda place: place[0].start):
+        for local, layer in enumerate(layers):
+            for name, hf_names, rule, ep_rank in _layer(architecture, layout.ep, grouped):
+                hf_full = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)
+                full = f"decoder.layers.{local}.{name}"
+                table.append(Parameter(pp_rank, chunk, full, hf_full, rule, ep_rank=ep_rank))
     table.append(Parameter(*last, "decoder.final_layernorm.weight", ("model.norm.weight",), Rule()))
     if not architecture.tied:
         table.append(Parameter(*last, "output_layer.weight", (HEAD,), vocabulary))
@@ -140,8 +147,9 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "mlp.gate_proj.weight": (ffn, hidden),
         "mlp.up_proj.weight": (ffn, hidden),
         "mlp.down_proj.weight": (hidden, ffn),
+        **_expert_shapes(architecture),
     }
-    present = [hf_name for _, hf_names, _ in _layer(architecture) for hf_name in hf_names]
+    present = [hf_name for _, hf_names, _, _ in _layer(architecture, 1, False) for hf_name in hf_names]
     shapes = {EMBEDDING: (architecture.vocabulary, hidden)}
     for index in range(architecture.layers):
         shapes |= {f"model.layers.{index}.{name}": layer[name] for name in present}
@@ -151,23 +159,68 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer(architecture: Architecture) -> list[tuple[str, tuple[str, ...], Rule]]:
-    """One layer's parameters: Megatron name, Hugging Face names, rule."""
+Row = tuple[str, tuple[str, ...], Rule, int | None]
+"""Megatron name, Hugging Face names, rule, expert-parallel rank."""
+
+
+def _layer(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
+    """One layer's parameters, experts laid over `ep` ranks."""
     heads_per_group = architecture.heads // architecture.kv_groups
     qkv = QueryKeyValue(heads_per_group=heads_per_group, head_dim=architecture.head_dim)
-    rows = [
-        ("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), Rule()),
-        ("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), qkv),
+    rows: list[Row] = [
+        ("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), Rule(), None),
+        ("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), qkv, None),
     ]
     if architecture.qkv_bias:
-        rows.append(("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), qkv))
+        rows.append(("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), qkv, None))
     if architecture.qk_norm:
-        rows.append(("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Rule()))
-        rows.append(("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Rule()))
+        rows.append(("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Rule(), None))
+        rows.append(("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Rule(), None))
+    rows.append(("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Rule(split_dim=1), None))
+    if architecture.experts is not None:
+        return rows + _expert_rows(architecture, ep, grouped)
     return [
         *rows,
-        ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Rule(split_dim=1)),
-        ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), Rule()),
-        ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp()),
-        ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Rule(split_dim=1)),
+        ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), Rule(), None),
+        ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp(), None),
+        ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Rule(split_dim=1), None),
     ]
+
+
+def _expert_rows(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
+    """The MLP of a layer of experts."""
+    router, gate, up, down = _expert_names(architecture.family)
+    rows: list[Row] = [
+        ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), Rule(), None),
+        ("mlp.router.weight", (router,), Rule(), None),
+    ]
+    each = architecture.experts.count // ep
+    for expert in range(architecture.experts.count):
+        ep_rank, local = divmod(expert, each)
+        fc1, fc2 = (
+            f"mlp.experts.{layer}.weight{local}" if grouped else f"mlp.experts.local_experts.{local}.{layer}.weight"
+            for layer in ("linear_fc1", "linear_fc2")
+        )
+        rows.append((fc1, (gate.format(expert), up.format(expert)), GateUp(), ep_rank))
+        rows.append((fc2, (down.format(expert),), Rule(split_dim=1), ep_rank))
+    return rows
+
+
+def _expert_names(family: str) -> tuple[str, str, str, str]:
+    """Hugging Face names of router, gate, up and down, the expert's number left open."""
+    if family == "mixtral":
+        block = "block_sparse_moe"
+        return f"{block}.gate.weight", *(f"{block}.experts.{{}}.{w}.weight" for w in ("w1", "w3", "w2"))
+    return "mlp.gate.weight", *(f"mlp.experts.{{}}.{w}_proj.weight" for w in ("gate", "up", "down"))
+
+
+def _expert_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    experts, hidden = architecture.experts, architecture.hidden
+    if experts is None:
+        return {}
+    router, gate, up, down = _expert_names(architecture.family)
+    shapes: dict[str, tuple[int, ...]] = {router: (experts.count, hidden)}
+    for expert in range(experts.count):
+        shapes |= {name.format(expert): (experts.ffn, hidden) for name in (gate, up)}
+        shapes[down.format(expert)] = (hidden, experts.ffn)
+    return shapes

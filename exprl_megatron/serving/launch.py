@@ -21,7 +21,7 @@ from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import free_ports, is_free
 
 SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-"""What a server's `dtype` is for each `policy.precision`."""
+"""What a server's `dtype` is for each `policy.precision.dtype`."""
 _POLL_S = 0.25
 
 

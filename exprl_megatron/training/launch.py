@@ -54,7 +54,7 @@ def launch(config: RunConfig, resume: bool) -> None:
 def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpec]:
     """The servers that the stages and the evaluation of `config` need."""
     specs: list[ServerSpec] = []
-    dtype = SERVED_DTYPES[config.policy.precision]
+    dtype = SERVED_DTYPES[config.policy.precision.dtype]
     if config.samples:
         specs += server_specs(
             "policy", config.policy.model, config.server, directory.logs, dtype=dtype, seed=config.seed

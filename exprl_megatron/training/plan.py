@@ -28,10 +28,13 @@ def planned_processes(config: RunConfig) -> list[PlannedProcess]:
         planned += [_server("judge", i, judge.model, judge.server) for i in range(judge.server.count)]
     layout = config.policy.layout
     for rank in range(layout.world_size):
-        # Megatron's order of ranks: tensor parallel innermost, then data parallel, then pipeline.
-        tp, dp, pp = rank % layout.tp, rank // layout.tp % layout.dp, rank // (layout.tp * layout.dp)
+        # Megatron's order of ranks, from the innermost dimension outwards.
+        place, rest = [], rank
+        for name, size in (("tp", layout.tp), ("cp", layout.cp), ("dp", layout.dp), ("pp", layout.pp)):
+            place.append(f"{name} {rest % size}")
+            rest //= size
         role = "trainer, conducts" if rank == 0 else "trainer"
-        planned.append(PlannedProcess(f"trainer-{rank}", role, f"tp {tp}, pp {pp}, dp {dp}"))
+        planned.append(PlannedProcess(f"trainer-{rank}", role, ", ".join(place)))
     return planned
 
 

@@ -131,7 +131,7 @@ def test_an_unknown_key_like_no_known_one_is_to_be_removed(tmp_path):
         ("stages.0.steps=0", "stages.0.steps is 0:"),
         ("policy.layout.sequence_parallel=1", "policy.layout.sequence_parallel is 1:"),
         ("policy.layout=2", "policy.layout is 2:"),
-        ("policy.precision=fp64", "policy.precision is 'fp64':"),
+        ("policy.precision=fp64", "policy.precision.kind is 'fp64':"),
         ("stages.0.optimizer.lr=.nan", "stages.0.optimizer.lr is nan:"),
         ("stages.0.sampling.stop_token_ids.0=x", "stages.0.sampling.stop_token_ids.0 is 'x':"),
         ("directory=3", "directory is 3:"),

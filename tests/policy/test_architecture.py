@@ -103,7 +103,7 @@ def test_rope_settings_are_read_under_their_newer_name_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "describes the architecture MixtralForCausalLM; use one of"),
+        ({"architectures": ["MambaForCausalLM"]}, "describes the architecture MambaForCausalLM; use one of"),
         ({"hidden_act": "gelu"}, "has hidden_act gelu"),
         ({"mlp_bias": True}, "has mlp_bias"),
         ({"attention_bias": True}, "has attention_bias"),

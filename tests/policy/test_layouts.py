@@ -88,6 +88,6 @@ def test_gradients_of_log_probs_are_right_where_the_vocabulary_is_cut_and_padded
 
 def test_more_processes_than_the_layout_needs_are_refused(results):
     assert results["wrong world"] == (
-        "4 trainer processes were started but policy.layout needs 2 (tp 2 x pp 1 x dp 1); "
+        "4 trainer processes were started but policy.layout needs 2 (tp 2 x cp 1 x dp 1 x pp 1); "
         "start 2, or change the layout."
     )

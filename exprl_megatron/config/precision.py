@@ -1,0 +1,42 @@
+"""In which number format the policy computes."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from exprl_megatron.config.base import Config
+
+Kind = Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+
+
+class PrecisionConfig(Config):
+    """`precision: bf16` is short for `precision: {kind: bf16}`.
+
+    The fp8 kinds keep weights, norms, attention and the output layer in bf16 and multiply the linear layers'
+    operands in 8 bits.
+    """
+
+    kind: Kind = "fp32"
+    fp8_parameters: bool = False
+    """Keep the linear layers' weights in 8 bits only (the optimizer holds fp32 ones)."""
+    first_last_bf16: int = Field(0, ge=0)
+    """So many layers at either end stay in bf16."""
+    fp8_attention: bool = False
+    """Attention's own products in 8 bits too."""
+    emulate: bool = False
+    """On a machine without FP8 kernels: round the operands as the kind would, and multiply in fp32."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @property
+    def fp8(self) -> bool:
+        """Whether linear layers multiply in 8 bits."""
+        return self.kind not in ("fp32", "bf16")
+
+    @property
+    def dtype(self) -> Literal["fp32", "bf16"]:
+        """The format of parameters and activations outside FP8 products; emulation computes in fp32."""
+        return "fp32" if self.kind == "fp32" or self.emulate else "bf16"
