@@ -1,0 +1,180 @@
+"""Seconds of one layer of one micro-batch on one rank, forward and backward, by cause."""
+
+from dataclasses import dataclass, fields
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.planning.flops import attention_flops, attention_gemms, mlp_gemms, router_gemm
+from exprl_megatron.planning.hardware import Gpu
+from exprl_megatron.planning.kernels import attention_seconds, cast_bytes, gemm_seconds, traffic_seconds
+from exprl_megatron.planning.links import exchange_seconds, exposed, ring_seconds
+from exprl_megatron.planning.practice import Practice
+from exprl_megatron.policy.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Everything that decides how long one rank works on one layer."""
+
+    architecture: Architecture
+    layout: Layout
+    precision: PrecisionConfig
+    sequence_length: float
+    tokens: float
+    """Of one micro-batch on this rank: already divided by cp, not by tp."""
+    gpu: Gpu
+    practice: Practice
+
+    @property
+    def rows(self) -> float:
+        """Rows that pass this rank's MLP: tokens, or with experts the copies of tokens that it receives."""
+        if self.architecture.experts is None:
+            return self.tokens
+        return self.tokens / self.layout.tp * self.architecture.experts.chosen * self.layout.etp
+
+    @property
+    def sharded_tokens(self) -> float:
+        """Tokens in the parts between the tensor-parallel blocks."""
+        return self.tokens / (self.layout.tp if self.layout.sequence_parallel else 1)
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds by cause."""
+
+    gemm: float
+    attention: float
+    memory: float
+    tp: float
+    cp: float
+    ep: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: "LayerTime") -> "LayerTime":
+        return LayerTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, count: float) -> "LayerTime":
+        return LayerTime(*(getattr(self, f.name) * count for f in fields(self)))
+
+
+def forward_layer(rank: Rank) -> LayerTime:
+    """Seconds of a layer's forward pass."""
+    gemm = sum(_product(rank, g) for g in _gemms(rank)) + _router(rank, 1)
+    attention = _attention(rank, backward=False)
+    memory = traffic_seconds(_forward_bytes(rank), rank.gpu)
+    return LayerTime(
+        gemm=gemm,
+        attention=attention,
+        memory=memory,
+        tp=_tensor_parallel(rank, gathers=4 if rank.architecture.experts is None else 2, beside=gemm),
+        cp=_context_parallel(rank, attention, times=1),
+        ep=_expert_parallel(rank, gemm + attention),
+    )
+
+
+def backward_layer(rank: Rank) -> LayerTime:
+    """Seconds of a layer's backward pass: gradients of inputs and, unless frozen, of weights."""
+    gemm = sum(_product(rank, g.input_gradient()) for g in _gemms(rank)) + _router(rank, 2)
+    if not rank.practice.lora:
+        gemm += sum(_product(rank, g.weight_gradient(), output_bytes=8.0) for g in _gemms(rank))
+    attention = _attention(rank, backward=True)
+    gathers = 6 if rank.layout.sequence_parallel and not rank.practice.lora else 4
+    return LayerTime(
+        gemm=gemm,
+        attention=attention,
+        memory=traffic_seconds(_backward_bytes(rank), rank.gpu),
+        tp=_tensor_parallel(rank, gathers if rank.architecture.experts is None else gathers // 2, beside=gemm),
+        cp=_context_parallel(rank, attention, times=2),
+        ep=_expert_parallel(rank, gemm + attention),
+    )
+
+
+def _gemms(rank: Rank):
+    layout = rank.layout
+    return attention_gemms(rank.architecture, rank.tokens, layout.tp) + mlp_gemms(
+        rank.architecture, rank.tokens, layout.tp, layout.ep, layout.etp
+    )
+
+
+def _product(rank: Rank, gemm, output_bytes: float = 2.0) -> float:
+    return gemm_seconds(gemm, rank.gpu, rank.precision.fp8, output_bytes, rank.precision.kind)
+
+
+def _router(rank: Rank, times: int) -> float:
+    return times * gemm_seconds(router_gemm(rank.architecture, rank.tokens, rank.layout.tp), rank.gpu)
+
+
+def _attention(rank: Rank, backward: bool) -> float:
+    """Causal attention; its backward pass has five products where the forward has two."""
+    flops = attention_flops(rank.architecture, rank.sequence_length) * rank.tokens / rank.layout.tp
+    fp8 = rank.precision.fp8_attention
+    return attention_seconds(flops * (2.5 if backward else 1), rank.sequence_length, rank.gpu, backward, fp8)
+
+
+def _forward_bytes(rank: Rank) -> float:
+    """HBM bytes outside the products: two norms, two residual additions, rotation, activation, casts, permutation."""
+    architecture, layout = rank.architecture, rank.layout
+    heads = (architecture.heads + 2 * architecture.kv_groups) * architecture.head_dim / layout.tp
+    between = 10 * rank.sharded_tokens * architecture.hidden
+    inside = rank.tokens * 2 * heads + rank.rows * 3 * _ffn(rank)
+    casts = cast_bytes(
+        rank.tokens * (architecture.hidden + architecture.heads * architecture.head_dim / layout.tp)
+        + rank.rows * (architecture.hidden + _ffn(rank)),
+        rank.precision,
+    )
+    return 2.0 * (between + inside + _permuted(rank)) + casts
+
+
+def _backward_bytes(rank: Rank) -> float:
+    """The same backwards: gradients of norms, residual sums, rotation and activation; casts of gradients."""
+    architecture, layout = rank.architecture, rank.layout
+    heads = (architecture.heads + 2 * architecture.kv_groups) * architecture.head_dim / layout.tp
+    between = 12 * rank.sharded_tokens * architecture.hidden
+    inside = rank.tokens * 2 * heads + rank.rows * 5 * _ffn(rank)
+    casts = cast_bytes(
+        rank.tokens * (heads + architecture.hidden) + rank.rows * (2 * _ffn(rank) + architecture.hidden), rank.precision
+    )
+    return 2.0 * (between + inside + _permuted(rank)) + casts
+
+
+def _permuted(rank: Rank) -> float:
+    """Elements that move when tokens are copied to their experts' order and back: seven passes over the copies."""
+    return 7.0 * rank.rows * rank.architecture.hidden if rank.architecture.experts else 0.0
+
+
+def _ffn(rank: Rank) -> float:
+    experts = rank.architecture.experts
+    return experts.ffn / rank.layout.etp if experts else rank.architecture.ffn / rank.layout.tp
+
+
+def _tensor_parallel(rank: Rank, gathers: int, beside: float) -> float:
+    """`gathers` all-gathers or reduce-scatters of the layer's activations in BF16 (an all-reduce is two of them)."""
+    size = rank.tokens * rank.architecture.hidden * 2.0
+    transfer = gathers * ring_seconds(size, rank.gpu, rank.layout.tp, 1)
+    return exposed(transfer, beside, rank.practice.tp_overlap)
+
+
+def _context_parallel(rank: Rank, attention: float, times: int) -> float:
+    """Keys and values travel round the ring beside attention; backward their gradients travel too."""
+    architecture, layout = rank.architecture, rank.layout
+    kept = rank.tokens * 2 * architecture.kv_groups * architecture.head_dim / layout.tp * 2.0
+    transfer = times * ring_seconds(kept * layout.cp, rank.gpu, layout.cp, layout.tp)
+    return exposed(transfer, attention, True)
+
+
+def _expert_parallel(rank: Rank, beside: float) -> float:
+    """Tokens travel to their experts and back."""
+    architecture, layout = rank.architecture, rank.layout
+    if architecture.experts is None or layout.ep * layout.etp == 1:
+        return 0.0
+    copies = rank.tokens / layout.tp * architecture.experts.chosen
+    row = architecture.hidden * 2.0
+    across = 2 * exchange_seconds(
+        copies, row, architecture.experts.chosen, rank.gpu, layout.ep * layout.etp, rank.practice.once_per_node
+    )
+    within = 2 * ring_seconds(copies * layout.etp * row, rank.gpu, layout.etp, 1)
+    return exposed(across, beside, rank.practice.ep_overlap) + within

@@ -1,0 +1,51 @@
+"""How long transfers between GPUs take: rings over a group of ranks, and the exchange of tokens between experts."""
+
+from exprl_megatron.planning.hardware import Gpu
+
+LINK_SHARE = 0.8
+"""What NCCL reaches of a link's rate with messages of tens of megabytes (nccl-tests: about 370 of 450 GB/s by NVLink)."""
+HIDDEN = 0.8
+"""Largest share of a transfer that disappears behind computation: the first and last pieces have nothing beside them,
+and transfers take multiprocessors away from it."""
+
+
+def ring_bandwidth(gpu: Gpu, size: int, stride: int) -> float:
+    """Bytes/s of a ring over `size` ranks that lie `stride` apart.
+
+    Within a node NVLink; between nodes each of a node's members brings its own network card.
+    """
+    if size * stride <= gpu.gpus_per_node:
+        return gpu.nvlink_bytes_per_s * LINK_SHARE
+    members = max(1, gpu.gpus_per_node // stride)
+    return min(gpu.nvlink_bytes_per_s, members * gpu.nic_bytes_per_s) * LINK_SHARE
+
+
+def ring_seconds(size_bytes: float, gpu: Gpu, size: int, stride: int) -> float:
+    """Seconds of one all-gather or reduce-scatter whose whole (gathered) tensor has `size_bytes`."""
+    return size_bytes * (size - 1) / size / ring_bandwidth(gpu, size, stride) if size > 1 else 0.0
+
+
+def exchange_seconds(rows: float, row_bytes: float, chosen: int, gpu: Gpu, size: int, once_per_node: bool) -> float:
+    """Seconds in which each of `size` ranks sends `rows` rows, `chosen` for each token, evenly to all.
+
+    With `once_per_node` a token crosses to another node once, however many experts it meets there (DeepEP, HybridEP).
+    """
+    if size == 1:
+        return 0.0
+    nodes = max(1.0, size / gpu.gpus_per_node)
+    outside = 1 - 1 / nodes
+    if once_per_node:
+        outside = (nodes - 1) * (1 - (1 - 1 / nodes) ** chosen) / chosen
+    inside = (size - 1) / size * rows * row_bytes / gpu.nvlink_bytes_per_s
+    return max(inside, outside * rows * row_bytes / gpu.nic_bytes_per_s) / LINK_SHARE
+
+
+def send_seconds(size_bytes: float, gpu: Gpu, stride: int) -> float:
+    """Seconds to send `size_bytes` to the rank `stride` further on."""
+    rate = gpu.nvlink_bytes_per_s if 2 * stride <= gpu.gpus_per_node else gpu.nic_bytes_per_s
+    return size_bytes / (rate * LINK_SHARE)
+
+
+def exposed(transfer: float, beside: float, overlapped: bool) -> float:
+    """Seconds of `transfer` that remain when up to `beside` seconds of computation run at the same time."""
+    return transfer - min(HIDDEN * transfer, beside) if overlapped else transfer

@@ -1,0 +1,238 @@
+"""Seconds of a training step, and of a pass for log-probs, from the layout: docs/time_model.md explains each term."""
+
+from dataclasses import dataclass, fields
+from math import ceil
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.planning.flops import head_gemm, linear_parameters, model_flops
+from exprl_megatron.planning.hardware import Gpu
+from exprl_megatron.planning.kernels import gemm_seconds, traffic_seconds
+from exprl_megatron.planning.layer_time import LayerTime, Rank, backward_layer, forward_layer
+from exprl_megatron.planning.links import exposed, ring_seconds, send_seconds
+from exprl_megatron.planning.practice import OURS, Practice
+from exprl_megatron.policy.architecture import Architecture, stage_layers
+
+
+@dataclass(frozen=True)
+class TrainingTime:
+    """Seconds of one optimizer step on the slowest pipeline rank, by cause; of transfers only what nothing hides."""
+
+    gemm_s: float
+    attention_s: float
+    tp_comm_s: float
+    cp_comm_s: float
+    ep_comm_s: float
+    pp_s: float
+    """Bubble and sends."""
+    dp_comm_s: float
+    recompute_s: float
+    head_s: float
+    memory_bound_s: float
+    """Norms, activations, casts, permutations."""
+    optimizer_s: float
+    tokens: int
+    """Global tokens of the step."""
+    gpus: int
+    flops: float
+    """Operations that the model needs for them, attention causal, nothing recomputed."""
+    peak_name: str
+    peak_flops: float
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the step."""
+        return sum(getattr(self, field.name) for field in fields(self) if field.name.endswith("_s"))
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Throughput."""
+        return self.tokens / self.total_s / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        """Share of `peak_name` that the model's own operations take."""
+        return self.flops / self.total_s / self.gpus / self.peak_flops
+
+
+def training_time(
+    architecture: Architecture,
+    layout: Layout,
+    *,
+    precision: PrecisionConfig,
+    recompute: str,
+    sequence_length: int,
+    global_tokens: int,
+    micro_batch_tokens: int,
+    gpu: Gpu,
+    practice: Practice = OURS,
+) -> TrainingTime:
+    """Seconds of one optimizer step over `global_tokens` tokens in sequences of `sequence_length`.
+
+    `micro_batch_tokens` are those of one data-parallel rank (context-parallel ranks share them). Raises UserError for a
+    precision that the GPU's tensor cores do not run.
+    """
+    _check(precision, gpu)
+    rank = Rank(architecture, layout, precision, sequence_length, micro_batch_tokens / layout.cp, gpu, practice)
+    forward, backward = forward_layer(rank), backward_layer(rank)
+    again = _recomputed(forward, recompute, rank)
+    layers, with_head = _slowest_stage(architecture, layout, forward.total + backward.total, _head(rank, True))
+    batches = max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp)))
+    head = _head(rank, True) if with_head else 0.0
+    stage_backward = (backward.total + again) * layers
+    both = (forward + backward) * (layers * batches)
+    peak_name, peak = gpu.peak(precision.fp8)
+    return TrainingTime(
+        gemm_s=both.gemm,
+        attention_s=both.attention,
+        tp_comm_s=both.tp,
+        cp_comm_s=both.cp,
+        ep_comm_s=both.ep,
+        pp_s=_pipeline(rank, forward.total * layers, stage_backward, batches),
+        dp_comm_s=_data_parallel(rank, layers, forward.total * layers, stage_backward, batches),
+        recompute_s=again * layers * batches,
+        head_s=head * batches,
+        memory_bound_s=both.memory,
+        optimizer_s=_optimizer(rank, layers),
+        tokens=global_tokens,
+        gpus=layout.world_size,
+        flops=model_flops(architecture, sequence_length) * global_tokens,
+        peak_name=peak_name,
+        peak_flops=peak,
+    )
+
+
+def log_prob_time(
+    architecture: Architecture,
+    layout: Layout,
+    *,
+    precision: PrecisionConfig,
+    sequence_length: int,
+    global_tokens: int,
+    micro_batch_tokens: int,
+    gpu: Gpu,
+    practice: Practice = OURS,
+) -> TrainingTime:
+    """Seconds of one forward pass over `global_tokens` tokens, as `training_time` without backward and optimizer."""
+    _check(precision, gpu)
+    rank = Rank(architecture, layout, precision, sequence_length, micro_batch_tokens / layout.cp, gpu, practice)
+    forward = forward_layer(rank)
+    head = _head(rank, False)
+    layers, with_head = _slowest_stage(architecture, layout, forward.total, head)
+    batches = max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp)))
+    every = forward * (layers * batches)
+    peak_name, peak = gpu.peak(precision.fp8)
+    return TrainingTime(
+        gemm_s=every.gemm,
+        attention_s=every.attention,
+        tp_comm_s=every.tp,
+        cp_comm_s=every.cp,
+        ep_comm_s=every.ep,
+        pp_s=_pipeline(rank, forward.total * layers, 0.0, batches),
+        dp_comm_s=0.0,
+        recompute_s=0.0,
+        head_s=(head if with_head else 0.0) * batches,
+        memory_bound_s=every.memory,
+        optimizer_s=0.0,
+        tokens=global_tokens,
+        gpus=layout.world_size,
+        flops=model_flops(architecture, sequence_length, training=False) * global_tokens,
+        peak_name=peak_name,
+        peak_flops=peak,
+    )
+
+
+def _check(precision: PrecisionConfig, gpu: Gpu) -> None:
+    if precision.fp8 and precision.kind not in gpu.fp8_kinds:
+        raise UserError(
+            f"policy.precision is {precision.kind}, which {gpu.name} does not run; use bf16 or one of "
+            f"{', '.join(sorted(gpu.fp8_kinds))}."
+        )
+
+
+def _recomputed(forward: LayerTime, recompute: str, rank: Rank) -> float:
+    """Seconds a layer's backward pass spends on computing the forward pass again."""
+    if recompute == "selective":
+        return forward.attention
+    return forward.total * (rank.practice.recomputed_share if recompute == "full" else 0.0)
+
+
+def _slowest_stage(architecture: Architecture, layout: Layout, layer: float, head: float) -> tuple[int, bool]:
+    """(layers, whether the output layer lies there too) of the pipeline rank that the others wait for."""
+    ranks = [sum(len(chunk) for chunk in chunks) for chunks in stage_layers(architecture, layout)]
+    most = max(ranks)
+    with_head = ranks[-1] * layer + head >= most * layer
+    return (ranks[-1] if with_head else most), with_head
+
+
+def _head(rank: Rank, training: bool) -> float:
+    """Seconds of the output layer and the loss for one micro-batch: BF16, vocabulary over tp, logits never whole."""
+    gemm = head_gemm(rank.architecture, rank.tokens, rank.layout.tp)
+    logits = traffic_seconds(gemm.m * gemm.n * 4.0, rank.gpu)
+    forward = gemm_seconds(gemm, rank.gpu) + logits
+    if not training:
+        return forward
+    gradient = gemm_seconds(gemm.input_gradient(), rank.gpu) + logits
+    if not rank.practice.lora:
+        gradient += gemm_seconds(gemm.weight_gradient(), rank.gpu, output_bytes=8.0)
+    return forward * (2 if rank.practice.head_recomputed else 1) + gradient
+
+
+def _pipeline(rank: Rank, forward: float, backward: float, batches: int) -> float:
+    """Bubble of the (interleaved) one-forward-one-backward schedule, (pp - 1) / vpp micro-batches, and the sends.
+
+    Narayanan et al. 2021 (arXiv 2104.04473), section 2.2. Interleaved sends run beside computation.
+    """
+    layout = rank.layout
+    if layout.pp == 1:
+        return 0.0
+    width = rank.tokens / (layout.tp if layout.sequence_parallel else 1)
+    send = send_seconds(width * rank.architecture.hidden * 2.0, rank.gpu, layout.tp * layout.cp * layout.dp)
+    ways = 2 if backward else 1
+    beside = (forward + backward) / (layout.vpp * ways)
+    sends = exposed(send, beside, layout.vpp > 1) * layout.vpp * ways
+    return (layout.pp - 1) / layout.vpp * (forward + backward) + sends * (batches + layout.pp - 1)
+
+
+def _parameters(rank: Rank, layers: int) -> tuple[float, float]:
+    """Parameters on this rank: (shared out over dp x cp, shared out over the experts' data parallelism)."""
+    layout, architecture = rank.layout, rank.architecture
+    dense, experts = linear_parameters(architecture)
+    vocabulary = architecture.vocabulary * architecture.hidden * (1 if layout.pp > 1 or architecture.tied else 2)
+    return (dense * layers + vocabulary) / layout.tp, experts * layers / (layout.ep * layout.etp)
+
+
+def _data_parallel(rank: Rank, layers: int, forward: float, backward: float, batches: int) -> float:
+    """Exposed reduction of gradients and gathering of parameters; with FSDP once and twice for each micro-batch."""
+    layout, gpu, practice = rank.layout, rank.gpu, rank.practice
+    if practice.lora:
+        return 0.0
+    kept = 1.0 if practice.gathered_fp8 and rank.precision.fp8 else 2.0
+    total = 0.0
+    for count, size, stride in zip(
+        _parameters(rank, layers),
+        (layout.dp * layout.cp, layout.edp),
+        (layout.tp, layout.etp * layout.ep),
+        strict=True,
+    ):
+        reduced = ring_seconds(count * practice.gradient_bytes, gpu, size, stride)
+        gathered = ring_seconds(count * kept, gpu, size, stride)
+        if practice.fsdp:
+            total += batches * exposed(gathered, forward, True)
+            total += batches * exposed(gathered + reduced, backward, True)
+            continue
+        last = 1 / max(1, layers)
+        for transfer, beside in ((reduced, backward), (gathered, forward)):
+            hidden = min(beside / layout.vpp, transfer * (1 - last)) if practice.dp_overlap else 0.0
+            total += transfer - hidden
+    return total
+
+
+def _optimizer(rank: Rank, layers: int) -> float:
+    """Adam's pass over its shard: fp32 weight and two moments in and out, gradient read twice (norm), BF16 out."""
+    if rank.practice.lora:
+        return 0.0
+    dense, experts = _parameters(rank, layers)
+    shard = dense / (rank.layout.dp * rank.layout.cp) + experts / rank.layout.edp
+    return traffic_seconds(shard * (24 + 2 * rank.practice.gradient_bytes + 2), rank.gpu)
