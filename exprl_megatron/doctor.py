@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from exprl_megatron.rewards.code_sandbox import sandbox_available
 from exprl_megatron.serving.command import has_cuda
 
 _DISK_GB = 10
@@ -41,6 +42,7 @@ def examine() -> list[Finding]:
         _package("apex", "apex", "fused gradient accumulation on GPUs (optional)"),
         Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
         _package("nemo-run", "nemo_run", "recipes and Slurm"),
+        _sandbox(),
         _ports(),
         _disk(),
     ]
@@ -86,6 +88,11 @@ def _gpus() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _sandbox() -> Finding:
+    sandbox = sandbox_available()
+    return Finding("sandbox for programs", sandbox.ok, sandbox.found, "" if sandbox.ok else "code problems")
 
 
 def _ports() -> Finding:

@@ -5,7 +5,8 @@ from exprl_megatron.doctor import examine, print_findings
 
 def test_every_missing_part_says_what_it_prevents():
     findings = examine()
-    assert {"Python", "torch", "megatron-core", "sglang", "GPUs", "ports", "disk"} <= {f.part for f in findings}
+    wanted = {"Python", "torch", "megatron-core", "sglang", "GPUs", "sandbox for programs", "ports", "disk"}
+    assert wanted <= {finding.part for finding in findings}
     assert all(finding.ok or finding.prevents for finding in findings)
 
 

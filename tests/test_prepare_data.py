@@ -47,6 +47,13 @@ def test_a_limit_and_a_canary(tmp_path):
     assert not any("CANARY-7" in record["problem"] + record["answer"] for record in records(out))
 
 
+def test_a_canary_too_short_to_be_one_is_refused_before_anything_is_written(tmp_path):
+    out = tmp_path / "champ.jsonl"
+    done = prepare("champ", "--out", str(out), "--limit", "3", "--canary", "CAN-7")
+    assert (done.returncode, out.exists()) == (2, False)
+    assert "'CAN-7' turns up by chance; plant and give one of at least 8 characters" in done.stderr
+
+
 def test_rows_left_out_are_counted_and_a_known_size_is_told(tmp_path):
     out = tmp_path / "openmath.jsonl"
     done = prepare("openmath", "--out", str(out), "--from", str(ROWS / "openmath.json"))

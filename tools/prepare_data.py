@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.judging.leaks import check_canary
 from exprl_megatron.problems.datasets.catalog import HUB, Options, candidates, names
 
 
@@ -22,6 +23,8 @@ def main() -> None:
     options = Options(arguments.seed, arguments.variants, arguments.max_tests)
     counts = {"filtered out": 0, "given twice": 0}
     try:
+        if arguments.canary is not None:
+            check_canary(arguments.canary)
         found = candidates(arguments.name, options, arguments.split, arguments.copy, arguments.solutions)
         kept = islice(_kept(found, counts), arguments.limit)
         written = _write(arguments.out, _with_canary(kept, arguments.canary))

@@ -8,6 +8,7 @@ from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
 from exprl_megatron.config.stages import AnyStage, JudgedStage, RlStage
+from exprl_megatron.config.verifying import VerifierConfig
 
 
 class EvaluationConfig(Config):
@@ -45,6 +46,7 @@ class RunConfig(Config):
     leak_guard: LeakGuardConfig = LeakGuardConfig()
     server: ServerConfig = ServerConfig()
     judge: JudgeConfig | None = None
+    verifier: VerifierConfig = VerifierConfig()
     sync: SyncConfig = SyncConfig()
     stages: tuple[AnyStage, ...]
     evaluation: EvaluationConfig | None = None

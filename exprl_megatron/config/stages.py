@@ -30,8 +30,6 @@ class RlStage(Stage):
     """Optimizer steps that one step's traces are split into."""
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
-    verifier_deadline_s: float = Field(5.0, gt=0)
-    """For the answer of one trace; in stages with a judge the finding is only logged."""
 
     @property
     def needs_start(self) -> bool:

@@ -48,6 +48,14 @@ class Overlap:
 NO_OVERLAP = Overlap(0, 0, 0, 0, 0.0)
 
 
+def check_canary(canary: str) -> None:
+    """Raises UserError where `canary` is too short to be one."""
+    if len(_squeezed(canary)) < SHORTEST_CANARY:
+        raise UserError(
+            f"The canary {canary!r} turns up by chance; plant and give one of at least {SHORTEST_CANARY} characters."
+        )
+
+
 class LeakGuard:
     """Knows the references of `problems` as hashed n-grams, each built when its problem is first asked about.
 
@@ -57,12 +65,9 @@ class LeakGuard:
 
     def __init__(self, config: LeakGuardConfig, problems: Iterable[Problem]):
         self._config = config
+        if config.canary is not None:
+            check_canary(config.canary)
         self._canary = _squeezed(config.canary) if config.canary is not None else None
-        if self._canary is not None and len(self._canary) < SHORTEST_CANARY:
-            raise UserError(
-                f"leak_guard.canary is {config.canary!r}, which turns up by chance; plant and give one of at least "
-                f"{SHORTEST_CANARY} characters."
-            )
         self._problems: dict[str, list[Problem]] = {}
         for problem in problems:
             self._problems.setdefault(problem.id, []).append(problem)

@@ -33,6 +33,11 @@ class GradedTrace:
         """The score in [0, 1], or None where the judge or verifier abstained."""
         return self.judgement.value if isinstance(self.judgement, Scored) else None
 
+    @property
+    def units(self) -> list[Judgement]:
+        """Every verdict that was asked for: on each segment, or on the whole."""
+        return [segment.judgement for segment in self.segments] or [self.judgement]
+
 
 @dataclass(frozen=True)
 class Group:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.evaluation.pass_at_k import PassAtK
 from exprl_megatron.evaluation.tally import estimates, tally
-from exprl_megatron.rewards.math_answer import DEADLINE_S
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory, write_atomically
 from exprl_megatron.training.judging_side import JudgingSide
@@ -42,7 +41,7 @@ class Evaluator:
             settings.samples,
             settings.sampling,
             version,
-            self._judging.grade_by_answer(DEADLINE_S),
+            self._judging.grade_by_answer(),
         )
         tallies = {group.problem_id: tally(member.judgement for member in group.members) for group in groups}
         found = estimates(list(tallies.values()), settings.k, settings.confidence)

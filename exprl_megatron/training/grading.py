@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, RlStage
+from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.judgement import Abstained, Judgement, Unit
 from exprl_megatron.judging.segments import split_segments, unit_texts
 from exprl_megatron.problems.problem import Problem
@@ -21,12 +22,11 @@ class Grades(Protocol):
     async def grade(self, problem: Problem, text: str, unit: Unit = "trace") -> Judgement: ...
 
 
-def grade_of(stage: RlStage, judge: Grades | None, verifier: AnswerVerifier, tokenizer: Any) -> Grade:
+def grade_of(stage: RlStage, judge: Grades | None, by_answer: Grade, tokenizer: Any) -> Grade:
     """The function that grades the traces of `stage`; `tokenizer` is the policy's.
 
-    Where a judge gives the grade, the verifier's finding goes along, for the logs alone.
+    Where a judge gives the grade, the verifier's finding (`by_answer`) goes along, for the logs alone.
     """
-    by_answer = verified(verifier, stage.verifier_deadline_s)
     if isinstance(stage, ExprlOutcomeStage):
         return _checked(_whole(judge), by_answer)
     if isinstance(stage, ExprlProcessStage):
@@ -34,11 +34,11 @@ def grade_of(stage: RlStage, judge: Grades | None, verifier: AnswerVerifier, tok
     return by_answer
 
 
-def verified(verifier: AnswerVerifier, deadline_s: float) -> Grade:
+def verified(verifier: AnswerVerifier, config: VerifierConfig) -> Grade:
     """Grades by the final answer: 1 where it is right, else 0."""
 
     async def grade(problem: Problem, trace: Trace) -> GradedTrace:
-        return GradedTrace(trace, await verifier.verify(problem, trace.text, deadline_s))
+        return GradedTrace(trace, await verifier.verify(problem, trace.text, config.deadline_s(problem.domain)))
 
     return grade
 

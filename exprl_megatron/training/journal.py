@@ -7,7 +7,7 @@ since the journal holds every number exactly, it learns the very same thing.
 import gzip
 import json
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
@@ -24,6 +24,8 @@ class SampledStep:
     groups: list[Group]
     problems_drawn: int
     """From the stage's problems; more than there are groups where some were replaced."""
+    judge_counts: dict[str, int] = field(default_factory=dict)
+    """What it took to have the step judged: requests `asked`, `reasked`, ... (see Judge), `rubric_fallbacks`."""
 
 
 class Journal:
@@ -50,7 +52,7 @@ class Journal:
             return None
         try:
             counts, *lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-            return SampledStep([_group(json.loads(line)) for line in lines], json.loads(counts)["problems_drawn"])
+            return SampledStep([_group(json.loads(line)) for line in lines], **json.loads(counts))
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"The journal file {path} is damaged ({error}); delete it to sample that step again."
@@ -58,7 +60,8 @@ class Journal:
 
     def write(self, stage: str, step: int, sampled: SampledStep) -> None:
         """Keep a step; complete on disk when this returns."""
-        records = [{"problems_drawn": sampled.problems_drawn}, *map(group_record, sampled.groups)]
+        counts = {"problems_drawn": sampled.problems_drawn, "judge_counts": sampled.judge_counts}
+        records = [counts, *map(group_record, sampled.groups)]
         lines = [json.dumps(record, separators=(",", ":")) for record in records]
         content = gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
         write_atomically(self.path(stage, step), content)

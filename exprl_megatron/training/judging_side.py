@@ -1,5 +1,6 @@
 """All of a run that may read references: the judge, its store and its gate, and the verifier of answers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
+from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.abstentions import AbstentionWindow
 from exprl_megatron.judging.gate import JudgeGate
 from exprl_megatron.judging.judge import Judge
@@ -29,11 +31,12 @@ class JudgingSide:
         self._conductor = conductor
         self._console = console
         self._open = ExitStack()
-        self._verifier = self._open.enter_context(AnswerVerifier()) if config.samples else None
+        self._verifier = self._open.enter_context(_verifier(config.verifier)) if config.samples else None
         self._judge: Judge | None = None
         self._asked_anew: Judge | None = None
         self._gate: JudgeGate | None = None
         self._windows: dict[str, AbstentionWindow] = {}
+        self._counted: Counter[str] = Counter()
         if config.judges:
             judge = config.judge
             kept = self._open.enter_context(JudgementStore(Path(judge.store) if judge.store else store))
@@ -46,11 +49,11 @@ class JudgingSide:
 
     def grade(self, stage: RlStage, policy_tokenizer: Any) -> Grade:
         """How the traces of `stage` are graded."""
-        return grade_of(stage, self._judge, self._verifier, policy_tokenizer)
+        return grade_of(stage, self._judge, self.grade_by_answer(), policy_tokenizer)
 
-    def grade_by_answer(self, deadline_s: float) -> Grade:
+    def grade_by_answer(self) -> Grade:
         """How traces are graded that are evaluated."""
-        return verified(self._verifier, deadline_s)
+        return verified(self._verifier, self._config.verifier)
 
     def check_judge(self, stage: RlStage, step: int) -> None:
         """Put the judge through its gate where it is due before this step; RunStopped where it fails."""
@@ -70,11 +73,24 @@ class JudgingSide:
             return  # learns without grades
         judged = isinstance(stage, JudgedStage)
         rate = self._config.judge.max_abstention_rate if judged else stage.max_abstention_rate
-        judgements = [member.judgement for group in groups for member in group.members]
+        judgements = [unit for group in groups for member in group.members for unit in member.units]
         size = self._config.judge.abstention_window if judged else len(judgements)
         window = self._windows.setdefault(stage.name, AbstentionWindow(rate, size))
         window.add(judgements, f"stage {stage.name}, step {step}")
 
+    def take_counts(self) -> dict[str, int]:
+        """What the judge's work has taken since this was asked last; see SampledStep.judge_counts."""
+        if self._judge is None:
+            return {}
+        counts = self._judge.counts | Counter(rubric_fallbacks=self._judge.rubric_fallbacks.total())
+        new = counts - self._counted
+        self._counted = counts
+        return {name: new[name] for name in sorted(counts)}
+
     def close(self) -> None:
         """End the verifier's processes and close the store."""
         self._open.close()
+
+
+def _verifier(config: VerifierConfig) -> AnswerVerifier:
+    return AnswerVerifier(config.workers, config.variant)

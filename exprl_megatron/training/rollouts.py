@@ -122,7 +122,8 @@ class Rollouts:
             if len(groups) == wanted:
                 break
         # Where too few can be found, dull groups fill the step: its size, and so its place in the data, is kept.
-        return SampledStep(groups + dull[: wanted - len(groups)], next_problem - drawn)
+        groups += dull[: wanted - len(groups)]
+        return SampledStep(groups, next_problem - drawn, self._judging.take_counts())
 
     def sample(
         self,

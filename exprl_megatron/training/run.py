@@ -60,6 +60,7 @@ class Run:
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}
+        self._judge_counts: dict[str, int] = {}
 
     def remaining_stages(self) -> Iterator[Stage]:
         """The stages from the run's place on."""
@@ -120,10 +121,11 @@ class Run:
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
         """Everything around one step: its clock, its line on the terminal, its metrics on disk."""
         started = time.monotonic()
-        self._seconds = {}
+        self._seconds, self._judge_counts = {}, {}
         metrics: dict[str, float] = {}
         yield metrics
         self._place = replace(self._place, step=step)
+        metrics |= {f"judge/{name}": float(count) for name, count in self._judge_counts.items()}
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
         if self._console is not None:
@@ -170,6 +172,7 @@ class Run:
         return teacher_prompts(tokenizer, stage.teacher_prompt, load_problems(stage.problems), room)
 
     def _count(self, sampled: SampledStep) -> None:
+        self._judge_counts = sampled.judge_counts
         members = [member for group in sampled.groups for member in group.members]
         self._place = replace(
             self._place,

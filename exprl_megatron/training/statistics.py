@@ -64,7 +64,7 @@ def _verifier_statistics(findings: list[list[Judgement | None]]) -> dict[str, fl
 
 def _score_statistics(groups: list[Group]) -> dict[str, float]:
     """Of everything that was judged, segment or trace: shares of the grades 1..5, spread, abstentions."""
-    units = [[judgement for member in group.members for judgement in _judgements(member)] for group in groups]
+    units = [[judgement for member in group.members for judgement in member.units] for group in groups]
     scores = [[unit.value for unit in group if isinstance(unit, Scored)] for group in units]
     every = [score for group in scores for score in group]
     judged = sum(map(len, units))
@@ -101,7 +101,3 @@ def _agreement(members: list[GradedTrace]) -> dict[str, float]:
     verified = [member for member in members if isinstance(member.verified, Scored) and member.score is not None]
     scores, right = [member.score for member in verified], [member.verified.value == 1.0 for member in verified]
     return {"judge/auroc": auroc(scores, right)} if any(right) and not all(right) else {}
-
-
-def _judgements(member: GradedTrace) -> list[Judgement]:
-    return [segment.judgement for segment in member.segments] or [member.judgement]

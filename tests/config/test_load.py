@@ -108,7 +108,7 @@ def test_a_file_that_extends_nothing_there_is_refused(tmp_path):
         ("policy.layout.tpp=2", "policy.layout.tpp", "tp"),
         ("stages.0.group_sise=4", "stages.0.group_sise", "group_size"),
         ("stages.1.loss.clip_hihg=4.0", "stages.1.loss.clip_hihg", "clip_high"),
-        ("stages.1.verifier_deadline=4.0", "stages.1.verifier_deadline", "verifier_deadline_s"),
+        ("verifier.answer_deadline=4.0", "verifier.answer_deadline", "answer_deadline_s"),
         ("judge.server.prot=30000", "judge.server.prot", "port"),
     ],
 )

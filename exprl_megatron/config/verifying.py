@@ -1,0 +1,25 @@
+"""How final answers are verified, in the sparse-reward stages, in evaluations, and beside a judge for the logs."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from exprl_megatron.config.base import Config
+from exprl_megatron.config.problems import Domain
+
+
+class VerifierConfig(Config):
+    """One set of worker processes serves the whole run."""
+
+    workers: PositiveInt = 1
+    """Processes that compare mathematical answers, and as many that run programs."""
+    variant: Literal["recommended", "code"] = "recommended"
+    """`code`: mathematical answers exactly as the released code verifies them."""
+    answer_deadline_s: float = Field(5.0, gt=0)
+    """For the comparison of one answer."""
+    program_deadline_s: float = Field(60.0, gt=0)
+    """For all tests of one program."""
+
+    def deadline_s(self, domain: Domain) -> float:
+        """For one trace of a problem of `domain`."""
+        return self.program_deadline_s if domain == "code" else self.answer_deadline_s
