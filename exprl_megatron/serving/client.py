@@ -1,6 +1,6 @@
 """Typed async client for the part of SGLang's HTTP API that training uses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,17 +25,6 @@ class Generation:
     """Prompt tokens that the radix cache already held."""
     watched_log_probs: tuple[tuple[float, ...], ...] = ()
     """At the place of each output token the log-probs of `watched_ids`, in that order; empty where none were asked."""
-
-
-@dataclass(frozen=True)
-class ChatReply:
-    """One answer of /v1/chat/completions."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
 
 
 class SGLangClient(HttpServer):
@@ -82,34 +71,6 @@ class SGLangClient(HttpServer):
             request["token_ids_logprob"] = list(watched_ids)
         reply = await self._post("/generate", request, deadline_s)
         return self._read("/generate", _generation, reply)
-
-    async def chat(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int,
-        top_p: float = 1.0,
-        regex: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        deadline_s: float | None = None,
-    ) -> ChatReply:
-        """Answer a chat under the model's own template (`template_args` are passed to it)."""
-        request: dict[str, Any] = {
-            "model": "default",
-            "messages": [dict(message) for message in messages],
-            "temperature": temperature,
-            "max_tokens": max_new_tokens,
-            "top_p": top_p,
-            "seed": seed,
-        }
-        if regex is not None:
-            request["regex"] = regex
-        if template_args:
-            request["chat_template_kwargs"] = dict(template_args)
-        reply = await self._post("/v1/chat/completions", request, deadline_s)
-        return self._read("/v1/chat/completions", _chat_reply, reply)
 
     async def init_weights_group(
         self,
@@ -235,16 +196,4 @@ def _generation(reply: dict) -> Generation:
         prompt_tokens=meta["prompt_tokens"],
         cached_tokens=meta["cached_tokens"],
         watched_log_probs=tuple(tuple(float(entry[0]) for entry in entries) for entries in watched),
-    )
-
-
-def _chat_reply(reply: dict) -> ChatReply:
-    choice, usage = reply["choices"][0], reply["usage"]
-    details = usage.get("prompt_tokens_details") or {}
-    return ChatReply(
-        text=choice["message"]["content"] or "",
-        finish_reason=choice["finish_reason"],
-        prompt_tokens=usage["prompt_tokens"],
-        cached_tokens=details.get("cached_tokens", 0),
-        completion_tokens=usage["completion_tokens"],
     )
