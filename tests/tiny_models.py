@@ -6,10 +6,28 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-Architecture = Literal["llama", "qwen2", "qwen3"]
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+Architecture = Literal["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"]
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3-moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
+}
+EXPERTS = {
+    "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -33,12 +51,14 @@ def write_tiny_model(
     tied: bool = False,
     seed: int = 0,
     published_form: bool = True,
+    **settings,
 ) -> Path:
     """Write config, float32 weights and tokenizer into `directory` and return it.
 
     Norm weights, biases and logits are far from trivial. Llama has Llama 3's rope scaling, Qwen2 a
-    bias on query, key and value, Qwen3 norms on query and key. `published_form` writes rope settings
-    under the names that published checkpoints have (rope_theta, rope_scaling).
+    bias on query, key and value, Qwen3 norms on query and key; Qwen3-MoE and Mixtral have 4 experts, 2 to a
+    token. `published_form` writes settings under the names that published checkpoints have (rope_theta,
+    rope_scaling, num_experts). `settings` are further ones of transformers' config.
     """
     tokenizer = tiny_tokenizer(vocab_size)
     torch.manual_seed(seed)
@@ -58,6 +78,7 @@ def write_tiny_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **EXPERTS.get(architecture, {}) | settings,
     )
     model = AutoModelForCausalLM.from_config(config).float()
     for name, parameter in model.named_parameters():
@@ -108,4 +129,6 @@ def _write_published_form(path: Path) -> None:
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     config["torch_dtype"] = config.pop("dtype")
+    if "Qwen3MoeForCausalLM" in config["architectures"]:
+        config["num_experts"] = config.pop("num_local_experts")
     path.write_text(json.dumps(config, indent=2))

@@ -223,7 +223,8 @@ def _architecture(family: str, tree: dict) -> Architecture:
 def _experts(family: str, tree: dict) -> Experts | None:
     if family == "qwen3-moe":
         return Experts(
-            count=tree["num_experts"],
+            # transformers 5 writes the second name, published checkpoints have the first.
+            count=tree["num_experts"] if "num_experts" in tree else tree["num_local_experts"],
             chosen=tree["num_experts_per_tok"],
             ffn=tree["moe_intermediate_size"],
             normalised=tree.get("norm_topk_prob", False),

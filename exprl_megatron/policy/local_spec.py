@@ -13,6 +13,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -80,11 +82,20 @@ def local_block(config: TransformerConfig, layers: int) -> TransformerBlockSubmo
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=partial(
-                MLP.as_mlp_submodule,
-                submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            **(_dense_mlp() if config.num_moe_experts is None else _experts()),
             mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def _dense_mlp() -> dict:
+    linear = MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return {"mlp": partial(MLP.as_mlp_submodule, submodules=linear)}
+
+
+def _experts() -> dict:
+    """Router and experts in the MLP's place; the norm before them stands alone, as the router reads it too."""
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = MoESubmodules(experts=partial(SequentialMLP, submodules=linear))
+    return {"pre_mlp_layernorm": RMSNorm, "mlp": partial(MoELayer, submodules=experts)}

@@ -1,6 +1,7 @@
 """Megatron's GPTModel for an Architecture, in the layout of the World that this process is in."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -15,14 +16,18 @@ from exprl_megatron.policy.world import World
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_chunks(architecture: Architecture, config: PolicyConfig, world: World) -> list[GPTModel]:
+def build_chunks(
+    architecture: Architecture, config: PolicyConfig, world: World, *, meta: bool = False
+) -> list[GPTModel]:
     """This rank's share of the model, one GPTModel for each virtual pipeline stage; weights are not yet set.
 
+    `meta`: the same modules with shapes and dtypes but no memory, on torch's meta device.
     Raises UserError where the layout cannot hold the architecture.
     """
     check_layout(architecture, config.layout)
-    stages = config.layout.vpp
-    return [_chunk(architecture, config, world, stage if stages > 1 else None) for stage in range(stages)]
+    stages = [stage if config.layout.vpp > 1 else None for stage in range(config.layout.vpp)]
+    with torch.device("meta") if meta else nullcontext():
+        return [_chunk(architecture, config, world, stage, meta) for stage in stages]
 
 
 def padded_vocabulary(architecture: Architecture, tp: int) -> int:
@@ -86,6 +91,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **_expert_settings(architecture, config, cuda),
         **recompute[config.recompute],
     )
 
@@ -108,9 +114,31 @@ def rope_frequencies(architecture: Architecture) -> torch.Tensor:
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage: int | None) -> GPTModel:
+def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: bool) -> dict:
+    """What Megatron is told about a mixture of experts; nothing for a dense model."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.chosen,
+        "moe_ffn_hidden_size": experts.ffn,
+        # Softmax over the chosen experts alone is softmax over all, made to sum to 1 over the chosen.
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss else "none",
+        "moe_aux_loss_coeff": config.moe_aux_loss,
+        "moe_grouped_gemm": cuda,
+        "moe_permute_fusion": cuda,
+    }
+
+
+def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage: int | None, meta: bool) -> GPTModel:
     layout = config.layout
+    place = torch.device("meta") if meta else world.device
     megatron = transformer_config(architecture, config, world.device)
+    # Transformer Engine's layers ask for it; Megatron's own follow torch's default device.
+    megatron.init_model_with_meta_device = meta
     if world.device.type == "cuda":
         block = get_gpt_decoder_block_spec(megatron, use_transformer_engine=True, vp_stage=stage)
     else:
@@ -127,5 +155,5 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
         rotary_base=architecture.rope_base,
         vp_stage=stage,
     )
-    chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(world.device)
-    return chunk.to(world.device)
+    chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(place)
+    return chunk.to(place)

@@ -14,10 +14,15 @@ from exprl_megatron.resharding.names import Parameter, hf_shapes, parameters
 from exprl_megatron.resharding.transport import Bucket
 
 
-def bucket_plan(architecture: Architecture, layout: Layout, itemsize: int, bucket_bytes: int) -> list[list[Parameter]]:
-    """The exported parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has more)."""
+def bucket_plan(
+    architecture: Architecture, layout: Layout, itemsize: int, bucket_bytes: int, grouped: bool = False
+) -> list[list[Parameter]]:
+    """The exported parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has more).
+
+    `grouped` is as in names.parameters.
+    """
     shapes = hf_shapes(architecture)
-    exported = [parameter for parameter in parameters(architecture, layout) if parameter.exported]
+    exported = [parameter for parameter in parameters(architecture, layout, grouped) if parameter.exported]
     cuts, filled = [0], 0
     for index, parameter in enumerate(exported):
         size = itemsize * sum(torch.Size(shapes[name]).numel() for name in parameter.hf_names)
@@ -39,49 +44,75 @@ def gather_buckets(
     local = [dict(chunk.named_parameters()) for chunk in chunks]
     dtype = next(iter(local[0].values())).dtype
     shapes = hf_shapes(architecture)
-    for bucket in bucket_plan(architecture, world.layout, dtype.itemsize, bucket_bytes):
+    grouped = world.device.type == "cuda"
+    for bucket in bucket_plan(architecture, world.layout, dtype.itemsize, bucket_bytes, grouped):
         gathered: Bucket = []
         for parameter in bucket:
             full = None
-            if world.dp_rank == 0 and world.pp_rank == parameter.pp_rank:
+            if _holds_first_copy(parameter, world):
                 full = _join(local[parameter.chunk][parameter.name], parameter, world)
-            if world.dp_rank == 0 and world.tp_rank == 0 and parameter.pp_rank != 0:
-                full = _move_to_first_stage(
-                    full, [shapes[name] for name in parameter.hf_names], dtype, parameter, world
-                )
+            for group, source in _way_to_first_rank(parameter, world):
+                full = _move(full, [shapes[name] for name in parameter.hf_names], dtype, world, group, source)
             if world.rank == 0:
                 gathered.extend(zip(parameter.hf_names, full, strict=True))
         yield gathered
 
 
+def _holds_first_copy(parameter: Parameter, world: World) -> bool:
+    """Whether this rank has a part of the parameter, and the first of several copies of that part."""
+    if world.pp_rank != parameter.pp_rank:
+        return False
+    if parameter.ep_rank is None:
+        return world.dp_rank == world.cp_rank == 0
+    return world.ep_rank == parameter.ep_rank and parallel_state.get_expert_data_parallel_rank() == 0
+
+
+def _way_to_first_rank(parameter: Parameter, world: World) -> list[tuple[dist.ProcessGroup, int]]:
+    """The moves from the rank that has the joined tensors to rank 0 in which this rank takes part.
+
+    A move goes from the given rank of the group to its rank 0: first from expert-parallel rank to
+    expert-parallel rank within the stage, then from the stage to the first stage.
+    """
+    moves = []
+    expert_root = world.etp_rank == 0 and parallel_state.get_expert_data_parallel_rank() == 0
+    if parameter.ep_rank and world.pp_rank == parameter.pp_rank and expert_root:
+        moves.append((parallel_state.get_expert_model_parallel_group(), parameter.ep_rank))
+    if parameter.pp_rank and world.tp_rank == world.cp_rank == world.dp_rank == 0:
+        moves.append((parallel_state.get_pipeline_model_parallel_group(), parameter.pp_rank))
+    return moves
+
+
 @torch.no_grad()
 def _join(shard: torch.Tensor, parameter: Parameter, world: World) -> tuple[torch.Tensor, ...] | None:
-    """The full tensors on tensor-parallel rank 0 of this stage, None on its other ranks."""
+    """The full tensors on the first of the ranks among which the parameter is cut, None on the others."""
+    if parameter.ep_rank is None:
+        rank, ranks, group = world.tp_rank, world.layout.tp, parallel_state.get_tensor_model_parallel_group()
+    else:
+        rank, ranks, group = world.etp_rank, world.layout.etp, parallel_state.get_expert_tensor_parallel_group()
     shard = shard.detach()
     if parameter.rule.split_dim is None:
-        return (shard.clone(),) if world.tp_rank == 0 else None
-    if world.layout.tp == 1:
+        return (shard.clone(),) if rank == 0 else None
+    if ranks == 1:
         return parameter.rule.join([shard])
-    group = parallel_state.get_tensor_model_parallel_group()
-    shards = [torch.empty_like(shard) for _ in range(world.layout.tp)] if world.tp_rank == 0 else None
+    shards = [torch.empty_like(shard) for _ in range(ranks)] if rank == 0 else None
     dist.gather(shard.contiguous(), shards, group_dst=0, group=group)
     return None if shards is None else parameter.rule.join(shards)
 
 
-def _move_to_first_stage(
+def _move(
     full: tuple[torch.Tensor, ...] | None,
     shapes: list[tuple[int, ...]],
     dtype: torch.dtype,
-    parameter: Parameter,
     world: World,
+    group: dist.ProcessGroup,
+    source: int,
 ) -> tuple[torch.Tensor, ...] | None:
-    """Sends the tensors along the pipeline from the stage that has them to stage 0."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if world.pp_rank == parameter.pp_rank:
+    """Sends the tensors from rank `source` of the group to its rank 0; its other ranks do nothing."""
+    if group.rank() == source:
         for tensor in full:
             dist.send(tensor.contiguous(), group=group, group_dst=0)
-    elif world.pp_rank == 0:
+    elif group.rank() == 0:
         full = tuple(torch.empty(shape, dtype=dtype, device=world.device) for shape in shapes)
         for tensor in full:
-            dist.recv(tensor, group=group, group_src=parameter.pp_rank)
+            dist.recv(tensor, group=group, group_src=source)
     return full

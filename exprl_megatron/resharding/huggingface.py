@@ -88,16 +88,14 @@ def save_huggingface(
 def _fill(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, source: Safetensors | Random
 ) -> None:
-    shapes = hf_shapes(architecture)
+    shapes, layout = hf_shapes(architecture), world.layout
     empty = {(index, name): p for index, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
-    for entry in parameters(architecture, world.layout):
-        if entry.pp_rank != world.pp_rank:
+    for entry in parameters(architecture, layout, grouped=world.device.type == "cuda"):
+        if entry.pp_rank != world.pp_rank or entry.ep_rank not in (None, world.ep_rank):
             continue
         parameter = empty.pop((entry.chunk, entry.name))
-        parts = [
-            read_part(source, name, shapes[name], entry.rule.split_dim, world.tp_rank, world.layout.tp)
-            for name in entry.hf_names
-        ]
+        rank, ranks = (world.tp_rank, layout.tp) if entry.ep_rank is None else (world.etp_rank, layout.etp)
+        parts = [read_part(source, name, shapes[name], entry.rule.split_dim, rank, ranks) for name in entry.hf_names]
         value = entry.rule.merge(parts)
         if value.shape != parameter.shape:
             raise ValueError(f"{entry.name}: the table gives shape {tuple(value.shape)}, Megatron {parameter.shape}")

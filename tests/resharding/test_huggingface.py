@@ -62,6 +62,16 @@ def test_weights_in_several_files_are_read_and_written_alike(model, world, tmp_p
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|end|>"
 
 
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_experts_come_out_bit_equal_to_what_went_in(tiny_model, world, tmp_path, family):
+    directory = tiny_model(family)
+    chunks, architecture = load(directory, world)
+    save_huggingface(chunks, architecture, world, directory, tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_buckets_hold_every_tensor_once_and_keep_to_their_size(model, world):
     chunks, architecture = load(model, world)
     buckets = list(gather_buckets(chunks, architecture, world, bucket_bytes=50_000))

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
+from safetensors.torch import load_file
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import read_architecture
@@ -16,15 +16,14 @@ from exprl_megatron.resharding.names import (
     parameters,
 )
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_names_and_shapes_are_those_of_transformers(tiny_model, family, tied):
+def test_names_and_shapes_are_those_that_transformers_writes(tiny_model, family, tied):
     directory = tiny_model(family, tied=tied)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in load_file(directory / "model.safetensors").items()}
     assert hf_shapes(read_architecture(directory)) == theirs
 
 
@@ -39,6 +38,29 @@ def test_every_tensor_is_exported_once_in_the_order_of_the_model(tiny_model, fam
     assert max(Counter((e.pp_rank, e.chunk, e.name) for e in table).values()) == 1
     copies = [entry for entry in table if not entry.exported]
     assert [e.name for e in copies] == (["output_layer.weight"] if tied and layout.pp > 1 else [])
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_each_expert_lives_on_one_expert_parallel_rank_under_its_number_there(tiny_model, family):
+    architecture = read_architecture(tiny_model(family))
+    layout = Layout(dp=2, ep=2)
+    names = {
+        (entry.ep_rank, name.removeprefix("decoder.layers.1.mlp.experts."), entry.hf_names[-1].split("experts.")[1][0])
+        for entry in parameters(architecture, layout)
+        if "linear_fc2" in (name := entry.name) and name.startswith("decoder.layers.1.")
+    }
+    assert names == {(e // 2, f"local_experts.{e % 2}.linear_fc2.weight", str(e)) for e in range(4)}
+    grouped = {entry.name for entry in parameters(architecture, layout, grouped=True) if entry.ep_rank == 1}
+    assert "decoder.layers.1.mlp.experts.linear_fc1.weight1" in grouped
+
+
+@pytest.mark.parametrize("pp", [2, 4])
+def test_a_stage_with_embedding_or_output_layer_may_hold_a_layer_less(tiny_model, pp):
+    architecture = replace(read_architecture(tiny_model("llama")), layers=6)
+    layout = Layout(pp=pp, vpp=4 // pp, embedding_as_layer=True, head_as_layer=True)
+    norms = [e for e in parameters(architecture, layout) if e.hf_names[0].endswith("input_layernorm.weight")]
+    stages = [entry.chunk * pp + entry.pp_rank for entry in norms]
+    assert stages == [0, 1, 1, 2, 2, 3]
 
 
 def test_interleaved_stages_take_turns(tiny_model):
