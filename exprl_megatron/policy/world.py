@@ -43,9 +43,6 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> Worl
     Every collective that waits longer than `timeout_s` raises. Raises UserError where the number of
     processes is not the layout's.
     """
-    # Megatron and its checkpoints warn of their own plans and of each other; what is wrong they raise.
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed\.checkpoint")
     device = _device()
     if not dist.is_initialized():
         _start_process_group(device, timeout_s)
@@ -56,6 +53,20 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> Worl
             f"{processes} trainer processes were started but policy.layout needs {layout.world_size} ({sizes}); "
             f"start {layout.world_size}, or change the layout."
         )
+    make_groups(layout, timeout_s)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return current_world(layout)
+
+
+def make_groups(layout: Layout, timeout_s: float = 600.0, gloo: bool = True) -> None:
+    """Megatron's process groups for `layout`, in place of those of another layout; torch's own must be there.
+
+    `gloo`: beside each data-parallel group a gloo one, which checkpoints use.
+    """
+    # Megatron and its checkpoints warn of their own plans and of each other; what is wrong they raise.
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed\.checkpoint")
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -65,10 +76,8 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> Worl
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=timeout_s / 60,
+        create_gloo_process_groups=gloo,
     )
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return current_world(layout)
 
 
 def current_world(layout: Layout) -> World:
