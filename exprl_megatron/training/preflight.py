@@ -2,10 +2,11 @@
 
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import JudgedStage, SelfDistillStage, SftStage, SparseRlStage
+from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, SparseRlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judged_traces import read_judged_traces
-from exprl_megatron.policy.architecture import check_layout, read_architecture
+from exprl_megatron.policy.architecture import Architecture, layout_violations, read_architecture
+from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.examples import check_source
@@ -14,7 +15,9 @@ from exprl_megatron.training.examples import check_source
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError where the model, the layout, the problems or the examples cannot be used."""
     architecture = read_architecture(config.policy.model)
-    check_layout(architecture, config.policy.layout)
+    found = layout_violations(architecture, config.policy.layout) + _precision_violations(config, architecture)
+    if found:
+        raise UserError("\n".join(found))
     if config.policy.max_tokens > architecture.max_positions:
         raise UserError(
             f"policy.max_tokens is {config.policy.max_tokens}, more than the {architecture.max_positions} positions "
@@ -35,6 +38,23 @@ def check_inputs(config: RunConfig) -> None:
             check_source(stage)
     if config.judges and config.judge.gate is not None:
         read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
+
+
+def _precision_violations(config: RunConfig, architecture: Architecture) -> list[str]:
+    capability = None
+    if config.policy.precision.fp8:
+        from exprl_megatron.policy.precision import cuda_capability
+
+        capability = cuda_capability()
+    return precision_violations(
+        Setting(
+            config.policy,
+            capability,
+            optimizers=[stage.optimizer for stage in config.stages],
+            architecture=architecture,
+            starting_weights=any(isinstance(stage, RlStage) and stage.needs_start for stage in config.stages),
+        )
+    )
 
 
 def needed(config: RunConfig) -> dict[ProblemsConfig, set[Need]]:

@@ -1,0 +1,80 @@
+"""What Megatron is told about a precision, and what code outside it must know of parameters in 8 bits."""
+
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.errors import UserError
+
+_RECIPES: dict[str, tuple[str, str]] = {
+    "fp8-delayed": ("hybrid", "delayed"),
+    "fp8-tensorwise": ("hybrid", "tensorwise"),
+    "fp8-blockwise": ("e4m3", "blockwise"),
+    "mxfp8": ("e4m3", "mxfp8"),
+}
+"""Megatron's `fp8` and `fp8_recipe`. One scale for a whole tensor needs E5M2's range for gradients, blocks do not."""
+
+
+def fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
+    """The TransformerConfig fields that say what is multiplied in 8 bits; none for bf16, fp32 and emulation."""
+    if not precision.fp8 or precision.emulate:
+        return {}
+    number_format, recipe = _RECIPES[precision.kind]
+    return {
+        "fp8": number_format,
+        "fp8_recipe": recipe,
+        "fp8_param": precision.fp8_parameters,
+        "fp8_dot_product_attention": precision.fp8_attention,
+        "first_last_layers_bf16": precision.first_last_bf16 > 0,
+        "num_layers_at_start_in_bf16": precision.first_last_bf16,
+        "num_layers_at_end_in_bf16": precision.first_last_bf16,
+    }
+
+
+def ddp_settings(config: TransformerConfig) -> dict[str, Any]:
+    """The DistributedDataParallelConfig fields that go with a model's FP8 parameters."""
+    return {"fp8_param_gather": True} if config.fp8_param else {}
+
+
+def optimizer_settings(config: TransformerConfig) -> dict[str, Any]:
+    """Megatron's OptimizerConfig fields that go with a model's FP8 products."""
+    return {"fp8_recipe": config.fp8_recipe} if config.fp8 else {}
+
+
+def plain(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's values as an ordinary tensor of its nominal dtype; no copy where it is one already."""
+    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
+
+
+@torch.no_grad()
+def set_parameter(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Sets a parameter to `value` (of its shape), rounding where the parameter is in 8 bits.
+
+    Such a parameter remembers, until an optimizer asks, what it was before it was rounded: the optimizer's fp32
+    weights start from that, so it has to be set too.
+    """
+    parameter.copy_(value)
+    exact = parameter.get_high_precision_init_val() if hasattr(parameter, "get_high_precision_init_val") else None
+    if exact is not None:
+        exact.copy_(value)
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of the first CUDA device, None without CUDA. Raises UserError where it does not answer.
+
+    Asked for by a process of its own, as asking takes some of the device's memory for as long as a process lives.
+    """
+    if not torch.cuda.is_available():
+        return None
+    question = "import torch; print(*torch.cuda.get_device_capability())"
+    reply = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120)
+    if reply.returncode:
+        reason = reply.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise UserError(f"The CUDA device does not tell its compute capability ({reason[0]}); look at nvidia-smi.")
+    major, minor = reply.stdout.split()[-2:]
+    return int(major), int(minor)

@@ -1,0 +1,182 @@
+"""Which precision goes with which GPU, layout and optimizer; what does not is known before a process starts.
+
+docs/precision.md says of each refusal where it comes from. Needs neither torch nor Megatron.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.policy.architecture import Architecture
+
+ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
+"""Compute capabilities from which on a GPU belongs to a generation."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that decides whether a precision can be had."""
+
+    policy: PolicyConfig
+    capability: tuple[int, int] | None
+    """Compute capability of the trainers' GPUs; None: no CUDA."""
+    optimizers: Sequence[OptimizerConfig] = (OptimizerConfig(),)
+    """Of all stages."""
+    architecture: Architecture | None = None
+    """None: products are not looked at."""
+    starting_weights: bool = False
+    """Whether a stage keeps its starting weights on the host, for the KL term."""
+
+    @property
+    def precision(self) -> PrecisionConfig:
+        """The one that is asked about."""
+        return self.policy.precision
+
+
+def precision_violations(setting: Setting) -> list[str]:
+    """One sentence for everything that `setting` asks of a precision and cannot have."""
+    precision = setting.precision
+    if not precision.fp8:
+        return list(_without_fp8(precision))
+    if precision.emulate and setting.capability is None:
+        return list(_layers(setting))
+    checks = (_device, _layers, _parameters, _attention, _context_parallelism, _products)
+    return [sentence for check in checks for sentence in check(setting)]
+
+
+def _without_fp8(precision: PrecisionConfig) -> Iterator[str]:
+    for name in ("fp8_parameters", "first_last_bf16", "fp8_attention"):
+        if value := getattr(precision, name):
+            yield (
+                f"policy.precision.{name} is {value} but the precision {precision.kind} multiplies nothing in 8 bits; "
+                f"leave it out, or choose an fp8 kind."
+            )
+
+
+def _device(setting: Setting) -> Iterator[str]:
+    kind, capability = setting.precision.kind, setting.capability
+    if capability is None:
+        yield (
+            f"policy.precision is {kind} but this machine has no CUDA device; choose bf16 or fp32, or set "
+            f"policy.precision.emulate."
+        )
+        return
+    gpu = _gpu(capability)
+    if setting.precision.emulate:
+        yield f"policy.precision.emulate is for machines without CUDA and this one has {gpu}; turn it off."
+    if capability < ADA:
+        yield f"policy.precision is {kind} but {gpu} has no FP8 products (from 8.9 on); choose bf16."
+    elif kind == "fp8-blockwise" and capability < HOPPER:
+        yield (
+            f"policy.precision is fp8-blockwise but {gpu} has no block-scaled products (from 9.0 on); choose "
+            f"fp8-tensorwise."
+        )
+    elif kind == "mxfp8" and capability < BLACKWELL:
+        yield f"policy.precision is mxfp8 but {gpu} has no MXFP8 products (10.x has them); choose fp8-blockwise."
+    elif kind == "mxfp8" and capability >= CONSUMER_BLACKWELL:
+        yield f"policy.precision is mxfp8, which Transformer Engine does not support on {gpu}; choose fp8-tensorwise."
+
+
+def _layers(setting: Setting) -> Iterator[str]:
+    count, kind = setting.precision.first_last_bf16, setting.precision.kind
+    if not count:
+        return
+    if kind == "fp8-delayed":
+        yield (
+            f"policy.precision.first_last_bf16 is {count} but fp8-delayed takes all layers or none; set it to 0, or "
+            f"choose fp8-tensorwise."
+        )
+    if setting.architecture is not None:
+        layers, pp = setting.architecture.layers, setting.policy.layout.pp
+        if count > layers // pp:
+            yield (
+                f"policy.precision.first_last_bf16 is {count}, more than the {layers // pp} layers of a pipeline rank; "
+                f"lower it."
+            )
+
+
+def _parameters(setting: Setting) -> Iterator[str]:
+    if not setting.precision.fp8_parameters:
+        return
+    remedy = "turn policy.precision.fp8_parameters off"
+    if setting.precision.kind == "mxfp8":
+        yield f"policy.precision.fp8_parameters cannot be had with mxfp8, whose weights are kept in bf16; {remedy}."
+    if not all(optimizer.distributed for optimizer in setting.optimizers):
+        yield f"optimizer.distributed is false but FP8 parameters need the distributed optimizer; set it, or {remedy}."
+    offloads = [optimizer.offload for optimizer in setting.optimizers if optimizer.offload]
+    if offloads:
+        yield (
+            f"optimizer.offload is {max(offloads):g} but FP8 parameters cannot be stepped in host memory; set it to 0, "
+            f"or {remedy}."
+        )
+    if setting.starting_weights and setting.policy.starting_policy == "host":
+        yield (
+            f"policy.starting_policy is host but FP8 parameters do not survive being swapped out and in; set it to "
+            f"server, or {remedy}."
+        )
+
+
+def _attention(setting: Setting) -> Iterator[str]:
+    kind, capability, packing = setting.precision.kind, setting.capability, setting.policy.packing
+    if not setting.precision.fp8_attention or capability is None:
+        return
+    gpu, remedy = _gpu(capability), "turn policy.precision.fp8_attention off"
+    if kind == "fp8-blockwise":
+        yield f"policy.precision.fp8_attention has no kernel for fp8-blockwise; {remedy}."
+    elif capability < HOPPER or capability >= CONSUMER_BLACKWELL:
+        yield f"policy.precision.fp8_attention has no kernel on {gpu}; {remedy}."
+    elif kind == "fp8-tensorwise" and capability < BLACKWELL:
+        yield f"policy.precision.fp8_attention has no kernel for fp8-tensorwise on {gpu} (10.x has one); {remedy}."
+    elif packing and (kind == "mxfp8" or (kind == "fp8-delayed" and capability < BLACKWELL)):
+        yield (
+            f"policy.packing is true but 8-bit attention for {kind} on {gpu} has no backward pass over packed "
+            f"sequences; set it to false, or {remedy}."
+        )
+
+
+def _context_parallelism(setting: Setting) -> Iterator[str]:
+    layout = setting.policy.layout
+    if layout.tp > 1 and layout.cp > 1 and not layout.sequence_parallel:
+        yield (
+            f"policy.layout has tp {layout.tp} and cp {layout.cp} without sequence_parallel, where FP8 gives norms "
+            f"gradients that are tp times too large; turn sequence_parallel on, or use bf16."
+        )
+
+
+def _products(setting: Setting) -> Iterator[str]:
+    """FP8 tensor cores take lengths in steps of 16; MXFP8 has a scale for each 32."""
+    if setting.architecture is None:
+        return
+    kind, hidden = setting.precision.kind, setting.architecture.hidden
+    multiple = 32 if kind == "mxfp8" else 16
+    needs = f"policy.precision is {kind}, which needs lengths that are multiples of {multiple}, but"
+    if hidden % multiple:
+        yield f"{needs} the model's hidden size is {hidden}; use bf16."
+    for what, size, ranks, name in _sharded_sizes(setting.architecture, setting.policy):
+        if size % ranks == 0 and size // ranks % multiple:
+            yield (
+                f"{needs} policy.layout.{name} {ranks} leaves a rank {size // ranks} of the model's {size} {what}; "
+                f"lower {name}, or use bf16."
+            )
+
+
+def _sharded_sizes(architecture: Architecture, policy: PolicyConfig) -> list[tuple[str, int, int, str]]:
+    """(what, how many, ranks that share them, the setting): the lengths of the linear layers' products."""
+    layout, heads = policy.layout, architecture.heads * architecture.head_dim
+    qkv = heads + 2 * architecture.kv_groups * architecture.head_dim
+    experts = architecture.experts
+    columns = (
+        ("MLP columns", architecture.ffn, layout.tp, "tp")
+        if experts is None
+        else ("expert columns", experts.ffn, layout.etp, "etp")
+    )
+    return [
+        ("query columns", heads, layout.tp, "tp"),
+        ("query, key and value columns", qkv, layout.tp, "tp"),
+        columns,
+    ]
+
+
+def _gpu(capability: tuple[int, int]) -> str:
+    return f"a GPU of compute capability {capability[0]}.{capability[1]}"

@@ -1,0 +1,138 @@
+from pathlib import Path
+
+import pytest
+
+from exprl_megatron import planning
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.policy.architecture import Architecture, read_architecture
+from exprl_megatron.policy.precision_matrix import Setting, precision_violations
+
+CPU, AMPERE, ADA, HOPPER, BLACKWELL, GEFORCE = None, (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
+FP8 = ("fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8")
+
+
+def published(name: str) -> Architecture:
+    return read_architecture(Path(planning.__file__).parent / "architectures" / name)
+
+
+def refusals(
+    kind: str,
+    capability: tuple[int, int] | None,
+    *,
+    architecture: str = "llama-3.3-70b",
+    layout: Layout = Layout(),
+    packing: bool = True,
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    starting_weights: bool = False,
+    **precision,
+) -> list[str]:
+    policy = PolicyConfig(
+        model="none", layout=layout, packing=packing, precision=PrecisionConfig(kind=kind, **precision)
+    )
+    return precision_violations(Setting(policy, capability, [optimizer], published(architecture), starting_weights))
+
+
+@pytest.mark.parametrize(
+    ("capability", "kinds"),
+    [
+        (CPU, ()),
+        (AMPERE, ()),
+        (ADA, ("fp8-delayed", "fp8-tensorwise")),
+        (HOPPER, ("fp8-delayed", "fp8-tensorwise", "fp8-blockwise")),
+        (BLACKWELL, FP8),
+        ((10, 3), FP8),
+        (GEFORCE, ("fp8-delayed", "fp8-tensorwise", "fp8-blockwise")),
+    ],
+)
+def test_each_generation_of_gpu_has_its_kinds(capability, kinds):
+    assert tuple(kind for kind in FP8 if not refusals(kind, capability)) == kinds
+    assert not refusals("bf16", capability) and not refusals("fp32", capability)
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_emulation_is_for_machines_without_cuda_alone(kind):
+    assert not refusals(kind, CPU, emulate=True)
+    assert any("policy.precision.emulate is for machines" in found for found in refusals(kind, BLACKWELL, emulate=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        # Attention: TE's filters (DotProductAttention) and cuDNN's matrix for packed sequences.
+        (dict(kind="fp8-delayed", capability=HOPPER, fp8_attention=True), "policy.packing is true"),
+        (dict(kind="fp8-delayed", capability=HOPPER, fp8_attention=True, packing=False), None),
+        (dict(kind="fp8-delayed", capability=BLACKWELL, fp8_attention=True), None),
+        (dict(kind="fp8-delayed", capability=ADA, fp8_attention=True), "no kernel on a GPU of compute capability 8.9"),
+        (dict(kind="fp8-tensorwise", capability=HOPPER, fp8_attention=True), "no kernel for fp8-tensorwise"),
+        (dict(kind="fp8-tensorwise", capability=BLACKWELL, fp8_attention=True), None),
+        (dict(kind="fp8-tensorwise", capability=GEFORCE, fp8_attention=True), "compute capability 12.0"),
+        (dict(kind="fp8-blockwise", capability=BLACKWELL, fp8_attention=True), "no kernel for fp8-blockwise"),
+        (dict(kind="mxfp8", capability=BLACKWELL, fp8_attention=True), "policy.packing is true"),
+        (dict(kind="mxfp8", capability=BLACKWELL, fp8_attention=True, packing=False), None),
+        # Layers in bf16.
+        (dict(kind="fp8-delayed", capability=HOPPER, first_last_bf16=1), "fp8-delayed takes all layers or none"),
+        (dict(kind="fp8-tensorwise", capability=HOPPER, first_last_bf16=1), None),
+        (dict(kind="fp8-tensorwise", capability=HOPPER, first_last_bf16=21, layout=Layout(pp=4)), "more than the 20"),
+        (dict(kind="fp8-delayed", capability=CPU, first_last_bf16=1, emulate=True), "takes all layers or none"),
+        # Parameters in 8 bits.
+        (dict(kind="fp8-tensorwise", capability=HOPPER, fp8_parameters=True), None),
+        (dict(kind="mxfp8", capability=BLACKWELL, fp8_parameters=True), "cannot be had with mxfp8"),
+        (
+            dict(kind="fp8-tensorwise", capability=HOPPER, fp8_parameters=True, optimizer=OptimizerConfig(offload=0.5)),
+            "optimizer.offload is 0.5",
+        ),
+        (dict(kind="fp8-tensorwise", capability=HOPPER, optimizer=OptimizerConfig(offload=0.5)), None),
+        (
+            dict(
+                kind="fp8-blockwise",
+                capability=HOPPER,
+                fp8_parameters=True,
+                optimizer=OptimizerConfig(distributed=False),
+            ),
+            "optimizer.distributed is false",
+        ),
+        (
+            dict(kind="fp8-delayed", capability=HOPPER, fp8_parameters=True, starting_weights=True),
+            "policy.starting_policy is host",
+        ),
+        (dict(kind="fp8-delayed", capability=HOPPER, starting_weights=True), None),
+        # Layouts.
+        (dict(kind="fp8-delayed", capability=HOPPER, layout=Layout(tp=2, cp=2)), "without sequence_parallel"),
+        (dict(kind="fp8-delayed", capability=HOPPER, layout=Layout(tp=2, cp=2, sequence_parallel=True)), None),
+        (dict(kind="bf16", capability=HOPPER, layout=Layout(tp=2, cp=2)), None),
+        (dict(kind="fp8-tensorwise", capability=HOPPER, architecture="qwen2.5-72b", layout=Layout(tp=8)), None),
+        (
+            dict(kind="mxfp8", capability=BLACKWELL, architecture="qwen2.5-72b", layout=Layout(tp=8)),
+            "leaves a rank 3696 of the model's 29568 MLP columns",
+        ),
+        # Settings of nothing.
+        (dict(kind="bf16", capability=HOPPER, fp8_attention=True), "policy.precision.fp8_attention is True but"),
+        (dict(kind="bf16", capability=HOPPER, first_last_bf16=2), "policy.precision.first_last_bf16 is 2 but"),
+        (dict(kind="fp32", capability=CPU, fp8_parameters=True), "policy.precision.fp8_parameters is True but"),
+    ],
+)
+def test_what_cannot_be_had_together_is_refused_in_one_sentence(names, refused):
+    found = refusals(**names)
+    if refused is None:
+        assert found == []
+    else:
+        assert len(found) == 1 and refused in found[0]
+
+
+def test_all_that_is_wrong_is_said_at_once_each_with_setting_and_remedy():
+    found = refusals(
+        "mxfp8",
+        HOPPER,
+        layout=Layout(tp=8, cp=2),
+        optimizer=OptimizerConfig(distributed=False, offload=1.0),
+        architecture="qwen2.5-72b",
+        fp8_parameters=True,
+        fp8_attention=True,
+        starting_weights=True,
+        emulate=True,
+    )
+    assert len(found) == len(set(found)) == 9
+    for sentence in found:
+        assert sentence.count("\n") == 0 and sentence.endswith(".") and ";" in sentence
+        assert "policy." in sentence or "optimizer." in sentence
