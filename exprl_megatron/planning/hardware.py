@@ -30,6 +30,11 @@ class Gpu:
     fp8_kinds: frozenset[str]
     """The precision kinds that its tensor cores run."""
 
+    @property
+    def blackwell(self) -> bool:
+        """Whether it is of the generation after Hopper."""
+        return "mxfp8" in self.fp8_kinds
+
     def peak(self, fp8: bool) -> tuple[str, float]:
         """The name of the peak that a utilisation refers to, and its FLOP/s."""
         rate = self.fp8_flops if fp8 else self.bf16_flops

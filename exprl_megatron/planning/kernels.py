@@ -17,22 +17,28 @@ TILE = (128, 256)
 class Shares:
     """What kernels reach of a peak."""
 
-    gemm_bf16: float = 0.75
+    gemm_bf16: float = 0.723
     """Calibrated: long BF16 products, of the dense BF16 peak."""
-    gemm_fp8: float = 0.65
+    gemm_fp8: float = 0.674
     """Calibrated: long FP8 products, of the dense FP8 peak."""
-    traffic: float = 0.75
-    """Calibrated: norms, activations, casts and optimizer, of HBM's bandwidth."""
-    attention_forward: float = 0.67
-    """Long causal attention with head size 128, of the BF16 peak (FlashAttention-3, figure 5)."""
-    attention_backward: float = 0.57
+    traffic: float = 0.80
+    """Norms, activations, casts and optimizer, of HBM's bandwidth (what copy kernels reach on H100 is 85 to 90 %)."""
+    attention: tuple[float, float] = (0.67, 0.57)
+    """Long causal attention on Hopper, forward and backward, of the BF16 peak (FlashAttention-3, head size 128)."""
+    attention_blackwell: tuple[float, float] = (0.55, 0.47)
+    """The same on Blackwell, whose exponentials did not grow with its products: cuDNN in the FlashAttention-4 paper
+    (1,613 TFLOP/s over 1.3, of 2,250); backward in Hopper's proportion."""
+    attention_before: tuple[float, float] = (0.40, 0.33)
+    """The same with FlashAttention-2 on Hopper (FlashAttention-3 paper)."""
 
 
 SHARES = Shares()
-_ATTENTION_HALF = {"forward": 600.0, "backward": 900.0}
-"""Length at which attention reaches half of its share (read off the same figure)."""
-_BLOCKWISE = 0.95
-"""Products with 128x128 scales against tensorwise ones: partial sums are scaled outside the tensor core."""
+_ATTENTION_HALF = (600.0, 900.0)
+"""Length at which attention reaches half of its share, forward and backward (read off the same figures)."""
+KERNEL_GAP = 4e-6
+"""Seconds that one kernel's end and the next one's start cost: drain, launch, ramp."""
+_BLOCK_SCALES = 0.95
+"""Products with a scale for each block against tensorwise ones (assumed for 128x128 and for MXFP8's 1x32)."""
 
 
 def gemm_seconds(gemm: Gemm, gpu: Gpu, fp8: bool = False, output_bytes: float = 2.0, kind: str = "bf16") -> float:
@@ -42,9 +48,9 @@ def gemm_seconds(gemm: Gemm, gpu: Gpu, fp8: bool = False, output_bytes: float = 
     if gemm.flops == 0:
         return 0.0
     share = SHARES.gemm_fp8 if fp8 else SHARES.gemm_bf16
-    if kind == "fp8-blockwise" and fp8:
-        share *= _BLOCKWISE
-    tiles = max(gemm.m / TILE[0], 1.0) * max(gemm.n / TILE[1], 1.0) * gemm.copies
+    if kind in ("fp8-blockwise", "mxfp8") and fp8:
+        share *= _BLOCK_SCALES
+    tiles = max(gemm.m / TILE[0], 1.0) * max(gemm.n / TILE[1], 1.0)
     compute = gemm.flops / (gpu.peak(fp8)[1] * share) * (1 + gpu.multiprocessors / (2 * tiles))
     write = gemm.m * gemm.n * gemm.copies * output_bytes
     read = (gemm.m + gemm.n) * gemm.k * gemm.copies * (1.0 if fp8 else 2.0)
@@ -52,11 +58,13 @@ def gemm_seconds(gemm: Gemm, gpu: Gpu, fp8: bool = False, output_bytes: float = 
     return max(compute + write / bandwidth, (read + write) / bandwidth)
 
 
-def attention_seconds(flops: float, length: float, gpu: Gpu, backward: bool, fp8: bool = False) -> float:
+def attention_seconds(
+    flops: float, length: float, gpu: Gpu, backward: bool, fp8: bool = False, generation: int = 3
+) -> float:
     """Seconds of causal attention's `flops` over sequences of `length` tokens."""
-    way = "backward" if backward else "forward"
-    share = SHARES.attention_backward if backward else SHARES.attention_forward
-    return flops / (gpu.peak(fp8)[1] * share * length / (length + _ATTENTION_HALF[way]))
+    shares = SHARES.attention_blackwell if gpu.blackwell else SHARES.attention
+    share = (shares if generation >= 3 else SHARES.attention_before)[backward]
+    return flops / (gpu.peak(fp8)[1] * share * length / (length + _ATTENTION_HALF[backward]))
 
 
 def traffic_seconds(size: float, gpu: Gpu) -> float:

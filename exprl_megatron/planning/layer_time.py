@@ -6,8 +6,8 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.planning.flops import attention_flops, attention_gemms, mlp_gemms, router_gemm
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.kernels import attention_seconds, cast_bytes, gemm_seconds, traffic_seconds
-from exprl_megatron.planning.links import exchange_seconds, exposed, ring_seconds
+from exprl_megatron.planning.kernels import KERNEL_GAP, attention_seconds, cast_bytes, gemm_seconds, traffic_seconds
+from exprl_megatron.planning.links import TP_HIDDEN, exchange_seconds, exposed, ring_seconds
 from exprl_megatron.planning.practice import Practice
 from exprl_megatron.policy.architecture import Architecture
 
@@ -65,7 +65,7 @@ def forward_layer(rank: Rank) -> LayerTime:
     """Seconds of a layer's forward pass."""
     gemm = sum(_product(rank, g) for g in _gemms(rank)) + _router(rank, 1)
     attention = _attention(rank, backward=False)
-    memory = traffic_seconds(_forward_bytes(rank), rank.gpu)
+    memory = traffic_seconds(_forward_bytes(rank), rank.gpu) + _kernels(rank, backward=False) * KERNEL_GAP
     return LayerTime(
         gemm=gemm,
         attention=attention,
@@ -80,13 +80,13 @@ def backward_layer(rank: Rank) -> LayerTime:
     """Seconds of a layer's backward pass: gradients of inputs and, unless frozen, of weights."""
     gemm = sum(_product(rank, g.input_gradient()) for g in _gemms(rank)) + _router(rank, 2)
     if not rank.practice.lora:
-        gemm += sum(_product(rank, g.weight_gradient(), output_bytes=8.0) for g in _gemms(rank))
+        gemm += sum(_product(rank, g.weight_gradient(), 2 * rank.practice.gradient_bytes) for g in _gemms(rank))
     attention = _attention(rank, backward=True)
     gathers = 6 if rank.layout.sequence_parallel and not rank.practice.lora else 4
     return LayerTime(
         gemm=gemm,
         attention=attention,
-        memory=traffic_seconds(_backward_bytes(rank), rank.gpu),
+        memory=traffic_seconds(_backward_bytes(rank), rank.gpu) + _kernels(rank, backward=True) * KERNEL_GAP,
         tp=_tensor_parallel(rank, gathers if rank.architecture.experts is None else gathers // 2, beside=gemm),
         cp=_context_parallel(rank, attention, times=2),
         ep=_expert_parallel(rank, gemm + attention),
@@ -109,10 +109,12 @@ def _router(rank: Rank, times: int) -> float:
 
 
 def _attention(rank: Rank, backward: bool) -> float:
-    """Causal attention; its backward pass has five products where the forward has two."""
+    """Causal attention, in pieces of the sequence under cp; its backward pass has five products, the forward two."""
     flops = attention_flops(rank.architecture, rank.sequence_length) * rank.tokens / rank.layout.tp
-    fp8 = rank.precision.fp8_attention
-    return attention_seconds(flops * (2.5 if backward else 1), rank.sequence_length, rank.gpu, backward, fp8)
+    length, generation = rank.sequence_length / rank.layout.cp, rank.practice.flash_attention
+    return attention_seconds(
+        flops * (2.5 if backward else 1), length, rank.gpu, backward, rank.precision.fp8_attention, generation
+    )
 
 
 def _forward_bytes(rank: Rank) -> float:
@@ -141,6 +143,16 @@ def _backward_bytes(rank: Rank) -> float:
     return 2.0 * (between + inside + _permuted(rank)) + casts
 
 
+def _kernels(rank: Rank, backward: bool) -> float:
+    """Kernels of a layer: norms, rotation, sums, products, attention, activation; casts; experts one by one."""
+    casts = {"fp8-delayed": 1, "fp8-tensorwise": 3, "fp8-blockwise": 1, "mxfp8": 2}.get(rank.precision.kind, 0)
+    count = (24 if backward else 12) + 4 * casts
+    if rank.architecture.experts is None:
+        return count
+    local = rank.architecture.experts.count / rank.layout.ep
+    return count + 20 + local * ((4 if backward else 2) + 2 * casts)
+
+
 def _permuted(rank: Rank) -> float:
     """Elements that move when tokens are copied to their experts' order and back: seven passes over the copies."""
     return 7.0 * rank.rows * rank.architecture.hidden if rank.architecture.experts else 0.0
@@ -155,7 +167,7 @@ def _tensor_parallel(rank: Rank, gathers: int, beside: float) -> float:
     """`gathers` all-gathers or reduce-scatters of the layer's activations in BF16 (an all-reduce is two of them)."""
     size = rank.tokens * rank.architecture.hidden * 2.0
     transfer = gathers * ring_seconds(size, rank.gpu, rank.layout.tp, 1)
-    return exposed(transfer, beside, rank.practice.tp_overlap)
+    return exposed(transfer, beside, rank.practice.tp_overlap, TP_HIDDEN)
 
 
 def _context_parallel(rank: Rank, attention: float, times: int) -> float:

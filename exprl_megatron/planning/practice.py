@@ -21,6 +21,10 @@ class Practice:
     """Parameters are gathered in 8 bits."""
     gradient_bytes: float = 4.0
     """Bytes of a gradient while it is reduced."""
+    fused_loss: bool = False
+    """Softmax and loss in one kernel over BF16 logits, instead of a chain of them in fp32."""
+    flash_attention: int = 3
+    """Generation of the attention kernels: 3 stands for FlashAttention-3 and cuDNN 9, 2 for those before (2023)."""
     head_recomputed: bool = True
     """The backward pass computes logits again, so that they never exist whole."""
     recomputed_share: float = 1.0

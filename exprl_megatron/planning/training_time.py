@@ -167,15 +167,20 @@ def _slowest_stage(architecture: Architecture, layout: Layout, layer: float, hea
 
 
 def _head(rank: Rank, training: bool) -> float:
-    """Seconds of the output layer and the loss for one micro-batch: BF16, vocabulary over tp, logits never whole."""
+    """Seconds of the output layer and the loss for one micro-batch: BF16, vocabulary over tp, logits never whole.
+
+    Bytes per logit: the fused loss reads BF16 twice and writes its gradient; the chain reads and writes fp32 for
+    the cast, maximum, difference, exponential, sum and division, and again for the gradient and its cast.
+    """
     gemm = head_gemm(rank.architecture, rank.tokens, rank.layout.tp)
-    logits = traffic_seconds(gemm.m * gemm.n * 4.0, rank.gpu)
-    forward = gemm_seconds(gemm, rank.gpu) + logits
+    softmax, derivative = (6.0, 4.0) if rank.practice.fused_loss else (28.0, 14.0)
+    forward = gemm_seconds(gemm, rank.gpu) + traffic_seconds(gemm.m * gemm.n * softmax, rank.gpu)
     if not training:
         return forward
-    gradient = gemm_seconds(gemm.input_gradient(), rank.gpu) + logits
+    gradient = gemm_seconds(gemm.input_gradient(), rank.gpu)
+    gradient += traffic_seconds(gemm.m * gemm.n * derivative, rank.gpu)
     if not rank.practice.lora:
-        gradient += gemm_seconds(gemm.weight_gradient(), rank.gpu, output_bytes=8.0)
+        gradient += gemm_seconds(gemm.weight_gradient(), rank.gpu, output_bytes=2 * rank.practice.gradient_bytes)
     return forward * (2 if rank.practice.head_recomputed else 1) + gradient
 
 
@@ -222,10 +227,8 @@ def _data_parallel(rank: Rank, layers: int, forward: float, backward: float, bat
             total += batches * exposed(gathered, forward, True)
             total += batches * exposed(gathered + reduced, backward, True)
             continue
-        last = 1 / max(1, layers)
         for transfer, beside in ((reduced, backward), (gathered, forward)):
-            hidden = min(beside / layout.vpp, transfer * (1 - last)) if practice.dp_overlap else 0.0
-            total += transfer - hidden
+            total += exposed(transfer, beside / layout.vpp, practice.dp_overlap)
     return total
 
 

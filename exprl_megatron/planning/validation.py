@@ -1,0 +1,133 @@
+"""The model of training time beside published throughput: `python -m exprl_megatron.planning.validation`."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.planning.flops import model_flops
+from exprl_megatron.planning.hardware import find_gpu
+from exprl_megatron.planning.practice import Practice
+from exprl_megatron.planning.training_time import TrainingTime, training_time
+from exprl_megatron.policy.architecture import Architecture, Experts
+
+PUBLISHED = Path(__file__).with_name("published_throughput.json")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published figure and what the model says."""
+
+    row: dict
+    published: float
+    """Tokens/s per GPU."""
+    time: TrainingTime
+
+    @property
+    def error(self) -> float:
+        """Predicted over published, less 1."""
+        return self.time.tokens_per_s_per_gpu / self.published - 1
+
+    @property
+    def label(self) -> str:
+        """Model, GPUs, precision and layout in one line."""
+        row = self.row
+        layout = " ".join(f"{k}{v}" for k, v in row["layout"].items() if isinstance(v, int) and v is not True)
+        extra = " ".join(name for name in ("fsdp", "lora") if row["practice"].get(name))
+        parts = (row["model"], f"{row['gpus']}x{row['gpu']}", row["precision"], layout, extra)
+        return " ".join(part for part in parts if part) + f" seq {row['sequence_length']} batch {row['global_batch']}"
+
+
+def published_rows(path: Path = PUBLISHED) -> dict:
+    """The file of published figures: `models`, `sources`, `training`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def architecture_of(fields: dict) -> Architecture:
+    """The architecture of a row's model; what does not decide its time is filled in."""
+    experts = fields.get("experts")
+    return Architecture(
+        family="mixtral" if experts else "llama",
+        layers=fields["layers"],
+        hidden=fields["hidden"],
+        heads=fields["heads"],
+        kv_groups=fields["kv_groups"],
+        head_dim=fields["head_dim"],
+        ffn=fields["ffn"],
+        vocabulary=fields["vocabulary"],
+        norm_eps=1e-5,
+        rope_base=10000.0,
+        rope_scaling=None,
+        qk_norm=False,
+        qkv_bias=False,
+        tied=fields["tied"],
+        max_positions=131072,
+        initializer_range=0.02,
+        experts=Experts(experts["count"], experts["chosen"], experts["ffn"], True) if experts else None,
+    )
+
+
+def counted_flops(architecture: Architecture, sequence_length: int) -> float:
+    """Operations per token as Megatron-LM counts them for its log: a training step, attention not halved."""
+    causal = model_flops(architecture, sequence_length)
+    return 2 * causal - model_flops(architecture, 0)
+
+
+def compare(row: dict, models: dict) -> Comparison:
+    """One published row beside the model's answer."""
+    architecture = architecture_of(models[row["model"]])
+    length = row["sequence_length"]
+    time = training_time(
+        architecture,
+        Layout(**row["layout"]),
+        precision=PrecisionConfig(kind=row["precision"]),
+        recompute=row.get("recompute", "none"),
+        sequence_length=length,
+        global_tokens=row["global_batch"] * length,
+        micro_batch_tokens=row["micro_batch"] * length,
+        gpu=find_gpu(row["gpu"]),
+        practice=Practice(**row["practice"]),
+    )
+    published = row.get("tokens_per_s_per_gpu")
+    if published is None:
+        published = row["counted_tflops_per_gpu"] * 1e12 / counted_flops(architecture, length)
+    return Comparison(row, published, time)
+
+
+def comparisons(path: Path = PUBLISHED) -> list[Comparison]:
+    """Every published training figure beside the model's."""
+    published = published_rows(path)
+    return [compare(row, published["models"]) for row in published["training"]]
+
+
+def spread(errors: list[float]) -> str:
+    """How far off `errors` are: number, median and worst of their sizes, and the median with its sign."""
+    sizes = [abs(error) for error in errors]
+    within = sum(size <= 0.25 for size in sizes)
+    return (
+        f"{len(sizes)} rows, median {median(sizes):.1%}, worst {max(sizes):.1%}, {within} within 25 %, "
+        f"bias {median(errors):+.1%}"
+    )
+
+
+def main() -> None:
+    """Print every row, then the errors by set and by group."""
+    found = comparisons()
+    sets: dict[str, list[float]] = defaultdict(list)
+    for one in found:
+        sets[one.row["set"]].append(one.error)
+        if one.row["set"] == "held-out":
+            sets[f"held-out, {one.row['group']}"].append(one.error)
+        print(
+            f"{one.row['set']:11s} {one.label:95s} {one.published:8,.0f} {one.time.tokens_per_s_per_gpu:8,.0f} "
+            f"{one.error:+7.1%}  {one.row['source']}"
+        )
+    for name, errors in sets.items():
+        print(f"{name}: {spread(errors)}")
+
+
+if __name__ == "__main__":
+    main()
