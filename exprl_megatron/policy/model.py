@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.policy.architecture import Architecture, check_layout, stage_layers
 from exprl_megatron.policy.local_spec import local_block
+from exprl_megatron.policy.precision import fp8_settings
 from exprl_megatron.policy.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -92,6 +93,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **_expert_settings(architecture, config, cuda),
+        **fp8_settings(config.precision),
         **recompute[config.recompute],
     )
 

@@ -1,0 +1,19 @@
+"""The layouts of the recipes for H100 nodes of 8: what `make test-te` builds every rank of."""
+
+from exprl_megatron.config.policy import Layout
+
+RECIPES = {
+    "llama-3.3-70b": Layout(tp=4, pp=4, vpp=5, cp=2, dp=2, sequence_parallel=True),
+    "qwen2.5-72b": Layout(tp=4, pp=4, vpp=5, cp=2, dp=2, sequence_parallel=True),
+    "qwen3-32b": Layout(tp=4, pp=2, vpp=4, dp=4, sequence_parallel=True),
+    "qwen3-235b-a22b": Layout(
+        tp=2,
+        pp=8,
+        vpp=4,
+        ep=32,
+        dp=16,
+        sequence_parallel=True,
+        embedding_as_layer=True,
+        head_as_layer=True,
+    ),
+}
