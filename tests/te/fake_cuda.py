@@ -22,3 +22,10 @@ def pretend_gpu(capability: tuple[int, int]) -> None:
     torch.cuda.get_device_name = lambda device=None: properties.name
     # Attention under context parallelism has a second stream.
     torch.cuda.Stream = types.SimpleNamespace
+    # The dispatcher of tokens to experts makes its indices on "cuda".
+    arange = torch.arange
+    torch.arange = lambda *sizes, device=None, **settings: arange(*sizes, device=_placed(device), **settings)
+
+
+def _placed(device: torch.device | str | None) -> torch.device | str | None:
+    return "meta" if device is not None and torch.device(device).type == "cuda" else device
