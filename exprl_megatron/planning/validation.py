@@ -1,4 +1,4 @@
-"""The model of training time beside published throughput: `python -m exprl_megatron.planning.validation`."""
+"""The models of training and step time beside published figures: `python -m exprl_megatron.planning.validation`."""
 
 import json
 from collections import defaultdict
@@ -11,7 +11,9 @@ from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.planning.flops import model_flops
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.practice import Practice
-from exprl_megatron.planning.training_time import TrainingTime, training_time
+from exprl_megatron.planning.rl_time import StepTime, reshard_time, sampling_time, step_time
+from exprl_megatron.planning.serving_time import Lengths, Servers
+from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, training_time
 from exprl_megatron.policy.architecture import Architecture, Experts
 
 PUBLISHED = Path(__file__).with_name("published_throughput.json")
@@ -42,7 +44,7 @@ class Comparison:
 
 
 def published_rows(path: Path = PUBLISHED) -> dict:
-    """The file of published figures: `models`, `sources`, `training`."""
+    """The file of published figures: `models`, `sources`, `training`, `reinforcement_learning`."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -97,6 +99,72 @@ def compare(row: dict, models: dict) -> Comparison:
     return Comparison(row, published, time)
 
 
+@dataclass(frozen=True)
+class StepComparison:
+    """A published reinforcement-learning step and what the model says."""
+
+    row: dict
+    time: StepTime
+
+    @property
+    def error(self) -> float:
+        """Predicted over published seconds, less 1."""
+        return self.time.total_s / self.row["step_s"] - 1
+
+    @property
+    def label(self) -> str:
+        """Model, GPUs and kind of step."""
+        row = self.row
+        mode = "one step off" if row["one_step_off"] else "in turn"
+        return f"{row['model']} {row['gpus']}x{row['gpu']} {row['precision']} {mode} mean {row['mean_length']}"
+
+
+PROMPT_TOKENS = 100
+"""Of the problems in NeMo-RL's rows, whose mean length counts prompt and response."""
+
+
+def compare_step(row: dict, models: dict) -> StepComparison:
+    """One of NeMo-RL's steps beside the model's answer: half of the GPUs sample where the step is one off."""
+    architecture, layout, gpu = architecture_of(models[row["model"]]), Layout(**row["layout"]), find_gpu(row["gpu"])
+    off, fp8 = row["one_step_off"], row["precision"] != "bf16"
+    servers = Servers(
+        (row["gpus"] // 2 if off else row["gpus"]) // row["server_tp"],
+        row["server_tp"],
+        gpu,
+        weight_bytes=1.0 if fp8 else 2.0,
+        memory_share=0.8 if off else 0.6,
+    )
+    shared = {
+        "precision": PrecisionConfig(kind=row["precision"]),
+        "sequence_length": row["mean_length"],
+        "global_tokens": row["problems"] * row["traces"] * row["mean_length"],
+        "gpu": gpu,
+    }
+    forward = log_prob_time(architecture, layout, micro_batch_tokens=row["log_prob_batch"] * row["bound"], **shared)
+    time = step_time(
+        sampling=sampling_time(
+            architecture,
+            servers,
+            problems=row["problems"],
+            traces=row["traces"],
+            prompt_tokens=PROMPT_TOKENS,
+            answers=Lengths(row["mean_length"] - PROMPT_TOKENS, row["bound"] - PROMPT_TOKENS),
+        ),
+        judging_s=0.0,
+        log_probs=[forward, forward],
+        training=training_time(architecture, layout, recompute="none", micro_batch_tokens=row["bound"], **shared),
+        reshard_s=reshard_time(architecture, layout, gpu, colocated=not off, each=servers.weight_bytes),
+        one_step_off=off,
+    )
+    return StepComparison(row, time)
+
+
+def step_comparisons(path: Path = PUBLISHED) -> list[StepComparison]:
+    """Every published reinforcement-learning step beside the model's."""
+    published = published_rows(path)
+    return [compare_step(row, published["models"]) for row in published["reinforcement_learning"]]
+
+
 def comparisons(path: Path = PUBLISHED) -> list[Comparison]:
     """Every published training figure beside the model's."""
     published = published_rows(path)
@@ -115,6 +183,13 @@ def spread(errors: list[float]) -> str:
 
 def main() -> None:
     """Print every row, then the errors by set and by group."""
+    for step in step_comparisons():
+        time = step.time
+        print(
+            f"{step.row['set']:11s} {step.label:62s} {step.row['step_s']:6.1f} s {time.total_s:6.1f} s "
+            f"{step.error:+7.1%}  sample {time.sampling_s:.0f} log-probs {time.log_probs_s:.0f} "
+            f"train {time.training_s:.0f} reshard {time.reshard_s:.1f}"
+        )
     found = comparisons()
     sets: dict[str, list[float]] = defaultdict(list)
     for one in found:

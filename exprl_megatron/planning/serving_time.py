@@ -1,0 +1,183 @@
+"""Seconds in which servers read prompts and write answers: a roofline of prefill and decode."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import exp, log
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.planning.flops import layer_flops, linear_parameters, model_flops
+from exprl_megatron.planning.hardware import Gpu
+from exprl_megatron.planning.kernels import KERNEL_GAP, SHARES
+from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
+from exprl_megatron.policy.architecture import Architecture
+
+ITERATION_S = 0.006
+"""Calibrated (docs/time_model.md): scheduling, sampling and returning tokens, for each decode iteration."""
+_KERNELS = 12
+_HOP_S = (8e-6, 60e-6)
+"""Latency of one all-reduce of a decode iteration: one-shot kernels inside a node, NCCL between nodes."""
+_SLICES = 64
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Equal servers of one model."""
+
+    count: int
+    tp: int
+    """GPUs of each."""
+    gpu: Gpu
+    weight_bytes: float = 2.0
+    """Bytes of a weight as served; 1 for FP8."""
+    kv_bytes: float = 2.0
+    """Bytes of a cached value."""
+    memory_share: float = 0.8
+    """Of a GPU's memory, for weights and KV cache."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of answers: the distribution of greatest entropy with this mean and bound (an exponential, cut)."""
+
+    mean: float
+    bound: float
+
+    @cached_property
+    def rate(self) -> float:
+        """Decay of the density; negative where the mean is above half of the bound."""
+        if not 0 < self.mean < self.bound:
+            raise UserError(f"The mean length {self.mean:g} is not between 0 and the bound {self.bound:g}; change one.")
+        low, high = -60.0 / self.bound, 60.0 / self.bound + 1 / self.mean
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._mean_at(middle) > self.mean else (low, middle)
+        return (low + high) / 2
+
+    def longer(self, length: float) -> float:
+        """Share of answers longer than `length`."""
+        if length >= self.bound:
+            return 0.0
+        rate = self.rate
+        if abs(rate * self.bound) < 1e-6:
+            return 1 - length / self.bound
+        return (exp(-rate * length) - exp(-rate * self.bound)) / (1 - exp(-rate * self.bound))
+
+    def longest(self, count: float) -> float:
+        """Length that the longest of `count` answers reaches: the one that 1 in `count` exceeds."""
+        rate, share = self.rate, 1 / max(count, 1.0 + 1e-9)
+        if abs(rate * self.bound) < 1e-6:
+            return self.bound * (1 - share)
+        tail = exp(-rate * self.bound)
+        return -log(tail + share * (1 - tail)) / rate
+
+    def _mean_at(self, rate: float) -> float:
+        scaled = rate * self.bound
+        if abs(scaled) < 1e-6:
+            return self.bound / 2
+        return 1 / rate - self.bound * exp(-scaled) / (1 - exp(-scaled))
+
+
+@dataclass(frozen=True)
+class ServingTime:
+    """Seconds of the slowest server; servers share requests evenly."""
+
+    prefill_s: float
+    decode_s: float
+    iterations: float
+    concurrent: float
+    """Requests that one server holds at a time."""
+    requests: float
+    """Requests of one server in all."""
+
+    @property
+    def total_s(self) -> float:
+        """Both together."""
+        return self.prefill_s + self.decode_s
+
+
+def serving_time(
+    architecture: Architecture,
+    servers: Servers,
+    *,
+    requests: int,
+    prompt_tokens: float,
+    read_tokens: float,
+    answers: Lengths,
+) -> ServingTime:
+    """Seconds to answer `requests` prompts of `prompt_tokens`, of all of which only `read_tokens` must be read
+    (the rest is cached). Raises UserError where the weights do not leave room for one request.
+    """
+    each = requests / servers.count
+    longest = answers.longest(requests)
+    fullest = max(
+        answers.longer(length) * (prompt_tokens + length)
+        for length in (longest * piece / _SLICES for piece in range(_SLICES))
+    )
+    concurrent = min(each, _room(architecture, servers) / fullest)
+    if concurrent < 1 <= each:
+        raise UserError(
+            f"{servers.tp} {servers.gpu.name} hold the weights but not one request of {prompt_tokens:.0f} tokens; "
+            f"use a larger tp for the servers."
+        )
+    decode, iterations = 0.0, 0.0
+    waves = each / concurrent
+    for piece in range(_SLICES):
+        length = (piece + 0.5) * longest / _SLICES
+        batch = concurrent * answers.longer(length)
+        seconds = longest / _SLICES * iteration_seconds(architecture, servers, max(batch, 1.0), prompt_tokens + length)
+        # Later waves fill the places that answers leave: they cost what full batches of this length cost.
+        decode += seconds * (1 + (waves - 1) * answers.longer(length))
+        iterations += longest / _SLICES * (1 + (waves - 1) * answers.longer(length))
+    prefill = prefill_seconds(architecture, servers, read_tokens / servers.count, prompt_tokens)
+    return ServingTime(prefill, decode, iterations, concurrent, each)
+
+
+def prefill_seconds(architecture: Architecture, servers: Servers, tokens: float, length: float) -> float:
+    """Seconds in which one server reads `tokens` tokens of prompts `length` long."""
+    fp8 = servers.weight_bytes < 2
+    share = SHARES.gemm_fp8 if fp8 else SHARES.gemm_bf16
+    return tokens * model_flops(architecture, length, training=False) / (servers.tp * servers.gpu.peak(fp8)[1] * share)
+
+
+def iteration_seconds(architecture: Architecture, servers: Servers, batch: float, context: float) -> float:
+    """Seconds in which one server adds a token to each of `batch` answers that stand at `context` tokens."""
+    gpu, layers = servers.gpu, architecture.layers
+    bandwidth = gpu.hbm_bytes_per_s * SHARES.traffic * servers.tp
+    dense, experts = linear_parameters(architecture)
+    if architecture.experts:
+        experts *= 1 - (1 - architecture.experts.chosen / architecture.experts.count) ** batch
+    weights = (dense + experts) * layers * servers.weight_bytes + architecture.vocabulary * architecture.hidden * 2.0
+    fp8 = servers.weight_bytes < 2
+    share = SHARES.gemm_fp8 if fp8 else SHARES.gemm_bf16
+    compute = batch * layers * layer_flops(architecture) / (servers.tp * gpu.peak(fp8)[1] * share)
+    cache = batch * context * cache_bytes(architecture, servers)
+    fixed = ITERATION_S + layers * _KERNELS * KERNEL_GAP
+    return max(weights / bandwidth, compute) + cache / bandwidth + fixed + _all_reduces(architecture, servers, batch)
+
+
+def cache_bytes(architecture: Architecture, servers: Servers) -> float:
+    """Bytes of KV cache of one token."""
+    return 2 * architecture.layers * architecture.kv_groups * architecture.head_dim * servers.kv_bytes
+
+
+def _all_reduces(architecture: Architecture, servers: Servers, batch: float) -> float:
+    if servers.tp == 1:
+        return 0.0
+    outside = servers.tp > servers.gpu.gpus_per_node
+    rate = servers.gpu.nic_bytes_per_s * NIC_SHARE if outside else servers.gpu.nvlink_bytes_per_s * NVLINK_SHARE
+    size = batch * architecture.hidden * 2.0 * 2 * (servers.tp - 1) / servers.tp
+    return 2 * architecture.layers * (_HOP_S[outside] + size / rate)
+
+
+def _room(architecture: Architecture, servers: Servers) -> float:
+    """Tokens that one server's KV cache holds."""
+    dense, experts = linear_parameters(architecture)
+    weights = (dense + experts) * architecture.layers * servers.weight_bytes
+    weights += 2 * architecture.vocabulary * architecture.hidden * 2.0
+    free = servers.tp * servers.gpu.memory_bytes * servers.memory_share - weights
+    if free <= 0:
+        raise UserError(
+            f"{weights / 1e9:.0f} GB of weights do not fit into {servers.tp} {servers.gpu.name} at "
+            f"{servers.memory_share:.0%} of their memory; use a larger tp for the servers."
+        )
+    return free / (cache_bytes(architecture, servers))
