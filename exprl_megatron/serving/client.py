@@ -149,6 +149,17 @@ class SGLangClient(HttpServer):
         """Go on sampling after `pause`."""
         await self._post("/continue_generation", {})
 
+    async def sleep(self, *, deadline_s: float | None = None) -> None:
+        """Give up the memory of weights and cache, on an idle CUDA server started with `--enable-memory-saver`.
+
+        A server on a CPU dies of it.
+        """
+        await self._post("/release_memory_occupation", {}, deadline_s)
+
+    async def wake(self, *, deadline_s: float | None = None) -> None:
+        """Take that memory again; what the weights were is lost: update them before sampling."""
+        await self._post("/resume_memory_occupation", {}, deadline_s)
+
     async def flush_cache(self) -> None:
         """Empty the radix cache; refused while requests run."""
         await self._post("/flush_cache", None)

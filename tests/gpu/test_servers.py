@@ -1,0 +1,92 @@
+"""Real SGLang servers on a CUDA device: weights into a server that multiplies in FP8, and sleep and wake."""
+
+import asyncio
+from itertools import chain
+from statistics import mean
+
+import pytest
+import torch
+from learning import MINIATURE, batches, learn, policy_of
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.serving.launch import ServerSpec, start_servers
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+MODEL = MINIATURE / "policy"
+SMALL = ("--mem-fraction-static", "0.2")
+NEW_TOKENS = 32
+
+
+def started(tmp_path, *extra_args: str):
+    """A running bf16 server of the miniature."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    config = ServerConfig(extra_args=(*SMALL, *extra_args))
+    return start_servers([ServerSpec("policy-0", MODEL, config, tmp_path / "logs", dtype="bfloat16")])[0]
+
+
+async def sampled(client, prompts) -> tuple[list[Sequence], list[float]]:
+    """Traces for the prompts, and the sampler's log-probs of all their tokens."""
+    asked = [client.generate(p, temperature=1.0, max_new_tokens=NEW_TOKENS, seed=i) for i, p in enumerate(prompts)]
+    traces = await asyncio.gather(*asked)
+    sequences = [Sequence(tuple(p), trace.token_ids) for p, trace in zip(prompts, traces, strict=True)]
+    return sequences, [value for trace in traces for value in trace.log_probs]
+
+
+def test_an_fp8_server_takes_the_policys_bf16_weights(tmp_path, table):
+    from exprl_megatron.policy.world import enter_world, leave_world
+
+    prompts = [sequence.prompt_ids for sequence in batches(1)[0]]
+    with started(tmp_path, "--quantization", "fp8") as server:
+        enter_world(Layout())
+        try:
+            precision = PrecisionConfig(kind="bf16")
+            policy = policy_of(precision)
+            learn(precision, 20, policy)
+
+            def gap(sequences, log_probs) -> float:
+                ours = chain.from_iterable(policy.log_probs(sequences, 1.0))
+                return mean(abs(a - b) for a, b in zip(ours, log_probs, strict=True))
+
+            async def run() -> tuple[float, float]:
+                async with server.client() as client:
+                    before = gap(*await sampled(client, prompts))
+                    # On one device: NCCL has no group of two processes on the same GPU.
+                    transport = DiskTransport([client], tmp_path / "sync", MODEL, deadline_s=120)
+                    await transport.push(policy.hf_buckets(2**20), "v1")
+                    after = gap(*await sampled(client, prompts))
+                    await transport.close()
+                    return before, after
+
+            before, after = asyncio.run(run())
+        finally:
+            leave_world()
+    table("FP8 server: mean |trainer - sampler| log-prob, old weights", f"{before:.4f}", "more than after the sync")
+    table("FP8 server: mean |trainer - sampler| log-prob, synced", f"{after:.4f}", "at most 0.1")
+    assert after < before and after <= 0.1
+
+
+def test_a_server_sleeps_and_wakes(tmp_path, table):
+    prompt = batches(1)[0][0].prompt_ids
+    with started(tmp_path, "--enable-memory-saver") as server:
+
+        async def run():
+            async with server.client() as client:
+                before = await client.generate(prompt, temperature=0.0, max_new_tokens=NEW_TOKENS, seed=0)
+                awake = torch.cuda.mem_get_info()[0]
+                await client.sleep()
+                asleep = torch.cuda.mem_get_info()[0]
+                await client.wake()
+                await client.update_from_disk(MODEL, "again")
+                after = await client.generate(prompt, temperature=0.0, max_new_tokens=NEW_TOKENS, seed=0)
+                return before, after, (asleep - awake) / 2**30
+
+        before, after, freed = asyncio.run(run())
+    table("sleep: memory that a server gives up", f"{freed:.1f} GiB", "more than 1 GiB")
+    table("wake: greedy tokens as before", before.token_ids == after.token_ids, True)
+    assert freed > 1
+    assert before.token_ids == after.token_ids
