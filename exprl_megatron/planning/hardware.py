@@ -24,6 +24,8 @@ class Gpu:
     """Its share of the node's network."""
     host_bytes_per_s: float
     """Its share of the link to host memory."""
+    host_memory_bytes_per_s: float
+    """Its share of the host memory's own bandwidth."""
     gpus_per_node: int
     """GPUs that reach one another by NVLink."""
     multiprocessors: int
@@ -46,15 +48,16 @@ _BLACKWELL = frozenset({"fp8-delayed", "fp8-tensorwise", "mxfp8"})
 
 GPUS: dict[str, Gpu] = {
     # NVIDIA H100 datasheet, SXM column (its tensor figures are with sparsity: halved here); 132 SMs; NVLink 900 GB/s
-    # and ConnectX-7 400 Gb/s per GPU both ways (DGX H100 datasheet); PCIe 5.0 x16 to the host.
-    "h100": Gpu("H100 SXM", int(79.1 * GIB), 989.4e12, 1978.9e12, 3.35e12, 450e9, 50e9, 64e9, 8, 132, _HOPPER),
+    # and ConnectX-7 400 Gb/s per GPU both ways (DGX H100 datasheet); PCIe 5.0 x16 to the host, whose
+    # 16 channels of DDR5-4800 serve 8 GPUs (DDR5-5600 in DGX B200).
+    "h100": Gpu("H100 SXM", int(79.1 * GIB), 989.4e12, 1978.9e12, 3.35e12, 450e9, 50e9, 64e9, 77e9, 8, 132, _HOPPER),
     # NVIDIA H200 datasheet: H100's cores with 141 GB at 4.8 TB/s.
-    "h200": Gpu("H200 SXM", int(139.8 * GIB), 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9, 64e9, 8, 132, _HOPPER),
+    "h200": Gpu("H200 SXM", int(139.8 * GIB), 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9, 64e9, 77e9, 8, 132, _HOPPER),
     # DGX B200 datasheet: 72 PFLOP/s sparse FP8 and 64 TB/s over 8 GPUs; NVLink 1.8 TB/s, 400 Gb/s network; 148 SMs.
-    "b200": Gpu("B200", int(178.3 * GIB), 2.25e15, 4.5e15, 8.0e12, 900e9, 50e9, 64e9, 8, 148, _BLACKWELL),
+    "b200": Gpu("B200", int(178.3 * GIB), 2.25e15, 4.5e15, 8.0e12, 900e9, 50e9, 64e9, 90e9, 8, 148, _BLACKWELL),
     # GB200 NVL72 datasheet: 360 / 720 PFLOP/s sparse BF16 / FP8, 576 TB/s over 72 GPUs in one NVLink domain;
-    # NVLink-C2C 900 GB/s both ways between a Grace CPU and its two GPUs.
-    "gb200": Gpu("GB200", int(184.0 * GIB), 2.5e15, 5.0e15, 8.0e12, 900e9, 50e9, 225e9, 72, 148, _BLACKWELL),
+    # NVLink-C2C 900 GB/s both ways between a Grace CPU (LPDDR5X at 512 GB/s) and its two GPUs.
+    "gb200": Gpu("GB200", int(184.0 * GIB), 2.5e15, 5.0e15, 8.0e12, 900e9, 50e9, 225e9, 256e9, 72, 148, _BLACKWELL),
 }
 
 

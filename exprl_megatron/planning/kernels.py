@@ -72,6 +72,13 @@ def traffic_seconds(size: float, gpu: Gpu) -> float:
     return size / (gpu.hbm_bytes_per_s * SHARES.traffic)
 
 
+def host_optimizer_seconds(parameters: float, gradient_bytes: float, gpu: Gpu) -> float:
+    """Seconds to step `parameters` in host memory: gradients down, Adam over fp32 state, BF16 weights up."""
+    link = parameters * (gradient_bytes + 2.0) / gpu.host_bytes_per_s
+    memory = parameters * (24.0 + gradient_bytes + 2.0) / gpu.host_memory_bytes_per_s
+    return (link + memory) / SHARES.traffic
+
+
 def cast_bytes(elements: float, precision: PrecisionConfig, both_ways: bool = True) -> float:
     """HBM bytes to quantise `elements` BF16 values: read, write, and the transpose that the weight gradient needs.
 

@@ -29,6 +29,8 @@ class Practice:
     """The backward pass computes logits again, so that they never exist whole."""
     recomputed_share: float = 1.0
     """With `recompute: full`, the share of layers that are computed again."""
+    offload: float = 0.0
+    """Share of the optimizer state that lies and is stepped in host memory."""
     lora: bool = False
     """Weights are frozen but for low-rank adapters: no weight gradients, nothing to reduce."""
 

@@ -8,7 +8,7 @@ from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.flops import head_gemm, linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.kernels import gemm_seconds, traffic_seconds
+from exprl_megatron.planning.kernels import gemm_seconds, host_optimizer_seconds, traffic_seconds
 from exprl_megatron.planning.layer_time import LayerTime, Rank, backward_layer, forward_layer
 from exprl_megatron.planning.links import exposed, ring_seconds, send_seconds
 from exprl_megatron.planning.practice import OURS, Practice
@@ -238,4 +238,6 @@ def _optimizer(rank: Rank, layers: int) -> float:
         return 0.0
     dense, experts = _parameters(rank, layers)
     shard = dense / (rank.layout.dp * rank.layout.cp) + experts / rank.layout.edp
-    return traffic_seconds(shard * (24 + 2 * rank.practice.gradient_bytes + 2), rank.gpu)
+    here = shard * (1 - rank.practice.offload) * (24 + 2 * rank.practice.gradient_bytes + 2)
+    there = shard * rank.practice.offload
+    return traffic_seconds(here, rank.gpu) + host_optimizer_seconds(there, rank.practice.gradient_bytes, rank.gpu)

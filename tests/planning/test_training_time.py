@@ -10,6 +10,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.planning.flops import model_flops
 from exprl_megatron.planning.hardware import GPUS, find_gpu
 from exprl_megatron.planning.links import exchange_seconds, ring_bandwidth
+from exprl_megatron.planning.practice import Practice
 from exprl_megatron.planning.training_time import log_prob_time, training_time
 from exprl_megatron.planning.validation import architecture_of, comparisons, counted_flops, published_rows
 
@@ -138,6 +139,18 @@ def test_experts_are_trained_at_lower_utilisation_than_a_dense_model():
     dense = step(architecture_of(MODELS["llama3-8b"]), Layout(dp=8), batch=512, length=4096)
     assert experts.ep_comm_s > 0
     assert experts.mfu < dense.mfu
+
+
+def test_an_optimizer_in_host_memory_is_bound_by_that_memory():
+    """32 bytes a parameter over 77 GB/s against 3.35 TB/s: 44 times slower, and the link on top."""
+    layout, shared = Layout(dp=8), {"precision": PrecisionConfig(kind="bf16"), "recompute": "none", "gpu": GPUS["h100"]}
+    sizes = {"sequence_length": 4096, "global_tokens": 64 * 4096, "micro_batch_tokens": 4096}
+    model = architecture_of(MODELS["llama3-8b"])
+    device, host = (
+        training_time(model, layout, practice=Practice(offload=share), **shared, **sizes).optimizer_s
+        for share in (0, 1)
+    )
+    assert 40 < host / device < 60
 
 
 def test_a_precision_that_the_gpu_lacks_is_refused():
