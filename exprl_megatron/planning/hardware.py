@@ -14,6 +14,8 @@ class Gpu:
     name: str
     memory_bytes: int
     """What a process can allocate: what torch reports as total memory, less than the label says."""
+    fp32_flops: float
+    """FP32 peak without tensor cores, FLOP/s."""
     bf16_flops: float
     """Dense BF16 tensor-core peak, FLOP/s."""
     fp8_flops: float
@@ -37,10 +39,12 @@ class Gpu:
         """Whether it is of the generation after Hopper."""
         return "mxfp8" in self.fp8_kinds
 
-    def peak(self, fp8: bool) -> tuple[str, float]:
-        """The name of the peak that a utilisation refers to, and its FLOP/s."""
-        rate = self.fp8_flops if fp8 else self.bf16_flops
-        return f"{self.name} dense {'FP8' if fp8 else 'BF16'} {rate / 1e12:.0f} TFLOP/s", rate
+    def peak(self, kind: str) -> tuple[str, float]:
+        """The name of the peak that products of a precision kind refer to, and its FLOP/s."""
+        name, rate = {"fp32": ("FP32", self.fp32_flops), "bf16": ("BF16", self.bf16_flops)}.get(
+            kind, ("FP8", self.fp8_flops)
+        )
+        return f"{self.name} dense {name} {rate / 1e12:.0f} TFLOP/s", rate
 
 
 _HOPPER = frozenset({"fp8-delayed", "fp8-tensorwise", "fp8-blockwise"})
@@ -48,16 +52,73 @@ _BLACKWELL = frozenset({"fp8-delayed", "fp8-tensorwise", "mxfp8"})
 
 GPUS: dict[str, Gpu] = {
     # NVIDIA H100 datasheet, SXM column (its tensor figures are with sparsity: halved here); 132 SMs; NVLink 900 GB/s
-    # and ConnectX-7 400 Gb/s per GPU both ways (DGX H100 datasheet); PCIe 5.0 x16 to the host, whose
-    # 16 channels of DDR5-4800 serve 8 GPUs (DDR5-5600 in DGX B200).
-    "h100": Gpu("H100 SXM", int(79.1 * GIB), 989.4e12, 1978.9e12, 3.35e12, 450e9, 50e9, 64e9, 77e9, 8, 132, _HOPPER),
+    # and ConnectX-7 400 Gb/s per GPU both ways (DGX H100 datasheet); PCIe 5.0 x16 to the host, whose 16 channels of
+    # DDR5-4800 serve 8 GPUs.
+    "h100": Gpu(
+        name="H100 SXM",
+        memory_bytes=int(79.1 * GIB),
+        fp32_flops=67e12,
+        bf16_flops=989.4e12,
+        fp8_flops=1978.9e12,
+        hbm_bytes_per_s=3.35e12,
+        nvlink_bytes_per_s=450e9,
+        nic_bytes_per_s=50e9,
+        host_bytes_per_s=64e9,
+        host_memory_bytes_per_s=77e9,
+        gpus_per_node=8,
+        multiprocessors=132,
+        fp8_kinds=_HOPPER,
+    ),
     # NVIDIA H200 datasheet: H100's cores with 141 GB at 4.8 TB/s.
-    "h200": Gpu("H200 SXM", int(139.8 * GIB), 989.4e12, 1978.9e12, 4.8e12, 450e9, 50e9, 64e9, 77e9, 8, 132, _HOPPER),
-    # DGX B200 datasheet: 72 PFLOP/s sparse FP8 and 64 TB/s over 8 GPUs; NVLink 1.8 TB/s, 400 Gb/s network; 148 SMs.
-    "b200": Gpu("B200", int(178.3 * GIB), 2.25e15, 4.5e15, 8.0e12, 900e9, 50e9, 64e9, 90e9, 8, 148, _BLACKWELL),
+    "h200": Gpu(
+        name="H200 SXM",
+        memory_bytes=int(139.8 * GIB),
+        fp32_flops=67e12,
+        bf16_flops=989.4e12,
+        fp8_flops=1978.9e12,
+        hbm_bytes_per_s=4.8e12,
+        nvlink_bytes_per_s=450e9,
+        nic_bytes_per_s=50e9,
+        host_bytes_per_s=64e9,
+        host_memory_bytes_per_s=77e9,
+        gpus_per_node=8,
+        multiprocessors=132,
+        fp8_kinds=_HOPPER,
+    ),
+    # DGX B200 datasheet: 72 PFLOP/s sparse FP8 and 64 TB/s over 8 GPUs; NVLink 1.8 TB/s, 400 Gb/s network, DDR5-5600;
+    # 148 SMs.
+    "b200": Gpu(
+        name="B200",
+        memory_bytes=int(178.3 * GIB),
+        fp32_flops=75e12,
+        bf16_flops=2.25e15,
+        fp8_flops=4.5e15,
+        hbm_bytes_per_s=8.0e12,
+        nvlink_bytes_per_s=900e9,
+        nic_bytes_per_s=50e9,
+        host_bytes_per_s=64e9,
+        host_memory_bytes_per_s=90e9,
+        gpus_per_node=8,
+        multiprocessors=148,
+        fp8_kinds=_BLACKWELL,
+    ),
     # GB200 NVL72 datasheet: 360 / 720 PFLOP/s sparse BF16 / FP8, 576 TB/s over 72 GPUs in one NVLink domain;
     # NVLink-C2C 900 GB/s both ways between a Grace CPU (LPDDR5X at 512 GB/s) and its two GPUs.
-    "gb200": Gpu("GB200", int(184.0 * GIB), 2.5e15, 5.0e15, 8.0e12, 900e9, 50e9, 225e9, 256e9, 72, 148, _BLACKWELL),
+    "gb200": Gpu(
+        name="GB200",
+        memory_bytes=int(184.0 * GIB),
+        fp32_flops=80e12,
+        bf16_flops=2.5e15,
+        fp8_flops=5.0e15,
+        hbm_bytes_per_s=8.0e12,
+        nvlink_bytes_per_s=900e9,
+        nic_bytes_per_s=50e9,
+        host_bytes_per_s=225e9,
+        host_memory_bytes_per_s=256e9,
+        gpus_per_node=72,
+        multiprocessors=148,
+        fp8_kinds=_BLACKWELL,
+    ),
 }
 
 

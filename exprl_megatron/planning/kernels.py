@@ -24,47 +24,51 @@ class Shares:
     traffic: float = 0.80
     """Norms, activations, casts and optimizer, of HBM's bandwidth (what copy kernels reach on H100 is 85 to 90 %)."""
     attention: tuple[float, float] = (0.67, 0.57)
-    """Long causal attention on Hopper, forward and backward, of the BF16 peak (FlashAttention-3, head size 128)."""
+    """Long causal attention on Hopper, forward and backward, of the BF16 peak: FlashAttention-3 measures 614 and 620
+    TFLOP/s at 8k and 16k forward (pytorch/benchmark, pull request 2391); backward about 0.85 of it."""
     attention_blackwell: tuple[float, float] = (0.55, 0.47)
     """The same on Blackwell, whose exponentials did not grow with its products: cuDNN in the FlashAttention-4 paper
     (1,613 TFLOP/s over 1.3, of 2,250); backward in Hopper's proportion."""
     attention_before: tuple[float, float] = (0.40, 0.33)
-    """The same with FlashAttention-2 on Hopper (FlashAttention-3 paper)."""
+    """The same with FlashAttention-2 on Hopper: 35 % (abstract of the FlashAttention-3 paper, arXiv 2407.08608)."""
 
 
 SHARES = Shares()
 _ATTENTION_HALF = (600.0, 900.0)
-"""Length at which attention reaches half of its share, forward and backward (read off the same figures)."""
+"""Length at which attention reaches half of its share, forward and backward (about what those figures fall by)."""
 KERNEL_GAP = 4e-6
 """Seconds that one kernel's end and the next one's start cost: drain, launch, ramp."""
 _BLOCK_SCALES = 0.95
 """Products with a scale for each block against tensorwise ones (assumed for 128x128 and for MXFP8's 1x32)."""
 
 
-def gemm_seconds(gemm: Gemm, gpu: Gpu, fp8: bool = False, output_bytes: float = 2.0, kind: str = "bf16") -> float:
+def product_rate(gpu: Gpu, kind: str) -> float:
+    """FLOP/s that long products of a precision kind reach."""
+    share = SHARES.gemm_bf16 if kind in ("fp32", "bf16") else SHARES.gemm_fp8
+    return gpu.peak(kind)[1] * share * (_BLOCK_SCALES if kind in ("fp8-blockwise", "mxfp8") else 1.0)
+
+
+def gemm_seconds(gemm: Gemm, gpu: Gpu, kind: str = "bf16", output_bytes: float = 2.0) -> float:
     """Seconds of `gemm`: its operations at the reachable rate, half a wave of idle multiprocessors, and the write
     of the output, which the next tile's loads do not hide. Never faster than its operands cross HBM.
     """
     if gemm.flops == 0:
         return 0.0
-    share = SHARES.gemm_fp8 if fp8 else SHARES.gemm_bf16
-    if kind in ("fp8-blockwise", "mxfp8") and fp8:
-        share *= _BLOCK_SCALES
     tiles = max(gemm.m / TILE[0], 1.0) * max(gemm.n / TILE[1], 1.0)
-    compute = gemm.flops / (gpu.peak(fp8)[1] * share) * (1 + gpu.multiprocessors / (2 * tiles))
+    compute = gemm.flops / product_rate(gpu, kind) * (1 + gpu.multiprocessors / (2 * tiles))
     write = gemm.m * gemm.n * gemm.copies * output_bytes
-    read = (gemm.m + gemm.n) * gemm.k * gemm.copies * (1.0 if fp8 else 2.0)
+    read = (gemm.m + gemm.n) * gemm.k * gemm.copies * {"fp32": 4.0, "bf16": 2.0}.get(kind, 1.0)
     bandwidth = gpu.hbm_bytes_per_s * SHARES.traffic
     return max(compute + write / bandwidth, (read + write) / bandwidth)
 
 
 def attention_seconds(
-    flops: float, length: float, gpu: Gpu, backward: bool, fp8: bool = False, generation: int = 3
+    flops: float, length: float, gpu: Gpu, backward: bool, kind: str = "bf16", generation: int = 3
 ) -> float:
     """Seconds of causal attention's `flops` over sequences of `length` tokens."""
     shares = SHARES.attention_blackwell if gpu.blackwell else SHARES.attention
     share = (shares if generation >= 3 else SHARES.attention_before)[backward]
-    return flops / (gpu.peak(fp8)[1] * share * length / (length + _ATTENTION_HALF[backward]))
+    return flops / (gpu.peak(kind)[1] * share * length / (length + _ATTENTION_HALF[backward]))
 
 
 def traffic_seconds(size: float, gpu: Gpu) -> float:

@@ -1,6 +1,7 @@
 """Seconds of one layer of one micro-batch on one rank, forward and backward, by cause."""
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
@@ -24,6 +25,16 @@ class Rank:
     """Of one micro-batch on this rank: already divided by cp, not by tp."""
     gpu: Gpu
     practice: Practice
+
+    @property
+    def kind(self) -> Literal["fp32", "bf16"]:
+        """The format outside FP8 products."""
+        return "fp32" if self.precision.kind == "fp32" else "bf16"
+
+    @property
+    def width(self) -> float:
+        """Bytes of an activation."""
+        return 4.0 if self.kind == "fp32" else 2.0
 
     @property
     def rows(self) -> float:
@@ -101,19 +112,23 @@ def _gemms(rank: Rank):
 
 
 def _product(rank: Rank, gemm, output_bytes: float = 2.0) -> float:
-    return gemm_seconds(gemm, rank.gpu, rank.precision.fp8, output_bytes, rank.precision.kind)
+    return gemm_seconds(gemm, rank.gpu, rank.precision.kind, output_bytes)
 
 
 def _router(rank: Rank, times: int) -> float:
-    return times * gemm_seconds(router_gemm(rank.architecture, rank.tokens, rank.layout.tp), rank.gpu)
+    return times * gemm_seconds(router_gemm(rank.architecture, rank.tokens, rank.layout.tp), rank.gpu, rank.kind)
 
 
 def _attention(rank: Rank, backward: bool) -> float:
     """Causal attention, in pieces of the sequence under cp; its backward pass has five products, the forward two."""
     flops = attention_flops(rank.architecture, rank.sequence_length) * rank.tokens / rank.layout.tp
-    length, generation = rank.sequence_length / rank.layout.cp, rank.practice.flash_attention
     return attention_seconds(
-        flops * (2.5 if backward else 1), length, rank.gpu, backward, rank.precision.fp8_attention, generation
+        flops * (2.5 if backward else 1),
+        rank.sequence_length / rank.layout.cp,
+        rank.gpu,
+        backward,
+        rank.precision.kind if rank.precision.fp8_attention else rank.kind,
+        rank.practice.flash_attention,
     )
 
 
@@ -128,7 +143,7 @@ def _forward_bytes(rank: Rank) -> float:
         + rank.rows * (architecture.hidden + _ffn(rank)),
         rank.precision,
     )
-    return 2.0 * (between + inside + _permuted(rank)) + casts
+    return rank.width * (between + inside + _permuted(rank)) + casts
 
 
 def _backward_bytes(rank: Rank) -> float:
@@ -140,7 +155,7 @@ def _backward_bytes(rank: Rank) -> float:
     casts = cast_bytes(
         rank.tokens * (heads + architecture.hidden) + rank.rows * (2 * _ffn(rank) + architecture.hidden), rank.precision
     )
-    return 2.0 * (between + inside + _permuted(rank)) + casts
+    return rank.width * (between + inside + _permuted(rank)) + casts
 
 
 def _kernels(rank: Rank, backward: bool) -> float:
@@ -164,8 +179,8 @@ def _ffn(rank: Rank) -> float:
 
 
 def _tensor_parallel(rank: Rank, gathers: int, beside: float) -> float:
-    """`gathers` all-gathers or reduce-scatters of the layer's activations in BF16 (an all-reduce is two of them)."""
-    size = rank.tokens * rank.architecture.hidden * 2.0
+    """`gathers` all-gathers or reduce-scatters of the layer's activations (an all-reduce is two of them)."""
+    size = rank.tokens * rank.architecture.hidden * rank.width
     transfer = gathers * ring_seconds(size, rank.gpu, rank.layout.tp, 1)
     return exposed(transfer, beside, rank.practice.tp_overlap, TP_HIDDEN)
 
@@ -173,7 +188,7 @@ def _tensor_parallel(rank: Rank, gathers: int, beside: float) -> float:
 def _context_parallel(rank: Rank, attention: float, times: int) -> float:
     """Keys and values travel round the ring beside attention; backward their gradients travel too."""
     architecture, layout = rank.architecture, rank.layout
-    kept = rank.tokens * 2 * architecture.kv_groups * architecture.head_dim / layout.tp * 2.0
+    kept = rank.tokens * 2 * architecture.kv_groups * architecture.head_dim / layout.tp * rank.width
     transfer = times * ring_seconds(kept * layout.cp, rank.gpu, layout.cp, layout.tp)
     return exposed(transfer, attention, True)
 
@@ -184,7 +199,7 @@ def _expert_parallel(rank: Rank, beside: float) -> float:
     if architecture.experts is None or layout.ep * layout.etp == 1:
         return 0.0
     copies = rank.tokens / layout.tp * architecture.experts.chosen
-    row = architecture.hidden * 2.0
+    row = architecture.hidden * rank.width
     across = 2 * exchange_seconds(
         copies, row, architecture.experts.chosen, rank.gpu, layout.ep * layout.etp, rank.practice.once_per_node
     )

@@ -17,8 +17,6 @@ class Practice:
     """A token crosses to a node once, however many of its experts live there (DeepEP, HybridEP)."""
     fsdp: bool = False
     """Parameters are sharded over data-parallel ranks and gathered for each micro-batch, forward and backward."""
-    gathered_fp8: bool = False
-    """Parameters are gathered in 8 bits."""
     gradient_bytes: float = 4.0
     """Bytes of a gradient while it is reduced."""
     fused_loss: bool = False

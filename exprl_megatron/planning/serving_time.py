@@ -7,7 +7,7 @@ from math import exp, log
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.flops import layer_flops, linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.kernels import KERNEL_GAP, SHARES
+from exprl_megatron.planning.kernels import KERNEL_GAP, SHARES, product_rate
 from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
 from exprl_megatron.policy.architecture import Architecture
 
@@ -33,6 +33,11 @@ class Servers:
     """Bytes of a cached value."""
     memory_share: float = 0.8
     """Of a GPU's memory, for weights and KV cache."""
+
+    @property
+    def kind(self) -> str:
+        """In which kind the server multiplies."""
+        return "fp8-tensorwise" if self.weight_bytes < 2 else "bf16"
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,8 @@ def serving_time(
 
 def prefill_seconds(architecture: Architecture, servers: Servers, tokens: float, length: float) -> float:
     """Seconds in which one server reads `tokens` tokens of prompts `length` long."""
-    fp8 = servers.weight_bytes < 2
-    share = SHARES.gemm_fp8 if fp8 else SHARES.gemm_bf16
-    return tokens * model_flops(architecture, length, training=False) / (servers.tp * servers.gpu.peak(fp8)[1] * share)
+    flops = tokens * model_flops(architecture, length, training=False)
+    return flops / (servers.tp * product_rate(servers.gpu, servers.kind))
 
 
 def iteration_seconds(architecture: Architecture, servers: Servers, batch: float, context: float) -> float:
@@ -147,9 +151,7 @@ def iteration_seconds(architecture: Architecture, servers: Servers, batch: float
     if architecture.experts:
         experts *= 1 - (1 - architecture.experts.chosen / architecture.experts.count) ** batch
     weights = (dense + experts) * layers * servers.weight_bytes + architecture.vocabulary * architecture.hidden * 2.0
-    fp8 = servers.weight_bytes < 2
-    share = SHARES.gemm_fp8 if fp8 else SHARES.gemm_bf16
-    compute = batch * layers * layer_flops(architecture) / (servers.tp * gpu.peak(fp8)[1] * share)
+    compute = batch * layers * layer_flops(architecture) / (servers.tp * product_rate(gpu, servers.kind))
     cache = batch * context * cache_bytes(architecture, servers)
     fixed = ITERATION_S + layers * _KERNELS * KERNEL_GAP
     return max(weights / bandwidth, compute) + cache / bandwidth + fixed + _all_reduces(architecture, servers, batch)

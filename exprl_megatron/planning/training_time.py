@@ -70,19 +70,20 @@ def training_time(
 ) -> TrainingTime:
     """Seconds of one optimizer step over `global_tokens` tokens in sequences of `sequence_length`.
 
-    `micro_batch_tokens` are those of one data-parallel rank (context-parallel ranks share them). Raises UserError for a
-    precision that the GPU's tensor cores do not run.
+    `micro_batch_tokens` is the most that one data-parallel rank takes at a time, shared by its context-parallel
+    ranks; tokens are spread evenly. Raises UserError for a precision that the GPU's tensor cores do not run.
     """
     _check(precision, gpu)
-    rank = Rank(architecture, layout, precision, sequence_length, micro_batch_tokens / layout.cp, gpu, practice)
+    batches = max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp)))
+    tokens = global_tokens / (batches * layout.dp * layout.cp)
+    rank = Rank(architecture, layout, precision, sequence_length, tokens, gpu, practice)
     forward, backward = forward_layer(rank), backward_layer(rank)
     again = _recomputed(forward, recompute, rank)
-    layers, with_head = _slowest_stage(architecture, layout, forward.total + backward.total, _head(rank, True))
-    batches = max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp)))
+    layers, with_head = _slowest_stage(architecture, layout, forward.total + backward.total + again, _head(rank, True))
     head = _head(rank, True) if with_head else 0.0
     stage_backward = (backward.total + again) * layers
     both = (forward + backward) * (layers * batches)
-    peak_name, peak = gpu.peak(precision.fp8)
+    peak_name, peak = gpu.peak(precision.kind)
     return TrainingTime(
         gemm_s=both.gemm,
         attention_s=both.attention,
@@ -116,13 +117,14 @@ def log_prob_time(
 ) -> TrainingTime:
     """Seconds of one forward pass over `global_tokens` tokens, as `training_time` without backward and optimizer."""
     _check(precision, gpu)
-    rank = Rank(architecture, layout, precision, sequence_length, micro_batch_tokens / layout.cp, gpu, practice)
+    batches = max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp)))
+    tokens = global_tokens / (batches * layout.dp * layout.cp)
+    rank = Rank(architecture, layout, precision, sequence_length, tokens, gpu, practice)
     forward = forward_layer(rank)
     head = _head(rank, False)
     layers, with_head = _slowest_stage(architecture, layout, forward.total, head)
-    batches = max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp)))
     every = forward * (layers * batches)
-    peak_name, peak = gpu.peak(precision.fp8)
+    peak_name, peak = gpu.peak(precision.kind)
     return TrainingTime(
         gemm_s=every.gemm,
         attention_s=every.attention,
@@ -174,13 +176,15 @@ def _head(rank: Rank, training: bool) -> float:
     """
     gemm = head_gemm(rank.architecture, rank.tokens, rank.layout.tp)
     softmax, derivative = (6.0, 4.0) if rank.practice.fused_loss else (28.0, 14.0)
-    forward = gemm_seconds(gemm, rank.gpu) + traffic_seconds(gemm.m * gemm.n * softmax, rank.gpu)
+    forward = gemm_seconds(gemm, rank.gpu, rank.kind) + traffic_seconds(gemm.m * gemm.n * softmax, rank.gpu)
     if not training:
         return forward
-    gradient = gemm_seconds(gemm.input_gradient(), rank.gpu)
+    gradient = gemm_seconds(gemm.input_gradient(), rank.gpu, rank.kind)
     gradient += traffic_seconds(gemm.m * gemm.n * derivative, rank.gpu)
     if not rank.practice.lora:
-        gradient += gemm_seconds(gemm.weight_gradient(), rank.gpu, output_bytes=2 * rank.practice.gradient_bytes)
+        gradient += gemm_seconds(
+            gemm.weight_gradient(), rank.gpu, rank.kind, output_bytes=2 * rank.practice.gradient_bytes
+        )
     return forward * (2 if rank.practice.head_recomputed else 1) + gradient
 
 
@@ -193,7 +197,7 @@ def _pipeline(rank: Rank, forward: float, backward: float, batches: int) -> floa
     if layout.pp == 1:
         return 0.0
     width = rank.tokens / (layout.tp if layout.sequence_parallel else 1)
-    send = send_seconds(width * rank.architecture.hidden * 2.0, rank.gpu, layout.tp * layout.cp * layout.dp)
+    send = send_seconds(width * rank.architecture.hidden * rank.width, rank.gpu, layout.tp * layout.cp * layout.dp)
     ways = 2 if backward else 1
     beside = (forward + backward) / (layout.vpp * ways)
     sends = exposed(send, beside, layout.vpp > 1) * layout.vpp * ways
@@ -213,7 +217,7 @@ def _data_parallel(rank: Rank, layers: int, forward: float, backward: float, bat
     layout, gpu, practice = rank.layout, rank.gpu, rank.practice
     if practice.lora:
         return 0.0
-    kept = 1.0 if practice.gathered_fp8 and rank.precision.fp8 else 2.0
+    kept = 1.0 if rank.precision.fp8_parameters else rank.width
     total = 0.0
     for count, size, stride in zip(
         _parameters(rank, layers),

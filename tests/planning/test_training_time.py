@@ -85,6 +85,12 @@ def test_parts_add_up_and_utilisation_names_its_peak():
     assert 0 < time.mfu < 1
 
 
+def test_fp32_runs_without_tensor_cores():
+    """67 TFLOP/s against 989: most of that factor shows."""
+    assert 8 < step(kind="fp32").total_s / step().total_s < 15
+    assert "FP32 67" in step(kind="fp32").peak_name
+
+
 def test_fp8_gains_between_1_2_and_1_6():
     """NVIDIA's performance guide says 1.2 to 1.5; its own 70B rows give 1.40."""
     assert 1.2 < step().total_s / step(kind="fp8-delayed").total_s < 1.6
