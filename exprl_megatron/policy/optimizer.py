@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from exprl_megatron.config.policy import OptimizerConfig
+from exprl_megatron.policy.precision import optimizer_settings
 
 
 def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
@@ -26,6 +27,7 @@ def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataPar
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
+            **optimizer_settings(chunks[0].config),
         ),
         list(chunks),
     )

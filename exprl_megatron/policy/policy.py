@@ -24,6 +24,7 @@ from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
+from exprl_megatron.policy.precision import ddp_settings
 from exprl_megatron.policy.schedule import learning_rate
 from exprl_megatron.policy.world import current_world
 from exprl_megatron.resharding.gather import Bucket, gather_buckets
@@ -188,7 +189,10 @@ class Policy:
             self.chunks = build_chunks(self.architecture, self.config, self.world)
             self._set_weights(weights)
         settings = DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+            use_distributed_optimizer=distributed,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            **ddp_settings(self.chunks[0].config),
         )
         self._wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in self.chunks]
 

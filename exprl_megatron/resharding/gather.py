@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.policy.precision import plain
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.names import Parameter, hf_shapes, parameters
 from exprl_megatron.resharding.transport import Bucket
@@ -89,7 +90,7 @@ def _join(shard: torch.Tensor, parameter: Parameter, world: World) -> tuple[torc
         rank, ranks, group = world.tp_rank, world.layout.tp, parallel_state.get_tensor_model_parallel_group()
     else:
         rank, ranks, group = world.etp_rank, world.layout.etp, parallel_state.get_expert_tensor_parallel_group()
-    shard = shard.detach()
+    shard = plain(shard.detach())
     if parameter.rule.split_dim is None:
         return (shard.clone(),) if rank == 0 else None
     if ranks == 1:

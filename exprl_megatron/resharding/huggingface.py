@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.policy.precision import set_parameter
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.gather import gather_buckets
 from exprl_megatron.resharding.names import EMBEDDING, HEAD, hf_shapes, parameters
@@ -99,7 +100,7 @@ def _fill(
         value = entry.rule.merge(parts)
         if value.shape != parameter.shape:
             raise ValueError(f"{entry.name}: the table gives shape {tuple(value.shape)}, Megatron {parameter.shape}")
-        parameter.copy_(value)
+        set_parameter(parameter, value)
     if empty:
         raise ValueError(f"the table of names does not know the parameters {sorted(empty)}")
 

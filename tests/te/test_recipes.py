@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,9 +25,20 @@ PRECISIONS = {
 EVERY = [(precision, model) for precision in PRECISIONS for model in RECIPES]
 
 
-@cache
 def built(precision: str) -> dict:
-    """What build_recipes.py found; in a process of its own, as pretending a GPU changes torch for good."""
+    """What build_recipes.py found."""
+    return started()[precision].result()
+
+
+@cache
+def started() -> dict[str, Future]:
+    """Two precisions at a time are built, whatever is asked for first."""
+    pool = ThreadPoolExecutor(2)
+    return {precision: pool.submit(build, precision) for precision in PRECISIONS}
+
+
+def build(precision: str) -> dict:
+    """In a process of its own, as pretending a GPU changes torch for good."""
     with TemporaryDirectory() as directory:
         file = Path(directory) / "found.json"
         command = [sys.executable, "-W", "ignore", HERE / "build_recipes.py", precision, file]
