@@ -138,7 +138,8 @@ class SGLangClient(HttpServer):
 
     async def update_from_disk(self, directory: str | Path, version: str, *, deadline_s: float | None = None) -> None:
         """Load the safetensors in `directory` (same architecture) and empty the cache."""
-        request = {"model_path": str(directory), "weight_version": version, "flush_cache": True}
+        # Plain safetensors, also where the server was started with another format (flash_rl for FP8).
+        request = {"model_path": str(directory), "load_format": "auto", "weight_version": version, "flush_cache": True}
         await self._order("/update_weights_from_disk", request, deadline_s)
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:

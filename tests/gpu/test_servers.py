@@ -41,7 +41,8 @@ def test_an_fp8_server_takes_the_policys_bf16_weights(tmp_path, table):
     from exprl_megatron.policy.world import enter_world, leave_world
 
     prompts = [sequence.prompt_ids for sequence in batches(1)[0]]
-    with started(tmp_path, "--quantization", "fp8") as server:
+    # With flash_rl the server rounds what it is sent; else it would take no new weights.
+    with started(tmp_path, "--quantization", "fp8", "--load-format", "flash_rl") as server:
         enter_world(Layout())
         try:
             precision = PrecisionConfig(kind="bf16")
