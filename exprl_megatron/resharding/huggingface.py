@@ -85,6 +85,20 @@ def save_huggingface(
         raise UserError(f"The model cannot be written to {directory}: {problem[0]}; choose another place or make room.")
 
 
+def write_config(origin: Path, directory: Path, dtype: str, **changes) -> None:
+    """Writes `origin`'s config.json into `directory`, with the weights' dtype and `changes` in it."""
+    config = json.loads((origin / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    (directory / "config.json").write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(origin: Path, directory: Path) -> None:
+    """Copies tokenizer and generation settings."""
+    for name in COMPANIONS:
+        if (origin / name).is_file():
+            shutil.copyfile(origin / name, directory / name)
+
+
 @torch.no_grad()
 def _fill(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, source: Safetensors | Random
@@ -152,12 +166,8 @@ def _finish(directory: Path, partial: Path, origin: Path, written: list[dict[str
         (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for number, name in enumerate(names):
         (partial / f"shard-{number}").rename(partial / name)
-    config = json.loads((origin / "config.json").read_text(encoding="utf-8"))
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in COMPANIONS:
-        if (origin / name).is_file():
-            shutil.copyfile(origin / name, partial / name)
+    write_config(origin, partial, dtype)
+    copy_companions(origin, partial)
     partial.rename(directory)
 
 

@@ -29,7 +29,7 @@ class Safetensors:
         self._stack = ExitStack()
         self._files = {}
         with ExitStack() as opened:
-            for path in self._paths():
+            for path in weight_files(self._directory):
                 file = opened.enter_context(_open(path))
                 self._files |= dict.fromkeys(file.keys(), file)
             self._check(architecture)
@@ -49,22 +49,6 @@ class Safetensors:
     def has(self, name: str) -> bool:
         """Whether the files hold a tensor of that name."""
         return name in self._files
-
-    def _paths(self) -> list[Path]:
-        index = self._directory / INDEX
-        if not index.is_file():
-            single = self._directory / SINGLE
-            if not single.is_file():
-                raise UserError(f"{self._directory} holds no safetensors weights; fetch the model again.")
-            return [single]
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} is not a safetensors index; fetch the model again.") from error
-        missing = [name for name in names if not (self._directory / name).is_file()]
-        if missing:
-            raise UserError(f"{self._directory} lacks {missing[0]}, which {INDEX} names; fetch the model again.")
-        return [self._directory / name for name in names]
 
     def _check(self, architecture: Architecture) -> None:
         shapes = hf_shapes(architecture)
@@ -134,6 +118,24 @@ def read_part(
         return part
     padding = part.new_zeros(size - (stop - start), *shape[1:])
     return torch.cat([part, padding])
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors of a model directory. Raises UserError where there are none, or one that the index names is not."""
+    index = directory / INDEX
+    if not index.is_file():
+        single = directory / SINGLE
+        if not single.is_file():
+            raise UserError(f"{directory} holds no safetensors weights; fetch the model again.")
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is not a safetensors index; fetch the model again.") from error
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise UserError(f"{directory} lacks {missing[0]}, which {INDEX} names; fetch the model again.")
+    return [directory / name for name in names]
 
 
 def _open(path: Path):

@@ -1,0 +1,68 @@
+"""Block-quantised FP8 weights as DeepSeek-V3 published them and SGLang and vLLM read them.
+
+A matrix NAME becomes float8_e4m3fn, with NAME_scale_inv, fp32, [rows / 128, columns / 128] rounded up: what each block
+of 128 x 128 numbers is multiplied by to give the weights back. It is the block's largest magnitude / 448 (the largest
+e4m3 number). Norms, biases, the embedding, the output layer and routers stay as they are.
+"""
+
+import torch
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.resharding.names import EMBEDDING, HEAD, Parameter
+
+BLOCK = 128
+SCALE = "_scale_inv"
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, columns] in any float format -> the same in float8_e4m3fn, and its scales, fp32."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    largest = blocks.abs().amax(dim=(1, 3))
+    # A block of zeros, or of magnitudes whose scale would be 0, keeps the scale 1.
+    scale = largest / LARGEST
+    scale = torch.where(scale > 0, scale, 1.0)
+    values = (blocks / scale[:, None, :, None]).clamp(-LARGEST, LARGEST)
+    return values.view_as(padded)[:rows, :columns].to(torch.float8_e4m3fn), scale
+
+
+def dequantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The inverse of quantise, in fp32 and up to its rounding."""
+    rows, columns = values.shape
+    spread = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return values.float() * spread
+
+
+def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the Hugging Face tensor `name` is quantised: a matrix of attention or of an MLP or expert."""
+    router = name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
+    return len(shape) == 2 and name not in (EMBEDDING, HEAD) and not router
+
+
+def quantisation_config(names: list[str]) -> dict:
+    """`quantization_config` of config.json; `names` are all of the model's tensors."""
+    kept = [name.removesuffix(".weight") for name in names if name == HEAD or name.endswith("gate.weight")]
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": kept or [HEAD.removesuffix(".weight")],
+    }
+
+
+def check_quantisable(table: list[Parameter], shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> None:
+    """Raises UserError where servers could not read the blocks.
+
+    They lay query, key and value, and gate and up, one below the other: blocks must not lie across the seams.
+    """
+    for parameter in table:
+        for name in parameter.hf_names:
+            if len(parameter.hf_names) > 1 and is_quantised(name, shapes[name]) and shapes[name][0] % BLOCK:
+                raise UserError(
+                    f"{name} of this {architecture.family} model has {shapes[name][0]} rows, no multiple of {BLOCK}, "
+                    f"so its FP8 blocks could not be served; write bf16."
+                )

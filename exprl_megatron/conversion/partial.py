@@ -1,0 +1,74 @@
+"""A directory in the making: resumed where it stopped, never under its final name before it is whole."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.files import Claim, write_atomically
+
+PLAN = "plan.json"
+
+
+class Partial:
+    """`target` while it is written: `path` is its name plus `.partial`, and only this process has it.
+
+    `plan` (JSON-able) says what will be written from what. What an interrupted conversion of the same plan left is
+    kept, anything else removed. Raises UserError where `target` exists or another process is at work.
+    """
+
+    def __init__(self, target: Path, plan: dict, needed_bytes: int):
+        self.target = target
+        if target.exists():
+            raise UserError(f"{target} exists already; choose another place, or remove it.")
+        self.path = target.with_name(target.name + ".partial")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self.path)
+        self.resumed = self._is_of(plan)
+        if not self.resumed:
+            self._empty()
+            free = shutil.disk_usage(self.path).free
+            if free < needed_bytes:
+                self._claim.release()
+                shutil.rmtree(self.path)
+                raise UserError(f"{target} needs {needed_bytes / 1e9:.1f} GB, {free / 1e9:.1f} are free; make room.")
+            write_atomically(self.path / PLAN, json.dumps(plan).encode())
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._claim.release()
+
+    def finish(self) -> None:
+        """All is written: the directory gets its name."""
+        for name in (PLAN, "lock"):
+            (self.path / name).unlink()
+        _sync(self.path)
+        self.path.rename(self.target)
+        _sync(self.target.parent)
+
+    def _is_of(self, plan: dict) -> bool:
+        try:
+            return json.loads((self.path / PLAN).read_text(encoding="utf-8")) == json.loads(json.dumps(plan))
+        except (OSError, ValueError):
+            return False
+
+    def _empty(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+
+
+def file_marks(paths: list[Path]) -> list[list]:
+    """Name, size and time of change of files: whether they are still the same."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,64 @@
+"""Safetensors written and read one tensor at a time."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+"""torch dtype -> what the format calls it (https://github.com/huggingface/safetensors, section Format)."""
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def write_safetensors(
+    path: Path, described: dict[str, tuple[tuple[int, ...], torch.dtype]], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Writes `tensors`, which come one after the other in the order of `described`, and syncs the file.
+
+    `described` gives shape and dtype by name. Raises ValueError where they do not come as described.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in described.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    left = list(described)
+    with open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            if not left or left.pop(0) != name or described[name] != (tuple(tensor.shape), tensor.dtype):
+                raise ValueError(f"{name} came as {tuple(tensor.shape)} {tensor.dtype}, which was not described")
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        if left:
+            raise ValueError(f"{left[0]} was described but did not come")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor; the file's mapping into memory lives no longer than it."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def headers(paths: Iterable[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """File, shape and dtype (in the format's words) of every tensor in the files."""
+    found = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                view = file.get_slice(name)
+                found[name] = (path, tuple(view.get_shape()), view.get_dtype())
+    return found

@@ -1,0 +1,62 @@
+"""Where Megatron's torch_dist files keep each parameter of the table of names.
+
+The files know no layout. A parameter of the decoder's layers lies in one tensor with those of all other layers,
+[layers, ...], one of an expert in one with all experts of all layers, [layers, experts, ...]. What tensor parallelism
+cuts is put together again: what a single rank would hold. Only an embedding or output layer keeps the rows that
+padded it in the layout that wrote it.
+"""
+
+import re
+from dataclasses import dataclass
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.resharding.names import GateUp, Parameter, Vocabulary, hf_shapes, parameters
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One parameter's place: `key` names the tensor, `index` (layer, then expert) the part of it."""
+
+    parameter: Parameter
+    key: str
+    index: tuple[int, ...]
+    counts: tuple[int, ...]
+    """Sizes of the dimensions that `index` selects in."""
+    shape: tuple[int, ...]
+    """Of the parameter itself; vocabularies without padding."""
+
+    @property
+    def padded(self) -> bool:
+        """Whether more rows may follow."""
+        return isinstance(self.parameter.rule, Vocabulary)
+
+    @property
+    def pieces(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Offset and shape, within the parameter, of what is written on its own: gate and up, or all of it."""
+        origin = (0,) * len(self.shape)
+        if not isinstance(self.parameter.rule, GateUp):
+            return [(origin, self.shape)]
+        half = (self.shape[0] // 2, *self.shape[1:])
+        return [(origin, half), ((half[0], *origin[1:]), half)]
+
+
+def stored_parameters(architecture: Architecture) -> list[Stored]:
+    """Every parameter once, in the order of the table."""
+    shapes = hf_shapes(architecture)
+    return [_stored(parameter, shapes, architecture) for parameter in parameters(architecture, Layout())]
+
+
+def _stored(parameter: Parameter, shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> Stored:
+    parts = [shapes[name] for name in parameter.hf_names]
+    shape = (sum(part[0] for part in parts), *parts[0][1:])
+    key, index, counts = parameter.name, (), ()
+    if layer := _LAYER.fullmatch(key):
+        key, index, counts = f"decoder.layers.{layer[2]}", (int(layer[1]),), (architecture.layers,)
+        if expert := _EXPERT.fullmatch(layer[2]):
+            key = f"decoder.layers.mlp.experts.experts.{expert[2]}"
+            index, counts = (*index, int(expert[1])), (*counts, architecture.experts.count)
+    return Stored(parameter, key, index, counts, shape)

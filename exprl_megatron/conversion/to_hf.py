@@ -1,0 +1,146 @@
+"""From Megatron's torch_dist files, a converted model's or a checkpoint's, to a directory in Hugging Face form."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from exprl_megatron.conversion import fp8
+from exprl_megatron.conversion.partial import Partial
+from exprl_megatron.conversion.safetensors_files import DTYPES, headers, write_safetensors
+from exprl_megatron.conversion.stored import Stored, stored_parameters
+from exprl_megatron.conversion.weights import Weights
+from exprl_megatron.errors import UserError
+from exprl_megatron.resharding.huggingface import copy_companions, write_config
+from exprl_megatron.resharding.names import hf_shapes
+from exprl_megatron.resharding.sources import INDEX, SINGLE
+
+Format = Literal["fp8"] | torch.dtype | None
+"""None keeps each tensor's dtype; `fp8` quantises matrices in blocks and keeps the dtype of the rest."""
+Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of tensors by name."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one model's tensors look like in one format."""
+
+    shapes: dict[str, tuple[int, ...]]
+    format: Format
+
+    def describe(self, weights: Weights, stored: Stored) -> Described:
+        """What `tensors` will give."""
+        found: Described = {}
+        for name in stored.parameter.hf_names:
+            shape = self.shapes[name]
+            if self.format == "fp8" and fp8.is_quantised(name, shape):
+                found[name] = shape, torch.float8_e4m3fn
+                found[name + fp8.SCALE] = tuple(-(-size // fp8.BLOCK) for size in shape), torch.float32
+            else:
+                dtype = self.format if isinstance(self.format, torch.dtype) else weights.dtype(stored)
+                found[name] = shape, dtype
+        return found
+
+    def tensors(self, weights: Weights, stored: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+        """The Hugging Face tensors of one parameter, one after the other."""
+        for name, tensor in zip(stored.parameter.hf_names, weights.tensors(stored), strict=True):
+            if self.format == "fp8" and fp8.is_quantised(name, self.shapes[name]):
+                values, scale = fp8.quantise(tensor)
+                yield name, values
+                yield name + fp8.SCALE, scale
+            else:
+                yield name, tensor.to(self.format) if isinstance(self.format, torch.dtype) else tensor
+
+
+def convert_to_huggingface(
+    weights: Weights,
+    target: Path,
+    form: Format = None,
+    file_bytes: int = 5 * 10**9,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes `target`: config, tokenizer, safetensors of at most `file_bytes` (a single larger tensor apart), index.
+
+    Interrupted, it goes on with the first unfinished file when called again. `advance` is told bytes done and in
+    all. Raises UserError where a parameter or tensor is not accounted for.
+    """
+    shapes = hf_shapes(weights.architecture)
+    table = [stored for stored in stored_parameters(weights.architecture) if stored.parameter.exported]
+    if form == "fp8":
+        fp8.check_quantisable([stored.parameter for stored in table], shapes, weights.architecture)
+    made = Form(shapes, form)
+    files = _cut(weights, table, made, file_bytes)
+    described = [_described(weights, file, made) for file in files]
+    sizes = [sum(map(_bytes, file.values())) for file in described]
+    names = [SINGLE] if len(files) == 1 else [_name(number, len(files)) for number in range(len(files))]
+    plan = {"to": "huggingface", "source": weights.marks(), "format": str(form), "file_bytes": file_bytes}
+    with Partial(Path(target), plan, sum(sizes)) as partial:
+        for number, (name, file) in enumerate(zip(names, files, strict=True)):
+            if not (partial.path / name).is_file():
+                tensors = (entry for stored in file for entry in made.tensors(weights, stored))
+                write_safetensors(partial.path / name, described[number], tensors)
+            advance(sum(sizes[: number + 1]), sum(sizes))
+        if len(files) > 1:
+            _write_index(partial.path / INDEX, dict(zip(names, described, strict=True)), sum(sizes))
+        _write_config(weights, partial.path, form, list(shapes), table)
+        copy_companions(weights.origin, partial.path)
+        _account(partial.path, names, described, shapes)
+        partial.finish()
+
+
+def _cut(weights: Weights, table: list[Stored], form: Form, file_bytes: int) -> list[list[Stored]]:
+    files, filled = [[]], 0
+    for stored in table:
+        size = sum(map(_bytes, form.describe(weights, stored).values()))
+        if files[-1] and filled + size > file_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(stored)
+        filled += size
+    return files
+
+
+def _described(weights: Weights, file: list[Stored], form: Form) -> Described:
+    found: Described = {}
+    for stored in file:
+        found |= form.describe(weights, stored)
+    return found
+
+
+def _bytes(described: tuple[tuple[int, ...], torch.dtype]) -> int:
+    return torch.Size(described[0]).numel() * described[1].itemsize
+
+
+def _name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(path: Path, files: dict[str, Described], total: int) -> None:
+    weight_map = {tensor: name for name, described in files.items() for tensor in described}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _write_config(weights: Weights, directory: Path, form: Format, names: list[str], table: list[Stored]) -> None:
+    dtype = form if isinstance(form, torch.dtype) else weights.dtype(table[0])
+    changes = {"quantization_config": fp8.quantisation_config(names)} if form == "fp8" else {}
+    write_config(weights.origin, directory, str(dtype).removeprefix("torch."), **changes)
+
+
+def _account(directory: Path, names: list[str], described: list[Described], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Opens what was written as a stranger would: name, shape and dtype of every tensor, and none left out."""
+    found = {
+        name: (shape, DTYPES[dtype]) for name, (_, shape, dtype) in headers(directory / file for file in names).items()
+    }
+    expected = {name: entry for file in described for name, entry in file.items()}
+    plain = {name: shape for name, (shape, _) in found.items() if not name.endswith(fp8.SCALE)}
+    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    wrong += sorted(name for name in plain.keys() | shapes.keys() if plain.get(name) != shapes.get(name))
+    if wrong:
+        raise UserError(
+            f"{directory}: {wrong[0]} ({len(wrong)} such) was not written as it should have been; "
+            f"remove the directory and convert again."
+        )

@@ -1,0 +1,150 @@
+"""From a model directory in Hugging Face form to one with Megatron's torch_dist files, as any layout loads them."""
+
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from exprl_megatron.conversion.megatron_files import MegatronFiles
+from exprl_megatron.conversion.partial import Partial
+from exprl_megatron.conversion.stored import Stored, stored_parameters
+from exprl_megatron.conversion.weights import MEGATRON, HuggingFaceWeights
+from exprl_megatron.errors import UserError
+from exprl_megatron.files import write_atomically
+from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.resharding.huggingface import copy_companions, write_config
+
+COMMON = "common_state/shard_0_1"
+"""Where Megatron looks for what is no tensor; here it is empty."""
+
+
+def convert_to_megatron(
+    source: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = 5 * 10**9,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes `target`: config, tokenizer, and the weights of `source` in files of about `file_bytes`.
+
+    `dtype` None keeps each tensor's. Interrupted, it goes on with the first unfinished file when called again.
+    `advance` is told bytes done and in all. Raises UserError where a tensor or parameter is not accounted for.
+    """
+    weights = HuggingFaceWeights(Path(source))
+    table = stored_parameters(weights.architecture)
+    dtypes = _dtypes(weights, table, dtype)
+    files = _cut(table, dtypes, file_bytes)
+    sizes = [sum(_size(stored, dtypes) for stored in file) for file in files]
+    plan = {"to": MEGATRON, "source": weights.marks(), "dtype": str(dtype), "file_bytes": file_bytes}
+    with Partial(Path(target), plan, sum(sizes)) as partial:
+        writer = FileSystemWriter(partial.path / MEGATRON)
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        plans = [_plan(file, dtypes) for file in files]
+        plans[0].items.append(WriteItem(MetadataIndex(COMMON), WriteItemType.BYTE_IO))
+        plans, metadata = planner.create_global_plan([writer.prepare_local_plan(plan) for plan in plans])
+        plans = writer.prepare_global_plan(plans)
+        results: list[list[WriteResult]] = []
+        for number, (plan, file) in enumerate(zip(plans, files, strict=True)):
+            done = partial.path / f"written-{number}"
+            if not done.is_file():
+                written = writer.write_data(plan, _FromHuggingFace(weights, file, dtypes)).value()
+                write_atomically(done, pickle.dumps(written))
+            results.append(pickle.loads(done.read_bytes()))
+            advance(sum(sizes[: number + 1]), sum(sizes))
+        writer.finish(metadata, results)
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial.path / MEGATRON))
+        write_config(weights.origin, partial.path, _name(dtypes))
+        copy_companions(weights.origin, partial.path)
+        _account(partial.path, table, dtypes)
+        for number in range(len(files)):
+            (partial.path / f"written-{number}").unlink()
+        partial.finish()
+
+
+class _FromHuggingFace(DefaultSavePlanner):
+    """Makes the pieces of one file when they are written."""
+
+    def __init__(self, weights: HuggingFaceWeights, file: list[Stored], dtypes: dict[str, torch.dtype]):
+        super().__init__()
+        self._weights = weights
+        self._dtypes = dtypes
+        self._places = {(stored.key, stored.index): stored for stored in file}
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The piece's data: [1, ..., 1, rows, columns]."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            buffer = io.BytesIO()
+            torch.save([{}], buffer)
+            return buffer
+        key, offset = write_item.index.fqn, tuple(write_item.index.offset)
+        stored = next(self._places[key, offset[:ahead]] for ahead in (2, 1, 0) if (key, offset[:ahead]) in self._places)
+        within = offset[len(stored.index) :]
+        tensors = self._weights.tensors(stored)
+        pieces = stored.pieces
+        value = (
+            stored.parameter.rule.merge(tensors) if len(pieces) == 1 else tensors[[p[0] for p in pieces].index(within)]
+        )
+        return value.to(self._dtypes[key]).view(write_item.tensor_data.chunk.sizes)
+
+
+def _plan(file: list[Stored], dtypes: dict[str, torch.dtype]) -> SavePlan:
+    return SavePlan([item for stored in file for item in _items(stored, dtypes[stored.key])])
+
+
+def _items(stored: Stored, dtype: torch.dtype) -> Iterator[WriteItem]:
+    ahead = (1,) * len(stored.index)
+    for offset, shape in stored.pieces:
+        chunk = ChunkStorageMetadata(torch.Size(stored.index + offset), torch.Size(ahead + shape))
+        data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(stored.counts + stored.shape))
+        yield WriteItem(MetadataIndex(stored.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+def _dtypes(weights: HuggingFaceWeights, table: list[Stored], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Of each of Megatron's tensors, which hold all layers in one."""
+    found: dict[str, torch.dtype] = {}
+    for stored in table:
+        wanted = dtype or weights.dtype(stored)
+        if found.setdefault(stored.key, wanted) != wanted:
+            raise UserError(
+                f"{weights.origin}: {stored.parameter.hf_names[0]} is {wanted}, other layers' are {found[stored.key]}; "
+                f"give --dtype."
+            )
+    return found
+
+
+def _cut(table: list[Stored], dtypes: dict[str, torch.dtype], file_bytes: int) -> list[list[Stored]]:
+    files, filled = [[]], 0
+    for stored in table:
+        size = _size(stored, dtypes)
+        if files[-1] and filled + size > file_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(stored)
+        filled += size
+    return files
+
+
+def _size(stored: Stored, dtypes: dict[str, torch.dtype]) -> int:
+    return torch.Size(stored.shape).numel() * dtypes[stored.key].itemsize
+
+
+def _name(dtypes: dict[str, torch.dtype]) -> str:
+    """What config.json calls the model's dtype: that of its matrices."""
+    return str(dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
+
+
+def _account(directory: Path, table: list[Stored], dtypes: dict[str, torch.dtype]) -> None:
+    """Opens what was written as a stranger would: name, shape and dtype of every parameter."""
+    files = MegatronFiles(directory / MEGATRON, read_architecture(directory))
+    for stored in table:
+        if files.dtype(stored) != dtypes[stored.key]:
+            raise UserError(
+                f"{directory}: {stored.key} was written as {files.dtype(stored)}, not {dtypes[stored.key]}."
+            )

@@ -1,0 +1,172 @@
+"""Two forms of one model compared: every tensor, and the logits of Megatron's model against transformers'."""
+
+import gc
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from exprl_megatron.conversion import fp8
+from exprl_megatron.conversion.safetensors_files import headers, read_tensor
+from exprl_megatron.conversion.stored import Stored, stored_parameters
+from exprl_megatron.conversion.to_hf import Form
+from exprl_megatron.conversion.weights import HuggingFaceWeights, MegatronWeights, Weights, open_weights
+from exprl_megatron.errors import UserError
+from exprl_megatron.resharding.names import hf_shapes
+from exprl_megatron.resharding.sources import weight_files
+
+TOKENS = 64
+"""Random tokens whose logits are compared."""
+TOLERANCE = 1e-4
+"""Largest difference of two logits, as a share of the largest logit."""
+
+
+@dataclass
+class Verified:
+    """What a comparison found."""
+
+    hashes: dict[str, dict] = field(default_factory=dict)
+    """SHA-256, shape and dtype of each of the copy's tensors."""
+    differing: list[str] = field(default_factory=list)
+    note: str = ""
+    """What was done to the reference before, if anything."""
+    logits: str = ""
+    """What was found of the logits, or why they were left out."""
+    logits_agree: bool = True
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differing and self.logits_agree
+
+    def lines(self) -> list[str]:
+        """For people."""
+        count = len(self.hashes)
+        said = [f"{count - len(self.differing)} of {count} tensors are bit-equal{self.note}."]
+        said += [f"differs: {name}" for name in self.differing[:20]]
+        if len(self.differing) > 20:
+            said.append(f"... and {len(self.differing) - 20} more.")
+        return [*said, f"Logits: {self.logits}."]
+
+
+def verify_weights(
+    reference: Path,
+    copy: Path,
+    origin: Path | None = None,
+    logits: Literal["auto", "yes", "no"] = "auto",
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> Verified:
+    """Compares `copy` with `reference`, each in any form (see open_weights).
+
+    Where the copy was written in another dtype, or quantised, the reference is brought into that form first. Raises
+    UserError where one of them is incomplete, or they are of different architectures.
+    """
+    expected = open_weights(reference, origin)
+    quantised = _quantised(Path(copy))
+    made = None if quantised else open_weights(copy, origin)
+    if made is not None and made.architecture != expected.architecture:
+        raise UserError(f"{copy} and {reference} are models of different architectures; compare two of the same.")
+    found = Verified()
+    table = [stored for stored in stored_parameters(expected.architecture) if stored.parameter.exported]
+    for number, stored in enumerate(table):
+        if quantised:
+            form, given = Form(hf_shapes(expected.architecture), "fp8"), _read_quantised(quantised, stored)
+        else:
+            form = Form(hf_shapes(expected.architecture), made.dtype(stored))
+            given = dict(zip(stored.parameter.hf_names, made.tensors(stored), strict=True))
+            if expected.dtype(stored) != made.dtype(stored):
+                found.note = " with the reference brought into the copy's dtype"
+        _compare(found, dict(form.tensors(expected, stored)), given)
+        advance(number + 1, len(table))
+    if quantised:
+        found.note = " with the reference quantised alike"
+        found.differing += sorted(quantised.keys() - found.hashes.keys())
+    _compare_logits(found, expected, made, logits)
+    return found
+
+
+def _compare(found: Verified, expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
+    for name in expected.keys() | given.keys():
+        described = [_described(tensors[name]) if name in tensors else None for tensors in (expected, given)]
+        if described[1] is not None:
+            found.hashes[name] = described[1]
+        if described[0] != described[1]:
+            found.differing.append(name)
+
+
+def _described(tensor: torch.Tensor) -> dict:
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"sha256": hashlib.sha256(content).hexdigest(), "shape": list(tensor.shape), "dtype": dtype}
+
+
+def _quantised(directory: Path) -> dict[str, Path]:
+    """The files of a block-quantised model's tensors; empty where it is none."""
+    if not any(directory.glob("*.safetensors")):
+        return {}
+    found = headers(weight_files(directory))
+    return {name: path for name, (path, _, _) in found.items()} if any(n.endswith(fp8.SCALE) for n in found) else {}
+
+
+def _read_quantised(files: dict[str, Path], stored: Stored) -> dict[str, torch.Tensor]:
+    names = [name + suffix for name in stored.parameter.hf_names for suffix in ("", fp8.SCALE)]
+    return {name: read_tensor(files[name], name) for name in names if name in files}
+
+
+def _compare_logits(found: Verified, expected: Weights, made: Weights | None, wanted: str) -> None:
+    if wanted == "no" or made is None or not isinstance(expected, HuggingFaceWeights):
+        found.logits = "not compared" + (
+            "" if wanted == "no" else ", that needs an unquantised copy of a model directory"
+        )
+        return
+    needed = 2.5 * 4 * sum(torch.Size(shape).numel() for shape in hf_shapes(expected.architecture).values())
+    free = psutil.virtual_memory().available
+    if wanted == "auto" and needed > 0.8 * free:
+        found.logits = f"not compared, both models need {needed / 1e9:.0f} GB and {free / 1e9:.0f} are free"
+        return
+    tokens = torch.randint(expected.architecture.vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    theirs = _logits_of_transformers(expected.origin, tokens)
+    gc.collect()
+    ours = _logits_of_megatron(made, tokens)
+    difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    found.logits_agree = difference <= TOLERANCE * largest
+    found.logits = (
+        f"Megatron's and transformers' differ by at most {difference:.1e} (largest logit {largest:.1f}, fp32, "
+        f"{TOKENS} tokens)"
+    )
+
+
+@torch.no_grad()
+def _logits_of_transformers(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()(tokens).logits
+
+
+@torch.no_grad()
+def _logits_of_megatron(made: Weights, tokens: torch.Tensor) -> torch.Tensor:
+    """[1, tokens, vocabulary] of the model that a single rank builds and loads, on the CPU in fp32."""
+    from exprl_megatron.config.policy import Layout, PolicyConfig
+    from exprl_megatron.conversion.loading import load_files
+    from exprl_megatron.policy.model import build_chunks
+    from exprl_megatron.policy.world import enter_world, leave_world
+    from exprl_megatron.resharding.huggingface import load_huggingface
+
+    world = enter_world(Layout())
+    try:
+        config = PolicyConfig(model=str(made.origin))
+        chunks = build_chunks(made.architecture, config, world)
+        if isinstance(made, MegatronWeights):
+            load_files(chunks, made.files.directory)
+        else:
+            load_huggingface(chunks, made.architecture, world, made.origin)
+        positions = torch.arange(tokens.shape[1])[None]
+        logits = chunks[0](tokens.to(world.device), positions.to(world.device), None)
+        return logits.float().cpu()[..., : made.architecture.vocabulary]
+    finally:
+        leave_world()

@@ -1,0 +1,163 @@
+"""The two forms that a model's weights lie in, read a parameter at a time, under their Hugging Face names."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import yaml
+
+from exprl_megatron.conversion.megatron_files import MegatronFiles
+from exprl_megatron.conversion.partial import file_marks
+from exprl_megatron.conversion.safetensors_files import DTYPES, headers, read_tensor
+from exprl_megatron.conversion.stored import Stored
+from exprl_megatron.errors import UserError
+from exprl_megatron.policy.architecture import Architecture, read_architecture
+from exprl_megatron.resharding.names import EMBEDDING, HEAD
+from exprl_megatron.resharding.sources import Safetensors, weight_files
+
+MEGATRON = "megatron"
+"""Where a converted directory keeps Megatron's files, beside config.json and tokenizer."""
+
+
+class Weights(Protocol):
+    """A model's weights, checked when opened: every tensor is there, in its shape, and none that is unknown."""
+
+    architecture: Architecture
+    origin: Path
+    """The directory with config.json and tokenizer."""
+
+    def tensors(self, stored: Stored) -> tuple[torch.Tensor, ...]:
+        """The Hugging Face tensors of one parameter, in the order of its hf_names."""
+
+    def dtype(self, stored: Stored) -> torch.dtype:
+        """Theirs."""
+
+    def marks(self) -> list[list]:
+        """What tells whether the files have changed."""
+
+
+class HuggingFaceWeights:
+    """A directory with safetensors; see Weights. Raises UserError where it does not hold its model."""
+
+    def __init__(self, directory: Path):
+        self.origin = directory
+        self.architecture = read_architecture(directory)
+        with Safetensors(directory, self.architecture):
+            self._paths = weight_files(directory)
+        self._headers = headers(self._paths)
+        unknown = {(name, dtype) for name, (_, _, dtype) in self._headers.items() if dtype not in DTYPES}
+        if unknown:
+            raise UserError(f"{directory}: tensor {min(unknown)[0]} has dtype {min(unknown)[1]}; use float weights.")
+        self._check_tied()
+
+    def tensors(self, stored: Stored) -> tuple[torch.Tensor, ...]:
+        """See Weights."""
+        return tuple(self._read(name) for name in stored.parameter.hf_names)
+
+    def dtype(self, stored: Stored) -> torch.dtype:
+        """See Weights. Raises UserError where the tensors differ."""
+        found = {self._headers[name][2] for name in stored.parameter.hf_names}
+        if len(found) > 1:
+            raise UserError(
+                f"{self.origin}: {' and '.join(stored.parameter.hf_names)} have the dtypes {', '.join(sorted(found))}; "
+                f"give --dtype."
+            )
+        return DTYPES[found.pop()]
+
+    def marks(self) -> list[list]:
+        """See Weights."""
+        return file_marks(self._paths)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return read_tensor(self._headers[name][0], name)
+
+    def _check_tied(self) -> None:
+        """A second, different output layer beside a tied embedding would be lost silently."""
+        if (
+            self.architecture.tied
+            and HEAD in self._headers
+            and not torch.equal(self._read(HEAD), self._read(EMBEDDING))
+        ):
+            raise UserError(
+                f"{self.origin} ties its embeddings but {HEAD} differs from {EMBEDDING}; "
+                f"set tie_word_embeddings to false in its config.json."
+            )
+
+
+class MegatronWeights:
+    """Megatron's files in `files`, of the model that `origin` describes; see Weights."""
+
+    def __init__(self, files: Path, origin: Path):
+        self.origin = origin
+        self.architecture = read_architecture(origin)
+        self.files = MegatronFiles(files, self.architecture)
+
+    def tensors(self, stored: Stored) -> tuple[torch.Tensor, ...]:
+        """See Weights."""
+        return stored.parameter.rule.join([self.files.read(stored)])
+
+    def dtype(self, stored: Stored) -> torch.dtype:
+        """See Weights."""
+        return self.files.dtype(stored)
+
+    def marks(self) -> list[list]:
+        """See Weights."""
+        return file_marks([path for path in self.files.directory.iterdir() if path.is_file()])
+
+
+def open_weights(path: Path, origin: Path | None = None) -> Weights:
+    """The weights in `path`: a model directory, a converted one, a checkpoint, or a run (then its newest checkpoint).
+
+    A checkpoint has neither config.json nor tokenizer: they are those of `origin`, by default of the model that its
+    run began with. Raises UserError where nothing of the kind is there, or `origin` describes another model.
+    """
+    path = Path(path)
+    if path.name.endswith((".partial", ".tmp")):
+        raise UserError(f"{path} was never finished; run the command that was writing it again.")
+    if (path / MEGATRON).is_dir():
+        return MegatronWeights(path / MEGATRON, path)
+    if (path / "config.json").is_file():
+        return HuggingFaceWeights(path)
+    if (path / "checkpoints").is_dir():
+        path = _newest(path)
+    if not (path / "state.json").is_file():
+        raise UserError(f"{path} is no model directory, converted directory, checkpoint or run; give one of these.")
+    origin = origin or _model_of_run(path)
+    _check_same_model(path, origin)
+    return MegatronWeights(path, origin)
+
+
+def _newest(run: Path) -> Path:
+    complete = [path for path in (run / "checkpoints").glob("checkpoint-????????") if (path / "state.json").is_file()]
+    if not complete:
+        raise UserError(f"The run in {run} has no complete checkpoint; give another.")
+    return max(complete)
+
+
+def _model_of_run(checkpoint: Path) -> Path:
+    config = checkpoint.resolve().parent.parent / "config.yaml"
+    try:
+        origin = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["policy"]["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} lies in no run that would name its model; give it by --origin.") from error
+    if not origin.is_dir():
+        raise UserError(
+            f"The model {origin} that {checkpoint} began with is not there; give its directory by --origin."
+        )
+    return origin
+
+
+def _check_same_model(checkpoint: Path, origin: Path) -> None:
+    try:
+        recorded = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{checkpoint}/state.json is damaged ({error}); choose another checkpoint.") from error
+    described = json.loads(json.dumps(asdict(read_architecture(origin))))
+    differing = sorted(key for key in recorded if recorded[key] != described.get(key))
+    if differing:
+        raise UserError(
+            f"{origin} describes another model than {checkpoint} holds ({', '.join(differing)}); "
+            f"give the run's own by --origin."
+        )
