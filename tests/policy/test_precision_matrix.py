@@ -9,6 +9,7 @@ from exprl_megatron.policy.architecture import Architecture, read_architecture
 from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 
 CPU, AMPERE, ADA, HOPPER, BLACKWELL, GEFORCE = None, (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
+ONE_RANK, ADAM = Layout(), OptimizerConfig()
 FP8 = ("fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8")
 
 
@@ -21,9 +22,9 @@ def refusals(
     capability: tuple[int, int] | None,
     *,
     architecture: str = "llama-3.3-70b",
-    layout: Layout = Layout(),
+    layout: Layout = ONE_RANK,
     packing: bool = True,
-    optimizer: OptimizerConfig = OptimizerConfig(),
+    optimizer: OptimizerConfig = ADAM,
     starting_weights: bool = False,
     **precision,
 ) -> list[str]:
