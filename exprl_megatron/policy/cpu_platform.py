@@ -143,6 +143,41 @@ def _named_as_cuda(function: Callable) -> Callable:
     return call
 
 
+def _already_on_cpu(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """Counts of tokens for each expert; Megatron turns them into numbers only where it moves them off the device."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _gather_uneven(gather: Callable) -> Callable:
+    """Megatron's gather along the first dimension; gloo knows no parts of different length, so they are padded."""
+
+    @functools.wraps(gather)
+    def call(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None:
+            return gather(input_, group, use_global_buffer=use_global_buffer)
+        longest = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        longest[: len(input_)] = input_
+        parts = [torch.empty_like(longest) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, longest, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    return call
+
+
+def _scatter_uneven(scatter: Callable) -> Callable:
+    """The inverse, a sum over ranks of which each keeps its part."""
+
+    @functools.wraps(scatter)
+    def call(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None:
+            return scatter(input_, group, use_global_buffer=use_global_buffer)
+        whole = input_.clone()
+        torch.distributed.all_reduce(whole, group=group)
+        return whole.split(list(input_split_sizes))[group.rank()].contiguous()
+
+    return call
+
+
 def _adapt(module: types.ModuleType) -> None:
     """Gives a freshly imported `megatron.core` module the view of torch, and its own adaptions where it has any."""
     if module.__dict__.get("torch") is torch:
@@ -160,6 +195,11 @@ def _adapt(module: types.ModuleType) -> None:
         # These two go past torch.cuda to the CUDA generators themselves.
         module._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
         module._set_cuda_rng_state = lambda state, device=None, graph_safe=False: torch.set_rng_state(state)
+    elif name == "tensor_parallel.mappings":
+        module._gather_along_first_dim = _gather_uneven(module._gather_along_first_dim)
+        module._reduce_scatter_along_first_dim = _scatter_uneven(module._reduce_scatter_along_first_dim)
+    elif name == "transformer.moe.moe_utils":
+        module.maybe_move_tensor_to_cpu = _already_on_cpu
 
 
 class _Importer(importlib.abc.MetaPathFinder):
