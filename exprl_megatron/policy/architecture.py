@@ -1,6 +1,7 @@
 """What a model is, read from its Hugging Face `config.json`; needs neither torch nor Megatron."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +130,11 @@ def stage_layers(architecture: Architecture, layout: Layout) -> list[list[range]
         [range(cuts[chunk * layout.pp + rank], cuts[chunk * layout.pp + rank + 1]) for chunk in range(layout.vpp)]
         for rank in range(layout.pp)
     ]
+
+
+def padded_vocabulary(architecture: Architecture, tp: int) -> int:
+    """Rows of the embedding: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
+    return math.ceil(architecture.vocabulary / tp) * tp
 
 
 def check_layout(architecture: Architecture, layout: Layout) -> None:

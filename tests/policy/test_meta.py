@@ -6,9 +6,8 @@ import torch
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
-from exprl_megatron.policy.architecture import Architecture, read_architecture
+from exprl_megatron.policy.architecture import Architecture, padded_vocabulary, read_architecture
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
-from exprl_megatron.policy.model import padded_vocabulary
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.names import EMBEDDING, HEAD, hf_shapes, parameters
 
