@@ -1,0 +1,97 @@
+"""Bytes that a forward pass leaves for the backward pass, by the formulas of docs/scaling.md.
+
+Korthikanti et al. (arXiv 2205.05198) count them for LayerNorm, GELU, dropout and attention with its matrix of scores;
+here the layer has RMSNorm, SwiGLU or experts, grouped queries, no dropout, and attention keeps no matrix (its queries,
+keys, values, output and one fp32 number per token and head).
+"""
+
+from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.policy.architecture import Architecture, stage_layers
+
+
+def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision: PrecisionConfig) -> float:
+    """What one layer keeps for each token of the rank (context-parallel ranks have their own), nothing recomputed.
+
+    A linear layer keeps its input, in FP8 quantised; a norm keeps its input as it is.
+    """
+    wide = value_bytes(precision)
+    entry = 1 if precision.fp8 else wide
+    sp = layout.tp if layout.sequence_parallel else 1
+    hidden, queries = architecture.hidden, architecture.heads * architecture.head_dim
+    keys = architecture.kv_groups * architecture.head_dim
+    # Both norms: inputs, and outputs as the next product's input.
+    kept = (2 * wide + 2 * entry) * hidden / sp
+    # Queries, keys, values and output of attention, the last of which the projection quantises once more.
+    attention = wide * (2 * queries + 2 * keys) + (queries if precision.fp8 else 0) + 4 * architecture.heads
+    if architecture.qk_norm:
+        attention += wide * (queries + keys)
+    kept += attention / layout.tp
+    return kept + _mlp(architecture, layout, wide, entry)
+
+
+def _mlp(architecture: Architecture, layout: Layout, wide: int, entry: int) -> float:
+    """SwiGLU's input, twice as wide, and its output; before experts their tokens' copies, the router's fp32 scores."""
+    experts = architecture.experts
+    if experts is None:
+        return (2 * wide + entry) * architecture.ffn / layout.tp
+    copies = experts.chosen * layout.etp / layout.tp
+    ffn = experts.ffn / layout.etp
+    # The norm's output stays as it is for the router beside its quantised copies.
+    norm = (wide - entry) * architecture.hidden / layout.tp
+    return copies * (entry * architecture.hidden + (2 * wide + entry) * ffn) + 8 * experts.count / layout.tp + norm
+
+
+def activation_bytes(
+    architecture: Architecture, policy: PolicyConfig, pp_rank: int, micro_batches: int, layout: Layout | None = None
+) -> float:
+    """The most that a rank of stage `pp_rank` keeps at once of all micro-batches in flight."""
+    layout = layout or policy.layout
+    tokens = policy.micro_batch_tokens / layout.cp
+    wide = value_bytes(policy.precision)
+    sp = layout.tp if layout.sequence_parallel else 1
+    each = layer_bytes_per_token(architecture, layout, policy.precision)
+    layers = sum(len(chunk) for chunk in stage_layers(architecture, layout)[pp_rank]) / layout.vpp
+    flying = chunks_in_flight(layout, pp_rank, micro_batches)
+    if policy.recompute == "full":
+        # Each layer's input, and whole the one layer whose backward pass runs.
+        kept = flying * layers * wide * architecture.hidden / sp + each
+    else:
+        statistics = 4 * architecture.heads / layout.tp if policy.recompute == "selective" else 0
+        kept = flying * layers * (each - statistics)
+    if pp_rank == layout.pp - 1:
+        # The final norm's input and output.
+        kept += 2 * wide * architecture.hidden / sp
+    return tokens * kept
+
+
+def chunks_in_flight(layout: Layout, pp_rank: int, micro_batches: int) -> int:
+    """Forward passes of one chunk whose backward pass has not run, at most.
+
+    One-forward-one-backward: pp - rank. Interleaved: 2 (pp - rank - 1) + (vpp - 1) pp to warm up, and one more
+    (Narayanan et al., arXiv 2104.04473; megatron.core.pipeline_parallel.schedules).
+    """
+    if layout.vpp == 1:
+        return min(layout.pp - pp_rank, micro_batches)
+    warm_up = 2 * (layout.pp - pp_rank - 1) + (layout.vpp - 1) * layout.pp
+    return min(warm_up + 1, micro_batches * layout.vpp)
+
+
+def working_bytes(architecture: Architecture, policy: PolicyConfig, backward: bool) -> float:
+    """What the layer that runs holds beside: its gathered input and the widest intermediates, backward their gradients.
+
+    Sequence parallelism gathers the input again for the weight's gradient.
+    """
+    layout = policy.layout
+    tokens = policy.micro_batch_tokens / layout.cp
+    wide = value_bytes(policy.precision)
+    experts = architecture.experts
+    rows = experts.chosen * layout.etp / layout.tp if experts else 1
+    ffn = experts.ffn / layout.etp if experts else architecture.ffn / layout.tp
+    gathered = (2 if backward else 1) * architecture.hidden
+    return tokens * wide * (gathered + rows * (architecture.hidden + 3 * ffn))
+
+
+def value_bytes(precision: PrecisionConfig) -> int:
+    """Bytes of an activation or parameter outside FP8 products."""
+    return 4 if precision.dtype == "fp32" else 2

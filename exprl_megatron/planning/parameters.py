@@ -1,0 +1,91 @@
+"""How many parameters each pipeline rank holds, by the table of names: exactly what Megatron builds there."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.policy.architecture import Architecture, padded_vocabulary, stage_layers
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of one rank. Ranks of one pipeline stage hold equally many."""
+
+    dense: int = 0
+    """All but the experts."""
+    experts: int = 0
+    linear: int = 0
+    """Those of `dense` that lie in the layers' linear products, which FP8 computes."""
+
+    @property
+    def total(self) -> int:
+        """All parameters of the rank."""
+        return self.dense + self.experts
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.dense + other.dense, self.experts + other.experts, self.linear + other.linear)
+
+    def __mul__(self, times: int) -> "Counts":
+        return Counts(self.dense * times, self.experts * times, self.linear * times)
+
+
+def rank_counts(architecture: Architecture, layout: Layout, pp_rank: int) -> Counts:
+    """The parameters of each rank in pipeline stage `pp_rank`; the layout must fit the architecture."""
+    layers = sum(len(chunk) for chunk in stage_layers(architecture, layout)[pp_rank])
+    return layer_counts(architecture, layout) * layers + _ends(architecture, layout, pp_rank)
+
+
+def layer_counts(architecture: Architecture, layout: Layout) -> Counts:
+    """A rank's parameters of one layer."""
+    whole, cut, matrices, experts = _layer(architecture)
+    linear = matrices // layout.tp
+    return Counts(whole + cut // layout.tp + linear, experts // (layout.ep * layout.etp), linear)
+
+
+def model_parameters(architecture: Architecture) -> int:
+    """Parameters of the whole model in Hugging Face form."""
+    whole, cut, matrices, experts = _layer(architecture)
+    vocabulary = architecture.vocabulary * architecture.hidden * (1 if architecture.tied else 2)
+    return (whole + cut + matrices + experts) * architecture.layers + vocabulary + architecture.hidden
+
+
+def largest_tensor(architecture: Architecture) -> int:
+    """Elements of the largest tensor in Hugging Face form."""
+    mlp = architecture.experts.ffn if architecture.experts else architecture.ffn
+    return architecture.hidden * max(architecture.vocabulary, mlp, architecture.heads * architecture.head_dim)
+
+
+def _ends(architecture: Architecture, layout: Layout, pp_rank: int) -> Counts:
+    """Embedding, final norm and output layer (or the last stage's copy of a tied embedding)."""
+    vocabulary = padded_vocabulary(architecture, layout.tp) // layout.tp * architecture.hidden
+    count = vocabulary if pp_rank == 0 else 0
+    if pp_rank == layout.pp - 1:
+        count += architecture.hidden
+        count += vocabulary if layout.pp > 1 or not architecture.tied else 0
+    return Counts(dense=count)
+
+
+@cache
+def _layer(architecture: Architecture) -> tuple[int, int, int, int]:
+    """One layer's elements: (whole on every rank, vectors cut over tp, matrices cut over tp, experts)."""
+    # The table of names imports torch, which other parts of a plan do without.
+    from exprl_megatron.resharding.names import hf_shapes, parameters
+
+    one = replace(architecture, layers=1)
+    shapes = hf_shapes(one)
+    whole = cut = matrices = experts = 0
+    for entry in parameters(one, Layout()):
+        if not entry.name.startswith("decoder.layers."):
+            continue
+        sizes = [shapes[name] for name in entry.hf_names]
+        count = sum(map(prod, sizes))
+        if entry.ep_rank is not None:
+            experts += count
+        elif entry.rule.split_dim is None:
+            whole += count
+        elif len(sizes[0]) == 1:
+            cut += count
+        else:
+            matrices += count
+    return whole, cut, matrices, experts
