@@ -78,15 +78,19 @@ class PolicyConfig(Config):
     max_tokens: PositiveInt = 2048
     """Longest sequence, prompt and response together."""
     micro_batch_tokens: PositiveInt = 8192
-    """Padded tokens in one micro-batch of one data-parallel rank."""
-    log_prob_chunk: PositiveInt = 1024
-    """Tokens whose logits exist at the same time."""
+    """Tokens in one micro-batch of one data-parallel rank, padding included."""
+    log_prob_chunk: PositiveInt | None = None
+    """Tokens whose logits exist at the same time; by default as many as 256 MB hold for a block of the vocabulary."""
     packing: bool = True
     """Sequences of a micro-batch lie one behind the other instead of being padded to the longest."""
     starting_policy: Literal["host", "server"] = "host"
     """Where a stage's starting weights are scored for the KL term: swapped in from host memory, or by a server."""
     moe_aux_loss: float = Field(0.0, ge=0)
-    """Weight of the router's load-balancing loss (mixture of experts)."""
+    """Weight of the router's load-balancing loss (mixture of experts).
+
+    The loss is taken of each micro-batch, padding included, and averaged over a step's tokens: other than the
+    policy's own loss it depends on which sequences share a micro-batch.
+    """
 
 
 class OptimizerConfig(Config):
@@ -107,3 +111,10 @@ class OptimizerConfig(Config):
     """Reduce gradients and gather parameters while the backward and forward pass compute; needs `distributed`."""
     offload: float = Field(0.0, ge=0, le=1)
     """Share of the optimizer state that is kept and stepped in host memory."""
+
+    def violations(self, whole) -> list[str]:
+        return [
+            f"optimizer.{name} needs optimizer.distributed; turn that on, or leave {name} out."
+            for name in ("overlap", "offload")
+            if getattr(self, name) and not self.distributed
+        ]

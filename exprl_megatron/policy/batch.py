@@ -1,4 +1,4 @@
-"""What the trainer learns from: sequences, and micro-batches of padded tensors made of them."""
+"""What the trainer learns from: sequences, and what losses see of them: micro-batches of padded tensors."""
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, fields
@@ -28,13 +28,12 @@ class Sequence:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded tensors of shape [batch, length]; targets[i, j] is the token after input_ids[i, j].
+    """Right-padded tensors of shape [batch, length], a row for each sequence, however the model reads it.
 
-    `mask` is 1.0 where the target is a response token. The optional tensors are aligned with targets.
+    targets[i, j] is the token after the j-th of sequence i; `mask` is 1.0 where that is a response token. The
+    optional tensors are aligned with targets.
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor
     advantages: torch.Tensor | None
@@ -52,26 +51,19 @@ PER_TOKEN = ("advantages", "sampler_log_probs", "old_log_probs", "start_log_prob
 
 
 def pad(sequences: ListLike[Sequence], length: int, pad_id: int = 0) -> MicroBatch:
-    """`sequences` (at most `length` tokens each) as one micro-batch of that padded length.
-
-    The last token of a sequence is a target only, so inputs have `length - 1` columns at most; they are
-    padded to `length` all the same, which keeps the column count a multiple of what the layout asks for.
-    """
+    """`sequences` (at most `length` tokens each) as one micro-batch of that padded length."""
     shape = (len(sequences), length)
-    ids = torch.full(shape, pad_id, dtype=torch.long)
     targets = torch.full(shape, pad_id, dtype=torch.long)
     mask = torch.zeros(shape)
     optional = {name: torch.zeros(shape) for name in PER_TOKEN if _given(sequences, name)}
     for row, sequence in enumerate(sequences):
         tokens = torch.tensor(sequence.prompt_ids + sequence.response_ids)
         first, last = len(sequence.prompt_ids) - 1, len(tokens) - 1
-        ids[row, : len(tokens)] = tokens
         targets[row, :last] = tokens[1:]
         mask[row, first:last] = 1.0
         for name, tensor in optional.items():
             tensor[row, first:last] = torch.tensor(getattr(sequence, name))
-    positions = torch.arange(length).expand(shape).contiguous()
-    return MicroBatch(ids, positions, targets, mask, **{name: optional.get(name) for name in PER_TOKEN})
+    return MicroBatch(targets, mask, **{name: optional.get(name) for name in PER_TOKEN})
 
 
 def filler(sequences: ListLike[Sequence]) -> Sequence:

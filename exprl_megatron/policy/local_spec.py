@@ -12,13 +12,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from exprl_megatron.policy.attention import CausalAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -43,25 +44,6 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         """hidden: [sequence, batch, input_size]; returns (output, bias or None) as the linear layer does."""
         normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], self.layer_norm_weight, self.layer_norm_eps)
         return super().forward(normed, *args, **kwargs)
-
-
-class CausalAttention(MegatronModule):
-    """Causal attention with grouped queries by torch's scaled_dot_product_attention.
-
-    Sequences are padded on the right, so causality alone keeps real tokens from seeing padding.
-    """
-
-    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_):
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-
-    def forward(self, query, key, value, attention_mask=None, *_, **__):
-        """query: [sequence, batch, heads, head_dim]; key, value: with groups for heads; returns [s, b, heads * dim]."""
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        context = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)
 
 
 def local_block(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:

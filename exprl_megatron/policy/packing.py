@@ -1,25 +1,86 @@
-"""Which sequences go to which data-parallel rank, and there into which micro-batch."""
+"""Which sequences go to which data-parallel rank, there into which micro-batch, and how they lie in it."""
 
 import math
 from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from functools import partial
+
+from exprl_megatron.config.policy import PolicyConfig
+
+Plan = list[list[list[int]]]
+"""Indices of sequences as [data-parallel rank][micro-batch][row]; an empty micro-batch is filler."""
 
 
-def pack(lengths: ListLike[int], ranks: int, budget: int, multiple: int = 1, group: int = 1) -> list[list[list[int]]]:
-    """Indices into `lengths`, as [rank][micro-batch][row]; an empty micro-batch is filler.
+@dataclass(frozen=True)
+class Shape:
+    """How the sequences of a micro-batch lie before the model.
 
-    A micro-batch holds at most `budget` tokens after padding to its longest sequence, itself rounded up to
-    `multiple` (a single longer sequence makes a micro-batch of its own). Sequences are dealt to the ranks
-    from the longest down, back and forth, so that ranks get like work and micro-batches like lengths. All
-    ranks get the same number of micro-batches, a multiple of `group`.
+    Packed, they make one row, one behind the other, each padded to a multiple of `sequence`, and the row (behind
+    its last sequence) to a multiple of `row`. Else each has a row, padded to the longest and to a multiple of `row`.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+
+    packed: bool
+    sequence: int = 1
+    row: int = 1
+    """A multiple of `sequence`."""
+    cp: int = 1
+    """Context-parallel ranks that share each sequence."""
+
+    def with_padding(self, lengths: ListLike[int]) -> list[int]:
+        """Tokens that each sequence of a micro-batch takes."""
+        if not self.packed:
+            return [padded(max(lengths), self.row)] * len(lengths)
+        sizes = [padded(length, self.sequence) for length in lengths]
+        sizes[-1] += padded(sum(sizes), self.row) - sum(sizes)
+        return sizes
+
+
+def shape_of(config: PolicyConfig, cuda: bool, packed: bool | None = None) -> Shape:
+    """The config's shape (or what it were with that `packed`), and all that asks for round lengths:
+
+    * Context parallelism cuts each sequence into 2 x cp chunks.
+    * Sequence parallelism cuts a rank's part of a row over tp ranks.
+    * FP8 products want 128 tokens at a time (blocks of 128 x 128, and of each sequence-parallel rank's part).
+    * CUDA kernels like a rank's part to be a multiple of 64.
+    """
+    layout = config.layout
+    sequence = 2 * layout.cp if layout.cp > 1 else 1
+    tp = layout.tp if layout.sequence_parallel else 1
+    part = math.lcm(tp * (128 if config.precision.fp8 else 1), 64 if cuda else 1)
+    packed = config.packing if packed is None else packed
+    return Shape(packed, sequence, row=math.lcm(sequence, layout.cp * part), cp=layout.cp)
+
+
+def plan_micro_batches(
+    lengths: ListLike[int],
+    ranks: int,
+    budget: int,
+    shape: Shape,
+    group: int = 1,
+    parity: float = math.inf,
+) -> Plan:
+    """Spreads sequences over ranks so that these get like work, and there over micro-batches.
+
+    A micro-batch holds at most `budget` tokens with its padding (a single longer sequence makes a micro-batch of
+    its own). All ranks get the same number of micro-batches, a multiple of `group`. The work of a sequence is its
+    tokens, and attention's share that grows with their square: as much again at `parity` tokens.
+    """
+    work = [length * (1 + length / parity) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda index: (-work[index], index))
     dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for place, index in enumerate(order):
-        turn, rank = divmod(place, ranks)
-        dealt[rank if turn % 2 == 0 else ranks - 1 - rank].append(index)
-    packed = [_fill(own, lengths, budget, multiple) for own in dealt]
-    count = math.ceil(max(map(len, packed)) / group) * group
-    return [own + [[] for _ in range(count - len(own))] for own in packed]
+    loads = [0.0] * ranks
+    for index in order:
+        rank = loads.index(min(loads))
+        dealt[rank].append(index)
+        loads[rank] += work[index]
+    fill = partial(_fill_packed, work=work) if shape.packed else _fill_padded
+    return _evenly(dealt, partial(fill, lengths=lengths, budget=budget, shape=shape), group)
+
+
+def padding_share(lengths: ListLike[int], plan: Plan, shape: Shape) -> float:
+    """Share of the tokens that the model computes under `plan` that are padding; a filler is one token and padding."""
+    rows = [[lengths[index] for index in rows] or [1] for micros in plan for rows in micros]
+    return 1 - sum(lengths) / sum(sum(shape.with_padding(row)) for row in rows)
 
 
 def padded(length: int, multiple: int) -> int:
@@ -27,12 +88,46 @@ def padded(length: int, multiple: int) -> int:
     return math.ceil(length / multiple) * multiple
 
 
-def _fill(indices: list[int], lengths: ListLike[int], budget: int, multiple: int) -> list[list[int]]:
-    """`indices`, longest first, cut into micro-batches."""
+def _evenly(dealt: list[list[int]], fill, group: int) -> Plan:
+    """Each rank's indices in equally many micro-batches; fill(own, count) makes at least `count` of them."""
+    count = 1
+    while True:
+        filled = [fill(own, count) for own in dealt]
+        needed = padded(max(map(len, filled)), group)
+        if needed == count:
+            return filled
+        count = needed
+
+
+def _fill_packed(
+    own: list[int], count: int, *, work: ListLike[float], lengths: ListLike[int], budget: int, shape: Shape
+) -> list[list[int]]:
+    """In `count` micro-batches of like work, or as many more as the budget asks for; `own` falls in work."""
+    sizes = {index: padded(lengths[index], shape.sequence) for index in own}
+    count = max(count, math.ceil(sum(min(size, budget) for size in sizes.values()) / budget))
+    while True:
+        micros: list[list[int]] = [[] for _ in range(count)]
+        tokens, loads = [0] * count, [0.0] * count
+        for index in own:
+            fits = [m for m in range(count) if not micros[m] or padded(tokens[m] + sizes[index], shape.row) <= budget]
+            if not fits:
+                break
+            place = min(fits, key=loads.__getitem__)
+            micros[place].append(index)
+            tokens[place] += sizes[index]
+            loads[place] += work[index]
+        else:
+            return micros
+        count += 1
+
+
+def _fill_padded(own: list[int], count: int, *, lengths: ListLike[int], budget: int, shape: Shape) -> list[list[int]]:
+    """Neighbours in length together, as few micro-batches as the budget allows, and fillers up to `count`."""
     micros: list[list[int]] = []
-    for index in indices:
-        if micros and (len(micros[-1]) + 1) * padded(lengths[micros[-1][0]], multiple) <= budget:
+    for index in own:
+        longest = lengths[micros[-1][0]] if micros else 0
+        if micros and padded(longest, shape.row) * (len(micros[-1]) + 1) <= budget:
             micros[-1].append(index)
         else:
             micros.append([index])
-    return micros
+    return micros + [[] for _ in range(count - len(micros))]

@@ -18,13 +18,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
-from exprl_megatron.conversion.loading import is_converted, load_converted
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.planning.flops import attention_flops, layer_flops
 from exprl_megatron.policy import step
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
+from exprl_megatron.policy.packing import Plan, Shape, padding_share, plan_micro_batches, shape_of
 from exprl_megatron.policy.precision import ddp_settings
 from exprl_megatron.policy.schedule import learning_rate
 from exprl_megatron.policy.world import current_world
@@ -73,8 +74,6 @@ class Policy:
         self._wrapped: list[DistributedDataParallel] = []
         if config.initialise == "random":
             initialise(self.chunks, self.architecture, self.world, seed)
-        elif is_converted(config.model):
-            load_converted(self.chunks, self.architecture, config.model)
         else:
             load_huggingface(self.chunks, self.architecture, self.world, config.model)
 
@@ -101,11 +100,10 @@ class Policy:
         if not sequences:
             return []
         self._check(sequences)
-        plan = step.plan_micro_batches(sequences, self.config, self.world)
-        micros = self._micro_batches(sequences, plan)
+        plan, work = self._plan(sequences)
         with self._starting_weights() if start else _nothing():
             collected = step.forward_log_probs(
-                self._model(), micros, self.config, self.architecture.vocabulary, temperature
+                self._model(), work, self.config, self.architecture.vocabulary, temperature
             )
         return step.share_log_probs(sequences, plan, collected, self.world)
 
@@ -114,17 +112,18 @@ class Policy:
     ) -> dict[str, float]:
         """Adds the gradients of (sum of losses over all sequences) / denominator; they wait for apply_update.
 
-        Returns the metrics of `loss_fn` summed over everything (maxima where a name ends in `/max`), the same
-        on every rank. How sequences are spread over ranks and micro-batches changes nothing but rounding.
+        Returns the metrics of `loss_fn` summed over everything (maxima where a name ends in `/max`), and the share
+        of the model's tokens that are padding: `padding/padded` where sequences are padded to the longest of their
+        micro-batch, `padding/packed` where they are packed, whatever the config says. The same on every rank. How
+        sequences are spread over ranks and micro-batches changes nothing but rounding.
         """
         self._stage()
         self._check(sequences)
-        plan = step.plan_micro_batches(sequences, self.config, self.world)
-        micros = self._micro_batches(sequences, plan)
+        _, work = self._plan(sequences)
         collected = step.forward_backward(
-            self._model(), micros, self.config, self.architecture.vocabulary, temperature, loss_fn, denominator
+            self._model(), work, self.config, self.architecture.vocabulary, temperature, loss_fn, denominator
         )
-        return step.global_metrics(collected, self.world)
+        return step.global_metrics(collected, self.world) | self._padding(sequences)
 
     def apply_update(self) -> UpdateStats:
         """One optimizer step on the accumulated gradients, clipped to the config's global norm; zeroes them.
@@ -168,9 +167,32 @@ class Policy:
             chunk.zero_grad_buffer()
         self._stage().optimizer.zero_grad()
 
-    def _micro_batches(self, sequences: ListLike[Sequence], plan: list[list[list[int]]]):
-        multiple = step.length_multiple(self.config, self.world)
-        return step.padded_micro_batches(sequences, plan[self.world.dp_rank], multiple, self.world.device)
+    def _plan(self, sequences: ListLike[Sequence]) -> tuple[Plan, list[step.Work]]:
+        """Where each sequence goes, and this rank's micro-batches."""
+        shape = shape_of(self.config, self.world.device.type == "cuda")
+        plan = self._spread(sequences, shape)
+        return plan, step.micro_batches(sequences, plan, shape, self.world)
+
+    def _spread(self, sequences: ListLike[Sequence], shape: Shape) -> Plan:
+        layout = self.config.layout
+        return plan_micro_batches(
+            [len(sequence) for sequence in sequences],
+            ranks=layout.dp,
+            budget=self.config.micro_batch_tokens,
+            shape=shape,
+            # Interleaved pipelines need as many micro-batches as stages at a time.
+            group=layout.pp if layout.vpp > 1 else 1,
+            # Attention's operations per token grow with the sequence; the matrices' do not.
+            parity=layer_flops(self.architecture) / attention_flops(self.architecture, sequence_length=1),
+        )
+
+    def _padding(self, sequences: ListLike[Sequence]) -> dict[str, float]:
+        lengths = [len(sequence) for sequence in sequences]
+        shares = {}
+        for name, packed in (("padded", False), ("packed", True)):
+            shape = shape_of(self.config, self.world.device.type == "cuda", packed)
+            shares[f"padding/{name}"] = padding_share(lengths, self._spread(sequences, shape), shape)
+        return shares
 
     def _check(self, sequences: ListLike[Sequence]) -> None:
         longest = max(map(len, sequences))

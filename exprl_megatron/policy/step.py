@@ -1,6 +1,5 @@
 """Forward and backward over micro-batches, through whatever pipeline the layout has."""
 
-import math
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from itertools import pairwise
@@ -8,13 +7,18 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.policy.batch import MicroBatch, Sequence, filler, pad
 from exprl_megatron.policy.log_probs import response_log_probs
-from exprl_megatron.policy.packing import pack, padded
+from exprl_megatron.policy.model_input import ModelInput, model_input
+from exprl_megatron.policy.packing import Plan, Shape
 from exprl_megatron.policy.world import World
+
+Work = tuple[ModelInput, MicroBatch]
+"""A micro-batch as the model reads it, and as the loss does."""
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(log_probs [b, l], entropy [b, l], micro-batch) -> (loss sum, {metric: sum}), scalar tensors.
@@ -23,34 +27,19 @@ A metric whose name ends in `/max` is a maximum, not a sum.
 """
 
 
-def plan_micro_batches(sequences: ListLike[Sequence], config: PolicyConfig, world: World) -> list[list[list[int]]]:
-    """Indices into `sequences` as [data-parallel rank][micro-batch][row]; the same on every rank."""
-    layout = config.layout
-    lengths = [len(sequence) for sequence in sequences]
-    # Interleaved pipelines need as many micro-batches as stages at a time.
-    group = layout.pp if layout.vpp > 1 else 1
-    return pack(lengths, layout.dp, config.micro_batch_tokens, length_multiple(config, world), group)
-
-
-def length_multiple(config: PolicyConfig, world: World) -> int:
-    """Padded lengths are multiples of this: sequence parallelism cuts them, and tensor cores like round numbers."""
-    parts = config.layout.tp if config.layout.sequence_parallel else 1
-    return math.lcm(parts, 64 if world.device.type == "cuda" else 1)
-
-
-def padded_micro_batches(
-    sequences: ListLike[Sequence], plan: list[list[int]], multiple: int, device: torch.device
-) -> list[MicroBatch]:
-    """One rank's plan as tensors."""
-    micros = []
-    for indices in plan:
+def micro_batches(sequences: ListLike[Sequence], plan: Plan, shape: Shape, world: World) -> list[Work]:
+    """This rank's part of the plan as tensors."""
+    work = []
+    for indices in plan[world.dp_rank]:
         rows = [sequences[index] for index in indices] or [filler(sequences)]
-        micros.append(pad(rows, padded(max(map(len, rows)), multiple)).to(device))
-    return micros
+        length = max(map(len, rows))
+        model = model_input(rows, length, shape, world.cp_rank)
+        work.append((model.to(world.device), pad(rows, length).to(world.device)))
+    return work
 
 
 def forward_log_probs(
-    model: list[torch.nn.Module], micros: list[MicroBatch], config: PolicyConfig, vocabulary: int, temperature: float
+    model: list[torch.nn.Module], work: list[Work], config: PolicyConfig, vocabulary: int, temperature: float
 ) -> list[torch.Tensor]:
     """Log-probs [b, l] of each micro-batch on the last pipeline stage, an empty list on the others."""
 
@@ -58,12 +47,12 @@ def forward_log_probs(
         return output[0]
 
     with torch.no_grad():
-        return _run(model, micros, config, vocabulary, temperature, lambda micro: collect, forward_only=True)
+        return _run(model, work, config, vocabulary, temperature, lambda micro: collect, forward_only=True)
 
 
 def forward_backward(
     model: list[torch.nn.Module],
-    micros: list[MicroBatch],
+    work: list[Work],
     config: PolicyConfig,
     vocabulary: int,
     temperature: float,
@@ -80,16 +69,18 @@ def forward_backward(
 
         return compute
 
-    return _run(model, micros, config, vocabulary, temperature, loss_of, forward_only=False)
+    return _run(model, work, config, vocabulary, temperature, loss_of, forward_only=False)
 
 
-def _run(model, micros, config: PolicyConfig, vocabulary: int, temperature: float, on_output, forward_only: bool):
-    def output_processor(*, hidden_states, output_layer, output_weight, context: MicroBatch, **_):
+def _run(model, work: list[Work], config: PolicyConfig, vocabulary: int, temperature: float, on_output, forward_only):
+    def output_processor(*, hidden_states, output_layer, output_weight, context: Work, **_):
+        tokens, micro = context
         return response_log_probs(
             hidden_states,
             output_layer.weight if output_weight is None else output_weight,
-            context.targets,
-            context.mask,
+            micro.targets,
+            tokens.places,
+            tokens.slots,
             temperature=temperature,
             vocabulary=vocabulary,
             chunk=config.log_prob_chunk,
@@ -97,21 +88,22 @@ def _run(model, micros, config: PolicyConfig, vocabulary: int, temperature: floa
         )
 
     def forward_step(iterator, chunk):
-        micro = next(iterator)
+        tokens, micro = next(iterator)
         output = chunk(
-            micro.input_ids,
-            micro.position_ids,
+            tokens.input_ids,
+            tokens.position_ids,
             None,
+            packed_seq_params=_packed(tokens),
             output_processor=output_processor,
-            output_processor_context=micro,
+            output_processor_context=(tokens, micro),
         )
         return output, on_output(micro)
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(micros) for _ in model],
+        data_iterator=[iter(work) for _ in model],
         model=model,
-        num_microbatches=len(micros),
+        num_microbatches=len(work),
         seq_length=config.max_tokens,
         micro_batch_size=1,
         forward_only=forward_only,
@@ -119,8 +111,28 @@ def _run(model, micros, config: PolicyConfig, vocabulary: int, temperature: floa
     )
 
 
+def _packed(tokens: ModelInput) -> PackedSeqParams | None:
+    """The padding behind each sequence counts as its own: nothing lies between sequences, and causality hides it."""
+    if tokens.cu_seqlens is None:
+        return None
+    begins, longest = tokens.cu_seqlens, tokens.longest
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=begins,
+        cu_seqlens_kv=begins,
+        cu_seqlens_q_padded=begins,
+        cu_seqlens_kv_padded=begins,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        pad_between_seqs=False,
+    )
+
+
 def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> dict[str, float]:
-    """Sums (or maxima) over micro-batches and data-parallel ranks, the same on every rank."""
+    """Sums (or maxima) over micro-batches and data-parallel ranks, the same on every rank.
+
+    Ranks of a context-parallel group all have the metrics of their whole micro-batches: they are no part of the sum.
+    """
     message: list[dict[str, float]] = [{}]
     names = sorted(collected[0]) if world.last_stage else []
     if names:
@@ -138,14 +150,14 @@ def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> di
 
 
 def share_log_probs(
-    sequences: ListLike[Sequence], plan: list[list[list[int]]], collected: list[torch.Tensor], world: World
+    sequences: ListLike[Sequence], plan: Plan, collected: list[torch.Tensor], world: World
 ) -> list[list[float]]:
     """From each data-parallel rank's micro-batches to the response log-probs of all sequences, on every rank."""
     offsets = [0]
     for sequence in sequences:
         offsets.append(offsets[-1] + len(sequence.response_ids))
     flat = torch.zeros(offsets[-1], dtype=torch.float32, device=world.device)
-    if world.last_stage and world.tp_rank == 0:
+    if world.last_stage and world.tp_rank == world.cp_rank == 0:
         for indices, log_probs in zip(plan[world.dp_rank], collected, strict=True):
             for row, index in enumerate(indices):
                 first, last = len(sequences[index].prompt_ids) - 1, len(sequences[index]) - 1

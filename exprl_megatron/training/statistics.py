@@ -37,13 +37,16 @@ def group_statistics(groups: list[Group], judged: bool = False) -> dict[str, flo
 
 
 def update_statistics(sums: dict[str, float], tokens: int, denominator: float | None = None) -> dict[str, float]:
-    """Sums over response tokens become means; names that end in `/max` already are maxima.
+    """Sums over response tokens become means; names that end in `/max` already are maxima, `padding/` are shares.
 
     `loss` and what begins with `loss/` are divided by `denominator`, which is that of the loss's aggregation
     (None: the number of tokens).
     """
-    divisors = {name: denominator or tokens if name.split("/")[0] == "loss" else tokens for name in sums}
-    means = {name: value if name.endswith("/max") else value / divisors[name] for name, value in sums.items()}
+    divisors = {"loss": denominator or tokens, "padding": 1}
+    means = {
+        name: value if name.endswith("/max") else value / divisors.get(name.split("/")[0], tokens)
+        for name, value in sums.items()
+    }
     return means | {"tokens": tokens}
 
 

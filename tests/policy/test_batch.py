@@ -9,11 +9,9 @@ TWO = Sequence((4,), (3,), advantages=(0.4,))
 
 def test_targets_mask_and_numbers_lie_where_the_response_is_predicted():
     micro = pad([ONE, TWO], length=6)
-    assert micro.input_ids.tolist() == [[5, 6, 7, 8, 9, 0], [4, 3, 0, 0, 0, 0]]
     assert micro.targets.tolist() == [[6, 7, 8, 9, 0, 0], [3, 0, 0, 0, 0, 0]]
     assert micro.mask.tolist() == [[0, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
     assert torch.equal(micro.advantages, torch.tensor([[0, 0.1, 0.2, 0.3, 0, 0], [0.4, 0, 0, 0, 0, 0]]))
-    assert micro.position_ids[1].tolist() == [0, 1, 2, 3, 4, 5]
     assert micro.old_log_probs is None
 
 

@@ -1,9 +1,16 @@
+import pytest
 import torch
 
 from exprl_megatron.policy import log_probs as module
 from exprl_megatron.policy.log_probs import response_log_probs
 
 VOCABULARY = 11
+
+
+@pytest.fixture(autouse=True)
+def narrow_tiles(monkeypatch):
+    """The vocabulary takes more than one tile: 12 rows are 5, 5 and 2."""
+    monkeypatch.setattr(module, "TILE_ROWS", 5)
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -21,7 +28,8 @@ def ours(hidden, weight, targets, mask, chunk=3, temperature=0.7):
         hidden,
         weight,
         targets,
-        mask,
+        (mask.T.flatten() > 0).nonzero()[:, 0],
+        torch.arange(mask.numel()).view_as(mask).T.flatten()[mask.T.flatten() > 0],
         temperature=temperature,
         vocabulary=VOCABULARY,
         chunk=chunk,
@@ -41,7 +49,7 @@ def test_values_and_gradients_are_those_of_the_undivided_table(world):
     outer = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(1))
     expected = plain(hidden, weight, targets, mask)
     wanted = torch.autograd.grad((expected * outer).sum(), (hidden, weight))
-    for chunk in (1, 3, 100):
+    for chunk in (1, 3, 100, None):
         result = ours(hidden, weight, targets, mask, chunk)
         assert torch.allclose(result, expected, atol=1e-6)
         found = torch.autograd.grad((result * outer).sum(), (hidden, weight))
@@ -63,16 +71,36 @@ def test_extreme_logits_stay_finite(world):
 
 
 def test_no_more_than_a_chunk_of_logits_exists_at_a_time(world, monkeypatch):
-    counted, original = [], module._logits
+    counted, original = [], module._Tiles.logits
 
-    def counting(hidden, *rest):
-        counted.append(len(hidden))
-        return original(hidden, *rest)
+    def counting(tiles, hidden, rows):
+        counted.append((len(hidden), rows.stop - rows.start))
+        return original(tiles, hidden, rows)
 
-    monkeypatch.setattr(module, "_logits", counting)
+    monkeypatch.setattr(module._Tiles, "logits", counting)
     hidden, weight, targets, mask = tensors()
     ours(hidden, weight, targets, mask, chunk=3).sum().backward()
-    assert counted == [3, 3, 1, 3, 3, 1]
+    forward = [(tokens, rows) for tokens in (3, 3, 1) for rows in (5, 5, 2)]
+    assert counted == forward + [(tokens, rows) for rows in (5, 5, 2) for tokens in (3, 3, 1)]
+
+
+def test_tiles_are_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(module, "TILE_BYTES", 1000)
+    for dtype, copies in ((torch.float32, 12), (torch.bfloat16, 10)):
+        parts = module._Tiles(torch.zeros(12, 6, dtype=dtype), 1.0, 11, None).parts(100)
+        assert max(part.stop - part.start for part in parts) == 1000 // (5 * copies)
+        assert (parts[0].start, parts[-1].stop) == (0, 100)
+
+
+def test_bf16_gradients_are_those_of_fp32_rounded(world):
+    hidden, weight, targets, mask = tensors()
+    hidden, weight = (tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight))
+    wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
+    ours(hidden, weight, targets, mask).sum().backward()
+    plain(*wide, targets, mask).sum().backward()
+    for found, expected in zip((hidden, weight), wide, strict=True):
+        assert found.grad.dtype == torch.bfloat16
+        assert torch.allclose(found.grad.float(), expected.grad, atol=0.02 * float(expected.grad.abs().max()))
 
 
 def test_a_micro_batch_without_response_tokens_has_zero_gradients(world):

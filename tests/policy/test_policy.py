@@ -73,6 +73,11 @@ def test_a_stage_may_change_the_kind_of_optimizer(policy):
     assert policy.log_probs(BATCH, 1.0) != learned
 
 
+def test_offloading_the_optimizer_is_refused_where_there_is_no_gpu_to_take_it_from(policy):
+    with pytest.raises(UserError, match=r"optimizer\.offload is 0\.5, but on a machine without GPU .*; set it to 0"):
+        policy.begin_stage(OptimizerConfig(offload=0.5), total_steps=2)
+
+
 def test_starting_weights_are_kept_while_the_policy_learns(policy):
     before = policy.log_probs(BATCH, 0.9)
     policy.begin_stage(ADAM, total_steps=2, keep_start=True)
@@ -88,6 +93,16 @@ def test_gradients_wait_for_apply_update_and_are_gone_after_it(policy):
     policy.accumulate(BATCH, lambda *a: (-loss_function(*a)[0], {}), 1.0, tokens(BATCH))
     assert policy.apply_update().grad_norm == pytest.approx(0.0, abs=1e-4)
     assert whole["loss"] != 0
+
+
+def test_an_update_tells_its_share_of_padding_packed_and_padded(policy):
+    """In fp32 on one rank a packed row has none; one micro-batch of all is as wide as its longest sequence."""
+    policy.config = policy.config.model_copy(update={"micro_batch_tokens": 1000})
+    policy.begin_stage(ADAM, total_steps=9)
+    found = policy.accumulate(BATCH, loss_function, 1.0, tokens(BATCH))
+    lengths = [len(sequence) for sequence in BATCH]
+    assert found["padding/padded"] == pytest.approx(1 - sum(lengths) / (len(lengths) * max(lengths)))
+    assert found["padding/packed"] == 0.0
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(policy):

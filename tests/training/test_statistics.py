@@ -98,6 +98,11 @@ def test_losses_are_divided_by_their_own_denominator():
     assert found == {"loss": 3.0, "loss/policy": 2.0, "entropy": 2.0, "clip_share": 0.5, "tokens": 4}
 
 
+def test_shares_of_padding_are_kept_as_they_are():
+    found = update_statistics({"padding/padded": 0.4, "padding/packed": 0.01}, tokens=4, denominator=2.0)
+    assert found == {"padding/padded": 0.4, "padding/packed": 0.01, "tokens": 4}
+
+
 def test_a_gap_between_trainer_and_sampler_above_the_bound_stops_the_run():
     check_log_prob_gap({"sampler_gap/mean": 9e-5}, 1e-4)
     check_log_prob_gap({"sampler_gap/mean": 9.0}, None)

@@ -1,0 +1,56 @@
+"""What the model reads of a micro-batch: padded rows, or one row of all its sequences one behind the other."""
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, replace
+
+import torch
+
+from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.context_parallel import own_columns
+from exprl_megatron.policy.packing import Shape
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """The tokens of a micro-batch that one context-parallel rank computes.
+
+    A micro-batch's losses see [batch, length] tables (MicroBatch); `places` and `slots` tell which of the model's
+    outputs belong where in them: only tokens before a response token have an output that anybody asks for.
+    """
+
+    input_ids: torch.Tensor
+    """[rows, columns], int64."""
+    position_ids: torch.Tensor
+    """[rows, columns], int64: each sequence begins at 0."""
+    places: torch.Tensor
+    """[n], int64: rows of the hidden states [columns, rows, hidden], flattened to [columns * rows, hidden]."""
+    slots: torch.Tensor
+    """[n], int64: where their log-probs belong in the flattened [batch * length] of the micro-batch."""
+    cu_seqlens: torch.Tensor | None
+    """[sequences + 1], int32: where each sequence begins in the packed row of all ranks, and its end; None: padded."""
+    longest: int
+    """Tokens of the longest sequence, with its padding."""
+
+    def to(self, device: torch.device) -> "ModelInput":
+        """The same on `device`."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
+
+
+def model_input(sequences: ListLike[Sequence], length: int, shape: Shape, cp_rank: int = 0) -> ModelInput:
+    """The input for `sequences` as `shape` lays them out; `length` is the micro-batch's, at least the longest's."""
+    lengths = shape.with_padding([len(sequence) for sequence in sequences])
+    ids = [torch.zeros(size, dtype=torch.long) for size in lengths]
+    slots = [torch.full((size,), -1) for size in lengths]
+    for row, sequence in enumerate(sequences):
+        ids[row][: len(sequence)] = torch.tensor(sequence.prompt_ids + sequence.response_ids)
+        first, last = len(sequence.prompt_ids) - 1, len(sequence) - 1
+        slots[row][first:last] = torch.arange(first, last) + row * length
+    positions = [torch.arange(size) for size in lengths]
+    join = (lambda parts: torch.cat(parts)[None]) if shape.packed else torch.stack
+    own = own_columns(lengths if shape.packed else lengths[:1], shape.cp, cp_rank)
+    ids, positions, slots = (join(parts)[:, own].contiguous() for parts in (ids, positions, slots))
+    flat = slots.T.flatten()
+    places = (flat >= 0).nonzero()[:, 0]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if shape.packed else None
+    return ModelInput(ids, positions, places, flat[places], cu_seqlens, max(lengths))
