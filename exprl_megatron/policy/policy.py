@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
+from exprl_megatron.conversion.loading import is_converted, load_converted
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.planning.flops import attention_flops, layer_flops
 from exprl_megatron.policy import step
@@ -74,6 +75,8 @@ class Policy:
         self._wrapped: list[DistributedDataParallel] = []
         if config.initialise == "random":
             initialise(self.chunks, self.architecture, self.world, seed)
+        elif is_converted(config.model):
+            load_converted(self.chunks, self.architecture, config.model)
         else:
             load_huggingface(self.chunks, self.architecture, self.world, config.model)
 
