@@ -40,3 +40,20 @@ class PrecisionConfig(Config):
     def dtype(self) -> Literal["fp32", "bf16"]:
         """The format of parameters and activations outside FP8 products; emulation computes in fp32."""
         return "fp32" if self.kind == "fp32" or self.emulate else "bf16"
+
+    def violations(self, whole) -> list[str]:
+        return self._emulation_violations(whole.policy) if self.emulate else []
+
+    def _emulation_violations(self, policy) -> list[str]:
+        found = []
+        if not self.fp8:
+            found.append(f"policy.precision.emulate has nothing to emulate for {self.kind}; choose an fp8 kind.")
+        for name in ("fp8_parameters", "fp8_attention"):
+            if getattr(self, name):
+                found.append(f"policy.precision.{name} is not emulated; turn it or emulate off.")
+        if self.kind == "fp8-delayed" and policy.recompute == "full" and policy.layout.pp > 1:
+            found.append(
+                "policy.precision fp8-delayed is not emulated with recompute full and pp of 2 or more, as the repeated "
+                "forward pass would find newer scales; choose another recompute, kind or pp."
+            )
+        return found
