@@ -161,6 +161,11 @@ def _expert_violations(experts: Experts | None, layout: Layout) -> list[str]:
         found.append(
             f"policy.layout.etp is {layout.etp}, which does not divide an expert's {experts.ffn} columns; change it."
         )
+    # With ep above 1 the layout itself has said so already.
+    if layout.tp > 1 and layout.ep == 1 and not layout.sequence_parallel:
+        found.append(
+            f"policy.layout.tp is {layout.tp} and the model has experts, which needs sequence_parallel; turn it on."
+        )
     return found
 
 
@@ -179,6 +184,9 @@ def _unsupported(tree: dict) -> str | None:
         return "sliding_window"
     if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
         return "dense layers between its layers of experts"
+    normalised = tree["architectures"][0] == "MixtralForCausalLM" or tree.get("norm_topk_prob")
+    if tree.get("num_experts_per_tok") == 1 and normalised:
+        return "one expert for each token, whose weight is always 1"
     if tree.get("mlp_bias"):
         return "mlp_bias"
     if tree["architectures"][0] != "Qwen2ForCausalLM" and tree.get("attention_bias"):

@@ -47,6 +47,7 @@ def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) ->
     the checkpoints that were there before are then untouched.
     """
     root = Path(root)
+    policy.gather_weights()
     target, partial = _shared(lambda: _prepare(root, policy), policy, root)
     try:
         dist_checkpointing.save(_state(policy, loading=False), str(partial), _save_strategy())
@@ -141,11 +142,16 @@ def _save_strategy():
     filesystem_async._results_queue = queue.Queue()
     # With one thread a failed write is reported to every rank; with more, the failing rank raises alone.
     strategy = TorchDistSaveShardedStrategy(thread_count=1)
-    return FullyParallelSaveStrategyWrapper(strategy, parallel_state.get_data_parallel_group())
+    return FullyParallelSaveStrategyWrapper(strategy, _replicas())
 
 
 def _load_strategy():
-    return FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), parallel_state.get_data_parallel_group())
+    return FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replicas())
+
+
+def _replicas():
+    """The ranks that hold the same shards: they write and read them between them."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _record(policy: Policy, extra: dict) -> dict:

@@ -9,12 +9,22 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from exprl_megatron.config.policy import OptimizerConfig
+from exprl_megatron.errors import UserError
 from exprl_megatron.policy.precision import optimizer_settings
 
 
 def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """A fresh optimizer on the chunks' current weights; norms and biases do not decay."""
-    dtype = next(chunks[0].parameters()).dtype
+    """A fresh optimizer on the chunks' current weights; norms and biases do not decay.
+
+    Raises UserError where its state shall be offloaded from a GPU and there is none.
+    """
+    parameter = next(chunks[0].parameters())
+    dtype = parameter.dtype
+    if config.offload and not parameter.is_cuda:
+        raise UserError(
+            f"optimizer.offload is {config.offload}, but on a machine without GPU the optimizer is in host memory "
+            f"anyway; set it to 0."
+        )
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -28,6 +38,8 @@ def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataPar
             params_dtype=dtype,
             use_distributed_optimizer=config.distributed,
             **optimizer_settings(chunks[0].config),
+            overlap_param_gather=config.overlap,
+            **_offload(config),
         ),
         list(chunks),
     )
@@ -36,6 +48,19 @@ def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataPar
         if isinstance(part, DistributedOptimizer):
             _accept_states_without_step(part)
     return optimizer
+
+
+def _offload(config: OptimizerConfig) -> dict:
+    """A share of the parameters has its fp32 weights, gradients and moments in host memory and is stepped there."""
+    if not config.offload:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": config.offload,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        # The hybrid optimizer keeps fp32 weights of its own; Megatron then makes none beside them.
+        "use_precision_aware_optimizer": True,
+    }
 
 
 def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:

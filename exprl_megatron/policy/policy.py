@@ -4,16 +4,12 @@ import json
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -21,13 +17,13 @@ from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.conversion.loading import is_converted, load_converted
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.planning.flops import attention_flops, layer_flops
-from exprl_megatron.policy import step
+from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.policy.balance import weigh_balance_by_tokens
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
 from exprl_megatron.policy.packing import Plan, Shape, padding_share, plan_micro_batches, shape_of
-from exprl_megatron.policy.precision import ddp_settings
 from exprl_megatron.policy.schedule import learning_rate
 from exprl_megatron.policy.world import current_world
 from exprl_megatron.resharding.gather import Bucket, gather_buckets
@@ -90,8 +86,8 @@ class Policy:
 
         `keep_start` keeps a copy of the current weights in host memory, for log_probs(start=True).
         """
-        self._wrap(optimizer.distributed)
-        start = [_host_copy(chunk) for chunk in self.chunks] if keep_start else None
+        self._wrap(optimizer)
+        start = self._host_copies() if keep_start else None
         self.stage = StageState(optimizer, build_optimizer(optimizer, self._wrapped), total_steps, 0, start)
         self._zero_grad()
 
@@ -104,28 +100,37 @@ class Policy:
             return []
         self._check(sequences)
         plan, work = self._plan(sequences)
-        with self._starting_weights() if start else _nothing():
+        with self._starting_weights() if start else nullcontext():
             collected = step.forward_log_probs(
                 self._model(), work, self.config, self.architecture.vocabulary, temperature
             )
         return step.share_log_probs(sequences, plan, collected, self.world)
 
     def accumulate(
-        self, sequences: ListLike[Sequence], loss_fn: step.LossFunction, temperature: float, denominator: float
+        self,
+        sequences: ListLike[Sequence],
+        loss_fn: step.LossFunction,
+        temperature: float,
+        denominator: float,
+        more_follow: bool = False,
     ) -> dict[str, float]:
         """Adds the gradients of (sum of losses over all sequences) / denominator; they wait for apply_update.
 
         Returns the metrics of `loss_fn` summed over everything (maxima where a name ends in `/max`), and the share
         of the model's tokens that are padding: `padding/padded` where sequences are padded to the longest of their
         micro-batch, `padding/packed` where they are packed, whatever the config says. The same on every rank. How
-        sequences are spread over ranks and micro-batches changes nothing but rounding.
+        sequences are spread over ranks and micro-batches changes nothing but rounding. `more_follow` must be said
+        of all calls but the last before apply_update: an optimizer with `overlap` reduces gradients in the last.
         """
         self._stage()
         self._check(sequences)
         _, work = self._plan(sequences)
-        collected = step.forward_backward(
-            self._model(), work, self.config, self.architecture.vocabulary, temperature, loss_fn, denominator
-        )
+        if self.architecture.experts and self.config.moe_aux_loss:
+            weigh_balance_by_tokens(self.chunks, [tokens.input_ids for tokens, _ in work])
+        with overlap.reductions_wait(self._wrapped) if more_follow else nullcontext():
+            collected = step.forward_backward(
+                self._model(), work, self.config, self.architecture.vocabulary, temperature, loss_fn, denominator
+            )
         return step.global_metrics(collected, self.world) | self._padding(sequences)
 
     def apply_update(self) -> UpdateStats:
@@ -151,11 +156,17 @@ class Policy:
 
     def hf_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
         """Full tensors under their Hugging Face names, on rank 0, bucket by bucket; see gather_buckets."""
+        self.gather_weights()
         return gather_buckets(self.chunks, self.architecture, self.world, bucket_bytes)
 
     def save_huggingface(self, directory: str | Path) -> None:
         """Writes the current weights as a model directory; see resharding.huggingface."""
+        self.gather_weights()
         save_huggingface(self.chunks, self.architecture, self.world, self.config.model, directory)
+
+    def gather_weights(self) -> None:
+        """Waits until this rank's chunks have all of the last update; a collective, before they are read directly."""
+        overlap.gather_weights(self._wrapped)
 
     def _model(self) -> list[torch.nn.Module]:
         return list(self._wrapped or self.chunks)
@@ -206,23 +217,17 @@ class Policy:
         if not all(sequence.prompt_ids for sequence in sequences):
             raise ValueError("a sequence has no prompt: its first response token would have no log-prob")
 
-    def _wrap(self, distributed: bool) -> None:
-        """Puts the chunks into Megatron's data parallelism, with or without a sharded optimizer in mind."""
+    def _wrap(self, optimizer: OptimizerConfig) -> None:
+        """Puts the chunks into Megatron's data parallelism, as the optimizer needs it."""
         if self._wrapped:
-            if self._wrapped[0].ddp_config.use_distributed_optimizer == distributed:
+            if overlap.is_wrapped_for(self._wrapped, optimizer):
                 return
             # The buffers and hooks of the one kind cannot be taken off a model: build it again.
-            weights = [_host_copy(chunk) for chunk in self.chunks]
+            weights = self._host_copies()
             self._wrapped, self.stage = [], None
             self.chunks = build_chunks(self.architecture, self.config, self.world)
             self._set_weights(weights)
-        settings = DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            **ddp_settings(self.chunks[0].config),
-        )
-        self._wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in self.chunks]
+        self._wrapped = overlap.wrap(self.chunks, optimizer)
 
     @contextmanager
     def _starting_weights(self) -> Iterator[None]:
@@ -230,23 +235,23 @@ class Policy:
         start = self._stage().start
         if start is None:
             raise RuntimeError("the starting weights were not kept; call begin_stage with keep_start=True")
-        current = [_host_copy(chunk) for chunk in self.chunks]
+        current = self._host_copies()
         self._set_weights(start)
         try:
             yield
         finally:
             self._set_weights(current)
 
+    def _host_copies(self) -> list[dict[str, torch.Tensor]]:
+        """The current weights by name, for each chunk."""
+        self.gather_weights()
+        return [_host_copy(chunk) for chunk in self.chunks]
+
     @torch.no_grad()
     def _set_weights(self, weights: list[dict[str, torch.Tensor]]) -> None:
         for chunk, values in zip(self.chunks, weights, strict=True):
             for name, parameter in chunk.named_parameters():
                 parameter.copy_(values[name])
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _host_copy(chunk: GPTModel) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ def likelihood(log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
     return loss, {"loss": loss.detach()}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"])
 def test_a_step_on_transformer_engines_layers_agrees_with_transformers(
     tiny_model: Callable[..., Path], world, family: str
 ):
@@ -70,3 +70,23 @@ def test_exported_weights_are_those_that_went_in(tiny_model: Callable[..., Path]
     before = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).state_dict()
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("offload", [0.5, 1.0])
+def test_an_optimizer_in_host_memory_takes_the_same_steps(tiny_model: Callable[..., Path], world, offload: float):
+    from exprl_megatron.policy.policy import Policy
+
+    policies = [Policy(PolicyConfig(model=str(tiny_model("qwen3")), precision="bf16"), seed=0) for _ in range(2)]
+    for policy, share in zip(policies, (0.0, offload), strict=True):
+        policy.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5, offload=share), total_steps=3)
+    for _ in range(3):
+        losses = [policy.accumulate(BATCH, likelihood, 1.0, TOKENS)["loss"] for policy in policies]
+        norms = [policy.apply_update().grad_norm for policy in policies]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+        assert norms[0] == pytest.approx(norms[1], rel=2e-2)
+    devices = {
+        state["exp_avg"].device.type
+        for part in policies[1].stage.optimizer.chained_optimizers
+        for state in part.optimizer.state.values()
+    }
+    assert devices == ({"cpu"} if offload == 1.0 else {"cpu", "cuda"})

@@ -43,19 +43,27 @@ def policy(model: str, layout: Layout, **settings) -> Policy:
     return Policy(PolicyConfig(model=model, layout=layout, **settings), seed=3)
 
 
-def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=None) -> dict:
-    """Log-probs, then two steps: the first's gradients come in two calls."""
+def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=None, updated=None) -> dict:
+    """Log-probs, then two steps: the first's gradients come in two calls.
+
+    `export` and `updated` are where to write the weights before and after the first step.
+    """
     learner = policy(model, layout, **settings)
     batch = sequences(learner.architecture.vocabulary)
     result = {"log_probs": learner.log_probs(batch, 0.7)}
     if export is not None:
         learner.save_huggingface(export)
     learner.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5, **optimizer), total_steps=2)
-    parts = [learner.accumulate(part, loss_function, 0.7, tokens(batch)) for part in (batch[:3], batch[3:])]
+    parts = [
+        learner.accumulate(part, loss_function, 0.7, tokens(batch), more_follow=more)
+        for part, more in ((batch[:3], True), (batch[3:], False))
+    ]
     for name in ("loss", "entropy"):
         result[name] = parts[0][name] + parts[1][name]
     result["gap/max"] = max(part["gap/max"] for part in parts)
     result["grad_norm"] = learner.apply_update().grad_norm
+    if updated is not None:
+        learner.save_huggingface(updated)
     result["second"] = learner.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
     result["second_grad_norm"] = learner.apply_update().grad_norm
     result["learned"] = learner.log_probs(batch, 0.7)

@@ -4,9 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from exprl_megatron.config.policy import Layout
+from exprl_megatron.config.policy import Layout, OptimizerConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import Architecture, RopeScaling, layout_violations, read_architecture
+from exprl_megatron.policy.architecture import (
+    Architecture,
+    Experts,
+    RopeScaling,
+    layout_violations,
+    read_architecture,
+    stage_layers,
+)
 
 LLAMA_32_1B = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,6 +60,25 @@ QWEN3 = {
     "vocab_size": 151936,
 }
 
+QWEN3_MOE = {
+    **QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+}
+MIXTRAL = {
+    **{key: value for key, value in QWEN3.items() if key not in ("head_dim", "attention_bias")},
+    "architectures": ["MixtralForCausalLM"],
+    "intermediate_size": 14336,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+}
+
 
 def written(directory: Path, tree: dict) -> Path:
     (directory / "config.json").write_text(json.dumps(tree))
@@ -91,6 +117,39 @@ def test_qwen2_has_biases_and_its_head_size_follows_from_the_hidden_size(tmp_pat
     del tree["head_dim"]
     architecture = read_architecture(written(tmp_path, tree))
     assert (architecture.qk_norm, architecture.qkv_bias, architecture.head_dim) == (False, True, 64)
+
+
+def test_experts_of_qwen3_moe_are_narrower_than_its_dense_layers_would_be(tmp_path):
+    architecture = read_architecture(written(tmp_path, QWEN3_MOE))
+    assert architecture.experts == Experts(count=128, chosen=8, ffn=768, normalised=True)
+    assert (architecture.family, architecture.qk_norm) == ("qwen3-moe", True)
+    plain = read_architecture(written(tmp_path, QWEN3_MOE | {"norm_topk_prob": False}))
+    assert not plain.experts.normalised
+
+
+def test_the_number_of_experts_is_read_under_the_name_that_transformers_5_writes(tmp_path):
+    tree = QWEN3_MOE | {"num_local_experts": 16}
+    del tree["num_experts"]
+    assert read_architecture(written(tmp_path, tree)).experts.count == 16
+
+
+def test_mixtrals_experts_have_the_width_of_its_mlp(tmp_path):
+    architecture = read_architecture(written(tmp_path, MIXTRAL))
+    assert architecture.experts == Experts(count=8, chosen=2, ffn=14336, normalised=True)
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, "has dense layers between its layers of experts"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "has dense layers between its layers of experts"),
+        (QWEN3_MOE | {"num_experts_per_tok": 1}, "has one expert for each token, whose weight is always 1"),
+        (MIXTRAL | {"sliding_window": 4096}, "has sliding_window"),
+    ],
+)
+def test_mixtures_that_are_not_supported_are_refused_by_name(tmp_path, tree, said):
+    with pytest.raises(UserError, match=said):
+        read_architecture(written(tmp_path, tree))
 
 
 def test_rope_settings_are_read_under_their_newer_name_too(tmp_path):
@@ -146,3 +205,68 @@ def test_all_violations_are_listed_each_with_value_and_remedy(tmp_path):
     assert found[0].startswith("policy.layout.tp is 3, which does not divide the model's 32 attention heads;")
     assert found[1].endswith("the model's 8 KV groups; use one of 1, 2, 4, 8.")
     assert found[3].startswith("policy.layout.pp x vpp is 3, which does not divide the model's 16 layers;")
+
+
+def test_layouts_of_experts_that_fit_have_no_violations(tmp_path):
+    architecture = read_architecture(written(tmp_path, QWEN3_MOE))
+    for layout in (Layout(dp=4, ep=4), Layout(tp=4, dp=8, ep=8, etp=4, sequence_parallel=True), Layout(tp=1, dp=16)):
+        assert layout.violations(None) + layout_violations(architecture, layout) == []
+
+
+def test_experts_must_divide_over_their_ranks_and_tokens_over_tensor_parallel_ones(tmp_path):
+    architecture = read_architecture(written(tmp_path, QWEN3_MOE))
+    layout = Layout(tp=2, dp=25, ep=5, etp=5)
+    assert layout_violations(architecture, layout) == [
+        "policy.layout.ep is 5, which does not divide the model's 128 experts; change it.",
+        "policy.layout.etp is 5, which does not divide an expert's 768 columns; change it.",
+    ]
+    assert layout.violations(None) == ["policy.layout.ep with tp needs sequence_parallel; turn it on."]
+    assert layout_violations(architecture, Layout(tp=2)) == [
+        "policy.layout.tp is 2 and the model has experts, which needs sequence_parallel; turn it on."
+    ]
+
+
+def test_a_layout_of_experts_must_divide_the_ranks_of_a_stage(tmp_path):
+    assert Layout(dp=6, ep=4).violations(None) == [
+        "policy.layout.ep x etp is 4, which does not divide the 6 ranks of a pipeline stage (tp x cp x dp); "
+        "change one of them."
+    ]
+
+
+def test_a_dense_model_has_no_experts_to_spread(tmp_path):
+    found = layout_violations(read_architecture(written(tmp_path, QWEN3)), Layout(dp=4, ep=2, etp=2))
+    assert found == [
+        "policy.layout.ep is 2 but the model has no experts; set it to 1.",
+        "policy.layout.etp is 2 but the model has no experts; set it to 1.",
+    ]
+
+
+def test_uneven_pipelines_count_embedding_and_output_layer_as_layers(tmp_path):
+    architecture = replace(read_architecture(written(tmp_path, QWEN3)), layers=6)
+    both = {"embedding_as_layer": True, "head_as_layer": True}
+    assert layout_violations(architecture, Layout(pp=4, **both)) == []
+    assert stage_layers(architecture, Layout(pp=4, **both)) == [
+        [range(1)], [range(1, 3)], [range(3, 5)], [range(5, 6)],
+    ]  # fmt: skip
+    assert stage_layers(architecture, Layout(pp=2, vpp=2, **both)) == [
+        [range(1), range(3, 5)], [range(1, 3), range(5, 6)],
+    ]  # fmt: skip
+    assert layout_violations(architecture, Layout(pp=4, embedding_as_layer=True)) == [
+        "policy.layout.pp x vpp is 4, which does not divide the model's 7 layers with embedding or output layer "
+        "counted in; change pp or vpp."
+    ]
+    assert layout_violations(architecture, Layout(pp=8, **both)) == [
+        "policy.layout leaves the first or last stage without a layer; use fewer stages."
+    ]
+    assert Layout(head_as_layer=True).violations(None) == [
+        "policy.layout.embedding_as_layer and head_as_layer need pp of 2 or more; leave them out."
+    ]
+
+
+@pytest.mark.parametrize("setting", [{"overlap": True}, {"offload": 0.5}])
+def test_overlap_and_offload_need_a_distributed_optimizer(setting):
+    assert OptimizerConfig(**setting).violations(None) == []
+    (name,) = setting
+    assert OptimizerConfig(distributed=False, **setting).violations(None) == [
+        f"optimizer.{name} needs optimizer.distributed; turn that on, or leave {name} out."
+    ]

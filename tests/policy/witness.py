@@ -27,6 +27,12 @@ def sequences(vocabulary: int, count: int = 7, seed: int = 5) -> list[Sequence]:
     return made
 
 
+def equal_sequences(vocabulary: int) -> list[Sequence]:
+    """Eight sequences of 16 random tokens, which no layout has to pad."""
+    ids = torch.randint(1, vocabulary, (8, 16), generator=torch.Generator().manual_seed(9)).tolist()
+    return [Sequence(tuple(row[:4]), tuple(row[4:])) for row in ids]
+
+
 def tokens(batch: list[Sequence]) -> int:
     """Response tokens."""
     return sum(len(sequence.response_ids) for sequence in batch)
@@ -70,3 +76,30 @@ def largest_difference(ours: list[list[float]], theirs: list[list[float]]) -> fl
     assert [len(row) for row in ours] == [len(row) for row in theirs]
     pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
     return max(abs(a - b) for a, b in pairs)
+
+
+def gradient_norm_of_balance(directory: Path, vocabulary: int, weight: float) -> float:
+    """Of weight x the Switch Transformer's load-balancing loss (arXiv 2101.03961, eq. 4), summed over layers.
+
+    With E experts, k of them to a token, T tokens: loss = E sum_i f_i P_i, f_i = (tokens sent to i) / (k T), P_i
+    the mean of the router's probability for i; here the mean over equal_sequences of the loss of each.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    losses = []
+
+    def read_router(gate, inputs) -> None:
+        logits = inputs[0].reshape(-1, gate.weight.shape[1]) @ gate.weight.T
+        experts, chosen = len(gate.weight), model.config.num_experts_per_tok
+        sent = torch.zeros_like(logits).scatter(1, logits.topk(chosen).indices, 1.0).mean(0) / chosen
+        losses.append(experts * (sent * logits.softmax(-1).mean(0)).sum())
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_pre_hook(read_router)
+    batch = equal_sequences(vocabulary)
+    for sequence in batch:
+        model(torch.tensor([sequence.prompt_ids + sequence.response_ids]))
+    (weight * sum(losses) / len(batch)).backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
+    return squares**0.5
