@@ -121,7 +121,7 @@ def read_part(
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors of a model directory. Raises UserError where there are none, or one that the index names is not."""
+    """The safetensors of a model directory. Raises UserError where there are none, or one of the index is missing."""
     index = directory / INDEX
     if not index.is_file():
         single = directory / SINGLE
