@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.policy.architecture import Architecture, check_layout, stage_layers
+from exprl_megatron.policy.emulation import emulate_fp8
 from exprl_megatron.policy.local_spec import local_block
 from exprl_megatron.policy.precision import fp8_settings
 from exprl_megatron.policy.world import World
@@ -157,5 +158,7 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
         rotary_base=architecture.rope_base,
         vp_stage=stage,
     )
+    if config.precision.emulate:
+        emulate_fp8(chunk, config.precision)
     chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(place)
     return chunk.to(place)
