@@ -178,6 +178,20 @@ def _scatter_uneven(scatter: Callable) -> Callable:
     return call
 
 
+def _unless_alone(collective: Callable) -> Callable:
+    """A gather or reduce-scatter into `output`; gloo takes as long over a group of one as over the memory itself."""
+
+    @functools.wraps(collective)
+    def call(output, input_, *args, group=None, **kwargs):
+        if group is None or group.size() > 1:
+            return collective(output, input_, *args, group=group, **kwargs)
+        if output.data_ptr() != input_.data_ptr():
+            output.copy_(input_)
+        return None
+
+    return call
+
+
 def _adapt(module: types.ModuleType) -> None:
     """Gives a freshly imported `megatron.core` module the view of torch, and its own adaptions where it has any."""
     if module.__dict__.get("torch") is torch:
@@ -198,6 +212,9 @@ def _adapt(module: types.ModuleType) -> None:
     elif name == "tensor_parallel.mappings":
         module._gather_along_first_dim = _gather_uneven(module._gather_along_first_dim)
         module._reduce_scatter_along_first_dim = _scatter_uneven(module._reduce_scatter_along_first_dim)
+    elif name == "distributed.param_and_grad_buffer":
+        module.dist_all_gather_func = _unless_alone(module.dist_all_gather_func)
+        module.dist_reduce_scatter_func = _unless_alone(module.dist_reduce_scatter_func)
     elif name == "transformer.moe.moe_utils":
         module.maybe_move_tensor_to_cpu = _already_on_cpu
 

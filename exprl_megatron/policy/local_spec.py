@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from exprl_megatron.policy.attention import CausalAttention
+from exprl_megatron.policy.local_layers import SwiGlu
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -72,12 +73,12 @@ def local_block(config: TransformerConfig, layers: int) -> TransformerBlockSubmo
 
 
 def _dense_mlp() -> dict:
-    linear = MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
+    linear = MLPSubmodules(NormColumnParallelLinear, RowParallelLinear, activation_func=SwiGlu)
     return {"mlp": partial(MLP.as_mlp_submodule, submodules=linear)}
 
 
 def _experts() -> dict:
     """Router and experts in the MLP's place; the norm before them stands alone, as the router reads it too."""
-    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    linear = MLPSubmodules(ColumnParallelLinear, RowParallelLinear, activation_func=SwiGlu)
     experts = MoESubmodules(experts=partial(SequentialMLP, submodules=linear))
     return {"pre_mlp_layernorm": RMSNorm, "mlp": partial(MoELayer, submodules=experts)}

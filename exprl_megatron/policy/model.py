@@ -9,8 +9,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.policy.architecture import Architecture, check_layout, stage_layers
+from exprl_megatron.policy.architecture import Architecture, check_layout, padded_vocabulary, stage_layers
 from exprl_megatron.policy.emulation import emulate_fp8
+from exprl_megatron.policy.local_layers import RowRotaryEmbedding
 from exprl_megatron.policy.local_spec import local_block
 from exprl_megatron.policy.precision import fp8_settings
 from exprl_megatron.policy.world import World
@@ -30,11 +31,6 @@ def build_chunks(
     stages = [stage if config.layout.vpp > 1 else None for stage in range(config.layout.vpp)]
     with torch.device("meta") if meta else nullcontext():
         return [_chunk(architecture, config, world, stage, meta) for stage in stages]
-
-
-def padded_vocabulary(architecture: Architecture, tp: int) -> int:
-    """Rows of the embedding: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
-    return math.ceil(architecture.vocabulary / tp) * tp
 
 
 def transformer_config(architecture: Architecture, config: PolicyConfig, device: torch.device) -> TransformerConfig:
@@ -88,6 +84,8 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         deallocate_pipeline_outputs=cuda,
         attention_softmax_in_fp32=True,
         bias_activation_fusion=cuda,
+        # What the local spec gives for an activation function is taken under this name.
+        use_te_activation_func=not cuda,
         bias_dropout_fusion=cuda,
         apply_rope_fusion=cuda,
         masked_softmax_fusion=False,
@@ -158,6 +156,8 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
         rotary_base=architecture.rope_base,
         vp_stage=stage,
     )
+    if world.device.type != "cuda":
+        chunk.rotary_pos_emb = RowRotaryEmbedding(architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=True)
     if config.precision.emulate:
         emulate_fp8(chunk, config.precision)
     chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(place)

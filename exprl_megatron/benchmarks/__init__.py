@@ -1,0 +1,1 @@
+"""What the benchmarks in tools/ measure and compare with."""
