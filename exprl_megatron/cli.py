@@ -8,6 +8,7 @@ import typer
 
 from exprl_megatron.errors import RunStopped, ServerError, UserError
 from exprl_megatron.evaluation.command import eval_command
+from exprl_megatron.planning.command import plan_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -61,6 +62,7 @@ def judge_bench(
 
 
 app.command("eval")(eval_command)
+app.command("plan")(plan_command)
 
 
 @app.command()

@@ -25,10 +25,13 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     begin with `x-` are for `${x-...}` to refer to. Raises UserError with one sentence for each violation,
     all of them at once.
     """
-    path = Path(path)
-    tree = _loaded(path)
+    return resolve_config(_loaded(Path(path)), overrides, path)
+
+
+def resolve_config(tree: Container, overrides: tuple[str, ...] | list[str], path: str | Path) -> RunConfig:
+    """`tree` under the overrides, checked; errors name `path` as where it is from. Raises what load_config raises."""
     for override in overrides:
-        _override(tree, override, path)
+        _override(tree, override, Path(path))
     try:
         resolved = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:

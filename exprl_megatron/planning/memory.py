@@ -179,11 +179,11 @@ def server_memory(
     large = gpu.memory_bytes >= 160 * GIB
     reserve = max(0.5 + 1.5 * CHUNKED_PREFILL[large] / 1024 + GRAPHED_BATCH * 2 / 1024 + server.tp / 8, 10) * GIB
     free = gpu.memory_bytes - reserve - weights
-    if free <= 0:
-        short = -free / GIB
+    if free <= bucket_bytes:
+        short = (bucket_bytes - free) / GIB
         raise UserError(
-            f"A server with tp {server.tp} needs {short:.1f} GB more than a {gpu.name} has for the weights alone; "
-            "raise its tp."
+            f"A server with tp {server.tp} needs {short:.1f} GiB more than a {gpu.name} has for its weights and reserve "
+            "alone; raise its tp."
         )
     if server.max_total_tokens is not None:
         free = min(free, server.max_total_tokens * kv_bytes_per_token(architecture, server.tp))
@@ -216,7 +216,7 @@ def _fp8_bytes(policy: PolicyConfig, gpu: Gpu | None) -> float:
     """Bytes of a quantised weight: as rows and as columns, where the tensor core cannot read columns of rows."""
     if policy.precision.kind == "mxfp8":
         return 2 + 2 / 32
-    one_copy = gpu is not None and "mxfp8" in gpu.fp8_kinds and policy.precision.kind != "fp8-blockwise"
+    one_copy = gpu is not None and gpu.blackwell and policy.precision.kind != "fp8-blockwise"
     return 1 if one_copy else 2
 
 

@@ -6,6 +6,7 @@ from math import prod
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import Architecture, padded_vocabulary, stage_layers
+from exprl_megatron.resharding.names import hf_shapes, parameters
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,6 @@ def _ends(architecture: Architecture, layout: Layout, pp_rank: int) -> Counts:
 @cache
 def _layer(architecture: Architecture) -> tuple[int, int, int, int]:
     """One layer's elements: (whole on every rank, vectors cut over tp, matrices cut over tp, experts)."""
-    # The table of names imports torch, which other parts of a plan do without.
-    from exprl_megatron.resharding.names import hf_shapes, parameters
-
     one = replace(architecture, layers=1)
     shapes = hf_shapes(one)
     whole = cut = matrices = experts = 0

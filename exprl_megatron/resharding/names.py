@@ -1,15 +1,20 @@
 """The table of names: which Hugging Face tensors make up which Megatron parameter, on which rank, and how.
 
-Loading, export and every weight transport read this one table. It is pure: no process group, no Megatron.
+Loading, export and every weight transport read this one table. It is pure: no process group, no Megatron,
+and torch only where tensors are joined: the planner counts parameters by it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import Architecture, stage_layers
+
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -38,7 +43,7 @@ class Rule:
         if self.split_dim is None:
             return self.parts(shards[0])
         by_tensor = zip(*(self.parts(shard) for shard in shards), strict=True)
-        return tuple(torch.cat(parts, dim=self.split_dim) for parts in by_tensor)
+        return tuple(_joined(parts, self.split_dim) for parts in by_tensor)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class GateUp(Rule):
     split_dim: int = 0
 
     def merge(self, parts):
-        return torch.cat(tuple(parts))
+        return _joined(parts)
 
     def parts(self, parameter):
         return parameter.chunk(2)
@@ -66,7 +71,7 @@ class QueryKeyValue(Rule):
         query, key, value = parts
         groups = key.shape[0] // self.head_dim
         grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in (query, key, value)]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
+        return _joined(grouped, 1).flatten(0, 1)
 
     def parts(self, parameter):
         rows = (self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
@@ -83,7 +88,7 @@ class Vocabulary(Rule):
     """Rows without padding."""
 
     def join(self, shards):
-        return (torch.cat(tuple(shards))[: self.rows],)
+        return (_joined(shards)[: self.rows],)
 
 
 @dataclass(frozen=True)
@@ -224,3 +229,9 @@ def _expert_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shapes |= {name.format(expert): (experts.ffn, hidden) for name in (gate, up)}
         shapes[down.format(expert)] = (hidden, experts.ffn)
     return shapes
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    import torch
+
+    return torch.cat(tuple(parts), dim=dim)

@@ -1,0 +1,150 @@
+"""A finished run's seconds and tokens beside what the planner says of its config and its lengths."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+
+from rich.console import Console
+from rich.table import Table
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stages import Stage
+from exprl_megatron.errors import UserError
+from exprl_megatron.planning.hardware import Gpu, find_gpu
+from exprl_megatron.planning.plan import Plan, plan
+from exprl_megatron.planning.workload import Workload, workload_of
+
+MEASURED = {
+    "sample and judge": ("sample", "judge"),
+    "log-probs": ("log-probs",),
+    "train": ("train",),
+    "reshard": ("reshard",),
+}
+"""A row of the comparison, and the plan's phases that it sums."""
+CLOCKS = {
+    "sample and judge": "seconds/sample_and_grade",
+    "log-probs": "seconds/log_probs",
+    "train": "seconds/train",
+    "reshard": "seconds/sync",
+}
+"""The run's clock of each row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase of one stage; None where a side knows nothing of it."""
+
+    stage: str
+    phase: str
+    predicted_s: float | None
+    measured_s: float | None
+    """Median over the stage's steps."""
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over measured."""
+        return self.predicted_s / self.measured_s if self.predicted_s and self.measured_s else None
+
+
+def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
+    """Print the rows of every stage; without `gpu_name` a run in fp32 is one of this machine's CPU, else of H100."""
+    from exprl_megatron.training.directory import RunDirectory, read_config
+
+    directory = RunDirectory(run)
+    config = read_config(directory)
+    gpu, how = _device(config, gpu_name)
+    rows = compare_run(config, directory, gpu)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "run": str(run),
+                    "gpu": asdict(gpu) | {"fp8_kinds": sorted(gpu.fp8_kinds)},
+                    "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+                },
+                indent=1,
+            )
+        )
+        return
+    console = Console()
+    table = Table("stage", "phase", "predicted s", "measured s", "predicted / measured", title=f"{run} on {gpu.name}")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(row.stage, row.phase, *map(_number, (row.predicted_s, row.measured_s, row.ratio)))
+    console.print(table)
+    console.print(how, markup=False, highlight=False, soft_wrap=True)
+
+
+def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[Row]:
+    """Every stage that has run at least one step. Raises UserError where none has."""
+    from exprl_megatron.reporting.metrics import read_metrics
+
+    records = read_metrics(directory.metrics)
+    found = []
+    for stage in config.stages:
+        steps = [record["metrics"] for record in records if record["stage"] == stage.name]
+        if steps:
+            workload = lived(config, stage, steps, directory)
+            found += _rows(stage.name, plan(config, stage, workload, gpu), steps)
+    if not found:
+        raise UserError(f"The run in {directory.root} has finished no step; wait for one.")
+    return found
+
+
+def lived(config: RunConfig, stage: Stage, steps: list[dict], directory) -> Workload:
+    """The stage's step with the lengths that the run really had: responses from its metrics, prompts from its journal."""
+    responses = [step["length/mean"] for step in steps if step.get("length/mean")]
+    guessed = workload_of(config, stage, response_tokens=fmean(responses) if responses else None)
+    if not guessed.sampled:
+        rows = [step["tokens"] / guessed.problems for step in steps if step.get("tokens")]
+        return replace(guessed, response_tokens=fmean(rows)) if rows else guessed
+    prompts = _prompt_lengths(directory, stage.name)
+    return replace(guessed, prompt_tokens=fmean(prompts)) if prompts else guessed
+
+
+def _prompt_lengths(directory, stage: str) -> list[int]:
+    """Of the last step that the journal holds."""
+    from exprl_megatron.training.journal import Journal
+
+    journal = Journal(directory.journal)
+    steps = journal.steps(stage)
+    sampled = journal.read(stage, steps[-1]) if steps else None
+    if sampled is None:
+        return []
+    return [len(member.trace.prompt_ids) for group in sampled.groups for member in group.members]
+
+
+def _rows(stage: str, planned: Plan, steps: list[dict]) -> list[Row]:
+    seconds = {phase.name: phase.seconds for phase in planned.phases}
+    rows = []
+    for name, parts in MEASURED.items():
+        predicted = sum(seconds.get(part, 0.0) for part in parts)
+        clocks = [step[CLOCKS[name]] for step in steps if step.get(CLOCKS[name])]
+        if predicted or clocks:
+            rows.append(Row(stage, name, predicted or None, median(clocks) if clocks else None))
+    # A checkpoint is written between steps.
+    whole = sum(seconds.values()) - seconds["save"]
+    return [*rows, Row(stage, "step", whole, median(step["seconds/step"] for step in steps))]
+
+
+def _device(config: RunConfig, name: str | None) -> tuple[Gpu, str]:
+    """The hardware to predict for, and a sentence about the prediction."""
+    if name is None and config.policy.precision.dtype != "fp32":
+        name = "h100"
+    if name is not None:
+        gpu = find_gpu(name)
+        return gpu, f"Predicted for {gpu.name}, with the lengths that the run had; measured: medians over steps."
+    from exprl_megatron.planning.machine import measured_cpu
+
+    gpu = measured_cpu(config.policy.layout.world_size)
+    return gpu, (
+        f"This machine's CPU was measured just now: {gpu.fp32_flops / 1e9:.1f} GFLOP/s a process in products, "
+        f"{gpu.hbm_bytes_per_s / 1e9:.1f} GB/s in copies. The time model is one of GPUs and large models: for a small "
+        "model on a CPU, whose time goes into starting operations, expect the order of magnitude alone."
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

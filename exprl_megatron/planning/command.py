@@ -1,0 +1,66 @@
+"""`exprl plan` on the command line."""
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exprl_megatron.errors import UserError
+
+
+def plan_command(
+    target: Annotated[
+        str | None, typer.Argument(help="A run's YAML, a model's directory, or a model's name, such as llama-3.3-70b.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs in all; layouts for them are ranked. (default: the config's)")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="h100, h200, b200 or gb200. (default: h100; a run in fp32: this machine's CPU)")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="With a model's name: the judge's model.")] = None,
+    train_only: Annotated[bool, typer.Option("--train-only", help="All --gpus train, none serves.")] = False,
+    stage: Annotated[str | None, typer.Option(help="The stage to plan. (default: the first)")] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(help="Mean length of a prompt. (default: 256)")] = None,
+    response_tokens: Annotated[float | None, typer.Option(help="Mean length of a response. (default: half)")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 8,
+    against: Annotated[Path | None, typer.Option(help="A run's directory: predicted beside measured.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Say what fits and how long a step takes, before anything is submitted."""
+    if against is not None:
+        from exprl_megatron.planning.against import print_comparison
+
+        if target is not None or gpus is not None:
+            raise UserError("--against takes config and GPUs from the run; leave target and --gpus out.")
+        print_comparison(against, gpu, json)
+        return
+    if target is None:
+        raise UserError("Nothing to plan is named; give a run's YAML, a model, or --against RUN.")
+    _plan(target, overrides or [], gpus, gpu, judge, train_only, stage, (prompt_tokens, response_tokens), top, json)
+
+
+def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, lengths, top, as_json) -> None:
+    from rich.console import Console
+
+    from exprl_megatron.planning.hardware import find_gpu
+    from exprl_megatron.planning.report import plan_record, print_plan
+    from exprl_megatron.planning.study import study
+
+    found = study(
+        target,
+        overrides,
+        find_gpu(gpu_name or "h100"),
+        gpus=gpus,
+        judge=judge,
+        train_only=train_only,
+        stage_name=stage_name,
+        lengths=lengths,
+        top=top,
+    )
+    if as_json:
+        print(json_format.dumps(plan_record(found), indent=1))
+    else:
+        print_plan(found, Console())

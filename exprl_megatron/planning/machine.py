@@ -1,0 +1,58 @@
+"""This machine's CPU as the planner's hardware, measured on the spot."""
+
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from exprl_megatron.planning.hardware import Gpu
+from exprl_megatron.planning.kernels import SHARES
+
+SIZE = 512
+"""Rows, columns and depth of the product that is timed."""
+COPIED = 64 * 2**20
+"""Bytes of the copy that is timed."""
+
+
+def measured_cpu(processes: int) -> Gpu:
+    """One of `processes` equal trainer processes on this machine, each with one thread.
+
+    What is measured is what is reached; the planner takes shares of peaks, so the peaks are set higher by as much.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        matrix = torch.randn(SIZE, SIZE)
+        flops = 2.0 * SIZE**3 / _fastest(lambda: matrix @ matrix)
+        values = torch.randn(COPIED // 4)
+        target = torch.empty_like(values)
+        copied = 2.0 * COPIED / _fastest(lambda: target.copy_(values))
+    finally:
+        torch.set_num_threads(threads)
+    peak, bandwidth = flops / SHARES.gemm_bf16, copied / SHARES.traffic
+    return Gpu(
+        name="this CPU",
+        memory_bytes=psutil.virtual_memory().total // processes,
+        fp32_flops=peak,
+        bf16_flops=peak,
+        fp8_flops=peak,
+        hbm_bytes_per_s=bandwidth,
+        nvlink_bytes_per_s=bandwidth,
+        nic_bytes_per_s=bandwidth,
+        host_bytes_per_s=bandwidth,
+        host_memory_bytes_per_s=bandwidth,
+        gpus_per_node=processes,
+        multiprocessors=0,
+        fp8_kinds=frozenset(),
+    )
+
+
+def _fastest(work: Callable[[], object], times: int = 10) -> float:
+    """Seconds of the fastest of several runs: the machine may be busy with other things."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)

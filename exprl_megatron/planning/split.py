@@ -1,0 +1,66 @@
+"""How to divide GPUs between trainer, sampling servers and judge: the division whose step is the shortest."""
+
+from collections.abc import Iterator
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.config.stages import Stage
+from exprl_megatron.errors import UserError
+from exprl_megatron.planning.hardware import Gpu
+from exprl_megatron.planning.layouts import Learning
+from exprl_megatron.planning.plan import Plan, plan, ranked
+from exprl_megatron.planning.workload import Workload
+
+EIGHTHS = (2, 3, 4, 5, 6)
+"""Of all GPUs, that the trainer is tried with."""
+JUDGE_EIGHTHS = (1, 2, 3)
+
+
+def best_division(
+    config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int, top: int
+) -> tuple[RunConfig, Plan, list[Learning]]:
+    """The config with layout and servers set, its plan, and the best layouts of as many trainer GPUs.
+
+    Raises UserError where no division fits.
+    """
+    found = []
+    for trainer, judge in _divisions(gpus, judged=workload.judgements > 0 and not config.judge.endpoints):
+        layouts = ranked(config, stage, workload, gpu, trainer, top)
+        if not layouts:
+            continue
+        laid = config.model_copy(update={"policy": layouts[0].policy})
+        for tried in _served(laid, gpus - trainer - judge, judge):
+            planned = plan(tried, stage, workload, gpu)
+            if not planned.faults:
+                found.append((tried, planned, layouts))
+    if not found:
+        raise UserError(
+            f"{gpus} {gpu.name} cannot hold trainer and servers of {config.policy.model} in any layout; take more "
+            "GPUs, a larger one, or optimizer.offload."
+        )
+    return min(found, key=lambda one: one[1].step_s)
+
+
+def _divisions(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
+    """(trainer, judge) GPUs; the rest samples."""
+    for eighths in EIGHTHS:
+        for judging in JUDGE_EIGHTHS if judged else (0,):
+            trainer, judge = gpus * eighths // 8, gpus * judging // 8
+            if trainer and trainer + judge < gpus and (judge or not judged):
+                yield trainer, judge
+
+
+def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfig]:
+    """The config with those GPUs in equal servers of every size."""
+    for server in _servers(config.server, sampling):
+        if not judging:
+            yield config.model_copy(update={"server": server})
+            continue
+        for judge_server in _servers(config.judge.server, judging):
+            judge = config.judge.model_copy(update={"server": judge_server})
+            yield config.model_copy(update={"server": server, "judge": judge})
+
+
+def _servers(server: ServerConfig, gpus: int) -> list[ServerConfig]:
+    sizes = [tp for tp in (1, 2, 4, 8) if gpus % tp == 0]
+    return [server.model_copy(update={"count": gpus // tp, "tp": tp}) for tp in sizes]
