@@ -69,7 +69,7 @@ def test_weights_are_small_enough_to_be_committed():
 def test_the_script_writes_the_committed_problems(maker, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["make_miniature.py", "--policy-rows", "1", "--judge-rows", "1"])
     maker.write_data(tmp_path, tmp_path, maker.parsed_arguments())
-    names = ("train", "heldout", "judged", "hard-train", "hard-heldout", "hard-traces")
+    names = ("train", "heldout", "judged", "hard-train", "hard-heldout")
     for name in (f"{name}.jsonl" for name in names):
         assert filecmp.cmp(tmp_path / name, MINIATURE / name, shallow=False)
 

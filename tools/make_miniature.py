@@ -7,8 +7,7 @@
     <out>/judged.jsonl            {"problem_id", "problem", "reference", "answer", "trace", "correct"}: traces of
                                   held-out problems, right, slipped and unfinished, for `exprl judge-bench`
     <build>/*-sft.jsonl           {"id", "prompt", "completion"}: what the two models learn from, in this order
-    <out>/hard-*.jsonl            train and heldout of the study, all of them of the longest chains, and prompts and
-                                  completions of the former worked in the policy's own style
+    <out>/hard-*.jsonl            train and heldout of the study, all of them of the longest chains
 
 No problem to train on or held out is in another file. Training takes minutes and is the project's own SFT
 stage (recipes/configs/miniature-*.yaml); interrupted, it goes on from its checkpoint when called again.
@@ -153,8 +152,6 @@ def write_data(made: Path, out: Path, args: argparse.Namespace) -> None:
     write_rows(out / "hard-heldout.jsonl", problem_rows("hard-heldout", hard_heldout))
     write_rows(out / "hard-train.jsonl", problem_rows("hard-train", hard_train))
     write_rows(out / "judged.jsonl", judged_rows(Random(f"judged {args.seed}"), heldout))
-    worked = ((chains.problem_text(chain), chains.worked_text(chain)) for chain in hard_train)
-    write_rows(out / "hard-traces.jsonl", lesson_rows("trace", worked))
     policy = chains.base_sft_pairs(Random(f"base {args.seed}"), args.policy_rows, taken)
     write_rows(made / "policy-sft.jsonl", lesson_rows("policy", policy))
     judge = chains.judge_sft_pairs(Random(f"judge {args.seed}"), args.judge_rows, taken)

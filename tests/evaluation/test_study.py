@@ -75,4 +75,4 @@ def test_every_arm_draws_as_many_samples_as_any_other(study):
         *prime, sparse = one.config.stages
         assert (sparse.kind, sparse.steps) == ("sparse-rl", 10)
         drawn[one.arm] = sum(s.steps * s.problems_per_step * s.group_size for s in prime if s.kind != "sft")
-    assert {samples for arm, samples in drawn.items() if arm not in ("base", "sft", "sft-own-style")} == {12 * 16 * 16}
+    assert {samples for arm, samples in drawn.items() if arm not in ("base", "sft")} == {12 * 16 * 16}
