@@ -1,3 +1,9 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -108,3 +114,14 @@ def test_a_micro_batch_without_response_tokens_has_zero_gradients(world):
     result = ours(hidden, weight, targets, torch.zeros_like(mask))
     result.sum().backward()
     assert result.abs().sum() == hidden.grad.abs().sum() == weight.grad.abs().sum() == 0
+
+
+@pytest.mark.slow
+def test_the_logits_of_16k_tokens_and_152k_rows_take_less_than_1_gb_forward_and_backward():
+    """One fp32 copy of them would be 10 GB. The hidden size is small: inputs and gradients are not what is measured."""
+    script = Path(__file__).with_name("log_probs_peak.py")
+    command = [sys.executable, str(script), "16384", "152064", "64", "float32"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["extra_bytes"] < 2**30
