@@ -157,7 +157,9 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
         vp_stage=stage,
     )
     if world.device.type != "cuda":
-        chunk.rotary_pos_emb = RowRotaryEmbedding(architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=True)
+        chunk.rotary_pos_emb = RowRotaryEmbedding(
+            architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=True
+        )
     if config.precision.emulate:
         emulate_fp8(chunk, config.precision)
     chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(place)
