@@ -1,0 +1,74 @@
+"""tools/bench_fp8.py without a GPU: it runs real layers, and says what was measured and what was not."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from exprl_megatron.benchmarks.layer_report import NVIDIA_SPEEDUP, known_gpu, predicted, throughput
+from exprl_megatron.benchmarks.layers import LayerFigures, Work, narrowed, speedups
+from exprl_megatron.planning.hardware import GPUS
+from exprl_megatron.planning.targets import find_architecture
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import bench_fp8
+
+LLAMA, _ = find_architecture("llama-3.1-70b")
+WORK = Work(replace(LLAMA, layers=4), shallow=2, sequence_length=8192, sequences=1)
+
+
+def test_a_run_on_a_cpu_says_that_no_fp8_kernel_ran(tmp_path, capsys):
+    bench_fp8.main(f"--layers 2 --shrink 128 --seq 32 --rounds 1 --json {tmp_path / 'f.json'}".split())
+    told = capsys.readouterr().out
+    assert "no FP8 kernel ran" in told
+    assert "fp8-blockwise over bf16" in told and f"{NVIDIA_SPEEDUP:.2f}x" in told
+    assert all("PREDICTION" in line for line in told.splitlines() if "fp8" in line.lower() and "kernel" not in line)
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["fp8_kernels"] is False
+    assert [(m["precision"], m["layers"]) for m in found["measured"]] == [
+        ("bf16", 2), ("bf16", 80), ("fp32", 2), ("fp32", 80)
+    ]  # fmt: skip
+    assert {p["precision"] for p in found["predicted"]} == {"bf16", "fp8-tensorwise", "fp8-blockwise"}
+
+
+def test_one_layer_is_refused_as_its_time_comes_from_two_depths():
+    with pytest.raises(SystemExit, match="--layers is 1; give 2 or more"):
+        bench_fp8.main(["--layers", "1"])
+
+
+def test_depths_are_extrapolated_along_a_line():
+    # 1 s for the output layer and 3 s for each layer, half as long in FP8.
+    slow = LayerFigures("bf16", deep_s=(13.0, 13.0), shallow_s=(7.0, 7.0), peak_bytes=None)
+    fast = LayerFigures("fp8-tensorwise", deep_s=(7.0, 7.0), shallow_s=(4.0, 4.0), peak_bytes=None)
+    assert slow.seconds(WORK, 80) == (241.0, 241.0)
+    assert speedups(slow, fast, WORK, 80) == pytest.approx((241 / 121,) * 3)
+
+
+def test_utilisation_is_of_the_named_peak():
+    # 6 operations a parameter and token, and causal attention: 6 x 2 x layers x hidden x length / 2.
+    parameters = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672) + 128256 * 8192
+    needed = 6 * parameters + 6 * 80 * 8192 * 8192
+    figures = LayerFigures("fp8-tensorwise", deep_s=(0.5,), shallow_s=(0.25,), peak_bytes=None)
+    found = throughput(figures, WORK, 80, tp=2, gpu=GPUS["h100"])
+    assert found.tokens_per_s_per_gpu == pytest.approx(8192 / 10 / 2)
+    assert found.mfu == pytest.approx(needed * 8192 / 10 / 2 / 1978.9e12)
+    assert found.peak == "H100 SXM dense FP8 1979 TFLOP/s"
+    assert throughput(figures, WORK, 80, tp=2, gpu=None).mfu is None
+
+
+def test_fp8_is_predicted_faster_than_bf16_but_not_twice_as_fast():
+    seconds = {k: predicted(LLAMA, k, WORK, 8, GPUS["h100"]).seconds for k in ("bf16", "fp8-tensorwise")}
+    assert 1.1 < seconds["bf16"] / seconds["fp8-tensorwise"] < 2
+
+
+def test_the_gpu_is_known_by_what_torch_calls_it():
+    assert known_gpu("NVIDIA H100 80GB HBM3") is GPUS["h100"]
+    assert known_gpu("NVIDIA GB200") is GPUS["gb200"]
+    assert known_gpu("NVIDIA A100-SXM4-80GB") is None
+
+
+def test_narrow_layers_keep_the_size_of_a_head():
+    narrow = narrowed(LLAMA, 16, tp=2)
+    assert (narrow.hidden, narrow.heads, narrow.kv_groups, narrow.head_dim, narrow.ffn) == (512, 4, 2, 128, 1792)
