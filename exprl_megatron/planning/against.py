@@ -17,7 +17,7 @@ from exprl_megatron.planning.workload import Workload, workload_of
 
 MEASURED = {
     "sample and judge": ("sample", "judge"),
-    "log-probs": ("log-probs",),
+    "log-probs": ("score start", "log-probs"),
     "train": ("train",),
     "reshard": ("reshard",),
 }
@@ -94,7 +94,7 @@ def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[Row]:
 
 
 def lived(config: RunConfig, stage: Stage, steps: list[dict], directory) -> Workload:
-    """The stage's step with the lengths that the run really had: responses from its metrics, prompts from its journal."""
+    """The stage's step with the lengths that the run had: responses from its metrics, prompts from its journal."""
     responses = [step["length/mean"] for step in steps if step.get("length/mean")]
     guessed = workload_of(config, stage, response_tokens=fmean(responses) if responses else None)
     if not guessed.sampled:

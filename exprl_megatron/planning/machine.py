@@ -33,7 +33,7 @@ def measured_cpu(processes: int) -> Gpu:
     peak, bandwidth = flops / SHARES.gemm_bf16, copied / SHARES.traffic
     return Gpu(
         name="this CPU",
-        memory_bytes=psutil.virtual_memory().total // processes,
+        memory_bytes=psutil.virtual_memory().total,
         fp32_flops=peak,
         bf16_flops=peak,
         fp8_flops=peak,
@@ -48,11 +48,11 @@ def measured_cpu(processes: int) -> Gpu:
     )
 
 
-def _fastest(work: Callable[[], object], times: int = 10) -> float:
-    """Seconds of the fastest of several runs: the machine may be busy with other things."""
-    seconds = []
-    for _ in range(times):
+def _fastest(work: Callable[[], object], for_s: float = 2.0) -> float:
+    """Seconds of the fastest of many runs: the machine may be busy with other things."""
+    until, fastest = time.monotonic() + for_s, float("inf")
+    while time.monotonic() < until or fastest == float("inf"):
         started = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        fastest = min(fastest, time.perf_counter() - started)
+    return fastest

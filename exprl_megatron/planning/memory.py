@@ -182,7 +182,7 @@ def server_memory(
     if free <= bucket_bytes:
         short = (bucket_bytes - free) / GIB
         raise UserError(
-            f"A server with tp {server.tp} needs {short:.1f} GiB more than a {gpu.name} has for its weights and reserve "
+            f"A server with tp {server.tp} needs {short:.1f} GiB more than a {gpu.name} has, for weights and reserve "
             "alone; raise its tp."
         )
     if server.max_total_tokens is not None:

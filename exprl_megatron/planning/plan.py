@@ -43,7 +43,7 @@ class Phase:
 
     name: str
     device: str
-    """trainer, policy server or judge server."""
+    """trainer, policy server, judge server or start server."""
     seconds: float
     """That it adds to a step."""
     memory: Memory
@@ -92,11 +92,13 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
     if workload.sampled:
         gpus["policy server"] = config.server.count * config.server.tp
         phases += _serving(config, architecture, workload, gpu, gpus, faults, notes)
+    start = _starting_policy(config, stage, architecture, workload, gpu, one) if workload.keeps_start else {}
+    if start and config.policy.starting_policy == "server":
+        phases += _start_server(config, architecture, gpu, gpus, start, faults)
     phases += _trainer(config, stage, architecture, workload, gpu, one)
     faults += [
         _too_much(phase, gpu, one) for phase in phases if phase.device == "trainer" and phase.memory.over(gpu) > 0
     ]
-    start = _starting_policy(config, stage, architecture, workload, gpu, one) if workload.keeps_start else {}
     return Plan(config.policy.model, gpu, gpus, workload, one, phases, start, faults, notes)
 
 
@@ -162,6 +164,17 @@ def _serving(config, architecture, workload, gpu, gpus, faults, notes) -> list[P
     verdicts = traces * workload.judgements * workload.verdict_tokens
     tail = judging_tail(sampling, judging, own_devices=True)
     return [*phases, Phase("judge", "judge server", tail, held, verdicts / judging.total_s / gpus["judge server"])]
+
+
+def _start_server(config, architecture, gpu, gpus, start, faults) -> list[Phase]:
+    """One more server like the policy's, with the stage's starting weights."""
+    gpus["start server"] = config.server.tp
+    try:
+        memory = server_memory(architecture, config.server, gpu)
+    except UserError as error:
+        faults.append(f"score start: {error}")
+        return []
+    return [Phase("score start", "start server", start["server_score_s"], memory)]
 
 
 def _trainer(config, stage, architecture, workload, gpu, one: Learning) -> list[Phase]:

@@ -52,7 +52,7 @@ def _divisions(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
 
 def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfig]:
     """The config with those GPUs in equal servers of every size."""
-    for server in _servers(config.server, sampling):
+    for server in _servers(config.server, sampling, apart=int(config.scores_start)):
         if not judging:
             yield config.model_copy(update={"server": server})
             continue
@@ -61,6 +61,7 @@ def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfi
             yield config.model_copy(update={"server": server, "judge": judge})
 
 
-def _servers(server: ServerConfig, gpus: int) -> list[ServerConfig]:
-    sizes = [tp for tp in (1, 2, 4, 8) if gpus % tp == 0]
-    return [server.model_copy(update={"count": gpus // tp, "tp": tp}) for tp in sizes]
+def _servers(server: ServerConfig, gpus: int, apart: int = 0) -> list[ServerConfig]:
+    """Servers of every size on `gpus`, leaving room for so many more of their kind."""
+    sizes = [tp for tp in (1, 2, 4, 8) if gpus % tp == 0 and gpus // tp > apart]
+    return [server.model_copy(update={"count": gpus // tp - apart, "tp": tp}) for tp in sizes]

@@ -67,9 +67,9 @@ def _with_best_layout(config: RunConfig, stage: Stage, workload: Workload, gpu: 
 
 def _served(config: RunConfig, workload: Workload) -> int:
     judged = workload.judgements > 0 and not config.judge.endpoints
-    return config.server.count * config.server.tp + (
-        config.judge.server.count * config.judge.server.tp if judged else 0
-    )
+    servers = config.server.count + int(workload.keeps_start and config.policy.starting_policy == "server")
+    judges = config.judge.server.count * config.judge.server.tp if judged else 0
+    return servers * config.server.tp + judges
 
 
 def _stage(config: RunConfig, name: str | None) -> Stage:

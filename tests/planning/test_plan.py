@@ -1,0 +1,192 @@
+"""What `exprl plan` answers, on published models and on a run's directory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from exprl_megatron.cli import app
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.planning import memory
+from exprl_megatron.planning.against import compare_run
+from exprl_megatron.planning.hardware import GIB, GPUS
+from exprl_megatron.planning.layouts import legal_layouts
+from exprl_megatron.planning.memory import host_memory, kv_bytes_per_token, server_memory, training_memory
+from exprl_megatron.planning.report import plan_record
+from exprl_megatron.planning.study import study
+from exprl_megatron.planning.targets import find_architecture, find_config
+from exprl_megatron.training.directory import RunDirectory
+
+H100 = GPUS["h100"]
+LLAMA_70B = find_architecture("llama-3.3-70b")[0]
+ADAM = OptimizerConfig()
+QWEN_MOE = find_architecture("qwen3-235b-a22b")[0]
+NVIDIAS = Layout(tp=4, pp=4, vpp=5, cp=2, dp=2, sequence_parallel=True)
+"""NVIDIA's published layout of a 70B on 64 H100, sequences of 8,192 in micro-batches of one."""
+
+
+def policy(layout=NVIDIAS, precision="bf16", **changes) -> PolicyConfig:
+    return PolicyConfig(model="none", layout=layout, precision=precision, **changes)
+
+
+def peak(config: PolicyConfig, optimizer=ADAM):
+    stages = range(config.layout.pp)
+    return max(
+        (training_memory(LLAMA_70B, config, optimizer, stage, 64, H100) for stage in stages), key=lambda m: m.total
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8-delayed"])
+def test_what_nvidia_ran_on_80_gb_fits(precision):
+    assert 40 * GIB < peak(policy(precision=precision)).total < H100.memory_bytes * memory.USABLE
+
+
+def test_what_cannot_be_held_does_not_fit():
+    """70.6e9 parameters over 8 GPUs: 18 bytes of state each make 148 GiB of a GPU."""
+    alone = peak(policy(Layout(tp=8, sequence_parallel=True)))
+    state = alone.weights + alone.gradients + alone.optimizer
+    assert state == pytest.approx(70.55e9 / 8 * 18, rel=1e-3)
+    assert alone.over(H100) > 60 * GIB
+
+
+def test_state_of_a_rank_is_that_of_the_papers_on_optimizer_sharding():
+    """ZeRO stage 1 in mixed precision: 2 + 4 + 12 / shards bytes a parameter, fp32 gradients (arXiv 1910.02054)."""
+    held = memory.resident_memory(LLAMA_70B, policy(), OptimizerConfig(), 1)
+    parameters = held.weights / 2
+    assert held.gradients == 4 * parameters
+    assert held.optimizer == 12 * parameters / 4
+    assert (
+        memory.resident_memory(LLAMA_70B, policy(), OptimizerConfig(distributed=False), 1).optimizer == 12 * parameters
+    )
+
+
+def test_experts_are_sharded_over_their_own_data_parallelism():
+    layout = Layout(ep=8, dp=64)
+    counts = memory.rank_counts(QWEN_MOE, layout, 0)
+    assert layout.edp == 8
+    sharded = memory.optimizer_bytes(counts, policy(layout), OptimizerConfig())
+    assert sharded == pytest.approx(12 * (counts.dense / 64 + counts.experts / 8))
+
+
+def test_an_offloaded_optimizer_moves_to_the_host():
+    half = OptimizerConfig(offload=0.5)
+    whole = peak(policy()).optimizer
+    assert peak(policy(), half).optimizer == pytest.approx(whole / 2)
+    last = NVIDIAS.pp - 1
+    fullest = max(range(NVIDIAS.pp), key=lambda r: memory.rank_counts(LLAMA_70B, NVIDIAS, r).total)
+    assert fullest in (0, last)
+    assert host_memory(LLAMA_70B, policy(), half, fullest, False).optimizer == pytest.approx(whole / 2, rel=1e-3)
+
+
+def test_fp8_keeps_copies_unless_parameters_are_8_bits_themselves():
+    beside = peak(policy(precision="fp8-tensorwise"))
+    instead = peak(policy(precision={"kind": "fp8-tensorwise", "fp8_parameters": True}))
+    assert beside.fp8_copies > 0 and instead.fp8_copies == 0
+    assert beside.weights + beside.fp8_copies > 1.8 * instead.weights
+
+
+def test_the_tile_of_logits_is_the_policys():
+    # Imported here: the planner itself must do without torch and Megatron.
+    from exprl_megatron.policy import log_probs
+
+    assert (memory.TILE_BYTES, memory.TILE_ROWS) == (log_probs.TILE_BYTES, log_probs.TILE_ROWS)
+
+
+def test_cache_of_a_token_is_the_published_one():
+    """Llama 3 70B: 2 x 80 layers x 8 groups x 128 x 2 bytes are 320 KiB; more GPUs than groups repeat groups."""
+    assert kv_bytes_per_token(LLAMA_70B, 1) == 320 * 1024
+    assert kv_bytes_per_token(LLAMA_70B, 8) == kv_bytes_per_token(LLAMA_70B, 16) == 40 * 1024
+
+
+def test_a_server_that_cannot_hold_its_weights_is_named():
+    with pytest.raises(UserError, match=r"tp 1 needs \d+\.\d GiB more than a H100"):
+        server_memory(LLAMA_70B, ServerConfig(tp=1), H100)
+    assert server_memory(LLAMA_70B, ServerConfig(tp=4), H100).kv_cache > 0
+
+
+@pytest.mark.parametrize(("architecture", "gpus"), [(LLAMA_70B, 64), (QWEN_MOE, 128)])
+def test_every_listed_layout_uses_all_gpus_and_is_legal(architecture, gpus):
+    layouts = list(legal_layouts(architecture, policy(max_tokens=8192), OptimizerConfig(), H100, gpus))
+    assert len(set(layouts)) == len(layouts) > 50
+    assert {layout.world_size for layout in layouts} == {gpus}
+    assert not [layout for layout in layouts if layout.violations(None)]
+    assert max(layout.tp for layout in layouts) <= 8
+
+
+def test_the_best_layout_for_a_70b_on_64_h100_is_nvidias_but_for_virtual_stages():
+    best = study("llama-3.3-70b", [], H100, gpus=64, train_only=True).ranking[0]
+    assert best.layout.model_copy(update={"vpp": 5}) == NVIDIAS
+    assert best.policy.recompute == "none"
+
+
+def test_gpus_are_divided_between_trainer_and_servers():
+    found = study("qwen3-32b", [], H100, gpus=32, judge="qwen3-4b")
+    assert sum(found.gpus.values()) == 32 and set(found.gpus) == {"trainer", "policy server", "judge server"}
+    assert not found.faults
+    assert [phase.name for phase in found.phases] == ["sample", "judge", "log-probs", "train", "reshard", "save"]
+    assert found.step_s == pytest.approx(sum(phase.seconds for phase in found.phases))
+    json.dumps(plan_record(found))
+
+
+def test_a_config_keeps_its_layout_and_says_what_is_too_much():
+    small = study("recipes/configs/paper/qwen3-4b-process-delta.yaml", [], H100)
+    assert small.gpus == {"trainer": 6, "policy server": 6, "judge server": 2}
+    assert not small.faults and small.starting_policy["host_swap_s"] > 0
+    large = study("llama-3.3-70b", ["policy.layout.tp=8", "policy.layout.sequence_parallel=true"], H100)
+    assert [fault.split(":")[0] for fault in large.faults] == ["sample", "train", "reshard", "save"]
+    assert "raise policy.layout.dp, or set optimizer.offload" in large.faults[1]
+
+
+def test_a_starting_policy_on_a_server_has_gpus_of_its_own():
+    start = ["stages.0.loss.kl_coefficient=0.001", "server.tp=8", "policy.layout.dp=1"]
+    host = study("qwen3-32b", start, H100)
+    server = study("qwen3-32b", [*start, "policy.starting_policy=server"], H100)
+    assert server.gpus["start server"] == 8 and "start server" not in host.gpus
+    assert {phase.name for phase in server.phases} - {phase.name for phase in host.phases} == {"score start"}
+    assert "log-probs" not in {phase.name for phase in server.phases}
+
+
+def test_nothing_to_plan_is_one_sentence():
+    with pytest.raises(UserError, match=r"did you mean llama-3\.3-70b"):
+        find_config("lama-3.3-70b", [])
+    with pytest.raises(UserError, match="cannot hold the trainer of qwen3-235b-a22b in any layout"):
+        study("qwen3-235b-a22b", [], H100, gpus=8, train_only=True)
+
+
+def test_the_command_prints_json():
+    answer = CliRunner().invoke(app, ["plan", "qwen3-8b", "--gpus", "8", "--train-only", "--json", "--top", "2"])
+    record = json.loads(answer.output)
+    assert record["fits"] and len(record["ranking"]) == 2
+    assert record["trainer"]["peak"].startswith("H100 SXM dense BF16")
+
+
+def test_a_run_is_compared_with_its_own_lengths(tmp_path):
+    config, _ = find_config("qwen3-4b", ["policy.layout.dp=8"])
+    directory = RunDirectory(tmp_path)
+    directory.config.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    clocks = {"sample_and_grade": 100.0, "train": 20.0, "sync": 2.0, "step": 130.0}
+    steps = [
+        {"length/mean": 1000.0, "tokens": 2e6}
+        | {f"seconds/{name}": value * (1 + step) for name, value in clocks.items()}
+        for step in range(3)
+    ]
+    records = [{"stage": "rl", "step": i + 1, "wall_s": 1.0, "metrics": step} for i, step in enumerate(steps)]
+    directory.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = {row.phase: row for row in compare_run(config, directory, H100)}
+    assert {name: row.measured_s for name, row in rows.items()} == {
+        "sample and judge": 200.0,
+        "train": 40.0,
+        "reshard": 4.0,
+        "step": 260.0,
+    }
+    assert rows["train"].ratio == pytest.approx(rows["train"].predicted_s / 40.0)
+
+
+def test_every_published_configuration_can_be_planned():
+    for model in sorted(Path(memory.__file__).parent.joinpath("architectures").iterdir()):
+        if find_architecture(model.name)[0].experts is None:
+            assert study(model.name, [], GPUS["b200"], gpus=16, train_only=True).ranking
