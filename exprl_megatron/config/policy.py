@@ -92,11 +92,6 @@ class PolicyConfig(Config):
     policy's own loss it depends on which sequences share a micro-batch.
     """
 
-    def violations(self, whole) -> list[str]:
-        if self.starting_policy == "server":
-            return ["policy.starting_policy is server, which is not available yet; set it to host."]
-        return []
-
 
 class OptimizerConfig(Config):
     """AdamW and its learning-rate schedule; the defaults are the paper's."""
