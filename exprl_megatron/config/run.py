@@ -62,6 +62,19 @@ class RunConfig(Config):
         """Whether any stage needs the judge."""
         return any(isinstance(stage, JudgedStage) for stage in self.stages)
 
+    @property
+    def scores_start(self) -> bool:
+        """Whether a server of its own scores the log-probs of a stage's starting policy."""
+        return self.policy.starting_policy == "server" and any(
+            isinstance(stage, RlStage) and stage.needs_start for stage in self.stages
+        )
+
+    @property
+    def start_server(self) -> ServerConfig:
+        """That server: like the policy's, on the port behind theirs."""
+        port = self.server.port
+        return self.server.model_copy(update={"count": 1, "port": None if port is None else port + self.server.count})
+
     def problem_sets(self) -> dict[ProblemsConfig, SamplingConfig]:
         """Every set of problems that the run reads, each once, with the sampling that leaves its prompts least room."""
         uses = [(stage.problems, stage.sampling) for stage in self.stages if isinstance(stage, RlStage)]

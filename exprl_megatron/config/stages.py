@@ -48,6 +48,11 @@ class RlStage(Stage):
                 f"stage {self.name}: sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a "
                 f"prompt within policy.max_tokens ({whole.policy.max_tokens}); raise the latter."
             )
+        if self.needs_start and whole.policy.starting_policy == "server" and self.sampling.temperature != 1:
+            found.append(
+                f"stage {self.name}: policy.starting_policy is server, but a server scores prompts at temperature 1 "
+                f"alone and sampling.temperature is {self.sampling.temperature:g}; set starting_policy to host."
+            )
         return found
 
 
