@@ -1,0 +1,95 @@
+"""Run by test_wide_layouts.py on eight processes: experts, uneven pipelines, overlap, context parallelism with all."""
+
+import torch
+from layouts_worker import learn, policy
+from ranks import Ranks
+from witness import equal_sequences
+
+from exprl_megatron.config.policy import Layout, OptimizerConfig
+from exprl_megatron.policy import overlap
+
+SP = {"sequence_parallel": True}
+DENSE = {
+    "TP1": Layout(),
+    "TP2xPP2xDP2+SP": Layout(tp=2, pp=2, dp=2, **SP),
+    "TP2xCP2xPP2+SP": Layout(tp=2, cp=2, pp=2, **SP),
+}
+EXPERTS = {
+    "TP1": Layout(),
+    "PP2": Layout(pp=2),
+    "EP2": Layout(dp=2, ep=2),
+    "EP4": Layout(dp=4, ep=4),
+    "EP2xDP4": Layout(dp=4, ep=2),
+    "ETP2": Layout(dp=2, etp=2),
+    "CP2xEP2": Layout(cp=2, ep=2),
+    "TP2+SP": Layout(tp=2, **SP),
+    "TP2xETP2+SP": Layout(tp=2, etp=2, **SP),
+    "TP2xEP2+SP": Layout(tp=2, ep=2, **SP),
+    "TP2xDP2xEP2xETP2+SP": Layout(tp=2, dp=2, ep=2, etp=2, **SP),
+    "PP2xEP2": Layout(pp=2, dp=2, ep=2),
+    "PP2xVPP2xEP2": Layout(pp=2, vpp=2, dp=2, ep=2),
+    "TP2xPP2xDP2xEP4+SP": Layout(tp=2, pp=2, dp=2, ep=4, **SP),
+    "TP2xPP2xDP2xEP2xETP2+SP": Layout(tp=2, pp=2, dp=2, ep=2, etp=2, **SP),
+    "TP2xCP2xDP2xEP4xETP2+SP": Layout(tp=2, cp=2, dp=2, ep=4, etp=2, **SP),
+}
+UNEVEN = {
+    "TP1": Layout(),
+    "PP2 embedding as layer": Layout(pp=2, embedding_as_layer=True),
+    "PP3 both as layers": Layout(pp=3, embedding_as_layer=True, head_as_layer=True),
+    "PP4 head as layer": Layout(pp=4, head_as_layer=True),
+    "PP2xVPP2 head as layer": Layout(pp=2, vpp=2, head_as_layer=True),
+    "PP4xEP2 embedding as layer": Layout(pp=4, dp=2, ep=2, embedding_as_layer=True),
+}
+"""Of a model with seven layers."""
+CASES = {
+    f"{family} {name}": (family, layout, {}, {})
+    for family, layouts in (("qwen3", DENSE), ("qwen3-moe", EXPERTS), ("mixtral", UNEVEN))
+    for name, layout in layouts.items()
+} | {
+    "qwen3 DP2 overlap": ("qwen3", Layout(dp=2), {}, {"overlap": True}),
+    "qwen3 TP2xPP2xDP2+SP overlap": ("qwen3", DENSE["TP2xPP2xDP2+SP"], {}, {"overlap": True}),
+    "qwen3 PP2xVPP2xDP2 overlap": ("qwen3", Layout(pp=2, vpp=2, dp=2), {"recompute": "full"}, {"overlap": True}),
+    "qwen3-moe EP2xDP4 overlap": ("qwen3-moe", EXPERTS["EP2xDP4"], {}, {"overlap": True}),
+    "qwen3-moe EP2 recompute full": ("qwen3-moe", EXPERTS["EP2"], {"recompute": "full"}, {}),
+    "qwen3-moe EP2 not distributed": ("qwen3-moe", EXPERTS["EP2"], {}, {"distributed": False}),
+}
+"""The model, the layout, settings of the policy and of the optimizer."""
+BALANCED = ("TP1", "PP2", "EP2", "CP2xEP2", "TP2xEP2+SP", "TP2xDP2xEP2xETP2+SP")
+BALANCE = 0.3
+"""Weight of the router's load-balancing loss."""
+
+
+def gradient_of_balance(model: str, layout: Layout) -> float:
+    """The norm of what the load-balancing loss alone gives, with one sequence to a micro-batch and no padding."""
+    learner = policy(model, layout, micro_batch_tokens=1, moe_aux_loss=BALANCE)
+    learner.begin_stage(OptimizerConfig(), total_steps=1)
+
+    def nothing(log_probs, entropy, micro):
+        return 0.0 * log_probs.sum(), {}
+
+    learner.accumulate(equal_sequences(learner.architecture.vocabulary), nothing, 1.0, denominator=7)
+    return learner.apply_update().grad_norm
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    # Several buckets even of a tiny model.
+    overlap.BUCKET_PARAMETERS = 20_000
+    ranks = Ranks()
+    models = ranks.arguments["models"]
+    for name, (family, layout, settings, optimizer) in CASES.items():
+        ranks.within(
+            layout,
+            lambda _, c=(models[family], layout, settings, optimizer), n=name: learn(
+                *c, export=ranks.out / "before" / n, updated=ranks.out / "after" / n
+            ),
+            name,
+        )
+    for name in BALANCED:
+        layout = EXPERTS[name]
+        ranks.within(layout, lambda _, la=layout: gradient_of_balance(models["qwen3-moe"], la), f"balance {name}")
+    ranks.finish()
+
+
+if __name__ == "__main__":
+    main()
