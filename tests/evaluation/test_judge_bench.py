@@ -184,7 +184,7 @@ def test_a_config_without_a_judge_is_refused(config, bench, capsys):
 def test_the_miniatures_judge_passes_its_gate_on_a_real_server(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = ["recipes/configs/demo.yaml", "judge.gate.traces=recipes/miniature/judged.jsonl", "--repeats", "2"]
+    arguments = ["recipes/configs/demo.yaml", "judge.gate.limit=null", "--repeats", "2"]
     outputs = ["--json", str(figures), "--picture", str(picture)]
     monkeypatch.setattr(sys, "argv", ["exprl", "judge-bench", *arguments, *outputs])
     with pytest.raises(SystemExit) as ended:
