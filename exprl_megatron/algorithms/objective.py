@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from exprl_megatron.algorithms.aggregation import token_weights
+from exprl_megatron.algorithms.corrections import correction_weights
 from exprl_megatron.algorithms.losses import (
     clipped_policy_loss,
     clipped_weight_loss,
@@ -32,13 +33,18 @@ def policy_objective(config: LossConfig) -> LossFunction:
 
     The micro-batch needs advantages; old log-probs default to the current ones, detached (strictly
     on-policy); start log-probs are needed where `kl_coefficient` is not 0 (ValueError without them).
-    The gap to the sampler is measured on the old log-probs: those belong to the weights that sampled.
+    The gap to the sampler is measured on the old log-probs: those belong to the weights that sampled, or with
+    `config.correction` are what the surrogate is corrected to (ValueError without sampler log-probs).
     """
 
     def loss_function(log_probs, entropy, micro):
         old = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
         policy, ratio, clipped = _surrogate(config, log_probs, old, micro)
         terms = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "kl/old": k3_divergence(log_probs, old)}
+        largest = {}
+        if config.correction.kind != "none":
+            policy, weighing, largest = _corrected(config, policy, old, micro)
+            terms |= weighing
         total = policy
         if config.entropy_coefficient:
             total = total - config.entropy_coefficient * entropy
@@ -49,7 +55,7 @@ def policy_objective(config: LossConfig) -> LossFunction:
             raise ValueError("the loss has a KL term, but the batch carries no log-probs of the starting policy")
         weights = token_weights(micro.mask, config.aggregation)
         loss = (total * weights).sum()
-        metrics = _sums(terms, micro) | _sampler_gap(old, micro)
+        metrics = _sums(terms, micro) | _sampler_gap(old, micro) | largest
         return loss, metrics | {"loss": loss.detach(), "loss/policy": (policy.detach() * weights).sum()}
 
     return loss_function
@@ -97,6 +103,21 @@ def _surrogate(
             ratio, micro.advantages, config.clip_low, config.clip_high, config.dual_clip
         )
     return loss, ratio, clipped
+
+
+def _corrected(
+    config: LossConfig, policy: torch.Tensor, old: torch.Tensor, micro: MicroBatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The policy's loss of each token times its weight; per token what the weights are, and the largest ratio."""
+    if micro.sampler_log_probs is None:
+        raise ValueError("the loss has a correction, but the batch carries no log-probs of the sampler")
+    weights, ratio = correction_weights(config.correction, old, micro.sampler_log_probs, micro.mask)
+    terms = {
+        "correction/weight": weights,
+        "correction/squared": weights.square(),
+        "correction/bounded": (weights != ratio).to(weights.dtype),
+    }
+    return policy * weights, terms, {"correction/ratio/max": (ratio * micro.mask).amax()}
 
 
 def _sums(terms: dict[str, torch.Tensor], micro: MicroBatch) -> dict[str, torch.Tensor]:

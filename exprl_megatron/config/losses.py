@@ -20,6 +20,21 @@ stage 2 and its paper's equation 1), `constant-length` the same divided by max_n
 depends on packing."""
 
 
+RatioLevel = Literal["token", "sequence", "geometric"]
+"""Of what an importance ratio is taken: each token, the whole response (product), or its geometric mean."""
+
+
+class CorrectionConfig(Config):
+    """Weights for the gap between the policy that sampled a token and the one that the loss starts from."""
+
+    kind: Literal["none", "truncated", "masked"] = "none"
+    """The importance ratio up to `high`; or 0 outside of `low` to `high`."""
+    level: RatioLevel = "token"
+    low: float = Field(0.5, ge=0, le=1)
+    """Of `masked` alone."""
+    high: float = Field(2.0, ge=1)
+
+
 class LossConfig(Config):
     """Clipped policy gradient with an optional KL term to the stage's starting policy."""
 
@@ -34,6 +49,8 @@ class LossConfig(Config):
     kl_coefficient: float = Field(1e-3, ge=0)
     entropy_coefficient: float = Field(0.0, ge=0)
     aggregation: Aggregation = "token-mean"
+    correction: CorrectionConfig = CorrectionConfig()
+    """Of the surrogate alone, not of the KL term nor the entropy bonus."""
 
     def violations(self, whole) -> list[str]:
         if self.surrogate != "clip" and self.dual_clip is not None:

@@ -40,13 +40,17 @@ def update_statistics(sums: dict[str, float], tokens: int, denominator: float | 
     """Sums over response tokens become means; names that end in `/max` already are maxima, `padding/` are shares.
 
     `loss` and what begins with `loss/` are divided by `denominator`, which is that of the loss's aggregation
-    (None: the number of tokens).
+    (None: the number of tokens). Where a correction weighs tokens, `correction/effective` is the share of the tokens
+    that as many equal weights would have the same variance as (Kish: mean squared by mean of squares).
     """
     divisors = {"loss": denominator or tokens, "padding": 1}
     means = {
         name: value if name.endswith("/max") else value / divisors.get(name.split("/")[0], tokens)
         for name, value in sums.items()
     }
+    if "correction/squared" in means:
+        squared = means.pop("correction/squared")
+        means["correction/effective"] = means["correction/weight"] ** 2 / squared if squared else 0.0
     return means | {"tokens": tokens}
 
 

@@ -108,3 +108,11 @@ def test_a_gap_between_trainer_and_sampler_above_the_bound_stops_the_run():
     check_log_prob_gap({"sampler_gap/mean": 9.0}, None)
     with pytest.raises(RunStopped, match=r"differ by 1\.10e-04 on average, more than sync\.max_log_prob_gap"):
         check_log_prob_gap({"sampler_gap/mean": 1.1e-4}, 1e-4)
+
+
+def test_the_effective_share_of_weighted_tokens_is_kishs():
+    # weights 2, 1, 1, 0: (mean 1) ** 2 / (mean of squares 1.5)
+    found = update_statistics({"correction/weight": 4.0, "correction/squared": 6.0}, tokens=4)
+    assert found == {"correction/weight": 1.0, "correction/effective": pytest.approx(2 / 3), "tokens": 4}
+    nothing = update_statistics({"correction/weight": 0.0, "correction/squared": 0.0}, tokens=4)
+    assert nothing["correction/effective"] == 0
