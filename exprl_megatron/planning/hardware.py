@@ -33,6 +33,9 @@ class Gpu:
     multiprocessors: int
     fp8_kinds: frozenset[str]
     """The precision kinds that its tensor cores run."""
+    short_products: tuple[float, float] | None = None
+    """What a product reaches of the BF16 and the FP8 peak for some milliseconds, before power limits the clock.
+    None on Hopper, whose sustained shares are calibrated (kernels.py)."""
 
     @property
     def blackwell(self) -> bool:
@@ -86,7 +89,8 @@ GPUS: dict[str, Gpu] = {
         fp8_kinds=_HOPPER,
     ),
     # DGX B200 datasheet: 72 PFLOP/s sparse FP8 and 64 TB/s over 8 GPUs; NVLink 1.8 TB/s, 400 Gb/s network, DDR5-5600;
-    # 148 SMs.
+    # 148 SMs. Short products: 1,745 and 3,432.5 TFLOP/s, table of maximum achievable matmul FLOPS, ml-engineering
+    # (github.com/stas00/ml-engineering, compute/accelerator).
     "b200": Gpu(
         name="B200",
         memory_bytes=int(178.3 * GIB),
@@ -101,9 +105,11 @@ GPUS: dict[str, Gpu] = {
         gpus_per_node=8,
         multiprocessors=148,
         fp8_kinds=_BLACKWELL,
+        short_products=(0.776, 0.763),
     ),
     # GB200 NVL72 datasheet: 360 / 720 PFLOP/s sparse BF16 / FP8, 576 TB/s over 72 GPUs in one NVLink domain;
-    # NVLink-C2C 900 GB/s both ways between a Grace CPU (LPDDR5X at 512 GB/s) and its two GPUs.
+    # NVLink-C2C 900 GB/s both ways between a Grace CPU (LPDDR5X at 512 GB/s) and its two GPUs. Short products: 1,822
+    # and 3,615.6 TFLOP/s in the same table.
     "gb200": Gpu(
         name="GB200",
         memory_bytes=int(184.0 * GIB),
@@ -118,6 +124,7 @@ GPUS: dict[str, Gpu] = {
         gpus_per_node=72,
         multiprocessors=148,
         fp8_kinds=_BLACKWELL,
+        short_products=(0.729, 0.723),
     ),
 }
 

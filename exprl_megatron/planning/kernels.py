@@ -18,19 +18,22 @@ class Shares:
     """What kernels reach of a peak."""
 
     gemm_bf16: float = 0.723
-    """Calibrated: long BF16 products, of the dense BF16 peak."""
+    """Calibrated: long BF16 products on Hopper, of the dense BF16 peak."""
     gemm_fp8: float = 0.674
-    """Calibrated: long FP8 products, of the dense FP8 peak."""
+    """Calibrated: long FP8 products on Hopper, of the dense FP8 peak."""
     traffic: float = 0.80
     """Norms, activations, casts and optimizer, of HBM's bandwidth (what copy kernels reach on H100 is 85 to 90 %)."""
     attention: tuple[float, float] = (0.67, 0.57)
     """Long causal attention on Hopper, forward and backward, of the BF16 peak: FlashAttention-3 measures 614 and 620
     TFLOP/s at 8k and 16k forward (pytorch/benchmark, pull request 2391); backward about 0.85 of it."""
     attention_blackwell: tuple[float, float] = (0.55, 0.47)
-    """The same on Blackwell, whose exponentials did not grow with its products: cuDNN in the FlashAttention-4 paper
-    (1,613 TFLOP/s over 1.3, of 2,250); backward in Hopper's proportion."""
+    """The same on Blackwell for some milliseconds: exponentials did not grow with products. cuDNN in the
+    FlashAttention-4 paper (1,613 TFLOP/s over 1.3, of 2,250); backward in Hopper's proportion."""
     attention_before: tuple[float, float] = (0.40, 0.33)
     """The same with FlashAttention-2 on Hopper: 35 % (abstract of the FlashAttention-3 paper, arXiv 2407.08608)."""
+    sustained: float = 0.85
+    """What power leaves of a Blackwell GPU's short measurements in long runs: after 0.1 s the clock of a B200 falls
+    from 1,965 to 1,580 MHz and its FLOP/s by 15 % (flashinfer, pull request 2899). Hopper's share is calibrated."""
 
 
 SHARES = Shares()
@@ -43,8 +46,11 @@ _BLOCK_SCALES = 0.95
 
 
 def product_rate(gpu: Gpu, kind: str) -> float:
-    """FLOP/s that long products of a precision kind reach."""
-    share = SHARES.gemm_bf16 if kind in ("fp32", "bf16") else SHARES.gemm_fp8
+    """FLOP/s that long products of a precision kind reach in a long run."""
+    eight = kind not in ("fp32", "bf16")
+    share = SHARES.gemm_fp8 if eight else SHARES.gemm_bf16
+    if gpu.short_products is not None:
+        share = gpu.short_products[eight] * SHARES.sustained
     return gpu.peak(kind)[1] * share * (_BLOCK_SCALES if kind in ("fp8-blockwise", "mxfp8") else 1.0)
 
 
@@ -66,8 +72,10 @@ def attention_seconds(
     flops: float, length: float, gpu: Gpu, backward: bool, kind: str = "bf16", generation: int = 3
 ) -> float:
     """Seconds of causal attention's `flops` over sequences of `length` tokens."""
-    shares = SHARES.attention_blackwell if gpu.blackwell else SHARES.attention
-    share = (shares if generation >= 3 else SHARES.attention_before)[backward]
+    if gpu.blackwell:
+        share = SHARES.attention_blackwell[backward] * SHARES.sustained
+    else:
+        share = (SHARES.attention if generation >= 3 else SHARES.attention_before)[backward]
     return flops / (gpu.peak(kind)[1] * share * length / (length + _ATTENTION_HALF[backward]))
 
 

@@ -9,6 +9,7 @@ from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.flops import model_flops
 from exprl_megatron.planning.hardware import GPUS, find_gpu
+from exprl_megatron.planning.kernels import attention_seconds, product_rate
 from exprl_megatron.planning.links import exchange_seconds, ring_bandwidth
 from exprl_megatron.planning.practice import Practice
 from exprl_megatron.planning.training_time import log_prob_time, training_time
@@ -60,6 +61,28 @@ def test_figures_that_had_no_part_in_the_model_are_met_too(compared):
     assert len(dense) >= 40
     assert median(dense) <= 0.06
     assert max(dense) <= 0.20
+
+
+def test_blackwell_is_met_though_nothing_of_it_is_calibrated(compared):
+    found = errors(compared, "held-out", "dense, Blackwell") + errors(compared, "check", "dense, Blackwell")
+    assert len(found) >= 25
+    assert median(found) <= 0.10
+    assert sum(error > 0.25 for error in found) <= 1
+
+
+def test_attention_on_a_b200_is_as_fast_as_measured_within_a_training_step():
+    """834 TFLOP/s over forward and backward, Llama 3.1 8B at 8,192 tokens: ml-engineering, when-to-upgrade-gpus."""
+    gpu = GPUS["b200"]
+    seconds = attention_seconds(1e15, 8192, gpu, backward=False) + attention_seconds(2.5e15, 8192, gpu, backward=True)
+    assert 3.5e15 / seconds == pytest.approx(834e12, rel=0.05)
+
+
+def test_long_products_stay_below_the_best_that_was_measured():
+    """Maximum achievable matmul TFLOP/s in BF16 and FP8: ml-engineering, compute/accelerator."""
+    best = {"h100": (794.5, 1402.6), "b200": (1745.0, 3432.5), "gb200": (1822.0, 3615.6)}
+    for name, rates in best.items():
+        for kind, rate in zip(("bf16", "fp8-tensorwise"), rates, strict=True):
+            assert 0.8 * rate < product_rate(GPUS[name], kind) / 1e12 < rate, (name, kind)
 
 
 def test_every_published_row_names_its_source():
