@@ -46,15 +46,19 @@ def test_depths_are_extrapolated_along_a_line():
     assert speedups(slow, fast, WORK, 80) == pytest.approx((241 / 121,) * 3)
 
 
-def test_utilisation_is_of_the_named_peak():
+@pytest.mark.parametrize(
+    ("kind", "peak", "name"),
+    [("fp8-tensorwise", 1978.9e12, "FP8 1979"), ("bf16", 989.4e12, "BF16 989"), ("fp32", 67e12, "FP32 67")],
+)
+def test_utilisation_is_of_the_named_peak(kind, peak, name):
     # 6 operations a parameter and token, and causal attention: 6 x 2 x layers x hidden x length / 2.
     parameters = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672) + 128256 * 8192
     needed = 6 * parameters + 6 * 80 * 8192 * 8192
-    figures = LayerFigures("fp8-tensorwise", deep_s=(0.5,), shallow_s=(0.25,), peak_bytes=None)
+    figures = LayerFigures(kind, deep_s=(0.5,), shallow_s=(0.25,), peak_bytes=None)
     found = throughput(figures, WORK, 80, tp=2, gpu=GPUS["h100"])
     assert found.tokens_per_s_per_gpu == pytest.approx(8192 / 10 / 2)
-    assert found.mfu == pytest.approx(needed * 8192 / 10 / 2 / 1978.9e12)
-    assert found.peak == "H100 SXM dense FP8 1979 TFLOP/s"
+    assert found.mfu == pytest.approx(needed * 8192 / 10 / 2 / peak)
+    assert found.peak == f"H100 SXM dense {name} TFLOP/s"
     assert throughput(figures, WORK, 80, tp=2, gpu=None).mfu is None
 
 

@@ -62,7 +62,7 @@ def predicted(architecture: Architecture, kind: Kind, work: Work, tp: int, gpu: 
 def _throughput(kind: Kind, architecture: Architecture, work: Work, seconds: float, tp: int, gpu: Gpu | None):
     rate = work.tokens / seconds / tp
     flops = model_flops(architecture, work.sequence_length) * rate
-    name, peak = gpu.peak(PrecisionConfig(kind=kind).fp8) if gpu is not None else (None, None)
+    name, peak = gpu.peak(kind) if gpu is not None else (None, None)
     return Throughput(kind, architecture.layers, seconds, rate, flops / 1e12, flops / peak if peak else None, name)
 
 
