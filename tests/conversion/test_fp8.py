@@ -1,0 +1,138 @@
+"""Block-quantised weights against those who read them: SGLang's dequantiser and config, transformers' loader."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+from exprl_megatron.conversion.fp8 import dequantise, quantise
+from exprl_megatron.conversion.to_hf import convert_to_huggingface
+from exprl_megatron.conversion.to_megatron import convert_to_megatron
+from exprl_megatron.conversion.verify import verify_weights
+from exprl_megatron.conversion.weights import open_weights
+from exprl_megatron.errors import UserError
+from exprl_megatron.serving.command import server_environment
+
+SHAPES = [(128, 128), (256, 384), (130, 200), (1, 1)]
+FAMILIES = ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"]
+PLAIN = ("norm.weight", ".bias", "embed_tokens.weight", "lm_head.weight", "gate.weight")
+"""Ends of the names of what is not quantised; `gate` is a router."""
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny_model, tmp_path_factory):
+    """`quantised(family)`: a tiny model of it, and that model written in FP8."""
+    written: dict[str, tuple[Path, Path]] = {}
+
+    def get(family: str) -> tuple[Path, Path]:
+        if family not in written:
+            out = tmp_path_factory.mktemp(family)
+            model = tiny_model(family, hidden=256, **({"moe_intermediate_size": 128} if family == "qwen3-moe" else {}))
+            convert_to_megatron(model, out / "megatron")
+            convert_to_huggingface(open_weights(out / "megatron"), out / "fp8", "fp8", file_bytes=500_000)
+            written[family] = model, out / "fp8"
+        return written[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def of_sglang(quantised, tmp_path_factory) -> dict:
+    """What SGLang says of `matrix` in all SHAPES and of a config; it needs stand-ins that must not come in here."""
+    out = tmp_path_factory.mktemp("sglang")
+    config = json.loads((quantised("qwen3-moe")[1] / "config.json").read_text())["quantization_config"]
+    asked = {"matrices": [quantise(matrix(*shape)) for shape in SHAPES], "config": json.dumps(config)}
+    torch.save(asked, out / "given.pt")
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("sglang_worker.py"))]
+    command += [str(out / "given.pt"), str(out / "said.pt")]
+    environment = server_environment(os.environ, cuda=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out / "said.pt")
+
+
+def matrix(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sglang_gives_back_what_was_quantised_to_a_16th_of_each_number(of_sglang, shape):
+    weight, given_back = matrix(*shape), of_sglang["weights"][SHAPES.index(shape)]
+    values, scale = quantise(weight)
+    assert values.dtype == torch.float8_e4m3fn
+    assert scale.dtype == torch.float32
+    assert scale.shape == tuple(-(-size // 128) for size in shape)
+    # e4m3 has three bits after the point: half a step is 1/16 of a normal number; below 2^-6 the steps are even.
+    smallest = 2.0**-10 * scale.max()
+    assert ((given_back - weight).abs() <= weight.abs() / 16 + smallest).all()
+    assert torch.equal(dequantise(values, scale), given_back)
+
+
+def test_each_block_uses_the_whole_range_and_its_scale_alone():
+    weight = matrix(256, 256)
+    weight[:128, :128] *= 1e-6
+    weight[128:, 128:] = 0
+    values, scale = quantise(weight)
+    blocks = values.float().abs().view(2, 128, 2, 128).amax(dim=(1, 3))
+    assert torch.equal(blocks, torch.tensor([[448.0, 448.0], [448.0, 0.0]]))
+    largest = weight.abs().view(2, 128, 2, 128).amax(dim=(1, 3))
+    assert torch.allclose(scale, torch.where(largest > 0, largest / 448, 1.0), rtol=1e-6)
+    assert torch.equal(quantise(weight.bfloat16())[0].float(), quantise(weight.bfloat16().float())[0].float())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_are_quantised_and_nothing_else(quantised, tiny_model, tensors, family):
+    model, fp8 = quantised(family)
+    original, written = tensors(model), tensors(fp8)
+    for name, tensor in original.items():
+        if name.endswith(PLAIN):
+            assert torch.equal(written.pop(name), tensor)
+        else:
+            values, scale = quantise(tensor)
+            assert torch.equal(written.pop(name).view(torch.uint8), values.view(torch.uint8))
+            assert torch.equal(written.pop(name + "_scale_inv"), scale)
+    assert not written
+    assert verify_weights(model, fp8).equal
+
+
+def test_verify_tells_a_quantised_model_from_another_ones(quantised, tiny_model):
+    assert not verify_weights(tiny_model("qwen3", hidden=256, seed=1), quantised("qwen3")[1]).equal
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_every_matrix_as_it_was_quantised(quantised, family):
+    model, fp8 = quantised(family)
+    dequantised = FineGrainedFP8Config(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(fp8, quantization_config=dequantised, dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found, matrices = theirs.state_dict(), 0
+    for name, tensor in original.state_dict().items():
+        if not name.endswith(PLAIN):
+            # transformers keeps all experts of a layer in one tensor, gate above up: seams lie between blocks.
+            parts = tensor.reshape(-1, *tensor.shape[-2:])
+            tensor = torch.stack([dequantise(*quantise(part)) for part in parts]).view(tensor.shape)
+            matrices += len(parts)
+        assert torch.equal(found.pop(name), tensor)
+    assert not found
+    assert matrices >= 2 * 6
+
+
+@pytest.mark.slow
+def test_sglang_understands_the_config(of_sglang):
+    understood = of_sglang["config"]
+    assert understood["serialised"]
+    assert (understood["activations"], understood["block"]) == ("dynamic", [128, 128])
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} <= set(understood["ignored"])
+
+
+def test_blocks_across_the_seams_of_joined_matrices_are_refused(tiny_model, tmp_path):
+    convert_to_megatron(tiny_model("qwen3"), tmp_path / "megatron")
+    with pytest.raises(UserError, match=r"q_proj.weight .* has 64 rows, no multiple of 128"):
+        convert_to_huggingface(open_weights(tmp_path / "megatron"), tmp_path / "fp8", "fp8")
+    assert not list(tmp_path.glob("fp8*"))
