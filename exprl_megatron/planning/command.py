@@ -15,10 +15,11 @@ def plan_command(
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs in all; layouts for them are ranked. (default: the config's)")
+        int | None,
+        typer.Option(min=1, help="GPUs in all, to be divided and laid out at best. (default: as the config says)"),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="h100, h200, b200 or gb200. (default: h100; a run in fp32: this machine's CPU)")
+        str | None, typer.Option(help="h100, h200, b200 or gb200. (default: h100; --against a run in fp32: this CPU)")
     ] = None,
     judge: Annotated[str | None, typer.Option(help="With a model's name: the judge's model.")] = None,
     train_only: Annotated[bool, typer.Option("--train-only", help="All --gpus train, none serves.")] = False,
@@ -46,7 +47,8 @@ def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, leng
     from rich.console import Console
 
     from exprl_megatron.planning.hardware import find_gpu
-    from exprl_megatron.planning.report import plan_record, print_plan
+    from exprl_megatron.planning.record import plan_record
+    from exprl_megatron.planning.report import print_plan
     from exprl_megatron.planning.study import study
 
     found = study(
@@ -58,9 +60,8 @@ def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, leng
         train_only=train_only,
         stage_name=stage_name,
         lengths=lengths,
-        top=top,
     )
     if as_json:
-        print(json_format.dumps(plan_record(found), indent=1))
+        print(json_format.dumps(plan_record(found, top), indent=1))
     else:
-        print_plan(found, Console())
+        print_plan(found, Console(), top)

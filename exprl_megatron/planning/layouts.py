@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
-from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.memory import Memory, training_memory
+from exprl_megatron.errors import UserError
+from exprl_megatron.planning.hardware import GIB, Gpu
+from exprl_megatron.planning.memory import USABLE, Memory, training_memory
+from exprl_megatron.planning.parameters import model_parameters
 from exprl_megatron.planning.practice import Practice
-from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, training_time
+from exprl_megatron.planning.rl_time import RAGGED
+from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, micro_batches, training_time
 from exprl_megatron.planning.workload import Workload
 from exprl_megatron.policy.architecture import Architecture, layout_violations
 from exprl_megatron.policy.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
@@ -19,20 +22,20 @@ SHORTEST_PIECE = 2048
 
 @dataclass(frozen=True)
 class Learning:
-    """A trainer in one layout: its fullest rank and its seconds for one step."""
+    """A trainer in one layout: its memory and its seconds for one step."""
 
     policy: PolicyConfig
-    memory: Memory
-    """Peak of training on the fullest rank."""
-    pp_rank: int
-    """The fullest rank's pipeline stage."""
+    stages: tuple[Memory, ...]
+    """Peak of training on the ranks of each pipeline stage."""
     training: TrainingTime
-    """One optimizer step."""
+    """One optimizer step over full sequences."""
     log_probs: TrainingTime | None
-    """One forward pass over the whole step's tokens; None where none is needed."""
+    """One forward pass over the whole step's tokens, as full sequences; None where none is needed."""
     passes: int
     """Forward passes: under the starting policy, and under the old one where a step has several updates."""
     updates: int
+    slowdown: float
+    """By which both are slower on traces of many lengths, with the losses of reinforcement learning."""
 
     @property
     def layout(self) -> Layout:
@@ -40,10 +43,47 @@ class Learning:
         return self.policy.layout
 
     @property
+    def memory(self) -> Memory:
+        """Peak of training on the fullest rank."""
+        return max(self.stages, key=lambda memory: memory.total)
+
+    @property
+    def training_s(self) -> float:
+        """Of all updates of a step."""
+        return self.slowdown * self.updates * self.training.total_s
+
+    @property
+    def log_probs_s(self) -> float:
+        """Of all forward passes of a step."""
+        return self.slowdown * self.passes * self.log_probs.total_s if self.log_probs else 0.0
+
+    @property
     def seconds(self) -> float:
         """Of all that the trainer computes in a step."""
-        forward = self.log_probs.total_s * self.passes if self.log_probs else 0.0
-        return self.training.total_s * self.updates + forward
+        return self.training_s + self.log_probs_s
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """The step's tokens over the seconds of its updates."""
+        return self.training.tokens_per_s_per_gpu / self.slowdown
+
+    @property
+    def mfu(self) -> float:
+        """Share of the training's peak that the model's own operations take in the updates."""
+        return self.training.mfu / self.slowdown
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Layouts that fit into memory, the fastest first, and how many were looked at."""
+
+    layouts: list[Learning]
+    looked_at: int
+    """Legal layouts."""
+    plain: int
+    """Of these, that fit without recomputation."""
+    recomputed: int
+    """Of these, that fit with full recomputation alone."""
 
 
 def learning(
@@ -51,7 +91,6 @@ def learning(
 ) -> Learning:
     """Memory and seconds of one layout. Raises UserError for a precision that the GPU does not run."""
     layout = policy.layout
-    memory, pp_rank = fullest_rank(architecture, policy, optimizer, workload, gpu)
     tokens = ceil(workload.tokens / workload.updates)
     shared = {
         "precision": policy.precision,
@@ -64,26 +103,22 @@ def learning(
     passes = int(here) + int(workload.updates > 1)
     return Learning(
         policy=policy,
-        memory=memory,
-        pp_rank=pp_rank,
+        stages=stage_memory(architecture, policy, optimizer, workload, gpu),
         training=training_time(architecture, layout, recompute=policy.recompute, global_tokens=tokens, **shared),
         log_probs=log_prob_time(architecture, layout, global_tokens=workload.tokens, **shared) if passes else None,
         passes=passes,
         updates=workload.updates,
+        slowdown=RAGGED if workload.sampled else 1.0,
     )
 
 
-def fullest_rank(
+def stage_memory(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, workload: Workload, gpu: Gpu
-) -> tuple[Memory, int]:
-    """The peak of training on the rank that has most, and that rank's pipeline stage."""
+) -> tuple[Memory, ...]:
+    """The peak of training on the ranks of each pipeline stage."""
     layout = policy.layout
-    tokens = ceil(workload.tokens / workload.updates)
-    micro_batches = max(1, ceil(tokens / (policy.micro_batch_tokens * layout.dp)))
-    ranks = (
-        (training_memory(architecture, policy, optimizer, rank, micro_batches, gpu), rank) for rank in range(layout.pp)
-    )
-    return max(ranks, key=lambda found: found[0].total)
+    batches = micro_batches(layout, workload.tokens / workload.updates, policy.micro_batch_tokens)
+    return tuple(training_memory(architecture, policy, optimizer, rank, batches, gpu) for rank in range(layout.pp))
 
 
 def rank_layouts(
@@ -93,22 +128,41 @@ def rank_layouts(
     workload: Workload,
     gpu: Gpu,
     gpus: int,
-) -> list[Learning]:
+) -> Ranking:
     """Those that fit into memory, the fastest first, of several pipelines that differ in virtual stages the best.
 
-    Recomputation is taken where a layout does not fit without.
+    Recomputation is taken where a layout does not fit without. Raises UserError, with the reason, where none fits.
     """
-    found = []
-    for layout in legal_layouts(architecture, policy, optimizer, gpu, gpus):
-        for recompute in ("none", "full"):
+    fitting = {"none": [], "full": []}
+    legal = list(legal_layouts(architecture, policy, optimizer, gpu, gpus))
+    for layout in legal:
+        for recompute, found in fitting.items():
             tried = policy.model_copy(update={"layout": layout, "recompute": recompute})
-            if fullest_rank(architecture, tried, optimizer, workload, gpu)[0].over(gpu) <= 0:
+            memory = stage_memory(architecture, tried, optimizer, workload, gpu)
+            if all(one.over(gpu) <= 0 for one in memory):
                 found.append(learning(architecture, tried, optimizer, workload, gpu))
                 break
     best: dict[Layout, Learning] = {}
-    for one in sorted(found, key=lambda one: (one.seconds, one.memory.total)):
+    for one in sorted(fitting["none"] + fitting["full"], key=lambda one: (one.seconds, one.memory.total)):
         best.setdefault(one.layout.model_copy(update={"vpp": 1}), one)
-    return list(best.values())
+    if not best:
+        raise UserError(_why_none(architecture, policy, optimizer, gpu, gpus, legal))
+    return Ranking(list(best.values()), len(legal), len(fitting["none"]), len(fitting["full"]))
+
+
+def _why_none(architecture, policy, optimizer, gpu: Gpu, gpus: int, legal: list[Layout]) -> str:
+    if not legal:
+        violations = precision_violations(_setting(architecture, policy, optimizer, gpu))
+        if violations:
+            return "\n".join(violations)
+        return f"No layout of {gpus} GPUs cuts {policy.model} evenly; take another number of GPUs."
+    each = 6 + 12 * (1 - optimizer.offload) if policy.precision.dtype == "bf16" else 8 + 8 * (1 - optimizer.offload)
+    state, room = model_parameters(architecture) * each / GIB, gpus * gpu.memory_bytes * USABLE / GIB
+    return (
+        f"{gpus} {gpu.name} cannot hold the trainer of {policy.model} in any of {len(legal)} layouts: weights, "
+        f"gradients and optimizer take {state:,.0f} GiB at least, and {room:,.0f} GiB may be filled; take more GPUs, a "
+        "larger one, or optimizer.offload."
+    )
 
 
 def legal_layouts(
@@ -117,14 +171,18 @@ def legal_layouts(
     """Layouts of `gpus` GPUs that Megatron can build: tensor parallelism within a node and with sequence parallelism,
     whole nodes' worth of everything else."""
     for layout in _candidates(architecture, policy.max_tokens, gpu, gpus):
-        setting = Setting(
-            policy=policy.model_copy(update={"layout": layout}),
-            capability=BLACKWELL if gpu.blackwell else HOPPER,
-            optimizers=(optimizer,),
-            architecture=architecture,
-        )
+        setting = _setting(architecture, policy.model_copy(update={"layout": layout}), optimizer, gpu)
         if not (layout.violations(None) or layout_violations(architecture, layout) or precision_violations(setting)):
             yield layout
+
+
+def _setting(architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, gpu: Gpu) -> Setting:
+    return Setting(
+        policy=policy,
+        capability=BLACKWELL if gpu.blackwell else HOPPER,
+        optimizers=(optimizer,),
+        architecture=architecture,
+    )
 
 
 def _candidates(architecture: Architecture, longest: int, gpu: Gpu, gpus: int) -> Iterator[Layout]:

@@ -42,8 +42,10 @@ class Memory:
     activations: float = 0
     logits: float = 0
     kv_cache: float = 0
-    buffers: float = 0
-    """Communication, libraries, work space."""
+    communication: float = 0
+    """NCCL's buffers, and the bucket in which weights travel to the servers."""
+    workspace: float = 0
+    """CUDA's context and libraries, what the layer that runs holds besides activations, a server's reserve."""
 
     @property
     def total(self) -> float:
@@ -62,6 +64,11 @@ class Host:
     starting_policy: float = 0
     optimizer: float = 0
 
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return self.starting_policy + self.optimizer
+
 
 def resident_memory(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, pp_rank: int, gpu: Gpu | None = None
@@ -78,7 +85,8 @@ def resident_memory(
         # Megatron's data parallelism sums in fp32.
         gradients=4.0 * counts.total,
         optimizer=optimizer_bytes(counts, policy, optimizer) * (1 - optimizer.offload),
-        buffers=CONTEXT + GROUP * _groups(policy),
+        communication=GROUP * _groups(policy),
+        workspace=CONTEXT,
     )
 
 
@@ -97,7 +105,7 @@ def training_memory(
         rest,
         activations=activation_bytes(architecture, policy, pp_rank, micro_batches),
         logits=logit_bytes(architecture, policy, backward=True) if last else 0,
-        buffers=working_bytes(architecture, policy, backward=True) + _largest_gradient(architecture, policy, last),
+        workspace=working_bytes(architecture, policy, backward=True) + _largest_gradient(architecture, policy, last),
     )
 
 
@@ -110,7 +118,7 @@ def log_prob_memory(
     return _more(
         rest,
         logits=logit_bytes(architecture, policy, backward=False) if last else 0,
-        buffers=working_bytes(architecture, policy, backward=False),
+        workspace=working_bytes(architecture, policy, backward=False),
     )
 
 
@@ -128,7 +136,7 @@ def reshard_memory(
     """
     rest = resident_memory(architecture, policy, optimizer, pp_rank, gpu)
     largest = largest_tensor(architecture) * value_bytes(policy.precision)
-    return _more(rest, buffers=2 * max(bucket_bytes, largest))
+    return _more(rest, communication=2 * max(bucket_bytes, largest))
 
 
 def host_memory(
@@ -187,7 +195,7 @@ def server_memory(
         )
     if server.max_total_tokens is not None:
         free = min(free, server.max_total_tokens * kv_bytes_per_token(architecture, server.tp))
-    return Memory(weights=weights, kv_cache=free - bucket_bytes, buffers=reserve + bucket_bytes)
+    return Memory(weights=weights, kv_cache=free - bucket_bytes, communication=bucket_bytes, workspace=reserve)
 
 
 def kv_bytes_per_token(architecture: Architecture, tp: int, value: int = 2) -> float:

@@ -1,44 +1,55 @@
 """How to divide GPUs between trainer, sampling servers and judge: the division whose step is the shortest."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.layouts import Learning
+from exprl_megatron.planning.layouts import Ranking
 from exprl_megatron.planning.plan import Plan, plan, ranked
 from exprl_megatron.planning.workload import Workload
 
-EIGHTHS = (2, 3, 4, 5, 6)
+EIGHTHS = (1, 2, 3, 4, 5, 6)
 """Of all GPUs, that the trainer is tried with."""
 JUDGE_EIGHTHS = (1, 2, 3)
 
 
-def best_division(
-    config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int, top: int
-) -> tuple[RunConfig, Plan, list[Learning]]:
-    """The config with layout and servers set, its plan, and the best layouts of as many trainer GPUs.
+def best_division(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Plan:
+    """The plan of the config with the best layout and servers, and the ranking of as many trainer GPUs.
 
     Raises UserError where no division fits.
     """
-    found = []
+
+    @cache
+    def layouts(trainer: int) -> Ranking | UserError:
+        try:
+            return ranked(config, stage, workload, gpu, trainer)
+        except UserError as error:
+            return error
+
+    found, reason = [], None
     for trainer, judge in _divisions(gpus, judged=workload.judgements > 0 and not config.judge.endpoints):
-        layouts = ranked(config, stage, workload, gpu, trainer, top)
-        if not layouts:
+        ranking = layouts(trainer)
+        if isinstance(ranking, UserError):
+            reason = ranking
             continue
-        laid = config.model_copy(update={"policy": layouts[0].policy})
+        laid = config.model_copy(update={"policy": ranking.layouts[0].policy})
         for tried in _served(laid, gpus - trainer - judge, judge):
             planned = plan(tried, stage, workload, gpu)
-            if not planned.faults:
-                found.append((tried, planned, layouts))
+            if planned.faults:
+                reason = UserError("\n".join(planned.faults))
+            else:
+                found.append(replace(planned, ranking=ranking))
     if not found:
         raise UserError(
-            f"{gpus} {gpu.name} cannot hold trainer and servers of {config.policy.model} in any layout; take more "
-            "GPUs, a larger one, or optimizer.offload."
+            f"{gpus} {gpu.name} do not hold trainer and servers of {config.policy.model}, however they are divided. "
+            f"With the largest trainer that was tried: {reason or 'too few GPUs are left for the servers.'}"
         )
-    return min(found, key=lambda one: one[1].step_s)
+    return min(found, key=lambda one: one.step_s)
 
 
 def _divisions(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
@@ -53,12 +64,15 @@ def _divisions(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
 def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfig]:
     """The config with those GPUs in equal servers of every size."""
     for server in _servers(config.server, sampling, apart=int(config.scores_start)):
+        # Checksums read whole tensors, which a server that is spread over devices does not have.
+        sync = config.sync.model_copy(update={"verify": config.sync.verify and server.tp == 1})
+        served = config.model_copy(update={"server": server, "sync": sync})
         if not judging:
-            yield config.model_copy(update={"server": server})
+            yield served
             continue
         for judge_server in _servers(config.judge.server, judging):
             judge = config.judge.model_copy(update={"server": judge_server})
-            yield config.model_copy(update={"server": server, "judge": judge})
+            yield served.model_copy(update={"judge": judge})
 
 
 def _servers(server: ServerConfig, gpus: int, apart: int = 0) -> list[ServerConfig]:

@@ -43,6 +43,11 @@ def find_architecture(model: str) -> tuple[Architecture, str | None]:
     return read_architecture(PUBLISHED / name), name if name != model else None
 
 
+def assumed_architecture(model: str, known: str) -> str:
+    """The sentence that tells of a model that is not on this machine."""
+    return f"{model} is not here: its shape is taken to be that of {known}."
+
+
 def _around(model: str, judge: str | None) -> dict:
     stage = {
         "name": "rl",

@@ -73,8 +73,8 @@ def training_time(
     `micro_batch_tokens` is the most that one data-parallel rank takes at a time, shared by its context-parallel
     ranks; tokens are spread evenly. Raises UserError for a precision that the GPU's tensor cores do not run.
     """
-    _check(precision, gpu)
-    batches = max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp)))
+    check_precision(precision, gpu)
+    batches = micro_batches(layout, global_tokens, micro_batch_tokens)
     tokens = global_tokens / (batches * layout.dp * layout.cp)
     rank = Rank(architecture, layout, precision, sequence_length, tokens, gpu, practice)
     forward, backward = forward_layer(rank), backward_layer(rank)
@@ -116,8 +116,8 @@ def log_prob_time(
     practice: Practice = OURS,
 ) -> TrainingTime:
     """Seconds of one forward pass over `global_tokens` tokens, as `training_time` without backward and optimizer."""
-    _check(precision, gpu)
-    batches = max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp)))
+    check_precision(precision, gpu)
+    batches = micro_batches(layout, global_tokens, micro_batch_tokens)
     tokens = global_tokens / (batches * layout.dp * layout.cp)
     rank = Rank(architecture, layout, precision, sequence_length, tokens, gpu, practice)
     forward = forward_layer(rank)
@@ -145,7 +145,14 @@ def log_prob_time(
     )
 
 
-def _check(precision: PrecisionConfig, gpu: Gpu) -> None:
+def micro_batches(layout: Layout, global_tokens: float, micro_batch_tokens: int) -> int:
+    """Of each data-parallel rank; an interleaved pipeline takes a multiple of its ranks, and makes them smaller."""
+    group = layout.pp if layout.vpp > 1 else 1
+    return max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp * group))) * group
+
+
+def check_precision(precision: PrecisionConfig, gpu: Gpu) -> None:
+    """Raises UserError for an FP8 kind that the GPU does not run."""
     if precision.fp8 and precision.kind not in gpu.fp8_kinds:
         raise UserError(
             f"policy.precision is {precision.kind}, which {gpu.name} does not run; use bf16 or one of "

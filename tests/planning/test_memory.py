@@ -1,5 +1,6 @@
 """Bytes of a plan beside what Megatron builds and torch saves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,30 @@ def test_parameters_of_every_stage_are_those_that_megatron_builds(model, layout)
         counts = rank_counts(architecture, layout, world.pp_rank)
         assert 2 * counts.total == found
         assert counts.experts == experts
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("llama-3.3-70b", Layout(tp=2, pp=2, vpp=2, cp=2, sequence_parallel=True)),
+        ("qwen2.5-72b", Layout(tp=4, pp=2, sequence_parallel=True)),
+        ("qwen3-32b", Layout(tp=2, pp=2, vpp=3, embedding_as_layer=True, head_as_layer=True)),
+        ("qwen3-235b-a22b", Layout(tp=2, pp=2, ep=2, etp=2, dp=2, sequence_parallel=True, head_as_layer=True)),
+        ("qwen3-235b-a22b", Layout(pp=2, cp=2, ep=2, dp=2, embedding_as_layer=True)),
+    ],
+    ids=["llama", "qwen2.5", "qwen3, uneven", "experts, tp and etp, uneven", "experts, cp, uneven"],
+)
+def test_parameters_of_every_rank_are_those_that_megatron_builds(model, layout):
+    """The published widths, so many layers that each virtual stage has one or two."""
+    slots = 2 * layout.stages - layout.embedding_as_layer - layout.head_as_layer
+    architecture = replace(read_architecture(PUBLISHED / model), layers=slots)
+    policy = PolicyConfig(model=model, layout=layout, precision="bf16")
+    counts = [rank_counts(architecture, layout, stage) for stage in range(layout.pp)]
+    for rank in range(layout.world_size):
+        with pretend_world(layout, rank) as world:
+            chunks = meta_chunks(architecture, policy, world)
+            found = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
+        assert 2 * counts[world.pp_rank].total == found, rank
 
 
 def test_whole_models_have_their_published_sizes():

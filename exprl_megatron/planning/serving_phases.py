@@ -1,0 +1,100 @@
+"""The phases of a step that run on servers: sampling, judging, and scoring the starting policy."""
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.planning.flops import model_flops
+from exprl_megatron.planning.hardware import Gpu
+from exprl_megatron.planning.memory import server_memory
+from exprl_megatron.planning.phases import Phase, Speed, speed_of
+from exprl_megatron.planning.rl_time import judging_tail, judging_time, sampling_time
+from exprl_megatron.planning.serving_time import Lengths, Servers, ServingTime
+from exprl_megatron.planning.targets import assumed_architecture, find_architecture
+from exprl_megatron.planning.workload import Workload
+from exprl_megatron.policy.architecture import Architecture
+
+
+def sampling_seconds(architecture: Architecture, servers: Servers, workload: Workload) -> ServingTime:
+    """All of a step's traces."""
+    return sampling_time(
+        architecture,
+        servers,
+        problems=workload.problems,
+        traces=workload.traces,
+        prompt_tokens=workload.prompt_tokens,
+        answers=Lengths(workload.response_tokens, workload.bound),
+    )
+
+
+def judging_seconds(judge: Architecture, servers: Servers, workload: Workload) -> ServingTime:
+    """All of a step's judgements."""
+    return judging_time(
+        judge,
+        servers,
+        problems=workload.problems,
+        judgements=workload.traces * workload.judgements,
+        shared_tokens=workload.reference_tokens,
+        own_tokens=workload.response_tokens / workload.judgements,
+        answers=Lengths(workload.verdict_tokens, workload.verdict_bound),
+    )
+
+
+def servers_of(architecture: Architecture, server: ServerConfig, gpu: Gpu) -> Servers:
+    """The config's servers as the time model takes them. Raises UserError where the weights do not fit."""
+    memory = server_memory(architecture, server, gpu)
+    return Servers(server.count, server.tp, gpu, memory_share=(memory.weights + memory.kv_cache) / gpu.memory_bytes)
+
+
+def serving_phases(
+    config: RunConfig, architecture: Architecture, workload: Workload, gpu: Gpu, faults: list[str], notes: list[str]
+) -> list[Phase]:
+    """Sampling, and judging where there is a judge with servers of its own; what does not fit goes to `faults`."""
+    gpus = config.server.count * config.server.tp
+    try:
+        memory = server_memory(architecture, config.server, gpu, config.sync.bucket_mb * 2**20)
+        sampling = sampling_seconds(architecture, servers_of(architecture, config.server, gpu), workload)
+    except UserError as error:
+        faults.append(f"sample: {error}")
+        return []
+    traces = workload.problems * workload.traces
+    speed = _speed(architecture, workload.sequence_length, traces * workload.response_tokens, sampling, gpus, gpu)
+    phases = [Phase("sample", "policy server", sampling.total_s, memory, speed)]
+    if not workload.judgements:
+        return phases
+    if config.judge.endpoints:
+        notes.append("judge.endpoints judge: their time is not predicted.")
+        return phases
+    judge, known = find_architecture(config.judge.model)
+    if known:
+        notes.append(assumed_architecture(config.judge.model, known))
+    server = config.judge.server
+    try:
+        held = server_memory(judge, server, gpu)
+        judging = judging_seconds(judge, servers_of(judge, server, gpu), workload)
+    except UserError as error:
+        faults.append(f"judge: {error}")
+        return phases
+    read = workload.reference_tokens / workload.traces + workload.response_tokens / workload.judgements
+    tokens = traces * workload.judgements * (read + workload.verdict_tokens)
+    speed = _speed(judge, workload.reference_tokens, tokens, judging, server.count * server.tp, gpu)
+    tail = judging_tail(sampling, judging, own_devices=True)
+    return [*phases, Phase("judge", "judge server", tail, held, speed, works_s=judging.total_s)]
+
+
+def start_server_phase(
+    config: RunConfig, architecture: Architecture, workload: Workload, gpu: Gpu, seconds: float, faults: list[str]
+) -> list[Phase]:
+    """One more server like the policy's reads the step's traces under the stage's starting weights."""
+    try:
+        memory = server_memory(architecture, config.server, gpu)
+    except UserError as error:
+        faults.append(f"score start: {error}")
+        return []
+    flops = model_flops(architecture, workload.sequence_length, training=False) * workload.tokens
+    speed = speed_of(workload.tokens, flops, seconds, config.server.tp, gpu.peak("bf16"))
+    return [Phase("score start", "start server", seconds, memory, speed)]
+
+
+def _speed(architecture, length: float, tokens: float, time: ServingTime, gpus: int, gpu: Gpu) -> Speed:
+    flops = model_flops(architecture, length, training=False) * tokens
+    return speed_of(tokens, flops, time.total_s, gpus, gpu.peak("bf16"))

@@ -1,0 +1,31 @@
+"""The part of a config that the planner chooses, as overrides for `exprl train` or another `exprl plan`."""
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.planning.plan import Plan
+
+
+def overrides(plan: Plan) -> list[str]:
+    """`key.path=value` for layout, recomputation, servers and what they require."""
+    config = plan.config
+    layout = config.policy.layout
+    found = {f"policy.layout.{name}": value for name, value in layout.model_dump().items() if value != _plain(name)}
+    found["policy.recompute"] = config.policy.recompute
+    if plan.workload.sampled:
+        found |= {"server.count": config.server.count, "server.tp": config.server.tp}
+        if config.server.tp > 1:
+            found["sync.verify"] = False
+    if plan.workload.judgements and not config.judge.endpoints:
+        server = config.judge.server
+        found |= {"judge.server.count": server.count, "judge.server.tp": server.tp}
+    return [f"{name}={str(value).lower()}" for name, value in found.items()]
+
+
+def layout_text(layout: Layout) -> str:
+    """Only what is not 1, for example `TP4 PP4 VPP5 CP2 DP2`."""
+    sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+    text = " ".join(f"{name.upper()}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
+    return text + (" +ends" if layout.embedding_as_layer or layout.head_as_layer else "")
+
+
+def _plain(name: str) -> int | bool:
+    return getattr(Layout(), name)
