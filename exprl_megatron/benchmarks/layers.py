@@ -7,7 +7,6 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 
 from exprl_megatron.benchmarks.plain_step import weighted_loss
 from exprl_megatron.benchmarks.step_comparison import make_sequences
@@ -109,7 +108,7 @@ def speedups(slow: LayerFigures, fast: LayerFigures, work: Work, layers: int) ->
     return median(ratios), ratios[0], ratios[-1]
 
 
-def _model(work: Work, kind: Kind, tp: int, world: World) -> tuple[GPTModel, Callable[[], None]]:
+def _model(work: Work, kind: Kind, tp: int, world: World) -> tuple[torch.nn.Module, Callable[[], None]]:
     """A model in this precision, and its forward and backward pass."""
     config = PolicyConfig(
         model="random",
@@ -132,7 +131,7 @@ def _model(work: Work, kind: Kind, tp: int, world: World) -> tuple[GPTModel, Cal
 
 
 @torch.no_grad()
-def _fill(chunk: GPTModel, architecture: Architecture) -> None:
+def _fill(chunk: torch.nn.Module, architecture: Architecture) -> None:
     """Matrices at random, norms 1: speed does not depend on more."""
     torch.manual_seed(0)
     for parameter in chunk.parameters():
@@ -142,7 +141,7 @@ def _fill(chunk: GPTModel, architecture: Architecture) -> None:
             parameter.fill_(1.0)
 
 
-def _timed(chunk: GPTModel, step: Callable[[], None], layers: int | None = None) -> float:
+def _timed(chunk: torch.nn.Module, step: Callable[[], None], layers: int | None = None) -> float:
     """Seconds of a step through the first `layers` layers; the gradients are dropped afterwards."""
     whole = chunk.decoder.layers
     if layers is not None:
@@ -178,5 +177,5 @@ def _allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def _weights(chunk: GPTModel) -> int:
+def _weights(chunk: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in chunk.parameters())
