@@ -14,7 +14,7 @@ from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import GradedTrace
-from exprl_megatron.rollout.sampler import first_failure, sample_groups, sample_seed
+from exprl_megatron.rollout.sampler import sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.launch import (
@@ -25,6 +25,7 @@ from exprl_megatron.serving.launch import (
     start_servers,
     stop_servers,
 )
+from exprl_megatron.together import together
 
 WEIGHTS = "initial"
 """The weight version that traces carry."""
@@ -128,13 +129,9 @@ async def _sample(
     async with AsyncExitStack() as stack:
         for client in clients:
             await stack.enter_async_context(client)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for i, question in enumerate(questions):
-                    server = i % len(clients)
-                    tasks.create_task(one(question, clients[server], places[server]))
-        except BaseExceptionGroup as failures:
-            raise first_failure(failures) from None
+        await together(
+            one(question, clients[i % len(clients)], places[i % len(clients)]) for i, question in enumerate(questions)
+        )
     return finished
 
 

@@ -1,6 +1,5 @@
 """Groups of traces from the policy's servers, each trace handed on as soon as it is finished."""
 
-import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
+from exprl_megatron.together import together
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,10 @@ async def sample_groups(
             await on_trace(trace)
         return trace
 
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            groups = [
-                [tasks.create_task(one(clients[i % len(clients)], prompt, k)) for k in range(group_size)]
-                for i, prompt in enumerate(prompts)
-            ]
-    except BaseExceptionGroup as failures:
-        raise first_failure(failures) from None
-    return [[task.result() for task in group] for group in groups]
+    traces = await together(
+        one(clients[i % len(clients)], prompt, k) for i, prompt in enumerate(prompts) for k in range(group_size)
+    )
+    return [traces[i * group_size : (i + 1) * group_size] for i in range(len(prompts))]
 
 
 def _trace(client: SGLangClient, prompt: Prompt, k: int, generation: Generation, weight_version: str) -> Trace:
@@ -87,9 +82,3 @@ def _trace(client: SGLangClient, prompt: Prompt, k: int, generation: Generation,
         finish_reason=generation.finish_reason,
         weight_versions=generation.weight_versions,
     )
-
-
-def first_failure(failures: BaseExceptionGroup) -> BaseException:
-    """The first exception in a task group's failures, however deep it lies."""
-    first = failures.exceptions[0]
-    return first_failure(first) if isinstance(first, BaseExceptionGroup) else first
