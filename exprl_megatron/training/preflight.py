@@ -1,5 +1,7 @@
 """Looks at everything that a run will read before any process is started."""
 
+from pathlib import Path
+
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, SparseRlStage
@@ -24,10 +26,7 @@ def check_inputs(config: RunConfig) -> None:
             f"that {config.policy.model} was made for; lower it."
         )
     if config.policy.initialise == "weights":
-        from exprl_megatron.resharding.sources import Safetensors
-
-        with Safetensors(config.policy.model, architecture):
-            pass
+        _check_weights(config, architecture)
     for problems, needs in needed(config).items():
         loaded = load_problems(problems)
         lacking = [sentence for need in sorted(needs) for sentence in missing_for(loaded, need)]
@@ -38,6 +37,23 @@ def check_inputs(config: RunConfig) -> None:
             check_source(stage)
     if config.judges and config.judge.gate is not None:
         read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
+
+
+def _check_weights(config: RunConfig, architecture: Architecture) -> None:
+    from exprl_megatron.conversion.loading import is_converted
+    from exprl_megatron.conversion.weights import open_weights
+    from exprl_megatron.resharding.sources import Safetensors
+
+    model = config.policy.model
+    if not is_converted(model):
+        with Safetensors(model, architecture):
+            return
+    if config.samples:
+        raise UserError(
+            f"policy.model is {model}, whose weights are in Megatron's form, which the sampling servers cannot read; "
+            f"give the model in Hugging Face form (tools/convert_checkpoint.py to-hf)."
+        )
+    open_weights(Path(model))
 
 
 def _precision_violations(config: RunConfig, architecture: Architecture) -> list[str]:

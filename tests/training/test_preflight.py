@@ -1,0 +1,47 @@
+"""What a run refuses before it starts a process; the sentences themselves are shown in tests/test_cli.py."""
+
+import json
+
+import pytest
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.conversion.to_megatron import convert_to_megatron
+from exprl_megatron.errors import UserError
+from exprl_megatron.training.preflight import check_inputs
+
+
+@pytest.fixture
+def converted(tiny_model, tmp_path):
+    """A model whose weights are in Megatron's form."""
+    convert_to_megatron(tiny_model("qwen3"), tmp_path / "converted")
+    return tmp_path / "converted"
+
+
+def run(tmp_path, model, kind="sft", **policy):
+    """One step of `kind` that starts from `model`."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"id": "a", "problem": "1 + 1?", "reference": "It is 2.", "answer": "2"}) + "\n")
+    stage = {"kind": kind, "name": "a", "steps": 1, "problems": {"source": str(problems)}}
+    if kind != "sft":
+        stage |= {"sampling": {"max_new_tokens": 16}, "loss": {"kl_coefficient": 0.1}}
+    policy = {"model": str(model), "max_tokens": 128} | policy
+    tree = {"directory": str(tmp_path / "run"), "policy": policy, "server": {"max_total_tokens": 512}}
+    return check_config(tree | {"stages": [stage]}, "test")
+
+
+def test_sft_may_start_from_megatrons_files(tmp_path, converted):
+    check_inputs(run(tmp_path, converted))
+
+
+def test_what_samples_may_not(tmp_path, converted):
+    with pytest.raises(UserError, match=r"converted, whose weights .*, which the sampling servers cannot .* to-hf"):
+        check_inputs(run(tmp_path, converted, "sparse-rl"))
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"), [(".metadata", "megatron holds no complete Megatron files"), ("*.distcp", r"\.distcp")]
+)
+def test_megatrons_files_must_be_whole(tmp_path, converted, file, sentence):
+    next((converted / "megatron").glob(file)).unlink()
+    with pytest.raises(UserError, match=sentence):
+        check_inputs(run(tmp_path, converted))
