@@ -34,8 +34,6 @@ def train(
     if dry_run:
         print_plan(run_config)
         return
-    if run_config.policy.starting_policy == "server":
-        raise UserError("policy.starting_policy is server, which can be planned but not trained yet; set it to host.")
     launch(run_config, resume)
 
 

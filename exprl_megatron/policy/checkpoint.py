@@ -180,7 +180,7 @@ def _check_fit(path: str | Path, record: dict, policy: Policy) -> None:
         "architecture": "policy.model",
         "precision": "policy.precision",
         "distributed": "the stage's optimizer.distributed",
-        "start_kept": "the stage's loss.kl_coefficient (zero or not)",
+        "start_kept": "the stage's loss.kl_coefficient (zero or not) and policy.starting_policy",
     }
     for key, setting in names.items():
         if record[key] != mine[key]:

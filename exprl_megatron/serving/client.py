@@ -27,6 +27,20 @@ class Generation:
     """At the place of each output token the log-probs of `watched_ids`, in that order; empty where none were asked."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What /generate said of tokens that it was given."""
+
+    log_probs: tuple[float, ...]
+    """Natural log, at temperature 1."""
+    weight_version: str
+
+
+SCORED_BELOW_ROOM = 7
+"""A scored sequence must have at least so many tokens fewer than the server has positions, and than its KV cache has
+slots: SGLang keeps room for an answer even where none is wanted (max_req_input_len in sglang/srt/managers)."""
+
+
 class SGLangClient(HttpServer):
     """Speaks to one server; use as `async with client:` within one event loop at a time.
 
@@ -71,6 +85,21 @@ class SGLangClient(HttpServer):
             request["token_ids_logprob"] = list(watched_ids)
         reply = await self._post("/generate", request, deadline_s)
         return self._read("/generate", _generation, reply)
+
+    async def score(self, input_ids: Sequence[int], first: int, *, deadline_s: float | None = None) -> Scores:
+        """The log-prob of each token from the `first`-th (counted from 0, at least 1) on, given those before it.
+
+        At temperature 1: SGLang's log-probs of a prompt are of raw logits, whatever the request's temperature.
+        Nothing is sampled. See SCORED_BELOW_ROOM for the longest sequence.
+        """
+        request = {
+            "input_ids": list(input_ids),
+            "sampling_params": {"max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": first - 1,
+        }
+        reply = await self._post("/generate", request, deadline_s)
+        return self._read("/generate", lambda answer: _scores(answer, list(input_ids[first:])), reply)
 
     async def init_weights_group(
         self,
@@ -186,6 +215,14 @@ class SGLangClient(HttpServer):
         if not isinstance(reply, dict) or reply.get("success") is not True:
             raise self._error(path, f"refused: {reply}")
         return reply
+
+
+def _scores(reply: dict, tokens: list[int]) -> Scores:
+    # The first entry is the token before, whose log-prob was not asked for.
+    entries = reply["meta_info"]["input_token_logprobs"][1:]
+    if [entry[1] for entry in entries] != tokens:
+        raise ValueError(f"log-probs of {len(entries)} tokens that are not the {len(tokens)} asked for")
+    return Scores(tuple(float(entry[0]) for entry in entries), reply["meta_info"]["weight_version"])
 
 
 def _generation(reply: dict) -> Generation:

@@ -19,13 +19,14 @@ from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
+from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.sync import WeightSync
 
 
 def assemble(config: RunConfig, paths: RunDirectory, servers: list[dict]) -> Run:
     """This rank's Run, standing where the last complete checkpoint left it (or at the start).
 
-    `servers` is the launcher's list of {kind: policy | judge, name, url, log_file}.
+    `servers` is the launcher's list of {kind: policy | start | judge, name, url, log_file}.
     """
     conductor = Conductor()
     checkpoint = conductor.everywhere(lambda: latest_checkpoint(paths.checkpoints))
@@ -44,7 +45,8 @@ def assemble(config: RunConfig, paths: RunDirectory, servers: list[dict]) -> Run
     conductor.everywhere(lambda: conductor.run(rollouts.open()))
     transport = _transport(config, paths, clients) if conductor.here else None
     sync = WeightSync(config.sync, policy, conductor, clients, transport)
-    return Run(config, paths, policy, conductor, sync, rollouts, evaluator, console, place, checkpoint)
+    scorer = _start_scorer(config, paths, servers, policy, conductor)
+    return Run(config, paths, policy, conductor, sync, rollouts, evaluator, console, place, checkpoint, scorer)
 
 
 def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):
@@ -53,6 +55,19 @@ def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):
         return config.policy
     model = paths.models / config.stages[place.stage - 1].name
     return config.policy.model_copy(update={"model": str(model), "initialise": "weights"})
+
+
+def _start_scorer(
+    config: RunConfig, paths: RunDirectory, servers: list[dict], policy: Policy, conductor: Conductor
+) -> StartScorer | None:
+    if not config.scores_start:
+        return None
+    clients = _clients(config, servers, "start", config.server.request_deadline_s)
+    transport = _transport(config, paths, clients) if conductor.here else None
+    sync = WeightSync(config.sync, policy, conductor, clients, transport)
+    scorer = StartScorer(clients[0], sync, conductor, config.server.start_deadline_s)
+    scorer.open()
+    return scorer
 
 
 def _judges(config: RunConfig, servers: list[dict]) -> list[SGLangClient | OpenAIEndpoint]:

@@ -59,6 +59,10 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
         specs += server_specs(
             "policy", config.policy.model, config.server, directory.logs, dtype=dtype, seed=config.seed
         )
+    if config.scores_start:
+        specs += server_specs(
+            "start", config.policy.model, config.start_server, directory.logs, dtype=dtype, seed=config.seed
+        )
     if config.judges and not config.judge.endpoints:
         judge = config.judge
         specs += server_specs("judge", judge.model, judge.server, directory.logs, dtype=dtype, seed=config.seed)

@@ -65,7 +65,7 @@ def with_log_probs(
     """Add the log-probs under the stage's starting policy and, where a step has several updates, the old ones."""
     temperature = stage.sampling.temperature
     if stage.needs_start and sequences:
-        start = run.policy.log_probs(as_start_reads, temperature, start=True)
+        start = run.start_log_probs(as_start_reads, temperature)
         sequences = [replace(s, start_log_probs=tuple(lp)) for s, lp in zip(sequences, start, strict=True)]
     if stage.updates_per_step > 1 and sequences:
         old = run.policy.log_probs(sequences, temperature)

@@ -11,6 +11,7 @@ from exprl_megatron.policy.architecture import Architecture, layout_violations, 
 from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.serving.client import SCORED_BELOW_ROOM
 from exprl_megatron.training.examples import check_source
 
 
@@ -25,6 +26,8 @@ def check_inputs(config: RunConfig) -> None:
             f"policy.max_tokens is {config.policy.max_tokens}, more than the {architecture.max_positions} positions "
             f"that {config.policy.model} was made for; lower it."
         )
+    if config.scores_start:
+        _check_scored_lengths(config, architecture)
     if config.policy.initialise == "weights":
         _check_weights(config, architecture)
     for problems, needs in needed(config).items():
@@ -37,6 +40,21 @@ def check_inputs(config: RunConfig) -> None:
             check_source(stage)
     if config.judges and config.judge.gate is not None:
         read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
+
+
+def _check_scored_lengths(config: RunConfig, architecture: Architecture) -> None:
+    """A whole trace is a prompt to the server that scores the starting policy."""
+    longest, slots = config.policy.max_tokens, config.server.max_total_tokens
+    rooms = {"the model's positions": architecture.max_positions, "server.max_total_tokens": slots}
+    found = [
+        f"policy.max_tokens is {longest} but the server for the starting policy scores at most "
+        f"{room - SCORED_BELOW_ROOM} tokens ({SCORED_BELOW_ROOM} fewer than {what}, {room}); lower it, or set "
+        f"policy.starting_policy to host."
+        for what, room in rooms.items()
+        if room is not None and longest > room - SCORED_BELOW_ROOM
+    ]
+    if found:
+        raise UserError("\n".join(found))
 
 
 def _check_weights(config: RunConfig, architecture: Architecture) -> None:

@@ -11,7 +11,6 @@ from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.config.stages import RlStage, SparseRlStage
-from exprl_megatron.errors import ServerError
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.problems.order import problem_indices
@@ -21,13 +20,12 @@ from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade
 from exprl_megatron.training.journal import Journal, SampledStep
 from exprl_megatron.training.judging_side import JudgingSide
-
-_HEALTH_POLL_S = 0.5
 
 
 class Rollouts:
@@ -59,8 +57,8 @@ class Rollouts:
         for client in (*self._clients, *self._judges):
             await client.__aenter__()
         await asyncio.gather(
-            *(_ready(client, self._config.server.start_deadline_s) for client in self._clients),
-            *(_ready(client, self._config.judge.server.start_deadline_s) for client in self._judges),
+            *(wait_ready(client, self._config.server.start_deadline_s) for client in self._clients),
+            *(wait_ready(client, self._config.judge.server.start_deadline_s) for client in self._judges),
         )
 
     async def close(self) -> None:
@@ -176,16 +174,3 @@ def _teaches(stage: SparseRlStage, group: Group) -> bool:
     judgements = [member.judgement for member in group.members]
     overlong = [member.trace.overlong for member in group.members]
     return bool(informative(*group_scores(judgements, overlong, stage.overlong)))
-
-
-async def _ready(client: SGLangClient, deadline_s: float) -> None:
-    """Return when the server answers; ServerError when it does not within `deadline_s`."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + deadline_s
-    while True:
-        try:
-            return await client.health()
-        except ServerError:
-            if loop.time() > deadline:
-                raise
-        await asyncio.sleep(_HEALTH_POLL_S)

@@ -24,6 +24,7 @@ from exprl_megatron.training.journal import SampledStep
 from exprl_megatron.training.mismatch import check_log_prob_gap
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.sync import WeightSync
 from exprl_megatron.training.teacher import teacher_prompts
 
@@ -31,7 +32,8 @@ from exprl_megatron.training.teacher import teacher_prompts
 class Run:
     """Every rank has one and calls the same methods in the same order; rank 0 conducts.
 
-    `rollouts`, `evaluator` and `console` exist on rank 0 alone; `resumed_from` is the checkpoint to go on from, if any.
+    `rollouts`, `evaluator` and `console` exist on rank 0 alone; `resumed_from` is the checkpoint to go on from, if any;
+    `start_scorer`, where the config wants one, scores under the starting weights of the stages that need them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Run:
         console: Console | None,
         place: Place,
         resumed_from: Path | None,
+        start_scorer: StartScorer | None,
     ):
         self.config = config
         self.policy = policy
@@ -57,6 +60,7 @@ class Run:
         self._console = console
         self._place = place
         self._resumed_from = resumed_from
+        self._start_scorer = start_scorer
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}
@@ -74,9 +78,11 @@ class Run:
 
     def open_stage(self, stage: Stage) -> None:
         """A fresh optimizer on the current weights, or the state of the checkpoint that the run resumes from."""
-        keep_start = isinstance(stage, RlStage) and stage.needs_start
+        needs_start = isinstance(stage, RlStage) and stage.needs_start
         updates = stage.steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
-        self.policy.begin_stage(stage.optimizer, updates, keep_start=keep_start)
+        self.policy.begin_stage(stage.optimizer, updates, keep_start=needs_start and self._start_scorer is None)
+        if needs_start and self._start_scorer is not None:
+            self._start_scorer.begin_stage(stage.name)
         if self._resumed_from is not None and self._place.step > 0:
             load_checkpoint(self._resumed_from, self.policy)
         self._resumed_from = None
@@ -106,6 +112,12 @@ class Run:
     def teacher_prompts(self) -> dict[str, tuple[int, ...]]:
         """What the stage's frozen teacher reads of each problem: its text and its reference."""
         return self._teacher_prompts
+
+    def start_log_probs(self, sequences: list[Sequence], temperature: float) -> list[list[float]]:
+        """Of every response token under the stage's starting weights."""
+        if self._start_scorer is not None:
+            return self._start_scorer.log_probs(sequences)
+        return self.policy.log_probs(sequences, temperature, start=True)
 
     def apply_update(self) -> dict[str, float]:
         """Take the optimizer step for the accumulated gradients; its metrics."""
@@ -163,6 +175,8 @@ class Run:
             self._console.closing(self._evaluator.all())
             self._conductor.run(self._sync.close())
             self._conductor.run(self._rollouts.close())
+            if self._start_scorer is not None:
+                self._conductor.run(self._start_scorer.close())
             self._console.close()
         self._conductor.close()
 

@@ -1,6 +1,7 @@
 """Self-distillation's teacher: the frozen start of the stage, under a prompt that shows the reference.
 
-What is made here goes to the trainer alone. No sampling server ever gets a prompt of the teacher.
+What is made here goes to whoever scores the stage's start: the trainer, or the server of its own that
+`policy.starting_policy` asks for, where nothing is sampled. No sampling server ever gets a prompt of the teacher.
 """
 
 import re

@@ -8,6 +8,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.serving.ready import wait_ready
 
 
 def ask_health(log_file):
@@ -27,6 +28,15 @@ def test_a_dead_server_is_named_with_its_last_words(tmp_path):
     assert first.startswith("judge-1 (http://127.0.0.1:") and "asked /health: died or is not reachable" in first
     assert first.endswith(f"Log: {log_file}; its last lines:")
     assert [line.strip() for line in last] == [*(f"line {i}" for i in range(986, 1000)), "out of memory"]
+
+
+def test_a_server_that_does_not_become_ready_is_named_with_its_deadline(tmp_path):
+    async def wait():
+        async with SGLangClient(f"http://127.0.0.1:{free_ports(1)[0]}", "start-0", tmp_path / "start-0.log") as client:
+            await wait_ready(client, 0.1)
+
+    with pytest.raises(ServerError, match=r"start-0 \(http://.* not answer /health within start_deadline_s \(0.1 s\)"):
+        asyncio.run(wait())
 
 
 def test_a_log_that_cannot_be_read_does_not_hide_the_error(tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.checksums import checksums, differing
+from exprl_megatron.serving.client import SCORED_BELOW_ROOM
 from exprl_megatron.serving.launch import ServerSpec, start_servers, stop_servers
 
 pytestmark = pytest.mark.slow
@@ -86,6 +87,33 @@ def test_log_probs_are_those_of_transformers(servers, tiny_model, name):
     generations = sampled(servers[name])
     assert largest_gap(tiny_model(name, **MODELS[name]), generations) < 1e-4
     assert len({g.token_ids for g in generations}) == len(generations)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_the_log_probs_of_transformers_at_temperature_1(servers, tiny_model, name):
+    async def ask(client):
+        return await asyncio.gather(*(client.score(PROMPT, first) for first in (1, 40, len(PROMPT))))
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(name, **MODELS[name]), dtype=torch.float32)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(ids).logits[0, :-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+    whole, part, nothing = on(servers[name], ask)
+    assert (torch.tensor(whole.log_probs) - log_probs).abs().max() < 1e-4
+    assert part.log_probs == pytest.approx(whole.log_probs[39:], abs=1e-5)
+    assert nothing.log_probs == ()
+    assert whole.weight_version == "initial"
+
+
+def test_the_longest_sequence_that_is_scored(servers):
+    longest = 1024 - SCORED_BELOW_ROOM
+
+    async def ask(client):
+        return await client.score([5] * longest, 1)
+
+    assert len(on(servers["qwen3"], ask).log_probs) == longest - 1
+    with pytest.raises(ServerError, match=rf"refused with HTTP 400: Input length \({longest + 1} tokens\) exceeds"):
+        on(servers["qwen3"], lambda client: client.score([5] * (longest + 1), 1))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -45,3 +45,22 @@ def test_megatrons_files_must_be_whole(tmp_path, converted, file, sentence):
     next((converted / "megatron").glob(file)).unlink()
     with pytest.raises(UserError, match=sentence):
         check_inputs(run(tmp_path, converted))
+
+
+@pytest.mark.parametrize(
+    ("longest", "sentence"),
+    [
+        (1018, r"is 1018 but the server .* at most 1017 tokens \(7 fewer than the model's positions, 1024\); lower"),
+        (506, r"is 506 but the server .* at most 505 tokens \(7 fewer than server\.max_total_tokens, 512\); lower"),
+        (505, None),
+    ],
+)
+def test_traces_longer_than_a_server_scores_are_refused_where_it_shall(tmp_path, tiny_model, longest, sentence):
+    model = tiny_model("qwen3")
+    check_inputs(run(tmp_path, model, "sparse-rl", max_tokens=longest))
+    config = run(tmp_path, model, "sparse-rl", max_tokens=longest, starting_policy="server")
+    if sentence is None:
+        check_inputs(config)
+        return
+    with pytest.raises(UserError, match=sentence):
+        check_inputs(config)

@@ -1,0 +1,153 @@
+"""A stage's starting policy, scored by a server of its own: the same numbers as swapped-in weights give."""
+
+import asyncio
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.config.serving import ServerConfig, SyncConfig
+from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
+from exprl_megatron.serving.launch import server_specs, start_servers
+from exprl_megatron.training.conductor import Conductor
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.launch import wanted_servers
+from exprl_megatron.training.plan import planned_processes
+from exprl_megatron.training.start_scorer import StartScorer
+from exprl_megatron.training.sync import WeightSync
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import SAMPLING, finish, kill_when, run_config, start_ranks, write_problems
+
+
+def three_stages(directory, model, problems, starting_policy="server", **sampling):
+    """Twice two steps of sparse-reward RL with a KL term and one of self-distillation."""
+    shared = {
+        "problems": {"source": str(problems)},
+        "problems_per_step": 2,
+        "group_size": 3,
+        "sampling": SAMPLING | sampling,
+        "optimizer": {"lr": 1e-3},
+    }
+    sparse = shared | {
+        "kind": "sparse-rl",
+        "steps": 2,
+        # Without an answer that is right the bonus alone moves the weights.
+        "loss": {"kl_coefficient": 0.1, "entropy_coefficient": 0.05},
+    }
+    teacher = {"user": "{problem} Solution: {reference}"}
+    distill = shared | {"kind": "self-distill", "name": "distill", "steps": 1, "teacher_prompt": teacher}
+    stages = [sparse | {"name": "one"}, sparse | {"name": "two"}, distill]
+    policy = {"model": str(model), "layout": {"tp": 2}, "max_tokens": 160, "starting_policy": starting_policy}
+    return run_config(directory, model, model, problems, policy=policy, stages=stages)
+
+
+def test_the_server_is_among_the_processes_only_where_a_stage_needs_it(tmp_path):
+    def names(starting_policy):
+        config = three_stages(tmp_path / "run", "model", "problems", starting_policy)
+        planned = [process.name for process in planned_processes(config) if "server" in process.what.lower()]
+        assert planned == [spec.name for spec in wanted_servers(config, RunDirectory(tmp_path))]
+        return planned
+
+    assert names("server") == ["policy-0", "start-0"]
+    assert names("host") == ["policy-0"]
+
+
+def test_another_temperature_than_1_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"stage one: .*temperature is 0.7; set starting_policy to host"):
+        three_stages(tmp_path / "run", "model", "problems", temperature=0.7)
+    three_stages(tmp_path / "run", "model", "problems", "host", temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def start_server(tiny_model, tmp_path_factory):
+    """The server of its own; what weights it holds is each test's matter."""
+    config = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
+    specs = server_specs("start", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))
+    with start_servers(specs)[0] as server:
+        yield server
+
+
+@pytest.mark.slow
+def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(start_server, tiny_model):
+    from exprl_megatron.algorithms.objective import supervised_objective
+    from exprl_megatron.policy.policy import Policy
+    from exprl_megatron.policy.world import enter_world, leave_world
+    from exprl_megatron.resharding.broadcast import BroadcastTransport
+
+    sequences = [Sequence(tuple(range(3, 4 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(5)]
+    tokens = sum(len(sequence.response_ids) for sequence in sequences)
+
+    def learn():
+        policy.accumulate(sequences, supervised_objective(), 1.0, denominator=tokens)
+        policy.apply_update()
+
+    enter_world(Layout())
+    policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
+    policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10)
+    learn()
+    conductor, client = Conductor(), start_server.client()
+    sync = WeightSync(SyncConfig(), policy, conductor, [client], BroadcastTransport([client], 1, 120.0))
+    scorer = StartScorer(client, sync, conductor, start_deadline_s=60.0)
+    scorer.open()
+    policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10, keep_start=True)
+    scorer.begin_stage("prime")
+    learn()
+    scored = scorer.log_probs(sequences)
+    start, current = policy.log_probs(sequences, 1.0, start=True), policy.log_probs(sequences, 1.0)
+    conductor.run(client.update_from_disk(tiny_model("qwen3"), "another"))
+    with pytest.raises(ServerError, match=r"start-0 \(.*\) scored under weight version another, not start-prime"):
+        scorer.log_probs(sequences)
+    conductor.run(scorer.close())
+    conductor.close()
+    leave_world()
+    assert largest_gap(scored, start) < 1e-4
+    assert largest_gap(current, start) > 1e-2
+
+
+def largest_gap(found, expected):
+    pairs = zip(found, expected, strict=True)
+    return max(abs(a - b) for row, other in pairs for a, b in zip(row, other, strict=True))
+
+
+@pytest.mark.slow
+def test_killed_in_mid_stage_a_run_has_the_divergences_of_an_uninterrupted_one_with_the_weights_on_the_host(
+    tiny_model, qwen3_server, start_server, tmp_path
+):
+    model, problems = tiny_model("qwen3"), write_problems(tmp_path / "problems.jsonl")
+    config = three_stages(tmp_path / "server", model, problems)
+    paths = RunDirectory(config.directory)
+    servers = {"policy": qwen3_server, "start": start_server}
+    kill_when(start_ranks(config, servers), (paths.checkpoints / "checkpoint-00000003").is_dir)
+    place = read_extra(latest_checkpoint(paths.checkpoints))
+    assert (place["stage"], place["step"]) == (1, 1)
+    finish(start_ranks(config, servers, resume=True))
+    asyncio.run(with_initial_weights(qwen3_server, model))
+
+    # The same traces: what the killed run sampled.
+    on_host = three_stages(tmp_path / "host", model, problems, "host")
+    host = RunDirectory(on_host.directory)
+    host.claim(on_host, resume=False).release()
+    shutil.copytree(paths.journal, host.journal, dirs_exist_ok=True)
+    finish(start_ranks(on_host, {"policy": qwen3_server}, resume=True))
+
+    found, expected = divergences(paths), divergences(host)
+    first, second, again, last, teacher = expected
+    assert max(first, again) < 1e-9 and min(second, last, teacher) > 1e-4
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+async def with_initial_weights(server, model):
+    async with server.client() as client:
+        await client.update_from_disk(model, "initial")
+
+
+def divergences(paths: RunDirectory) -> list[float]:
+    """Of every step: from the stage's start, or from the teacher that it is."""
+    metrics = [json.loads(line)["metrics"] for line in paths.metrics.read_text().splitlines()]
+    return [step["kl/teacher"] if "kl/teacher" in step else step["kl/start"] for step in metrics]
