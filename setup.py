@@ -39,7 +39,7 @@ setup(
             "champ-dataset==1.0.0",
             "natsort",
         ],
-        "dev": ["pytest", "pytest-timeout", "ruff"],
+        "dev": ["mbridge==0.15.1", "pytest", "pytest-timeout", "ruff"],
     },
     entry_points={"console_scripts": ["exprl = exprl_megatron.cli:main"]},
 )
