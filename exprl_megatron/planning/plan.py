@@ -135,17 +135,22 @@ def _trainer(config, stage, architecture, workload, gpu, one: Learning) -> list[
 
 
 def _starting_policy(config, stage, architecture, workload, gpu, one) -> dict[str, float]:
-    """Both places of the frozen starting weights: host memory of a rank, or the GPUs of a server."""
+    """Both places of the frozen starting weights: host memory of a rank, or the GPUs of a server.
+
+    Either reads the step's traces once more: the trainer after a swap, the server on its own GPUs.
+    """
     policy, layout = config.policy, config.policy.layout
     host = policy.model_copy(update={"starting_policy": "host"})
     kept = max(
         host_memory(architecture, host, stage.optimizer, rank, True).starting_policy for rank in range(layout.pp)
     )
+    read_there = learning(architecture, host, stage.optimizer, workload, gpu)
     wide = 4 if policy.precision.dtype == "fp32" else 2
     one_server = Servers(1, config.server.tp, gpu)
     return {
         "host_bytes_per_rank": kept,
         "host_swap_s": _swap_seconds(architecture, config, gpu, one),
+        "host_score_s": read_there.log_probs_s / read_there.passes,
         "server_weight_bytes_per_gpu": model_parameters(architecture) * wide / config.server.tp,
         "server_score_s": prefill_seconds(architecture, one_server, workload.tokens, workload.sequence_length),
     }

@@ -157,8 +157,8 @@ def _host_lines(plan: Plan) -> list[str]:
         cost, chosen = plan.starting_policy, plan.config.policy.starting_policy
         lines += [
             f"starting policy on the host: {cost['host_bytes_per_rank'] / GIB:.1f} GiB of host memory a rank (both "
-            f"sets of weights while they change places), {seconds_text(cost['host_swap_s'])} s of swapping a step"
-            + (" (chosen)" if chosen == "host" else ""),
+            f"sets of weights while they change places), {seconds_text(cost['host_swap_s'])} s of swapping and "
+            f"{seconds_text(cost['host_score_s'])} s of reading a step" + (" (chosen)" if chosen == "host" else ""),
             f"starting policy on a server: {cost['server_weight_bytes_per_gpu'] / GIB:.1f} GiB of each of its GPUs, "
             f"{seconds_text(cost['server_score_s'])} s of reading a step" + (" (chosen)" if chosen == "server" else ""),
         ]

@@ -202,6 +202,14 @@ def test_a_starting_policy_on_a_server_has_gpus_of_its_own():
     host = study("qwen3-32b", start, H100)
     server = study("qwen3-32b", [*start, "policy.starting_policy=server"], H100)
     assert server.gpus["start server"] == 8 and "start server" not in host.gpus
+    assert server.starting_policy == host.starting_policy, "either plan tells what both choices cost"
+    cost, seconds = host.starting_policy, {phase.name: phase.seconds for phase in (*host.phases, *server.phases)}
+    # 32.76e9 parameters in bf16 over 8 GPUs, and on the host both sets of them over the trainer's ranks.
+    assert cost["server_weight_bytes_per_gpu"] == pytest.approx(32.76e9 * 2 / 8, rel=2e-3)
+    ranks = host.config.policy.layout.tp * host.config.policy.layout.pp
+    assert cost["host_bytes_per_rank"] == pytest.approx(2 * 32.76e9 * 2 / ranks, rel=0.05)
+    assert seconds["log-probs"] == pytest.approx(cost["host_swap_s"] + cost["host_score_s"])
+    assert seconds["score start"] == cost["server_score_s"]
     assert {phase.name for phase in server.phases} - {phase.name for phase in host.phases} == {"score start"}
     assert "log-probs" not in {phase.name for phase in server.phases}
 
