@@ -16,6 +16,8 @@ from exprl_megatron.planning.workload import Workload
 from exprl_megatron.policy.architecture import Architecture, layout_violations
 from exprl_megatron.policy.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
 
+AS_FAST = 1.005
+"""Seconds that differ by less are not told apart."""
 SHORTEST_PIECE = 2048
 """Context parallelism that leaves a rank fewer tokens of the longest sequence is not looked at."""
 
@@ -129,7 +131,7 @@ def rank_layouts(
     gpu: Gpu,
     gpus: int,
 ) -> Ranking:
-    """Those that fit into memory, the fastest first, of several pipelines that differ in virtual stages the best.
+    """Those that fit into memory, the fastest first, of several pipelines that differ in virtual stages the best one.
 
     Recomputation is taken where a layout does not fit without. Raises UserError, with the reason, where none fits.
     """
@@ -142,12 +144,21 @@ def rank_layouts(
             if all(one.over(gpu) <= 0 for one in memory):
                 found.append(learning(architecture, tried, optimizer, workload, gpu))
                 break
-    best: dict[Layout, Learning] = {}
-    for one in sorted(fitting["none"] + fitting["full"], key=lambda one: (one.seconds, one.memory.total)):
-        best.setdefault(one.layout.model_copy(update={"vpp": 1}), one)
+    pipelines: dict[Layout, list[Learning]] = {}
+    for one in fitting["none"] + fitting["full"]:
+        pipelines.setdefault(one.layout.model_copy(update={"vpp": 1}), []).append(one)
+    best = sorted(map(_roomiest, pipelines.values()), key=lambda one: (one.seconds, one.memory.total))
     if not best:
         raise UserError(_why_none(architecture, policy, optimizer, gpu, gpus, legal))
-    return Ranking(list(best.values()), len(legal), len(fitting["none"]), len(fitting["full"]))
+    return Ranking(best, len(legal), len(fitting["none"]), len(fitting["full"]))
+
+
+def _roomiest(pipelines: list[Learning]) -> Learning:
+    """Of those that are as fast as the fastest, within `AS_FAST`, the one with the most memory left."""
+    fastest = min(one.seconds for one in pipelines)
+    return min(
+        (one for one in pipelines if one.seconds <= fastest * AS_FAST), key=lambda one: (one.memory.total, one.seconds)
+    )
 
 
 def _why_none(architecture, policy, optimizer, gpu: Gpu, gpus: int, legal: list[Layout]) -> str:

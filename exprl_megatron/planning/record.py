@@ -6,7 +6,7 @@ from typing import Any
 from exprl_megatron.planning.layouts import Learning, Ranking
 from exprl_megatron.planning.memory import USABLE, Host, Memory
 from exprl_megatron.planning.phases import Phase
-from exprl_megatron.planning.plan import Plan
+from exprl_megatron.planning.plan import Division, Plan
 from exprl_megatron.planning.settings import overrides
 
 CAUSES = {
@@ -49,6 +49,7 @@ def plan_record(plan: Plan, top: int) -> dict[str, Any]:
         "starting_policy": plan.starting_policy,
         "trainer": learning_record(plan.learning),
         "ranking": _ranking_record(plan.ranking, top),
+        "divisions": [_division_record(one) for one in plan.divisions[:top]],
         "notes": plan.notes,
     }
 
@@ -76,6 +77,17 @@ def _ranking_record(ranking: Ranking | None, top: int) -> dict[str, Any]:
         return {"layouts": []}
     counts = {name: getattr(ranking, name) for name in ("looked_at", "plain", "recomputed")}
     return counts | {"layouts": [learning_record(one) for one in ranking.layouts[:top]]}
+
+
+def _division_record(one: Division) -> dict[str, Any]:
+    return {
+        "gpus": one.gpus,
+        "servers": one.servers,
+        "layout": one.learning.layout.model_dump(mode="json"),
+        "recompute": one.learning.policy.recompute,
+        "seconds": one.seconds,
+        "step_s": one.step_s,
+    }
 
 
 def _phase_record(phase: Phase) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from math import inf
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
@@ -10,7 +11,7 @@ from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.layouts import Ranking
-from exprl_megatron.planning.plan import Plan, plan, ranked
+from exprl_megatron.planning.plan import Plan, division_of, plan, ranked
 from exprl_megatron.planning.workload import Workload
 
 EIGHTHS = (1, 2, 3, 4, 5, 6)
@@ -31,7 +32,8 @@ def best_division(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu,
         except UserError as error:
             return error
 
-    found, reason = [], None
+    found: dict[tuple[int, int], Plan] = {}
+    reason = None
     for trainer, judge in _divisions(gpus, judged=workload.judgements > 0 and not config.judge.endpoints):
         ranking = layouts(trainer)
         if isinstance(ranking, UserError):
@@ -42,14 +44,19 @@ def best_division(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu,
             planned = plan(tried, stage, workload, gpu)
             if planned.faults:
                 reason = UserError("\n".join(planned.faults))
-            else:
-                found.append(replace(planned, ranking=ranking))
+            elif planned.step_s < _step_s(found.get((trainer, judge))):
+                found[trainer, judge] = replace(planned, ranking=ranking)
     if not found:
         raise UserError(
             f"{gpus} {gpu.name} do not hold trainer and servers of {config.policy.model}, however they are divided. "
             f"With the largest trainer that was tried: {reason or 'too few GPUs are left for the servers.'}"
         )
-    return min(found, key=lambda one: one.step_s)
+    plans = sorted(found.values(), key=_step_s)
+    return replace(plans[0], divisions=tuple(map(division_of, plans)))
+
+
+def _step_s(plan: Plan | None) -> float:
+    return inf if plan is None else plan.step_s
 
 
 def _divisions(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:

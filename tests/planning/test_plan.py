@@ -254,3 +254,16 @@ def test_every_published_configuration_can_be_planned():
     for model in sorted(Path(memory.__file__).parent.joinpath("architectures").iterdir()):
         if find_architecture(model.name)[0].experts is None:
             assert study(model.name, [], GPUS["b200"], gpus=16, train_only=True).ranking.layouts
+
+
+def test_of_pipelines_that_are_as_fast_the_one_with_most_room_is_listed():
+    best = study("llama-3.3-70b", [], H100, gpus=64, train_only=True).ranking.layouts[0]
+    others = [
+        study(
+            "llama-3.3-70b", [f"policy.layout.{k}={v}" for k, v in layout.model_dump().items()], H100, train_only=True
+        )
+        for layout in (best.layout.model_copy(update={"vpp": vpp}) for vpp in (1, 2, 4, 5, 10, 20))
+    ]
+    as_fast = [other.learning for other in others if other.learning.seconds < 1.005 * best.seconds]
+    assert len(as_fast) > 1
+    assert best.memory.total == min(other.memory.total for other in as_fast)
