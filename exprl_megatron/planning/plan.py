@@ -31,6 +31,24 @@ STORAGE_BYTES_PER_S = 2e9
 
 
 @dataclass(frozen=True)
+class Division:
+    """One way to divide GPUs, at its best."""
+
+    gpus: dict[str, int]
+    """GPUs by device kind."""
+    servers: dict[str, int]
+    """GPUs of each server by device kind."""
+    learning: Learning
+    seconds: dict[str, float]
+    """Of each phase of a step."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that `exprl plan` prints."""
 
@@ -52,11 +70,27 @@ class Plan:
     """What was assumed."""
     ranking: Ranking | None = None
     """The best layouts of as many trainer GPUs; None where none fits."""
+    divisions: tuple[Division, ...] = ()
+    """Ways to divide the GPUs between trainer and servers, the best first, if that was asked."""
 
     @property
     def step_s(self) -> float:
         """Seconds of a step: phases in turn, as the loop runs them."""
         return sum(phase.seconds for phase in self.phases)
+
+
+def division_of(plan: Plan) -> Division:
+    """The plan's own division."""
+    config = plan.config
+    servers = {"policy server": config.server.tp, "start server": config.server.tp}
+    if config.judge is not None:
+        servers["judge server"] = config.judge.server.tp
+    return Division(
+        gpus=plan.gpus,
+        servers={kind: size for kind, size in servers.items() if kind in plan.gpus},
+        learning=plan.learning,
+        seconds={phase.name: phase.seconds for phase in plan.phases},
+    )
 
 
 def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:

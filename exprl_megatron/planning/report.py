@@ -7,7 +7,7 @@ from exprl_megatron.planning.hardware import GIB
 from exprl_megatron.planning.layouts import Learning, Ranking
 from exprl_megatron.planning.memory import USABLE, Memory
 from exprl_megatron.planning.phases import Phase
-from exprl_megatron.planning.plan import Plan
+from exprl_megatron.planning.plan import Division, Plan, division_of
 from exprl_megatron.planning.record import CAUSES, update_seconds
 from exprl_megatron.planning.settings import layout_text, overrides
 
@@ -35,6 +35,8 @@ def print_plan(plan: Plan, console: Console, top: int) -> None:
     _print_lines(console, _host_lines(plan))
     if plan.ranking is not None:
         console.print(ranking_table(plan.ranking, top))
+    if plan.divisions:
+        console.print(_divisions_table(plan.divisions, top))
     _print_lines(console, [f"note: {note}" for note in plan.notes])
 
 
@@ -54,14 +56,27 @@ def _headlines(plan: Plan) -> list[str]:
 
 
 def _held(plan: Plan) -> str:
-    sizes = {"policy server": plan.config.server.tp, "start server": plan.config.server.tp}
-    if plan.config.judge is not None:
-        sizes["judge server"] = plan.config.judge.server.tp
-    texts = []
-    for kind, gpus in plan.gpus.items():
-        size = sizes.get(kind)
-        texts.append(f"{gpus} train" if size is None else f"{gpus // size} {kind}(s) of {size}")
-    return ", ".join(texts)
+    own = division_of(plan)
+    return ", ".join(f"{gpus} train" if kind == "trainer" else _servers(own, kind) for kind, gpus in own.gpus.items())
+
+
+def _servers(division: Division, kind: str) -> str:
+    size = division.servers[kind]
+    return f"{division.gpus[kind] // size} {kind}(s) of {size}"
+
+
+def _divisions_table(divisions: tuple[Division, ...], top: int) -> Table:
+    """The `top` best ways to divide the GPUs."""
+    kinds, phases = list(divisions[0].servers), list(divisions[0].seconds)
+    table = Table("trainers", "layout", "recompute", *kinds, *phases, "step s", title="divisions of the GPUs")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for one in divisions[:top]:
+        counts = [f"{one.gpus[kind] // one.servers[kind]} of {one.servers[kind]}" for kind in kinds]
+        seconds = [seconds_text(one.seconds[phase]) for phase in phases]
+        layout, recompute = layout_text(one.learning.layout), one.learning.policy.recompute
+        table.add_row(str(one.gpus["trainer"]), layout, recompute, *counts, *seconds, seconds_text(one.step_s))
+    return table
 
 
 def ranking_table(ranking: Ranking, top: int) -> Table:
