@@ -1,12 +1,16 @@
 """`exprl plan` on the command line."""
 
 import json as json_format
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from exprl_megatron.errors import UserError
+
+WIDE = 160
+"""Columns of a plan that goes to a file or another program."""
 
 
 def plan_command(
@@ -64,4 +68,5 @@ def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, leng
     if as_json:
         print(json_format.dumps(plan_record(found, top), indent=1))
     else:
-        print_plan(found, Console(), top)
+        # Where nobody looks at a terminal, tables are as wide as they need.
+        print_plan(found, Console(width=None if sys.stdout.isatty() else WIDE), top)

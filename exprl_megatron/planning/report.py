@@ -19,9 +19,15 @@ KINDS = {
     "activations": "activations",
     "logits": "logits",
     "kv_cache": "KV cache",
-    "communication": "communication",
-    "workspace": "work space",
+    "communication": "comm.",
+    "workspace": "work",
 }
+SUMS = {
+    "sample, judge": ("sample", "judge"),
+    "log-probs, train": ("score start", "log-probs", "train"),
+    "reshard, save": ("reshard", "save"),
+}
+"""What stands together in the table of divisions, and the phases that it sums."""
 
 
 def print_plan(plan: Plan, console: Console, top: int) -> None:
@@ -67,15 +73,17 @@ def _servers(division: Division, kind: str) -> str:
 
 def _divisions_table(divisions: tuple[Division, ...], top: int) -> Table:
     """The `top` best ways to divide the GPUs."""
-    kinds, phases = list(divisions[0].servers), list(divisions[0].seconds)
-    table = Table("trainers", "layout", "recompute", *kinds, *phases, "step s", title="divisions of the GPUs")
+    kinds = list(divisions[0].servers)
+    table = Table("trainers", "layout", "recompute", *kinds, *SUMS, "step s", title="divisions of the GPUs")
     for column in table.columns[3:]:
         column.justify = "right"
     for one in divisions[:top]:
         counts = [f"{one.gpus[kind] // one.servers[kind]} of {one.servers[kind]}" for kind in kinds]
-        seconds = [seconds_text(one.seconds[phase]) for phase in phases]
+        sums = [sum(one.seconds.get(phase, 0.0) for phase in phases) for phases in SUMS.values()]
         layout, recompute = layout_text(one.learning.layout), one.learning.policy.recompute
-        table.add_row(str(one.gpus["trainer"]), layout, recompute, *counts, *seconds, seconds_text(one.step_s))
+        table.add_row(
+            str(one.gpus["trainer"]), layout, recompute, *counts, *map(seconds_text, sums), seconds_text(one.step_s)
+        )
     return table
 
 
