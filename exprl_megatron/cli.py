@@ -29,12 +29,12 @@ def train(
     from exprl_megatron.config.load import load_config
     from exprl_megatron.training.launch import launch
     from exprl_megatron.training.plan import print_plan
+    from exprl_megatron.training.preflight import model_violations
 
-    run_config = load_config(config, overrides or [])
     if dry_run:
-        print_plan(run_config)
+        print_plan(load_config(config, overrides or []))
         return
-    launch(run_config, resume)
+    launch(load_config(config, overrides or [], model_violations), resume)
 
 
 @app.command("judge-bench")

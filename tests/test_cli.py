@@ -70,6 +70,29 @@ def test_tp_that_does_not_divide_the_heads_is_refused(run, monkeypatch, capsys):
     assert "policy.layout.tp is 4, which does not divide the model's 2 KV groups; use one of 1, 2." in told
 
 
+def test_all_that_is_illegal_is_said_at_once_whether_the_config_or_the_model_forbids_it(run, monkeypatch, capsys):
+    layout = {"tp": 4, "vpp": 3, "ep": 3}
+    run.tree["policy"] |= {"layout": layout, "max_tokens": 4096, "precision": {"kind": "fp32", "first_last_bf16": 1}}
+    run.tree["stages"][0] |= {"optimizer": {"distributed": False, "overlap": True}, "updates_per_step": 5}
+    status, told = run(monkeypatch, capsys, "policy.layuot.tp=2")
+    assert status == 2 and not run.directory.exists()
+    for sentence in (
+        "unknown key policy.layuot; did you mean 'layout'?",
+        "policy.layout.vpp is 3 but pp is 1; virtual stages need pp of 2 or more.",
+        "policy.layout.ep x etp is 3, which does not divide the 4 ranks of a pipeline stage",
+        "policy.layout.ep with tp needs sequence_parallel; turn it on.",
+        "stage sparse: problems_per_step (32) is not a multiple of updates_per_step (5)",
+        "optimizer.overlap needs optimizer.distributed",
+        "policy.layout.tp is 4, which does not divide the model's 2 KV groups; use one of 1, 2.",
+        "policy.layout.ep is 3 but the model has no experts; set it to 1.",
+        "policy.layout.pp x vpp is 3, which does not divide the model's 2 layers; change pp or vpp.",
+        "policy.precision.first_last_bf16 is 1 but the precision fp32 multiplies nothing in 8 bits",
+        "policy.max_tokens is 4096, more than the 1024 positions",
+    ):
+        assert sentence in told
+    assert told.count("\n") == 11, told
+
+
 def test_a_model_without_weights_is_refused(run, monkeypatch, capsys, tmp_path):
     model = tmp_path / "bare"
     model.mkdir()

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,18 +18,27 @@ from exprl_megatron.errors import UserError
 
 _TO_REFER_TO = "x-"
 
+Check = Callable[[RunConfig], Iterable[str]]
+"""One sentence for everything that is wrong with a config in which each value by itself is sound."""
 
-def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
+
+def _nothing(config: RunConfig) -> Iterable[str]:
+    return ()
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = (), also: Check = _nothing) -> RunConfig:
     """The run's config; relative paths in it are taken from the working directory.
 
     `extends: FILE` puts the file over another one (its path is relative to the file); top-level keys that
     begin with `x-` are for `${x-...}` to refer to. Raises UserError with one sentence for each violation,
-    all of them at once.
+    all of them at once; `also` tells of those that lie outside the config, as in its model.
     """
-    return resolve_config(_loaded(Path(path)), overrides, path)
+    return resolve_config(_loaded(Path(path)), overrides, path, also)
 
 
-def resolve_config(tree: Container, overrides: tuple[str, ...] | list[str], path: str | Path) -> RunConfig:
+def resolve_config(
+    tree: Container, overrides: tuple[str, ...] | list[str], path: str | Path, also: Check = _nothing
+) -> RunConfig:
     """`tree` under the overrides, checked; errors name `path` as where it is from. Raises what load_config raises."""
     for override in overrides:
         _override(tree, override, Path(path))
@@ -38,7 +48,7 @@ def resolve_config(tree: Container, overrides: tuple[str, ...] | list[str], path
         raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; mend the ${{...}}.") from error
     if isinstance(resolved, dict):
         resolved = {key: value for key, value in resolved.items() if not str(key).startswith(_TO_REFER_TO)}
-    return check_config(resolved, str(path))
+    return check_config(resolved, str(path), also)
 
 
 def _loaded(path: Path, above: tuple[Path, ...] = ()) -> Container:
@@ -68,13 +78,13 @@ def _override(tree: Container, override: str, path: Path) -> None:
         raise UserError(f"The override {override!r} fits nowhere in {path}: {_one_line(error)}; mend it.") from error
 
 
-def check_config(tree: Any, origin: str) -> RunConfig:
+def check_config(tree: Any, origin: str, also: Check = _nothing) -> RunConfig:
     """`tree` (plain dicts and lists) as a RunConfig; see load_config for what it raises."""
     try:
         config = _validated(tree)
     except ValidationError as error:
-        raise UserError(_listing(origin, _all_sentences(error, tree))) from error
-    sentences = list(_violations(config, config))
+        raise UserError(_listing(origin, _all_sentences(error, tree, also))) from error
+    sentences = [*_violations(config, config), *also(config)]
     if sentences:
         raise UserError(_listing(origin, sentences))
     return config
@@ -85,7 +95,7 @@ def _validated(tree: Any) -> RunConfig:
     return RunConfig.model_validate_json(json.dumps(tree), strict=True)
 
 
-def _all_sentences(error: ValidationError, tree: Any) -> list[str]:
+def _all_sentences(error: ValidationError, tree: Any, also: Check) -> list[str]:
     """What is wrong with keys and values, and, where only keys are unknown, how the rest contradicts itself."""
     sentences = [_sentence(item, tree) for item in error.errors()]
     if any(item["type"] != "extra_forbidden" for item in error.errors()):
@@ -98,7 +108,7 @@ def _all_sentences(error: ValidationError, tree: Any) -> list[str]:
             place = place[part]
         del place[key]
     config = _validated(rest)
-    return sentences + list(_violations(config, config))
+    return [*sentences, *_violations(config, config), *also(config)]
 
 
 def _violations(piece: Config, whole: RunConfig):

@@ -1,5 +1,6 @@
 """Looks at everything that a run will read before any process is started."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from exprl_megatron.config.problems import ProblemsConfig
@@ -17,19 +18,10 @@ from exprl_megatron.training.examples import check_source
 
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError where the model, the layout, the problems or the examples cannot be used."""
-    architecture = read_architecture(config.policy.model)
-    found = layout_violations(architecture, config.policy.layout) + _precision_violations(config, architecture)
-    if found:
+    if found := model_violations(config):
         raise UserError("\n".join(found))
-    if config.policy.max_tokens > architecture.max_positions:
-        raise UserError(
-            f"policy.max_tokens is {config.policy.max_tokens}, more than the {architecture.max_positions} positions "
-            f"that {config.policy.model} was made for; lower it."
-        )
-    if config.scores_start:
-        _check_scored_lengths(config, architecture)
     if config.policy.initialise == "weights":
-        _check_weights(config, architecture)
+        _check_weights(config)
     for problems, needs in needed(config).items():
         loaded = load_problems(problems)
         lacking = [sentence for need in sorted(needs) for sentence in missing_for(loaded, need)]
@@ -42,29 +34,46 @@ def check_inputs(config: RunConfig) -> None:
         read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
 
 
-def _check_scored_lengths(config: RunConfig, architecture: Architecture) -> None:
-    """A whole trace is a prompt to the server that scores the starting policy."""
-    longest, slots = config.policy.max_tokens, config.server.max_total_tokens
-    rooms = {"the model's positions": architecture.max_positions, "server.max_total_tokens": slots}
-    found = [
-        f"policy.max_tokens is {longest} but the server for the starting policy scores at most "
-        f"{room - SCORED_BELOW_ROOM} tokens ({SCORED_BELOW_ROOM} fewer than {what}, {room}); lower it, or set "
-        f"policy.starting_policy to host."
-        for what, room in rooms.items()
-        if room is not None and longest > room - SCORED_BELOW_ROOM
+def model_violations(config: RunConfig) -> list[str]:
+    """One sentence for everything in `config` that its model does not allow: layout, precision, lengths."""
+    try:
+        architecture = read_architecture(config.policy.model)
+    except UserError as error:
+        return [str(error)]
+    return [
+        *layout_violations(architecture, config.policy.layout),
+        *_precision_violations(config, architecture),
+        *_length_violations(config, architecture.max_positions),
     ]
-    if found:
-        raise UserError("\n".join(found))
 
 
-def _check_weights(config: RunConfig, architecture: Architecture) -> None:
+def _length_violations(config: RunConfig, positions: int) -> Iterator[str]:
+    longest, slots = config.policy.max_tokens, config.server.max_total_tokens
+    if longest > positions:
+        yield (
+            f"policy.max_tokens is {longest}, more than the {positions} positions that {config.policy.model} was made "
+            f"for; lower it."
+        )
+    if not config.scores_start:
+        return
+    # A whole trace is a prompt to the server that scores the starting policy.
+    for what, room in (("the model's positions", positions), ("server.max_total_tokens", slots)):
+        if room is not None and longest > room - SCORED_BELOW_ROOM:
+            yield (
+                f"policy.max_tokens is {longest} but the server for the starting policy scores at most "
+                f"{room - SCORED_BELOW_ROOM} tokens ({SCORED_BELOW_ROOM} fewer than {what}, {room}); lower it, or set "
+                f"policy.starting_policy to host."
+            )
+
+
+def _check_weights(config: RunConfig) -> None:
     from exprl_megatron.conversion.loading import is_converted
     from exprl_megatron.conversion.weights import open_weights
     from exprl_megatron.resharding.sources import Safetensors
 
     model = config.policy.model
     if not is_converted(model):
-        with Safetensors(model, architecture):
+        with Safetensors(model, read_architecture(model)):
             return
     if config.samples:
         raise UserError(
