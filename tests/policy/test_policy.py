@@ -54,6 +54,21 @@ def test_a_step_is_adamw_with_clipping_and_without_decay_of_norms_and_biases(pol
         assert torch.allclose(parameter, expected, atol=1e-5), name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"])
+def test_packed_sequences_have_the_loss_and_the_gradient_of_padded_ones(tiny_model, world, family):
+    found = {}
+    for packing in (True, False):
+        config = PolicyConfig(model=str(tiny_model(family)), max_tokens=64, micro_batch_tokens=64, packing=packing)
+        learner = Policy(config, seed=0)
+        learner.begin_stage(ADAM, total_steps=1)
+        loss = learner.accumulate(BATCH, loss_function, 1.0, tokens(BATCH))["loss"]
+        found[packing] = loss, {name: p.main_grad for name, p in learner.chunks[0].named_parameters()}
+    (loss, gradients), (expected, padded) = found[True], found[False]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in padded.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_a_new_stage_has_a_fresh_optimizer_on_the_current_weights(policy):
     policy.begin_stage(ADAM, total_steps=2)
     step(policy)
