@@ -105,7 +105,7 @@ def learning(
     passes = int(here) + int(workload.updates > 1)
     return Learning(
         policy=policy,
-        stages=stage_memory(architecture, policy, optimizer, workload, gpu),
+        stages=tuple(stage_memory(architecture, policy, optimizer, workload, gpu)),
         training=training_time(architecture, layout, recompute=policy.recompute, global_tokens=tokens, **shared),
         log_probs=log_prob_time(architecture, layout, global_tokens=workload.tokens, **shared) if passes else None,
         passes=passes,
@@ -116,11 +116,12 @@ def learning(
 
 def stage_memory(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, workload: Workload, gpu: Gpu
-) -> tuple[Memory, ...]:
-    """The peak of training on the ranks of each pipeline stage."""
+) -> Iterator[Memory]:
+    """The peak of training on the ranks of each pipeline stage, one after the other."""
     layout = policy.layout
     batches = micro_batches(layout, workload.tokens / workload.updates, policy.micro_batch_tokens)
-    return tuple(training_memory(architecture, policy, optimizer, rank, batches, gpu) for rank in range(layout.pp))
+    for rank in range(layout.pp):
+        yield training_memory(architecture, policy, optimizer, rank, batches, gpu)
 
 
 def rank_layouts(
