@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from exprl_megatron.benchmarks.layer_report import NVIDIA_SPEEDUP, known_gpu, predicted, throughput
 from exprl_megatron.benchmarks.layers import LayerFigures, Work, narrowed, speedups
+from exprl_megatron.benchmarks.peak_memory import extra_bytes
 from exprl_megatron.planning.hardware import GPUS
 from exprl_megatron.planning.targets import find_architecture
 
@@ -30,6 +32,9 @@ def test_a_run_on_a_cpu_says_that_no_fp8_kernel_ran(tmp_path, capsys):
     assert [(m["precision"], m["layers"]) for m in found["measured"]] == [
         ("bf16", 2), ("bf16", 80), ("fp32", 2), ("fp32", 80)
     ]  # fmt: skip
+    bf16, fp32 = (r["peak_bytes"] for r in found["rounds"])
+    # Weights and gradients at least, of two layers of 76 thousand parameters and 2 x 64 thousand for the vocabulary.
+    assert 2 * 2 * 280e3 < bf16 < fp32
     assert {p["precision"] for p in found["predicted"]} == {"bf16", "fp8-tensorwise", "fp8-blockwise"}
 
 
@@ -38,10 +43,25 @@ def test_one_layer_is_refused_as_its_time_comes_from_two_depths():
         bench_fp8.main(["--layers", "1"])
 
 
+def test_what_is_no_precision_is_refused_by_name():
+    with pytest.raises(SystemExit, match="--precision has fp9; choose from fp32, bf16"):
+        bench_fp8.main(["--precision", "bf16,fp9"])
+
+
+def test_peak_memory_is_of_tensors_that_live_at_the_same_time():
+    def call():
+        first = torch.ones(256, 1024)
+        second = first * 2
+        del first
+        return second + 1
+
+    assert extra_bytes(call) == pytest.approx(2 * 2**20, abs=1000)
+
+
 def test_depths_are_extrapolated_along_a_line():
     # 1 s for the output layer and 3 s for each layer, half as long in FP8.
-    slow = LayerFigures("bf16", deep_s=(13.0, 13.0), shallow_s=(7.0, 7.0), peak_bytes=None)
-    fast = LayerFigures("fp8-tensorwise", deep_s=(7.0, 7.0), shallow_s=(4.0, 4.0), peak_bytes=None)
+    slow = LayerFigures("bf16", deep_s=(13.0, 13.0), shallow_s=(7.0, 7.0), peak_bytes=0)
+    fast = LayerFigures("fp8-tensorwise", deep_s=(7.0, 7.0), shallow_s=(4.0, 4.0), peak_bytes=0)
     assert slow.seconds(WORK, 80) == (241.0, 241.0)
     assert speedups(slow, fast, WORK, 80) == pytest.approx((241 / 121,) * 3)
 
@@ -54,7 +74,7 @@ def test_utilisation_is_of_the_named_peak(kind, peak, name):
     # 6 operations a parameter and token, and causal attention: 6 x 2 x layers x hidden x length / 2.
     parameters = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672) + 128256 * 8192
     needed = 6 * parameters + 6 * 80 * 8192 * 8192
-    figures = LayerFigures(kind, deep_s=(0.5,), shallow_s=(0.25,), peak_bytes=None)
+    figures = LayerFigures(kind, deep_s=(0.5,), shallow_s=(0.25,), peak_bytes=0)
     found = throughput(figures, WORK, 80, tp=2, gpu=GPUS["h100"])
     assert found.tokens_per_s_per_gpu == pytest.approx(8192 / 10 / 2)
     assert found.mfu == pytest.approx(needed * 8192 / 10 / 2 / peak)

@@ -17,26 +17,34 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from exprl_megatron.benchmarks.layer_report import known_gpu, measured_lines, predicted, predicted_lines, throughput
-from exprl_megatron.benchmarks.layers import Work, measure_layers, narrowed
+from exprl_megatron.benchmarks.layers import Work, measure_layers, narrowed, policy_config
 from exprl_megatron.config.policy import Layout
+from exprl_megatron.config.precision import Kind
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.targets import find_architecture
+from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 from exprl_megatron.policy.world import enter_world, leave_world
 
 NAMES = {"llama3-70b": "llama-3.1-70b", "llama3-8b": "llama-3.1-8b"}
 CPU_KINDS = ["bf16", "fp32"]
 CPU_SHRINK, CPU_LENGTH = 16, 256
+NO_GPU = (
+    "No GPU here: no FP8 kernel ran, nothing here tells how fast one is, and without a named peak there is no MFU."
+)
 
 
 def run(args: argparse.Namespace) -> dict:
     """Measure, print on rank 0, and return all figures."""
     published, _ = find_architecture(NAMES.get(args.model, args.model))
     kinds, cuda = args.precision.split(","), torch.cuda.is_available()
+    if unknown := set(kinds) - set(get_args(Kind)):
+        raise UserError(f"--precision has {', '.join(sorted(unknown))}; choose from {', '.join(get_args(Kind))}.")
     if not 1 <= args.layers // 2 < args.layers:
         raise UserError(f"--layers is {args.layers}; give 2 or more, as a layer's time comes from two depths.")
     shrink = args.shrink or (1 if cuda else CPU_SHRINK)
@@ -45,17 +53,20 @@ def run(args: argparse.Namespace) -> dict:
     work = Work(built, args.layers // 2, length, args.sequences)
     asked = replace(work, sequence_length=args.seq)
     world = enter_world(Layout(tp=args.tp))
+    if cuda:
+        check_precisions(work, kinds, args.tp)
     gpu = known_gpu(torch.cuda.get_device_name()) if cuda else None
-    found = measure_layers(work, kinds if cuda else CPU_KINDS, args.tp, args.rounds, world)
     planned_for = gpu or find_gpu(args.gpu)
+    predictions = predicted_lines(published, kinds, asked, args.tp, planned_for)
+    found = measure_layers(work, kinds if cuda else CPU_KINDS, args.tp, args.rounds, world)
     device = torch.cuda.get_device_name() if cuda else "CPU"
     lines = [
         f"{args.model} on {device}, tp {args.tp}, {work.sequences} x {length} tokens, width 1/{shrink}: "
         f"hidden {built.hidden}, ffn {built.ffn}, {built.heads} heads, {built.kv_groups} KV heads, "
         f"vocabulary {built.vocabulary}",
-        *([] if cuda else ["No GPU here: no FP8 kernel ran, and nothing measured here tells how fast one is."]),
+        *([] if cuda else [NO_GPU]),
         *measured_lines(found, work, published.layers, args.tp, gpu),
-        *predicted_lines(published, kinds, asked, args.tp, planned_for),
+        *predictions,
     ]
     if world.rank == 0:
         print("\n".join(lines))
@@ -75,6 +86,14 @@ def run(args: argparse.Namespace) -> dict:
             for layers in depths
         ],
     }
+
+
+def check_precisions(work: Work, kinds: list[Kind], tp: int) -> None:
+    """Raises UserError where this machine's GPU cannot multiply so."""
+    capability = torch.cuda.get_device_capability()
+    settings = [Setting(policy_config(work, kind, tp), capability, architecture=work.architecture) for kind in kinds]
+    if refused := [sentence for setting in settings for sentence in precision_violations(setting)]:
+        raise UserError(" ".join(refused))
 
 
 def main(arguments: list[str] | None = None) -> None:

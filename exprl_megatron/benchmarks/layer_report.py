@@ -72,7 +72,7 @@ def line(found: Throughput, peak_bytes: int | None = None) -> str:
     text += f"{found.tflops_per_gpu:8.2f} TFLOP/s"
     if found.mfu is not None:
         text += f"  MFU {found.mfu:6.1%} of {found.peak}"
-    return text + (f"  peak {peak_bytes / 2**30:.1f} GiB" if peak_bytes is not None else "")
+    return text + (f"  peak {peak_bytes / 2**30:.2f} GiB" if peak_bytes is not None else "")
 
 
 def measured_lines(all_figures: list[LayerFigures], work: Work, full: int, tp: int, gpu: Gpu | None) -> list[str]:

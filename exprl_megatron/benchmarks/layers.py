@@ -8,6 +8,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from exprl_megatron.benchmarks.peak_memory import extra_bytes
 from exprl_megatron.benchmarks.plain_step import weighted_loss
 from exprl_megatron.benchmarks.step_comparison import make_sequences
 from exprl_megatron.config.policy import Layout, PolicyConfig
@@ -45,8 +46,8 @@ class LayerFigures:
     precision: Kind
     deep_s: tuple[float, ...]
     shallow_s: tuple[float, ...]
-    peak_bytes: int | None
-    """Highest during a step of this precision alone, its weights and gradients included; None on a CPU."""
+    peak_bytes: int
+    """Most of the device's memory that tensors of this precision take during a step, weights and gradients included."""
 
     def seconds(self, work: Work, layers: int) -> tuple[float, ...]:
         """What as many layers with embedding and output layer would take, for each round."""
@@ -76,25 +77,39 @@ def narrowed(architecture: Architecture, factor: int, tp: int) -> Architecture:
     )
 
 
+def policy_config(work: Work, kind: Kind, tp: int) -> PolicyConfig:
+    """What a precision is measured with."""
+    return PolicyConfig(
+        model="random",
+        layout=Layout(tp=tp, sequence_parallel=tp > 1),
+        precision=PrecisionConfig(kind=kind),
+        max_tokens=work.sequence_length,
+        micro_batch_tokens=work.tokens,
+    )
+
+
 def measure_layers(work: Work, kinds: list[Kind], tp: int, rounds: int, world: World) -> list[LayerFigures]:
-    """Figures of each precision; they take turns within every round, after two rounds to warm up.
+    """Figures of each precision; they take turns within every round, after two steps of each to warm up.
 
     All weights are held at the same time, gradients of one precision at a time: those are the ordinary ones in the
     parameters' format, not Megatron's fp32 buffers.
     """
-    models = [_model(work, kind, tp, world) for kind in kinds]
+    models = []
+    peaks = []
+    for kind in kinds:
+        before = _allocated()
+        chunk, step = _model(work, kind, tp, world)
+        _timed(chunk, step)
+        # FP8 kinds keep copies of their weights in 8 bits from the first step on.
+        held = max(_weights(chunk), _allocated() - before)
+        peaks.append(held + extra_bytes(step))
+        _drop_gradients(chunk)
+        models.append((chunk, step))
     seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in kinds]
-    peaks: list[int | None] = [None] * len(kinds)
-    for turn in range(rounds + 2):
-        for index, (chunk, step) in enumerate(models):
-            with torch.no_grad():
-                others = _allocated() - _weights(chunk)
-            deep, shallow = _timed(chunk, step), _timed(chunk, step, work.shallow)
-            if turn >= 2:
-                seconds[index][0].append(deep)
-                seconds[index][1].append(shallow)
-                if torch.cuda.is_available():
-                    peaks[index] = max(peaks[index] or 0, torch.cuda.max_memory_allocated() - others)
+    for _ in range(rounds):
+        for (chunk, step), (deep, shallow) in zip(models, seconds, strict=True):
+            deep.append(_timed(chunk, step))
+            shallow.append(_timed(chunk, step, work.shallow))
     return [
         LayerFigures(kind, tuple(deep), tuple(shallow), peak)
         for kind, (deep, shallow), peak in zip(kinds, seconds, peaks, strict=True)
@@ -110,13 +125,7 @@ def speedups(slow: LayerFigures, fast: LayerFigures, work: Work, layers: int) ->
 
 def _model(work: Work, kind: Kind, tp: int, world: World) -> tuple[torch.nn.Module, Callable[[], None]]:
     """A model in this precision, and its forward and backward pass."""
-    config = PolicyConfig(
-        model="random",
-        layout=Layout(tp=tp, sequence_parallel=tp > 1),
-        precision=PrecisionConfig(kind=kind),
-        max_tokens=work.sequence_length,
-        micro_batch_tokens=work.tokens,
-    )
+    config = policy_config(work, kind, tp)
     chunks = build_chunks(work.architecture, config, world)
     _fill(chunks[0], work.architecture)
     sequences = make_sequences(work.architecture.vocabulary, work.sequences, work.sequence_length, spread=0.0)
@@ -144,10 +153,7 @@ def _fill(chunk: torch.nn.Module, architecture: Architecture) -> None:
 def _timed(chunk: torch.nn.Module, step: Callable[[], None], layers: int | None = None) -> float:
     """Seconds of a step through the first `layers` layers; the gradients are dropped afterwards."""
     whole = chunk.decoder.layers
-    if layers is not None:
-        chunk.decoder.layers = whole[:layers]
-    else:
-        _reset_peak()
+    chunk.decoder.layers = whole[:layers]
     try:
         _wait()
         started = time.perf_counter()
@@ -156,8 +162,12 @@ def _timed(chunk: torch.nn.Module, step: Callable[[], None], layers: int | None 
         return time.perf_counter() - started
     finally:
         chunk.decoder.layers = whole
-        for parameter in chunk.parameters():
-            parameter.grad = None
+        _drop_gradients(chunk)
+
+
+def _drop_gradients(chunk: torch.nn.Module) -> None:
+    for parameter in chunk.parameters():
+        parameter.grad = None
 
 
 def _wait() -> None:
@@ -166,11 +176,6 @@ def _wait() -> None:
         torch.cuda.synchronize()
     if dist.get_world_size() > 1:
         dist.barrier()
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _allocated() -> int:
