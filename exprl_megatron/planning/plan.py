@@ -54,6 +54,8 @@ class Plan:
 
     config: RunConfig
     """With the layout and the servers that were planned."""
+    given: RunConfig
+    """As it was asked about."""
     gpu: Gpu
     gpus: dict[str, int]
     """GPUs by device kind."""
@@ -113,6 +115,7 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
     hosts = [host_memory(architecture, config.policy, stage.optimizer, r, workload.keeps_start) for r in stages]
     return Plan(
         config=config,
+        given=config,
         gpu=gpu,
         gpus=_gpus(config, workload),
         workload=workload,

@@ -6,9 +6,10 @@ from exprl_megatron.planning.plan import Plan
 
 def overrides(plan: Plan) -> list[str]:
     """`key.path=value` for layout, recomputation, servers and what they require."""
-    config = plan.config
-    layout = config.policy.layout
-    found = {f"policy.layout.{name}": value for name, value in layout.model_dump().items() if value != _plain(name)}
+    config, plain = plan.config, Layout().model_dump()
+    before = plan.given.policy.layout.model_dump()
+    layout = config.policy.layout.model_dump()
+    found = {f"policy.layout.{n}": value for n, value in layout.items() if (before[n], value) != (plain[n], plain[n])}
     found["policy.recompute"] = config.policy.recompute
     if plan.workload.sampled:
         found |= {"server.count": config.server.count, "server.tp": config.server.tp}
@@ -25,7 +26,3 @@ def layout_text(layout: Layout) -> str:
     sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
     text = " ".join(f"{name.upper()}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
     return text + (" +ends" if layout.embedding_as_layer or layout.head_as_layer else "")
-
-
-def _plain(name: str) -> int | bool:
-    return getattr(Layout(), name)

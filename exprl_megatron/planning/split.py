@@ -45,7 +45,7 @@ def best_division(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu,
             if planned.faults:
                 reason = UserError("\n".join(planned.faults))
             elif planned.step_s < _step_s(found.get((trainer, judge))):
-                found[trainer, judge] = replace(planned, ranking=ranking)
+                found[trainer, judge] = replace(planned, given=config, ranking=ranking)
     if not found:
         raise UserError(
             f"{gpus} {gpu.name} do not hold trainer and servers of {config.policy.model}, however they are divided. "

@@ -45,7 +45,7 @@ def study(
         return best_division(config, stage, workload, gpu, gpus)
     ranking = ranked(config, stage, workload, gpu, gpus)
     best = config.model_copy(update={"policy": ranking.layouts[0].policy})
-    return replace(plan(best, stage, workload, gpu), ranking=ranking)
+    return replace(plan(best, stage, workload, gpu), given=config, ranking=ranking)
 
 
 def _ranking(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Ranking | None:

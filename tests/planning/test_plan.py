@@ -144,6 +144,8 @@ def test_a_config_gets_the_gpus_that_it_is_given():
     assert sum(found.gpus.values()) == 32 and not found.faults
     as_written = study("recipes/configs/paper/qwen3-4b-outcome.yaml", [], H100)
     assert found.step_s < as_written.step_s
+    again = study("recipes/configs/paper/qwen3-4b-outcome.yaml", overrides(found), H100)
+    assert again.config.policy.layout == found.config.policy.layout and again.gpus == found.gpus
 
 
 def test_speeds_are_those_of_the_seconds_beside_them():
