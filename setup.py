@@ -27,6 +27,7 @@ setup(
         "pyyaml",
         "rich",
         "typer",
+        "zstandard",
     ],
     extras_require={
         "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],

@@ -90,6 +90,4 @@ class RunConfig(Config):
             found.append("stages is empty; list at least one stage.")
         if self.policy.initialise == "random" and self.samples:
             found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")
-        if self.sync.verify and self.server.tp > 1:
-            found.append(f"sync.verify reads whole tensors, but server.tp is {self.server.tp}; change one of them.")
         return found

@@ -36,8 +36,12 @@ class SamplingConfig(Config):
 class SyncConfig(Config):
     """How updated weights reach the sampling servers, and what is checked then."""
 
-    transport: Literal["broadcast", "disk"] = "broadcast"
+    transport: Literal["broadcast", "handles", "disk", "delta"] = "broadcast"
+    """See docs/resharding.md for which when."""
     bucket_mb: float = Field(256.0, gt=0)
+    """Weights are gathered and sent in pieces of at most so many MiB (2**20 bytes); a rank holds two of them."""
+    fp8: bool = False
+    """The servers hold matrices in FP8 blocks of 128 x 128 (DeepSeek-V3's form): they are sent so."""
     verify: bool = True
     """Compare the servers' checksums with the trainer's after every sync."""
     max_log_prob_gap: float | None = Field(None, gt=0)

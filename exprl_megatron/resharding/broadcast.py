@@ -1,137 +1,201 @@
-"""Weights by a broadcast group: gloo between CPU processes, NCCL between GPUs.
+"""Weights by broadcast groups: gloo between CPU processes, NCCL between GPUs.
 
-The group is SGLang's own (`/init_weights_update_group`): rank 0 is the conductor, and each server
-takes as many ranks as its tensor parallelism has.
+Each pipeline stage's first rank has a group of its own with all servers (`/init_weights_update_group`), in which it is
+rank 0 and each server takes as many ranks as its tensor parallelism has. All senders fill their buckets side by side,
+the next ones while the last are sent; a server takes one bucket at a time, and all servers in the same order. A bucket
+goes as one piece of memory (SGLang's `flattened_bucket`).
 """
 
 import asyncio
+import time
 import uuid
-from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (
-    Backend,
-    PrefixStore,
-    _new_process_group_helper,
-    _world,
-    rendezvous,
-)
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.resharding.transport import Bucket, with_last
+from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.groups import address_towards, backend, join_in_background
+from exprl_megatron.resharding.messages import Message, sender
+from exprl_megatron.resharding.outgoing import Filled, Outgoing
+from exprl_megatron.resharding.rounds import push_rounds
+from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.together import together
 
 _POLL_S = 0.001
 
 
 class BroadcastTransport:
-    """See Transport. `server_tp` is the tensor parallelism of each server."""
+    """See Transport. `server_tp` is the tensor parallelism of each server; `clients` are needed on rank 0 alone."""
 
-    def __init__(self, clients: Sequence[SGLangClient], server_tp: int, deadline_s: float, address: str = "127.0.0.1"):
+    fillers = None
+
+    def __init__(
+        self, clients: Sequence[SGLangClient], server_tp: int, world: World, control: Control, deadline_s: float
+    ):
         self._clients = clients
         self._server_tp = server_tp
+        self._world = world
+        self._control = control
         self._deadline_s = deadline_s
-        self._address = address
-        self._backend = "nccl" if torch.cuda.is_available() else "gloo"
-        self.name = f"exprl-weights-{uuid.uuid4().hex[:8]}"
         self._group: dist.ProcessGroup | None = None
+        self._names: list[str] = []
+        """The stages' groups, once they are open."""
 
-    async def push(self, buckets: Iterable[Bucket], version: str) -> None:
-        if self._group is None:
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
+
+    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+        if not self._names:
             await self._open()
-        await self._all(client.begin_weight_update() for client in self._clients)
-        for bucket, last in with_last(buckets):
-            await self._send(bucket, version if last else None)
-        await self._all(client.end_weight_update() for client in self._clients)
+        await push_rounds(
+            len(outgoing.rounds),
+            self._control,
+            self._clients,
+            outgoing.gather,
+            lambda number, filled: self._send(outgoing, number, filled, version, times),
+        )
+
+    def follow(self, outgoing: Outgoing) -> None:
+        if not self._names:
+            self._follow_open()
+        works = []
+        for number in range(len(outgoing.rounds)):
+            self._control.await_go()
+            filled = outgoing.gather(number)
+            if filled is not None:
+                works.append(self._broadcast(filled))
+        self._control.await_go()
+        # The servers have it all: none of these waits.
+        for work in works:
+            work.wait()
 
     async def close(self) -> None:
+        for name in self._names:
+            await together(client.destroy_weights_group(name) for client in self._clients)
         if self._group is not None:
-            await self._all(client.destroy_weights_group(self.name) for client in self._clients)
             dist.destroy_process_group(self._group)
-            self._group = None
+        self._group, self._names = None, []
+
+    def names(self) -> list[str]:
+        """The groups that servers are in, one for each pipeline stage; empty before the first push."""
+        return list(self._names)
 
     async def _open(self) -> None:
-        """All servers and this process meet in one new group."""
+        """All servers meet each sender in a new group, one group after the other."""
+        with self._control.leading():
+            run = uuid.uuid4().hex[:8]
+            names = [f"exprl-weights-{run}-{stage}" for stage in range(self._world.layout.pp)]
+            world_size = 1 + self._server_tp * len(self._clients)
+            host = urlsplit(self._clients[0].url).hostname
+            place = self._place(host)
+            self._control.go((names, host, world_size))
+            places = [place for place in self._control.collect(place) if place is not None]
+            meeting = asyncio.wrap_future(join_in_background(names[0], *place, world_size, self._deadline_s))
+            joining = asyncio.gather(
+                *(
+                    self._join_server(client, 1 + i * self._server_tp, world_size, names, places)
+                    for i, client in enumerate(self._clients)
+                )
+            )
+            # A refusal ends the wait: the thread that meets the servers gives up by itself.
+            done, _ = await asyncio.wait({joining, meeting}, return_when=asyncio.FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            self._group, self._names = meeting.result(), names
+            self._control.go()
+
+    def _follow_open(self) -> None:
+        names, host, world_size = self._control.await_go()
+        place = self._place(host)
+        self._control.collect(place)
+        meeting = None
+        if place is not None:
+            name = names[self._world.pp_rank]
+            meeting = join_in_background(name, *place, world_size, self._deadline_s)
+        self._control.await_go()
+        if meeting is not None:
+            self._group = meeting.result(self._deadline_s)
+        self._names = names
+
+    def _place(self, host: str) -> tuple[str, int] | None:
+        """Where servers on `host` find this rank, if it is a sender."""
+        if self._world.rank != sender(self._world.pp_rank, self._world.layout):
+            return None
         (port,) = free_ports(1)
-        world_size = 1 + self._server_tp * len(self._clients)
-        joining = [
-            client.init_weights_group(
-                master_address=self._address,
+        return address_towards(host), port
+
+    async def _join_server(
+        self,
+        client: SGLangClient,
+        rank_offset: int,
+        world_size: int,
+        names: list[str],
+        places: list[tuple[str, int]],
+    ) -> None:
+        for name, (address, port) in zip(names, places, strict=True):
+            await client.init_weights_group(
+                master_address=address,
                 master_port=port,
-                rank_offset=1 + i * self._server_tp,
+                rank_offset=rank_offset,
                 world_size=world_size,
-                group=self.name,
-                backend=self._backend,
+                group=name,
+                backend=backend(),
                 deadline_s=self._deadline_s,
             )
-            for i, client in enumerate(self._clients)
-        ]
-        replies = asyncio.gather(*joining)
-        meeting = asyncio.get_running_loop().run_in_executor(None, self._join, port, world_size)
-        # A refusal ends the wait: the thread then gives up by the store's own timeout.
-        done, _ = await asyncio.wait({replies, meeting}, return_when=asyncio.FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        self._group = meeting.result()
 
-    def _join(self, port: int, world_size: int) -> dist.ProcessGroup:
-        """SGLang's servers build their side with the same helper, so that the store's keys agree."""
-        timeout = timedelta(seconds=self._deadline_s)
-        store, rank, _ = next(rendezvous(f"tcp://{self._address}:{port}", 0, world_size, timeout=timeout))
-        store.set_timeout(timeout)
-        group, _ = _new_process_group_helper(
-            world_size,
-            rank,
-            [],
-            Backend(self._backend),
-            PrefixStore(self.name, store),
-            group_name=self.name,
-            timeout=timeout,
-        )
-        _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
-        return group
+    def _broadcast(self, filled: Filled) -> dist.Work:
+        return dist.broadcast(filled.data, group=self._group, group_src=0, async_op=True)
 
-    async def _send(self, bucket: Bucket, version: str | None) -> None:
-        """One bucket to all servers; `version` marks the last one."""
-        described = [(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in bucket]
-        names, dtypes, shapes = zip(*described, strict=True)
-        replies = asyncio.gather(
-            *(
-                client.update_from_distributed(
-                    names,
-                    dtypes,
-                    shapes,
-                    group=self.name,
-                    version=version,
-                    flush_cache=version is not None,
-                    deadline_s=self._deadline_s,
-                )
-                for client in self._clients
-            )
-        )
-        tensors = [tensor.contiguous() for _, tensor in bucket]
-        works = [dist.broadcast(tensor, 0, group=self._group, async_op=True) for tensor in tensors]
+    async def _send(
+        self, outgoing: Outgoing, number: int, filled: Filled | None, version: str, times: SyncTimes
+    ) -> None:
+        """All messages of a round to all servers."""
+        last = number == len(outgoing.rounds) - 1
+        messages = outgoing.rounds[number]
+        started = time.monotonic()
+        replies = asyncio.gather(*(self._ask(client, messages, version if last else None) for client in self._clients))
+        sent_s = 0.0
+        if filled is not None:
+            sent_s = await self._send_own(filled, replies) - started
+        await replies
+        taken_s = time.monotonic() - started
+        times.moved += sum(message.nbytes for message in messages)
+        times.send_s += sent_s
+        times.load_s += taken_s - sent_s
+
+    async def _send_own(self, filled: Filled, replies: asyncio.Future) -> float:
+        """The time when rank 0's own message was sent; raises at once what a server replies that refuses to take it."""
+        work = self._broadcast(filled)
         try:
-            await _until_sent(works, replies)
+            while not work.is_completed():
+                if replies.done():
+                    replies.result()
+                await asyncio.sleep(_POLL_S)
+            work.wait()
         except RuntimeError as error:
             # The connection broke: the server's own reply, or its absence, says why.
             await replies
             names = ", ".join(client.name for client in self._clients)
             raise ServerError(f"The weight broadcast to {names} broke: {error}.") from error
-        await replies
+        return time.monotonic()
 
-    async def _all(self, calls: Iterable) -> None:
-        await asyncio.gather(*calls)
-
-
-async def _until_sent(works: Sequence[dist.Work], replies: asyncio.Future) -> None:
-    """Return when all tensors are sent; raise at once what a server replies that refuses to take them."""
-    while not all(work.is_completed() for work in works):
-        if replies.done():
-            replies.result()
-        await asyncio.sleep(_POLL_S)
-    for work in works:
-        work.wait()
+    async def _ask(self, client: SGLangClient, messages: Sequence[Message], version: str | None) -> None:
+        """One server to take all messages of a round, in the order in which every server takes them."""
+        for position, message in enumerate(messages):
+            final = version is not None and position == len(messages) - 1
+            await client.update_from_distributed(
+                [slot.name for slot in message.slots],
+                [slot.dtype for slot in message.slots],
+                [slot.shape for slot in message.slots],
+                group=self._names[message.stage],
+                version=version if final else None,
+                flush_cache=final,
+                flattened=True,
+                deadline_s=self._deadline_s,
+            )

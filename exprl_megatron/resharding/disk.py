@@ -3,48 +3,97 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from exprl_megatron.resharding.transport import Bucket
+from exprl_megatron.resharding.control import CONDUCTOR, Control
+from exprl_megatron.resharding.outgoing import Filled, Outgoing
+from exprl_megatron.resharding.rounds import send_rounds
+from exprl_megatron.resharding.sources import INDEX
+from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.together import together
 
 
 class DiskTransport:
-    """See Transport. `model` is the directory whose config and tokenizer the weights belong to."""
+    """See Transport. `model` is the directory whose config and tokenizer the weights belong to.
 
-    def __init__(self, clients: Sequence[SGLangClient], directory: Path, model: Path, deadline_s: float):
+    `clients` are needed on rank 0 alone.
+    """
+
+    fillers = (CONDUCTOR,)
+
+    def __init__(
+        self, clients: Sequence[SGLangClient], directory: Path, model: Path, control: Control, deadline_s: float
+    ):
         self._clients = clients
         self._directory = directory
         self._model = model
+        self._control = control
         self._deadline_s = deadline_s
 
-    async def push(self, buckets: Iterable[Bucket], version: str) -> None:
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        # Files are written from host memory.
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         target = self._directory / version
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        for path in self._model.iterdir():
-            if path.is_file() and path.suffix in (".json", ".jinja") and "safetensors" not in path.name:
-                shutil.copyfile(path, target / path.name)
-        _write(buckets, target)
-        await asyncio.gather(
-            *(client.update_from_disk(target, version, deadline_s=self._deadline_s) for client in self._clients)
-        )
-        shutil.rmtree(target)
+        with self._control.leading():
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            copy_description(self._model, target)
+            files = SafetensorsFiles(target, times)
+            await send_rounds(len(outgoing.rounds), self._control, outgoing.gather, files.add)
+            files.finish()
+            started = time.monotonic()
+            await together(
+                client.update_from_disk(target, version, deadline_s=self._deadline_s) for client in self._clients
+            )
+            times.load_s += time.monotonic() - started
+            shutil.rmtree(target)
+            self._control.go()
+
+    def follow(self, outgoing: Outgoing) -> None:
+        for number in range(len(outgoing.rounds)):
+            self._control.await_go()
+            outgoing.gather(number)
+        self._control.await_go()
 
     async def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _write(buckets: Iterable[Bucket], target: Path) -> None:
-    """One safetensors file for each bucket, and their index."""
-    weight_map, size = {}, 0
-    for number, bucket in enumerate(buckets, start=1):
-        name = f"model-{number:05d}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in bucket}, target / name, metadata={"format": "pt"})
-        weight_map |= {key: name for key, _ in bucket}
-        size += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+class SafetensorsFiles:
+    """One safetensors file for each round, and their index."""
+
+    def __init__(self, target: Path, times: SyncTimes):
+        self._target = target
+        self._times = times
+        self._weight_map: dict[str, str] = {}
+        self._size = 0
+
+    async def add(self, number: int, filled: Filled) -> None:
+        """Write a round; its file does not wait for the event loop."""
+        started = time.monotonic()
+        name = f"model-{number + 1:05d}.safetensors"
+        await asyncio.to_thread(save_file, dict(filled.named()), self._target / name, metadata={"format": "pt"})
+        self._weight_map |= {slot.name: name for slot in filled.message.slots}
+        self._size += filled.message.nbytes
+        self._times.moved += filled.message.nbytes
+        self._times.send_s += time.monotonic() - started
+
+    def finish(self) -> None:
+        """Write the index."""
+        index = {"metadata": {"total_size": self._size}, "weight_map": self._weight_map}
+        (self._target / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def copy_description(model: Path, target: Path) -> None:
+    """Copies config and tokenizer of a model directory."""
+    for path in model.iterdir():
+        if path.is_file() and path.suffix in (".json", ".jinja") and "safetensors" not in path.name:
+            shutil.copyfile(path, target / path.name)

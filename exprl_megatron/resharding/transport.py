@@ -1,32 +1,37 @@
 """What every way of bringing weights to the sampling servers has in common."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from exprl_megatron.resharding.outgoing import Outgoing
+    from exprl_megatron.resharding.timing import SyncTimes
 
 Bucket = list[tuple[str, torch.Tensor]]
 """Full tensors under their Hugging Face names."""
 
 
 class Transport(Protocol):
-    """Brings one version of the weights to all sampling servers; used by the conductor alone."""
+    """Brings one version of the weights to all sampling servers. Every rank has one; rank 0 alone talks to servers."""
 
-    async def push(self, buckets: Iterable[Bucket], version: str) -> None:
-        """Send `buckets`; when this returns, every server serves them as `version`.
+    fillers: tuple[int, ...] | None
+    """The ranks on which messages are wanted (see Outgoing)."""
 
-        Raises ServerError where a server refuses, dies or hangs.
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Memory for a bucket, [nbytes] uint8, of the kind that this transport sends from."""
+
+    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+        """Send all rounds of `outgoing`; when this returns, every server serves them as `version`. Rank 0 only.
+
+        Adds to `times` what sending and loading took. Raises ServerError where a server refuses, dies or hangs; the
+        ranks that follow then end with SyncStopped.
         """
 
+    def follow(self, outgoing: Outgoing) -> None:
+        """The other ranks' part in push. Raises SyncStopped where rank 0 met an error."""
+
     async def close(self) -> None:
-        """Leave the servers as they were found, apart from the weights."""
-
-
-def with_last(buckets: Iterable[Bucket]) -> Iterator[tuple[Bucket, bool]]:
-    """Each bucket, and whether it is the last one."""
-    iterator = iter(buckets)
-    current = next(iterator, None)
-    while current is not None:
-        following = next(iterator, None)
-        yield current, following is None
-        current = following
+        """Leave the servers as they were found, apart from the weights; rank 0 only."""

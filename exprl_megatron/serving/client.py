@@ -143,12 +143,14 @@ class SGLangClient(HttpServer):
         group: str,
         version: str | None,
         flush_cache: bool,
+        flattened: bool = False,
         deadline_s: float | None = None,
     ) -> None:
         """Receive one bucket: the trainer broadcasts these tensors, in this order, from rank 0.
 
         Names are Hugging Face's, dtypes as in `str(tensor.dtype)` without `torch.`. Give `version` and
-        `flush_cache=True` with the last bucket.
+        `flush_cache=True` with the last bucket. `flattened`: they come in one broadcast of their bytes, one behind the
+        other without gaps; each must begin at a multiple of its numbers' size.
         """
         request = {
             "names": list(names),
@@ -159,7 +161,22 @@ class SGLangClient(HttpServer):
         }
         if version is not None:
             request["weight_version"] = version
+        if flattened:
+            request["load_format"] = "flattened_bucket"
         await self._order("/update_weights_from_distributed", request, deadline_s)
+
+    async def update_from_tensor(
+        self, payloads: Sequence[str], *, version: str | None, flush_cache: bool, deadline_s: float | None = None
+    ) -> None:
+        """Take one bucket from memory that this machine shares.
+
+        `payloads`, one for each tensor-parallel rank, are base64 of what `multiprocessing`'s pickler makes of a list of
+        (Hugging Face name, tensor). Give `version` and `flush_cache=True` with the last bucket.
+        """
+        request: dict[str, Any] = {"serialized_named_tensors": list(payloads), "flush_cache": flush_cache}
+        if version is not None:
+            request["weight_version"] = version
+        await self._order("/update_weights_from_tensor", request, deadline_s)
 
     async def end_weight_update(self) -> None:
         """Close the weight update."""

@@ -40,8 +40,8 @@ def server_command(
     return [*command, *config.extra_args]
 
 
-def server_environment(inherited: Mapping[str, str], *, cuda: bool) -> dict[str, str]:
-    """The environment of a server started from a process with `inherited`."""
+def server_environment(inherited: Mapping[str, str], *, cuda: bool, tp: int = 1) -> dict[str, str]:
+    """The environment of a server of `tp` ranks started from a process with `inherited`."""
     environment = {
         name: value
         for name, value in inherited.items()
@@ -61,6 +61,10 @@ def server_environment(inherited: Mapping[str, str], *, cuda: bool) -> dict[str,
             # Seeded sampling is decorated with torch.compile.
             TORCHDYNAMO_DISABLE="1",
         )
+        if tp > 1:
+            cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            # Ranks would want a NUMA node each; and they would set NCCL up, on CUDA devices, where they find it.
+            environment.update(SGLANG_CPU_OMP_THREADS_BIND="|".join([cores] * tp), SGLANG_NCCL_SO_PATH="none")
     return environment
 
 

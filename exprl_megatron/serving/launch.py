@@ -208,7 +208,7 @@ def _launch(spec: ServerSpec, port: int) -> Server:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, cuda=cuda),
+            env=server_environment(os.environ, cuda=cuda, tp=spec.config.tp),
             # Ctrl-C is for us: we decide when servers stop.
             start_new_session=True,
         )

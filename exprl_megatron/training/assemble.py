@@ -6,7 +6,10 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.broadcast import BroadcastTransport
+from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.delta import DeltaTransport
 from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
@@ -21,6 +24,9 @@ from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.sync import WeightSync
+
+_CONTROL_ROOM = 2.0
+"""Ranks wait for rank 0's word longer than rank 0 waits for a server, by this factor."""
 
 
 def assemble(config: RunConfig, paths: RunDirectory, servers: list[dict]) -> Run:
@@ -43,8 +49,7 @@ def assemble(config: RunConfig, paths: RunDirectory, servers: list[dict]) -> Run
     conductor.everywhere(lambda: rollouts.prepare())
     policy = Policy(_starting_policy(config, paths, place), config.seed)
     conductor.everywhere(lambda: conductor.run(rollouts.open()))
-    transport = _transport(config, paths, clients) if conductor.here else None
-    sync = WeightSync(config.sync, policy, conductor, clients, transport)
+    sync = _weight_sync(config, paths.sync / "policy", clients, policy, conductor, config.server.tp)
     scorer = _start_scorer(config, paths, servers, policy, conductor)
     return Run(config, paths, policy, conductor, sync, rollouts, evaluator, console, place, checkpoint, scorer)
 
@@ -63,8 +68,7 @@ def _start_scorer(
     if not config.scores_start:
         return None
     clients = _clients(config, servers, "start", config.server.request_deadline_s)
-    transport = _transport(config, paths, clients) if conductor.here else None
-    sync = WeightSync(config.sync, policy, conductor, clients, transport)
+    sync = _weight_sync(config, paths.sync / "start", clients, policy, conductor, config.start_server.tp)
     scorer = StartScorer(clients[0], sync, conductor, config.server.start_deadline_s)
     scorer.open()
     return scorer
@@ -84,7 +88,30 @@ def _clients(config: RunConfig, servers: list[dict], kind: str, deadline_s: floa
     ]
 
 
-def _transport(config: RunConfig, paths: RunDirectory, clients: list[SGLangClient]) -> Transport:
-    if config.sync.transport == "disk":
-        return DiskTransport(clients, paths.sync, Path(config.policy.model), config.sync.deadline_s)
-    return BroadcastTransport(clients, config.server.tp, config.sync.deadline_s)
+def _weight_sync(
+    config: RunConfig,
+    directory: Path,
+    clients: list[SGLangClient],
+    policy: Policy,
+    conductor: Conductor,
+    server_tp: int,
+) -> WeightSync:
+    control = Control(_CONTROL_ROOM * config.sync.deadline_s)
+    transport = _transport(config, directory, clients, policy, control, server_tp)
+    return WeightSync(config.sync, policy, conductor, clients, transport, control, server_tp)
+
+
+def _transport(
+    config: RunConfig,
+    directory: Path,
+    clients: list[SGLangClient],
+    policy: Policy,
+    control: Control,
+    server_tp: int,
+) -> Transport:
+    deadline_s = config.sync.deadline_s
+    if config.sync.transport in ("disk", "delta"):
+        kind = {"disk": DiskTransport, "delta": DeltaTransport}[config.sync.transport]
+        return kind(clients, directory, Path(config.policy.model), control, deadline_s)
+    kind = {"broadcast": BroadcastTransport, "handles": HandlesTransport}[config.sync.transport]
+    return kind(clients, server_tp, policy.world, control, deadline_s)

@@ -65,6 +65,7 @@ class Run:
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}
         self._judge_counts: dict[str, int] = {}
+        self._sync_metrics: dict[str, float] = {}
 
     def remaining_stages(self) -> Iterator[Stage]:
         """The stages from the run's place on."""
@@ -96,7 +97,7 @@ class Run:
         sampled = self._conductor.everywhere(lambda: self._rollouts.recall(stage, step))
         if sampled is None:
             with self.clock("sync"):
-                self._sync.bring(self._place.weight_version)
+                self._sync_metrics = self._sync.bring(self._place.weight_version)
             with self.clock("sample_and_grade"):
                 sampled = self._conductor.everywhere(
                     lambda: self._rollouts.collect(stage, step, self._place.problems_drawn, self._place.weight_version)
@@ -133,11 +134,11 @@ class Run:
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
         """Everything around one step: its clock, its line on the terminal, its metrics on disk."""
         started = time.monotonic()
-        self._seconds, self._judge_counts = {}, {}
+        self._seconds, self._judge_counts, self._sync_metrics = {}, {}, {}
         metrics: dict[str, float] = {}
         yield metrics
         self._place = replace(self._place, step=step)
-        metrics |= {f"judge/{name}": float(count) for name, count in self._judge_counts.items()}
+        metrics |= {f"judge/{name}": float(count) for name, count in self._judge_counts.items()} | self._sync_metrics
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
         if self._console is not None:

@@ -12,7 +12,10 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.resharding.outgoing import Outgoing
+from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.launch import ServerSpec, start_servers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -57,8 +60,11 @@ def test_an_fp8_server_takes_the_policys_bf16_weights(tmp_path, table):
                 async with server.client() as client:
                     before = gap(*await sampled(client, prompts))
                     # On one device: NCCL has no group of two processes on the same GPU.
-                    transport = DiskTransport([client], tmp_path / "sync", MODEL, deadline_s=120)
-                    await transport.push(policy.hf_buckets(2**20), "v1")
+                    transport = DiskTransport([client], tmp_path / "sync", MODEL, Control(240.0), deadline_s=120)
+                    outgoing = Outgoing(
+                        policy.chunks, policy.architecture, policy.world, 2**20, fillers=transport.fillers
+                    )
+                    await transport.push(outgoing, "v1", SyncTimes())
                     after = gap(*await sampled(client, prompts))
                     await transport.close()
                     return before, after

@@ -13,7 +13,12 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.resharding.broadcast import BroadcastTransport
+from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.delta import DeltaTransport
 from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.resharding.handles import HandlesTransport
+from exprl_megatron.resharding.outgoing import Outgoing
+from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.checksums import checksums
 from exprl_megatron.serving.launch import ServerSpec, start_servers
 from exprl_megatron.training.sync import verify
@@ -57,38 +62,79 @@ def greedy(model: Path) -> list[int]:
     return written[0, len(PROMPT) :].tolist()
 
 
-async def pushed(client, transport, buckets, version):
-    """Push, then sample: the tokens and the version that the server says wrote them."""
+def outgoing(policy, transport) -> Outgoing:
+    return Outgoing(
+        policy.chunks,
+        policy.architecture,
+        policy.world,
+        BUCKET_BYTES,
+        fillers=transport.fillers,
+        allocate=transport.allocate,
+    )
+
+
+async def pushed(client, transport, policy, version):
+    """Push, then sample: the tokens, the version that the server says wrote them, its checksums, the times."""
+    times = SyncTimes()
     async with client:
-        await transport.push(buckets, version)
+        await transport.push(outgoing(policy, transport), version, times)
         generation = await client.generate(PROMPT, temperature=0.0, max_new_tokens=12, seed=1)
         held = await client.checksums()
         await transport.close()
-        return list(generation.token_ids), {span[0] for span in generation.weight_versions}, held
+        return list(generation.token_ids), {span[0] for span in generation.weight_versions}, held, times
 
 
-def transports(client, other, tmp_path):
-    return {
-        "broadcast": BroadcastTransport([client], server_tp=1, deadline_s=60),
-        "disk": DiskTransport([client], tmp_path / "sync", other, deadline_s=60),
-    }
+def make_transport(name, client, policy, other, tmp_path):
+    control = Control(120.0)
+    if name in ("disk", "delta"):
+        kind = {"disk": DiskTransport, "delta": DeltaTransport}[name]
+        return kind([client], tmp_path / "sync", other, control, deadline_s=60)
+    kind = {"broadcast": BroadcastTransport, "handles": HandlesTransport}[name]
+    return kind([client], 1, policy.world, control, deadline_s=60)
 
 
-@pytest.mark.parametrize("name", ["broadcast", "disk"])
+@pytest.mark.parametrize("name", ["broadcast", "handles", "disk", "delta"])
 def test_the_server_then_writes_what_transformers_writes(name, client, policy, other, tmp_path):
-    transport = transports(client, other, tmp_path)[name]
-    tokens, versions, held = asyncio.run(pushed(client, transport, policy.hf_buckets(BUCKET_BYTES), "v1"))
-    assert len(list(policy.hf_buckets(BUCKET_BYTES))) > 2
+    transport = make_transport(name, client, policy, other, tmp_path)
+    tokens, versions, held, times = asyncio.run(pushed(client, transport, policy, "v1"))
+    assert len(outgoing(policy, transport).rounds) > 2
     assert tokens == greedy(other)
     assert versions == {"v1"}
     expected = checksums((pair for bucket in policy.hf_buckets(2**30) for pair in bucket), tied=False)
     assert held == (expected,)
+    whole = sum(tensor.nbytes for bucket in policy.hf_buckets(2**30) for _, tensor in bucket)
+    assert outgoing(policy, transport).nbytes == whole
+    assert times.moved == (0 if name == "handles" else whole)
+    assert times.load_s > 0
 
 
-def test_the_disk_transport_leaves_no_weights_behind(client, policy, other, tmp_path):
-    transport = transports(client, other, tmp_path)["disk"]
-    asyncio.run(pushed(client, transport, policy.hf_buckets(BUCKET_BYTES), "v1"))
+@pytest.mark.parametrize("name", ["disk", "delta"])
+def test_transports_by_files_leave_no_weights_behind(name, client, policy, other, tmp_path):
+    transport = make_transport(name, client, policy, other, tmp_path)
+    asyncio.run(pushed(client, transport, policy, "v1"))
     assert not (tmp_path / "sync").exists()
+
+
+def test_after_the_first_time_a_delta_has_only_what_changed(client, policy, other, tmp_path):
+    transport = make_transport("delta", client, policy, other, tmp_path)
+    norm = policy.chunks[0].decoder.final_layernorm.weight.data
+
+    async def push_twice():
+        first, second = SyncTimes(), SyncTimes()
+        async with client:
+            await transport.push(outgoing(policy, transport), "v1", first)
+            norm[3] += 1.0
+            await transport.push(outgoing(policy, transport), "v2", second)
+            held, info = await client.checksums(), await client.info()
+            await transport.close()
+            return first.moved, second.moved, held, info["weight_version"]
+
+    first, second, held, version = asyncio.run(push_twice())
+    expected = checksums((pair for bucket in policy.hf_buckets(2**30) for pair in bucket), tied=False)
+    norm[3] -= 1.0
+    assert held == (expected,) and version == "v2"
+    assert first == outgoing(policy, transport).nbytes
+    assert second < 600
 
 
 def test_a_server_that_holds_other_weights_is_found_out_by_name(client, policy):
@@ -96,7 +142,7 @@ def test_a_server_that_holds_other_weights_is_found_out_by_name(client, policy):
 
     async def check():
         async with client:
-            await verify([client], expected, "v1")
+            await verify([client], [expected], "v1", deadline_s=60)
 
     with pytest.raises(ServerError, match=r"policy-0 does not hold the weights of v1 after the sync.*first lm_head"):
         asyncio.run(check())
@@ -104,11 +150,11 @@ def test_a_server_that_holds_other_weights_is_found_out_by_name(client, policy):
 
 def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path):
     async def push_after_the_server_left(client):
-        transport = BroadcastTransport([client], server_tp=1, deadline_s=20)
+        transport = BroadcastTransport([client], 1, policy.world, Control(60.0), deadline_s=20)
         async with client:
-            await transport.push(policy.hf_buckets(BUCKET_BYTES), "v1")
-            await client.destroy_weights_group(transport.name)
-            await transport.push(policy.hf_buckets(BUCKET_BYTES), "v2")
+            await transport.push(outgoing(policy, transport), "v1", SyncTimes())
+            await client.destroy_weights_group(*transport.names())
+            await transport.push(outgoing(policy, transport), "v2", SyncTimes())
 
     # A server of its own: SGLang ends itself where an update fails half-way.
     spec = ServerSpec("leaver", tiny_model("qwen3"), ServerConfig(), tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import exprl_megatron.serving.checksums as checksums_module
-from exprl_megatron.serving.checksums import checksums, differing
+from exprl_megatron.serving.checksums import checksums, differing, rank_checksums
 from exprl_megatron.serving.command import server_environment
 
 # SGLang's own CUDA kernel, run by Triton's interpreter on the tensors of the file given as its first argument.
@@ -83,3 +83,41 @@ def test_a_missing_part_is_an_error_that_names_the_parameter():
 
 def test_differences_name_changed_missing_and_surplus_parameters():
     assert differing({"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "9", "d": "4"}) == ["b", "c", "d"]
+
+
+def test_ranks_hold_their_heads_their_columns_and_their_words():
+    weights = {
+        f"{ATTENTION}.q_proj.weight": torch.randn(8, 3),
+        f"{ATTENTION}.k_proj.weight": torch.randn(4, 3),
+        f"{ATTENTION}.v_proj.weight": torch.randn(4, 3),
+        f"{ATTENTION}.o_proj.weight": torch.randn(3, 8),
+        "model.norm.weight": torch.randn(3),
+        "lm_head.weight": torch.randn(64, 3),
+    }
+    q, k, v, o, norm, head = (tensor.numpy() for tensor in weights.values())
+    second = rank_checksums(weights.items(), tp=2, kv_heads=2, tied=False)[1]
+    assert second == {
+        f"{ATTENTION}.qkv_proj.weight": sha(q[4:], k[2:], v[2:]),
+        f"{ATTENTION}.o_proj.weight": sha(numpy.ascontiguousarray(o[:, 4:])),
+        "model.norm.weight": sha(norm),
+        "lm_head.weight": sha(head[32:]),
+    }
+    # Two key-value heads among four ranks: the third has the second, as the fourth has.
+    third = rank_checksums(weights.items(), tp=4, kv_heads=2, tied=False)[2]
+    assert third[f"{ATTENTION}.qkv_proj.weight"] == sha(q[4:6], k[2:], v[2:])
+
+
+def test_on_a_cpu_ranks_hold_a_multiple_of_32_of_an_mlp():
+    gate, up, down = torch.randn(96, 3), torch.randn(96, 3), torch.randn(3, 96)
+    mlp = "model.layers.0.mlp"
+    weights = {f"{mlp}.gate_proj.weight": gate, f"{mlp}.up_proj.weight": up, f"{mlp}.down_proj.weight": down}
+    zeros = numpy.zeros((32, 3), numpy.float32)
+    second = rank_checksums(weights.items(), tp=2, kv_heads=2, tied=False)[1]
+    assert second == {
+        f"{mlp}.gate_up_proj.weight": sha(gate[64:].numpy(), zeros, up[64:].numpy(), zeros),
+        f"{mlp}.down_proj.weight": sha(numpy.concatenate([down[:, 64:].numpy(), zeros.T], axis=1)),
+    }
+    on_cuda = rank_checksums(weights.items(), tp=2, kv_heads=2, tied=False, server="cuda")[1]
+    cut = {name: tensor[48:] for name, tensor in weights.items() if "down" not in name}
+    cut[f"{mlp}.down_proj.weight"] = down[:, 48:]
+    assert on_cuda == checksums(cut.items(), tied=False, server="cuda")

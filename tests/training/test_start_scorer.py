@@ -79,6 +79,7 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(st
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world
     from exprl_megatron.resharding.broadcast import BroadcastTransport
+    from exprl_megatron.resharding.control import Control
 
     sequences = [Sequence(tuple(range(3, 4 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(5)]
     tokens = sum(len(sequence.response_ids) for sequence in sequences)
@@ -92,7 +93,9 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(st
     policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10)
     learn()
     conductor, client = Conductor(), start_server.client()
-    sync = WeightSync(SyncConfig(), policy, conductor, [client], BroadcastTransport([client], 1, 120.0))
+    control = Control(240.0)
+    transport = BroadcastTransport([client], 1, policy.world, control, 120.0)
+    sync = WeightSync(SyncConfig(), policy, conductor, [client], transport, control)
     scorer = StartScorer(client, sync, conductor, start_deadline_s=60.0)
     scorer.open()
     policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10, keep_start=True)

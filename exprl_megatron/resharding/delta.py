@@ -1,0 +1,144 @@
+"""Weights through a directory that trainer and servers both see, after the first time only what changed of them.
+
+The trainer keeps the last version in `directory`/full and compares with it; on each server's machine a keeper (see
+delta_keeper) holds a copy of its own, which the server loads. Keepers on rank 0's machine are started here, those on
+others must run before the first sync.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import torch
+
+from exprl_megatron.errors import ServerError
+from exprl_megatron.resharding.control import CONDUCTOR, Control
+from exprl_megatron.resharding.delta_keeper import FULL, ORDER, answer_path, write_whole
+from exprl_megatron.resharding.disk import SafetensorsFiles, copy_description
+from exprl_megatron.resharding.groups import is_here
+from exprl_megatron.resharding.mirror import VERSION, DeltaWriter, Mirror
+from exprl_megatron.resharding.outgoing import Filled, Outgoing
+from exprl_megatron.resharding.rounds import send_rounds
+from exprl_megatron.resharding.timing import SyncTimes
+from exprl_megatron.serving import supervise
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.together import together
+
+_POLL_S = 0.05
+
+
+class DeltaTransport:
+    """See Transport. `model` is the directory whose config and tokenizer the weights belong to.
+
+    `clients` are needed on rank 0 alone.
+    """
+
+    fillers = (CONDUCTOR,)
+
+    def __init__(
+        self, clients: Sequence[SGLangClient], directory: Path, model: Path, control: Control, deadline_s: float
+    ):
+        self._clients = clients
+        self._directory = directory
+        self._model = model
+        self._control = control
+        self._deadline_s = deadline_s
+        self._order: str | None = None
+        self._keepers: list[subprocess.Popen] = []
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        # Files are written from host memory.
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+        with self._control.leading():
+            if self._order is None:
+                self._begin()
+            kind, file = await self._write(outgoing, version, times)
+            started = time.monotonic()
+            self._order = uuid.uuid4().hex
+            order = {"id": self._order, "kind": kind, "file": file, "version": version}
+            write_whole(self._directory / ORDER, order)
+            await together(self._load(client, version) for client in self._clients)
+            times.load_s += time.monotonic() - started
+            if kind != FULL:
+                (self._directory / file).unlink()
+            self._control.go()
+
+    def follow(self, outgoing: Outgoing) -> None:
+        for number in range(len(outgoing.rounds)):
+            self._control.await_go()
+            outgoing.gather(number)
+        self._control.await_go()
+
+    async def close(self) -> None:
+        for keeper in self._keepers:
+            keeper.terminate()
+        for keeper in self._keepers:
+            keeper.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _begin(self) -> None:
+        """Start the keepers that can be started here."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        # A run that was interrupted may have left one.
+        (self._directory / ORDER).unlink(missing_ok=True)
+        for host in {_host(client) for client in self._clients}:
+            if is_here(host):
+                keeper = [sys.executable, "-m", "exprl_megatron.resharding.delta_keeper", str(self._directory)]
+                command = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *keeper]
+                self._keepers.append(subprocess.Popen([*command, str(self._directory / f"local-{host}"), host]))
+
+    async def _write(self, outgoing: Outgoing, version: str, times: SyncTimes) -> tuple[str, str]:
+        """The full weights the first time, later what changed; which of both, and the file's name."""
+        full, count = self._directory / FULL, len(outgoing.rounds)
+        if self._order is None:
+            shutil.rmtree(full, ignore_errors=True)
+            full.mkdir()
+            copy_description(self._model, full)
+            files = SafetensorsFiles(full, times)
+            await send_rounds(count, self._control, outgoing.gather, files.add)
+            files.finish()
+            (full / VERSION).write_text(version)
+            return FULL, FULL
+        writer = DeltaWriter(Mirror(full), self._directory / f"{version}.delta", version)
+
+        async def add(number: int, filled: Filled) -> None:
+            started = time.monotonic()
+            await asyncio.to_thread(writer.add, filled.named())
+            times.send_s += time.monotonic() - started
+
+        await send_rounds(count, self._control, outgoing.gather, add)
+        times.moved += writer.finish()
+        return "delta", f"{version}.delta"
+
+    async def _load(self, client: SGLangClient, version: str) -> None:
+        """Let a server load its keeper's copy once that is complete."""
+        path = answer_path(self._directory, _host(client))
+        deadline = time.monotonic() + self._deadline_s
+        while True:
+            answer = json.loads(path.read_text()) if path.is_file() else {"id": None}
+            if answer["id"] == self._order:
+                break
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"The keeper of deltas on {_host(client)}, for {client.name}, did not bring {version} within "
+                    f"sync.deadline_s ({self._deadline_s:g} s); see that it runs: python -m "
+                    f"exprl_megatron.resharding.delta_keeper {self._directory} LOCAL {_host(client)}."
+                )
+            await asyncio.sleep(_POLL_S)
+        if answer["error"] is not None:
+            raise ServerError(f"The keeper of deltas on {_host(client)}, for {client.name}, failed: {answer['error']}")
+        await client.update_from_disk(answer["local"], version, deadline_s=self._deadline_s)
+
+
+def _host(client: SGLangClient) -> str:
+    return urlsplit(client.url).hostname

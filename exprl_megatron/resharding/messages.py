@@ -1,0 +1,178 @@
+"""What a weight sync sends, before anything is sent: messages, their bytes, and who has what they are made of.
+
+Pure arithmetic on the table of names: no process group, no weights. The transports follow it, and the plan of a
+sync at any size is computed from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.conversion import fp8 as blocks
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.resharding.names import Parameter, hf_shapes, parameters
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor's place among the bytes of a message."""
+
+    name: str
+    """Hugging Face's."""
+    dtype: str
+    """As in `str(tensor.dtype)` without `torch.`."""
+    shape: Shape
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Message:
+    """Whole parameters whose Hugging Face tensors lie one behind the other in one piece of memory."""
+
+    stage: int
+    """The pipeline stage that has the parameters."""
+    parameters: tuple[Parameter, ...]
+    slots: tuple[Slot, ...]
+    """Sorted so that each tensor is aligned to its numbers' size; no gaps."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(slot.nbytes for slot in self.slots)
+
+
+def stage_messages(
+    architecture: Architecture,
+    layout: Layout,
+    dtype: str,
+    bucket_bytes: int,
+    *,
+    fp8: bool = False,
+    grouped: bool = False,
+) -> list[list[Message]]:
+    """For each pipeline stage its exported parameters, in the order of the model, cut into messages.
+
+    A message, with what its sender needs beside it to fill it, has at most `bucket_bytes` (more where one parameter
+    alone has more). `fp8`: matrices are sent in blocks of 128 x 128 with their scales. `grouped` is as in
+    names.parameters.
+    """
+    shapes = hf_shapes(architecture)
+    staged: list[list[Parameter]] = [[] for _ in range(layout.pp)]
+    for parameter in parameters(architecture, layout, grouped):
+        if parameter.exported:
+            staged[parameter.pp_rank].append(parameter)
+    made = []
+    for stage, table in enumerate(staged):
+        beside = max(beside_bytes(parameter, shapes, layout, dtype, fp8) for parameter in table)
+        cuts = cut_into(table, lambda parameter: _sent_bytes(parameter, shapes, dtype, fp8), bucket_bytes - beside)
+        made.append([_message(stage, cut, shapes, dtype, fp8) for cut in cuts])
+    return made
+
+
+def cut_into(
+    table: Iterable[Parameter], bytes_of: Callable[[Parameter], int], bucket_bytes: int
+) -> list[list[Parameter]]:
+    """The parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has more)."""
+    cuts: list[list[Parameter]] = []
+    filled = 0
+    for parameter in table:
+        size = bytes_of(parameter)
+        if not cuts or filled + size > bucket_bytes:
+            cuts.append([])
+            filled = 0
+        cuts[-1].append(parameter)
+        filled += size
+    return cuts
+
+
+def rounds(staged: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
+    """The n-th messages of all stages that have so many, for each n: what is on its way at the same time."""
+    return [tuple(m for m in messages if m is not None) for messages in zip_longest(*staged)]
+
+
+def holders(parameter: Parameter, layout: Layout) -> tuple[int, ...]:
+    """The trainer's ranks that have the parameter's shards, in the shards' order; of several copies the first.
+
+    Ranks are laid out as Megatron does: tp innermost, then cp, dp, pp; experts' etp innermost, then ep.
+    """
+    first = sender(parameter.pp_rank, layout)
+    if parameter.ep_rank is not None:
+        first += parameter.ep_rank * layout.etp
+        return tuple(range(first, first + layout.etp))
+    return tuple(range(first, first + (layout.tp if parameter.rule.split_dim is not None else 1)))
+
+
+def sender(stage: int, layout: Layout) -> int:
+    """The first rank of a pipeline stage, which sends the stage's messages."""
+    return stage * layout.tp * layout.cp * layout.dp
+
+
+def shard_shape(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) -> Shape:
+    """Of the parameter on one of its holders; `shapes` are those of the whole Hugging Face tensors."""
+    whole = [shapes[name] for name in parameter.hf_names]
+    dim = parameter.rule.split_dim
+    if dim is None:
+        return whole[0]
+    cut = math.ceil(sum(shape[dim] for shape in whole) / len(holders(parameter, layout)))
+    return (*whole[0][:dim], cut, *whole[0][dim + 1 :])
+
+
+def lands_whole(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, index: int) -> bool:
+    """Whether the `index`-th shard is one piece of its only Hugging Face tensor: it needs no place beside it."""
+    dim = parameter.rule.split_dim
+    if len(parameter.hf_names) > 1 or dim not in (None, 0):
+        return False
+    rows = shard_shape(parameter, shapes, layout)[0]
+    return dim is None or (index + 1) * rows <= shapes[parameter.hf_names[0]][0]
+
+
+def beside_bytes(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, dtype: str, fp8: bool = False) -> int:
+    """What the sender holds beside the message while it fills in this parameter.
+
+    That is another rank's shard where its parts lie apart in the message, and with `fp8` the whole parameter before it
+    is quantised.
+    """
+    count = len(holders(parameter, layout))
+    apart = any(not lands_whole(parameter, shapes, layout, index) for index in range(1, count))
+    shard = math.prod(shard_shape(parameter, shapes, layout)) if apart else 0
+    blocked = [shapes[name] for name in parameter.hf_names if fp8 and blocks.is_quantised(name, shapes[name])]
+    return ITEMSIZE[dtype] * (shard + sum(map(math.prod, blocked)))
+
+
+def _message(stage: int, cut: list[Parameter], shapes: dict[str, Shape], dtype: str, fp8: bool) -> Message:
+    sent = [tensor for parameter in cut for tensor in _sent(parameter, shapes, dtype, fp8)]
+    sent.sort(key=lambda tensor: -ITEMSIZE[tensor[1]])
+    slots, start = [], 0
+    for name, kind, shape in sent:
+        slots.append(Slot(name, kind, shape, start))
+        start += slots[-1].nbytes
+    return Message(stage, tuple(cut), tuple(slots))
+
+
+def _sent_bytes(parameter: Parameter, shapes: dict[str, Shape], dtype: str, fp8: bool) -> int:
+    return sum(math.prod(shape) * ITEMSIZE[kind] for _, kind, shape in _sent(parameter, shapes, dtype, fp8))
+
+
+def _sent(parameter: Parameter, shapes: dict[str, Shape], dtype: str, fp8: bool) -> list[tuple[str, str, Shape]]:
+    """(name, dtype, shape) of the tensors that stand for a parameter on its way."""
+    found = []
+    for name in parameter.hf_names:
+        shape = shapes[name]
+        if fp8 and blocks.is_quantised(name, shape):
+            found.append((name, "float8_e4m3fn", shape))
+            found.append((name + blocks.SCALE, "float32", tuple(-(-size // blocks.BLOCK) for size in shape)))
+        else:
+            found.append((name, dtype, shape))
+    return found

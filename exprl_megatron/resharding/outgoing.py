@@ -1,0 +1,168 @@
+"""The policy's weights on their way out: this rank's part in filling one message after the other."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from exprl_megatron.conversion import fp8 as blocks
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.gather import Gatherer
+from exprl_megatron.resharding.messages import Message, Slot, rounds, sender, stage_messages
+from exprl_megatron.resharding.names import Parameter
+from exprl_megatron.resharding.transport import Bucket
+
+Check = Callable[[Bucket], Any]
+"""What is wanted of each bucket's tensors: their checksums."""
+_QUANTISED_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A message with its bytes."""
+
+    message: Message
+    data: torch.Tensor
+    """[message.nbytes] uint8."""
+
+    def named(self) -> Bucket:
+        """The tensors under their names: views of `data`."""
+        return [(slot.name, view(self.data, slot)) for slot in self.message.slots]
+
+
+class Outgoing:
+    """One sync's messages. Every rank makes one with the same arguments and calls `gather` for each round in order.
+
+    `fillers`: the ranks on each of which every message is filled, one message a round; None: each pipeline stage's
+    messages are filled on its first rank alone, those of one round side by side. `fp8`: matrices are quantised in
+    blocks. `allocate` gives the memory of a bucket of so many bytes; there are two, which rounds take in turn.
+    `check`, if any, is called for every filled message on a thread.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        architecture: Architecture,
+        world: World,
+        bucket_bytes: int,
+        *,
+        fillers: tuple[int, ...] | None,
+        fp8: bool = False,
+        allocate: Callable[[int], torch.Tensor] | None = None,
+        check: Check | None = None,
+    ):
+        self._gatherer = Gatherer(chunks, architecture, world)
+        self._world = world
+        self._fillers = fillers
+        self._fp8 = fp8
+        dtype = str(self._gatherer.dtype).removeprefix("torch.")
+        staged = stage_messages(architecture, world.layout, dtype, bucket_bytes, fp8=fp8, grouped=self._cuda)
+        if fp8:
+            table = [parameter for messages in staged for message in messages for parameter in message.parameters]
+            blocks.check_quantisable(table, self._gatherer.shapes, architecture)
+        one_by_one = [(message,) for messages in staged for message in messages]
+        self.rounds: list[tuple[Message, ...]] = rounds(staged) if fillers is None else one_by_one
+        """What is filled, and may be sent, at the same time."""
+        self.gather_s = 0.0
+        self.quantise_s = 0.0
+        self._allocate = allocate or (lambda size: torch.empty(size, dtype=torch.uint8, device=world.device))
+        self._buffers: list[torch.Tensor | None] = [None, None]
+        self._check = check
+        self._checks: list[Future[Any]] = []
+        self._checker = ThreadPoolExecutor(1, "checksums")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all messages."""
+        return sum(message.nbytes for messages in self.rounds for message in messages)
+
+    def fillers(self, message: Message) -> tuple[int, ...]:
+        """The ranks that fill the message."""
+        return self._fillers or (sender(message.stage, self._world.layout),)
+
+    def gather(self, number: int) -> Filled | None:
+        """The message of round `number` that is filled on this rank, if one is; valid until the next round but one.
+
+        A collective of all ranks.
+        """
+        with torch.cuda.device(self._world.device) if self._cuda else nullcontext():
+            filled = self._gather(number)
+            if self._cuda:
+                torch.cuda.synchronize()
+        if filled is not None and self._check is not None:
+            self._checks.append(self._checker.submit(self._check, filled.named()))
+        return filled
+
+    def checked(self) -> list[Any]:
+        """What `check` gave for each of this rank's messages, once it is done with them."""
+        found = [check.result() for check in self._checks]
+        self._checker.shutdown()
+        return found
+
+    @property
+    def _cuda(self) -> bool:
+        return self._world.device.type == "cuda"
+
+    def _gather(self, number: int) -> Filled | None:
+        filled = None
+        for message in self.rounds[number]:
+            for rank in self.fillers(message):
+                if rank == self._world.rank:
+                    filled = Filled(message, self._buffer(number)[: message.nbytes])
+                    self._fill(filled)
+                else:
+                    for parameter in message.parameters:
+                        self._gatherer.collect(parameter, rank, None)
+        return filled
+
+    def _buffer(self, number: int) -> torch.Tensor:
+        """The memory for round `number`, which nobody reads any more."""
+        mine = [m.nbytes for messages in self.rounds for m in messages if self._world.rank in self.fillers(m)]
+        if self._buffers[number % 2] is None:
+            self._buffers[number % 2] = self._allocate(max(mine))
+        for check in self._checks[:-1]:
+            check.result()
+        return self._buffers[number % 2]
+
+    def _fill(self, filled: Filled) -> None:
+        started, quantised = time.monotonic(), self.quantise_s
+        views = dict(filled.named())
+        for parameter in filled.message.parameters:
+            into = [self._destination(views, name) for name in parameter.hf_names]
+            self._gatherer.collect(parameter, self._world.rank, into)
+            self._quantise(parameter, into, views)
+        self.gather_s += time.monotonic() - started - (self.quantise_s - quantised)
+
+    def _destination(self, views: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        """Where a full tensor is put together: its place in the message, or beside it where it is quantised first."""
+        if name + blocks.SCALE not in views:
+            return views[name]
+        return torch.empty(views[name].shape, dtype=self._gatherer.dtype, device=self._world.device)
+
+    def _quantise(self, parameter: Parameter, full: Sequence[torch.Tensor], views: dict[str, torch.Tensor]) -> None:
+        started = time.monotonic()
+        for name, tensor in zip(parameter.hf_names, full, strict=True):
+            if name + blocks.SCALE in views:
+                quantise_into(tensor, views[name], views[name + blocks.SCALE])
+        self.quantise_s += time.monotonic() - started
+
+
+def quantise_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+    """blocks.quantise of `weight` [rows, columns] into `values` and `scales`, few rows at a time for its memory."""
+    rows = max(1, _QUANTISED_AT_ONCE // (weight.shape[1] * blocks.BLOCK)) * blocks.BLOCK
+    for start in range(0, weight.shape[0], rows):
+        part, scale = blocks.quantise(weight[start : start + rows])
+        values[start : start + rows].copy_(part)
+        first = start // blocks.BLOCK
+        scales[first : first + len(scale)].copy_(scale)
+
+
+def view(data: torch.Tensor, slot: Slot) -> torch.Tensor:
+    """The tensor of `slot` in a message's bytes."""
+    stop = slot.start + slot.nbytes
+    return data[slot.start : stop].view(getattr(torch, slot.dtype)).view(torch.Size(slot.shape))

@@ -1,0 +1,45 @@
+"""The rounds of a sync as rank 0 leads them: the next bucket is gathered while the last one is sent."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+
+from exprl_megatron.resharding.control import Control
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.together import together
+
+type Gather[T] = Callable[[int], T]
+"""Rank 0's part in gathering a round, given its number; runs on a thread."""
+type Send[T] = Callable[[int, T], Coroutine]
+"""Brings a round, given its number and what was gathered of it, to all servers."""
+
+
+async def push_rounds[T](
+    count: int, control: Control, clients: Sequence[SGLangClient], gather: Gather[T], send: Send[T]
+) -> None:
+    """Opens a weight update on all servers, sends `count` rounds, closes it.
+
+    A round is gathered only after the servers have taken the one before the last: no more than two buckets exist on a
+    rank. The other ranks follow with a Control.await_go before each round and one at the end.
+    """
+    with control.leading():
+        await together(client.begin_weight_update() for client in clients)
+        await send_rounds(count, control, gather, send)
+        await together(client.end_weight_update() for client in clients)
+        control.go()
+
+
+async def send_rounds[T](count: int, control: Control, gather: Gather[T], send: Send[T]) -> None:
+    """The rounds alone; see push_rounds."""
+    loop = asyncio.get_running_loop()
+    sending: asyncio.Task | None = None
+    try:
+        for number in range(count):
+            control.go()
+            gathered = await loop.run_in_executor(None, gather, number)
+            if sending is not None:
+                await sending
+            sending = asyncio.create_task(send(number, gathered))
+        await sending
+    finally:
+        if sending is not None:
+            sending.cancel()

@@ -1,0 +1,157 @@
+"""Run by test_syncs.py on four processes: syncs from many layouts to running servers, and what a refusal does."""
+
+import asyncio
+import time
+
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+
+from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.config.serving import SyncConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.resharding.broadcast import BroadcastTransport
+from exprl_megatron.resharding.control import Control, SyncStopped
+from exprl_megatron.resharding.handles import HandlesTransport
+from exprl_megatron.resharding.outgoing import Outgoing
+from exprl_megatron.resharding.rounds import push_rounds
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.training.conductor import Conductor, ConductorFailed
+from exprl_megatron.training.sync import WeightSync
+
+LAYOUTS = {
+    "TP1": Layout(),
+    "TP2": Layout(tp=2),
+    "PP2": Layout(pp=2),
+    "VPP2xDP2": Layout(pp=2, vpp=2, dp=2),
+    "TP2xPP2": Layout(tp=2, pp=2),
+}
+TRANSPORTS = {"broadcast": BroadcastTransport, "handles": HandlesTransport}
+BUCKET_MB = 0.04
+
+
+class Syncs:
+    """Syncs from one world to one set of servers."""
+
+    def __init__(self, world, model: str, servers: list[dict], tp: int):
+        self.policy = Policy(PolicyConfig(model=model, layout=world.layout), seed=0)
+        self.conductor, self.control = Conductor(), Control(120.0)
+        self.clients = [SGLangClient(s["url"], s["name"], deadline_s=100.0) for s in servers] if world.rank == 0 else []
+        self.tp = tp
+        for client in self.clients:
+            self.conductor.run(client.__aenter__())
+
+    def sync(self, kind: str, **settings) -> WeightSync:
+        transport = TRANSPORTS[kind](self.clients, self.tp, self.policy.world, self.control, 60.0)
+        config = SyncConfig(bucket_mb=BUCKET_MB, **settings)
+        return WeightSync(config, self.policy, self.conductor, self.clients, transport, self.control, self.tp)
+
+    def close(self, *syncs: WeightSync) -> None:
+        if self.conductor.here:
+            for sync in syncs:
+                self.conductor.run(sync.close())
+            for client in self.clients:
+                self.conductor.run(client.__aexit__())
+        self.conductor.close()
+
+
+def change(policy: Policy) -> None:
+    """Other weights than the last sync sent, the same on all ranks that hold a copy."""
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.mul_(-1.0)
+
+
+def bring_all(world, arguments, target: str) -> dict:
+    """One sync by each transport; each is verified by checksums and raises where they differ."""
+    servers, tp = arguments["targets"][target]
+    syncs = Syncs(world, arguments["model"], servers, tp)
+    made, measured = [], {}
+    for kind in TRANSPORTS:
+        made.append(syncs.sync(kind))
+        change(syncs.policy)
+        measured[kind] = made[-1].bring(f"{kind}-{world.layout}")
+        assert made[-1].bring(f"{kind}-{world.layout}") == {}
+    # The groups of the first stand still: a second sync goes through the same ones.
+    change(syncs.policy)
+    measured["again"] = made[0].bring("again")
+    syncs.close(*made)
+    return measured
+
+
+def stopped_at(world, fails: int, count: int = 4) -> dict:
+    """Rounds whose `fails`-th send is refused: how each rank ends, and after how many seconds."""
+    control = Control(60.0)
+    started = time.monotonic()
+
+    async def send(number: int, _) -> None:
+        if number == fails:
+            raise ServerError("refused")
+
+    def follow() -> None:
+        for _ in range(count):
+            control.await_go()
+        control.await_go()
+
+    ended = "well"
+    try:
+        if control.here:
+            asyncio.run(push_rounds(count, control, [], lambda number: None, send))
+        else:
+            follow()
+    except (ServerError, SyncStopped) as error:
+        ended = type(error).__name__
+    ends = control.collect((ended, time.monotonic() - started))
+    return {"ends": [end for end, _ in ends or []], "seconds": max(s for _, s in ends or [("", 0.0)])}
+
+
+def refused(world, arguments) -> list[str] | None:
+    """The server has left the second stage's group before a second sync."""
+    servers, tp = arguments["targets"]["sacrificed"]
+    syncs = Syncs(world, arguments["model"], servers, tp)
+    sync = syncs.sync("broadcast")
+    sync.bring("v1")
+    ended = "well"
+    if syncs.conductor.here:
+        names = sync._transport.names()
+        syncs.conductor.run(syncs.clients[0].destroy_weights_group(names[1]))
+    try:
+        sync.bring("v2")
+    except (ServerError, ConductorFailed) as error:
+        ended = f"{type(error).__name__}: {error}"
+    if syncs.conductor.here:
+        syncs.conductor.run(syncs.clients[0].__aexit__())
+    syncs.conductor.close()
+    return syncs.control.collect(ended)
+
+
+def filled_twice(world, arguments) -> bool:
+    """Whether two ranks that fill every message hold the same bytes, those of the model's one copy."""
+    policy = Policy(PolicyConfig(model=arguments["model"], layout=world.layout), seed=0)
+    outgoing = Outgoing(policy.chunks, policy.architecture, world, 40_000, fillers=(0, 3))
+    same = True
+    for number in range(len(outgoing.rounds)):
+        filled = outgoing.gather(number)
+        size = sum(message.nbytes for message in outgoing.rounds[number])
+        data = torch.zeros(size, dtype=torch.uint8) if filled is None else filled.data.clone()
+        copies = [torch.empty_like(data) for _ in range(4)]
+        dist.all_gather(copies, data)
+        same &= torch.equal(copies[0], copies[3]) and bool(copies[0].any()) and not copies[1].any()
+    return same
+
+
+def main() -> None:
+    ranks = Ranks()
+    for name, layout in LAYOUTS.items():
+        for target in ("two", "tp2"):
+            ranks.within(layout, lambda w, t=target: bring_all(w, ranks.arguments, t), f"{name} to {target}")
+    for fails in range(4):
+        ranks.within(Layout(dp=2), lambda w, f=fails: stopped_at(w, f), f"stopped at {fails}")
+    ranks.within(Layout(tp=2, pp=2), lambda w: filled_twice(w, ranks.arguments), "filled twice")
+    ranks.within(Layout(pp=2), lambda w: refused(w, ranks.arguments), "refused")
+    ranks.finish()
+
+
+if __name__ == "__main__":
+    main()

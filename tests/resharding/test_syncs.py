@@ -1,0 +1,67 @@
+"""Weights of a policy in several layouts reach several servers, and servers of two ranks; refusals end every rank."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.serving.launch import ServerSpec, start_servers, stop_servers
+
+sys.path.append(str(Path(__file__).parents[1] / "policy"))
+from ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+TARGETS = ("two", "tp2")
+LAYOUTS = ("TP1", "TP2", "PP2", "VPP2xDP2", "TP2xPP2")
+PARTS = ("gather", "quantise", "send", "load", "check", "seconds", "gb", "moved_gb", "gb_per_s")
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    model = tiny_model("qwen3", layers=4)
+    specs = [
+        ServerSpec(name, model, ServerConfig(tp=tp, max_total_tokens=4096), logs)
+        for name, tp in (("first", 1), ("second", 1), ("both", 2))
+    ]
+    servers = start_servers(specs)
+    try:
+        first, second, both = ({"name": server.name, "url": server.url} for server in servers)
+        targets = {"two": ([first, second], 1), "tp2": ([both], 2), "sacrificed": ([second], 1)}
+        yield run_ranks(
+            Path(__file__).parent / "sync_worker.py",
+            4,
+            logs / "out",
+            model=tiny_model("qwen3", layers=4, seed=5),
+            targets=targets,
+        )
+    finally:
+        stop_servers(servers)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checksums_agree_from_every_layout_to_every_server(results, layout, target):
+    measured = results[f"{layout} to {target}"]
+    assert measured.keys() == {"broadcast", "handles", "again"}
+    for metrics in measured.values():
+        assert metrics.keys() == {f"sync/{part}" for part in PARTS}
+        assert metrics["sync/gb"] > 0 and metrics["sync/seconds"] > metrics["sync/check"] > 0
+    assert measured["broadcast"]["sync/moved_gb"] == measured["broadcast"]["sync/gb"]
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_whichever_round_is_refused_every_rank_ends_at_once(results, fails):
+    assert results[f"stopped at {fails}"]["ends"] == ["ServerError", "SyncStopped"]
+    assert results[f"stopped at {fails}"]["seconds"] < 20
+
+
+def test_several_ranks_can_fill_every_message(results):
+    assert results["filled twice"] is True
+
+
+def test_a_server_that_left_one_stage_s_group_ends_every_rank_with_its_words(results):
+    told, followed = results["refused"]
+    assert told.startswith("RequestRefused: second")
+    assert followed.startswith("ConductorFailed")
