@@ -1,0 +1,215 @@
+"""What a weight sync would send at any size, over which links, and how long: computed from its messages, no weights.
+
+Ranks fill nodes in their order. Within a round every link works at the same time, each at the share of its rate that
+NCCL reaches; rounds and messages follow one another as the transports have it: the next is gathered while servers take
+the last, and servers take one at a time.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.planning.hardware import Gpu
+from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.resharding.messages import (
+    ITEMSIZE,
+    Message,
+    beside_bytes,
+    holders,
+    rounds,
+    sender,
+    shard_shape,
+    stage_messages,
+)
+from exprl_megatron.resharding.names import hf_shapes, parameters
+
+MESSAGE_S = 0.010
+"""From a server's answer to a message until it takes the next: two HTTP hops and SGLang's queues between processes."""
+TENSOR_S = 50e-6
+"""A server's work for each tensor besides copying it: its name is looked up and its loader called."""
+
+Flow = Counter[tuple[str, str]]
+"""Bytes from one place to another. Places are `trainer R`, `server S` (all its ranks) on nodes."""
+
+
+@dataclass(frozen=True)
+class SyncPlan:
+    """One sync."""
+
+    messages: int
+    nbytes: int
+    """Of all messages, once."""
+    sent: dict[int, int]
+    """Bytes that each trainer rank sends, those with none left out."""
+    received: dict[int, int]
+    """The same received: as the one who fills messages."""
+    over_network: dict[str, int]
+    """Bytes through the network card of each trainer rank or server node that uses one, in and out counted apart."""
+    held: dict[int, int]
+    """The most bytes of weights that each trainer rank holds: its shard, two buckets where it fills them, and the shard
+    on its way."""
+    shard: dict[int, int]
+    """Bytes of the rank's own part of the model."""
+    seconds: float
+
+
+def plan_sync(
+    architecture: Architecture,
+    layout: Layout,
+    dtype: str,
+    bucket_bytes: int,
+    gpu: Gpu,
+    *,
+    servers: int,
+    server_tp: int,
+    colocated: bool,
+    fp8: bool = False,
+) -> SyncPlan:
+    """The plan of a sync to `servers` servers of `server_tp` ranks.
+
+    `colocated`: server i is on the trainer's i-th node and takes handles from that node's first rank; else servers have
+    nodes of their own, at most one server's ranks on each, and take broadcasts.
+    """
+    staged = stage_messages(architecture, layout, dtype, bucket_bytes, fp8=fp8)
+    givers = tuple(server * max(gpu.gpus_per_node, server_tp) for server in range(servers)) if colocated else None
+    order = [(m,) for messages in staged for m in messages] if colocated else rounds(staged)
+    shapes = hf_shapes(architecture)
+    sent: Counter[int] = Counter()
+    received: Counter[int] = Counter()
+    network: Counter[str] = Counter()
+    gathering, taking = [], []
+    for messages in order:
+        flows = Counter()
+        for message in messages:
+            for filler in givers or (sender(message.stage, layout),):
+                flows.update(_gathered(message, filler, shapes, layout, dtype))
+        for (source, target), size in flows.items():
+            sent[source] += size
+            received[target] += size
+        network.update(_network(flows, gpu))
+        gathering.append(_gather_seconds(flows, gpu))
+        taking.append(0.0)
+        for message in messages:
+            if colocated:
+                taking[-1] += _open_seconds(message, server_tp, gpu)
+            else:
+                network.update(_broadcast(message, layout, servers))
+                sent[sender(message.stage, layout)] += message.nbytes
+                taking[-1] += _broadcast_seconds(message, gpu)
+    fillers = set(givers or (sender(stage, layout) for stage in range(layout.pp)))
+    shard = {rank: _shard_bytes(architecture, layout, rank, dtype) for rank in range(layout.world_size)}
+    buckets = _bucket_bytes(staged, shapes, layout, dtype, fp8, fillers, givers is not None)
+    return SyncPlan(
+        messages=sum(map(len, order)),
+        nbytes=sum(message.nbytes for messages in order for message in messages),
+        sent=dict(sent),
+        received=dict(received),
+        over_network=dict(network),
+        held={rank: size + buckets.get(rank, 0) for rank, size in shard.items()},
+        shard=shard,
+        seconds=_pipelined(gathering, taking),
+    )
+
+
+def _gathered(
+    message: Message, filler: int, shapes: dict[str, tuple[int, ...]], layout: Layout, dtype: str
+) -> Counter[tuple[int, int]]:
+    """Bytes from rank to rank while a message is filled."""
+    flows: Counter[tuple[int, int]] = Counter()
+    for parameter in message.parameters:
+        size = ITEMSIZE[dtype] * math.prod(shard_shape(parameter, shapes, layout))
+        for rank in holders(parameter, layout):
+            if rank != filler:
+                flows[rank, filler] += size
+    return flows
+
+
+def _network(flows: Counter[tuple[int, int]], gpu: Gpu) -> Counter[str]:
+    """What of the flows between ranks crosses from node to node, by network card."""
+    found: Counter[str] = Counter()
+    for (source, target), size in flows.items():
+        if source // gpu.gpus_per_node != target // gpu.gpus_per_node:
+            found[f"trainer {source} out"] += size
+            found[f"trainer {target} in"] += size
+    return found
+
+
+def _broadcast(message: Message, layout: Layout, servers: int) -> Counter[str]:
+    """NCCL's chain: out of the sender, into the first server's node, from there into the next."""
+    found = Counter({f"trainer {sender(message.stage, layout)} out": message.nbytes})
+    for server in range(servers):
+        found[f"server {server} in"] += message.nbytes
+        if server < servers - 1:
+            found[f"server {server} out"] += message.nbytes
+    return found
+
+
+def _gather_seconds(flows: Counter[tuple[int, int]], gpu: Gpu) -> float:
+    """Of the busiest link."""
+    nvlink: Counter[str] = Counter()
+    for (source, target), size in flows.items():
+        if source // gpu.gpus_per_node == target // gpu.gpus_per_node:
+            nvlink[f"{source} out"] += size
+            nvlink[f"{target} in"] += size
+    cards = _network(flows, gpu)
+    return max(
+        _longest(nvlink, gpu.nvlink_bytes_per_s * NVLINK_SHARE), _longest(cards, gpu.nic_bytes_per_s * NIC_SHARE)
+    )
+
+
+def _longest(flows: Counter[str], rate: float) -> float:
+    return max(flows.values(), default=0) / rate
+
+
+def _broadcast_seconds(message: Message, gpu: Gpu) -> float:
+    """One card in, and each server rank's copy of it, into its own memory."""
+    slowest = min(gpu.nic_bytes_per_s * NIC_SHARE, gpu.nvlink_bytes_per_s * NVLINK_SHARE)
+    return message.nbytes / slowest + _load_seconds(message, gpu)
+
+
+def _open_seconds(message: Message, server_tp: int, gpu: Gpu) -> float:
+    """Every rank but the giver's neighbour on the same GPU fetches the whole message over the giver's NVLink."""
+    return (server_tp - 1) * message.nbytes / (gpu.nvlink_bytes_per_s * NVLINK_SHARE) + _load_seconds(message, gpu)
+
+
+def _load_seconds(message: Message, gpu: Gpu) -> float:
+    return MESSAGE_S + TENSOR_S * len(message.slots) + 2 * message.nbytes / gpu.hbm_bytes_per_s
+
+
+def _pipelined(gathering: list[float], taking: list[float]) -> float:
+    """Seconds where round n + 1 is gathered while round n is taken."""
+    between = sum(max(gather, take) for gather, take in zip(gathering[1:], taking[:-1], strict=True))
+    return gathering[0] + between + taking[-1]
+
+
+def _shard_bytes(architecture: Architecture, layout: Layout, rank: int, dtype: str) -> int:
+    """Bytes of the rank's parameters; experts' as on their first copies."""
+    shapes = hf_shapes(architecture)
+    per_stage = layout.tp * layout.cp * layout.dp
+    stage, ep_rank = rank // per_stage, rank % per_stage // layout.etp % layout.ep
+    return sum(
+        ITEMSIZE[dtype] * math.prod(shard_shape(parameter, shapes, layout))
+        for parameter in parameters(architecture, layout)
+        if parameter.pp_rank == stage and parameter.ep_rank in (None, ep_rank)
+    )
+
+
+def _bucket_bytes(
+    staged: list[list[Message]],
+    shapes: dict[str, tuple[int, ...]],
+    layout: Layout,
+    dtype: str,
+    fp8: bool,
+    fillers: Iterable[int],
+    every: bool,
+) -> dict[int, int]:
+    """What the ranks that fill messages hold for it; `every`: they fill those of all stages."""
+    found = {}
+    for rank in fillers:
+        mine = [m for messages in staged for m in messages if every or sender(m.stage, layout) == rank]
+        beside = max(beside_bytes(p, shapes, layout, dtype, fp8) for m in mine for p in m.parameters)
+        found[rank] = 2 * max(message.nbytes for message in mine) + beside
+    return found
