@@ -1,0 +1,152 @@
+"""Weight syncs of a random model from trainer processes to running servers, each beside its floor."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from safetensors.torch import save_file
+
+from exprl_megatron.benchmarks.broadcast_floor import Floor
+from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.config.serving import SyncConfig
+from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.world import enter_world, leave_world
+from exprl_megatron.resharding.broadcast import BroadcastTransport
+from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.resharding.handles import HandlesTransport
+from exprl_megatron.resharding.messages import stage_messages
+from exprl_megatron.resharding.names import hf_shapes
+from exprl_megatron.resharding.sources import Random
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.training.conductor import Conductor
+from exprl_megatron.training.sync import WeightSync
+
+GB = 1e9
+_DEADLINE_S = 600.0
+_HIDDEN, _FFN, _WORDS = 1024, 3072, 16384
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layout's syncs to one kind of server, by one transport; medians over the repeats."""
+
+    layout: str
+    server_tp: int
+    transport: str
+    bucket_mb: float
+    gb: float
+    floor_s: float
+    push_s: float
+    parts: dict[str, float]
+    """Seconds of gather, quantise, send, load and check."""
+
+    @property
+    def share(self) -> float:
+        """The floor's seconds over those of bringing the weights."""
+        return self.floor_s / self.push_s
+
+
+def write_model(directory: Path, size_bytes: float, seed: int = 0) -> Path:
+    """A Qwen3 of about `size_bytes` in bf16 with random weights, no tokenizer."""
+    layer = 2 * (2 * _HIDDEN * _HIDDEN + 2 * _HIDDEN * _HIDDEN // 2 + 3 * _HIDDEN * _FFN)
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": _HIDDEN,
+        "intermediate_size": _FFN,
+        "num_hidden_layers": max(4, math.floor((size_bytes - 4 * _WORDS * _HIDDEN) / layer / 4) * 4),
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": _WORDS,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "torch_dtype": "bfloat16",
+    }
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    architecture = read_architecture(directory)
+    source = Random(architecture, seed)
+    tensors = {name: source.read(name).bfloat16() for name in hf_shapes(architecture)}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def measure(
+    layout: Layout, model: Path, servers: list[dict], server_tp: int, floor_port: int, settings: dict
+) -> Measured | None:
+    """Syncs and floors in turn, in a world of `layout`; on rank 0 what they took. Checksums are compared each time."""
+    world = enter_world(layout, timeout_s=_DEADLINE_S)
+    policy = Policy(PolicyConfig(model=str(model), precision="bf16", layout=layout), seed=0)
+    conductor, control = Conductor(), Control(2 * _DEADLINE_S)
+    clients = [SGLangClient(s["url"], s["name"], deadline_s=_DEADLINE_S) for s in servers] if world.rank == 0 else []
+    floor = Floor(floor_port, server_tp * len(servers)) if world.rank == 0 else None
+    for client in clients:
+        conductor.run(client.__aenter__())
+    transport = _transport(settings["transport"], clients, server_tp, policy, control, model)
+    config = SyncConfig(bucket_mb=settings["bucket_mb"])
+    sync = WeightSync(config, policy, conductor, clients, transport, control, server_tp)
+    staged = stage_messages(policy.architecture, layout, "bfloat16", int(config.bucket_mb * 2**20))
+    sizes = [message.nbytes for messages in staged for message in messages]
+    syncs, floors = [], []
+    for number in range(settings["repeats"] + 1):
+        _change(policy)
+        floors.append(0.0 if floor is None else floor.seconds(sizes))
+        syncs.append(sync.bring(f"{layout}-{time.monotonic_ns()}-{number}"))
+    if floor is not None:
+        floor.close()
+        conductor.run(sync.close())
+        for client in clients:
+            conductor.run(client.__aexit__())
+    conductor.close()
+    leave_world()
+    # The first opens the groups.
+    return _medians(layout, server_tp, settings, floors[1:], syncs[1:]) if floor is not None else None
+
+
+def as_record(measured: Measured) -> dict:
+    """What goes into the JSON file."""
+    return asdict(measured) | {"share": measured.share}
+
+
+def _medians(
+    layout: Layout, server_tp: int, settings: dict, floors: list[float], syncs: list[dict[str, float]]
+) -> Measured:
+    parts = {
+        part: median(sync[f"sync/{part}"] for sync in syncs) for part in ("gather", "quantise", "send", "load", "check")
+    }
+    return Measured(
+        layout=f"TP{layout.tp} x PP{layout.pp} x DP{layout.dp}",
+        server_tp=server_tp,
+        transport=settings["transport"],
+        bucket_mb=settings["bucket_mb"],
+        gb=syncs[0]["sync/gb"],
+        floor_s=median(floors),
+        push_s=median(sync["sync/seconds"] - sync["sync/check"] for sync in syncs),
+        parts=parts,
+    )
+
+
+def _transport(kind: str, clients: list[SGLangClient], server_tp: int, policy: Policy, control: Control, model: Path):
+    if kind == "disk":
+        return DiskTransport(clients, model.parent / "sync", model, control, _DEADLINE_S)
+    made = {"broadcast": BroadcastTransport, "handles": HandlesTransport}[kind]
+    return made(clients, server_tp, policy.world, control, _DEADLINE_S)
+
+
+def _change(policy: Policy) -> None:
+    """Other weights than before, so that a sync that brought nothing would be found out."""
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.neg_()

@@ -1,0 +1,129 @@
+"""Weight syncs from trainer processes to real servers on this machine, beside their floor, in one run.
+
+A random Qwen3 of the given size is synced from each layout to a server of each tensor parallelism; after every sync
+the servers' checksums are compared with the trainer's. The floor is the same bytes in the same pieces through a bare
+torch broadcast between as many processes. Syncs and floors take turns; the table has their medians.
+
+    python tools/bench_reshard.py --gb 1 [--layouts 1x1 2x1 1x2 2x2] [--server-tp 1 2] [--json F]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from exprl_megatron.benchmarks.broadcast_floor import receive
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.serving.ports import free_ports
+
+HEAD = (
+    f"{'source':>17} {'server':>7} {'GB':>5} {'floor s':>8} {'sync s':>7} {'share':>6}  "
+    f"{'gather':>7} {'send':>7} {'load':>7} {'check':>7}"
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; with --rank or --receiver one of the processes that it starts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=0.25, help="size of the model's weights in bf16, 10**9 bytes")
+    parser.add_argument("--layouts", nargs="+", default=["1x1"], help="source layouts, TPxPP or TPxPPxDP")
+    parser.add_argument("--server-tp", type=int, nargs="+", default=[1])
+    parser.add_argument("--transport", choices=["broadcast", "handles", "disk"], default="broadcast")
+    parser.add_argument("--bucket-mb", type=float, default=64.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--receiver", type=int, nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.receiver is not None:
+        receive(*args.receiver)
+    elif args.rank is not None:
+        run_rank(json.loads(args.rank.read_text()))
+    else:
+        conduct(args)
+
+
+def conduct(args: argparse.Namespace) -> None:
+    """All measurements, as a table and, where asked for, as JSON."""
+    from exprl_megatron.benchmarks.sync_runs import write_model
+
+    records = []
+    settings = {"transport": args.transport, "bucket_mb": args.bucket_mb, "repeats": args.repeats}
+    with tempfile.TemporaryDirectory() as temporary:
+        room = Path(temporary)
+        model = write_model(room / "model", args.gb * 1e9)
+        print(f"{args.transport}, buckets of {args.bucket_mb:g} MiB, median of {args.repeats}\n{HEAD}", flush=True)
+        for tp in args.server_tp:
+            config = ServerConfig(tp=tp, max_total_tokens=1024, extra_args=("--skip-tokenizer-init",))
+            with start_servers([ServerSpec(f"tp{tp}", model, config, room, dtype="bfloat16")])[0] as server:
+                for layout in args.layouts:
+                    servers = [{"name": server.name, "url": server.url}]
+                    told = {"layout": layout, "model": str(model), "servers": servers, "server_tp": tp}
+                    records.append(run_layout(told | {"settings": settings}, room))
+                    print(line(records[-1]), flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(records, indent=1))
+
+
+def run_layout(told: dict, room: Path) -> dict:
+    """One layout's processes and the floor's receivers; what rank 0 measured."""
+    floor_port, port = free_ports(2)
+    count = told["server_tp"] * len(told["servers"])
+    result = room / "measured.json"
+    (room / "told.json").write_text(json.dumps(told | {"floor_port": floor_port, "result": str(result)}))
+    command, environment = [sys.executable, __file__], os.environ | {"OMP_NUM_THREADS": "1"}
+    receivers = [
+        subprocess.Popen([*command, "--receiver", str(floor_port), str(rank), str(count)], env=environment)
+        for rank in range(1, count + 1)
+    ]
+    size = parsed(told["layout"]).world_size
+    ranks = []
+    for rank in range(size):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        own = [*command, "--rank", str(room / "told.json")]
+        ranks.append(subprocess.Popen(own, env=environment | place | meeting, stdout=sys.stderr))
+    failed = [process.args for process in (*ranks, *receivers) if process.wait() != 0]
+    if failed:
+        sys.exit(f"{' '.join(failed[0])} failed")
+    return json.loads(result.read_text())
+
+
+def run_rank(told: dict) -> None:
+    """One trainer process."""
+    import torch
+
+    from exprl_megatron.benchmarks.sync_runs import as_record, measure
+
+    torch.set_num_threads(1)
+    layout = parsed(told["layout"])
+    measured = measure(
+        layout, Path(told["model"]), told["servers"], told["server_tp"], told["floor_port"], told["settings"]
+    )
+    if measured is not None:
+        Path(told["result"]).write_text(json.dumps(as_record(measured)))
+
+
+def parsed(layout: str) -> Layout:
+    """A layout written as TPxPP or TPxPPxDP."""
+    tp, pp, dp = ([int(size) for size in layout.split("x")] + [1])[:3]
+    return Layout(tp=tp, pp=pp, dp=dp)
+
+
+def line(record: dict) -> str:
+    """One row of the table."""
+    parts = record["parts"]
+    return (
+        f"{record['layout']:>17} {'TP' + str(record['server_tp']):>7} {record['gb']:5.2f} {record['floor_s']:8.3f} "
+        f"{record['push_s']:7.3f} {record['share']:6.2f}  {parts['gather']:7.3f} {parts['send']:7.3f} "
+        f"{parts['load']:7.3f} {parts['check']:7.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
