@@ -18,6 +18,9 @@ from exprl_megatron.policy.architecture import Architecture
 _OTHERS = re.compile(r"(optimizer|start)\..*|(random|common_state)/.*|.*\._extra_state/.*")
 """What a run's checkpoint holds beside the current weights."""
 
+COMMON = "common_state/shard_0_1"
+"""Where Megatron looks for what is no tensor; a converted model has nothing there."""
+
 Pieces = dict[tuple[int, ...], list[ChunkStorageMetadata]]
 """The written pieces of a tensor by the layer (and expert) that they belong to."""
 
@@ -26,7 +29,7 @@ class MegatronFiles:
     """The weights of `architecture` in the torch_dist files of `directory`: a converted model's or a checkpoint's.
 
     Opening reads the metadata alone and checks that every parameter is there whole, in its shape, once, in a file
-    long enough, and that nothing is there that is not known. Raises UserError otherwise.
+    long enough for its dtype, and that nothing is there that is not known. Raises UserError otherwise.
     """
 
     def __init__(self, directory: str | Path, architecture: Architecture):
@@ -108,13 +111,19 @@ class MegatronFiles:
             )
 
     def _check_files(self, metadata: Metadata, known: Iterable[str]) -> None:
-        ends: dict[str, int] = {}
+        written = [(MetadataIndex(COMMON), 0)]
         for key in known:
-            for piece in self._tensors[key].chunks:
-                info = metadata.storage_data.get(MetadataIndex(key, piece.offsets))
-                if info is None:
-                    raise UserError(f"{self.directory} does not say where a piece of {key} lies; convert it again.")
-                ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+            tensor = self._tensors[key]
+            for piece in tensor.chunks:
+                size = math.prod(piece.sizes) * tensor.properties.dtype.itemsize
+                written.append((MetadataIndex(key, piece.offsets), size))
+        ends: dict[str, int] = {}
+        for index, size in written:
+            info = metadata.storage_data.get(index)
+            # What lies there has a header besides the numbers.
+            if info is None or info.length <= size:
+                raise UserError(f"{self.directory} does not say where all of {index.fqn} lies; convert it again.")
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for name, end in ends.items():
             file = self.directory / name
             if not file.is_file():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
@@ -15,11 +16,13 @@ class Partial:
     """`target` while it is written: `path` is its name plus `.partial`, and only this process has it.
 
     `plan` (JSON-able) says what will be written from what. What an interrupted conversion of the same plan left is
-    kept, anything else removed. Raises UserError where `target` exists or another process is at work.
+    kept, anything else removed. `advance` is told bytes done and in all. Raises UserError where `target` exists or
+    another process is at work; as a context manager also where the disk fails within.
     """
 
-    def __init__(self, target: Path, plan: dict, needed_bytes: int):
+    def __init__(self, target: Path, plan: dict, needed_bytes: int, advance: Callable[[int, int], None]):
         self.target = target
+        self._advance, self._done, self._needed = advance, 0, needed_bytes
         if target.exists():
             raise UserError(f"{target} exists already; choose another place, or remove it.")
         self.path = target.with_name(target.name + ".partial")
@@ -38,13 +41,37 @@ class Partial:
     def __enter__(self) -> "Partial":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         self._claim.release()
+        # Torch's writer of tensors raises a RuntimeError in the place of what went wrong.
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(reason, OSError):
+            raise UserError(
+                f"{self.target} could not be finished ({reason}); make room if that is the reason, and give the same "
+                f"command again: it goes on from here."
+            ) from error
 
-    def finish(self) -> None:
-        """All is written: the directory gets its name."""
-        for name in (PLAN, "lock"):
-            (self.path / name).unlink()
+    def note(self, number: int) -> Path:
+        """Where the conversion notes that its part `number` is finished; gone when all is."""
+        return self.path / f"written-{number}"
+
+    def wrote(self, count: int) -> None:
+        """So many more bytes are written."""
+        self._done += count
+        self._advance(self._done, self._needed)
+
+    def finish(self, account: Callable[[], None]) -> None:
+        """All is written: if `account` does not raise UserError, the directory gets its name.
+
+        Where it does, nothing of what was written is gone on with.
+        """
+        try:
+            account()
+        except UserError:
+            (self.path / PLAN).unlink()
+            raise
+        for path in (*self.path.glob("written-*"), self.path / PLAN, self.path / "lock"):
+            path.unlink()
         _sync(self.path)
         self.path.rename(self.target)
         _sync(self.target.parent)

@@ -3,11 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+
+from exprl_megatron.resharding.sources import open_safetensors
 
 _NAMES = {
     torch.float32: "F32",
@@ -20,11 +22,15 @@ DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def write_safetensors(
-    path: Path, described: dict[str, tuple[tuple[int, ...], torch.dtype]], tensors: Iterable[tuple[str, torch.Tensor]]
+    path: Path,
+    described: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    wrote: Callable[[int], None],
 ) -> None:
     """Writes `tensors`, which come one after the other in the order of `described`, and syncs the file.
 
-    `described` gives shape and dtype by name. Raises ValueError where they do not come as described.
+    `described` gives shape and dtype by name; `wrote` is told the bytes of each. Raises ValueError where they do not
+    come as described.
     """
     partial = path.with_name(path.name + ".tmp")
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -40,6 +46,7 @@ def write_safetensors(
             if not left or left.pop(0) != name or described[name] != (tuple(tensor.shape), tensor.dtype):
                 raise ValueError(f"{name} came as {tuple(tensor.shape)} {tensor.dtype}, which was not described")
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            wrote(tensor.nbytes)
         if left:
             raise ValueError(f"{left[0]} was described but did not come")
         file.flush()
@@ -54,10 +61,13 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def headers(paths: Iterable[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:
-    """File, shape and dtype (in the format's words) of every tensor in the files."""
+    """File, shape and dtype (in the format's words) of every tensor in the files.
+
+    Raises UserError where one is truncated or damaged.
+    """
     found = {}
     for path in paths:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 view = file.get_slice(name)
                 found[name] = (path, tuple(view.get_shape()), view.get_dtype())

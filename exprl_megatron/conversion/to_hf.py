@@ -77,18 +77,18 @@ def convert_to_huggingface(
     sizes = [sum(map(_bytes, file.values())) for file in described]
     names = [SINGLE] if len(files) == 1 else [_name(number, len(files)) for number in range(len(files))]
     plan = {"to": "huggingface", "source": weights.marks(), "format": str(form), "file_bytes": file_bytes}
-    with Partial(Path(target), plan, sum(sizes)) as partial:
+    with Partial(Path(target), plan, sum(sizes), advance) as partial:
         for number, (name, file) in enumerate(zip(names, files, strict=True)):
-            if not (partial.path / name).is_file():
-                tensors = (entry for stored in file for entry in made.tensors(weights, stored))
-                write_safetensors(partial.path / name, described[number], tensors)
-            advance(sum(sizes[: number + 1]), sum(sizes))
+            if (partial.path / name).is_file():
+                partial.wrote(sizes[number])
+                continue
+            tensors = (entry for stored in file for entry in made.tensors(weights, stored))
+            write_safetensors(partial.path / name, described[number], tensors, partial.wrote)
         if len(files) > 1:
             _write_index(partial.path / INDEX, dict(zip(names, described, strict=True)), sum(sizes))
         _write_config(weights, partial.path, form, list(shapes), table)
         copy_companions(weights.origin, partial.path)
-        _account(partial.path, names, described, shapes)
-        partial.finish()
+        partial.finish(lambda: _account(partial.path, names, described, shapes))
 
 
 def _cut(weights: Weights, table: list[Stored], form: Form, file_bytes: int) -> list[list[Stored]]:
@@ -141,6 +141,5 @@ def _account(directory: Path, names: list[str], described: list[Described], shap
     wrong += sorted(name for name in plain.keys() | shapes.keys() if plain.get(name) != shapes.get(name))
     if wrong:
         raise UserError(
-            f"{directory}: {wrong[0]} ({len(wrong)} such) was not written as it should have been; "
-            f"remove the directory and convert again."
+            f"{directory}: {wrong[0]} ({len(wrong)} such) was not written as it should have been; convert again."
         )

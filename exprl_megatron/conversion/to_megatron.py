@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from exprl_megatron.conversion.megatron_files import MegatronFiles
+from exprl_megatron.conversion.megatron_files import COMMON, MegatronFiles
 from exprl_megatron.conversion.partial import Partial
 from exprl_megatron.conversion.stored import Stored, stored_parameters
 from exprl_megatron.conversion.weights import MEGATRON, HuggingFaceWeights
@@ -20,9 +20,6 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.files import write_atomically
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.resharding.huggingface import copy_companions, write_config
-
-COMMON = "common_state/shard_0_1"
-"""Where Megatron looks for what is no tensor; here it is empty."""
 
 
 def convert_to_megatron(
@@ -43,7 +40,7 @@ def convert_to_megatron(
     files = _cut(table, dtypes, file_bytes)
     sizes = [sum(_size(stored, dtypes) for stored in file) for file in files]
     plan = {"to": MEGATRON, "source": weights.marks(), "dtype": str(dtype), "file_bytes": file_bytes}
-    with Partial(Path(target), plan, sum(sizes)) as partial:
+    with Partial(Path(target), plan, sum(sizes), advance) as partial:
         writer = FileSystemWriter(partial.path / MEGATRON)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         plans = [_plan(file, dtypes) for file in files]
@@ -52,29 +49,34 @@ def convert_to_megatron(
         plans = writer.prepare_global_plan(plans)
         results: list[list[WriteResult]] = []
         for number, (plan, file) in enumerate(zip(plans, files, strict=True)):
-            done = partial.path / f"written-{number}"
-            if not done.is_file():
-                written = writer.write_data(plan, _FromHuggingFace(weights, file, dtypes)).value()
+            done = partial.note(number)
+            if done.is_file():
+                partial.wrote(sizes[number])
+            else:
+                written = writer.write_data(plan, _FromHuggingFace(weights, file, dtypes, partial.wrote)).value()
                 write_atomically(done, pickle.dumps(written))
             results.append(pickle.loads(done.read_bytes()))
-            advance(sum(sizes[: number + 1]), sum(sizes))
         writer.finish(metadata, results)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial.path / MEGATRON))
         write_config(weights.origin, partial.path, _name(dtypes))
         copy_companions(weights.origin, partial.path)
-        _account(partial.path, table, dtypes)
-        for number in range(len(files)):
-            (partial.path / f"written-{number}").unlink()
-        partial.finish()
+        partial.finish(lambda: _account(partial.path, table, dtypes))
 
 
 class _FromHuggingFace(DefaultSavePlanner):
-    """Makes the pieces of one file when they are written."""
+    """Makes the pieces of one file when they are written, and tells `wrote` of their bytes."""
 
-    def __init__(self, weights: HuggingFaceWeights, file: list[Stored], dtypes: dict[str, torch.dtype]):
+    def __init__(
+        self,
+        weights: HuggingFaceWeights,
+        file: list[Stored],
+        dtypes: dict[str, torch.dtype],
+        wrote: Callable[[int], None],
+    ):
         super().__init__()
         self._weights = weights
         self._dtypes = dtypes
+        self._wrote = wrote
         self._places = {(stored.key, stored.index): stored for stored in file}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
@@ -91,7 +93,9 @@ class _FromHuggingFace(DefaultSavePlanner):
         value = (
             stored.parameter.rule.merge(tensors) if len(pieces) == 1 else tensors[[p[0] for p in pieces].index(within)]
         )
-        return value.to(self._dtypes[key]).view(write_item.tensor_data.chunk.sizes)
+        value = value.to(self._dtypes[key]).view(write_item.tensor_data.chunk.sizes)
+        self._wrote(value.nbytes)
+        return value
 
 
 def _plan(file: list[Stored], dtypes: dict[str, torch.dtype]) -> SavePlan:

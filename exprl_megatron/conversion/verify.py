@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,8 @@ class Verified:
     def lines(self) -> list[str]:
         """For people."""
         count = len(self.hashes)
-        said = [f"{count - len(self.differing)} of {count} tensors are bit-equal{self.note}."]
+        equal = len(self.hashes.keys() - set(self.differing))
+        said = [f"{equal} of {count} tensors are bit-equal{self.note}."]
         said += [f"differs: {name}" for name in self.differing[:20]]
         if len(self.differing) > 20:
             said.append(f"... and {len(self.differing) - 20} more.")
@@ -68,7 +70,9 @@ def verify_weights(
     expected = open_weights(reference, origin)
     quantised = _quantised(Path(copy))
     made = None if quantised else open_weights(copy, origin)
-    if made is not None and made.architecture != expected.architecture:
+    if quantised:
+        _check_config(Path(copy), expected)
+    elif made.architecture != expected.architecture:
         raise UserError(f"{copy} and {reference} are models of different architectures; compare two of the same.")
     found = Verified()
     table = [stored for stored in stored_parameters(expected.architecture) if stored.parameter.exported]
@@ -110,6 +114,20 @@ def _quantised(directory: Path) -> dict[str, Path]:
         return {}
     found = headers(weight_files(directory))
     return {name: path for name, (path, _, _) in found.items()} if any(n.endswith(fp8.SCALE) for n in found) else {}
+
+
+def _check_config(directory: Path, expected: Weights) -> None:
+    """config.json of a quantised model is the original's, but for its dtype, and says how it is quantised."""
+    given, wanted = (
+        json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (directory, expected.origin)
+    )
+    wanted["quantization_config"] = fp8.quantisation_config(list(hf_shapes(expected.architecture)))
+    differing = {key for key in given.keys() | wanted.keys() if given.get(key) != wanted.get(key)}
+    if differing := sorted(differing - {"dtype", "torch_dtype"}):
+        raise UserError(
+            f"{directory}/config.json is not that of {expected.origin} quantised ({', '.join(differing)}); "
+            f"compare two forms of one model."
+        )
 
 
 def _read_quantised(files: dict[str, Path], stored: Stored) -> dict[str, torch.Tensor]:

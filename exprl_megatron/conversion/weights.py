@@ -17,6 +17,7 @@ from exprl_megatron.policy.architecture import Architecture, read_architecture
 from exprl_megatron.resharding.names import EMBEDDING, HEAD
 from exprl_megatron.resharding.sources import Safetensors, weight_files
 
+FLOATS = ("F32", "BF16", "F16")
 MEGATRON = "megatron"
 """Where a converted directory keeps Megatron's files, beside config.json and tokenizer."""
 
@@ -47,9 +48,10 @@ class HuggingFaceWeights:
         with Safetensors(directory, self.architecture):
             self._paths = weight_files(directory)
         self._headers = headers(self._paths)
-        unknown = {(name, dtype) for name, (_, _, dtype) in self._headers.items() if dtype not in DTYPES}
+        unknown = {(name, dtype) for name, (_, _, dtype) in self._headers.items() if dtype not in FLOATS}
         if unknown:
-            raise UserError(f"{directory}: tensor {min(unknown)[0]} has dtype {min(unknown)[1]}; use float weights.")
+            name, dtype = min(unknown)
+            raise UserError(f"{directory}: tensor {name} has dtype {dtype}; use weights in {', '.join(FLOATS)}.")
         self._check_tied()
 
     def tensors(self, stored: Stored) -> tuple[torch.Tensor, ...]:

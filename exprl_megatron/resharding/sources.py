@@ -30,7 +30,7 @@ class Safetensors:
         self._files = {}
         with ExitStack() as opened:
             for path in weight_files(self._directory):
-                file = opened.enter_context(_open(path))
+                file = opened.enter_context(open_safetensors(path))
                 self._files |= dict.fromkeys(file.keys(), file)
             self._check(architecture)
             self._stack = opened.pop_all()
@@ -138,7 +138,8 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _open(path: Path):
+def open_safetensors(path: Path):
+    """The open file, a context manager. Raises UserError where it is truncated or damaged."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,24 @@ def test_matrices_are_quantised_and_nothing_else(quantised, tiny_model, tensors,
 
 def test_verify_tells_a_quantised_model_from_another_ones(quantised, tiny_model):
     assert not verify_weights(tiny_model("qwen3", hidden=256, seed=1), quantised("qwen3")[1]).equal
+
+
+def test_verify_refuses_a_quantised_model_whose_config_does_not_say_so(quantised, tmp_path):
+    model, fp8 = quantised("qwen3")
+    copy = Path(shutil.copytree(fp8, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    del config["quantization_config"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is not that of .* quantised \(quantization_config\)"):
+        verify_weights(model, copy)
+
+
+def test_a_model_directory_is_quantised_without_megatrons_files(quantised, tmp_path, tensors):
+    model, fp8 = quantised("mixtral")
+    convert_to_huggingface(open_weights(model), tmp_path / "fp8", "fp8")
+    direct, other = tensors(tmp_path / "fp8"), tensors(fp8)
+    assert direct.keys() == other.keys()
+    assert all(torch.equal(direct[name].view(torch.uint8), other[name].view(torch.uint8)) for name in other)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
