@@ -142,7 +142,7 @@ async def sampled(server, records: list[dict], samples: int) -> list[list[Trace]
             samples,
             SamplingConfig(max_new_tokens=64),
             lambda problem_id, k: sample_seed(0, "test", 0, problem_id, k),
-            weight_version=version,
+            weight_versions=[version],
         )
 
 

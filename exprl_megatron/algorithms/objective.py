@@ -33,8 +33,8 @@ def policy_objective(config: LossConfig) -> LossFunction:
 
     The micro-batch needs advantages; old log-probs default to the current ones, detached (strictly
     on-policy); start log-probs are needed where `kl_coefficient` is not 0 (ValueError without them).
-    The gap to the sampler is measured on the old log-probs: those belong to the weights that sampled, or with
-    `config.correction` are what the surrogate is corrected to (ValueError without sampler log-probs).
+    The gap to the sampler is measured on the old log-probs, which belong to the weights that sampled, or to newer ones
+    than those of tokens that are not `fresh`. `config.correction` needs sampler log-probs (ValueError without them).
     """
 
     def loss_function(log_probs, entropy, micro):
@@ -125,7 +125,10 @@ def _sums(terms: dict[str, torch.Tensor], micro: MicroBatch) -> dict[str, torch.
 
 
 def _sampler_gap(log_probs: torch.Tensor, micro: MicroBatch) -> dict[str, torch.Tensor]:
+    """Over the tokens that the weights of `log_probs` sampled themselves; how many these are, where not all."""
     if micro.sampler_log_probs is None:
         return {}
-    gap = log_prob_gap(log_probs, micro.sampler_log_probs, micro.mask)
-    return {"sampler_gap/mean": gap.absolute, "sampler_gap/max": gap.largest, "sampler_gap/k3": gap.k3}
+    mask = micro.mask if micro.fresh is None else micro.mask * micro.fresh
+    gap = log_prob_gap(log_probs, micro.sampler_log_probs, mask)
+    found = {"sampler_gap/mean": gap.absolute, "sampler_gap/max": gap.largest, "sampler_gap/k3": gap.k3}
+    return found if micro.fresh is None else found | {"sampler_gap/tokens": mask.sum()}

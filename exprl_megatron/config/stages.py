@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from exprl_megatron.config.base import Config
 from exprl_megatron.config.losses import Advantage, Aggregation, LossConfig, SparseLossConfig
@@ -28,6 +28,9 @@ class RlStage(Stage):
     group_size: PositiveInt = 16
     updates_per_step: PositiveInt = 1
     """Optimizer steps that one step's traces are split into."""
+    max_staleness: NonNegativeInt = 0
+    """How many steps' weights sampling may be behind those that learn from it; 0 is strictly on-policy. With n, the
+    next n steps are sampled while a step learns, and the weights change under way."""
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
 
@@ -53,7 +56,16 @@ class RlStage(Stage):
                 f"stage {self.name}: policy.starting_policy is server, but a server scores prompts at temperature 1 "
                 f"alone and sampling.temperature is {self.sampling.temperature:g}; set starting_policy to host."
             )
-        return found
+        return found + (self._staleness_violations() if self.max_staleness else [])
+
+    def _staleness_violations(self) -> list[str]:
+        """What stands against traces of older weights."""
+        if self.loss.correction.kind != "none":
+            return []
+        return [
+            f"stage {self.name}: max_staleness is {self.max_staleness}, but nothing corrects for traces of older "
+            "weights; set loss.correction.kind to truncated or masked, or max_staleness to 0."
+        ]
 
 
 class JudgedStage(RlStage):
@@ -96,7 +108,7 @@ class ExprlProcessStage(JudgedStage):
     overlong: Literal["zero", "penalise", "exclude"] = "zero"
     """Advantages of a trace that ran into max_new_tokens: 0, minus the group's mean last score, or left out."""
     allow_off_policy: bool = False
-    """Take several updates on one step's traces all the same."""
+    """Take several updates on one step's traces, or learn from those of older weights, all the same."""
     routes: dict[Domain, RouteConfig] = Field(default_factory=dict)
     """Other units and estimators for some domains."""
 
@@ -111,6 +123,15 @@ class ExprlProcessStage(JudgedStage):
             found.append(
                 f"stage {self.name}: overlong is {self.overlong}, but the variant {self.variant} says itself what "
                 "becomes of overlong traces; set overlong to zero."
+            )
+        return found
+
+    def _staleness_violations(self) -> list[str]:
+        found = super()._staleness_violations()
+        if not self.allow_off_policy:
+            found.append(
+                f"stage {self.name}: process rewards need strictly on-policy traces, but max_staleness is "
+                f"{self.max_staleness}; set it to 0, or allow_off_policy to true."
             )
         return found
 
@@ -135,6 +156,15 @@ class SparseRlStage(RlStage):
     dynamic_sampling: PositiveInt | None = None
     """At most so many rounds of further problems replace groups whose scores are all equal (DAPO); None: kept."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
+
+    def _staleness_violations(self) -> list[str]:
+        found = super()._staleness_violations()
+        if self.dynamic_sampling is not None:
+            found.append(
+                f"stage {self.name}: dynamic_sampling chooses a step's problems by its traces, but with max_staleness "
+                f"({self.max_staleness}) the next step is sampled before these are known; leave one of them out."
+            )
+        return found
 
 
 class SelfDistillStage(RlStage):
@@ -166,6 +196,9 @@ class SelfDistillStage(RlStage):
         if self.updates_per_step > 1:
             found.append(f"stage {self.name}: self-distillation has no ratio to correct by; set updates_per_step to 1.")
         return found
+
+    def _staleness_violations(self) -> list[str]:
+        return [f"stage {self.name}: self-distillation has no ratio to correct by; set max_staleness to 0."]
 
 
 class SftStage(Stage):

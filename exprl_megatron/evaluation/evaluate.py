@@ -152,7 +152,7 @@ async def _graded(
         settings.samples,
         settings.sampling,
         lambda problem_id, k: sample_seed(settings.seed, "evaluation", 0, problem_id, k),
-        weight_version=WEIGHTS,
+        weight_versions=[WEIGHTS],
         on_trace=grade,
     )
     return [GradedTrace(trace, judgements[trace.sample]) for trace in traces]

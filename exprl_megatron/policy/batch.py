@@ -21,6 +21,8 @@ class Sequence:
     """None: strictly on-policy, the old log-probs are the current ones, detached."""
     start_log_probs: tuple[float, ...] | None = None
     """Under the frozen starting policy, for the KL term."""
+    fresh: tuple[float, ...] | None = None
+    """1.0 where the weights that learn sampled the token themselves, 0.0 where older ones did; None: they did all."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -40,6 +42,7 @@ class MicroBatch:
     sampler_log_probs: torch.Tensor | None
     old_log_probs: torch.Tensor | None
     start_log_probs: torch.Tensor | None
+    fresh: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`."""
@@ -47,7 +50,7 @@ class MicroBatch:
         return MicroBatch(**{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
 
 
-PER_TOKEN = ("advantages", "sampler_log_probs", "old_log_probs", "start_log_probs")
+PER_TOKEN = ("advantages", "sampler_log_probs", "old_log_probs", "start_log_probs", "fresh")
 
 
 def pad(sequences: ListLike[Sequence], length: int, pad_id: int = 0) -> MicroBatch:

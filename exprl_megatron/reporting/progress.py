@@ -49,16 +49,21 @@ class StepProgress:
         self._done = 0
         self._seconds = 0.0
         self._began = time.monotonic()
+        self._shown = False
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Bar]:
-        """Bars, each up to `total`, that vanish when the block ends."""
-        if not self._console.is_terminal:
+        """Bars, each up to `total`, that vanish when the block ends; work beside other work has none."""
+        if self._shown or not self._console.is_terminal:
             yield Bar(None, total)
             return
+        self._shown = True
         columns = (TextColumn(f"{name} {{task.description}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            yield Bar(progress, total)
+        try:
+            with Progress(*columns, console=self._console, transient=True) as progress:
+                yield Bar(progress, total)
+        finally:
+            self._shown = False
 
     def step_done(self, stage: str, step: int, of: int, metrics: Mapping[str, float], seconds: float) -> None:
         """The line of a finished step: step `step` (1-based) of the `of` steps of its stage."""

@@ -1,7 +1,7 @@
 """Groups of traces from the policy's servers, each trace handed on as soon as it is finished."""
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from exprl_megatron.config.serving import SamplingConfig
@@ -32,7 +32,7 @@ async def sample_groups(
     sampling: SamplingConfig,
     seed_of: Callable[[str, int], int],
     *,
-    weight_version: str,
+    weight_versions: Collection[str],
     on_trace: Callable[[Trace], Awaitable[None]] | None = None,
 ) -> list[list[Trace]]:
     """`group_size` traces of every prompt, in the order of `prompts` and of the samples.
@@ -42,14 +42,15 @@ async def sample_groups(
     finished, while others are still being written; the call returns when all of these have returned too.
 
     The first failure, of a server or of `on_trace`, cancels everything else and is raised as it is.
-    Raises ServerError where a trace was not written under `weight_version` from first to last token.
+    Raises ServerError where a token of a trace is not of one of `weight_versions`, as they are when it is finished:
+    whoever changes the weights of servers in mid-generation names the new ones there first.
     """
 
     async def one(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
         generation = await client.generate(
             prompt.token_ids, seed=seed_of(prompt.problem_id, k), **sampling.model_dump()
         )
-        trace = _trace(client, prompt, k, generation, weight_version)
+        trace = _trace(client, prompt, k, generation, weight_versions)
         if on_trace is not None:
             await on_trace(trace)
         return trace
@@ -60,17 +61,19 @@ async def sample_groups(
     return [traces[i * group_size : (i + 1) * group_size] for i in range(len(prompts))]
 
 
-def _trace(client: SGLangClient, prompt: Prompt, k: int, generation: Generation, weight_version: str) -> Trace:
+def _trace(
+    client: SGLangClient, prompt: Prompt, k: int, generation: Generation, weight_versions: Collection[str]
+) -> Trace:
     if generation.finish_reason not in ("stop", "length"):
         raise ServerError(
             f"{client.name} ({client.url}) ended sample {k} of problem {prompt.problem_id} with "
             f"{generation.finish_reason!r} after {len(generation.token_ids)} tokens."
         )
-    versions = sorted({version for version, _, _ in generation.weight_versions})
-    if versions != [weight_version]:
+    versions = {version for version, _, _ in generation.weight_versions}
+    if not versions or not versions <= set(weight_versions):
         raise ServerError(
             f"{client.name} ({client.url}) wrote sample {k} of problem {prompt.problem_id} under weight version "
-            f"{', '.join(versions) or 'none'}, not {weight_version}."
+            f"{', '.join(sorted(versions)) or 'none'}, not {' or '.join(weight_versions)}."
         )
     return Trace(
         problem_id=prompt.problem_id,

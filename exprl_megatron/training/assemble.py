@@ -1,5 +1,6 @@
 """Puts a run together: the policy at its place, and on rank 0 all that talks to servers and people."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.config.run import RunConfig
@@ -13,6 +14,7 @@ from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
+from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
@@ -29,21 +31,24 @@ _CONTROL_ROOM = 2.0
 """Ranks wait for rank 0's word longer than rank 0 waits for a server, by this factor."""
 
 
-def assemble(config: RunConfig, paths: RunDirectory, servers: list[dict]) -> Run:
+def assemble(
+    config: RunConfig, paths: RunDirectory, servers: list[dict], on_failure: Callable[[BaseException], None]
+) -> Run:
     """This rank's Run, standing where the last complete checkpoint left it (or at the start).
 
-    `servers` is the launcher's list of {kind: policy | start | judge, name, url, log_file}.
+    `servers` is the launcher's list of {kind: policy | start | judge, name, url, log_file}; `on_failure` is Ahead's.
     """
     conductor = Conductor()
     checkpoint = conductor.everywhere(lambda: latest_checkpoint(paths.checkpoints))
     place = Place() if checkpoint is None else Place.from_record(read_extra(checkpoint))
     clients = _clients(config, servers, "policy", config.server.request_deadline_s)
     judges = _judges(config, servers)
-    rollouts, evaluator, console = None, None, None
+    rollouts, ahead, evaluator, console = None, None, None, None
     if conductor.here:
         console = Console(config, paths, place)
-        judging = JudgingSide(config, paths.judgements, judges, conductor, console)
-        rollouts = Rollouts(config, Journal(paths.journal), conductor, clients, judges, judging, console)
+        judging = JudgingSide(config, paths.judgements, judges, console)
+        rollouts = Rollouts(config, Journal(paths.journal), clients, judges, judging, console)
+        ahead = Ahead(conductor, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, console)
     # Prompts first: what is wrong with them is known before the servers are up, and so is the policy.
     conductor.everywhere(lambda: rollouts.prepare())
@@ -51,7 +56,7 @@ def assemble(config: RunConfig, paths: RunDirectory, servers: list[dict]) -> Run
     conductor.everywhere(lambda: conductor.run(rollouts.open()))
     sync = _weight_sync(config, paths.sync / "policy", clients, policy, conductor, config.server.tp)
     scorer = _start_scorer(config, paths, servers, policy, conductor)
-    return Run(config, paths, policy, conductor, sync, rollouts, evaluator, console, place, checkpoint, scorer)
+    return Run(config, paths, policy, conductor, sync, rollouts, ahead, evaluator, console, place, checkpoint, scorer)
 
 
 def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):

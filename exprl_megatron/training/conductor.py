@@ -1,7 +1,9 @@
 """Rank 0 talks to the servers; what it learns there, every rank gets."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -14,11 +16,19 @@ class ConductorFailed(Exception):
 
 
 class Conductor:
-    """Runs work on rank 0 alone and hands its result to all ranks."""
+    """Runs work on rank 0 alone and hands its result to all ranks.
+
+    All that waits for servers runs in one event loop, as open connections need, in a thread of its own: what was
+    started there goes on while this process computes.
+    """
 
     def __init__(self):
         self.here = dist.get_rank() == 0
         self._loop = asyncio.new_event_loop() if self.here else None
+        if self._loop is not None:
+            # A daemon, so that an error in the main thread ends the process whatever is under way.
+            self._thread = threading.Thread(target=self._loop.run_forever, name="conductor", daemon=True)
+            self._thread.start()
 
     def everywhere(self, work: Callable[[], T]) -> T:
         """The result of `work`, called on rank 0, on every rank.
@@ -50,11 +60,17 @@ class Conductor:
         else:
             following()
 
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Let `coroutine` run beside whatever this process does next; rank 0 only."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run `coroutine` to its end; rank 0 only. All share one event loop, as open connections need."""
-        return self._loop.run_until_complete(coroutine)
+        """Run `coroutine` to its end; rank 0 only."""
+        return self.start(coroutine).result()
 
     def close(self) -> None:
         """Release the event loop."""
         if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
             self._loop.close()

@@ -28,19 +28,19 @@ class Evaluator:
         """Whether the evaluation `name` has been made."""
         return self._file(name).is_file()
 
-    def evaluate(self, name: str, version: str) -> None:
+    async def evaluate(self, name: str, version: str) -> None:
         """Sample the held-out problems under the weights `version` and verify every trace.
 
         All evaluations of a run draw the same seeds, so that they differ by the weights alone.
         """
         settings = self._config.evaluation
-        groups = self._rollouts.sample(
+        groups = await self._rollouts.sample(
             ("evaluation", 0),
             settings.problems,
             range(self._rollouts.problem_count(settings.problems)),
             settings.samples,
             settings.sampling,
-            version,
+            [version],
             self._judging.grade_by_answer(),
         )
         tallies = {group.problem_id: tally(member.judgement for member in group.members) for group in groups}

@@ -18,7 +18,6 @@ from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.judging.store import JudgementStore
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade, grade_of, verified
 
@@ -26,9 +25,8 @@ from exprl_megatron.training.grading import Grade, grade_of, verified
 class JudgingSide:
     """Lives on rank 0, between its construction and `close`; `judges` are the clients of the judge's servers."""
 
-    def __init__(self, config: RunConfig, store: Path, judges: Sequence[Any], conductor: Conductor, console: Console):
+    def __init__(self, config: RunConfig, store: Path, judges: Sequence[Any], console: Console):
         self._config = config
-        self._conductor = conductor
         self._console = console
         self._open = ExitStack()
         self._verifier = self._open.enter_context(_verifier(config.verifier)) if config.samples else None
@@ -55,14 +53,14 @@ class JudgingSide:
         """How traces are graded that are evaluated."""
         return verified(self._verifier, self._config.verifier)
 
-    def check_judge(self, stage: RlStage, step: int) -> None:
+    async def check_judge(self, stage: RlStage, step: int) -> None:
         """Put the judge through its gate where it is due before this step; RunStopped where it fails."""
         if self._gate is None or not isinstance(stage, JudgedStage):
             return
         every = self._config.judge.gate.every_steps
         first = next(s.name for s in self._config.stages if isinstance(s, JudgedStage))
         if (stage.name, step) == (first, 1) or (every is not None and (step - 1) % every == 0):
-            result = self._conductor.run(self._gate.check(self._asked_anew.grade))
+            result = await self._gate.check(self._asked_anew.grade)
             figures = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics().items())
             self._console.say(f"the judge before step {step} of {stage.name}: {figures}")
             self._gate.require(result, f"stage {stage.name}, before step {step}")
@@ -79,7 +77,10 @@ class JudgingSide:
         window.add(judgements, f"stage {stage.name}, step {step}")
 
     def take_counts(self) -> dict[str, int]:
-        """What the judge's work has taken since this was asked last; see SampledStep.judge_counts."""
+        """What the judge's work has taken since this was asked last; see SampledStep.judge_counts.
+
+        Where several steps are judged at once, each counts what was asked until it was finished, once among them all.
+        """
         if self._judge is None:
             return {}
         counts = self._judge.counts | Counter(rubric_fallbacks=self._judge.rubric_fallbacks.total())

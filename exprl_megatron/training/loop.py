@@ -3,8 +3,9 @@
 A run is a list of stages. In a stage that learns from its own traces, one step is: sample K traces of each
 problem under the newest weights; grade each trace as soon as it is finished (judge, whole or by segments:
 ExpRL; verifier: sparse-reward RL); turn the grades of a group into advantages; take one or more clipped
-policy-gradient steps; send the new weights to the samplers. Self-distillation has a teacher in the place of
-advantages. Every rank executes this file; rank 0 talks to the servers.
+policy-gradient steps; send the new weights to the samplers. Where a stage allows it the next steps are sampled
+meanwhile (ahead.py). Self-distillation has a teacher in the place of advantages. Every rank executes this file; rank 0
+talks to the servers.
 """
 
 from dataclasses import replace
@@ -56,7 +57,8 @@ def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> list[tuple[list
     """
     if isinstance(stage, SelfDistillStage):
         return [student_and_teacher(groups, run.teacher_prompts)]
-    return [(batch, batch) for batch in update_sequences(stage, groups)]
+    version = run.weight_version if stage.max_staleness else None
+    return [(batch, batch) for batch in update_sequences(stage, groups, version)]
 
 
 def with_log_probs(

@@ -19,7 +19,7 @@ class Place:
 
     @property
     def weight_version(self) -> str:
-        """Name of the weights at this place."""
+        """Name of the weights at this place; `updates_of` reads it."""
         return f"v{self.updates}"
 
     def after_stage(self) -> "Place":
@@ -34,3 +34,8 @@ class Place:
     def from_record(cls, record: dict) -> "Place":
         """From the checkpoint."""
         return cls(**record)
+
+
+def updates_of(weight_version: str) -> int:
+    """The optimizer steps that the name of a weight version stands for."""
+    return int(weight_version.removeprefix("v"))

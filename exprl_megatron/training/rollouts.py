@@ -1,7 +1,7 @@
 """The conductor's side of a step: problems out, graded groups back."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import AutoTokenizer
 
@@ -21,7 +21,7 @@ from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.ready import wait_ready
-from exprl_megatron.training.conductor import Conductor
+from exprl_megatron.together import together
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade
 from exprl_megatron.training.journal import Journal, SampledStep
@@ -35,7 +35,6 @@ class Rollouts:
         self,
         config: RunConfig,
         journal: Journal,
-        conductor: Conductor,
         clients: Sequence[SGLangClient],
         judges: Sequence[SGLangClient],
         judging: JudgingSide,
@@ -43,7 +42,6 @@ class Rollouts:
     ):
         self._config = config
         self._journal = journal
-        self._conductor = conductor
         self._clients = clients
         self._judges = judges
         self._judging = judging
@@ -67,6 +65,14 @@ class Rollouts:
             await client.__aexit__()
         self._judging.close()
 
+    async def hold(self) -> None:
+        """Let the traces under way wait; their caches are given up, since the weights are about to change."""
+        await together(client.pause("retract") for client in self._clients)
+
+    async def go_on(self) -> None:
+        """Let them go on where they were, under the weights that the servers hold now."""
+        await together(client.continue_() for client in self._clients)
+
     def prepare(self) -> None:
         """Read every problem and build every prompt that the run needs, so that bad input ends it at its start."""
         builder, model = PromptBuilder(self._tokenizer, self._config.prompt), self._config.policy.model
@@ -88,19 +94,23 @@ class Rollouts:
         """The step from the journal, or None where it was never sampled to its end."""
         return self._journal.read(stage.name, step)
 
-    def collect(self, stage: RlStage, step: int, drawn: int, version: str) -> SampledStep:
+    def has_sampled(self, stage: RlStage, step: int) -> bool:
+        """Whether the journal has the step."""
+        return self._journal.path(stage.name, step).is_file()
+
+    async def collect(self, stage: RlStage, step: int, drawn: int, versions: Collection[str]) -> SampledStep:
         """Sample and grade the next problems after the first `drawn`, and put them into the journal.
 
-        Every trace must come from the weights `version`. Raises ServerError, or RunStopped where the judge fails
-        its gate or more judgements than the config allows are abstentions.
+        Every token must come from weights among `versions` (see sample_groups). Raises ServerError, or RunStopped where
+        the judge fails its gate or more judgements than the config allows are abstentions.
         """
-        self._judging.check_judge(stage, step)
-        sampled = self._sampled(stage, step, drawn, version)
+        await self._judging.check_judge(stage, step)
+        sampled = await self._sampled(stage, step, drawn, versions)
         self._judging.check_abstentions(stage, step, sampled.groups)
         self._journal.write(stage.name, step, sampled)
         return sampled
 
-    def _sampled(self, stage: RlStage, step: int, drawn: int, version: str) -> SampledStep:
+    async def _sampled(self, stage: RlStage, step: int, drawn: int, versions: Collection[str]) -> SampledStep:
         """The step's groups; dynamic sampling replaces those that teach nothing, as long as rounds are left."""
         grade = self._judging.grade(stage, self._tokenizer)
         count = len(self._prompted[stage.problems])
@@ -114,7 +124,9 @@ class Rollouts:
             indices = problem_indices(self._config.seed, stage.name, next_problem, missing, count)
             next_problem += missing
             purpose = (stage.name, step)
-            sampled = self.sample(purpose, stage.problems, indices, stage.group_size, stage.sampling, version, grade)
+            sampled = await self.sample(
+                purpose, stage.problems, indices, stage.group_size, stage.sampling, versions, grade
+            )
             for group in sampled:
                 (groups if rounds is None or _teaches(stage, group) else dull).append(group)
             if len(groups) == wanted:
@@ -123,14 +135,14 @@ class Rollouts:
         groups += dull[: wanted - len(groups)]
         return SampledStep(groups, next_problem - drawn, self._judging.take_counts())
 
-    def sample(
+    async def sample(
         self,
         purpose: tuple[str, int],
         problems: ProblemsConfig,
         indices: Sequence[int],
         group_size: int,
         sampling: SamplingConfig,
-        version: str,
+        versions: Collection[str],
         grade: Grade,
     ) -> list[Group]:
         """`group_size` graded traces for each of the problems at `indices`, in that order.
@@ -152,16 +164,14 @@ class Rollouts:
                 graded[trace] = await grade(by_id[trace.problem_id], trace)
                 bar.advance("graded")
 
-            traces = self._conductor.run(
-                sample_groups(
-                    self._clients,
-                    prompts,
-                    group_size,
-                    sampling,
-                    lambda problem_id, k: sample_seed(self._config.seed, *purpose, problem_id, k),
-                    weight_version=version,
-                    on_trace=grade_one,
-                )
+            traces = await sample_groups(
+                self._clients,
+                prompts,
+                group_size,
+                sampling,
+                lambda problem_id, k: sample_seed(self._config.seed, *purpose, problem_id, k),
+                weight_versions=versions,
+                on_trace=grade_one,
             )
         return [
             Group(prompt.problem_id, tuple(graded[trace] for trace in members), by_id[prompt.problem_id].domain)

@@ -15,6 +15,7 @@ from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import Group
+from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
@@ -25,6 +26,7 @@ from exprl_megatron.training.mismatch import check_log_prob_gap
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.start_scorer import StartScorer
+from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.sync import WeightSync
 from exprl_megatron.training.teacher import teacher_prompts
 
@@ -32,8 +34,9 @@ from exprl_megatron.training.teacher import teacher_prompts
 class Run:
     """Every rank has one and calls the same methods in the same order; rank 0 conducts.
 
-    `rollouts`, `evaluator` and `console` exist on rank 0 alone; `resumed_from` is the checkpoint to go on from, if any;
-    `start_scorer`, where the config wants one, scores under the starting weights of the stages that need them.
+    `rollouts`, `ahead`, `evaluator` and `console` exist on rank 0 alone; `resumed_from` is the checkpoint to go on
+    from, if any; `start_scorer`, where the config wants one, scores under the starting weights of the stages that need
+    them.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Run:
         conductor: Conductor,
         sync: WeightSync,
         rollouts: Rollouts | None,
+        ahead: Ahead | None,
         evaluator: Evaluator | None,
         console: Console | None,
         place: Place,
@@ -56,6 +60,7 @@ class Run:
         self._conductor = conductor
         self._sync = sync
         self._rollouts = rollouts
+        self._ahead = ahead
         self._evaluator = evaluator
         self._console = console
         self._place = place
@@ -64,7 +69,7 @@ class Run:
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}
-        self._judge_counts: dict[str, int] = {}
+        self._counted: dict[str, float] = {}
         self._sync_metrics: dict[str, float] = {}
 
     def remaining_stages(self) -> Iterator[Stage]:
@@ -93,17 +98,23 @@ class Run:
         self._teacher_prompts = self._read_teacher_prompts(stage) if isinstance(stage, SelfDistillStage) else {}
 
     def graded_groups(self, stage: RlStage, step: int) -> list[Group]:
-        """The step's groups, from the journal or freshly sampled under the newest weights; the same on every rank."""
-        sampled = self._conductor.everywhere(lambda: self._rollouts.recall(stage, step))
-        if sampled is None:
+        """The step's groups, the same on every rank: from the journal, or sampled under the newest weights.
+
+        Where the stage samples ahead, some of their tokens are older, and the next steps are begun.
+        """
+        version, drawn = self.weight_version, self._place.problems_drawn
+        if self._conductor.everywhere(lambda: self._ahead.announce(stage, step, version)):
             with self.clock("sync"):
-                self._sync_metrics = self._sync.bring(self._place.weight_version)
-            with self.clock("sample_and_grade"):
-                sampled = self._conductor.everywhere(
-                    lambda: self._rollouts.collect(stage, step, self._place.problems_drawn, self._place.weight_version)
-                )
-        self._count(sampled)
+                self._sync_metrics = self._sync.bring(version)
+        with self.clock("sample_and_grade"):
+            sampled = self._conductor.everywhere(lambda: self._ahead.take(stage, step, drawn, version))
+        self._count(stage, sampled)
         return sampled.groups
+
+    @property
+    def weight_version(self) -> str:
+        """Name of the policy's current weights."""
+        return self._place.weight_version
 
     def sft_batch(self, stage: SftStage, step: int) -> list[Sequence]:
         """The rows of step `step`, tokenised."""
@@ -134,11 +145,11 @@ class Run:
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
         """Everything around one step: its clock, its line on the terminal, its metrics on disk."""
         started = time.monotonic()
-        self._seconds, self._judge_counts, self._sync_metrics = {}, {}, {}
+        self._seconds, self._counted, self._sync_metrics = {}, {}, {}
         metrics: dict[str, float] = {}
         yield metrics
         self._place = replace(self._place, step=step)
-        metrics |= {f"judge/{name}": float(count) for name, count in self._judge_counts.items()} | self._sync_metrics
+        metrics |= self._counted | self._sync_metrics
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
         if self._console is not None:
@@ -167,8 +178,9 @@ class Run:
         """pass@k of the current weights on the held-out problems, once."""
         if self.config.evaluation is None or self._conductor.everywhere(lambda: self._evaluator.done(name)):
             return
-        self._sync.bring(self._place.weight_version)
-        self._conductor.everywhere(lambda: self._evaluator.evaluate(name, self._place.weight_version))
+        version = self.weight_version
+        self._sync.bring(version)
+        self._conductor.everywhere(lambda: self._conductor.run(self._evaluator.evaluate(name, version)))
 
     def close(self) -> None:
         """Print the closing table, leave the servers, end the verifier's processes, finish the logs."""
@@ -186,8 +198,10 @@ class Run:
         room = self.config.policy.max_tokens - stage.sampling.max_new_tokens
         return teacher_prompts(tokenizer, stage.teacher_prompt, load_problems(stage.problems), room)
 
-    def _count(self, sampled: SampledStep) -> None:
-        self._judge_counts = sampled.judge_counts
+    def _count(self, stage: RlStage, sampled: SampledStep) -> None:
+        self._counted = {f"judge/{name}": float(count) for name, count in sampled.judge_counts.items()}
+        if stage.max_staleness:
+            self._counted |= staleness_statistics(sampled.groups, self._place.updates)
         members = [member for group in sampled.groups for member in group.members]
         self._place = replace(
             self._place,

@@ -20,14 +20,14 @@ TokenAdvantages = tuple[float, ...] | None
 """An advantage for each token of a trace; None: the trace is out of the loss."""
 
 
-def update_sequences(stage: GradedStage, groups: list[Group]) -> list[list[Sequence]]:
+def update_sequences(stage: GradedStage, groups: list[Group], version: str | None = None) -> list[list[Sequence]]:
     """The sequences of each of the step's `updates_per_step` optimizer steps, the groups in their order.
 
     Estimators that look at a batch look at all groups of the step. An update whose traces are all out of the loss is
-    an empty list.
+    an empty list. `version` is that of the weights that learn, where some traces may be of older ones.
     """
     of_groups = [
-        [_sequence(member, row) for member, row in zip(group.members, rows, strict=True) if row is not None]
+        [_sequence(member, row, version) for member, row in zip(group.members, rows, strict=True) if row is not None]
         for group, rows in zip(groups, token_advantages(stage, groups), strict=True)
     ]
     bounds = [i * len(groups) // stage.updates_per_step for i in range(stage.updates_per_step + 1)]
@@ -126,6 +126,9 @@ def _spread(groups: list[Group], advantages: torch.Tensor, in_loss: torch.Tensor
     ]
 
 
-def _sequence(member: GradedTrace, advantages: tuple[float, ...]) -> Sequence:
+def _sequence(member: GradedTrace, advantages: tuple[float, ...], version: str | None) -> Sequence:
     trace = member.trace
-    return Sequence(trace.prompt_ids, trace.token_ids, advantages, sampler_log_probs=trace.log_probs)
+    fresh = None
+    if version is not None:
+        fresh = tuple(float(v == version) for v, start, end in trace.weight_versions for _ in range(start, end))
+    return Sequence(trace.prompt_ids, trace.token_ids, advantages, sampler_log_probs=trace.log_probs, fresh=fresh)

@@ -6,6 +6,7 @@ from collections import Counter
 from exprl_megatron.judging.calibration import auroc, histogram
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
+from exprl_megatron.training.recovery import updates_of
 
 _COUNTED_SEGMENTS = 10
 
@@ -36,18 +37,35 @@ def group_statistics(groups: list[Group], judged: bool = False) -> dict[str, flo
     return found
 
 
+def staleness_statistics(groups: list[Group], updates: int) -> dict[str, float]:
+    """How many optimizer steps the weights of sampled tokens are behind those after `updates`, which learn from them.
+
+    `staleness/mixed` is the share of traces whose weights changed in mid-generation.
+    """
+    traces = [member.trace for group in groups for member in group.members]
+    spans = [(updates - updates_of(version), end - start) for t in traces for version, start, end in t.weight_versions]
+    return {
+        "staleness/mean": sum(lag * tokens for lag, tokens in spans) / sum(tokens for _, tokens in spans),
+        "staleness/max": float(max(lag for lag, _ in spans)),
+        "staleness/mixed": statistics.fmean(len(trace.weight_versions) > 1 for trace in traces),
+    }
+
+
 def update_statistics(sums: dict[str, float], tokens: int, denominator: float | None = None) -> dict[str, float]:
-    """Sums over response tokens become means; names that end in `/max` already are maxima, `padding/` are shares.
+    """Sums over response tokens become means; names that end in `/max` or `/tokens` stay, `padding/` are shares.
 
     `loss` and what begins with `loss/` are divided by `denominator`, which is that of the loss's aggregation
-    (None: the number of tokens). Where a correction weighs tokens, `correction/effective` is the share of the tokens
-    that as many equal weights would have the same variance as (Kish: mean squared by mean of squares).
+    (None: the number of tokens), and what begins with `sampler_gap/` by `sampler_gap/tokens`, if given: of no tokens
+    there is no gap. Where a correction weighs tokens, `correction/effective` is the share of the tokens whose mean,
+    with equal weights, would have the same variance (Kish: mean squared by mean of squares).
     """
-    divisors = {"loss": denominator or tokens, "padding": 1}
-    means = {
-        name: value if name.endswith("/max") else value / divisors.get(name.split("/")[0], tokens)
-        for name, value in sums.items()
-    }
+    compared = sums.get("sampler_gap/tokens", tokens)
+    divisors = {"loss": denominator or tokens, "padding": 1, "sampler_gap": compared}
+    means = {}
+    for name, value in sums.items():
+        divisor = divisors.get(name.split("/")[0], tokens)
+        if divisor:
+            means[name] = value if name.endswith(("/max", "/tokens")) else value / divisor
     if "correction/squared" in means:
         squared = means.pop("correction/squared")
         means["correction/effective"] = means["correction/weight"] ** 2 / squared if squared else 0.0

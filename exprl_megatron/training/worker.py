@@ -8,10 +8,15 @@ import json
 import math
 import os
 import sys
+import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.errors import RunStopped, ServerError, UserError
+
+_telling = threading.RLock()
+"""Whichever thread fails first writes down how the rank ends, undisturbed."""
 
 
 def main() -> None:
@@ -29,27 +34,35 @@ def guarded(directory: Path, servers: Path) -> int:
 
     end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
     end.unlink(missing_ok=True)
+
+    def end_at_once(error: BaseException) -> None:
+        """For what fails beside the main thread, which may wait in a collective; all that must last is on disk."""
+        with _telling:
+            sys.stdout.flush()
+            os._exit(_tell(end, error))
+
     try:
-        work(directory, json.loads(servers.read_text()))
+        work(directory, json.loads(servers.read_text()), end_at_once)
     except ConductorFailed:
         return 1
-    except UserError as error:
-        return _tell(end, 2, str(error))
-    except (ServerError, RunStopped) as error:
-        return _tell(end, 1, str(error))
     except Exception as error:
-        traceback.print_exc()
-        return _tell(end, 1, f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}")
+        return _tell(end, error)
     return 0
 
 
-def _tell(end: Path, status: int, message: str) -> int:
-    end.write_text(json.dumps({"status": status, "message": message}))
+def _tell(end: Path, error: BaseException) -> int:
+    """Write down how the rank ends; its exit status."""
+    status, message = 2 if isinstance(error, UserError) else 1, str(error)
+    if not isinstance(error, UserError | ServerError | RunStopped):
+        traceback.print_exception(error)
+        message = f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}"
+    with _telling:
+        end.write_text(json.dumps({"status": status, "message": message}))
     return status
 
 
-def work(directory: Path, servers: list[dict]) -> None:
-    """Build this rank's part of the run and take it to its end."""
+def work(directory: Path, servers: list[dict], on_failure: Callable[[BaseException], None]) -> None:
+    """Build this rank's part of the run and take it to its end; `on_failure` is Ahead's."""
     from exprl_megatron.policy.world import enter_world, leave_world
     from exprl_megatron.training.assemble import assemble
     from exprl_megatron.training.directory import RunDirectory, read_config
@@ -58,7 +71,7 @@ def work(directory: Path, servers: list[dict]) -> None:
     paths = RunDirectory(directory)
     config = read_config(paths)
     enter_world(config.policy.layout, config.seed, _longest_wait(config))
-    run = assemble(config, paths, servers)
+    run = assemble(config, paths, servers, on_failure)
     run_stages(run)
     run.close()
     leave_world()
@@ -76,7 +89,7 @@ def _longest_judging(config) -> float:
     from exprl_megatron.judging.judged_traces import read_judged_traces
 
     units = max(
-        stage.problems_per_step * stage.group_size * stage.units_per_trace
+        (1 + stage.max_staleness) * stage.problems_per_step * stage.group_size * stage.units_per_trace
         for stage in config.stages
         if isinstance(stage, JudgedStage)
     )

@@ -70,6 +70,13 @@ def test_the_gap_to_the_sampler_is_measured_on_the_old_log_probs():
     assert metrics["sampler_gap/max"].item() == 0.5
 
 
+def test_the_gap_to_the_sampler_leaves_out_what_older_weights_sampled():
+    batch = _batch(old_log_probs=OLD, sampler_log_probs=START, fresh=((1.0, 0.0, 0.0, 1.0), (0.0, 1.0)))
+    _, metrics = policy_objective(LossConfig(kl_coefficient=0.0))(*_outputs(), batch)
+    assert metrics["sampler_gap/mean"].item() == pytest.approx(0.1 + 0.5)
+    assert metrics["sampler_gap/tokens"].item() == 3
+
+
 def test_log_prob_gap_has_sum_maximum_and_k3_over_the_masked_tokens():
     trainer, sampler = torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[-1.5, -1.75, 0.0]])
     gap = log_prob_gap(trainer, sampler, torch.tensor([[1.0, 1.0, 0.0]]))

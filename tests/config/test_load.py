@@ -213,6 +213,41 @@ def test_contradictions_within_a_route_and_of_process_rewards_are_found(tmp_path
     assert "`outcome` needs `trace`" in lines[1]
 
 
+def _ahead(tmp_path, stage, correction="truncated"):
+    tree = _tree()
+    tree["stages"][0] |= {"max_staleness": 2, "loss": {"correction": {"kind": correction}}} | stage
+    return _complaints(tmp_path, tree)
+
+
+def test_sampling_ahead_without_a_correction_is_refused(tmp_path):
+    (line,) = _ahead(tmp_path, {}, correction="none")
+    assert "stage priming: max_staleness is 2, but nothing corrects" in line
+    assert "set loss.correction.kind to truncated or masked" in line
+    for kind in ("truncated", "masked"):
+        overrides = ("stages.0.max_staleness=2", f"stages.0.loss.correction.kind={kind}")
+        assert load_config(_file(tmp_path, _tree()), overrides).stages[0].max_staleness == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "part"),
+    [
+        ({"kind": "exprl-process"}, "need strictly on-policy traces, but max_staleness is 2"),
+        ({"kind": "sparse-rl", "dynamic_sampling": 3}, "dynamic_sampling chooses a step's problems by its traces"),
+        ({"kind": "self-distill"}, "no ratio to correct by; set max_staleness to 0"),
+    ],
+)
+def test_stages_that_cannot_learn_from_older_weights_refuse_to_sample_ahead(tmp_path, stage, part):
+    (line,) = _ahead(tmp_path, stage)
+    assert part in line
+
+
+def test_process_rewards_learn_off_policy_where_told_so(tmp_path):
+    tree = _tree()
+    correction = {"correction": {"kind": "masked"}}
+    tree["stages"][0] |= {"kind": "exprl-process", "max_staleness": 1, "allow_off_policy": True, "loss": correction}
+    assert load_config(_file(tmp_path, tree)).stages[0].max_staleness == 1
+
+
 def test_a_teacher_that_never_sees_the_reference_is_refused(tmp_path):
     tree = _tree()
     tree["stages"][0] |= {"kind": "self-distill", "teacher_prompt": {"user": "{problem}"}}

@@ -58,7 +58,7 @@ def sample(clients, sampling, group_size, **settings):
 @pytest.mark.slow
 def test_groups_come_in_order_each_from_one_server_with_a_seed_for_each_sample(qwen3_server):
     one, two = Watched(qwen3_server), Watched(qwen3_server)
-    groups = sample([one, two], SHORT, 3, weight_version="initial")
+    groups = sample([one, two], SHORT, 3, weight_versions=["initial"])
     assert [[(t.problem_id, t.sample, t.prompt_ids) for t in group] for group in groups] == [
         [(p.problem_id, k, p.token_ids) for k in range(3)] for p in PROMPTS
     ]
@@ -68,7 +68,7 @@ def test_groups_come_in_order_each_from_one_server_with_a_seed_for_each_sample(q
     assert len({trace.token_ids for trace in traces}) > 10
     assert all(len(t.log_probs) == len(t.token_ids) and max(t.log_probs) <= 0 for t in traces)
     assert all(t.token_ids[-1] % 4 == 0 for t in traces if t.finish_reason == "stop")
-    again = sample([Watched(qwen3_server)], SHORT, 3, weight_version="initial")
+    again = sample([Watched(qwen3_server)], SHORT, 3, weight_versions=["initial"])
     assert [[t.token_ids for t in group] for group in again] == [[t.token_ids for t in group] for group in groups]
 
 
@@ -80,7 +80,7 @@ def test_a_finished_trace_is_handed_on_while_others_are_still_written(qwen3_serv
     async def on_trace(trace):
         still_running.append(client.running)
 
-    sample([client], SHORT, 8, weight_version="initial", on_trace=on_trace)
+    sample([client], SHORT, 8, weight_versions=["initial"], on_trace=on_trace)
     assert len(still_running) == 40
     assert still_running[0] > 0
 
@@ -89,7 +89,7 @@ def test_a_finished_trace_is_handed_on_while_others_are_still_written(qwen3_serv
 def test_a_trace_of_other_weights_is_an_error_that_cancels_the_rest(qwen3_server):
     client = Watched(qwen3_server)
     with pytest.raises(ServerError, match=r"policy-0 .* under weight version initial, not v9"):
-        sample([client], SHORT, 8, weight_version="v9")
+        sample([client], SHORT, 8, weight_versions=["v9"])
     assert client.cancelled > 0 and client.running == 0
 
 
@@ -102,7 +102,7 @@ def test_a_trace_cut_off_by_the_server_is_an_error(qwen3_server):
 
     try:
         with pytest.raises(ServerError, match=r"ended sample \d+ of problem p\d with 'abort'"):
-            sample([client], LONG, 30, weight_version="initial", on_trace=on_trace)
+            sample([client], LONG, 30, weight_versions=["initial"], on_trace=on_trace)
     finally:
         asyncio.run(_continue(qwen3_server))
 
@@ -120,7 +120,7 @@ def test_a_failure_of_the_one_who_takes_the_traces_is_raised_as_it_is(qwen3_serv
         raise LookupError(trace.problem_id)
 
     with pytest.raises(LookupError, match="p"):
-        sample([client], SHORT, 8, weight_version="initial", on_trace=on_trace)
+        sample([client], SHORT, 8, weight_versions=["initial"], on_trace=on_trace)
     assert client.cancelled > 0
 
 

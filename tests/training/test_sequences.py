@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from exprl_megatron.training.sequences import token_advantages, update_sequences
 from exprl_megatron.training.teacher import student_and_teacher
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "exprl_vectors.json").read_text())
+SPANS = (("v1", 0, 1), ("v2", 1, 3))
 
 
 def close(expected):
@@ -147,3 +149,11 @@ def test_routed_outcomes_that_are_overlong_or_abstained():
 def test_a_trace_without_judged_segments_cannot_have_process_rewards():
     with pytest.raises(ValueError, match="sample 0 of problem p has no judged segments"):
         sequences_of(stage("exprl-process"), [group(1.0)])
+
+
+def test_tokens_of_older_weights_are_told_from_those_of_the_weights_that_learn():
+    members = (graded(0, 1.0), replace(graded(1, 0.0), trace=replace(graded(1, 0.0).trace, weight_versions=SPANS)))
+    groups = [Group("p", members)]
+    (sequences,) = update_sequences(stage("sparse-rl"), groups, "v2")
+    assert [sequence.fresh for sequence in sequences] == [(0.0, 0.0, 0.0), (0.0, 1.0, 1.0)]
+    assert [sequence.fresh for sequence in sequences_of(stage("sparse-rl"), groups)] == [None, None]

@@ -8,7 +8,7 @@ from exprl_megatron.errors import RunStopped
 from exprl_megatron.judging.judgement import Abstained
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.mismatch import check_log_prob_gap
-from exprl_megatron.training.statistics import group_statistics, update_statistics
+from exprl_megatron.training.statistics import group_statistics, staleness_statistics, update_statistics
 
 
 def test_statistics_count_abstentions_by_reason_and_groups_with_a_success():
@@ -87,9 +87,23 @@ def test_reasons_of_abstentions_are_told_apart():
     assert (found["abstained/timeout"], found["abstained/refused"]) == (0.5, 0.25)
 
 
+def test_staleness_is_counted_by_token_in_optimizer_steps():
+    member = graded(0, 1.0, tokens=4)
+    changed = replace(member.trace, weight_versions=(("v7", 0, 1), ("v9", 1, 4)))
+    whole = replace(graded(1, 1.0, tokens=2).trace, weight_versions=(("v9", 0, 2),))
+    found = staleness_statistics([Group("p", tuple(replace(member, trace=t) for t in (changed, whole)))], updates=10)
+    assert found == {"staleness/mean": (3 + 3 * 1 + 2 * 1) / 6, "staleness/max": 3.0, "staleness/mixed": 0.5}
+
+
 def test_sums_become_token_means_and_maxima_stay():
     found = update_statistics({"loss": 6.0, "sampler_gap/max": 0.5}, tokens=4)
     assert found == {"loss": 1.5, "sampler_gap/max": 0.5, "tokens": 4}
+
+
+def test_the_gap_to_the_sampler_is_a_mean_over_the_tokens_that_were_compared():
+    found = update_statistics({"sampler_gap/mean": 6.0, "sampler_gap/max": 5.0, "sampler_gap/tokens": 3.0}, tokens=4)
+    assert found == {"sampler_gap/mean": 2.0, "sampler_gap/max": 5.0, "sampler_gap/tokens": 3.0, "tokens": 4}
+    assert update_statistics({"sampler_gap/mean": 0.0, "sampler_gap/tokens": 0.0}, tokens=4) == {"tokens": 4}
 
 
 def test_losses_are_divided_by_their_own_denominator():

@@ -1,0 +1,135 @@
+"""A run that samples ahead, on a real server: staleness, traces of several weight versions, kill -9, failures."""
+
+import asyncio
+import filecmp
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from exprl_megatron.errors import RunStopped
+from exprl_megatron.problems.order import problem_indices
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.journal import Journal
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import finish, kill_when, run_config, start_ranks, wait_until, write_problems
+
+pytestmark = pytest.mark.slow
+
+STEPS, PROBLEMS, STALENESS = 6, 12, 2
+
+
+def _config(root, model, steps=STEPS, **changes):
+    """Sparse-reward RL, two steps ahead; an untrained model solves nothing, so that the bonus alone moves weights."""
+    stage = {
+        "kind": "sparse-rl",
+        "name": "ahead",
+        "steps": steps,
+        "problems": {"source": str(write_problems(root / "problems.jsonl", PROBLEMS))},
+        "problems_per_step": 2,
+        "group_size": 3,
+        "max_staleness": STALENESS,
+        "sampling": {"temperature": 1.0, "max_new_tokens": 100},
+        "loss": {"entropy_coefficient": 0.5, "correction": {"kind": "truncated", "level": "sequence"}},
+        "optimizer": {"lr": 1e-3},
+    }
+    return run_config(root / "run", model, model, root / "problems.jsonl", stages=[stage], **changes)
+
+
+@pytest.fixture(scope="module")
+def server(qwen3_server, tiny_model):
+    """The policy server, which gets its first weights back."""
+    yield qwen3_server
+
+    async def restore():
+        async with qwen3_server.client() as client:
+            await client.update_from_disk(tiny_model("qwen3"), "initial")
+
+    asyncio.run(restore())
+
+
+@pytest.fixture(scope="module")
+def killed_run(server, tiny_model, tmp_path_factory):
+    """Killed while steps were under way and one was sampled that had not been learned from, then taken to its end."""
+    config = _config(tmp_path_factory.mktemp("killed"), tiny_model("qwen3"))
+    paths = RunDirectory(config.directory)
+    journal = Journal(paths.journal)
+    ranks = start_ranks(config, {"policy": server})
+    kill_when(ranks, lambda: paths.metrics.is_file() and journal.path("ahead", 3).is_file())
+    kept = {step: journal.path("ahead", step).read_bytes() for step in journal.steps("ahead")}
+    finish(start_ranks(config, {"policy": server}, resume=True))
+    assert kept == {step: journal.path("ahead", step).read_bytes() for step in kept}, "a step was sampled twice"
+    return config
+
+
+def _metrics(config):
+    lines = RunDirectory(config.directory).metrics.read_text().splitlines()
+    return [json.loads(line)["metrics"] for line in lines]
+
+
+def test_every_step_is_learned_once_from_the_problems_that_are_its_own(killed_run):
+    journal = Journal(RunDirectory(killed_run.directory).journal)
+    assert len(_metrics(killed_run)) == STEPS
+    assert journal.steps("ahead") == list(range(1, STEPS + 1))
+    for step in range(1, STEPS + 1):
+        groups = journal.read("ahead", step).groups
+        indices = problem_indices(killed_run.seed, "ahead", 2 * (step - 1), 2, PROBLEMS)
+        assert [group.problem_id for group in groups] == [f"p{i}" for i in indices]
+        assert all(len(group.members) == 3 for group in groups)
+
+
+def test_no_token_is_older_than_allowed_and_weights_changed_in_mid_generation(killed_run):
+    metrics = _metrics(killed_run)
+    oldest = [step["staleness/max"] for step in metrics]
+    assert 0 < max(oldest) <= STALENESS
+    assert max(step["staleness/mixed"] for step in metrics) > 0
+    assert all(0 < step["correction/effective"] < 1 + 1e-6 for step in metrics)
+    journal = Journal(RunDirectory(killed_run.directory).journal)
+    for step in range(1, STEPS + 1):
+        for trace in (member.trace for group in journal.read("ahead", step).groups for member in group.members):
+            versions = [int(version[1:]) for version, _, _ in trace.weight_versions]
+            assert step - 1 - STALENESS <= versions[0] and versions == sorted(versions) and versions[-1] <= step - 1
+            bounds = [0, *(end for _, _, end in trace.weight_versions)]
+            assert bounds == [*(start for _, start, _ in trace.weight_versions), len(trace.token_ids)]
+
+
+def test_the_sampler_s_log_probs_are_those_of_the_trainer_where_no_update_lies_between(killed_run):
+    compared = [step for step in _metrics(killed_run) if "sampler_gap/mean" in step]
+    assert max(step["sampler_gap/mean"] for step in compared) < 1e-4
+    # in the midst of a trace too, behind tokens of other weights
+    assert min(step["sampler_gap/tokens"] / step["tokens"] for step in compared) < 1
+    assert any(step["correction/ratio/max"] > 1.01 for step in _metrics(killed_run))
+
+
+def test_from_the_same_journal_an_uninterrupted_run_leaves_the_same_weights(killed_run, server, tmp_path):
+    config = killed_run.model_copy(update={"directory": str(tmp_path / "run")})
+    paths, killed = RunDirectory(config.directory), RunDirectory(killed_run.directory)
+    paths.claim(config, resume=False).release()
+    shutil.copytree(killed.journal, paths.journal, dirs_exist_ok=True)
+    finish(start_ranks(config, {"policy": server}, resume=True))
+    name = "ahead/model.safetensors"
+    assert filecmp.cmp(paths.models / name, killed.models / name, shallow=False)
+
+
+def test_a_failure_ahead_ends_the_run_with_its_sentence(server, tiny_model, tmp_path):
+    alone = {"model": str(tiny_model("qwen3")), "max_tokens": 160}
+    config = _config(tmp_path, tiny_model("qwen3"), steps=1000, policy=alone)
+    ranks = start_ranks(config, {"policy": server})
+    metrics = RunDirectory(config.directory).metrics
+    wait_until(lambda: (metrics.is_file() and len(_metrics(config)) >= 6) or not ranks.running(), 300)
+
+    async def abort():
+        async with server.client() as client:
+            await client.pause("abort")
+            await client.continue_()
+
+    asyncio.run(abort())
+    begun = time.monotonic()
+    with pytest.raises(RunStopped, match=r"ended sample \d of problem p\d+ with 'abort'"):
+        finish(ranks)
+    assert time.monotonic() - begun < 20
+    ranks.stop()

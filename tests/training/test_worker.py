@@ -1,0 +1,42 @@
+"""How a rank ends, and what it leaves for the launcher to tell."""
+
+import json
+import subprocess
+import sys
+
+# A rank whose main thread hangs, as in a collective, while something beside it fails.
+HANGING = """
+import sys, threading, time
+from pathlib import Path
+from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.training import worker
+
+def work(directory, servers, on_failure):
+    print("step 1 done")
+    threading.Thread(target=on_failure, args=(eval(sys.argv[2]),)).start()
+    time.sleep(300)
+
+worker.work = work
+sys.exit(worker.guarded(Path(sys.argv[1]), Path(sys.argv[1]) / "servers.json"))
+"""
+
+
+def _ended(tmp_path, error):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "servers.json").write_text("[]")
+    command = [sys.executable, "-c", HANGING, str(tmp_path), error]
+    done = subprocess.run(command, env={"RANK": "0"}, capture_output=True, text=True, timeout=120, check=False)
+    return done, json.loads((tmp_path / "logs" / "trainer-0.end").read_text())
+
+
+def test_what_fails_beside_a_hanging_main_thread_ends_the_rank_with_its_sentence(tmp_path):
+    done, told = _ended(tmp_path, "RunStopped('Too many abstentions.')")
+    assert done.returncode == told["status"] == 1
+    assert told["message"] == "Too many abstentions."
+    assert done.stdout == "step 1 done\n"
+
+
+def test_an_unexpected_failure_beside_the_main_thread_leaves_its_traceback_in_the_log(tmp_path):
+    done, told = _ended(tmp_path, "LookupError('no such trace')")
+    assert told == {"status": 1, "message": "trainer 0 failed: LookupError: no such trace"}
+    assert "LookupError: no such trace" in done.stderr
