@@ -1,0 +1,52 @@
+"""tools/bench_async.py: what it runs, and what it makes of the steps of its runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import bench_async
+
+
+def _records(seconds, staleness):
+    """Steps that take `seconds`, with a slow first one, and rewards 0.1, 0.2, ..."""
+    metrics = {"seconds/sample_and_grade": 0.5, "length/mean": 10.0, "length/max": 60, "correction/effective": 0.9}
+    return [
+        {"metrics": metrics | {"seconds/step": s, "reward/mean": (i + 1) / 10, "staleness/mean": staleness}}
+        for i, s in enumerate([9.0, *seconds])
+    ]
+
+
+def test_figures_leave_out_the_steps_in_which_the_pipeline_fills():
+    found = bench_async.figures(_records([5.0, 2.0, 4.0, 3.0], 0.8), max_staleness=1)
+    assert found["step_s"] == 3.0
+    assert found["total_s"] == 23.0
+    assert found["reward_first"] == 0.1 and found["reward_last"] == pytest.approx(0.3)
+    assert (found["staleness_mean"], found["effective"], found["sync_s"]) == (pytest.approx(0.8), pytest.approx(0.9), 0)
+
+
+def test_the_table_compares_every_staleness_with_the_first():
+    found = {n: [bench_async.figures(_records([s] * 6, n / 2), n)] * 2 for n, s in ((0, 4.0), (4, 3.0))}
+    head, _, strict, ahead, _, lengths = bench_async.table(found).splitlines()
+    assert [cell.strip() for cell in strict.split("|")[1:4]] == ["0", "4.00", "1.00"]
+    assert [cell.strip() for cell in ahead.split("|")[1:4]] == ["4", "3.00", "0.75"]
+    assert head.count("|") == ahead.count("|")
+    assert "up to 60" in lengths
+
+
+def test_its_problems_have_a_long_tail_and_its_runs_differ_in_staleness_alone(tmp_path):
+    bench_async.write_problems(tmp_path / "p.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    steps = sorted(row["problem"].count(" s") for row in rows)
+    assert steps[len(steps) // 2] == 1 and steps[-1] == 7
+    one, two = (bench_async.run_config(tmp_path / "r", tmp_path / "p.jsonl", n, 20, 0) for n in (0, 4))
+    assert one.stages[0] == two.stages[0].model_copy(update={"max_staleness": 0})
+    assert one.model_copy(update={"stages": two.stages}) == two
+
+
+def test_too_few_steps_to_fill_the_pipeline_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_async.main(["--steps", "5"])
+    assert "--steps is 5; give at least 6" in capsys.readouterr().err
