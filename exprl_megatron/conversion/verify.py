@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -64,8 +65,9 @@ def verify_weights(
 ) -> Verified:
     """Compares `copy` with `reference`, each in any form (see open_weights).
 
-    Where the copy was written in another dtype, or quantised, the reference is brought into that form first. Raises
-    UserError where one of them is incomplete, or they are of different architectures.
+    Where the copy was written in another dtype, or quantised, the reference is brought into that form first.
+    `advance` is told the reference's bytes done and in all. Raises UserError where one of them is incomplete, or they
+    are of different architectures.
     """
     expected = open_weights(reference, origin)
     quantised = _quantised(Path(copy))
@@ -76,6 +78,7 @@ def verify_weights(
         raise UserError(f"{copy} and {reference} are models of different architectures; compare two of the same.")
     found = Verified()
     table = [stored for stored in stored_parameters(expected.architecture) if stored.parameter.exported]
+    sizes = [prod(stored.shape) * expected.dtype(stored).itemsize for stored in table]
     for number, stored in enumerate(table):
         if quantised:
             form, given = Form(hf_shapes(expected.architecture), "fp8"), _read_quantised(quantised, stored)
@@ -85,7 +88,7 @@ def verify_weights(
             if expected.dtype(stored) != made.dtype(stored):
                 found.note = " with the reference brought into the copy's dtype"
         _compare(found, dict(form.tensors(expected, stored)), given)
-        advance(number + 1, len(table))
+        advance(sum(sizes[: number + 1]), sum(sizes))
     if quantised:
         found.note = " with the reference quantised alike"
         found.differing += sorted(quantised.keys() - found.hashes.keys())

@@ -1,4 +1,4 @@
-"""Run by test_memory.py: converts there and back and tells by how many bytes memory grew at most."""
+"""Run by test_memory.py: converts there and back, verifies, and tells by how many bytes memory grew at most."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import torch
 
 from exprl_megatron.conversion.to_hf import convert_to_huggingface
 from exprl_megatron.conversion.to_megatron import convert_to_megatron
+from exprl_megatron.conversion.verify import verify_weights
 from exprl_megatron.conversion.weights import open_weights
 
 
@@ -26,12 +27,14 @@ def peak(work) -> int:
 def main() -> None:
     model, out, file_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    found = {"to-megatron": peak(lambda: convert_to_megatron(model, out / "megatron", file_bytes=file_bytes))}
-    weights = open_weights(out / "megatron")
-    for form in (None, "fp8"):
-        found[f"to-hf {form}"] = peak(
-            lambda form=form: convert_to_huggingface(weights, out / str(form), form, file_bytes)
-        )
+    megatron = out / "megatron"
+    work = {
+        "to-megatron": lambda: convert_to_megatron(model, megatron, file_bytes=file_bytes),
+        "to-hf": lambda: convert_to_huggingface(open_weights(megatron), out / "hf", None, file_bytes),
+        "to-hf fp8": lambda: convert_to_huggingface(open_weights(megatron), out / "fp8", "fp8", file_bytes),
+        "verify": lambda: verify_weights(model, megatron, logits="no"),
+    }
+    found = {name: peak(run) for name, run in work.items()}
     print(json.dumps(found))
 
 

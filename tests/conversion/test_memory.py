@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -30,9 +32,16 @@ CONFIG = {
 
 
 @pytest.fixture
-def model(tmp_path) -> Path:
+def out() -> Iterator[Path]:
+    """For more than a gigabyte, which is not to stay."""
+    with TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def model(out) -> Path:
     """About 320 MB in shards of 50 MB."""
-    directory = tmp_path / "model"
+    directory = out / "model"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG))
     shards, filled = [{}], 0
@@ -52,9 +61,10 @@ def model(tmp_path) -> Path:
     return directory
 
 
-def test_memory_grows_by_at_most_two_shards(model, tmp_path):
+def test_memory_grows_by_at_most_two_shards(model, out):
     worker = Path(__file__).with_name("memory_worker.py")
-    command = [sys.executable, "-W", "ignore", str(worker), str(model), str(tmp_path), str(SHARD)]
+    command = [sys.executable, "-W", "ignore", str(worker), str(model), str(out), str(SHARD)]
     grown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     print(grown)
+    assert set(grown) == {"to-megatron", "to-hf", "to-hf fp8", "verify"}
     assert max(grown.values()) <= 2 * SHARD
