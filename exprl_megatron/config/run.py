@@ -90,4 +90,10 @@ class RunConfig(Config):
             found.append("stages is empty; list at least one stage.")
         if self.policy.initialise == "random" and self.samples:
             found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")
+        ahead = any(isinstance(stage, RlStage) and stage.max_staleness for stage in self.stages)
+        if ahead and self.sync.hold == "in_place" and self.sync.max_log_prob_gap is not None:
+            found.append(
+                "sync.hold is in_place, by which traces go on with the cache of older weights, but "
+                "sync.max_log_prob_gap wants log-probs of the newest; set it to null, or hold to retract."
+            )
         return found

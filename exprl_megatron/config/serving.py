@@ -46,4 +46,7 @@ class SyncConfig(Config):
     """Compare the servers' checksums with the trainer's after every sync."""
     max_log_prob_gap: float | None = Field(None, gt=0)
     """Stop the run where mean |trainer - sampler| log-prob of a step exceeds this."""
+    hold: Literal["retract", "in_place"] = "retract"
+    """How traces under way wait while the weights change (`max_staleness`): `retract` computes their cache anew under
+    the new weights, `in_place` goes on with the old one."""
     deadline_s: float = Field(600.0, gt=0)

@@ -47,6 +47,9 @@ class SGLangClient(HttpServer):
     Every call raises ServerError where the server is dead, hangs past the deadline, or refuses.
     """
 
+    _in_place = False
+    """Whether requests are held with their cache: SGLang refuses to empty it then, so that updates leave it."""
+
     async def generate(
         self,
         input_ids: Sequence[int],
@@ -157,7 +160,7 @@ class SGLangClient(HttpServer):
             "dtypes": list(dtypes),
             "shapes": [list(shape) for shape in shapes],
             "group_name": group,
-            "flush_cache": flush_cache,
+            "flush_cache": flush_cache and not self._in_place,
         }
         if version is not None:
             request["weight_version"] = version
@@ -173,7 +176,8 @@ class SGLangClient(HttpServer):
         `payloads`, one for each tensor-parallel rank, are base64 of what `multiprocessing`'s pickler makes of a list of
         (Hugging Face name, tensor). Give `version` and `flush_cache=True` with the last bucket.
         """
-        request: dict[str, Any] = {"serialized_named_tensors": list(payloads), "flush_cache": flush_cache}
+        request: dict[str, Any] = {"serialized_named_tensors": list(payloads)}
+        request["flush_cache"] = flush_cache and not self._in_place
         if version is not None:
             request["weight_version"] = version
         await self._order("/update_weights_from_tensor", request, deadline_s)
@@ -184,17 +188,27 @@ class SGLangClient(HttpServer):
 
     async def update_from_disk(self, directory: str | Path, version: str, *, deadline_s: float | None = None) -> None:
         """Load the safetensors in `directory` (same architecture) and empty the cache."""
-        # Plain safetensors, also where the server was started with another format (flash_rl for FP8).
-        request = {"model_path": str(directory), "load_format": "auto", "weight_version": version, "flush_cache": True}
+        request = {
+            "model_path": str(directory),
+            # Plain safetensors, also where the server was started with another format (flash_rl for FP8).
+            "load_format": "auto",
+            "weight_version": version,
+            "flush_cache": not self._in_place,
+        }
         await self._order("/update_weights_from_disk", request, deadline_s)
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
-        """Stop sampling: `abort` ends running requests, `retract` and `in_place` hold them."""
+        """Stop sampling: `abort` ends running requests, `retract` and `in_place` hold them.
+
+        Held by `in_place` they keep their cache, and so does an update that comes before `continue_`.
+        """
         await self._post("/pause_generation", {"mode": mode})
+        self._in_place = mode == "in_place"
 
     async def continue_(self) -> None:
         """Go on sampling after `pause`."""
         await self._post("/continue_generation", {})
+        self._in_place = False
 
     async def sleep(self, *, deadline_s: float | None = None) -> None:
         """Give up the memory of weights and cache, on an idle CUDA server started with `--enable-memory-saver`.

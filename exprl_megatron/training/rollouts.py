@@ -66,8 +66,8 @@ class Rollouts:
         self._judging.close()
 
     async def hold(self) -> None:
-        """Let the traces under way wait; their caches are given up, since the weights are about to change."""
-        await together(client.pause("retract") for client in self._clients)
+        """Let the traces under way wait, as `sync.hold` says, since the weights are about to change."""
+        await together(client.pause(self._config.sync.hold) for client in self._clients)
 
     async def go_on(self) -> None:
         """Let them go on where they were, under the weights that the servers hold now."""

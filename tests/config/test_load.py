@@ -248,6 +248,13 @@ def test_process_rewards_learn_off_policy_where_told_so(tmp_path):
     assert load_config(_file(tmp_path, tree)).stages[0].max_staleness == 1
 
 
+def test_traces_held_in_place_and_a_bound_on_the_gap_to_the_sampler_contradict_each_other(tmp_path):
+    overrides = ["sync.hold=in_place", "sync.max_log_prob_gap=1e-4"]
+    assert load_config(_file(tmp_path, _tree()), overrides).sync.hold == "in_place"
+    overrides += ["stages.1.max_staleness=1", "stages.1.loss.correction.kind=masked"]
+    assert "set it to null, or hold to retract" in _only(tmp_path, _tree(), *overrides)
+
+
 def test_a_teacher_that_never_sees_the_reference_is_refused(tmp_path):
     tree = _tree()
     tree["stages"][0] |= {"kind": "self-distill", "teacher_prompt": {"user": "{problem}"}}

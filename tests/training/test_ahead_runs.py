@@ -115,9 +115,9 @@ def test_from_the_same_journal_an_uninterrupted_run_leaves_the_same_weights(kill
     assert filecmp.cmp(paths.models / name, killed.models / name, shallow=False)
 
 
-def test_a_failure_ahead_ends_the_run_with_its_sentence(server, tiny_model, tmp_path):
+def test_traces_held_in_place_go_on_and_a_failure_ahead_ends_the_run_with_its_sentence(server, tiny_model, tmp_path):
     alone = {"model": str(tiny_model("qwen3")), "max_tokens": 160}
-    config = _config(tmp_path, tiny_model("qwen3"), steps=1000, policy=alone)
+    config = _config(tmp_path, tiny_model("qwen3"), steps=1000, policy=alone, sync={"hold": "in_place"})
     ranks = start_ranks(config, {"policy": server})
     metrics = RunDirectory(config.directory).metrics
     wait_until(lambda: (metrics.is_file() and len(_metrics(config)) >= 6) or not ranks.running(), 300)
@@ -133,3 +133,4 @@ def test_a_failure_ahead_ends_the_run_with_its_sentence(server, tiny_model, tmp_
         finish(ranks)
     assert time.monotonic() - begun < 20
     ranks.stop()
+    assert max(step["staleness/mixed"] for step in _metrics(config)) > 0
