@@ -1,17 +1,22 @@
+import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
-from exprl_megatron.policy.architecture import Architecture, padded_vocabulary, read_architecture
+from exprl_megatron.planning.parameters import rank_counts
+from exprl_megatron.policy.architecture import Architecture, layout_violations, padded_vocabulary, read_architecture
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.names import EMBEDDING, HEAD, hf_shapes, parameters
 
-LLAMA_70B = read_architecture(Path(planning.__file__).parent / "architectures" / "llama-3.3-70b")
+PUBLISHED = Path(planning.__file__).parent / "architectures"
+LLAMA_70B = read_architecture(PUBLISHED / "llama-3.3-70b")
 
 
 def by_the_table(architecture: Architecture, world: World) -> dict[tuple[int, str], tuple[int, ...]]:
@@ -55,6 +60,33 @@ def test_a_70b_is_built_on_meta_as_the_table_has_it(rank):
     layout = Layout(tp=4, pp=4, vpp=5, cp=2, dp=4, sequence_parallel=True)
     with pretend_world(layout, rank) as world:
         assert by_megatron(LLAMA_70B, world) == by_the_table(LLAMA_70B, world)
+
+
+def legal_layouts(architecture: Architecture, most_ranks: int) -> list[Layout]:
+    ranks = [
+        dict(zip(("tp", "pp", "cp", "dp"), sizes, strict=True))
+        for sizes in product((1, 2, 3, 4, 8), repeat=4)
+        if math.prod(sizes) <= most_ranks
+    ]
+    rest = {"vpp": (1, 2, 3), "ep": (1, 2, 4, 8), "etp": (1, 2, 4)}
+    rest |= {name: (False, True) for name in ("sequence_parallel", "embedding_as_layer", "head_as_layer")}
+    others = [dict(zip(rest, values, strict=True)) for values in product(*rest.values())]
+    every = (Layout(**one, **other) for one in ranks for other in others)
+    return [layout for layout in every if not layout.violations(None) + layout_violations(architecture, layout)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "layers"), [("qwen3-4b", 4), ("qwen3-30b-a3b", 4), ("mixtral-8x7b", 7)])
+def test_megatron_builds_what_is_called_legal(model, layers):
+    architecture = replace(read_architecture(PUBLISHED / model), layers=layers)
+    layouts = legal_layouts(architecture, most_ranks=8)
+    assert len(layouts) > 80
+    for layout in Random(0).sample(layouts, 6):
+        for rank in {0, layout.world_size - 1}:
+            with pretend_world(layout, rank) as world:
+                chunks = meta_chunks(architecture, PolicyConfig(model=model, precision="bf16", layout=layout), world)
+                held = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+            assert held == rank_counts(architecture, layout, world.pp_rank).total, (layout, rank)
 
 
 def test_a_real_world_is_not_replaced_by_a_pretended_one(world):

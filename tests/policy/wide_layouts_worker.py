@@ -13,6 +13,8 @@ DENSE = {
     "TP1": Layout(),
     "TP2xPP2xDP2+SP": Layout(tp=2, pp=2, dp=2, **SP),
     "TP2xCP2xPP2+SP": Layout(tp=2, cp=2, pp=2, **SP),
+    "CP4xDP2": Layout(cp=4, dp=2),
+    "CP2xPP2xVPP2xDP2": Layout(cp=2, pp=2, vpp=2, dp=2),
 }
 EXPERTS = {
     "TP1": Layout(),
