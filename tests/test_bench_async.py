@@ -11,24 +11,27 @@ import bench_async
 
 
 def _records(seconds, staleness):
-    """Steps that take `seconds`, with a slow first one, and rewards 0.1, 0.2, ..."""
-    metrics = {"seconds/sample_and_grade": 0.5, "length/mean": 10.0, "length/max": 60, "correction/effective": 0.9}
-    return [
-        {"metrics": metrics | {"seconds/step": s, "reward/mean": (i + 1) / 10, "staleness/mean": staleness}}
-        for i, s in enumerate([9.0, *seconds])
-    ]
+    """Steps that take `seconds`, with rewards 0.1, 0.2, ..."""
+    metrics = {
+        "seconds/sample_and_grade": 0.5,
+        "seconds/train": 0.25,
+        "length/mean": 10.0,
+        "length/max": 60,
+        "correction/effective": 0.9,
+        "staleness/mean": staleness,
+    }
+    return [{"metrics": metrics | {"seconds/step": s, "reward/mean": (i + 1) / 10}} for i, s in enumerate(seconds)]
 
 
-def test_figures_leave_out_the_steps_in_which_the_pipeline_fills():
-    found = bench_async.figures(_records([5.0, 2.0, 4.0, 3.0], 0.8), max_staleness=1)
-    assert found["step_s"] == 3.0
-    assert found["total_s"] == 23.0
-    assert found["reward_first"] == 0.1 and found["reward_last"] == pytest.approx(0.3)
-    assert (found["staleness_mean"], found["effective"], found["sync_s"]) == (pytest.approx(0.8), pytest.approx(0.9), 0)
+def test_figures_count_every_step_since_those_ahead_are_paid_for_early():
+    found = bench_async.figures(_records([9.0, 5.0, 2.0, 4.0, 3.0, 1.0], 0.8))
+    assert (found["step_s"], found["wait_s"], found["train_s"], found["sync_s"]) == (4.0, 0.5, 0.25, 0.0)
+    assert found["reward_first"] == 0.1 and found["reward_last"] == pytest.approx(0.4)
+    assert (found["staleness_mean"], found["effective"]) == (pytest.approx(0.8), pytest.approx(0.9))
 
 
 def test_the_table_compares_every_staleness_with_the_first():
-    found = {n: [bench_async.figures(_records([s] * 6, n / 2), n)] * 2 for n, s in ((0, 4.0), (4, 3.0))}
+    found = {n: [bench_async.figures(_records([s] * 6, n / 2))] * 2 for n, s in ((0, 4.0), (4, 3.0))}
     head, _, strict, ahead, _, lengths = bench_async.table(found).splitlines()
     assert [cell.strip() for cell in strict.split("|")[1:4]] == ["0", "4.00", "1.00"]
     assert [cell.strip() for cell in ahead.split("|")[1:4]] == ["4", "3.00", "0.75"]

@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 from random import Random
-from statistics import fmean, median
+from statistics import fmean
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
@@ -56,19 +56,18 @@ def run_config(directory: Path, problems: Path, max_staleness: int, steps: int, 
     return check_config(tree | {"checkpoint": {"every_steps": steps}, "stages": [stage]}, "bench_async")
 
 
-def figures(records: list[dict], max_staleness: int) -> dict[str, float]:
-    """Of one run's steps, without those in which the pipeline fills (one, and one for each step ahead)."""
+def figures(records: list[dict]) -> dict[str, float]:
+    """Means over all of one run's steps: those in which the pipeline fills are dear, the last ones cheap."""
     every = [record["metrics"] for record in records]
-    steady = every[1 + max_staleness :]
     return {
-        "step_s": median(step["seconds/step"] for step in steady),
-        "total_s": sum(step["seconds/step"] for step in every),
-        "wait_s": median(step["seconds/sample_and_grade"] for step in steady),
-        "sync_s": median(step.get("seconds/sync", 0.0) for step in steady),
+        "step_s": fmean(step["seconds/step"] for step in every),
+        "wait_s": fmean(step["seconds/sample_and_grade"] for step in every),
+        "train_s": fmean(step["seconds/train"] for step in every),
+        "sync_s": fmean(step.get("seconds/sync", 0.0) for step in every),
         "length_mean": fmean(step["length/mean"] for step in every),
         "length_max": max(step["length/max"] for step in every),
-        "staleness_mean": fmean(step.get("staleness/mean", 0.0) for step in steady),
-        "effective": fmean(step["correction/effective"] for step in steady),
+        "staleness_mean": fmean(step.get("staleness/mean", 0.0) for step in every),
+        "effective": fmean(step["correction/effective"] for step in every),
         "reward_first": every[0]["reward/mean"],
         "reward_last": fmean(step["reward/mean"] for step in every[-LAST:]),
     }
@@ -79,15 +78,15 @@ def table(found: dict[int, list[dict[str, float]]]) -> str:
     means = {n: {name: fmean(run[name] for run in runs) for name in runs[0]} for n, runs in found.items()}
     first = next(iter(means.values()))
     lines = [
-        "| max_staleness | s a step (median) | of the first | all steps, s | of a step: waits, s | sync, s "
-        "| steps behind | effective | reward, first step | last 5 steps, by round |",
+        "| max_staleness | s a step | of the first row's | waits | train | sync | steps behind | effective "
+        "| reward, first step | last 5 steps, by round |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for n, mean in means.items():
         rewards = ", ".join(f"{run['reward_last']:.3f}" for run in found[n])
         lines.append(
-            f"| {n} | {mean['step_s']:.2f} | {mean['step_s'] / first['step_s']:.2f} | {mean['total_s']:.0f} "
-            f"| {mean['wait_s']:.2f} | {mean['sync_s']:.2f} | {mean['staleness_mean']:.2f} | {mean['effective']:.3f} "
+            f"| {n} | {mean['step_s']:.2f} | {mean['step_s'] / first['step_s']:.2f} | {mean['wait_s']:.2f} "
+            f"| {mean['train_s']:.2f} | {mean['sync_s']:.2f} | {mean['staleness_mean']:.2f} | {mean['effective']:.3f} "
             f"| {mean['reward_first']:.3f} | {rewards} |"
         )
     lines.append(f"\ntraces of {first['length_mean']:.1f} tokens on average, up to {first['length_max']:.0f}")
@@ -111,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
             for n in args.staleness:
                 config = run_config(Path(root) / f"staleness-{n}-{seed}", problems, n, args.steps, seed)
                 launch(config, resume=False)
-                found[n].append(figures(read_metrics(RunDirectory(config.directory).metrics), n))
+                found[n].append(figures(read_metrics(RunDirectory(config.directory).metrics)))
     print(table(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
