@@ -145,7 +145,8 @@ def test_every_kind_of_stage_learns_and_logs_what_it_did(mixed_run):
     paths = RunDirectory(mixed_run.directory)
     records = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     assert [record["stage"] for record in records] == ["process", "process", "distill", "dapo", "sft"]
-    assert {"segments/mean", "kl/start", "clip_share", "entropy"} <= records[0]["metrics"].keys()
+    logged = {"segments/mean", "kl/start", "clip_share", "entropy", "padding/padded", "padding/packed"}
+    assert logged <= records[0]["metrics"].keys()
     weights = [load_file(paths.models / name / "model.safetensors") for name in ("process", "distill", "sft")]
     for before, after in itertools.pairwise(weights):
         assert any(not before[name].equal(after[name]) for name in before)
