@@ -1,5 +1,7 @@
 """Attention on machines without CUDA: rows of one sequence or of several, whole or cut by context parallelism."""
 
+from itertools import groupby
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -13,8 +15,9 @@ from exprl_megatron.policy.context_parallel import chunk_count, natural_order, o
 class CausalAttention(MegatronModule):
     """Causal attention with grouped queries by torch's scaled_dot_product_attention.
 
-    The sequences of a packed row do not see each other. Each is padded on its right, so causality alone keeps real
-    tokens from seeing padding. Under context parallelism keys and values are gathered from all ranks of the group.
+    The sequences of a packed row do not see each other; neighbours of the same length are computed together. Each is
+    padded on its right, so causality alone keeps real tokens from seeing padding. Under context parallelism keys and
+    values are gathered from all ranks of the group.
     """
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, pg_collection=None, **_):
@@ -30,30 +33,38 @@ class CausalAttention(MegatronModule):
         With `packed_seq_params` the inputs have no batch dimension (b is 1 in what is returned); its cu_seqlens_q
         are those of the whole row, s is this rank's part of it.
         """
-        cp, rank = self.group.size(), self.group.rank()
-        if packed_seq_params is None:
-            lengths = [len(query) * cp]
-        else:
-            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        cp = self.group.size()
+        lengths = [len(query) * cp] if packed_seq_params is None else packed_seq_params.cu_seqlens_q.diff().tolist()
         if cp > 1:
             order = natural_order(lengths, cp)
             key, value = (gather_from_sequence_parallel_region(t, group=self.group)[order] for t in (key, value))
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        queries = query.split([length // cp for length in lengths], dim=2)
-        sequences = zip(lengths, queries, key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+        if packed_seq_params is None:
+            return self._of_like_length(*(tensor.transpose(0, 1) for tensor in (query, key, value))).transpose(0, 1)
+        runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+        tensors = zip(_of_runs(query, runs, cp), _of_runs(key, runs), _of_runs(value, runs), strict=True)
+        return torch.cat([self._of_like_length(*run).flatten(0, 1) for run in tensors]).unsqueeze(1)
+
+    def _of_like_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Sequences of one length: query [count, length / cp, heads, head_dim] -> [count, length / cp, heads * dim]."""
+        cp, rank = self.group.size(), self.group.rank()
+        size = key.shape[1] // chunk_count(cp)
         parts = []
-        for length, q, k, v in sequences:
-            size = length // chunk_count(cp)
-            for chunk, part in zip(own_chunks(cp, rank), q.split(size, dim=2), strict=True):
-                seen = (chunk + 1) * size
-                parts.append(self._last_queries(part, k[:, :, :seen], v[:, :, :seen]))
-        return torch.cat(parts, dim=2).permute(2, 0, 1, 3).flatten(2)
+        for chunk, part in zip(own_chunks(cp, rank), query.split(size, dim=1), strict=True):
+            seen = (chunk + 1) * size
+            parts.append(self._last_queries(part, key[:, :seen], value[:, :seen]))
+        return torch.cat(parts, dim=1).flatten(2)
 
     def _last_queries(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Causal attention, [b, heads, s, head_dim], where the queries belong to the last of the keys."""
-        rows, columns = query.shape[2], key.shape[2]
+        """Causal attention, [count, s, heads, head_dim], where the queries belong to the last of the keys."""
+        rows, columns = query.shape[1], key.shape[1]
         mask = None if rows == columns else torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
-        )
+        ).transpose(1, 2)
+
+
+def _of_runs(packed: torch.Tensor, runs: list[tuple[int, int]], cp: int = 1) -> list[torch.Tensor]:
+    """[tokens, heads, head_dim] as [count, length / cp, heads, head_dim] for each (length, count) of neighbours."""
+    tokens = packed.split([length // cp * count for length, count in runs])
+    return [run.unflatten(0, (count, -1)) for run, (_, count) in zip(tokens, runs, strict=True)]

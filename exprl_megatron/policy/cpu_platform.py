@@ -15,6 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from exprl_megatron.policy.rotation import rotate_packed_row, rotate_rows
+
 CPU = torch.device("cpu")
 PREFIX = "megatron.core."
 FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like")
@@ -215,6 +217,9 @@ def _adapt(module: types.ModuleType) -> None:
     elif name == "distributed.param_and_grad_buffer":
         module.dist_all_gather_func = _unless_alone(module.dist_all_gather_func)
         module.dist_reduce_scatter_func = _unless_alone(module.dist_reduce_scatter_func)
+    elif name == "models.common.embeddings.rope_utils":
+        module.fused_apply_rotary_pos_emb = rotate_rows
+        module.fused_apply_rotary_pos_emb_thd = rotate_packed_row
     elif name == "transformer.moe.moe_utils":
         module.maybe_move_tensor_to_cpu = _already_on_cpu
 

@@ -4,12 +4,12 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from exprl_megatron.policy.context_parallel import own_columns
+from exprl_megatron.policy.rotation import rotation_table
 
-class RowRotaryEmbedding(RotaryEmbedding):
-    """Angles for a packed row's every token: Megatron then turns the row at once, not sequence by sequence.
 
-    Megatron knows by its length that the tensor belongs to a whole row (_apply_rotary_pos_emb_thd).
-    """
+class RotationTable(RotaryEmbedding):
+    """What queries and keys are turned by (see rotation.py), made once for all layers."""
 
     def get_rotary_seq_len(self, context, decoder, hidden, config, packed_seq_params: PackedSeqParams | None = None):
         """What `forward` gets: the length of the padded rows, or of a packed row the lengths of its sequences."""
@@ -18,11 +18,15 @@ class RowRotaryEmbedding(RotaryEmbedding):
         return tuple(packed_seq_params.cu_seqlens_q.diff().tolist())
 
     def get_emb(self, max_seq_len: int | tuple[int, ...], offset: int = 0) -> torch.Tensor:
-        """[tokens, 1, 1, head_dim], fp32: each sequence begins at position 0."""
+        """[tokens, 1, 1, 2 x head_dim], fp32: each sequence begins at position 0.
+
+        Of a packed row the tokens that this context-parallel rank holds; of padded rows all, `forward` cuts them.
+        """
         if isinstance(max_seq_len, int):
-            return super().get_emb(max_seq_len, offset)
-        longest = super().get_emb(max(max_seq_len))
-        return torch.cat([longest[:length] for length in max_seq_len])
+            return rotation_table(self.get_freqs_non_repeated(max_seq_len, offset))
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
+        positions = torch.cat([own_columns([length], cp, rank) for length in max_seq_len])
+        return rotation_table(self.get_freqs_non_repeated(max(max_seq_len)))[positions]
 
 
 class SwiGlu(torch.nn.Module):

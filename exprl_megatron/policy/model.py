@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.policy.architecture import Architecture, check_layout, padded_vocabulary, stage_layers
 from exprl_megatron.policy.emulation import emulate_fp8
-from exprl_megatron.policy.local_layers import RowRotaryEmbedding
+from exprl_megatron.policy.local_layers import RotationTable
 from exprl_megatron.policy.local_spec import local_block
 from exprl_megatron.policy.precision import fp8_settings
 from exprl_megatron.policy.world import World
@@ -87,7 +87,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         # What the local spec gives for an activation function is taken under this name.
         use_te_activation_func=not cuda,
         bias_dropout_fusion=cuda,
-        apply_rope_fusion=cuda,
+        apply_rope_fusion=True,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
@@ -157,9 +157,7 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
         vp_stage=stage,
     )
     if world.device.type != "cuda":
-        chunk.rotary_pos_emb = RowRotaryEmbedding(
-            architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=True
-        )
+        chunk.rotary_pos_emb = RotationTable(architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=True)
     if config.precision.emulate:
         emulate_fp8(chunk, config.precision)
     chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(place)
