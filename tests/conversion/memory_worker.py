@@ -1,4 +1,4 @@
-"""Run by test_memory.py: converts there and back, verifies, and tells by how many bytes memory grew at most."""
+"""Run by test_streaming.py: converts there and back, verifies, and tells by how many bytes memory grew at most."""
 
 import json
 import sys

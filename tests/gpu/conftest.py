@@ -30,7 +30,8 @@ def _without_result(terminalreporter) -> Iterator[tuple[str, str, str]]:
     """A row for each GPU test that failed or was skipped, with the reason."""
     for outcome in ("failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            if "gpu" in report.keywords:
+            # A file that cannot be collected has a report without keywords.
+            if "gpu" in getattr(report, "keywords", ()):
                 crash = getattr(report.longrepr, "reprcrash", None)
                 reason = crash.message if crash is not None else report.longrepr[-1]
                 yield report.nodeid.rpartition("::")[2], outcome.upper(), reason.splitlines()[0]

@@ -1,4 +1,4 @@
-"""Run by test_fp8.py on four processes: what leaves several layouts for an FP8 server."""
+"""Run by test_fp8_syncs.py on four processes: what leaves several layouts for an FP8 server."""
 
 from pathlib import Path
 
