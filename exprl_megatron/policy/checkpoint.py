@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -33,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.optimizer import separate_step_counters
+from exprl_megatron.policy.optimizer_state import divided_like, parts
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.names import hf_shapes
 
@@ -84,7 +86,7 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
         raise RuntimeError("a checkpoint is loaded into a stage; call begin_stage first")
     _check_fit(path, record, policy)
     state = _state(policy, loading=True, same_layout=record["layout"] == policy.config.layout.model_dump())
-    loaded = dist_checkpointing.load(state, str(path), _load_strategy())
+    loaded = _load(state, str(path))
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
         if stage.start is not None:
@@ -97,6 +99,19 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
         torch.set_rng_state(loaded["random"]["torch"])
         get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
     return record["extra"]
+
+
+def _load(state: dict, path: str) -> dict:
+    """What `state` describes, from the checkpoint's files."""
+    saved = dist_checkpointing.load_common_state_dict(path)["optimizer"]
+    if len(parts(saved)) == len(parts(state["optimizer"])):
+        return dist_checkpointing.load(state, path, _load_strategy())
+    plain = divided_like(state["optimizer"], saved)
+    # Under a name at which the files have nothing that is divided otherwise.
+    state["divided"] = state.pop("optimizer")
+    loaded = dist_checkpointing.load(state, path, _load_strategy())
+    loaded["optimizer"] = merge(plain, loaded.pop("divided"))
+    return loaded
 
 
 def _metadata() -> dict:

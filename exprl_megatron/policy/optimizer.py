@@ -1,4 +1,4 @@
-"""Megatron's AdamW for a stage, and what its checkpoints need where torch's AdamW is beneath it."""
+"""Megatron's AdamW for a stage, and what its checkpoints need: padded buckets, and torch's AdamW beneath it."""
 
 from collections.abc import Sequence
 
@@ -43,6 +43,9 @@ def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataPar
         ),
         list(chunks),
     )
+    for part in _parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            _save_padding_between_buckets(part)
     for part in _torch_adam_parts(optimizer):
         _create_state(part.optimizer)
         if isinstance(part, DistributedOptimizer):
@@ -81,10 +84,46 @@ def separate_step_counters(optimizer: MegatronOptimizer) -> None:
             state["step"] = state["step"].clone()
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Megatron chains optimizers."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _torch_adam_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron chains optimizers; those of its parts that have torch's AdamW beneath."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+    """Those that have torch's AdamW beneath."""
+    return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+def _save_padding_between_buckets(part: DistributedOptimizer) -> None:
+    """What is gathered for a checkpoint lies where its parameters are looked for.
+
+    Megatron pads each bucket of a buffer to a multiple of the data-parallel ranks and 128, leaves the padding out of
+    what it gathers, and cuts the parameters out at their places with padding: everything behind a padded bucket would
+    be saved shifted. Tied embeddings on the last pipeline stage are such a bucket.
+    """
+    gather = part.get_parameter_state_dp_zero
+
+    def gather_with_padding(*args, **kwargs):
+        state = gather(*args, **kwargs)
+        for index, buffer in enumerate(part.buffers if state is not None else ()):
+            for tensors in state[index].values():
+                for name, packed in tensors.items():
+                    if torch.is_tensor(packed):
+                        tensors[name] = _with_padding(packed, buffer)
+        return state
+
+    part.get_parameter_state_dp_zero = gather_with_padding
+
+
+def _with_padding(packed: torch.Tensor, buffer) -> torch.Tensor:
+    """All buckets one behind the other without padding -> each at its offset in the buffer."""
+    sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+    if all(bucket.offset == sum(sizes[:number]) for number, bucket in enumerate(buffer.buckets)):
+        return packed
+    padded = packed.new_zeros(buffer.numel)
+    for bucket, part in zip(buffer.buckets, packed.split(sizes), strict=True):
+        padded[bucket.offset : bucket.offset + len(part)] = part
+    return padded
 
 
 def _create_state(adam: torch.optim.AdamW) -> None:

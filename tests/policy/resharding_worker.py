@@ -16,11 +16,24 @@ OTHERS = {
     "VPP2": Layout(pp=2, vpp=2),
     "PP4": Layout(pp=4),
 }
+EXPERTS = Layout(pp=2, dp=2, ep=2)
+OTHERS_OF_EXPERTS = {
+    "one rank": Layout(),
+    "EP4": Layout(dp=4, ep=4),
+    "TP2xDP2xEP2xETP2+SP": Layout(tp=2, dp=2, ep=2, etp=2, sequence_parallel=True),
+    "TP2xPP2xEP2+SP": Layout(tp=2, pp=2, ep=2, sequence_parallel=True),
+}
+KINDS = {
+    "sharded": ("qwen3", True, FOUR, OTHERS),
+    "plain": ("qwen3", False, FOUR, OTHERS),
+    "experts": ("qwen3-moe", True, EXPERTS, OTHERS_OF_EXPERTS),
+    "plain experts": ("qwen3-moe", False, EXPERTS, {"one rank": Layout()}),
+}
+"""The model, whether its optimizer is sharded, the layout that is cut short, and those that go on."""
 EXTRA = {"step": 2, "counters": {"traces": 14}}
 
 
-def begin(ranks: Ranks, layout: Layout, distributed: bool, seed: int = 0) -> Policy:
-    model = ranks.arguments["model"]
+def begin(model: str, layout: Layout, distributed: bool, seed: int = 0) -> Policy:
     policy = Policy(PolicyConfig(model=model, layout=layout, micro_batch_tokens=64, max_tokens=64), seed)
     optimizer = OptimizerConfig(lr=3e-3, eps=1e-5, schedule="cosine", warmup_steps=1, distributed=distributed)
     policy.begin_stage(optimizer, total_steps=6, keep_start=True)
@@ -54,29 +67,29 @@ def state(policy: Policy) -> dict:
 
 def main() -> None:
     ranks = Ranks()
-    for kind, distributed in (("sharded", True), ("plain", False)):
-        root = ranks.out / kind
+    for kind, (family, distributed, layout, others) in KINDS.items():
+        model, root = ranks.arguments["models"][family], ranks.out / kind
 
-        def uninterrupted(_, root=root, distributed=distributed):
-            policy = begin(ranks, FOUR, distributed)
+        def uninterrupted(_, model=model, root=root, distributed=distributed, layout=layout):
+            policy = begin(model, layout, distributed)
             learn(policy, 1, 2)
             save_checkpoint(root, policy, EXTRA, keep=1)
             return {"updates": learn(policy, 3, 4), **state(policy)}
 
-        def resumed(_, layout, root=root, distributed=distributed, again=None):
-            policy = begin(ranks, layout, distributed, seed=99)
+        def resumed(_, layout, model=model, root=root, distributed=distributed, again=None):
+            policy = begin(model, layout, distributed, seed=99)
             extra = load_checkpoint(latest_checkpoint(root), policy)
             if again is not None:
                 save_checkpoint(again, policy, extra, keep=1)
             return {"extra": extra, "updates": learn(policy, 3, 4), **state(policy)}
 
-        ranks.within(FOUR, uninterrupted, f"{kind} uninterrupted")
-        ranks.within(FOUR, lambda _, work=resumed: work(_, FOUR), f"{kind} resumed")
-        for name, layout in OTHERS.items():
+        ranks.within(layout, uninterrupted, f"{kind} uninterrupted")
+        ranks.within(layout, lambda _, la=layout, work=resumed: work(_, la), f"{kind} resumed")
+        for name, other in others.items():
             again = ranks.out / f"{kind}-again" if name == "one rank" else None
-            ranks.within(layout, lambda _, la=layout, a=again, w=resumed: w(_, la, again=a), f"{kind} {name}")
+            ranks.within(other, lambda _, la=other, a=again, w=resumed: w(_, la, again=a), f"{kind} {name}")
         back = ranks.out / f"{kind}-again"
-        ranks.within(FOUR, lambda _, b=back, work=resumed: work(_, FOUR, root=b), f"{kind} one rank and back")
+        ranks.within(layout, lambda _, la=layout, b=back, w=resumed: w(_, la, root=b), f"{kind} one rank and back")
     ranks.finish()
 
 

@@ -5,19 +5,17 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from resharding_worker import EXTRA, OTHERS
+from resharding_worker import EXTRA, KINDS
 from witness import largest_difference
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("sharded", "plain")
-
 
 @pytest.fixture(scope="module")
 def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    model = tiny_model("qwen3", tied=True, vocab_size=107, layers=4)
+    models = {family: tiny_model(family, tied=True, vocab_size=107, layers=4) for family in ("qwen3", "qwen3-moe")}
     out = tmp_path_factory.mktemp("resharded")
-    return run_ranks(Path(__file__).with_name("resharding_worker.py"), 4, out, model=model)
+    return run_ranks(Path(__file__).with_name("resharding_worker.py"), 4, out, timeout_s=900, models=models)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -27,8 +25,9 @@ def test_in_the_same_layout_the_resumed_stage_is_the_uninterrupted_one_bit_for_b
     assert resumed == results[f"{kind} uninterrupted"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*OTHERS, "one rank and back"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, case in KINDS.items() for name in (*case[3], "one rank and back")]
+)
 def test_in_any_other_layout_it_goes_on_with_the_same_steps(results, kind, name):
     expected, resumed = results[f"{kind} uninterrupted"], results[f"{kind} {name}"]
     assert resumed["extra"] == EXTRA
