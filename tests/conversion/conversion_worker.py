@@ -1,4 +1,4 @@
-"""Run by test_converted_layouts.py on four processes: converted models loaded, checkpoints written, in several layouts."""
+"""Run by test_converted_layouts.py on four processes: converted models loaded and checkpoints written, in layouts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The table's names as they are on CUDA, where experts are grouped, against mbridge's; see also test_converted_layouts.py."""
+"""The table's names on CUDA, where experts are grouped, against mbridge's; see also test_converted_layouts.py."""
 
 from pathlib import Path
 

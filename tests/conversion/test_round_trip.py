@@ -3,7 +3,9 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -86,6 +88,16 @@ def test_verify_says_what_differs_and_how_far_logits_are_apart(tiny_model, tmp_p
     found = verify_weights(changed, tmp_path / "megatron")
     assert found.differing == ["model.layers.1.self_attn.k_proj.weight"]
     assert not found.logits_agree
+
+
+def test_where_both_models_do_not_fit_into_memory_verify_compares_hashes_alone(tiny_model, tmp_path, monkeypatch):
+    model = tiny_model("qwen3")
+    convert_to_megatron(model, tmp_path / "megatron")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    found = verify_weights(model, tmp_path / "megatron")
+    assert found.equal
+    assert {len(entry["sha256"]) for entry in found.hashes.values()} == {64}
+    assert found.logits.startswith("not compared, both models need")
 
 
 def test_the_command_line_converts_verifies_and_says_so_by_its_status(tiny_model, tmp_path):
