@@ -42,7 +42,7 @@ class CausalAttention(MegatronModule):
             return self._of_like_length(*(tensor.transpose(0, 1) for tensor in (query, key, value))).transpose(0, 1)
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
         tensors = zip(_of_runs(query, runs, cp), _of_runs(key, runs), _of_runs(value, runs), strict=True)
-        return torch.cat([self._of_like_length(*run).flatten(0, 1) for run in tensors]).unsqueeze(1)
+        return _joined([self._of_like_length(*run).flatten(0, 1) for run in tensors], dim=0).unsqueeze(1)
 
     def _of_like_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Sequences of one length: query [count, length / cp, heads, head_dim] -> [count, length / cp, heads * dim]."""
@@ -52,7 +52,7 @@ class CausalAttention(MegatronModule):
         for chunk, part in zip(own_chunks(cp, rank), query.split(size, dim=1), strict=True):
             seen = (chunk + 1) * size
             parts.append(self._last_queries(part, key[:, :seen], value[:, :seen]))
-        return torch.cat(parts, dim=1).flatten(2)
+        return _joined(parts, dim=1).flatten(2)
 
     def _last_queries(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention, [count, s, heads, head_dim], where the queries belong to the last of the keys."""
@@ -68,3 +68,8 @@ def _of_runs(packed: torch.Tensor, runs: list[tuple[int, int]], cp: int = 1) -> 
     """[tokens, heads, head_dim] as [count, length / cp, heads, head_dim] for each (length, count) of neighbours."""
     tokens = packed.split([length // cp * count for length, count in runs])
     return [run.unflatten(0, (count, -1)) for run, (_, count) in zip(tokens, runs, strict=True)]
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """One behind the other, without a copy where there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

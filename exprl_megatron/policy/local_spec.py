@@ -32,7 +32,24 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class NormColumnParallelLinear(ColumnParallelLinear):
+class PlainProduct:
+    """Lets a linear layer multiply by torch's own operation wherever no communication is part of the product.
+
+    Megatron's own autograd function, which hides that communication, costs more than small products themselves.
+    """
+
+    def _forward_impl(self, input, weight, bias=None, *, allreduce_dgrad: bool, sequence_parallel: bool, **rest):
+        if allreduce_dgrad or sequence_parallel:
+            communication = {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel}
+            return super()._forward_impl(input, weight, bias=bias, **communication, **rest)
+        return torch.nn.functional.linear(input, weight, bias)
+
+
+class RowLinear(PlainProduct, RowParallelLinear):
+    """Row-parallel linear layer: its sum over ranks follows the product."""
+
+
+class NormColumnParallelLinear(PlainProduct, ColumnParallelLinear):
     """RMSNorm and column-parallel linear layer in one, as TELayerNormColumnParallelLinear."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs):
@@ -59,7 +76,7 @@ def local_block(config: TransformerConfig, layers: int) -> TransformerBlockSubmo
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=NormColumnParallelLinear,
                     core_attention=CausalAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=RowLinear,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
@@ -73,7 +90,7 @@ def local_block(config: TransformerConfig, layers: int) -> TransformerBlockSubmo
 
 
 def _dense_mlp() -> dict:
-    linear = MLPSubmodules(NormColumnParallelLinear, RowParallelLinear, activation_func=SwiGlu)
+    linear = MLPSubmodules(NormColumnParallelLinear, RowLinear, activation_func=SwiGlu)
     return {"mlp": partial(MLP.as_mlp_submodule, submodules=linear)}
 
 
