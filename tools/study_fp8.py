@@ -20,6 +20,7 @@ EARLY, LATE = slice(1, 9), slice(-8, None)
 """Steps that are compared; the first stands alone, as delayed scaling has seen no amax in it."""
 COLUMNS = (
     "precision",
+    "seed",
     "reward, last 8 steps",
     "held-out pass@1, before and after",
     "gap, step 1",
@@ -32,13 +33,14 @@ COLUMNS = (
 
 
 def runs_of(study: dict) -> list[StudyRun]:
-    """One run for each precision, with the same seed."""
+    """Every precision with every seed; all precisions with the first one come first."""
     runs = []
-    for name, precision in study["precisions"].items():
-        policy = study["run"]["policy"] | {"precision": precision}
-        directory = f"{study['directory']}/{name.replace(', ', '-').replace(' ', '-')}"
-        tree = study["run"] | {"directory": directory, "policy": policy}
-        runs.append(StudyRun(name, tree["seed"], check_config(tree, f"{STUDY}, {name}")))
+    for seed in study["seeds"]:
+        for name, precision in study["precisions"].items():
+            policy = study["run"]["policy"] | {"precision": precision}
+            directory = f"{study['directory']}/{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            tree = study["run"] | {"directory": directory, "seed": seed, "policy": policy}
+            runs.append(StudyRun(name, seed, check_config(tree, f"{STUDY}, {name}")))
     return runs
 
 
@@ -53,6 +55,7 @@ def row(run: StudyRun) -> list[str]:
     before, after = (_share(path) for path in run.evaluations)
     return [
         run.arm,
+        str(run.seed),
         f"{mean('reward/mean', LATE):.3f}",
         f"{before:.3f} → {after:.3f}",
         f"{steps[0]['sampler_gap/mean']:.1e}",
@@ -78,7 +81,8 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "report"), nargs="?", default="run")
     runs = runs_of(yaml.safe_load(STUDY.read_text()))
     good = all([execute(run) for run in runs]) if parser.parse_args().what == "run" else True
-    print(table([row(run) for run in runs if run.done]))
+    names = [run.arm for run in runs]
+    print(table([row(run) for run in sorted(runs, key=lambda run: names.index(run.arm)) if run.done]))
     sys.exit(0 if good else 1)
 
 

@@ -20,8 +20,11 @@ def study_fp8(monkeypatch):
     return module
 
 
-def test_the_runs_differ_in_precision_and_directory_alone(study_fp8):
-    runs = study_fp8.runs_of(yaml.safe_load(study_fp8.STUDY.read_text()))
+def test_the_runs_of_a_seed_differ_in_precision_and_directory_alone(study_fp8):
+    study = yaml.safe_load(study_fp8.STUDY.read_text())
+    runs = study_fp8.runs_of(study)
+    assert len({run.directory for run in runs}) == len(runs) == len(study["seeds"]) * len(study["precisions"])
+    runs = [run for run in runs if run.config.seed == run.seed == study["seeds"][0]]
     assert {run.config.policy.precision.kind for run in runs} == {
         "fp32",
         "fp8-delayed",
@@ -29,7 +32,6 @@ def test_the_runs_differ_in_precision_and_directory_alone(study_fp8):
         "fp8-blockwise",
         "mxfp8",
     }
-    assert len({run.directory for run in runs}) == len(runs)
     rest = [run.config.model_dump(exclude={"directory": True, "policy": {"precision"}}) for run in runs]
     assert all(tree == rest[0] for tree in rest)
 
@@ -37,6 +39,7 @@ def test_the_runs_differ_in_precision_and_directory_alone(study_fp8):
 @dataclass
 class Finished:
     arm: str
+    seed: int
     directory: Path
     evaluations: list[Path]
 
@@ -50,7 +53,7 @@ def test_a_row_tells_the_first_step_from_the_early_and_the_last_ones(study_fp8, 
     evaluations = [tmp_path / "before.json", tmp_path / "after.json"]
     evaluations[0].write_text(json.dumps({"counts": {"a": [8, 0], "b": [8, 4]}}))
     evaluations[1].write_text(json.dumps({"counts": {"a": [8, 2], "b": [8, 6]}}))
-    row = study_fp8.row(Finished("mxfp8", tmp_path, evaluations))
+    row = study_fp8.row(Finished("mxfp8", 1, tmp_path, evaluations))
     gaps = ["9.0e-02", "1.0e-03", "3.0e-03", "1.0e-05", "4.0e-05", "3.0e-01"]
-    assert row == ["mxfp8", "0.500", "0.250 → 0.500", *gaps]
+    assert row == ["mxfp8", "1", "0.500", "0.250 → 0.500", *gaps]
     assert study_fp8.table([row]).splitlines()[2] == f"| {' | '.join(row)} |"
