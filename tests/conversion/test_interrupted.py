@@ -1,11 +1,9 @@
 """A conversion that is interrupted, or writes something wrong, leaves no target; the next one goes on, or anew."""
 
-import os
+import multiprocessing
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +18,6 @@ from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.conversion.weights import open_weights
 from exprl_megatron.errors import UserError
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 DIRECTIONS = ["to-megatron", "to-hf"]
 FIRST = "model-00001-of-*.safetensors"
 
@@ -56,36 +53,31 @@ def check(tiny_model, tmp_path, tensors, same) -> Callable[[str], None]:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_killed_half_way_it_goes_on_and_ends_bit_equal(tiny_model, tmp_path, tensors, same, direction):
-    model = tiny_model("llama", layers=8, hidden=256, heads=8)
-    source = model
-    if direction == "to-hf":
-        source = tmp_path / "source"
-        convert_to_megatron(model, source, file_bytes=1_000_000)
-    target = tmp_path / "target"
+def test_killed_half_way_it_goes_on_and_ends_bit_equal(convert, check, tmp_path, direction):
     partial = tmp_path / "target.partial"
-    command = [sys.executable, str(TOOL), direction, str(source), str(target), "--file-gb", "0.001"]
-    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    pattern = "written-1" if direction == "to-megatron" else "model-00002-of-*.safetensors"
-    while not list(partial.glob(pattern)) and killed.poll() is None:
-        time.sleep(0.001)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not target.exists()
+    second = "written-1" if direction == "to-megatron" else "model-00002-of-*.safetensors"
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        convert(direction, advance=lambda done, total: signal.pause() if list(partial.glob(second)) else None)
+
+    killed = multiprocessing.get_context("fork").Process(target=begin)
+    killed.start()
+    while not list(partial.glob(second)) and killed.is_alive():
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "target").exists()
     with pytest.raises(UserError, match="was never finished"):
         open_weights(partial)
-    first = next(iter(sorted(partial.rglob("*_0.distcp" if direction == "to-megatron" else "*.safetensors"))))
+    first = min(partial.rglob("*_0.distcp" if direction == "to-megatron" else "*.safetensors"))
     before = first.stat().st_mtime_ns
-    subprocess.run(command, check=True, capture_output=True)
-    assert not partial.exists()
-    written = next(target.rglob(first.name))
+    convert(direction)
+    written = next((tmp_path / "target").rglob(first.name))
     assert written.stat().st_mtime_ns == before
-    if direction == "to-megatron":
-        convert_to_huggingface(open_weights(target), tmp_path / "back")
-        target = tmp_path / "back"
-    assert same(tensors(target), tensors(model))
+    check(direction)
 
 
 def test_what_another_source_left_half_written_is_not_gone_on_with(tiny_model, convert, check, tmp_path):

@@ -26,6 +26,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noq
 from exprl_megatron import planning  # noqa: E402
 from exprl_megatron.config.policy import PolicyConfig  # noqa: E402
 from exprl_megatron.config.precision import PrecisionConfig  # noqa: E402
+from exprl_megatron.conversion.stored import stored_parameters  # noqa: E402
 from exprl_megatron.policy.architecture import (  # noqa: E402
     Architecture,
     layout_violations,
@@ -64,7 +65,7 @@ def build_all(name: str) -> dict:
             collect_shards(chunks, shards)
             contexts = contexts or look_at_contexts(chunks[0])
             built += 1
-    wrong += untiled(shards)
+    wrong += untiled(shards) + unconverted(shards, architecture)
     return {
         "built": built,
         "ranks": config.layout.world_size,
@@ -139,6 +140,12 @@ def untiled(shards: dict[str, dict]) -> list[str]:
         if sum(prod(shape) for shape, _ in parts.values()) != prod(whole):
             wrong.append(f"the ranks' shards of {key} do not make up {whole}")
     return wrong
+
+
+def unconverted(shards: dict[str, dict], architecture: Architecture) -> list[str]:
+    """Keys that a converted model's files lack or have for nothing."""
+    written = {stored.key for stored in stored_parameters(architecture)}
+    return [f"{key} is not both asked for and converted" for key in sorted(shards.keys() ^ written)]
 
 
 def look_at_contexts(chunk: GPTModel) -> dict:
