@@ -36,8 +36,9 @@ def test_fp8_learns_as_bf16_does(name, table):
     if refused:
         pytest.skip(refused[0])
     eight, sixteen = learned(name), learned("bf16")
-    # Delayed scaling begins with scales of 1 and has seen no amax in its first pass.
-    least = 0.8 if name == "fp8-delayed" else 0.95
+    # Emulated on CPU the cosines are 0.97 to 0.98, and 0.998 with the ends in bf16. Delayed scaling begins with scales
+    # of 1, as it has seen no amax in its first pass.
+    least = 0.9 if name == "fp8-delayed" else 0.95
     similarity = cosine(eight.gradient, sixteen.gradient)
     table(f"{name}: loss of step 1", f"{eight.losses[0]:.4f}", f"bf16's {sixteen.losses[0]:.4f} within 5 %")
     table(f"{name}: gradient of step 1, cosine with bf16's", f"{similarity:.4f}", f"at least {least}")
