@@ -34,9 +34,7 @@ from exprl_megatron.policy.world import enter_world, leave_world
 NAMES = {"llama3-70b": "llama-3.1-70b", "llama3-8b": "llama-3.1-8b"}
 CPU_KINDS = ["bf16", "fp32"]
 CPU_SHRINK, CPU_LENGTH = 16, 256
-NO_GPU = (
-    "No GPU here: no FP8 kernel ran, nothing here tells how fast one is, and without a named peak there is no MFU."
-)
+NO_GPU = "No GPU here: no FP8 kernel ran, nothing here tells how fast one is, and without a named peak there is no MFU."
 
 
 def run(args: argparse.Namespace) -> dict:
