@@ -16,18 +16,17 @@ from study import ROOT, StudyRun, execute
 from exprl_megatron.config.load import check_config
 
 STUDY = ROOT / "recipes" / "configs" / "fp8-study.yaml"
-EARLY, LATE = slice(1, 9), slice(-8, None)
-"""Steps that are compared; the first stands alone, as delayed scaling has seen no amax in it."""
+QUARTERS = (slice(1, 8), slice(8, 16), slice(16, 24), slice(24, 32))
+"""Of the steps; the first step stands alone, as delayed scaling has seen no amax in it."""
 COLUMNS = (
     "precision",
     "seed",
-    "reward, last 8 steps",
+    "reward, steps 25 to 32",
+    "entropy",
     "held-out pass@1, before and after",
     "gap, step 1",
-    "gap, steps 2 to 9",
-    "gap, last 8 steps",
-    "KL, steps 2 to 9",
-    "KL, last 8 steps",
+    "gap, steps 25 to 32",
+    "KL, steps 2 to 8, to 16, to 24, to 32",
     "largest gap, from step 2",
 )
 
@@ -45,21 +44,23 @@ def runs_of(study: dict) -> list[StudyRun]:
 
 
 def row(run: StudyRun) -> list[str]:
-    """A finished run as a row of COLUMNS; gaps (mean of absolute differences) and KL (k3) in nats a token."""
+    """A finished run as a row of COLUMNS; gaps (mean of absolute differences), KL (k3) and entropy in nats a token."""
     steps = [json.loads(line)["metrics"] for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     steps = [metrics for metrics in steps if "grad_norm" in metrics]
 
-    def mean(name: str, which: slice) -> float:
+    def mean(name: str, which: slice = QUARTERS[-1]) -> float:
         return statistics.fmean(metrics[name] for metrics in steps[which])
 
     before, after = (_share(path) for path in run.evaluations)
     return [
         run.arm,
         str(run.seed),
-        f"{mean('reward/mean', LATE):.3f}",
+        f"{mean('reward/mean'):.3f}",
+        f"{mean('entropy'):.3f}",
         f"{before:.3f} → {after:.3f}",
         f"{steps[0]['sampler_gap/mean']:.1e}",
-        *(f"{mean(name, which):.1e}" for name in ("sampler_gap/mean", "sampler_gap/k3") for which in (EARLY, LATE)),
+        f"{mean('sampler_gap/mean'):.1e}",
+        ", ".join(f"{mean('sampler_gap/k3', quarter):.1e}" for quarter in QUARTERS),
         f"{max(metrics['sampler_gap/max'] for metrics in steps[1:]):.1e}",
     ]
 

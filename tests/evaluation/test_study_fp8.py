@@ -44,16 +44,17 @@ class Finished:
     evaluations: list[Path]
 
 
-def test_a_row_tells_the_first_step_from_the_early_and_the_last_ones(study_fp8, tmp_path):
-    first, early, late = (0.1, 9e-2, 5e-2, 9.0), (0.2, 1e-3, 1e-5, 0.1), (0.5, 3e-3, 4e-5, 0.3)
-    names = ("reward/mean", "sampler_gap/mean", "sampler_gap/k3", "sampler_gap/max")
-    steps = [dict(zip(names, step, strict=True)) | {"grad_norm": 1.0} for step in [first, *[early] * 8, *[late] * 8]]
+def test_a_row_tells_the_first_step_and_the_quarters(study_fp8, tmp_path):
+    names = ("reward/mean", "entropy", "sampler_gap/mean", "sampler_gap/k3", "sampler_gap/max")
+    parts = [((0.1, 0.5, 9e-2, 5e-2, 9.0), 1), ((0.2, 0.4, 1e-3, 1e-5, 0.1), 7)]
+    parts += [((0.3, 0.3, 4e-3, 4e-5, 0.3), 16), ((0.5, 0.2, 3e-3, 2e-5, 0.2), 8)]
+    steps = [dict(zip(names, step, strict=True)) | {"grad_norm": 1.0} for step, count in parts for _ in range(count)]
     lines = [json.dumps({"stage": "prime", "metrics": metrics}) for metrics in steps]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     evaluations = [tmp_path / "before.json", tmp_path / "after.json"]
     evaluations[0].write_text(json.dumps({"counts": {"a": [8, 0], "b": [8, 4]}}))
     evaluations[1].write_text(json.dumps({"counts": {"a": [8, 2], "b": [8, 6]}}))
     row = study_fp8.row(Finished("mxfp8", 1, tmp_path, evaluations))
-    gaps = ["9.0e-02", "1.0e-03", "3.0e-03", "1.0e-05", "4.0e-05", "3.0e-01"]
-    assert row == ["mxfp8", "1", "0.500", "0.250 → 0.500", *gaps]
+    gaps = ["9.0e-02", "3.0e-03", "1.0e-05, 4.0e-05, 4.0e-05, 2.0e-05", "3.0e-01"]
+    assert row == ["mxfp8", "1", "0.500", "0.200", "0.250 → 0.500", *gaps]
     assert study_fp8.table([row]).splitlines()[2] == f"| {' | '.join(row)} |"
