@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def set_parameter(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         exact.copy_(value)
 
 
+@cache
 def cuda_capability() -> tuple[int, int] | None:
     """Compute capability of the first CUDA device, None without CUDA. Raises UserError where it does not answer.
 

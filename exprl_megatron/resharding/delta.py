@@ -17,12 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
-
 from exprl_megatron.errors import ServerError
-from exprl_megatron.resharding.control import CONDUCTOR, Control
+from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.delta_keeper import FULL, ORDER, answer_path, write_whole
-from exprl_megatron.resharding.disk import SafetensorsFiles, copy_description
+from exprl_megatron.resharding.disk import FileTransport, SafetensorsFiles, copy_description
 from exprl_megatron.resharding.groups import is_here
 from exprl_megatron.resharding.mirror import VERSION, DeltaWriter, Mirror
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
@@ -35,28 +33,15 @@ from exprl_megatron.together import together
 _POLL_S = 0.05
 
 
-class DeltaTransport:
-    """See Transport. `model` is the directory whose config and tokenizer the weights belong to.
-
-    `clients` are needed on rank 0 alone.
-    """
-
-    fillers = (CONDUCTOR,)
+class DeltaTransport(FileTransport):
+    """See Transport: what changed, for keepers that hold the rest."""
 
     def __init__(
         self, clients: Sequence[SGLangClient], directory: Path, model: Path, control: Control, deadline_s: float
     ):
-        self._clients = clients
-        self._directory = directory
-        self._model = model
-        self._control = control
-        self._deadline_s = deadline_s
+        super().__init__(clients, directory, model, control, deadline_s)
         self._order: str | None = None
         self._keepers: list[subprocess.Popen] = []
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        # Files are written from host memory.
-        return torch.empty(nbytes, dtype=torch.uint8)
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         with self._control.leading():
@@ -73,18 +58,12 @@ class DeltaTransport:
                 (self._directory / file).unlink()
             self._control.go()
 
-    def follow(self, outgoing: Outgoing) -> None:
-        for number in range(len(outgoing.rounds)):
-            self._control.await_go()
-            outgoing.gather(number)
-        self._control.await_go()
-
     async def close(self) -> None:
         for keeper in self._keepers:
             keeper.terminate()
         for keeper in self._keepers:
             keeper.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        await super().close()
 
     def _begin(self) -> None:
         """Start the keepers that can be started here."""

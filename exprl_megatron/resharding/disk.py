@@ -19,10 +19,10 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.together import together
 
 
-class DiskTransport:
-    """See Transport. `model` is the directory whose config and tokenizer the weights belong to.
+class FileTransport:
+    """What transports through files have in common: rank 0 writes them in `directory`.
 
-    `clients` are needed on rank 0 alone.
+    `model` is the directory whose config and tokenizer the weights belong to; `clients` are needed on rank 0 alone.
     """
 
     fillers = (CONDUCTOR,)
@@ -40,6 +40,19 @@ class DiskTransport:
         # Files are written from host memory.
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def follow(self, outgoing: Outgoing) -> None:
+        for number in range(len(outgoing.rounds)):
+            self._control.await_go()
+            outgoing.gather(number)
+        self._control.await_go()
+
+    async def close(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class DiskTransport(FileTransport):
+    """See Transport: all weights, written once and read by every server."""
+
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         target = self._directory / version
         with self._control.leading():
@@ -56,15 +69,6 @@ class DiskTransport:
             times.load_s += time.monotonic() - started
             shutil.rmtree(target)
             self._control.go()
-
-    def follow(self, outgoing: Outgoing) -> None:
-        for number in range(len(outgoing.rounds)):
-            self._control.await_go()
-            outgoing.gather(number)
-        self._control.await_go()
-
-    async def close(self) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class SafetensorsFiles:
