@@ -1,0 +1,51 @@
+"""Modes in which a run does one half of its work, or checks itself."""
+
+from typing import Literal
+
+from exprl_megatron.config.base import Config
+from exprl_megatron.config.stages import RlStage, SelfDistillStage
+
+
+class DebugConfig(Config):
+    """None of these is for a run whose result is wanted."""
+
+    only: Literal["sampling", "learning"] | None = None
+    """`sampling`: sample, grade and keep every step under the weights that the run starts from, and learn nothing.
+    `learning`: learn from the steps that another run kept, without sampling servers, judge and evaluation."""
+    rollouts: str | None = None
+    """The directory of the run whose steps are learned from."""
+    assertions: bool = False
+    """Stop the run where what must be equal is not (`exprl train --assert`; see training/assertions.py)."""
+
+    def violations(self, whole) -> list[str]:
+        found = []
+        if (self.only == "learning") != (self.rollouts is not None):
+            found.append(
+                f"debug.only is {self.only or 'null'} and debug.rollouts is {self.rollouts or 'null'}; learning takes "
+                "the steps of another run, so give both or neither."
+            )
+        if self.only is not None:
+            found += [
+                f"stage {stage.name} ({stage.kind}) has no rollouts, and debug.only is {self.only}; leave it out."
+                for stage in whole.stages
+                if not isinstance(stage, RlStage)
+            ]
+        return found + (self._assertion_violations(whole) if self.assertions else [])
+
+    def _assertion_violations(self, whole) -> list[str]:
+        """What keeps a run from checking itself."""
+        found = []
+        if not whole.sync.verify:
+            found.append("debug.assertions compares weights after each sync, but sync.verify is false; set it to true.")
+        if whole.sync.max_log_prob_gap is None:
+            found.append(
+                "debug.assertions compares log-probs of trainer and sampler, but sync.max_log_prob_gap gives no bound; "
+                "set one (1e-4 in fp32, about 0.02 in bf16)."
+            )
+        compared = (s for s in whole.stages if isinstance(s, RlStage) and not isinstance(s, SelfDistillStage))
+        if whole.policy.starting_policy == "server" and any(stage.needs_start for stage in compared):
+            found.append(
+                "debug.assertions wants the KL to a stage's start to be exactly 0 at first, but policy.starting_policy "
+                "is server, which rounds otherwise; set it to host."
+            )
+        return found
