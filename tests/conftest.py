@@ -3,6 +3,7 @@
 What the fixtures need is imported inside them, so that tests without them start at once.
 """
 
+import asyncio
 import inspect
 from pathlib import Path
 
@@ -40,3 +41,15 @@ def qwen3_server(tiny_model, tmp_path_factory):
     spec = ServerSpec("policy-0", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))
     with start_servers([spec])[0] as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def trained_server(qwen3_server, tiny_model):
+    """The same server for tests that send weights to it; it gets its first ones back."""
+    yield qwen3_server
+
+    async def restore():
+        async with qwen3_server.client() as client:
+            await client.update_from_disk(tiny_model("qwen3"), "initial")
+
+    asyncio.run(restore())

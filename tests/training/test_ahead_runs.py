@@ -43,18 +43,6 @@ def _config(root, model, steps=STEPS, **changes):
     return run_config(root / "run", model, model, root / "problems.jsonl", stages=[stage], **changes)
 
 
-@pytest.fixture(scope="module")
-def server(qwen3_server, tiny_model):
-    """The policy server, which gets its first weights back."""
-    yield qwen3_server
-
-    async def restore():
-        async with qwen3_server.client() as client:
-            await client.update_from_disk(tiny_model("qwen3"), "initial")
-
-    asyncio.run(restore())
-
-
 @contextmanager
 def throttled(server):
     """The server stands still for most of the time, so that sampling is slower than learning on any machine."""
@@ -80,16 +68,16 @@ def throttled(server):
 
 
 @pytest.fixture(scope="module")
-def killed_run(server, tiny_model, tmp_path_factory):
+def killed_run(trained_server, tiny_model, tmp_path_factory):
     """Killed while steps were under way and one was sampled that had not been learned from, then taken to its end."""
     config = _config(tmp_path_factory.mktemp("killed"), tiny_model("qwen3"))
     paths = RunDirectory(config.directory)
     journal = Journal(paths.journal)
-    with throttled(server):
-        ranks = start_ranks(config, {"policy": server})
+    with throttled(trained_server):
+        ranks = start_ranks(config, {"policy": trained_server})
         kill_when(ranks, lambda: paths.metrics.is_file() and journal.path("ahead", 3).is_file())
         kept = {step: journal.path("ahead", step).read_bytes() for step in journal.steps("ahead")}
-        finish(start_ranks(config, {"policy": server}, resume=True))
+        finish(start_ranks(config, {"policy": trained_server}, resume=True))
     assert kept == {step: journal.path("ahead", step).read_bytes() for step in kept}, "a step was sampled twice"
     return config
 
@@ -144,27 +132,29 @@ def test_the_sampler_s_log_probs_are_those_of_the_trainer_where_no_update_lies_b
     assert any(step["correction/ratio/max"] > 1.01 for step in _metrics(killed_run))
 
 
-def test_from_the_same_journal_an_uninterrupted_run_leaves_the_same_weights(killed_run, server, tmp_path):
+def test_from_the_same_journal_an_uninterrupted_run_leaves_the_same_weights(killed_run, trained_server, tmp_path):
     config = killed_run.model_copy(update={"directory": str(tmp_path / "run")})
     paths, killed = RunDirectory(config.directory), RunDirectory(killed_run.directory)
     paths.claim(config, resume=False).release()
     shutil.copytree(killed.journal, paths.journal, dirs_exist_ok=True)
-    finish(start_ranks(config, {"policy": server}, resume=True))
+    finish(start_ranks(config, {"policy": trained_server}, resume=True))
     name = "ahead/model.safetensors"
     assert filecmp.cmp(paths.models / name, killed.models / name, shallow=False)
 
 
-def test_traces_held_in_place_go_on_and_a_failure_ahead_ends_the_run_with_its_sentence(server, tiny_model, tmp_path):
+def test_traces_held_in_place_go_on_and_a_failure_ahead_ends_the_run_with_its_sentence(
+    trained_server, tiny_model, tmp_path
+):
     alone = {"model": str(tiny_model("qwen3")), "max_tokens": 160}
     config = _config(tmp_path, tiny_model("qwen3"), steps=1000, policy=alone, sync={"hold": "in_place"})
-    ranks = start_ranks(config, {"policy": server})
+    ranks = start_ranks(config, {"policy": trained_server})
     metrics = RunDirectory(config.directory).metrics
     wait_until(
         lambda: (metrics.is_file() and _mixed(config) and len(_metrics(config)) >= 6) or not ranks.running(), 300
     )
 
     async def abort():
-        async with server.client() as client:
+        async with trained_server.client() as client:
             await client.pause("abort")
             await client.continue_()
 
