@@ -1,6 +1,7 @@
 """The console command `exprl`."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,21 @@ from exprl_megatron.evaluation.command import eval_command
 from exprl_megatron.planning.command import plan_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class ServersFrom(StrEnum):
+    """Who starts the servers of a run."""
+
+    OWN = "own"
+    REGISTERED = "registered"
+
+
+class ServerKind(StrEnum):
+    """What servers are for: sampling, judging, or scoring the starting policy."""
+
+    POLICY = "policy"
+    JUDGE = "judge"
+    START = "start"
 
 
 @app.callback()
@@ -24,6 +40,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, for example stages.0.steps=3")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and the processes; start none.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last complete checkpoint.")] = False,
+    servers: Annotated[
+        ServersFrom, typer.Option(help="Start the servers here, or wait for those that `exprl serve` registers.")
+    ] = ServersFrom.OWN,
 ) -> None:
     """Run the stages of a config, one after the other."""
     from exprl_megatron.config.load import load_config
@@ -34,7 +53,22 @@ def train(
     if dry_run:
         print_plan(load_config(config, overrides or []))
         return
-    launch(load_config(config, overrides or [], model_violations), resume)
+    launch(load_config(config, overrides or [], model_violations), resume, servers is ServersFrom.REGISTERED)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
+    kind: Annotated[ServerKind, typer.Option(help="Which of the run's servers.")] = ServerKind.POLICY,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="This node's number. (default: Slurm's, else 0)")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes that share them. (default: Slurm's, else 1)")] = None,
+) -> None:
+    """Keep this machine's share of a run's servers, for `exprl train --servers registered`, until the run has ended."""
+    from exprl_megatron.config.load import load_config
+    from exprl_megatron.training.serve import Share, serve
+
+    serve(load_config(config, overrides or []), kind.value, Share.of_this_node(node_rank, nodes))
 
 
 @app.command("judge-bench")

@@ -18,6 +18,17 @@ class Claim:
             self._file.close()
             raise UserError(f"Another process is running in {root}; wait for it, or stop it.") from error
 
+    @classmethod
+    def is_held(cls, root: Path) -> bool:
+        """Whether a live process, this one included, has the directory; it need not exist."""
+        if not (root / "lock").is_file():
+            return False
+        try:
+            cls(root).release()
+        except UserError:
+            return True
+        return False
+
     def release(self) -> None:
         """Give the directory back."""
         self._file.close()

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from exprl_megatron.config.base import Config
 
@@ -19,6 +19,8 @@ class ServerConfig(Config):
     max_running_requests: PositiveInt | None = None
     start_deadline_s: float = Field(600.0, gt=0)
     request_deadline_s: float = Field(600.0, gt=0)
+    restarts: NonNegativeInt = 3
+    """How often a server that has died is started anew; once more and the run stops."""
     extra_args: tuple[str, ...] = ()
     """Passed to `sglang.launch_server` as they are."""
 

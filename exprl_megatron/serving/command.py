@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.serving.ports import LOCAL
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 CPU_MAX_TOTAL_TOKENS = 65_536
@@ -17,15 +18,23 @@ _TORCHRUN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def server_command(
-    model: Path, config: ServerConfig, *, dtype: str, port: int, seed: int, weight_version: str, cuda: bool
+    model: Path,
+    config: ServerConfig,
+    *,
+    dtype: str,
+    port: int,
+    seed: int,
+    weight_version: str,
+    cuda: bool,
+    bind: str = LOCAL,
 ) -> list[str]:
-    """Arguments of `python -m sglang.launch_server`.
+    """Arguments of `python -m sglang.launch_server`; it listens at the address `bind`.
 
     On a CPU requests are sampled from their own seed. On CUDA SGLang honours it only with
     `--enable-deterministic-inference`, which costs speed and is left to `config.extra_args`.
     """
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--tp-size", str(config.tp)]
+    command += ["--host", bind, "--port", str(port), "--tp-size", str(config.tp)]
     command += ["--random-seed", str(seed), "--weight-version", weight_version]
     command += ["--log-level-http", "warning", "--sleep-on-idle"]
     max_total_tokens = config.max_total_tokens

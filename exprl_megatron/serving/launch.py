@@ -5,8 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.serving import supervise
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.command import has_cuda, server_command, server_environment
+from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.serving.ports import free_ports, is_free
+from exprl_megatron.serving.ports import EVERYWHERE, LOCAL, free_ports, is_free
 
 SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """What a server's `dtype` is for each `policy.precision.dtype`."""
@@ -50,6 +50,8 @@ class ServerSpec:
     seed: int = 0
     weight_version: str = "initial"
     """What traces carry until the first update."""
+    host: str | None = None
+    """The name under which other machines reach this one; None: only processes of this machine reach the server."""
 
 
 def server_specs(
@@ -85,6 +87,10 @@ class Server:
         self.name = spec.name
         self.url = url
         self.log_file = log_file
+        self.incarnation = uuid.uuid4().hex[:8]
+        """Tells this start of the server from every other one."""
+        self.registered = False
+        """Whether its keeper has made it known."""
         self._config = spec.config
         self._process = process
         self._started = time.monotonic()
@@ -116,7 +122,7 @@ class Server:
         status = self._process.poll()
         if status is not None:
             raise self._error(f"ended with status {status} while starting")
-        if self._healthy():
+        if healthy(self.url):
             return True
         deadline_s = self._config.start_deadline_s
         if time.monotonic() - self._started > deadline_s:
@@ -133,12 +139,9 @@ class Server:
         self.ask_to_stop()
         self._process.wait()
 
-    def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
-                return reply.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
+    def death(self, besides: str) -> ServerError:
+        """The error that tells that the server has died, and what is to be said `besides`."""
+        return self._error(f"died {besides}; go on with --resume")
 
     def _error(self, what: str) -> ServerError:
         return ServerError(f"{self.name} ({self.url}) {what}.{log_tail(self.log_file)}")
@@ -198,6 +201,7 @@ def _launch(spec: ServerSpec, port: int) -> Server:
         seed=spec.seed,
         weight_version=spec.weight_version,
         cuda=cuda,
+        bind=_address(spec),
     )
     spec.log_dir.mkdir(parents=True, exist_ok=True)
     log_file = spec.log_dir / f"{spec.name}.log"
@@ -212,7 +216,12 @@ def _launch(spec: ServerSpec, port: int) -> Server:
             # Ctrl-C is for us: we decide when servers stop.
             start_new_session=True,
         )
-    return Server(spec, f"http://127.0.0.1:{port}", log_file, process)
+    return Server(spec, f"http://{spec.host or LOCAL}:{port}", log_file, process)
+
+
+def _address(spec: ServerSpec) -> str:
+    """What the server listens at."""
+    return LOCAL if spec.host is None else EVERYWHERE
 
 
 def _ports(specs: Sequence[ServerSpec]) -> list[int]:
@@ -224,7 +233,7 @@ def _ports(specs: Sequence[ServerSpec]) -> list[int]:
             raise UserError(
                 f"Port {spec.port} is wanted by {configured[spec.port]} and by {spec.name}; set another port for one."
             )
-        if not is_free(spec.port):
+        if not is_free(spec.port, _address(spec)):
             raise UserError(
                 f"Port {spec.port}, configured for {spec.name}, is in use; set another port, or none to get a free one."
             )

@@ -1,13 +1,16 @@
-"""Ports on the local machine."""
+"""The local machine: its ports, and its name."""
 
+import os
 import random
 import socket
 
 # Below the ports that the kernel gives to outgoing connections: one of those may be taken while a server starts.
 _RANGE = range(20_000, 32_000)
+LOCAL = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"
 
 
-def is_free(port: int, host: str = "127.0.0.1") -> bool:
+def is_free(port: int, host: str = LOCAL) -> bool:
     """Whether a server could listen on `port` now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -31,3 +34,17 @@ def free_ports(count: int, taken: set[int] = frozenset()) -> list[int]:
         if port not in taken and is_free(port):
             found.append(port)
     raise OSError(f"fewer than {count} free ports between {_RANGE.start} and {_RANGE.stop}")
+
+
+def this_host() -> str:
+    """The name under which other machines of the job reach this one: Slurm's for the node, else the machine's own."""
+    node = os.environ.get("SLURMD_NODENAME")
+    return node if node and _resolves(node) else socket.gethostname()
+
+
+def _resolves(name: str) -> bool:
+    try:
+        socket.gethostbyname(name)
+    except OSError:
+        return False
+    return True

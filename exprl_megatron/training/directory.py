@@ -27,6 +27,9 @@ class RunDirectory:
         self.sync = self.root / "sync"
         self.judgements = self.root / "judgements.sqlite"
         self.servers = self.root / "servers.json"
+        self.registry = self.root / "servers"
+        self.resolved = self.root / "resolved.yaml"
+        self.stop_request = self.root / "stop"
 
     def claim(self, config: RunConfig, resume: bool) -> "Claim":
         """Take the directory for this process and write the resolved config into it.
@@ -41,7 +44,9 @@ class RunDirectory:
                 f"The directory {self.root} already holds a run; "
                 "go on with it by --resume, or choose another directory."
             )
-        if not known and self.root.is_dir() and any(self.root.iterdir()):
+        # Servers that `exprl serve` keeps may be there before the run, and the config that a recipe gave it.
+        before = (self.registry, self.resolved)
+        if not known and self.root.is_dir() and any(path not in before for path in self.root.iterdir()):
             raise UserError(f"The directory {self.root} holds other files; choose a new or empty directory.")
         if not known and resume:
             raise UserError(f"There is no run in {self.root} to resume; start it without --resume.")
@@ -54,6 +59,7 @@ class RunDirectory:
                 shutil.rmtree(self.logs, ignore_errors=True)
             for path in (self.logs, self.journal, self.checkpoints, self.models, self.evaluations):
                 path.mkdir(exist_ok=True)
+            self.stop_request.unlink(missing_ok=True)
             write_atomically(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
         except BaseException:
             claim.release()

@@ -3,9 +3,11 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.errors import ServerError
+from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.files import Claim, write_atomically
 from exprl_megatron.serving.launch import (
     SERVED_DTYPES,
     Server,
@@ -17,29 +19,44 @@ from exprl_megatron.serving.launch import (
     stop_servers,
 )
 from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.training.directory import RunDirectory, write_atomically
+from exprl_megatron.serving.registry import Registry
+from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.preflight import check_inputs
 from exprl_megatron.training.ranks import TrainerRanks
 
 _POLL_S = 0.2
 
 
-def launch(config: RunConfig, resume: bool) -> None:
-    """Run `config` to its end on this machine.
+def launch(config: RunConfig, resume: bool, registered: bool = False) -> None:
+    """Run `config` to its end on this machine; where its servers are `registered`, start none but wait for those.
 
     Raises UserError before anything is started where the input is bad; ServerError or RunStopped where the
     run ends early. Whatever happens, no process is left behind.
     """
     directory = RunDirectory(config.directory)
-    check_inputs(config)
-    check_servers(wanted_servers(config, directory))
-    claim = directory.claim(config, resume)
+    registry = Registry(directory.registry)
+    wanted = wanted_servers(config, directory)
+    try:
+        check_inputs(config)
+        if not registered:
+            check_servers(wanted)
+        claim = directory.claim(config, resume)
+    except UserError:
+        if registered and not Claim.is_held(directory.root):
+            registry.end()
+        raise
     interrupt_on_sigterm()
     servers: list[Server] = []
     ranks: TrainerRanks | None = None
     try:
-        servers = launch_servers(wanted_servers(config, directory))
-        write_atomically(directory.servers, json.dumps([_address(server) for server in servers]).encode())
+        registry.begin()
+        if registered:
+            found = registry.wait([spec.name for spec in wanted], config.server.start_deadline_s)
+            addresses = [asdict(server) for server in found]
+        else:
+            servers = launch_servers(wanted)
+            addresses = [_address(server) for server in servers]
+        write_atomically(directory.servers, json.dumps(addresses).encode())
         ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.servers)
         while ranks.running():
             _check_alive(servers)
@@ -48,6 +65,7 @@ def launch(config: RunConfig, resume: bool) -> None:
         if ranks is not None:
             ranks.stop()
         stop_servers(servers)
+        registry.end()
         claim.release()
 
 

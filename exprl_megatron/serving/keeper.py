@@ -1,0 +1,55 @@
+"""Keeps servers running: registers each when it is ready and starts one anew that has died."""
+
+from collections.abc import Sequence
+
+from exprl_megatron.serving.launch import Server, ServerSpec, launch_servers, stop_servers
+from exprl_megatron.serving.registry import RegisteredServer, Registry
+
+
+class Keeper:
+    """The servers of `specs` in `registry`, from `start` to `stop`; `tend` is to be called several times a second."""
+
+    def __init__(self, specs: Sequence[ServerSpec], registry: Registry):
+        self._specs = list(specs)
+        self._registry = registry
+        self._servers: dict[str, Server] = {}
+        self._restarts = dict.fromkeys((spec.name for spec in specs), 0)
+
+    def start(self) -> None:
+        """Start all servers and return at once. Raises UserError as launch_servers does."""
+        for spec in self._specs:
+            # An earlier attempt may have left it.
+            self._registry.withdraw(spec.name)
+        self._servers = {server.name: server for server in launch_servers(self._specs)}
+
+    def tend(self) -> None:
+        """Register what has become ready; start anew what has died.
+
+        Raises ServerError where a server dies before it was ever ready, is not ready within its start_deadline_s, or
+        has died more often than `restarts` of its config allows.
+        """
+        for spec in self._specs:
+            server = self._servers[spec.name]
+            if not server.alive() and (server.registered or self._restarts[spec.name]):
+                self._start_anew(spec, server)
+            elif not server.registered and server.ready():
+                self._registry.register(_registration(server))
+                server.registered = True
+
+    def stop(self) -> None:
+        """End all servers and withdraw them."""
+        for name in self._servers:
+            self._registry.withdraw(name)
+        stop_servers(list(self._servers.values()))
+
+    def _start_anew(self, spec: ServerSpec, dead: Server) -> None:
+        self._registry.withdraw(spec.name)
+        if self._restarts[spec.name] == spec.config.restarts:
+            raise dead.death(f"and has been started anew {spec.config.restarts} times (restarts of its config)")
+        self._restarts[spec.name] += 1
+        (self._servers[spec.name],) = launch_servers([spec])
+
+
+def _registration(server: Server) -> RegisteredServer:
+    kind = server.name.rpartition("-")[0]
+    return RegisteredServer(kind, server.name, server.url, str(server.log_file), server.incarnation)

@@ -1,0 +1,99 @@
+"""The servers of a run, each in a file of a directory that all of the run's machines see.
+
+Whoever keeps servers writes a server's file when it is ready and removes it when it is not; whoever sends requests
+reads them. A server that was started anew has the same name and another incarnation.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from exprl_megatron.errors import ServerError
+from exprl_megatron.files import write_atomically
+from exprl_megatron.serving.health import healthy
+
+Kind = Literal["policy", "judge", "start"]
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class RegisteredServer:
+    """A server that is ready for requests."""
+
+    kind: Kind
+    name: str
+    """As in messages: `policy-0`."""
+    url: str
+    log_file: str
+    """On the machine that the server runs on."""
+    incarnation: str
+    """Differs from start to start of the same server."""
+
+
+class Registry:
+    """Registrations in `directory`, as `<name>.json`; the directory need not exist yet."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._ended = directory / "ended"
+
+    def register(self, server: RegisteredServer) -> None:
+        """Make the server known; replaces an earlier incarnation."""
+        write_atomically(self._file(server.name), json.dumps(asdict(server)).encode())
+
+    def withdraw(self, name: str) -> None:
+        """Make the server unknown; does nothing where it is."""
+        self._file(name).unlink(missing_ok=True)
+
+    def find(self, name: str) -> RegisteredServer | None:
+        """The server of that name, if it is registered."""
+        try:
+            return RegisteredServer(**json.loads(self._file(name).read_text()))
+        except FileNotFoundError:
+            return None
+
+    def all(self) -> list[RegisteredServer]:
+        """All registered servers, by name."""
+        found = (self.find(file.stem) for file in sorted(self.directory.glob("*.json")))
+        return [server for server in found if server is not None]
+
+    def wait(self, names: Iterable[str], deadline_s: float) -> list[RegisteredServer]:
+        """All of `names`, once every one is registered and well.
+
+        Raises ServerError naming those that are missing after `deadline_s`. An old registration whose server is gone
+        counts as none.
+        """
+        deadline = time.monotonic() + deadline_s
+        names = list(names)
+        while True:
+            found = {name: self.find(name) for name in names}
+            missing = [name for name, server in found.items() if server is None or not healthy(server.url)]
+            if not missing:
+                return list(found.values())
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{', '.join(missing)} did not register in {self.directory} within server.start_deadline_s "
+                    f"({deadline_s:g} s); start them with `exprl serve`, and see their logs there."
+                )
+            time.sleep(_POLL_S)
+
+    def end(self) -> None:
+        """Tell whoever keeps the servers that the run has ended."""
+        write_atomically(self._ended, b"")
+
+    def ending(self) -> int | None:
+        """When the run was last said to have ended (nanoseconds of that file's clock), or None."""
+        try:
+            return self._ended.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def begin(self) -> None:
+        """Forget that an earlier attempt at the run has ended."""
+        self._ended.unlink(missing_ok=True)
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name}.json"

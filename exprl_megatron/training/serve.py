@@ -1,0 +1,70 @@
+"""`exprl serve`: one machine's share of a run's servers, kept until the run has ended."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.serving.keeper import Keeper
+from exprl_megatron.serving.launch import ServerSpec, interrupt_on_sigterm
+from exprl_megatron.serving.ports import this_host
+from exprl_megatron.serving.registry import Kind, Registry
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.launch import wanted_servers
+
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Share:
+    """Node number `node_rank` of `nodes` that share servers: server i belongs to node i modulo their number."""
+
+    node_rank: int
+    nodes: int
+
+    @classmethod
+    def of_this_node(cls, node_rank: int | None = None, nodes: int | None = None) -> Self:
+        """What is not given is taken from Slurm's step, and without one there is this node alone.
+
+        Raises UserError where `node_rank` is not below `nodes`.
+        """
+        if node_rank is None:
+            node_rank = int(os.environ.get("SLURM_NODEID") or os.environ.get("SLURM_PROCID") or 0)
+        if nodes is None:
+            nodes = int(os.environ.get("SLURM_NNODES") or 1)
+        if node_rank >= nodes:
+            raise UserError(f"--node-rank is {node_rank}, but there are only {nodes} --nodes; count nodes from 0.")
+        return cls(node_rank, nodes)
+
+    def of(self, specs: Sequence[ServerSpec]) -> list[ServerSpec]:
+        """Those of `specs` that are this node's."""
+        return [spec for i, spec in enumerate(specs) if i % self.nodes == self.node_rank]
+
+
+def serve(config: RunConfig, kind: Kind, share: Share) -> None:
+    """Start this node's share of the run's servers of `kind`, register them, and start anew what dies.
+
+    Returns when the run has ended. Raises UserError where the run has no such server or its model cannot be served;
+    ServerError where one does not start or dies too often. Whatever happens, no process is left behind.
+    """
+    directory = RunDirectory(config.directory)
+    specs = [spec for spec in wanted_servers(config, directory) if spec.name.startswith(f"{kind}-")]
+    if not specs:
+        raise UserError(f"--kind is {kind}, but no stage of this config needs such a server; leave it out.")
+    registry = Registry(directory.registry)
+    # An end that is already there is that of an earlier attempt.
+    earlier = registry.ending()
+    # Beside the registrations, since the run may not have its directory yet.
+    own = [replace(spec, host=this_host(), log_dir=registry.directory) for spec in share.of(specs)]
+    interrupt_on_sigterm()
+    keeper = Keeper(own, registry)
+    try:
+        keeper.start()
+        while registry.ending() in (None, earlier):
+            keeper.tend()
+            time.sleep(_POLL_S)
+    finally:
+        keeper.stop()
