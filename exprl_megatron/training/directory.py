@@ -24,6 +24,7 @@ class RunDirectory:
         self.evaluations = self.root / "evaluations"
         self.tensorboard = self.root / "tensorboard"
         self.metrics = self.root / "metrics.jsonl"
+        self.timeline = self.root / "timeline.jsonl"
         self.sync = self.root / "sync"
         self.judgements = self.root / "judgements.sqlite"
         self.servers = self.root / "servers.json"

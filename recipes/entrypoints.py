@@ -1,0 +1,84 @@
+"""What can be run of each model: stage 1, stage 2, the two as one experiment, and the rivals of stage 1.
+
+`nemorun recipes exprl --factory llama3p3_70b run.executor=slurm ...`, or `python -m recipes` in the place of
+`nemorun recipes`. Every argument can be set on the command line: `config.stages[0].steps=20 nodes.trainer=10`.
+"""
+
+from typing import Any
+
+import nemo_run as run
+
+from recipes.experiment import Job, submit
+from recipes.places import Nodes, Site
+from recipes.trees import as_config, as_run_config
+
+
+@run.cli.entrypoint(namespace="recipes", type="experiment")
+def exprl(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool = False) -> None:
+    """Stage 1: priming with dense rewards from the judge."""
+    _single(ctx, config, nodes, site, resume)
+
+
+@run.cli.entrypoint(namespace="recipes", type="experiment")
+def sparse_rl(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool = False) -> None:
+    """Stage 2: reinforcement learning from right or wrong answers."""
+    _single(ctx, config, nodes, site, resume)
+
+
+@run.cli.entrypoint(namespace="recipes", type="experiment")
+def sft(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool = False) -> None:
+    """A rival of stage 1: supervised fine-tuning on the references."""
+    _single(ctx, config, nodes, site, resume)
+
+
+@run.cli.entrypoint(namespace="recipes", type="experiment")
+def self_distill(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool = False) -> None:
+    """A rival of stage 1: self-distillation from the start, which sees the reference."""
+    _single(ctx, config, nodes, site, resume)
+
+
+@run.cli.entrypoint(namespace="recipes", type="experiment")
+def exprl_then_sparse_rl(
+    ctx: run.cli.RunContext,
+    prime: dict,
+    sparse: dict,
+    prime_nodes: Nodes,
+    sparse_nodes: Nodes,
+    site: Site,
+    resume: bool = False,
+) -> None:
+    """Both stages, each a job of its own: the second starts from the weights that the first leaves.
+
+    `sparse.policy.model` is set to them.
+    """
+    first = Job("prime", as_run_config(prime, "prime"), prime_nodes)
+    model = f"{first.config.directory}/models/{first.config.stages[-1].name}"
+    sparse["policy"]["model"] = model
+    second = Job("sparse", as_run_config(sparse, "sparse"), sparse_nodes)
+    submit(ctx, [first, second], site, resume)
+
+
+def recipe(entrypoint: Any, name: str, nodes: Nodes, config: dict) -> run.Partial:
+    """What a factory of the single stages returns: `entrypoint` for `config` on `nodes`."""
+    return run.Partial(entrypoint, config=as_config(config, name), nodes=_config(nodes), site=run.Config(Site))
+
+
+def two_stage_recipe(name: str, prime: tuple[Nodes, dict], sparse: tuple[Nodes, dict]) -> run.Partial:
+    """What a factory of exprl_then_sparse_rl returns."""
+    return run.Partial(
+        exprl_then_sparse_rl,
+        prime=as_config(prime[1], name),
+        sparse=as_config(sparse[1], name),
+        prime_nodes=_config(prime[0]),
+        sparse_nodes=_config(sparse[0]),
+        site=run.Config(Site),
+    )
+
+
+def _single(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool) -> None:
+    checked = as_run_config(config, "config")
+    submit(ctx, [Job(checked.stages[0].name, checked, nodes)], site, resume)
+
+
+def _config(nodes: Nodes) -> run.Config[Nodes]:
+    return run.Config(Nodes, trainer=nodes.trainer, policy=nodes.policy, judge=nodes.judge, gpus=nodes.gpus)

@@ -1,0 +1,60 @@
+"""A submitted experiment from another process: how it stands, what its components wrote, and its end."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import nemo_run as run
+
+from exprl_megatron.errors import UserError
+from recipes.experiment import outcomes
+
+
+def find(name: str) -> run.Experiment:
+    """The experiment of that id, or the latest of that title; UserError where there is none."""
+    for look in (run.Experiment.from_id, run.Experiment.from_title):
+        try:
+            return look(name)
+        except (AssertionError, FileNotFoundError):
+            continue
+    raise UserError(f"There is no experiment {name} in NEMORUN_HOME; give an id or a title.")
+
+
+def print_status(name: str) -> bool:
+    """Print one line for each job; whether none has failed."""
+    with find(name) as experiment:
+        found = outcomes(experiment)
+    for job, state in found.items():
+        print(f"{job}: {state}")
+    return not {"FAILED", "CANCELLED"} & set(found.values())
+
+
+def print_logs(name: str, lines: int) -> None:
+    """Print the last `lines` of whatever a job's components, its servers and its trainer ranks wrote."""
+    with find(name) as experiment:
+        for job, tasks in zip(experiment.jobs, experiment.tasks, strict=True):
+            tasks = tasks if isinstance(tasks, list) else [tasks]
+            kinds = ", ".join(f"{i} {task.metadata['component']}" for i, task in enumerate(tasks))
+            print(f"#### {job.id}: {kinds}", flush=True)
+            print(_tails(job.executor, tasks[0].metadata["run"], lines), flush=True)
+
+
+def cancel(name: str) -> None:
+    """End every job of an experiment."""
+    with find(name) as experiment:
+        for job in experiment.jobs:
+            experiment.cancel(job.id)
+
+
+def _tails(executor: run.Executor, directory: str, lines: int) -> str:
+    """The ends of a job's log files and of those in its run's directory, each under its name."""
+    if isinstance(executor, run.SlurmExecutor):
+        jobs = f"{Path(executor.tunnel.job_dir) / Path(executor.job_dir).name}/log-*"
+    else:
+        jobs = f"{executor.job_dir}/nemo_run/*/*/0/combined.log"
+    of_run = " ".join(f"{shlex.quote(directory)}/{place}/*.log" for place in ("servers", "logs"))
+    command = f"tail -v -n {lines} $(ls {jobs} {of_run} 2>/dev/null) </dev/null"
+    if isinstance(executor, run.SlurmExecutor):
+        executor.tunnel.connect()
+        return executor.tunnel.run(command, hide=True, warn=True).stdout
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout

@@ -1,0 +1,128 @@
+"""Where the processes of a job run: nodes, GPUs, and how code, data and secrets are found there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import ceil
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import UserError
+
+_REWRITTEN = "/nemo_run"
+
+
+@dataclass
+class Nodes:
+    """Nodes of each kind of process; 0 servers' nodes: they share those of the kind before them."""
+
+    trainer: int = 1
+    policy: int = 0
+    """0: sampling servers share the trainer's nodes (colocated)."""
+    judge: int = 0
+    """0: judge servers share the sampling servers' nodes."""
+    gpus: int = 8
+    """GPUs of a node; 0 on a machine without any."""
+
+
+@dataclass
+class Site:
+    """How a job finds what it needs on the machine where it runs."""
+
+    workdir: str = ""
+    """Relative paths of the config are taken from here; empty: the directory of the submission."""
+    venv: str = ".venv"
+    """Put in front of PATH where it is there and no container is used; empty: `exprl` is on the PATH."""
+    environment: list[str] = field(default_factory=list)
+    """Names of variables that the job needs, as for secrets: their values are in no file that is written here."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Variables that are set in the job's scripts, for all to read."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """Processes of one kind in a job: a script that runs once on each of its nodes."""
+
+    kind: str
+    """`trainer`, `policy`, `judge` or `start`."""
+    nodes: int
+    allocation: int
+    """Components with the same number share their nodes."""
+    devices: tuple[int, ...] | None = None
+    """The GPUs of each node that are this component's; None: all."""
+
+
+def components(config: RunConfig, nodes: Nodes) -> list[Component]:
+    """The components of a job that runs `config`, the trainer first.
+
+    Raises UserError with a sentence for every way in which they do not fit on `nodes`.
+    """
+    found = [Component("trainer", nodes.trainer, 0)]
+    for kind, of_its_own in _wanted(config, nodes):
+        last = found[-1]
+        if of_its_own:
+            found.append(Component(kind, of_its_own, last.allocation + 1))
+        else:
+            found.append(Component(kind, last.nodes, last.allocation))
+    if nodes.gpus:
+        found = [_on_devices(component, found, config) for component in found]
+    if sentences := list(_violations(config, nodes, found)):
+        raise UserError("\n".join(sentences))
+    return found
+
+
+def check_path(what: str, path: str) -> None:
+    """Raise UserError where NeMo-Run would rewrite `path` in a job's script."""
+    if _REWRITTEN in path:
+        raise UserError(
+            f"{what} is {path}, but NeMo-Run replaces every {_REWRITTEN} in a job's scripts by the job's directory; "
+            "choose a path without it."
+        )
+
+
+def _wanted(config: RunConfig, nodes: Nodes) -> Iterator[tuple[str, int]]:
+    """Kinds of servers that the config wants, with their own nodes."""
+    if config.samples:
+        yield "policy", nodes.policy
+    if config.scores_start:
+        yield "start", 0
+    if config.judges and not config.judge.endpoints:
+        yield "judge", nodes.judge
+
+
+def _needed(component: Component, config: RunConfig) -> int:
+    """GPUs of a node that the component uses."""
+    if component.kind == "trainer":
+        return ceil(config.policy.layout.world_size / component.nodes)
+    servers = {"policy": config.server, "start": config.start_server}
+    server = config.judge.server if component.kind == "judge" else servers[component.kind]
+    return ceil(server.count / component.nodes) * server.tp
+
+
+def _on_devices(component: Component, all_components: list[Component], config: RunConfig) -> Component:
+    """The component with its share of nodes that others use too; sampling servers take turns with the trainer."""
+    sharing = [other for other in all_components if other.allocation == component.allocation]
+    if len(sharing) == 1:
+        return component
+    turns = [other for other in sharing if other.kind in ("trainer", "policy")]
+    apart = [other for other in sharing if other not in turns]
+    first = 0
+    if component in apart:
+        first = max((_needed(other, config) for other in turns), default=0)
+        first += sum(_needed(other, config) for other in apart[: apart.index(component)])
+    devices = tuple(range(first, first + _needed(component, config)))
+    return Component(component.kind, component.nodes, component.allocation, devices)
+
+
+def _violations(config: RunConfig, nodes: Nodes, found: list[Component]) -> Iterator[str]:
+    world = config.policy.layout.world_size
+    if world % nodes.trainer:
+        yield (
+            f"nodes.trainer is {nodes.trainer}, which does not divide the {world} trainer processes of policy.layout; "
+            "change one of them."
+        )
+    for component in found if nodes.gpus else ():
+        last = component.devices[-1] + 1 if component.devices else _needed(component, config)
+        if last > nodes.gpus:
+            yield (
+                f"{component.kind} needs {last} GPUs of each of its {component.nodes} nodes, which have {nodes.gpus} "
+                f"(nodes.gpus); give it more nodes, or make it smaller."
+            )
