@@ -1,0 +1,116 @@
+"""The same requests to one server through our client and through SGLang's own `bench_serving`, and their cost to us."""
+
+import asyncio
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from sglang.benchmark.datasets.random import sample_random_requests
+from transformers import AutoTokenizer
+
+from exprl_megatron.config.serving import SamplingConfig
+from exprl_megatron.errors import RunStopped
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.command import has_cuda, server_environment
+from exprl_megatron.together import together
+
+_SEED = 42
+_SAMPLING_SEED = 1
+
+
+@dataclass(frozen=True)
+class Load:
+    """`requests` prompts of random ids, all sent at once."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Of every request."""
+        return SamplingConfig(max_new_tokens=self.output_tokens)
+
+    def prompts(self, model: Path) -> list[list[int]]:
+        """The token ids that `bench_serving` makes of the same numbers and its `--seed`."""
+        random.seed(_SEED)
+        np.random.seed(_SEED)
+        rows = sample_random_requests(
+            self.input_tokens,
+            self.output_tokens,
+            self.requests,
+            1.0,
+            AutoTokenizer.from_pretrained(model),
+            "",
+            random_sample=False,
+            return_text=False,
+        )
+        return [row.prompt for row in rows]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What became of a load."""
+
+    seconds: float
+    output_tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.output_tokens / self.seconds
+
+
+async def through_our_client(url: str, prompts: list[list[int]], sampling: SamplingConfig) -> Served:
+    """All prompts at once, as a step's traces are sampled. Raises ServerError."""
+    async with SGLangClient(url, "server", deadline_s=3600.0) as client:
+        started = time.perf_counter()
+        generations = await together(
+            client.generate(prompt, seed=_SAMPLING_SEED, **sampling.model_dump()) for prompt in prompts
+        )
+        seconds = time.perf_counter() - started
+    return Served(seconds, sum(len(generation.token_ids) for generation in generations))
+
+
+def through_bench_serving(url: str, model: Path, load: Load, stream: bool, directory: Path) -> Served:
+    """The same in a process of `sglang.bench_serving`; `stream` is its default. Raises RunStopped where it fails."""
+    result = directory / f"bench_serving-{time.monotonic_ns()}.jsonl"
+    sampling = load.sampling.model_dump() | {"sampling_seed": _SAMPLING_SEED}
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", url]
+    command += ["--model", str(model), "--tokenizer", str(model), "--dataset-name", "random-ids", "--tokenize-prompt"]
+    command += ["--num-prompts", str(load.requests), "--random-input-len", str(load.input_tokens)]
+    command += ["--random-output-len", str(load.output_tokens), "--random-range-ratio", "1.0"]
+    command += ["--extra-request-body", json.dumps({"sampling_params": sampling}), "--return-logprob"]
+    command += ["--seed", str(_SEED), "--warmup-requests", "0", "--disable-tqdm", "--output-file", str(result)]
+    command += ["--output-details", *([] if stream else ["--disable-stream"])]
+    environment = server_environment(os.environ, cuda=has_cuda(), tp=1)
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if ended.returncode or not result.is_file():
+        raise RunStopped(f"sglang.bench_serving ended with status {ended.returncode}: {ended.stderr.strip()[-1500:]}")
+    found = json.loads(result.read_text().splitlines()[-1])
+    if found["completed"] != load.requests:
+        raise RunStopped(f"sglang.bench_serving had {found['completed']} of {load.requests} requests answered.")
+    return Served(found["duration"], sum(found["output_lens"]))
+
+
+def peak_of_in_flight(url: str, load: Load, model: Path) -> dict[str, float]:
+    """Megabytes (1e6) that this process grew by while the load was under way, at its peak; call in a fresh process."""
+    prompts = load.prompts(model)
+    before = _peak_mb()
+    served = asyncio.run(through_our_client(url, prompts, load.sampling))
+    return {
+        "requests": load.requests,
+        "seconds": served.seconds,
+        "grown_mb": _peak_mb() - before,
+        "peak_mb": _peak_mb(),
+    }
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

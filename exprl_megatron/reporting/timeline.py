@@ -1,0 +1,64 @@
+"""When a run did what: one JSON object for every span of work, in timeline.jsonl."""
+
+import json
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from exprl_megatron.errors import UserError
+
+STEP = "step"
+"""The span of a whole step, but for the checkpoint behind it."""
+ROLLOUTS = "sample_and_grade"
+"""The trainer waits for the step's graded groups."""
+SAMPLING, GRADING = "sampling", "grading"
+"""From the step's first request to its last finished trace; from its first finished trace to its last grade."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Work of one step, in seconds since the epoch."""
+
+    stage: str
+    step: int
+    name: str
+    """STEP, ROLLOUTS, SAMPLING, GRADING, or what the trainer does: sync, log_probs, train, save."""
+    start: float
+    end: float
+
+    def inside(self, start: float, end: float) -> float:
+        """How many of its seconds lie between `start` and `end`."""
+        return max(0.0, min(self.end, end) - max(self.start, start))
+
+
+class Timeline:
+    """Appends spans to a file; several threads may."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._lock = threading.Lock()
+
+    def add(self, span: Span) -> None:
+        """Keep `span`; on disk when this returns."""
+        record = asdict(span) | {"start": round(span.start, 4), "end": round(span.end, 4)}
+        with self._lock:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_timeline(path: Path) -> list[Span]:
+    """All spans in the order in which they ended; a last line cut off by a crash is left out.
+
+    Raises UserError where there is no such file, or a line is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no {path}; name the directory of a run that has taken a step.")
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [Span(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete the damaged line.") from error

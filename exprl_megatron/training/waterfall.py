@@ -1,0 +1,42 @@
+"""`exprl waterfall`: what the steps of a run spent their time on."""
+
+import json as json_text
+from pathlib import Path
+
+from rich.console import Console
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.reporting.timeline import read_timeline
+from exprl_megatron.reporting.waterfall import (
+    bottleneck,
+    draw_timeline,
+    mean_phases,
+    step_times,
+    waterfall_table,
+)
+from exprl_megatron.training.directory import RunDirectory
+
+
+def show_waterfall(run: Path, stage: str | None, last: int, picture: Path | None, json: bool) -> None:
+    """Print the phases of the last steps of a stage (None: of the run's latest), and draw them.
+
+    Raises UserError where the run has no such steps.
+    """
+    spans = read_timeline(RunDirectory(run).timeline)
+    times = step_times(spans)
+    stage = stage or (times[-1].stage if times else "")
+    chosen = [time for time in times if time.stage == stage][-last:]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(time.stage for time in times)) or "none"
+        raise UserError(f"{run} has no finished step of stage {stage or '(any)'}; it has steps of: {known}.")
+    phases = mean_phases(chosen)
+    title = f"{stage}, steps {chosen[0].step} to {chosen[-1].step}"
+    if json:
+        steps = [{"step": time.step, **time.phases} for time in chosen]
+        print(json_text.dumps({"stage": stage, "mean": phases, "bottleneck": bottleneck(phases), "steps": steps}))
+    else:
+        Console().print(waterfall_table(phases, title))
+        print(bottleneck(phases))
+    if picture is not None:
+        wanted = {time.step for time in chosen}
+        draw_timeline([span for span in spans if span.stage == stage and span.step in wanted], title, picture)
