@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exprl_megatron.benchmarks.layer_report import NVIDIA_SPEEDUP, known_gpu, predicted, throughput
+from exprl_megatron.benchmarks.layer_report import NVIDIA_SPEEDUP, known_gpu, measured_lines, predicted, throughput
 from exprl_megatron.benchmarks.layers import LayerFigures, Work, narrowed, speedups
 from exprl_megatron.benchmarks.peak_memory import extra_bytes
 from exprl_megatron.planning.hardware import GPUS
@@ -64,6 +64,15 @@ def test_depths_are_extrapolated_along_a_line():
     fast = LayerFigures("fp8-tensorwise", deep_s=(7.0, 7.0), shallow_s=(4.0, 4.0), peak_bytes=0)
     assert slow.seconds(WORK, 80) == (241.0, 241.0)
     assert speedups(slow, fast, WORK, 80) == pytest.approx((241 / 121,) * 3)
+
+
+def test_noise_that_hides_the_depth_is_said_and_not_extrapolated():
+    quiet = LayerFigures("bf16", deep_s=(13.0, 13.0), shallow_s=(7.0, 7.0), peak_bytes=0)
+    noisy = LayerFigures("fp8-tensorwise", deep_s=(7.0, 3.0), shallow_s=(4.0, 4.0), peak_bytes=0)
+    *_, slow, refused, ratio = measured_lines([quiet, noisy], WORK, 80, 1, GPUS["h100"])
+    assert "241.0000 s" in slow
+    assert "fp8-tensorwise  not extrapolated: in a round 2 layers took as long as 4" in refused
+    assert "at 80 layers" not in ratio and "3.10x measured (1.86 to 4.33 by rounds)" in ratio
 
 
 @pytest.mark.parametrize(

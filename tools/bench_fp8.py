@@ -76,7 +76,11 @@ def run(args: argparse.Namespace) -> dict:
         "shrink": shrink,
         "fp8_kernels": cuda,
         "rounds": [asdict(figures) for figures in found],
-        "measured": [asdict(throughput(f, work, layers, args.tp, gpu)) for f in found for layers in depths],
+        "measured": [
+            asdict(throughput(f, work, layers, args.tp, gpu))
+            for f in found
+            for layers in (depths if f.extrapolates(work) else depths[:1])
+        ],
         "predicted": [
             {"gpu": planned_for.name}
             | asdict(predicted(replace(published, layers=layers), kind, asked, args.tp, planned_for))

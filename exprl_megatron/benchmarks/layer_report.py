@@ -82,6 +82,12 @@ def measured_lines(all_figures: list[LayerFigures], work: Work, full: int, tp: i
         lines.append(line(throughput(figures, work, work.architecture.layers, tp, gpu), figures.peak_bytes))
     lines.append(f"extrapolated to {full} layers (seconds of a layer from {work.shallow} and of all layers):")
     for figures in all_figures:
+        if not figures.extrapolates(work):
+            lines.append(
+                f"  {figures.precision:15} not extrapolated: in a round {work.shallow} layers took as long as "
+                f"{work.architecture.layers}; measure on a quieter machine, or with more --layers"
+            )
+            continue
         one = median(per_layer(d, s, work) for d, s in zip(figures.deep_s, figures.shallow_s, strict=True))
         rest = median(figures.seconds(work, 0))
         lines.append(f"{line(throughput(figures, work, full, tp, gpu))}  a layer {one:.4g} s, the rest {rest:.4g} s")
@@ -95,11 +101,10 @@ def speedup_lines(all_figures: list[LayerFigures], work: Work, full: int) -> lis
     for figures in all_figures:
         if slow is not None and PrecisionConfig(kind=figures.precision).fp8:
             here = speedups(slow, figures, work, work.architecture.layers)
-            there = speedups(slow, figures, work, full)
-            lines.append(
-                f"{figures.precision} over bf16: {here[0]:.2f}x measured ({here[1]:.2f} to {here[2]:.2f} by rounds), "
-                f"{there[0]:.2f}x at {full} layers; NVIDIA's {NVIDIA_SPEEDUP:.2f}x is of whole training steps"
-            )
+            text = f"{figures.precision} over bf16: {here[0]:.2f}x measured ({here[1]:.2f} to {here[2]:.2f} by rounds)"
+            if slow.extrapolates(work) and figures.extrapolates(work):
+                text += f", {speedups(slow, figures, work, full)[0]:.2f}x at {full} layers"
+            lines.append(f"{text}; NVIDIA's {NVIDIA_SPEEDUP:.2f}x is of whole training steps")
     return lines
 
 

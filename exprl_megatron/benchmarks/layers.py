@@ -56,6 +56,11 @@ class LayerFigures:
             for deep, shallow in zip(self.deep_s, self.shallow_s, strict=True)
         )
 
+    def extrapolates(self, work: Work) -> bool:
+        """Whether the deeper model took longer in every round; where noise hides that, no other depth can be told."""
+        pairs = zip(self.deep_s, self.shallow_s, strict=True)
+        return all(per_layer(deep, shallow, work) > 0 for deep, shallow in pairs)
+
 
 def per_layer(deep: float, shallow: float, work: Work) -> float:
     """Seconds of one layer: what the deeper model takes longer, by the layers that it has more."""
