@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from exprl_megatron.errors import RunStopped, ServerError, UserError
+from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status
 from exprl_megatron.evaluation.command import eval_command
 from exprl_megatron.planning.command import plan_command
 
@@ -130,23 +130,25 @@ def leak_scan(
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Want what a node with GPUs needs.")] = False,
 ) -> None:
-    """Say what this machine has, and what each missing part prevents."""
-    from exprl_megatron.doctor import print_findings
+    """Say what this machine has, and what each missing part prevents; exit status 1 where an essential part is."""
+    from exprl_megatron.doctor import examine, lacking, print_findings
 
-    print_findings(as_json=json)
+    findings = examine()
+    print_findings(findings, as_json=json)
+    if missing := lacking(findings, gpus):
+        print(f"exprl: {', '.join(missing)} missing; the table says what for.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def main() -> None:
-    """Entry point; what the user can mend is one line on stderr and exit status 2."""
+    """Entry point; how a command ended early is one line on stderr, and an exit status that says whose turn it is."""
     try:
         app()
-    except UserError as error:
+    except (UserError, ServerError, RunStopped, Preempted) as error:
         print(f"exprl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (ServerError, RunStopped) as error:
-        print(f"exprl: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exit_status(error))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ from rich.table import Table
 from exprl_megatron.rewards.code_sandbox import sandbox_available
 from exprl_megatron.serving.command import has_cuda
 
+ESSENTIAL = ("Python", "torch", "megatron-core", "sglang", "SGLang kernels", "ports")
+"""Parts without which no run is possible."""
+ESSENTIAL_ON_GPUS = (*ESSENTIAL, "GPUs", "transformer-engine")
+"""Those, and what a node with GPUs is for."""
 _DISK_GB = 10
 _GIB = 2**30
 
@@ -48,9 +52,14 @@ def examine() -> list[Finding]:
     ]
 
 
-def print_findings(as_json: bool) -> None:
+def lacking(findings: list[Finding], gpus: bool) -> list[str]:
+    """The essential parts, of a node with `gpus` or of any machine, that are not there."""
+    essential = ESSENTIAL_ON_GPUS if gpus else ESSENTIAL
+    return [finding.part for finding in findings if finding.part in essential and not finding.ok]
+
+
+def print_findings(findings: list[Finding], as_json: bool) -> None:
     """Print a table, or JSON: {"findings": [{part, ok, found, prevents}, ...]}."""
-    findings = examine()
     if as_json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
         return

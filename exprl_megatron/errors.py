@@ -1,5 +1,7 @@
 """Errors that the command line and the loop tell apart."""
 
+import os
+
 
 class UserError(Exception):
     """Something the user can mend.
@@ -27,8 +29,20 @@ class RequestRefused(ServerError):
         self.said = said
 
 
+class Preempted(Exception):
+    """The run was asked to stop (SIGUSR1), and did so at a place that --resume goes on from.
+
+    The message says at which; the command line exits with status 75 (EX_TEMPFAIL: try again).
+    """
+
+
 class RunStopped(Exception):
     """The run watched itself and stopped: a bound of the config was passed.
 
     The message names the bound, what was measured, and what to look at.
     """
+
+
+def exit_status(error: BaseException) -> int:
+    """What a process that `error` ends leaves: 2 the user can mend it, 75 it was asked to stop, 1 anything else."""
+    return 2 if isinstance(error, UserError) else os.EX_TEMPFAIL if isinstance(error, Preempted) else 1

@@ -1,6 +1,9 @@
 import json
 
-from exprl_megatron.doctor import examine, print_findings
+import pytest
+
+from exprl_megatron.cli import main
+from exprl_megatron.doctor import ESSENTIAL_ON_GPUS, Finding, examine, lacking, print_findings
 
 
 def test_every_missing_part_says_what_it_prevents():
@@ -10,8 +13,24 @@ def test_every_missing_part_says_what_it_prevents():
     assert all(finding.ok or finding.prevents for finding in findings)
 
 
+def test_what_is_essential_depends_on_whether_the_machine_is_to_have_gpus():
+    found = [Finding("sglang", True, "0.5.23"), Finding("GPUs", False, "none"), Finding("apex", False, "not installed")]
+    assert lacking(found, gpus=False) == []
+    assert lacking(found, gpus=True) == ["GPUs"]
+    assert lacking([Finding("torch", False, "not installed", "everything")], gpus=False) == ["torch"]
+    assert set(ESSENTIAL_ON_GPUS) <= {finding.part for finding in examine()}
+
+
+def test_the_exit_status_tells_a_health_check(monkeypatch, capsys):
+    monkeypatch.setattr("exprl_megatron.doctor.examine", lambda: [Finding("torch", False, "not installed", "all")])
+    monkeypatch.setattr("sys.argv", ["exprl", "doctor"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err == "exprl: torch missing; the table says what for.\n"
+
+
 def test_json_output_is_for_machines(capsys):
-    print_findings(as_json=True)
+    print_findings(examine(), as_json=True)
     findings = {f["part"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
     assert findings["megatron-core"] == {"part": "megatron-core", "ok": True, "found": "0.19.2", "prevents": ""}
     assert findings["sglang"]["found"] == "0.5.23"

@@ -1,4 +1,4 @@
-"""tools/slurm_local.sh says in one sentence what it lacks, and changes nothing then; what it starts, tests/slurm shows."""
+"""tools/slurm_local.sh says in one sentence what it lacks, and changes nothing then; tests/slurm uses what it starts."""
 
 import os
 import shutil

@@ -23,6 +23,9 @@ def supervise(parent: int, command: list[str]) -> int:
 
     Returns its exit status, negative where a signal ended it.
     """
+    # Slurm sends SIGUSR1 to every process of a step, ahead of its time limit; only the launcher is meant, and what
+    # ignores it here is ignored by the server and all that it starts.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     asked_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     libc = ctypes.CDLL(None)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import Preempted
 from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.broadcast import BroadcastTransport
@@ -37,8 +38,9 @@ def assemble(
     """This rank's Run, standing where the last complete checkpoint left it (or at the start).
 
     `servers` is the launcher's list of {kind: policy | start | judge, name, url, log_file}; `on_failure` is Ahead's.
+    Raises Preempted where the run is asked to stop before the servers are ready.
     """
-    conductor = Conductor()
+    conductor = Conductor(paths.stop_request.is_file)
     checkpoint = conductor.everywhere(lambda: latest_checkpoint(paths.checkpoints))
     place = Place() if checkpoint is None else Place.from_record(read_extra(checkpoint))
     clients = _clients(config, servers, "policy", config.server.request_deadline_s)
@@ -53,7 +55,8 @@ def assemble(
     # Prompts first: what is wrong with them is known before the servers are up, and so is the policy.
     conductor.everywhere(lambda: rollouts.prepare())
     policy = Policy(_starting_policy(config, paths, place), config.seed)
-    conductor.everywhere(lambda: conductor.run(rollouts.open()))
+    if not conductor.everywhere(lambda: conductor.run_unless_asked_to_stop(rollouts.open())):
+        raise Preempted("The run was asked to stop while it waited for its servers; go on with --resume.")
     sync = _weight_sync(config, paths.sync / "policy", clients, policy, conductor, config.server.tp)
     scorer = _start_scorer(config, paths, servers, policy, conductor)
     return Run(config, paths, policy, conductor, sync, rollouts, ahead, evaluator, console, place, checkpoint, scorer)

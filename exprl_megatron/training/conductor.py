@@ -3,12 +3,13 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+_ASK_S = 1.0
 
 
 class ConductorFailed(Exception):
@@ -22,7 +23,9 @@ class Conductor:
     started there goes on while this process computes.
     """
 
-    def __init__(self):
+    def __init__(self, asked_to_stop: Callable[[], bool] = lambda: False):
+        """`asked_to_stop` says on rank 0 whether somebody wants the run to end soon."""
+        self._asked_to_stop = asked_to_stop
         self.here = dist.get_rank() == 0
         self._loop = asyncio.new_event_loop() if self.here else None
         if self._loop is not None:
@@ -67,6 +70,20 @@ class Conductor:
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` to its end; rank 0 only."""
         return self.start(coroutine).result()
+
+    def run_unless_asked_to_stop(self, coroutine: Coroutine[Any, Any, None]) -> bool:
+        """Whether `coroutine` came to its end; it is cancelled when the run is asked to stop. Rank 0 only."""
+        future = self.start(coroutine)
+        while not wait([future], _ASK_S).done:
+            if self._asked_to_stop():
+                future.cancel()
+                return False
+        future.result()
+        return True
+
+    def asked_to_stop(self) -> bool:
+        """Whether the run is to end soon; the same on every rank."""
+        return self.everywhere(self._asked_to_stop)
 
     def close(self) -> None:
         """Release the event loop."""

@@ -21,6 +21,7 @@ from exprl_megatron.serving.launch import (
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
 from exprl_megatron.training.preflight import check_inputs
 from exprl_megatron.training.ranks import TrainerRanks
 
@@ -31,7 +32,7 @@ def launch(config: RunConfig, resume: bool, registered: bool = False) -> None:
     """Run `config` to its end on this machine; where its servers are `registered`, start none but wait for those.
 
     Raises UserError before anything is started where the input is bad; ServerError or RunStopped where the
-    run ends early. Whatever happens, no process is left behind.
+    run ends early; Preempted where SIGUSR1 asked it to. Whatever happens, no process is left behind.
     """
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
@@ -46,6 +47,7 @@ def launch(config: RunConfig, resume: bool, registered: bool = False) -> None:
             registry.end()
         raise
     interrupt_on_sigterm()
+    end_on_sigusr1()
     servers: list[Server] = []
     ranks: TrainerRanks | None = None
     try:
@@ -57,6 +59,7 @@ def launch(config: RunConfig, resume: bool, registered: bool = False) -> None:
             servers = launch_servers(wanted)
             addresses = [_address(server) for server in servers]
         write_atomically(directory.servers, json.dumps(addresses).encode())
+        request_stop_on_sigusr1(directory.stop_request)
         ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.servers)
         while ranks.running():
             _check_alive(servers)

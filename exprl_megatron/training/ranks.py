@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.errors import Preempted, RunStopped, UserError
 from exprl_megatron.serving import supervise
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.training.directory import RunDirectory
 
+_ENDS = {2: UserError, os.EX_TEMPFAIL: Preempted}
+"""Of the statuses that a rank tells; any other is RunStopped."""
 _STOP_S = 10.0
 _LAST_WORDS_S = 3.0
 
@@ -80,7 +82,7 @@ class TrainerRanks:
             end = self._logs / f"trainer-{rank}.end"
             if end.is_file():
                 told = json.loads(end.read_text())
-                return (UserError if told["status"] == 2 else RunStopped)(told["message"])
+                return _ENDS.get(told["status"], RunStopped)(told["message"])
         rank = failed[0]
         status = self._processes[rank].returncode
         how = f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"

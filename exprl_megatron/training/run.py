@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage, Stage
+from exprl_megatron.errors import Preempted
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
@@ -163,10 +164,18 @@ class Run:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
 
     def checkpoint_if_due(self, stage: Stage, step: int) -> None:
-        """Write a checkpoint every so many steps, and after a stage's last one."""
-        checkpoint = self.config.checkpoint
-        if step % checkpoint.every_steps == 0 or step == stage.steps:
+        """Write a checkpoint every so many steps, after a stage's last one, and where the run is asked to stop.
+
+        Raises Preempted after the latter.
+        """
+        checkpoint, asked_to_stop = self.config.checkpoint, self._conductor.asked_to_stop()
+        if asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps:
             save_checkpoint(self._directory.checkpoints, self.policy, self._place.as_record(), keep=checkpoint.keep)
+        if asked_to_stop:
+            raise Preempted(
+                f"The run was asked to stop and did so after step {step} of {stage.name}, with a checkpoint; "
+                "go on with --resume."
+            )
 
     def close_stage(self, stage: Stage) -> None:
         """Leave the stage's weights in Hugging Face form, once."""
@@ -175,12 +184,22 @@ class Run:
             self.policy.save_huggingface(target)
 
     def evaluate(self, name: str) -> None:
-        """pass@k of the current weights on the held-out problems, once."""
+        """pass@k of the current weights on the held-out problems, once.
+
+        Raises Preempted where the run is asked to stop meanwhile; the evaluation is then made anew.
+        """
         if self.config.evaluation is None or self._conductor.everywhere(lambda: self._evaluator.done(name)):
             return
         version = self.weight_version
         self._sync.bring(version)
-        self._conductor.everywhere(lambda: self._conductor.run(self._evaluator.evaluate(name, version)))
+        made = self._conductor.everywhere(
+            lambda: self._conductor.run_unless_asked_to_stop(self._evaluator.evaluate(name, version))
+        )
+        if not made:
+            raise Preempted(
+                f"The run was asked to stop and did so in the evaluation of {name}; "
+                "go on with --resume, which makes it anew."
+            )
 
     def close(self) -> None:
         """Print the closing table, leave the servers, end the verifier's processes, finish the logs."""

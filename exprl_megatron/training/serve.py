@@ -14,6 +14,7 @@ from exprl_megatron.serving.ports import this_host
 from exprl_megatron.serving.registry import Kind, Registry
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.launch import wanted_servers
+from exprl_megatron.training.preemption import ignore_sigusr1
 
 _POLL_S = 0.25
 
@@ -60,6 +61,7 @@ def serve(config: RunConfig, kind: Kind, share: Share) -> None:
     # Beside the registrations, since the run may not have its directory yet.
     own = [replace(spec, host=this_host(), log_dir=registry.directory) for spec in share.of(specs)]
     interrupt_on_sigterm()
+    ignore_sigusr1()
     keeper = Keeper(own, registry)
     try:
         keeper.start()

@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from exprl_megatron.errors import RunStopped, ServerError, UserError
+from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status
 
 _telling = threading.RLock()
 """Whichever thread fails first writes down how the rank ends, undisturbed."""
 
 
 def main() -> None:
-    """Run the rank; exit status 0, 2 (the user can mend it) or 1."""
+    """Run the rank; exit status 0, 2 (the user can mend it), 75 (asked to stop) or 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--servers", type=Path, required=True, help="JSON list of {kind, name, url, log_file}")
@@ -52,8 +52,8 @@ def guarded(directory: Path, servers: Path) -> int:
 
 def _tell(end: Path, error: BaseException) -> int:
     """Write down how the rank ends; its exit status."""
-    status, message = 2 if isinstance(error, UserError) else 1, str(error)
-    if not isinstance(error, UserError | ServerError | RunStopped):
+    status, message = exit_status(error), str(error)
+    if not isinstance(error, UserError | ServerError | RunStopped | Preempted):
         traceback.print_exception(error)
         message = f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}"
     with _telling:

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import Preempted
 from exprl_megatron.serving.launch import server_specs, start_servers
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.journal import Journal
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, kill_when, run_config, start_ranks, write_problems
+from runs import finish, kill_when, run_config, start_ranks, wait_until, write_problems
 
 pytestmark = pytest.mark.slow
 
@@ -44,12 +45,20 @@ def servers(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed_run(inputs, servers, tmp_path_factory):
-    """A run that was killed in mid-sampling, between sampling and learning, and while writing a checkpoint."""
+    """A run that was killed in mid-sampling, between sampling and learning, and while writing a checkpoint.
+
+    Between the first two it was asked to stop, while it learned.
+    """
     config = run_config(tmp_path_factory.mktemp("killed") / "run", **inputs)
     paths = RunDirectory(config.directory)
     journal = Journal(paths.journal)
     ranks = start_ranks(config, servers)
     kill_when(ranks, lambda: paths.metrics.is_file() and paths.metrics.read_text().count("\n") == 1)
+    ranks = start_ranks(config, servers, resume=True)
+    wait_until(lambda: journal.path("prime", 2).is_file() or not ranks.running(), 300)
+    paths.stop_request.touch()
+    with pytest.raises(Preempted, match=r"after step \d of \w+, with a checkpoint; go on with --resume"):
+        finish(ranks)
     ranks = start_ranks(config, servers, resume=True)
     kill_when(ranks, journal.path("prime", 3).is_file)
     sampled = journal.path("prime", 3).read_bytes()

@@ -1,0 +1,94 @@
+"""A run that is asked to stop ends soon, at a place to go on from; test_runs.py compares what it then learns."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+import yaml
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
+from exprl_megatron.training.conductor import Conductor
+from exprl_megatron.training.directory import RunDirectory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import wait_until
+
+
+@pytest.fixture
+def asked():
+    """Whether the conductor's run is asked to stop."""
+    return threading.Event()
+
+
+@pytest.fixture
+def conductor(asked):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    conductor = Conductor(asked.is_set)
+    yield conductor
+    conductor.close()
+    dist.destroy_process_group()
+
+
+def test_a_long_wait_is_given_up_when_the_run_is_asked_to_stop(conductor, asked):
+    ended = []
+
+    async def forever():
+        asked.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    assert not conductor.run_unless_asked_to_stop(forever())
+    conductor.run(asyncio.sleep(0))
+    assert ended == ["cancelled"]
+    assert conductor.asked_to_stop()
+
+
+def test_what_comes_to_its_end_counts_and_what_fails_raises(conductor):
+    async def fail():
+        raise TimeoutError("no answer")
+
+    assert conductor.run_unless_asked_to_stop(asyncio.sleep(0))
+    with pytest.raises(TimeoutError, match="no answer"):
+        conductor.run_unless_asked_to_stop(fail())
+    assert not conductor.asked_to_stop()
+
+
+@pytest.mark.slow
+def test_sigusr1_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_75(tiny_model, tmp_path):
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text(json.dumps({"prompt": "1 + 1 =", "completion": "2"}) + "\n")
+    tree = {
+        "directory": str(tmp_path / "run"),
+        "policy": {"model": str(tiny_model("qwen3")), "layout": {"tp": 2}, "max_tokens": 64},
+        "checkpoint": {"every_steps": 1_000_000},
+        "stages": [{"kind": "sft", "name": "learn", "steps": 1_000_000, "batch_size": 1, "examples": str(examples)}],
+    }
+    paths, config = RunDirectory(tmp_path / "run"), tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(check_config(tree, "test").model_dump(mode="json")))
+    command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(config)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: paths.metrics.is_file() or run.poll() is not None, 300)
+    # As Slurm does: to every process of the job's step.
+    everybody = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    for process in everybody:
+        process.send_signal(signal.SIGUSR1)
+    _, told = run.communicate(timeout=300)
+    assert run.returncode == 75
+    step = read_extra(latest_checkpoint(paths.checkpoints))["step"]
+    assert told.endswith(
+        f"exprl: The run was asked to stop and did so after step {step} of learn, with a checkpoint; "
+        "go on with --resume.\n"
+    )
+    assert paths.metrics.read_text().count("\n") == step
+    assert not psutil.wait_procs(everybody, timeout=30)[1]
