@@ -5,7 +5,7 @@ from exprl_megatron.planning.plan import Plan
 
 
 def overrides(plan: Plan) -> list[str]:
-    """`key.path=value` for layout, recomputation, servers and what they require."""
+    """`key.path=value` for layout, recomputation and servers."""
     config, plain = plan.config, Layout().model_dump()
     before = plan.given.policy.layout.model_dump()
     layout = config.policy.layout.model_dump()
@@ -13,8 +13,6 @@ def overrides(plan: Plan) -> list[str]:
     found["policy.recompute"] = config.policy.recompute
     if plan.workload.sampled:
         found |= {"server.count": config.server.count, "server.tp": config.server.tp}
-        if config.server.tp > 1:
-            found["sync.verify"] = False
     if plan.workload.judgements and not config.judge.endpoints:
         server = config.judge.server
         found |= {"judge.server.count": server.count, "judge.server.tp": server.tp}

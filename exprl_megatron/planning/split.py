@@ -71,9 +71,7 @@ def _divisions(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
 def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfig]:
     """The config with those GPUs in equal servers of every size."""
     for server in _servers(config.server, sampling, apart=int(config.scores_start)):
-        # Checksums read whole tensors, which a server that is spread over devices does not have.
-        sync = config.sync.model_copy(update={"verify": config.sync.verify and server.tp == 1})
-        served = config.model_copy(update={"server": server, "sync": sync})
+        served = config.model_copy(update={"server": server})
         if not judging:
             yield served
             continue

@@ -61,8 +61,6 @@ def _around(model: str, judge: str | None) -> dict:
     tree = {
         "directory": "runs/planned",
         "policy": {"model": model, "precision": "bf16", "max_tokens": 8192, "micro_batch_tokens": 8192},
-        # Checksums read whole tensors, which a server that is spread over devices does not have.
-        "sync": {"verify": False},
         "stages": [stage],
     }
     return tree | ({"judge": {"model": judge}} if judge else {})
