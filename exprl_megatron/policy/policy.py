@@ -26,7 +26,6 @@ from exprl_megatron.policy.optimizer import build_optimizer, set_rates
 from exprl_megatron.policy.packing import Plan, Shape, padding_share, plan_micro_batches, shape_of
 from exprl_megatron.policy.schedule import learning_rate
 from exprl_megatron.policy.world import current_world
-from exprl_megatron.resharding.gather import Bucket, gather_buckets
 from exprl_megatron.resharding.huggingface import initialise, load_huggingface, save_huggingface
 
 
@@ -153,11 +152,6 @@ class Policy:
         stage.updates += 1
         self._zero_grad()
         return UpdateStats(grad_norm, rate, skipped=not done)
-
-    def hf_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
-        """Full tensors under their Hugging Face names, on rank 0, bucket by bucket; see gather_buckets."""
-        self.gather_weights()
-        return gather_buckets(self.chunks, self.architecture, self.world, bucket_bytes)
 
     def save_huggingface(self, directory: str | Path) -> None:
         """Writes the current weights as a model directory; see resharding.huggingface."""

@@ -8,6 +8,7 @@ from witness import loss_function, sequences, tokens
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.resharding.gather import gather_buckets
 
 FOUR = Layout(tp=2, pp=2)
 OTHERS = {
@@ -55,7 +56,8 @@ def state(policy: Policy) -> dict:
     """What the policy is now: log-probs, those of the stage's start, and a digest of all weights (rank 0)."""
     batch = sequences(policy.architecture.vocabulary)
     digest = hashlib.sha256()
-    for bucket in policy.hf_buckets(10_000):
+    policy.gather_weights()
+    for bucket in gather_buckets(policy.chunks, policy.architecture, policy.world, 10_000):
         for name, tensor in bucket:
             digest.update(name.encode() + tensor.numpy().tobytes())
     return {

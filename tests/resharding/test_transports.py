@@ -16,6 +16,7 @@ from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.delta import DeltaTransport
 from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.resharding.gather import gather_buckets
 from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
@@ -84,6 +85,12 @@ async def pushed(client, transport, policy, version):
         return list(generation.token_ids), {span[0] for span in generation.weight_versions}, held, times
 
 
+def tensors(policy):
+    """All of the policy's weights under their Hugging Face names."""
+    buckets = gather_buckets(policy.chunks, policy.architecture, policy.world, 2**30)
+    return [pair for bucket in buckets for pair in bucket]
+
+
 def make_transport(name, client, policy, other, tmp_path):
     control = Control(120.0)
     if name in ("disk", "delta"):
@@ -100,9 +107,9 @@ def test_the_server_then_writes_what_transformers_writes(name, client, policy, o
     assert len(outgoing(policy, transport).rounds) > 2
     assert tokens == greedy(other)
     assert versions == {"v1"}
-    expected = checksums((pair for bucket in policy.hf_buckets(2**30) for pair in bucket), tied=False)
+    expected = checksums(tensors(policy), tied=False)
     assert held == (expected,)
-    whole = sum(tensor.nbytes for bucket in policy.hf_buckets(2**30) for _, tensor in bucket)
+    whole = sum(tensor.nbytes for _, tensor in tensors(policy))
     assert outgoing(policy, transport).nbytes == whole
     assert times.moved == (0 if name == "handles" else whole)
     assert times.load_s > 0
@@ -130,7 +137,7 @@ def test_after_the_first_time_a_delta_has_only_what_changed(client, policy, othe
             return first.moved, second.moved, held, info["weight_version"]
 
     first, second, held, version = asyncio.run(push_twice())
-    expected = checksums((pair for bucket in policy.hf_buckets(2**30) for pair in bucket), tied=False)
+    expected = checksums(tensors(policy), tied=False)
     norm[3] -= 1.0
     assert held == (expected,) and version == "v2"
     assert first == outgoing(policy, transport).nbytes
@@ -138,7 +145,7 @@ def test_after_the_first_time_a_delta_has_only_what_changed(client, policy, othe
 
 
 def test_a_server_that_holds_other_weights_is_found_out_by_name(client, policy):
-    expected = checksums((pair for bucket in policy.hf_buckets(2**30) for pair in bucket), tied=False)
+    expected = checksums(tensors(policy), tied=False)
 
     async def check():
         async with client:
