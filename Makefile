@@ -1,9 +1,11 @@
 # The two commands of a newcomer are `make demo` and `make test`; each installs what is missing first.
 export OMP_NUM_THREADS = 1
 PYTEST = .venv/bin/python -m pytest
+# Files of tests that run side by side; each may have servers and trainer processes of about 6 GB.
+JOBS ?= 2
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo demo-smollm study test test-fast test-te test-gpu lint lock lock-te miniature
+.PHONY: setup demo demo-smollm study test test-fast test-te test-slurm test-gpu lint lock lock-te lock-gpu miniature
 
 setup:
 	@tools/setup.sh
@@ -20,15 +22,20 @@ study: setup
 	.venv/bin/python tools/study.py
 
 test: setup
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not gpu"
 
 test-fast: setup
-	$(PYTEST) -m "not gpu and not slow"
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not gpu and not slow"
 
 # In an environment of its own (.venv-te), with Transformer Engine and no GPU.
 test-te: setup
 	@tools/setup_te.sh
 	.venv-te/bin/python -m pytest tests/te
+
+# On a Slurm of two nodes that is started on this machine; needs root, installs Slurm's packages.
+test-slurm: setup
+	@tools/slurm_local.sh install
+	$(PYTEST) -m slurm tests/slurm
 
 # On a machine with a CUDA device, in the environment of the Dockerfile; ends with a table.
 test-gpu:
@@ -49,3 +56,9 @@ lock: setup
 lock-te: setup
 	build/uv/bin/uv pip compile requirements/te.in --constraints requirements/cpu.txt --python-version 3.12 \
 	    --no-header --generate-hashes --quiet --output-file requirements/te.txt
+
+lock-gpu: setup
+	build/uv/bin/uv pip compile setup.py requirements/gpu.in --extra gpu --extra launch --extra dev \
+	    --constraints requirements/cpu.txt --overrides requirements/gpu-overrides.txt \
+	    --no-emit-package transformer-engine-torch --python-version 3.12 --no-header --generate-hashes --quiet \
+	    --output-file requirements/gpu.txt

