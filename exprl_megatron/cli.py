@@ -43,17 +43,32 @@ def train(
     servers: Annotated[
         ServersFrom, typer.Option(help="Start the servers here, or wait for those that `exprl serve` registers.")
     ] = ServersFrom.OWN,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that share the trainer's processes.")] = 1,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="This node's number; node 0 conducts.")] = None,
+    master: Annotated[str | None, typer.Option(help="HOST:PORT of node 0, a free port there.")] = None,
 ) -> None:
     """Run the stages of a config, one after the other."""
     from exprl_megatron.config.load import load_config
+    from exprl_megatron.training.follow import follow
     from exprl_megatron.training.launch import launch
+    from exprl_megatron.training.nodes import Node
     from exprl_megatron.training.plan import print_plan
     from exprl_megatron.training.preflight import model_violations
 
     if dry_run:
         print_plan(load_config(config, overrides or []))
         return
-    launch(load_config(config, overrides or [], model_violations), resume, servers is ServersFrom.REGISTERED)
+    node = Node.of(node_rank, nodes, master)
+    registered = servers is ServersFrom.REGISTERED
+    if nodes > 1 and not registered:
+        raise UserError(
+            f"--nodes is {nodes}, but servers of one node are not reached by others; add --servers registered."
+        )
+    loaded = load_config(config, overrides or [], model_violations)
+    if node.number > 0:
+        follow(loaded, node)
+    else:
+        launch(loaded, resume, registered, node)
 
 
 @app.command()

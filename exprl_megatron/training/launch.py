@@ -21,6 +21,7 @@ from exprl_megatron.serving.launch import (
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.nodes import Host, Node
 from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
 from exprl_megatron.training.preflight import check_inputs
 from exprl_megatron.training.ranks import TrainerRanks
@@ -28,12 +29,20 @@ from exprl_megatron.training.ranks import TrainerRanks
 _POLL_S = 0.2
 
 
-def launch(config: RunConfig, resume: bool, registered: bool = False) -> None:
-    """Run `config` to its end on this machine; where its servers are `registered`, start none but wait for those.
+def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node | None = None) -> None:
+    """Run `config` to its end; where its servers are `registered`, start none but wait for those.
 
-    Raises UserError before anything is started where the input is bad; ServerError or RunStopped where the
+    This machine is node 0 of the trainer's, and without `node` the only one; on the others runs `follow`. Raises
+    UserError before anything is started where the input is bad; ServerError or RunStopped where the
     run ends early; Preempted where SIGUSR1 asked it to. Whatever happens, no process is left behind.
     """
+    node = node or Node()
+    node.ranks(config.policy.layout.world_size)
+    with Host(node) as host:
+        _conduct(config, resume, registered, node, host)
+
+
+def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host: Host) -> None:
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
     wanted = wanted_servers(config, directory)
@@ -60,8 +69,10 @@ def launch(config: RunConfig, resume: bool, registered: bool = False) -> None:
             addresses = [_address(server) for server in servers]
         write_atomically(directory.servers, json.dumps(addresses).encode())
         request_stop_on_sigusr1(directory.stop_request)
-        ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.servers)
+        host.begin()
+        ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.servers, node)
         while ranks.running():
+            host.check()
             _check_alive(servers)
             time.sleep(_POLL_S)
     finally:

@@ -8,62 +8,67 @@ import sys
 import time
 from pathlib import Path
 
-from exprl_megatron.errors import Preempted, RunStopped, UserError
+from exprl_megatron.errors import RunStopped
 from exprl_megatron.serving import supervise
 from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.serving.ports import LOCAL, free_ports
 from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.nodes import Node, ended
 
-_ENDS = {2: UserError, os.EX_TEMPFAIL: Preempted}
-"""Of the statuses that a rank tells; any other is RunStopped."""
 _STOP_S = 10.0
 _LAST_WORDS_S = 3.0
 
 
 class TrainerRanks:
-    """`world_size` workers of one run, with torchrun's environment; rank 0 shares our standard output."""
+    """The workers of one run that are `node`'s, with torchrun's environment; rank 0 shares our standard output."""
 
-    def __init__(self, directory: RunDirectory, world_size: int, servers: Path):
+    def __init__(self, directory: RunDirectory, world_size: int, servers: Path, node: Node | None = None):
         self._logs = directory.logs
-        (port,) = free_ports(1)
-        self._processes = []
-        for rank in range(world_size):
+        self._world_size = world_size
+        node = node or Node()
+        ranks = node.ranks(world_size)
+        meeting = _meeting(node)
+        self._processes: dict[int, subprocess.Popen] = {}
+        for rank in ranks:
             log = open(self._log(rank), "ab")  # noqa: SIM115 - the child keeps it
             worker = [sys.executable, "-m", "exprl_megatron.training.worker", str(directory.root)]
             # What a rank starts (checkpoint writers, verifiers) must end with it, even by kill -9.
             command = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *worker]
-            self._processes.append(
-                subprocess.Popen(
-                    [*command, "--servers", str(servers)],
-                    env=_environment(rank, world_size, port),
-                    stdin=subprocess.DEVNULL,
-                    stdout=None if rank == 0 else log,
-                    stderr=log,
-                )
+            place = {"RANK": rank, "LOCAL_RANK": rank - ranks.start, "WORLD_SIZE": world_size}
+            self._processes[rank] = subprocess.Popen(
+                [*command, "--servers", str(servers)],
+                env=_environment({name: str(number) for name, number in place.items()} | meeting),
+                stdin=subprocess.DEVNULL,
+                stdout=None if rank == 0 else log,
+                stderr=log,
             )
             log.close()
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the ranks' supervisors."""
-        return [process.pid for process in self._processes]
+        return [process.pid for process in self._processes.values()]
 
     def running(self) -> bool:
         """Whether all ranks still run; False when all ended well. Raises what ended the first that failed."""
-        states = [process.poll() for process in self._processes]
-        failed = [rank for rank, state in enumerate(states) if state not in (None, 0)]
+        states = {rank: process.poll() for rank, process in self._processes.items()}
+        failed = [rank for rank, state in states.items() if state not in (None, 0)]
         if failed:
             self._await_last_words()
             raise self._cause(failed)
-        return any(state is None for state in states)
+        return None in states.values()
+
+    def alive(self) -> bool:
+        """Whether any rank still runs."""
+        return any(process.poll() is None for process in self._processes.values())
 
     def stop(self) -> None:
         """End all ranks: politely, then not."""
-        for process in self._processes:
+        for process in self._processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
-        for process in self._processes:
+        for process in self._processes.values():
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -73,16 +78,15 @@ class TrainerRanks:
     def _await_last_words(self) -> None:
         """A rank that only follows may end before the one that knows the reason."""
         deadline = time.monotonic() + _LAST_WORDS_S
-        while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
+        while time.monotonic() < deadline and self.alive():
             time.sleep(0.05)
 
     def _cause(self, failed: list[int]) -> Exception:
         """What the first rank that knows says; ranks that only follow another's failure say nothing."""
-        for rank in range(len(self._processes)):
+        for rank in range(self._world_size):
             end = self._logs / f"trainer-{rank}.end"
             if end.is_file():
-                told = json.loads(end.read_text())
-                return _ENDS.get(told["status"], RunStopped)(told["message"])
+                return ended(json.loads(end.read_text()))
         rank = failed[0]
         status = self._processes[rank].returncode
         how = f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"
@@ -92,13 +96,13 @@ class TrainerRanks:
         return self._logs / f"trainer-{rank}.log"
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    rendezvous = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _meeting(node: Node) -> dict[str, str]:
+    """Where ranks find each other: at the store of node 0's launcher, or at rank 0 where they are all here."""
+    if node.port is None:
+        return {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(free_ports(1)[0])}
+    return {"MASTER_ADDR": node.host, "MASTER_PORT": str(node.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def _environment(rendezvous: dict[str, str]) -> dict[str, str]:
     # Several ranks share the cores: one thread each, unless the user says otherwise.
     return {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(os.environ) | rendezvous

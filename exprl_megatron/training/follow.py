@@ -1,0 +1,61 @@
+"""`exprl train` on the trainer's nodes other than node 0: their ranks, for as long as node 0 has a use for them."""
+
+import signal
+import time
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import Preempted, RunStopped, UserError
+from exprl_megatron.serving.launch import interrupt_on_sigterm
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.nodes import Guest, Node
+from exprl_megatron.training.ranks import TrainerRanks
+
+_POLL_S = 0.2
+_BEFORE_S = 600.0
+"""Node 0 looks at the run's inputs for so long at most before it waits for servers."""
+_LAST_RANKS_S = 20.0
+
+
+def follow(config: RunConfig, node: Node) -> None:
+    """Run this node's ranks of `config` until node 0 ends; how the run ended is node 0's to say.
+
+    Raises RunStopped where node 0 does not come, or goes without a word. No process is left behind.
+    """
+    interrupt_on_sigterm()
+    # Slurm sends it to every node; node 0 answers.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    node.ranks(config.policy.layout.world_size)
+    guest = Guest(node)
+    if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):
+        directory = RunDirectory(config.directory)
+        ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.registry, node)
+        try:
+            _run(ranks, guest)
+        finally:
+            ranks.stop()
+    guest.part()
+
+
+def _run(ranks: TrainerRanks, guest: Guest) -> None:
+    """Return when node 0 has ended, and the ranks have had time to end as well."""
+    failed = False
+    while not guest.over():
+        if not failed:
+            failed = _has_failed(ranks, guest)
+        time.sleep(_POLL_S)
+    deadline = time.monotonic() + _LAST_RANKS_S
+    while not failed and ranks.alive() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def _has_failed(ranks: TrainerRanks, guest: Guest) -> bool:
+    """Whether a rank has failed, of which node 0 is then told."""
+    try:
+        ranks.running()
+    except Preempted:
+        # Node 0 may still be writing; it knows.
+        return True
+    except (RunStopped, UserError) as error:
+        guest.tell(error)
+        return True
+    return False

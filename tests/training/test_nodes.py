@@ -1,0 +1,101 @@
+"""A trainer on several nodes: one `exprl train` on each, here side by side on one machine."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.nodes import Node
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import run_config, wait_until, write_problems
+
+
+def test_each_node_has_as_many_ranks_as_any_other():
+    nodes = [Node.of(number, 3, "n0:32000") for number in range(3)]
+    assert [list(node.ranks(6)) for node in nodes] == [[0, 1], [2, 3], [4, 5]]
+    assert list(Node.of(None, 1, None).ranks(4)) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="needs 4 trainer processes, which 3 --nodes cannot share evenly"):
+        nodes[0].ranks(4)
+
+
+@pytest.mark.parametrize(
+    ("number", "master", "said"),
+    [
+        (None, "n0:32000", "--node-rank None; give each node its number"),
+        (2, "n0:32000", "--node-rank 2; give each node its number"),
+        (0, None, "--master None; give node 0's HOST:PORT"),
+        (0, "n0", "--master n0; give node 0's HOST:PORT"),
+    ],
+)
+def test_a_node_among_several_knows_its_number_and_where_node_0_is(number, master, said):
+    with pytest.raises(UserError, match=said):
+        Node.of(number, 2, master)
+
+
+def train(config, node: int, port: int) -> subprocess.Popen:
+    path = Path(config.directory).with_name(f"{Path(config.directory).name}.yaml")
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    where = ["--nodes", "2", "--node-rank", str(node), "--master", f"127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(path), "--servers", "registered", *where]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def two_nodes(trained_server, tiny_model, tmp_path):
+    """`two_nodes(steps)`: the config of a run at TP2 and its two launchers, node 1 started first."""
+    started = []
+
+    def start(steps: int):
+        problems = write_problems(tmp_path / "problems.jsonl")
+        whole = run_config(tmp_path / "run", tiny_model("qwen3"), tiny_model("qwen3"), problems)
+        stage = whole.stages[1].model_copy(update={"steps": steps})
+        config = whole.model_copy(update={"stages": (stage,)})
+        known = RegisteredServer("policy", "policy-0", trained_server.url, str(trained_server.log_file), "first")
+        Registry(RunDirectory(config.directory).registry).register(known)
+        (port,) = free_ports(1)
+        started.extend(train(config, node, port) for node in (1, 0))
+        return config, started[1], started[0]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_ranks_on_two_nodes_learn_together_and_both_launchers_end_well(two_nodes):
+    config, first, second = two_nodes(1)
+    _, told = first.communicate(timeout=900)
+    assert first.returncode == 0, told
+    _, told = second.communicate(timeout=60)
+    assert second.returncode == 0, told
+    directory = RunDirectory(config.directory)
+    assert directory.metrics.read_text().count("\n") == 1
+    assert (directory.models / "sparse" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_where_a_rank_of_another_node_is_killed_node_0_says_so_and_both_end(two_nodes):
+    config, first, second = two_nodes(1000)
+    metrics = RunDirectory(config.directory).metrics
+    wait_until(lambda: metrics.is_file() or None not in (first.poll(), second.poll()), 900)
+    (supervisor,) = psutil.Process(second.pid).children()
+    (rank,) = supervisor.children()
+    family = psutil.Process(first.pid).children(recursive=True)
+    os.kill(rank.pid, signal.SIGKILL)
+    _, told = first.communicate(timeout=300)
+    # rank 0 may notice first that the other's connection is gone
+    assert first.returncode == 1 and ("trainer-1 was killed by signal 9" in told or "trainer 0 failed" in told), told
+    second.communicate(timeout=60)
+    assert second.returncode == 0
+    assert not psutil.wait_procs([*family, supervisor], timeout=30)[1]
