@@ -4,13 +4,11 @@
 `nemorun recipes`. Every argument can be set on the command line: `config.stages[0].steps=20 nodes.trainer=10`.
 """
 
-from typing import Any
-
 import nemo_run as run
 
 from recipes.experiment import Job, submit
 from recipes.places import Nodes, Site
-from recipes.trees import as_config, as_run_config
+from recipes.trees import as_run_config
 
 
 @run.cli.entrypoint(namespace="recipes", type="experiment")
@@ -58,27 +56,6 @@ def exprl_then_sparse_rl(
     submit(ctx, [first, second], site, resume)
 
 
-def recipe(entrypoint: Any, name: str, nodes: Nodes, config: dict) -> run.Partial:
-    """What a factory of the single stages returns: `entrypoint` for `config` on `nodes`."""
-    return run.Partial(entrypoint, config=as_config(config, name), nodes=_config(nodes), site=run.Config(Site))
-
-
-def two_stage_recipe(name: str, prime: tuple[Nodes, dict], sparse: tuple[Nodes, dict]) -> run.Partial:
-    """What a factory of exprl_then_sparse_rl returns."""
-    return run.Partial(
-        exprl_then_sparse_rl,
-        prime=as_config(prime[1], name),
-        sparse=as_config(sparse[1], name),
-        prime_nodes=_config(prime[0]),
-        sparse_nodes=_config(sparse[0]),
-        site=run.Config(Site),
-    )
-
-
 def _single(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool) -> None:
     checked = as_run_config(config, "config")
     submit(ctx, [Job(checked.stages[0].name, checked, nodes)], site, resume)
-
-
-def _config(nodes: Nodes) -> run.Config[Nodes]:
-    return run.Config(Nodes, trainer=nodes.trainer, policy=nodes.policy, judge=nodes.judge, gpus=nodes.gpus)

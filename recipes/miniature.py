@@ -1,66 +1,48 @@
-"""The miniature of 1.1 million parameters: everything that a large model's recipe does, on two CPU cores.
+"""1.1 million parameters on two CPU cores: everything that a large model's recipe does, in minutes.
 
 python -m recipes exprl_then_sparse_rl --factory miniature --yes
 """
 
-import nemo_run as run
 from omegaconf import OmegaConf
 
-from recipes import entrypoints
-from recipes.entrypoints import recipe, two_stage_recipe
+from recipes.common import Placed, factories
 from recipes.places import Nodes
 from recipes.trees import CONFIGS, changed, written
 
 NAME = "miniature"
 
 
-def nodes() -> Nodes:
-    """The trainer on one node, the servers on another."""
-    return Nodes(trainer=1, policy=1, judge=0, gpus=0)
+def placed(directory: str, tree: dict, nodes: int) -> Placed:
+    """The trainer on one node, the servers on another; or all on one."""
+    return Placed(Nodes(trainer=1, policy=nodes - 1, gpus=0), changed(tree, directory=f"runs/{NAME}/{directory}"))
 
 
-def run_of(stage: int, name: str) -> dict:
-    """The demo's stage of that number, alone."""
+def prime(nodes: int) -> Placed:
+    """Stage 1: the outcome judge, as in `make demo`."""
     demo = written("demo")
-    return changed(demo, directory=f"runs/{NAME}/{name}", stages=[demo["stages"][stage]])
+    return placed("prime", demo | {"stages": demo["stages"][:1]}, nodes)
 
 
-def prime() -> dict:
-    """Stage 1: the outcome judge."""
-    return run_of(0, "prime")
+def sparse(nodes: int) -> Placed:
+    """Stage 2 of `make demo`; no judge from here on."""
+    demo = written("demo")
+    return placed("sparse", demo | {"stages": demo["stages"][1:], "judge": None}, nodes)
 
 
-def sparse() -> dict:
-    """Stage 2; no judge from here on."""
-    return changed(run_of(1, "sparse"), judge=None)
-
-
-def rival(arm: str) -> dict:
+def rival(arm: str, nodes: int) -> Placed:
     """A rival of stage 1 as in the study (docs/study.md), on its harder problems."""
     study = OmegaConf.to_container(OmegaConf.load(CONFIGS / "study.yaml"))
-    return study["run"] | {"directory": f"runs/{NAME}/{arm}", "seed": 1, "stages": [study["arms"][arm]]}
+    return placed(arm, study["run"] | {"seed": 1, "judge": None, "stages": [study["arms"][arm]]}, nodes)
 
 
-@run.cli.factory(target=entrypoints.exprl, name=NAME)
-def exprl() -> run.Partial:
-    return recipe(entrypoints.exprl, NAME, nodes(), prime())
+def tuned(nodes: int) -> Placed:
+    """Fine-tuning on the references."""
+    return rival("sft", nodes)
 
 
-@run.cli.factory(target=entrypoints.sparse_rl, name=NAME)
-def sparse_rl() -> run.Partial:
-    return recipe(entrypoints.sparse_rl, NAME, nodes(), sparse())
+def distilled(nodes: int) -> Placed:
+    """The teacher sees the reference."""
+    return rival("self-distill", nodes)
 
 
-@run.cli.factory(target=entrypoints.sft, name=NAME)
-def sft() -> run.Partial:
-    return recipe(entrypoints.sft, NAME, nodes(), rival("sft"))
-
-
-@run.cli.factory(target=entrypoints.self_distill, name=NAME)
-def self_distill() -> run.Partial:
-    return recipe(entrypoints.self_distill, NAME, nodes(), rival("self-distill"))
-
-
-@run.cli.factory(target=entrypoints.exprl_then_sparse_rl, name=NAME)
-def exprl_then_sparse_rl() -> run.Partial:
-    return two_stage_recipe(NAME, (nodes(), prime()), (nodes(), sparse()))
+exprl, sparse_rl, sft, self_distill, exprl_then_sparse_rl = factories(NAME, 2, prime, sparse, tuned, distilled)

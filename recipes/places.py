@@ -1,7 +1,7 @@
 """Where the processes of a job run: nodes, GPUs, and how code, data and secrets are found there."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from exprl_megatron.config.run import RunConfig
@@ -16,7 +16,7 @@ class Nodes:
 
     trainer: int = 1
     policy: int = 0
-    """0: sampling servers share the trainer's nodes (colocated)."""
+    """0: sampling servers share the trainer's nodes, on GPUs of their own."""
     judge: int = 0
     """0: judge servers share the sampling servers' nodes."""
     gpus: int = 8
@@ -92,24 +92,20 @@ def _needed(component: Component, config: RunConfig) -> int:
     """GPUs of a node that the component uses."""
     if component.kind == "trainer":
         return ceil(config.policy.layout.world_size / component.nodes)
-    servers = {"policy": config.server, "start": config.start_server}
-    server = config.judge.server if component.kind == "judge" else servers[component.kind]
+    if component.kind == "judge":
+        server = config.judge.server
+    else:
+        server = {"policy": config.server, "start": config.start_server}[component.kind]
     return ceil(server.count / component.nodes) * server.tp
 
 
 def _on_devices(component: Component, all_components: list[Component], config: RunConfig) -> Component:
-    """The component with its share of nodes that others use too; sampling servers take turns with the trainer."""
+    """The component with its share of the GPUs of nodes that others use too, one behind the other."""
     sharing = [other for other in all_components if other.allocation == component.allocation]
     if len(sharing) == 1:
         return component
-    turns = [other for other in sharing if other.kind in ("trainer", "policy")]
-    apart = [other for other in sharing if other not in turns]
-    first = 0
-    if component in apart:
-        first = max((_needed(other, config) for other in turns), default=0)
-        first += sum(_needed(other, config) for other in apart[: apart.index(component)])
-    devices = tuple(range(first, first + _needed(component, config)))
-    return Component(component.kind, component.nodes, component.allocation, devices)
+    first = sum(_needed(other, config) for other in sharing[: sharing.index(component)])
+    return replace(component, devices=tuple(range(first, first + _needed(component, config))))
 
 
 def _violations(config: RunConfig, nodes: Nodes, found: list[Component]) -> Iterator[str]:

@@ -1,0 +1,16 @@
+"""Llama-3.3-70B-Instruct, judged by a frozen copy of itself, on 8, 16 or 32 nodes of 8 H100.
+
+python -m recipes exprl_then_sparse_rl --factory "llama3p3_70b(nodes=16)" --dryrun --yes run.executor=slurm ...
+"""
+
+from recipes.common import factories
+from recipes.large import LargeRuns
+from recipes.scales_70b import JUDGED, PRECISION, UNJUDGED
+
+NAME = "llama3p3_70b"
+MODEL = "models/Llama-3.3-70B-Instruct"
+RUNS = LargeRuns(NAME, MODEL, MODEL, PRECISION, JUDGED, UNJUDGED)
+
+exprl, sparse_rl, sft, self_distill, exprl_then_sparse_rl = factories(
+    NAME, 8, RUNS.prime, RUNS.sparse, RUNS.tuned, RUNS.distilled
+)

@@ -1,0 +1,49 @@
+"""Qwen3-4B-Instruct-2507: the paper's own runs (configs/paper), on 1 or 2 nodes of 8 H100.
+
+python -m recipes exprl_then_sparse_rl --factory qwen3_4b --dryrun --yes run.executor=slurm ...
+"""
+
+from recipes.common import Placed, Scale, Servers, at_scale, factories, paper, pick
+from recipes.places import Nodes
+
+NAME = "qwen3_4b"
+
+JUDGED = {
+    # The trainer's node is full, the other's GPUs sample but for the judge's two; TP2 as released.
+    2: Scale(Nodes(trainer=1, policy=1, judge=0), {"tp": 2, "dp": 4}, Servers(6), Servers(2), recompute="selective"),
+    # Half a node learns: the paper lets six GPUs take turns between learning and sampling.
+    1: Scale(Nodes(trainer=1), {"tp": 2, "dp": 2}, Servers(3), Servers(1), recompute="selective"),
+}
+# Micro-batches of 32,768 and 40,960 tokens, the longest traces, need recomputation.
+UNJUDGED = {
+    2: Scale(Nodes(trainer=1, policy=1), {"tp": 2, "dp": 4}, Servers(8), recompute="full"),
+    # As released: four GPUs train, four sample.
+    1: Scale(Nodes(trainer=1), {"tp": 2, "dp": 2}, Servers(4), recompute="full"),
+}
+
+
+def prime(nodes: int) -> Placed:
+    """Stage 1: ExpRL-Process with DeltaNorm, the paper's main method."""
+    return _placed("prime", "process-delta", JUDGED, nodes)
+
+
+def sparse(nodes: int) -> Placed:
+    """Stage 2, the same for every arm."""
+    return _placed("sparse", "stage2", UNJUDGED, nodes)
+
+
+def tuned(nodes: int) -> Placed:
+    """Fine-tuning on the references."""
+    return _placed("sft", "sft", UNJUDGED, nodes)
+
+
+def distilled(nodes: int) -> Placed:
+    """Self-distillation."""
+    return _placed("self-distill", "self-distill", UNJUDGED, nodes)
+
+
+def _placed(directory: str, arm: str, scales: dict[int, Scale], nodes: int) -> Placed:
+    return at_scale(paper(arm), pick(NAME, scales, nodes), f"runs/{NAME}/{directory}", {})
+
+
+exprl, sparse_rl, sft, self_distill, exprl_then_sparse_rl = factories(NAME, 2, prime, sparse, tuned, distilled)
