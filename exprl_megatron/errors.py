@@ -36,6 +36,10 @@ class Preempted(Exception):
     """
 
 
+class WeightsDiffer(ServerError):
+    """A server that holds other weights than it was sent; the message names the tensors."""
+
+
 class RunStopped(Exception):
     """The run watched itself and stopped: a bound of the config was passed.
 

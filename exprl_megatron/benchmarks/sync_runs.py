@@ -23,6 +23,7 @@ from exprl_megatron.resharding.messages import stage_messages
 from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.resharding.sources import Random
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.fleet import FixedServers
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.sync import WeightSync
 
@@ -96,7 +97,7 @@ def measure(
         conductor.run(client.__aenter__())
     transport = _transport(settings["transport"], clients, server_tp, policy, control, model)
     config = SyncConfig(bucket_mb=settings["bucket_mb"])
-    sync = WeightSync(config, policy, conductor, clients, transport, control, server_tp)
+    sync = WeightSync(config, policy, conductor, FixedServers(clients), transport, control, server_tp)
     staged = stage_messages(policy.architecture, layout, "bfloat16", int(config.bucket_mb * 2**20))
     sizes = [message.nbytes for messages in staged for message in messages]
     syncs, floors = [], []

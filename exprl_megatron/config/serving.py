@@ -19,8 +19,10 @@ class ServerConfig(Config):
     max_running_requests: PositiveInt | None = None
     start_deadline_s: float = Field(600.0, gt=0)
     request_deadline_s: float = Field(600.0, gt=0)
+    answer_deadline_s: float = Field(60.0, gt=0)
+    """A sampling server that has failed must answer within so long before it is asked again."""
     restarts: NonNegativeInt = 3
-    """How often a server that has died is started anew; once more and the run stops."""
+    """How often a server that has died, or fails again and again, is started anew; once more and the run stops."""
     extra_args: tuple[str, ...] = ()
     """Passed to `sglang.launch_server` as they are."""
 

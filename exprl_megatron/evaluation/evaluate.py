@@ -17,6 +17,7 @@ from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.sampler import sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.fleet import FixedServers
 from exprl_megatron.serving.launch import (
     ServerSpec,
     check_servers,
@@ -147,7 +148,7 @@ async def _graded(
         judgements[trace.sample] = await verifier.verify(question.problem, trace.text, deadline_s)
 
     (traces,) = await sample_groups(
-        [client],
+        FixedServers([client]),
         [question.prompt],
         settings.samples,
         settings.sampling,

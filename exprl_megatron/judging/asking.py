@@ -13,6 +13,8 @@ from exprl_megatron.judging.judgement import Abstained
 # What is asked has a deadline of its own; it passes first and is an abstention. A request's deadline is an error.
 REQUEST_GRACE_S = 30.0
 
+_DOWN_PAUSE_S = 1.0
+
 T = TypeVar("T")
 
 
@@ -37,24 +39,32 @@ class JudgeServers:
         The questions are asked in turn, of the server number `home` (modulo their count) as a rule. Where none is
         answered readably the last reading is returned; without an answer at all it is an abstention: `timeout` after
         `deadline_s` (counted from when there was a slot), `refused`, or `server-error` where this question fails
-        again and again although a server is well. Raises ServerError where no server is.
+        again and again although a server is well. While none is, it is asked again and again; raises ServerError where
+        still none is after `deadline_s`.
         """
+        down: ServerError | None = None
+        questions = list(questions)
         try:
             async with self._slots, asyncio.timeout(deadline_s) as deadline:
-                return await self._read_in_turn(questions, home, read)
+                while True:
+                    try:
+                        return await self._read_in_turn(questions, home, read)
+                    except RequestRefused as error:
+                        return Abstained("refused", error.said), ""
+                    except ServerError as error:
+                        down = error
+                        if await self._alive():
+                            return Abstained("server-error", str(error).partition("\n")[0]), ""
+                    await asyncio.sleep(_DOWN_PAUSE_S)
         except TimeoutError:
             if not deadline.expired():
                 raise
-            return Abstained("timeout", f"no answer within {deadline_s:g} s"), ""
-        except RequestRefused as error:
-            return Abstained("refused", error.said), ""
-        except ServerError as error:
-            if not await self._alive():
-                raise
-            return Abstained("server-error", str(error).partition("\n")[0]), ""
+        if down is not None and not await self._alive():
+            raise down
+        return Abstained("timeout", f"no answer within {deadline_s:g} s"), ""
 
     async def _read_in_turn(
-        self, questions: Iterable[Question], home: int, read: Callable[[Answer], T | Abstained]
+        self, questions: Sequence[Question], home: int, read: Callable[[Answer], T | Abstained]
     ) -> tuple[T | Abstained, str]:
         for number, question in enumerate(questions):
             self.counts["reasked"] += number > 0

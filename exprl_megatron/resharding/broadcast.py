@@ -46,6 +46,14 @@ class BroadcastTransport:
         self._group: dist.ProcessGroup | None = None
         self._names: list[str] = []
         """The stages' groups, once they are open."""
+        self._left: list[tuple[SGLangClient, str]] = []
+        """Servers, and groups that they are still in although we have left them."""
+
+    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+        stay = [client for client in self._clients if client in clients]
+        self._left = [(client, name) for name in self._names for client in stay]
+        self._clients = list(clients)
+        self._leave()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
@@ -78,9 +86,7 @@ class BroadcastTransport:
     async def close(self) -> None:
         for name in self._names:
             await together(client.destroy_weights_group(name) for client in self._clients)
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-        self._group, self._names = None, []
+        self._leave()
 
     def names(self) -> list[str]:
         """The groups that servers are in, one for each pipeline stage; empty before the first push."""
@@ -89,6 +95,9 @@ class BroadcastTransport:
     async def _open(self) -> None:
         """All servers meet each sender in a new group, one group after the other."""
         with self._control.leading():
+            for client, name in self._left:
+                await client.destroy_weights_group(name)
+            self._left = []
             run = uuid.uuid4().hex[:8]
             names = [f"exprl-weights-{run}-{stage}" for stage in range(self._world.layout.pp)]
             world_size = 1 + self._server_tp * len(self._clients)
@@ -109,6 +118,12 @@ class BroadcastTransport:
                 future.result()
             self._group, self._names = meeting.result(), names
             self._control.go()
+
+    def _leave(self) -> None:
+        """Give our side of the groups up."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+        self._group, self._names = None, []
 
     def _follow_open(self) -> None:
         names, host, world_size = self._control.await_go()
@@ -159,7 +174,9 @@ class BroadcastTransport:
         last = number == len(outgoing.rounds) - 1
         messages = outgoing.rounds[number]
         started = time.monotonic()
-        replies = asyncio.gather(*(self._ask(client, messages, version if last else None) for client in self._clients))
+        replies = asyncio.ensure_future(
+            together(self._ask(client, messages, version if last else None) for client in self._clients)
+        )
         sent_s = 0.0
         if filled is not None:
             sent_s = await self._send_own(filled, replies) - started

@@ -58,12 +58,22 @@ class DeltaTransport(FileTransport):
                 (self._directory / file).unlink()
             self._control.go()
 
+    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+        super().enlist(clients)
+        # All begin with full weights again.
+        self._end_keepers()
+        self._order = None
+
     async def close(self) -> None:
+        self._end_keepers()
+        await super().close()
+
+    def _end_keepers(self) -> None:
         for keeper in self._keepers:
             keeper.terminate()
         for keeper in self._keepers:
             keeper.wait()
-        await super().close()
+        self._keepers = []
 
     def _begin(self) -> None:
         """Start the keepers that can be started here."""

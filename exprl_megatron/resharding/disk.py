@@ -36,6 +36,9 @@ class FileTransport:
         self._control = control
         self._deadline_s = deadline_s
 
+    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+        self._clients = list(clients)
+
     def allocate(self, nbytes: int) -> torch.Tensor:
         # Files are written from host memory.
         return torch.empty(nbytes, dtype=torch.uint8)

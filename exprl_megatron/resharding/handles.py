@@ -39,11 +39,14 @@ class HandlesTransport:
     def __init__(
         self, clients: Sequence[SGLangClient], server_tp: int, world: World, control: Control, deadline_s: float
     ):
-        self._clients = clients
         self._server_tp = server_tp
         self._world = world
         self._control = control
         self._deadline_s = deadline_s
+        self.enlist(clients)
+
+    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+        self._clients = list(clients)
         self._givers = self._find_givers()
         self.fillers = tuple(sorted(set(self._givers)))
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from exprl_megatron.resharding.outgoing import Outgoing
     from exprl_megatron.resharding.timing import SyncTimes
+    from exprl_megatron.serving.client import SGLangClient
 
 Bucket = list[tuple[str, torch.Tensor]]
 """Full tensors under their Hugging Face names."""
@@ -19,6 +22,12 @@ class Transport(Protocol):
 
     fillers: tuple[int, ...] | None
     """The ranks on which messages are wanted (see Outgoing)."""
+
+    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+        """From now on bring weights to these servers (needed on rank 0 alone); a collective.
+
+        What was shared with those before is given up, as it must be when a push has failed.
+        """
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Memory for a bucket, [nbytes] uint8, of the kind that this transport sends from."""

@@ -8,6 +8,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
+from exprl_megatron.serving.fleet import Servers
 from exprl_megatron.together import together
 
 
@@ -26,7 +27,7 @@ def sample_seed(run_seed: int, stage: str, step: int, problem_id: str, k: int) -
 
 
 async def sample_groups(
-    clients: Sequence[SGLangClient],
+    servers: Servers,
     prompts: Sequence[Prompt],
     group_size: int,
     sampling: SamplingConfig,
@@ -37,27 +38,29 @@ async def sample_groups(
 ) -> list[list[Trace]]:
     """`group_size` traces of every prompt, in the order of `prompts` and of the samples.
 
-    All requests are under way at once, a problem's to one server, so that its group shares the prompt's
-    cache. `seed_of(problem_id, k)` seeds sample k. `on_trace` is awaited for each trace when it is
-    finished, while others are still being written; the call returns when all of these have returned too.
+    All requests are under way at once, a problem's to one server, so that its group shares the prompt's cache. A server
+    that fails, ends a trace before its end, or writes it under other weights has failed at it; what becomes of that is
+    up to `servers`. `seed_of(problem_id, k)` seeds sample k. `on_trace` is awaited for each trace when it is finished,
+    while others are still being written; the call returns when all of these have returned too.
 
-    The first failure, of a server or of `on_trace`, cancels everything else and is raised as it is.
-    Raises ServerError where a token of a trace is not of one of `weight_versions`, as they are when it is finished:
-    whoever changes the weights of servers in mid-generation names the new ones there first.
+    The first failure, of `servers` or of `on_trace`, cancels everything else and is raised as it is. Tokens must be of
+    one of `weight_versions`, as they are when their trace is finished: whoever changes the weights of servers in
+    mid-generation names the new ones there first.
     """
 
-    async def one(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
+    async def written(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
         generation = await client.generate(
             prompt.token_ids, seed=seed_of(prompt.problem_id, k), **sampling.model_dump()
         )
-        trace = _trace(client, prompt, k, generation, weight_versions)
+        return _trace(client, prompt, k, generation, weight_versions)
+
+    async def one(home: int, prompt: Prompt, k: int) -> Trace:
+        trace = await servers.ask(home, lambda client: written(client, prompt, k))
         if on_trace is not None:
             await on_trace(trace)
         return trace
 
-    traces = await together(
-        one(clients[i % len(clients)], prompt, k) for i, prompt in enumerate(prompts) for k in range(group_size)
-    )
+    traces = await together(one(i, prompt, k) for i, prompt in enumerate(prompts) for k in range(group_size))
     return [traces[i * group_size : (i + 1) * group_size] for i in range(len(prompts))]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from exprl_megatron.errors import RequestRefused
 from exprl_megatron.serving.http import HttpServer
 
 
@@ -208,6 +209,18 @@ class SGLangClient(HttpServer):
     async def continue_(self) -> None:
         """Go on sampling after `pause`."""
         await self._post("/continue_generation", {})
+        self._in_place = False
+
+    async def take_over(self, *, deadline_s: float) -> None:
+        """End what somebody who is gone may have left under way: held and running requests, an open weight update."""
+        await self._post("/continue_generation", {}, deadline_s)
+        try:
+            await self._order("/end_weight_update", {}, deadline_s)
+        except RequestRefused as refusal:
+            if "no weight-update session is open" not in refusal.said:
+                raise
+        await self._post("/pause_generation", {"mode": "abort"}, deadline_s)
+        await self._post("/continue_generation", {}, deadline_s)
         self._in_place = False
 
     async def sleep(self, *, deadline_s: float | None = None) -> None:

@@ -22,16 +22,22 @@ class Keeper:
             self._registry.withdraw(spec.name)
         self._servers = {server.name: server for server in launch_servers(self._specs)}
 
+    def server(self, name: str) -> Server:
+        """The server of that name as it is now."""
+        return self._servers[name]
+
     def tend(self) -> None:
-        """Register what has become ready; start anew what has died.
+        """Register what has become ready; start anew what has died, or is to be by somebody's wish.
 
         Raises ServerError where a server dies before it was ever ready, is not ready within its start_deadline_s, or
-        has died more often than `restarts` of its config allows.
+        would have to be started anew more often than `restarts` of its config allows.
         """
         for spec in self._specs:
             server = self._servers[spec.name]
             if not server.alive() and (server.registered or self._restarts[spec.name]):
-                self._start_anew(spec, server)
+                self._start_anew(spec, server, "died")
+            elif server.registered and self._registry.restart_asked(spec.name) == server.incarnation:
+                self._start_anew(spec, server, "fails again and again")
             elif not server.registered and server.ready():
                 self._registry.register(_registration(server))
                 server.registered = True
@@ -42,11 +48,12 @@ class Keeper:
             self._registry.withdraw(name)
         stop_servers(list(self._servers.values()))
 
-    def _start_anew(self, spec: ServerSpec, dead: Server) -> None:
+    def _start_anew(self, spec: ServerSpec, server: Server, why: str) -> None:
         self._registry.withdraw(spec.name)
         if self._restarts[spec.name] == spec.config.restarts:
-            raise dead.death(f"and has been started anew {spec.config.restarts} times (restarts of its config)")
+            raise server.end(f"{why} and has been started anew {spec.config.restarts} times (restarts of its config)")
         self._restarts[spec.name] += 1
+        server.stop()
         (self._servers[spec.name],) = launch_servers([spec])
 
 

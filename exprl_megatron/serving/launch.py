@@ -139,9 +139,9 @@ class Server:
         self.ask_to_stop()
         self._process.wait()
 
-    def death(self, besides: str) -> ServerError:
-        """The error that tells that the server has died, and what is to be said `besides`."""
-        return self._error(f"died {besides}; go on with --resume")
+    def end(self, what: str) -> ServerError:
+        """The error for a run that ends because this server did `what`."""
+        return self._error(f"{what}; go on with --resume")
 
     def _error(self, what: str) -> ServerError:
         return ServerError(f"{self.name} ({self.url}) {what}.{log_tail(self.log_file)}")

@@ -5,18 +5,13 @@ reads them. A server that was started anew has the same name and another incarna
 """
 
 import json
-import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from exprl_megatron.errors import ServerError
 from exprl_megatron.files import write_atomically
-from exprl_megatron.serving.health import healthy
 
 Kind = Literal["policy", "judge", "start"]
-_POLL_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,7 @@ class Registry:
     def withdraw(self, name: str) -> None:
         """Make the server unknown; does nothing where it is."""
         self._file(name).unlink(missing_ok=True)
+        self._wish(name).unlink(missing_ok=True)
 
     def find(self, name: str) -> RegisteredServer | None:
         """The server of that name, if it is registered."""
@@ -60,25 +56,16 @@ class Registry:
         found = (self.find(file.stem) for file in sorted(self.directory.glob("*.json")))
         return [server for server in found if server is not None]
 
-    def wait(self, names: Iterable[str], deadline_s: float) -> list[RegisteredServer]:
-        """All of `names`, once every one is registered and well.
+    def ask_restart(self, server: RegisteredServer) -> None:
+        """Ask whoever keeps the server to start it anew, since this incarnation of it is of no use."""
+        write_atomically(self._wish(server.name), server.incarnation.encode())
 
-        Raises ServerError naming those that are missing after `deadline_s`. An old registration whose server is gone
-        counts as none.
-        """
-        deadline = time.monotonic() + deadline_s
-        names = list(names)
-        while True:
-            found = {name: self.find(name) for name in names}
-            missing = [name for name, server in found.items() if server is None or not healthy(server.url)]
-            if not missing:
-                return list(found.values())
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"{', '.join(missing)} did not register in {self.directory} within server.start_deadline_s "
-                    f"({deadline_s:g} s); start them with `exprl serve`, and see their logs there."
-                )
-            time.sleep(_POLL_S)
+    def restart_asked(self, name: str) -> str | None:
+        """The incarnation of the server that is to be started anew, if any."""
+        try:
+            return self._wish(name).read_text()
+        except FileNotFoundError:
+            return None
 
     def end(self) -> None:
         """Tell whoever keeps the servers that the run has ended."""
@@ -97,3 +84,6 @@ class Registry:
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.json"
+
+    def _wish(self, name: str) -> Path:
+        return self.directory / f"{name}.restart"

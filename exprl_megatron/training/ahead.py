@@ -44,7 +44,7 @@ class Ahead:
     def announce(self, stage: RlStage, step: int, version: str) -> bool:
         """Before step `step` learns under `version`: whether anything is to be sampled under these weights.
 
-        If so, they must be on the servers before `take`. Traces under way are held until then, and may be of this
+        If so, they must be on the servers before `begin`. Traces under way are held until then, and may be of this
         version from there on.
         """
         for under_way in self._under_way.values():
@@ -58,22 +58,29 @@ class Ahead:
             self._held = True
         return True
 
-    def take(self, stage: RlStage, step: int, drawn: int, version: str) -> SampledStep:
-        """Begin all that may be begun under `version`, which the servers hold, and wait for step `step`.
+    def begin(self, stage: RlStage, step: int, drawn: int, version: str) -> Future[SampledStep] | None:
+        """Begin all that may be begun under `version`, which the servers hold; step `step`'s work, if it is under way.
 
-        `drawn` problems of the stage were drawn before this step. A step that the journal has is taken from there.
-        Raises what Rollouts.collect and recall do.
+        `drawn` problems of the stage were drawn before this step.
         """
         if self._held:
             self._conductor.run(self._rollouts.go_on())
             self._held = False
         for missing in self._missing(stage, step):
             versions = [version]
-            first = drawn + (missing - step) * stage.problems_per_step
+            first = drawn + (missing - step) * stage.drawn_for(stage.problems_per_step)
             sampled = self._conductor.start(self._rollouts.collect(stage, missing, first, versions))
             self._under_way[missing] = UnderWay(sampled, versions)
             sampled.add_done_callback(partial(self._report, missing))
         self._awaited = step
+        under_way = self._under_way.get(step)
+        return None if under_way is None else under_way.sampled
+
+    def take(self, stage: RlStage, step: int) -> SampledStep:
+        """Wait for step `step`, which was begun; a step that the journal has is taken from there.
+
+        Raises what Rollouts.collect and recall do.
+        """
         under_way = self._under_way.pop(step, None)
         return self._rollouts.recall(stage, step) if under_way is None else under_way.sampled.result()
 

@@ -14,7 +14,10 @@ from exprl_megatron.resharding.disk import DiskTransport
 from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.fleet import FixedServers, Fleet
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
+from exprl_megatron.serving.registered_client import RegisteredClient
+from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
@@ -26,30 +29,30 @@ from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.start_scorer import StartScorer
-from exprl_megatron.training.sync import WeightSync
+from exprl_megatron.training.sync import Members, WeightSync
 
 _CONTROL_ROOM = 2.0
 """Ranks wait for rank 0's word longer than rank 0 waits for a server, by this factor."""
 
 
 def assemble(
-    config: RunConfig, paths: RunDirectory, servers: list[dict], on_failure: Callable[[BaseException], None]
+    config: RunConfig, paths: RunDirectory, registry: Registry, on_failure: Callable[[BaseException], None]
 ) -> Run:
     """This rank's Run, standing where the last complete checkpoint left it (or at the start).
 
-    `servers` is the launcher's list of {kind: policy | start | judge, name, url, log_file}; `on_failure` is Ahead's.
+    Its servers are found in `registry`; `on_failure` is Ahead's.
     Raises Preempted where the run is asked to stop before the servers are ready.
     """
     conductor = Conductor(paths.stop_request.is_file)
     checkpoint = conductor.everywhere(lambda: latest_checkpoint(paths.checkpoints))
     place = Place() if checkpoint is None else Place.from_record(read_extra(checkpoint))
-    clients = _clients(config, servers, "policy", config.server.request_deadline_s)
-    judges = _judges(config, servers)
-    rollouts, ahead, evaluator, console = None, None, None, None
+    fleet, rollouts, ahead, evaluator, console = None, None, None, None, None
     if conductor.here:
         console = Console(config, paths, place)
+        fleet = Fleet(registry, config.server, tell=console.say) if config.samples else None
+        judges = _judges(config, registry)
         judging = JudgingSide(config, paths.judgements, judges, console)
-        rollouts = Rollouts(config, Journal(paths.journal), clients, judges, judging, console)
+        rollouts = Rollouts(config, Journal(paths.journal), fleet, judges, judging, console)
         ahead = Ahead(conductor, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, console)
     # Prompts first: what is wrong with them is known before the servers are up, and so is the policy.
@@ -57,8 +60,9 @@ def assemble(
     policy = Policy(_starting_policy(config, paths, place), config.seed)
     if not conductor.everywhere(lambda: conductor.run_unless_asked_to_stop(rollouts.open())):
         raise Preempted("The run was asked to stop while it waited for its servers; go on with --resume.")
-    sync = _weight_sync(config, paths.sync / "policy", clients, policy, conductor, config.server.tp)
-    scorer = _start_scorer(config, paths, servers, policy, conductor)
+    members = FixedServers([]) if fleet is None else fleet
+    sync = _weight_sync(config, paths.sync / "policy", members, policy, conductor, config.server.tp)
+    scorer = _start_scorer(config, paths, registry, policy, conductor)
     return Run(config, paths, policy, conductor, sync, rollouts, ahead, evaluator, console, place, checkpoint, scorer)
 
 
@@ -71,55 +75,43 @@ def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):
 
 
 def _start_scorer(
-    config: RunConfig, paths: RunDirectory, servers: list[dict], policy: Policy, conductor: Conductor
+    config: RunConfig, paths: RunDirectory, registry: Registry, policy: Policy, conductor: Conductor
 ) -> StartScorer | None:
     if not config.scores_start:
         return None
-    clients = _clients(config, servers, "start", config.server.request_deadline_s)
-    sync = _weight_sync(config, paths.sync / "start", clients, policy, conductor, config.start_server.tp)
-    scorer = StartScorer(clients[0], sync, conductor, config.server.start_deadline_s)
+    client = RegisteredClient(registry, "start-0", config.server.request_deadline_s)
+    members = FixedServers([client])
+    sync = _weight_sync(config, paths.sync / "start", members, policy, conductor, config.start_server.tp)
+    scorer = StartScorer(client, sync, conductor, config.server.start_deadline_s)
     scorer.open()
     return scorer
 
 
-def _judges(config: RunConfig, servers: list[dict]) -> list[SGLangClient | OpenAIEndpoint]:
+def _judges(config: RunConfig, registry: Registry) -> list[SGLangClient | OpenAIEndpoint]:
     if not config.judges:
         return []
-    return judge_endpoints(config.judge) or _clients(config, servers, "judge", config.judge.deadline_s)
-
-
-def _clients(config: RunConfig, servers: list[dict], kind: str, deadline_s: float) -> list[SGLangClient]:
-    return [
-        SGLangClient(server["url"], server["name"], Path(server["log_file"]), deadline_s)
-        for server in servers
-        if server["kind"] == kind
-    ]
+    own = (f"judge-{i}" for i in range(config.judge.server.count))
+    return judge_endpoints(config.judge) or [RegisteredClient(registry, name, config.judge.deadline_s) for name in own]
 
 
 def _weight_sync(
     config: RunConfig,
     directory: Path,
-    clients: list[SGLangClient],
+    members: Members,
     policy: Policy,
     conductor: Conductor,
     server_tp: int,
 ) -> WeightSync:
     control = Control(_CONTROL_ROOM * config.sync.deadline_s)
-    transport = _transport(config, directory, clients, policy, control, server_tp)
-    return WeightSync(config.sync, policy, conductor, clients, transport, control, server_tp)
+    transport = _transport(config, directory, policy, control, server_tp)
+    return WeightSync(config.sync, policy, conductor, members, transport, control, server_tp)
 
 
-def _transport(
-    config: RunConfig,
-    directory: Path,
-    clients: list[SGLangClient],
-    policy: Policy,
-    control: Control,
-    server_tp: int,
-) -> Transport:
+def _transport(config: RunConfig, directory: Path, policy: Policy, control: Control, server_tp: int) -> Transport:
+    """A transport that is yet to be told its servers."""
     deadline_s = config.sync.deadline_s
     if config.sync.transport in ("disk", "delta"):
         kind = {"disk": DiskTransport, "delta": DeltaTransport}[config.sync.transport]
-        return kind(clients, directory, Path(config.policy.model), control, deadline_s)
+        return kind([], directory, Path(config.policy.model), control, deadline_s)
     kind = {"broadcast": BroadcastTransport, "handles": HandlesTransport}[config.sync.transport]
-    return kind(clients, server_tp, policy.world, control, deadline_s)
+    return kind([], server_tp, policy.world, control, deadline_s)

@@ -63,6 +63,12 @@ class Conductor:
         else:
             following()
 
+    def here_alone(self, work: Callable[[], T]) -> T | None:
+        """The result of `work` on rank 0, and None elsewhere; an error on rank 0 is raised on every rank."""
+        made: list[T] = []
+        self.everywhere(lambda: made.append(work()))
+        return made[0] if made else None
+
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Let `coroutine` run beside whatever this process does next; rank 0 only."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

@@ -27,7 +27,6 @@ class RunDirectory:
         self.timeline = self.root / "timeline.jsonl"
         self.sync = self.root / "sync"
         self.judgements = self.root / "judgements.sqlite"
-        self.servers = self.root / "servers.json"
         self.registry = self.root / "servers"
         self.resolved = self.root / "resolved.yaml"
         self.stop_request = self.root / "stop"

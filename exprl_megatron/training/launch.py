@@ -1,24 +1,18 @@
 """Starts a run's processes side by side, watches them, and ends them all when one ends."""
 
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.files import Claim, write_atomically
+from exprl_megatron.errors import UserError
+from exprl_megatron.files import Claim
+from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.launch import (
     SERVED_DTYPES,
-    Server,
     ServerSpec,
     check_servers,
     interrupt_on_sigterm,
-    launch_servers,
     server_specs,
-    stop_servers,
 )
-from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Host, Node
@@ -57,28 +51,22 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         raise
     interrupt_on_sigterm()
     end_on_sigusr1()
-    servers: list[Server] = []
+    keeper = Keeper([] if registered else wanted, registry)
     ranks: TrainerRanks | None = None
     try:
         registry.begin()
-        if registered:
-            found = registry.wait([spec.name for spec in wanted], config.server.start_deadline_s)
-            addresses = [asdict(server) for server in found]
-        else:
-            servers = launch_servers(wanted)
-            addresses = [_address(server) for server in servers]
-        write_atomically(directory.servers, json.dumps(addresses).encode())
+        keeper.start()
         request_stop_on_sigusr1(directory.stop_request)
         host.begin()
-        ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.servers, node)
+        ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.registry, node)
         while ranks.running():
             host.check()
-            _check_alive(servers)
+            keeper.tend()
             time.sleep(_POLL_S)
     finally:
         if ranks is not None:
             ranks.stop()
-        stop_servers(servers)
+        keeper.stop()
         registry.end()
         claim.release()
 
@@ -99,14 +87,3 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
         judge = config.judge
         specs += server_specs("judge", judge.model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
     return specs
-
-
-def _address(server: Server) -> dict[str, str]:
-    kind = server.name.rpartition("-")[0]
-    return {"kind": kind, "name": server.name, "url": server.url, "log_file": str(server.log_file)}
-
-
-def _check_alive(servers: Sequence[Server]) -> None:
-    for server in servers:
-        if not server.alive():
-            raise ServerError(f"{server.name} ({server.url}) died; go on with --resume.{log_tail(server.log_file)}")

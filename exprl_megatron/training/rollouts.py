@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from typing import Literal
 
 from transformers import AutoTokenizer
 
@@ -20,12 +22,14 @@ from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.ready import wait_ready
-from exprl_megatron.together import together
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade
 from exprl_megatron.training.journal import Journal, SampledStep
 from exprl_megatron.training.judging_side import JudgingSide
+
+_ATTEND_S = 1.0
 
 
 class Rollouts:
@@ -35,14 +39,14 @@ class Rollouts:
         self,
         config: RunConfig,
         journal: Journal,
-        clients: Sequence[SGLangClient],
+        fleet: Fleet | None,
         judges: Sequence[SGLangClient],
         judging: JudgingSide,
         console: Console,
     ):
         self._config = config
         self._journal = journal
-        self._clients = clients
+        self._fleet = fleet
         self._judges = judges
         self._judging = judging
         self._console = console
@@ -52,26 +56,32 @@ class Rollouts:
 
     async def open(self) -> None:
         """Open the connections and wait until every server is ready."""
-        for client in (*self._clients, *self._judges):
-            await client.__aenter__()
+        for judge in self._judges:
+            await judge.__aenter__()
         await asyncio.gather(
-            *(wait_ready(client, self._config.server.start_deadline_s) for client in self._clients),
+            *([] if self._fleet is None else [self._fleet.open()]),
             *(wait_ready(client, self._config.judge.server.start_deadline_s) for client in self._judges),
         )
 
     async def close(self) -> None:
         """Close the connections and the judging side."""
-        for client in (*self._clients, *self._judges):
-            await client.__aexit__()
+        if self._fleet is not None:
+            await self._fleet.close()
+        for judge in self._judges:
+            await judge.__aexit__()
         self._judging.close()
 
     async def hold(self) -> None:
         """Let the traces under way wait, as `sync.hold` says, since the weights are about to change."""
-        await together(client.pause(self._config.sync.hold) for client in self._clients)
+        await self._fleet.hold(self._config.sync.hold)
 
     async def go_on(self) -> None:
         """Let them go on where they were, under the weights that the servers hold now."""
-        await together(client.continue_() for client in self._clients)
+        await self._fleet.go_on()
+
+    async def attend(self, work: Future) -> Literal["done", "weights", "nothing"]:
+        """Wait a little for `work` of these rollouts; see Fleet.attend."""
+        return await self._fleet.attend(work, _ATTEND_S)
 
     def prepare(self) -> None:
         """Read every problem and build every prompt that the run needs, so that bad input ends it at its start."""
@@ -165,7 +175,7 @@ class Rollouts:
                 bar.advance("graded")
 
             traces = await sample_groups(
-                self._clients,
+                self._fleet,
                 prompts,
                 group_size,
                 sampling,

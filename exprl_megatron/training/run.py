@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,11 @@ class Run:
             with self.clock("sync"):
                 self._sync_metrics = self._sync.bring(version)
         with self.clock("sample_and_grade"):
-            sampled = self._conductor.everywhere(lambda: self._ahead.take(stage, step, drawn, version))
+            work = self._conductor.here_alone(lambda: self._ahead.begin(stage, step, drawn, version))
+            while (waiting := self._waiting_for(work)) != "done":
+                if waiting == "weights":
+                    self._sync_metrics = self._sync.bring(version)
+            sampled = self._conductor.everywhere(lambda: self._ahead.take(stage, step))
         self._count(stage, sampled)
         return sampled.groups
 
@@ -192,14 +197,17 @@ class Run:
             return
         version = self.weight_version
         self._sync.bring(version)
-        made = self._conductor.everywhere(
-            lambda: self._conductor.run_unless_asked_to_stop(self._evaluator.evaluate(name, version))
-        )
-        if not made:
-            raise Preempted(
-                f"The run was asked to stop and did so in the evaluation of {name}; "
-                "go on with --resume, which makes it anew."
-            )
+        work = self._conductor.here_alone(lambda: self._conductor.start(self._evaluator.evaluate(name, version)))
+        while (waiting := self._waiting_for(work)) != "done":
+            if waiting == "weights":
+                self._sync.bring(version)
+            elif self._conductor.asked_to_stop():
+                self._conductor.here_alone(lambda: work.cancel())
+                raise Preempted(
+                    f"The run was asked to stop and did so in the evaluation of {name}; "
+                    "go on with --resume, which makes it anew."
+                )
+        self._conductor.everywhere(lambda: work.result())
 
     def close(self) -> None:
         """Print the closing table, leave the servers, end the verifier's processes, finish the logs."""
@@ -211,6 +219,15 @@ class Run:
                 self._conductor.run(self._start_scorer.close())
             self._console.close()
         self._conductor.close()
+
+    def _waiting_for(self, work: Future | None) -> str:
+        """What rank 0's `work` with the sampling servers waits for, on every rank; see Fleet.attend.
+
+        The ranks hear from each other meanwhile, however long it takes.
+        """
+        return self._conductor.everywhere(
+            lambda: "done" if work is None else self._conductor.run(self._rollouts.attend(work))
+        )
 
     def _read_teacher_prompts(self, stage: SelfDistillStage) -> dict[str, tuple[int, ...]]:
         tokenizer = AutoTokenizer.from_pretrained(self.config.policy.model)

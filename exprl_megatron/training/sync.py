@@ -4,10 +4,11 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.conversion import fp8 as blocks
-from exprl_megatron.errors import ServerError
+from exprl_megatron.errors import ServerError, WeightsDiffer
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.control import Control, SyncStopped
 from exprl_megatron.resharding.outgoing import Outgoing
@@ -21,15 +22,31 @@ from exprl_megatron.training.conductor import Conductor, ConductorFailed
 _MB = 2**20
 
 
+class Members(Protocol):
+    """The servers that get weights, as rank 0 knows them: a Fleet, or FixedServers."""
+
+    clients: list[SGLangClient]
+    """Of those that were convoked last."""
+
+    async def convoke(self, version: str) -> bool:
+        """Whether weights are to be brought to `clients`, since one of them has not `version`."""
+
+    async def brought(self, version: str) -> None:
+        """They have it now."""
+
+    async def failed(self, error: ServerError) -> None:
+        """Bringing it failed; returns where it is to be tried again, with whoever is convoked then, else raises."""
+
+
 class WeightSync:
-    """Knows which version the servers hold; every rank calls `bring`, the conductor alone talks to servers."""
+    """Every rank calls `bring`; the conductor alone talks to servers, and it alone needs `members`."""
 
     def __init__(
         self,
         config: SyncConfig,
         policy: Policy,
         conductor: Conductor,
-        clients: Sequence[SGLangClient],
+        members: Members,
         transport: Transport,
         control: Control,
         server_tp: int = 1,
@@ -37,40 +54,27 @@ class WeightSync:
         self._config = config
         self._policy = policy
         self._conductor = conductor
-        self._clients = clients
+        self._members = members
         self._transport = transport
         self._control = control
         self._server_tp = server_tp
-        self._served: str | None = None
+        self._enlisted: list[SGLangClient] | None = None
+        """The servers that the transport brings weights to, on rank 0; None where it must be told."""
 
     def bring(self, version: str) -> dict[str, float]:
         """Make every server hold the policy's current weights as `version`, where it does not yet.
 
-        What the parts took, on rank 0 (see SyncTimes); nothing where there was nothing to do, and on other ranks.
-        Raises ServerError where a server refuses, dies, hangs, or afterwards holds other bytes than the trainer.
+        Where a server fails meanwhile it is done again with those that are left, or have come. What the parts took, on
+        rank 0 (see SyncTimes); nothing where there was nothing to do, and on other ranks. Raises ServerError where no
+        server is left or all fail twice, WeightsDiffer where one afterwards holds other bytes than the trainer.
         """
-        if version == self._served:
-            return {}
-        times, outgoing = SyncTimes(), self._outgoing()
-        times.nbytes = outgoing.nbytes
-        try:
-            self._conductor.collective(
-                lambda: self._push(outgoing, version, times), lambda: self._transport.follow(outgoing)
-            )
-        except SyncStopped as stopped:
-            raise ConductorFailed from stopped
-        pushed = time.monotonic()
-        found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, outgoing.checked()))
-        self._served = version
-        if found is None:
-            return {}
-        gathering, quantising, sums = zip(*found, strict=True)
-        times.gather_s, times.quantise_s = max(gathering), max(quantising)
-        if self._config.verify:
-            expected = _merged(sums, self._server_tp)
-            self._conductor.run(verify(self._clients, expected, version, self._config.deadline_s))
-        times.check_s = time.monotonic() - pushed
-        return times.metrics()
+        while (to_do := self._conductor.everywhere(lambda: self._conductor.run(self._convoked(version)))) != "nothing":
+            if to_do == "enlist":
+                self._enlist()
+            times, error = self._attempt(version)
+            if self._conductor.everywhere(lambda e=error: self._conductor.run(self._settled(version, e))):
+                return times.metrics() if self._conductor.here else {}
+        return {}
 
     async def close(self) -> None:
         """Leave the servers' broadcast groups; rank 0 only."""
@@ -99,6 +103,64 @@ class WeightSync:
             check=check,
         )
 
+    async def _convoked(self, version: str) -> str:
+        """`nothing` to be done, weights to be `push`ed, or first the transport's servers to be `enlist`ed."""
+        if not await self._members.convoke(version):
+            return "nothing"
+        return "push" if self._members.clients == self._enlisted else "enlist"
+
+    def _enlist(self) -> None:
+        clients = list(self._members.clients) if self._conductor.here else []
+        try:
+            self._transport.enlist(clients)
+        except SyncStopped as stopped:
+            raise ConductorFailed from stopped
+        self._enlisted = clients
+
+    def _attempt(self, version: str) -> tuple[SyncTimes, Exception | None]:
+        """What one push took, and on rank 0 what it failed of; the other ranks stop without a word."""
+        times, outgoing = SyncTimes(), self._outgoing()
+        times.nbytes = outgoing.nbytes
+        try:
+            self._conductor.collective(
+                lambda: self._push(outgoing, version, times), lambda: self._transport.follow(outgoing)
+            )
+            self._check(outgoing, version, times)
+        except SyncStopped:
+            return times, None
+        except Exception as error:
+            if not self._conductor.here:
+                raise
+            return times, error
+        finally:
+            outgoing.checked()
+        return times, None
+
+    def _check(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+        """Compare checksums, where the config says so, and put all ranks' times together; a collective."""
+        pushed = time.monotonic()
+        found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, outgoing.checked()))
+        if found is None:
+            return
+        gathering, quantising, sums = zip(*found, strict=True)
+        times.gather_s, times.quantise_s = max(gathering), max(quantising)
+        if self._config.verify:
+            expected = _merged(sums, self._server_tp)
+            self._conductor.run(verify(self._members.clients, expected, version, self._config.deadline_s))
+        times.check_s = time.monotonic() - pushed
+
+    async def _settled(self, version: str, error: Exception | None) -> bool:
+        """Whether the servers hold `version`; raises `error` where another attempt is of no use."""
+        if error is None:
+            await self._members.brought(version)
+            return True
+        if not isinstance(error, ServerError) or isinstance(error, WeightsDiffer):
+            raise error
+        await self._members.failed(error)
+        # What the transport shares with its servers may be broken.
+        self._enlisted = None
+        return False
+
     def _push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         started = time.monotonic()
         self._conductor.run(self._transport.push(outgoing, version, times))
@@ -124,14 +186,14 @@ async def verify(
 ) -> None:
     """Compare what each tensor-parallel rank of each server holds with the trainer's checksums for it.
 
-    Raises ServerError naming the server and the first tensors that differ.
+    Raises WeightsDiffer naming the server and the first tensors that differ.
     """
     answers = await asyncio.gather(*(client.checksums(deadline_s=deadline_s) for client in clients))
     for client, ranks in zip(clients, answers, strict=True):
         for held, wanted in zip(ranks, expected, strict=True):
             wrong = differing(held, wanted)
             if wrong:
-                raise ServerError(
+                raise WeightsDiffer(
                     f"{client.name} does not hold the weights of {version} after the sync: {len(wrong)} of "
                     f"{len(wanted)} tensors differ, first {', '.join(wrong[:3])}; nothing more was sampled from it, "
                     "go on with --resume."

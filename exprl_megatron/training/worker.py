@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status
+from exprl_megatron.serving.registry import Registry
 
 _telling = threading.RLock()
 """Whichever thread fails first writes down how the rank ends, undisturbed."""
@@ -23,7 +24,7 @@ def main() -> None:
     """Run the rank; exit status 0, 2 (the user can mend it), 75 (asked to stop) or 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--servers", type=Path, required=True, help="JSON list of {kind, name, url, log_file}")
+    parser.add_argument("--servers", type=Path, required=True, help="Where they are registered.")
     arguments = parser.parse_args()
     sys.exit(guarded(arguments.directory, arguments.servers))
 
@@ -42,7 +43,7 @@ def guarded(directory: Path, servers: Path) -> int:
             os._exit(_tell(end, error))
 
     try:
-        work(directory, json.loads(servers.read_text()), end_at_once)
+        work(directory, Registry(servers), end_at_once)
     except ConductorFailed:
         return 1
     except Exception as error:
@@ -61,7 +62,7 @@ def _tell(end: Path, error: BaseException) -> int:
     return status
 
 
-def work(directory: Path, servers: list[dict], on_failure: Callable[[BaseException], None]) -> None:
+def work(directory: Path, registry: Registry, on_failure: Callable[[BaseException], None]) -> None:
     """Build this rank's part of the run and take it to its end; `on_failure` is Ahead's."""
     from exprl_megatron.policy.world import enter_world, leave_world
     from exprl_megatron.training.assemble import assemble
@@ -71,7 +72,7 @@ def work(directory: Path, servers: list[dict], on_failure: Callable[[BaseExcepti
     paths = RunDirectory(directory)
     config = read_config(paths)
     enter_world(config.policy.layout, config.seed, _longest_wait(config))
-    run = assemble(config, paths, servers, on_failure)
+    run = assemble(config, paths, registry, on_failure)
     run_stages(run)
     run.close()
     leave_world()

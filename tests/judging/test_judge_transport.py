@@ -74,7 +74,7 @@ def test_dead_servers_end_the_run():
 
     async def run():
         async with sglang_client(Dead, "judge-7") as client:
-            await _one(make_judge(client, retries=1))
+            await _one(make_judge(client, retries=1, deadline_s=1))
 
     with pytest.raises(ServerError, match=r"judge-7 .*died or is not reachable"):
         asyncio.run(run())
@@ -82,7 +82,7 @@ def test_dead_servers_end_the_run():
 
 def test_servers_that_are_up_but_not_well_end_the_run():
     with pytest.raises(ServerError, match="HTTP 503"):
-        _run([FaultyServer(*[503] * 9, well=False)], _one, retries=2)
+        _run([FaultyServer(*[503] * 9, well=False)], _one, retries=2, retry_pause_s=0.1, deadline_s=1)
 
 
 def test_a_request_that_fails_everywhere_while_a_server_is_well_is_an_abstention():

@@ -17,6 +17,7 @@ from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.fleet import FixedServers
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
 from exprl_megatron.training.sync import WeightSync
 
@@ -45,7 +46,9 @@ class Syncs:
     def sync(self, kind: str, **settings) -> WeightSync:
         transport = TRANSPORTS[kind](self.clients, self.tp, self.policy.world, self.control, 60.0)
         config = SyncConfig(bucket_mb=BUCKET_MB, **settings)
-        return WeightSync(config, self.policy, self.conductor, self.clients, transport, self.control, self.tp)
+        return WeightSync(
+            config, self.policy, self.conductor, FixedServers(self.clients), transport, self.control, self.tp
+        )
 
     def close(self, *syncs: WeightSync) -> None:
         if self.conductor.here:

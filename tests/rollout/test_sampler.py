@@ -9,6 +9,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.fleet import FixedServers
 
 PROMPTS = [Prompt(f"p{i}", tuple(range(3 + i, 23 + i))) for i in range(5)]
 # A quarter of the vocabulary stops a trace: some have one token, some dozens.
@@ -47,7 +48,7 @@ def sample(clients, sampling, group_size, **settings):
             for client in clients:
                 await client.__aenter__()
             try:
-                return await sample_groups(clients, PROMPTS, group_size, sampling, seed_of, **settings)
+                return await sample_groups(FixedServers(clients), PROMPTS, group_size, sampling, seed_of, **settings)
             finally:
                 for client in clients:
                     await client.__aexit__()
@@ -83,6 +84,20 @@ def test_a_finished_trace_is_handed_on_while_others_are_still_written(qwen3_serv
     sample([client], SHORT, 8, weight_versions=["initial"], on_trace=on_trace)
     assert len(still_running) == 40
     assert still_running[0] > 0
+
+
+@pytest.mark.slow
+def test_no_more_groups_are_waited_for_than_are_wanted(qwen3_server):
+    client = Watched(qwen3_server)
+    ordinary = sample([Watched(qwen3_server)], SHORT, 2, weight_versions=["initial"])
+
+    async def on_trace(trace):
+        if trace.problem_id in ("p0", "p3"):
+            await asyncio.sleep(3600)  # a judge that takes its time
+
+    found = sample([client], SHORT, 2, weight_versions=["initial"], on_trace=on_trace, wanted=3)
+    assert [group[0].problem_id for group in found] == ["p1", "p2", "p4"]
+    assert [[t.token_ids for t in group] for group in found] == [[t.token_ids for t in ordinary[i]] for i in (1, 2, 4)]
 
 
 @pytest.mark.slow

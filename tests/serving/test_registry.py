@@ -5,7 +5,7 @@ import time
 import pytest
 
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.errors import UserError
 from exprl_megatron.serving.launch import server_specs
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training.serve import Share
@@ -28,11 +28,15 @@ def test_a_server_is_known_from_its_registration_to_its_withdrawal(tmp_path):
     assert registry.all() == [server(incarnation="b")]
 
 
-def test_a_registration_whose_server_is_gone_is_not_waited_upon_for_ever(tmp_path):
+def test_the_wish_to_start_a_server_anew_is_for_one_incarnation_of_it(tmp_path):
     registry = Registry(tmp_path)
+    assert registry.restart_asked("policy-0") is None
     registry.register(server())
-    with pytest.raises(ServerError, match=r"policy-0, judge-0 did not register in .* within .* \(0.1 s\); start them"):
-        registry.wait(["policy-0", "judge-0"], 0.1)
+    registry.ask_restart(server())
+    assert registry.restart_asked("policy-0") == server().incarnation
+    assert registry.all() == [server()]
+    registry.withdraw("policy-0")
+    assert registry.restart_asked("policy-0") is None
 
 
 def test_the_end_of_an_earlier_attempt_is_told_from_that_of_this_one(tmp_path):

@@ -10,7 +10,8 @@ import psutil
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.serving.launch import Server
-from exprl_megatron.training.directory import RunDirectory, write_atomically
+from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.ranks import TrainerRanks
 
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 24}
@@ -59,12 +60,10 @@ def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = Fa
     """The trainer's processes on servers that are already there."""
     directory = RunDirectory(config.directory)
     directory.claim(config, resume).release()
-    addresses = [
-        {"kind": kind, "name": server.name, "url": server.url, "log_file": str(server.log_file)}
-        for kind, server in servers.items()
-    ]
-    write_atomically(directory.servers, json.dumps(addresses).encode())
-    return TrainerRanks(directory, config.policy.layout.world_size, directory.servers)
+    registry = Registry(directory.registry)
+    for kind, server in servers.items():
+        registry.register(RegisteredServer(kind, server.name, server.url, str(server.log_file), server.incarnation))
+    return TrainerRanks(directory, config.policy.layout.world_size, directory.registry)
 
 
 def finish(ranks: TrainerRanks, deadline_s: float = 300) -> None:

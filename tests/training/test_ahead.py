@@ -88,7 +88,8 @@ def _learn(ahead, of_stage, step):
     """One step as the run takes it; its result, and whether the servers got weights."""
     version = f"v{step - 1}"
     wanted = ahead.announce(of_stage, step, version)
-    return ahead.take(of_stage, step, 4 * (step - 1), version), wanted
+    ahead.begin(of_stage, step, 4 * (step - 1), version)
+    return ahead.take(of_stage, step), wanted
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])

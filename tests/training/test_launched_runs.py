@@ -34,15 +34,16 @@ def all_end(processes: list[psutil.Process]) -> bool:
 
 @pytest.fixture(scope="module")
 def config(tiny_model, tmp_path_factory):
-    """A run far too long to end by itself."""
+    """A run far too long to end by itself, which starts no server anew."""
     root = tmp_path_factory.mktemp("launched")
     problems = write_problems(root / "problems.jsonl")
     config = run_config(root / "run", tiny_model("qwen3"), tiny_model("qwen3", seed=1, tied=True), problems)
     prime = config.stages[0].model_copy(update={"steps": 100_000})
-    return config.model_copy(update={"stages": (prime,)})
+    once = config.server.model_copy(update={"restarts": 0})
+    return config.model_copy(update={"stages": (prime,), "server": once})
 
 
-def test_a_dead_sampling_server_ends_the_run_with_its_name_and_log(config):
+def test_a_server_that_died_once_too_often_ends_the_run_with_its_name_and_log(config):
     run = start(config)
     wait_until(lambda: steps_done(config) >= 1 or run.poll() is not None, 300)
     everybody = psutil.Process(run.pid).children(recursive=True)

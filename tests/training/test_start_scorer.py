@@ -13,6 +13,7 @@ from exprl_megatron.config.serving import ServerConfig, SyncConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
+from exprl_megatron.serving.fleet import FixedServers
 from exprl_megatron.serving.launch import server_specs, start_servers
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.directory import RunDirectory
@@ -95,7 +96,7 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(st
     conductor, client = Conductor(), start_server.client()
     control = Control(240.0)
     transport = BroadcastTransport([client], 1, policy.world, control, 120.0)
-    sync = WeightSync(SyncConfig(), policy, conductor, [client], transport, control)
+    sync = WeightSync(SyncConfig(), policy, conductor, FixedServers([client]), transport, control)
     scorer = StartScorer(client, sync, conductor, start_deadline_s=60.0)
     scorer.open()
     policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10, keep_start=True)

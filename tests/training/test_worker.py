@@ -17,7 +17,7 @@ def work(directory, servers, on_failure):
     time.sleep(300)
 
 worker.work = work
-sys.exit(worker.guarded(Path(sys.argv[1]), Path(sys.argv[1]) / "servers.json"))
+sys.exit(worker.guarded(Path(sys.argv[1]), Path(sys.argv[1]) / "servers"))
 """
 
 

@@ -1,0 +1,320 @@
+"""The sampling servers of a run, which come and go: who holds the current weights, and who may be asked.
+
+A server that has registered is *joining* until the current weights were brought to it, then *serving*. One that fails
+is *out*: what it was asked is asked of another server, and it joins again when it answers well, to get whatever weights
+are current then. One that fails several times in a row is to be started anew by its keeper; a new incarnation of a
+server is a new server to us.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import RequestRefused, ServerError
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.registry import RegisteredServer, Registry
+
+_POLL_S = 0.25
+_ATTEND_S = 0.02
+_FAILURES = 3
+"""So often in a row a server may fail before it is to be started anew."""
+_LONGEST_PAUSE_S = 30.0
+_ATTEMPTS = 10
+"""A request that fails so often fails the run."""
+
+
+class Servers(Protocol):
+    """What sampling needs of servers."""
+
+    async def ask[T](self, home: int, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
+        """See Fleet.ask."""
+
+
+class FixedServers:
+    """Servers that are always the same, each open already; what one of them fails at is an error."""
+
+    def __init__(self, clients: Sequence[SGLangClient]):
+        self.clients = list(clients)
+        self._version: str | None = None
+
+    async def ask[T](self, home: int, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
+        """What `call` returns for server number `home`, modulo their number; raises what it does."""
+        return await call(self.clients[home % len(self.clients)])
+
+    async def convoke(self, version: str) -> bool:
+        """Whether weights are to be brought to `clients`, since they have not `version`."""
+        return version != self._version
+
+    async def brought(self, version: str) -> None:
+        """All hold `version`."""
+        self._version = version
+
+    async def failed(self, error: ServerError) -> None:
+        """Raises `error`."""
+        raise error
+
+
+class Member:
+    """One incarnation of a server, and its place in the fleet."""
+
+    def __init__(self, server: RegisteredServer, deadline_s: float):
+        self.server = server
+        self.client = SGLangClient(server.url, server.name, Path(server.log_file), deadline_s)
+        self.state: Literal["joining", "serving", "out"] = "out"
+        self.failures = 0
+        """In a row."""
+        self.next_try = 0.0
+        """When it may be tried again, in the event loop's time, while it is out."""
+        self.running: set[asyncio.Task] = set()
+
+    def release(self) -> None:
+        """Let whoever waits for this server's answers ask another one."""
+        for task in self.running:
+            task.cancel()
+
+
+class Fleet:
+    """The servers of `kind` in `registry`; lives in one event loop between `open` and `close`.
+
+    `tell` is given a line for whatever a user should know of. `count` of the config is how many there are at the start;
+    more may come.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        config: ServerConfig,
+        kind: str = "policy",
+        tell: Callable[[str], None] = lambda text: None,
+    ):
+        self._registry = registry
+        self._config = config
+        self._kind = kind
+        self._tell = tell
+        self._members: dict[str, Member] = {}
+        self._convoked: list[Member] = []
+        self._version: str | None = None
+        self._go = asyncio.Event()
+        self._go.set()
+        self._why = "none has registered"
+        self._dry_since = 0.0
+        self._unexplained = 0
+        self._watching: asyncio.Task | None = None
+
+    async def open(self) -> None:
+        """Return when `count` servers have registered and are ours; ServerError where they have not in time."""
+        loop = asyncio.get_running_loop()
+        self._dry_since = loop.time()
+        self._watching = loop.create_task(self._watch())
+        while len(self._in("joining")) < self._config.count:
+            self._check_watch()
+            if loop.time() - self._dry_since > self._config.start_deadline_s:
+                here = ", ".join(member.server.name for member in self._in("joining")) or "none"
+                raise ServerError(
+                    f"{self._config.count} {self._kind} servers were to register in {self._registry.directory} within "
+                    f"start_deadline_s ({self._config.start_deadline_s:g} s), but {here} did; last: {self._why}"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def close(self) -> None:
+        """Leave all servers."""
+        if self._watching is not None:
+            self._watching.cancel()
+        for member in self._members.values():
+            await member.client.__aexit__()
+
+    async def ask[T](self, home: int, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
+        """What `call` returns for one of the serving servers: number `home`, modulo their number, as a rule.
+
+        Where it raises ServerError that server is out, and another is asked. Waits while `hold` is on, and while no
+        server serves. Raises RequestRefused as `call` does, and ServerError where there has been no server for
+        start_deadline_s, or `call` has failed too often, be it at different servers.
+        """
+        attempts = 0
+        while True:
+            member = await self._serving(home)
+            task = asyncio.ensure_future(call(member.client))
+            member.running.add(task)
+            try:
+                answer = await task
+                member.failures = 0
+                return answer
+            except RequestRefused:
+                raise
+            except ServerError as error:
+                attempts += 1
+                if member.state != "out":
+                    self._put_out(member, str(error))
+                if attempts == _ATTEMPTS:
+                    raise
+            except asyncio.CancelledError:
+                if asyncio.current_task().cancelling():
+                    raise
+            finally:
+                member.running.discard(task)
+
+    async def attend(self, work: Future, patience_s: float) -> Literal["done", "weights", "nothing"]:
+        """Wait for `work`, which asks these servers; at most for `patience_s`.
+
+        `weights`: it cannot go on before weights are brought, since no server serves but one has come (back).
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience_s
+        while not work.done():
+            if not self._in("serving") and self._in("joining"):
+                return "weights"
+            if loop.time() > until:
+                return "nothing"
+            await asyncio.sleep(_ATTEND_S)
+        return "done"
+
+    @property
+    def clients(self) -> list[SGLangClient]:
+        """Of the servers that were convoked last."""
+        return [member.client for member in self._convoked]
+
+    async def hold(self, mode: Literal["retract", "in_place"]) -> None:
+        """Let the requests under way wait where they are, and new ones before they are sent."""
+        self._go.clear()
+        await self._all_tried(lambda client: client.pause(mode))
+
+    async def go_on(self) -> None:
+        """Let requests go on."""
+        await self._all_tried(lambda client: client.continue_())
+        self._go.set()
+
+    async def convoke(self, version: str) -> bool:
+        """Whether weights are to be brought to `clients`, since one of them has not `version`.
+
+        Waits for a server where there is none. Raises ServerError where none comes within start_deadline_s.
+        """
+        while not self._in("serving", "joining"):
+            await self._next_change()
+        if version == self._version and not self._in("joining"):
+            return False
+        self._convoked = self._in("serving", "joining")
+        return True
+
+    async def brought(self, version: str) -> None:
+        """The servers that were convoked hold `version`, as was seen."""
+        self._version = version
+        self._unexplained = 0
+        for member in self._convoked:
+            if member.state == "joining":
+                member.state = "serving"
+
+    async def failed(self, error: ServerError) -> None:
+        """Bringing weights failed: who answers well, without the request in question, is joining, the others are out.
+
+        Raises `error` where it happens again although all are well.
+        """
+        self._version = None
+        for member in self._convoked:
+            if member.state != "out":
+                member.state = "joining"
+                member.release()
+        await asyncio.gather(*(self._take_over(member) for member in self._convoked if member.state == "joining"))
+        if all(member.state == "joining" for member in self._convoked):
+            self._unexplained += 1
+            if self._unexplained > 1:
+                raise error
+        self._tell(f"weights did not arrive and are brought again: {_first_line(str(error))}")
+
+    def _in(self, *states: str) -> list[Member]:
+        """By name."""
+        members = (self._members[name] for name in sorted(self._members))
+        return [member for member in members if member.state in states]
+
+    async def _serving(self, home: int) -> Member:
+        while True:
+            await self._go.wait()
+            serving = self._in("serving")
+            if serving:
+                return serving[home % len(serving)]
+            await self._next_change()
+
+    async def _next_change(self) -> None:
+        """Wait a little. Raises ServerError where there has been no server for start_deadline_s."""
+        self._check_watch()
+        if asyncio.get_running_loop().time() - self._dry_since > self._config.start_deadline_s:
+            raise ServerError(
+                f"There has been no {self._kind} server for start_deadline_s ({self._config.start_deadline_s:g} s); "
+                f"go on with --resume. The last to leave: {self._why}"
+            )
+        await asyncio.sleep(_POLL_S)
+
+    def _check_watch(self) -> None:
+        """Raise what ended the watch over the registry."""
+        if self._watching.done():
+            self._watching.result()
+
+    async def _watch(self) -> None:
+        """Follow the registry, and try those that are out."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as tries:
+            while True:
+                registered = [s for s in await asyncio.to_thread(self._registry.all) if s.kind == self._kind]
+                await self._follow({server.name: server for server in registered})
+                for member in self._members.values():
+                    if member.state == "out" and loop.time() >= member.next_try:
+                        member.next_try = math.inf
+                        tries.create_task(self._take_over(member))
+                if self._in("serving", "joining"):
+                    self._dry_since = loop.time()
+                await asyncio.sleep(_POLL_S)
+
+    async def _follow(self, registered: dict[str, RegisteredServer]) -> None:
+        for name, member in list(self._members.items()):
+            if registered.get(name) != member.server:
+                self._why = f"{name} ({member.server.url}) is not registered any more"
+                self._tell(self._why)
+                del self._members[name]
+                member.state = "out"
+                member.release()
+                await member.client.__aexit__()
+        for name, server in registered.items():
+            if name not in self._members:
+                member = Member(server, self._config.request_deadline_s)
+                await member.client.__aenter__()
+                self._members[name] = member
+
+    async def _take_over(self, member: Member) -> None:
+        """End whatever a run before this one, or we ourselves, may have left under way there: then it can join."""
+        deadline_s = self._config.answer_deadline_s
+        if await self._tried(member, lambda client: client.take_over(deadline_s=deadline_s)):
+            member.state = "joining"
+
+    async def _all_tried(self, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> None:
+        """Who serves does as it is asked, or is out."""
+        await asyncio.gather(*(self._tried(member, call) for member in self._in("serving")))
+
+    async def _tried(self, member: Member, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> bool:
+        """Whether the server did as it was asked; else it is out."""
+        try:
+            await call(member.client)
+        except ServerError as error:
+            self._put_out(member, str(error))
+            return False
+        return self._members.get(member.server.name) is member
+
+    def _put_out(self, member: Member, why: str) -> None:
+        """Nothing more is asked of this server before it is taken over."""
+        if self._members.get(member.server.name) is not member:
+            return
+        self._why = why
+        self._tell(f"{member.server.name} is out: {_first_line(why)}")
+        member.state = "out"
+        member.failures += 1
+        pause_s = min(2.0 ** (member.failures - 1), _LONGEST_PAUSE_S)
+        member.next_try = asyncio.get_running_loop().time() + pause_s
+        if member.failures >= _FAILURES:
+            self._registry.ask_restart(member.server)
+        member.release()
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

@@ -1,0 +1,27 @@
+"""A client of a server that is looked up by its name: where it was started anew, it is found at its new address."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.registry import Registry
+
+_FRESH_S = 0.5
+
+
+class RegisteredClient(SGLangClient):
+    """See SGLangClient; before a request its address is read anew, at most twice a second."""
+
+    def __init__(self, registry: Registry, name: str, deadline_s: float):
+        super().__init__("not registered", name, None, deadline_s)
+        self._registry = registry
+        self._read_at = -_FRESH_S
+
+    async def _request(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> Any:
+        if time.monotonic() - self._read_at >= _FRESH_S:
+            self._read_at = time.monotonic()
+            server = self._registry.find(self.name)
+            if server is not None:
+                self.url, self.log_file = server.url, Path(server.log_file)
+        return await super()._request(method, path, body, deadline_s)

@@ -1,0 +1,217 @@
+"""Servers that come, fail, come back and go: who is asked, who gets weights, and who is to be started anew."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.serving.fleet import Fleet
+from exprl_megatron.serving.registry import RegisteredServer, Registry
+
+CONFIG = {"start_deadline_s": 20, "request_deadline_s": 20, "answer_deadline_s": 2}
+
+
+class Backend:
+    """Answers everything with its name, while it is `well`; else with its `status`, or never."""
+
+    def __init__(self, name):
+        self.name = name
+        self.well = True
+        self.status = None
+        self.asked = []
+
+    async def answer(self, request):
+        self.asked.append(request.path)
+        if not self.well and self.status is None:
+            await asyncio.sleep(60)
+        if not self.well:
+            return web.json_response({"error": {"message": "unwell"}}, status=self.status)
+        if request.path == "/end_weight_update":
+            return web.json_response({"success": False, "message": "no weight-update session is open"}, status=400)
+        return web.json_response({"name": self.name})
+
+    def registered(self, incarnation="a"):
+        return RegisteredServer("policy", self.name, self.url, "", incarnation)
+
+
+@asynccontextmanager
+async def opened(registry, *names, **config):
+    """A fleet of two as a rule, and the servers behind it, which have registered and got the weights `v0`."""
+    backends, runners = [Backend(name) for name in names], []
+    for backend in backends:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", backend.answer)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        backend.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        runners.append(runner)
+        registry.register(backend.registered())
+    fleet = Fleet(registry, ServerConfig(count=len(names), **CONFIG | config))
+    try:
+        await fleet.open()
+        assert await fleet.convoke("v0")
+        await fleet.brought("v0")
+        yield (fleet, *backends)
+    finally:
+        await fleet.close()
+        for runner in runners:
+            await runner.cleanup()
+
+
+async def who(fleet, home=0):
+    return (await fleet.ask(home, lambda client: client.info()))["name"]
+
+
+async def until(condition):
+    async with asyncio.timeout(15):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def names(fleet):
+    return [client.name for client in fleet.clients]
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return Registry(tmp_path / "servers")
+
+
+def test_each_request_has_a_home_and_a_version_is_brought_once(registry):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
+            assert [await who(fleet, home) for home in range(4)] == ["policy-0", "policy-1"] * 2
+            assert not await fleet.convoke("v0")
+            assert await fleet.convoke("v1")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_what_a_server_fails_at_another_does_and_it_gets_weights_before_it_is_asked_again(registry, status):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
+            one.well, one.status = False, status
+            assert await who(fleet) == "policy-1"
+            one.well, one.asked = True, []
+            await until(lambda: "/continue_generation" in one.asked[1:])
+            assert await who(fleet) == "policy-1"
+            assert await fleet.convoke("v0") and names(fleet) == ["policy-0", "policy-1"]
+            assert "/get_model_info" not in one.asked, "asked before it had the weights"
+            await fleet.brought("v0")
+            assert await who(fleet) == "policy-0"
+
+    asyncio.run(run())
+
+
+def test_requests_at_a_server_that_is_withdrawn_go_to_another_at_once(registry):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
+            one.well = False
+            asked = asyncio.create_task(who(fleet))
+            await until(lambda: one.asked.count("/get_model_info") == 1)
+            registry.withdraw("policy-0")
+            assert await asked == "policy-1"
+
+    asyncio.run(run())
+
+
+def test_a_new_incarnation_and_a_new_server_get_weights_before_any_request(registry):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
+            registry.register(one.registered("b"))
+            newcomer = RegisteredServer("policy", "policy-7", two.url, "", "c")
+            registry.register(newcomer)
+            await until(lambda: two.asked.count("/end_weight_update") == 2)
+            await until(lambda: one.asked.count("/pause_generation") == 2)
+            assert await who(fleet) == await who(fleet, 1) == "policy-1"
+            await asyncio.sleep(0.3)
+            assert await fleet.convoke("v0") and names(fleet) == ["policy-0", "policy-1", "policy-7"]
+
+    asyncio.run(run())
+
+
+def test_where_no_server_is_left_requests_wait_until_one_has_the_weights(registry):
+    async def run():
+        async with opened(registry, "policy-0") as (fleet, one):
+            one.well, one.status = False, 500
+            work = asyncio.run_coroutine_threadsafe(who(fleet), asyncio.get_running_loop())
+            await until(lambda: "/get_model_info" in one.asked)
+            assert await fleet.attend(work, 0.1) == "nothing"
+            one.well = True
+            assert await fleet.attend(work, 20) == "weights"
+            assert await fleet.convoke("v0")
+            await fleet.brought("v0")
+            assert await fleet.attend(work, 20) == "done"
+            assert work.result() == "policy-0"
+
+    asyncio.run(run())
+
+
+def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_an_error(registry):
+    async def run():
+        async with opened(registry, "policy-0", start_deadline_s=6) as (fleet, one):
+            one.well, one.status = False, 500
+            with pytest.raises(ServerError, match=r"no policy server for start_deadline_s \(6 s\); .*HTTP 500"):
+                await who(fleet)
+            assert registry.restart_asked("policy-0") == "a"
+
+    asyncio.run(run())
+
+
+def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
+            failures = 0
+
+            async def fail(client):
+                nonlocal failures
+                failures += 1
+                raise ServerError(f"poison {failures}")
+
+            async def bring():
+                while True:
+                    if await fleet.convoke("v0"):
+                        await fleet.brought("v0")
+                    await asyncio.sleep(0.02)
+
+            bringing = asyncio.create_task(bring())
+            with pytest.raises(ServerError, match="poison 10"):
+                async with asyncio.timeout(120):
+                    await fleet.ask(0, fail)
+            bringing.cancel()
+
+    asyncio.run(run())
+
+
+def test_while_requests_are_held_none_is_sent(registry):
+    async def run():
+        async with opened(registry, "policy-0") as (fleet, one):
+            await fleet.hold("retract")
+            asked = asyncio.create_task(who(fleet))
+            await asyncio.sleep(0.2)
+            assert "/get_model_info" not in one.asked and one.asked[-1] == "/pause_generation"
+            await fleet.go_on()
+            assert await asked == "policy-0"
+
+    asyncio.run(run())
+
+
+def test_weights_that_did_not_arrive_are_brought_to_who_is_left_and_a_failure_without_a_culprit_is_raised_once_more(
+    registry,
+):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
+            assert await fleet.convoke("v1")
+            one.well, one.status = False, 500
+            await fleet.failed(ServerError("policy-0 broke."))
+            assert await fleet.convoke("v1") and names(fleet) == ["policy-1"]
+            await fleet.failed(ServerError("nobody knows."))
+            with pytest.raises(ServerError, match=r"nobody knows\."):
+                await fleet.failed(ServerError("nobody knows."))
+
+    asyncio.run(run())
