@@ -8,8 +8,11 @@ setup(
     description="ExpRL mid-training and the sparse-reward RL after it, on Megatron-Core and SGLang",
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
-    packages=find_packages(include=["exprl_megatron", "exprl_megatron.*"]),
-    package_data={"exprl_megatron": ["**/*.md", "**/*.json", "**/*.yaml", "serving/stand_ins/**/*"]},
+    packages=find_packages(include=["exprl_megatron", "exprl_megatron.*", "recipes"]),
+    package_data={
+        "exprl_megatron": ["**/*.md", "**/*.json", "**/*.yaml", "serving/stand_ins/**/*"],
+        "recipes": ["configs/**/*.yaml"],
+    },
     install_requires=[
         "torch==2.14.1",
         "megatron-core==0.19.2",
@@ -42,5 +45,8 @@ setup(
         ],
         "dev": ["mbridge==0.15.1", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
-    entry_points={"console_scripts": ["exprl = exprl_megatron.cli:main"]},
+    entry_points={
+        "console_scripts": ["exprl = exprl_megatron.cli:main"],
+        "nemo_run.cli": ["recipes = recipes.catalog"],
+    },
 )

@@ -3,10 +3,12 @@
 python -m recipes exprl_then_sparse_rl --factory llama3p3_70b --dryrun --yes run.executor=slurm run.executor.account=me
 """
 
+import sys
 from typing import Annotated
 
 import typer
 
+from exprl_megatron.errors import UserError
 from recipes import entrypoints, logs
 from recipes.catalog import MODELS
 
@@ -50,5 +52,15 @@ for _entrypoint in (
 ):
     _entrypoint.cli_entrypoint.cli(app)
 
+
+def main() -> None:
+    """Entry point; what the user can mend is one line on stderr and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"recipes: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    app()
+    main()

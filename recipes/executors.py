@@ -8,7 +8,7 @@ import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
 from exprl_megatron.errors import UserError
-from recipes.places import Component, Nodes, check_path
+from recipes.places import Component, Nodes, check_job_directory, check_path
 from recipes.scripts import around
 
 SIGNAL = "B:USR1@300"
@@ -69,7 +69,7 @@ def check_executor(executor: run.Executor) -> None:
             f"run.executor.env_vars sets {', '.join(executor.env_vars)}; use site.variables, or site.environment "
             "for the names of variables whose values are to be in no file."
         )
-    check_path("NEMORUN_HOME", get_nemorun_home())
+    check_job_directory("NEMORUN_HOME", get_nemorun_home())
     for mount in executor.container_mounts:
         check_path("run.executor.container_mounts", mount)
     _check_tunnel(executor.tunnel)
@@ -86,7 +86,7 @@ def _check_tunnel(tunnel: run.LocalTunnel | run.SSHTunnel) -> None:
     for name in ("host", "user", "job_dir"):
         if not getattr(tunnel, name):
             raise UserError(f"run.executor.tunnel.{name} is empty; set it.")
-    check_path("run.executor.tunnel.job_dir", tunnel.job_dir)
+    check_job_directory("run.executor.tunnel.job_dir", tunnel.job_dir)
 
 
 def component_executors(

@@ -69,6 +69,13 @@ def components(config: RunConfig, nodes: Nodes) -> list[Component]:
     return found
 
 
+def check_job_directory(what: str, path: str) -> None:
+    """Raise UserError where NeMo-Run cannot keep jobs in `path`."""
+    check_path(what, path)
+    if path.split() != [path]:
+        raise UserError(f"{what} is {path!r}, but NeMo-Run writes it without quotes; choose a path without blanks.")
+
+
 def check_path(what: str, path: str) -> None:
     """Raise UserError where NeMo-Run would rewrite `path` in a job's script."""
     if _REWRITTEN in path:

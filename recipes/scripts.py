@@ -13,6 +13,8 @@ RESUMABLE = 75
 
 # The directory of the job: NeMo-Run mounts it there in a container, and puts the real path in its place elsewhere.
 _SHIPPED = f"/nemo_run/code/{RESOLVED}"
+_BEGUN = '[ -f "$run/config.yaml" ]'
+"""There is a run to go on with."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ def trainer(place: Place, component: Component, resume: bool) -> str:
     return _lines(
         *_beginning(place, component),
         f"run={shlex.quote(place.directory)}",
-        *_resume(resume),
+        *_resume(_BEGUN if resume else f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && {_BEGUN}'),
         'mkdir -p "$run"',
-        # A run that is there, and not to be resumed, keeps its file: it will be refused.
-        'if [ ! -f "$run/config.yaml" ] || [ "${#resume[@]}" -gt 0 ]; then',
+        "# A run that is there, and is not to be resumed, will be refused; it keeps its file.",
+        f'if ! {_BEGUN} || [ "${{#resume[@]}}" -gt 0 ]; then',
         # All nodes write the same; a reader finds the old file or the new one.
         f'    cp {_SHIPPED} "$run/{RESOLVED}.$SLURM_NODEID"',
         f'    mv "$run/{RESOLVED}.$SLURM_NODEID" "$run/{RESOLVED}"',
@@ -88,7 +90,7 @@ def local(place: Place, resume: bool, after: str | None) -> str:
         f'mark=$(realpath "{mark}")',
         *_beginning(place, None),
         f"run={shlex.quote(place.directory)}",
-        *_resume(resume),
+        *_resume(_BEGUN if resume else "false"),
         f'exprl train "$run/{RESOLVED}" "${{resume[@]}}"',
         'touch "$mark"',
     )
@@ -127,11 +129,8 @@ def _beginning(place: Place, component: Component | None) -> list[str]:
     return lines
 
 
-def _resume(asked: bool) -> list[str]:
-    """The array `resume`: the flag where there is a run to go on with, and it was asked for or is a restart's turn."""
-    when = '[ -f "$run/config.yaml" ]'
-    if not asked:
-        when = f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && {when}'
+def _resume(when: str) -> list[str]:
+    """The array `resume`: the flag where the test `when` holds."""
     return ["resume=()", f"if {when}; then resume=(--resume); fi"]
 
 

@@ -1,0 +1,154 @@
+"""Experiments through NeMo-Run on this machine, with a stand-in for `exprl`, and what is refused before they start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nemo_run as run
+import pytest
+import yaml
+
+from exprl_megatron.config.load import load_config
+from exprl_megatron.errors import UserError
+from recipes import executors, llama3p3_70b, miniature
+from recipes.executors import check_executor
+from recipes.experiment import launch
+from recipes.places import Nodes, components
+from recipes.trees import as_run_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A working directory with an `exprl` that notes what it runs and fails for the runs that $FAIL names."""
+    binaries = tmp_path / "work" / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    exprl = binaries / "exprl"
+    exprl.write_text('#!/bin/bash\necho "$*" >>calls\ncase "$2" in $FAIL/*) echo "no luck" >&2; exit 7;; esac\n')
+    exprl.chmod(0o755)
+    return tmp_path / "work"
+
+
+def recipes(site: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = os.environ | {"NEMORUN_HOME": str(site.parent / "home"), "PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-m", "recipes", *arguments]
+    return subprocess.run(command, env=inherited, cwd=site, capture_output=True, text=True, timeout=300)
+
+
+TWO_STAGES = ("exprl_then_sparse_rl", "--factory", "miniature", "--yes", "--name", "mine")
+
+
+@pytest.mark.slow
+def test_both_stages_run_from_the_config_that_lies_in_their_directory(site):
+    ended = recipes(site, *TWO_STAGES, "prime.stages[0].steps=3", "sparse.policy.layout.tp=1", FAIL="none")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    runs = [f"runs/miniature/{stage}" for stage in ("prime", "sparse")]
+    assert (site / "calls").read_text() == "".join(f"train {directory}/resolved.yaml\n" for directory in runs)
+    prime, sparse = (load_config(site / directory / "resolved.yaml") for directory in runs)
+    assert prime.stages[0].steps == 3 and prime.directory == runs[0]
+    assert sparse.policy.layout.tp == 1 and sparse.judge is None
+    assert sparse.policy.model == f"{runs[0]}/models/prime", "it starts from what the first stage leaves"
+
+    # the same again finds the runs; asked to resume, it goes on
+    for directory in runs:
+        (site / directory / "config.yaml").touch()
+    again = recipes(site, *TWO_STAGES, FAIL="none")
+    assert again.returncode == 1 and "runs/miniature/prime already holds a run" in again.stdout + again.stderr
+    assert recipes(site, *TWO_STAGES, "resume=True", FAIL="none").returncode == 0
+    assert (site / "calls").read_text().endswith("train runs/miniature/sparse/resolved.yaml --resume\n")
+
+
+@pytest.mark.slow
+def test_a_first_stage_that_fails_keeps_the_second_from_starting_and_everybody_is_told(site):
+    ended = recipes(site, *TWO_STAGES, FAIL="runs/miniature/prime")
+    assert ended.returncode == 1
+    assert "did not succeed (prime: FAILED, sparse: CANCELLED)" in " ".join((ended.stdout + ended.stderr).split())
+    assert (site / "calls").read_text() == "train runs/miniature/prime/resolved.yaml\n"
+
+    told = recipes(site, "logs", "mine")
+    assert "no luck" in told.stdout and "not started: prime has failed" in told.stdout, told.stdout + told.stderr
+    assert told.returncode == 0
+    nobody = recipes(site, "logs", "yours")
+    assert nobody.returncode == 2 and "recipes: There is no experiment yours" in nobody.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"account": ""}, "run.executor.account is empty"),
+        ({"env_vars": {"A": "b c"}}, "env_vars sets A; use site.variables"),
+        ({"container_mounts": ["/data:/nemo_run_data"]}, "container_mounts is /data:/nemo_run_data, but NeMo-Run"),
+        ({"tunnel": run.Config(run.LocalTunnel, job_dir="/jobs")}, "job_dir is /jobs, but NeMo-Run copies nothing"),
+        ({"tunnel": run.Config(run.SSHTunnel, host="h", user="", job_dir="/j")}, "tunnel.user is empty"),
+        ({"tunnel": run.Config(run.SSHTunnel, host="h", user="u", job_dir="/my jobs")}, "without blanks"),
+    ],
+)
+def test_an_executor_that_nemo_run_would_misread_is_refused_in_a_sentence(changes, said):
+    executor = executors.slurm()
+    for name, value in ({"account": "research"} | changes).items():
+        setattr(executor, name, value)
+    with pytest.raises(UserError, match=said):
+        launch(miniature.exprl(), executor, dryrun=True)
+
+
+def test_other_executors_and_directories_of_jobs_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="choose local, slurm or slurm_over_ssh"):
+        check_executor(run.DockerExecutor(container_image="x"))
+    executor = run.SlurmExecutor(account="research")
+    monkeypatch.setattr(executors, "get_nemorun_home", lambda: "/scratch/nemo_run")
+    with pytest.raises(UserError, match="NEMORUN_HOME is /scratch/nemo_run, but NeMo-Run replaces"):
+        check_executor(executor)
+
+
+def test_a_job_over_ssh_needs_to_know_where_it_works_and_a_secret_must_be_here(monkeypatch):
+    executor = executors.slurm_over_ssh()
+    executor.account, executor.tunnel.host, executor.tunnel.user, executor.tunnel.job_dir = "a", "h", "u", "/j"
+    with pytest.raises(UserError, match=r"site\.workdir is empty"):
+        launch(miniature.exprl(), executor, dryrun=True)
+    monkeypatch.delenv("SOME_TOKEN", raising=False)
+    recipe = miniature.exprl()
+    recipe.site.environment = ["SOME_TOKEN"]
+    with pytest.raises(UserError, match=r"SOME_TOKEN of site\.environment is not set here"):
+        launch(recipe, dryrun=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("tpp", 2, "unknown key policy.layout.tpp; did you mean 'tp'"),
+        ("tp", "two", "policy.layout.tp is 'two'"),
+    ],
+)
+def test_a_typo_in_a_recipe_is_refused_by_name(key, value, said):
+    recipe = miniature.exprl()
+    setattr(recipe.config.policy.layout, key, value)
+    with pytest.raises(UserError, match=said):
+        launch(recipe, dryrun=True)
+
+
+def test_words_of_the_command_line_are_taken_as_yaml_takes_them():
+    tree = miniature.exprl().config
+    tree.sync.verify, tree.evaluation = "false", "null"
+    config = as_run_config(tree, "test")
+    assert config.sync.verify is False and config.evaluation is None
+    whole = as_run_config(miniature.exprl().config, "test")
+    assert as_run_config(yaml.safe_load(yaml.safe_dump(whole.model_dump(mode="json"))), "test") == whole
+
+
+def test_processes_that_do_not_fit_on_their_nodes_are_all_named_at_once():
+    config = as_run_config(llama3p3_70b.exprl(nodes=8).config, "test")
+    with pytest.raises(UserError) as refused:
+        components(config, Nodes(trainer=3, policy=1, judge=1))
+    told = str(refused.value).splitlines()
+    assert [line.split(",")[0] for line in told] == [
+        "nodes.trainer is 3",
+        "trainer needs 14 GPUs of each of its 3 nodes",
+        "policy needs 16 GPUs of each of its 1 nodes",
+    ]
+
+
+def test_a_number_of_nodes_without_a_layout_is_refused():
+    with pytest.raises(UserError, match="llama3p3_70b has layouts for 8, 16, 32 nodes, not for 12"):
+        llama3p3_70b.exprl(nodes=12)
