@@ -27,6 +27,7 @@ def server_command(
     weight_version: str,
     cuda: bool,
     bind: str = LOCAL,
+    first_gpu: int = 0,
 ) -> list[str]:
     """Arguments of `python -m sglang.launch_server`; it listens at the address `bind`.
 
@@ -38,7 +39,9 @@ def server_command(
     command += ["--random-seed", str(seed), "--weight-version", weight_version]
     command += ["--log-level-http", "warning", "--sleep-on-idle"]
     max_total_tokens = config.max_total_tokens
-    if not cuda:
+    if cuda:
+        command += ["--base-gpu-id", str(first_gpu)]
+    else:
         command += ["--device", "cpu", "--attention-backend", "torch_native", "--enable-deterministic-inference"]
         command += ["--disable-overlap-schedule", "--skip-server-warmup", "--mem-fraction-static", "0.5"]
         max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS

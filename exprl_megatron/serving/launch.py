@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,8 @@ class ServerSpec:
     """What traces carry until the first update."""
     host: str | None = None
     """The name under which other machines reach this one; None: only processes of this machine reach the server."""
+    first_gpu: int = 0
+    """On CUDA: of those that this process sees; a server of tensor parallelism takes the next ones too."""
 
 
 def server_specs(
@@ -78,6 +80,15 @@ def server_specs(
         )
         for i in range(config.count)
     ]
+
+
+def side_by_side(specs: Sequence[ServerSpec], first_gpu: int = 0) -> list[ServerSpec]:
+    """The servers on GPUs of their own, from `first_gpu` of this machine on."""
+    placed = []
+    for spec in specs:
+        placed.append(replace(spec, first_gpu=first_gpu))
+        first_gpu += spec.config.tp
+    return placed
 
 
 class Server:
@@ -202,6 +213,7 @@ def _launch(spec: ServerSpec, port: int) -> Server:
         weight_version=spec.weight_version,
         cuda=cuda,
         bind=_address(spec),
+        first_gpu=spec.first_gpu,
     )
     spec.log_dir.mkdir(parents=True, exist_ok=True)
     log_file = spec.log_dir / f"{spec.name}.log"

@@ -16,7 +16,14 @@ import pytest
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.serving.command import server_command, server_environment
-from exprl_megatron.serving.launch import ServerSpec, launch_servers, server_specs, start_servers, stop_servers
+from exprl_megatron.serving.launch import (
+    ServerSpec,
+    launch_servers,
+    server_specs,
+    side_by_side,
+    start_servers,
+    stop_servers,
+)
 from exprl_megatron.serving.ports import free_ports, is_free
 
 # A program that starts one server from a model and a log directory and then waits to be killed.
@@ -150,6 +157,16 @@ def test_flags_for_a_cpu_are_absent_on_cuda():
         assert command[-2:] == ["--chunked-prefill-size", "512"]
         assert command[command.index("--tp-size") + 1] == "2"
         assert command[command.index("--max-running-requests") + 1] == "64"
+
+
+def test_servers_on_one_machine_have_gpus_of_their_own(tmp_path):
+    specs = server_specs("policy", tmp_path, ServerConfig(count=3, tp=2), tmp_path)
+    placed = side_by_side(specs, first_gpu=1)
+    assert [spec.first_gpu for spec in placed] == [1, 3, 5]
+    settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0", "first_gpu": placed[1].first_gpu}
+    command = server_command(tmp_path, specs[1].config, cuda=True, **settings)
+    assert command[command.index("--base-gpu-id") + 1] == "3"
+    assert "--base-gpu-id" not in server_command(tmp_path, specs[1].config, cuda=False, **settings)
 
 
 def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda():
