@@ -11,6 +11,7 @@ import typer
 from exprl_megatron.errors import UserError
 from recipes import entrypoints, logs
 from recipes.catalog import MODELS
+from recipes.trees import as_run_config, as_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Experiment = Annotated[str, typer.Argument(help="Its id, or its title for the latest of that title.")]
@@ -20,6 +21,22 @@ Experiment = Annotated[str, typer.Argument(help="Its id, or its title for the la
 def list_recipes() -> None:
     """Name the models; each has every one of the experiments below."""
     print("\n".join(f"{name:20} {module.__doc__.splitlines()[0]}" for name, module in MODELS.items()))
+
+
+@app.command()
+def resolve(
+    model: Annotated[str, typer.Argument(help="As `list` names it.")],
+    stage: Annotated[str, typer.Argument(help="exprl, sparse_rl, sft or self_distill.")] = "exprl",
+    nodes: Annotated[int | None, typer.Option(help="(default: the recipe's own)")] = None,
+) -> None:
+    """Print a recipe's whole config, for `exprl plan FILE` or `exprl train FILE`."""
+    single = [entrypoint.__name__ for entrypoint in entrypoints.SINGLE]
+    if model not in MODELS or stage not in single:
+        raise UserError(
+            f"There is no recipe {stage} of {model}; models are {', '.join(MODELS)}, stages {', '.join(single)}."
+        )
+    made = getattr(MODELS[model], stage)(**({} if nodes is None else {"nodes": nodes}))
+    print(as_yaml(as_run_config(made.config, model)), end="")
 
 
 @app.command()
@@ -43,13 +60,7 @@ def cancel(experiment: Experiment) -> None:
     logs.cancel(experiment)
 
 
-for _entrypoint in (
-    entrypoints.exprl,
-    entrypoints.sparse_rl,
-    entrypoints.sft,
-    entrypoints.self_distill,
-    entrypoints.exprl_then_sparse_rl,
-):
+for _entrypoint in (*entrypoints.SINGLE, entrypoints.exprl_then_sparse_rl):
     _entrypoint.cli_entrypoint.cli(app)
 
 

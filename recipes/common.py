@@ -109,11 +109,7 @@ def factories(name: str, nodes: int, prime: Stage, sparse: Stage, sft: Stage, se
             site=run.Config(Site),
         )
 
-    singles = zip(
-        (entrypoints.exprl, entrypoints.sparse_rl, entrypoints.sft, entrypoints.self_distill),
-        (prime, sparse, sft, self_distill),
-        strict=True,
-    )
+    singles = zip(entrypoints.SINGLE, (prime, sparse, sft, self_distill), strict=True)
     return (*(single(entrypoint, stage) for entrypoint, stage in singles), both)
 
 

@@ -59,3 +59,7 @@ def exprl_then_sparse_rl(
 def _single(ctx: run.cli.RunContext, config: dict, nodes: Nodes, site: Site, resume: bool) -> None:
     checked = as_run_config(config, "config")
     submit(ctx, [Job(checked.stages[0].name, checked, nodes)], site, resume)
+
+
+SINGLE = (exprl, sparse_rl, sft, self_distill)
+"""Those of one stage."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import fiddle as fdl
 import nemo_run as run
-import yaml
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
@@ -17,6 +16,7 @@ from recipes import scripts
 from recipes.executors import check_executor, component_executors
 from recipes.places import Nodes, Site, components
 from recipes.scripts import RESOLVED, Place
+from recipes.trees import as_yaml
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _add_slurm(
     place.check()
     parts = components(job.config, job.nodes)
     shipped.mkdir()
-    (shipped / RESOLVED).write_text(_yaml(job))
+    (shipped / RESOLVED).write_text(as_yaml(job.config))
     packager = run.PatternPackager(include_pattern=str(shipped / RESOLVED), relative_path=str(shipped))
     tasks = [
         run.Script(
@@ -148,15 +148,11 @@ def _run_directory(job: Job, site: Site) -> Path:
     return Path(site.workdir) / job.config.directory
 
 
-def _yaml(job: Job) -> str:
-    return yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False)
-
-
 def _write_config(directory: Path, job: Job, resume: bool) -> None:
     """Write the config into the run's directory, unless another run is there."""
     if (directory / "config.yaml").is_file() and not resume:
         raise UserError(f"The directory {directory} already holds a run; go on with resume=True, or choose another.")
-    write_atomically(directory / RESOLVED, _yaml(job).encode())
+    write_atomically(directory / RESOLVED, as_yaml(job.config).encode())
 
 
 def _print_scripts(experiment: run.Experiment) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+import yaml
 from omegaconf import OmegaConf
 
 from exprl_megatron.config.load import check_config, load_config
@@ -38,6 +39,11 @@ def as_run_config(tree: Any, origin: str) -> RunConfig:
     Raises UserError, naming `origin`, with a sentence for everything that is wrong with it.
     """
     return check_config(_plain(tree), origin)
+
+
+def as_yaml(config: RunConfig) -> str:
+    """The file that `exprl train` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _wrapped(value: Any) -> Any:

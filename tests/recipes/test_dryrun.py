@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import nemo_run as run
@@ -15,6 +16,7 @@ from nemo_run.config import get_nemorun_home, set_nemorun_home
 from recipes import executors, llama3p3_70b, miniature, qwen3_4b
 from recipes.experiment import launch
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -79,9 +81,19 @@ def test_a_dry_run_prints_the_golden_scripts(name, tmp_path, monkeypatch):
     assert text == (GOLDEN / f"{name}.txt").read_text()
 
 
+def test_the_guide_shows_the_dry_run_as_it_is():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    section = page[page.index("## 3.") : page.index("## 4.")]
+    blocks = [textwrap.dedent(block).strip() for block in re.findall(r"(?:^(?: {4}.*)?\n)+", section, re.MULTILINE)]
+    shown = [block for block in blocks if block and "recipes exprl_then_sparse_rl" not in block]
+    assert len(shown) == 4
+    whole = (GOLDEN / "container.txt").read_text()
+    assert [block for block in shown if block not in whole] == []
+
+
 if __name__ == "__main__":
     os.environ["HF_TOKEN"] = "secret"
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path.insert(0, str(ROOT))
     for case in CASES:
         with tempfile.TemporaryDirectory() as directory:
             (GOLDEN / f"{case}.txt").write_text(printed(case, Path(directory) / "home"))

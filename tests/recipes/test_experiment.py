@@ -8,10 +8,12 @@ from pathlib import Path
 import nemo_run as run
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.errors import UserError
 from recipes import executors, llama3p3_70b, miniature
+from recipes.__main__ import app
 from recipes.executors import check_executor
 from recipes.experiment import launch
 from recipes.places import Nodes, components
@@ -147,6 +149,15 @@ def test_processes_that_do_not_fit_on_their_nodes_are_all_named_at_once():
         "trainer needs 14 GPUs of each of its 3 nodes",
         "policy needs 16 GPUs of each of its 1 nodes",
     ]
+
+
+def test_a_recipe_s_whole_config_is_printed_for_the_planner_and_an_unknown_one_refused():
+    printed = CliRunner().invoke(app, ["resolve", "llama3p3_70b", "sparse_rl", "--nodes", "16"])
+    config = as_run_config(yaml.safe_load(printed.stdout), "printed")
+    assert config == as_run_config(llama3p3_70b.sparse_rl(nodes=16).config, "test")
+    for asked in (["resolve", "llama"], ["resolve", "llama3p3_70b", "rl"]):
+        refused = CliRunner().invoke(app, asked)
+        assert isinstance(refused.exception, UserError) and "There is no recipe" in str(refused.exception)
 
 
 def test_a_number_of_nodes_without_a_layout_is_refused():

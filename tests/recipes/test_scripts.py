@@ -120,7 +120,7 @@ def test_what_a_script_would_not_say_is_refused(site, said):
 @pytest.fixture
 def batch(tmp_path):
     """`batch(trainer, restarts)`: the batch script's part, with a trainer of that text; what scontrol was asked."""
-    _command(tmp_path / "scontrol", f'[ "$1" = show ] && echo n3 && echo n4; echo "$*" >>{tmp_path}/asked')
+    _command(tmp_path / "scontrol", f'echo "$*" >>{tmp_path}/asked; [ "$1" = show ] && echo n3 && echo n4')
 
     def start(trainer: str, restarts: int = 0) -> subprocess.Popen:
         environment = {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": str(restarts), "SLURM_JOB_NODELIST": "n[3-4]"}
