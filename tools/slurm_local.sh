@@ -14,7 +14,7 @@ nodes=(node0 node1)
 # Slurm's own packages, and what compiles the stand-in for pyxis.
 packages=(slurmctld slurmd slurm-client munge libslurm-dev gcc libc6-dev)
 programs=(munged slurmctld slurmd srun sbatch scontrol scancel squeue sinfo gcc)
-mark="# slurm_local.sh"
+mark="# slurm_local.sh in $home"
 export SLURM_CONF=$home/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 
 fail() {
