@@ -46,6 +46,9 @@ def train(
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that share the trainer's processes.")] = 1,
     node_rank: Annotated[int | None, typer.Option(min=0, help="This node's number; node 0 conducts.")] = None,
     master: Annotated[str | None, typer.Option(help="HOST:PORT of node 0, a free port there.")] = None,
+    check: Annotated[
+        bool, typer.Option("--assert", help="Stop where what must be equal is not: debug.assertions=true.")
+    ] = False,
 ) -> None:
     """Run the stages of a config, one after the other."""
     from exprl_megatron.config.load import load_config
@@ -55,8 +58,9 @@ def train(
     from exprl_megatron.training.plan import print_plan
     from exprl_megatron.training.preflight import model_violations
 
+    changes = [*(overrides or []), *(["debug.assertions=true"] if check else [])]
     if dry_run:
-        print_plan(load_config(config, overrides or []))
+        print_plan(load_config(config, changes))
         return
     node = Node.of(node_rank, nodes, master)
     registered = servers is ServersFrom.REGISTERED
@@ -64,7 +68,7 @@ def train(
         raise UserError(
             f"--nodes is {nodes}, but servers of one node are not reached by others; add --servers registered."
         )
-    loaded = load_config(config, overrides or [], model_violations)
+    loaded = load_config(config, changes, model_violations)
     if node.number > 0:
         follow(loaded, node)
     else:
@@ -127,6 +131,20 @@ def judgement(
     from exprl_megatron.training.stored_judgements import show_judgement
 
     show_judgement(hash, run, store, json)
+
+
+@app.command()
+def waterfall(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    stage: Annotated[str | None, typer.Option(help="Of this stage. (default: the latest)")] = None,
+    last: Annotated[int, typer.Option(min=1, help="Its last so many steps.")] = 20,
+    picture: Annotated[Path | None, typer.Option(help="Draw when what was done: F.png, F.svg or F.pdf.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Say what a run's steps spend their time on, and which part is the bottleneck."""
+    from exprl_megatron.training.waterfall import show_waterfall
+
+    show_waterfall(run, stage, last, picture, json)
 
 
 @app.command("leak-scan")

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from exprl_megatron.together import together
+from exprl_megatron.together import first_of, together
 
 
 def test_results_come_in_the_order_of_the_calls_whichever_is_first_to_end():
@@ -35,3 +35,35 @@ def test_the_first_failure_cancels_everything_else_and_is_raised_as_it_is():
     with pytest.raises(ConnectionError, match="the server is dead"):
         asyncio.run(together([wait(), within()]))
     assert ended == ["cancelled", "cancelled"]
+
+
+def test_as_soon_as_enough_results_count_the_other_calls_are_cancelled():
+    ended = []
+
+    async def after(turns):
+        try:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return turns
+        except asyncio.CancelledError:
+            ended.append(turns)
+            raise
+
+    calls = (5000, 3, 10, 6000, 20)
+    assert asyncio.run(first_of((after(n) for n in calls), 2)) == [3, 10]
+    assert sorted(ended) == [20, 5000, 6000]
+    # What is through by then is kept, whether it counts or not.
+    assert asyncio.run(first_of((after(n) for n in calls), 1, lambda n: n > 15)) == [3, 10, 20]
+    # Where not enough count, all are waited for.
+    assert asyncio.run(first_of((after(n) for n in (4, 2)), 1, lambda n: False)) == [4, 2]
+
+
+def test_a_failure_before_enough_results_count_is_raised_as_it_is():
+    async def fail():
+        raise ConnectionError("the server is dead")
+
+    async def wait():
+        await asyncio.sleep(3600)
+
+    with pytest.raises(ConnectionError, match="the server is dead"):
+        asyncio.run(first_of([wait(), fail(), wait()], 2))

@@ -3,6 +3,7 @@
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from exprl_megatron.config.base import Config
+from exprl_megatron.config.debug import DebugConfig
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig, PromptConfig
@@ -51,16 +52,24 @@ class RunConfig(Config):
     stages: tuple[AnyStage, ...]
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    debug: DebugConfig = DebugConfig()
 
     @property
     def samples(self) -> bool:
         """Whether anything in this run needs a sampling server."""
-        return self.evaluation is not None or any(isinstance(s, RlStage) for s in self.stages)
+        return self.debug.only != "learning" and (
+            self.evaluation is not None or any(isinstance(s, RlStage) for s in self.stages)
+        )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether held-out problems are evaluated."""
+        return self.samples and self.evaluation is not None
 
     @property
     def judges(self) -> bool:
         """Whether any stage needs the judge."""
-        return any(isinstance(stage, JudgedStage) for stage in self.stages)
+        return self.samples and any(isinstance(stage, JudgedStage) for stage in self.stages)
 
     @property
     def scores_start(self) -> bool:

@@ -1,5 +1,6 @@
 """What a run does, one stage after the other; each starts from the weights that the one before left."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -26,6 +27,9 @@ class RlStage(Stage):
     problems: ProblemsConfig
     problems_per_step: PositiveInt = 32
     group_size: PositiveInt = 16
+    over_sampling: float = Field(1.0, ge=1)
+    """So many times problems_per_step problems are drawn; the groups that are finished first make the step, and the
+    others are abandoned. No step waits for its slowest traces then, but problems with short traces are favoured."""
     updates_per_step: PositiveInt = 1
     """Optimizer steps that one step's traces are split into."""
     max_staleness: NonNegativeInt = 0
@@ -38,6 +42,10 @@ class RlStage(Stage):
     def needs_start(self) -> bool:
         """Whether the loss compares with the stage's starting policy."""
         return self.loss.kl_coefficient > 0
+
+    def drawn_for(self, groups: int) -> int:
+        """How many problems are drawn where so many groups are wanted."""
+        return math.ceil(groups * self.over_sampling)
 
     def violations(self, whole) -> list[str]:
         found = []

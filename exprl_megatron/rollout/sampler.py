@@ -9,7 +9,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.fleet import Servers
-from exprl_megatron.together import together
+from exprl_megatron.together import first_of, together
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,12 @@ async def sample_groups(
     *,
     weight_versions: Collection[str],
     on_trace: Callable[[Trace], Awaitable[None]] | None = None,
+    wanted: int | None = None,
+    counts: Callable[[list[Trace]], bool] = lambda traces: True,
 ) -> list[list[Trace]]:
     """`group_size` traces of every prompt, in the order of `prompts` and of the samples.
+
+    As soon as `wanted` groups (None: all) are through of which `counts` says so, the others are given up and missing.
 
     All requests are under way at once, a problem's to one server, so that its group shares the prompt's cache. A server
     that fails, ends a trace before its end, or writes it under other weights has failed at it; what becomes of that is
@@ -60,8 +64,8 @@ async def sample_groups(
             await on_trace(trace)
         return trace
 
-    traces = await together(one(i, prompt, k) for i, prompt in enumerate(prompts) for k in range(group_size))
-    return [traces[i * group_size : (i + 1) * group_size] for i in range(len(prompts))]
+    groups = (together([one(i, prompt, k) for k in range(group_size)]) for i, prompt in enumerate(prompts))
+    return await first_of(groups, len(prompts) if wanted is None else wanted, counts)
 
 
 def _trace(

@@ -52,7 +52,8 @@ def assemble(
         fleet = Fleet(registry, config.server, tell=console.say) if config.samples else None
         judges = _judges(config, registry)
         judging = JudgingSide(config, paths.judgements, judges, console)
-        rollouts = Rollouts(config, Journal(paths.journal), fleet, judges, judging, console)
+        kept = RunDirectory(config.debug.rollouts) if config.debug.rollouts else paths
+        rollouts = Rollouts(config, Journal(kept.journal), fleet, judges, judging, console)
         ahead = Ahead(conductor, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, console)
     # Prompts first: what is wrong with them is known before the servers are up, and so is the policy.

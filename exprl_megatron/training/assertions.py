@@ -1,4 +1,4 @@
-"""What `debug.assertions` checks before an optimizer step, beside the checksums of syncs and the sampler's log-probs."""
+"""What `debug.assertions` checks before an optimizer step, beside checksums of syncs and the sampler's log-probs."""
 
 from exprl_megatron.errors import RunStopped
 

@@ -1,6 +1,8 @@
 """What a run tells people and machines: lines and bars, metrics on disk, the closing table."""
 
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console as Terminal
 
@@ -9,6 +11,8 @@ from exprl_megatron.config.stages import Stage
 from exprl_megatron.evaluation.table import Evaluations, evaluation_table
 from exprl_megatron.reporting.metrics import MetricsWriter
 from exprl_megatron.reporting.progress import Bar, StepProgress
+from exprl_megatron.reporting.timeline import GRADING, SAMPLING, Span, Timeline, read_timeline
+from exprl_megatron.reporting.waterfall import bottleneck, stage_phases
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.recovery import Place
 
@@ -23,14 +27,24 @@ class Console:
         done = self._steps_before(place.stage) + place.step
         self._progress = StepProgress(self._steps_before(len(config.stages)) - done, self._terminal)
         self._metrics = MetricsWriter(paths.metrics, paths.tensorboard, done)
+        self._timeline = Timeline(paths.timeline)
 
     def say(self, text: str) -> None:
         """One line."""
         self._progress.say(text)
 
-    def bar(self, name: str, total: int) -> AbstractContextManager[Bar]:
-        """Bars for the work inside a step."""
-        return self._progress.bar(name, total)
+    def span(self, stage: str, step: int, name: str, start: float) -> None:
+        """Keep that `name` took from `start` (seconds since the epoch) until now."""
+        self._timeline.add(Span(stage, step, name, start, time.time()))
+
+    @contextmanager
+    def rollouts(self, stage: str, step: int, traces: int) -> Iterator["RolloutsProgress"]:
+        """Shows how many of so many traces are sampled and graded, and keeps how long that took."""
+        with self._progress.bar(f"{stage} {step}", traces) as bar:
+            progress = RolloutsProgress(bar)
+            yield progress
+        for span in progress.spans(stage, step):
+            self._timeline.add(span)
 
     def step_done(self, stage: Stage, step: int, metrics: dict[str, float]) -> None:
         """A finished step's line and its metrics."""
@@ -43,12 +57,42 @@ class Console:
             confidence = self._config.evaluation.confidence
             self._terminal.print(evaluation_table(evaluations, "held-out problems", confidence))
         paths = self._paths
+        for stage, phases in stage_phases(read_timeline(paths.timeline)).items():
+            self.say(f"{stage}: {bottleneck(phases)}")
         self.say(f"models: {paths.models}  checkpoints: {paths.checkpoints}  metrics: {paths.metrics}")
         self.say(f"curves: tensorboard --logdir {paths.tensorboard}")
 
     def close(self) -> None:
         """Finish the files."""
         self._metrics.close()
+        self._timeline.close()
 
     def _steps_before(self, stage: int) -> int:
         return sum(s.steps for s in self._config.stages[:stage])
+
+
+class RolloutsProgress:
+    """Told of every trace when it is sampled and when it is graded."""
+
+    def __init__(self, bar: Bar):
+        self._bar = bar
+        self._began = time.time()
+        self._sampled: list[float] = []
+        self._graded: list[float] = []
+
+    def sampled(self) -> None:
+        """One more trace is finished."""
+        self._bar.advance("sampled")
+        self._sampled.append(time.time())
+
+    def graded(self) -> None:
+        """One more trace has its grade, or its abstention."""
+        self._bar.advance("graded")
+        self._graded.append(time.time())
+
+    def spans(self, stage: str, step: int) -> list[Span]:
+        """When traces were being written, and when they were being graded."""
+        return [
+            Span(stage, step, SAMPLING, self._began, self._sampled[-1]),
+            Span(stage, step, GRADING, self._sampled[0], self._graded[-1]),
+        ]

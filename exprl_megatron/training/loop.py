@@ -41,6 +41,8 @@ def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     """Sample, grade, learn; the step's metrics."""
     groups = run.graded_groups(stage, step)
     metrics = group_statistics(groups, judged=isinstance(stage, JudgedStage))
+    if run.config.debug.only == "sampling":
+        return metrics
     with run.clock("log_probs"):
         batches = [with_log_probs(run, stage, *batch) for batch in batches_of(run, stage, groups)]
     with run.clock("train"):
@@ -84,7 +86,7 @@ def update(run: Run, stage: RlStage, sequences: list[Sequence]) -> dict[str, flo
     whole = denominator(aggregation, sequences, stage.sampling.max_new_tokens)
     sums = run.policy.accumulate(sequences, objective, stage.sampling.temperature, denominator=whole)
     metrics = update_statistics(sums, sum(len(s.response_ids) for s in sequences), whole)
-    run.check_log_prob_gap(metrics)
+    run.check_update(stage, metrics)
     return metrics | run.apply_update()
 
 

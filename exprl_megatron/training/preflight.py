@@ -13,7 +13,9 @@ from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.serving.client import SCORED_BELOW_ROOM
+from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.examples import check_source
+from exprl_megatron.training.journal import Journal
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -32,6 +34,8 @@ def check_inputs(config: RunConfig) -> None:
             check_source(stage)
     if config.judges and config.judge.gate is not None:
         read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
+    if config.debug.rollouts is not None:
+        _check_rollouts(config)
 
 
 def model_violations(config: RunConfig) -> list[str]:
@@ -81,6 +85,18 @@ def _check_weights(config: RunConfig) -> None:
             f"give the model in Hugging Face form (tools/convert_checkpoint.py to-hf)."
         )
     open_weights(Path(model))
+
+
+def _check_rollouts(config: RunConfig) -> None:
+    """Raise UserError where the run that is learned from has not kept every step."""
+    journal = Journal(RunDirectory(config.debug.rollouts).journal)
+    for stage in config.stages:
+        lacking = sorted(set(range(1, stage.steps + 1)) - set(journal.steps(stage.name)))
+        if lacking:
+            raise UserError(
+                f"debug.rollouts is {config.debug.rollouts}, which has not kept step {lacking[0]} of stage "
+                f"{stage.name}; it has kept {stage.steps - len(lacking)} of {stage.steps}: name one that has all."
+            )
 
 
 def _precision_violations(config: RunConfig, architecture: Architecture) -> list[str]:

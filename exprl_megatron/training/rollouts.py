@@ -1,7 +1,7 @@
 """The conductor's side of a step: problems out, graded groups back."""
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
@@ -126,23 +126,35 @@ class Rollouts:
         count = len(self._prompted[stage.problems])
         wanted = stage.problems_per_step
         rounds = stage.dynamic_sampling if isinstance(stage, SparseRlStage) else None
+
+        def counts(group: Group) -> bool:
+            return rounds is None or _teaches(stage, group)
+
         groups: list[Group] = []
         dull: list[Group] = []
         next_problem = drawn
         for _ in range(1 + (rounds or 0)):
             missing = wanted - len(groups)
-            indices = problem_indices(self._config.seed, stage.name, next_problem, missing, count)
-            next_problem += missing
-            purpose = (stage.name, step)
+            draws = stage.drawn_for(missing)
+            indices = problem_indices(self._config.seed, stage.name, next_problem, draws, count)
+            next_problem += draws
             sampled = await self.sample(
-                purpose, stage.problems, indices, stage.group_size, stage.sampling, versions, grade
+                (stage.name, step),
+                stage.problems,
+                indices,
+                stage.group_size,
+                stage.sampling,
+                versions,
+                grade,
+                wanted=missing,
+                counts=counts,
             )
             for group in sampled:
-                (groups if rounds is None or _teaches(stage, group) else dull).append(group)
-            if len(groups) == wanted:
+                (groups if counts(group) else dull).append(group)
+            if len(groups) >= wanted:
                 break
         # Where too few can be found, dull groups fill the step: its size, and so its place in the data, is kept.
-        groups += dull[: wanted - len(groups)]
+        groups = (groups + dull)[:wanted]
         return SampledStep(groups, next_problem - drawn, self._judging.take_counts())
 
     async def sample(
@@ -154,11 +166,15 @@ class Rollouts:
         sampling: SamplingConfig,
         versions: Collection[str],
         grade: Grade,
+        *,
+        wanted: int | None = None,
+        counts: Callable[[Group], bool] = lambda group: True,
     ) -> list[Group]:
         """`group_size` graded traces for each of the problems at `indices`, in that order.
 
-        A trace is graded as soon as it is finished. `purpose` (stage and step) is shown and seeds the samples.
-        Raises RunStopped before anything is sent where a prompt holds a piece of its problem's reference.
+        Where `wanted` is given, only of those that were through when so many groups counted. A trace is graded as soon
+        as it is finished. `purpose` (stage and step) is shown and seeds the samples. Raises RunStopped before anything
+        is sent where a prompt holds a piece of its problem's reference.
         """
         prompted, guard = self._prompted[problems], self._guards[problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
@@ -166,15 +182,19 @@ class Rollouts:
         for prompt in prompts:
             guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids))
         graded: dict[Trace, GradedTrace] = {}
-        with self._console.bar(" ".join(map(str, purpose)), len(prompts) * group_size) as bar:
+        with self._console.rollouts(*purpose, len(prompts) * group_size) as bar:
 
             async def grade_one(trace: Trace) -> None:
-                bar.advance("sampled")
+                bar.sampled()
                 guard.check_trace(trace.problem_id, trace.text)
                 graded[trace] = await grade(by_id[trace.problem_id], trace)
-                bar.advance("graded")
+                bar.graded()
 
-            traces = await sample_groups(
+            def group_of(traces: list[Trace]) -> Group:
+                problem = by_id[traces[0].problem_id]
+                return Group(problem.id, tuple(graded[trace] for trace in traces), problem.domain)
+
+            found = await sample_groups(
                 self._fleet,
                 prompts,
                 group_size,
@@ -182,11 +202,10 @@ class Rollouts:
                 lambda problem_id, k: sample_seed(self._config.seed, *purpose, problem_id, k),
                 weight_versions=versions,
                 on_trace=grade_one,
+                wanted=wanted,
+                counts=lambda traces: counts(group_of(traces)),
             )
-        return [
-            Group(prompt.problem_id, tuple(graded[trace] for trace in members), by_id[prompt.problem_id].domain)
-            for prompt, members in zip(prompts, traces, strict=True)
-        ]
+        return [group_of(traces) for traces in found]
 
 
 def _teaches(stage: SparseRlStage, group: Group) -> bool:

@@ -16,8 +16,10 @@ from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.ahead import Ahead
+from exprl_megatron.training.assertions import check_first_update
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
@@ -73,6 +75,8 @@ class Run:
         self._seconds: dict[str, float] = {}
         self._counted: dict[str, float] = {}
         self._sync_metrics: dict[str, float] = {}
+        self._updates_in_step = 0
+        self._now = ("", 0)
 
     def remaining_stages(self) -> Iterator[Stage]:
         """The stages from the run's place on."""
@@ -108,7 +112,7 @@ class Run:
         if self._conductor.everywhere(lambda: self._ahead.announce(stage, step, version)):
             with self.clock("sync"):
                 self._sync_metrics = self._sync.bring(version)
-        with self.clock("sample_and_grade"):
+        with self.clock(ROLLOUTS):
             work = self._conductor.here_alone(lambda: self._ahead.begin(stage, step, drawn, version))
             while (waiting := self._waiting_for(work)) != "done":
                 if waiting == "weights":
@@ -140,33 +144,40 @@ class Run:
     def apply_update(self) -> dict[str, float]:
         """Take the optimizer step for the accumulated gradients; its metrics."""
         update = self.policy.apply_update()
+        self._updates_in_step += 1
         self._place = replace(self._place, updates=self._place.updates + 1)
         return {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
-    def check_log_prob_gap(self, metrics: dict[str, float]) -> None:
-        """Stop the run where trainer and sampler disagree by more than the config allows."""
+    def check_update(self, stage: RlStage, metrics: dict[str, float]) -> None:
+        """Stop the run before an update where trainer and sampler disagree, or an assertion does not hold."""
         check_log_prob_gap(metrics, self.config.sync.max_log_prob_gap)
+        if self.config.debug.assertions and not self._updates_in_step:
+            check_first_update(stage.name, self._place.step + 1, metrics)
 
     @contextmanager
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
         """Everything around one step: its clock, its line on the terminal, its metrics on disk."""
-        started = time.monotonic()
+        started, at = time.monotonic(), time.time()
         self._seconds, self._counted, self._sync_metrics = {}, {}, {}
+        self._now = (stage.name, step)
+        self._updates_in_step = 0
         metrics: dict[str, float] = {}
         yield metrics
         self._place = replace(self._place, step=step)
         metrics |= self._counted | self._sync_metrics
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
+        self._keep_span(STEP, at)
         if self._console is not None:
             self._console.step_done(stage, step, metrics)
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to the step's `seconds/NAME`."""
-        started = time.monotonic()
+        """Add the seconds spent inside to the step's `seconds/NAME`, and keep when they were."""
+        started, at = time.monotonic(), time.time()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
+        self._keep_span(name, at)
 
     def checkpoint_if_due(self, stage: Stage, step: int) -> None:
         """Write a checkpoint every so many steps, after a stage's last one, and where the run is asked to stop.
@@ -175,7 +186,8 @@ class Run:
         """
         checkpoint, asked_to_stop = self.config.checkpoint, self._conductor.asked_to_stop()
         if asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps:
-            save_checkpoint(self._directory.checkpoints, self.policy, self._place.as_record(), keep=checkpoint.keep)
+            with self.clock("save"):
+                save_checkpoint(self._directory.checkpoints, self.policy, self._place.as_record(), keep=checkpoint.keep)
         if asked_to_stop:
             raise Preempted(
                 f"The run was asked to stop and did so after step {step} of {stage.name}, with a checkpoint; "
@@ -193,7 +205,7 @@ class Run:
 
         Raises Preempted where the run is asked to stop meanwhile; the evaluation is then made anew.
         """
-        if self.config.evaluation is None or self._conductor.everywhere(lambda: self._evaluator.done(name)):
+        if not self.config.evaluates or self._conductor.everywhere(lambda: self._evaluator.done(name)):
             return
         version = self.weight_version
         self._sync.bring(version)
@@ -228,6 +240,10 @@ class Run:
         return self._conductor.everywhere(
             lambda: "done" if work is None else self._conductor.run(self._rollouts.attend(work))
         )
+
+    def _keep_span(self, name: str, start: float) -> None:
+        if self._console is not None:
+            self._console.span(*self._now, name, start)
 
     def _read_teacher_prompts(self, stage: SelfDistillStage) -> dict[str, tuple[int, ...]]:
         tokenizer = AutoTokenizer.from_pretrained(self.config.policy.model)

@@ -62,7 +62,7 @@ def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = Fa
     directory.claim(config, resume).release()
     registry = Registry(directory.registry)
     for kind, server in servers.items():
-        registry.register(RegisteredServer(kind, server.name, server.url, str(server.log_file), server.incarnation))
+        registry.register(RegisteredServer(kind, f"{kind}-0", server.url, str(server.log_file), server.incarnation))
     return TrainerRanks(directory, config.policy.layout.world_size, directory.registry)
 
 

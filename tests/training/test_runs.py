@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import Preempted
+from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.serving.launch import server_specs, start_servers
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.journal import Journal
@@ -127,6 +128,7 @@ def mixed_run(inputs, servers, tmp_path_factory):
             "name": "process",
             "steps": 2,
             "segments": segments,
+            "over_sampling": 1.5,
         },
         {"kind": "self-distill", "name": "distill", "steps": 1, "teacher_prompt": {"user": "{problem} {reference}"}},
         {"kind": "sparse-rl", "name": "dapo", "steps": 1, "dynamic_sampling": 1, "overlong": "exclude"},
@@ -166,6 +168,15 @@ def test_dynamic_sampling_draws_further_problems_in_the_place_of_equal_groups(mi
     assert len(sampled.groups) == 2
     # An untrained model solves nothing, so that both groups are replaced once.
     assert sampled.problems_drawn == 4
+
+
+def test_over_sampling_draws_more_problems_and_takes_as_many_groups_as_ever(mixed_run):
+    journal = Journal(RunDirectory(mixed_run.directory).journal)
+    for step in (1, 2):
+        sampled = journal.read("process", step)
+        drawn = problem_indices(mixed_run.seed, "process", 3 * (step - 1), 3, 12)
+        assert sampled.problems_drawn == 3 and len(sampled.groups) == 2
+        assert {group.problem_id for group in sampled.groups} < {f"p{i}" for i in drawn}
 
 
 def test_judgements_are_kept_by_content(mixed_run):

@@ -1,0 +1,94 @@
+"""Rollouts alone, learning alone from what was kept, and a run that checks itself."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.training.assertions import check_first_update
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.journal import Journal
+from exprl_megatron.training.preflight import check_inputs
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import finish, run_config, start_ranks, write_problems
+
+
+def _config(directory, model, problems, judge=None, **changes):
+    """The runs of tests, judged by the policy's own untrained model."""
+    return run_config(directory, model, judge or model, problems, **changes)
+
+
+def _metrics(config):
+    lines = RunDirectory(config.directory).metrics.read_text().splitlines()
+    return [json.loads(line)["metrics"] for line in lines]
+
+
+def _weights(config, stage):
+    return load_file(RunDirectory(config.directory).models / stage / "model.safetensors")
+
+
+def test_ratios_and_the_kl_to_a_stage_s_start_must_be_exact_at_first():
+    check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 0.0})
+    check_first_update("prime", 2, {"kl/old": 0.0, "kl/start": 0.3})
+    with pytest.raises(RunStopped, match=r"step 1 of prime.* kl/start is 1\.000e-12 .*starting policy"):
+        check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 1e-12})
+    with pytest.raises(RunStopped, match=r"step 7 of sparse.* kl/old is 1\.000e-12 .*before the step"):
+        check_first_update("sparse", 7, {"kl/old": 1e-12})
+
+
+def test_what_keeps_a_run_from_checking_itself_is_refused(tiny_model, tmp_path):
+    problems = write_problems(tmp_path / "problems.jsonl")
+    with pytest.raises(UserError) as refused:
+        _config(tmp_path, tiny_model("qwen3"), problems, debug={"assertions": True}, sync={"verify": False})
+    assert "sync.verify is false" in str(refused.value) and "max_log_prob_gap gives no bound" in str(refused.value)
+
+
+def test_learning_alone_needs_every_step_that_it_learns_from(tiny_model, tmp_path):
+    problems, model = write_problems(tmp_path / "problems.jsonl"), tiny_model("qwen3")
+    with pytest.raises(UserError, match=r"debug\.only is learning and debug\.rollouts is null"):
+        _config(tmp_path / "run", model, problems, debug={"only": "learning"})
+    other = tmp_path / "other"
+    config = _config(tmp_path / "run", model, problems, debug={"only": "learning", "rollouts": str(other)})
+    with pytest.raises(UserError, match=r"other, which has not kept step 1 of stage prime; it has kept 0 of 3"):
+        check_inputs(config)
+
+
+@pytest.mark.slow
+def test_rollouts_alone_are_learned_from_later_without_any_server(trained_server, tiny_model, tmp_path):
+    problems, model = write_problems(tmp_path / "problems.jsonl"), tiny_model("qwen3")
+    servers = {"policy": trained_server, "judge": trained_server}
+    sampling = _config(tmp_path / "sampled", model, problems, debug={"only": "sampling"})
+    finish(start_ranks(sampling, servers))
+    journal = Journal(RunDirectory(sampling.directory).journal)
+    assert journal.steps("prime") == [1, 2, 3] and journal.steps("sparse") == [1, 2]
+    groups = [group for step in (1, 2, 3) for group in journal.read("prime", step).groups]
+    versions = {version for g in groups for m in g.members for version, _, _ in m.trace.weight_versions}
+    assert versions == {"v0"}
+    start = load_file(model / "model.safetensors")
+    assert all(tensor.equal(start[name]) for name, tensor in _weights(sampling, "sparse").items())
+
+    learned = []
+    for name in ("learned", "again"):
+        debug = {"only": "learning", "rollouts": sampling.directory}
+        learning = _config(tmp_path / name, model, problems, debug=debug, sync={"max_log_prob_gap": None})
+        finish(start_ranks(learning, {}))
+        learned.append(learning)
+    assert all("loss" in step and "sync/seconds" not in step for step in _metrics(learned[0]))
+    first, again = (_weights(config, "sparse") for config in learned)
+    assert any(not tensor.equal(start[name]) for name, tensor in first.items())
+    assert all(tensor.equal(again[name]) for name, tensor in first.items())
+
+
+@pytest.mark.slow
+def test_a_run_checks_itself_from_its_first_step_to_its_last(trained_server, tiny_model, tmp_path):
+    problems, model = write_problems(tmp_path / "problems.jsonl"), tiny_model("qwen3")
+    config = _config(tmp_path / "run", model, problems, debug={"assertions": True})
+    assert config.stages[0].needs_start and config.stages[1].updates_per_step == 2
+    finish(start_ranks(config, {"policy": trained_server, "judge": trained_server}))
+    assert len(_metrics(config)) == 5
+    assert check_config(config.model_dump(mode="json"), "again").debug.assertions
