@@ -40,7 +40,8 @@ install() {
     command -v apt-get >/dev/null || fail "apt-get was not found; the local Slurm is made of Debian's or Ubuntu's packages."
     local log
     log=$(mktemp)
-    trap 'rm -f "$log"' EXIT
+    # shellcheck disable=SC2064 # The name as it is now: the function has ended by then.
+    trap "rm -f '$log'" EXIT
     # In runlevel 1 the packages' own services are not started.
     if ! {
         apt-get update -qq &&
