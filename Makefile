@@ -5,7 +5,7 @@ PYTEST = .venv/bin/python -m pytest
 JOBS ?= 2
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo demo-smollm study test test-fast test-te test-slurm test-gpu lint lock lock-te lock-gpu miniature
+.PHONY: setup demo demo-smollm study chaos test test-fast test-te test-slurm test-gpu lint lock lock-te lock-gpu miniature
 
 setup:
 	@tools/setup.sh
@@ -20,6 +20,10 @@ demo-smollm: setup
 
 study: setup
 	.venv/bin/python tools/study.py
+
+# A hundred random faults in one long miniature run; ends with a table.
+chaos: setup
+	.venv/bin/python tools/chaos.py directory=runs/chaos-$(NOW)
 
 test: setup
 	$(PYTEST) -n $(JOBS) --dist loadfile -m "not gpu"

@@ -5,6 +5,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from exprl_megatron.config.base import Config
 from exprl_megatron.config.debug import DebugConfig
 from exprl_megatron.config.judging import JudgeConfig
+from exprl_megatron.config.placement import PlacementConfig
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
@@ -46,6 +47,7 @@ class RunConfig(Config):
     prompt: PromptConfig = PromptConfig()
     leak_guard: LeakGuardConfig = LeakGuardConfig()
     server: ServerConfig = ServerConfig()
+    placement: PlacementConfig = PlacementConfig()
     judge: JudgeConfig | None = None
     verifier: VerifierConfig = VerifierConfig()
     sync: SyncConfig = SyncConfig()

@@ -162,6 +162,11 @@ class Policy:
         """Waits until this rank's chunks have all of the last update; a collective, before they are read directly."""
         overlap.gather_weights(self._wrapped)
 
+    @property
+    def wrapped(self) -> list[DistributedDataParallel]:
+        """The chunks in Megatron's data parallelism; none before the first stage."""
+        return self._wrapped
+
     def _model(self) -> list[torch.nn.Module]:
         return list(self._wrapped or self.chunks)
 

@@ -72,15 +72,17 @@ class BroadcastTransport:
     def follow(self, outgoing: Outgoing) -> None:
         if not self._names:
             self._follow_open()
-        works = []
+        works: dict[int, dist.Work] = {}
         for number in range(len(outgoing.rounds)):
             self._control.await_go()
+            # A server has answered for the round whose memory comes next, but one of its ranks may still be reading.
+            if number - 2 in works:
+                works.pop(number - 2).wait()
             filled = outgoing.gather(number)
             if filled is not None:
-                works.append(self._broadcast(filled))
+                works[number] = self._broadcast(filled)
         self._control.await_go()
-        # The servers have it all: none of these waits.
-        for work in works:
+        for work in works.values():
             work.wait()
 
     async def close(self) -> None:

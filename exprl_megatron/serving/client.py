@@ -223,16 +223,16 @@ class SGLangClient(HttpServer):
         await self._post("/continue_generation", {}, deadline_s)
         self._in_place = False
 
-    async def sleep(self, *, deadline_s: float | None = None) -> None:
-        """Give up the memory of weights and cache, on an idle CUDA server started with `--enable-memory-saver`.
+    async def sleep(self, tags: Sequence[str] = (), *, deadline_s: float | None = None) -> None:
+        """Give up the memory of `tags` (`kv_cache`, `weights`; all), on an idle server with `--enable-memory-saver`.
 
         A server on a CPU dies of it.
         """
-        await self._post("/release_memory_occupation", {}, deadline_s)
+        await self._post("/release_memory_occupation", {"tags": list(tags)}, deadline_s)
 
-    async def wake(self, *, deadline_s: float | None = None) -> None:
-        """Take that memory again; what the weights were is lost: update them before sampling."""
-        await self._post("/resume_memory_occupation", {}, deadline_s)
+    async def wake(self, tags: Sequence[str] = (), *, deadline_s: float | None = None) -> None:
+        """Take that memory again, which must be given up; what weights were is lost: update them before sampling."""
+        await self._post("/resume_memory_occupation", {"tags": list(tags)}, deadline_s)
 
     async def flush_cache(self) -> None:
         """Empty the radix cache; refused while requests run."""

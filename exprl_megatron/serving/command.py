@@ -43,7 +43,7 @@ def server_command(
         command += ["--base-gpu-id", str(first_gpu)]
     else:
         command += ["--device", "cpu", "--attention-backend", "torch_native", "--enable-deterministic-inference"]
-        command += ["--disable-overlap-schedule", "--skip-server-warmup", "--mem-fraction-static", "0.5"]
+        command += ["--disable-overlap-schedule", "--skip-server-warmup", "--mem-fraction-static", "0.9"]
         max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
     if max_total_tokens is not None:
         command += ["--max-total-tokens", str(max_total_tokens)]

@@ -16,8 +16,11 @@ from typing import Any, Literal, Protocol
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 
+SLEEPING = ("kv_cache", "weights")
+"""What a server gives up, as SGLang names it."""
 _POLL_S = 0.25
 _ATTEND_S = 0.02
 _FAILURES = 3
@@ -70,6 +73,8 @@ class Member:
         self.next_try = 0.0
         """When it may be tried again, in the event loop's time, while it is out."""
         self.running: set[asyncio.Task] = set()
+        self.asleep: set[str] = set()
+        """What of its memory it has given up (SLEEPING)."""
 
     def release(self) -> None:
         """Let whoever waits for this server's answers ask another one."""
@@ -103,6 +108,7 @@ class Fleet:
         self._why = "none has registered"
         self._dry_since = 0.0
         self._unexplained = 0
+        self._sleeping = False
         self._watching: asyncio.Task | None = None
 
     async def open(self) -> None:
@@ -186,6 +192,19 @@ class Fleet:
         """Let requests go on."""
         await self._all_tried(lambda client: client.continue_())
         self._go.set()
+
+    async def sleep(self) -> bool:
+        """Let all servers give up their memory; whether they can: on a CPU they cannot, and are not asked."""
+        self._sleeping = has_cuda()
+        if self._sleeping:
+            await asyncio.gather(*(self._tried(member, _to_sleep(member)) for member in self._in("serving", "joining")))
+        return self._sleeping
+
+    async def wake(self, tag: str) -> None:
+        """Let all servers that have given up their `tag` take it again."""
+        self._sleeping = False
+        members = [member for member in self._in("serving", "joining") if tag in member.asleep]
+        await asyncio.gather(*(self._tried(member, _to_wake(member, tag)) for member in members))
 
     async def convoke(self, version: str) -> bool:
         """Whether weights are to be brought to `clients`, since one of them has not `version`.
@@ -285,8 +304,11 @@ class Fleet:
     async def _take_over(self, member: Member) -> None:
         """End whatever a run before this one, or we ourselves, may have left under way there: then it can join."""
         deadline_s = self._config.answer_deadline_s
-        if await self._tried(member, lambda client: client.take_over(deadline_s=deadline_s)):
-            member.state = "joining"
+        if not await self._tried(member, lambda client: client.take_over(deadline_s=deadline_s)):
+            return
+        if self._sleeping and not member.asleep and not await self._tried(member, _to_sleep(member)):
+            return
+        member.state = "joining"
 
     async def _all_tried(self, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> None:
         """Who serves does as it is asked, or is out."""
@@ -314,6 +336,22 @@ class Fleet:
         if member.failures >= _FAILURES:
             self._registry.ask_restart(member.server)
         member.release()
+
+
+def _to_sleep(member: Member) -> Callable[[SGLangClient], Coroutine[Any, Any, None]]:
+    async def sleep(client: SGLangClient) -> None:
+        await client.sleep(SLEEPING)
+        member.asleep = set(SLEEPING)
+
+    return sleep
+
+
+def _to_wake(member: Member, tag: str) -> Callable[[SGLangClient], Coroutine[Any, Any, None]]:
+    async def wake(client: SGLangClient) -> None:
+        await client.wake([tag])
+        member.asleep.discard(tag)
+
+    return wake
 
 
 def _first_line(text: str) -> str:

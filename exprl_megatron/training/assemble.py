@@ -30,6 +30,7 @@ from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.sync import Members, WeightSync
+from exprl_megatron.training.turns import Turns
 
 _CONTROL_ROOM = 2.0
 """Ranks wait for rank 0's word longer than rank 0 waits for a server, by this factor."""
@@ -64,7 +65,10 @@ def assemble(
     members = FixedServers([]) if fleet is None else fleet
     sync = _weight_sync(config, paths.sync / "policy", members, policy, conductor, config.server.tp)
     scorer = _start_scorer(config, paths, registry, policy, conductor)
-    return Run(config, paths, policy, conductor, sync, rollouts, ahead, evaluator, console, place, checkpoint, scorer)
+    turns = Turns(config.placement, policy, conductor, fleet, sync)
+    return Run(
+        config, paths, policy, conductor, sync, turns, rollouts, ahead, evaluator, console, place, checkpoint, scorer
+    )
 
 
 def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):

@@ -5,6 +5,7 @@ import time
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.files import Claim
+from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.launch import (
     SERVED_DTYPES,
@@ -76,9 +77,10 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
     specs: list[ServerSpec] = []
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
     if config.samples:
-        specs += server_specs(
-            "policy", config.policy.model, config.server, directory.logs, dtype=dtype, seed=config.seed
-        )
+        server = config.server
+        if config.placement.kind == "colocated" and has_cuda():
+            server = server.model_copy(update={"extra_args": (*server.extra_args, "--enable-memory-saver")})
+        specs += server_specs("policy", config.policy.model, server, directory.logs, dtype=dtype, seed=config.seed)
     if config.scores_start:
         specs += server_specs(
             "start", config.policy.model, config.start_server, directory.logs, dtype=dtype, seed=config.seed

@@ -33,6 +33,7 @@ from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.sync import WeightSync
 from exprl_megatron.training.teacher import teacher_prompts
+from exprl_megatron.training.turns import Turns
 
 
 class Run:
@@ -50,6 +51,7 @@ class Run:
         policy: Policy,
         conductor: Conductor,
         sync: WeightSync,
+        turns: Turns,
         rollouts: Rollouts | None,
         ahead: Ahead | None,
         evaluator: Evaluator | None,
@@ -63,6 +65,7 @@ class Run:
         self._directory = directory
         self._conductor = conductor
         self._sync = sync
+        self._turns = turns
         self._rollouts = rollouts
         self._ahead = ahead
         self._evaluator = evaluator
@@ -111,13 +114,14 @@ class Run:
         version, drawn = self.weight_version, self._place.problems_drawn
         if self._conductor.everywhere(lambda: self._ahead.announce(stage, step, version)):
             with self.clock("sync"):
-                self._sync_metrics = self._sync.bring(version)
+                self._sync_metrics = self._turns.bring(version)
         with self.clock(ROLLOUTS):
             work = self._conductor.here_alone(lambda: self._ahead.begin(stage, step, drawn, version))
             while (waiting := self._waiting_for(work)) != "done":
                 if waiting == "weights":
-                    self._sync_metrics = self._sync.bring(version)
+                    self._sync_metrics = self._turns.bring(version)
             sampled = self._conductor.everywhere(lambda: self._ahead.take(stage, step))
+        self._turns.learn()
         self._count(stage, sampled)
         return sampled.groups
 
@@ -164,7 +168,7 @@ class Run:
         metrics: dict[str, float] = {}
         yield metrics
         self._place = replace(self._place, step=step)
-        metrics |= self._counted | self._sync_metrics
+        metrics |= self._counted | self._sync_metrics | self._turns.take_ledger()
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
         self._keep_span(STEP, at)
@@ -208,11 +212,11 @@ class Run:
         if not self.config.evaluates or self._conductor.everywhere(lambda: self._evaluator.done(name)):
             return
         version = self.weight_version
-        self._sync.bring(version)
+        self._turns.bring(version)
         work = self._conductor.here_alone(lambda: self._conductor.start(self._evaluator.evaluate(name, version)))
         while (waiting := self._waiting_for(work)) != "done":
             if waiting == "weights":
-                self._sync.bring(version)
+                self._turns.bring(version)
             elif self._conductor.asked_to_stop():
                 self._conductor.here_alone(lambda: work.cancel())
                 raise Preempted(
@@ -220,6 +224,7 @@ class Run:
                     "go on with --resume, which makes it anew."
                 )
         self._conductor.everywhere(lambda: work.result())
+        self._turns.learn()
 
     def close(self) -> None:
         """Print the closing table, leave the servers, end the verifier's processes, finish the logs."""

@@ -1,0 +1,59 @@
+"""A run on real servers behind proxies, to which everything happens once that can happen to servers."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from exprl_megatron.benchmarks.chaos import FaultedRun, wrong_with
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import run_config, write_problems
+
+pytestmark = pytest.mark.slow
+DEADLINE_S = 900
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """One step after each fault, and then to the end; what became of each fault, by its kind."""
+    root = tmp_path_factory.mktemp("dying")
+    problems = write_problems(root / "problems.jsonl")
+    server = {"max_total_tokens": 16384, "request_deadline_s": 20, "answer_deadline_s": 10, "restarts": 10}
+    whole = run_config(
+        root / "run",
+        tiny_model("qwen3"),
+        tiny_model("qwen3", seed=1, tied=True),
+        problems,
+        server=server | {"count": 2},
+    )
+    prime = whole.stages[0].model_copy(update={"steps": STEPS})
+    judge = whole.judge.model_copy(update={"server": whole.server.model_copy(update={"count": 1})})
+    config = whole.model_copy(update={"stages": (prime,), "judge": judge})
+    with FaultedRun(config, longest_s=6.0) as faulted:
+        faulted.until(lambda: faulted.learned() >= 1, DEADLINE_S)
+        faulted.outcomes = {kind: faulted.throw(kind, DEADLINE_S) for kind in faulted.kinds}
+        faulted.until(lambda: False, DEADLINE_S)
+        yield faulted
+
+
+def test_no_trace_is_lost_counted_twice_or_of_wrong_weights(run):
+    assert run.learned() == STEPS
+    assert wrong_with(run.config) == []
+
+
+def test_whatever_befalls_servers_the_run_goes_on(run):
+    assert {kind: o.ended for kind, o in run.outcomes.items() if "trainer" not in kind and o.ended} == {}
+
+
+def test_what_befalls_the_trainer_stops_the_run_with_its_cause_and_it_is_resumed_on_the_same_servers(run):
+    ends = [outcome.ended for kind, outcome in run.outcomes.items() if "trainer" in kind]
+    assert len(ends) == 2
+    assert all(len(ended) == 1 and "killed by signal 9; go on with --resume" in ended[0] for ended in ends)
+
+
+def test_servers_that_were_killed_are_started_anew(run):
+    starts = run.registry.starts
+    assert starts["judge-0"] == 2
+    assert starts["policy-0"] + starts["policy-1"] >= 4

@@ -1,0 +1,119 @@
+"""Trainer and servers in turns: what leaves memory, that it comes back as it was, and what the ledger says."""
+
+import filecmp
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.training.directory import RunDirectory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import finish, run_config, start_ranks, write_problems
+
+COLOCATED = {"placement": {"kind": "colocated"}, "sync": {"transport": "handles", "max_log_prob_gap": 1e-4}}
+
+
+def sparse(problems: Path, **changes) -> dict:
+    stage = {
+        "kind": "sparse-rl",
+        "name": "sparse",
+        "steps": 2,
+        "problems": {"source": str(problems)},
+        "problems_per_step": 2,
+        "group_size": 3,
+        "sampling": {"temperature": 1.0, "max_new_tokens": 24},
+        "loss": {"entropy_coefficient": 0.5},
+        "optimizer": {"lr": 1e-3},
+    }
+    return stage | changes
+
+
+@pytest.mark.parametrize(
+    ("stage", "sync", "message"),
+    [
+        ({}, "broadcast", "sync.transport is broadcast, which has no group of two processes on one GPU"),
+        (
+            {"max_staleness": 1, "loss": {"correction": {"kind": "masked"}}},
+            "handles",
+            "stage sparse samples while it learns",
+        ),
+        ({"optimizer": {"offload": 0.5}}, "handles", r"stage sparse has optimizer.offload 0.5; set it to 0"),
+    ],
+)
+def test_what_cannot_take_turns_is_refused(tmp_path, stage, sync, message):
+    problems = tmp_path / "problems.jsonl"
+    changes = COLOCATED | {"sync": {"transport": sync}, "stages": [sparse(problems, **stage)]}
+    with pytest.raises(UserError, match=message):
+        run_config(tmp_path / "run", tmp_path, tmp_path, problems, **changes)
+
+
+def test_parts_leave_the_device_and_come_back_bit_for_bit(tiny_model):
+    from exprl_megatron.algorithms.objective import supervised_objective
+    from exprl_megatron.policy.offload import Offload
+    from exprl_megatron.policy.policy import Policy
+    from exprl_megatron.policy.world import enter_world, leave_world
+
+    sequences = [Sequence(tuple(range(3, 9 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(4)]
+    tokens = sum(len(sequence.response_ids) for sequence in sequences)
+
+    def learned(taking_turns: bool) -> list[list[float]]:
+        policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
+        offload = Offload(policy)
+        policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10)
+        for _ in range(3):
+            if taking_turns:
+                here = offload.held()
+                offload.away("gradients", "optimizer", "weights")
+                assert offload.held() | {"optimizer": 0} == {"weights": 0, "gradients": 0, "optimizer": 0}
+                offload.back("weights", "gradients", "optimizer")
+                assert offload.held() == here and here["weights"] > 0 and here["gradients"] > 0
+            policy.accumulate(sequences, supervised_objective(), 1.0, denominator=tokens)
+            policy.apply_update()
+        return policy.log_probs(sequences, 1.0)
+
+    enter_world(Layout())
+    try:
+        assert learned(taking_turns=True) == learned(taking_turns=False)
+    finally:
+        leave_world()
+
+
+@pytest.mark.slow
+def test_a_run_in_turns_learns_what_one_with_separate_servers_does_and_keeps_a_ledger(
+    trained_server, tiny_model, tmp_path
+):
+    model, problems = tiny_model("qwen3"), write_problems(tmp_path / "problems.jsonl")
+    stages = {"stages": [sparse(problems)]}
+    config = run_config(tmp_path / "turns", model, model, problems, **COLOCATED, **stages)
+    paths = RunDirectory(config.directory)
+    finish(start_ranks(config, {"policy": trained_server}))
+
+    apart = run_config(tmp_path / "apart", model, model, problems, **stages)
+    separate = RunDirectory(apart.directory)
+    separate.claim(apart, resume=False).release()
+    shutil.copytree(paths.journal, separate.journal, dirs_exist_ok=True)
+    finish(start_ranks(apart, {"policy": trained_server}, resume=True))
+    name = "sparse/model.safetensors"
+    assert filecmp.cmp(paths.models / name, separate.models / name, shallow=False)
+
+    for record in map(json.loads, paths.metrics.read_text().splitlines()):
+        ledger = {key: value for key, value in record["metrics"].items() if key.startswith("memory/")}
+        assert ledger["memory/sampling/weights"] == ledger["memory/sampling/gradients"] == 0
+        assert ledger["memory/servers_slept"] == 0, "a server on a CPU cannot"
+
+    bounded = config.model_copy(
+        update={
+            "directory": str(tmp_path / "bounded"),
+            "placement": config.placement.model_copy(update={"max_asleep_gb": 1e-6}),
+        }
+    )
+    ranks = start_ranks(bounded, {"policy": trained_server})
+    with pytest.raises(RunStopped, match=r"the trainer left .* GiB .* than placement.max_asleep_gb \(1e-06\)"):
+        finish(ranks)
+    ranks.stop()
