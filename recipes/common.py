@@ -1,7 +1,7 @@
 """What all models' recipes are made of: a stage of the paper at a model's scale, and the factories of one model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import nemo_run as run
@@ -30,7 +30,8 @@ class Scale:
     policy: Servers
     judge: Servers | None = None
     recompute: str = "none"
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    colocated: bool = False
+    """Trainer and sampling servers take turns on the same GPUs."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ def at_scale(tree: dict, scale: Scale, directory: str, stage: Mapping[str, Any],
     """
     (before,) = tree["stages"]
     after = changed(before, **stage)
-    after["optimizer"] = changed(after["optimizer"], **scale.optimizer)
     layout = dict(scale.layout) | ({"sequence_parallel": True} if scale.layout.get("tp", 1) > 1 else {})
     tree = tree | {"directory": directory, "stages": [after], "judge": tree["judge"] if scale.judge else None}
     tree = tree | {"policy": tree["policy"] | {"layout": layout, "recompute": scale.recompute} | policy}
     tree = changed(tree, server={"count": scale.policy.count, "tp": scale.policy.tp})
+    if scale.colocated:
+        # GPUs in common cannot be in one NCCL group twice.
+        tree = changed(tree, placement={"kind": "colocated"}, sync={"transport": "handles"})
     if scale.judge:
         tree = changed(tree, judge={"server": {"count": scale.judge.count, "tp": scale.judge.tp}})
     if "sampling" in after and tree["evaluation"] is not None:

@@ -16,7 +16,7 @@ class Nodes:
 
     trainer: int = 1
     policy: int = 0
-    """0: sampling servers share the trainer's nodes, on GPUs of their own."""
+    """0: sampling servers share the trainer's nodes: its GPUs where placement.kind is colocated, else others."""
     judge: int = 0
     """0: judge servers share the sampling servers' nodes."""
     gpus: int = 8
@@ -111,11 +111,17 @@ def _on_devices(component: Component, all_components: list[Component], config: R
     sharing = [other for other in all_components if other.allocation == component.allocation]
     if len(sharing) == 1:
         return component
-    first = sum(_needed(other, config) for other in sharing[: sharing.index(component)])
+    before = sharing[: sharing.index(component)]
+    if config.placement.kind == "colocated":
+        # The sampling servers take turns with the trainer, which is always the first.
+        before = [other for other in before if "policy" not in (other.kind, component.kind)]
+    first = sum(_needed(other, config) for other in before)
     return replace(component, devices=tuple(range(first, first + _needed(component, config))))
 
 
 def _violations(config: RunConfig, nodes: Nodes, found: list[Component]) -> Iterator[str]:
+    if config.placement.kind == "colocated" and nodes.policy and config.samples:
+        yield f"nodes.policy is {nodes.policy}, but placement.kind is colocated, on the trainer's nodes; set it to 0."
     world = config.policy.layout.world_size
     if world % nodes.trainer:
         yield (

@@ -9,10 +9,10 @@ from recipes.places import Nodes
 NAME = "qwen3_4b"
 
 JUDGED = {
-    # The trainer's node is full, the other's GPUs sample but for the judge's two; TP2 as released.
+    # As released: six GPUs take turns between learning and sampling, two judge.
+    1: Scale(Nodes(trainer=1), {"tp": 2, "dp": 3}, Servers(6), Servers(2), recompute="selective", colocated=True),
+    # Nobody waits for a turn: the trainer's node is full, of the other's GPUs six sample and two judge.
     2: Scale(Nodes(trainer=1, policy=1, judge=0), {"tp": 2, "dp": 4}, Servers(6), Servers(2), recompute="selective"),
-    # Half a node learns: the paper lets six GPUs take turns between learning and sampling.
-    1: Scale(Nodes(trainer=1), {"tp": 2, "dp": 2}, Servers(3), Servers(1), recompute="selective"),
 }
 # Micro-batches of 32,768 and 40,960 tokens, the longest traces, need recomputation.
 UNJUDGED = {

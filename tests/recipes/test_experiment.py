@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.errors import UserError
-from recipes import executors, llama3p3_70b, miniature
+from recipes import executors, llama3p3_70b, miniature, qwen3_4b
 from recipes.__main__ import app
 from recipes.executors import check_executor
 from recipes.experiment import launch
@@ -149,6 +149,18 @@ def test_processes_that_do_not_fit_on_their_nodes_are_all_named_at_once():
         "trainer needs 14 GPUs of each of its 3 nodes",
         "policy needs 16 GPUs of each of its 1 nodes",
     ]
+
+
+def test_sampling_servers_that_take_turns_with_the_trainer_are_on_its_gpus():
+    recipe = qwen3_4b.exprl(nodes=1)
+    config = as_run_config(recipe.config, "test")
+    devices = {part.kind: part.devices for part in components(config, Nodes(trainer=1))}
+    assert devices == {"trainer": (0, 1, 2, 3, 4, 5), "policy": (0, 1, 2, 3, 4, 5), "judge": (6, 7)}
+    with pytest.raises(UserError, match=r"nodes\.policy is 1, but placement\.kind is colocated"):
+        components(config, Nodes(trainer=1, policy=1))
+    recipe.config.placement.kind = "separate"
+    with pytest.raises(UserError, match="judge needs 14 GPUs of each of its 1 nodes, which have 8"):
+        components(as_run_config(recipe.config, "test"), Nodes(trainer=1))
 
 
 def test_a_recipe_s_whole_config_is_printed_for_the_planner_and_an_unknown_one_refused():

@@ -19,6 +19,8 @@ from exprl_megatron.training.nodes import Node
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import run_config, wait_until, write_problems
 
+STEPS = 6
+
 
 def test_each_node_has_as_many_ranks_as_any_other():
     nodes = [Node.of(number, 3, "n0:32000") for number in range(3)]
@@ -42,20 +44,20 @@ def test_a_node_among_several_knows_its_number_and_where_node_0_is(number, maste
         Node.of(number, 2, master)
 
 
-def train(config, node: int, port: int) -> subprocess.Popen:
+def train(config, node: int, port: int, *flags: str) -> subprocess.Popen:
     path = Path(config.directory).with_name(f"{Path(config.directory).name}.yaml")
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    where = ["--nodes", "2", "--node-rank", str(node), "--master", f"127.0.0.1:{port}"]
-    command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(path), "--servers", "registered", *where]
+    where = ["--servers", "registered", "--nodes", "2", "--node-rank", str(node), "--master", f"127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(path), *where, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
 def two_nodes(trained_server, tiny_model, tmp_path):
-    """`two_nodes(steps)`: the config of a run at TP2 and its two launchers, node 1 started first."""
+    """`two_nodes(steps, *flags)`: the config of a run at TP2 and its two launchers, node 1 started first."""
     started = []
 
-    def start(steps: int):
+    def start(steps: int, *flags: str):
         problems = write_problems(tmp_path / "problems.jsonl")
         whole = run_config(tmp_path / "run", tiny_model("qwen3"), tiny_model("qwen3"), problems)
         stage = whole.stages[1].model_copy(update={"steps": steps})
@@ -63,8 +65,9 @@ def two_nodes(trained_server, tiny_model, tmp_path):
         known = RegisteredServer("policy", "policy-0", trained_server.url, str(trained_server.log_file), "first")
         Registry(RunDirectory(config.directory).registry).register(known)
         (port,) = free_ports(1)
-        started.extend(train(config, node, port) for node in (1, 0))
-        return config, started[1], started[0]
+        second, first = (train(config, node, port, *flags) for node in (1, 0))
+        started.extend((first, second))
+        return config, first, second
 
     yield start
     for process in started:
@@ -73,14 +76,24 @@ def two_nodes(trained_server, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_on_two_nodes_learn_together_and_both_launchers_end_well(two_nodes):
-    config, first, second = two_nodes(1)
+def test_two_nodes_stop_when_slurm_asks_them_to_and_go_on_to_the_end(two_nodes):
+    config, first, second = two_nodes(STEPS)
+    directory = RunDirectory(config.directory)
+    wait_until(lambda: directory.metrics.is_file() or None not in (first.poll(), second.poll()), 900)
+    for process in (second, first):
+        process.send_signal(signal.SIGUSR1)
+    _, told = first.communicate(timeout=300)
+    assert first.returncode == os.EX_TEMPFAIL, told
+    _, told = second.communicate(timeout=60)
+    assert second.returncode == 0, told
+    assert not (directory.models / "sparse").exists()
+
+    _, first, second = two_nodes(STEPS, "--resume")
     _, told = first.communicate(timeout=900)
     assert first.returncode == 0, told
     _, told = second.communicate(timeout=60)
     assert second.returncode == 0, told
-    directory = RunDirectory(config.directory)
-    assert directory.metrics.read_text().count("\n") == 1
+    assert directory.metrics.read_text().count("\n") == STEPS
     assert (directory.models / "sparse" / "model.safetensors").is_file()
 
 
