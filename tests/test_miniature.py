@@ -24,7 +24,7 @@ from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.rewards.extraction import extract_answer
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.serving.fleet import FixedServers
+from exprl_megatron.serving.servers import FixedServers
 
 ROOT = Path(__file__).parents[1]
 MINIATURE = ROOT / "recipes" / "miniature"

@@ -19,6 +19,7 @@ from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.router import ROUTER
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.journal import Journal
 from exprl_megatron.training.launch import wanted_servers
@@ -54,7 +55,9 @@ class ProxiedRegistry(Registry):
 
     def register(self, server: RegisteredServer) -> None:
         address = urlsplit(server.url)
-        proxy = self.proxies.setdefault(server.name, FaultProxy())
+        if server.name not in self.proxies:
+            self.proxies[server.name] = FaultProxy()
+        proxy = self.proxies[server.name]
         proxy.target = (address.hostname, address.port)
         self.starts[server.name] = self.starts.get(server.name, 0) + 1
         super().register(replace(server, url=proxy.url))
@@ -85,6 +88,7 @@ class FaultedRun:
             "the judge answers 500": lambda: self._misbehave("judge", "refuse"),
             "a sampling server has old weights": self._bring_old_weights,
             "a sampling server is killed in a weight update": lambda: self._at_next_sync(self._kill),
+            **({"the router is killed": lambda: self._kill(ROUTER)} if config.server.router else {}),
             "the trainer is killed": self._kill_trainer,
             "the trainer is killed in a weight update": lambda: self._at_next_sync(lambda name: self._kill_trainer()),
         }

@@ -23,7 +23,7 @@ from exprl_megatron.resharding.messages import stage_messages
 from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.resharding.sources import Random
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.fleet import FixedServers
+from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.sync import WeightSync
 

@@ -17,7 +17,6 @@ from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.sampler import sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.fleet import FixedServers
 from exprl_megatron.serving.launch import (
     ServerSpec,
     check_servers,
@@ -26,6 +25,7 @@ from exprl_megatron.serving.launch import (
     start_servers,
     stop_servers,
 )
+from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.together import together
 
 WEIGHTS = "initial"

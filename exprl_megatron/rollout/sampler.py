@@ -8,7 +8,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
-from exprl_megatron.serving.fleet import Servers
+from exprl_megatron.serving.servers import Servers
 from exprl_megatron.together import first_of, together
 
 

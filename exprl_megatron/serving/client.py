@@ -250,9 +250,9 @@ class SGLangClient(HttpServer):
         """Return where the server answers /health within the deadline, else raise."""
         await self._request("GET", "/health", None, deadline_s)
 
-    async def info(self) -> dict[str, Any]:
+    async def info(self, *, deadline_s: float | None = None) -> dict[str, Any]:
         """/get_model_info: model_path, weight_version and more."""
-        return self._read("/get_model_info", dict, await self._request("GET", "/get_model_info", None, None))
+        return self._read("/get_model_info", dict, await self._request("GET", "/get_model_info", None, deadline_s))
 
     async def _order(self, path: str, request: dict, deadline_s: float | None = None) -> dict:
         reply = await self._post(path, request, deadline_s)

@@ -8,19 +8,18 @@ server is a new server to us.
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.command import has_cuda
+from exprl_megatron.serving.member import Member, Order, to_sleep, to_wake
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.router import RouterClient
 
-SLEEPING = ("kv_cache", "weights")
-"""What a server gives up, as SGLang names it."""
 _POLL_S = 0.25
 _ATTEND_S = 0.02
 _FAILURES = 3
@@ -28,58 +27,6 @@ _FAILURES = 3
 _LONGEST_PAUSE_S = 30.0
 _ATTEMPTS = 10
 """A request that fails so often fails the run."""
-
-
-class Servers(Protocol):
-    """What sampling needs of servers."""
-
-    async def ask[T](self, home: int, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
-        """See Fleet.ask."""
-
-
-class FixedServers:
-    """Servers that are always the same, each open already; what one of them fails at is an error."""
-
-    def __init__(self, clients: Sequence[SGLangClient]):
-        self.clients = list(clients)
-        self._version: str | None = None
-
-    async def ask[T](self, home: int, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
-        """What `call` returns for server number `home`, modulo their number; raises what it does."""
-        return await call(self.clients[home % len(self.clients)])
-
-    async def convoke(self, version: str) -> bool:
-        """Whether weights are to be brought to `clients`, since they have not `version`."""
-        return version != self._version
-
-    async def brought(self, version: str) -> None:
-        """All hold `version`."""
-        self._version = version
-
-    async def failed(self, error: ServerError) -> None:
-        """Raises `error`."""
-        raise error
-
-
-class Member:
-    """One incarnation of a server, and its place in the fleet."""
-
-    def __init__(self, server: RegisteredServer, deadline_s: float):
-        self.server = server
-        self.client = SGLangClient(server.url, server.name, Path(server.log_file), deadline_s)
-        self.state: Literal["joining", "serving", "out"] = "out"
-        self.failures = 0
-        """In a row."""
-        self.next_try = 0.0
-        """When it may be tried again, in the event loop's time, while it is out."""
-        self.running: set[asyncio.Task] = set()
-        self.asleep: set[str] = set()
-        """What of its memory it has given up (SLEEPING)."""
-
-    def release(self) -> None:
-        """Let whoever waits for this server's answers ask another one."""
-        for task in self.running:
-            task.cancel()
 
 
 class Fleet:
@@ -94,12 +41,18 @@ class Fleet:
         registry: Registry,
         config: ServerConfig,
         kind: str = "policy",
+        router: RouterClient | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ):
         self._registry = registry
         self._config = config
         self._kind = kind
         self._tell = tell
+        self._router = router
+        self._routed: set[str] = set()
+        """The servers that the router was told of."""
+        self._routing = asyncio.Lock()
+        self._searching = asyncio.Lock()
         self._members: dict[str, Member] = {}
         self._convoked: list[Member] = []
         self._version: str | None = None
@@ -115,6 +68,8 @@ class Fleet:
         """Return when `count` servers have registered and are ours; ServerError where they have not in time."""
         loop = asyncio.get_running_loop()
         self._dry_since = loop.time()
+        if self._router is not None:
+            await self._router.__aenter__()
         self._watching = loop.create_task(self._watch())
         while len(self._in("joining")) < self._config.count:
             self._check_watch()
@@ -130,6 +85,8 @@ class Fleet:
         """Leave all servers."""
         if self._watching is not None:
             self._watching.cancel()
+        if self._router is not None:
+            await self._router.__aexit__()
         for member in self._members.values():
             await member.client.__aexit__()
 
@@ -141,6 +98,8 @@ class Fleet:
         start_deadline_s, or `call` has failed too often, be it at different servers.
         """
         attempts = 0
+        if self._router is not None:
+            return await self._ask_router(call)
         while True:
             member = await self._serving(home)
             task = asyncio.ensure_future(call(member.client))
@@ -162,6 +121,20 @@ class Fleet:
                     raise
             finally:
                 member.running.discard(task)
+
+    async def _ask_router[T](self, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
+        """`ask`, where the router chooses the server."""
+        for attempt in range(_ATTEMPTS):
+            await self._serving(0)
+            try:
+                return await call(self._router)
+            except RequestRefused:
+                raise
+            except ServerError as error:
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+                await self._find_culprits(error)
+                await asyncio.sleep(_POLL_S * attempt)
 
     async def attend(self, work: Future, patience_s: float) -> Literal["done", "weights", "nothing"]:
         """Wait for `work`, which asks these servers; at most for `patience_s`.
@@ -197,14 +170,14 @@ class Fleet:
         """Let all servers give up their memory; whether they can: on a CPU they cannot, and are not asked."""
         self._sleeping = has_cuda()
         if self._sleeping:
-            await asyncio.gather(*(self._tried(member, _to_sleep(member)) for member in self._in("serving", "joining")))
+            await asyncio.gather(*(self._tried(member, to_sleep(member)) for member in self._in("serving", "joining")))
         return self._sleeping
 
     async def wake(self, tag: str) -> None:
         """Let all servers that have given up their `tag` take it again."""
         self._sleeping = False
         members = [member for member in self._in("serving", "joining") if tag in member.asleep]
-        await asyncio.gather(*(self._tried(member, _to_wake(member, tag)) for member in members))
+        await asyncio.gather(*(self._tried(member, to_wake(member, tag)) for member in members))
 
     async def convoke(self, version: str) -> bool:
         """Whether weights are to be brought to `clients`, since one of them has not `version`.
@@ -225,6 +198,7 @@ class Fleet:
         for member in self._convoked:
             if member.state == "joining":
                 member.state = "serving"
+        await self._route()
 
     async def failed(self, error: ServerError) -> None:
         """Bringing weights failed: who answers well, without the request in question, is joining, the others are out.
@@ -242,6 +216,37 @@ class Fleet:
             if self._unexplained > 1:
                 raise error
         self._tell(f"weights did not arrive and are brought again: {_first_line(str(error))}")
+
+    async def _route(self) -> None:
+        """Let the router ask the servers that serve, and no other; if there is a router.
+
+        Raises ServerError where it does not within start_deadline_s.
+        """
+        if self._router is None:
+            return
+        async with self._routing:
+            urls = {member.server.url for member in self._in("serving")}
+            await self._router.route_to(urls, self._config.start_deadline_s)
+            self._routed = urls
+
+    async def _find_culprits(self, error: ServerError) -> None:
+        """A request failed through the router: who does not answer, or has other weights than it should, is out."""
+
+        async def check(client: SGLangClient) -> None:
+            version = (await client.info(deadline_s=self._config.answer_deadline_s))["weight_version"]
+            if version != self._version:
+                raise ServerError(f"{client.name} ({client.url}) has the weights {version}, not {self._version}.")
+            await client.health(deadline_s=self._config.answer_deadline_s)
+
+        if self._searching.locked():
+            async with self._searching:
+                return
+        async with self._searching:
+            # A server that is held does not answer.
+            await self._go.wait()
+            self._tell(f"a request failed: {_first_line(str(error))}")
+            await self._all_tried(check)
+            await self._route()
 
     def _in(self, *states: str) -> list[Member]:
         """By name."""
@@ -282,6 +287,8 @@ class Fleet:
                     if member.state == "out" and loop.time() >= member.next_try:
                         member.next_try = math.inf
                         tries.create_task(self._take_over(member))
+                if self._routed - {member.server.url for member in self._in("serving")} and not self._routing.locked():
+                    tries.create_task(self._route())
                 if self._in("serving", "joining"):
                     self._dry_since = loop.time()
                 await asyncio.sleep(_POLL_S)
@@ -306,15 +313,15 @@ class Fleet:
         deadline_s = self._config.answer_deadline_s
         if not await self._tried(member, lambda client: client.take_over(deadline_s=deadline_s)):
             return
-        if self._sleeping and not member.asleep and not await self._tried(member, _to_sleep(member)):
+        if self._sleeping and not member.asleep and not await self._tried(member, to_sleep(member)):
             return
         member.state = "joining"
 
-    async def _all_tried(self, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> None:
+    async def _all_tried(self, call: Order) -> None:
         """Who serves does as it is asked, or is out."""
         await asyncio.gather(*(self._tried(member, call) for member in self._in("serving")))
 
-    async def _tried(self, member: Member, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> bool:
+    async def _tried(self, member: Member, call: Order) -> bool:
         """Whether the server did as it was asked; else it is out."""
         try:
             await call(member.client)
@@ -336,22 +343,6 @@ class Fleet:
         if member.failures >= _FAILURES:
             self._registry.ask_restart(member.server)
         member.release()
-
-
-def _to_sleep(member: Member) -> Callable[[SGLangClient], Coroutine[Any, Any, None]]:
-    async def sleep(client: SGLangClient) -> None:
-        await client.sleep(SLEEPING)
-        member.asleep = set(SLEEPING)
-
-    return sleep
-
-
-def _to_wake(member: Member, tag: str) -> Callable[[SGLangClient], Coroutine[Any, Any, None]]:
-    async def wake(client: SGLangClient) -> None:
-        await client.wake([tag])
-        member.asleep.discard(tag)
-
-    return wake
 
 
 def _first_line(text: str) -> str:

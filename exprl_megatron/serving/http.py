@@ -68,7 +68,7 @@ class HttpServer:
             raise self._error(path, f"no answer within {deadline_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise self._error(path, f"died or is not reachable ({type(error).__name__}: {error})") from error
-        if status != 200:
+        if status not in (200, 202):
             said = _message(text)
             error = self._error(path, f"refused with HTTP {status}: {said}")
             raise RequestRefused(str(error), said) if status in _REFUSALS else error

@@ -55,6 +55,24 @@ class ServerSpec:
     first_gpu: int = 0
     """On CUDA: of those that this process sees; a server of tensor parallelism takes the next ones too."""
 
+    def command(self, port: int) -> list[str]:
+        """The program and its arguments."""
+        return server_command(
+            self.model,
+            self.config,
+            dtype=self.dtype,
+            port=port,
+            seed=self.seed,
+            weight_version=self.weight_version,
+            cuda=has_cuda(),
+            bind=_address(self),
+            first_gpu=self.first_gpu,
+        )
+
+    def check(self) -> None:
+        """Raise UserError where the model cannot be served."""
+        _check_model(self)
+
 
 def server_specs(
     role: str,
@@ -183,7 +201,7 @@ def check_servers(specs: Sequence[ServerSpec]) -> list[int]:
     """The ports that the servers would get now; starts nothing. Raises as `launch_servers` does."""
     ports = _ports(specs)
     for spec in specs:
-        _check_model(spec)
+        spec.check()
     return ports
 
 
@@ -203,28 +221,16 @@ def stop_servers(servers: Sequence[Server]) -> None:
 
 
 def _launch(spec: ServerSpec, port: int) -> Server:
-    cuda = has_cuda()
-    command = server_command(
-        spec.model,
-        spec.config,
-        dtype=spec.dtype,
-        port=port,
-        seed=spec.seed,
-        weight_version=spec.weight_version,
-        cuda=cuda,
-        bind=_address(spec),
-        first_gpu=spec.first_gpu,
-    )
     spec.log_dir.mkdir(parents=True, exist_ok=True)
     log_file = spec.log_dir / f"{spec.name}.log"
-    supervised = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *command]
+    supervised = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *spec.command(port)]
     with open(log_file, "ab") as log:
         process = subprocess.Popen(
             supervised,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, cuda=cuda, tp=spec.config.tp),
+            env=server_environment(os.environ, cuda=has_cuda(), tp=spec.config.tp),
             # Ctrl-C is for us: we decide when servers stop.
             start_new_session=True,
         )

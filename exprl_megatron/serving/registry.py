@@ -11,7 +11,7 @@ from typing import Literal
 
 from exprl_megatron.files import write_atomically
 
-Kind = Literal["policy", "judge", "start"]
+Kind = Literal["policy", "judge", "start", "router"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Registry:
     def find(self, name: str) -> RegisteredServer | None:
         """The server of that name, if it is registered."""
         try:
-            return RegisteredServer(**json.loads(self._file(name).read_text()))
+            text = self._file(name).read_text()
         except FileNotFoundError:
             return None
+        # One that is removed while it is read may be seen empty.
+        return RegisteredServer(**json.loads(text)) if text else None
 
     def all(self) -> list[RegisteredServer]:
         """All registered servers, by name."""

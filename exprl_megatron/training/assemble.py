@@ -14,10 +14,12 @@ from exprl_megatron.resharding.disk import DiskTransport
 from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.fleet import FixedServers, Fleet
+from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Registry
+from exprl_megatron.serving.router import ROUTER, RouterClient
+from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
@@ -50,7 +52,7 @@ def assemble(
     fleet, rollouts, ahead, evaluator, console = None, None, None, None, None
     if conductor.here:
         console = Console(config, paths, place)
-        fleet = Fleet(registry, config.server, tell=console.say) if config.samples else None
+        fleet = _fleet(config, registry, console) if config.samples else None
         judges = _judges(config, registry)
         judging = JudgingSide(config, paths.judgements, judges, console)
         kept = RunDirectory(config.debug.rollouts) if config.debug.rollouts else paths
@@ -69,6 +71,11 @@ def assemble(
     return Run(
         config, paths, policy, conductor, sync, turns, rollouts, ahead, evaluator, console, place, checkpoint, scorer
     )
+
+
+def _fleet(config: RunConfig, registry: Registry, console: Console) -> Fleet:
+    router = RouterClient(registry, ROUTER, config.server.request_deadline_s) if config.server.router else None
+    return Fleet(registry, config.server, router=router, tell=console.say)
 
 
 def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):

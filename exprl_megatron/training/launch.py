@@ -1,6 +1,7 @@
 """Starts a run's processes side by side, watches them, and ends them all when one ends."""
 
 import time
+from pathlib import Path
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
@@ -15,6 +16,7 @@ from exprl_megatron.serving.launch import (
     server_specs,
 )
 from exprl_megatron.serving.registry import Registry
+from exprl_megatron.serving.router import ROUTER, RouterSpec
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Host, Node
 from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
@@ -52,7 +54,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         raise
     interrupt_on_sigterm()
     end_on_sigusr1()
-    keeper = Keeper([] if registered else wanted, registry)
+    keeper = Keeper([spec for spec in wanted if not registered or isinstance(spec, RouterSpec)], registry)
     ranks: TrainerRanks | None = None
     try:
         registry.begin()
@@ -81,6 +83,10 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
         if config.placement.kind == "colocated" and has_cuda():
             server = server.model_copy(update={"extra_args": (*server.extra_args, "--enable-memory-saver")})
         specs += server_specs("policy", config.policy.model, server, directory.logs, dtype=dtype, seed=config.seed)
+    if config.samples and config.server.router:
+        # Of no tensor parallelism, as it computes nothing.
+        routed = config.server.model_copy(update={"tp": 1, "port": None})
+        specs.append(RouterSpec(ROUTER, Path(config.policy.model), routed, directory.logs))
     if config.scores_start:
         specs += server_specs(
             "start", config.policy.model, config.start_server, directory.logs, dtype=dtype, seed=config.seed

@@ -23,6 +23,8 @@ def planned_processes(config: RunConfig) -> list[PlannedProcess]:
     planned = []
     if config.samples:
         planned += [_server("policy", i, config.policy.model, config.server) for i in range(config.server.count)]
+    if config.samples and config.server.router:
+        planned.append(PlannedProcess("router-0", "sglang-router in front of the policy's servers", "a free port"))
     if config.scores_start:
         planned.append(_server("start", 0, config.policy.model, config.start_server))
     if config.judges and not config.judge.endpoints:

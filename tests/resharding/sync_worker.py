@@ -17,7 +17,7 @@ from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.fleet import FixedServers
+from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
 from exprl_megatron.training.sync import WeightSync
 

@@ -9,7 +9,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.fleet import FixedServers
+from exprl_megatron.serving.servers import FixedServers
 
 PROMPTS = [Prompt(f"p{i}", tuple(range(3 + i, 23 + i))) for i in range(5)]
 # A quarter of the vocabulary stops a trace: some have one token, some dozens.

@@ -1,4 +1,4 @@
-"""A run on real servers behind proxies, to which everything happens once that can happen to servers."""
+"""A run on real servers behind a router and proxies, to which everything happens once that can happen to servers."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def run(tiny_model, tmp_path_factory):
         tiny_model("qwen3"),
         tiny_model("qwen3", seed=1, tied=True),
         problems,
-        server=server | {"count": 2},
+        server=server | {"count": 2, "router": True},
     )
     prime = whole.stages[0].model_copy(update={"steps": STEPS})
     judge = whole.judge.model_copy(update={"server": whole.server.model_copy(update={"count": 1})})
@@ -55,5 +55,5 @@ def test_what_befalls_the_trainer_stops_the_run_with_its_cause_and_it_is_resumed
 
 def test_servers_that_were_killed_are_started_anew(run):
     starts = run.registry.starts
-    assert starts["judge-0"] == 2
+    assert starts["judge-0"] == starts["router-0"] == 2
     assert starts["policy-0"] + starts["policy-1"] >= 4

@@ -13,8 +13,8 @@ from exprl_megatron.config.serving import ServerConfig, SyncConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
-from exprl_megatron.serving.fleet import FixedServers
 from exprl_megatron.serving.launch import server_specs, start_servers
+from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.journal import Journal

@@ -1,0 +1,55 @@
+"""One server of a fleet: its place in it, and what it can be asked to do with its memory."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Literal
+
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.registry import RegisteredServer
+
+SLEEPING = ("kv_cache", "weights")
+"""What a server gives up, as SGLang names it."""
+type Order = Callable[[SGLangClient], Coroutine[Any, Any, None]]
+"""What a server is asked to do."""
+
+
+class Member:
+    """One incarnation of a server, and its place in the fleet."""
+
+    def __init__(self, server: RegisteredServer, deadline_s: float):
+        self.server = server
+        self.client = SGLangClient(server.url, server.name, Path(server.log_file), deadline_s)
+        self.state: Literal["joining", "serving", "out"] = "out"
+        self.failures = 0
+        """In a row."""
+        self.next_try = 0.0
+        """When it may be tried again, in the event loop's time, while it is out."""
+        self.running: set[asyncio.Task] = set()
+        self.asleep: set[str] = set()
+        """What of its memory it has given up (SLEEPING)."""
+
+    def release(self) -> None:
+        """Let whoever waits for this server's answers ask another one."""
+        for task in self.running:
+            task.cancel()
+
+
+def to_sleep(member: Member) -> Order:
+    """Give the memory of SLEEPING up."""
+
+    async def sleep(client: SGLangClient) -> None:
+        await client.sleep(SLEEPING)
+        member.asleep = set(SLEEPING)
+
+    return sleep
+
+
+def to_wake(member: Member, tag: str) -> Order:
+    """Take that of `tag` again."""
+
+    async def wake(client: SGLangClient) -> None:
+        await client.wake([tag])
+        member.asleep.discard(tag)
+
+    return wake
