@@ -8,6 +8,7 @@ everybody else imports stays as it is, but for two methods of Tensor named below
 import contextlib
 import functools
 import importlib.abc
+import logging
 import sys
 import types
 import warnings
@@ -261,6 +262,8 @@ def install() -> bool:
     for missing in ("Transformer Engine and Apex are not", "Apex is not"):
         # Said by half a dozen modules at import; on a CPU neither has a use.
         warnings.filterwarnings("ignore", message=f"{missing} installed")
+    # A CUDA toolkit without a GPU is no news to somebody who runs without one.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Tied embeddings and checkpoints move tensors with .cuda(), which raises without a driver.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     return True

@@ -72,9 +72,9 @@ def test_a_request_longer_than_the_context_is_not_sent():
     assert client.calls == []
 
 
-def test_dead_servers_are_an_error_and_no_abstention():
+def test_servers_that_stay_dead_until_the_deadline_are_an_error_and_no_abstention():
     with pytest.raises(ServerError, match="judge 0 died"):
-        verdict(Scripted(*[ServerError("judge 0 died")] * 2), retries=1)
+        verdict(Scripted(*[ServerError("judge 0 died")] * 4), retries=1, retry_pause_s=0.01, deadline_s=1.5)
 
 
 def test_a_request_that_fails_on_a_server_that_is_well_is_an_abstention():
