@@ -82,7 +82,7 @@ def read_config(directory: RunDirectory) -> RunConfig:
 
 
 # What a resumed run may do differently: none of it changes what is learned from what.
-_FREE = ("directory", "server", "sync", "checkpoint", "policy.layout", "placement", "judge.server")
+_FREE = ("directory", "server", "sync", "checkpoint", "policy.layout", "placement", "judge.server", "debug.assertions")
 
 
 def _refuse_changes(old: dict, new: dict, root: Path) -> None:
