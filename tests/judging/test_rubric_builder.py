@@ -138,7 +138,7 @@ def test_a_rubric_that_does_not_fit_the_context_falls_back():
 
 def test_dead_servers_are_an_error_for_rubrics_too():
     with pytest.raises(ServerError, match="died"):
-        asyncio.run(_judge(Scripted(ServerError("judge 0 died"))).grade(PROBLEM, "1"))
+        asyncio.run(_judge(Scripted(*[ServerError("judge 0 died")] * 2), rubric_deadline_s=1.5).grade(PROBLEM, "1"))
 
 
 def test_a_problem_without_a_reference_has_no_rubric():
