@@ -3,6 +3,7 @@ export OMP_NUM_THREADS = 1
 PYTEST = .venv/bin/python -m pytest
 # Files of tests that run side by side; each may have servers and trainer processes of about 6 GB.
 JOBS ?= 2
+SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: setup demo demo-smollm study chaos test test-fast test-te test-slurm test-gpu lint lock lock-te lock-gpu miniature
@@ -26,10 +27,10 @@ chaos: setup
 	.venv/bin/python tools/chaos.py directory=runs/chaos-$(NOW)
 
 test: setup
-	$(PYTEST) -n $(JOBS) --dist loadfile -m "not gpu"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu"
 
 test-fast: setup
-	$(PYTEST) -n $(JOBS) --dist loadfile -m "not gpu and not slow"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slow"
 
 # In an environment of its own (.venv-te), with Transformer Engine and no GPU.
 test-te: setup
