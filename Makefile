@@ -27,7 +27,7 @@ chaos: setup
 	.venv/bin/python tools/chaos.py directory=runs/chaos-$(NOW)
 
 test: setup
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slurm"
 
 test-fast: setup
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slow"
