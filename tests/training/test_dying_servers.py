@@ -10,7 +10,7 @@ from exprl_megatron.benchmarks.chaos import FaultedRun, wrong_with
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import run_config, write_problems
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 DEADLINE_S = 900
 STEPS = 40
 
