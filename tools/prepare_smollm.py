@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 DEFAULT = Path(__file__).resolve().parent.parent / "build" / "smollm2-135m-instruct"
@@ -27,15 +28,22 @@ def prepare(out: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = Path(spec.origin).parent
-    partial = out.with_name(out.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Several may do this at once; the first to be through wins.
+    partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    partial.chmod(0o755)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     # The weights are plain fp32 now; what says that they are quantised must not be written with them.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError:
+        shutil.rmtree(partial)
+        if not out.is_dir():
+            raise
     return out
 
 
