@@ -1,6 +1,7 @@
 """When a run did what: one JSON object for every span of work, in timeline.jsonl."""
 
 import json
+import os
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Timeline:
     """Appends spans to a file; several threads may."""
 
     def __init__(self, path: Path):
+        _drop_cut_off_line(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._lock = threading.Lock()
 
@@ -48,6 +50,14 @@ class Timeline:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _drop_cut_off_line(path: Path) -> None:
+    """Of a run that was killed while it wrote: what follows must begin a line of its own."""
+    if path.is_file():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def read_timeline(path: Path) -> list[Span]:

@@ -74,6 +74,12 @@ def test_a_run_s_waterfall_is_printed_drawn_and_given_to_machines(tmp_path, caps
     timeline.close()
     with open(tmp_path / "timeline.jsonl", "a") as file:
         file.write('{"stage": "pri')  # cut off by a crash
+    resumed = Timeline(tmp_path / "timeline.jsonl")
+    resumed.add(Span("prime", 2, "sampling", 13.0, 14.0))
+    resumed.close()
+    assert read_timeline(tmp_path / "timeline.jsonl")[-1] == Span("prime", 2, "sampling", 13.0, 14.0)
+    with open(tmp_path / "timeline.jsonl", "a") as file:
+        file.write('{"stage": "pri')
     show_waterfall(tmp_path, None, 20, tmp_path / "steps.svg", json=False)
     shown = capsys.readouterr().out
     assert "prime, steps 1 to 1" in shown and "sampling is the bottleneck, 46% of a step" in shown
