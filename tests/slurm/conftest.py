@@ -20,6 +20,7 @@ def slurm():
     if installed.returncode:
         pytest.skip(installed.stderr.strip())
     from nemo_run.config import get_nemorun_home, set_nemorun_home
+    from nemo_run.run.torchx_backend.schedulers import slurm as scheduler
 
     with tempfile.TemporaryDirectory(prefix="exprl-slurm-") as directory, pytest.MonkeyPatch.context() as patch:
         home = Path(directory, "slurm")
@@ -28,6 +29,8 @@ def slurm():
         patch.setenv("NEMORUN_HOME", str(Path(directory, "home")))
         nemorun_home = get_nemorun_home()
         set_nemorun_home(os.environ["NEMORUN_HOME"])
+        # NeMo-Run settles at import where it lists jobs, by which other processes find them.
+        patch.setattr(scheduler, "SLURM_JOB_DIRS", f"{os.environ['NEMORUN_HOME']}/.slurm_jobs")
         try:
             subprocess.run([SCRIPT, "start"], check=True)
             environment = f'eval "$({SCRIPT} env)" && echo "$SLURM_CONF" && echo "$PATH"'
