@@ -48,6 +48,8 @@ def receive(port: int, rank: int, receivers: int) -> None:
         for size in sizes:
             dist.broadcast(piece[:size], group=group, group_src=0)
         _wait(group)
+    # A group that lives until the interpreter ends may abort the process: its threads are still running then.
+    dist.destroy_process_group(group)
 
 
 def _announce(group: dist.ProcessGroup, sizes: Sequence[int] | None) -> list[int]:
