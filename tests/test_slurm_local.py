@@ -1,4 +1,4 @@
-"""tools/slurm_local.sh says in one sentence what it lacks, and changes nothing then; tests/slurm uses what it starts."""
+"""tools/slurm_local.sh says in one sentence what it lacks, and changes nothing then."""
 
 import os
 import shutil

@@ -1,8 +1,8 @@
 """Whether our HTTP client holds a server up: the same load through it and through SGLang's own bench_serving.
 
 Starts one server with the miniature's policy, sends both the same prompts with the same sampling seed in turns, and
-prints output tokens per second and their ratio (ours by the faster of bench_serving's two forms: streaming, its
-default, and not). Then a fresh process has `--in-flight` requests under way at once, and its memory is measured.
+prints requests per second and their ratio (ours by the faster of bench_serving's two forms: streaming, its default,
+and not). Then a fresh process has `--in-flight` requests under way at once, and its memory is measured.
 
     python tools/bench_client.py [--requests 512] [--input 64] [--output 64] [--rounds 3] [--in-flight 10000] [--json F]
 """
@@ -25,17 +25,19 @@ MODEL = ROOT / "recipes" / "miniature" / "policy"
 
 
 def compare(url: str, model: Path, load: Load, rounds: int, directory: Path) -> dict[str, float]:
-    """Medians over the rounds of output tokens per second, in each of which all three take their turn."""
+    """Medians over the rounds of requests per second, in each of which all three take their turn."""
     prompts = load.prompts(model)
     found: dict[str, list[float]] = {"ours": [], "stream": [], "no_stream": []}
     asyncio.run(through_our_client(url, prompts, load.sampling))  # warms the server up, and its prefix cache
     for _ in range(rounds):
-        found["ours"].append(asyncio.run(through_our_client(url, prompts, load.sampling)).tokens_per_s)
+        ours = asyncio.run(through_our_client(url, prompts, load.sampling))
+        found["ours"].append(ours.requests_per_s)
         for name in ("stream", "no_stream"):
             served = through_bench_serving(url, model, load, name == "stream", directory)
-            found[name].append(served.tokens_per_s)
+            found[name].append(served.requests_per_s)
     ratios = [ours / max(pair) for ours, *pair in zip(*found.values(), strict=True)]
-    return {name: median(values) for name, values in found.items()} | {"ratio": median(ratios)}
+    medians = {name: median(values) for name, values in found.items()}
+    return medians | {"ratio": median(ratios), "tokens_per_request": ours.output_tokens / ours.requests}
 
 
 def main() -> None:
@@ -47,10 +49,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--in-flight", type=int, default=10_000, help="0: leave that part out")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only-in-flight", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--only-in-flight", nargs=2, metavar=("URL", "PROMPTS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    flight_load = Load(arguments.in_flight, 16, 8)
     if arguments.only_in_flight:
-        print(json.dumps(peak_of_in_flight(arguments.only_in_flight, Load(arguments.in_flight, 16, 8), MODEL)))
+        url, file = arguments.only_in_flight
+        print(json.dumps(peak_of_in_flight(url, json.loads(Path(file).read_text()), flight_load.sampling)))
         return
     with tempfile.TemporaryDirectory() as directory:
         config = ServerConfig(request_deadline_s=3600)
@@ -58,12 +62,14 @@ def main() -> None:
             load = Load(arguments.requests, arguments.input, arguments.output)
             found = compare(server.url, MODEL, load, arguments.rounds, Path(directory))
             print(
-                f"output tokens/s: ours {found['ours']:.0f}, bench_serving {found['stream']:.0f} streaming and "
-                f"{found['no_stream']:.0f} not; ours by the faster of them: {found['ratio']:.2f}"
+                f"requests/s: ours {found['ours']:.0f}, bench_serving {found['stream']:.0f} streaming and "
+                f"{found['no_stream']:.0f} not; ours by the faster of them: {found['ratio']:.2f} "
+                f"({found['tokens_per_request']:.0f} tokens an answer)"
             )
             if arguments.in_flight:
-                command = [sys.executable, __file__, "--only-in-flight", server.url]
-                command += ["--in-flight", str(arguments.in_flight)]
+                file = Path(directory) / "prompts.json"
+                file.write_text(json.dumps(flight_load.prompts(MODEL)))
+                command = [sys.executable, __file__, "--only-in-flight", server.url, str(file)]
                 told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 flight = json.loads(told.splitlines()[-1])
                 found |= {f"in_flight/{name}": value for name, value in flight.items()}

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -12,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sglang.benchmark.datasets.random import sample_random_requests
-from transformers import AutoTokenizer
 
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import RunStopped
@@ -40,6 +37,10 @@ class Load:
 
     def prompts(self, model: Path) -> list[list[int]]:
         """The token ids that `bench_serving` makes of the same numbers and its `--seed`."""
+        # Imported here: the memory of a process that only sends shall be the client's.
+        from sglang.benchmark.datasets.random import sample_random_requests
+        from transformers import AutoTokenizer
+
         random.seed(_SEED)
         np.random.seed(_SEED)
         rows = sample_random_requests(
@@ -60,11 +61,13 @@ class Served:
     """What became of a load."""
 
     seconds: float
+    requests: int
     output_tokens: int
+    """As its sender counts them: `bench_serving` takes an answer without text for one of full length."""
 
     @property
-    def tokens_per_s(self) -> float:
-        return self.output_tokens / self.seconds
+    def requests_per_s(self) -> float:
+        return self.requests / self.seconds
 
 
 async def through_our_client(url: str, prompts: list[list[int]], sampling: SamplingConfig) -> Served:
@@ -75,7 +78,7 @@ async def through_our_client(url: str, prompts: list[list[int]], sampling: Sampl
             client.generate(prompt, seed=_SAMPLING_SEED, **sampling.model_dump()) for prompt in prompts
         )
         seconds = time.perf_counter() - started
-    return Served(seconds, sum(len(generation.token_ids) for generation in generations))
+    return Served(seconds, len(generations), sum(len(generation.token_ids) for generation in generations))
 
 
 def through_bench_serving(url: str, model: Path, load: Load, stream: bool, directory: Path) -> Served:
@@ -96,16 +99,16 @@ def through_bench_serving(url: str, model: Path, load: Load, stream: bool, direc
     found = json.loads(result.read_text().splitlines()[-1])
     if found["completed"] != load.requests:
         raise RunStopped(f"sglang.bench_serving had {found['completed']} of {load.requests} requests answered.")
-    return Served(found["duration"], sum(found["output_lens"]))
+    return Served(found["duration"], found["completed"], sum(found["output_lens"]))
 
 
-def peak_of_in_flight(url: str, load: Load, model: Path) -> dict[str, float]:
+def peak_of_in_flight(url: str, prompts: list[list[int]], sampling: SamplingConfig) -> dict[str, float]:
     """Megabytes (1e6) that this process grew by while the load was under way, at its peak; call in a fresh process."""
-    prompts = load.prompts(model)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _peak_mb()
-    served = asyncio.run(through_our_client(url, prompts, load.sampling))
+    served = asyncio.run(through_our_client(url, prompts, sampling))
     return {
-        "requests": load.requests,
+        "requests": served.requests,
         "seconds": served.seconds,
         "grown_mb": _peak_mb() - before,
         "peak_mb": _peak_mb(),
@@ -113,4 +116,7 @@ def peak_of_in_flight(url: str, load: Load, model: Path) -> dict[str, float]:
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    """Not getrusage: a process inherits the maximum of the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
