@@ -1,10 +1,11 @@
 """Weight syncs from trainer processes to real servers on this machine, beside their floor, in one run.
 
 A random Qwen3 of the given size is synced from each layout to a server of each tensor parallelism; after every sync
-the servers' checksums are compared with the trainer's. The floor is the same bytes in the same pieces through a bare
+the servers' checksums are compared with the trainer's, which hashes its buckets while they are on their way
+(--no-verify: neither, to see the transport alone where cores are few). The floor is the same bytes in the same pieces through a bare
 torch broadcast between as many processes. Syncs and floors take turns; the table has their medians.
 
-    python tools/bench_reshard.py --gb 1 [--layouts 1x1 2x1 1x2 2x2] [--server-tp 1 2] [--json F]
+    python tools/bench_reshard.py --gb 1 [--layouts 1x1 2x1 1x2 2x2] [--server-tp 1 2] [--no-verify] [--json F]
 """
 
 import argparse
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--transport", choices=["broadcast", "handles", "disk"], default="broadcast")
     parser.add_argument("--bucket-mb", type=float, default=64.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="compare no checksums")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--receiver", type=int, nargs=3, help=argparse.SUPPRESS)
@@ -53,7 +55,7 @@ def conduct(args: argparse.Namespace) -> None:
     from exprl_megatron.benchmarks.sync_runs import write_model
 
     records = []
-    settings = {"transport": args.transport, "bucket_mb": args.bucket_mb, "repeats": args.repeats}
+    settings = {name: getattr(args, name) for name in ("transport", "bucket_mb", "repeats", "verify")}
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
         model = write_model(room / "model", args.gb * 1e9)

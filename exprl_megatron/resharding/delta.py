@@ -7,7 +7,6 @@ others must run before the first sync.
 
 import asyncio
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,8 +25,8 @@ from exprl_megatron.resharding.mirror import VERSION, DeltaWriter, Mirror
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.resharding.rounds import send_rounds
 from exprl_megatron.resharding.timing import SyncTimes
-from exprl_megatron.serving import supervise
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.supervise import supervised
 from exprl_megatron.together import together
 
 _POLL_S = 0.05
@@ -83,8 +82,8 @@ class DeltaTransport(FileTransport):
         for host in {_host(client) for client in self._clients}:
             if is_here(host):
                 keeper = [sys.executable, "-m", "exprl_megatron.resharding.delta_keeper", str(self._directory)]
-                command = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *keeper]
-                self._keepers.append(subprocess.Popen([*command, str(self._directory / f"local-{host}"), host]))
+                keeper += [str(self._directory / f"local-{host}"), host]
+                self._keepers.append(subprocess.Popen(supervised(keeper)))
 
     async def _write(self, outgoing: Outgoing, version: str, times: SyncTimes) -> tuple[str, str]:
         """The full weights the first time, later what changed; which of both, and the file's name."""

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,16 +12,18 @@ from typing import Literal
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.serving import supervise
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.command import has_cuda, server_command, server_environment
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import EVERYWHERE, LOCAL, free_ports, is_free
+from exprl_megatron.serving.supervise import supervised
 
 SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """What a server's `dtype` is for each `policy.precision.dtype`."""
 _POLL_S = 0.25
+_CUDA_GRACE_S = 30.0
+"""SGLang looks every 5 s whether it was asked to stop, and then gives its GPUs' memory back. On a CPU there is none."""
 
 
 def interrupt_on_sigterm() -> None:
@@ -223,10 +224,9 @@ def stop_servers(servers: Sequence[Server]) -> None:
 def _launch(spec: ServerSpec, port: int) -> Server:
     spec.log_dir.mkdir(parents=True, exist_ok=True)
     log_file = spec.log_dir / f"{spec.name}.log"
-    supervised = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *spec.command(port)]
     with open(log_file, "ab") as log:
         process = subprocess.Popen(
-            supervised,
+            supervised(spec.command(port), grace_s=_CUDA_GRACE_S if has_cuda() else 0.0),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

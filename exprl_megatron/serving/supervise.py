@@ -1,6 +1,6 @@
 """Runs one server as a child and ends it, with all that it started, when the parent is gone.
 
-Run as a script with the standard library alone: `supervise.py PARENT_PID COMMAND...`. It asks for its
+Run as a script with the standard library alone: `supervise.py PARENT_PID GRACE_S COMMAND...`. It asks for its
 own parent's pid five times a second, so kill -9 of the parent is enough; SIGTERM to it stops the server.
 """
 
@@ -12,13 +12,16 @@ import sys
 import tempfile
 import time
 
-GRACE_S = 5.0
-"""From SIGTERM to SIGKILL."""
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
 
-def supervise(parent: int, command: list[str]) -> int:
+def supervised(command: list[str], grace_s: float = 5.0) -> list[str]:
+    """The command that runs `command` supervised, for this process to start; from SIGTERM to SIGKILL are `grace_s`."""
+    return [sys.executable, "-E", "-S", __file__, str(os.getpid()), str(grace_s), *command]
+
+
+def supervise(parent: int, grace_s: float, command: list[str]) -> int:
     """Run `command` to its end, to our SIGTERM, or to the end of `parent`.
 
     Returns its exit status, negative where a signal ended it.
@@ -40,9 +43,9 @@ def supervise(parent: int, command: list[str]) -> int:
         )
         while server.poll() is None and not asked_to_stop and os.getppid() == parent:
             time.sleep(_POLL_S)
-        if server.poll() is None:
+        if grace_s > 0 and server.poll() is None:
             server.terminate()
-            _wait(server, GRACE_S)
+            _wait(server, grace_s)
         _kill_group(server.pid)
         return server.wait()
 
@@ -63,6 +66,6 @@ def _kill_group(group: int) -> None:
 
 
 if __name__ == "__main__":
-    status = supervise(int(sys.argv[1]), sys.argv[2:])
+    status = supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
     # As a shell tells it: 128 + the signal that ended the command.
     sys.exit(status if status >= 0 else 128 - status)

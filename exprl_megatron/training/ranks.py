@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.serving import supervise
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import LOCAL, free_ports
+from exprl_megatron.serving.supervise import supervised
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Node, ended
 
@@ -33,10 +33,10 @@ class TrainerRanks:
             log = open(self._log(rank), "ab")  # noqa: SIM115 - the child keeps it
             worker = [sys.executable, "-m", "exprl_megatron.training.worker", str(directory.root)]
             # What a rank starts (checkpoint writers, verifiers) must end with it, even by kill -9.
-            command = [sys.executable, "-E", "-S", supervise.__file__, str(os.getpid()), *worker]
+            command = supervised([*worker, "--servers", str(servers)])
             place = {"RANK": rank, "LOCAL_RANK": rank - ranks.start, "WORLD_SIZE": world_size}
             self._processes[rank] = subprocess.Popen(
-                [*command, "--servers", str(servers)],
+                command,
                 env=_environment({name: str(number) for name, number in place.items()} | meeting),
                 stdin=subprocess.DEVNULL,
                 stdout=None if rank == 0 else log,
