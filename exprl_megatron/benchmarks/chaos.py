@@ -19,7 +19,7 @@ from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.router import ROUTER
+from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.journal import Journal
 from exprl_megatron.training.launch import wanted_servers
@@ -88,7 +88,10 @@ class FaultedRun:
             "the judge answers 500": lambda: self._misbehave("judge", "refuse"),
             "a sampling server has old weights": self._bring_old_weights,
             "a sampling server is killed in a weight update": lambda: self._at_next_sync(self._kill),
-            **({"the router is killed": lambda: self._kill(ROUTER)} if config.server.router else {}),
+            **({"the router is killed": self._kill_router} if config.server.router else {}),
+            **(
+                {"the judge's router is killed": lambda: self._kill(JUDGE_ROUTER)} if config.judge.server.router else {}
+            ),
             "the trainer is killed": self._kill_trainer,
             "the trainer is killed in a weight update": lambda: self._at_next_sync(lambda name: self._kill_trainer()),
         }
@@ -159,6 +162,12 @@ class FaultedRun:
         for process in psutil.Process(server.pid).children() if server.alive() else []:
             process.kill()
         self._over = True
+
+    def _kill_router(self) -> None:
+        self._kill(ROUTER)
+
+    def _kill_judges_router(self) -> None:
+        self._kill(JUDGE_ROUTER)
 
     def _misbehave(self, kind: str, mode: Mode) -> None:
         """A server's proxy behaves so for a while."""

@@ -22,7 +22,8 @@ class ServerConfig(Config):
     answer_deadline_s: float = Field(60.0, gt=0)
     """A sampling server that has failed must answer within so long before it is asked again."""
     router: bool = False
-    """Let sglang-router, started with the trainer, choose the server of each request; for sampling servers alone."""
+    """Let sglang-router, started with the trainer, choose the server of each request, of sampling servers and judge.
+    Behind a router the judge's stragglers are not hedged (`judge.hedge_after_s`)."""
     restarts: NonNegativeInt = 3
     """How often a server that has died, or fails again and again, is started anew; once more and the run stops."""
     extra_args: tuple[str, ...] = ()

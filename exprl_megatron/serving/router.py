@@ -1,17 +1,26 @@
-"""The router in front of sampling servers: how it is started, and how it is told which servers to ask."""
+"""Routers in front of a run's servers: how they are started, and how they are told which servers to ask."""
 
 import asyncio
+import math
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
-from exprl_megatron.errors import ServerError
+from exprl_megatron.errors import RequestRefused, ServerError
+from exprl_megatron.serving.client import Generation
+from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.launch import ServerSpec
 from exprl_megatron.serving.ports import LOCAL, free_ports
 from exprl_megatron.serving.registered_client import RegisteredClient
+from exprl_megatron.serving.registry import Kind, Registry
 
 ROUTER = "router-0"
+"""In front of the sampling servers."""
+JUDGE_ROUTER = "router-1"
 _POLL_S = 0.25
+_FRESH_S = 0.5
+_SILENT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,3 +70,53 @@ class RouterClient(RegisteredClient):
         for url in urls - workers.keys():
             await self._post("/workers", {"url": url})
         return workers.keys() == urls and all(healthy for _, healthy in workers.values())
+
+
+class RoutedServers(RouterClient):
+    """All servers of one kind as if they were one: the router is told of those that answer.
+
+    It is told anew when others register, when a request fails, and every few seconds while one does not answer.
+    """
+
+    def __init__(self, registry: Registry, name: str, kind: Kind, deadline_s: float):
+        super().__init__(registry, name, deadline_s)
+        self._kind = kind
+        self._told: set[str] | None = None
+        """The registered servers when the router was told last; None where it is to be told anew."""
+        self._look_at = 0.0
+        self._tell_at = math.inf
+        self._telling = asyncio.Lock()
+
+    async def generate(self, *args: Any, **keywords: Any) -> Generation:
+        """See SGLangClient; raises ServerError where no server of the kind answers, too."""
+        await self._tell(self.deadline_s)
+        try:
+            return await super().generate(*args, **keywords)
+        except RequestRefused:
+            raise
+        except ServerError:
+            self._told = None
+            raise
+
+    async def health(self, *, deadline_s: float = 10.0) -> None:
+        """Return where a server of the kind answers and the router asks it, else raise."""
+        self._told = None
+        await self._tell(deadline_s)
+
+    async def _tell(self, deadline_s: float) -> None:
+        """Let the router ask the registered servers that answer, and no other."""
+        loop = asyncio.get_running_loop()
+        async with self._telling:
+            if self._told is not None and loop.time() < self._look_at:
+                return
+            servers = await asyncio.to_thread(self._registry.all)
+            urls = {server.url for server in servers if server.kind == self._kind}
+            if urls != self._told or loop.time() >= self._tell_at:
+                answers = await asyncio.gather(*(asyncio.to_thread(healthy, url) for url in urls))
+                well = {url for url, answer in zip(urls, answers, strict=True) if answer}
+                if not well:
+                    raise self._error("/generate", f"none of {len(urls)} registered {self._kind} servers answers")
+                await self.route_to(well, deadline_s)
+                self._told = urls
+                self._tell_at = math.inf if well == urls else loop.time() + _SILENT_S
+            self._look_at = loop.time() + _FRESH_S

@@ -18,7 +18,7 @@ from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.serving.router import ROUTER, RouterClient
+from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER, RoutedServers, RouterClient
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.conductor import Conductor
@@ -102,8 +102,12 @@ def _start_scorer(
 def _judges(config: RunConfig, registry: Registry) -> list[SGLangClient | OpenAIEndpoint]:
     if not config.judges:
         return []
-    own = (f"judge-{i}" for i in range(config.judge.server.count))
-    return judge_endpoints(config.judge) or [RegisteredClient(registry, name, config.judge.deadline_s) for name in own]
+    judge = config.judge
+    if judge.endpoints:
+        return judge_endpoints(judge)
+    if judge.server.router:
+        return [RoutedServers(registry, JUDGE_ROUTER, "judge", judge.deadline_s)]
+    return [RegisteredClient(registry, f"judge-{i}", judge.deadline_s) for i in range(judge.server.count)]
 
 
 def _weight_sync(

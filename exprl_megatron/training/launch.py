@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.files import Claim
 from exprl_megatron.serving.command import has_cuda
@@ -16,7 +17,7 @@ from exprl_megatron.serving.launch import (
     server_specs,
 )
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.serving.router import ROUTER, RouterSpec
+from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Host, Node
 from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
@@ -84,9 +85,7 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
             server = server.model_copy(update={"extra_args": (*server.extra_args, "--enable-memory-saver")})
         specs += server_specs("policy", config.policy.model, server, directory.logs, dtype=dtype, seed=config.seed)
     if config.samples and config.server.router:
-        # Of no tensor parallelism, as it computes nothing.
-        routed = config.server.model_copy(update={"tp": 1, "port": None})
-        specs.append(RouterSpec(ROUTER, Path(config.policy.model), routed, directory.logs))
+        specs.append(_router(ROUTER, config.policy.model, config.server, directory))
     if config.scores_start:
         specs += server_specs(
             "start", config.policy.model, config.start_server, directory.logs, dtype=dtype, seed=config.seed
@@ -94,4 +93,11 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
     if config.judges and not config.judge.endpoints:
         judge = config.judge
         specs += server_specs("judge", judge.model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
+        if judge.server.router:
+            specs.append(_router(JUDGE_ROUTER, judge.model, judge.server, directory))
     return specs
+
+
+def _router(name: str, model: str, servers: ServerConfig, directory: RunDirectory) -> RouterSpec:
+    """In front of `servers`; of no tensor parallelism, as it computes nothing."""
+    return RouterSpec(name, Path(model), servers.model_copy(update={"tp": 1, "port": None}), directory.logs)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ def planned_processes(config: RunConfig) -> list[PlannedProcess]:
     if config.samples:
         planned += [_server("policy", i, config.policy.model, config.server) for i in range(config.server.count)]
     if config.samples and config.server.router:
-        planned.append(PlannedProcess("router-0", "sglang-router in front of the policy's servers", "a free port"))
+        planned.append(PlannedProcess(ROUTER, "sglang-router in front of the policy's servers", "a free port"))
     if config.scores_start:
         planned.append(_server("start", 0, config.policy.model, config.start_server))
     if config.judges and not config.judge.endpoints:
         judge = config.judge
         planned += [_server("judge", i, judge.model, judge.server) for i in range(judge.server.count)]
+        if judge.server.router:
+            planned.append(PlannedProcess(JUDGE_ROUTER, "sglang-router in front of the judge's servers", "a free port"))
     layout = config.policy.layout
     for rank in range(layout.world_size):
         # Megatron's order of ranks, from the innermost dimension outwards.

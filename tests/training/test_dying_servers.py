@@ -55,5 +55,5 @@ def test_what_befalls_the_trainer_stops_the_run_with_its_cause_and_it_is_resumed
 
 def test_servers_that_were_killed_are_started_anew(run):
     starts = run.registry.starts
-    assert starts["judge-0"] == starts["router-0"] == 2
+    assert starts["judge-0"] == starts["router-0"] == starts["router-1"] == 2
     assert starts["policy-0"] + starts["policy-1"] >= 4

@@ -1,0 +1,78 @@
+"""A real router in front of a real server, and what it is told of the servers that are registered."""
+
+import asyncio
+
+import pytest
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.serving.launch import start_servers
+from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.router import JUDGE_ROUTER, RoutedServers, RouterSpec
+
+pytestmark = pytest.mark.slow
+
+PROMPT = list(range(3, 40))
+
+
+@pytest.fixture(scope="module")
+def router(tiny_model, tmp_path_factory):
+    config = ServerConfig(request_deadline_s=60)
+    spec = RouterSpec(JUDGE_ROUTER, tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))
+    with start_servers([spec])[0] as started:
+        yield started
+
+
+@pytest.fixture
+def registry(router, tmp_path):
+    registry = Registry(tmp_path)
+    registry.register(RegisteredServer("router", JUDGE_ROUTER, router.url, str(router.log_file), "1"))
+    return registry
+
+
+def judge(number: int, url: str) -> RegisteredServer:
+    return RegisteredServer("judge", f"judge-{number}", url, "none", "1")
+
+
+async def sampled(client):
+    return (await client.generate(PROMPT, temperature=1.0, max_new_tokens=8, seed=5)).token_ids
+
+
+def test_answers_come_from_the_registered_servers_that_answer(registry, qwen3_server):
+    (dead,) = free_ports(1)
+    registry.register(judge(0, f"http://127.0.0.1:{dead}"))
+    registry.register(judge(1, qwen3_server.url))
+
+    async def ask():
+        async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed, qwen3_server.client() as direct:
+            await routed.health()
+            return [await sampled(routed) for _ in range(3)], await sampled(direct)
+
+    through_router, directly = asyncio.run(ask())
+    assert through_router == [directly] * 3
+
+
+def test_without_a_server_that_answers_the_error_says_so(registry):
+    (dead,) = free_ports(1)
+    registry.register(judge(0, f"http://127.0.0.1:{dead}"))
+
+    async def ask():
+        async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed:
+            with pytest.raises(ServerError, match="none of 1 registered judge servers answers"):
+                await routed.health()
+            with pytest.raises(ServerError, match="none of 1 registered judge servers answers"):
+                await sampled(routed)
+
+    asyncio.run(ask())
+
+
+def test_a_server_that_registers_later_is_asked_from_then_on(registry, qwen3_server):
+    async def ask():
+        async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed:
+            with pytest.raises(ServerError, match="none of 0 registered"):
+                await sampled(routed)
+            registry.register(judge(0, qwen3_server.url))
+            return await sampled(routed)
+
+    assert len(asyncio.run(ask())) > 0
