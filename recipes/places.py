@@ -91,7 +91,7 @@ def _wanted(config: RunConfig, nodes: Nodes) -> Iterator[tuple[str, int]]:
         yield "policy", nodes.policy
     if config.scores_start:
         yield "start", 0
-    if config.judges and not config.judge.endpoints:
+    if config.judges and config.judge.has_servers:
         yield "judge", nodes.judge
 
 

@@ -85,7 +85,15 @@ class JudgeConfig(Config):
     store: str | None = None
     """SQLite file of rubrics and judgements; None: `judgements.sqlite` in the run's directory."""
     gate: GateConfig | None = None
+    place: Literal["own", "policy"] = "own"
+    """`own` servers, or the `policy`'s, which hold the judge's weights when a step is sampled and until the next sync.
+    Judge and policy must have the same architecture and vocabulary then."""
     server: ServerConfig = ServerConfig()
+
+    @property
+    def has_servers(self) -> bool:
+        """Whether the run starts servers for the judge."""
+        return not self.endpoints and self.place == "own"
 
     def violations(self, whole) -> list[str]:
         found = []
@@ -98,4 +106,27 @@ class JudgeConfig(Config):
                 "judge.show_reference is false, but judge.rubric.kind is checkpoints, which are drawn from the "
                 "reference; change one of them."
             )
+        if self.place == "policy" and whole.judges:
+            found += _lent_violations(self, whole)
         return found
+
+
+def _lent_violations(judge: JudgeConfig, whole) -> list[str]:
+    """Why the policy's servers cannot judge."""
+    found = []
+    if judge.endpoints:
+        found.append("judge.place is policy, but judge.endpoints are given; drop one of them.")
+    if judge.gate is not None:
+        found.append(
+            "judge.place is policy, but judge.gate asks the judge before a step is sampled; run `exprl judge-bench` "
+            "instead and drop the gate, or set judge.place to own."
+        )
+    if whole.sync.fp8:
+        found.append("judge.place is policy, but sync.fp8 is true, and the judge's weights are not in FP8; change one.")
+    for stage in whole.stages:
+        if getattr(stage, "max_staleness", 0):
+            found.append(
+                f"judge.place is policy, but stage {stage.name} samples while it learns (max_staleness is "
+                f"{stage.max_staleness}), and the servers are never idle; set it to 0, or judge.place to own."
+            )
+    return found

@@ -138,7 +138,7 @@ def _gpus(config: RunConfig, workload: Workload) -> dict[str, int]:
     gpus = {"trainer": config.policy.layout.world_size}
     if workload.sampled:
         gpus["policy server"] = config.server.count * config.server.tp
-    if workload.judgements and not config.judge.endpoints:
+    if workload.judgements and config.judge.has_servers:
         gpus["judge server"] = config.judge.server.count * config.judge.server.tp
     if workload.keeps_start and config.policy.starting_policy == "server":
         gpus["start server"] = config.server.tp

@@ -48,7 +48,7 @@ def servers_of(architecture: Architecture, server: ServerConfig, gpu: Gpu) -> Se
 def serving_phases(
     config: RunConfig, architecture: Architecture, workload: Workload, gpu: Gpu, faults: list[str], notes: list[str]
 ) -> list[Phase]:
-    """Sampling, and judging where there is a judge with servers of its own; what does not fit goes to `faults`."""
+    """Sampling, and judging by servers of the run; what does not fit goes to `faults`."""
     gpus = config.server.count * config.server.tp
     try:
         memory = server_memory(architecture, config.server, gpu, config.sync.bucket_mb * 2**20)
@@ -67,7 +67,8 @@ def serving_phases(
     judge, known = find_architecture(config.judge.model)
     if known:
         notes.append(assumed_architecture(config.judge.model, known))
-    server = config.judge.server
+    own = config.judge.place == "own"
+    server = config.judge.server if own else config.server
     try:
         held = server_memory(judge, server, gpu)
         judging = judging_seconds(judge, servers_of(judge, server, gpu), workload)
@@ -77,8 +78,13 @@ def serving_phases(
     read = workload.reference_tokens / workload.traces + workload.response_tokens / workload.judgements
     tokens = traces * workload.judgements * (read + workload.verdict_tokens)
     speed = _speed(judge, workload.reference_tokens, tokens, judging, server.count * server.tp, gpu)
-    tail = judging_tail(sampling, judging, own_devices=True)
-    return [*phases, Phase("judge", "judge server", tail, held, speed, works_s=judging.total_s)]
+    tail = judging_tail(sampling, judging, own_devices=own)
+    if not own:
+        notes.append("judge.place is policy: the time in which the servers load the judge's weights is not predicted.")
+    return [
+        *phases,
+        Phase("judge", "judge server" if own else "policy server", tail, held, speed, works_s=judging.total_s),
+    ]
 
 
 def start_server_phase(

@@ -34,7 +34,7 @@ def best_division(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu,
 
     found: dict[tuple[int, int], Plan] = {}
     reason = None
-    for trainer, judge in _divisions(gpus, judged=workload.judgements > 0 and not config.judge.endpoints):
+    for trainer, judge in _divisions(gpus, judged=workload.judgements > 0 and config.judge.has_servers):
         ranking = layouts(trainer)
         if isinstance(ranking, UserError):
             reason = ranking

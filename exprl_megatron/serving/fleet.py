@@ -10,6 +10,7 @@ import asyncio
 import math
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Literal
 
 from exprl_megatron.config.serving import ServerConfig
@@ -53,6 +54,7 @@ class Fleet:
         """The servers that the router was told of."""
         self._routing = asyncio.Lock()
         self._searching = asyncio.Lock()
+        self._lending = asyncio.Lock()
         self._members: dict[str, Member] = {}
         self._convoked: list[Member] = []
         self._version: str | None = None
@@ -178,6 +180,27 @@ class Fleet:
         self._sleeping = False
         members = [member for member in self._in("serving", "joining") if tag in member.asleep]
         await asyncio.gather(*(self._tried(member, to_wake(member, tag)) for member in members))
+
+    async def lend(self, model: Path, version: str, deadline_s: float) -> None:
+        """Let the serving servers hold the weights in directory `model`, as `version`, until others are brought.
+
+        Whatever they were asked before is ended. A server that does not take them is out.
+        """
+
+        async def take(client: SGLangClient) -> None:
+            await client.take_over(deadline_s=self._config.answer_deadline_s)
+            await client.update_from_disk(model, version, deadline_s=deadline_s)
+
+        async with self._lending:
+            if version != self._version:
+                self._version = version
+                await self._all_tried(take)
+                await self._route()
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is a server that may be asked."""
+        return bool(self._in("serving"))
 
     async def convoke(self, version: str) -> bool:
         """Whether weights are to be brought to `clients`, since one of them has not `version`.

@@ -1,6 +1,6 @@
 """Puts a run together: the policy at its place, and on rank 0 all that talks to servers and people."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from exprl_megatron.config.run import RunConfig
@@ -15,6 +15,7 @@ from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.fleet import Fleet
+from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Registry
@@ -53,7 +54,7 @@ def assemble(
     if conductor.here:
         console = Console(config, paths, place)
         fleet = _fleet(config, registry, console) if config.samples else None
-        judges = _judges(config, registry)
+        judges = _judges(config, registry, fleet)
         judging = JudgingSide(config, paths.judgements, judges, console)
         kept = RunDirectory(config.debug.rollouts) if config.debug.rollouts else paths
         rollouts = Rollouts(config, Journal(kept.journal), fleet, judges, judging, console)
@@ -99,12 +100,16 @@ def _start_scorer(
     return scorer
 
 
-def _judges(config: RunConfig, registry: Registry) -> list[SGLangClient | OpenAIEndpoint]:
+def _judges(
+    config: RunConfig, registry: Registry, fleet: Fleet | None
+) -> Sequence[SGLangClient | OpenAIEndpoint | LentServer]:
     if not config.judges:
         return []
     judge = config.judge
     if judge.endpoints:
         return judge_endpoints(judge)
+    if judge.place == "policy":
+        return [LentServer(fleet, Path(judge.model), i, config.sync.deadline_s) for i in range(config.server.count)]
     if judge.server.router:
         return [RoutedServers(registry, JUDGE_ROUTER, "judge", judge.deadline_s)]
     return [RegisteredClient(registry, f"judge-{i}", judge.deadline_s) for i in range(judge.server.count)]

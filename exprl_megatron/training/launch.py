@@ -90,7 +90,7 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
         specs += server_specs(
             "start", config.policy.model, config.start_server, directory.logs, dtype=dtype, seed=config.seed
         )
-    if config.judges and not config.judge.endpoints:
+    if config.judges and config.judge.has_servers:
         judge = config.judge
         specs += server_specs("judge", judge.model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
         if judge.server.router:

@@ -28,7 +28,7 @@ def planned_processes(config: RunConfig) -> list[PlannedProcess]:
         planned.append(PlannedProcess(ROUTER, "sglang-router in front of the policy's servers", "a free port"))
     if config.scores_start:
         planned.append(_server("start", 0, config.policy.model, config.start_server))
-    if config.judges and not config.judge.endpoints:
+    if config.judges and config.judge.has_servers:
         judge = config.judge
         planned += [_server("judge", i, judge.model, judge.server) for i in range(judge.server.count)]
         if judge.server.router:

@@ -34,6 +34,8 @@ def check_inputs(config: RunConfig) -> None:
             check_source(stage)
     if config.judges and config.judge.gate is not None:
         read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
+    if config.judges and config.judge.place == "policy":
+        _check_alike(config.policy.model, config.judge.model)
     if config.debug.rollouts is not None:
         _check_rollouts(config)
 
@@ -85,6 +87,22 @@ def _check_weights(config: RunConfig) -> None:
             f"give the model in Hugging Face form (tools/convert_checkpoint.py to-hf)."
         )
     open_weights(Path(model))
+
+
+def _check_alike(policy: str, judge: str) -> None:
+    """Raise UserError where servers of `policy` cannot hold the weights of `judge`, or read and write its tokens."""
+    from transformers import AutoTokenizer
+
+    what = None
+    if read_architecture(policy) != read_architecture(judge):
+        what = "another architecture"
+    elif len({tuple(sorted(AutoTokenizer.from_pretrained(m).get_vocab().items())) for m in (policy, judge)}) > 1:
+        what = "another vocabulary"
+    if what:
+        raise UserError(
+            f"judge.place is policy, but judge.model ({judge}) has {what} than policy.model ({policy}), and the same "
+            f"servers must hold both; set judge.place to own."
+        )
 
 
 def _check_rollouts(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
-from exprl_megatron.config.stages import RlStage, SparseRlStage
+from exprl_megatron.config.stages import JudgedStage, RlStage, SparseRlStage
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.problems.order import problem_indices
@@ -23,7 +23,10 @@ from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.fleet import Fleet
+from exprl_megatron.serving.lent import LentServer
+from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.ready import wait_ready
+from exprl_megatron.together import together
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade
 from exprl_megatron.training.journal import Journal, SampledStep
@@ -40,14 +43,16 @@ class Rollouts:
         config: RunConfig,
         journal: Journal,
         fleet: Fleet | None,
-        judges: Sequence[SGLangClient],
+        judges: Sequence[SGLangClient | OpenAIEndpoint | LentServer],
         judging: JudgingSide,
         console: Console,
     ):
         self._config = config
         self._journal = journal
         self._fleet = fleet
-        self._judges = judges
+        # Those that the fleet lends are opened and closed with it.
+        self._judges = [judge for judge in judges if not isinstance(judge, LentServer)]
+        self._lent = next((judge for judge in judges if isinstance(judge, LentServer)), None)
         self._judging = judging
         self._console = console
         self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
@@ -148,6 +153,7 @@ class Rollouts:
                 grade,
                 wanted=missing,
                 counts=counts,
+                judged=isinstance(stage, JudgedStage),
             )
             for group in sampled:
                 (groups if counts(group) else dull).append(group)
@@ -169,12 +175,14 @@ class Rollouts:
         *,
         wanted: int | None = None,
         counts: Callable[[Group], bool] = lambda group: True,
+        judged: bool = False,
     ) -> list[Group]:
         """`group_size` graded traces for each of the problems at `indices`, in that order.
 
         Where `wanted` is given, only of those that were through when so many groups counted. A trace is graded as soon
-        as it is finished. `purpose` (stage and step) is shown and seeds the samples. Raises RunStopped before anything
-        is sent where a prompt holds a piece of its problem's reference.
+        as it is finished, or when all are, where it is `judged` and the judge waits for these servers. `purpose` (stage
+        and step) is shown and seeds the samples. Raises RunStopped before anything is sent where a prompt holds a piece
+        of its problem's reference.
         """
         prompted, guard = self._prompted[problems], self._guards[problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
@@ -182,11 +190,16 @@ class Rollouts:
         for prompt in prompts:
             guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids))
         graded: dict[Trace, GradedTrace] = {}
+        later = judged and self._lent is not None
         with self._console.rollouts(*purpose, len(prompts) * group_size) as bar:
 
-            async def grade_one(trace: Trace) -> None:
+            async def take(trace: Trace) -> None:
                 bar.sampled()
                 guard.check_trace(trace.problem_id, trace.text)
+                if not later:
+                    await grade_one(trace)
+
+            async def grade_one(trace: Trace) -> None:
                 graded[trace] = await grade(by_id[trace.problem_id], trace)
                 bar.graded()
 
@@ -201,10 +214,13 @@ class Rollouts:
                 sampling,
                 lambda problem_id, k: sample_seed(self._config.seed, *purpose, problem_id, k),
                 weight_versions=versions,
-                on_trace=grade_one,
+                on_trace=take,
                 wanted=wanted,
-                counts=lambda traces: counts(group_of(traces)),
+                counts=lambda traces: later or counts(group_of(traces)),
             )
+            if later:
+                await self._lent.bring()
+                await together(grade_one(trace) for traces in found for trace in traces)
         return [group_of(traces) for traces in found]
 
 

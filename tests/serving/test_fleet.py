@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -31,7 +32,7 @@ class Backend:
             return web.json_response({"error": {"message": "unwell"}}, status=self.status)
         if request.path == "/end_weight_update":
             return web.json_response({"success": False, "message": "no weight-update session is open"}, status=400)
-        return web.json_response({"name": self.name})
+        return web.json_response({"name": self.name, "success": True})
 
     def registered(self, incarnation="a"):
         return RegisteredServer("policy", self.name, self.url, "", incarnation)
@@ -87,6 +88,19 @@ def test_each_request_has_a_home_and_a_version_is_brought_once(registry):
             assert [await who(fleet, home) for home in range(4)] == ["policy-0", "policy-1"] * 2
             assert not await fleet.convoke("v0")
             assert await fleet.convoke("v1")
+
+    asyncio.run(run())
+
+
+def test_lent_weights_are_held_once_and_until_others_are_brought(registry):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
+            two.well, two.status = False, 500
+            for _ in range(2):
+                await fleet.lend(Path("judge"), "judge", 5.0)
+            assert one.asked.count("/update_weights_from_disk") == 1
+            assert [await who(fleet, home) for home in range(2)] == ["policy-0"] * 2
+            assert await fleet.convoke("v0")
 
     asyncio.run(run())
 

@@ -1,5 +1,6 @@
 """Trainer and servers in turns: what leaves memory, that it comes back as it was, and what the ledger says."""
 
+import asyncio
 import filecmp
 import json
 import shutil
@@ -7,11 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from exprl_megatron.config.load import check_config
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.judging.judge import Judge
 from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.journal import Journal
+from exprl_megatron.training.preflight import check_inputs
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import finish, run_config, start_ranks, write_problems
@@ -82,6 +89,57 @@ def test_parts_leave_the_device_and_come_back_bit_for_bit(tiny_model):
         assert learned(taking_turns=True) == learned(taking_turns=False)
     finally:
         leave_world()
+
+
+@pytest.mark.parametrize(
+    ("judge", "changes", "message"),
+    [
+        ({"endpoints": ["http://host/v1"]}, {}, "judge.endpoints are given; drop one of them"),
+        ({"gate": {"traces": "t.jsonl"}}, {}, "judge.gate asks the judge before a step is sampled"),
+        ({}, {"sync": {"fp8": True}}, "the judge's weights are not in FP8"),
+    ],
+)
+def test_what_the_policys_servers_cannot_judge_is_refused(tmp_path, judge, changes, message):
+    with pytest.raises(UserError, match=message):
+        lent_config(tmp_path, tmp_path, tmp_path, judge, **changes)
+
+
+def test_a_judge_of_another_kind_than_the_policy_cannot_use_its_servers(tiny_model, tmp_path):
+    config = lent_config(tmp_path, tiny_model("qwen3"), tiny_model("qwen3", seed=1, tied=True), {})
+    with pytest.raises(UserError, match=r"judge.model \(.*\) has another architecture than policy.model"):
+        check_inputs(config)
+
+
+@pytest.mark.slow
+def test_the_policys_servers_judge_under_the_judges_weights_and_sample_under_the_policys(
+    trained_server, tiny_model, tmp_path
+):
+    config = lent_config(tmp_path, tiny_model("qwen3"), tiny_model("qwen3", seed=1), {})
+    check_inputs(config)
+    finish(start_ranks(config, {"policy": trained_server}))
+    paths = RunDirectory(config.directory)
+    metrics = [json.loads(line)["metrics"] for line in paths.metrics.read_text().splitlines()]
+    assert len(metrics) == 5, "each step compared the log-probs of trainer and sampler"
+    journal = Journal(paths.journal)
+    groups = [group for step in (1, 2, 3) for group in journal.read("prime", step).groups]
+    problems = {problem.id: problem for problem in load_problems(config.stages[0].problems)}
+
+    async def judged_directly():
+        async with trained_server.client() as client:
+            await client.update_from_disk(config.judge.model, "judge")
+            judge = Judge(config.judge, [client], AutoTokenizer.from_pretrained(config.judge.model))
+            return [await judge.grade(problems[g.problem_id], m.trace.text) for g in groups for m in g.members]
+
+    expected = asyncio.run(judged_directly())
+    assert len({judgement.value for judgement in expected}) > 1
+    assert [member.judgement.value for group in groups for member in group.members] == [j.value for j in expected]
+
+
+def lent_config(root: Path, model: Path, judge: Path, settings: dict, **changes):
+    problems = write_problems(root / "problems.jsonl")
+    tree = run_config(root / "run", model, judge, problems, **changes).model_dump(mode="json", exclude_unset=True)
+    tree["judge"] |= {"place": "policy"} | settings
+    return check_config(tree, "test")
 
 
 @pytest.mark.slow
