@@ -11,7 +11,7 @@ import bench_async
 
 
 def _records(seconds, staleness):
-    """Steps that take `seconds`, with rewards 0.1, 0.2, ..."""
+    """Steps that take `seconds`."""
     metrics = {
         "seconds/sample_and_grade": 0.5,
         "seconds/train": 0.25,
@@ -20,21 +20,22 @@ def _records(seconds, staleness):
         "correction/effective": 0.9,
         "staleness/mean": staleness,
     }
-    return [{"metrics": metrics | {"seconds/step": s, "reward/mean": (i + 1) / 10}} for i, s in enumerate(seconds)]
+    return [{"metrics": metrics | {"seconds/step": s}} for s in seconds]
 
 
 def test_figures_count_every_step_since_those_ahead_are_paid_for_early():
     found = bench_async.figures(_records([9.0, 5.0, 2.0, 4.0, 3.0, 1.0], 0.8))
     assert (found["step_s"], found["wait_s"], found["train_s"], found["sync_s"]) == (4.0, 0.5, 0.25, 0.0)
-    assert found["reward_first"] == 0.1 and found["reward_last"] == pytest.approx(0.4)
     assert (found["staleness_mean"], found["effective"]) == (pytest.approx(0.8), pytest.approx(0.9))
 
 
 def test_the_table_compares_every_staleness_with_the_first():
-    found = {n: [bench_async.figures(_records([s] * 6, n / 2))] * 2 for n, s in ((0, 4.0), (4, 3.0))}
+    ends = {"before": 0.1, "after": 0.7}
+    found = {n: [bench_async.figures(_records([s] * 6, n / 2)) | ends] * 2 for n, s in ((0, 4.0), (4, 3.0))}
     head, _, strict, ahead, _, lengths = bench_async.table(found).splitlines()
     assert [cell.strip() for cell in strict.split("|")[1:4]] == ["0", "4.00", "1.00"]
     assert [cell.strip() for cell in ahead.split("|")[1:4]] == ["4", "3.00", "0.75"]
+    assert ahead.endswith("| 0.100 | 0.700, 0.700 |")
     assert head.count("|") == ahead.count("|")
     assert "up to 60" in lengths
 
@@ -44,7 +45,8 @@ def test_its_problems_have_a_long_tail_and_its_runs_differ_in_staleness_alone(tm
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     steps = sorted(row["problem"].count(" s") for row in rows)
     assert steps[len(steps) // 2] == 1 and steps[-1] == 7
-    one, two = (bench_async.run_config(tmp_path / "r", tmp_path / "p.jsonl", n, 20, 0) for n in (0, 4))
+    files = tmp_path / "p.jsonl", tmp_path / "held_out.jsonl"
+    one, two = (bench_async.run_config(tmp_path / "r", *files, n, 20, 0) for n in (0, 4))
     assert one.stages[0] == two.stages[0].model_copy(update={"max_staleness": 0})
     assert one.model_copy(update={"stages": two.stages}) == two
 

@@ -2,8 +2,8 @@
 
 A random Qwen3 of the given size is synced from each layout to a server of each tensor parallelism; after every sync
 the servers' checksums are compared with the trainer's, which hashes its buckets while they are on their way
-(--no-verify: neither, to see the transport alone where cores are few). The floor is the same bytes in the same pieces through a bare
-torch broadcast between as many processes. Syncs and floors take turns; the table has their medians.
+(--no-verify: neither, to see the transport alone where cores are few). The floor is the same bytes in the same pieces
+through a bare torch broadcast between as many processes. Syncs and floors take turns; the table has their medians.
 
     python tools/bench_reshard.py --gb 1 [--layouts 1x1 2x1 1x2 2x2] [--server-tp 1 2] [--no-verify] [--json F]
 """
