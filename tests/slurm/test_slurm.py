@@ -35,6 +35,8 @@ from recipes.experiment import launch
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
+STEPS = 100
+
 
 class Ran(NamedTuple):
     """The experiment of two stages, when it has ended."""
@@ -70,12 +72,12 @@ def two_stages(root: Path):
 
 
 def fine_tuning(directory: Path):
-    """A run that needs no servers: 60 short steps, a checkpoint after every 20."""
+    """A run that needs no servers: STEPS short steps, a checkpoint after every 20."""
     recipe = miniature.sft()
     recipe.site.workdir = str(ROOT)
     tiny(recipe.config, directory)
     recipe.config.judge = None
-    recipe.config.stages[0].steps, recipe.config.stages[0].batch_size = 60, 4
+    recipe.config.stages[0].steps, recipe.config.stages[0].batch_size = STEPS, 4
     recipe.config.checkpoint.every_steps = 20
     return recipe
 
@@ -155,11 +157,11 @@ def test_a_time_limit_and_scancel_cost_no_weights_and_container_flags_reach_the_
     let_go(ranks)
     wait_until(lambda: records()[job]["Restarts"] == "1", "the requeue")
     done = steps_done(interrupted)
-    assert done < 60
+    assert done < STEPS
     wait_for_steps(interrupted, done + 1, job)
     subprocess.run(["scancel", job], check=True)
     wait_for_end(job, "CANCELLED")
-    assert steps_done(interrupted) < 60
+    assert steps_done(interrupted) < STEPS
 
     resumed = fine_tuning(interrupted)
     resumed.resume = True
