@@ -139,6 +139,15 @@ def test_gpus_are_divided_between_trainer_and_servers():
     assert again.step_s == pytest.approx(found.step_s) and again.gpus == found.gpus
 
 
+def test_a_judge_on_the_policys_servers_takes_no_gpus_and_begins_when_all_is_sampled():
+    settings = ["policy.layout.dp=4", "judge.place=policy"]
+    found = study("qwen3-8b", settings, H100, judge="qwen3-8b")
+    (judge,) = (phase for phase in found.phases if phase.name == "judge")
+    assert found.gpus.keys() == {"trainer", "policy server"}
+    assert judge.device == "policy server" and judge.seconds == judge.works_s > 0
+    assert any("load the judge's weights is not predicted" in note for note in found.notes)
+
+
 def test_a_config_gets_the_gpus_that_it_is_given():
     found = study("recipes/configs/paper/qwen3-4b-outcome.yaml", [], H100, gpus=32)
     assert sum(found.gpus.values()) == 32 and not found.faults
