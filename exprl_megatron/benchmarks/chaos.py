@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -79,6 +80,7 @@ class FaultedRun:
         self._specs = wanted_servers(config, self.paths)
         self.keeper = Keeper(self._specs, self.registry)
         self._ranks: TrainerRanks | None = None
+        judge = config.judge.server
         self.kinds: dict[str, Callable[[], None]] = {
             "a sampling server is killed": lambda: self._kill(self._any("policy")),
             "the judge is killed": lambda: self._kill(self._any("judge")),
@@ -88,10 +90,8 @@ class FaultedRun:
             "the judge answers 500": lambda: self._misbehave("judge", "refuse"),
             "a sampling server has old weights": self._bring_old_weights,
             "a sampling server is killed in a weight update": lambda: self._at_next_sync(self._kill),
-            **({"the router is killed": self._kill_router} if config.server.router else {}),
-            **(
-                {"the judge's router is killed": lambda: self._kill(JUDGE_ROUTER)} if config.judge.server.router else {}
-            ),
+            **({"the router is killed": partial(self._kill, ROUTER)} if config.server.router else {}),
+            **({"the judge's router is killed": partial(self._kill, JUDGE_ROUTER)} if judge.router else {}),
             "the trainer is killed": self._kill_trainer,
             "the trainer is killed in a weight update": lambda: self._at_next_sync(lambda name: self._kill_trainer()),
         }
@@ -162,12 +162,6 @@ class FaultedRun:
         for process in psutil.Process(server.pid).children() if server.alive() else []:
             process.kill()
         self._over = True
-
-    def _kill_router(self) -> None:
-        self._kill(ROUTER)
-
-    def _kill_judges_router(self) -> None:
-        self._kill(JUDGE_ROUTER)
 
     def _misbehave(self, kind: str, mode: Mode) -> None:
         """A server's proxy behaves so for a while."""
