@@ -28,7 +28,7 @@ chaos: setup
 	.venv/bin/python tools/chaos.py directory=runs/chaos-$(NOW)
 
 test: setup
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not chaos"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slurm and not chaos"
 
 test-fast: setup
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slow"
@@ -38,7 +38,7 @@ test-te: setup
 	@tools/setup_te.sh
 	.venv-te/bin/python -m pytest tests/te
 
-# Those of `make test` that need a Slurm alone: two nodes of it on this machine; needs root, installs Slurm's packages.
+# On a Slurm of two nodes that is started on this machine; needs root, installs Slurm's packages.
 test-slurm: setup
 	@tools/slurm_local.sh install
 	$(PYTEST) -m slurm tests/slurm
