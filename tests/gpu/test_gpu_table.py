@@ -1,5 +1,6 @@
 """What the table of the GPU tests shows, tried with three small tests."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -31,7 +32,9 @@ def test_the_table_has_measurements_and_the_tests_that_gave_no_result(tmp_path):
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "test_three.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    # What this run of pytest was told is not meant for that one.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     table = done.stdout.partition(" measured on this machine ")[2].partition("\n=")[0].splitlines()[1:]
     assert [re.split("  +", line) for line in table] == [
         ["what", "measured", "wanted"],
