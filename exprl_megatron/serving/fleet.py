@@ -198,6 +198,11 @@ class Fleet:
                 await self._route()
 
     @property
+    def version(self) -> str | None:
+        """Of the weights that the servers were given last; None where that failed."""
+        return self._version
+
+    @property
     def serves(self) -> bool:
         """Whether there is a server that may be asked."""
         return bool(self._in("serving"))

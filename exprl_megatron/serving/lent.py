@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.serving.client import Generation
+from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.fleet import Fleet
 
 LENT = "judge"
@@ -15,7 +15,8 @@ LENT = "judge"
 class LentServer:
     """What judging needs of a client, made of a fleet; `home` is the server that is asked as a rule.
 
-    Answers are of the judge's weights alone: where a server has others by then, the judge's are brought again.
+    Answers are of the judge's weights alone. Where the policy's were brought meanwhile, the judge's are brought again;
+    a server that has others than it was given has failed.
     """
 
     def __init__(self, fleet: Fleet, model: Path, home: int, deadline_s: float):
@@ -28,11 +29,18 @@ class LentServer:
 
     async def generate(self, input_ids: Sequence[int], **keywords: Any) -> Generation:
         """See SGLangClient and Fleet.ask."""
+
+        async def written(client: SGLangClient) -> Generation:
+            generation = await client.generate(input_ids, **keywords)
+            if not _by_judge(generation) and self._fleet.version == LENT:
+                raise ServerError(f"{client.name} ({client.url}) does not judge under the judge's weights.")
+            return generation
+
         while True:
             await self.bring()
-            written = await self._fleet.ask(self._home, lambda client: client.generate(input_ids, **keywords))
-            if {version for version, _, _ in written.weight_versions} <= {LENT}:
-                return written
+            generation = await self._fleet.ask(self._home, written)
+            if _by_judge(generation):
+                return generation
 
     async def bring(self) -> None:
         """Let the servers hold the judge's weights, if they do not."""
@@ -42,3 +50,7 @@ class LentServer:
         """Return where a server serves, else raise ServerError."""
         if not self._fleet.serves:
             raise ServerError("No sampling server is there to judge.")
+
+
+def _by_judge(generation: Generation) -> bool:
+    return {version for version, _, _ in generation.weight_versions} <= {LENT}

@@ -10,6 +10,7 @@ from aiohttp import web
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.fleet import Fleet
+from exprl_megatron.serving.lent import LENT, LentServer
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 
 CONFIG = {"start_deadline_s": 20, "request_deadline_s": 20, "answer_deadline_s": 2}
@@ -23,6 +24,7 @@ class Backend:
         self.well = True
         self.status = None
         self.asked = []
+        self.version = "v0"
 
     async def answer(self, request):
         self.asked.append(request.path)
@@ -32,7 +34,15 @@ class Backend:
             return web.json_response({"error": {"message": "unwell"}}, status=self.status)
         if request.path == "/end_weight_update":
             return web.json_response({"success": False, "message": "no weight-update session is open"}, status=400)
+        if request.path == "/generate":
+            return web.json_response(self.written())
         return web.json_response({"name": self.name, "success": True})
+
+    def written(self):
+        """An answer without tokens under the weights that it says it has."""
+        meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [], "prompt_tokens": 1, "cached_tokens": 0}
+        meta["weight_versions"] = [{"version": self.version, "start": 0, "end": 0}]
+        return {"text": self.name, "output_ids": [], "meta_info": meta}
 
     def registered(self, incarnation="a"):
         return RegisteredServer("policy", self.name, self.url, "", incarnation)
@@ -101,6 +111,17 @@ def test_lent_weights_are_held_once_and_until_others_are_brought(registry):
             assert one.asked.count("/update_weights_from_disk") == 1
             assert [await who(fleet, home) for home in range(2)] == ["policy-0"] * 2
             assert await fleet.convoke("v0")
+
+    asyncio.run(run())
+
+
+def test_a_server_that_has_others_than_the_lent_weights_does_not_judge(registry):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, _, two):
+            two.version = LENT
+            lent = LentServer(fleet, Path("judge"), 0, 5.0)
+            assert (await lent.generate([1], temperature=0.0, max_new_tokens=1, seed=0)).text == "policy-1"
+            assert [await who(fleet, home) for home in range(2)] == ["policy-1"] * 2
 
     asyncio.run(run())
 
