@@ -1,7 +1,7 @@
 """What all models' recipes are made of: a stage of the paper at a model's scale, and the factories of one model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import nemo_run as run
@@ -117,4 +117,4 @@ def factories(name: str, nodes: int, prime: Stage, sparse: Stage, sft: Stage, se
 
 
 def _config(nodes: Nodes) -> run.Config[Nodes]:
-    return run.Config(Nodes, trainer=nodes.trainer, policy=nodes.policy, judge=nodes.judge, gpus=nodes.gpus)
+    return run.Config(Nodes, **asdict(nodes))

@@ -12,6 +12,7 @@ import nemo_run as run
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.files import write_atomically
+from exprl_megatron.policy.architecture import layout_violations, read_architecture
 from recipes import scripts
 from recipes.executors import check_executor, component_executors
 from recipes.places import Nodes, Site, components
@@ -48,6 +49,7 @@ def submit(ctx: run.cli.RunContext, jobs: list[Job], site: Site, resume: bool) -
     here = isinstance(executor, run.LocalExecutor)
     check_executor(executor)
     site = _filled(site, executor)
+    _check_layouts(jobs, site)
     with tempfile.TemporaryDirectory() as written, run.Experiment(ctx.name, enable_goodbye_message=False) as experiment:
         before = None
         for job in jobs:
@@ -96,6 +98,24 @@ def _filled(site: Site, executor: run.Executor) -> Site:
     if missing and not remote:
         raise UserError(f"{', '.join(missing)} of site.environment is not set here; export it before you submit.")
     return replace(site, workdir=site.workdir if remote else str(Path(site.workdir).absolute()))
+
+
+def _check_layouts(jobs: list[Job], site: Site) -> None:
+    """Raise UserError where the model does not allow a job's layout, as far as the model can be seen from here.
+
+    What later jobs start from has the form of what the first one starts from.
+    """
+    model = Path(site.workdir) / jobs[0].config.policy.model
+    if not (model / "config.json").is_file():
+        return
+    architecture = read_architecture(model)
+    found = [
+        f"{job.name}: {sentence}"
+        for job in jobs
+        for sentence in layout_violations(architecture, job.config.policy.layout)
+    ]
+    if found:
+        raise UserError("\n".join(found))
 
 
 def _add_local(

@@ -21,11 +21,16 @@ def find(name: str) -> run.Experiment:
 
 
 def print_status(name: str) -> bool:
-    """Print one line for each job; whether none has failed."""
+    """Print one line for each job; whether none has failed. Raises UserError where NeMo-Run has lost sight of one."""
     with find(name) as experiment:
         found = outcomes(experiment)
     for job, state in found.items():
         print(f"{job}: {state}")
+    if lost := [job for job, state in found.items() if state == "UNKNOWN"]:
+        raise UserError(
+            f"NeMo-Run has no word of {' and '.join(lost)}; ask `sacct` or `squeue`, "
+            f"or see `python -m recipes logs {name}`."
+        )
     return not {"FAILED", "CANCELLED"} & set(found.values())
 
 

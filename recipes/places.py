@@ -21,6 +21,8 @@ class Nodes:
     """0: judge servers share the sampling servers' nodes."""
     gpus: int = 8
     """GPUs of a node; 0 on a machine without any."""
+    trainer_least: int = 0
+    """With so many nodes the trainer starts, or goes on, where Slurm has no more; 0: never with fewer."""
 
 
 @dataclass
@@ -38,6 +40,14 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Fewer:
+    """The trainer on fewer nodes, each with as many processes as before, and with fewer replicas of the model."""
+
+    nodes: int
+    dp: int
+
+
+@dataclass(frozen=True)
 class Component:
     """Processes of one kind in a job: a script that runs once on each of its nodes."""
 
@@ -48,6 +58,13 @@ class Component:
     """Components with the same number share their nodes."""
     devices: tuple[int, ...] | None = None
     """The GPUs of each node that are this component's; None: all."""
+    fewer: tuple["Fewer", ...] = ()
+    """What it makes do with, the most nodes first."""
+
+    @property
+    def least(self) -> int:
+        """The fewest nodes that it runs on."""
+        return self.fewer[-1].nodes if self.fewer else self.nodes
 
 
 def components(config: RunConfig, nodes: Nodes) -> list[Component]:
@@ -55,7 +72,7 @@ def components(config: RunConfig, nodes: Nodes) -> list[Component]:
 
     Raises UserError with a sentence for every way in which they do not fit on `nodes`.
     """
-    found = [Component("trainer", nodes.trainer, 0)]
+    found = [Component("trainer", nodes.trainer, 0, fewer=fewer_nodes(config, nodes))]
     for kind, of_its_own in _wanted(config, nodes):
         last = found[-1]
         if of_its_own:
@@ -67,6 +84,22 @@ def components(config: RunConfig, nodes: Nodes) -> list[Component]:
     if sentences := list(_violations(config, nodes, found)):
         raise UserError("\n".join(sentences))
     return found
+
+
+def fewer_nodes(config: RunConfig, nodes: Nodes) -> tuple[Fewer, ...]:
+    """The smaller numbers of trainer nodes, down to nodes.trainer_least, that whole replicas of the model fill."""
+    layout = config.policy.layout
+    if not nodes.trainer_least or layout.world_size % nodes.trainer:
+        return ()
+    each = layout.world_size // nodes.trainer
+    smaller = [layout.model_copy(update={"dp": dp}) for dp in range(layout.dp - 1, 0, -1)]
+    return tuple(
+        Fewer(found.world_size // each, found.dp)
+        for found in smaller
+        if found.world_size % each == 0
+        and found.world_size // each >= nodes.trainer_least
+        and not found.violations(config)
+    )
 
 
 def check_job_directory(what: str, path: str) -> None:
@@ -127,6 +160,16 @@ def _violations(config: RunConfig, nodes: Nodes, found: list[Component]) -> Iter
         yield (
             f"nodes.trainer is {nodes.trainer}, which does not divide the {world} trainer processes of policy.layout; "
             "change one of them."
+        )
+    elif nodes.trainer_least and found[0].least != nodes.trainer_least:
+        yield (
+            f"nodes.trainer_least is {nodes.trainer_least}, which no number of replicas of policy.layout fills; the "
+            f"fewest nodes from there on are {found[0].least}: set it to that, or to 0."
+        )
+    if nodes.trainer_least and (sharing := [other.kind for other in found[1:] if other.allocation == 0]):
+        yield (
+            f"nodes.trainer_least is {nodes.trainer_least}, but {' and '.join(sharing)} servers are on the trainer's "
+            "nodes, and would have to do with fewer too; give them nodes of their own, or set it to 0."
         )
     for component in found if nodes.gpus else ():
         last = component.devices[-1] + 1 if component.devices else _needed(component, config)

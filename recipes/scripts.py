@@ -44,9 +44,12 @@ def trainer(place: Place, component: Component, resume: bool) -> str:
     """The trainer's share of a node, for as many as there are; the first one's verdict is the job's."""
     several = ""
     if component.nodes > 1:
-        several = f' --nodes {component.nodes} --node-rank "$SLURM_NODEID" --master "$MASTER_ADDR:$MASTER_PORT"'
+        count = '"$nodes"' if component.fewer else component.nodes
+        several = f' --nodes {count} --node-rank "$SLURM_NODEID" --master "$MASTER_ADDR:$MASTER_PORT"'
+    replicas = ' "${replicas[@]}"' if component.fewer else ""
     return _lines(
         *_beginning(place, component),
+        *_fewer(component),
         f"run={shlex.quote(place.directory)}",
         *_resume(_BEGUN if resume else f'[ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] && {_BEGUN}'),
         'mkdir -p "$run"',
@@ -56,7 +59,7 @@ def trainer(place: Place, component: Component, resume: bool) -> str:
         f'    cp {_SHIPPED} "$run/{RESOLVED}.$SLURM_NODEID"',
         f'    mv "$run/{RESOLVED}.$SLURM_NODEID" "$run/{RESOLVED}"',
         "fi",
-        f'exec exprl train "$run/{RESOLVED}" --servers registered{several} "${{resume[@]}}"',
+        f'exec exprl train "$run/{RESOLVED}"{replicas} --servers registered{several} "${{resume[@]}}"',
     )
 
 
@@ -127,6 +130,18 @@ def _beginning(place: Place, component: Component | None) -> list[str]:
     if component is not None and component.devices is not None:
         lines.append(f"export CUDA_VISIBLE_DEVICES={','.join(map(str, component.devices))}")
     return lines
+
+
+def _fewer(component: Component) -> list[str]:
+    """`nodes`, how many of the job's the trainer uses, and `replicas`, what its config changes where they are fewer."""
+    if not component.fewer:
+        return []
+    wanted, lines = component.nodes, [f"nodes={component.nodes}", "replicas=()"]
+    for fewer in component.fewer:
+        change = f"nodes={fewer.nodes} replicas=(policy.layout.dp={fewer.dp})"
+        lines.append(f'if [ "$SLURM_STEP_NUM_NODES" -lt {wanted} ]; then {change}; fi')
+        wanted = fewer.nodes
+    return [*lines, "# Whole replicas leave it without work.", 'if [ "$SLURM_NODEID" -ge "$nodes" ]; then exit 0; fi']
 
 
 def _resume(when: str) -> list[str]:

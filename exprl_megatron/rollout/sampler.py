@@ -42,7 +42,7 @@ async def sample_groups(
 
     As soon as `wanted` groups (None: all) are through of which `counts` says so, the others are given up and missing.
 
-    All requests are under way at once, a problem's to one server, so that its group shares the prompt's cache. A server
+    All groups are under way at once, each at one server, which reads the prompt once for all of them. A server
     that fails, ends a trace before its end, or writes it under other weights has failed at it; what becomes of that is
     up to `servers`. `seed_of(problem_id, k)` seeds sample k. `on_trace` is awaited for each trace when it is finished,
     while others are still being written; the call returns when all of these have returned too.
@@ -64,7 +64,13 @@ async def sample_groups(
             await on_trace(trace)
         return trace
 
-    groups = (together([one(i, prompt, k) for k in range(group_size)]) for i, prompt in enumerate(prompts))
+    async def group(home: int, prompt: Prompt) -> list[Trace]:
+        if group_size > 1:
+            # Requests that come together are read together: none would find the prompt in the cache.
+            await servers.ask(home, lambda client: client.read(prompt.token_ids))
+        return await together([one(home, prompt, k) for k in range(group_size)])
+
+    groups = (group(i, prompt) for i, prompt in enumerate(prompts))
     return await first_of(groups, len(prompts) if wanted is None else wanted, counts)
 
 
@@ -91,4 +97,5 @@ def _trace(
         text=generation.text,
         finish_reason=generation.finish_reason,
         weight_versions=generation.weight_versions,
+        cached_tokens=min(generation.cached_tokens, len(prompt.token_ids)),
     )

@@ -1,6 +1,6 @@
 """What the policy wrote: token ids and log-probs as the sampling server returned them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Trace:
     """`stop`, or `length` where max_new_tokens (or the context) ended it."""
     weight_versions: tuple[tuple[str, int, int], ...]
     """(version, first token, one past the last) for each stretch of tokens."""
+    cached_tokens: int = field(default=0, compare=False)
+    """Prompt tokens that the server need not read, as an earlier request had them."""
 
     @property
     def overlong(self) -> bool:

@@ -90,6 +90,11 @@ class SGLangClient(HttpServer):
         reply = await self._post("/generate", request, deadline_s)
         return self._read("/generate", _generation, reply)
 
+    async def read(self, input_ids: Sequence[int], *, deadline_s: float | None = None) -> None:
+        """Return when the radix cache holds `input_ids`, for the requests that begin with them."""
+        request = {"input_ids": list(input_ids), "sampling_params": {"max_new_tokens": 0}}
+        await self._post("/generate", request, deadline_s)
+
     async def score(self, input_ids: Sequence[int], first: int, *, deadline_s: float | None = None) -> Scores:
         """The log-prob of each token from the `first`-th (counted from 0, at least 1) on, given those before it.
 

@@ -29,6 +29,7 @@ def group_statistics(groups: list[Group], judged: bool = False) -> dict[str, flo
         "length/mean": statistics.fmean(lengths),
         "length/max": max(lengths),
         "length/overlong": statistics.fmean(member.trace.overlong for member in members),
+        "prompt/cached": sum(m.trace.cached_tokens for m in members) / sum(len(m.trace.prompt_ids) for m in members),
     }
     found |= {f"abstained/{reason}": count / len(members) for reason, count in sorted(reasons.items())}
     found |= _verifier_statistics([[m.verified if judged else m.judgement for m in group.members] for group in groups])

@@ -14,19 +14,19 @@ from exprl_megatron.policy.world import World, enter_world, leave_world
 
 
 def run_ranks(script: Path, processes: int, out: Path, timeout_s: float = 600.0, **arguments) -> dict:
-    """Runs `script` under torchrun; what its rank 0 left in `out`. Fails with the processes' last words."""
+    """Runs `script` in so many processes; what its rank 0 left in `out`. Fails with the processes' last words."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "arguments.json").write_text(json.dumps(arguments, default=str))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(script), str(out)]
+    launcher = Path(__file__).with_name("fork_ranks.py")
+    command = [sys.executable, "-W", "ignore", str(launcher), str(processes), str(script), str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     with open(out / "log", "w") as log:
-        launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
-            status = launcher.wait(timeout_s)
+            status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            launcher.terminate()
-            status = launcher.wait()
+            process.terminate()
+            status = process.wait()
     assert status == 0, f"{script.name} ended with {status}:\n" + (out / "log").read_text()[-6000:]
     return json.loads((out / "results.json").read_text())
 

@@ -81,6 +81,16 @@ def test_a_dry_run_prints_the_golden_scripts(name, tmp_path, monkeypatch):
     assert text == (GOLDEN / f"{name}.txt").read_text()
 
 
+def test_a_trainer_that_may_do_with_fewer_nodes_asks_slurm_for_a_range(tmp_path, monkeypatch):
+    recipe = llama3p3_70b.exprl(nodes=32)
+    recipe.nodes.trainer_least = 10
+    monkeypatch.setitem(CASES, "fewer", lambda: (recipe, cluster()))
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115 - closed with the test's process
+    text = printed("fewer", tmp_path / "home")
+    assert re.findall("^#SBATCH --nodes=(.*)$", text, re.MULTILINE) == ["10-20", "8", "4"]
+    assert 'if [ "$SLURM_STEP_NUM_NODES" -lt 20 ]; then nodes=15 replicas=(policy.layout.dp=6); fi' in text
+
+
 def test_the_guide_shows_the_dry_run_as_it_is():
     page = (ROOT / "docs" / "cluster.md").read_text()
     section = page[page.index("## 3.") : page.index("## 4.")]

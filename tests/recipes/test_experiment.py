@@ -39,6 +39,13 @@ def recipes(site: Path, *arguments: str, **environment: str) -> subprocess.Compl
     return subprocess.run(command, env=inherited, cwd=site, capture_output=True, text=True, timeout=300)
 
 
+def slurm_of_research(**changes) -> run.Config:
+    executor = executors.slurm()
+    for name, value in ({"account": "research"} | changes).items():
+        setattr(executor, name, value)
+    return executor
+
+
 TWO_STAGES = ("exprl_then_sparse_rl", "--factory", "miniature", "--yes", "--name", "mine")
 
 
@@ -76,6 +83,20 @@ def test_a_first_stage_that_fails_keeps_the_second_from_starting_and_everybody_i
     assert nobody.returncode == 2 and "recipes: There is no experiment yours" in nobody.stderr
 
 
+@pytest.mark.slow
+def test_a_job_that_slurm_does_not_tell_of_is_not_reported_as_well(site):
+    binaries = site / ".venv" / "bin"
+    for name, body in (("sbatch", "echo 4711"), ("sacct", "exit 1")):
+        (binaries / name).write_text(f"#!/bin/bash\n{body}\n")
+        (binaries / name).chmod(0o755)
+    path = {"PATH": f"{binaries}:{os.environ['PATH']}"}
+    slurm = ("run.executor=slurm", "run.executor.account=research")
+    submitted = recipes(site, "exprl", "--factory", "miniature", "--yes", "--name", "mine", "--detach", *slurm, **path)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    told = recipes(site, "status", "mine", **path)
+    assert told.returncode == 2 and "NeMo-Run has no word of prime; ask `sacct`" in told.stderr, told.stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -88,9 +109,7 @@ def test_a_first_stage_that_fails_keeps_the_second_from_starting_and_everybody_i
     ],
 )
 def test_an_executor_that_nemo_run_would_misread_is_refused_in_a_sentence(changes, said):
-    executor = executors.slurm()
-    for name, value in ({"account": "research"} | changes).items():
-        setattr(executor, name, value)
+    executor = slurm_of_research(**changes)
     with pytest.raises(UserError, match=said):
         launch(miniature.exprl(), executor, dryrun=True)
 
@@ -130,6 +149,14 @@ def test_a_typo_in_a_recipe_is_refused_by_name(key, value, said):
         launch(recipe, dryrun=True)
 
 
+def test_a_layout_that_the_model_does_not_allow_is_refused_before_a_job_is_queued():
+    recipe = miniature.exprl_then_sparse_rl()
+    recipe.site.workdir = str(ROOT)
+    recipe.sparse.policy.layout.tp = 3
+    with pytest.raises(UserError, match=r"^sparse: policy\.layout\.tp is 3, which does not divide the model's 4"):
+        launch(recipe, dryrun=True)
+
+
 def test_words_of_the_command_line_are_taken_as_yaml_takes_them():
     tree = miniature.exprl().config
     tree.sync.verify, tree.evaluation = "false", "null"
@@ -149,6 +176,22 @@ def test_processes_that_do_not_fit_on_their_nodes_are_all_named_at_once():
         "trainer needs 14 GPUs of each of its 3 nodes",
         "policy needs 16 GPUs of each of its 1 nodes",
     ]
+
+
+def test_a_trainer_may_do_with_fewer_nodes_that_whole_replicas_fill():
+    config = as_run_config(llama3p3_70b.exprl(nodes=32).config, "test")
+    trainer = components(config, Nodes(trainer=20, policy=8, judge=4, trainer_least=10))[0]
+    # A replica is TP4 x PP5, two and a half nodes.
+    assert [(fewer.nodes, fewer.dp) for fewer in trainer.fewer] == [(15, 6), (10, 4)]
+
+
+def test_fewer_nodes_that_no_replicas_fill_or_that_servers_share_are_refused():
+    config = as_run_config(llama3p3_70b.exprl(nodes=32).config, "test")
+    with pytest.raises(UserError, match=r"trainer_least is 11, .* the fewest nodes from there on are 15"):
+        components(config, Nodes(trainer=20, policy=8, judge=4, trainer_least=11))
+    config = as_run_config(miniature.exprl().config, "test")
+    with pytest.raises(UserError, match="trainer_least is 1, but policy and judge servers are on the trainer's nodes"):
+        components(config, Nodes(trainer=1, gpus=0, trainer_least=1))
 
 
 def test_sampling_servers_that_take_turns_with_the_trainer_are_on_its_gpus():

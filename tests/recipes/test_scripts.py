@@ -10,7 +10,7 @@ import pytest
 
 from exprl_megatron.errors import UserError
 from recipes import scripts
-from recipes.places import Component, Site
+from recipes.places import Component, Fewer, Site
 from recipes.scripts import Place
 
 TRAINER = Component("trainer", 1, 0)
@@ -81,6 +81,27 @@ def test_the_nodes_of_a_trainer_tell_each_other_from_slurm_s_variables(machine):
     assert ended.returncode == 0, ended.stderr
     assert "--nodes 3 --node-rank 2 --master n7:32001" in calls(machine)
     assert calls(machine).endswith("4,5\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "asked"),
+    [
+        ("8", "7", "resolved.yaml --servers registered --nodes 8 --node-rank 7 "),
+        ("7", "5", "resolved.yaml policy.layout.dp=3 --servers registered --nodes 6 --node-rank 5 "),
+        ("7", "6", None),
+        ("2", "1", "resolved.yaml policy.layout.dp=1 --servers registered --nodes 2 --node-rank 1 "),
+    ],
+)
+def test_on_fewer_nodes_the_trainer_has_fewer_replicas_and_what_fills_none_is_left_alone(machine, given, rank, asked):
+    component = Component("trainer", 8, 0, fewer=(Fewer(6, 3), Fewer(4, 2), Fewer(2, 1)))
+    script = scripts.trainer(place(machine), component, resume=False)
+    told = {"SLURM_STEP_NUM_NODES": given, "SLURM_NODEID": rank, "MASTER_ADDR": "n7", "MASTER_PORT": "32001"}
+    ended = play(script, machine, **told)
+    assert ended.returncode == 0, ended.stderr
+    if asked is None:
+        assert not (machine.parent / "calls").exists()
+    else:
+        assert asked in calls(machine)
 
 
 def test_variables_arrive_as_they_were_written_and_a_missing_secret_is_named(machine):

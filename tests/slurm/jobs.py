@@ -5,7 +5,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nemo_run as run
@@ -54,6 +55,15 @@ def started(job: str) -> float:
 def set_time_limit(job: str, minutes: int) -> None:
     """Change the time that a running job may take, counted from its start."""
     subprocess.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"], check=True)
+
+
+@contextmanager
+def without_node(node: str) -> Iterator[None]:
+    """The node is lost, with what runs there, until the end of the context."""
+    for lost in ("drain", "down"):
+        subprocess.run(["scontrol", "update", f"NodeName={node}", f"State={lost}", "Reason=lost"], check=True)
+    yield
+    subprocess.run(["scontrol", "update", f"NodeName={node}", "State=resume"], check=True)
 
 
 def wait_until[T](condition: Callable[[], T], what: str, poll_s: float = 0.2) -> T:

@@ -26,6 +26,7 @@ from jobs import (
     wait_for_end,
     wait_for_steps,
     wait_until,
+    without_node,
 )
 
 from exprl_megatron.errors import RunStopped
@@ -181,3 +182,21 @@ def test_a_time_limit_and_scancel_cost_no_weights_and_container_flags_reach_the_
 
     name = f"models/{resumed.config.stages[0].name}/model.safetensors"
     assert filecmp.cmp(interrupted / name, uninterrupted / name, shallow=False)
+
+
+def test_after_a_node_is_lost_the_trainer_goes_on_with_those_that_are_left(slurm, tmp_path):
+    recipe = fine_tuning(tmp_path / "run")
+    recipe.nodes.trainer, recipe.nodes.trainer_least = 2, 1
+    recipe.config.policy.layout.dp = 2
+    (job,) = submit(recipe, cluster())
+    wait_for_steps(tmp_path / "run", 21, job)
+    assert len(trainers(tmp_path / "run")) == 2
+    ranks = held(tmp_path / "run")
+    with without_node("node1"):
+        let_go(ranks)
+        wait_until(lambda: records()[job]["Restarts"] == "1", "the requeue")
+        left = wait_until(lambda: trainers(tmp_path / "run"), "the trainer on one node")
+        assert left[0].environ()["WORLD_SIZE"] == "1"
+        wait_for_end(job, "COMPLETED")
+        assert records()[job]["NodeList"] == "node0"
+    assert steps_done(tmp_path / "run") == STEPS

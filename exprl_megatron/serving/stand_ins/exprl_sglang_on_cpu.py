@@ -1,8 +1,10 @@
-"""SGLang plugin: deterministic inference, and with it the seed of a request, on a plain CPU."""
+"""SGLang plugin for a plain CPU: deterministic inference, with it the seed of a request, and a start in half the time."""
+
+import multiprocessing
 
 
 def activate() -> None:
-    """Allow the `torch_native` attention backend and leave out the Triton matrix products.
+    """Allow the `torch_native` attention backend, leave out the Triton matrix products, and fork processes.
 
     Triton compiles for GPUs only. What this gives up is that a result does not depend on the batch it
     was computed in; what stays is that the sampler draws from the request's own seed.
@@ -17,3 +19,9 @@ def activate() -> None:
         lambda runner: None,
         HookType.REPLACE,
     )
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork, HookType.AFTER)
+
+
+def _fork(*_) -> None:
+    """SGLang has just chosen to spawn, which CUDA needs: each process would import for 7 s what the first one has."""
+    multiprocessing.set_start_method("fork", force=True)
