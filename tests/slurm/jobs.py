@@ -57,6 +57,12 @@ def set_time_limit(job: str, minutes: int) -> None:
     subprocess.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"], check=True)
 
 
+def idle_nodes() -> int:
+    """Nodes that a job would get at once."""
+    told = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%T"], check=True, capture_output=True, text=True)
+    return told.stdout.split().count("idle")
+
+
 @contextmanager
 def without_node(node: str) -> Iterator[None]:
     """The node is lost, with what runs there, until the end of the context."""

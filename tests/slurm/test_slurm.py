@@ -14,6 +14,7 @@ from jobs import (
     ROOT,
     cluster,
     held,
+    idle_nodes,
     let_go,
     records,
     server,
@@ -188,6 +189,7 @@ def test_after_a_node_is_lost_the_trainer_goes_on_with_those_that_are_left(slurm
     recipe = fine_tuning(tmp_path / "run")
     recipe.nodes.trainer, recipe.nodes.trainer_least = 2, 1
     recipe.config.policy.layout.dp = 2
+    wait_until(lambda: idle_nodes() == 2, "the end of earlier jobs")
     (job,) = submit(recipe, cluster())
     wait_for_steps(tmp_path / "run", 21, job)
     assert len(trainers(tmp_path / "run")) == 2
