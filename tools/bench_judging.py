@@ -1,10 +1,10 @@
-"""What it saves to put the trace last in a judge's prompt: tokens that a server has to read, and time.
+"""What it saves to put the trace last in a judge's prompt, and to have its longest prefix read before the others.
 
 Some problems with a group of traces each are judged as in training, all at once and through the project's own judge:
-whole traces, or every prefix of them. The order `upstream` (problem, trace, reference) and the order `shared` (problem,
-reference, trace) take turns on one server, its cache emptied before each. Texts are random words of the model's own
-vocabulary, which nothing but their beginnings makes alike. Answers are cut off after a few tokens, so that reading is
-what takes the time; there are no verdicts, and the figures need none.
+whole traces, or every prefix of them. The order `upstream` (problem, trace, reference; all prefixes at once) and the
+order `shared` (problem, reference, trace) take turns on one server, its cache emptied before each. Texts are random
+words of the model's own vocabulary, which nothing but their beginnings makes alike. Answers are cut off after a few
+tokens, so that reading is what takes the time; there are no verdicts, and the figures need none.
 
     python tools/bench_judging.py --model DIR [--json F]
 """
@@ -94,18 +94,23 @@ def prefixes(trace: str, segments: int) -> list[str]:
     return [" ".join(words[: len(words) * (i + 1) // segments]) for i in range(segments)]
 
 
+async def verdicts(judge: Judge, order: str, problem: Problem, trace: str, segments: int | None) -> list[Judgement]:
+    """On the whole trace, or on its prefixes: as in training, or with `upstream` all asked for at once."""
+    if segments is None:
+        return [await judge.grade(problem, trace)]
+    texts = prefixes(trace, segments)
+    if order == "shared":
+        return await judge.grade_prefixes(problem, texts)
+    return await asyncio.gather(*(judge.grade(problem, text, "prefix") for text in texts))
+
+
 async def judged(judge: Judge, meter: Meter, order: str, cases: list, segments: int | None) -> Figures:
     """Judge whole traces, or all their prefixes where `segments` says how many."""
-    unit = "trace" if segments is None else "prefix"
     started = time.perf_counter()
-    judgements = await asyncio.gather(
-        *(
-            judge.grade(problem, text, unit)
-            for problem, traces in cases
-            for trace in traces
-            for text in ([trace] if segments is None else prefixes(trace, segments))
-        )
+    each = await asyncio.gather(
+        *(verdicts(judge, order, problem, trace, segments) for problem, traces in cases for trace in traces)
     )
+    judgements = [judgement for several in each for judgement in several]
     seconds = time.perf_counter() - started
     failed = [judgement for judgement in judgements if not _answered(judgement)]
     if failed:

@@ -104,6 +104,15 @@ class Judge:
             self._store.keep_judgement(key, self._asked(case), answer, judgement)
             return judgement
 
+    async def grade_prefixes(self, problem: Problem, texts: Sequence[str]) -> list[Judgement]:
+        """The verdicts on beginnings of one trace, the longest of which is the last; raises and abstains as `grade`.
+
+        The server reads the longest one first, alone: asked together, all would be read together, each from its start.
+        """
+        if len(texts) > 1 and not self._config.endpoints:
+            await self._read(problem, texts[-1])
+        return list(await asyncio.gather(*(self.grade(problem, text, "prefix") for text in texts)))
+
     def messages(self, problem: Problem, text: str, unit: Unit = "trace", rubric: Rubric | None = None) -> list[dict]:
         """The chat in which the judge is asked."""
         return list(self._prepared(problem, text, unit, rubric).messages)
@@ -141,9 +150,26 @@ class Judge:
         input_ids = await self._tokens(case.messages)
         if len(input_ids) + self._config.max_new_tokens > self._context_tokens:
             return Abstained("too-long", f"{len(input_ids)} prompt tokens, {self._context_tokens} in all"), ""
-        home = zlib.crc32(case.problem.id.encode())
         questions = self._questions(case, input_ids)
-        return await self._servers.ask(questions, home, self._config.deadline_s, self._reader(case))
+        return await self._servers.ask(questions, self._home(case.problem), self._config.deadline_s, self._reader(case))
+
+    async def _read(self, problem: Problem, text: str) -> None:
+        """Have the question about `text` read, so that others that begin like it are found in the server's cache."""
+        case = await self._case(problem, text, "prefix")
+        if self._store is not None and self._store.find_judgement(self._key(case)) is not None:
+            return
+        input_ids = await self._tokens(case.messages)
+        if len(input_ids) + self._config.max_new_tokens > self._context_tokens:
+            return
+        deadline_s = self._config.deadline_s
+        question = Question(
+            case.messages, input_ids, 0, temperature=0.0, seed=0, deadline_s=deadline_s + REQUEST_GRACE_S
+        )
+        # What goes wrong here goes wrong with the questions themselves, which are told of it.
+        await self._servers.ask([question], self._home(problem), deadline_s, lambda answer: None)
+
+    def _home(self, problem: Problem) -> int:
+        return zlib.crc32(problem.id.encode())
 
     def _questions(self, case: _Case, input_ids: tuple[int, ...]) -> Iterator[Question]:
         """The question, and then as often as the config says the same again, sampled."""

@@ -1,7 +1,7 @@
 """How a stage grades a finished trace: by the judge, whole or by segments, or by the verifier of its answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, RlStage
@@ -20,6 +20,8 @@ class Grades(Protocol):
     """The part of the judge that grading needs."""
 
     async def grade(self, problem: Problem, text: str, unit: Unit = "trace") -> Judgement: ...
+
+    async def grade_prefixes(self, problem: Problem, texts: Sequence[str]) -> list[Judgement]: ...
 
 
 def grade_of(stage: RlStage, judge: Grades | None, by_answer: Grade, tokenizer: Any) -> Grade:
@@ -67,7 +69,10 @@ def _by_segments(stage: ExprlProcessStage, judge: Grades, tokenizer: Any) -> Gra
             return await whole(problem, trace)
         spans = split_segments(trace.token_ids, tokenizer, stage.segments)
         texts = unit_texts(trace.token_ids, spans, tokenizer, unit)
-        judgements = await asyncio.gather(*(judge.grade(problem, text, unit) for text in texts))
+        if unit == "prefix":
+            judgements = await judge.grade_prefixes(problem, texts)
+        else:
+            judgements = await asyncio.gather(*(judge.grade(problem, text, unit) for text in texts))
         segments = tuple(JudgedSegment(*span, j) for span, j in zip(spans, judgements, strict=True))
         failed = [judgement for judgement in judgements if isinstance(judgement, Abstained)]
         return GradedTrace(trace, (failed or judgements)[0 if failed else -1], segments)

@@ -9,7 +9,7 @@ import math
 import sqlite3
 
 import pytest
-from judge_parts import PROBLEM, WORDS, Scripted, Written, make_judge, verdict, word_tokenizer, words
+from judge_parts import PROBLEM, PROMPT, WORDS, Scripted, Written, make_judge, verdict, word_tokenizer, words
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import RequestRefused, ServerError, UserError
@@ -36,6 +36,33 @@ def test_requests_about_the_traces_of_a_problem_share_all_that_precedes_the_trac
     one, other = judge.request(PROBLEM, "1"), judge.request(PROBLEM, "2")
     place = WORDS.index("TR")
     assert one[: one.index(place) + 1] == other[: other.index(place) + 1]
+
+
+def _prefixes(judge, texts=("1", "1 +", "1 + 1")):
+    return asyncio.run(judge.grade_prefixes(PROBLEM, texts))
+
+
+def test_the_longest_prefix_is_read_before_any_is_asked_about():
+    client = Scripted("", *[f"Score: {score}" for score in (1, 3, 5)])
+    judge = make_judge(client, prefix_prompt=str(PROMPT))
+    assert [judgement.value for judgement in _prefixes(judge)] == [0, 0.5, 1]
+    (read, sampling), *asked = client.calls
+    assert sampling["max_new_tokens"] == 0 and words(read).endswith("TR 1 + 1 JUDGE <|end|> <|start|> judge")
+    assert [ids for ids, _ in asked] == [judge.request(PROBLEM, text, "prefix") for text in ("1", "1 +", "1 + 1")]
+    alone = Scripted("Score: 1")
+    _prefixes(make_judge(alone, prefix_prompt=str(PROMPT)), ["1"])
+    assert len(alone.calls) == 1
+
+
+def test_a_prefix_that_is_too_long_or_already_judged_is_not_read(tmp_path):
+    client = Scripted("Score: 1", "Score: 3")
+    settings = {"prefix_prompt": str(PROMPT), "context_tokens": 26}
+    *_, last = _prefixes(make_judge(client, **settings), ("1", "1 +", "1 + 1 " * 9))
+    assert last.reason == "too-long" and len(client.calls) == 2
+    with JudgementStore(tmp_path / "judgements.sqlite") as store:
+        judged = _prefixes(make_judge(Scripted("", *["Score: 2"] * 3), store=store, **settings))
+        silent = Scripted()
+        assert _prefixes(make_judge(silent, store=store, **settings)) == judged and silent.calls == []
 
 
 def test_control_tokens_spelt_out_in_a_trace_open_no_turn():

@@ -74,6 +74,19 @@ def test_groups_come_in_order_each_from_one_server_with_a_seed_for_each_sample(q
 
 
 @pytest.mark.slow
+def test_a_group_s_prompt_is_read_once_for_all_of_it(qwen3_server):
+    asyncio.run(flushed(qwen3_server))
+    groups = sample([Watched(qwen3_server)], SHORT, 4, weight_versions=["initial"])
+    # The last token's logits are computed for each.
+    assert {t.cached_tokens for group in groups for t in group} == {len(PROMPTS[0].token_ids) - 1}
+
+
+async def flushed(server):
+    async with server.client() as client:
+        await client.flush_cache()
+
+
+@pytest.mark.slow
 def test_a_finished_trace_is_handed_on_while_others_are_still_written(qwen3_server):
     client = Watched(qwen3_server)
     still_running = []

@@ -25,6 +25,12 @@ def test_lengths_and_overlong_traces():
     assert (found["length/mean"], found["length/max"], found["length/overlong"]) == (4, 6, 0.5)
 
 
+def test_the_share_of_prompt_tokens_that_were_in_the_cache():
+    read = graded(0, 1.0)
+    cached = replace(read, trace=replace(read.trace, sample=1, prompt_ids=(1, 2, 3), cached_tokens=2))
+    assert group_statistics([Group("p", (read, cached))])["prompt/cached"] == 2 / 4
+
+
 def test_groups_all_right_and_all_wrong_by_a_verifier_that_is_the_grader():
     found = group_statistics([group(1.0, 1.0), group(0.0, None), group(1.0, 0.0), group(None, None)])
     assert found["verifier/right"] == 3 / 5

@@ -1,4 +1,4 @@
-"""SGLang plugin for a plain CPU: deterministic inference, with it the seed of a request, and a start in half the time."""
+"""SGLang plugin for a plain CPU: deterministic inference, with it the seed of a request, and a faster start."""
 
 import multiprocessing
 
