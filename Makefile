@@ -28,7 +28,7 @@ chaos: setup
 	.venv/bin/python tools/chaos.py directory=runs/chaos-$(NOW)
 
 test: setup
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slurm and not chaos"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not chaos"
 
 test-fast: setup
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slow"
