@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,8 +16,8 @@ from exprl_megatron.resharding.messages import Message, Slot, rounds, sender, st
 from exprl_megatron.resharding.names import Parameter
 from exprl_megatron.resharding.transport import Bucket
 
-Check = Callable[[Bucket], Any]
-"""What is wanted of each bucket's tensors: their checksums."""
+Check = Callable[[Bucket], None]
+"""What each bucket's tensors are looked at by: they are hashed."""
 _QUANTISED_AT_ONCE = 2**22
 
 
@@ -41,7 +40,7 @@ class Outgoing:
     `fillers`: the ranks on each of which every message is filled, one message a round; None: each pipeline stage's
     messages are filled on its first rank alone, those of one round side by side. `fp8`: matrices are quantised in
     blocks. `allocate` gives the memory of a bucket of so many bytes; there are two, which rounds take in turn.
-    `check`, if any, is called for every filled message on a thread.
+    `check`, if any, is called for every filled message, one after the other, on a thread.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Outgoing:
         self._allocate = allocate or (lambda size: torch.empty(size, dtype=torch.uint8, device=world.device))
         self._buffers: list[torch.Tensor | None] = [None, None]
         self._check = check
-        self._checks: list[Future[Any]] = []
+        self._checks: list[Future[None]] = []
         self._checker = ThreadPoolExecutor(1, "checksums")
 
     @property
@@ -98,11 +97,11 @@ class Outgoing:
             self._checks.append(self._checker.submit(self._check, filled.named()))
         return filled
 
-    def checked(self) -> list[Any]:
-        """What `check` gave for each of this rank's messages, once it is done with them."""
-        found = [check.result() for check in self._checks]
+    def checked(self) -> None:
+        """Return when `check` is done with this rank's messages; raises what it raised."""
+        for check in self._checks:
+            check.result()
         self._checker.shutdown()
-        return found
 
     @property
     def _cuda(self) -> bool:

@@ -1,17 +1,19 @@
 """The checksums that an SGLang server reports, computed from Hugging Face-named tensors.
 
 SGLang 0.5.23 hashes each parameter as each tensor-parallel rank holds it: its parts of the query, key and value
-projections joined along the rows, of the gate and up projections too, the vocabulary padded with zero rows to a
-multiple of 64 and cut by rows, output and down projections cut by columns, the rest whole. FP8 weights are hashed as
-the bf16 numbers that they stand for. On a CPU the hash is SHA-256 cut to 8 bytes, on CUDA a sum of mixed 32-bit words
-(see `_word_hash`).
+projections joined along the rows, of the gate and up projections too, those of all experts of a layer one behind the
+other, the vocabulary padded with zero rows to a multiple of 64 and cut by rows, output and down projections cut by
+columns, the rest whole. FP8 weights are hashed as the bf16 numbers that they stand for.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+
+from exprl_megatron.serving.weight_hash import Sha256, WeightHash, WordHash
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PARTS = {part: fused for fused, parts in _FUSED.items() for part in parts}
@@ -21,22 +23,116 @@ _PADDED = ("model.embed_tokens.weight", "lm_head.weight")
 _VOCABULARY_MULTIPLE = 64
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _CPU_MLP_MULTIPLE = 32
-"""On a CPU each of several ranks holds a multiple of so many of an MLP's inner numbers, the last ones zero."""
-_MASK = 0xFFFFFFFF
-_TILE = 8192
-_TILES_AT_ONCE = 256
-_SEED = 0x243F6A88
+"""On a CPU each rank holds a multiple of so many of an MLP's inner numbers, the last ones zero."""
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+_OF_EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
+_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+Device = Literal["cpu", "cuda"]
+"""What a server runs on."""
 
 
-def checksums(
-    named_tensors: Iterable[tuple[str, torch.Tensor]],
-    *,
-    tied: bool,
-    dtype: torch.dtype | None = None,
-    server: Literal["cpu", "cuda"] = "cpu",
-) -> dict[str, str]:
-    """`rank_checksums` for a server of one tensor-parallel rank."""
-    return rank_checksums(named_tensors, tp=1, kv_heads=1, tied=tied, dtype=dtype, server=server)[0]
+@dataclass
+class _Experts:
+    """A parameter that the experts of a layer make up, expert by expert."""
+
+    hashes: list[WeightHash]
+    """For each tensor-parallel rank."""
+    count: int
+    """Of its parts, over all experts."""
+    done: int = 0
+    early: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Parts, by their place, that came before those ahead of them."""
+
+
+class ServerChecksums:
+    """What `SGLangClient.checksums` returns for a server that holds the weights that are added, under SGLang's names.
+
+    Tensors may come in any order, on any device; parts of a fused parameter are kept until it is complete, and those
+    of experts until all ahead of them are there. `kv_heads`: the model's; where `tp` is more, ranks share them.
+    `experts`: in a layer. `tied`: the model has tie_word_embeddings, so that an `lm_head.weight` is left out. `dtype`:
+    the server's, where the tensors have another.
+    """
+
+    def __init__(
+        self,
+        *,
+        tp: int = 1,
+        kv_heads: int = 1,
+        experts: int = 0,
+        tied: bool,
+        dtype: torch.dtype | None = None,
+        server: Device = "cpu",
+    ):
+        self._tp, self._kv_heads, self._experts = tp, kv_heads, experts
+        self._tied, self._dtype, self._server = tied, dtype, server
+        self._found: tuple[dict[str, str], ...] = tuple({} for _ in range(tp))
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._growing: dict[str, _Experts] = {}
+
+    def add(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take some of the weights; their memory may be used anew when this returns."""
+        for name, tensor in named_tensors:
+            tensor = tensor.detach().to(dtype=self._dtype or tensor.dtype)
+            if expert := _EXPERT.fullmatch(name):
+                self._add_expert(expert[1], int(expert[2]), _MIXTRAL.get(expert[3], expert[3]), tensor)
+            elif not (self._tied and name == "lm_head.weight"):
+                self._add_dense(name, tensor)
+        for parts in (*self._waiting.values(), *(growing.early for growing in self._growing.values())):
+            parts |= {key: kept.clone() for key, kept in parts.items()}
+
+    def result(self) -> tuple[dict[str, str], ...]:
+        """The checksums of each rank's parameters. Raises ValueError where a part of one never came."""
+        missing = [f"{name} (has {', '.join(parts)})" for name, parts in self._waiting.items()]
+        missing += [f"{name} (has {e.done} of {e.count} parts)" for name, e in self._growing.items()]
+        if missing:
+            raise ValueError(f"parts of fused parameters are missing: {'; '.join(missing)}")
+        return self._found
+
+    def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
+        module, _, part = name.rpartition(".")[0].rpartition(".")
+        parts = {part: tensor}
+        if fused := _PARTS.get(part):
+            name = f"{module}.{fused}.{name.rpartition('.')[2]}"
+            parts = self._waiting.setdefault(name, {})
+            parts[part] = tensor
+            if len(parts) < len(_FUSED[fused]):
+                return
+            parts = {p: self._waiting[name][p] for p in _FUSED[fused]}
+            del self._waiting[name]
+        if name in _PADDED:
+            parts = {part: torch.cat([tensor, _padding(tensor)])}
+        for rank, held in enumerate(self._found):
+            own = [self._rank_bytes(p, whole, rank) for p, whole in parts.items()]
+            digest = self._hash(sum(map(len, own)))
+            for data in own:
+                digest.update(data)
+            held[name] = digest.hexdigest()
+
+    def _add_expert(self, module: str, expert: int, part: str, tensor: torch.Tensor) -> None:
+        (kind, parts), *_ = ((kind, parts) for kind, parts in _OF_EXPERTS.items() if part in parts)
+        name, count = f"{module}.{kind}", self._experts * len(parts)
+        if name not in self._growing:
+            nbytes = count * len(self._rank_bytes(part, tensor, 0))
+            self._growing[name] = _Experts([self._hash(nbytes) for _ in range(self._tp)], count)
+        growing = self._growing[name]
+        growing.early[expert * len(parts) + parts.index(part)] = tensor
+        while growing.done in growing.early:
+            tensor = growing.early.pop(growing.done)
+            for rank, digest in enumerate(growing.hashes):
+                digest.update(self._rank_bytes(parts[growing.done % len(parts)], tensor, rank))
+            growing.done += 1
+        if growing.done == count:
+            for held, digest in zip(self._found, growing.hashes, strict=True):
+                held[name] = digest.hexdigest()
+            del self._growing[name]
+
+    def _hash(self, nbytes: int) -> WeightHash:
+        return Sha256() if self._server == "cpu" else WordHash(nbytes)
+
+    def _rank_bytes(self, part: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        held = _rank_part(part, tensor, rank, self._tp, self._kv_heads, self._server)
+        return held.contiguous().reshape(-1).view(torch.uint8)
 
 
 def rank_checksums(
@@ -45,30 +141,26 @@ def rank_checksums(
     tp: int,
     kv_heads: int,
     tied: bool,
+    experts: int = 0,
     dtype: torch.dtype | None = None,
-    server: Literal["cpu", "cuda"] = "cpu",
+    server: Device = "cpu",
 ) -> tuple[dict[str, str], ...]:
-    """What `SGLangClient.checksums` returns for a server that holds these weights, under SGLang's names.
+    """ServerChecksums of all tensors at once; raises what its `result` raises."""
+    found = ServerChecksums(tp=tp, kv_heads=kv_heads, experts=experts, tied=tied, dtype=dtype, server=server)
+    found.add(named_tensors)
+    return found.result()
 
-    Tensors may come in any order, on any device; those of a fused parameter are kept until it is
-    complete. `kv_heads`: the model's; where `tp` is more, ranks share them. `tied`: the model has tie_word_embeddings,
-    so that an `lm_head.weight` is left out. `dtype`: the server's, where the tensors have another. `server`: what the
-    server runs on.
 
-    Raises ValueError where a part of a fused parameter never came.
-    """
-    found: tuple[dict[str, str], ...] = tuple({} for _ in range(tp))
-    for name, parts in _fuse(named_tensors):
-        if tied and name == "lm_head.weight":
-            continue
-        whole = {part: tensor.detach().to(dtype=dtype or tensor.dtype) for part, tensor in parts.items()}
-        if name in _PADDED:
-            whole = {part: torch.cat([tensor, _padding(tensor)]) for part, tensor in whole.items()}
-        for rank, held in enumerate(found):
-            own = [_rank_part(part, tensor, rank, tp, kv_heads, server).contiguous() for part, tensor in whole.items()]
-            as_bytes = [part.reshape(-1).view(torch.uint8) for part in own]
-            held[name] = _sha256(as_bytes) if server == "cpu" else _word_hash(torch.cat(as_bytes))
-    return found
+def checksums(
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    tied: bool,
+    experts: int = 0,
+    dtype: torch.dtype | None = None,
+    server: Device = "cpu",
+) -> dict[str, str]:
+    """`rank_checksums` for a server of one tensor-parallel rank."""
+    return rank_checksums(named_tensors, tp=1, kv_heads=1, tied=tied, experts=experts, dtype=dtype, server=server)[0]
 
 
 def differing(held: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
@@ -81,9 +173,9 @@ def _split(part: str) -> int | None:
     return 0 if part in _BY_ROWS else 1 if part in _BY_COLUMNS else None
 
 
-def _rank_part(part: str, tensor: torch.Tensor, rank: int, tp: int, kv_heads: int, server: str) -> torch.Tensor:
+def _rank_part(part: str, tensor: torch.Tensor, rank: int, tp: int, kv_heads: int, server: Device) -> torch.Tensor:
     dim = _split(part)
-    if dim is None or tp == 1:
+    if dim is None:
         return tensor
     if part in ("k_proj", "v_proj") and kv_heads < tp:
         rank, tp = rank * kv_heads // tp, kv_heads
@@ -96,71 +188,6 @@ def _rank_part(part: str, tensor: torch.Tensor, rank: int, tp: int, kv_heads: in
     return torch.cat([held, held.new_zeros(padding)], dim) if padding[dim] else held
 
 
-def _fuse(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Each parameter of SGLang with the tensors, by module, whose rows, one after the other, are its rows."""
-    waiting: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in named_tensors:
-        module, _, part = name.rpartition(".")[0].rpartition(".")
-        fused = _PARTS.get(part)
-        if fused is None:
-            yield name, {part: tensor}
-            continue
-        fused_name = f"{module}.{fused}.{name.rpartition('.')[2]}"
-        parts = waiting.setdefault(fused_name, {})
-        parts[part] = tensor
-        if len(parts) == len(_FUSED[fused]):
-            yield fused_name, {p: parts[p] for p in _FUSED[fused]}
-            del waiting[fused_name]
-    if waiting:
-        missing = [f"{name} (has {', '.join(parts)})" for name, parts in waiting.items()]
-        raise ValueError(f"parts of fused parameters are missing: {'; '.join(missing)}")
-
-
 def _padding(embedding: torch.Tensor) -> torch.Tensor:
     rows = -embedding.shape[0] % _VOCABULARY_MULTIPLE
     return embedding.new_zeros((rows, embedding.shape[1]))
-
-
-def _sha256(parts: list[torch.Tensor]) -> str:
-    """The first 8 bytes of SHA-256 over `parts` (uint8), in hexadecimal."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(memoryview(part.cpu().numpy()))
-    return digest.hexdigest()[:16]
-
-
-def _word_hash(data: torch.Tensor) -> str:
-    """SGLang's hash of a CUDA tensor, of `data` (uint8) on any device.
-
-    Every 32-bit word is mixed with its index, twice with different constants, and summed over tiles of
-    8192 words; the tiles' two sums, finalised, are summed as one 64-bit number and mixed once more. Words
-    are held in int64; a product that overflows keeps its low 32 bits right.
-    """
-    count = -(-data.numel() // 4)
-    if count == 0:
-        return f"{0:016x}"
-    words = torch.nn.functional.pad(data, (0, -data.numel() % (4 * _TILE))).view(torch.int32).view(-1, _TILE)
-    second_seed = (_SEED * 0x9E3779B1 ^ 0xDEADBEEF) & _MASK
-    total = 0
-    for first, tiles in zip(range(0, len(words), _TILES_AT_ONCE), words.split(_TILES_AT_ONCE), strict=True):
-        tiles = tiles.to(torch.int64) & _MASK
-        index = torch.arange(first * _TILE, first * _TILE + tiles.numel(), device=tiles.device).view_as(tiles)
-        inside, index = index < count, index & _MASK
-        for shift, factor, seed, turn in ((32, 0x27D4EB2D, _SEED, 15), (0, 0x165667B1, second_seed, 13)):
-            place = ((index * factor + seed) & _MASK) ^ (((index << turn) | (index >> (32 - turn))) & _MASK)
-            mixed = torch.where(inside, _finalise(tiles ^ place), 0)
-            total += int((_finalise((mixed.sum(dim=1) ^ (count * 4)) & _MASK) << shift).sum())
-    return f"{_splitmix64(total & (1 << 64) - 1):016x}"
-
-
-def _finalise(x: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's last step on 32-bit words."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
-    return x ^ (x >> 16)
-
-
-def _splitmix64(x: int) -> int:
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
-    return x ^ x >> 31

@@ -2,9 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
+
+import torch
 
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.conversion import fp8 as blocks
@@ -14,7 +16,7 @@ from exprl_megatron.resharding.control import Control, SyncStopped
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.resharding.transport import Bucket, Transport
-from exprl_megatron.serving.checksums import differing, rank_checksums
+from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
@@ -80,18 +82,10 @@ class WeightSync:
         """Leave the servers' broadcast groups; rank 0 only."""
         await self._transport.close()
 
-    def _outgoing(self) -> Outgoing:
-        """The policy's current weights, with the checksums that the servers will report for them."""
+    def _outgoing(self, sums: ServerChecksums | None) -> Outgoing:
+        """The policy's current weights; what this rank fills of them is added to `sums`."""
         config = self._config
         self._policy.gather_weights()
-        check = None
-        if config.verify:
-            check = partial(
-                expected_checksums,
-                tp=self._server_tp,
-                kv_heads=self._policy.architecture.kv_groups,
-                tied=self._policy.architecture.tied,
-            )
         return Outgoing(
             self._policy.chunks,
             self._policy.architecture,
@@ -100,7 +94,20 @@ class WeightSync:
             fillers=self._transport.fillers,
             fp8=config.fp8,
             allocate=self._transport.allocate,
-            check=check,
+            check=None if sums is None else lambda bucket: sums.add(as_served(bucket)),
+        )
+
+    def _checksums(self) -> ServerChecksums | None:
+        """Of weights that servers are to hold; None where nobody compares them."""
+        architecture = self._policy.architecture
+        if not self._config.verify:
+            return None
+        return ServerChecksums(
+            tp=self._server_tp,
+            kv_heads=architecture.kv_groups,
+            experts=architecture.experts.count if architecture.experts else 0,
+            tied=architecture.tied,
+            server="cuda" if has_cuda() else "cpu",
         )
 
     async def _convoked(self, version: str) -> str:
@@ -119,13 +126,14 @@ class WeightSync:
 
     def _attempt(self, version: str) -> tuple[SyncTimes, Exception | None]:
         """What one push took, and on rank 0 what it failed of; the other ranks stop without a word."""
-        times, outgoing = SyncTimes(), self._outgoing()
+        times, sums = SyncTimes(), self._checksums()
+        outgoing = self._outgoing(sums)
         times.nbytes = outgoing.nbytes
         try:
             self._conductor.collective(
                 lambda: self._push(outgoing, version, times), lambda: self._transport.follow(outgoing)
             )
-            self._check(outgoing, version, times)
+            self._check(outgoing, sums, version, times)
         except SyncStopped:
             return times, None
         except Exception as error:
@@ -136,16 +144,17 @@ class WeightSync:
             outgoing.checked()
         return times, None
 
-    def _check(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+    def _check(self, outgoing: Outgoing, sums: ServerChecksums | None, version: str, times: SyncTimes) -> None:
         """Compare checksums, where the config says so, and put all ranks' times together; a collective."""
         pushed = time.monotonic()
-        found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, outgoing.checked()))
+        outgoing.checked()
+        found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, sums and sums.result()))
         if found is None:
             return
-        gathering, quantising, sums = zip(*found, strict=True)
+        gathering, quantising, every_rank_s = zip(*found, strict=True)
         times.gather_s, times.quantise_s = max(gathering), max(quantising)
-        if self._config.verify:
-            expected = _merged(sums, self._server_tp)
+        if sums is not None:
+            expected = [dict(ChainMap(*parts)) for parts in zip(*every_rank_s, strict=True)]
             self._conductor.run(verify(self._members.clients, expected, version, self._config.deadline_s))
         times.check_s = time.monotonic() - pushed
 
@@ -167,18 +176,14 @@ class WeightSync:
         times.push_s = time.monotonic() - started
 
 
-def expected_checksums(bucket: Bucket, *, tp: int, kv_heads: int, tied: bool) -> tuple[dict[str, str], ...]:
-    """What the tensor-parallel ranks of a server report for a bucket's tensors.
-
-    For matrices in FP8 blocks a server reports the bf16 numbers that they stand for.
-    """
-    given = dict(bucket)
-    values = {name: tensor for name, tensor in bucket if not name.endswith(blocks.SCALE)}
-    for name in values:
-        if name + blocks.SCALE in given:
-            values[name] = blocks.dequantise(given[name], given[name + blocks.SCALE]).bfloat16()
-    server = "cuda" if has_cuda() else "cpu"
-    return rank_checksums(values.items(), tp=tp, kv_heads=kv_heads, tied=tied, server=server)
+def as_served(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a server's checksums are of: for matrices in FP8 blocks the bf16 numbers that they stand for."""
+    scales = {name: tensor for name, tensor in bucket if name.endswith(blocks.SCALE)}
+    for name, tensor in bucket:
+        if name + blocks.SCALE in scales:
+            yield name, blocks.dequantise(tensor, scales[name + blocks.SCALE]).bfloat16()
+        elif name not in scales:
+            yield name, tensor
 
 
 async def verify(
@@ -198,8 +203,3 @@ async def verify(
                     f"{len(wanted)} tensors differ, first {', '.join(wrong[:3])}; nothing more was sampled from it, "
                     "go on with --resume."
                 )
-
-
-def _merged(found: Sequence[Sequence[tuple[dict[str, str], ...]]], tp: int) -> list[dict[str, str]]:
-    """The checksums of all trainer ranks' messages, for each rank of a server."""
-    return [{k: v for messages in found for ranks in messages for k, v in ranks[rank].items()} for rank in range(tp)]

@@ -11,7 +11,7 @@ from exprl_megatron.conversion.fp8 import SCALE, dequantise, is_quantised, quant
 from exprl_megatron.errors import UserError
 from exprl_megatron.resharding.outgoing import quantise_into
 from exprl_megatron.serving.checksums import rank_checksums
-from exprl_megatron.training.sync import expected_checksums
+from exprl_megatron.training.sync import as_served
 
 sys.path.append(str(Path(__file__).parents[1] / "policy"))
 from ranks import run_ranks
@@ -74,7 +74,7 @@ def test_a_server_reports_the_numbers_that_blocks_stand_for():
         bucket += [(name + SCALE, scale), (name, values)]
         plain.append((name, dequantise(values, scale).bfloat16()))
     expected = rank_checksums(plain, tp=2, kv_heads=2, tied=False)
-    assert expected_checksums(bucket, tp=2, kv_heads=2, tied=False) == expected
+    assert rank_checksums(as_served(bucket), tp=2, kv_heads=2, tied=False) == expected
 
 
 def test_a_model_whose_blocks_would_lie_across_seams_is_refused(tiny_model):

@@ -9,8 +9,8 @@ import numpy
 import pytest
 import torch
 
-import exprl_megatron.serving.checksums as checksums_module
-from exprl_megatron.serving.checksums import checksums, differing, rank_checksums
+import exprl_megatron.serving.weight_hash as weight_hash
+from exprl_megatron.serving.checksums import ServerChecksums, checksums, differing, rank_checksums
 from exprl_megatron.serving.command import server_environment
 
 # SGLang's own CUDA kernel, run by Triton's interpreter on the tensors of the file given as its first argument.
@@ -71,7 +71,7 @@ def test_the_hash_of_a_cuda_server_is_that_of_sglang_s_kernel(tmp_path, monkeypa
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     ours = [checksums([("w", tensor)], tied=False, server="cuda")["w"] for tensor in given]
     assert printed.split() == ours
-    monkeypatch.setattr(checksums_module, "_TILES_AT_ONCE", 2)
+    monkeypatch.setattr(weight_hash, "_TILES_AT_ONCE", 2)
     assert [checksums([("w", tensor)], tied=False, server="cuda")["w"] for tensor in given] == ours
 
 
@@ -79,6 +79,52 @@ def test_a_missing_part_is_an_error_that_names_the_parameter():
     parts = tensors("model.layers.3.mlp.gate_proj.weight")
     with pytest.raises(ValueError, match=r"missing: model.layers.3.mlp.gate_up_proj.weight \(has gate_proj\)"):
         checksums(parts.items(), tied=False)
+
+
+def experts_of_a_layer(rows=64, columns=48):
+    """Of three experts of 48 inner numbers: the tensors, in the order in which they are sent."""
+    mlp = "model.layers.0.mlp.experts"
+    return {
+        f"{mlp}.{expert}.{part}_proj.weight": torch.randn(*((rows, columns) if part == "down" else (columns, rows)))
+        for expert in range(3)
+        for part in ("gate", "up", "down")
+    }
+
+
+@pytest.mark.parametrize("server", ["cpu", "cuda"])
+def test_a_layer_s_experts_are_hashed_as_two_tensors_whatever_comes_first(server):
+    weights = experts_of_a_layer()
+    gate, up, down = (
+        [tensor for name, tensor in weights.items() if f".{part}_proj" in name] for part in ("gate", "up", "down")
+    )
+    second = slice(24, 48) if server == "cuda" else slice(32, 48)
+    w13 = torch.stack([torch.cat([g[second], u[second]]) for g, u in zip(gate, up, strict=True)])
+    w2 = torch.stack([d[:, second] for d in down])
+    if server == "cpu":
+        w13 = torch.stack([torch.cat([_padded(g[second]), _padded(u[second])]) for g, u in zip(gate, up, strict=True)])
+        w2 = torch.stack([_padded(d[:, second].T).T for d in down])
+    whole = checksums([("w13", w13), ("w2", w2)], tied=False, server=server)
+    expected = {f"model.layers.0.mlp.experts.{name}_weight": value for name, value in whole.items()}
+    settings = {"tp": 2, "kv_heads": 2, "experts": 3, "tied": False, "server": server}
+    assert rank_checksums(weights.items(), **settings)[1] == expected
+    found, shuffled = ServerChecksums(**settings), list(reversed(weights.items()))
+    for named in (shuffled[:4], shuffled[4:]):
+        memory = [(name, tensor.clone()) for name, tensor in named]
+        found.add(memory)
+        for _, tensor in memory:
+            tensor.zero_()
+    assert found.result()[1] == expected
+
+
+def _padded(rows):
+    """To 32."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, 32 - len(rows)))
+
+
+def test_a_missing_expert_is_an_error_that_names_the_parameter():
+    weights = dict(list(experts_of_a_layer().items())[:-1])
+    with pytest.raises(ValueError, match=r"missing: model.layers.0.mlp.experts.w2_weight \(has 2 of 3 parts\)"):
+        checksums(weights.items(), tied=False, experts=3)
 
 
 def test_differences_name_changed_missing_and_surplus_parameters():

@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3 served side by side: log-probs, checksums, weight updates, failures."""
+"""Llama, Qwen2, Qwen3 and Qwen3-MoE served side by side: log-probs, checksums, weight updates, failures."""
 
 import asyncio
 import os
@@ -24,7 +24,9 @@ MODELS = {
     "llama": {"vocab_size": 131, "tied": False},
     "qwen2": {"vocab_size": 131, "tied": True},
     "qwen3": {"vocab_size": 128, "tied": False},
+    "qwen3-moe": {"vocab_size": 128, "tied": False},
 }
+EXPERTS = 4
 PROMPT = list(range(3, 100))
 
 
@@ -120,10 +122,10 @@ def test_the_longest_sequence_that_is_scored(servers):
 def test_checksums_are_computed_from_hugging_face_tensors(servers, tiny_model, name):
     weights = load_file(tiny_model(name, **MODELS[name]) / "model.safetensors")
     (held,) = on(servers[name], lambda client: client.checksums())
-    ours = checksums(weights.items(), tied=MODELS[name]["tied"])
+    ours = checksums(weights.items(), tied=MODELS[name]["tied"], experts=EXPERTS)
     assert differing(held, ours) == []
     weights["model.layers.1.self_attn.v_proj.weight"][-1, -1] += 1e-3
-    ours = checksums(weights.items(), tied=MODELS[name]["tied"])
+    ours = checksums(weights.items(), tied=MODELS[name]["tied"], experts=EXPERTS)
     assert differing(held, ours) == ["model.layers.1.self_attn.qkv_proj.weight"]
 
 

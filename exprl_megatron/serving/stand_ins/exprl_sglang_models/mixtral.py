@@ -1,0 +1,3 @@
+"""SGLang's own mixtral."""
+
+from sglang.srt.models.mixtral import EntryClass as EntryClass

@@ -1,0 +1,46 @@
+"""A policy of experts, learned expert-parallel in Megatron and sampled by SGLang."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.training.directory import RunDirectory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import SAMPLING, finish, run_config, start_ranks, write_problems
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(tiny_model, tmp_path):
+    model, problems = tiny_model("qwen3-moe"), write_problems(tmp_path / "problems.jsonl")
+    # Verified rewards of an untrained model are all 0 and teach nothing.
+    stage = {
+        "kind": "self-distill",
+        "name": "distill",
+        "steps": 3,
+        "problems": {"source": str(problems)},
+        "problems_per_step": 2,
+        "group_size": 3,
+        "sampling": SAMPLING,
+        "optimizer": {"lr": 1e-3},
+        "teacher_prompt": {"user": "{problem} {reference}"},
+    }
+    policy = {"model": str(model), "layout": {"dp": 2, "ep": 2}, "max_tokens": 160}
+    config = run_config(tmp_path / "run", model, model, problems, policy=policy, stages=[stage])
+    server = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
+    with start_servers([ServerSpec("policy-0", model, server, tmp_path)])[0] as started:
+        finish(start_ranks(config, {"policy": started}))
+    paths = RunDirectory(config.directory)
+    before, after = (load_file(path / "model.safetensors") for path in (model, paths.models / "distill"))
+    experts = [name for name in before if ".experts." in name]
+    assert experts and not any(before[name].equal(after[name]) for name in experts)
+    steps = [json.loads(line)["metrics"] for line in paths.metrics.read_text().splitlines()]
+    assert len(steps) == 3
+    # Each sync compared the checksums of all experts; were they not the trainer's, the log-probs would differ too.
+    assert all(step["sync/check"] > 0 and step["sampler_gap/max"] <= 1e-4 for step in steps)
