@@ -69,6 +69,8 @@ class WordHash:
 
     def _add(self, data: torch.Tensor) -> None:
         """Whole tiles; words past the tensor's end count nothing."""
+        if data.storage_offset() % 4:
+            data = data.clone()  # a view of words must begin at one
         for tiles in data.view(torch.int32).view(-1, _TILE).split(_TILES_AT_ONCE):
             tiles = tiles.to(torch.int64) & _MASK
             index = torch.arange(self._hashed, self._hashed + tiles.numel(), device=tiles.device).view_as(tiles)
