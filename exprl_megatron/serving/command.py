@@ -80,6 +80,11 @@ def server_environment(inherited: Mapping[str, str], *, cuda: bool, tp: int = 1)
     return environment
 
 
+def gpu_count() -> int:
+    """CUDA devices that this process sees."""
+    return torch.cuda.device_count()
+
+
 def has_cuda() -> bool:
     """Whether servers run on CUDA here."""
     return torch.cuda.is_available()

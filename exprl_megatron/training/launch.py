@@ -7,7 +7,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.files import Claim
-from exprl_megatron.serving.command import has_cuda
+from exprl_megatron.serving.command import gpu_count, has_cuda
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.launch import (
     SERVED_DTYPES,
@@ -18,6 +18,7 @@ from exprl_megatron.serving.launch import (
 )
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER, RouterSpec
+from exprl_megatron.training.devices import placed
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Host, Node
 from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
@@ -47,6 +48,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
     try:
         check_inputs(config)
         if not registered:
+            wanted = placed(wanted, config, gpu_count())
             check_servers(wanted)
         claim = directory.claim(config, resume)
     except UserError:

@@ -1,0 +1,35 @@
+"""Which of this machine's GPUs are whose, where a run starts its own servers beside the trainer."""
+
+from collections.abc import Sequence
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.serving.launch import ServerSpec, side_by_side
+from exprl_megatron.serving.router import RouterSpec
+
+
+def placed(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:
+    """The servers, each with its first GPU: behind the trainer's, one behind the other.
+
+    Sampling servers that take turns with the trainer have its GPUs. `gpus`: how many this machine has; without any
+    the servers are returned as they are. Raises UserError where there are too few.
+    """
+    if gpus == 0:
+        return list(specs)
+    ranks = config.policy.layout.world_size
+    computing = [spec for spec in specs if not isinstance(spec, RouterSpec)]
+    turns = [spec for spec in computing if config.placement.kind == "colocated" and spec.name.startswith("policy-")]
+    shared = side_by_side(turns)
+    behind = side_by_side(
+        [spec for spec in computing if spec not in turns], max(ranks, sum(spec.config.tp for spec in turns))
+    )
+    found = {spec.name: spec for spec in (*shared, *behind)}
+    needed = max(ranks, *(spec.first_gpu + spec.config.tp for spec in found.values()), 0)
+    if needed > gpus:
+        servers = ", ".join(f"{spec.name} {spec.config.tp}" for spec in computing)
+        raise UserError(
+            f"The trainer needs {ranks} GPUs of this machine and its servers more ({servers}): {needed} in all, of "
+            f"{gpus}; make policy.layout or the servers' count or tp smaller, let them take turns (placement.kind: "
+            "colocated), or give servers other machines (`exprl serve`)."
+        )
+    return [found.get(spec.name, spec) for spec in specs]

@@ -1,0 +1,42 @@
+"""Where a run's own servers are put on a machine with GPUs."""
+
+import pytest
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.errors import UserError
+from exprl_megatron.training.devices import placed
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.launch import wanted_servers
+
+
+def config(tmp_path, **changes):
+    stage = {"kind": "exprl-outcome", "name": "prime", "steps": 1, "problems": {"source": "p.jsonl"}}
+    tree = {
+        "directory": str(tmp_path),
+        "policy": {"model": "m", "layout": {"tp": 2}},
+        "server": {"count": 2, "tp": 2, "router": True},
+        "judge": {"model": "j", "server": {"tp": 2}},
+        "stages": [stage],
+    }
+    return check_config(tree | changes, "test")
+
+
+def first_gpus(config, tmp_path, gpus):
+    return {spec.name: spec.first_gpu for spec in placed(wanted_servers(config, RunDirectory(tmp_path)), config, gpus)}
+
+
+def test_servers_are_on_the_gpus_behind_the_trainer_s(tmp_path):
+    expected = {"policy-0": 2, "policy-1": 4, "router-0": 0, "judge-0": 6}
+    assert first_gpus(config(tmp_path), tmp_path, 8) == expected
+
+
+def test_sampling_servers_that_take_turns_with_the_trainer_are_on_its_gpus(tmp_path):
+    colocated = config(tmp_path, placement={"kind": "colocated"}, sync={"transport": "handles"})
+    expected = {"policy-0": 0, "policy-1": 2, "router-0": 0, "judge-0": 4}
+    assert first_gpus(colocated, tmp_path, 6) == expected
+
+
+def test_too_few_gpus_are_told_of_before_anything_starts(tmp_path):
+    with pytest.raises(UserError, match=r"needs 2 GPUs .* \(policy-0 2, policy-1 2, judge-0 2\): 8 in all, of 4; make"):
+        first_gpus(config(tmp_path), tmp_path, 4)
+    assert set(first_gpus(config(tmp_path), tmp_path, 0).values()) == {0}, "without GPUs nothing is placed"
