@@ -148,7 +148,7 @@ class Judge:
     async def _judged(self, case: _Case) -> tuple[Judgement, str]:
         """The judgement and the judge's last words."""
         input_ids = await self._tokens(case.messages)
-        if len(input_ids) + self._config.max_new_tokens > self._context_tokens:
+        if self._too_long(input_ids):
             return Abstained("too-long", f"{len(input_ids)} prompt tokens, {self._context_tokens} in all"), ""
         questions = self._questions(case, input_ids)
         return await self._servers.ask(questions, self._home(case.problem), self._config.deadline_s, self._reader(case))
@@ -159,7 +159,7 @@ class Judge:
         if self._store is not None and self._store.find_judgement(self._key(case)) is not None:
             return
         input_ids = await self._tokens(case.messages)
-        if len(input_ids) + self._config.max_new_tokens > self._context_tokens:
+        if self._too_long(input_ids):
             return
         deadline_s = self._config.deadline_s
         question = Question(
@@ -167,6 +167,9 @@ class Judge:
         )
         # What goes wrong here goes wrong with the questions themselves, which are told of it.
         await self._servers.ask([question], self._home(problem), deadline_s, lambda answer: None)
+
+    def _too_long(self, input_ids: Sequence[int]) -> bool:
+        return len(input_ids) + self._config.max_new_tokens > self._context_tokens
 
     def _home(self, problem: Problem) -> int:
         return zlib.crc32(problem.id.encode())

@@ -85,8 +85,8 @@ def server_specs(
     seed: int = 0,
     weight_version: str = "initial",
 ) -> list[ServerSpec]:
-    """The `config.count` servers `role-0`, `role-1`, ... of one model."""
-    return [
+    """The `config.count` servers `role-0`, `role-1`, ... of one model, on GPUs of their own from the first on."""
+    specs = [
         ServerSpec(
             name=f"{role}-{i}",
             model=Path(model),
@@ -99,6 +99,7 @@ def server_specs(
         )
         for i in range(config.count)
     ]
+    return side_by_side(specs)
 
 
 def side_by_side(specs: Sequence[ServerSpec], first_gpu: int = 0) -> list[ServerSpec]:

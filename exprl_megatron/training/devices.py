@@ -19,12 +19,10 @@ def placed(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[Se
     ranks = config.policy.layout.world_size
     computing = [spec for spec in specs if not isinstance(spec, RouterSpec)]
     turns = [spec for spec in computing if config.placement.kind == "colocated" and spec.name.startswith("policy-")]
-    shared = side_by_side(turns)
-    behind = side_by_side(
-        [spec for spec in computing if spec not in turns], max(ranks, sum(spec.config.tp for spec in turns))
-    )
-    found = {spec.name: spec for spec in (*shared, *behind)}
-    needed = max(ranks, *(spec.first_gpu + spec.config.tp for spec in found.values()), 0)
+    others = [spec for spec in computing if spec not in turns]
+    behind = side_by_side(others, max(ranks, sum(spec.config.tp for spec in turns)))
+    found = {spec.name: spec for spec in (*side_by_side(turns), *behind)}
+    needed = max([ranks, *(spec.first_gpu + spec.config.tp for spec in found.values())])
     if needed > gpus:
         servers = ", ".join(f"{spec.name} {spec.config.tp}" for spec in computing)
         raise UserError(

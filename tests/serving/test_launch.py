@@ -161,6 +161,7 @@ def test_flags_for_a_cpu_are_absent_on_cuda():
 
 def test_servers_on_one_machine_have_gpus_of_their_own(tmp_path):
     specs = server_specs("policy", tmp_path, ServerConfig(count=3, tp=2), tmp_path)
+    assert [spec.first_gpu for spec in specs] == [0, 2, 4]
     placed = side_by_side(specs, first_gpu=1)
     assert [spec.first_gpu for spec in placed] == [1, 3, 5]
     settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0", "first_gpu": placed[1].first_gpu}

@@ -39,4 +39,5 @@ def test_sampling_servers_that_take_turns_with_the_trainer_are_on_its_gpus(tmp_p
 def test_too_few_gpus_are_told_of_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match=r"needs 2 GPUs .* \(policy-0 2, policy-1 2, judge-0 2\): 8 in all, of 4; make"):
         first_gpus(config(tmp_path), tmp_path, 4)
-    assert set(first_gpus(config(tmp_path), tmp_path, 0).values()) == {0}, "without GPUs nothing is placed"
+    specs = wanted_servers(config(tmp_path), RunDirectory(tmp_path))
+    assert placed(specs, config(tmp_path), 0) == specs, "without GPUs nothing is placed"
