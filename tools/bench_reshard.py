@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gb", type=float, default=0.25, help="size of the model's weights in bf16, 10**9 bytes")
     parser.add_argument("--layouts", nargs="+", default=["1x1"], help="source layouts, TPxPP or TPxPPxDP")
     parser.add_argument("--server-tp", type=int, nargs="+", default=[1])
-    parser.add_argument("--transport", choices=["broadcast", "handles", "disk"], default="broadcast")
+    parser.add_argument("--transport", choices=["broadcast", "direct", "handles", "disk"], default="broadcast")
     parser.add_argument("--bucket-mb", type=float, default=64.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="compare no checksums")

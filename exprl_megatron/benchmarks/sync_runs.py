@@ -17,6 +17,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.direct import DirectTransport
 from exprl_megatron.resharding.disk import DiskTransport
 from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.messages import stage_messages
@@ -142,7 +143,7 @@ def _medians(
 def _transport(kind: str, clients: list[SGLangClient], server_tp: int, policy: Policy, control: Control, model: Path):
     if kind == "disk":
         return DiskTransport(clients, model.parent / "sync", model, control, _DEADLINE_S)
-    made = {"broadcast": BroadcastTransport, "handles": HandlesTransport}[kind]
+    made = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}[kind]
     return made(clients, server_tp, policy.world, control, _DEADLINE_S)
 
 

@@ -43,7 +43,7 @@ class SamplingConfig(Config):
 class SyncConfig(Config):
     """How updated weights reach the sampling servers, and what is checked then."""
 
-    transport: Literal["broadcast", "handles", "disk", "delta"] = "broadcast"
+    transport: Literal["broadcast", "direct", "handles", "disk", "delta"] = "broadcast"
     """See docs/resharding.md for which when."""
     bucket_mb: float = Field(256.0, gt=0)
     """Weights are gathered and sent in pieces of at most so many MiB (2**20 bytes); a rank holds two of them."""

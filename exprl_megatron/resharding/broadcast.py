@@ -10,6 +10,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future
 from urllib.parse import urlsplit
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.groups import address_towards, backend, join_in_background
+from exprl_megatron.resharding.groups import address_towards, backend, in_background, join
 from exprl_megatron.resharding.messages import Message, sender
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
@@ -107,7 +108,7 @@ class BroadcastTransport:
             place = self._place(host)
             self._control.go((names, host, world_size))
             places = [place for place in self._control.collect(place) if place is not None]
-            meeting = asyncio.wrap_future(join_in_background(names[0], *place, world_size, self._deadline_s))
+            meeting = asyncio.wrap_future(self._meet(names[0], place, world_size))
             joining = asyncio.gather(
                 *(
                     self._join_server(client, 1 + i * self._server_tp, world_size, names, places)
@@ -133,12 +134,15 @@ class BroadcastTransport:
         self._control.collect(place)
         meeting = None
         if place is not None:
-            name = names[self._world.pp_rank]
-            meeting = join_in_background(name, *place, world_size, self._deadline_s)
+            meeting = self._meet(names[self._world.pp_rank], place, world_size)
         self._control.await_go()
         if meeting is not None:
             self._group = meeting.result(self._deadline_s)
         self._names = names
+
+    def _meet(self, name: str, place: tuple[str, int], world_size: int) -> Future[dist.ProcessGroup]:
+        """Begin to form a group as its rank 0; done when all servers have joined."""
+        return in_background(name, lambda: join(name, *place, 0, world_size, self._deadline_s))
 
     def _place(self, host: str) -> tuple[str, int] | None:
         """Where servers on `host` find this rank, if it is a sender."""

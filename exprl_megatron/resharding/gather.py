@@ -36,13 +36,14 @@ class Gatherer:
         if self._world.rank == root:
             for index, rank in enumerate(ranks):
                 if rank == root:
-                    _place(parameter, self._own(parameter), into, index)
+                    _place(parameter, self.own(parameter), into, index)
                 else:
                     self._receive(parameter, rank, into, index)
         elif self._world.rank in ranks:
-            dist.send(self._own(parameter).contiguous(), dst=root)
+            dist.send(self.own(parameter).contiguous(), dst=root)
 
-    def _own(self, parameter: Parameter) -> torch.Tensor:
+    def own(self, parameter: Parameter) -> torch.Tensor:
+        """This rank's shard, which it must hold, in numbers of `dtype`."""
         return plain(self._local[parameter.chunk][parameter.name].detach())
 
     def _receive(self, parameter: Parameter, rank: int, into: Sequence[torch.Tensor], index: int) -> None:

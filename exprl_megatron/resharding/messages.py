@@ -114,6 +114,13 @@ def holders(parameter: Parameter, layout: Layout) -> tuple[int, ...]:
     return tuple(range(first, first + (layout.tp if parameter.rule.split_dim is not None else 1)))
 
 
+def copies(parameter: Parameter, holder: int, layout: Layout) -> range:
+    """The ranks that have the same shard as `holder`, one of `holders`: its data- and context-parallel copies."""
+    first = sender(parameter.pp_rank, layout)
+    step = layout.tp if parameter.ep_rank is None else layout.etp * layout.ep
+    return range(holder, first + layout.tp * layout.cp * layout.dp, step)
+
+
 def sender(stage: int, layout: Layout) -> int:
     """The first rank of a pipeline stage, which sends the stage's messages."""
     return stage * layout.tp * layout.cp * layout.dp

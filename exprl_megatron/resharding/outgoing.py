@@ -55,15 +55,17 @@ class Outgoing:
         allocate: Callable[[int], torch.Tensor] | None = None,
         check: Check | None = None,
     ):
-        self._gatherer = Gatherer(chunks, architecture, world)
+        self.gatherer = Gatherer(chunks, architecture, world)
+        self.architecture = architecture
+        self.bucket_bytes = bucket_bytes
         self._world = world
         self._fillers = fillers
         self._fp8 = fp8
-        dtype = str(self._gatherer.dtype).removeprefix("torch.")
+        dtype = str(self.gatherer.dtype).removeprefix("torch.")
         staged = stage_messages(architecture, world.layout, dtype, bucket_bytes, fp8=fp8, grouped=self._cuda)
         if fp8:
             table = [parameter for messages in staged for message in messages for parameter in message.parameters]
-            blocks.check_quantisable(table, self._gatherer.shapes, architecture)
+            blocks.check_quantisable(table, self.gatherer.shapes, architecture)
         one_by_one = [(message,) for messages in staged for message in messages]
         self.rounds: list[tuple[Message, ...]] = rounds(staged) if fillers is None else one_by_one
         """What is filled, and may be sent, at the same time."""
@@ -72,6 +74,7 @@ class Outgoing:
         self._allocate = allocate or (lambda size: torch.empty(size, dtype=torch.uint8, device=world.device))
         self._buffers: list[torch.Tensor | None] = [None, None]
         self._check = check
+        self._gathered = 0
         self._checks: list[Future[None]] = []
         self._checker = ThreadPoolExecutor(1, "checksums")
 
@@ -93,9 +96,15 @@ class Outgoing:
             filled = self._gather(number)
             if self._cuda:
                 torch.cuda.synchronize()
+        self._gathered += 1
         if filled is not None and self._check is not None:
             self._checks.append(self._checker.submit(self._check, filled.named()))
         return filled
+
+    def gather_rest(self) -> None:
+        """Gather, for `check`, the rounds that the transport had no need of; a collective."""
+        for number in range(self._gathered, len(self.rounds) if self._check is not None else 0):
+            self.gather(number)
 
     def checked(self) -> None:
         """Return when `check` is done with this rank's messages; raises what it raised."""
@@ -116,7 +125,7 @@ class Outgoing:
                     self._fill(filled)
                 else:
                     for parameter in message.parameters:
-                        self._gatherer.collect(parameter, rank, None)
+                        self.gatherer.collect(parameter, rank, None)
         return filled
 
     def _buffer(self, number: int) -> torch.Tensor:
@@ -133,7 +142,7 @@ class Outgoing:
         views = dict(filled.named())
         for parameter in filled.message.parameters:
             into = [self._destination(views, name) for name in parameter.hf_names]
-            self._gatherer.collect(parameter, self._world.rank, into)
+            self.gatherer.collect(parameter, self._world.rank, into)
             self._quantise(parameter, into, views)
         self.gather_s += time.monotonic() - started - (self.quantise_s - quantised)
 
@@ -141,7 +150,7 @@ class Outgoing:
         """Where a full tensor is put together: its place in the message, or beside it where it is quantised first."""
         if name + blocks.SCALE not in views:
             return views[name]
-        return torch.empty(views[name].shape, dtype=self._gatherer.dtype, device=self._world.device)
+        return torch.empty(views[name].shape, dtype=self.gatherer.dtype, device=self._world.device)
 
     def _quantise(self, parameter: Parameter, full: Sequence[torch.Tensor], views: dict[str, torch.Tensor]) -> None:
         started = time.monotonic()

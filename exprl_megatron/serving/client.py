@@ -175,15 +175,24 @@ class SGLangClient(HttpServer):
         await self._order("/update_weights_from_distributed", request, deadline_s)
 
     async def update_from_tensor(
-        self, payloads: Sequence[str], *, version: str | None, flush_cache: bool, deadline_s: float | None = None
+        self,
+        payloads: Sequence[str],
+        *,
+        version: str | None,
+        flush_cache: bool,
+        loader: str | None = None,
+        deadline_s: float | None = None,
     ) -> None:
         """Take one bucket from memory that this machine shares.
 
         `payloads`, one for each tensor-parallel rank, are base64 of what `multiprocessing`'s pickler makes of a list of
-        (Hugging Face name, tensor). Give `version` and `flush_cache=True` with the last bucket.
+        (Hugging Face name, tensor). Give `version` and `flush_cache=True` with the last bucket. `loader`: the function,
+        one of the server's `--custom-weight-loader`, that is called with the list; the server dies where it is none.
         """
         request: dict[str, Any] = {"serialized_named_tensors": list(payloads)}
         request["flush_cache"] = flush_cache and not self._in_place
+        if loader is not None:
+            request["load_format"] = loader
         if version is not None:
             request["weight_version"] = version
         await self._order("/update_weights_from_tensor", request, deadline_s)
@@ -258,6 +267,11 @@ class SGLangClient(HttpServer):
     async def info(self, *, deadline_s: float | None = None) -> dict[str, Any]:
         """/get_model_info: model_path, weight_version and more."""
         return self._read("/get_model_info", dict, await self._request("GET", "/get_model_info", None, deadline_s))
+
+    async def loaders(self) -> list[str]:
+        """The functions that the server's `--custom-weight-loader` names."""
+        reply = await self._request("GET", "/server_info", None, None)
+        return self._read("/server_info", lambda r: list(r["custom_weight_loader"] or ()), reply)
 
     async def _order(self, path: str, request: dict, deadline_s: float | None = None) -> dict:
         reply = await self._post(path, request, deadline_s)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.serving.ports import LOCAL
 
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -38,6 +39,7 @@ def server_command(
     command += ["--host", bind, "--port", str(port), "--tp-size", str(config.tp)]
     command += ["--random-seed", str(seed), "--weight-version", weight_version]
     command += ["--log-level-http", "warning", "--sleep-on-idle"]
+    command += ["--custom-weight-loader", LOADER]
     max_total_tokens = config.max_total_tokens
     if cuda:
         command += ["--base-gpu-id", str(first_gpu)]

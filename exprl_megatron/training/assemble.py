@@ -10,6 +10,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.delta import DeltaTransport
+from exprl_megatron.resharding.direct import DirectTransport
 from exprl_megatron.resharding.disk import DiskTransport
 from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.transport import Transport
@@ -134,5 +135,7 @@ def _transport(config: RunConfig, directory: Path, policy: Policy, control: Cont
     if config.sync.transport in ("disk", "delta"):
         kind = {"disk": DiskTransport, "delta": DeltaTransport}[config.sync.transport]
         return kind([], directory, Path(config.policy.model), control, deadline_s)
-    kind = {"broadcast": BroadcastTransport, "handles": HandlesTransport}[config.sync.transport]
+    kind = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}[
+        config.sync.transport
+    ]
     return kind([], server_tp, policy.world, control, deadline_s)

@@ -147,6 +147,7 @@ class WeightSync:
     def _check(self, outgoing: Outgoing, sums: ServerChecksums | None, version: str, times: SyncTimes) -> None:
         """Compare checksums, where the config says so, and put all ranks' times together; a collective."""
         pushed = time.monotonic()
+        outgoing.gather_rest()
         outgoing.checked()
         found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, sums and sums.result()))
         if found is None:

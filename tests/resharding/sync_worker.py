@@ -13,6 +13,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control, SyncStopped
+from exprl_megatron.resharding.direct import DirectTransport
 from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
@@ -28,7 +29,7 @@ LAYOUTS = {
     "VPP2xDP2": Layout(pp=2, vpp=2, dp=2),
     "TP2xPP2": Layout(tp=2, pp=2),
 }
-TRANSPORTS = {"broadcast": BroadcastTransport, "handles": HandlesTransport}
+TRANSPORTS = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}
 BUCKET_MB = 0.04
 
 

@@ -44,7 +44,7 @@ def results(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_checksums_agree_from_every_layout_to_every_server(results, layout, target):
     measured = results[f"{layout} to {target}"]
-    assert measured.keys() == {"broadcast", "handles", "again"}
+    assert measured.keys() == {"broadcast", "direct", "handles", "again"}
     for metrics in measured.values():
         assert metrics.keys() == {f"sync/{part}" for part in PARTS}
         assert metrics["sync/gb"] > 0 and metrics["sync/seconds"] > metrics["sync/check"] > 0

@@ -15,8 +15,8 @@ DEADLINE_S = 900
 STEPS = 40
 
 
-@pytest.fixture(scope="module")
-def run(tiny_model, tmp_path_factory):
+@pytest.fixture(scope="module", params=["broadcast", "direct"])
+def run(request, tiny_model, tmp_path_factory):
     """One step after each fault, and then to the end; what became of each fault, by its kind."""
     root = tmp_path_factory.mktemp("dying")
     problems = write_problems(root / "problems.jsonl")
@@ -30,7 +30,8 @@ def run(tiny_model, tmp_path_factory):
     )
     prime = whole.stages[0].model_copy(update={"steps": STEPS})
     judge = whole.judge.model_copy(update={"server": whole.server.model_copy(update={"count": 1})})
-    config = whole.model_copy(update={"stages": (prime,), "judge": judge})
+    sync = whole.sync.model_copy(update={"transport": request.param})
+    config = whole.model_copy(update={"stages": (prime,), "judge": judge, "sync": sync})
     with FaultedRun(config, longest_s=6.0) as faulted:
         faulted.until(lambda: faulted.learned() >= 1, DEADLINE_S)
         faulted.outcomes = {kind: faulted.throw(kind, DEADLINE_S) for kind in faulted.kinds}

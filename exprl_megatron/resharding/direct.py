@@ -1,0 +1,267 @@
+"""Weights from each trainer rank's shard straight into the servers' parameters, by point-to-point messages.
+
+Nothing is joined and nothing is sent twice: a server's rank is sent what it holds, by the ranks that have it, in one
+group of all trainer and server ranks (gloo between CPU processes, NCCL between GPUs). What it holds, each server's rank
+finds out from its own model (serving/loader_trace.py).
+"""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+
+from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.deliveries import Sent, Where, sent, shares
+from exprl_megatron.resharding.gather import Gatherer
+from exprl_megatron.resharding.groups import address_towards, backend, break_off, form, in_background
+from exprl_megatron.resharding.messages import ITEMSIZE
+from exprl_megatron.resharding.outgoing import Outgoing
+from exprl_megatron.resharding.timing import SyncTimes
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
+from exprl_megatron.serving.loader_orders import LOADER, Delivery, Need, payload
+from exprl_megatron.together import together
+
+
+class DirectTransport:
+    """See Transport. `server_tp` is the tensor parallelism of each server; `clients` are needed on rank 0 alone."""
+
+    fillers = None
+
+    def __init__(
+        self, clients: Sequence[SGLangClient], server_tp: int, world: World, control: Control, deadline_s: float
+    ):
+        self._clients = list(clients)
+        self._server_tp = server_tp
+        self._world = world
+        self._control = control
+        self._deadline_s = deadline_s
+        self._store: dist.TCPStore | None = None
+        self._name = ""
+        self._size = 0
+        """Of the group."""
+        self._group: dist.ProcessGroup | None = None
+        self._sent: list[Sent] = []
+        """What this rank sends."""
+        self._moved = 0
+        """Bytes to one server."""
+        self._orders = 0
+
+    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+        self._clients = list(clients)
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+        self._group, self._store = None, None
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
+
+    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+        try:
+            with self._control.leading():
+                await together(client.begin_weight_update() for client in self._clients)
+                if self._group is None:
+                    await self._open(outgoing)
+                started = time.monotonic()
+                self._control.go()
+                await self._send(outgoing)
+                sent_s = time.monotonic()
+                await self._order("finish", version=version)
+                await together(client.end_weight_update() for client in self._clients)
+                self._control.go()
+        except BaseException:
+            self._break_off()
+            raise
+        times.send_s += sent_s - started
+        times.load_s += time.monotonic() - sent_s
+        times.moved += self._moved
+
+    def follow(self, outgoing: Outgoing) -> None:
+        try:
+            if self._group is None:
+                self._follow_open(outgoing)
+            self._control.await_go()
+            sending = self._begin_to_send(outgoing)
+            self._control.await_go()
+            sending.result()
+        except BaseException:
+            self._break_off()
+            raise
+
+    async def close(self) -> None:
+        if self._group is not None:
+            await together(client.begin_weight_update() for client in self._clients)
+            await self._order("leave")
+            await together(client.end_weight_update() for client in self._clients)
+        self.enlist(self._clients)
+
+    def _break_off(self) -> None:
+        """Let servers go that wait for what is not sent any more."""
+        if self._group is not None:
+            break_off(self._group, self._world.rank, self._size)
+            self.enlist(self._clients)
+
+    async def _open(self, outgoing: Outgoing) -> None:
+        """All ranks and servers meet in a new group; everybody learns what the servers hold."""
+        for client in self._clients:
+            if LOADER not in await client.loaders():
+                raise UserError(
+                    f"{client.name} ({client.url}) was started without --custom-weight-loader {LOADER}, which "
+                    f"sync.transport direct needs; start it with exprl serve, or use broadcast."
+                )
+        address = address_towards(urlsplit(self._clients[0].url).hostname)
+        timeout = timedelta(seconds=self._deadline_s)
+        self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        gatherer = outgoing.gatherer
+        told = {"dtype": _word(gatherer.dtype), "shapes": gatherer.shapes}
+        self._store.set("tensors", json.dumps(told))
+        self._name = f"exprl-weights-{uuid.uuid4().hex[:8]}"
+        self._size = self._world.layout.world_size + self._server_tp * len(self._clients)
+        self._control.go((self._name, self._size, address, self._store.port))
+        meeting = asyncio.wrap_future(self._meet(self._store))
+        await _both(meeting, asyncio.ensure_future(self._order("join")))
+        needs = [
+            [[Need(*need) for need in json.loads(self._store.get(f"needs/{rank}"))] for rank in self._ranks(server)]
+            for server in range(len(self._clients))
+        ]
+        self._control.go(needs)
+        self._group = meeting.result()
+        self._plan(outgoing, needs)
+
+    def _follow_open(self, outgoing: Outgoing) -> None:
+        self._name, self._size, address, port = self._control.await_go()
+        timeout = timedelta(seconds=self._deadline_s)
+        meeting = self._meet(dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout))
+        needs = self._control.await_go()
+        self._group = meeting.result(self._deadline_s)
+        self._plan(outgoing, needs)
+
+    def _meet(self, store: dist.TCPStore) -> Future[dist.ProcessGroup]:
+        def work() -> dist.ProcessGroup:
+            with self._on_device():
+                group = form(self._name, store, self._world.rank, self._size, self._deadline_s)
+                # NCCL wants every member in the first thing that a group does.
+                dist.all_reduce(torch.zeros(1, device=self._world.device), group=group)
+                return group
+
+        return in_background(self._name, work)
+
+    def _plan(self, outgoing: Outgoing, needs: list[list[list[Need]]]) -> None:
+        """Who sends what; rank 0 tells the servers' ranks what they get."""
+        dtype = _word(outgoing.gatherer.dtype)
+        held = shares(outgoing.architecture, self._world.layout, self._world.device.type == "cuda")
+        everything = sent(needs, held, self._world.layout, dtype, outgoing.bucket_bytes)
+        self._sent = [one for one in everything if one.delivery.source == self._world.rank]
+        if self._control.here:
+            self._moved = sum(one.delivery.count for one in everything) * ITEMSIZE[dtype] // len(needs)
+            for rank in range(self._world.layout.world_size, self._size):
+                own = [one.delivery for one in everything if one.delivery.target == rank]
+                self._store.set(f"deliveries/{rank}", json.dumps(own))
+
+    def _ranks(self, server: int) -> range:
+        """A server's ranks in the group."""
+        first = self._world.layout.world_size + server * self._server_tp
+        return range(first, first + self._server_tp)
+
+    async def _order(self, what: str, version: str | None = None) -> None:
+        """All servers to do something (see serving/loader.py). Raises ServerError with what one could not."""
+        self._orders += 1
+        await together(self._order_one(what, server, version) for server in range(len(self._clients)))
+
+    async def _order_one(self, what: str, server: int, version: str | None) -> None:
+        client = self._clients[server]
+        order = {
+            "do": what,
+            "answer": f"answer {self._orders}",
+            "group": self._name,
+            "backend": backend(),
+            "address": self._store.host,
+            "port": self._store.port,
+            "world_size": self._size,
+            "deadline_s": self._deadline_s,
+        }
+        await client.update_from_tensor(
+            [payload(order | {"rank": rank}) for rank in self._ranks(server)],
+            version=version,
+            flush_cache=version is not None,
+            loader=LOADER,
+            deadline_s=self._deadline_s,
+        )
+        for rank in self._ranks(server):
+            answer = f"{order['answer']}/{rank}"
+            said = self._store.get(answer).decode() if self._store.check([answer]) else "it did not answer"
+            if said:
+                raise ServerError(f"{client.name} ({client.url}) could not {what} weights: {said}; see its log.")
+
+    async def _send(self, outgoing: Outgoing) -> None:
+        receiving = asyncio.ensure_future(self._order("receive"))
+        await _both(asyncio.wrap_future(self._begin_to_send(outgoing)), receiving)
+
+    def _begin_to_send(self, outgoing: Outgoing) -> Future[None]:
+        """This rank's part of a sync, on a thread."""
+        sources = {one.delivery: one.sources for one in self._sent}
+        gatherer, group = outgoing.gatherer, self._group
+        lanes = Lanes(gatherer.dtype, self._world.device)
+
+        def begin(lane: int, deliveries: list[Delivery]) -> list[dist.P2POp]:
+            cuts = [_cuts(gatherer, delivery, sources[delivery]) for delivery in deliveries]
+            beside = [len(parts) > 1 or not parts[0].is_contiguous() for parts in cuts]
+            counts = [delivery.count for delivery, aside in zip(deliveries, beside, strict=True) if aside]
+            memory = iter(lanes.take(lane, counts))
+            data = [
+                torch.cat([part.reshape(-1) for part in parts], out=next(memory)) if aside else parts[0]
+                for parts, aside in zip(cuts, beside, strict=True)
+            ]
+            return [
+                dist.P2POp(dist.isend, tensor, group=group, group_peer=delivery.target)
+                for tensor, delivery in zip(data, deliveries, strict=True)
+            ]
+
+        def work() -> None:
+            with self._on_device(), torch.no_grad():
+                in_rounds(sources, begin)
+                if self._world.device.type == "cuda":
+                    torch.cuda.synchronize()
+
+        return in_background("weights", work)
+
+    def _on_device(self):
+        return torch.cuda.device(self._world.device) if self._world.device.type == "cuda" else nullcontext()
+
+
+async def _both(own: asyncio.Future, servers: asyncio.Future) -> None:
+    """Return when our side and the servers are through. What a server says is the cause, where both fail."""
+    # Nobody may look at it any more.
+    own.add_done_callback(lambda future: future.cancelled() or future.exception())
+    try:
+        await asyncio.wait({own, servers}, return_when=asyncio.FIRST_EXCEPTION)
+        await servers
+        await own
+    except RuntimeError as error:
+        raise ServerError(f"sending weights to the servers broke off: {error}.") from error
+    finally:
+        servers.cancel()
+
+
+def _cuts(gatherer: Gatherer, delivery: Delivery, sources: Sequence[Where]) -> list[torch.Tensor]:
+    """A delivery's parts where they are on this rank."""
+    cuts = []
+    for part, (parameter, row, column) in zip(delivery.parts, sources, strict=True):
+        own = gatherer.own(parameter)
+        rows = own if own.dim() == 2 else own.view(-1, 1)
+        cuts.append(rows.narrow(0, row, part.rows).narrow(1, column, part.columns))
+    return cuts
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

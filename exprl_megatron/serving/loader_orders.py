@@ -1,0 +1,66 @@
+"""What trainer and server tell each other while a server receives weights straight into its parameters.
+
+The server is a stock one, started with SGLang's `--custom-weight-loader` naming our function (LOADER), which
+`/update_weights_from_tensor` calls on each tensor-parallel rank with what `payload` makes of an order.
+"""
+
+import base64
+import json
+import pickle
+from typing import Any, NamedTuple
+
+import torch
+
+LOADER = "exprl_megatron.serving.loader.load"
+
+
+class Need(NamedTuple):
+    """A rectangle of a Hugging Face tensor (a vector counts as one column) that a server's rank holds."""
+
+    name: str
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+
+class Part(NamedTuple):
+    """A rectangle within a Need, which is counted by its place among those of its rank."""
+
+    need: int
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+    @property
+    def count(self) -> int:
+        """Numbers in it."""
+        return self.rows * self.columns
+
+
+class Delivery(NamedTuple):
+    """One message from a trainer's rank to a server's: its parts, row by row, one behind the other."""
+
+    round: int
+    source: int
+    """Rank in the group of all trainer and server ranks."""
+    target: int
+    parts: tuple[Part, ...]
+
+    @property
+    def count(self) -> int:
+        """Numbers in it."""
+        return sum(part.count for part in self.parts)
+
+
+def payload(order: dict[str, Any]) -> str:
+    """`order` in the form of one rank's named tensors, as `/update_weights_from_tensor` takes them."""
+    return base64.b64encode(pickle.dumps([(json.dumps(order), _NoTensor())])).decode("ascii")
+
+
+class _NoTensor:
+    """Stands where SGLang wants a tensor: unpickled it is an empty one, on any machine."""
+
+    def __reduce__(self):
+        return torch.Tensor, ()

@@ -1,0 +1,91 @@
+"""Where a served model puts each part of each Hugging Face tensor, asked of its own loader.
+
+SGLang's `load_weights` is called with tensors of the meta device, which have a shape and no numbers; every copy out of
+one of them is noted in the place of being done. So whatever a model fuses, cuts over its ranks or pads is known without
+a table of its names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from exprl_megatron.serving.loader_orders import Need
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of a parameter, and what belongs there."""
+
+    need: Need
+    parameter: str
+    offset: int
+    """Of its first number in the parameter's memory."""
+    size: tuple[int, int]
+    stride: tuple[int, int]
+
+    def view(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[rows, columns], of the parameter as it is now."""
+        return torch.as_strided(parameters[self.parameter].data, self.size, self.stride, self.offset)
+
+
+def trace(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[Place]:
+    """The places of all tensors of `shapes` in `model`, whose parameters stay as they are but for what is padding.
+
+    `dtype` is what will be sent. Raises ValueError where the loader does more with a tensor than to copy parts of it
+    into parameters.
+    """
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    noted = _Noted(model, tensors)
+    try:
+        with noted, torch.no_grad():
+            model.load_weights(list(tensors.items()))
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{type(model).__name__} reads the numbers of its weights while it loads: {error}") from error
+    return noted.places
+
+
+class _Noted(TorchDispatchMode):
+    """Notes the copies out of `tensors` into parameters of `model`; anything else is done."""
+
+    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.places: list[Place] = []
+        self._tensors = tensors
+        self._names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
+        self._parameters = {
+            parameter.untyped_storage().data_ptr(): name
+            for name, parameter in model.named_parameters()
+            if parameter.numel()
+        }
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default and args[1].is_meta:
+            if args[1].numel():
+                self.places.append(self._place(*args[:2]))
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+    def _place(self, into: torch.Tensor, part: torch.Tensor) -> Place:
+        name = self._names.get(part.untyped_storage()._cdata)
+        parameter = None if into.is_meta else self._parameters.get(into.untyped_storage().data_ptr())
+        if name is None or parameter is None or into.shape != part.shape:
+            raise ValueError(f"{name or 'a changed tensor'} does not go into a parameter as it is")
+        row, rows, column, columns = _rectangle(name, part, self._tensors[name])
+        stride = (into.stride(0), into.stride(1) if into.dim() == 2 else 1)
+        return Place(Need(name, row, rows, column, columns), parameter, into.storage_offset(), (rows, columns), stride)
+
+
+def _rectangle(name: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int]:
+    """Row, rows, column and columns of the `part` of `whole`."""
+    width = whole.shape[1] if whole.dim() == 2 else 1
+    columns = part.shape[1] if part.dim() == 2 else 1
+    expected = (width, 1)[: part.dim()]
+    straight = all(
+        size == 1 or stride == e for size, stride, e in zip(part.shape, part.stride(), expected, strict=True)
+    )
+    if part.dim() != whole.dim() or part.dim() not in (1, 2) or not straight:
+        raise ValueError(f"{name} is not cut into rectangles")
+    row, column = divmod(part.storage_offset(), width)
+    return row, part.shape[0], column, columns
