@@ -20,10 +20,10 @@ class PlacementConfig(Config):
         if self.kind == "separate":
             return []
         found = []
-        if whole.sync.transport == "broadcast":
+        if whole.sync.transport in ("broadcast", "direct"):
             found.append(
-                "placement.kind is colocated, but sync.transport is broadcast, which has no group of two processes on "
-                "one GPU; set it to handles."
+                f"placement.kind is colocated, but sync.transport is {whole.sync.transport}, which has no group of two "
+                f"processes on one GPU; set it to handles."
             )
         for stage in whole.stages:
             if getattr(stage, "max_staleness", 0):

@@ -57,3 +57,11 @@ class SyncConfig(Config):
     """How traces under way wait while the weights change (`max_staleness`): `retract` computes their cache anew under
     the new weights, `in_place` goes on with the old one."""
     deadline_s: float = Field(600.0, gt=0)
+
+    def violations(self, whole) -> list[str]:
+        if self.fp8 and self.transport == "direct":
+            return [
+                "sync.transport is direct, which sends weights as the trainer holds them, but sync.fp8 is true; set "
+                "transport to broadcast, or fp8 to false."
+            ]
+        return []

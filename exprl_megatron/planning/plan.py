@@ -18,7 +18,7 @@ from exprl_megatron.planning.memory import (
 )
 from exprl_megatron.planning.parameters import model_parameters, rank_counts
 from exprl_megatron.planning.phases import Phase, Speed, speed_of
-from exprl_megatron.planning.rl_time import host_swap_time, reshard_time, save_time
+from exprl_megatron.planning.rl_time import direct_time, host_swap_time, reshard_time, save_time
 from exprl_megatron.planning.serving_phases import serving_phases, start_server_phase
 from exprl_megatron.planning.serving_time import Servers, prefill_seconds
 from exprl_megatron.planning.targets import assumed_architecture, find_architecture
@@ -161,14 +161,21 @@ def _trainer(config, stage, architecture, workload, gpu, one: Learning) -> list[
         memory = _fullest(
             policy.layout.pp, lambda rank: reshard_memory(architecture, policy, optimizer, rank, bucket, gpu)
         )
-        phases.append(
-            Phase("reshard", "trainer", reshard_time(architecture, policy.layout, gpu, colocated=False), memory)
-        )
+        phases.append(Phase("reshard", "trainer", _reshard_seconds(config, architecture, gpu), memory))
     memory = _fullest(policy.layout.pp, lambda rank: resident_memory(architecture, policy, optimizer, rank, gpu))
     state = model_parameters(architecture) * (12 if policy.precision.dtype == "fp32" else 14)
     nodes = max(1, policy.layout.world_size // gpu.gpus_per_node)
     seconds = save_time(state, nodes * STORAGE_BYTES_PER_S) / config.checkpoint.every_steps
     return [*phases, Phase("save", "trainer", seconds, memory)]
+
+
+def _reshard_seconds(config: RunConfig, architecture: Architecture, gpu: Gpu) -> float:
+    """By the run's transport; one that goes by files is taken for a broadcast."""
+    layout, server, sync = config.policy.layout, config.server, config.sync
+    if sync.transport == "direct":
+        return direct_time(architecture, layout, gpu, servers=server.count, server_tp=server.tp)
+    each = 1.0 if sync.fp8 else 2.0
+    return reshard_time(architecture, layout, gpu, colocated=sync.transport == "handles", each=each)
 
 
 def _starting_policy(config, stage, architecture, workload, gpu, one) -> dict[str, float]:

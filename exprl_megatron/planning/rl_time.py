@@ -143,6 +143,19 @@ def reshard_time(architecture: Architecture, layout: Layout, gpu: Gpu, *, coloca
     return inside + size * outside / (gpu.nic_bytes_per_s * NIC_SHARE)
 
 
+def direct_time(
+    architecture: Architecture, layout: Layout, gpu: Gpu, *, servers: int, server_tp: int, each: float = 2.0
+) -> float:
+    """Seconds to carry the new weights to `servers` servers of `server_tp` ranks, to each its part by its own card.
+
+    Data- and context-parallel copies of the trainer's shards each serve some of the servers.
+    """
+    size = weight_bytes(architecture, each)
+    copies = min(servers, layout.dp * layout.cp)
+    out = size * servers / (layout.tp * layout.pp * copies)
+    return max(out, size / server_tp) / (gpu.nic_bytes_per_s * NIC_SHARE)
+
+
 def host_swap_time(size_bytes: float, gpu: Gpu) -> float:
     """Seconds to exchange `size_bytes` of a GPU's weights with host memory: out and in at the same time."""
     return size_bytes / (gpu.host_bytes_per_s * NVLINK_SHARE)

@@ -7,13 +7,15 @@ Ranks are those of one group: the trainer's first, then each server's.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 
 import torch
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import Architecture
 from exprl_megatron.resharding.messages import ITEMSIZE, Shape, copies, holders, shard_shape
-from exprl_megatron.resharding.names import Parameter, hf_shapes, parameters
+from exprl_megatron.resharding.names import Parameter, Rule, hf_shapes, parameters
 from exprl_megatron.serving.loader_orders import Delivery, Need, Part
 
 _SMALL_BYTES = 2**16
@@ -76,24 +78,29 @@ def sent(
 ) -> list[Sent]:
     """All deliveries that bring `needs`, of each server and each of its ranks, in the order in which ranks take part.
 
-    Of several holders the i-th sends to server i. No rank has more than `bucket_bytes` on the way in a round (more
-    where one part alone has more). Raises ValueError where nobody holds a need.
+    Of several holders the i-th sends to server i. No rank has more than `bucket_bytes` on its way in a round, which its
+    links share (more where one part has more than a link's share). Raises ValueError where nobody holds a need.
     """
-    links: dict[tuple[int, int], list[_Planned]] = defaultdict(list)
+    by_copies: dict[int, dict[range, list[_Planned]]] = {}
+    links: dict[tuple[int, int], list[list[_Planned]]] = defaultdict(list)
     target = layout.world_size
     for server, ranks in enumerate(needs):
         for rank_needs in ranks:
-            for number, need in enumerate(rank_needs):
-                for source, planned in _parts(number, need, held.get(need.name, ()), layout, server):
-                    links[source, target].append(planned)
+            # Servers are alike: what is worked out for a rank of one holds for the others'.
+            if id(rank_needs) not in by_copies:
+                by_copies[id(rank_needs)] = _by_copies(rank_needs, held, layout)
+            for holding, parts in by_copies[id(rank_needs)].items():
+                links[holding[server % len(holding)], target].append(parts)
             target += 1
     busiest = max(max(Counter(ends).values()) for ends in zip(*links, strict=True))
-    cut = [
-        sent
-        for (source, target), parts in links.items()
-        for sent in _deliveries(source, target, parts, ITEMSIZE[dtype], bucket_bytes // busiest)
-    ]
-    return sorted(cut, key=lambda sent: sent.delivery.round)
+    cut: dict[tuple[int, ...], list[tuple[int, tuple[Part, ...], tuple[Where, ...]]]] = {}
+    found = []
+    for (source, target), lists in links.items():
+        alike = tuple(map(id, lists))
+        if alike not in cut:
+            cut[alike] = _cut(chain.from_iterable(lists), ITEMSIZE[dtype], bucket_bytes // busiest)
+        found += [Sent(Delivery(number, source, target, parts), sources) for number, parts, sources in cut[alike]]
+    return sorted(found, key=lambda sent: sent.delivery.round)
 
 
 def _shares(
@@ -102,59 +109,82 @@ def _shares(
     """The rectangles of the `index`-th shard."""
     rows = shard_shape(parameter, shapes, layout)[0]
     dim = parameter.rule.split_dim
-    # Rules move whole rows: where they put the rows' numbers is where rows go.
-    for name, local in zip(parameter.hf_names, parameter.rule.parts(torch.arange(rows)[:, None]), strict=True):
+    for name, (count, runs) in zip(parameter.hf_names, _runs(parameter.rule, rows), strict=True):
         shape = shapes[name]
         width = shape[1] if len(shape) == 2 else 1
         columns = width // len(holders(parameter, layout)) if dim == 1 else width
-        first = index * len(local) if dim == 0 else 0
+        first = index * count if dim == 0 else 0
         column = index * columns if dim == 1 else 0
         # The last rows of a vocabulary may be padding.
-        for start, length, local_row in _runs(local[: max(0, shape[0] - first), 0].tolist()):
-            yield name, Share(rank, parameter, first + start, length, column, columns, local_row)
+        for start, length, local_row in runs:
+            length = min(length, shape[0] - first - start)
+            if length > 0:
+                yield name, Share(rank, parameter, first + start, length, column, columns, local_row)
 
 
-def _runs(rows: list[int]) -> Iterable[tuple[int, int, int]]:
-    """(place, length, first) of each stretch of numbers that follow one another."""
-    start = 0
-    for place in range(1, len(rows) + 1):
-        if place == len(rows) or rows[place] != rows[place - 1] + 1:
-            yield start, place - start, rows[start]
-            start = place
+@lru_cache(maxsize=64)
+def _runs(rule: Rule, rows: int) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
+    """Of a parameter of so many rows, for each part how many rows it has, and where they are in the parameter.
 
-
-def _parts(number: int, need: Need, held: Iterable[Share], layout: Layout, server: int) -> list[tuple[int, _Planned]]:
-    """What of the `number`-th need comes from which rank. Raises ValueError where that is not all of it."""
+    That is (row of the part, length, row of the parameter) of each stretch of rows that follow one another in both.
+    """
     found = []
-    for share in held:
-        row, end = max(need.row, share.row), min(need.row + need.rows, share.row + share.rows)
-        column = max(need.column, share.column)
-        column_end = min(need.column + need.columns, share.column + share.columns)
-        if row < end and column < column_end:
-            part = Part(number, row - need.row, end - row, column - need.column, column_end - column)
-            where = (share.parameter, share.local_row + row - share.row, column - share.column)
-            ranks = copies(share.parameter, share.rank, layout)
-            found.append((ranks[server % len(ranks)], _Planned(part, where)))
-    if sum(planned.part.count for _, planned in found) != need.rows * need.columns:
-        raise ValueError(f"the trainer does not hold all of {need.name} that a server needs")
+    # Rules move whole rows: where they put the rows' numbers is where rows go.
+    for part in rule.parts(torch.arange(rows)[:, None]):
+        at = part[:, 0].tolist()
+        starts = [i for i in range(len(at)) if i == 0 or at[i] != at[i - 1] + 1]
+        ends = [*starts[1:], len(at)]
+        found.append((len(at), tuple((i, end - i, at[i]) for i, end in zip(starts, ends, strict=True))))
+    return tuple(found)
+
+
+def _by_copies(
+    needs: Sequence[Need], held: Mapping[str, Sequence[Share]], layout: Layout
+) -> dict[range, list[_Planned]]:
+    """What brings the needs of one rank, by the ranks that have it, each of which has all of it."""
+    found: dict[range, list[_Planned]] = defaultdict(list)
+    for number, need in enumerate(needs):
+        count = 0
+        for share in held.get(need.name, ()):
+            planned = _common(number, need, share)
+            if planned is not None:
+                found[copies(share.parameter, share.rank, layout)].append(planned)
+                count += planned.part.count
+        if count != need.rows * need.columns:
+            raise ValueError(f"the trainer does not hold all of {need.name} that a server needs")
     return found
 
 
-def _deliveries(source: int, target: int, parts: Iterable[_Planned], itemsize: int, budget: int) -> list[Sent]:
-    """All from one rank to another: in each round one for each large part, and one for the small parts together."""
-    found: list[Sent] = []
+def _common(number: int, need: Need, share: Share) -> _Planned | None:
+    """What of the `number`-th need the share has, if anything."""
+    row, end = max(need.row, share.row), min(need.row + need.rows, share.row + share.rows)
+    column = max(need.column, share.column)
+    column_end = min(need.column + need.columns, share.column + share.columns)
+    if row >= end or column >= column_end:
+        return None
+    part = Part(number, row - need.row, end - row, column - need.column, column_end - column)
+    return _Planned(part, (share.parameter, share.local_row + row - share.row, column - share.column))
+
+
+def _cut(
+    planned: Iterable[_Planned], itemsize: int, budget: int
+) -> list[tuple[int, tuple[Part, ...], tuple[Where, ...]]]:
+    """The messages from one rank to another: in each round one for each large part, and one for all small parts.
+
+    Of each its round, its parts, and where these come from.
+    """
+    found = []
     small: dict[int, list[_Planned]] = defaultdict(list)
     number, filled = 0, 0
-    for planned in parts:
-        size = planned.part.count * itemsize
+    for one in planned:
+        size = one.part.count * itemsize
         if filled and filled + size > budget:
             number, filled = number + 1, 0
         filled += size
         if size < _SMALL_BYTES:
-            small[number].append(planned)
+            small[number].append(one)
         else:
-            found.append(Sent(Delivery(number, source, target, (planned.part,)), (planned.where,)))
+            found.append((number, (one.part,), (one.where,)))
     for number, together in small.items():
-        delivery = Delivery(number, source, target, tuple(planned.part for planned in together))
-        found.append(Sent(delivery, tuple(planned.where for planned in together)))
+        found.append((number, tuple(one.part for one in together), tuple(one.where for one in together)))
     return found

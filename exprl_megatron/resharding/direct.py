@@ -128,26 +128,30 @@ class DirectTransport:
         self._name = f"exprl-weights-{uuid.uuid4().hex[:8]}"
         self._size = self._world.layout.world_size + self._server_tp * len(self._clients)
         self._control.go((self._name, self._size, address, self._store.port))
-        meeting = asyncio.wrap_future(self._meet(self._store))
+        meeting = asyncio.wrap_future(self._meet(address, self._store.port))
         await _both(meeting, asyncio.ensure_future(self._order("join")))
-        needs = [
-            [[Need(*need) for need in json.loads(self._store.get(f"needs/{rank}"))] for rank in self._ranks(server)]
-            for server in range(len(self._clients))
-        ]
+        told = {rank: self._store.get(f"needs/{rank}") for rank in range(self._world.layout.world_size, self._size)}
+        # Of servers that are alike once.
+        once = {text: text for text in told.values()}
+        needs = [[once[told[rank]] for rank in self._ranks(server)] for server in range(len(self._clients))]
         self._control.go(needs)
         self._group = meeting.result()
         self._plan(outgoing, needs)
 
     def _follow_open(self, outgoing: Outgoing) -> None:
         self._name, self._size, address, port = self._control.await_go()
-        timeout = timedelta(seconds=self._deadline_s)
-        meeting = self._meet(dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout))
+        meeting = self._meet(address, port)
         needs = self._control.await_go()
         self._group = meeting.result(self._deadline_s)
         self._plan(outgoing, needs)
 
-    def _meet(self, store: dist.TCPStore) -> Future[dist.ProcessGroup]:
+    def _meet(self, address: str, port: int) -> Future[dist.ProcessGroup]:
+        """Begin to form the group of all ranks and servers."""
+        timeout = timedelta(seconds=self._deadline_s)
+
         def work() -> dist.ProcessGroup:
+            # A connection of its own: nobody else could use it while it waits.
+            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
             with self._on_device():
                 group = form(self._name, store, self._world.rank, self._size, self._deadline_s)
                 # NCCL wants every member in the first thing that a group does.
@@ -156,8 +160,10 @@ class DirectTransport:
 
         return in_background(self._name, work)
 
-    def _plan(self, outgoing: Outgoing, needs: list[list[list[Need]]]) -> None:
-        """Who sends what; rank 0 tells the servers' ranks what they get."""
+    def _plan(self, outgoing: Outgoing, told: list[list[bytes]]) -> None:
+        """Who sends what, from what each server's ranks told; rank 0 tells them what they get."""
+        read = {text: [Need(*need) for need in json.loads(text)] for server in told for text in server}
+        needs = [[read[text] for text in server] for server in told]
         dtype = _word(outgoing.gatherer.dtype)
         held = shares(outgoing.architecture, self._world.layout, self._world.device.type == "cuda")
         everything = sent(needs, held, self._world.layout, dtype, outgoing.bucket_bytes)

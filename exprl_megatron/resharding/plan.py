@@ -1,5 +1,6 @@
-"""What a weight sync would send at any size, over which links, and how long: computed from its messages, no weights.
+"""What a sync by `broadcast` or `handles` would send at any size, over which links, and how long.
 
+It is computed from the sync's messages, without weights.
 Ranks fill nodes in their order. Within a round every link works at the same time, each at the share of its rate that
 NCCL reaches; rounds and messages follow one another as the transports have it: the next is gathered while servers take
 the last, and servers take one at a time.
@@ -100,7 +101,7 @@ def plan_sync(
                 sent[sender(message.stage, layout)] += message.nbytes
                 taking[-1] += _broadcast_seconds(message, gpu)
     fillers = set(givers or (sender(stage, layout) for stage in range(layout.pp)))
-    shard = {rank: _shard_bytes(architecture, layout, rank, dtype) for rank in range(layout.world_size)}
+    shard = {rank: shard_bytes(architecture, layout, rank, dtype) for rank in range(layout.world_size)}
     buckets = _bucket_bytes(staged, shapes, layout, dtype, fp8, fillers, givers is not None)
     return SyncPlan(
         messages=sum(map(len, order)),
@@ -185,7 +186,7 @@ def _pipelined(gathering: list[float], taking: list[float]) -> float:
     return gathering[0] + between + taking[-1]
 
 
-def _shard_bytes(architecture: Architecture, layout: Layout, rank: int, dtype: str) -> int:
+def shard_bytes(architecture: Architecture, layout: Layout, rank: int, dtype: str) -> int:
     """Bytes of the rank's parameters; experts' as on their first copies."""
     shapes = hf_shapes(architecture)
     per_stage = layout.tp * layout.cp * layout.dp

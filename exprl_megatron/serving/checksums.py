@@ -1,35 +1,24 @@
 """The checksums that an SGLang server reports, computed from Hugging Face-named tensors.
 
-SGLang 0.5.23 hashes each parameter as each tensor-parallel rank holds it: its parts of the query, key and value
-projections joined along the rows, of the gate and up projections too, those of all experts of a layer one behind the
-other, the vocabulary padded with zero rows to a multiple of 64 and cut by rows, output and down projections cut by
-columns, the rest whole. FP8 weights are hashed as the bf16 numbers that they stand for.
+SGLang 0.5.23 hashes each parameter as each tensor-parallel rank holds it (see sharding.py): its parts of the query, key
+and value projections joined along the rows, of the gate and up projections too, those of all experts of a layer one
+behind the other. FP8 weights are hashed as the bf16 numbers that they stand for.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
+from exprl_megatron.serving.sharding import Device, rank_cut
 from exprl_megatron.serving.weight_hash import Sha256, WeightHash, WordHash
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _PARTS = {part: fused for fused, parts in _FUSED.items() for part in parts}
-_BY_ROWS = (*_PARTS, "embed_tokens", "lm_head")
-_BY_COLUMNS = ("o_proj", "down_proj")
-_PADDED = ("model.embed_tokens.weight", "lm_head.weight")
-_VOCABULARY_MULTIPLE = 64
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_CPU_MLP_MULTIPLE = 32
-"""On a CPU each rank holds a multiple of so many of an MLP's inner numbers, the last ones zero."""
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _OF_EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-
-Device = Literal["cpu", "cuda"]
-"""What a server runs on."""
 
 
 @dataclass
@@ -100,8 +89,6 @@ class ServerChecksums:
                 return
             parts = {p: self._waiting[name][p] for p in _FUSED[fused]}
             del self._waiting[name]
-        if name in _PADDED:
-            parts = {part: torch.cat([tensor, _padding(tensor)])}
         for rank, held in enumerate(self._found):
             own = [self._rank_bytes(p, whole, rank) for p, whole in parts.items()]
             digest = self._hash(sum(map(len, own)))
@@ -168,26 +155,11 @@ def differing(held: Mapping[str, str], expected: Mapping[str, str]) -> list[str]
     return sorted(name for name in held.keys() | expected.keys() if held.get(name) != expected.get(name))
 
 
-def _split(part: str) -> int | None:
-    """The dimension along which ranks cut the tensors of the module `part` (q_proj, embed_tokens, ...)."""
-    return 0 if part in _BY_ROWS else 1 if part in _BY_COLUMNS else None
-
-
 def _rank_part(part: str, tensor: torch.Tensor, rank: int, tp: int, kv_heads: int, server: Device) -> torch.Tensor:
-    dim = _split(part)
-    if dim is None:
+    cut = rank_cut(part, tuple(tensor.shape), rank, tp, kv_heads, server)
+    if cut is None:
         return tensor
-    if part in ("k_proj", "v_proj") and kv_heads < tp:
-        rank, tp = rank * kv_heads // tp, kv_heads
-    multiple = tp * _CPU_MLP_MULTIPLE if server == "cpu" and part in _MLP else tp
-    size = -(-tensor.shape[dim] // multiple) * multiple // tp
-    start = min(rank * size, tensor.shape[dim])
-    held = tensor.narrow(dim, start, min(size, tensor.shape[dim] - start))
+    held = tensor.narrow(cut.dim, cut.start, cut.count)
     padding = [*held.shape]
-    padding[dim] = size - held.shape[dim]
-    return torch.cat([held, held.new_zeros(padding)], dim) if padding[dim] else held
-
-
-def _padding(embedding: torch.Tensor) -> torch.Tensor:
-    rows = -embedding.shape[0] % _VOCABULARY_MULTIPLE
-    return embedding.new_zeros((rows, embedding.shape[1]))
+    padding[cut.dim] = cut.padding
+    return torch.cat([held, held.new_zeros(padding)], cut.dim) if cut.padding else held

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from exprl_megatron.serving.loader_orders import Need
 
@@ -65,6 +66,9 @@ class _Noted(TorchDispatchMode):
             if args[1].numel():
                 self.places.append(self._place(*args[:2]))
             return args[0]
+        meta = {leaf.is_meta for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        if len(meta) > 1:
+            raise ValueError(f"it computes {function} of a weight and other numbers")
         return function(*args, **(kwargs or {}))
 
     def _place(self, into: torch.Tensor, part: torch.Tensor) -> Place:

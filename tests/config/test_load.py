@@ -203,6 +203,19 @@ def test_an_unknown_stage_is_refused_with_the_known_ones(tmp_path):
     assert "stages.0.kind is missing" in _only(tmp_path, tree)
 
 
+@pytest.mark.parametrize(
+    ("placement", "sync", "part"),
+    [
+        ("colocated", {"transport": "direct"}, "sync.transport is direct, which has no group"),
+        ("colocated", {"transport": "broadcast"}, "sync.transport is broadcast, which has no group"),
+        ("separate", {"transport": "direct", "fp8": True}, "but sync.fp8 is true"),
+    ],
+)
+def test_a_transport_that_does_not_go_with_the_rest_is_refused(tmp_path, placement, sync, part):
+    (line,) = _complaints(tmp_path, _tree() | {"placement": {"kind": placement}, "sync": sync})
+    assert part in line
+
+
 def test_contradictions_within_a_route_and_of_process_rewards_are_found(tmp_path):
     tree = _tree()
     routes = {"code": {"unit": "prefix", "estimator": "outcome"}}

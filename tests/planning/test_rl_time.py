@@ -9,6 +9,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import GPUS
 from exprl_megatron.planning.rl_time import (
     StepTime,
+    direct_time,
     host_swap_time,
     judging_tail,
     judging_time,
@@ -120,6 +121,15 @@ def test_resharding_is_bytes_over_links():
     assert node == pytest.approx(141 / 360, rel=0.02)
     assert node < nodes < apart
     assert reshard_time(LLAMA_70B, Layout(), H100, colocated=False, each=1.0) < 0.6 * apart
+
+
+def test_direct_resharding_is_the_busiest_card_s_bytes():
+    """Eight cards take 141 GB in 141 / 45 / 8 = 0.39 s; of sixteen servers each shard's holder has four to send to."""
+    layout = Layout(tp=4, pp=4, dp=4, sequence_parallel=True)
+    two = direct_time(LLAMA_70B, layout, H100, servers=2, server_tp=8)
+    assert two == pytest.approx(141 / 45 / 8, rel=0.02)
+    sixteen = direct_time(LLAMA_70B, layout, H100, servers=16, server_tp=8)
+    assert sixteen == pytest.approx(16 / 4 * 141 / 16 / 45, rel=0.02)
 
 
 def test_saving_and_swapping_are_bytes_over_bandwidth():

@@ -11,6 +11,7 @@ from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
+from exprl_megatron.resharding.direct_plan import plan_direct
 from exprl_megatron.resharding.messages import ITEMSIZE, holders, rounds, shard_shape, stage_messages
 from exprl_megatron.resharding.names import hf_shapes, parameters
 from exprl_megatron.resharding.outgoing import view
@@ -155,3 +156,15 @@ class TestPlanOf70B:
         cut = 2 * 20 * (self.LAYER - 2 * 8192) + 2 * self.WORDS
         assert plan.over_network["trainer 8 in"] == other_stages + cut + 2 * 20 * 2 * 8192
         assert plan.seconds <= 5.0
+
+    def test_directly_each_server_rank_gets_an_eighth_by_its_own_card(self):
+        plan = plan_direct(LLAMA_70B, self.LAYOUT, "bfloat16", self.BUCKET, find_gpu("h100"), servers=2, server_tp=8)
+        # Norms are whole on every rank.
+        norms = 2 * (80 * 2 * 8192 + 8192)
+        into = [size for name, size in plan.over_network.items() if name.startswith("server")]
+        assert len(into) == 16 and set(into) == {(self.BYTES - norms) // 8 + norms}
+        # Sixteen shards; each of two servers gets them from copies of its own.
+        assert len(plan.sent) == 32 and sum(plan.sent.values()) == sum(into)
+        assert max(plan.sent.values()) <= max(plan.shard.values()) + 7 * norms
+        assert all(plan.held[rank] <= plan.shard[rank] + 2 * self.BUCKET for rank in plan.held)
+        assert into[0] / 45e9 < plan.seconds <= 0.6

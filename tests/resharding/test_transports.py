@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.errors import ServerError
+from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.delta import DeltaTransport
+from exprl_megatron.resharding.direct import DirectTransport
 from exprl_megatron.resharding.disk import DiskTransport
 from exprl_megatron.resharding.gather import gather_buckets
 from exprl_megatron.resharding.handles import HandlesTransport
@@ -96,11 +97,11 @@ def make_transport(name, client, policy, other, tmp_path):
     if name in ("disk", "delta"):
         kind = {"disk": DiskTransport, "delta": DeltaTransport}[name]
         return kind([client], tmp_path / "sync", other, control, deadline_s=60)
-    kind = {"broadcast": BroadcastTransport, "handles": HandlesTransport}[name]
+    kind = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}[name]
     return kind([client], 1, policy.world, control, deadline_s=60)
 
 
-@pytest.mark.parametrize("name", ["broadcast", "handles", "disk", "delta"])
+@pytest.mark.parametrize("name", ["broadcast", "direct", "handles", "disk", "delta"])
 def test_the_server_then_writes_what_transformers_writes(name, client, policy, other, tmp_path):
     transport = make_transport(name, client, policy, other, tmp_path)
     tokens, versions, held, times = asyncio.run(pushed(client, transport, policy, "v1"))
@@ -170,6 +171,41 @@ def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path):
         pytest.raises(ServerError, match=r"leaver.*asked /update_weights_from_distributed: (refused|died)"),
     ):
         asyncio.run(asyncio.wait_for(push_after_the_server_left(server.client()), timeout=60))
+
+
+def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, policy):
+    control = Control(120.0)
+    wrong, right = (DirectTransport([client], 1, policy.world, control, deadline_s=60) for _ in range(2))
+    asked = outgoing(policy, wrong)
+    # The server's model has no such tensor, nor one of such a shape.
+    asked.gatherer.shapes = asked.gatherer.shapes | {"model.norm.weight": (3,)}
+
+    async def push():
+        async with client:
+            with pytest.raises(ServerError, match=r"policy-0 .*could not join weights: .*; see its log"):
+                await wrong.push(asked, "v1", SyncTimes())
+            await client.take_over(deadline_s=60)
+            await right.push(outgoing(policy, right), "v2", SyncTimes())
+            held, info = await client.checksums(), await client.info()
+            await right.close()
+            return held, info["weight_version"]
+
+    assert asyncio.run(asyncio.wait_for(push(), timeout=60)) == ((checksums(tensors(policy), tied=False),), "v2")
+
+
+def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monkeypatch):
+    monkeypatch.setattr("exprl_megatron.resharding.direct.LOADER", "another.loader")
+    transport = DirectTransport([client], 1, policy.world, Control(120.0), deadline_s=60)
+
+    async def push():
+        async with client:
+            try:
+                await transport.push(outgoing(policy, transport), "v1", SyncTimes())
+            finally:
+                await client.take_over(deadline_s=60)
+
+    with pytest.raises(UserError, match=r"policy-0 .* was started without --custom-weight-loader another\.loader"):
+        asyncio.run(push())
 
 
 def test_a_missing_directory_is_refused_with_the_servers_words(client, tmp_path):

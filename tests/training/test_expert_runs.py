@@ -17,7 +17,8 @@ from runs import SAMPLING, finish, run_config, start_ranks, write_problems
 pytestmark = pytest.mark.slow
 
 
-def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(tiny_model, tmp_path):
+@pytest.mark.parametrize("transport", ["broadcast", "direct"])
+def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(tiny_model, tmp_path, transport):
     model, problems = tiny_model("qwen3-moe"), write_problems(tmp_path / "problems.jsonl")
     # Verified rewards of an untrained model are all 0 and teach nothing.
     stage = {
@@ -32,7 +33,9 @@ def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(ti
         "teacher_prompt": {"user": "{problem} {reference}"},
     }
     policy = {"model": str(model), "layout": {"dp": 2, "ep": 2}, "max_tokens": 160}
-    config = run_config(tmp_path / "run", model, model, problems, policy=policy, stages=[stage])
+    config = run_config(
+        tmp_path / "run", model, model, problems, policy=policy, stages=[stage], sync={"transport": transport}
+    )
     server = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
     with start_servers([ServerSpec("policy-0", model, server, tmp_path)])[0] as started:
         finish(start_ranks(config, {"policy": started}))

@@ -1,0 +1,84 @@
+"""What a loader's copies tell; that real servers are filled by it is shown in tests/resharding/test_transports.py."""
+
+import pytest
+import torch
+
+from exprl_megatron.serving.loader_orders import Need
+from exprl_megatron.serving.loader_trace import trace
+
+SHAPES = {"q": (4, 3), "k": (2, 3), "down": (3, 8), "norm": (3,), "words": (5, 3)}
+
+
+class Model(torch.nn.Module):
+    """The second of two ranks, in the ways of SGLang's layers: q above k, down by columns, words padded."""
+
+    def __init__(self, load=None):
+        super().__init__()
+        self.qk = torch.nn.Parameter(torch.full((3, 3), 7.0))
+        self.down = torch.nn.Parameter(torch.full((3, 4), 7.0))
+        self.norm = torch.nn.Parameter(torch.full((3,), 7.0))
+        self.words = torch.nn.Parameter(torch.full((4, 3), 7.0))
+        self.load_one = load or self.load_one
+
+    def load_weights(self, tensors):
+        for name, tensor in tensors:
+            self.load_one(name, tensor)
+
+    def load_one(self, name, tensor):
+        if name == "q":
+            self.qk.data.narrow(0, 0, 2).copy_(tensor.narrow(0, 2, 2))
+        elif name == "k":
+            self.qk.data[2:].copy_(tensor.chunk(2)[1])
+        elif name == "down":
+            self.down.data.copy_(tensor[:, 4:])
+        elif name == "norm":
+            self.norm.data.copy_(tensor)
+        else:
+            self.words.data[:1].copy_(tensor[4:])
+            self.words.data[1:].fill_(0)
+
+
+def test_every_copy_is_noted_and_none_is_done():
+    model = Model()
+    places = trace(model, SHAPES, torch.float32)
+    assert [place.need for place in places] == [
+        Need("q", 2, 2, 0, 3),
+        Need("k", 1, 1, 0, 3),
+        Need("down", 0, 3, 4, 4),
+        Need("norm", 0, 3, 0, 1),
+        Need("words", 4, 1, 0, 3),
+    ]
+    assert all((parameter == 7).all() for parameter in (model.qk, model.down, model.norm, model.words[:1]))
+
+
+def test_places_are_filled_as_the_loader_fills_them():
+    numbers = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    loaded, filled = Model(), Model()
+    loaded.load_weights(numbers.items())
+    # The parameters' memory may be another one by then.
+    places = trace(filled, SHAPES, torch.float32)
+    for parameter in filled.parameters():
+        parameter.data = parameter.data.clone()
+    for place in places:
+        name, row, rows, column, columns = place.need
+        whole = numbers[name].view(len(numbers[name]), -1)
+        place.view(dict(filled.named_parameters())).copy_(whole[row : row + rows, column : column + columns])
+    for parameter, expected in zip(filled.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda model, t: model.norm.data.copy_(t * 2), "a changed tensor does not go into a parameter"),
+        (lambda model, t: torch.empty(3).copy_(t), "norm does not go into a parameter"),
+        (lambda model, t: model.qk.data.copy_(t), "norm does not go into a parameter as it is"),
+        (lambda model, t: model.norm.data[:2].copy_(t[::2]), "norm is not cut into rectangles"),
+        (lambda model, t: model.norm.data.fill_(t[0].item()), "Model reads the numbers of its weights"),
+        (lambda model, t: model.norm.data.add_(t), r"it computes aten\.add_"),
+    ],
+)
+def test_a_loader_that_does_more_than_to_copy_is_refused(load, message):
+    model = Model(lambda name, tensor: load(model, tensor))
+    with pytest.raises(ValueError, match=message):
+        trace(model, {"norm": (3,)}, torch.float32)
