@@ -1,6 +1,5 @@
 """Brings the policy's weights to the sampling servers, and proves that they arrived."""
 
-import asyncio
 import time
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from exprl_megatron.resharding.transport import Bucket, Transport
 from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.command import has_cuda
+from exprl_megatron.together import together
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
 
 _MB = 2**20
@@ -147,6 +147,10 @@ class WeightSync:
     def _check(self, outgoing: Outgoing, sums: ServerChecksums | None, version: str, times: SyncTimes) -> None:
         """Compare checksums, where the config says so, and put all ranks' times together; a collective."""
         pushed = time.monotonic()
+        asking = None
+        if self._conductor.here and sums is not None:
+            # Servers compute theirs while the trainer does.
+            asking = self._conductor.start(held_checksums(self._members.clients, self._config.deadline_s))
         outgoing.gather_rest()
         outgoing.checked()
         found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, sums and sums.result()))
@@ -156,7 +160,7 @@ class WeightSync:
         times.gather_s, times.quantise_s = max(gathering), max(quantising)
         if sums is not None:
             expected = [dict(ChainMap(*parts)) for parts in zip(*every_rank_s, strict=True)]
-            self._conductor.run(verify(self._members.clients, expected, version, self._config.deadline_s))
+            compare(self._members.clients, asking.result(), expected, version)
         times.check_s = time.monotonic() - pushed
 
     async def _settled(self, version: str, error: Exception | None) -> bool:
@@ -187,17 +191,24 @@ def as_served(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-async def verify(
-    clients: Sequence[SGLangClient], expected: Sequence[Mapping[str, str]], version: str, deadline_s: float
+async def held_checksums(clients: Sequence[SGLangClient], deadline_s: float) -> list[tuple[dict[str, str], ...]]:
+    """Of what each tensor-parallel rank of each server holds."""
+    return await together(client.checksums(deadline_s=deadline_s) for client in clients)
+
+
+def compare(
+    clients: Sequence[SGLangClient],
+    held: Sequence[Sequence[Mapping[str, str]]],
+    expected: Sequence[Mapping[str, str]],
+    version: str,
 ) -> None:
-    """Compare what each tensor-parallel rank of each server holds with the trainer's checksums for it.
+    """Compare what each server's ranks hold with the trainer's checksums for them.
 
     Raises WeightsDiffer naming the server and the first tensors that differ.
     """
-    answers = await asyncio.gather(*(client.checksums(deadline_s=deadline_s) for client in clients))
-    for client, ranks in zip(clients, answers, strict=True):
-        for held, wanted in zip(ranks, expected, strict=True):
-            wrong = differing(held, wanted)
+    for client, ranks in zip(clients, held, strict=True):
+        for own, wanted in zip(ranks, expected, strict=True):
+            wrong = differing(own, wanted)
             if wrong:
                 raise WeightsDiffer(
                     f"{client.name} does not hold the weights of {version} after the sync: {len(wrong)} of "
