@@ -19,13 +19,12 @@ import torch.distributed as dist
 from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.groups import address_towards, backend, in_background, join
+from exprl_megatron.resharding.groups import address_towards, backend, in_background, meet, meeting_place
 from exprl_megatron.resharding.messages import Message, sender
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.together import together
 
 _POLL_S = 0.001
@@ -45,6 +44,8 @@ class BroadcastTransport:
         self._control = control
         self._deadline_s = deadline_s
         self._group: dist.ProcessGroup | None = None
+        self._place_here: dist.TCPStore | None = None
+        """Where this rank meets the servers, if it is a sender."""
         self._names: list[str] = []
         """The stages' groups, once they are open."""
         self._left: list[tuple[SGLangClient, str]] = []
@@ -61,7 +62,12 @@ class BroadcastTransport:
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         if not self._names:
-            await self._open()
+            try:
+                await self._open()
+            except BaseException:
+                # A server that has come already does not wait for one that has not.
+                self._leave()
+                raise
         await push_rounds(
             len(outgoing.rounds),
             self._control,
@@ -72,7 +78,11 @@ class BroadcastTransport:
 
     def follow(self, outgoing: Outgoing) -> None:
         if not self._names:
-            self._follow_open()
+            try:
+                self._follow_open()
+            except BaseException:
+                self._leave()
+                raise
         works: dict[int, dist.Work] = {}
         for number in range(len(outgoing.rounds)):
             self._control.await_go()
@@ -126,7 +136,7 @@ class BroadcastTransport:
         """Give our side of the groups up."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
-        self._group, self._names = None, []
+        self._group, self._place_here, self._names = None, None, []
 
     def _follow_open(self) -> None:
         names, host, world_size = self._control.await_go()
@@ -142,14 +152,15 @@ class BroadcastTransport:
 
     def _meet(self, name: str, place: tuple[str, int], world_size: int) -> Future[dist.ProcessGroup]:
         """Begin to form a group as its rank 0; done when all servers have joined."""
-        return in_background(name, lambda: join(name, *place, 0, world_size, self._deadline_s))
+        return in_background(name, lambda: meet(name, *place, 0, world_size, self._deadline_s))
 
     def _place(self, host: str) -> tuple[str, int] | None:
         """Where servers on `host` find this rank, if it is a sender."""
         if self._world.rank != sender(self._world.pp_rank, self._world.layout):
             return None
-        (port,) = free_ports(1)
-        return address_towards(host), port
+        address = address_towards(host)
+        self._place_here = meeting_place(address, self._deadline_s)
+        return address, self._place_here.port
 
     async def _join_server(
         self,

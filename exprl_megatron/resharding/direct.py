@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from datetime import timedelta
 from urllib.parse import urlsplit
 
 import torch
@@ -23,7 +22,7 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.deliveries import Sent, Where, sent, shares
 from exprl_megatron.resharding.gather import Gatherer
-from exprl_megatron.resharding.groups import address_towards, backend, break_off, form, in_background
+from exprl_megatron.resharding.groups import address_towards, backend, break_off, in_background, meet, meeting_place
 from exprl_megatron.resharding.messages import ITEMSIZE
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
@@ -106,10 +105,10 @@ class DirectTransport:
         self.enlist(self._clients)
 
     def _break_off(self) -> None:
-        """Let servers go that wait for what is not sent any more."""
+        """Let servers go that wait for what is not sent any more, or for the others in a group that does not form."""
         if self._group is not None:
             break_off(self._group, self._world.rank, self._size)
-            self.enlist(self._clients)
+        self.enlist(self._clients)
 
     async def _open(self, outgoing: Outgoing) -> None:
         """All ranks and servers meet in a new group; everybody learns what the servers hold."""
@@ -120,8 +119,7 @@ class DirectTransport:
                     f"sync.transport direct needs; start it with exprl serve, or use broadcast."
                 )
         address = address_towards(urlsplit(self._clients[0].url).hostname)
-        timeout = timedelta(seconds=self._deadline_s)
-        self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        self._store = meeting_place(address, self._deadline_s)
         gatherer = outgoing.gatherer
         told = {"dtype": _word(gatherer.dtype), "shapes": gatherer.shapes}
         self._store.set("tensors", json.dumps(told))
@@ -147,13 +145,10 @@ class DirectTransport:
 
     def _meet(self, address: str, port: int) -> Future[dist.ProcessGroup]:
         """Begin to form the group of all ranks and servers."""
-        timeout = timedelta(seconds=self._deadline_s)
 
         def work() -> dist.ProcessGroup:
-            # A connection of its own: nobody else could use it while it waits.
-            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
             with self._on_device():
-                group = form(self._name, store, self._world.rank, self._size, self._deadline_s)
+                group = meet(self._name, address, port, self._world.rank, self._size, self._deadline_s)
                 # NCCL wants every member in the first thing that a group does.
                 dist.all_reduce(torch.zeros(1, device=self._world.device), group=group)
                 return group

@@ -1,4 +1,4 @@
-"""Broadcast groups of one trainer process with all sampling servers, as SGLang's servers join them."""
+"""Groups of trainer processes with all sampling servers, as SGLang's servers join them."""
 
 import socket
 import threading
@@ -13,7 +13,6 @@ from torch.distributed.distributed_c10d import (
     PrefixStore,
     _new_process_group_helper,
     _world,
-    rendezvous,
 )
 
 
@@ -49,22 +48,23 @@ def in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def join(name: str, address: str, port: int, rank: int, world_size: int, deadline_s: float) -> dist.ProcessGroup:
-    """The group `name` of `world_size` processes, once all have come; rank 0 listens at `address` and `port`.
+def meeting_place(address: str, deadline_s: float, port: int = 0) -> dist.TCPStore:
+    """Where the members of a group find each other: its `port` (0: any free one) of this machine's `address`.
 
-    Gives up after `deadline_s`.
+    Whoever still waits there gets an error when it is let go of; a group may need it as long as it lives.
     """
     timeout = timedelta(seconds=deadline_s)
-    store, _, _ = next(rendezvous(f"tcp://{address}:{port}", rank, world_size, timeout=timeout))
-    store.set_timeout(timeout)
-    return form(name, store, rank, world_size, deadline_s)
+    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout)
 
 
-def form(name: str, store: dist.Store, rank: int, world_size: int, deadline_s: float) -> dist.ProcessGroup:
-    """The group `name` of `world_size` processes that meet in `store`.
+def meet(name: str, address: str, port: int, rank: int, world_size: int, deadline_s: float) -> dist.ProcessGroup:
+    """The group `name` of `world_size` processes, once all have come to the meeting place or `deadline_s` is over.
 
     SGLang's servers build their side with the same helper, so that the store's keys agree.
     """
+    timeout = timedelta(seconds=deadline_s)
+    # A connection of its own: nobody else could use it while it waits.
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
     group, _ = _new_process_group_helper(
         world_size,
         rank,
@@ -72,7 +72,7 @@ def form(name: str, store: dist.Store, rank: int, world_size: int, deadline_s: f
         Backend(backend()),
         PrefixStore(name, store),
         group_name=name,
-        timeout=timedelta(seconds=deadline_s),
+        timeout=timeout,
     )
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group

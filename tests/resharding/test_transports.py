@@ -1,6 +1,7 @@
 """Weights of a Megatron policy reach a real SGLang server, bit for bit, by every transport."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.checksums import checksums
 from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.training.sync import compare, held_checksums
 
 pytestmark = pytest.mark.slow
@@ -191,6 +193,39 @@ def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, 
             return held, info["weight_version"]
 
     assert asyncio.run(asyncio.wait_for(push(), timeout=60)) == ((checksums(tensors(policy), tied=False),), "v2")
+
+
+class DyingServer:
+    """In the place of a client: a server that dies when it is asked to join a group."""
+
+    url, name = "http://127.0.0.1:9", "dying"
+
+    async def begin_weight_update(self):
+        return None
+
+    async def loaders(self):
+        return [LOADER]
+
+    async def join(self, *_, **settings):
+        await asyncio.sleep(1.0)
+        raise ServerError("dying is dead")
+
+    init_weights_group = update_from_tensor = join
+
+
+@pytest.mark.parametrize("kind", [BroadcastTransport, DirectTransport])
+def test_a_server_that_waits_for_one_that_died_is_free_at_once(client, policy, kind):
+    transport = kind([client, DyingServer()], 1, policy.world, Control(120.0), deadline_s=60)
+
+    async def push():
+        async with client:
+            with pytest.raises(ServerError, match="dying is dead"):
+                await transport.push(outgoing(policy, transport), "v1", SyncTimes())
+            started = time.monotonic()
+            await client.take_over(deadline_s=60)
+            return time.monotonic() - started
+
+    assert asyncio.run(push()) < 10
 
 
 def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monkeypatch):
