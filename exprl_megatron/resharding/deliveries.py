@@ -69,7 +69,7 @@ def shares(architecture: Architecture, layout: Layout, grouped: bool = False) ->
     return dict(found)
 
 
-def sent(
+def plan_deliveries(
     needs: Sequence[Sequence[Sequence[Need]]],
     held: Mapping[str, Sequence[Share]],
     layout: Layout,

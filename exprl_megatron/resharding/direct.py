@@ -20,7 +20,7 @@ import torch.distributed as dist
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.deliveries import Sent, Where, sent, shares
+from exprl_megatron.resharding.deliveries import Sent, Where, plan_deliveries, shares
 from exprl_megatron.resharding.gather import Gatherer
 from exprl_megatron.resharding.groups import address_towards, backend, break_off, in_background, meet, meeting_place
 from exprl_megatron.resharding.messages import ITEMSIZE
@@ -30,6 +30,8 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 from exprl_megatron.serving.loader_orders import LOADER, Delivery, Need, payload
 from exprl_megatron.together import together
+
+_CAUSE_S = 5.0
 
 
 class DirectTransport:
@@ -127,7 +129,7 @@ class DirectTransport:
         self._size = self._world.layout.world_size + self._server_tp * len(self._clients)
         self._control.go((self._name, self._size, address, self._store.port))
         meeting = asyncio.wrap_future(self._meet(address, self._store.port))
-        await _both(meeting, asyncio.ensure_future(self._order("join")))
+        await self._both(meeting, "join")
         told = {rank: self._store.get(f"needs/{rank}") for rank in range(self._world.layout.world_size, self._size)}
         # Of servers that are alike once.
         once = {text: text for text in told.values()}
@@ -161,7 +163,7 @@ class DirectTransport:
         needs = [[read[text] for text in server] for server in told]
         dtype = _word(outgoing.gatherer.dtype)
         held = shares(outgoing.architecture, self._world.layout, self._world.device.type == "cuda")
-        everything = sent(needs, held, self._world.layout, dtype, outgoing.bucket_bytes)
+        everything = plan_deliveries(needs, held, self._world.layout, dtype, outgoing.bucket_bytes)
         self._sent = [one for one in everything if one.delivery.source == self._world.rank]
         if self._control.here:
             self._moved = sum(one.delivery.count for one in everything) * ITEMSIZE[dtype] // len(needs)
@@ -199,14 +201,36 @@ class DirectTransport:
             deadline_s=self._deadline_s,
         )
         for rank in self._ranks(server):
-            answer = f"{order['answer']}/{rank}"
-            said = self._store.get(answer).decode() if self._store.check([answer]) else "it did not answer"
+            said = self._said(f"{order['answer']}/{rank}")
             if said:
                 raise ServerError(f"{client.name} ({client.url}) could not {what} weights: {said}; see its log.")
 
+    def _said(self, answer: str) -> str:
+        """A server's rank's answer to an order; "" is well."""
+        if self._store is None:
+            return "the group was broken off"
+        return self._store.get(answer).decode() if self._store.check([answer]) else "it did not answer"
+
     async def _send(self, outgoing: Outgoing) -> None:
-        receiving = asyncio.ensure_future(self._order("receive"))
-        await _both(asyncio.wrap_future(self._begin_to_send(outgoing)), receiving)
+        await self._both(asyncio.wrap_future(self._begin_to_send(outgoing)), "receive")
+
+    async def _both(self, own: asyncio.Future, what: str) -> None:
+        """Return when our side and the servers are through. What a server says is the cause, where both fail."""
+        servers = asyncio.ensure_future(self._order(what))
+        # Nobody may look at it any more.
+        own.add_done_callback(lambda future: future.cancelled() or future.exception())
+        try:
+            await asyncio.wait({own, servers}, return_when=asyncio.FIRST_EXCEPTION)
+            if not servers.done():
+                # Our side failed. Who died is known at once; the others wait for us in vain.
+                await asyncio.wait({servers}, timeout=_CAUSE_S)
+                self._break_off()
+            await servers
+            await own
+        except RuntimeError as error:
+            raise ServerError(f"sending weights to the servers broke off: {error}.") from error
+        finally:
+            servers.cancel()
 
     def _begin_to_send(self, outgoing: Outgoing) -> Future[None]:
         """This rank's part of a sync, on a thread."""
@@ -238,20 +262,6 @@ class DirectTransport:
 
     def _on_device(self):
         return torch.cuda.device(self._world.device) if self._world.device.type == "cuda" else nullcontext()
-
-
-async def _both(own: asyncio.Future, servers: asyncio.Future) -> None:
-    """Return when our side and the servers are through. What a server says is the cause, where both fail."""
-    # Nobody may look at it any more.
-    own.add_done_callback(lambda future: future.cancelled() or future.exception())
-    try:
-        await asyncio.wait({own, servers}, return_when=asyncio.FIRST_EXCEPTION)
-        await servers
-        await own
-    except RuntimeError as error:
-        raise ServerError(f"sending weights to the servers broke off: {error}.") from error
-    finally:
-        servers.cancel()
 
 
 def _cuts(gatherer: Gatherer, delivery: Delivery, sources: Sequence[Where]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NIC_SHARE
 from exprl_megatron.policy.architecture import Architecture
-from exprl_megatron.resharding.deliveries import Sent, sent, shares
+from exprl_megatron.resharding.deliveries import Sent, plan_deliveries, shares
 from exprl_megatron.resharding.messages import ITEMSIZE, shard_shape
 from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.resharding.plan import MESSAGE_S, TENSOR_S, SyncPlan, shard_bytes
@@ -33,7 +33,7 @@ def plan_direct(
     """The plan of a sync to `servers` servers of `server_tp` ranks on nodes of their own."""
     shapes = hf_shapes(architecture)
     needs = [server_needs(shapes, server_tp, architecture.kv_groups)] * servers
-    deliveries = sent(needs, shares(architecture, layout), layout, dtype, bucket_bytes)
+    deliveries = plan_deliveries(needs, shares(architecture, layout), layout, dtype, bucket_bytes)
     itemsize = ITEMSIZE[dtype]
     out: Counter[int] = Counter()
     cards: Counter[str] = Counter()

@@ -1,6 +1,7 @@
-"""Real SGLang servers on a CUDA device: weights into a server that multiplies in FP8, and sleep and wake."""
+"""Real SGLang servers on CUDA devices: weights into one that multiplies in FP8 and one on another device, and sleep."""
 
 import asyncio
+import time
 from itertools import chain
 from statistics import mean
 
@@ -12,10 +13,15 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.direct import DirectTransport
 from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.resharding.gather import gather_buckets
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
+from exprl_megatron.serving.checksums import checksums
+from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.serving.launch import ServerSpec, start_servers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -75,6 +81,47 @@ def test_an_fp8_server_takes_the_policys_bf16_weights(tmp_path, table):
     table("FP8 server: mean |trainer - sampler| log-prob, old weights", f"{before:.4f}", "more than after the sync")
     table("FP8 server: mean |trainer - sampler| log-prob, synced", f"{after:.4f}", "at most 0.1")
     assert after < before and after <= 0.1
+
+
+@pytest.mark.parametrize("kind", [BroadcastTransport, DirectTransport])
+def test_weights_reach_a_server_on_another_device(tmp_path, table, kind):
+    from exprl_megatron.policy.world import enter_world, leave_world
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    config = ServerConfig(extra_args=SMALL)
+    spec = ServerSpec("policy-0", MODEL, config, tmp_path / "logs", dtype="bfloat16", first_gpu=1)
+    with start_servers([spec])[0] as server:
+        enter_world(Layout())
+        try:
+            policy = policy_of(PrecisionConfig(kind="bf16"))
+
+            async def bring(transport, client, version: str) -> float:
+                for parameter in policy.chunks[0].parameters():
+                    parameter.data.neg_()
+                outgoing = Outgoing(policy.chunks, policy.architecture, policy.world, 2**20, fillers=transport.fillers)
+                started = time.monotonic()
+                await transport.push(outgoing, version, SyncTimes())
+                return time.monotonic() - started
+
+            async def run():
+                async with server.client() as client:
+                    transport = kind([client], 1, policy.world, Control(240.0), deadline_s=120)
+                    # The first opens the group.
+                    seconds = [await bring(transport, client, f"v{number}") for number in range(3)]
+                    held = await client.checksums()
+                    await transport.close()
+                    return min(seconds), held
+
+            seconds, held = asyncio.run(run())
+            buckets = gather_buckets(policy.chunks, policy.architecture, policy.world, 2**30)
+            named = [pair for bucket in buckets for pair in bucket]
+            expected = checksums(named, tied=policy.architecture.tied, server="cuda" if has_cuda() else "cpu")
+        finally:
+            leave_world()
+    table(f"{kind.__name__}: checksums agree", held == (expected,), True)
+    table(f"{kind.__name__}: seconds to bring the miniature", f"{seconds:.3f}", "no bound")
+    assert held == (expected,)
 
 
 def test_a_server_sleeps_and_wakes(tmp_path, table):

@@ -8,7 +8,7 @@ import torch
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import read_architecture
-from exprl_megatron.resharding.deliveries import sent, shares
+from exprl_megatron.resharding.deliveries import plan_deliveries, shares
 from exprl_megatron.resharding.messages import copies, holders
 from exprl_megatron.resharding.names import hf_shapes, parameters
 from exprl_megatron.resharding.sources import Random, read_part
@@ -59,7 +59,7 @@ def test_every_server_rank_gets_every_number_that_it_holds_once(tiny_model, fami
     held = shards(architecture, layout, source)
     needs = [server_needs(shapes, tp, architecture.kv_groups)] * 2
     got = [[torch.full((need.rows, need.columns), torch.nan) for need in rank] for server in needs for rank in server]
-    for one in sent(needs, shares(architecture, layout), layout, "float32", BUDGET):
+    for one in plan_deliveries(needs, shares(architecture, layout), layout, "float32", BUDGET):
         target = got[one.delivery.target - layout.world_size]
         for part, (parameter, row, column) in zip(one.delivery.parts, one.sources, strict=True):
             own = held[one.delivery.source][parameter]
@@ -76,7 +76,9 @@ def test_no_rank_has_more_than_a_bucket_on_its_way_in_a_round(tiny_model, family
     architecture = architecture_of(tiny_model, family)
     needs = [server_needs(hf_shapes(architecture), tp, architecture.kv_groups)]
     bucket = 300_000
-    deliveries = [one.delivery for one in sent(needs, shares(architecture, layout), layout, "float32", bucket)]
+    deliveries = [
+        one.delivery for one in plan_deliveries(needs, shares(architecture, layout), layout, "float32", bucket)
+    ]
     assert [d.round for d in deliveries] == sorted(d.round for d in deliveries) and deliveries[-1].round > 0
     on_the_way = Counter()
     for delivery in deliveries:
@@ -88,7 +90,9 @@ def test_no_rank_has_more_than_a_bucket_on_its_way_in_a_round(tiny_model, family
 def test_small_parts_share_a_message_and_large_ones_have_their_own(tiny_model):
     architecture = architecture_of(tiny_model, "qwen3")
     needs = [server_needs(hf_shapes(architecture), 1, architecture.kv_groups)]
-    deliveries = [one.delivery for one in sent(needs, shares(architecture, Layout()), Layout(), "bfloat16", 2**30)]
+    deliveries = [
+        one.delivery for one in plan_deliveries(needs, shares(architecture, Layout()), Layout(), "bfloat16", 2**30)
+    ]
     (small,) = (delivery for delivery in deliveries if len(delivery.parts) > 1)
     assert all(2 * part.count < 2**16 for part in small.parts)
     assert all(2 * delivery.count >= 2**16 for delivery in deliveries if delivery is not small)
@@ -98,7 +102,7 @@ def test_servers_are_sent_to_by_different_copies(tiny_model):
     architecture, layout = architecture_of(tiny_model, "qwen3"), Layout(tp=2, dp=2)
     needs = [server_needs(hf_shapes(architecture), 2, architecture.kv_groups)] * 3
     senders = defaultdict(set)
-    for one in sent(needs, shares(architecture, layout), layout, "float32", BUDGET):
+    for one in plan_deliveries(needs, shares(architecture, layout), layout, "float32", BUDGET):
         senders[(one.delivery.target - layout.world_size) // 2].add(one.delivery.source)
     assert senders == {0: {0, 1}, 1: {2, 3}, 2: {0, 1}}
 
@@ -107,4 +111,4 @@ def test_servers_are_sent_to_by_different_copies(tiny_model):
 def test_what_nobody_holds_is_refused(tiny_model, need):
     architecture, layout = architecture_of(tiny_model, "qwen3"), Layout()
     with pytest.raises(ValueError, match=need.name):
-        sent([[[need]]], shares(architecture, layout), layout, "float32", BUDGET)
+        plan_deliveries([[[need]]], shares(architecture, layout), layout, "float32", BUDGET)

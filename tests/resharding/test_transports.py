@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,25 @@ def test_a_server_that_waits_for_one_that_died_is_free_at_once(client, policy, k
             return time.monotonic() - started
 
     assert asyncio.run(push()) < 10
+
+
+def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):
+    transport = DirectTransport([client], 1, policy.world, Control(120.0), deadline_s=60)
+    failed = Future()
+    failed.set_exception(RuntimeError("connection lost"))
+
+    async def push():
+        async with client:
+            await transport.push(outgoing(policy, transport), "v1", SyncTimes())
+            monkeypatch.setattr(transport, "_begin_to_send", lambda outgoing: failed)
+            with pytest.raises(ServerError, match=r"policy-0 .*could not receive weights"):
+                await transport.push(outgoing(policy, transport), "v2", SyncTimes())
+            started = time.monotonic()
+            await client.take_over(deadline_s=60)
+            return time.monotonic() - started, (await client.info())["weight_version"]
+
+    free_s, version = asyncio.run(push())
+    assert free_s < 10 and version == "v1"
 
 
 def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monkeypatch):
