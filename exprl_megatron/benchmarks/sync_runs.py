@@ -15,14 +15,11 @@ from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.direct import DirectTransport
-from exprl_megatron.resharding.disk import DiskTransport
-from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.messages import stage_messages
 from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.resharding.sources import Random
+from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor
@@ -96,7 +93,16 @@ def measure(
     floor = Floor(floor_port, server_tp * len(servers)) if world.rank == 0 else None
     for client in clients:
         conductor.run(client.__aenter__())
-    transport = _transport(settings["transport"], clients, server_tp, policy, control, model)
+    transport = make_transport(
+        settings["transport"],
+        clients,
+        server_tp,
+        policy.world,
+        control,
+        _DEADLINE_S,
+        directory=model.parent / "sync",
+        model=model,
+    )
     config = SyncConfig(bucket_mb=settings["bucket_mb"], verify=settings["verify"])
     sync = WeightSync(config, policy, conductor, FixedServers(clients), transport, control, server_tp)
     staged = stage_messages(policy.architecture, layout, "bfloat16", int(config.bucket_mb * 2**20))
@@ -138,13 +144,6 @@ def _medians(
         push_s=median(sync["sync/seconds"] - sync["sync/check"] for sync in syncs),
         parts=parts,
     )
-
-
-def _transport(kind: str, clients: list[SGLangClient], server_tp: int, policy: Policy, control: Control, model: Path):
-    if kind == "disk":
-        return DiskTransport(clients, model.parent / "sync", model, control, _DEADLINE_S)
-    made = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}[kind]
-    return made(clients, server_tp, policy.world, control, _DEADLINE_S)
 
 
 def _change(policy: Policy) -> None:

@@ -143,14 +143,13 @@ def reshard_time(architecture: Architecture, layout: Layout, gpu: Gpu, *, coloca
     return inside + size * outside / (gpu.nic_bytes_per_s * NIC_SHARE)
 
 
-def direct_time(
-    architecture: Architecture, layout: Layout, gpu: Gpu, *, servers: int, server_tp: int, each: float = 2.0
-) -> float:
-    """Seconds to carry the new weights to `servers` servers of `server_tp` ranks, to each its part by its own card.
+def direct_time(architecture: Architecture, layout: Layout, gpu: Gpu, *, servers: int, server_tp: int) -> float:
+    """Seconds to carry the new weights, in BF16, to `servers` servers of `server_tp` ranks.
 
-    Data- and context-parallel copies of the trainer's shards each serve some of the servers.
+    Each rank gets its part by its own card. Of the trainer's shards each data- and context-parallel copy serves some of
+    the servers.
     """
-    size = weight_bytes(architecture, each)
+    size = weight_bytes(architecture)
     copies = min(servers, layout.dp * layout.cp)
     out = size * servers / (layout.tp * layout.pp * copies)
     return max(out, size / server_tp) / (gpu.nic_bytes_per_s * NIC_SHARE)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.deliveries import Sent, Where, plan_deliveries, shares
+from exprl_megatron.resharding.deliveries import Where, plan_deliveries, shares
 from exprl_megatron.resharding.gather import Gatherer
 from exprl_megatron.resharding.groups import address_towards, backend, break_off, in_background, meet, meeting_place
 from exprl_megatron.resharding.messages import ITEMSIZE
@@ -52,8 +52,8 @@ class DirectTransport:
         self._size = 0
         """Of the group."""
         self._group: dist.ProcessGroup | None = None
-        self._sent: list[Sent] = []
-        """What this rank sends."""
+        self._sources: dict[Delivery, tuple[Where, ...]] = {}
+        """What this rank sends, in order, and where it has the parts."""
         self._moved = 0
         """Bytes to one server."""
         self._orders = 0
@@ -164,7 +164,7 @@ class DirectTransport:
         dtype = _word(outgoing.gatherer.dtype)
         held = shares(outgoing.architecture, self._world.layout, self._world.device.type == "cuda")
         everything = plan_deliveries(needs, held, self._world.layout, dtype, outgoing.bucket_bytes)
-        self._sent = [one for one in everything if one.delivery.source == self._world.rank]
+        self._sources = {one.delivery: one.sources for one in everything if one.delivery.source == self._world.rank}
         if self._control.here:
             self._moved = sum(one.delivery.count for one in everything) * ITEMSIZE[dtype] // len(needs)
             for rank in range(self._world.layout.world_size, self._size):
@@ -234,27 +234,22 @@ class DirectTransport:
 
     def _begin_to_send(self, outgoing: Outgoing) -> Future[None]:
         """This rank's part of a sync, on a thread."""
-        sources = {one.delivery: one.sources for one in self._sent}
         gatherer, group = outgoing.gatherer, self._group
         lanes = Lanes(gatherer.dtype, self._world.device)
 
         def begin(lane: int, deliveries: list[Delivery]) -> list[dist.P2POp]:
-            cuts = [_cuts(gatherer, delivery, sources[delivery]) for delivery in deliveries]
-            beside = [len(parts) > 1 or not parts[0].is_contiguous() for parts in cuts]
-            counts = [delivery.count for delivery, aside in zip(deliveries, beside, strict=True) if aside]
-            memory = iter(lanes.take(lane, counts))
-            data = [
-                torch.cat([part.reshape(-1) for part in parts], out=next(memory)) if aside else parts[0]
-                for parts, aside in zip(cuts, beside, strict=True)
-            ]
+            cuts = [_cuts(gatherer, delivery, self._sources[delivery]) for delivery in deliveries]
+            pieces, copies = lanes.take(lane, cuts)
+            for part, place in copies:
+                place.copy_(part)
             return [
-                dist.P2POp(dist.isend, tensor, group=group, group_peer=delivery.target)
-                for tensor, delivery in zip(data, deliveries, strict=True)
+                dist.P2POp(dist.isend, piece, group=group, group_peer=delivery.target)
+                for piece, delivery in zip(pieces, deliveries, strict=True)
             ]
 
         def work() -> None:
             with self._on_device(), torch.no_grad():
-                in_rounds(sources, begin)
+                in_rounds(self._sources, begin)
                 if self._world.device.type == "cuda":
                     torch.cuda.synchronize()
 

@@ -1,7 +1,7 @@
 """Deliveries on their way, at either end: two rounds at a time, and the memory that these take in turn."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 import torch
@@ -18,12 +18,32 @@ class Lanes:
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self._memory = [torch.empty(0, dtype=dtype, device=device) for _ in range(_AT_ONCE)]
 
-    def take(self, lane: int, counts: Iterable[int]) -> list[torch.Tensor]:
-        """Vectors of so many numbers, in place of those that were last taken of the lane."""
-        counts = list(counts)
-        if self._memory[lane].numel() < sum(counts):
-            self._memory[lane] = self._memory[lane].new_empty(sum(counts))
-        return list(self._memory[lane][: sum(counts)].split(counts))
+    def take(
+        self, lane: int, deliveries: Sequence[Sequence[torch.Tensor]]
+    ) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """For each delivery, given as its parts in parameters, the one piece of memory that is sent or received.
+
+        That is its only part's own where this is contiguous and of `dtype`; else memory of the lane, in place of what
+        was last taken of it. Beside that each part that is to be copied, with its place in the lane's memory.
+        """
+        beside = [parts for parts in deliveries if not self._is_one_piece(parts)]
+        total = sum(part.numel() for parts in beside for part in parts)
+        if self._memory[lane].numel() < total:
+            self._memory[lane] = self._memory[lane].new_empty(total)
+        pieces, copies, start = [], [], 0
+        for parts in deliveries:
+            if self._is_one_piece(parts):
+                pieces.append(parts[0])
+                continue
+            counts = [part.numel() for part in parts]
+            pieces.append(self._memory[lane].narrow(0, start, sum(counts)))
+            places = pieces[-1].split(counts)
+            copies += [(part, place.view(part.shape)) for part, place in zip(parts, places, strict=True)]
+            start += sum(counts)
+        return pieces, copies
+
+    def _is_one_piece(self, parts: Sequence[torch.Tensor]) -> bool:
+        return len(parts) == 1 and parts[0].is_contiguous() and parts[0].dtype == self._memory[0].dtype
 
 
 def in_rounds(

@@ -76,7 +76,10 @@ class _Member:
         self._device = next(model.parameters()).device
         told = json.loads(self._store.get("tensors"))
         self._dtype = getattr(torch, told["dtype"])
-        self._places = trace(model, told["shapes"], self._dtype)
+        try:
+            self._places = trace(model, told["shapes"], self._dtype)
+        except ValueError as error:
+            raise ValueError(f"{error}; set sync.transport to broadcast") from error
         self._store.set(f"needs/{self._rank}", json.dumps([place.need for place in self._places]))
         self._group = init_custom_process_group(
             backend=order["backend"],
@@ -108,30 +111,19 @@ class _Member:
 
         def begin(lane: int, deliveries: list[Delivery]) -> list[dist.P2POp]:
             wanted = [[_cut(views[part.need], part) for part in delivery.parts] for delivery in deliveries]
-            beside = [not self._in_place(cuts) for cuts in wanted]
-            counts = [delivery.count for delivery, aside in zip(deliveries, beside, strict=True) if aside]
-            memory = iter(lanes.take(lane, counts))
-            arriving = [next(memory) if aside else cuts[0] for cuts, aside in zip(wanted, beside, strict=True)]
-            copies[lane] = []
-            for delivery, cuts, aside, arrived in zip(deliveries, wanted, beside, arriving, strict=True):
-                if aside:
-                    copies[lane] += zip(cuts, arrived.split([part.count for part in delivery.parts]), strict=True)
+            pieces, copies[lane] = lanes.take(lane, wanted)
             return [
-                dist.P2POp(dist.irecv, data, group=self._group, group_peer=delivery.source)
-                for data, delivery in zip(arriving, deliveries, strict=True)
+                dist.P2POp(dist.irecv, piece, group=self._group, group_peer=delivery.source)
+                for piece, delivery in zip(pieces, deliveries, strict=True)
             ]
 
         def end(lane: int) -> None:
-            for into, arrived in copies[lane]:
-                into.copy_(arrived.view(into.shape))
+            for part, arrived in copies[lane]:
+                part.copy_(arrived)
 
         in_rounds(self._deliveries, begin, end)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-
-    def _in_place(self, cuts: list[torch.Tensor]) -> bool:
-        """Whether a delivery can be received where it belongs."""
-        return len(cuts) == 1 and cuts[0].is_contiguous() and cuts[0].dtype == self._dtype
 
 
 def _cut(view: torch.Tensor, part: Part) -> torch.Tensor:

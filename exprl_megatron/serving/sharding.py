@@ -51,13 +51,11 @@ def rank_cut(module: str, shape: tuple[int, ...], rank: int, tp: int, kv_heads: 
     return Cut(dim, start, count, size - count)
 
 
-def server_needs(
-    shapes: Mapping[str, tuple[int, ...]], tp: int, kv_heads: int, server: Device = "cuda"
-) -> list[list[Need]]:
-    """What each rank of a server holds of the tensors of `shapes`, without asking one."""
+def server_needs(shapes: Mapping[str, tuple[int, ...]], tp: int, kv_heads: int) -> list[list[Need]]:
+    """What each rank of a server on CUDA holds of the tensors of `shapes`, without asking one."""
     return [
         [
-            _need(name, shape, rank_cut(name.split(".")[-2], shape, rank, tp, kv_heads, server))
+            _need(name, shape, rank_cut(name.split(".")[-2], shape, rank, tp, kv_heads, "cuda"))
             for name, shape in shapes.items()
         ]
         for rank in range(tp)

@@ -7,13 +7,8 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import Preempted
 from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.delta import DeltaTransport
-from exprl_megatron.resharding.direct import DirectTransport
-from exprl_megatron.resharding.disk import DiskTransport
-from exprl_megatron.resharding.handles import HandlesTransport
-from exprl_megatron.resharding.transport import Transport
+from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.lent import LentServer
@@ -125,17 +120,8 @@ def _weight_sync(
     server_tp: int,
 ) -> WeightSync:
     control = Control(_CONTROL_ROOM * config.sync.deadline_s)
-    transport = _transport(config, directory, policy, control, server_tp)
+    deadline_s, model = config.sync.deadline_s, Path(config.policy.model)
+    transport = make_transport(
+        config.sync.transport, [], server_tp, policy.world, control, deadline_s, directory=directory, model=model
+    )
     return WeightSync(config.sync, policy, conductor, members, transport, control, server_tp)
-
-
-def _transport(config: RunConfig, directory: Path, policy: Policy, control: Control, server_tp: int) -> Transport:
-    """A transport that is yet to be told its servers."""
-    deadline_s = config.sync.deadline_s
-    if config.sync.transport in ("disk", "delta"):
-        kind = {"disk": DiskTransport, "delta": DeltaTransport}[config.sync.transport]
-        return kind([], directory, Path(config.policy.model), control, deadline_s)
-    kind = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}[
-        config.sync.transport
-    ]
-    return kind([], server_tp, policy.world, control, deadline_s)

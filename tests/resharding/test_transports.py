@@ -16,13 +16,11 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.delta import DeltaTransport
 from exprl_megatron.resharding.direct import DirectTransport
-from exprl_megatron.resharding.disk import DiskTransport
 from exprl_megatron.resharding.gather import gather_buckets
-from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
+from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.checksums import checksums
 from exprl_megatron.serving.launch import ServerSpec, start_servers
 from exprl_megatron.serving.loader_orders import LOADER
@@ -95,18 +93,14 @@ def tensors(policy):
     return [pair for bucket in buckets for pair in bucket]
 
 
-def make_transport(name, client, policy, other, tmp_path):
-    control = Control(120.0)
-    if name in ("disk", "delta"):
-        kind = {"disk": DiskTransport, "delta": DeltaTransport}[name]
-        return kind([client], tmp_path / "sync", other, control, deadline_s=60)
-    kind = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}[name]
-    return kind([client], 1, policy.world, control, deadline_s=60)
+def transport_called(name, client, policy, other, tmp_path):
+    control, directory = Control(120.0), tmp_path / "sync"
+    return make_transport(name, [client], 1, policy.world, control, 60, directory=directory, model=other)
 
 
 @pytest.mark.parametrize("name", ["broadcast", "direct", "handles", "disk", "delta"])
 def test_the_server_then_writes_what_transformers_writes(name, client, policy, other, tmp_path):
-    transport = make_transport(name, client, policy, other, tmp_path)
+    transport = transport_called(name, client, policy, other, tmp_path)
     tokens, versions, held, times = asyncio.run(pushed(client, transport, policy, "v1"))
     assert len(outgoing(policy, transport).rounds) > 2
     assert tokens == greedy(other)
@@ -121,13 +115,13 @@ def test_the_server_then_writes_what_transformers_writes(name, client, policy, o
 
 @pytest.mark.parametrize("name", ["disk", "delta"])
 def test_transports_by_files_leave_no_weights_behind(name, client, policy, other, tmp_path):
-    transport = make_transport(name, client, policy, other, tmp_path)
+    transport = transport_called(name, client, policy, other, tmp_path)
     asyncio.run(pushed(client, transport, policy, "v1"))
     assert not (tmp_path / "sync").exists()
 
 
 def test_after_the_first_time_a_delta_has_only_what_changed(client, policy, other, tmp_path):
-    transport = make_transport("delta", client, policy, other, tmp_path)
+    transport = transport_called("delta", client, policy, other, tmp_path)
     norm = policy.chunks[0].decoder.final_layernorm.weight.data
 
     async def push_twice():

@@ -1,0 +1,37 @@
+"""The transport of a name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.broadcast import BroadcastTransport
+from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.delta import DeltaTransport
+from exprl_megatron.resharding.direct import DirectTransport
+from exprl_megatron.resharding.disk import DiskTransport
+from exprl_megatron.resharding.handles import HandlesTransport
+from exprl_megatron.resharding.transport import Transport
+from exprl_megatron.serving.client import SGLangClient
+
+_BY_FILES = {"disk": DiskTransport, "delta": DeltaTransport}
+_BY_MEMORY = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}
+
+
+def make_transport(
+    kind: str,
+    clients: Sequence[SGLangClient],
+    server_tp: int,
+    world: World,
+    control: Control,
+    deadline_s: float,
+    *,
+    directory: Path,
+    model: Path,
+) -> Transport:
+    """The transport that `sync.transport` calls `kind`.
+
+    Those that go by files write into `directory`, in the form of the model in `model`.
+    """
+    if kind in _BY_FILES:
+        return _BY_FILES[kind](clients, directory, model, control, deadline_s)
+    return _BY_MEMORY[kind](clients, server_tp, world, control, deadline_s)
