@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from exprl_megatron.accelerator import device_visible, missing_gpu_packages, uses_cuda
 from exprl_megatron.rewards.code_sandbox import sandbox_available
-from exprl_megatron.serving.command import has_cuda
 
 ESSENTIAL = ("Python", "torch", "megatron-core", "sglang", "SGLang kernels", "ports")
 """Parts without which no run is possible."""
-ESSENTIAL_ON_GPUS = (*ESSENTIAL, "GPUs", "transformer-engine")
+ESSENTIAL_ON_GPUS = (*ESSENTIAL, "GPUs", "transformer-engine", "accelerator")
 """Those, and what a node with GPUs is for."""
 _DISK_GB = 10
 _GIB = 2**30
@@ -45,6 +45,7 @@ def examine() -> list[Finding]:
         _package("transformer-engine", "transformer_engine", "FP8 and the fast kernels on GPUs"),
         _package("apex", "apex", "fused gradient accumulation on GPUs (optional)"),
         Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
+        _accelerator(),
         _package("nemo-run", "nemo_run", "recipes and Slurm"),
         _sandbox(),
         _ports(),
@@ -87,10 +88,17 @@ def _package(name: str, module: str, prevents: str) -> Finding:
 
 
 def _stand_ins() -> Finding:
-    if not has_cuda():
-        return Finding("SGLang kernels", True, "stand-ins for a machine without CUDA")
-    found = importlib.util.find_spec("sgl_kernel") is not None
-    return Finding("SGLang kernels", found, "CUDA" if found else "not installed", "" if found else "serving on GPUs")
+    return Finding("SGLang kernels", True, "CUDA" if uses_cuda() else "stand-ins for a machine without CUDA")
+
+
+def _accelerator() -> Finding:
+    """What trainer, servers and groups run on here, and why not on a GPU that is there."""
+    if uses_cuda():
+        return Finding("accelerator", True, "CUDA")
+    if not device_visible():
+        return Finding("accelerator", True, "CPU")
+    missing = " and ".join(missing_gpu_packages())
+    return Finding("accelerator", False, f"CPU, as this environment has not {missing}", "use of GPUs")
 
 
 def _gpus() -> list[str]:

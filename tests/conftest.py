@@ -5,9 +5,23 @@ What the fixtures need is imported inside them, so that tests without them start
 
 import asyncio
 import inspect
+import os
 from pathlib import Path
 
 import pytest
+
+from exprl_megatron.accelerator import environment, missing_gpu_packages
+
+
+def pytest_configure(config):
+    """Without the GPU environment every test, and every process that one starts, runs on the CPU."""
+    if missing_gpu_packages():
+        os.environ.update(environment(cuda=False))
+
+
+def pytest_report_header(config):
+    missing = missing_gpu_packages()
+    return f"accelerator: the CPU, as {' and '.join(missing)} are not installed" if missing else "accelerator: any GPU"
 
 
 def pytest_collection_modifyitems(items):

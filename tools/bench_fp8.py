@@ -21,6 +21,7 @@ from typing import get_args
 
 import torch
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.benchmarks.layer_report import known_gpu, measured_lines, predicted, predicted_lines, throughput
 from exprl_megatron.benchmarks.layers import Work, measure_layers, narrowed, policy_config
 from exprl_megatron.config.policy import Layout
@@ -40,7 +41,7 @@ NO_GPU = "No GPU here: no FP8 kernel ran, nothing here tells how fast one is, an
 def run(args: argparse.Namespace) -> dict:
     """Measure, print on rank 0, and return all figures."""
     published, _ = find_architecture(NAMES.get(args.model, args.model))
-    kinds, cuda = args.precision.split(","), torch.cuda.is_available()
+    kinds, cuda = args.precision.split(","), uses_cuda()
     if unknown := set(kinds) - set(get_args(Kind)):
         raise UserError(f"--precision has {', '.join(sorted(unknown))}; choose from {', '.join(get_args(Kind))}.")
     if not 1 <= args.layers // 2 < args.layers:

@@ -22,6 +22,7 @@ from random import Random
 
 from transformers import AutoTokenizer
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.judging.judge import Judge
@@ -29,7 +30,6 @@ from exprl_megatron.judging.judge_model import model_context
 from exprl_megatron.judging.judgement import Judgement, Scored
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.serving.client import Generation, SGLangClient
-from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.serving.launch import ServerSpec, start_servers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +201,7 @@ def main() -> None:
         linked = Path(directory) / "model"
         linked.mkdir()
         model = stretched(args.model, longest + 2 * ANSWER_TOKENS, linked)
-        dtype = "bfloat16" if has_cuda() else "float32"
+        dtype = "bfloat16" if uses_cuda() else "float32"
         config = ServerConfig(max_total_tokens=args.max_total_tokens)
         spec = ServerSpec("judge-0", model, config, Path(directory) / "logs", dtype=dtype)
         with start_servers([spec])[0] as server:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.command import has_cuda, server_environment
+from exprl_megatron.serving.command import server_environment
 from exprl_megatron.together import together
 
 _SEED = 42
@@ -92,7 +93,7 @@ def through_bench_serving(url: str, model: Path, load: Load, stream: bool, direc
     command += ["--extra-request-body", json.dumps({"sampling_params": sampling}), "--return-logprob"]
     command += ["--seed", str(_SEED), "--warmup-requests", "0", "--disable-tqdm", "--output-file", str(result)]
     command += ["--output-details", *([] if stream else ["--disable-stream"])]
-    environment = server_environment(os.environ, cuda=has_cuda(), tp=1)
+    environment = server_environment(os.environ, cuda=uses_cuda(), tp=1)
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     if ended.returncode or not result.is_file():
         raise RunStopped(f"sglang.bench_serving ended with status {ended.returncode}: {ended.stderr.strip()[-1500:]}")

@@ -8,6 +8,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.benchmarks.peak_memory import extra_bytes
 from exprl_megatron.benchmarks.plain_step import weighted_loss
 from exprl_megatron.benchmarks.step_comparison import make_sequences
@@ -177,14 +178,14 @@ def _drop_gradients(chunk: torch.nn.Module) -> None:
 
 def _wait() -> None:
     """Until all ranks' devices have finished what they were asked for."""
-    if torch.cuda.is_available():
+    if uses_cuda():
         torch.cuda.synchronize()
     if dist.get_world_size() > 1:
         dist.barrier()
 
 
 def _allocated() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return torch.cuda.memory_allocated() if uses_cuda() else 0
 
 
 def _weights(chunk: torch.nn.Module) -> int:

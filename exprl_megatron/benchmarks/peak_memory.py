@@ -6,13 +6,15 @@ from itertools import accumulate
 
 import torch
 
+from exprl_megatron.accelerator import uses_cuda
+
 
 def extra_bytes(call: Callable[[], object]) -> int:
     """Bytes of tensors on the device at the highest point of `call`, less those that were there before it.
 
     Counted by torch's allocator: on CUDA it keeps the maximum, on a CPU the profiler tells of every piece.
     """
-    if torch.cuda.is_available():
+    if uses_cuda():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

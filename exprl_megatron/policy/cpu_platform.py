@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 
+from exprl_megatron.accelerator import settle
 from exprl_megatron.policy.rotation import rotate_packed_row, rotate_rows
 
 CPU = torch.device("cpu")
@@ -60,13 +61,21 @@ class NoEvent:
 
 
 class CudaOnCpu(types.ModuleType):
-    """`torch.cuda` as Megatron sees it; names not given here are the real ones (`is_available()` is False)."""
+    """`torch.cuda` as Megatron sees it; names not given here are the real ones."""
 
     Event = NoEvent
     Stream = NoStream
 
     def __getattr__(self, name: str):
         return getattr(torch.cuda, name)
+
+    def is_available(self) -> bool:
+        """Nothing of Megatron computes on a device that is there but cannot be used."""
+        return False
+
+    def device_count(self) -> int:
+        """None, as is_available() is False."""
+        return 0
 
     def current_device(self) -> torch.device:
         """Megatron allocates with device=torch.cuda.current_device(); a torch.device is valid there too."""
@@ -252,7 +261,7 @@ def install() -> bool:
 
     Calling it again changes nothing. Raises RuntimeError where megatron.core was imported before.
     """
-    if torch.cuda.is_available():
+    if settle():
         return False
     if any(isinstance(finder, _Importer) for finder in sys.meta_path):
         return True

@@ -9,6 +9,7 @@ import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
 
@@ -71,7 +72,7 @@ def cuda_capability() -> tuple[int, int] | None:
 
     Asked for by a process of its own, as asking takes some of the device's memory for as long as a process lives.
     """
-    if not torch.cuda.is_available():
+    if not uses_cuda():
         return None
     question = "import torch; print(*torch.cuda.get_device_capability())"
     reply = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120)

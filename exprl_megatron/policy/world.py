@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
 
@@ -119,7 +120,7 @@ def leave_world() -> None:
 
 
 def _device() -> torch.device:
-    if not torch.cuda.is_available():
+    if not uses_cuda():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

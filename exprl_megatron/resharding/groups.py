@@ -15,10 +15,12 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
+from exprl_megatron.accelerator import uses_cuda
+
 
 def backend() -> str:
     """Gloo between CPU processes, NCCL between GPUs."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    return "nccl" if uses_cuda() else "gloo"
 
 
 def address_towards(host: str) -> str:

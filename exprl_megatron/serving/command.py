@@ -5,8 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
+from exprl_megatron import accelerator
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.serving.ports import LOCAL
@@ -64,6 +63,7 @@ def server_environment(inherited: Mapping[str, str], *, cuda: bool, tp: int = 1)
     # Without bytecode each of a server's processes compiles 10,000 modules at every start.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment.update(HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
+    environment.update(accelerator.environment(cuda))
     if not cuda:
         path = [str(STAND_INS), inherited.get("PYTHONPATH", "")]
         environment.update(
@@ -80,13 +80,3 @@ def server_environment(inherited: Mapping[str, str], *, cuda: bool, tp: int = 1)
             # Ranks would want a NUMA node each; and they would set NCCL up, on CUDA devices, where they find it.
             environment.update(SGLANG_CPU_OMP_THREADS_BIND="|".join([cores] * tp), SGLANG_NCCL_SO_PATH="none")
     return environment
-
-
-def gpu_count() -> int:
-    """CUDA devices that this process sees."""
-    return torch.cuda.device_count()
-
-
-def has_cuda() -> bool:
-    """Whether servers run on CUDA here."""
-    return torch.cuda.is_available()

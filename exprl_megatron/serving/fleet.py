@@ -13,10 +13,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.serving.member import Member, Order, to_sleep, to_wake
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import RouterClient
@@ -170,7 +170,7 @@ class Fleet:
 
     async def sleep(self) -> bool:
         """Let all servers give up their memory; whether they can: on a CPU they cannot, and are not asked."""
-        self._sleeping = has_cuda()
+        self._sleeping = uses_cuda()
         if self._sleeping:
             await asyncio.gather(*(self._tried(member, to_sleep(member)) for member in self._in("serving", "joining")))
         return self._sleeping

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from exprl_megatron.accelerator import settle, uses_cuda
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.command import has_cuda, server_command, server_environment
+from exprl_megatron.serving.command import server_command, server_environment
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import EVERYWHERE, LOCAL, free_ports, is_free
@@ -65,7 +66,7 @@ class ServerSpec:
             port=port,
             seed=self.seed,
             weight_version=self.weight_version,
-            cuda=has_cuda(),
+            cuda=uses_cuda(),
             bind=_address(self),
             first_gpu=self.first_gpu,
         )
@@ -185,6 +186,7 @@ def launch_servers(specs: Sequence[ServerSpec]) -> list[Server]:
     directory is none.
     """
     ports = check_servers(specs)
+    settle()
     return [_launch(spec, port) for spec, port in zip(specs, ports, strict=True)]
 
 
@@ -227,11 +229,11 @@ def _launch(spec: ServerSpec, port: int) -> Server:
     log_file = spec.log_dir / f"{spec.name}.log"
     with open(log_file, "ab") as log:
         process = subprocess.Popen(
-            supervised(spec.command(port), grace_s=_CUDA_GRACE_S if has_cuda() else 0.0),
+            supervised(spec.command(port), grace_s=_CUDA_GRACE_S if uses_cuda() else 0.0),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, cuda=has_cuda(), tp=spec.config.tp),
+            env=server_environment(os.environ, cuda=uses_cuda(), tp=spec.config.tp),
             # Ctrl-C is for us: we decide when servers stop.
             start_new_session=True,
         )

@@ -3,11 +3,11 @@
 import time
 from pathlib import Path
 
+from exprl_megatron.accelerator import gpu_count, uses_cuda
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.files import Claim
-from exprl_megatron.serving.command import gpu_count, has_cuda
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.launch import (
     SERVED_DTYPES,
@@ -83,7 +83,7 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
     if config.samples:
         server = config.server
-        if config.placement.kind == "colocated" and has_cuda():
+        if config.placement.kind == "colocated" and uses_cuda():
             server = server.model_copy(update={"extra_args": (*server.extra_args, "--enable-memory-saver")})
         specs += server_specs("policy", config.policy.model, server, directory.logs, dtype=dtype, seed=config.seed)
     if config.samples and config.server.router:

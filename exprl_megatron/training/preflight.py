@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from exprl_megatron.accelerator import half_installed
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, SparseRlStage
@@ -19,7 +20,9 @@ from exprl_megatron.training.journal import Journal
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Raise UserError where the model, the layout, the problems or the examples cannot be used."""
+    """Raise UserError where the environment, the model, the layout, the problems or the examples cannot be used."""
+    if found := half_installed():
+        raise UserError(found)
     if found := model_violations(config):
         raise UserError("\n".join(found))
     if config.policy.initialise == "weights":

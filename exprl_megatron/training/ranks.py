@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from exprl_megatron.accelerator import settle
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import LOCAL, free_ports
@@ -28,6 +29,7 @@ class TrainerRanks:
         node = node or Node()
         ranks = node.ranks(world_size)
         meeting = _meeting(node)
+        settle()
         self._processes: dict[int, subprocess.Popen] = {}
         for rank in ranks:
             log = open(self._log(rank), "ab")  # noqa: SIM115 - the child keeps it

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.conversion import fp8 as blocks
 from exprl_megatron.errors import ServerError, WeightsDiffer
@@ -17,7 +18,6 @@ from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.resharding.transport import Bucket, Transport
 from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.together import together
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
 
@@ -107,7 +107,7 @@ class WeightSync:
             kv_heads=architecture.kv_groups,
             experts=architecture.experts.count if architecture.experts else 0,
             tied=architecture.tied,
-            server="cuda" if has_cuda() else "cpu",
+            server="cuda" if uses_cuda() else "cpu",
         )
 
     async def _convoked(self, version: str) -> str:

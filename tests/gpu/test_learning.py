@@ -4,6 +4,7 @@ import pytest
 import torch
 from learning import cosine, learn
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.precision import PrecisionConfig
 
 
@@ -17,7 +18,7 @@ def test_the_miniature_learns(fp32):
     assert fp32.gradient.dtype == torch.float32 and fp32.gradient.isfinite().all()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compare with bf16 themselves")
+@pytest.mark.skipif(uses_cuda(), reason="the GPU tests compare with bf16 themselves")
 @pytest.mark.parametrize(
     ("precision", "least"),
     [({"kind": "bf16"}, 0.99), ({"kind": "fp8-tensorwise", "emulate": True}, 0.95)],

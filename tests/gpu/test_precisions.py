@@ -6,6 +6,7 @@ import pytest
 import torch
 from learning import Learned, cosine, learn
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.policy.precision_matrix import Setting, precision_violations
@@ -29,8 +30,8 @@ def learned(name: str) -> Learned:
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_fp8_learns_as_bf16_does(name, table):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if not uses_cuda():
+        pytest.skip("needs a CUDA device and the GPU environment")
     policy = PolicyConfig(model="none", precision=PrecisionConfig(**PRECISIONS[name]))
     refused = precision_violations(Setting(policy, torch.cuda.get_device_capability()))
     if refused:

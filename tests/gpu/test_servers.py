@@ -9,6 +9,7 @@ import pytest
 import torch
 from learning import MINIATURE, batches, learn, policy_of
 
+from exprl_megatron.accelerator import gpu_count, uses_cuda
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.config.serving import ServerConfig
@@ -21,7 +22,6 @@ from exprl_megatron.resharding.gather import gather_buckets
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.checksums import checksums
-from exprl_megatron.serving.command import has_cuda
 from exprl_megatron.serving.launch import ServerSpec, start_servers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -32,8 +32,8 @@ NEW_TOKENS = 32
 
 def started(tmp_path, *extra_args: str):
     """A running bf16 server of the miniature."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if not uses_cuda():
+        pytest.skip("needs a CUDA device and the GPU environment")
     config = ServerConfig(extra_args=(*SMALL, *extra_args))
     return start_servers([ServerSpec("policy-0", MODEL, config, tmp_path / "logs", dtype="bfloat16")])[0]
 
@@ -87,7 +87,7 @@ def test_an_fp8_server_takes_the_policys_bf16_weights(tmp_path, table):
 def test_weights_reach_a_server_on_another_device(tmp_path, table, kind):
     from exprl_megatron.policy.world import enter_world, leave_world
 
-    if torch.cuda.device_count() < 2:
+    if gpu_count() < 2:
         pytest.skip("needs two CUDA devices")
     config = ServerConfig(extra_args=SMALL)
     spec = ServerSpec("policy-0", MODEL, config, tmp_path / "logs", dtype="bfloat16", first_gpu=1)
@@ -116,7 +116,7 @@ def test_weights_reach_a_server_on_another_device(tmp_path, table, kind):
             seconds, held = asyncio.run(run())
             buckets = gather_buckets(policy.chunks, policy.architecture, policy.world, 2**30)
             named = [pair for bucket in buckets for pair in bucket]
-            expected = checksums(named, tied=policy.architecture.tied, server="cuda" if has_cuda() else "cpu")
+            expected = checksums(named, tied=policy.architecture.tied, server="cuda" if uses_cuda() else "cpu")
         finally:
             leave_world()
     table(f"{kind.__name__}: checksums agree", held == (expected,), True)

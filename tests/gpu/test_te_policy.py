@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.policy.batch import MicroBatch, Sequence
 
@@ -18,8 +19,8 @@ TOKENS = sum(len(sequence.response_ids) for sequence in BATCH)
 
 @pytest.fixture
 def world() -> Iterator:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if not uses_cuda():
+        pytest.skip("needs a CUDA device and the GPU environment")
     from exprl_megatron.policy.world import enter_world, leave_world
 
     yield enter_world(Layout())

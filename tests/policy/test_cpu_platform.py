@@ -4,9 +4,10 @@ import sys
 import pytest
 import torch
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.policy import cpu_platform
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+pytestmark = pytest.mark.skipif(uses_cuda(), reason="for machines without CUDA")
 
 
 def run(code: str) -> str:
@@ -42,7 +43,7 @@ except RuntimeError as error:
 
 
 def test_nothing_is_installed_where_cuda_is(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpu_platform, "settle", lambda: True)
     finders = list(sys.meta_path)
     assert cpu_platform.install() is False
     assert sys.meta_path == finders

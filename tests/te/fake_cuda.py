@@ -4,6 +4,8 @@ import types
 
 import torch
 
+from exprl_megatron import accelerator
+
 
 def pretend_gpu(capability: tuple[int, int]) -> None:
     """Makes torch say that there is one GPU of this compute capability; for a process that does nothing else after.
@@ -14,6 +16,8 @@ def pretend_gpu(capability: tuple[int, int]) -> None:
         name="pretended", major=capability[0], minor=capability[1], multi_processor_count=132, total_memory=80 * 2**30
     )
     torch.cuda.is_available = lambda: True
+    # Its environment has Transformer Engine but none of SGLang's kernels.
+    accelerator.uses_cuda = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.current_device = lambda: torch.device("meta")
     torch.cuda.set_device = lambda device: None

@@ -1,0 +1,95 @@
+"""Whether this process and all that it starts compute on CUDA: one decision for trainer, servers and their groups.
+
+The CPU environment's torch knows CUDA too, so a device alone does not decide: without Transformer Engine and SGLang's
+kernels neither side could use it. Importing this module imports no torch.
+"""
+
+import importlib.util
+import os
+import sys
+
+GPU_PACKAGES = {"transformer_engine": "transformer-engine", "sgl_kernel": "sglang-kernel"}
+"""What the GPU environment has and the CPU environment has not: name of the module, name of the package."""
+INSTALL = "install the GPU environment (requirements/gpu.txt, as the Dockerfile does)"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+
+def uses_cuda() -> bool:
+    """Whether everything here runs on CUDA: a device is visible and the GPU environment is installed."""
+    return not missing_gpu_packages() and device_visible()
+
+
+def gpu_count() -> int:
+    """CUDA devices that trainer and servers may use here; 0 where they run on the CPU."""
+    import torch
+
+    return torch.cuda.device_count() if uses_cuda() else 0
+
+
+def missing_gpu_packages() -> list[str]:
+    """The packages of the GPU environment that are not installed; looked up, not imported."""
+    return [package for module, package in GPU_PACKAGES.items() if importlib.util.find_spec(module) is None]
+
+
+def device_visible() -> bool:
+    """Whether torch sees a CUDA device, usable or not."""
+    import torch
+
+    if not missing_gpu_packages():
+        return torch.cuda.is_available()
+    # Asked of the driver's management library: torch's own way fixes the visible devices for this process's lifetime.
+    before = os.environ.get(_ASK_NVML)
+    os.environ[_ASK_NVML] = "1"
+    try:
+        return torch.cuda.is_available()
+    finally:
+        if before is None:
+            del os.environ[_ASK_NVML]
+        else:
+            os.environ[_ASK_NVML] = before
+
+
+def environment(cuda: bool) -> dict[str, str]:
+    """What a child process needs in its environment so that every library in it decides as `cuda` says."""
+    return {} if cuda else {VISIBLE: ""}
+
+
+def settle() -> bool:
+    """`uses_cuda()`, and where that is False hide the CUDA devices from this process's libraries and its children.
+
+    A hidden device is reported on stderr, in one line, by the first process that hides it. Call this before CUDA is
+    initialized.
+    """
+    cuda = uses_cuda()
+    if not cuda and os.environ.get(VISIBLE) != "":
+        if device_visible():
+            print(f"exprl: {hidden_device()}", file=sys.stderr, flush=True)
+        os.environ.update(environment(cuda))
+    return cuda
+
+
+def hidden_device() -> str:
+    """The sentence about a CUDA device that is not used."""
+    missing = " and ".join(missing_gpu_packages())
+    return (
+        f"this machine has a CUDA device but not {missing}, so everything runs on the CPU; {INSTALL} to use it, or set "
+        f"{VISIBLE}= to choose the CPU."
+    )
+
+
+def half_installed() -> str | None:
+    """Why neither CUDA nor the CPU would work as they should, as a sentence; None where one of them does."""
+    missing = missing_gpu_packages()
+    if len(missing) == len(GPU_PACKAGES) or uses_cuda():
+        return None
+    there = [package for package in GPU_PACKAGES.values() if package not in missing]
+    if missing and device_visible():
+        lacks = f"{there[0]} is installed and a CUDA device is visible, but {missing[0]} is not installed"
+        return f"{lacks}; {INSTALL}, or use the CPU environment (`make setup`) with {VISIBLE}= set."
+    if GPU_PACKAGES["transformer_engine"] in there:
+        return (
+            f"{there[0]} is installed, beside which Megatron-Core does not train on a CPU, but no CUDA device is "
+            f"visible; use a machine with a GPU (see nvidia-smi and {VISIBLE}), or the CPU environment (`make setup`)."
+        )
+    return None
