@@ -1,14 +1,19 @@
 """Which sequences go to which data-parallel rank, there into which micro-batch, and how they lie in it."""
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from functools import partial
+from heapq import heapify, heappop, heappush, heapreplace
 
 from exprl_megatron.config.policy import PolicyConfig
 
 Plan = list[list[list[int]]]
 """Indices of sequences as [data-parallel rank][micro-batch][row]; an empty micro-batch is filler."""
+
+_COUNT_RESOLUTION = 512
+"""The number of micro-batches is searched to one part in this many, so that the search does not grow with it."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,11 @@ def plan_micro_batches(
     work = [length * (1 + length / parity) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda index: (-work[index], index))
     dealt: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
+    loads = [(0.0, rank) for rank in range(ranks)]
     for index in order:
-        rank = loads.index(min(loads))
+        load, rank = loads[0]
         dealt[rank].append(index)
-        loads[rank] += work[index]
+        heapreplace(loads, (load + work[index], rank))
     fill = partial(_fill_packed, work=work) if shape.packed else _fill_padded
     return _evenly(dealt, partial(fill, lengths=lengths, budget=budget, shape=shape), group)
 
@@ -104,21 +109,59 @@ def _fill_packed(
 ) -> list[list[int]]:
     """In `count` micro-batches of like work, or as many more as the budget asks for; `own` falls in work."""
     sizes = {index: padded(lengths[index], shape.sequence) for index in own}
+    capacity = budget // shape.row * shape.row
     count = max(count, math.ceil(sum(min(size, budget) for size in sizes.values()) / budget))
-    while True:
-        micros: list[list[int]] = [[] for _ in range(count)]
-        tokens, loads = [0] * count, [0.0] * count
-        for index in own:
-            fits = [m for m in range(count) if not micros[m] or padded(tokens[m] + sizes[index], shape.row) <= budget]
-            if not fits:
-                break
-            place = min(fits, key=loads.__getitem__)
-            micros[place].append(index)
-            tokens[place] += sizes[index]
-            loads[place] += work[index]
+    return _fewest(count, lambda micros: _balance(own, micros, work, sizes, capacity))
+
+
+def _fewest(least: int, fill: Callable[[int], list[list[int]] | None]) -> list[list[int]]:
+    """What `fill` makes of the smallest count, from `least` on, for which it is not None.
+
+    Found in steps that double, then by bisection, as if every larger count would do as well.
+    """
+    resolution = max(1, least // _COUNT_RESOLUTION)
+    failed, step, count = least - 1, resolution, least
+    while (found := fill(count)) is None:
+        failed, count, step = count, count + step, 2 * step
+    while count - failed > resolution:
+        middle = (failed + count) // 2
+        filled = fill(middle)
+        if filled is None:
+            failed = middle
         else:
-            return micros
-        count += 1
+            count, found = middle, filled
+    return found
+
+
+def _balance(
+    own: list[int], count: int, work: ListLike[float], sizes: dict[int, int], capacity: int
+) -> list[list[int]] | None:
+    """Each index, in turn, to the micro-batch with the least work that has room; None where one finds no room.
+
+    As sizes fall, a micro-batch without room for an index may have some for a later one: it waits in `full`, those
+    with the fewest tokens first, and each index that is placed moves at most one micro-batch there.
+    """
+    # Nothing has less work than an empty micro-batch.
+    micros = [[index] for index in own[:count]] + [[] for _ in range(count - len(own))]
+    tokens = [sizes[index] for index in own[:count]]
+    open_ = [(work[index], micro) for micro, index in enumerate(own[:count])]
+    heapify(open_)
+    full: list[tuple[int, float, int]] = []
+    for index in own[count:]:
+        room = capacity - sizes[index]
+        while full and full[0][0] <= room:
+            _, load, micro = heappop(full)
+            heappush(open_, (load, micro))
+        while open_ and tokens[open_[0][1]] > room:
+            load, micro = heappop(open_)
+            heappush(full, (tokens[micro], load, micro))
+        if not open_:
+            return None
+        load, micro = open_[0]
+        micros[micro].append(index)
+        tokens[micro] += sizes[index]
+        heapreplace(open_, (load + work[index], micro))
+    return micros
 
 
 def _fill_padded(own: list[int], count: int, *, lengths: ListLike[int], budget: int, shape: Shape) -> list[list[int]]:

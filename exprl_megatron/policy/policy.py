@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -188,8 +189,8 @@ class Policy:
 
     def _spread(self, sequences: ListLike[Sequence], shape: Shape) -> Plan:
         layout = self.config.layout
-        return plan_micro_batches(
-            [len(sequence) for sequence in sequences],
+        return _kept_plan(
+            tuple(map(len, sequences)),
             ranks=layout.dp,
             budget=self.config.micro_batch_tokens,
             shape=shape,
@@ -251,6 +252,12 @@ class Policy:
         for chunk, values in zip(self.chunks, weights, strict=True):
             for name, parameter in chunk.named_parameters():
                 parameter.copy_(values[name])
+
+
+@lru_cache(maxsize=64)
+def _kept_plan(lengths: tuple[int, ...], **limits) -> Plan:
+    """All passes of a step over the same sequences share a plan; a step has two of them for each of its updates."""
+    return plan_micro_batches(lengths, **limits)
 
 
 def _host_copy(chunk: GPTModel) -> dict[str, torch.Tensor]:

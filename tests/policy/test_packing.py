@@ -2,6 +2,7 @@ import math
 import random
 
 import pytest
+from operations import instructions
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.policy.packing import Shape, padded, padding_share, plan_micro_batches, shape_of
@@ -60,6 +61,55 @@ def test_packed_micro_batches_are_alike_and_few(seed):
     assert max(ranks) <= 1.05 * min(ranks)
     assert max(micros) <= 1.15 * min(micros)
     assert len(plan[0]) <= math.ceil(sum(lengths) / 8 / 8192) + 1
+
+
+def long_tailed(count: int, seed: int = 0, sigma: float = 0.6, longest: int = 8192) -> list[int]:
+    """Lengths of about 2,048 tokens."""
+    draw = random.Random(seed)
+    return [min(longest, 64 + int(math.exp(draw.gauss(7.4, sigma)))) for _ in range(count)]
+
+
+def plain_packing(lengths: list[int], budget: int, shape: Shape, parity: float) -> list[list[int]]:
+    """One rank's micro-batches by the definition: to the least loaded with room, with the first count that will do."""
+    work = [length * (1 + length / parity) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda index: (-work[index], index))
+    sizes = [padded(length, shape.sequence) for length in lengths]
+    count = math.ceil(sum(min(size, budget) for size in sizes) / budget)
+    while True:
+        micros = [[] for _ in range(count)]
+        for index in order:
+            tokens = [sum(sizes[other] for other in micro) for micro in micros]
+            room = [
+                not micro or padded(n + sizes[index], shape.row) <= budget
+                for micro, n in zip(micros, tokens, strict=True)
+            ]
+            fits = [micro for micro, fit in zip(micros, room, strict=True) if fit]
+            if not fits:
+                break
+            min(fits, key=lambda micro: sum(work[other] for other in micro)).append(index)
+        else:
+            return micros
+        count += 1
+
+
+@pytest.mark.parametrize("shape", [Shape(True), Shape(True, sequence=4, row=256), Shape(True, sequence=6, row=3000)])
+@pytest.mark.parametrize(("sigma", "budget"), [(0.3, 8192), (0.6, 8192), (1.2, 8192), (0.6, 20480), (0.6, 2000)])
+def test_packing_is_that_of_its_definition(shape, sigma, budget):
+    for seed in range(3):
+        lengths = long_tailed(90, seed, sigma)
+        (found,) = plan_micro_batches(lengths, 1, budget, shape, parity=1e5)
+        assert found == plain_packing(lengths, budget, shape, 1e5)
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(1, Shape(True, sequence=4, row=256)), (8, PADDED)])
+def test_planning_grows_like_n_log_n(ranks, shape):
+    # The search for the number of micro-batches has its full length from 512 of them on.
+    few, many = 2048, 8192
+    cost = [
+        instructions(lambda n=n: plan_micro_batches(long_tailed(n), ranks, 8192, shape, parity=1e5))
+        for n in (few, many)
+    ]
+    assert cost[1] <= 1.2 * cost[0] * (many * math.log(many)) / (few * math.log(few))
 
 
 def test_a_sequence_over_budget_stands_alone():

@@ -7,6 +7,7 @@ from witness import loss_function, sequences, tokens
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.packing import plan_micro_batches
 from exprl_megatron.policy.policy import Policy
 
 
@@ -118,6 +119,23 @@ def test_an_update_tells_its_share_of_padding_packed_and_padded(policy):
     lengths = [len(sequence) for sequence in BATCH]
     assert found["padding/padded"] == pytest.approx(1 - sum(lengths) / (len(lengths) * max(lengths)))
     assert found["padding/packed"] == 0.0
+
+
+def test_micro_batches_are_planned_once_for_all_passes_of_a_step(policy, monkeypatch):
+    planned = []
+
+    def plan(lengths, **limits):
+        planned.append(limits["shape"].packed)
+        return plan_micro_batches(lengths, **limits)
+
+    monkeypatch.setattr("exprl_megatron.policy.policy.plan_micro_batches", plan)
+    policy.config = policy.config.model_copy(update={"micro_batch_tokens": 77})
+    policy.begin_stage(ADAM, total_steps=9, keep_start=True)
+    policy.log_probs(BATCH, 1.0, start=True)
+    policy.log_probs(BATCH, 1.0)
+    step(policy)
+    # The padded plan is what the share of padding without packing is computed from.
+    assert planned == [True, False]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(policy):
