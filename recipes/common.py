@@ -69,8 +69,7 @@ def at_scale(tree: dict, scale: Scale, directory: str, stage: Mapping[str, Any],
     tree = tree | {"policy": tree["policy"] | {"layout": layout, "recompute": scale.recompute} | policy}
     tree = changed(tree, server={"count": scale.policy.count, "tp": scale.policy.tp})
     if scale.colocated:
-        # GPUs in common cannot be in one NCCL group twice.
-        tree = changed(tree, placement={"kind": "colocated"}, sync={"transport": "handles"})
+        tree = changed(tree, placement={"kind": "colocated"})
     if scale.judge:
         tree = changed(tree, judge={"server": {"count": scale.judge.count, "tp": scale.judge.tp}})
     if "sampling" in after and tree["evaluation"] is not None:

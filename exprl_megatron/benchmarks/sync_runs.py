@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from exprl_megatron.benchmarks.broadcast_floor import Floor
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import SyncConfig
+from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
@@ -94,7 +95,7 @@ def measure(
     for client in clients:
         conductor.run(client.__aenter__())
     transport = make_transport(
-        settings["transport"],
+        TransportChoice(settings["transport"], "measured"),
         clients,
         server_tp,
         policy.world,

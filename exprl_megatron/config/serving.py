@@ -43,8 +43,9 @@ class SamplingConfig(Config):
 class SyncConfig(Config):
     """How updated weights reach the sampling servers, and what is checked then."""
 
-    transport: Literal["broadcast", "direct", "handles", "disk", "delta"] = "broadcast"
-    """See docs/resharding.md for which when."""
+    transport: Literal["auto", "broadcast", "direct", "handles", "disk", "delta"] = "auto"
+    """`auto` is `handles` where trainer and servers share GPUs, else `direct`, or `broadcast` where a server cannot
+    receive by `direct`; docs/resharding.md describes each."""
     bucket_mb: float = Field(256.0, gt=0)
     """Weights are gathered and sent in pieces of at most so many MiB (2**20 bytes); a rank holds two of them."""
     fp8: bool = False

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
+from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.layouts import Learning, Ranking, learning, rank_layouts
@@ -171,11 +172,11 @@ def _trainer(config, stage, architecture, workload, gpu, one: Learning) -> list[
 
 def _reshard_seconds(config: RunConfig, architecture: Architecture, gpu: Gpu) -> float:
     """By the run's transport; one that goes by files is taken for a broadcast."""
-    layout, server, sync = config.policy.layout, config.server, config.sync
-    if sync.transport == "direct":
+    layout, server, transport = config.policy.layout, config.server, choose_transport(config).kind
+    if transport == "direct":
         return direct_time(architecture, layout, gpu, servers=server.count, server_tp=server.tp)
-    each = 1.0 if sync.fp8 else 2.0
-    return reshard_time(architecture, layout, gpu, colocated=sync.transport == "handles", each=each)
+    each = 1.0 if config.sync.fp8 else 2.0
+    return reshard_time(architecture, layout, gpu, colocated=transport == "handles", each=each)
 
 
 def _starting_policy(config, stage, architecture, workload, gpu, one) -> dict[str, float]:

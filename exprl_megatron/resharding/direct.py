@@ -28,10 +28,14 @@ from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
-from exprl_megatron.serving.loader_orders import LOADER, Delivery, Need, payload
+from exprl_megatron.serving.loader_orders import LOADER, NOT_FOLLOWED, Delivery, Need, payload
 from exprl_megatron.together import together
 
 _CAUSE_S = 5.0
+
+
+class CannotReceive(UserError):
+    """A server is well, but cannot be sent shards: it has another loader, or one that cannot be followed."""
 
 
 class DirectTransport:
@@ -116,7 +120,7 @@ class DirectTransport:
         """All ranks and servers meet in a new group; everybody learns what the servers hold."""
         for client in self._clients:
             if LOADER not in await client.loaders():
-                raise UserError(
+                raise CannotReceive(
                     f"{client.name} ({client.url}) was started without --custom-weight-loader {LOADER}, which "
                     f"sync.transport direct needs; start it with exprl serve, or use broadcast."
                 )
@@ -202,6 +206,8 @@ class DirectTransport:
         )
         for rank in self._ranks(server):
             said = self._said(f"{order['answer']}/{rank}")
+            if NOT_FOLLOWED in said:
+                raise CannotReceive(f"{client.name} ({client.url}) could not {what} weights: {said}.")
             if said:
                 raise ServerError(f"{client.name} ({client.url}) could not {what} weights: {said}; see its log.")
 

@@ -1,9 +1,11 @@
-"""The transport of a name."""
+"""Makes the transport that was chosen for a run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.auto import AutoTransport
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.delta import DeltaTransport
@@ -18,7 +20,7 @@ _BY_MEMORY = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handl
 
 
 def make_transport(
-    kind: str,
+    choice: TransportChoice,
     clients: Sequence[SGLangClient],
     server_tp: int,
     world: World,
@@ -27,11 +29,16 @@ def make_transport(
     *,
     directory: Path,
     model: Path,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Transport:
-    """The transport that `sync.transport` calls `kind`.
+    """The transport of `choice`.
 
-    Those that go by files write into `directory`, in the form of the model in `model`.
+    Those that go by files write into `directory`, in the form of the model in `model`. `tell` is given a line when the
+    choice's fallback is used.
     """
+    kind = choice.kind
+    if choice.fallback is not None:
+        return AutoTransport(clients, server_tp, world, control, deadline_s, tell=tell)
     if kind in _BY_FILES:
         return _BY_FILES[kind](clients, directory, model, control, deadline_s)
     return _BY_MEMORY[kind](clients, server_tp, world, control, deadline_s)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from sglang.srt.utils.common import init_custom_process_group
 
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
-from exprl_megatron.serving.loader_orders import Delivery, Part
+from exprl_megatron.serving.loader_orders import NOT_FOLLOWED, Delivery, Part
 from exprl_megatron.serving.loader_trace import trace
 
 _log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ class _Member:
         self._dtype = getattr(torch, told["dtype"])
         try:
             self._places = trace(model, told["shapes"], self._dtype)
-        except ValueError as error:
-            raise ValueError(f"{error}; set sync.transport to broadcast") from error
+        except Exception as error:  # whatever stops the trace, a broadcast calls the same loader without it
+            raise ValueError(f"{error}; {NOT_FOLLOWED}") from error
         self._store.set(f"needs/{self._rank}", json.dumps([place.need for place in self._places]))
         self._group = init_custom_process_group(
             backend=order["backend"],

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 LOADER = "exprl_megatron.serving.loader.load"
+NOT_FOLLOWED = "set sync.transport to broadcast"
+"""Ends what a server says that cannot find out where its own loader puts weights: the remedy."""
 
 
 class Need(NamedTuple):

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.errors import Preempted
 from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
@@ -62,8 +64,8 @@ def assemble(
     if not conductor.everywhere(lambda: conductor.run_unless_asked_to_stop(rollouts.open())):
         raise Preempted("The run was asked to stop while it waited for its servers; go on with --resume.")
     members = FixedServers([]) if fleet is None else fleet
-    sync = _weight_sync(config, paths.sync / "policy", members, policy, conductor, config.server.tp)
-    scorer = _start_scorer(config, paths, registry, policy, conductor)
+    sync = _weight_sync(config, "policy", paths, members, policy, conductor, console)
+    scorer = _start_scorer(config, paths, registry, policy, conductor, console)
     turns = Turns(config.placement, policy, conductor, fleet, sync)
     return Run(
         config, paths, policy, conductor, sync, turns, rollouts, ahead, evaluator, console, place, checkpoint, scorer
@@ -84,13 +86,18 @@ def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):
 
 
 def _start_scorer(
-    config: RunConfig, paths: RunDirectory, registry: Registry, policy: Policy, conductor: Conductor
+    config: RunConfig,
+    paths: RunDirectory,
+    registry: Registry,
+    policy: Policy,
+    conductor: Conductor,
+    console: Console | None,
 ) -> StartScorer | None:
     if not config.scores_start:
         return None
     client = RegisteredClient(registry, "start-0", config.server.request_deadline_s)
     members = FixedServers([client])
-    sync = _weight_sync(config, paths.sync / "start", members, policy, conductor, config.start_server.tp)
+    sync = _weight_sync(config, "start", paths, members, policy, conductor, console)
     scorer = StartScorer(client, sync, conductor, config.server.start_deadline_s)
     scorer.open()
     return scorer
@@ -113,15 +120,24 @@ def _judges(
 
 def _weight_sync(
     config: RunConfig,
-    directory: Path,
+    servers: Literal["policy", "start"],
+    paths: RunDirectory,
     members: Members,
     policy: Policy,
     conductor: Conductor,
-    server_tp: int,
+    console: Console | None,
 ) -> WeightSync:
+    server = config.server if servers == "policy" else config.start_server
     control = Control(_CONTROL_ROOM * config.sync.deadline_s)
-    deadline_s, model = config.sync.deadline_s, Path(config.policy.model)
     transport = make_transport(
-        config.sync.transport, [], server_tp, policy.world, control, deadline_s, directory=directory, model=model
+        choose_transport(config, servers),
+        [],
+        server.tp,
+        policy.world,
+        control,
+        config.sync.deadline_s,
+        directory=paths.sync / servers,
+        model=Path(config.policy.model),
+        **({} if console is None else {"tell": console.say}),
     )
-    return WeightSync(config.sync, policy, conductor, members, transport, control, server_tp)
+    return WeightSync(config.sync, policy, conductor, members, transport, control, server.tp)

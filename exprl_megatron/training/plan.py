@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER
 
 
@@ -50,10 +51,23 @@ def _server(kind: str, number: int, model: str, server) -> PlannedProcess:
     return PlannedProcess(f"{kind}-{number}", f"SGLang server of {model}, tp {server.tp}", port)
 
 
+def transport_lines(config: RunConfig) -> list[str]:
+    """For each kind of server that gets weights one line: by which transport, and why."""
+    receiving = {"policy": ("the sampling servers", config.samples), "start": ("start-0", config.scores_start)}
+    lines = []
+    for servers, (what, exist) in receiving.items():
+        if exist:
+            choice = choose_transport(config, servers)
+            lines.append(f"Weights travel to {what} by {choice.kind} ({choice.reason}).")
+    return lines
+
+
 def print_plan(config: RunConfig) -> None:
-    """Print the config as YAML and the processes as a table."""
+    """Print the config as YAML, the processes as a table, and how weights travel to the servers."""
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     table = Table("process", "what", "where")
     for process in planned_processes(config):
         table.add_row(process.name, process.what, process.where)
     Console().print(table)
+    for line in transport_lines(config):
+        print(line)

@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.resharding.auto import AutoTransport
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control, SyncStopped
 from exprl_megatron.resharding.direct import DirectTransport
@@ -30,6 +33,8 @@ LAYOUTS = {
     "TP2xPP2": Layout(tp=2, pp=2),
 }
 TRANSPORTS = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}
+TOLD: list[str] = []
+"""What the transports that choose for themselves said."""
 BUCKET_MB = 0.04
 
 
@@ -45,7 +50,8 @@ class Syncs:
             self.conductor.run(client.__aenter__())
 
     def sync(self, kind: str, **settings) -> WeightSync:
-        transport = TRANSPORTS[kind](self.clients, self.tp, self.policy.world, self.control, 60.0)
+        made = TRANSPORTS.get(kind) or partial(AutoTransport, tell=TOLD.append)
+        transport = made(self.clients, self.tp, self.policy.world, self.control, 60.0)
         config = SyncConfig(bucket_mb=BUCKET_MB, **settings)
         return WeightSync(
             config, self.policy, self.conductor, FixedServers(self.clients), transport, self.control, self.tp
@@ -110,6 +116,19 @@ def stopped_at(world, fails: int, count: int = 4) -> dict:
     return {"ends": [end for end, _ in ends or []], "seconds": max(s for _, s in ends or [("", 0.0)])}
 
 
+def falls_back(world, arguments) -> list[str] | None:
+    """Two syncs to servers that refuse shards, verified by checksums: what rank 0 says meanwhile."""
+    servers, tp = arguments["targets"]["two"]
+    syncs = Syncs(world, arguments["model"], servers, tp)
+    sync = syncs.sync("auto")
+    with patch("exprl_megatron.resharding.direct.LOADER", "another.loader"):
+        for version in ("f1", "f2"):
+            change(syncs.policy)
+            sync.bring(version)
+    syncs.close(sync)
+    return TOLD
+
+
 def refused(world, arguments) -> list[str] | None:
     """The server has left the second stage's group before a second sync."""
     servers, tp = arguments["targets"]["sacrificed"]
@@ -153,6 +172,7 @@ def main() -> None:
     for fails in range(4):
         ranks.within(Layout(dp=2), lambda w, f=fails: stopped_at(w, f), f"stopped at {fails}")
     ranks.within(Layout(tp=2, pp=2), lambda w: filled_twice(w, ranks.arguments), "filled twice")
+    ranks.within(Layout(tp=2, pp=2), lambda w: falls_back(w, ranks.arguments), "falls back")
     ranks.within(Layout(pp=2), lambda w: refused(w, ranks.arguments), "refused")
     ranks.finish()
 

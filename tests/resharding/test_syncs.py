@@ -61,6 +61,11 @@ def test_several_ranks_can_fill_every_message(results):
     assert results["filled twice"] is True
 
 
+def test_where_servers_refuse_shards_every_rank_goes_on_with_broadcasts(results):
+    (said,) = results["falls back"]
+    assert "weights travel by broadcast, not by direct: first" in said
+
+
 def test_a_server_that_left_one_stage_s_group_ends_every_rank_with_its_words(results):
     told, followed = results["refused"]
     assert told.startswith("RequestRefused: second")

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
+from exprl_megatron.resharding.auto import AutoTransport
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.direct import DirectTransport
@@ -76,11 +78,11 @@ def outgoing(policy, transport) -> Outgoing:
     )
 
 
-async def pushed(client, transport, policy, version):
+async def pushed(client, transport, policy, version, leaving=None):
     """Push, then sample: the tokens, the version that the server says wrote them, its checksums, the times."""
     times = SyncTimes()
     async with client:
-        await transport.push(outgoing(policy, transport), version, times)
+        await transport.push(leaving or outgoing(policy, transport), version, times)
         generation = await client.generate(PROMPT, temperature=0.0, max_new_tokens=12, seed=1)
         held = await client.checksums()
         await transport.close()
@@ -95,10 +97,11 @@ def tensors(policy):
 
 def transport_called(name, client, policy, other, tmp_path):
     control, directory = Control(120.0), tmp_path / "sync"
-    return make_transport(name, [client], 1, policy.world, control, 60, directory=directory, model=other)
+    choice = TransportChoice("direct", "", "broadcast") if name == "auto" else TransportChoice(name, "")
+    return make_transport(choice, [client], 1, policy.world, control, 60, directory=directory, model=other)
 
 
-@pytest.mark.parametrize("name", ["broadcast", "direct", "handles", "disk", "delta"])
+@pytest.mark.parametrize("name", ["auto", "broadcast", "direct", "handles", "disk", "delta"])
 def test_the_server_then_writes_what_transformers_writes(name, client, policy, other, tmp_path):
     transport = transport_called(name, client, policy, other, tmp_path)
     tokens, versions, held, times = asyncio.run(pushed(client, transport, policy, "v1"))
@@ -255,6 +258,23 @@ def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monk
 
     with pytest.raises(UserError, match=r"policy-0 .* was started without --custom-weight-loader another\.loader"):
         asyncio.run(push())
+
+
+@pytest.mark.parametrize("refusal", ["another loader", "a loader that cannot be followed"])
+def test_a_server_that_cannot_receive_shards_gets_broadcasts(client, policy, other, monkeypatch, refusal):
+    said = []
+    transport = AutoTransport([client], 1, policy.world, Control(120.0), 60, tell=said.append)
+    leaving = outgoing(policy, transport)
+    if refusal == "another loader":
+        monkeypatch.setattr("exprl_megatron.resharding.direct.LOADER", "another.loader")
+    else:
+        # Shapes that no parameter of the server has: its loader raises while it is traced.
+        shapes = {name: [2 * size for size in shape] for name, shape in leaving.gatherer.shapes.items()}
+        monkeypatch.setattr(leaving.gatherer, "shapes", shapes)
+    tokens, versions, _, times = asyncio.run(pushed(client, transport, policy, "v1", leaving))
+    assert tokens == greedy(other) and versions == {"v1"}
+    assert times.moved == leaving.nbytes
+    assert len(said) == 1 and "policy-0" in said[0] and "by broadcast, not by direct" in said[0]
 
 
 def test_a_missing_directory_is_refused_with_the_servers_words(client, tmp_path):

@@ -1,0 +1,45 @@
+"""Which transport brings the weights of a run to its servers, where the config leaves the choice to us."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from exprl_megatron.config.run import RunConfig
+
+Transport = Literal["broadcast", "direct", "handles", "disk", "delta"]
+_LOADER_ARGUMENT = "--custom-weight-loader"
+
+
+@dataclass(frozen=True)
+class TransportChoice:
+    """How weights travel to one kind of server."""
+
+    kind: Transport
+    reason: str
+    """Part of a sentence: `kind` is used because of this."""
+    fallback: Literal["broadcast"] | None = None
+    """What is used instead from the moment on when a server turns out not to be able to receive by `kind`."""
+
+
+def choose_transport(config: RunConfig, servers: Literal["policy", "start"] = "policy") -> TransportChoice:
+    """The transport to the sampling servers (`policy`), or to the server that scores the starting policy (`start`).
+
+    `sync.transport` where it names one. `auto` is `handles` where trainer and server share GPUs, `broadcast` where
+    `direct` is known not to work, and else `direct`, with `broadcast` for servers that refuse it.
+    """
+    kind = config.sync.transport
+    if kind != "auto":
+        return TransportChoice(kind, "the config names it")
+    if config.placement.kind == "colocated" and servers == "policy":
+        return TransportChoice("handles", "trainer and servers share GPUs, which cannot be in one NCCL group twice")
+    if config.sync.fp8:
+        return TransportChoice("broadcast", "sync.fp8 sends other bytes than the trainer holds")
+    if any(argument.split("=")[0] == _LOADER_ARGUMENT for argument in config.server.extra_args):
+        return TransportChoice("broadcast", f"server.extra_args gives servers another {_LOADER_ARGUMENT}")
+    return TransportChoice(
+        "direct",
+        "servers that exprl starts can receive shards; if one cannot, all get broadcasts",
+        fallback="broadcast",
+    )

@@ -1,0 +1,75 @@
+"""Weights by `direct`, or by `broadcast` while one of the servers cannot receive by `direct`."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.broadcast import BroadcastTransport
+from exprl_megatron.resharding.control import Control, SyncStopped
+from exprl_megatron.resharding.direct import CannotReceive, DirectTransport
+from exprl_megatron.resharding.outgoing import Outgoing
+from exprl_megatron.resharding.timing import SyncTimes
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.together import together
+
+
+class AutoTransport:
+    """See Transport; `tell` is given a line, once for each set of servers, when `broadcast` is used and why."""
+
+    fillers = None
+
+    def __init__(
+        self,
+        clients: Sequence[SGLangClient],
+        server_tp: int,
+        world: World,
+        control: Control,
+        deadline_s: float,
+        *,
+        tell: Callable[[str], None],
+    ):
+        self._control = control
+        self._tell = tell
+        self._direct = DirectTransport(clients, server_tp, world, control, deadline_s)
+        self._broadcast = BroadcastTransport(clients, server_tp, world, control, deadline_s)
+        self._clients = list(clients)
+        self._refused = False
+        """Whether one of these servers cannot receive by `direct`."""
+
+    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+        self._direct.enlist(clients)
+        self._broadcast.enlist(clients)
+        self._clients = list(clients)
+        self._refused = False
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return self._direct.allocate(nbytes)
+
+    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+        if not self._refused:
+            try:
+                return await self._direct.push(outgoing, version, times)
+            except BaseException as error:
+                # The other ranks have been stopped, and wait to be told what comes next.
+                with self._control.leading():
+                    if not isinstance(error, CannotReceive):
+                        raise
+                    self._tell(f"weights travel by broadcast, not by direct: {error}")
+                    await together(client.end_weight_update() for client in self._clients)
+                self._control.go()
+            self._refused = True
+        await self._broadcast.push(outgoing, version, times)
+
+    def follow(self, outgoing: Outgoing) -> None:
+        if not self._refused:
+            try:
+                return self._direct.follow(outgoing)
+            except SyncStopped:
+                self._control.await_go()
+            self._refused = True
+        self._broadcast.follow(outgoing)
+
+    async def close(self) -> None:
+        await self._direct.close()
+        await self._broadcast.close()
