@@ -6,7 +6,7 @@ Seconds are those of a step of Llama-3.3-70B as `exprl plan` predicts them, the 
 from recipes.common import Scale, Servers
 from recipes.places import Nodes
 
-# 358 s a step instead of 404 in BF16, for 3 GiB more; each step compares its log-probs with the sampler's.
+# 349 s a step instead of 394 in BF16, for 3 GiB more; each step compares its log-probs with the sampler's.
 PRECISION = "fp8-blockwise"
 
 JUDGED = {
@@ -20,28 +20,28 @@ JUDGED = {
         judge=Servers(2, tp=4),
     ),
     16: Scale(
-        # Sampling has the largest share of a step: 226 s, with 10, 4 and 2 nodes 228 s.
+        # Sampling has the largest share of a step: 219 s, with 10, 4 and 2 nodes 221 s.
         Nodes(trainer=8, policy=6, judge=2),
         # DP2 shards the optimizer, which makes room for four stages in the place of five.
         {"tp": 4, "pp": 4, "vpp": 10, "cp": 2, "dp": 2},
-        # A step waits for its longest answers, which TP8 gives sooner: 226 s, with twelve of TP4 247 s.
+        # A step waits for its longest answers, which TP8 gives sooner: 219 s, with twelve of TP4 240 s.
         policy=Servers(6, tp=8),
         judge=Servers(4, tp=4),
     ),
     32: Scale(
         # As with 8 nodes.
         Nodes(trainer=20, policy=8, judge=4),
-        # DP8 shards the optimizer so far that neither CP nor virtual stages are needed: 176 s, with VPP8 CP2 DP4 177 s.
+        # DP8 shards the optimizer so far that neither CP nor virtual stages are needed: 171 s, with VPP8 CP2 DP4 172 s.
         {"tp": 4, "pp": 5, "dp": 8},
         policy=Servers(8, tp=8),
         judge=Servers(8, tp=4),
     ),
 }
 UNJUDGED = {
-    # The judge's node samples, and three servers of TP8 take 254 s where six of TP4 take 260 s.
+    # The judge's node samples, and three servers of TP8 take 243 s where six of TP4 take 249 s.
     8: Scale(Nodes(trainer=5, policy=3), {"tp": 4, "pp": 5, "vpp": 8, "cp": 2}, policy=Servers(3, tp=8)),
-    # Nobody waits for a judge, so that learning weighs more: 160 s, with 8 and 8 nodes 165 s.
+    # Nobody waits for a judge, so that learning weighs more: 153 s, with 8 and 8 nodes 157 s.
     16: Scale(Nodes(trainer=10, policy=6), {"tp": 4, "pp": 5, "vpp": 8, "cp": 2, "dp": 2}, policy=Servers(6, tp=8)),
-    # 117 s, with 24 and 8 nodes 119 s.
+    # 112 s, with 24 and 8 nodes 114 s.
     32: Scale(Nodes(trainer=20, policy=12), {"tp": 4, "pp": 5, "dp": 8}, policy=Servers(12, tp=8)),
 }

@@ -66,7 +66,7 @@ def headline() -> Plan:
 def test_the_headline_is_what_the_command_answers(headline):
     own = headline.divisions[0]
     assert own.gpus == {"trainer": 40, "policy server": 16, "judge server": 8}
-    assert own.servers == {"policy server": 4, "judge server": 4}
+    assert own.servers == {"policy server": 8, "judge server": 4}
     assert layout_text(headline.learning.layout) == "TP4 PP5 VPP8 CP2" and headline.learning.policy.recompute == "none"
     assert f"A step takes {headline.step_s:.0f} s." in PAGE
     for phase in headline.phases:
