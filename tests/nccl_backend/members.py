@@ -1,0 +1,328 @@
+"""Run by test_nccl_backend.py: `members.py OUT` plays each scenario with forked members and keeps their words.
+
+A scenario is a function of a Member; what it returns, or the error that it raises, is that member's word. A member that
+has not ended after DEADLINE_S (HANGS_S where it is to hang) has the word "hangs".
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from nccl_like.records import PATIENCE, Hang
+
+DEADLINE_S = 20.0
+HANGS_S = 9.0
+"""Longer than TIMEOUT."""
+TIMEOUT = timedelta(seconds=4)
+
+
+class Member:
+    """A process of a default group over gloo, in which it makes groups of the backend."""
+
+    def __init__(self, rank: int, size: int, port: int):
+        self.rank, self.size = rank, size
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+    def group(self, **settings) -> dist.ProcessGroup:
+        return dist.new_group(backend="nccl_like", timeout=TIMEOUT, **settings)
+
+    def meet(self) -> None:
+        """Wait for the others, without the backend."""
+        dist.barrier()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def values(m: Member) -> list:
+    """What collectives, batches and single sends bring."""
+    group, tensor = m.group(), torch.full((2,), float(m.rank))
+    summed = tensor.clone()
+    dist.all_reduce(summed, group=group)
+    gathered = [torch.zeros(2) for _ in range(m.size)]
+    dist.all_gather(gathered, tensor, group=group)
+    around = torch.zeros(2)
+    there, back = (m.rank + 1) % m.size, (m.rank - 1) % m.size
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, tensor, group=group, group_peer=there),
+            dist.P2POp(dist.irecv, around, group=group, group_peer=back),
+        ]
+    )
+    for work in works:
+        work.wait()
+    alone = tensor.clone()
+    if m.rank < 2:
+        (dist.send if m.first else dist.recv)(alone, 1 - m.rank, group=group)
+    root = torch.full((2,), float(m.rank))
+    dist.broadcast(root, 2, group=group)
+    dist.destroy_process_group(group)
+    return [summed.tolist(), [one.tolist() for one in gathered], around.tolist(), alone.tolist(), root.tolist()]
+
+
+def first_operation(m: Member) -> list[float]:
+    """How long an asynchronous first operation and a second one keep the thread that calls them; rank 1 is late."""
+    group, tensor = m.group(), torch.zeros(1)
+    m.meet()
+    if m.rank == 1:
+        time.sleep(2.0)
+    works = []
+    first_s = seconds(lambda: works.append(dist.all_reduce(tensor, group=group, async_op=True)))
+    works[0].wait()
+    m.meet()
+    if m.rank == 1:
+        time.sleep(2.0)
+    second_s = seconds(lambda: works.append(dist.all_reduce(tensor, group=group, async_op=True)))
+    works[1].wait()
+    return [first_s, second_s]
+
+
+def first_operation_of_a_pair(m: Member) -> float:
+    """The same for a first send to a rank of a group that is connected."""
+    group = m.group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    if m.rank == 1:
+        time.sleep(2.0)
+    if m.first:
+        return seconds(lambda: dist.isend(torch.zeros(1), 1, group=group).wait())
+    if m.rank == 1:
+        dist.recv(torch.zeros(1), 0, group=group)
+    return 0.0
+
+
+def first_operation_without_end(m: Member) -> None:
+    """Rank 1 never comes, and the group's timeout is over long before DEADLINE_S."""
+    group = m.group()
+    if m.rank != 1:
+        dist.all_reduce(torch.zeros(1), group=group)
+    else:
+        time.sleep(DEADLINE_S)
+
+
+def first_operation_reported(m: Member) -> str:
+    """Rank 1 never comes, and there is a bound to patience."""
+    os.environ[PATIENCE] = "3"
+    group = m.group()
+    if m.rank == 1:
+        return ""
+    try:
+        dist.all_reduce(torch.zeros(1), group=group)
+    except Hang as hang:
+        return str(hang)
+    return "went on"
+
+
+def another_order(m: Member) -> None:
+    group, tensor = m.group(), torch.zeros(2)
+    calls = [lambda: dist.all_reduce(tensor, group=group), lambda: dist.broadcast(tensor, 0, group=group)]
+    for call in calls if m.first else calls[::-1]:
+        call()
+
+
+def another_size(m: Member) -> None:
+    dist.all_reduce(torch.zeros(3 if m.first else 2), group=m.group())
+
+
+def another_dtype(m: Member) -> None:
+    dist.all_reduce(torch.zeros(2, dtype=torch.int32 if m.first else torch.float32), group=m.group())
+
+
+def another_root(m: Member) -> None:
+    dist.broadcast(torch.zeros(2), 0 if m.first else 1, group=m.group())
+
+
+def both_send(m: Member) -> None:
+    """Ranks 0 and 1."""
+    group = m.group()
+    if m.rank < 2:
+        dist.send(torch.zeros(2), 1 - m.rank, group=group)
+
+
+def another_size_in_a_batch(m: Member) -> None:
+    """Rank 1 expects more than rank 0 sends."""
+    group = m.group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    if m.rank < 2:
+        kind = dist.isend if m.first else dist.irecv
+        tensor = torch.zeros(2 + m.rank)
+        for work in dist.batch_isend_irecv([dist.P2POp(kind, tensor, group=group, group_peer=1 - m.rank)]):
+            work.wait()
+
+
+def in_order(m: Member) -> list[bool]:
+    """Rank 0 enters a batch late: which of the others' two later operations are done before it."""
+    group, tensor = m.group(), torch.zeros(1)
+    dist.all_reduce(tensor, group=group)
+    if m.first:
+        time.sleep(1.0)
+    works = [dist.broadcast(tensor, 0, group=group, async_op=True), dist.all_reduce(tensor, group=group, async_op=True)]
+    time.sleep(0.3)
+    done = [work.is_completed() for work in works]
+    for work in works:
+        work.wait()
+    return done
+
+
+def same_device(m: Member) -> None:
+    os.environ["NCCL_LIKE_DEVICE"] = f"cuda:{min(m.rank, 1)}"
+    dist.all_reduce(torch.zeros(1), group=m.group())
+
+
+def destroyed_with_work(m: Member) -> list[float] | str:
+    """Rank 0 destroys while an operation is under way that rank 1 never enters; another thread aborts 2 s later."""
+    group = m.group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    if m.rank == 1:
+        time.sleep(DEADLINE_S / 2)
+        return "stayed away"
+    work = dist.all_reduce(torch.zeros(1), group=group, async_op=True)
+    threading.Timer(2.0, group.abort).start()
+    took_s = seconds(lambda: dist.destroy_process_group(group))
+    try:
+        work.wait()
+    except RuntimeError as error:
+        return f"{took_s:.2f} s: {error}"
+    return "went on"
+
+
+def destroyed_side_by_side(m: Member) -> float:
+    """Rank 1 is late to destroy a group in which nothing is under way."""
+    group = m.group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    if m.rank == 1:
+        time.sleep(2.0)
+    return seconds(lambda: dist.destroy_process_group(group))
+
+
+def broken_member(m: Member) -> str:
+    """Rank 1 aborts; the others' operation is neither done nor failed until they time out (0) or abort (2)."""
+    group = m.group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    if m.rank == 1:
+        group.abort()
+        return "aborted"
+    work = dist.all_reduce(torch.zeros(1), group=group, async_op=True)
+    time.sleep(1.5)
+    before = work.is_completed()
+    if m.rank == 2:
+        group.abort()
+    try:
+        took_s = seconds(work.wait)
+    except RuntimeError as error:
+        return f"{before}: {error}"
+    return f"{before}: done in {took_s} s"
+
+
+def dead_member(m: Member) -> str:
+    """Rank 1 dies with an operation under way; the others time out."""
+    group = m.group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    if m.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
+
+
+def objects(m: Member) -> list:
+    """Objects over a group of the backend, and over one of gloo."""
+    group, plain = m.group(), dist.new_group(backend="gloo")
+    box = [{"from": m.rank}]
+    dist.broadcast_object_list(box, 0, group=group)
+    dist.broadcast_object_list(box, 0, group=plain)
+    gathered = [None] * m.size
+    dist.all_gather_object(gathered, m.rank, group=group)
+    return [box, gathered]
+
+
+SCENARIOS: dict[Callable[[Member], object], int] = {
+    values: 3,
+    first_operation: 3,
+    first_operation_of_a_pair: 2,
+    first_operation_without_end: 3,
+    first_operation_reported: 3,
+    another_order: 3,
+    another_size: 3,
+    another_dtype: 2,
+    another_root: 2,
+    both_send: 2,
+    another_size_in_a_batch: 2,
+    in_order: 2,
+    same_device: 3,
+    destroyed_with_work: 2,
+    destroyed_side_by_side: 2,
+    broken_member: 3,
+    dead_member: 2,
+    objects: 2,
+}
+"""With how many members each is played."""
+
+
+def fork(scenario: Callable[[Member], object], rank: int, size: int, port: int, out: Path) -> int:
+    """Start a member; its process id."""
+    if child := os.fork():
+        return child
+    records = out / scenario.__name__
+    os.environ["NCCL_LIKE_RECORDS"] = str(records)
+    try:
+        word = scenario(Member(rank, size, port))
+    except Exception as error:
+        word = f"{type(error).__name__}: {error}"
+    (records / f"word.{rank}").write_text(json.dumps(word))
+    os._exit(0)
+
+
+def watch(children: list[int], deadline_s: float) -> None:
+    """Until all have ended; who has not after `deadline_s` is killed."""
+    until = time.monotonic() + deadline_s
+    for child in children:
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.02)
+
+
+def main(out: Path) -> None:
+    """Play all scenarios, side by side."""
+    from exprl_megatron.serving.ports import free_ports
+
+    ports = free_ports(len(SCENARIOS))
+    # All members are forked before there are threads.
+    playing = []
+    for (scenario, size), port in zip(SCENARIOS.items(), ports, strict=True):
+        (out / scenario.__name__).mkdir(parents=True)
+        playing.append((scenario, [fork(scenario, rank, size, port, out) for rank in range(size)]))
+    stores = [dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) for port in ports]
+    with ThreadPoolExecutor(len(playing)) as pool:
+        bounds = [HANGS_S if scenario is first_operation_without_end else DEADLINE_S for scenario, _ in playing]
+        list(pool.map(watch, [children for _, children in playing], bounds))
+    words = {}
+    for scenario, size in SCENARIOS.items():
+        files = [out / scenario.__name__ / f"word.{rank}" for rank in range(size)]
+        words[scenario.__name__] = [json.loads(file.read_text()) if file.exists() else "hangs" for file in files]
+    (out / "words.json").write_text(json.dumps(words))
+    del stores
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    os._exit(0)
