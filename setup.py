@@ -29,6 +29,7 @@ setup(
         "psutil",
         "pyyaml",
         "rich",
+        "sortedcontainers",
         "typer",
         "zstandard",
     ],
@@ -43,7 +44,7 @@ setup(
             "champ-dataset==1.0.0",
             "natsort",
         ],
-        "dev": ["mbridge==0.15.1", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "dev": ["mbridge==0.15.1", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
     entry_points={
         "console_scripts": ["exprl = exprl_megatron.cli:main"],

@@ -42,6 +42,10 @@ class Answer(Protocol):
     def refused(self) -> bool:
         """Whether a content filter or the model itself declined to answer."""
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the length limit ended it, so that its last words are not its verdict."""
+
     def digit_probabilities(self, place: int) -> dict[int, float] | None:
         """Probability of each digit 1..5 where character `place` of the text stands; None where that is not known."""
 
@@ -75,7 +79,14 @@ class TokenAnswerer:
         )
         if written.finish_reason == "abort":
             raise ServerError(f"{self._client.name} ({self._client.url}) aborted a judgement.")
-        return TokenAnswer(written.text, written.token_ids, written.watched_log_probs, self._digits, self._tokenizer)
+        return TokenAnswer(
+            written.text,
+            written.token_ids,
+            written.watched_log_probs,
+            self._digits,
+            self._tokenizer,
+            cut_off=written.finish_reason == "length",
+        )
 
     async def health(self) -> None:
         await self._client.health()
@@ -92,6 +103,7 @@ class TokenAnswer:
     """Token -> digit, in the order of `watched_log_probs`."""
     tokenizer: Any = field(repr=False)
     refused: bool = False
+    cut_off: bool = False
 
     def digit_probabilities(self, place: int) -> dict[int, float] | None:
         tokens = TokenText(self.token_ids, self.tokenizer)
@@ -123,7 +135,7 @@ class ChatAnswerer:
         if completion.refusal is not None or completion.finish_reason == "content_filter":
             return ChatAnswer(completion.refusal or completion.text, (), refused=True)
         tokens = tuple((token.text, token.alternatives) for token in completion.tokens)
-        return ChatAnswer(completion.text, tokens)
+        return ChatAnswer(completion.text, tokens, cut_off=completion.finish_reason == "length")
 
     async def health(self) -> None:
         await self._endpoint.health()
@@ -137,6 +149,7 @@ class ChatAnswer:
     tokens: tuple[tuple[str, Sequence[tuple[str, float]]], ...]
     """Each token's text and its alternatives (text, log-prob)."""
     refused: bool = False
+    cut_off: bool = False
 
     def digit_probabilities(self, place: int) -> dict[int, float] | None:
         end = 0

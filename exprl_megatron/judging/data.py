@@ -7,14 +7,16 @@ are changed, and nothing else:
 * tags like those that the prompt sets around its data, in look-alike letters and brackets too, get square brackets:
   `</trace>` becomes `[/trace]`, so that data cannot end its section;
 * control tokens of chat templates are broken up: `<|im_end|>` becomes `< |im_end|>`, so that data cannot open a turn;
-* statements in the form of the judge's verdict lose their colon: `Score: 5` becomes `Score = 5`, so that a judge who
-  quotes the trace states no score.
+* statements in the form of the judge's verdict lose their colon: `Score: 5` becomes `Score = 5` (and a line `Score`
+  above a number `Score =`, `<score>` `[score]`), so that a judge who quotes the trace states no score.
 """
 
 import re
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
+
+from exprl_megatron.judging.stated_scores import STATEMENT
 
 _LINE_ENDS = {0x0B, 0x0C, 0x0D, 0x85, 0x2028, 0x2029}
 # Format, control, surrogate, private use.
@@ -38,7 +40,8 @@ _CONTROL = (
 # Tokens that a tokenizer finds in plain text without calling them special (`<think>`); others are whitespace or words.
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
-_SCORE = re.compile(r"(score[*_]*\s*)[:：](?=[\s*_\[(]*[+\-−]?\d)", re.IGNORECASE)
+_SCORE = re.compile(STATEMENT, re.IGNORECASE)
+_SCORE_HEADING = re.compile(r"(?<=score)([*_`]*[ \t]*)(?=\n[\s*_=`\[($-]*\d)", re.IGNORECASE)
 _MARK = re.compile(
     r"(mark[*_\s]*\d+[*_]*\s*)[:：](?=[\s*_\[(]*(?:established|partial|absent|contradicted))", re.IGNORECASE
 )
@@ -49,7 +52,7 @@ class DataGuard:
 
     def __init__(self, tags: Iterable[str], control: re.Pattern, *, every_score: bool = False):
         """`every_score`: the parser takes a `Score:` for a verdict even where no number follows."""
-        self._tags = frozenset(tags)
+        self._tags = frozenset(tags) | {"score"}
         self._control = control
         self._every_score = every_score
 
@@ -57,8 +60,9 @@ class DataGuard:
         """`text` as data; applied twice it is as applied once."""
         text = _ANGLED.sub(self._tag_disarmed, seen(text))
         text = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-        for statement in (_SCORE, _MARK):
-            text = statement.sub(r"\1 =", text)
+        text = _SCORE.sub(lambda match: f"{match[0][:-1]} =", text)
+        text = _SCORE_HEADING.sub(r"\1 =", text)
+        text = _MARK.sub(r"\1 =", text)
         return text.replace("Score:", "Score =") if self._every_score else text
 
     def _tag_disarmed(self, match: re.Match) -> str:

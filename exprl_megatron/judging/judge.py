@@ -85,8 +85,8 @@ class Judge:
     async def grade(self, problem: Problem, text: str, unit: Unit = "trace") -> Judgement:
         """The verdict on a trace, a beginning of one, or a segment alone, as `unit` says.
 
-        A problem without a reference is judged without one. Abstains with `unreadable` or `out-of-range` after
-        asking again as often as the config says, `timeout`, `too-long`, `refused`, and `server-error` where this
+        A problem without a reference is judged without one. Abstains with `unreadable`, `out-of-range` or `cut-off`
+        after asking again as often as the config says, `timeout`, `too-long`, `refused`, and `server-error` where this
         request fails although a server is well. Raises ServerError where no server is.
         """
         case = await self._case(problem, text, unit)
@@ -191,6 +191,8 @@ class Judge:
 
     def _reader(self, case: _Case) -> Callable[[Answer], Judgement]:
         def marked(answer: Answer) -> Judgement:
+            if answer.cut_off:
+                return Abstained("cut-off", answer.text)
             marks = read_marks(answer.text, len(case.rubric.checkpoints))
             if marks is None:
                 return Abstained("unreadable", answer.text)
@@ -241,8 +243,11 @@ class Judge:
 def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
     """The score that an answer states, or its expectation where the config says so.
 
-    Where the server does not tell the probabilities at the stated digit's place, the digit counts as it stands.
+    An answer that the length limit cut off states none, except to the released parser, which reads any text. Where the
+    server does not report the probabilities at the stated digit's place, the digit counts as it is.
     """
+    if answer.cut_off and config.parser != "released":
+        return Abstained("cut-off", answer.text)
     verdict = read_verdict(answer.text, config.parser)
     if config.score_reading == "stated" or not isinstance(verdict, Scored):
         return verdict

@@ -19,7 +19,7 @@ class Scored:
 class Abstained:
     """No verdict: out of the loss, out of the group's statistics, and counted.
 
-    `reason` is a short stable word: unreadable, out-of-range, timeout, too-long, refused, server-error,
+    `reason` is a short stable word: unreadable, out-of-range, cut-off, timeout, too-long, refused, server-error,
     verifier-timeout, verifier-error, no-verifier, no-sandbox.
     """
 

@@ -16,6 +16,7 @@ from exprl_megatron.judging.prompt import load_prompt
 from exprl_megatron.judging.rubric import Rubric, RubricError, checked_rubric, rubric_schema
 from exprl_megatron.judging.store import TRANSIENT, JudgementStore, content_key
 from exprl_megatron.problems.problem import Problem
+from exprl_megatron.thinking import mask_thinking
 
 _NO_RUBRIC = "null"
 """What the store holds where no rubric passed its checks."""
@@ -91,7 +92,7 @@ class RubricBuilder:
 
         def read(answer: Answer) -> Rubric | Abstained:
             try:
-                return checked_rubric(answer.text, self._reference(problem))
+                return checked_rubric(mask_thinking(answer.text), self._reference(problem))
             except RubricError as error:
                 return Abstained("failed-checks", str(error))
 

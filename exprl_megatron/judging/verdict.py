@@ -2,23 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
-
-LOWEST, HIGHEST = 1, 5
+from exprl_megatron.judging.stated_scores import HIGHEST, LOWEST, StatedScore, stated_scores
+from exprl_megatron.thinking import mask_thinking
 
 Parser = Literal["last", "released"]
 Mark = Literal["established", "partial", "absent", "contradicted"]
 
-# "Score: 4", "**Score:** 4", "Final score 4/5", "Score:\n\n[4]". Without a colon the number has to stand
-# on the same line. ASCII only: look-alikes of letters and digits are no score.
-_SCORE = re.compile(
-    r"(?<![a-z])score[*_]*(?:[ \t]*(?P<colon>:)[\s*_\[(]*|[ \t]+[*_\[(]*)"
-    r"(?P<number>[+-]?\d+(?:\.\d+)?)(?:\s*/\s*(?P<scale>\d+))?",
-    re.IGNORECASE | re.ASCII,
-)
 _MARK = re.compile(
     r"(?<![a-z])mark[*_ \t]*(?P<checkpoint>\d+)[*_ \t]*:[\s*_\[(]*(?P<mark>established|partial|absent|contradicted)\b",
     re.IGNORECASE | re.ASCII,
@@ -26,22 +18,12 @@ _MARK = re.compile(
 _QUOTES = "\"'`“”‘’«»„「>"
 
 
-@dataclass(frozen=True)
-class StatedScore:
-    """A score as the judge wrote it."""
-
-    value: float
-    """Whatever it is, 7 and -1 too."""
-    place: int
-    """Index of its first character in the text."""
-
-
 def stated_score(text: str, parser: Parser = "last") -> StatedScore | None:
     """The score that `text` states; None where it states none.
 
-    `last`: a judge that goes through several scores means the last one. What directly follows a quotation mark is
-    somebody else's score, and counts only where there is no other; so does a score without a colon. A score out of
-    something other than 5 is on another scale and counts as not stated.
+    `last`: a judge that goes through several scores means the last one; what it thinks before it answers counts for
+    nothing. What directly follows a quotation mark is somebody else's score, and counts only where there is no other;
+    so does a score without a colon. Where the last one is out of something other than 5, none is stated.
 
     `released`, as the released code reads: the first character of the first line after the first `Score:` (or else
     the first `Score`), asterisks left out.
@@ -66,9 +48,10 @@ def read_verdict(text: str, parser: Parser = "last") -> Judgement:
 def read_marks(text: str, checkpoints: int) -> tuple[Mark, ...] | None:
     """The marks of checkpoints 1, 2, ..., each in the last line `Mark N: ...` about it; None where one is missing.
 
-    What directly follows a quotation mark counts only where nothing else does.
+    What directly follows a quotation mark counts only where nothing else does; what is in a thinking block, nowhere.
     """
     found: dict[int, Mark] = {}
+    text = mask_thinking(text)
     for match in sorted(_MARK.finditer(text), key=lambda match: not _quoted(text, match)):
         found[int(match["checkpoint"])] = match["mark"].lower()
     marks = tuple(found.get(number) for number in range(1, checkpoints + 1))
@@ -87,13 +70,11 @@ def expected_score(probabilities: Mapping[int, float]) -> float | None:
 
 
 def _last_stated(text: str) -> StatedScore | None:
-    matches = list(_SCORE.finditer(text))
-    if not matches:
-        return None
-    match = max(matches, key=lambda match: (match["colon"] is not None, not _quoted(text, match), match.start()))
-    if match["scale"] not in (None, str(HIGHEST)):
-        return None
-    return StatedScore(float(match["number"]), match.start("number"))
+    best = None
+    for stated in stated_scores(mask_thinking(text)):
+        if best is None or stated.rank >= best.rank:
+            best = stated
+    return None if best is None or best.scale != HIGHEST else best
 
 
 def _quoted(text: str, match: re.Match) -> bool:

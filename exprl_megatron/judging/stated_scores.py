@@ -1,0 +1,125 @@
+r"""Finding the scores that a judge states in its answer, and telling them from everything else that looks like one.
+
+A score is what follows `Score:` ("Score: 4", "**Score (1-5):** 4", "Final score for the trace: 4/5", "Score:\n\n[4]"),
+`<score>`, a heading `## Score`, or, less surely, "score 4" and "the score is 4" within a line. No scores are: a scale
+("Score: 1-5"), a legend ("Score: 5 = perfect"), another scale ("Score: 4/10"), another thing's score ("Maximum score:
+5"), a condition ("If all is right, Score: 5."), a denial ("this is no Score: 5"). `Score = 4` is none either: so a
+trace's own statements are shown to the judge (see DataGuard). ASCII only: look-alikes of letters and digits do not
+count.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+LOWEST, HIGHEST = 1, 5
+_LONGEST = 400
+"""Characters around the word that are looked at."""
+
+_WORD = re.compile(r"(?<![a-z])score(?![a-z])", re.I | re.A)
+_MARKS = r"[*_`\"']*"
+_SPACE = r"[ \t]*"
+_SCALE = re.compile(r"(?:\d+\s*(?:-|–|—|to|and|through|\.\.+|/)\s*|out of\s+(?:a\s+)?|/\s*|max(?:imum)?\W*)(\d+)", re.I)
+_BRACKETED = r"\([^()\n]{0,80}\)|\[[^\[\]\n]{0,80}\]"
+_BARE_SCALE = r",?[ \t]*(?:(?:on|from|out|in|using|between)\b|/|\d)[^\n:：.!?]{0,25}\d(?:[ \t-]*(?:point )?scale)?"
+_OF_WHAT = r"(?:for|of|given|assigned|awarded|I|out)\b[^\n.:：!?\"]{0,60}"
+_LABEL = rf"(?P<label>{_BRACKETED}|{_BARE_SCALE})?{_SPACE}{_MARKS}{_SPACE}(?:{_OF_WHAT})?"
+_OPENING = r"(?:[\s*_`\"'\[({<$]|\\(?:boxed|text|textbf|mathbf|\[|\())*"
+STATEMENT = rf"score{_MARKS}{_SPACE}{_LABEL}{_MARKS}\s*[:：](?={_OPENING}[+\-−]?\d)"
+"""Whatever is read as a statement with a colon, up to and with that."""
+_NUMBER = r"(?P<number>[+-]?\d+(?:\.\d+)?)"
+_WITH_COLON = re.compile(rf"{_MARKS}{_SPACE}{_LABEL}{_MARKS}{_SPACE}[:：]{_OPENING}{_NUMBER}", re.I | re.A)
+_WITH_TAG = re.compile(rf">\s*{_NUMBER}\s*</score>", re.I | re.A)
+_ALONE = r"(?=(?:\s*/\s*\d+)?[*_`\])$. \t]*(?:\n|</?\w|<\||$))"
+_HEADING = re.compile(
+    rf"{_MARKS}{_SPACE}(?:{_BRACKETED})?{_MARKS}{_SPACE}#*\n[\s*_=-]*[*_`\[($]*{_NUMBER}{_ALONE}", re.I | re.A
+)
+_ON_THE_LINE = re.compile(rf"{_MARKS}[ \t]+(?:is[ \t]+)?[*_`\[(]*{_NUMBER}", re.I | re.A)
+
+_OTHER_SCALE = re.compile(
+    r"[ \t*_`$})\]]*[\[(,]?[ \t]*(?:/|(?:out )?of\b|on (?:a|the) scale (?:of|from)\b)[\s*_]*"
+    r"(?:(?:a|the|max(?:imum)?|total|possible|of)\s+)*(?:\d+\s*(?:-|–|to|\.\.)\s*)?(?P<scale>\d+)",
+    re.I,
+)
+_SEVERAL = re.compile(
+    r"(?:[-–—~]|\.\.+|…|[ \t]*[+*^][ \t]*)\d|[ \t]*\\?%|[ \t]*percent\b"
+    # "3 or 4.", "1, 2, 3": numbers follow; "4, 2 steps are wrong": words do.
+    r"|[ \t]*(?:-|–|—|,|;|\||to|or|and|through)[ \t]*\d+(?:\.\d+)?\s*(?:[^\w\s]|or\b|and\b|$)",
+    re.I | re.M,
+)
+_LEGEND = re.compile(r"[ \t*_`)\]]*(?:=|[:：][ \t]*\w|(?:means|is for|stands for|for an?|if)\b)", re.I)
+_OTHER_KIND = re.compile(
+    r"\b(?:max(?:im(?:um|al))?|highest|best|perfect|full|top|possible|attainable|min(?:imum)?|lowest|worst|target|passing"
+    r"|threshold|previous|prior|expected|claimed|own|self|sub|step|partial|average|mean|example|sample|raw)[ \t_-]*$",
+    re.I,
+)
+_CONDITION = re.compile(
+    r"^\W*(?:(?:but|and|so|then|even|only)\s+)*(?:if|had|were|unless|suppos\w+|assum\w+|for (?:example|instance)|e\.g"
+    r"|an example|imagine|whether|to (?:get|earn|deserve))\b",
+    re.I,
+)
+_DENIAL = re.compile(
+    r"(?:\bnot|n't|\bcannot|\bnever|\brather than|\binstead of|\bno)\s+"
+    r"(?:(?:an?|the|any|this|that|it|give|get|merit|deserve|earn|assign|award|be|is|worth|of|quite|full|say|call|claim)\s+){0,4}\W*$",
+    re.I,
+)
+_CLAIM = re.compile(
+    r"\b(?:claims?|claimed|says?|said|states|stated|writes|wrote|asserts?|ends with|itself|demands?|asks? for)\b"
+    r"(?:\s+(?:that|to|a|an|the|be|give|for))*[\s:,]*[\"'`*_“”‘’«»„]+$",
+    re.I,
+)
+_VERB = re.compile(r"\b(?:would|could|should|might|will|can|to)\s+(?:\w+ly\s+)?$", re.I)
+_CLAUSE_END = re.compile(r"[.!?;]\s|\n")
+_FEW_WORDS = re.compile(r"\W*(?:\w+\W+){0,4}")
+_QUOTES = "\"'`“”‘’«»„「>"
+
+
+@dataclass(frozen=True)
+class StatedScore:
+    """A score as the judge wrote it."""
+
+    value: float
+    """Whatever it is, 7 and -1 too."""
+    place: int
+    """Index of its first character in the text."""
+    scale: int = HIGHEST
+    """The highest score of the scale that it names, or else 5."""
+    rank: tuple[bool, ...] = ()
+    """How sure it is that this is the verdict: it has the form that was asked for, is not quoted, begins its line."""
+
+
+def stated_scores(text: str) -> Iterator[StatedScore]:
+    """Every score that `text` states, in their order, those on other scales too."""
+    for word in _WORD.finditer(text):
+        start = max(0, word.start() - _LONGEST)
+        before, after = text[start : word.start()], text[word.end() : word.end() + _LONGEST]
+        forms = (_WITH_COLON, _WITH_TAG, _HEADING, _ON_THE_LINE)
+        found = next((match for form in forms if (match := form.match(after))), None)
+        if found is None or not _is_statement(before, after, found):
+            continue
+        quoted = before.rstrip(" \t*_")[-1:] in tuple(_QUOTES) and found.re is not _WITH_TAG
+        line = before.rpartition("\n")[2]
+        yield StatedScore(
+            value=float(found["number"]),
+            place=word.end() + found.start("number"),
+            scale=_scale(found, after),
+            rank=(found.re is not _ON_THE_LINE, not quoted, _FEW_WORDS.fullmatch(line) is not None),
+        )
+
+
+def _is_statement(before: str, after: str, found: re.Match) -> bool:
+    """Whether the judge gives this score, instead of speaking of one."""
+    ends = list(_CLAUSE_END.finditer(before))
+    clause = before[ends[-1].end() if ends else 0 :]
+    rest = after[found.end() :]
+    if any(sign.search(clause) for sign in (_OTHER_KIND, _CONDITION, _DENIAL, _CLAIM, _VERB)):
+        return False
+    return not (_SEVERAL.match(rest) or _LEGEND.match(rest))
+
+
+def _scale(found: re.Match, after: str) -> int:
+    """The highest score of the scale that the label or what follows the number names, else 5."""
+    label = _SCALE.search(found.groupdict().get("label") or "")
+    other = _OTHER_SCALE.match(after[found.end() :])
+    named = other["scale"] if other else label[1] if label else HIGHEST
+    return int(named)
