@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import socket
@@ -10,9 +11,10 @@ import sys
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from exprl_megatron.accelerator import device_visible, missing_gpu_packages, uses_cuda
+from exprl_megatron.cuda_environment import rank_variables, shared_variables
 from exprl_megatron.rewards.code_sandbox import sandbox_available
 
 ESSENTIAL = ("Python", "torch", "megatron-core", "sglang", "SGLang kernels", "ports")
@@ -46,6 +48,7 @@ def examine() -> list[Finding]:
         _package("apex", "apex", "fused gradient accumulation on GPUs (optional)"),
         Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
         _accelerator(),
+        *_variables(),
         _package("nemo-run", "nemo_run", "recipes and Slurm"),
         _sandbox(),
         _ports(),
@@ -64,7 +67,7 @@ def print_findings(findings: list[Finding], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
         return
-    table = Table("part", "", "found", "without it: no")
+    table = Table("part", "", Column("found", overflow="fold"), "without it: no")
     for finding in findings:
         mark = "[green]yes[/]" if finding.ok else "[yellow]no[/]"
         table.add_row(finding.part, mark, finding.found, finding.prevents)
@@ -99,6 +102,19 @@ def _accelerator() -> Finding:
         return Finding("accelerator", True, "CPU")
     missing = " and ".join(missing_gpu_packages())
     return Finding("accelerator", False, f"CPU, as this environment has not {missing}", "use of GPUs")
+
+
+def _variables() -> list[Finding]:
+    """Environment variables as a run's processes will have them; the user's own are marked."""
+    shared = shared_variables(os.environ, (), tp=1)
+    ranks = {name: value for name, value in rank_variables(os.environ).items() if name not in shared}
+    parts = {"NCCL, trainer and servers": shared, "CUDA, trainer": ranks}
+    return [Finding(part, True, ", ".join(map(_assignment, values.items()))) for part, values in parts.items()]
+
+
+def _assignment(variable: tuple[str, str]) -> str:
+    name, value = variable
+    return f"{name}={value}" + (" (yours)" if name in os.environ else "")
 
 
 def _gpus() -> list[str]:

@@ -44,3 +44,11 @@ def test_a_gpu_that_this_environment_cannot_use_is_reported(monkeypatch):
     row = next(finding for finding in examine() if finding.part == "accelerator")
     assert (row.ok, row.found, row.prevents) == (False, "CPU, as this environment has not b", "use of GPUs")
     assert lacking([row], gpus=True)[-1:] == ["accelerator"] and lacking([row], gpus=False) == []
+
+
+def test_the_variables_of_both_sides_are_shown_and_whose_they_are(monkeypatch):
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    found = {finding.part: finding.found for finding in examine()}
+    assert found["NCCL, trainer and servers"] == "NCCL_CUMEM_ENABLE=0, NCCL_NVLS_ENABLE=1 (yours)"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in found["CUDA, trainer"]

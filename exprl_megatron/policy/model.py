@@ -1,11 +1,14 @@
 """Megatron's GPTModel for an Architecture, in the layout of the World that this process is in."""
 
 import math
+import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.policy import PolicyConfig
@@ -17,6 +20,13 @@ from exprl_megatron.policy.precision import fp8_settings
 from exprl_megatron.policy.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_KERNELS = {
+    AttnBackend.auto: (1, 1, 1),
+    AttnBackend.fused: (0, 1, 0),
+    AttnBackend.flash: (1, 0, 0),
+    AttnBackend.unfused: (0, 0, 1),
+}
+"""Which of flash, fused (cuDNN's) and unfused attention Megatron demands to be allowed (1) for each backend."""
 
 
 def build_chunks(
@@ -83,6 +93,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         # gloo may still be reading an output when the schedule would free it.
         deallocate_pipeline_outputs=cuda,
         attention_softmax_in_fp32=True,
+        attention_backend=attention_backend(os.environ, dtype),
         bias_activation_fusion=cuda,
         # What the local spec gives for an activation function is taken under this name.
         use_te_activation_func=not cuda,
@@ -95,6 +106,20 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         **fp8_settings(config.precision),
         **recompute[config.recompute],
     )
+
+
+def attention_backend(environment: Mapping[str, str], dtype: torch.dtype) -> AttnBackend:
+    """The first of Megatron's backends that agrees with what the user has set of Transformer Engine's variables.
+
+    Megatron refuses to build a model whose backend demands another value of one of them; `auto`, the default here,
+    demands all three kernels to be allowed. cuDNN's and flash attention compute in 16 bits only.
+    """
+    candidates = [backend for backend in _KERNELS if dtype != torch.float32 or _KERNELS[backend][2]]
+    for backend in candidates:
+        allowed = zip(("FLASH", "FUSED", "UNFUSED"), _KERNELS[backend], strict=True)
+        if all(environment.get(f"NVTE_{kernel}_ATTN", str(value)) == str(value) for kernel, value in allowed):
+            return backend
+    return AttnBackend.auto
 
 
 def rope_frequencies(architecture: Architecture) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exprl_megatron import accelerator
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.cuda_environment import shared_variables
 from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.serving.ports import LOCAL
 
@@ -53,8 +54,10 @@ def server_command(
     return [*command, *config.extra_args]
 
 
-def server_environment(inherited: Mapping[str, str], *, cuda: bool, tp: int = 1) -> dict[str, str]:
-    """The environment of a server of `tp` ranks started from a process with `inherited`."""
+def server_environment(
+    inherited: Mapping[str, str], *, cuda: bool, tp: int = 1, extra_args: Sequence[str] = ()
+) -> dict[str, str]:
+    """The environment of a server of `tp` ranks and these extra arguments, started from a process with `inherited`."""
     environment = {
         name: value
         for name, value in inherited.items()
@@ -64,6 +67,7 @@ def server_environment(inherited: Mapping[str, str], *, cuda: bool, tp: int = 1)
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment.update(HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
     environment.update(accelerator.environment(cuda))
+    environment.update(shared_variables(inherited, extra_args, tp))
     if not cuda:
         path = [str(STAND_INS), inherited.get("PYTHONPATH", "")]
         environment.update(

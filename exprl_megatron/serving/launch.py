@@ -233,7 +233,7 @@ def _launch(spec: ServerSpec, port: int) -> Server:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, cuda=uses_cuda(), tp=spec.config.tp),
+            env=server_environment(os.environ, cuda=uses_cuda(), tp=spec.config.tp, extra_args=spec.config.extra_args),
             # Ctrl-C is for us: we decide when servers stop.
             start_new_session=True,
         )

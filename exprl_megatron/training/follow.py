@@ -28,7 +28,7 @@ def follow(config: RunConfig, node: Node) -> None:
     guest = Guest(node)
     if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):
         directory = RunDirectory(config.directory)
-        ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.registry, node)
+        ranks = TrainerRanks(directory, config, directory.registry, node)
         try:
             _run(ranks, guest)
         finally:

@@ -64,7 +64,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         keeper.start()
         request_stop_on_sigusr1(directory.stop_request)
         host.begin()
-        ranks = TrainerRanks(directory, config.policy.layout.world_size, directory.registry, node)
+        ranks = TrainerRanks(directory, config, directory.registry, node)
         while ranks.running():
             host.check()
             keeper.tend()

@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from exprl_megatron.accelerator import settle
+from exprl_megatron.accelerator import environment, settle, uses_cuda
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.cuda_environment import rank_variables
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import LOCAL, free_ports
@@ -23,11 +27,11 @@ _LAST_WORDS_S = 3.0
 class TrainerRanks:
     """The workers of one run that are `node`'s, with torchrun's environment; rank 0 shares our standard output."""
 
-    def __init__(self, directory: RunDirectory, world_size: int, servers: Path, node: Node | None = None):
+    def __init__(self, directory: RunDirectory, config: RunConfig, servers: Path, node: Node | None = None):
         self._logs = directory.logs
-        self._world_size = world_size
+        self._world_size = config.policy.layout.world_size
         node = node or Node()
-        ranks = node.ranks(world_size)
+        ranks = node.ranks(self._world_size)
         meeting = _meeting(node)
         settle()
         self._processes: dict[int, subprocess.Popen] = {}
@@ -36,10 +40,12 @@ class TrainerRanks:
             worker = [sys.executable, "-m", "exprl_megatron.training.worker", str(directory.root)]
             # What a rank starts (checkpoint writers, verifiers) must end with it, even by kill -9.
             command = supervised([*worker, "--servers", str(servers)])
-            place = {"RANK": rank, "LOCAL_RANK": rank - ranks.start, "WORLD_SIZE": world_size}
+            place = {"RANK": rank, "LOCAL_RANK": rank - ranks.start, "WORLD_SIZE": self._world_size}
             self._processes[rank] = subprocess.Popen(
                 command,
-                env=_environment({name: str(number) for name, number in place.items()} | meeting),
+                env=rank_environment(os.environ, config.server)
+                | {name: str(number) for name, number in place.items()}
+                | meeting,
                 stdin=subprocess.DEVNULL,
                 stdout=None if rank == 0 else log,
                 stderr=log,
@@ -105,6 +111,8 @@ def _meeting(node: Node) -> dict[str, str]:
     return {"MASTER_ADDR": node.host, "MASTER_PORT": str(node.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
-def _environment(rendezvous: dict[str, str]) -> dict[str, str]:
+def rank_environment(inherited: Mapping[str, str], server: ServerConfig) -> dict[str, str]:
+    """The environment of a rank that sends weights to such servers, without its place among the ranks."""
     # Several ranks share the cores: one thread each, unless the user says otherwise.
-    return {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(os.environ) | rendezvous
+    found = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(inherited)
+    return found | rank_variables(inherited, server.extra_args, server.tp) | environment(uses_cuda())

@@ -7,9 +7,10 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.architecture import read_architecture
-from exprl_megatron.policy.model import build_chunks, rope_frequencies
+from exprl_megatron.policy.model import attention_backend, build_chunks, rope_frequencies
 
 
 @pytest.mark.parametrize("original", [32, 64, 8192])
@@ -43,3 +44,30 @@ def test_a_layout_that_does_not_fit_is_refused_before_anything_is_built(tiny_mod
     config = PolicyConfig(model=model, layout=Layout(tp=4, pp=3))
     with pytest.raises(UserError, match=r"2 KV groups; use one of 1, 2.\npolicy.layout.pp x vpp is 3"):
         build_chunks(read_architecture(model), config, world)
+
+
+@pytest.mark.parametrize(
+    ("environment", "dtype", "backend"),
+    [
+        ({}, torch.bfloat16, "auto"),
+        ({"NVTE_FLASH_ATTN_V4": "0"}, torch.bfloat16, "auto"),
+        ({"NVTE_FLASH_ATTN": "0"}, torch.bfloat16, "fused"),
+        ({"NVTE_FLASH_ATTN": "0"}, torch.float32, "unfused"),
+        ({"NVTE_FUSED_ATTN": "0"}, torch.bfloat16, "flash"),
+        ({"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"}, torch.bfloat16, "unfused"),
+    ],
+)
+def test_the_attention_backend_agrees_with_the_variables_that_the_user_set(environment, dtype, backend):
+    assert attention_backend(environment, dtype).name == backend
+
+
+def test_a_model_is_built_whatever_attention_kernel_the_user_rules_out(tiny_model, world, monkeypatch):
+    model = str(tiny_model("qwen3"))
+    for name in ("NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        # Megatron sets them; each is as it was when the test ends.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    config = PolicyConfig(model=model, precision=PrecisionConfig(kind="bf16"))
+    (chunk,) = build_chunks(read_architecture(model), config, world)
+    assert chunk.config.attention_backend.name == "fused"

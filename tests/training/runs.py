@@ -63,7 +63,7 @@ def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = Fa
     registry = Registry(directory.registry)
     for kind, server in servers.items():
         registry.register(RegisteredServer(kind, f"{kind}-0", server.url, str(server.log_file), server.incarnation))
-    return TrainerRanks(directory, config.policy.layout.world_size, directory.registry)
+    return TrainerRanks(directory, config, directory.registry)
 
 
 def finish(ranks: TrainerRanks, deadline_s: float = 300) -> None:
