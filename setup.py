@@ -31,6 +31,7 @@ setup(
         "rich",
         "sortedcontainers",
         "typer",
+        "xxhash",
         "zstandard",
     ],
     extras_require={

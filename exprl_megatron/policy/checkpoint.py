@@ -1,15 +1,15 @@
 """Checkpoints of a stage in progress: any layout in, any layout out, and never a half-written one.
 
 A checkpoint is a directory `checkpoint-NUMBER` with Megatron's torch_dist files (weights, optimizer state,
-random states, the stage's starting weights where they are kept) and `state.json` (schedule, layout, the
+random states, the stage's starting weights where they are kept) and `state.json` (schedule, layout, checksums, the
 caller's own record). It is written under another name, `state.json` last, and renamed when complete.
 """
 
 import json
 import os
 import queue
-import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,13 +33,11 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.policy import checkpoint_files as files
 from exprl_megatron.policy.optimizer import separate_step_counters
 from exprl_megatron.policy.optimizer_state import divided_like, parts
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.names import hf_shapes
-
-STATE = "state.json"
-NAME = re.compile(r"checkpoint-(\d{8})")
 
 
 def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) -> Path:
@@ -53,20 +51,36 @@ def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) ->
     target, partial = _shared(lambda: _prepare(root, policy), policy, root)
     try:
         dist_checkpointing.save(_state(policy, loading=False), str(partial), _save_strategy())
+        own = files.checksums(partial, policy.world.rank, dist.get_world_size())
     except (Exception, CheckpointException) as error:
         # Every rank comes here with its own view of the failure; torch's is no subclass of Exception.
         failure = _unwritten(root, error)
         if policy.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise failure from error
-    _shared(lambda: _complete(root, partial, target, _record(policy, extra), keep), policy, root)
+    record = _record(policy, extra) | {"files": _merged(own)}
+    _shared(lambda: _complete(root, partial, target, record, keep), policy, root)
     return target
 
 
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """The newest complete checkpoint in `root`, or None."""
-    found = _complete_checkpoints(Path(root))
-    return found[-1] if found else None
+def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `root` whose files all hold what was written, and a sentence on each newer one.
+
+    The newer ones are renamed; None where there was no checkpoint. Between them the ranks read every byte; a
+    collective. Raises UserError where there are checkpoints and none is intact.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    told: list[str] = []
+    for path in reversed(_from_rank_0(lambda: files.checkpoints(root))):
+        record, wrong = _from_rank_0(lambda path=path: _record_or_fault(path))
+        if record is not None:
+            wrong = [fault for found in _gathered(files.faults(path, record["files"], rank, ranks)) for fault in found]
+        if not wrong:
+            return path, told
+        told.append(_from_rank_0(lambda path=path, wrong=wrong: _set_aside(path, wrong)))
+    if told:
+        raise UserError("\n".join([*told, f"No other checkpoint is left in {root}; restore one, or start a new run."]))
+    return None, []
 
 
 def read_extra(path: str | Path) -> dict:
@@ -86,7 +100,12 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
         raise RuntimeError("a checkpoint is loaded into a stage; call begin_stage first")
     _check_fit(path, record, policy)
     state = _state(policy, loading=True, same_layout=record["layout"] == policy.config.layout.model_dump())
-    loaded = _load(state, str(path))
+    try:
+        loaded = _load(state, str(path))
+    except (OSError, EOFError, CheckpointException) as error:
+        raise UserError(
+            f"The checkpoint {path} cannot be read ({_one_line(error)}); see that its files can be, and resume again."
+        ) from error
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
         if stage.start is not None:
@@ -184,9 +203,22 @@ def _record(policy: Policy, extra: dict) -> dict:
 
 def _read_record(path: str | Path) -> dict:
     try:
-        return json.loads((Path(path) / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return files.read_record(path)
+    except files.Damaged as error:
         raise UserError(f"{path} is not a complete checkpoint ({error}); choose another.") from error
+
+
+def _record_or_fault(path: Path) -> tuple[dict | None, list[str]]:
+    try:
+        return files.read_record(path), []
+    except files.Damaged as error:
+        return None, [str(error)]
+
+
+def _set_aside(path: Path, wrong: list[str]) -> str:
+    """Rename a damaged checkpoint; the sentence that says so."""
+    shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    return f"The checkpoint {path} is damaged ({shown}); it is not loaded and is now {files.set_aside(path).name}."
 
 
 def _check_fit(path: str | Path, record: dict, policy: Policy) -> None:
@@ -202,22 +234,12 @@ def _check_fit(path: str | Path, record: dict, policy: Policy) -> None:
             raise UserError(f"{path} was written with another {key} than this run has; set {setting} as it was then.")
 
 
-def _complete_checkpoints(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return []
-    return sorted(path for path in root.iterdir() if NAME.fullmatch(path.name) and (path / STATE).is_file())
-
-
 def _prepare(root: Path, policy: Policy) -> tuple[Path, Path]:
     """An empty directory to write to, and the name it will get."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob("checkpoint-*.tmp"):
         shutil.rmtree(leftover)
-    complete = _complete_checkpoints(root)
-    number = int(NAME.fullmatch(complete[-1].name)[1]) + 1 if complete else 1
-    target = root / f"checkpoint-{number:08d}"
-    if target.exists():
-        shutil.rmtree(target)
+    target = root / f"checkpoint-{max(map(files.number_of, files.checkpoints(root)), default=0) + 1:08d}"
     needed, free = _bytes_needed(policy), shutil.disk_usage(root).free
     if free < needed:
         raise OSError(f"it needs {needed / 1e6:,.1f} MB")
@@ -236,15 +258,12 @@ def _bytes_needed(policy: Policy) -> int:
 
 def _complete(root: Path, partial: Path, target: Path, record: dict, keep: int) -> None:
     """Marks the written checkpoint complete, gives it its name, deletes the oldest."""
-    with open(partial / STATE, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    files.write_record(partial, record)
     partial.rename(target)
     directory = os.open(root, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    for old in _complete_checkpoints(root)[:-keep]:
+    for old in files.checkpoints(root)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -260,6 +279,29 @@ def _shared(action, policy: Policy, root: Path):
     if message[1] is not None:
         raise _unwritten(root, message[1]) from message[1]
     return message[0]
+
+
+def _from_rank_0[T](action: Callable[[], T]) -> T:
+    """Rank 0's result of `action`, which must not fail, on every rank."""
+    message = [action() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]
+
+
+def _gathered[T](mine: T) -> list[T]:
+    """Every rank's value, on every rank."""
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, mine)
+    return values
+
+
+def _merged(mine: dict[str, str]) -> dict[str, str]:
+    """The checksums of all ranks."""
+    return {name: value for found in _gathered(mine) for name, value in sorted(found.items())}
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
 
 
 def _unwritten(root: Path, error: BaseException) -> UserError:

@@ -7,7 +7,7 @@ from typing import Literal
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.errors import Preempted
-from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
+from exprl_megatron.policy.checkpoint import intact_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.transports import make_transport
@@ -46,11 +46,13 @@ def assemble(
     Raises Preempted where the run is asked to stop before the servers are ready.
     """
     conductor = Conductor(paths.stop_request.is_file)
-    checkpoint = conductor.everywhere(lambda: latest_checkpoint(paths.checkpoints))
+    checkpoint, damaged = intact_checkpoint(paths.checkpoints)
     place = Place() if checkpoint is None else Place.from_record(read_extra(checkpoint))
     fleet, rollouts, ahead, evaluator, console = None, None, None, None, None
     if conductor.here:
         console = Console(config, paths, place)
+        for sentence in damaged:
+            console.say(f"{sentence} The run goes on from {checkpoint.name}.")
         fleet = _fleet(config, registry, console) if config.samples else None
         judges = _judges(config, registry, fleet)
         judging = JudgingSide(config, paths.judgements, judges, console)

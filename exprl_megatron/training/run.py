@@ -1,5 +1,6 @@
 """A run in progress: its policy, its place, its servers; the verbs that the algorithm is written in."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -80,6 +81,7 @@ class Run:
         self._sync_metrics: dict[str, float] = {}
         self._updates_in_step = 0
         self._now = ("", 0)
+        self._trained: set[str] = set()
 
     def remaining_stages(self) -> Iterator[Stage]:
         """The stages from the run's place on."""
@@ -167,6 +169,7 @@ class Run:
         self._updates_in_step = 0
         metrics: dict[str, float] = {}
         yield metrics
+        self._trained.add(stage.name)
         self._place = replace(self._place, step=step)
         metrics |= self._counted | self._sync_metrics | self._turns.take_ledger()
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
@@ -201,8 +204,13 @@ class Run:
     def close_stage(self, stage: Stage) -> None:
         """Leave the stage's weights in Hugging Face form, once."""
         target = self._directory.models / stage.name
-        if not self._conductor.everywhere(target.is_dir):
-            self.policy.save_huggingface(target)
+        if stage.name not in self._trained and self._conductor.everywhere(target.is_dir):
+            return
+        # A run that went back behind the end of the stage, from a damaged checkpoint, has a model of it already.
+        former = target.with_name(target.name + ".former")
+        self._conductor.here_alone(lambda: _rename(target, former))
+        self.policy.save_huggingface(target)
+        self._conductor.here_alone(lambda: shutil.rmtree(former, ignore_errors=True))
 
     def evaluate(self, name: str) -> None:
         """pass@k of the current weights on the held-out problems, once.
@@ -267,3 +275,10 @@ class Run:
             tokens=self._place.tokens + sum(len(member.trace.token_ids) for member in members),
             abstentions=self._place.abstentions + sum(member.score is None for member in members),
         )
+
+
+def _rename(directory: Path, name: Path) -> None:
+    """Where there is such a directory; what has the name already is deleted."""
+    if directory.is_dir():
+        shutil.rmtree(name, ignore_errors=True)
+        directory.rename(name)

@@ -6,7 +6,7 @@ from ranks import Ranks
 from witness import loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
-from exprl_megatron.policy.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from exprl_megatron.policy.checkpoint import intact_checkpoint, load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.gather import gather_buckets
 
@@ -80,7 +80,7 @@ def main() -> None:
 
         def resumed(_, layout, model=model, root=root, distributed=distributed, again=None):
             policy = begin(model, layout, distributed, seed=99)
-            extra = load_checkpoint(latest_checkpoint(root), policy)
+            extra = load_checkpoint(intact_checkpoint(root)[0], policy)
             if again is not None:
                 save_checkpoint(again, policy, extra, keep=1)
             return {"extra": extra, "updates": learn(policy, 3, 4), **state(policy)}

@@ -1,9 +1,11 @@
 """One process: what is written, found, kept and refused; layouts are the matter of test_resharded_checkpoints.py."""
 
-import json
+import os
+import re
 import resource
 import shutil
 from pathlib import Path
+from random import Random
 
 import psutil
 import pytest
@@ -12,7 +14,8 @@ from witness import loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.checkpoint import latest_checkpoint, load_checkpoint, read_extra, save_checkpoint
+from exprl_megatron.policy.checkpoint import intact_checkpoint, load_checkpoint, read_extra, save_checkpoint
+from exprl_megatron.policy.checkpoint_files import Damaged, checksums, read_record
 from exprl_megatron.policy.policy import Policy
 
 BATCH = sequences(128)
@@ -38,9 +41,9 @@ def policy(tiny_model, world) -> Policy:
 
 def test_the_newest_complete_checkpoint_is_found_and_older_ones_are_deleted(policy, tmp_path):
     root = tmp_path / "checkpoints"
-    assert latest_checkpoint(root) is None
+    assert intact_checkpoint(root) == (None, [])
     written = [save_checkpoint(root, policy, {"n": n}, keep=2) for n in range(3)]
-    assert latest_checkpoint(root) == written[-1]
+    assert intact_checkpoint(root) == (written[-1], [])
     assert read_extra(written[-1]) == {"n": 2}
     assert sorted(root.iterdir()) == written[1:]
 
@@ -51,13 +54,12 @@ def test_saving_starts_no_process_that_could_be_left_behind(policy, tmp_path):
     assert psutil.Process().children(recursive=True) == before
 
 
-def test_a_checkpoint_without_its_mark_or_name_does_not_count(policy, tmp_path):
+def test_a_checkpoint_that_was_being_written_does_not_count(policy, tmp_path):
     complete = save_checkpoint(tmp_path, policy, {}, keep=9)
     shutil.copytree(complete, tmp_path / "checkpoint-00000002.tmp")
-    (shutil.copytree(complete, tmp_path / "checkpoint-00000003") / "state.json").unlink()
-    assert latest_checkpoint(tmp_path) == complete
+    assert intact_checkpoint(tmp_path) == (complete, [])
     following = save_checkpoint(tmp_path, policy, {}, keep=9)
-    assert latest_checkpoint(tmp_path) == following
+    assert intact_checkpoint(tmp_path) == (following, [])
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -94,7 +96,7 @@ def test_a_disk_that_fills_while_writing_leaves_the_last_checkpoint_intact(polic
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert listing(tmp_path) == before
-    assert latest_checkpoint(tmp_path) == intact
+    assert intact_checkpoint(tmp_path) == (intact, [])
     assert load_checkpoint(intact, fresh(tiny_model)) == {"n": 1}
 
 
@@ -106,7 +108,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(policy, tmp_p
     with pytest.raises(UserError, match=r"it needs 0\.\d MB; 0\.5 MB are free"):
         save_checkpoint(tmp_path, policy, {}, keep=1)
     assert listing(tmp_path) == before
-    assert latest_checkpoint(tmp_path) == intact
+    assert intact_checkpoint(tmp_path) == (intact, [])
 
 
 def test_a_checkpoint_of_another_model_optimizer_or_loss_is_refused(policy, tiny_model, tmp_path):
@@ -120,8 +122,88 @@ def test_a_checkpoint_of_another_model_optimizer_or_loss_is_refused(policy, tiny
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a complete checkpoint"):
+    with pytest.raises(UserError, match=r"is not a complete checkpoint \(state.json is missing\)"):
         read_extra(tmp_path)
-    (tmp_path / "state.json").write_text(json.dumps({})[:1])
-    with pytest.raises(UserError, match="is not a complete checkpoint"):
-        read_extra(tmp_path)
+    for content in ("{", "[]", "null", "[" * 200_000, "{}"):
+        (tmp_path / "state.json").write_text(content)
+        with pytest.raises(UserError, match=r"is not a complete checkpoint \(state.json is not what was written\)"):
+            read_extra(tmp_path)
+
+
+@pytest.fixture
+def two_checkpoints(tiny_model, world, tmp_path) -> tuple[Path, Path]:
+    """An older and a newer one."""
+    policy = fresh(tiny_model)
+    return tuple(save_checkpoint(tmp_path, policy, {"n": n}, keep=2) for n in (1, 2))
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def test_a_checkpoint_in_which_any_one_file_is_damaged_is_named_and_the_one_before_is_taken(two_checkpoints, tmp_path):
+    older, newer = two_checkpoints
+    kept = shutil.copytree(newer, tmp_path / "copy")
+    names = sorted(path.name for path in newer.iterdir())
+    assert {"state.json", ".metadata", "metadata.json", "__0_0.distcp"} <= set(names)
+    random = Random(0)
+    for name in names:
+        damages = {"flip": lambda f: flip(f, random.randrange(8 * f.stat().st_size)), "delete": Path.unlink}
+        damages |= {"truncate": lambda f: os.truncate(f, 30), "zero": lambda f: f.write_bytes(bytes(f.stat().st_size))}
+        for damage in damages.values():
+            damage(newer / name)
+            found, (told,) = intact_checkpoint(tmp_path)
+            assert found == older
+            assert re.search(rf"{newer} is damaged \({re.escape(name)} .*is now {newer.name}\.damaged\.$", told)
+            shutil.rmtree(newer.with_name(newer.name + ".damaged"))
+            shutil.copytree(kept, newer)
+    assert intact_checkpoint(tmp_path) == (newer, [])
+
+
+def test_every_bit_of_the_record_counts(two_checkpoints, tmp_path):
+    _, newer = two_checkpoints
+    file = newer / "state.json"
+    whole = file.read_bytes()
+    for bit in range(8 * len(whole)):
+        flip(file, bit)
+        with pytest.raises(Damaged):
+            read_record(newer)
+        file.write_bytes(whole)
+    assert read_record(newer)["extra"] == {"n": 2}
+
+
+def test_a_damaged_checkpoint_is_not_counted_among_those_that_are_kept(two_checkpoints, tiny_model, tmp_path):
+    older, newer = two_checkpoints
+    (newer / ".metadata").unlink()
+    assert intact_checkpoint(tmp_path)[0] == older
+    following = save_checkpoint(tmp_path, fresh(tiny_model), {"n": 3}, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {older.name, following.name, newer.name + ".damaged"}
+
+
+def test_where_every_checkpoint_is_damaged_the_run_does_not_begin_again_by_itself(two_checkpoints, tmp_path):
+    for checkpoint in two_checkpoints:
+        flip(checkpoint / "__0_0.distcp", 777_777)
+    with pytest.raises(UserError, match=r"(?s)checkpoint-00000002 is damaged.*checkpoint-00000001 is.*No other check"):
+        intact_checkpoint(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-0000000{n}.damaged" for n in (1, 2)]
+
+
+def test_a_file_that_goes_missing_after_it_was_verified_is_one_sentence(two_checkpoints, tiny_model):
+    _, newer = two_checkpoints
+    (newer / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"The checkpoint .*checkpoint-00000002 cannot be read"):
+        load_checkpoint(newer, fresh(tiny_model))
+
+
+def test_ranks_read_the_files_of_a_checkpoint_between_them_and_each_what_it_wrote(tmp_path):
+    names = [*(f"__{rank}_0.distcp" for rank in range(4)), ".metadata", "common.pt"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    shares = [checksums(tmp_path, rank, 4) for rank in range(4)]
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    assert all(f"__{rank}_0.distcp" in share for rank, share in enumerate(shares))
+    # XXH3's own published value for the empty input.
+    (tmp_path / "empty").touch()
+    assert checksums(tmp_path, 0, 1)["empty"] == "99aa06d3014798d86001c324468d497f"

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import yaml
 
 from exprl_megatron.config.load import check_config
-from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
+from exprl_megatron.policy.checkpoint import read_extra
+from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.directory import RunDirectory
 
@@ -85,7 +86,7 @@ def test_sigusr1_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
         process.send_signal(signal.SIGUSR1)
     _, told = run.communicate(timeout=300)
     assert run.returncode == 75
-    step = read_extra(latest_checkpoint(paths.checkpoints))["step"]
+    step = read_extra(checkpoints(paths.checkpoints)[-1])["step"]
     assert told.endswith(
         f"exprl: The run was asked to stop and did so after step {step} of learn, with a checkpoint; "
         "go on with --resume.\n"

@@ -12,7 +12,8 @@ from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig, SyncConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.batch import Sequence
-from exprl_megatron.policy.checkpoint import latest_checkpoint, read_extra
+from exprl_megatron.policy.checkpoint import read_extra
+from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.serving.launch import server_specs, start_servers
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor
@@ -128,7 +129,7 @@ def test_killed_in_mid_stage_a_run_has_the_divergences_of_an_uninterrupted_one_w
     paths = RunDirectory(config.directory)
     servers = {"policy": qwen3_server, "start": start_server}
     kill_when(start_ranks(config, servers), Journal(paths.journal).path("two", 2).is_file)
-    place = read_extra(latest_checkpoint(paths.checkpoints))
+    place = read_extra(checkpoints(paths.checkpoints)[-1])
     assert place["stage"] == 1 and 0 < place["step"] < 3
     finish(start_ranks(config, servers, resume=True))
     asyncio.run(with_initial_weights(qwen3_server, model))
