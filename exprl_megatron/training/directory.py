@@ -1,11 +1,14 @@
 """Where a run keeps what it writes, and the rule that no run overwrites another."""
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from exprl_megatron.config.load import check_config
+from exprl_megatron.config.resuming import refused_changes
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.files import Claim, write_atomically
@@ -17,6 +20,7 @@ class RunDirectory:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self.config = self.root / "config.yaml"
+        self.inputs = self.root / "inputs.json"
         self.logs = self.root / "logs"
         self.journal = self.root / "journal"
         self.checkpoints = self.root / "checkpoints"
@@ -31,12 +35,12 @@ class RunDirectory:
         self.resolved = self.root / "resolved.yaml"
         self.stop_request = self.root / "stop"
 
-    def claim(self, config: RunConfig, resume: bool) -> "Claim":
+    def claim(self, config: RunConfig, resume: bool, contents: Mapping[str, str] | None = None) -> "Claim":
         """Take the directory for this process and write the resolved config into it.
 
-        Raises UserError where it holds another run, where `resume` finds none or one of another
-        config (the layout and the servers may differ), or where a live process has it. A run that
-        ended before it had anything to keep does not count.
+        `contents` is what input_contents says of the config. Raises UserError where the directory holds another run,
+        where `resume` finds none, or one that learns something else (see config/resuming.py) or from other contents,
+        or where a live process has it. A run that ended before it had anything to keep does not count.
         """
         known, begun = self.config.is_file(), self._holds_work()
         if begun and not resume:
@@ -54,17 +58,46 @@ class RunDirectory:
         claim = Claim(self.root)
         try:
             if begun:
-                _refuse_changes(yaml.safe_load(self.config.read_text()), config.model_dump(mode="json"), self.root)
+                self._refuse_changes(config, contents)
             elif known:
                 shutil.rmtree(self.logs, ignore_errors=True)
             for path in (self.logs, self.journal, self.checkpoints, self.models, self.evaluations):
                 path.mkdir(exist_ok=True)
             self.stop_request.unlink(missing_ok=True)
             write_atomically(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+            if contents is not None:
+                write_atomically(self.inputs, json.dumps(contents, indent=2).encode())
         except BaseException:
             claim.release()
             raise
         return claim
+
+    def _refuse_changes(self, config: RunConfig, contents: Mapping[str, str] | None) -> None:
+        """Raise UserError where the run that is here would go on differently."""
+        recorded = self._recorded_inputs() if contents is not None else None
+        keys = set() if recorded is None else recorded.keys() | contents.keys()
+        if others := sorted(key for key in keys if recorded.get(key) != contents.get(key)):
+            raise UserError(
+                f"The contents of {', '.join(others)} are others than when the run in {self.root} was started; "
+                "put them back, or start a new run in another directory."
+            )
+        if changed := refused_changes(read_config(self), config, same_contents=recorded is not None):
+            raise UserError(
+                f"The run in {self.root} was started with other values of {', '.join(changed)}; "
+                "resume it with its own config, or start a new run in another directory. docs/resume.md lists what may "
+                "change."
+            )
+
+    def _recorded_inputs(self) -> dict[str, str] | None:
+        """What the run was started with; None where it has not been recorded."""
+        try:
+            return json.loads(self.inputs.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"{self.inputs} is damaged ({error}); delete it to resume without comparing the inputs."
+            ) from error
 
     def _holds_work(self) -> bool:
         """Whether a run has left anything here that was sampled, learned or measured."""
@@ -79,31 +112,3 @@ def read_config(directory: RunDirectory) -> RunConfig:
     if not directory.config.is_file():
         raise UserError(f"There is no run in {directory.root}; give the directory of one.")
     return check_config(yaml.safe_load(directory.config.read_text()), str(directory.config))
-
-
-# What a resumed run may do differently: none of it changes what is learned from what.
-_FREE = ("directory", "server", "sync", "checkpoint", "policy.layout", "placement", "judge.server", "debug.assertions")
-
-
-def _refuse_changes(old: dict, new: dict, root: Path) -> None:
-    changed = sorted(
-        key
-        for key in _leaves(old).keys() | _leaves(new).keys()
-        if _leaves(old).get(key) != _leaves(new).get(key)
-        and not any(key == free or key.startswith(free + ".") for free in _FREE)
-    )
-    if changed:
-        raise UserError(
-            f"The run in {root} was started with other values of {', '.join(changed)}; "
-            "resume it with its own config, or start a new run in another directory."
-        )
-
-
-def _leaves(tree, prefix: str = "") -> dict:
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list):
-        items = enumerate(tree)
-    else:
-        return {prefix: tree}
-    return {k: v for key, value in items for k, v in _leaves(value, f"{prefix}.{key}" if prefix else str(key)).items()}

@@ -20,6 +20,7 @@ from exprl_megatron.serving.registry import Registry
 from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.training.devices import placed
 from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.inputs import input_contents
 from exprl_megatron.training.nodes import Host, Node
 from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
 from exprl_megatron.training.preflight import check_inputs
@@ -50,7 +51,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         if not registered:
             wanted = placed(wanted, config, gpu_count())
             check_servers(wanted)
-        claim = directory.claim(config, resume)
+        claim = directory.claim(config, resume, input_contents(config))
     except UserError:
         if registered and not Claim.is_held(directory.root):
             registry.end()

@@ -43,7 +43,7 @@ def test_resuming_needs_a_run(tmp_path):
 def test_resuming_with_another_config_names_the_changed_keys(tmp_path):
     directory = started(RunDirectory(tmp_path / "run"))
     changed = config(tmp_path / "run", seed=5, policy={"model": "other"})
-    with pytest.raises(UserError, match=r"other values of policy\.model, seed"):
+    with pytest.raises(UserError, match=r"other values of policy\.model \(.*\), seed \(decides"):
         directory.claim(changed, resume=True)
 
 
@@ -68,3 +68,18 @@ def test_a_run_that_ended_before_its_first_step_does_not_block_the_directory(tmp
     directory.claim(config(tmp_path / "run", seed=5), resume=False).release()
     assert read_config(directory).seed == 5
     assert not any(directory.logs.iterdir())
+
+
+def test_inputs_that_have_changed_between_stop_and_resume_are_named(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    contents = {"policy.model": "1", "stages.0.examples": "2"}
+    directory.claim(config(tmp_path / "run"), False, contents).release()
+    directory.metrics.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"The contents of stages\.0\.examples are others than when the run in"):
+        directory.claim(config(tmp_path / "run"), True, contents | {"stages.0.examples": "3"})
+    moved = config(tmp_path / "run", policy={"model": "elsewhere/m"})
+    directory.claim(moved, True, contents).release()
+    assert read_config(directory).policy.model == "elsewhere/m"
+    directory.inputs.write_text("{")
+    with pytest.raises(UserError, match=r"inputs\.json is damaged .*; delete it"):
+        directory.claim(moved, True, contents)

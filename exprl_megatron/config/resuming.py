@@ -1,0 +1,212 @@
+"""Which settings a resumed run may change, and why; the one table that `--resume` and docs/resume.md go by.
+
+A row is a key of the config, without the number of a stage, or `SECTION.*` for all keys of a section that have no row
+of their own. What has no row is fixed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from exprl_megatron.config.run import RunConfig
+
+Verdict = Literal["free", "fixed", "content", "batching", "arguments"]
+"""`free` may change. `fixed` may not. `content`: the path may, what it leads to may not. `batching` is free where the
+loss does not depend on which sequences share a micro-batch, and else fixed. `arguments` of SGLang: those of
+FREE_ARGUMENTS may change."""
+
+WORDS: dict[Verdict, str] = {
+    "free": "may change",
+    "fixed": "must stay",
+    "content": "the path may change, its contents must stay",
+    "batching": "may change, unless a stage has `loss.aggregation: micro-batch-mean` or `policy.moe_aux_loss` is not 0",
+    "arguments": "the arguments listed below may change, all others must stay",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    keys: tuple[str, ...]
+    verdict: Verdict
+    reason: str
+
+
+TABLE = (
+    Row(("directory",), "free", "a run may be moved"),
+    Row(("seed",), "fixed", "decides order, sampling and starting weights"),
+    Row(("checkpoint.*",), "free", "how often the state is written"),
+    Row(("debug.assertions",), "free", "only stops a run"),
+    Row(("debug.only", "debug.rollouts"), "fixed", "what the run does at all"),
+    # The policy.
+    Row(("policy.model",), "content", "the weights that the run starts from, their tokenizer and chat template"),
+    Row(("policy.initialise", "policy.precision.*", "policy.moe_aux_loss"), "fixed", "what is computed"),
+    Row(("policy.max_tokens",), "fixed", "decides which prompts and examples are left out"),
+    Row(("policy.starting_policy",), "fixed", "a checkpoint either holds the starting weights or does not"),
+    Row(("policy.recompute", "policy.log_prob_chunk"), "free", "memory against speed"),
+    Row(
+        ("policy.layout.*", "policy.micro_batch_tokens", "policy.packing"),
+        "batching",
+        "how the work is divided; a checkpoint loads in any layout",
+    ),
+    # Servers.
+    Row(("server.*", "judge.server.*"), "free", "how many servers there are, where, and how long they are waited for"),
+    Row(("server.extra_args", "judge.server.extra_args"), "arguments", "may change the distribution of tokens"),
+    Row(("placement.*",), "free", "where the servers compute"),
+    Row(("sync.*",), "free", "how the same weights travel, and what is verified then"),
+    Row(("sync.fp8", "sync.hold"), "fixed", "changes the distribution that is sampled from"),
+    # The judge.
+    Row(("judge.model",), "content", "who judges"),
+    Row(("judge.endpoints", "judge.api_key_variable", "judge.place"), "free", "where the same judge is asked"),
+    Row(("judge.endpoint_model",), "fixed", "the only name that is known of a judge behind endpoints"),
+    Row(
+        ("judge.prompt", "judge.prefix_prompt", "judge.segment_prompt", "judge.rubric.prompt"),
+        "content",
+        "what the judge is asked",
+    ),
+    Row(("judge.rubric.kind", "judge.rubric.max_new_tokens"), "fixed", "what a trace is measured against"),
+    Row(
+        (
+            *("judge.prompt_order", "judge.show_reference", "judge.template_args", "judge.max_new_tokens"),
+            *("judge.temperature", "judge.score_format", "judge.score_reading", "judge.parser"),
+            *("judge.reasks", "judge.reask_temperature"),
+        ),
+        "fixed",
+        "how a trace gets its score",
+    ),
+    Row(
+        (
+            *("judge.retries", "judge.retry_pause_s", "judge.hedge_after_s", "judge.concurrency", "judge.deadline_s"),
+            "judge.rubric.deadline_s",
+        ),
+        "free",
+        "how long and how often the judge is asked for the same answer",
+    ),
+    Row(("judge.max_abstention_rate", "judge.abstention_window", "judge.gate.*"), "free", "only stops a run"),
+    Row(("judge.store",), "free", "where answers are kept; they are found by everything that was asked"),
+    # Verification.
+    Row(("verifier.workers",), "free", "speed"),
+    Row(("verifier.answer_deadline_s", "verifier.program_deadline_s"), "free", "how long an answer is waited for"),
+    Row(("verifier.variant",), "fixed", "what counts as right"),
+    # What is learned.
+    Row(("prompt.*",), "fixed", "what the policy is asked"),
+    Row(("leak_guard.*",), "free", "only stops a run"),
+    Row(("stages.*",), "fixed", "what is learned, and from what"),
+    Row(
+        tuple(
+            f"{place}.problems.{key}"
+            for place in ("stages", "evaluation")
+            for key in ("source", "split", "fields.*", "limit")
+        ),
+        "content",
+        "the problems, as they are read",
+    ),
+    Row(("stages.examples",), "content", "the examples"),
+    Row(("stages.optimizer.overlap", "stages.optimizer.offload"), "free", "memory against speed"),
+    Row(("stages.optimizer.distributed",), "fixed", "the form of the optimizer's state in a checkpoint"),
+    Row(("stages.max_abstention_rate", "stages.allow_off_policy"), "free", "only stops or refuses a run"),
+    Row(("evaluation.*",), "fixed", "the figures before and after the stages are compared with each other"),
+)
+
+FREE_ARGUMENTS: Mapping[str, str] = {
+    "--mem-fraction-static": "memory",
+    "--chunked-prefill-size": "memory",
+    "--max-prefill-tokens": "memory",
+    "--max-running-requests": "memory",
+    "--max-total-tokens": "memory",
+    "--max-queued-requests": "queueing",
+    "--cuda-graph-max-bs-decode": "memory against speed",
+    "--cuda-graph-bs-decode": "memory against speed",
+    "--cuda-graph-max-bs-prefill": "memory against speed",
+    "--cuda-graph-bs-prefill": "memory against speed",
+    "--disable-cuda-graph": "speed",
+    "--enable-memory-saver": "memory",
+    "--schedule-policy": "order of requests",
+    "--schedule-conservativeness": "order of requests",
+    "--disable-radix-cache": "memory against speed",
+    "--stream-interval": "speed",
+    "--watchdog-timeout": "a deadline",
+    "--dist-timeout": "a deadline",
+    "--tokenizer-worker-num": "speed",
+    "--nccl-port": "transport",
+    "--enable-metrics": "logging",
+    "--enable-request-time-stats-logging": "logging",
+    "--decode-log-interval": "logging",
+    "--log-level": "logging",
+    "--log-level-http": "logging",
+    "--log-requests": "logging",
+    "--log-requests-level": "logging",
+    "--show-time-cost": "logging",
+}
+"""Arguments of SGLang that change memory, speed, deadlines or logs, and not what is sampled; with what they change."""
+
+
+def row_of(key: str) -> Row | None:
+    """The row that speaks of `key` (see `plain`); the longest where several do."""
+    rows = {name: row for row in TABLE for name in row.keys}
+    if key in rows:
+        return rows[key]
+    sections = [name for name in rows if name.endswith(".*") and f"{key}.".startswith(name.removesuffix("*"))]
+    return rows[max(sections, key=len)] if sections else None
+
+
+def plain(key: str) -> str:
+    """`stages.0.steps` as the table has it: `stages.steps`."""
+    return ".".join(part for part in key.split(".") if not part.isdigit())
+
+
+def refused_changes(old: RunConfig, new: RunConfig, same_contents: bool) -> list[str]:
+    """The keys, with the reasons, in which `new` may not go on with what `old` began.
+
+    `same_contents`: what the paths of both lead to is known to be the same.
+    """
+    refused = []
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
+    for key in sorted(before.keys() | after.keys()):
+        values = before.get(key), after.get(key)
+        row = row_of(plain(key)) or Row((), "fixed", "there is no row for it")
+        if values[0] != values[1] and not _allowed(row.verdict, values, (old, new), same_contents):
+            refused.append(f"{key} ({row.reason})")
+    return refused
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a config in JSON's terms by their keys; a list of plain values is one value."""
+    if isinstance(tree, dict) and tree:
+        items: Iterator[tuple[Any, Any]] = iter(tree.items())
+    elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        items = iter(enumerate(tree))
+    else:
+        return {prefix: tree}
+    return {k: v for key, value in items for k, v in leaves(value, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def _allowed(
+    verdict: Verdict, values: tuple[Any, Any], configs: tuple[RunConfig, RunConfig], same_contents: bool
+) -> bool:
+    if verdict == "arguments":
+        return _decisive(values[0] or ()) == _decisive(values[1] or ())
+    if verdict == "batching":
+        return not any(map(_batching_counts, configs))
+    return verdict == "free" or (verdict == "content" and same_contents)
+
+
+def _batching_counts(config: RunConfig) -> bool:
+    """Whether the loss depends on which sequences share a micro-batch."""
+    losses = (getattr(stage, "loss", stage) for stage in config.stages)
+    return config.policy.moe_aux_loss > 0 or any(
+        getattr(loss, "aggregation", None) == "micro-batch-mean" for loss in losses
+    )
+
+
+def _decisive(arguments: Sequence[str]) -> list[list[str]]:
+    """Options with their values, in any order, without those that may change."""
+    options: list[list[str]] = []
+    for argument in arguments:
+        if argument.startswith("--") or not options:
+            name, equals, value = argument.partition("=")
+            options.append([name, value] if equals else [name])
+        else:
+            options[-1].append(argument)
+    return sorted(option for option in options if option[0] not in FREE_ARGUMENTS)

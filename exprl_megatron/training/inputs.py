@@ -1,0 +1,109 @@
+"""What a run reads besides its config, by content: problems, examples, prompts, models. A resumed run reads the same.
+
+`inputs.json` in the run's directory holds a hash for each of them; a path may change between stop and resume, and what
+it leads to may not.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import get_args
+
+import xxhash
+
+from exprl_megatron.config.problems import Domain, ProblemsConfig
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stages import SftStage
+from exprl_megatron.conversion.weights import MEGATRON
+from exprl_megatron.judging.judge_model import model_identity
+from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.prompt import Measure, load_prompt, shipped_prompt
+from exprl_megatron.problems.problem import Problem, Reference
+from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.training.examples import read_examples
+
+_PIECES, _PIECE_BYTES = 64, 2**16
+
+
+def input_contents(config: RunConfig) -> dict[str, str]:
+    """A hash of the contents of everything that `config` leads to, by the key that leads there.
+
+    Of models see `model_identity`; the prompts that are shipped count as `judge.shipped_prompts` where a judge may take
+    them. Raises UserError where something cannot be read.
+    """
+    return dict(_contents(config))
+
+
+def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
+    yield "policy.model", _model(config.policy.model)
+    for number, stage in enumerate(config.stages):
+        if isinstance(stage, SftStage) and stage.examples is not None:
+            yield f"stages.{number}.examples", _hash(read_examples(Path(stage.examples)))
+        elif stage.problems is not None:
+            yield f"stages.{number}.problems", _problems(stage.problems)
+    if config.evaluates:
+        yield "evaluation.problems", _problems(config.evaluation.problems)
+    if config.judges:
+        judge = config.judge
+        yield "judge.model", _model(judge.model)
+        named = {"prompt": judge.prompt, "prefix_prompt": judge.prefix_prompt, "segment_prompt": judge.segment_prompt}
+        for key, name in named.items():
+            if name is not None:
+                yield f"judge.{key}", load_prompt(name, judge.prompt_order).version
+        # Prompts of one's own do for one unit and kind of judging; the shipped ones fill in for all others.
+        yield "judge.shipped_prompts", _shipped_prompts()
+        if judge.rubric.kind == "checkpoints":
+            yield "judge.rubric.prompt", load_prompt(judge.rubric.prompt, shows="reference").version
+
+
+def _model(directory: str) -> str:
+    """`model_identity`, and where the weights are in Megatron's form pieces of those files too."""
+    converted = [(path.name, _sampled(path)) for path in sorted((Path(directory) / MEGATRON).glob("*.distcp"))]
+    return _hash([model_identity(directory), converted]) if converted else model_identity(directory)
+
+
+def _sampled(path: Path) -> str:
+    """Of a file's size and pieces spread evenly, which training changes all."""
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128(b"%d:" % size)
+    with open(path, "rb") as file:
+        for i in range(_PIECES):
+            file.seek(max(0, size - _PIECE_BYTES) * i // (_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
+
+
+@cache
+def _problems(config: ProblemsConfig) -> str:
+    digest = xxhash.xxh3_128()
+    for problem in load_problems(config):
+        digest.update(_text(_fields(problem)).encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def _fields(problem: Problem) -> list:
+    """Every field, with a hash where the reference is."""
+    values = (getattr(problem, field.name) for field in dataclasses.fields(problem))
+    return [_hash(value.for_training()) if isinstance(value, Reference) else value for value in values]
+
+
+def _shipped_prompts() -> str:
+    return _hash(
+        [
+            shipped_prompt(domain, unit, measure).version
+            for domain in get_args(Domain)
+            for unit in get_args(Unit)
+            for measure in get_args(Measure)
+        ]
+    )
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(_text(value).encode(errors="surrogatepass")).hexdigest()
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=dataclasses.asdict)
