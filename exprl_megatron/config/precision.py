@@ -1,12 +1,18 @@
 """In which number format the policy computes."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.base import Config
 
 Kind = Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+
+
+def default_kind(cuda: bool) -> Kind:
+    """What `auto` is where trainer and servers run on CUDA, and where they do not."""
+    return "bf16" if cuda else "fp32"
 
 
 class PrecisionConfig(Config):
@@ -16,7 +22,8 @@ class PrecisionConfig(Config):
     operands in 8 bits.
     """
 
-    kind: Kind = "fp32"
+    kind: Literal["auto", Kind] = "auto"
+    """`auto` is bf16 on CUDA and fp32 on a CPU; a run records which."""
     fp8_parameters: bool = False
     """Keep the linear layers' weights in 8 bits only (the optimizer holds fp32 ones)."""
     first_last_bf16: int = Field(0, ge=0)
@@ -34,12 +41,22 @@ class PrecisionConfig(Config):
     @property
     def fp8(self) -> bool:
         """Whether linear layers multiply in 8 bits."""
-        return self.kind not in ("fp32", "bf16")
+        return self.kind not in ("auto", "fp32", "bf16")
 
     @property
     def dtype(self) -> Literal["fp32", "bf16"]:
-        """The format of parameters and activations outside FP8 products; emulation computes in fp32."""
-        return "fp32" if self.kind == "fp32" or self.emulate else "bf16"
+        """The format of parameters and activations outside FP8 products; emulation computes in fp32.
+
+        That of `auto` is this machine's.
+        """
+        kind = self.resolved().kind
+        return "fp32" if kind == "fp32" or self.emulate else "bf16"
+
+    def resolved(self, cuda: bool | None = None) -> Self:
+        """The same with `auto` replaced, by what this machine computes on unless `cuda` says it."""
+        if self.kind != "auto":
+            return self
+        return self.model_copy(update={"kind": default_kind(uses_cuda() if cuda is None else cuda)})
 
     def violations(self, whole) -> list[str]:
         return self._emulation_violations(whole.policy) if self.emulate else []

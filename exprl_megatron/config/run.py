@@ -1,5 +1,7 @@
 """The whole configuration of a run."""
 
+from typing import Self
+
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from exprl_megatron.config.base import Config
@@ -55,6 +57,11 @@ class RunConfig(Config):
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     debug: DebugConfig = DebugConfig()
+
+    def with_precision(self, cuda: bool | None = None) -> Self:
+        """The same with `policy.precision: auto` replaced; see PrecisionConfig.resolved."""
+        precision = self.policy.precision.resolved(cuda)
+        return self.model_copy(update={"policy": self.policy.model_copy(update={"precision": precision})})
 
     @property
     def samples(self) -> bool:

@@ -29,6 +29,11 @@ class ServerConfig(Config):
     extra_args: tuple[str, ...] = ()
     """Passed to `sglang.launch_server` as they are."""
 
+    @property
+    def names_attention_backend(self) -> bool:
+        """Whether `extra_args` choose SGLang's attention kernels, instead of SGLang by GPU and model."""
+        return any(argument.partition("=")[0] == "--attention-backend" for argument in self.extra_args)
+
 
 class SamplingConfig(Config):
     """How traces are sampled."""

@@ -3,11 +3,12 @@
 docs/precision.md says of each refusal where it comes from. Needs neither torch nor Megatron.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.architecture import Architecture
 
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
@@ -27,6 +28,11 @@ class Setting:
     """None: products are not looked at."""
     starting_weights: bool = False
     """Whether a stage keeps its starting weights on the host, for the KL term."""
+    cuda: bool = False
+    """Whether trainer and servers run on CUDA; for a precision that no compute capability rules out."""
+    servers: Mapping[str, ServerConfig] = field(default_factory=dict)
+    """The servers that hold weights in the policy's format, by their key in the config."""
+    colocated: bool = False
 
     @property
     def precision(self) -> PrecisionConfig:
@@ -38,7 +44,7 @@ def precision_violations(setting: Setting) -> list[str]:
     """One sentence for everything that `setting` asks of a precision and cannot have."""
     precision = setting.precision
     if not precision.fp8:
-        return list(_without_fp8(precision))
+        return [*_without_fp8(precision), *_fp32_on_cuda(setting)]
     if precision.emulate and setting.capability is None:
         return list(_layers(setting))
     checks = (_device, _layers, _parameters, _attention, _context_parallelism, _products)
@@ -52,6 +58,27 @@ def _without_fp8(precision: PrecisionConfig) -> Iterator[str]:
                 f"policy.precision.{name} is {value} but the precision {precision.kind} multiplies nothing in 8 bits; "
                 f"leave it out, or choose an fp8 kind."
             )
+
+
+def _fp32_on_cuda(setting: Setting) -> Iterator[str]:
+    if setting.precision.kind != "fp32" or not setting.cuda:
+        return
+    for name, server in setting.servers.items():
+        if not server.names_attention_backend:
+            yield (
+                f"policy.precision is fp32, in which SGLang's attention kernels on CUDA do not compute, and {name} "
+                f"would serve it; choose bf16."
+            )
+    if setting.colocated:
+        yield (
+            "policy.precision is fp32 with placement.kind colocated, where Megatron's optimizer would step copies of "
+            "the weights that nothing reads after an offload on CUDA; choose bf16, or kind separate."
+        )
+    if setting.policy.layout.cp > 1:
+        yield (
+            f"policy.precision is fp32 but policy.layout.cp is {setting.policy.layout.cp}, for which Transformer "
+            f"Engine has no attention in fp32; choose bf16, or set cp to 1."
+        )
 
 
 def _device(setting: Setting) -> Iterator[str]:

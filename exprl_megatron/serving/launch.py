@@ -72,8 +72,13 @@ class ServerSpec:
         )
 
     def check(self) -> None:
-        """Raise UserError where the model cannot be served."""
+        """Raise UserError where the model cannot be served, or not in this format."""
         _check_model(self)
+        if self.dtype == "float32" and not self.config.names_attention_backend and uses_cuda():
+            raise UserError(
+                f"{self.name} would serve float32, in which SGLang's attention kernels on CUDA do not compute; choose "
+                f"bfloat16 (policy.precision: bf16, or --dtype bfloat16 of `exprl eval`)."
+            )
 
 
 def server_specs(

@@ -36,12 +36,13 @@ class RunDirectory:
         self.stop_request = self.root / "stop"
 
     def claim(self, config: RunConfig, resume: bool, contents: Mapping[str, str] | None = None) -> "Claim":
-        """Take the directory for this process and write the resolved config into it.
+        """Take the directory for this process and write the resolved config into it: what follows reads that one.
 
         `contents` is what input_contents says of the config. Raises UserError where the directory holds another run,
         where `resume` finds none, or one that learns something else (see config/resuming.py) or from other contents,
         or where a live process has it. A run that ended before it had anything to keep does not count.
         """
+        config = config.with_precision()
         known, begun = self.config.is_file(), self._holds_work()
         if begun and not resume:
             raise UserError(

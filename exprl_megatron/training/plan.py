@@ -63,7 +63,8 @@ def transport_lines(config: RunConfig) -> list[str]:
 
 
 def print_plan(config: RunConfig) -> None:
-    """Print the config as YAML, the processes as a table, and how weights travel to the servers."""
+    """Print the config as a run on this machine would record it, the processes, and how weights travel to servers."""
+    config = config.with_precision()
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     table = Table("process", "what", "where")
     for process in planned_processes(config):

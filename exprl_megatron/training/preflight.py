@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from exprl_megatron.accelerator import half_installed
+from exprl_megatron.accelerator import half_installed, uses_cuda
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, SparseRlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judged_traces import read_judged_traces
@@ -133,8 +134,21 @@ def _precision_violations(config: RunConfig, architecture: Architecture) -> list
             optimizers=[stage.optimizer for stage in config.stages],
             architecture=architecture,
             starting_weights=any(isinstance(stage, RlStage) and stage.needs_start for stage in config.stages),
+            cuda=uses_cuda(),
+            servers=_servers(config),
+            colocated=config.samples and config.placement.kind == "colocated",
         )
     )
+
+
+def _servers(config: RunConfig) -> dict[str, ServerConfig]:
+    """Those that the run starts with weights in the policy's format, by their keys."""
+    found = {}
+    if config.samples or config.scores_start:
+        found["server"] = config.server
+    if config.judges and config.judge.has_servers:
+        found["judge.server"] = config.judge.server
+    return found
 
 
 def needed(config: RunConfig) -> dict[ProblemsConfig, set[Need]]:

@@ -5,6 +5,7 @@ import pytest
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.architecture import Architecture, read_architecture
 from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 
@@ -137,3 +138,40 @@ def test_all_that_is_wrong_is_said_at_once_each_with_setting_and_remedy():
     for sentence in found:
         assert sentence.count("\n") == 0 and sentence.endswith(".") and ";" in sentence
         assert "policy." in sentence or "optimizer." in sentence
+
+
+def fp32(servers=("server",), cuda=True, colocated=False, extra_args=(), kind="fp32", **layout) -> list[str]:
+    policy = PolicyConfig(model="none", precision=PrecisionConfig(kind=kind), layout=Layout(**layout))
+    config = ServerConfig(extra_args=extra_args)
+    return precision_violations(
+        Setting(policy, None, cuda=cuda, servers=dict.fromkeys(servers, config), colocated=colocated)
+    )
+
+
+def test_fp32_is_not_served_on_cuda():
+    (sentence,) = fp32()
+    assert sentence == (
+        "policy.precision is fp32, in which SGLang's attention kernels on CUDA do not compute, and server would serve "
+        "it; choose bf16."
+    )
+    assert [found.split(" and ")[1] for found in fp32(("server", "judge.server"))] == [
+        "server would serve it; choose bf16.",
+        "judge.server would serve it; choose bf16.",
+    ]
+
+
+def test_fp32_may_train_alone_on_cuda_and_everything_on_a_cpu():
+    assert fp32(servers=()) == fp32(cuda=False, colocated=True, cp=2) == fp32(kind="bf16", colocated=True, cp=2) == []
+
+
+def test_an_attention_backend_that_the_user_names_is_the_users_choice():
+    assert fp32(extra_args=("--attention-backend", "triton")) == fp32(extra_args=("--attention-backend=triton",)) == []
+    assert len(fp32(extra_args=("--attention-backend-of-another-kind",))) == 1
+
+
+def test_colocated_fp32_and_context_parallel_fp32_are_refused_on_cuda_whatever_serves_them():
+    named = ("--attention-backend", "triton")
+    (colocated,) = fp32(colocated=True, extra_args=named)
+    assert "placement.kind colocated" in colocated and "choose bf16" in colocated
+    (context,) = fp32(cp=2, extra_args=named)
+    assert "policy.layout.cp is 2" in context and "choose bf16" in context

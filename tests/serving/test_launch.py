@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -138,6 +139,16 @@ def test_a_directory_without_a_model_is_refused(tmp_path, files, message):
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=f"{tmp_path}, the model of policy-0, has {message}"):
         launch_servers(server_specs("policy", tmp_path, ServerConfig(), tmp_path))
+
+
+def test_float32_is_not_served_on_cuda_unless_attention_kernels_are_named(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("exprl_megatron.serving.launch.uses_cuda", lambda: True)
+    spec = ServerSpec("judge-0", tiny_model("qwen3"), ServerConfig(), tmp_path / "logs")
+    with pytest.raises(UserError, match=r"judge-0 would serve float32, .* choose bfloat16"):
+        launch_servers([spec])
+    assert not (tmp_path / "logs").exists()
+    replace(spec, dtype="bfloat16").check()
+    replace(spec, config=ServerConfig(extra_args=("--attention-backend", "triton"))).check()
 
 
 def test_free_ports_are_different_and_free():

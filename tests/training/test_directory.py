@@ -83,3 +83,27 @@ def test_inputs_that_have_changed_between_stop_and_resume_are_named(tmp_path):
     directory.inputs.write_text("{")
     with pytest.raises(UserError, match=r"inputs\.json is damaged .*; delete it"):
         directory.claim(moved, True, contents)
+
+
+def on(machine, monkeypatch):
+    """Let this machine compute on CUDA, or on the CPU."""
+    monkeypatch.setattr("exprl_megatron.config.precision.uses_cuda", lambda: machine == "cuda")
+
+
+@pytest.mark.parametrize(("machine", "kind"), [("cuda", "bf16"), ("cpu", "fp32")])
+def test_a_run_records_the_precision_that_it_found_and_resumes_with_it(tmp_path, monkeypatch, machine, kind):
+    on(machine, monkeypatch)
+    directory = started(RunDirectory(tmp_path / "run"))
+    assert read_config(directory).policy.precision.kind == kind
+    for precision in ("auto", kind):
+        directory.claim(config(directory.root, policy={"model": "m", "precision": precision}), resume=True).release()
+
+
+def test_a_run_of_a_cpu_is_not_resumed_on_cuda_in_another_precision(tmp_path, monkeypatch):
+    on("cpu", monkeypatch)
+    directory = started(RunDirectory(tmp_path / "run"))
+    on("cuda", monkeypatch)
+    with pytest.raises(UserError, match=r"other values of policy\.precision\.kind"):
+        directory.claim(config(directory.root), resume=True)
+    # Ranks that read the recorded config do not choose again.
+    assert read_config(directory).policy.precision.dtype == "fp32"

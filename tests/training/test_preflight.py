@@ -7,7 +7,7 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.errors import UserError
-from exprl_megatron.training.preflight import check_inputs
+from exprl_megatron.training.preflight import check_inputs, model_violations
 
 
 @pytest.fixture
@@ -64,3 +64,17 @@ def test_traces_longer_than_a_server_scores_are_refused_where_it_shall(tmp_path,
         return
     with pytest.raises(UserError, match=sentence):
         check_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "sentences"),
+    [("fp32", "sparse-rl", 1), ("fp32", "sft", 0), ("bf16", "sparse-rl", 0), ("auto", "sparse-rl", 0)],
+)
+def test_what_cannot_be_served_on_cuda_is_refused_before_anything_starts(
+    tmp_path, tiny_model, monkeypatch, precision, kind, sentences
+):
+    for module in ("training.preflight", "config.precision"):
+        monkeypatch.setattr(f"exprl_megatron.{module}.uses_cuda", lambda: True)
+    model = tiny_model("qwen3")
+    found = model_violations(run(tmp_path, model, kind, precision=precision))
+    assert len(found) == sentences and all("choose bf16" in sentence for sentence in found)
