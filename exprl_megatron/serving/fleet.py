@@ -17,7 +17,7 @@ from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.member import Member, Order, to_sleep, to_wake
+from exprl_megatron.serving.member import SLEEPING, Member, Order, to_sleep, to_wake
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import RouterClient
 
@@ -172,7 +172,8 @@ class Fleet:
         """Let all servers give up their memory; whether they can: on a CPU they cannot, and are not asked."""
         self._sleeping = uses_cuda()
         if self._sleeping:
-            await asyncio.gather(*(self._tried(member, to_sleep(member)) for member in self._in("serving", "joining")))
+            awake = [member for member in self._in("serving", "joining") if member.asleep != set(SLEEPING)]
+            await asyncio.gather(*(self._tried(member, to_sleep(member)) for member in awake))
         return self._sleeping
 
     async def wake(self, tag: str) -> None:
@@ -341,7 +342,7 @@ class Fleet:
         deadline_s = self._config.answer_deadline_s
         if not await self._tried(member, lambda client: client.take_over(deadline_s=deadline_s)):
             return
-        if self._sleeping and not member.asleep and not await self._tried(member, to_sleep(member)):
+        if self._sleeping and member.asleep != set(SLEEPING) and not await self._tried(member, to_sleep(member)):
             return
         member.state = "joining"
 

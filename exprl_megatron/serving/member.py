@@ -36,10 +36,10 @@ class Member:
 
 
 def to_sleep(member: Member) -> Order:
-    """Give the memory of SLEEPING up."""
+    """Give the memory of SLEEPING up, as far as it has it: SGLang dies where memory is given up twice."""
 
     async def sleep(client: SGLangClient) -> None:
-        await client.sleep(SLEEPING)
+        await client.sleep([tag for tag in SLEEPING if tag not in member.asleep])
         member.asleep = set(SLEEPING)
 
     return sleep

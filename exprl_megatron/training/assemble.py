@@ -31,7 +31,7 @@ from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.sync import Members, WeightSync
-from exprl_megatron.training.turns import Turns
+from exprl_megatron.training.turns import Turns, put_to_sleep
 
 _CONTROL_ROOM = 2.0
 """Ranks wait for rank 0's word longer than rank 0 waits for a server, by this factor."""
@@ -60,11 +60,20 @@ def assemble(
         rollouts = Rollouts(config, Journal(kept.journal), fleet, judges, judging, console)
         ahead = Ahead(conductor, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, console)
-    # Prompts first: what is wrong with them is known before the servers are up, and so is the policy.
+    # Prompts first: what is wrong with them is known before the servers are up.
     conductor.everywhere(lambda: rollouts.prepare())
-    policy = Policy(_starting_policy(config, paths, place), config.seed)
-    if not conductor.everywhere(lambda: conductor.run_unless_asked_to_stop(rollouts.open())):
-        raise Preempted("The run was asked to stop while it waited for its servers; go on with --resume.")
+
+    def policy_on_device() -> Policy:
+        return Policy(_starting_policy(config, paths, place), config.seed)
+
+    if config.placement.kind == "colocated":
+        # A server takes what it finds free of its GPU, and its ranks must find the same: the trainer comes second.
+        _await_servers(conductor, rollouts)
+        put_to_sleep(conductor, fleet)
+        policy = policy_on_device()
+    else:
+        policy = policy_on_device()
+        _await_servers(conductor, rollouts)
     members = FixedServers([]) if fleet is None else fleet
     sync = _weight_sync(config, "policy", paths, members, policy, conductor, console)
     scorer = _start_scorer(config, paths, registry, policy, conductor, console)
@@ -72,6 +81,12 @@ def assemble(
     return Run(
         config, paths, policy, conductor, sync, turns, rollouts, ahead, evaluator, console, place, checkpoint, scorer
     )
+
+
+def _await_servers(conductor: Conductor, rollouts: Rollouts | None) -> None:
+    """Return when all servers are ready. Raises Preempted where the run is asked to stop before."""
+    if not conductor.everywhere(lambda: conductor.run_unless_asked_to_stop(rollouts.open())):
+        raise Preempted("The run was asked to stop while it waited for its servers; go on with --resume.")
 
 
 def _fleet(config: RunConfig, registry: Registry, console: Console) -> Fleet:

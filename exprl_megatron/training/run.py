@@ -95,6 +95,7 @@ class Run:
 
     def open_stage(self, stage: Stage) -> None:
         """A fresh optimizer on the current weights, or the state of the checkpoint that the run resumes from."""
+        self._turns.learn()
         needs_start = isinstance(stage, RlStage) and stage.needs_start
         updates = stage.steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
         self.policy.begin_stage(stage.optimizer, updates, keep_start=needs_start and self._start_scorer is None)

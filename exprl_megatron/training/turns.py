@@ -32,7 +32,8 @@ class Turns:
         self._sync = sync
         self._offload = Offload(policy)
         self._cuda = policy.world.device.type == "cuda"
-        self._phase: Literal["learning", "sampling"] = "learning"
+        self._phase: Literal["learning", "sampling"] | None = None if config.kind == "colocated" else "learning"
+        """None: nobody knows yet whether servers are awake."""
         self._ledger: dict[str, float] = {}
 
     def bring(self, version: str) -> dict[str, float]:
@@ -54,13 +55,13 @@ class Turns:
         return metrics
 
     def learn(self) -> None:
-        """The trainer's turn, if it is not.
+        """The trainer's turn, if it is not; precedes whatever gives the trainer memory, as a stage's start does.
 
         Raises RunStopped where the servers leave more on a device than the config allows.
         """
         if self._phase == "learning":
             return
-        slept = self._conductor.everywhere(lambda: self._conductor.run(self._fleet.sleep()))
+        slept = put_to_sleep(self._conductor, self._fleet)
         self._note("learning", _foreign_memory() if self._cuda else 0)
         self._ledger["memory/servers_slept"] = float(slept)
         self._offload.back("weights", *TRAINING)
@@ -86,6 +87,14 @@ class Turns:
                 f"{whose} left {asleep / _GIB:.2f} GiB on the device of trainer-{torch.distributed.get_rank()} for the "
                 f"phase of {phase}, more than placement.max_asleep_gb ({bound:g}); raise it, or see what holds memory."
             )
+
+
+def put_to_sleep(conductor: Conductor, fleet: Fleet | None) -> bool:
+    """Let all sampling servers give up their memory, those that do so already excepted; whether they can.
+
+    Every rank calls it; `fleet` is needed on rank 0 alone, and is None there too where a run has no such servers.
+    """
+    return conductor.everywhere(lambda: fleet is not None and conductor.run(fleet.sleep()))
 
 
 def _own_memory() -> int:

@@ -1,0 +1,136 @@
+"""Colocated: when servers sleep and when the trainer takes memory, at a run's start and when it is resumed."""
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.world import enter_world, leave_world
+from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.training import assemble as assembly
+from exprl_megatron.training import run as running
+from exprl_megatron.training.directory import RunDirectory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import run_config, write_problems
+
+ASLEEP = "/release_memory_occupation"
+ORDER = [ASLEEP, "policy", "stage"]
+
+
+class Answering(BaseHTTPRequestHandler):
+    """A server as the fleet sees it, which notes what it is asked to do with its memory."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+        if "memory_occupation" in self.path:
+            self.server.events.append(self.path)
+            self.server.tags.append(body["tags"])
+        closed = self.path == "/end_weight_update"
+        answer = {"success": not closed, "message": "no weight-update session is open"}
+        written = json.dumps(answer).encode()
+        self.send_response(400 if closed else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(written)))
+        self.end_headers()
+        self.wfile.write(written)
+
+    def log_message(self, *_):
+        return None
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on the trainer's GPU; everybody believes that there is one."""
+    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    made.events, made.tags = [], []
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def events(server, monkeypatch):
+    """What happened, in order: the server's part, and the trainer's from a real policy."""
+
+    class Noted(Policy):
+        def __init__(self, *arguments):
+            server.events.append("policy")
+            super().__init__(*arguments)
+
+        def begin_stage(self, *arguments, **settings):
+            server.events.append("stage")
+            super().begin_stage(*arguments, **settings)
+
+    def load(*arguments):
+        server.events.append("checkpoint")
+        load_checkpoint(*arguments)
+
+    load_checkpoint = running.load_checkpoint
+    monkeypatch.setattr(assembly, "Policy", Noted)
+    monkeypatch.setattr(running, "load_checkpoint", load)
+    return server.events
+
+
+@pytest.fixture
+def begin(tmp_path, tiny_model, server):
+    """`begin(kind)` makes the run and opens its stage, as every attempt at it does."""
+    model, problems = tiny_model("qwen3"), write_problems(tmp_path / "problems.jsonl")
+    stage = {
+        "kind": "sparse-rl",
+        "name": "sparse",
+        "steps": 3,
+        "problems": {"source": str(problems)},
+        "problems_per_step": 2,
+        "group_size": 3,
+        "sampling": {"max_new_tokens": 24},
+    }
+
+    def begin(kind: str, resume: bool = False):
+        policy = {"model": str(model), "max_tokens": 160}
+        config = run_config(
+            tmp_path / "run", model, model, problems, policy=policy, stages=[stage], placement={"kind": kind}
+        )
+        paths = RunDirectory(config.directory)
+        paths.claim(config, resume).release()
+        registry = Registry(paths.registry)
+        url = f"http://127.0.0.1:{server.server_port}"
+        registry.register(RegisteredServer("policy", "policy-0", url, "", "a"))
+        run = assembly.assemble(config, paths, registry, lambda error: None)
+        begun = next(run.remaining_stages())
+        run.open_stage(begun)
+        return run, begun
+
+    enter_world(run_config(tmp_path, model, model, problems, policy={"model": str(model)}).policy.layout)
+    yield begin
+    leave_world()
+
+
+def test_the_servers_sleep_before_the_policy_and_its_optimizer_take_memory(begin, events, server):
+    run, _ = begin("colocated")
+    run.close()
+    assert events == ORDER
+    assert server.tags == [["kv_cache", "weights"]], "SGLang dies where memory is given up twice"
+
+
+def test_a_resumed_run_waits_for_the_servers_memory_too(begin, events):
+    run, stage = begin("colocated")
+    with run.step(stage, 1):
+        pass
+    run.checkpoint_if_due(stage, 1)
+    run.close()
+    events.clear()
+    run, _ = begin("colocated", resume=True)
+    run.close()
+    assert events == [*ORDER, "checkpoint"]
+
+
+def test_servers_on_devices_of_their_own_do_not_sleep(begin, events):
+    run, _ = begin("separate")
+    run.close()
+    assert events == ["policy", "stage"]
