@@ -6,6 +6,10 @@ from pydantic import Field
 
 from exprl_megatron.config.base import Config
 
+COLOCATED_MEM_FRACTION = 0.75
+"""Of a GPU for a colocated server's weights and cache. SGLang itself chooses 0.81 to 0.85 on GPUs of 80 GB and more,
+for its own working memory; a trainer that sleeps beside it holds a context, communicators and a bucket."""
+
 
 class PlacementConfig(Config):
     """Where the sampling servers are, as seen from the trainer. The judge's have devices of their own in any case."""

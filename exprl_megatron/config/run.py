@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from exprl_megatron.config.base import Config
 from exprl_megatron.config.debug import DebugConfig
 from exprl_megatron.config.judging import JudgeConfig
-from exprl_megatron.config.placement import PlacementConfig
+from exprl_megatron.config.placement import COLOCATED_MEM_FRACTION, PlacementConfig
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
@@ -86,6 +86,13 @@ class RunConfig(Config):
         return self.policy.starting_policy == "server" and any(
             isinstance(stage, RlStage) and stage.needs_start for stage in self.stages
         )
+
+    @property
+    def sampling_server(self) -> ServerConfig:
+        """The sampling servers as they are started: those that share GPUs with the trainer leave it room."""
+        if self.placement.kind == "separate" or self.server.mem_fraction_static is not None:
+            return self.server
+        return self.server.model_copy(update={"mem_fraction_static": COLOCATED_MEM_FRACTION})
 
     @property
     def start_server(self) -> ServerConfig:

@@ -17,6 +17,9 @@ class ServerConfig(Config):
     max_total_tokens: PositiveInt | None = None
     """KV-cache slots; None lets SGLang fill the device (on a CPU: 65,536)."""
     max_running_requests: PositiveInt | None = None
+    mem_fraction_static: float | None = Field(None, gt=0, lt=1)
+    """On a GPU: share of its memory that weights and KV cache fill. None: SGLang's choice, or 0.75 for sampling servers
+    that are colocated with the trainer."""
     start_deadline_s: float = Field(600.0, gt=0)
     request_deadline_s: float = Field(600.0, gt=0)
     answer_deadline_s: float = Field(60.0, gt=0)
@@ -33,6 +36,11 @@ class ServerConfig(Config):
     def names_attention_backend(self) -> bool:
         """Whether `extra_args` choose SGLang's attention kernels, instead of SGLang by GPU and model."""
         return any(argument.partition("=")[0] == "--attention-backend" for argument in self.extra_args)
+
+    def violations(self, whole) -> list[str]:
+        if any(argument.split("=")[0] == "--mem-fraction-static" for argument in self.extra_args):
+            return ["extra_args of a server have --mem-fraction-static; set its mem_fraction_static instead."]
+        return []
 
 
 class SamplingConfig(Config):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
+from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.activations import activation_bytes, value_bytes, working_bytes
@@ -28,6 +28,8 @@ CHUNKED_PREFILL = {False: 8192, True: 16384}
 """SGLang's default by whether the device has 160 GiB or more (sglang/srt/arg_groups/memory_hook.py)."""
 GRAPHED_BATCH = 512
 """Largest batch for which SGLang captures a CUDA graph (same file)."""
+GRAPH_BYTES = GRAPHED_BATCH * 2 * 2**20
+"""Of all its CUDA graphs (same file)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Memory:
     """NCCL's buffers, and the bucket in which weights travel to the servers."""
     workspace: float = 0
     """CUDA's context and libraries, what the layer that runs holds besides activations, a server's reserve."""
+    asleep: float = 0
+    """Where trainer and servers are colocated: what the other side holds meanwhile."""
 
     @property
     def total(self) -> float:
@@ -85,7 +89,7 @@ def resident_memory(
         # Megatron's data parallelism sums in fp32.
         gradients=4.0 * counts.total,
         optimizer=optimizer_bytes(counts, policy, optimizer) * (1 - optimizer.offload),
-        communication=GROUP * _groups(policy),
+        communication=GROUP * groups(policy.layout),
         workspace=CONTEXT,
     )
 
@@ -181,17 +185,22 @@ def server_memory(
     """A device of an SGLang server: weights, the KV cache that fills what SGLang leaves, its reserve for activations
     and graphs (sglang/srt/arg_groups/memory_hook.py), and a bucket of arriving weights.
 
+    Weights and cache fill `server.mem_fraction_static` of the device, or all but the reserve where that is not set.
     Raises UserError where not even the weights fit.
     """
     weights = model_parameters(architecture) * weight_bytes / server.tp
     large = gpu.memory_bytes >= 160 * GIB
-    reserve = max(0.5 + 1.5 * CHUNKED_PREFILL[large] / 1024 + GRAPHED_BATCH * 2 / 1024 + server.tp / 8, 10) * GIB
-    free = gpu.memory_bytes - reserve - weights
+    reserve = max(0.5 * GIB + 1.5 * CHUNKED_PREFILL[large] * 2**20 + GRAPH_BYTES + server.tp / 8 * GIB, 10 * GIB)
+    share = server.mem_fraction_static
+    free = (gpu.memory_bytes - reserve if share is None else gpu.memory_bytes * share) - weights
     if free <= bucket_bytes:
         short = (bucket_bytes - free) / GIB
         raise UserError(
             f"A server with tp {server.tp} needs {short:.1f} GiB more than a {gpu.name} has, for weights and reserve "
             "alone; raise its tp."
+            if share is None
+            else f"A server with tp {server.tp} needs {short:.1f} GiB more than server.mem_fraction_static "
+            f"({share:g}) of a {gpu.name}, for weights alone; raise either."
         )
     if server.max_total_tokens is not None:
         free = min(free, server.max_total_tokens * kv_bytes_per_token(architecture, server.tp))
@@ -228,9 +237,8 @@ def _fp8_bytes(policy: PolicyConfig, gpu: Gpu | None) -> float:
     return 1 if one_copy else 2
 
 
-def _groups(policy: PolicyConfig) -> int:
+def groups(layout: Layout) -> int:
     """NCCL communicators of a rank: one for each way in which its layout has several ranks, and the world's."""
-    layout = policy.layout
     sizes = (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, layout.ep, layout.etp, layout.world_size)
     return sum(size > 1 for size in sizes)
 

@@ -6,6 +6,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
 from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.errors import UserError
+from exprl_megatron.planning.colocation import beside_sleepers, beside_sleeping_server, server_faults
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.layouts import Learning, Ranking, learning, rank_layouts
 from exprl_megatron.planning.memory import (
@@ -109,6 +110,9 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
     if start and config.policy.starting_policy == "server":
         phases += start_server_phase(config, architecture, workload, gpu, start["server_score_s"], faults)
     phases += _trainer(config, stage, architecture, workload, gpu, one)
+    if config.placement.kind == "colocated" and workload.sampled:
+        phases = beside_sleepers(phases, config, architecture)
+        faults += server_faults(phases, config.sampling_server, gpu)
     faults += [
         _too_much(phase, gpu, one) for phase in phases if phase.device == "trainer" and phase.memory.over(gpu) > 0
     ]
@@ -132,7 +136,8 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
 def ranked(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Ranking:
     """The best layouts of `gpus` trainer GPUs for the config's policy. Raises UserError where none fits."""
     architecture, _ = find_architecture(config.policy.model)
-    return rank_layouts(architecture, config.policy, stage.optimizer, workload, gpu, gpus)
+    room = beside_sleeping_server(config, gpu) if workload.sampled else gpu
+    return rank_layouts(architecture, config.policy, stage.optimizer, workload, room, gpus)
 
 
 def _gpus(config: RunConfig, workload: Workload) -> dict[str, int]:

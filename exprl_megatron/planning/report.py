@@ -21,6 +21,7 @@ KINDS = {
     "kv_cache": "KV cache",
     "communication": "comm.",
     "workspace": "work",
+    "asleep": "asleep",
 }
 SUMS = {
     "sample, judge": ("sample", "judge"),

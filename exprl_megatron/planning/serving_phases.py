@@ -51,8 +51,10 @@ def serving_phases(
     """Sampling, and judging by servers of the run; what does not fit goes to `faults`."""
     gpus = config.server.count * config.server.tp
     try:
-        memory = server_memory(architecture, config.server, gpu, config.sync.bucket_mb * 2**20)
-        sampling = sampling_seconds(architecture, servers_of(architecture, config.server, gpu), workload)
+        # Colocated servers open the trainer's bucket.
+        bucket = config.sync.bucket_mb * 2**20 if config.placement.kind == "separate" else 0
+        memory = server_memory(architecture, config.sampling_server, gpu, bucket)
+        sampling = sampling_seconds(architecture, servers_of(architecture, config.sampling_server, gpu), workload)
     except UserError as error:
         faults.append(f"sample: {error}")
         return []
@@ -68,7 +70,7 @@ def serving_phases(
     if known:
         notes.append(assumed_architecture(config.judge.model, known))
     own = config.judge.place == "own"
-    server = config.judge.server if own else config.server
+    server = config.judge.server if own else config.sampling_server
     try:
         held = server_memory(judge, server, gpu)
         judging = judging_seconds(judge, servers_of(judge, server, gpu), workload)

@@ -1,5 +1,6 @@
 """The model that learns: all that the training loop asks of Megatron."""
 
+import gc
 import json
 import math
 from collections.abc import Iterator
@@ -86,6 +87,10 @@ class Policy:
 
         `keep_start` keeps a copy of the current weights in host memory, for log_probs(start=True).
         """
+        if self.stage is not None:
+            # Optimizers are in reference cycles: without this the former one keeps its memory beside the new one.
+            self.stage = None
+            gc.collect()
         self._wrap(optimizer)
         start = self._host_copies() if keep_start else None
         self.stage = StageState(optimizer, build_optimizer(optimizer, self._wrapped), total_steps, 0, start)
@@ -224,7 +229,8 @@ class Policy:
                 return
             # The buffers and hooks of the one kind cannot be taken off a model: build it again.
             weights = self._host_copies()
-            self._wrapped, self.stage = [], None
+            self._wrapped, self.chunks = [], []
+            gc.collect()
             self.chunks = build_chunks(self.architecture, self.config, self.world)
             self._set_weights(weights)
         self._wrapped = overlap.wrap(self.chunks, optimizer)

@@ -43,6 +43,8 @@ def server_command(
     max_total_tokens = config.max_total_tokens
     if cuda:
         command += ["--base-gpu-id", str(first_gpu)]
+        if config.mem_fraction_static is not None:
+            command += ["--mem-fraction-static", f"{config.mem_fraction_static:g}"]
     else:
         command += ["--device", "cpu", "--attention-backend", "torch_native", "--enable-deterministic-inference"]
         command += ["--disable-overlap-schedule", "--skip-server-warmup", "--mem-fraction-static", "0.9"]

@@ -83,7 +83,7 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
     specs: list[ServerSpec] = []
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
     if config.samples:
-        server = config.server
+        server = config.sampling_server
         if config.placement.kind == "colocated" and uses_cuda():
             server = server.model_copy(update={"extra_args": (*server.extra_args, "--enable-memory-saver")})
         specs += server_specs("policy", config.policy.model, server, directory.logs, dtype=dtype, seed=config.seed)

@@ -1,5 +1,8 @@
 """One process: what a stage of learning does; layouts are the matter of test_layouts.py."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from witness import loss_function, sequences, tokens
@@ -7,6 +10,7 @@ from witness import loss_function, sequences, tokens
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.optimizer import build_optimizer
 from exprl_megatron.policy.packing import plan_micro_batches
 from exprl_megatron.policy.policy import Policy
 
@@ -36,6 +40,27 @@ def test_the_same_steps_give_the_same_bits(policy, tiny_model):
         learner.begin_stage(ADAM, total_steps=3)
         step(learner), step(learner)
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), weights(again), strict=True))
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["the same buffers", "others"])
+def test_what_the_former_stage_held_is_free_before_the_next_one_takes_memory(policy, monkeypatch, overlap):
+    policy.begin_stage(ADAM, total_steps=1)
+    step(policy)
+    (part,) = policy.stage.optimizer.chained_optimizers
+    moments = [weakref.ref(state["exp_avg"]) for state in part.optimizer.state.values()]
+    gradients = weakref.ref(policy.wrapped[0].buffers[0].grad_data)
+    expected, held = weights(policy), []
+    del part
+    gc.disable()
+    monkeypatch.setattr(
+        "exprl_megatron.policy.policy.build_optimizer",
+        lambda *arguments: held.extend([*(ref() for ref in moments), gradients()]) or build_optimizer(*arguments),
+    )
+    policy.begin_stage(ADAM.model_copy(update={"overlap": overlap}), total_steps=1)
+    gc.enable()
+    assert moments and all(one is None for one in held[:-1])
+    assert (held[-1] is None) == overlap
+    assert all(torch.equal(a, b) for a, b in zip(weights(policy), expected, strict=True))
 
 
 def test_a_step_is_adamw_with_clipping_and_without_decay_of_norms_and_biases(policy):

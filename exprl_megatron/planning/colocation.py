@@ -1,0 +1,61 @@
+"""Memory where trainer and sampling servers are colocated: what the side that sleeps still holds of a GPU."""
+
+from dataclasses import replace
+
+from exprl_megatron.config.policy import PolicyConfig
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.planning.hardware import GIB, Gpu
+from exprl_megatron.planning.memory import CONTEXT, GRAPH_BYTES, GROUP, groups
+from exprl_megatron.planning.parameters import model_parameters
+from exprl_megatron.planning.phases import Phase
+from exprl_megatron.policy.architecture import Architecture
+
+
+def sleeping_server_bytes(server: ServerConfig) -> float:
+    """Of one rank of a server that has given up its weights and cache: its context, CUDA graphs and communicator."""
+    return CONTEXT + GRAPH_BYTES + (GROUP if server.tp > 1 else 0)
+
+
+def sleeping_trainer_bytes(policy: PolicyConfig) -> float:
+    """Of a trainer's rank whose weights, gradients and optimizer are away: its context and communicators."""
+    return CONTEXT + GROUP * groups(policy.layout)
+
+
+def beside_sleepers(phases: list[Phase], config: RunConfig, architecture: Architecture) -> list[Phase]:
+    """`phases` of a colocated run, each with what the other side holds on the same GPU meanwhile.
+
+    While weights travel the trainer holds no gradients and no optimizer, and the servers hold their weights.
+    """
+    server = sleeping_server_bytes(config.server)
+    served = model_parameters(architecture) * (1 if config.sync.fp8 else 2) / config.server.tp
+    found = []
+    for phase in phases:
+        memory = phase.memory
+        if phase.device == "policy server":
+            memory = replace(memory, asleep=sleeping_trainer_bytes(config.policy))
+        elif phase.device == "trainer" and phase.name == "reshard":
+            memory = replace(memory, gradients=0, optimizer=0, asleep=server + served)
+        elif phase.device == "trainer":
+            memory = replace(memory, asleep=server)
+        found.append(replace(phase, memory=memory))
+    return found
+
+
+def server_faults(phases: list[Phase], server: ServerConfig, gpu: Gpu) -> list[str]:
+    """A sentence for each phase of a colocated server that has no room beside the sleeping trainer."""
+    return [
+        f"{phase.name}: with server.mem_fraction_static {server.mem_fraction_static:g} a server's weights, cache and "
+        f"reserve ({(phase.memory.total - phase.memory.asleep) / GIB:.1f} GiB) and what the sleeping trainer holds "
+        f"({phase.memory.asleep / GIB:.1f} GiB) are more than the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}; "
+        f"lower it."
+        for phase in phases
+        if phase.device == "policy server" and phase.memory.total > gpu.memory_bytes
+    ]
+
+
+def beside_sleeping_server(config: RunConfig, gpu: Gpu) -> Gpu:
+    """`gpu` as large as the trainer of `config` finds it while it learns."""
+    if config.placement.kind == "separate" or not config.samples:
+        return gpu
+    return replace(gpu, memory_bytes=int(gpu.memory_bytes - sleeping_server_bytes(config.server)))
