@@ -90,7 +90,7 @@ class RunConfig(Config):
     @property
     def sampling_server(self) -> ServerConfig:
         """The sampling servers as they are started: those that share GPUs with the trainer leave it room."""
-        if self.placement.kind == "separate" or self.server.mem_fraction_static is not None:
+        if self.placement.kind == "separate" or self.server.memory_share is not None:
             return self.server
         return self.server.model_copy(update={"mem_fraction_static": COLOCATED_MEM_FRACTION})
 

@@ -1,5 +1,6 @@
 """SGLang servers, how they sample, and how weights reach them."""
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -37,10 +38,12 @@ class ServerConfig(Config):
         """Whether `extra_args` choose SGLang's attention kernels, instead of SGLang by GPU and model."""
         return any(argument.partition("=")[0] == "--attention-backend" for argument in self.extra_args)
 
-    def violations(self, whole) -> list[str]:
-        if any(argument.split("=")[0] == "--mem-fraction-static" for argument in self.extra_args):
-            return ["extra_args of a server have --mem-fraction-static; set its mem_fraction_static instead."]
-        return []
+    @property
+    def memory_share(self) -> float | None:
+        """`mem_fraction_static`, or what `extra_args` give for it, which SGLang then takes; None: SGLang's choice."""
+        words = [word for argument in self.extra_args for word in argument.split("=", 1)]
+        given = [value for name, value in pairwise(words) if name == "--mem-fraction-static"]
+        return float(given[-1]) if given else self.mem_fraction_static
 
 
 class SamplingConfig(Config):

@@ -45,7 +45,7 @@ def beside_sleepers(phases: list[Phase], config: RunConfig, architecture: Archit
 def server_faults(phases: list[Phase], server: ServerConfig, gpu: Gpu) -> list[str]:
     """A sentence for each phase of a colocated server that has no room beside the sleeping trainer."""
     return [
-        f"{phase.name}: with server.mem_fraction_static {server.mem_fraction_static:g} a server's weights, cache and "
+        f"{phase.name}: with server.mem_fraction_static {server.memory_share:g} a server's weights, cache and "
         f"reserve ({(phase.memory.total - phase.memory.asleep) / GIB:.1f} GiB) and what the sleeping trainer holds "
         f"({phase.memory.asleep / GIB:.1f} GiB) are more than the {gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name}; "
         f"lower it."

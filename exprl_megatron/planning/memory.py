@@ -185,13 +185,13 @@ def server_memory(
     """A device of an SGLang server: weights, the KV cache that fills what SGLang leaves, its reserve for activations
     and graphs (sglang/srt/arg_groups/memory_hook.py), and a bucket of arriving weights.
 
-    Weights and cache fill `server.mem_fraction_static` of the device, or all but the reserve where that is not set.
+    Weights and cache fill `server.memory_share` of the device, or all but the reserve where that is not set.
     Raises UserError where not even the weights fit.
     """
     weights = model_parameters(architecture) * weight_bytes / server.tp
     large = gpu.memory_bytes >= 160 * GIB
     reserve = max(0.5 * GIB + 1.5 * CHUNKED_PREFILL[large] * 2**20 + GRAPH_BYTES + server.tp / 8 * GIB, 10 * GIB)
-    share = server.mem_fraction_static
+    share = server.memory_share
     free = (gpu.memory_bytes - reserve if share is None else gpu.memory_bytes * share) - weights
     if free <= bucket_bytes:
         short = (bucket_bytes - free) / GIB

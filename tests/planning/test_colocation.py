@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from exprl_megatron.config.load import check_config
-from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import GIB, GPUS
 from exprl_megatron.planning.memory import CONTEXT, GROUP
 from exprl_megatron.planning.plan import plan, ranked
@@ -51,6 +50,7 @@ def test_colocated_servers_fill_three_quarters_and_the_sides_know_of_each_other(
 def test_a_fraction_that_leaves_the_sleeping_trainer_no_room_is_a_fault():
     assert not any("mem_fraction_static" in fault for fault in planned().faults)
     (fault,) = planned("server.mem_fraction_static=0.9").faults
+    assert planned("server.extra_args=[--mem-fraction-static=0.9]").faults == [fault]
     assert fault.startswith("sample: with server.mem_fraction_static 0.9 ") and fault.endswith("lower it.")
     assert any(
         "sample: A server" in fault and "raise either" in fault
@@ -80,8 +80,9 @@ def test_the_servers_are_started_with_what_was_planned(tmp_path, monkeypatch):
     assert options(**colocated, server={"mem_fraction_static": 0.6})["--mem-fraction-static"] == "0.6"
     assert options(server={"mem_fraction_static": 0.6})["--mem-fraction-static"] == "0.6"
     assert "--mem-fraction-static" not in options(), "SGLang chooses"
-    with pytest.raises(UserError, match="have --mem-fraction-static; set its mem_fraction_static instead"):
-        options(server={"extra_args": ["--mem-fraction-static", "0.5"]})
+    assert (
+        options(**colocated, server={"extra_args": ["--mem-fraction-static", "0.5"]})["--mem-fraction-static"] == "0.5"
+    )
 
 
 def test_the_best_layouts_of_a_colocated_run_leave_the_sleeping_servers_room():
