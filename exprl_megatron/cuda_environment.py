@@ -7,6 +7,7 @@ both sides, unless SGLang overrides it.
 
 from collections.abc import Mapping, Sequence
 
+DETERMINISTIC = "--enable-deterministic-inference"
 _OFF_UNLESS_SET = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
 _DETERMINISTIC_CHANNELS = "SGLANG_DETERMINISTIC_NCCL_NCHANNELS"
 _FOR_RANKS = {
@@ -32,7 +33,7 @@ def shared_variables(inherited: Mapping[str, str], server_args: Sequence[str], t
         found["NCCL_NVLS_ENABLE"] = "1"
     if "--enable-symm-mem" in server_args:
         found.update(NCCL_CUMEM_ENABLE="1", NCCL_NVLS_ENABLE="1")
-    if tp > 1 and "--enable-deterministic-inference" in server_args:
+    if tp > 1 and is_deterministic(server_args):
         channels = inherited.get(_DETERMINISTIC_CHANNELS, "8")
         found.update(NCCL_ALGO="allreduce:tree", NCCL_MIN_NCHANNELS=channels, NCCL_MAX_NCHANNELS=channels)
     return found
@@ -42,6 +43,11 @@ def rank_variables(inherited: Mapping[str, str], server_args: Sequence[str] = ()
     """What the trainer's ranks have, whose weights go to servers of `tp` ranks with these extra arguments."""
     own = {name: inherited.get(name, value) for name, value in _FOR_RANKS.items()}
     return own | shared_variables(inherited, server_args, tp)
+
+
+def is_deterministic(server_args: Sequence[str]) -> bool:
+    """Whether these arguments of SGLang switch deterministic inference on, without which it ignores requests' seeds."""
+    return DETERMINISTIC in server_args or _value(server_args, "--rl-on-policy-target") is not None
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:

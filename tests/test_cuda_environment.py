@@ -19,6 +19,7 @@ CASES = {
     "deterministic": (1, (DETERMINISTIC,), {}),
     "deterministic, tensor parallel": (2, (DETERMINISTIC,), {}),
     "deterministic, other channels": (2, (DETERMINISTIC,), {"SGLANG_DETERMINISTIC_NCCL_NCHANNELS": "4"}),
+    "on policy, tensor parallel": (2, ("--rl-on-policy-target", "fsdp"), {}),
     "NVLink sharp": (1, ("--enable-nccl-nvls",), {}),
     "NVLink sharp against the user": (1, ("--enable-nccl-nvls",), {"NCCL_NVLS_ENABLE": "0"}),
     "the user's": (1, (), {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "1"}),
@@ -35,7 +36,7 @@ load_plugins()
 model, cases = sys.argv[1], json.loads(sys.argv[2])
 command = ["--model-path", model, "--device", "cpu", "--attention-backend", "torch_native"]
 for name, (arguments, environment) in cases.items():
-    for variable in [variable for variable in os.environ if variable.startswith("NCCL_")]:
+    for variable in [variable for variable in os.environ if "NCCL_" in variable]:
         del os.environ[variable]
     os.environ.update(environment)
     resolved = prepare_server_args([*command, "--disable-overlap-schedule", *arguments])

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.kept import KeptResults, Result
 from exprl_megatron.evaluation.questions import Question, Questions, read_questions
@@ -17,6 +18,7 @@ from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.sampler import sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.launch import (
     ServerSpec,
     check_servers,
@@ -67,6 +69,8 @@ def evaluate(settings: EvalSettings, say: Callable[[str], None] = print) -> Eval
         waiting = [q for q in asked.questions if results[q.problem.id] is None]
         say(f"{len(results)} problems, {len(results) - len(waiting)} of them finished before")
         if waiting:
+            if sentence := irreproducible_sampling(settings.server, uses_cuda()):
+                say(sentence)
             found = _measure(settings, specs, waiting, kept, say)
             results |= {result.problem_id: result for result in found}
     finally:

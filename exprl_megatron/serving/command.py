@@ -7,7 +7,7 @@ from pathlib import Path
 
 from exprl_megatron import accelerator
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.cuda_environment import shared_variables
+from exprl_megatron.cuda_environment import DETERMINISTIC, is_deterministic, shared_variables
 from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.serving.ports import LOCAL
 
@@ -32,8 +32,8 @@ def server_command(
 ) -> list[str]:
     """Arguments of `python -m sglang.launch_server`; it listens at the address `bind`.
 
-    On a CPU requests are sampled from their own seed. On CUDA SGLang honours it only with
-    `--enable-deterministic-inference`, which costs speed and is left to `config.extra_args`.
+    On a CPU requests are sampled from their own seed. On CUDA SGLang honors it only with
+    `--enable-deterministic-inference`, which costs speed and is left to `config.extra_args`; else from `seed`.
     """
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype]
     command += ["--host", bind, "--port", str(port), "--tp-size", str(config.tp)]
@@ -46,7 +46,7 @@ def server_command(
         if config.mem_fraction_static is not None:
             command += ["--mem-fraction-static", f"{config.mem_fraction_static:g}"]
     else:
-        command += ["--device", "cpu", "--attention-backend", "torch_native", "--enable-deterministic-inference"]
+        command += ["--device", "cpu", "--attention-backend", "torch_native", DETERMINISTIC]
         command += ["--disable-overlap-schedule", "--skip-server-warmup", "--mem-fraction-static", "0.9"]
         max_total_tokens = max_total_tokens or CPU_MAX_TOTAL_TOKENS
     if max_total_tokens is not None:
@@ -54,6 +54,16 @@ def server_command(
     if config.max_running_requests is not None:
         command += ["--max-running-requests", str(config.max_running_requests)]
     return [*command, *config.extra_args]
+
+
+def irreproducible_sampling(config: ServerConfig, cuda: bool) -> str | None:
+    """The sentence for the user where servers do not use the seeds of requests, else None."""
+    if not cuda or is_deterministic(config.extra_args):
+        return None
+    return (
+        f"Sampling on CUDA is not reproducible: SGLang does not use the seeds of requests without {DETERMINISTIC} in "
+        "the servers' extra arguments, which costs speed."
+    )
 
 
 def server_environment(

@@ -1,5 +1,6 @@
 """Starts SGLang servers side by side, watches them while they start, and stops them."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -50,6 +51,7 @@ class ServerSpec:
     port: int | None = None
     """None picks a free one."""
     seed: int = 0
+    """The run's. Each start of each server draws from a seed of its own that is made of it."""
     weight_version: str = "initial"
     """What traces carry until the first update."""
     host: str | None = None
@@ -108,6 +110,16 @@ def server_specs(
     return side_by_side(specs)
 
 
+def server_seed(run_seed: int, name: str, incarnation: str) -> int:
+    """What a start of a server draws from for requests whose own seed it does not use: 31 bits of SHA-256.
+
+    With one seed for all, servers would draw the same noise for different prompts, and a server that is started again
+    would repeat what it drew before.
+    """
+    key = repr((run_seed, name, incarnation)).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
+
+
 def side_by_side(specs: Sequence[ServerSpec], first_gpu: int = 0) -> list[ServerSpec]:
     """The servers on GPUs of their own, from `first_gpu` of this machine on."""
     placed = []
@@ -120,11 +132,11 @@ def side_by_side(specs: Sequence[ServerSpec], first_gpu: int = 0) -> list[Server
 class Server:
     """A started server; `with server:` stops it at the end."""
 
-    def __init__(self, spec: ServerSpec, url: str, log_file: Path, process: subprocess.Popen):
+    def __init__(self, spec: ServerSpec, incarnation: str, url: str, log_file: Path, process: subprocess.Popen):
         self.name = spec.name
         self.url = url
         self.log_file = log_file
-        self.incarnation = uuid.uuid4().hex[:8]
+        self.incarnation = incarnation
         """Tells this start of the server from every other one."""
         self.registered = False
         """Whether its keeper has made it known."""
@@ -232,6 +244,8 @@ def stop_servers(servers: Sequence[Server]) -> None:
 def _launch(spec: ServerSpec, port: int) -> Server:
     spec.log_dir.mkdir(parents=True, exist_ok=True)
     log_file = spec.log_dir / f"{spec.name}.log"
+    incarnation = uuid.uuid4().hex[:8]
+    spec = replace(spec, seed=server_seed(spec.seed, spec.name, incarnation))
     with open(log_file, "ab") as log:
         process = subprocess.Popen(
             supervised(spec.command(port), grace_s=_CUDA_GRACE_S if uses_cuda() else 0.0),
@@ -242,7 +256,7 @@ def _launch(spec: ServerSpec, port: int) -> Server:
             # Ctrl-C is for us: we decide when servers stop.
             start_new_session=True,
         )
-    return Server(spec, f"http://{spec.host or LOCAL}:{port}", log_file, process)
+    return Server(spec, incarnation, f"http://{spec.host or LOCAL}:{port}", log_file, process)
 
 
 def _address(spec: ServerSpec) -> str:

@@ -8,6 +8,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.files import Claim
+from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.launch import (
     SERVED_DTYPES,
@@ -56,6 +57,8 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         if registered and not Claim.is_held(directory.root):
             registry.end()
         raise
+    if config.samples and (sentence := irreproducible_sampling(config.server, uses_cuda())):
+        print(sentence, flush=True)
     interrupt_on_sigterm()
     end_on_sigusr1()
     keeper = Keeper([spec for spec in wanted if not registered or isinstance(spec, RouterSpec)], registry)

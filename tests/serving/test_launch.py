@@ -10,16 +10,18 @@ import uuid
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.serving.command import server_command, server_environment
+from exprl_megatron.serving.command import irreproducible_sampling, server_command, server_environment
 from exprl_megatron.serving.launch import (
     ServerSpec,
     launch_servers,
+    server_seed,
     server_specs,
     side_by_side,
     start_servers,
@@ -179,6 +181,51 @@ def test_servers_on_one_machine_have_gpus_of_their_own(tmp_path):
     command = server_command(tmp_path, specs[1].config, cuda=True, **settings)
     assert command[command.index("--base-gpu-id") + 1] == "3"
     assert "--base-gpu-id" not in server_command(tmp_path, specs[1].config, cuda=False, **settings)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that servers would be started by; nothing is started."""
+    commands = []
+
+    def popen(command, **_):
+        commands.append(command)
+        return SimpleNamespace(pid=1, poll=lambda: None)
+
+    monkeypatch.setattr("exprl_megatron.serving.launch.subprocess.Popen", popen)
+    return commands
+
+
+def test_servers_draw_from_different_seeds_and_from_new_ones_after_each_start(tiny_model, tmp_path, started):
+    config = ServerConfig(count=2)
+    specs = [spec for role in ("policy", "judge") for spec in server_specs(role, tiny_model("qwen3"), config, tmp_path)]
+    servers = [server for _ in range(3) for server in launch_servers(specs)]
+    seeds = [int(command[command.index("--random-seed") + 1]) for command in started]
+    assert len(seeds) == 12 and len(set(seeds)) == 12
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    # The incarnation that a keeper registers is the one that was seeded.
+    assert seeds == [server_seed(0, server.name, server.incarnation) for server in servers]
+
+
+def test_the_seed_of_a_server_depends_on_all_that_tells_it_from_another_start():
+    seeds = {server_seed(run, name, start) for run in (0, 1) for name in ("policy-0", "policy-1") for start in "ab"}
+    assert len(seeds) == 8
+    assert server_seed(0, "policy-0", "a") == server_seed(0, "policy-0", "a")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "extra_args", "reproducible"),
+    [
+        (True, (), False),
+        (True, ("--enable-deterministic-inference",), True),
+        (True, ("--rl-on-policy-target", "fsdp"), True),
+        (False, (), True),
+    ],
+)
+def test_sampling_that_ignores_the_seeds_of_requests_is_reported(cuda, extra_args, reproducible):
+    sentence = irreproducible_sampling(ServerConfig(extra_args=extra_args), cuda)
+    assert (sentence is None) is reproducible
+    assert reproducible or "--enable-deterministic-inference" in sentence
 
 
 def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda():
