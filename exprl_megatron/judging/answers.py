@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from exprl_megatron.errors import ServerError
+from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.judging.verdict import HIGHEST, LOWEST
 
@@ -17,8 +18,10 @@ _DIGIT = re.compile(rf"[\sĠ▁]*([{LOWEST}-{HIGHEST}])")
 class Question:
     """One request to a judge."""
 
-    messages: tuple[Mapping[str, str], ...]
-    input_ids: tuple[int, ...]
+    frame: PromptFrame
+    trace: str
+    """What the frame shows; plain data."""
+    input_ids: Sequence[int]
     """The same in tokens, under the judge's own template."""
     max_new_tokens: int
     temperature: float
@@ -30,6 +33,11 @@ class Question:
     """Either constrains the answer; endpoints are not told."""
     probabilities: bool = False
     """Whether the probabilities of the digits 1..5 are wanted."""
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat."""
+        return self.frame.messages(self.trace)
 
 
 class Answer(Protocol):

@@ -13,7 +13,7 @@ are changed, and nothing else:
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from exprl_megatron.judging.stated_scores import STATEMENT
@@ -64,6 +64,26 @@ class DataGuard:
         text = _SCORE_HEADING.sub(r"\1 =", text)
         text = _MARK.sub(r"\1 =", text)
         return text.replace("Score:", "Score =") if self._every_score else text
+
+    def each(self, texts: Sequence[str]) -> list[str]:
+        """Every one of `texts` as data; beginnings of the longest one are not searched again where it is plain."""
+        longest = max(texts, key=len, default="")
+        plain = self._plain_until(longest)
+        return [text if len(text) <= plain and longest.startswith(text) else self(text) for text in texts]
+
+    def _plain_until(self, text: str) -> int:
+        """A length up to which all beginnings of `text` are data as they stand.
+
+        What is changed in a beginning is changed in the whole too, at the same place or at one before it.
+        """
+        if seen(text) != text:
+            return 0
+        tags = (match for match in _ANGLED.finditer(text) if self._tag_disarmed(match) != match[0])
+        found = [next(tags, None), *(pattern.search(text) for pattern in (self._control, _SCORE, _MARK))]
+        places = [match.start() for match in found if match]
+        if self._every_score and (place := text.find("Score:")) >= 0:
+            places.append(place)
+        return min(places, default=len(text))
 
     def _tag_disarmed(self, match: re.Match) -> str:
         return f"[{match['inner']}]" if _folded(match["name"]) in self._tags else match[0]

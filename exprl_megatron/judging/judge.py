@@ -6,36 +6,32 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.answers import Answer, ChatAnswerer, Question, TokenAnswerer
 from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
-from exprl_megatron.judging.data import DataGuard, control_tokens
+from exprl_megatron.judging.cases import Case, CaseBuilder
 from exprl_megatron.judging.judge_model import model_context, model_identity
+from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer, TokenIds
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, Unit
-from exprl_megatron.judging.prompt import JudgePrompt, load_prompt, shipped_prompt
 from exprl_megatron.judging.rubric import VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
-from exprl_megatron.judging.store import JudgementStore, content_key
+from exprl_megatron.judging.store import TRANSIENT, JudgementStore
 from exprl_megatron.judging.verdict import expected_score, normalise, read_marks, read_verdict, stated_score
 from exprl_megatron.problems.problem import Problem
 
 SCORE_REGEX = "Score: [1-5]"
 
 
-@dataclass(frozen=True)
-class _Case:
-    """What is to be judged, and by what."""
+class _Turn:
+    """One question that several may want to ask at the same time."""
 
-    problem: Problem
-    text: str
-    unit: Unit
-    rubric: Rubric | None
-    prompt: JudgePrompt
-    messages: tuple[dict[str, str], ...]
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.judgement: Judgement | None = None
+        """What became of it, where that is in the store."""
 
 
 class Judge:
@@ -63,18 +59,16 @@ class Judge:
         if not tokenizer.chat_template:
             raise UserError(f"The judge's tokenizer in {config.model} has no chat template; add one to it.")
         self._config = config
-        self._tokenizer = tokenizer
+        self._tokenizer = JudgeTokenizer(tokenizer, config.template_args)
         self._context_tokens = context_tokens or model_context(config.model)
         self._store = store
-        self._overrides = _overrides(config)
-        self._control = control_tokens(tokenizer)
-        self._tokenizing = asyncio.Lock()
-        self._identity = {} if store is None else _identity(config)
-        self._being_judged: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        identity = {} if store is None else _identity(config)
+        self._cases = CaseBuilder(config, tokenizer, identity)
+        self._turns: weakref.WeakValueDictionary[str, _Turn] = weakref.WeakValueDictionary()
         self.counts: Counter[str] = Counter()
-        self._servers = JudgeServers(config, [self._answerer(client) for client in clients], self.counts)
+        self._servers = JudgeServers(config, [self._answerer(client, tokenizer) for client in clients], self.counts)
         self._rubrics = RubricBuilder(
-            config, self._servers, self._tokens, self._guard, self._context_tokens, self._identity, store
+            config, self._servers, self._tokens, self._cases.guard, self._context_tokens, identity, store
         )
 
     @property
@@ -89,84 +83,90 @@ class Judge:
         after asking again as often as the config says, `timeout`, `too-long`, `refused`, and `server-error` where this
         request fails although a server is well. Raises ServerError where no server is.
         """
-        case = await self._case(problem, text, unit)
-        if self._store is None:
-            return (await self._judged(case))[0]
-        key = self._key(case)
-        # Equal beginnings of a group's traces come at the same time: one is asked, the others find the answer.
-        lock = self._being_judged.setdefault(key, asyncio.Lock())
-        async with lock:
-            found = self._store.find_judgement(key)
-            if found is not None:
-                self.counts["stored"] += 1
-                return found
-            judgement, answer = await self._judged(case)
-            self._store.keep_judgement(key, self._asked(case), answer, judgement)
-            return judgement
+        return (await self._judgements(problem, [text], unit))[0]
 
     async def grade_prefixes(self, problem: Problem, texts: Sequence[str]) -> list[Judgement]:
         """The verdicts on beginnings of one trace, the longest of which is the last; raises and abstains as `grade`.
 
         The server reads the longest one first, alone: asked together, all would be read together, each from its start.
         """
-        if len(texts) > 1 and not self._config.endpoints:
-            await self._read(problem, texts[-1])
-        return list(await asyncio.gather(*(self.grade(problem, text, "prefix") for text in texts)))
+        return await self._judgements(problem, texts, "prefix", read_last=len(texts) > 1)
 
     def messages(self, problem: Problem, text: str, unit: Unit = "trace", rubric: Rubric | None = None) -> list[dict]:
         """The chat in which the judge is asked."""
-        return list(self._prepared(problem, text, unit, rubric).messages)
+        (case,) = self._cases.cases(problem, [text], unit, rubric)
+        return case.frame.messages(case.shown)
 
     def request(self, problem: Problem, text: str, unit: Unit = "trace", rubric: Rubric | None = None) -> list[int]:
         """The same in token ids, under the judge's template."""
-        return self._token_ids(self.messages(problem, text, unit, rubric))
+        return self._tokenizer.request(self.messages(problem, text, unit, rubric)).tolist()
 
-    async def _case(self, problem: Problem, text: str, unit: Unit) -> _Case:
+    async def _judgements(
+        self, problem: Problem, texts: Sequence[str], unit: Unit, read_last: bool = False
+    ) -> list[Judgement]:
+        """Prompts, keys and tokens are made, and the store is read, in other threads than the event loop's."""
         rubric = None
-        if self._config.rubric.kind == "checkpoints" and self._shows_reference(problem):
+        if self._config.rubric.kind == "checkpoints" and self._cases.shows_reference(problem):
             rubric = await self._rubrics.rubric(problem)
-        return self._prepared(problem, text, unit, rubric)
+        cases = await asyncio.to_thread(self._cases.cases, problem, texts, unit, rubric)
+        # Before the store is read: what others find out from here on is seen in their turn, what they did before there.
+        turns = [self._turn(case) for case in cases]
+        found, requests = await asyncio.to_thread(self._found_and_requests, cases)
+        if read_last and not self._config.endpoints and found[-1] is None:
+            await self._read(cases[-1], requests[-1])
+        judged = map(self._judged_in_turn, cases, turns, found, requests)
+        return list(await asyncio.gather(*judged))
 
-    def _prepared(self, problem: Problem, text: str, unit: Unit, rubric: Rubric | None) -> _Case:
-        prompt = self._prompt(problem, unit, rubric)
-        reference = problem.reference.for_judge() if self._shows_reference(problem) else ""
-        rubric_text = rubric.text if rubric is not None else ""
-        guard = self._guard(prompt.tags)
-        messages = prompt.messages(problem.statement, reference, text, rubric_text, guard)
-        return _Case(problem, text, unit, rubric, prompt, tuple(messages))
+    def _turn(self, case: Case) -> _Turn:
+        if self._store is None:
+            return _Turn()
+        turn = self._turns.get(case.key) or _Turn()
+        self._turns[case.key] = turn
+        return turn
 
-    def _prompt(self, problem: Problem, unit: Unit, rubric: Rubric | None) -> JudgePrompt:
-        own = self._overrides.get(unit)
-        if own is not None and ("rubric" in own.placeholders) == (rubric is not None):
-            return own
-        measure = "checkpoints" if rubric is not None else "reference" if self._shows_reference(problem) else "noref"
-        return shipped_prompt(problem.domain, unit, measure, self._config.prompt_order)
+    def _found_and_requests(self, cases: Sequence[Case]) -> tuple[list[Judgement | None], list[TokenIds | None]]:
+        """What the store has of each case, and the tokens of those that it does not have."""
+        found = [None] * len(cases) if self._store is None else self._store.find_judgements([c.key for c in cases])
+        missing = [case for case, judgement in zip(cases, found, strict=True) if judgement is None]
+        shown = [case.shown for case in missing]
+        requests = iter(self._tokenizer.requests(missing[0].frame, shown) if missing else ())
+        return found, [next(requests) if judgement is None else None for judgement in found]
 
-    def _shows_reference(self, problem: Problem) -> bool:
-        return self._config.show_reference and problem.reference is not None
+    async def _judged_in_turn(
+        self, case: Case, turn: _Turn, found: Judgement | None, request: TokenIds | None
+    ) -> Judgement:
+        """Equal beginnings of a group's traces come at the same time: one is asked, the others find the answer."""
+        async with turn.lock:
+            known = turn.judgement if found is None else found
+            if known is not None:
+                self.counts["stored"] += 1
+                return known
+            judgement, answer = await self._judged(case, request)
+            if self._store is not None:
+                # On disk before anything is learned from it.
+                asked = self._cases.asked(case)
+                await asyncio.wrap_future(self._store.keep_judgement_soon(case.key, asked, answer, judgement))
+                if isinstance(judgement, Scored) or judgement.reason not in TRANSIENT:
+                    turn.judgement = judgement
+            return judgement
 
-    async def _judged(self, case: _Case) -> tuple[Judgement, str]:
+    async def _judged(self, case: Case, request: TokenIds) -> tuple[Judgement, str]:
         """The judgement and the judge's last words."""
-        input_ids = await self._tokens(case.messages)
-        if self._too_long(input_ids):
-            return Abstained("too-long", f"{len(input_ids)} prompt tokens, {self._context_tokens} in all"), ""
-        questions = self._questions(case, input_ids)
+        if self._too_long(request):
+            return Abstained("too-long", f"{len(request)} prompt tokens, {self._context_tokens} in all"), ""
+        questions = self._questions(case, request)
         return await self._servers.ask(questions, self._home(case.problem), self._config.deadline_s, self._reader(case))
 
-    async def _read(self, problem: Problem, text: str) -> None:
-        """Have the question about `text` read, so that others that begin like it are found in the server's cache."""
-        case = await self._case(problem, text, "prefix")
-        if self._store is not None and self._store.find_judgement(self._key(case)) is not None:
-            return
-        input_ids = await self._tokens(case.messages)
-        if self._too_long(input_ids):
+    async def _read(self, case: Case, request: TokenIds) -> None:
+        """Have the question read, so that others that begin like it are found in the server's cache."""
+        if self._too_long(request):
             return
         deadline_s = self._config.deadline_s
         question = Question(
-            case.messages, input_ids, 0, temperature=0.0, seed=0, deadline_s=deadline_s + REQUEST_GRACE_S
+            case.frame, case.shown, request, 0, temperature=0.0, seed=0, deadline_s=deadline_s + REQUEST_GRACE_S
         )
-        # What goes wrong here goes wrong with the questions themselves, which are told of it.
-        await self._servers.ask([question], self._home(problem), deadline_s, lambda answer: None)
+        # What goes wrong here goes wrong with the questions themselves, which report it.
+        await self._servers.ask([question], self._home(case.problem), deadline_s, lambda answer: None)
 
     def _too_long(self, input_ids: Sequence[int]) -> bool:
         return len(input_ids) + self._config.max_new_tokens > self._context_tokens
@@ -174,13 +174,14 @@ class Judge:
     def _home(self, problem: Problem) -> int:
         return zlib.crc32(problem.id.encode())
 
-    def _questions(self, case: _Case, input_ids: tuple[int, ...]) -> Iterator[Question]:
+    def _questions(self, case: Case, request: TokenIds) -> Iterator[Question]:
         """The question, and then as often as the config says the same again, sampled."""
         config, seed = self._config, zlib.crc32(case.text.encode("utf-8", "surrogatepass"))
         for attempt in range(1 + config.reasks):
             yield Question(
-                messages=case.messages,
-                input_ids=input_ids,
+                frame=case.frame,
+                trace=case.shown,
+                input_ids=request,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.reask_temperature if attempt else config.temperature,
                 seed=(seed + attempt) % 2**31,
@@ -189,7 +190,7 @@ class Judge:
                 probabilities=config.score_reading == "expected" and case.rubric is None,
             )
 
-    def _reader(self, case: _Case) -> Callable[[Answer], Judgement]:
+    def _reader(self, case: Case) -> Callable[[Answer], Judgement]:
         def marked(answer: Answer) -> Judgement:
             if answer.cut_off:
                 return Abstained("cut-off", answer.text)
@@ -203,41 +204,13 @@ class Judge:
 
         return scored if case.rubric is None else marked
 
-    def _answerer(self, client: Any) -> TokenAnswerer | ChatAnswerer:
+    def _answerer(self, client: Any, tokenizer: Any) -> TokenAnswerer | ChatAnswerer:
         if self._config.endpoints:
             return ChatAnswerer(client, self._config.template_args)
-        return TokenAnswerer(client, self._tokenizer)
+        return TokenAnswerer(client, tokenizer)
 
-    def _guard(self, tags: frozenset[str]) -> DataGuard:
-        return DataGuard(tags, self._control, every_score=self._config.parser == "released")
-
-    async def _tokens(self, messages: Sequence[dict]) -> tuple[int, ...]:
-        """Thousands of long prompts would hold up the event loop; a tokenizer serves one thread at a time."""
-        async with self._tokenizing:
-            return tuple(await asyncio.to_thread(self._token_ids, messages))
-
-    def _token_ids(self, messages: Sequence[dict]) -> list[int]:
-        return self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **self._config.template_args
-        )
-
-    def _key(self, case: _Case) -> str:
-        problem = case.problem
-        return content_key(
-            "judgement",
-            problem=problem.statement,
-            reference=problem.reference.for_judge() if self._shows_reference(problem) else None,
-            rubric=case.rubric.to_json() if case.rubric is not None else None,
-            prompt=case.prompt.version,
-            unit=case.unit,
-            trace=case.text,
-            **self._identity,
-        )
-
-    def _asked(self, case: _Case) -> dict:
-        rubric = None if case.rubric is None else json.loads(case.rubric.to_json())
-        what = {"problem": case.problem.id, "unit": case.unit, "prompt": case.prompt.version, "rubric": rubric}
-        return {**what, "messages": list(case.messages), **self._identity}
+    async def _tokens(self, messages: Sequence[dict]) -> TokenIds:
+        return await asyncio.to_thread(self._tokenizer.request, messages)
 
 
 def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
@@ -254,16 +227,6 @@ def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
     probabilities = answer.digit_probabilities(stated_score(answer.text, config.parser).place)
     expected = expected_score(probabilities) if probabilities is not None else None
     return verdict if expected is None else Scored(normalise(expected), answer.text)
-
-
-def _overrides(config: JudgeConfig) -> dict[Unit, JudgePrompt]:
-    """The prompts that the config names; one that shows {rubric} is for marking checkpoints, another one is not."""
-    names: dict[Unit, str | None] = {
-        "trace": config.prompt,
-        "prefix": config.prefix_prompt,
-        "segment": config.segment_prompt,
-    }
-    return {unit: load_prompt(name, config.prompt_order) for unit, name in names.items() if name is not None}
 
 
 def _answer_regex(rubric: Rubric | None) -> str:

@@ -34,6 +34,18 @@ _TAG = re.compile(r"</([a-z]+)>")
 
 
 @dataclass(frozen=True)
+class PromptFrame:
+    """The messages that a judge gets about one problem, but for the trace: what all its traces share."""
+
+    parts: tuple[tuple[str, tuple[str, ...]], ...]
+    """For each message its role and the pieces of its content; between two pieces the trace is shown."""
+
+    def messages(self, trace: str) -> list[dict[str, str]]:
+        """The chat about `trace`, which must be plain data already (see DataGuard)."""
+        return [{"role": role, "content": trace.join(pieces)} for role, pieces in self.parts]
+
+
+@dataclass(frozen=True)
 class JudgePrompt:
     """Templates of the two messages that a judge gets; `{problem}`, `{reference}`, ... are filled in."""
 
@@ -62,10 +74,14 @@ class JudgePrompt:
 
         All placeholders are filled in one pass: braces within the data are not looked at.
         """
-        texts = {"problem": problem, "reference": reference, "rubric": rubric, "trace": trace}
+        return self.frame(problem, reference, rubric, guard).messages(guard(trace))
+
+    def frame(self, problem: str, reference: str, rubric: str = "", guard: Callable[[str], str] = str) -> PromptFrame:
+        """The same without a trace."""
+        texts = {"problem": problem, "reference": reference, "rubric": rubric}
         data = {name: guard(text) for name, text in texts.items() if name in self.placeholders}
         parts = [("system", self.system), ("user", self.user)]
-        return [{"role": role, "content": _filled(text, data)} for role, text in parts if text is not None]
+        return PromptFrame(tuple((role, _pieces(text, data)) for role, text in parts if text is not None))
 
     @property
     def _text(self) -> str:
@@ -144,5 +160,15 @@ def _parsed(path: Path) -> JudgePrompt:
     return JudgePrompt(sections.get("system"), sections["user"])
 
 
-def _filled(template: str, data: dict[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda match: data[match[1]], template)
+def _pieces(template: str, data: dict[str, str]) -> tuple[str, ...]:
+    """The template with `data` filled in, cut where it shows the trace."""
+    pieces, end = [""], 0
+    for match in _PLACEHOLDER.finditer(template):
+        pieces[-1] += template[end : match.start()]
+        end = match.end()
+        if match[1] == "trace":
+            pieces.append("")
+        else:
+            pieces[-1] += data[match[1]]
+    pieces[-1] += template[end:]
+    return tuple(pieces)

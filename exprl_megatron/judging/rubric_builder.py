@@ -4,17 +4,18 @@ import asyncio
 import json
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.judging.answers import Answer, Question
 from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
+from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.data import DataGuard
 from exprl_megatron.judging.judgement import Abstained
-from exprl_megatron.judging.prompt import load_prompt
+from exprl_megatron.judging.prompt import PromptFrame, load_prompt
 from exprl_megatron.judging.rubric import Rubric, RubricError, checked_rubric, rubric_schema
-from exprl_megatron.judging.store import TRANSIENT, JudgementStore, content_key
+from exprl_megatron.judging.store import TRANSIENT, JudgementStore
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.thinking import mask_thinking
 
@@ -34,7 +35,7 @@ class RubricBuilder:
         self,
         config: JudgeConfig,
         servers: JudgeServers,
-        tokens: Callable[[list], Awaitable[tuple[int, ...]]],
+        tokens: Callable[[list], Awaitable[Sequence[int]]],
         guard: Callable[[frozenset[str]], DataGuard],
         context_tokens: int,
         identity: Mapping[str, Any],
@@ -69,7 +70,7 @@ class RubricBuilder:
 
     async def _found(self, problem: Problem, key: str) -> Rubric | None:
         """The rubric from the store, or a new one; whatever is final is remembered and stored."""
-        kept = self._store.find_rubric(key) if self._store is not None else None
+        kept = None if self._store is None else await asyncio.to_thread(self._store.find_rubric, key)
         if kept == _NO_RUBRIC:
             rubric = Abstained("failed-checks")
         elif kept is not None:
@@ -84,7 +85,8 @@ class RubricBuilder:
         return found
 
     async def _built(self, problem: Problem, key: str) -> Rubric | Abstained:
-        messages = self._prompt.messages(problem.statement, problem.reference.for_judge(), "", guard=self._guard)
+        frame = self._prompt.frame(problem.statement, problem.reference.for_judge(), guard=self._guard)
+        messages = frame.messages("")
         input_ids = await self._tokens(messages)
         if len(input_ids) + self._config.rubric.max_new_tokens > self._context_tokens:
             return Abstained("too-long")
@@ -96,20 +98,21 @@ class RubricBuilder:
             except RubricError as error:
                 return Abstained("failed-checks", str(error))
 
-        questions = self._questions(messages, input_ids, home)
+        questions = self._questions(frame, input_ids, home)
         rubric, answer = await self._servers.ask(questions, home, self._config.rubric.deadline_s, read)
         final = isinstance(rubric, Rubric) or rubric.reason == "failed-checks"
         if self._store is not None and final:
             asked = {"problem": problem.id, "messages": messages, **self._identity}
             text = rubric.to_json() if isinstance(rubric, Rubric) else _NO_RUBRIC
-            self._store.keep_rubric(key, asked, answer, text)
+            await asyncio.to_thread(self._store.keep_rubric, key, asked, answer, text)
         return rubric
 
-    def _questions(self, messages: list, input_ids: tuple[int, ...], seed: int) -> Iterator[Question]:
+    def _questions(self, frame: PromptFrame, input_ids: Sequence[int], seed: int) -> Iterator[Question]:
         config = self._config
         for attempt in range(1 + config.reasks):
             yield Question(
-                messages=tuple(messages),
+                frame=frame,
+                trace="",
                 input_ids=input_ids,
                 max_new_tokens=config.rubric.max_new_tokens,
                 temperature=config.reask_temperature if attempt else config.temperature,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.config.segments import SegmentsConfig
@@ -20,37 +21,53 @@ _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
 _SENTENCE_ENDS = re.compile(r"(?:[.!?]+[\"'”’)\]]*\s|[。！？]+[\"'”’）」]*|\n)\s*")
 
 
+def segments_and_texts(
+    token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, config: SegmentsConfig, unit: Unit
+) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """What `split_segments` and `unit_texts` return, of tokens that are decoded once."""
+    text = TokenText(token_ids, tokenizer)
+    spans = split_segments(token_ids, tokenizer, config, text)
+    return spans, unit_texts(token_ids, spans, tokenizer, unit, text)
+
+
 def split_segments(
-    token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, config: SegmentsConfig
+    token_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    config: SegmentsConfig,
+    text: TokenText | None = None,
 ) -> tuple[tuple[int, int], ...]:
     """Half-open token spans, in order, that cover the response exactly once; none is empty, () for no tokens.
 
     What is blank is never a segment of its own. A segment shorter than `min_tokens` is joined to the one after it (a
     lone heading thus stays with what it heads), the last one to the one before; of more than `max_segments` the
     surplus is joined to the last. The splitter `released` follows the released code to the letter, short and blank
-    segments included.
+    segments included. `text` is that of the tokens, where it is known.
     """
-    if not token_ids:
+    if len(token_ids) == 0:
         return ()
     if config.splitter == "released":
-        bounds = _released_bounds(token_ids, tokenizer, config.delimiter)
+        bounds = _released_bounds(np.asarray(token_ids).tolist(), tokenizer, config.delimiter)
     else:
-        text = TokenText(token_ids, tokenizer)
+        text = text or TokenText(token_ids, tokenizer)
         tokens = (text.token_at(character) for character in _openings(text.text, config))
         bounds = _joined(tokens, len(token_ids), config)
     return tuple(pairwise([0, *bounds, len(token_ids)]))
 
 
 def unit_texts(
-    token_ids: Sequence[int], spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, unit: Unit
+    token_ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    unit: Unit,
+    text: TokenText | None = None,
 ) -> tuple[str, ...]:
     """What the judge is shown of each span: its text, or all text up to its end; for the unit `trace` one text, all.
 
     Special tokens are left out. The segments' texts put together are the decoded response, and a prefix is its
     segments' texts put together: a space that the decoder puts between two words opens the second one's segment, and
-    a character cut by the end of a span belongs to the next one.
+    a character cut by the end of a span belongs to the next one. `text` is that of the tokens, where it is known.
     """
-    text = TokenText(token_ids, tokenizer)
+    text = text or TokenText(token_ids, tokenizer)
     if unit == "trace":
         return (text.text,)
     ends = [0, *(text.characters_before(end) for _, end in spans)]

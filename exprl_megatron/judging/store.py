@@ -1,60 +1,69 @@
 """Rubrics and judgements on disk, keyed by the content of what was asked, so that nothing is asked twice.
 
-A SQLite file in WAL mode. Every `keep_...` is a transaction of its own, committed when the call returns: kill -9 takes
-back nothing that was kept, and a power failure at most the last moments. Any number of processes of one machine may
-read and write at once; of two that keep the same key the first wins.
+A SQLite file in WAL mode. What is kept is committed when the call returns, or when its future is done: kill -9 takes
+back nothing of it, and a power failure at most the last moments. Any number of processes of one machine may read and
+write at once; of two that keep the same key the first wins.
 """
 
-import hashlib
 import json
-import os
 import sqlite3
+import threading
 import time
-import uuid
 import zlib
-from contextlib import closing
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
+from exprl_megatron.judging.store_file import has_version_1, open_store, unusable
+from exprl_megatron.judging.store_texts import StoredTexts
 
 TRANSIENT = frozenset({"timeout", "server-error"})
 """Abstentions that say something about the servers and nothing about the trace: another time may bring a verdict."""
-BUSY_TIMEOUT_S = 30.0
 SHORTEST_PREFIX = 6
 
-_APPLICATION_ID = int.from_bytes(b"ExpR")
-_SCHEMA_VERSION = 1
-# `asked` is JSON, deflated: prompts repeat problem and reference in every row. Evidence is null where it is the answer.
-_SCHEMA = f"""
-PRAGMA journal_mode = WAL;
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {_SCHEMA_VERSION};
-CREATE TABLE rubrics (
-    key TEXT PRIMARY KEY, asked BLOB NOT NULL, answer TEXT NOT NULL, rubric TEXT NOT NULL, created REAL NOT NULL
-);
-CREATE TABLE judgements (
-    key TEXT PRIMARY KEY, asked BLOB NOT NULL, answer TEXT NOT NULL,
-    value REAL, reason TEXT, evidence TEXT, created REAL NOT NULL,
-    kind TEXT NOT NULL AS (CASE WHEN reason IS NULL THEN 'Scored' ELSE 'Abstained' END),
-    CHECK ((value IS NULL) <> (reason IS NULL))
-);
-"""
 # Text goes in as bytes, because SQLite's binding refuses the lone surrogates that a JSON answer may hold.
 _KEEP_RUBRIC = """
 INSERT INTO rubrics (key, asked, answer, rubric, created)
 VALUES (?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?) ON CONFLICT (key) DO NOTHING
 """
 _KEEP_JUDGEMENT = """
-INSERT INTO judgements (key, asked, answer, value, reason, evidence, created)
-VALUES (?, ?, CAST(? AS TEXT), ?, ?, CAST(? AS TEXT), ?) ON CONFLICT (key) DO NOTHING
+INSERT INTO judgements (key, frame, trace, shown, answer, value, reason, evidence, created)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) DO NOTHING
 """
-_ENTRIES = """
-SELECT key, asked, answer, created, rubric, NULL, NULL, NULL FROM rubrics
-UNION ALL
-SELECT key, asked, answer, created, NULL, value, reason, COALESCE(evidence, answer) FROM judgements
-"""
+_JUDGEMENTS = "SELECT key, created, frame, trace, shown, answer, value, reason, evidence FROM judgements"
+_JUDGEMENTS_1 = "SELECT key, created, asked, answer, value, reason, COALESCE(evidence, answer) FROM judgements_1"
+_RUBRICS = "SELECT key, created, asked, answer, rubric FROM rubrics"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What went into a question about a trace, or a beginning of one, so that what many questions share is kept once.
+
+    `frame` is JSON; where a message's content is a list there, the trace's text is between its pieces.
+    """
+
+    frame: bytes
+    trace: str | None = None
+    """The whole trace, as the judge is shown it; None where the frame is all."""
+    shown: int = 0
+    """How many of its characters the question shows."""
+
+    @classmethod
+    def of(cls, asked: dict) -> "Asked":
+        """Of what went into any question, in JSON's types."""
+        return cls(json.dumps(asked, separators=(",", ":")).encode())
+
+    def whole(self) -> dict:
+        """All that went into the question."""
+        asked = json.loads(self.frame)
+        if self.trace is not None:
+            for message in asked["messages"]:
+                if isinstance(message["content"], list):
+                    message["content"] = self.trace[: self.shown].join(message["content"])
+        return asked
 
 
 @dataclass(frozen=True)
@@ -72,20 +81,22 @@ class Entry:
     """The judgement, or a rubric's JSON text."""
 
 
-def content_key(kind: str, /, **parts: str | int | float | bool | None) -> str:
-    """SHA-256 (hex) over the canonical JSON of `kind` and the named parts.
+@dataclass(frozen=True)
+class _Row:
+    """A judgement that waits to be written."""
 
-    The order of the parts does not matter; their names, values and types do (1, 1.0, True and "1" differ). Raises
-    TypeError for a part that is no scalar and ValueError for one that is nan or infinite.
-    """
-    for name, value in parts.items():
-        if not isinstance(value, str | int | float | bool | None):
-            raise TypeError(f"the part {name} of a content key is a {type(value).__name__}, not a scalar")
-    return hashlib.sha256(_json([kind, parts]).encode()).hexdigest()
+    key: bytes
+    asked: Asked
+    answer: bytes
+    judgement: Judgement
+    created: float
+    written: Future[None]
 
 
 class JudgementStore:
-    """The store in the file `path`, made where there is none; use it from one thread at a time.
+    """The store in the file `path`, made where there is none; for any number of threads at once.
+
+    Judgements are written in a thread of the store's own: all that come while it writes go into one transaction.
 
     Raises UserError, here and in every call, where the file is not such a store, was made by another version, is
     damaged, or cannot be read or written.
@@ -93,26 +104,17 @@ class JudgementStore:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        try:
-            if not self.path.exists():
-                _create(self.path)
-            # Autocommit: one statement, one transaction. Without a cursor left open no read blocks a checkpoint.
-            self._connection = sqlite3.connect(
-                self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
-        except (sqlite3.Error, OSError) as error:
-            raise UserError(f"The judgement store {self.path} cannot be opened ({error}); mend judge.store.") from error
-        self._connection.text_factory = lambda data: data.decode("utf-8", "surrogatepass")
-        try:
-            self._check()
-            self._run("PRAGMA synchronous = NORMAL")
-        except UserError:
-            self.close()
-            raise
+        self._reader, self._writer = _Side(self.path), _Side(self.path)
+        self._has_version_1 = has_version_1(self._reader.connection)
+        self._waiting: list[_Row] = []
+        self._waiting_lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "judgement-store")
 
     def close(self) -> None:
-        """Release the file."""
-        self._connection.close()
+        """Write what waits, and release the file."""
+        self._thread.shutdown()
+        self._reader.close()
+        self._writer.close()
 
     def __enter__(self) -> "JudgementStore":
         return self
@@ -122,36 +124,50 @@ class JudgementStore:
 
     def find_judgement(self, key: str) -> Judgement | None:
         """What was kept under `key`, bit for bit, or None."""
-        rows = self._run("SELECT value, reason, COALESCE(evidence, answer) FROM judgements WHERE key = ?", (key,))
-        return _judgement(*rows[0]) if rows else None
+        return self.find_judgements([key])[0]
 
-    def keep_judgement(self, key: str, asked: dict, answer: str, judgement: Judgement) -> None:
-        """Keep a judgement, what was asked (`asked`: JSON's types) and the judge's whole answer.
+    def find_judgements(self, keys: Sequence[str]) -> list[Judgement | None]:
+        """The same for each of `keys`."""
+        with self._reader.lock:
+            return [self._found(key) for key in keys]
 
-        Does nothing where `key` has one already, or where the judgement is a transient abstention. Raises ValueError
-        for a score outside [0, 1].
+    def keep_judgement(self, key: str, asked: dict | Asked, answer: str, judgement: Judgement) -> None:
+        """Keep a judgement, what was asked (a dict: in JSON's types) and the judge's whole answer.
+
+        Does nothing where `key` (hexadecimal) has one already, or where the judgement is a transient abstention. Raises
+        ValueError for a score outside [0, 1].
         """
-        value, reason = None, None
+        self.keep_judgement_soon(key, asked, answer, judgement).result()
+
+    def keep_judgement_soon(self, key: str, asked: dict | Asked, answer: str, judgement: Judgement) -> Future[None]:
+        """The same without waiting; the judgement is on disk when the future is done."""
+        written: Future[None] = Future()
+        written.set_running_or_notify_cancel()  # who no longer waits takes nothing back
         if isinstance(judgement, Scored):
-            value = judgement.value
-            if not 0 <= value <= 1:
-                raise ValueError(f"a score is in [0, 1], not {value}")
+            if not 0 <= judgement.value <= 1:
+                raise ValueError(f"a score is in [0, 1], not {judgement.value}")
         elif judgement.reason in TRANSIENT:
-            return
-        else:
-            reason = judgement.reason
-        evidence = None if judgement.evidence == answer else _bytes(judgement.evidence)
-        row = (key, _packed(asked), _bytes(answer), value, reason, evidence, time.time())
-        self._run(_KEEP_JUDGEMENT, row)
+            written.set_result(None)
+            return written
+        asked = asked if isinstance(asked, Asked) else Asked.of(asked)
+        row = _Row(bytes.fromhex(key), asked, _bytes(answer), judgement, time.time(), written)
+        with self._waiting_lock:
+            self._waiting.append(row)
+            if len(self._waiting) == 1:
+                self._thread.submit(self._write_waiting)
+        return written
 
     def find_rubric(self, key: str) -> str | None:
         """The rubric (JSON text) kept under `key`, or None."""
-        rows = self._run("SELECT rubric FROM rubrics WHERE key = ?", (key,))
+        with self._reader.lock:
+            rows = self._reader.run("SELECT rubric FROM rubrics WHERE key = ?", (key,))
         return rows[0][0] if rows else None
 
     def keep_rubric(self, key: str, asked: dict, answer: str, rubric: str) -> None:
         """Keep a rubric (JSON text), what was asked and the whole answer; nothing where `key` has one already."""
-        self._run(_KEEP_RUBRIC, (key, _packed(asked), _bytes(answer), _bytes(rubric), time.time()))
+        packed = zlib.compress(json.dumps(asked, separators=(",", ":")).encode(), level=1)
+        with self._writer.lock:
+            self._writer.run(_KEEP_RUBRIC, (key, packed, _bytes(answer), _bytes(rubric), time.time()))
 
     def entry(self, prefix: str) -> Entry:
         """The one row whose key begins with `prefix`, hexadecimal and at least SHORTEST_PREFIX long.
@@ -177,71 +193,125 @@ class JudgementStore:
 
     def newest(self, count: int) -> list[Entry]:
         """The rows kept last, newest first."""
-        return self._entries(f"{_ENTRIES} ORDER BY created DESC LIMIT ?", (count,))
+        found = self._entries("ORDER BY rowid DESC LIMIT ?", (count,), (count,))
+        return sorted(found, key=lambda entry: entry.created, reverse=True)[:count]
 
     def _beginning(self, prefix: str) -> list[Entry]:
-        end = prefix + "g"  # sorts after all hexadecimal digits
-        return self._entries(f"SELECT * FROM ({_ENTRIES}) WHERE key >= ? AND key < ? ORDER BY key", (prefix, end))
+        if len(prefix) > 64:
+            return []
+        ends = (prefix.ljust(64, "0"), prefix.ljust(64, "f"))
+        found = self._entries("WHERE key BETWEEN ? AND ?", ends, tuple(map(bytes.fromhex, ends)))
+        return sorted(found, key=lambda entry: entry.key)
 
-    def _entries(self, sql: str, parameters: tuple) -> list[Entry]:
-        return [_entry(*row) for row in self._run(sql, parameters)]
+    def _entries(self, clause: str, parameters: tuple, blob_parameters: tuple) -> list[Entry]:
+        """The rows of each table that `clause` picks; keys are text, but for those of judgements (blobs)."""
+        with self._reader.lock:
+            run = self._reader.run
+            entries = [_rubric_entry(*row) for row in run(f"{_RUBRICS} {clause}", parameters)]
+            entries += [self._entry(*row) for row in run(f"{_JUDGEMENTS} {clause}", blob_parameters)]
+            if self._has_version_1:
+                entries += [_entry_1(*row) for row in run(f"{_JUDGEMENTS_1} {clause}", parameters)]
+        return entries
 
-    def _check(self) -> None:
-        """That the file is a store, and of this version."""
-        kind, version = (self._run(f"PRAGMA {name}")[0][0] for name in ("application_id", "user_version"))
-        if kind != _APPLICATION_ID:
-            raise UserError(f"{self.path} is no judgement store; give another path, or move the file away.")
-        if version != _SCHEMA_VERSION:
-            raise UserError(
-                f"The judgement store {self.path} has version {version}, and this program reads version "
-                f"{_SCHEMA_VERSION}; give another path, or move the file away to judge anew."
-            )
+    def _found(self, key: str) -> Judgement | None:
+        for row in self._reader.run(f"{_JUDGEMENTS} WHERE key = ?", (bytes.fromhex(key),)):
+            return self._judgement(*row[2:])[1]
+        if self._has_version_1:
+            for row in self._reader.run(f"{_JUDGEMENTS_1} WHERE key = ?", (key,)):
+                return _verdict(*row[4:])
+        return None
 
-    def _run(self, sql: str, parameters: tuple = ()) -> list[tuple]:
+    def _entry(self, key: bytes, created: float, frame: int, trace: int | None, shown: int | None, *rest) -> Entry:
+        texts = self._reader.texts
+        answer, judgement = self._judgement(frame, trace, shown, *rest)
+        asked = Asked(texts.read(frame), None if trace is None else _text(texts.read(trace)), shown or 0)
+        return Entry(key.hex(), asked.whole(), answer, created, judgement)
+
+    def _judgement(self, frame, trace, _shown, answer, value, reason, evidence) -> tuple[str, Judgement]:
+        words, because = (
+            None if packed is None else _text(self._reader.texts.unpacked(packed, frame, trace))
+            for packed in (answer, evidence)
+        )
+        return words, _verdict(value, reason, words if because is None else because)
+
+    def _write_waiting(self) -> None:
+        """Write all that waits in one transaction."""
+        with self._waiting_lock:
+            rows, self._waiting = self._waiting, []
         try:
-            return self._connection.execute(sql, parameters).fetchall()
+            with self._writer.lock:
+                self._writer.transact(lambda: [self._write(row) for row in rows])
+        except BaseException as error:
+            for row in rows:
+                row.written.set_exception(error)
+        else:
+            for row in rows:
+                row.written.set_result(None)
+
+    def _write(self, row: _Row) -> None:
+        texts, judgement = self._writer.texts, row.judgement
+        frame, trace, shown = texts.keep(row.asked.frame), None, None
+        if row.asked.trace is not None:
+            trace, shown = texts.keep(_bytes(row.asked.trace), frame), row.asked.shown
+        evidence = _bytes(judgement.evidence)
+        packed = None if evidence == row.answer else texts.packed(evidence, frame, trace)
+        value, reason = (judgement.value, None) if isinstance(judgement, Scored) else (None, judgement.reason)
+        answer = texts.packed(row.answer, frame, trace)
+        self._writer.run(_KEEP_JUDGEMENT, (row.key, frame, trace, shown, answer, value, reason, packed, row.created))
+
+
+class _Side:
+    """A connection to the store and what belongs to it; hold the lock while using it."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.lock = threading.Lock()
+        self.connection = open_store(path)
+        self.texts = StoredTexts(self.run)
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def run(self, sql: str, parameters: tuple = ()) -> list[tuple]:
+        """The rows of one statement; UserError where the file fails."""
+        try:
+            return self.connection.execute(sql, parameters).fetchall()
         except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
             raise
         except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"The judgement store {self.path} cannot be used ({error}); "
-                "make room or mend its rights, or move the file away to judge anew."
-            ) from error
+            raise unusable(self._path, error) from error
+
+    def transact(self, work) -> None:
+        """Commit what `work` writes, or nothing of it."""
+        self.run("BEGIN IMMEDIATE")
+        try:
+            work()
+            self.run("COMMIT")
+        except BaseException:
+            self.texts.forget()
+            if self.connection.in_transaction:
+                self.connection.rollback()
+            raise
 
 
-def _create(path: Path) -> None:
-    """Make an empty store beside `path` and link it there, so that nobody ever sees half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
-    try:
-        with closing(sqlite3.connect(new)) as connection:
-            connection.executescript(_SCHEMA)
-        os.link(new, path)
-    except FileExistsError:
-        return  # another process was first, and its file is as good
-    finally:
-        new.unlink(missing_ok=True)
+def _rubric_entry(key: str, created: float, asked: bytes, answer: str, rubric: str) -> Entry:
+    return Entry(key, json.loads(zlib.decompress(asked)), answer, created, rubric)
 
 
-def _entry(key: str, asked: bytes, answer: str, created: float, rubric: str | None, *judgement) -> Entry:
-    result = _judgement(*judgement) if rubric is None else rubric
-    return Entry(key, json.loads(zlib.decompress(asked)), answer, created, result)
+def _entry_1(key: str, created: float, asked: bytes, answer: str, *judgement) -> Entry:
+    return Entry(key, json.loads(zlib.decompress(asked)), answer, created, _verdict(*judgement))
 
 
-def _judgement(value: float | None, reason: str | None, evidence: str) -> Judgement:
+def _verdict(value: float | None, reason: str | None, evidence: str) -> Judgement:
     return Abstained(reason, evidence) if reason is not None else Scored(value, evidence)
-
-
-def _json(value) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _packed(asked: dict) -> bytes:
-    return zlib.compress(json.dumps(asked, separators=(",", ":")).encode(), level=1)
 
 
 def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
 
 
 def _listed(entries: list[Entry]) -> str:

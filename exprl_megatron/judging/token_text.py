@@ -1,26 +1,93 @@
 """Sampled token ids beside their decoded text: which token holds which character.
 
-Nothing is tokenised again. The text is decoded once in full and once more in overlapping stretches of some 64
-tokens, so that the work grows with the length of the response alone (a run of undecodable bytes makes one long
-stretch). That holds for every decoder whose output grows with its input: byte-level BPE, where one character may be
-spread over several tokens, and word-level decoders that put spaces between words.
+Nothing is tokenized again. Byte-level tokenizers spell every token in bytes, so that the places are sums. For others
+the text is decoded once in full and once more in overlapping stretches of some 64 tokens, so that the work grows with
+the length of the response alone. That holds for every decoder whose output grows with its input, such as word-level
+decoders that put spaces between words, and also for bytes that are no text.
 """
 
+import json
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 _STRETCH = 64
 _UNDECODABLE = "\ufffd"
+_spellings: weakref.WeakKeyDictionary[Any, tuple[bytes, ...] | None] = weakref.WeakKeyDictionary()
 
 
 class TokenText:
     """A response's `text`, special tokens left out, and the places of its tokens in it."""
 
     def __init__(self, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase):
-        self._ids = list(token_ids)
+        ids = np.asarray(token_ids).tolist()
+        spelling = _spelling(tokenizer)
+        places = None if spelling is None else _BytePlaces.of(ids, spelling)
+        self._places = _StretchPlaces(ids, tokenizer) if places is None else places
+        self.text: str = self._places.text
+
+    def characters_before(self, token: int) -> int:
+        """How many characters of the text the first `token` tokens give; one that they only begin is not counted."""
+        return self._places.characters_before(token)
+
+    def token_at(self, character: int) -> int:
+        """The token in which `character` begins.
+
+        Where a token ends the character before and also holds the first bytes of this one, it is the next token.
+        """
+        return 0 if character == 0 else self._places.token_at(character)
+
+
+class _BytePlaces:
+    """The places in a response of a byte-level tokenizer whose bytes are valid UTF-8."""
+
+    def __init__(self, text: str, data: bytes, ends: np.ndarray):
+        """`ends` (int64): the bytes of the first 0, 1, ... tokens."""
+        self.text = text
+        self._ends = ends
+        # The byte at which each character begins; None where all are single bytes.
+        self._starts = None
+        if len(text) != len(data):
+            self._starts = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
+
+    @classmethod
+    def of(cls, ids: list[int], spelling: tuple[bytes, ...]) -> "_BytePlaces | None":
+        """None where the tokens are not all known, or their bytes are no text."""
+        if ids and not 0 <= min(ids) <= max(ids) < len(spelling):
+            return None
+        parts = [spelling[token] for token in ids]
+        data = b"".join(parts)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            return None
+        return cls(text, data, np.cumsum([0, *map(len, parts)]))
+
+    def characters_before(self, token: int) -> int:
+        end = int(self._ends[min(token, len(self._ends) - 1)])
+        if self._starts is None:
+            return end
+        begun = int(np.searchsorted(self._starts, end))
+        # The last character that begins before `end` is whole where the next one, or the end of the text, is there.
+        whole = end in (self._starts[begun] if begun < len(self._starts) else self._ends[-1], 0)
+        return begun if whole else begun - 1
+
+    def token_at(self, character: int) -> int:
+        place = character if self._starts is None else int(self._starts[character])
+        token = int(np.searchsorted(self._ends, place))
+        return token if self.characters_before(token) == character else token - 1
+
+
+class _StretchPlaces:
+    """The places in any response, by decoding."""
+
+    def __init__(self, ids: list[int], tokenizer: PreTrainedTokenizerBase):
+        self._ids = ids
         self._tokenizer = tokenizer
         self.text: str = self._decode(0, len(self._ids))
         # Tokens before each anchor, characters that they give, and the token from where the stretch behind it is
@@ -29,7 +96,6 @@ class TokenText:
         self._lay_anchors()
 
     def characters_before(self, token: int) -> int:
-        """How many characters of the text the first `token` tokens give; one that they only begin is not counted."""
         if token >= len(self._ids):
             return len(self.text)
         anchor = bisect_right(self._tokens, token) - 1
@@ -39,12 +105,6 @@ class TokenText:
         return first + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def token_at(self, character: int) -> int:
-        """The token in which `character` begins.
-
-        Where a token ends the character before and also holds the first bytes of this one, it is the next token.
-        """
-        if character == 0:
-            return 0
         anchor = bisect_left(self._characters, character) - 1
         low = self._tokens[anchor]
         high = self._tokens[anchor + 1] if anchor + 1 < len(self._tokens) else len(self._ids)
@@ -52,7 +112,7 @@ class TokenText:
         return after if self.characters_before(after) == character else after - 1
 
     def _lay_anchors(self) -> None:
-        """Anchors stand where a character ends, so that what is decoded from there on is the same as in the whole."""
+        """Anchors are where a character ends, so that what is decoded from there on is the same as in the whole."""
         size = _STRETCH
         while (end := self._tokens[-1] + size) < len(self._ids):
             start, characters = self._tokens[-1], self._characters[-1]
@@ -70,6 +130,45 @@ class TokenText:
         return self._decode(context, end)[len(self._decode(context, start)) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return _decoded(self._ids[start:end], self._tokenizer)
+
+
+def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _spelling(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes, ...] | None:
+    """The bytes of every token, none for special ones; None where the tokenizer does not spell in bytes."""
+    if tokenizer not in _spellings:
+        _spellings[tokenizer] = _byte_spelling(tokenizer)
+    return _spellings[tokenizer]
+
+
+def _byte_spelling(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes, ...] | None:
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None or json.loads(decoder.__getstate__())["type"] != "ByteLevel":
+        return None
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= set(tokenizer.all_special_ids)
+    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    spelling = tuple(b"" if token in special or name is None else _bytes_of(name) for token, name in enumerate(names))
+    # As the decoder itself spells all of them, or not at all.
+    every = b"".join(spelling).decode("utf-8", "replace")
+    return spelling if every == _decoded(list(range(len(spelling))), tokenizer) else None
+
+
+def _bytes_of(name: str) -> bytes:
+    """A token's bytes; a name with a character that stands for no byte is written in UTF-8, as the decoder does."""
+    if all(character in _BYTES for character in name):
+        return bytes(_BYTES[character] for character in name)
+    return name.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level tokenizers (GPT-2's and after) write for bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in shown)
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()

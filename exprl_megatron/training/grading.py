@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, RlStage
 from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.judgement import Abstained, Judgement, Unit
-from exprl_megatron.judging.segments import split_segments, unit_texts
+from exprl_megatron.judging.segments import segments_and_texts
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import GradedTrace, JudgedSegment
@@ -67,8 +67,7 @@ def _by_segments(stage: ExprlProcessStage, judge: Grades, tokenizer: Any) -> Gra
         unit = stage.route(problem.domain).unit
         if unit == "trace":
             return await whole(problem, trace)
-        spans = split_segments(trace.token_ids, tokenizer, stage.segments)
-        texts = unit_texts(trace.token_ids, spans, tokenizer, unit)
+        spans, texts = await asyncio.to_thread(segments_and_texts, trace.token_ids, tokenizer, stage.segments, unit)
         if unit == "prefix":
             judgements = await judge.grade_prefixes(problem, texts)
         else:

@@ -6,8 +6,9 @@ It prints each key after `keep_judgement` has returned.
 import sys
 from pathlib import Path
 
+from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Scored
-from exprl_megatron.judging.store import JudgementStore, content_key
+from exprl_megatron.judging.store import JudgementStore
 
 
 def key_of(number: int) -> str:

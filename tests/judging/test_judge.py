@@ -6,7 +6,6 @@ The servers' side is written out in the tests; test_judge_transport and test_jud
 import asyncio
 import json
 import math
-import sqlite3
 
 import pytest
 from judge_parts import PROBLEM, PROMPT, WORDS, Scripted, Written, make_judge, verdict, word_tokenizer, words
@@ -269,9 +268,7 @@ def test_what_was_asked_and_answered_can_be_read_in_the_store(tmp_path):
     with JudgementStore(tmp_path / "store.sqlite") as store:
         judge = make_judge(Scripted("hm", "Score: 3"), store=store, model=_model(tmp_path))
         asyncio.run(judge.grade(PROBLEM, "1"))
-        with sqlite3.connect(store.path) as connection:
-            ((key,),) = connection.execute("SELECT key FROM judgements")
-        entry = store.entry(key)
+        (entry,) = store.newest(2)
     assert entry.answer == "Score: 3"
     assert entry.asked["problem"] == "p1"
     assert entry.asked["messages"] == judge.messages(PROBLEM, "1")

@@ -15,6 +15,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.judging.answers import Question, TokenAnswerer
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.verdict import stated_score
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
@@ -118,7 +119,17 @@ def test_the_probabilities_of_the_digits_are_those_of_transformers(with_judge, m
         server = TokenAnswerer(client, tokenizer)
         questions = [
             # Without a blank: this vocabulary has " 3" as one token, and no other digit so.
-            Question((), tuple(judge.request(PROBLEM, text)), 8, 0.0, 0, 60, regex="Score:[1-5]", probabilities=True)
+            Question(
+                PromptFrame(()),
+                "",
+                judge.request(PROBLEM, text),
+                8,
+                0.0,
+                0,
+                60,
+                regex="Score:[1-5]",
+                probabilities=True,
+            )
             for text in texts
         ]
         return [(question.input_ids, await server.answer(question)) for question in questions]

@@ -8,8 +8,9 @@ import pytest
 from store_writer import key_of
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.judging.store import JudgementStore, content_key
+from exprl_megatron.judging.store import JudgementStore
 
 WRITER = Path(__file__).parent / "store_writer.py"
 KEY = content_key("judgement", trace="a")
@@ -133,11 +134,10 @@ def test_two_processes_that_keep_the_same_keys_agree_on_the_first(tmp_path):
     file = tmp_path / "s.sqlite"
     for process in [start_writer(file, 0, 300, score) for score in (0.25, 0.75)]:
         assert process.communicate()[0] and process.returncode == 0
-    connection = sqlite3.connect(file)
-    rows = connection.execute("SELECT value, answer FROM judgements").fetchall()
-    connection.close()
-    assert len(rows) == 300
-    assert all(answer == f"by {value}" for value, answer in rows)
+    with JudgementStore(file) as store:
+        entries = store.newest(1000)
+    assert len(entries) == 300
+    assert all(entry.answer == f"by {entry.result.value}" for entry in entries)
 
 
 def test_the_store_is_made_with_its_directory_and_leaves_nothing_else(tmp_path):
@@ -168,7 +168,7 @@ def test_a_store_of_another_version_is_refused(tmp_path):
     connection = sqlite3.connect(file)
     connection.execute("PRAGMA user_version = 7")
     connection.close()
-    with pytest.raises(UserError, match="has version 7, and this program reads version 1"):
+    with pytest.raises(UserError, match="has version 7, and this program reads the versions 1 and 2"):
         JudgementStore(file)
 
 

@@ -1,0 +1,116 @@
+"""What a judge is asked about a trace: the prompt filled in, its key, and what the store keeps of it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from exprl_megatron.config.judging import JudgeConfig
+from exprl_megatron.judging.content_key import content_keys
+from exprl_megatron.judging.data import DataGuard, control_tokens
+from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.prompt import JudgePrompt, PromptFrame, load_prompt, shipped_prompt
+from exprl_megatron.judging.rubric import Rubric
+from exprl_megatron.judging.store import Asked
+from exprl_megatron.problems.problem import Problem
+
+_FRAMES = 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be judged, and by what."""
+
+    problem: Problem
+    text: str
+    shown: str
+    """The text as plain data, as the judge is shown it."""
+    longest: str
+    """The longest of the texts that came with it, as plain data."""
+    rubric: Rubric | None
+    unit: Unit
+    prompt: JudgePrompt
+    frame: PromptFrame
+    key: str
+
+
+class CaseBuilder:
+    """Makes cases for one judge; for any number of threads at once."""
+
+    def __init__(self, config: JudgeConfig, tokenizer: Any, identity: Mapping[str, str]):
+        """`identity` tells the judge from others in the keys."""
+        self._config = config
+        self._identity = identity
+        self._overrides = _overrides(config)
+        self._control = control_tokens(tokenizer)
+        # A problem's frame is the same for all its traces.
+        self._frame = lru_cache(_FRAMES)(self._new_frame)
+        self._asked_frame = lru_cache(_FRAMES)(self._new_asked_frame)
+
+    def cases(self, problem: Problem, texts: Sequence[str], unit: Unit, rubric: Rubric | None) -> list[Case]:
+        """A case for each of `texts`; beginnings of the longest one cost little."""
+        prompt = self._prompt(problem, unit, rubric)
+        reference = problem.reference.for_judge() if self.shows_reference(problem) else None
+        frame = self._frame(prompt, problem.statement, reference, rubric)
+        guard = self.guard(prompt.tags)
+        shown = guard.each(texts)
+        longest = max(shown, key=len, default="")
+        keys = content_keys(
+            *("judgement", "trace", texts),
+            problem=problem.statement,
+            reference=reference,
+            rubric=rubric.to_json() if rubric is not None else None,
+            prompt=prompt.version,
+            unit=unit,
+            **self._identity,
+        )
+        return [
+            Case(problem, text, data, longest, rubric, unit, prompt, frame, key)
+            for text, data, key in zip(texts, shown, keys, strict=True)
+        ]
+
+    def asked(self, case: Case) -> Asked:
+        """What the store keeps of the question."""
+        frame = self._asked_frame(case.problem.id, case.unit, case.prompt, case.rubric, case.frame)
+        trace = case.longest if case.longest.startswith(case.shown) else case.shown
+        return Asked(frame, trace, len(case.shown))
+
+    def guard(self, tags: frozenset[str]) -> DataGuard:
+        """Makes text plain data for this judge and a prompt with these tags."""
+        return DataGuard(tags, self._control, every_score=self._config.parser == "released")
+
+    def shows_reference(self, problem: Problem) -> bool:
+        """Whether the judge reads the problem's reference."""
+        return self._config.show_reference and problem.reference is not None
+
+    def _prompt(self, problem: Problem, unit: Unit, rubric: Rubric | None) -> JudgePrompt:
+        own = self._overrides.get(unit)
+        if own is not None and ("rubric" in own.placeholders) == (rubric is not None):
+            return own
+        measure = "checkpoints" if rubric is not None else "reference" if self.shows_reference(problem) else "noref"
+        return shipped_prompt(problem.domain, unit, measure, self._config.prompt_order)
+
+    def _new_frame(self, prompt: JudgePrompt, statement: str, reference: str | None, rubric: Rubric | None):
+        rubric_text = rubric.text if rubric is not None else ""
+        return prompt.frame(statement, reference or "", rubric_text, self.guard(prompt.tags))
+
+    def _new_asked_frame(
+        self, problem: str, unit: Unit, prompt: JudgePrompt, rubric: Rubric | None, frame: PromptFrame
+    ) -> bytes:
+        messages = [
+            {"role": role, "content": list(pieces) if len(pieces) > 1 else pieces[0]} for role, pieces in frame.parts
+        ]
+        marks = None if rubric is None else json.loads(rubric.to_json())
+        what = {"problem": problem, "unit": unit, "prompt": prompt.version, "rubric": marks}
+        return json.dumps({**what, "messages": messages, **self._identity}, separators=(",", ":")).encode()
+
+
+def _overrides(config: JudgeConfig) -> dict[Unit, JudgePrompt]:
+    """The prompts that the config names; one that shows {rubric} is for marking checkpoints, another one is not."""
+    names: dict[Unit, str | None] = {
+        "trace": config.prompt,
+        "prefix": config.prefix_prompt,
+        "segment": config.segment_prompt,
+    }
+    return {unit: load_prompt(name, config.prompt_order) for unit, name in names.items() if name is not None}

@@ -1,0 +1,190 @@
+"""The judge's questions in token ids: what they share is tokenized once, and what is sent is what the tokenizer would
+make of each question alone.
+
+A question is the chat template's text around a trace or a beginning of one. The text before the trace is the same for
+all traces of a problem, and a trace's beginnings are parts of the longest of them. Each text is cut where that is safe
+(see token_cuts), each part is tokenized once, and what was cut is looked at again in a window around every cut. Where
+no cut is safe, or a window shows that one is not, the whole is tokenized.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from exprl_megatron.judging.prompt import PromptFrame
+from exprl_megatron.judging.token_cuts import Cuts, safe_cuts
+
+_WINDOW = 32
+_SHORTEST_TAIL = 512
+_KEPT_FRAMES = 4096
+
+
+class TokenIds(Sequence[int]):
+    """Token ids in parts that several requests share; immutable."""
+
+    def __init__(self, *parts: np.ndarray):
+        self._parts = parts
+        self._length = sum(map(len, parts))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.tolist())
+
+    def __getitem__(self, index):
+        return self.tolist()[index]
+
+    def tolist(self) -> list[int]:
+        """As Python's integers."""
+        return np.concatenate(self._parts).tolist() if self._parts else []
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """How all questions of a frame begin and end, up to and from a safe cut on."""
+
+    head: str
+    head_ids: np.ndarray
+    tail: str
+    tail_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """A question: as far as `cut` it is the longest one, from there to `end` its own, then the shared tail."""
+
+    text: str
+    cut: int
+    end: int
+
+
+class JudgeTokenizer:
+    """Tokenizes questions under a chat template; for any number of threads at once.
+
+    `characters` and `calls` count what was given to the tokenizer and how often, `wholes` the questions that were
+    tokenized each for itself because they could not be cut.
+    """
+
+    def __init__(self, tokenizer: Any, template_args: Mapping[str, Any]):
+        self.tokenizer = tokenizer
+        self._template_args = dict(template_args)
+        self._backend = _copied(tokenizer)
+        self._cuts = Cuts(()) if self._backend is None else safe_cuts(self._backend)
+        self._shared: OrderedDict[PromptFrame, _Shared] = OrderedDict()
+        self._lock = threading.Lock()
+        self.characters = self.calls = self.wholes = 0
+
+    def request(self, messages: Sequence[Mapping[str, str]]) -> TokenIds:
+        """The chat in tokens, ready for the judge to answer."""
+        return TokenIds(*self._encoded([self._rendered(messages)]))
+
+    def requests(self, frame: PromptFrame, traces: Sequence[str]) -> list[TokenIds]:
+        """The chats that show each of `traces` in this frame, in tokens; beginnings of the longest one cost little."""
+        texts = [self._rendered(frame.messages(trace)) for trace in traces]
+        joined = self._joined(texts, self._shared_by(frame)) if self._cuts and texts else None
+        if joined is None:
+            self.wholes += len(texts)
+            return [TokenIds(ids) for ids in self._encoded(texts)]
+        return joined
+
+    def _joined(self, texts: Sequence[str], shared: _Shared) -> list[TokenIds] | None:
+        """The tokens of texts that all begin and end as `shared` says; None where a cut is not safe."""
+        if not all(text.startswith(shared.head) and text.endswith(shared.tail) for text in texts):
+            return None
+        longest, first = max(texts, key=len), len(shared.head)
+        joints = [self._joint(text, longest, first, len(shared.tail)) for text in texts]
+        cuts = sorted({first, *(joint.cut for joint in joints)})
+        pieces = [longest[start:end] for start, end in pairwise(cuts)]
+        encoded = self._encoded([*pieces, *(joint.text[joint.cut : joint.end] for joint in joints)])
+        if not self._windows_agree(joints, cuts, longest, shared):
+            return None
+        known, own = encoded[: len(pieces)], encoded[len(pieces) :]
+        return [
+            TokenIds(shared.head_ids, *known[: cuts.index(joint.cut)], ids, shared.tail_ids)
+            for joint, ids in zip(joints, own, strict=True)
+        ]
+
+    def _joint(self, text: str, longest: str, first: int, tail: int) -> _Joint:
+        end = len(text) - tail
+        if text is longest:
+            # Cut where the last of the others is, its remainder is as short as theirs.
+            return _Joint(text, self._cuts.last(text, first, end) or first, end)
+        return _Joint(text, self._cuts.last(text, first, min(common_prefix(text, longest), end)) or first, end)
+
+    def _windows_agree(self, joints: Sequence[_Joint], cuts: Sequence[int], longest: str, shared: _Shared) -> bool:
+        """Whether the tokens around each cut are those of its two sides."""
+        places = [(longest, cut) for cut in cuts] + [(joint.text, joint.cut) for joint in joints]
+        if shared.tail:
+            places += [(joint.text, joint.end) for joint in joints]
+        sides = dict.fromkeys(
+            (text[max(0, cut - _WINDOW) : cut], text[cut : cut + _WINDOW]) for text, cut in places if cut
+        )
+        parts = [part for left, right in sides for part in (left, right, left + right)]
+        encoded = self._encoded(parts)
+        return all(
+            np.array_equal(np.concatenate(encoded[i : i + 2]), encoded[i + 2]) for i in range(0, len(encoded), 3)
+        )
+
+    def _shared_by(self, frame: PromptFrame) -> _Shared:
+        with self._lock:
+            if (known := self._shared.get(frame)) is not None:
+                self._shared.move_to_end(frame)
+                return known
+        one, other = (self._rendered(frame.messages(text)) for text in ("a b", "c d"))
+        cut = self._cuts.last(one, 0, common_prefix(one, other)) or 0
+        common = common_prefix(one[cut:][::-1], other[cut:][::-1])
+        behind = self._cuts.first(one, len(one) - common) if common > _SHORTEST_TAIL else None
+        head, tail = one[:cut], one[behind:] if behind is not None else ""
+        shared = _Shared(head, self._encoded([head])[0], tail, self._encoded([tail])[0])
+        with self._lock:
+            self._shared[frame] = shared
+            if len(self._shared) > _KEPT_FRAMES:
+                self._shared.popitem(last=False)
+        return shared
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **self._template_args
+        )
+
+    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids (int32) of each text for itself."""
+        self.calls += 1
+        self.characters += sum(map(len, texts))
+        if self._backend is None:
+            with self._lock:  # such a tokenizer serves one thread at a time
+                ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        else:
+            ids = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [np.array(each, dtype=np.int32) for each in ids]
+
+
+def common_prefix(one: str, other: str) -> int:
+    """How many characters both begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _copied(tokenizer: Any) -> Tokenizer | None:
+    """The fast tokenizer in `tokenizer`, as a copy: its own is changed by whoever asks it to pad or to truncate."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    copy.encode_special_tokens = tokenizer.split_special_tokens
+    return copy

@@ -1,0 +1,85 @@
+"""Texts of a judgement store: each there once, and compressed with what it resembles."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+
+import zstandard
+
+_LEVEL = 6
+_REMEMBERED = 64
+
+Run = Callable[..., list[tuple]]
+"""Runs an SQL statement, with parameters, and returns its rows."""
+
+
+class StoredTexts:
+    """The table `texts`, through one connection; for one thread at a time."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._ids: OrderedDict[tuple[bytes, int | None], int] = OrderedDict()
+        self._texts: OrderedDict[int, bytes] = OrderedDict()
+        self._dictionaries: OrderedDict[tuple[bool, tuple[int, ...]], zstandard.ZstdCompressionDict] = OrderedDict()
+
+    def keep(self, text: bytes, base: int | None = None) -> int:
+        """The id of `text`, which is written where it is not there yet, compressed with the text `base`.
+
+        Belongs into a transaction; call `forget` where that fails.
+        """
+        digest = hashlib.sha256(text).digest()
+        return _remembered(self._ids, (digest, base), lambda: self._kept(digest, text, base))
+
+    def read(self, text: int) -> bytes:
+        """The text with this id."""
+
+        def stored() -> bytes:
+            ((base, data),) = self._run("SELECT base, data FROM texts WHERE id = ?", (text,))
+            return self.unpacked(data, base)
+
+        return _remembered(self._texts, text, stored)
+
+    def packed(self, text: bytes, *bases: int | None) -> bytes:
+        """`text`, compressed with the texts `bases` as dictionary."""
+        return zstandard.ZstdCompressor(_LEVEL, self._dictionary(bases, True), write_checksum=False).compress(text)
+
+    def unpacked(self, data: bytes, *bases: int | None) -> bytes:
+        """What `packed` was given."""
+        return zstandard.ZstdDecompressor(self._dictionary(bases, False)).decompress(data)
+
+    def forget(self) -> None:
+        """Give up what is remembered of rows that were not committed."""
+        for memory in (self._ids, self._texts, self._dictionaries):
+            memory.clear()
+
+    def _kept(self, digest: bytes, text: bytes, base: int | None) -> int:
+        if not (rows := self._run("SELECT id FROM texts WHERE hash = ?", (digest,))):
+            rows = self._run(
+                "INSERT INTO texts (hash, base, data) VALUES (?, ?, ?) RETURNING id",
+                (digest, base, self.packed(text, base)),
+            )
+        return rows[0][0]
+
+    def _dictionary(self, bases: tuple[int | None, ...], compressing: bool) -> zstandard.ZstdCompressionDict | None:
+        ids = tuple(base for base in bases if base is not None)
+
+        def joined() -> zstandard.ZstdCompressionDict:
+            content = b"".join(map(self.read, ids))
+            made = zstandard.ZstdCompressionDict(content, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+            if compressing:
+                made.precompute_compress(_LEVEL)
+            return made
+
+        return _remembered(self._dictionaries, (compressing, ids), joined) if ids else None
+
+
+def _remembered[K, V](memory: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
+    """The value under `key`, made where it is not remembered; the one that was used least recently is given up."""
+    if key in memory:
+        memory.move_to_end(key)
+        return memory[key]
+    made = make()
+    memory[key] = made
+    if len(memory) > _REMEMBERED:
+        memory.popitem(last=False)
+    return made
