@@ -2,7 +2,11 @@ import json
 import sqlite3
 import subprocess
 import sys
+import time
+import zlib
+from contextlib import closing
 from pathlib import Path
+from random import Random
 
 import pytest
 from store_writer import key_of
@@ -10,10 +14,36 @@ from store_writer import key_of
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.judging.store import JudgementStore
+from exprl_megatron.judging.store import Asked, JudgementStore
 
 WRITER = Path(__file__).parent / "store_writer.py"
 KEY = content_key("judgement", trace="a")
+_WORDS = [
+    "the",
+    "sum",
+    "of",
+    "a",
+    "term",
+    "is",
+    "in",
+    "so",
+    "that",
+    "we",
+    "let",
+    "for",
+    "all",
+    "then",
+    "which",
+    "by",
+    "step",
+    "even",
+    "odd",
+    "prime",
+    "root",
+    "limit",
+    "area",
+]
+PHRASES = [" ".join(Random(i).choices(_WORDS, k=3)) + f" x{i}" for i in range(400)]
 
 
 @pytest.fixture
@@ -227,21 +257,151 @@ def test_the_newest_rows_come_first(store):
     assert [entry.key for entry in store.newest(2)] == [key_of(3), key_of(2)]
 
 
-def test_a_content_key_depends_on_content_alone():
-    # echo -n '["judgement",{"model":"m","trace":"t"}]' | sha256sum
-    expected = "d3e788bead39ceff712d45e2f8b60a8cba6e81116f683523b3f62b716119cd92"
-    assert content_key("judgement", trace="t", model="m") == content_key("judgement", model="m", trace="t") == expected
+def asked_about(text: str, shown: int, **changes) -> Asked:
+    messages = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": ["<t>", "</t>"]}]
+    return Asked(json.dumps({"problem": "p", "messages": messages} | changes).encode(), text, shown)
 
 
-def test_content_keys_differ_by_kind_name_type_and_value():
-    parts = [{"a": 1}, {"a": 1.0}, {"a": True}, {"a": "1"}, {"a": None}, {"b": 1}, {"a": 1, "b": None}, {}]
-    keys = {content_key(kind, **p) for kind in ("judgement", "rubric") for p in parts}
-    keys |= {content_key("judgement", kind="x"), content_key("judgement", a="é"), content_key("judgement", a="e\u0301")}
-    assert len(keys) == 2 * len(parts) + 3
+@pytest.mark.parametrize("text", ["Let x be 3.\n\nSo it is.", "", "步骤🙂e\u0301", "lone \ud83d, null \x00"])
+def test_what_was_asked_about_a_beginning_comes_back_to_the_character(store, text):
+    for shown in range(len(text) + 1):
+        store.keep_judgement(key_of(shown), asked_about(text, shown), f"about {shown}", Scored(0.5, "because"))
+    for shown in range(len(text) + 1):
+        entry = store.entry(key_of(shown))
+        system, user = entry.asked["messages"]
+        assert (system["content"], user["content"]) == ("Be strict.", f"<t>{text[:shown]}</t>")
+        assert (entry.answer, entry.result) == (f"about {shown}", Scored(0.5, "because"))
+        assert entry.asked["problem"] == "p"
 
 
-def test_a_content_key_has_no_way_to_write_two_things_alike():
-    with pytest.raises(TypeError, match="the part a of a content key is a list"):
-        content_key("judgement", a=["x"])
-    with pytest.raises(ValueError):
-        content_key("judgement", a=float("nan"))
+def prose(characters: int, seed: int) -> str:
+    """Packs to some 30 %, as what models write about one problem does."""
+    random = Random(seed)
+    return " ".join(random.choice(PHRASES) for _ in range(characters // 16))[:characters]
+
+
+def test_a_judgement_takes_little_more_than_its_answer(tmp_path):
+    """Traces of 6,600 tokens in ten beginnings, 16 traces to a problem, answers of 1,600 characters."""
+    rows = 0
+    with JudgementStore(tmp_path / "s.sqlite") as store:
+        for trace in range(32):
+            text, reference = prose(21_000, trace), prose(6_000, -1 - trace // 16)
+            assert 0.28 < len(zlib.compress(text.encode(), 9)) / len(text) < 0.34
+            for prefix in range(10):
+                answer = prose(1600, 1000 + 10 * trace + prefix)
+                asked = asked_about(text, (prefix + 1) * 2100, rubric=reference)
+                store.keep_judgement_soon(key_of(rows), asked, answer, Scored(0.5, answer))
+                rows += 1
+    assert (tmp_path / "s.sqlite").stat().st_size / rows < 1200
+
+
+def test_texts_that_many_questions_share_are_there_once(store):
+    text = prose(2000, 1)
+    for number in range(20):
+        store.keep_judgement(key_of(number), asked_about(text, 10 * number), "Score: 3", Scored(0.5, "Score: 3"))
+    with sqlite3.connect(store.path) as connection:
+        assert connection.execute("SELECT count(*) FROM texts").fetchone() == (2,)
+    assert {entry.asked["messages"][1]["content"][3:-4] for entry in store.newest(20)} == {
+        text[: 10 * number] for number in range(20)
+    }
+
+
+def test_all_that_waits_is_written_together_and_is_there_when_its_future_is_done(store):
+    statements = []
+    store._writer.connection.set_trace_callback(statements.append)
+    with store._writer.lock:  # the writer's thread waits here with the first row
+        first = store.keep_judgement_soon(key_of(0), {}, "", Scored(0.5))
+        while store._waiting:
+            time.sleep(0.001)
+        others = [store.keep_judgement_soon(key_of(number), {}, "", Scored(0.5)) for number in range(1, 50)]
+        assert not any(future.done() for future in (first, *others))
+    for number, future in enumerate((first, *others)):
+        future.result()
+        assert store.find_judgement(key_of(number)) == Scored(0.5)
+    assert statements.count("COMMIT") == 2
+
+
+def test_a_failed_write_is_an_error_for_each_that_waited_and_the_next_is_written(store):
+    with closing(sqlite3.connect(store.path)) as other:
+        other.execute("CREATE TRIGGER full BEFORE INSERT ON judgements BEGIN SELECT raise(ABORT, 'full'); END")
+    failed = [store.keep_judgement_soon(key_of(number), {"a": number}, "", Scored(0.5)) for number in range(3)]
+    for future in failed:
+        with pytest.raises(sqlite3.IntegrityError, match="full"):
+            future.result()
+    with closing(sqlite3.connect(store.path)) as other:
+        other.execute("DROP TRIGGER full")
+    store.keep_judgement(key_of(1), {"a": 1}, "now", Scored(0.25))
+    assert store.entry(key_of(1)).asked == {"a": 1}
+    assert store.find_judgement(key_of(0)) is None
+
+
+def test_who_waits_no_longer_takes_nothing_back(store):
+    with store._writer.lock:
+        future = store.keep_judgement_soon(KEY, {}, "", Scored(0.5))
+        assert not future.cancel()
+    future.result()
+    assert store.find_judgement(KEY) == Scored(0.5)
+
+
+def store_of_version_1(path: Path) -> None:
+    """As the program wrote it before judgements shared their texts."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript((Path(__file__).parent / "store_version_1.sql").read_text())
+        asked = zlib.compress(json.dumps({"problem": "p1", "messages": [{"role": "user", "content": "a"}]}).encode())
+        rows = [
+            ("a1" * 32, asked, "Score: 4", 0.75, None, None, 1.0),
+            ("b2" * 32, asked, "no", None, "refused", "", 2.0),
+        ]
+        connection.executemany(
+            "INSERT INTO judgements (key, asked, answer, value, reason, evidence, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+        connection.execute("INSERT INTO rubrics VALUES (?, ?, 'raw', '{}', 3.0)", ("c3" * 32, asked))
+        connection.commit()
+
+
+def test_a_store_of_version_1_is_read_and_goes_on(tmp_path):
+    file = tmp_path / "s.sqlite"
+    store_of_version_1(file)
+    for _ in range(2):
+        with JudgementStore(file) as store:
+            assert store.find_judgement("a1" * 32) == Scored(0.75, "Score: 4")
+            assert store.find_judgement("b2" * 32) == Abstained("refused", "")
+            assert store.find_rubric("c3" * 32) == "{}"
+            entry = store.entry("a1a1a1")
+            assert entry.asked == {"problem": "p1", "messages": [{"role": "user", "content": "a"}]}
+            assert (entry.key, entry.answer, entry.created) == ("a1" * 32, "Score: 4", 1.0)
+            store.keep_judgement(KEY, {"new": 1}, "new", Scored(1.0))
+            assert [entry.key for entry in store.newest(3)] == [KEY, "c3" * 32, "b2" * 32]
+    assert integrity(file) == "ok"
+
+
+def test_two_processes_may_bring_a_store_up_to_date_at_once(tmp_path):
+    file = tmp_path / "s.sqlite"
+    store_of_version_1(file)
+    for process in [start_writer(file, first, first + 20, 0.5) for first in (0, 10, 0)]:
+        assert process.communicate()[0] and process.returncode == 0
+    with JudgementStore(file) as store:
+        assert len(store.newest(100)) == 33
+
+
+@pytest.mark.parametrize("table", ["judgements", "judgements_1", "rubrics"])
+def test_looking_for_a_key_and_for_the_newest_reads_no_more_rows_than_it_shows(tmp_path, table):
+    file = tmp_path / "s.sqlite"
+    store_of_version_1(file)
+    statements = []
+    with JudgementStore(file) as store:
+        store._reader.connection.set_trace_callback(statements.append)
+        store.newest(20), store.find_judgement(KEY), store.find_rubric(KEY)
+        with pytest.raises(UserError):
+            store.entry("abcdef")
+        store._reader.connection.set_trace_callback(None)
+        plans = {
+            statement: [row[-1] for row in store._reader.connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+            for statement in statements
+            if f"FROM {table} " in statement
+        }
+    assert {statement.partition(f"FROM {table} ")[2][:8] for statement in plans} == {"WHERE ke", "ORDER BY"}
+    for statement, (plan,) in plans.items():
+        # Read from its end, no more than the limit is read of a table; what is sorted would be read whole.
+        assert "USING INDEX" in plan if "WHERE" in statement else plan == f"SCAN {table}"
