@@ -18,32 +18,8 @@ from exprl_megatron.judging.store import Asked, JudgementStore
 
 WRITER = Path(__file__).parent / "store_writer.py"
 KEY = content_key("judgement", trace="a")
-_WORDS = [
-    "the",
-    "sum",
-    "of",
-    "a",
-    "term",
-    "is",
-    "in",
-    "so",
-    "that",
-    "we",
-    "let",
-    "for",
-    "all",
-    "then",
-    "which",
-    "by",
-    "step",
-    "even",
-    "odd",
-    "prime",
-    "root",
-    "limit",
-    "area",
-]
-PHRASES = [" ".join(Random(i).choices(_WORDS, k=3)) + f" x{i}" for i in range(400)]
+_WORDS = "the sum of a term is in so that we let for all then which by step even odd prime root limit area"
+PHRASES = [" ".join(Random(i).choices(_WORDS.split(), k=3)) + f" x{i}" for i in range(400)]
 
 
 @pytest.fixture
@@ -275,9 +251,9 @@ def test_what_was_asked_about_a_beginning_comes_back_to_the_character(store, tex
 
 
 def prose(characters: int, seed: int) -> str:
-    """Packs to some 30 %, as what models write about one problem does."""
+    """Packs to a quarter, as what models write about one problem does."""
     random = Random(seed)
-    return " ".join(random.choice(PHRASES) for _ in range(characters // 16))[:characters]
+    return " ".join(f"{random.choice(PHRASES)} {random.randrange(99)}" for _ in range(characters // 16))[:characters]
 
 
 def test_a_judgement_takes_little_more_than_its_answer(tmp_path):
@@ -286,7 +262,7 @@ def test_a_judgement_takes_little_more_than_its_answer(tmp_path):
     with JudgementStore(tmp_path / "s.sqlite") as store:
         for trace in range(32):
             text, reference = prose(21_000, trace), prose(6_000, -1 - trace // 16)
-            assert 0.28 < len(zlib.compress(text.encode(), 9)) / len(text) < 0.34
+            assert 0.24 < len(zlib.compress(text.encode(), 9)) / len(text) < 0.3
             for prefix in range(10):
                 answer = prose(1600, 1000 + 10 * trace + prefix)
                 asked = asked_about(text, (prefix + 1) * 2100, rubric=reference)
@@ -348,14 +324,12 @@ def store_of_version_1(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript((Path(__file__).parent / "store_version_1.sql").read_text())
         asked = zlib.compress(json.dumps({"problem": "p1", "messages": [{"role": "user", "content": "a"}]}).encode())
-        rows = [
+        for row in (
             ("a1" * 32, asked, "Score: 4", 0.75, None, None, 1.0),
             ("b2" * 32, asked, "no", None, "refused", "", 2.0),
-        ]
-        connection.executemany(
-            "INSERT INTO judgements (key, asked, answer, value, reason, evidence, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            rows,
-        )
+        ):
+            columns = "key, asked, answer, value, reason, evidence, created"
+            connection.execute(f"INSERT INTO judgements ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         connection.execute("INSERT INTO rubrics VALUES (?, ?, 'raw', '{}', 3.0)", ("c3" * 32, asked))
         connection.commit()
 
