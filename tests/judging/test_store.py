@@ -14,12 +14,12 @@ from store_writer import key_of
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.judging.prompt import shipped_prompt
 from exprl_megatron.judging.store import Asked, JudgementStore
+from exprl_megatron.problems.datasets.packaged import champ_problems
 
 WRITER = Path(__file__).parent / "store_writer.py"
 KEY = content_key("judgement", trace="a")
-_WORDS = "the sum of a term is in so that we let for all then which by step even odd prime root limit area"
-PHRASES = [" ".join(Random(i).choices(_WORDS.split(), k=3)) + f" x{i}" for i in range(400)]
 
 
 @pytest.fixture
@@ -250,29 +250,35 @@ def test_what_was_asked_about_a_beginning_comes_back_to_the_character(store, tex
         assert entry.asked["problem"] == "p"
 
 
-def prose(characters: int, seed: int) -> str:
-    """Packs to a quarter, as what models write about one problem does."""
-    random = Random(seed)
-    return " ".join(f"{random.choice(PHRASES)} {random.randrange(99)}" for _ in range(characters // 16))[:characters]
+def long_texts(tree) -> list[str]:
+    """What models wrote about a problem of CHAMP."""
+    if isinstance(tree, str):
+        return [tree] if len(tree) > 400 else []
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return list(dict.fromkeys(text for part in inner for text in long_texts(part)))
 
 
 def test_a_judgement_takes_little_more_than_its_answer(tmp_path):
-    """Traces of 6,600 tokens in ten beginnings, 16 traces to a problem, answers of 1,600 characters."""
-    rows = 0
+    """Traces of 6,600 tokens (4 characters each) in ten beginnings, 16 to a problem; answers of 1,600 characters."""
+    random, rows = Random(0), 0
+    system = shipped_prompt("math", "prefix", "reference").system
+    records = [(name, long_texts(record)) for name, record in champ_problems().items()]
     with JudgementStore(tmp_path / "s.sqlite") as store:
-        for trace in range(32):
-            text, reference = prose(21_000, trace), prose(6_000, -1 - trace // 16)
-            assert 0.24 < len(zlib.compress(text.encode(), 9)) / len(text) < 0.3
-            for prefix in range(10):
-                answer = prose(1600, 1000 + 10 * trace + prefix)
-                asked = asked_about(text, (prefix + 1) * 2100, rubric=reference)
-                store.keep_judgement_soon(key_of(rows), asked, answer, Scored(0.5, answer))
-                rows += 1
+        for name, texts in random.sample([record for record in records if len(record[1]) > 60], 4):
+            random.shuffle(texts)
+            traces, answers = texts[::2], texts[1::2]
+            for _ in range(16):
+                text = "\n\n".join(random.sample(traces, min(len(traces), 40)))[:26_400]
+                for prefix in range(1, 11):
+                    asked = asked_about(text, prefix * len(text) // 10, problem=name, system=system, rubric=texts[0])
+                    answer = "".join(random.choices(answers, k=4))[:1600]
+                    store.keep_judgement_soon(key_of(rows), asked, answer, Scored(0.5, answer))
+                    rows += 1
     assert (tmp_path / "s.sqlite").stat().st_size / rows < 1200
 
 
 def test_texts_that_many_questions_share_are_there_once(store):
-    text = prose(2000, 1)
+    text = "So x is 3 and y is 4. " * 10
     for number in range(20):
         store.keep_judgement(key_of(number), asked_about(text, 10 * number), "Score: 3", Scored(0.5, "Score: 3"))
     with sqlite3.connect(store.path) as connection:
