@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import zstandard
 
-_LEVEL = 6
+_LEVEL = 8
 _REMEMBERED = 64
 
 Run = Callable[..., list[tuple]]

@@ -259,7 +259,7 @@ def long_texts(tree) -> list[str]:
 
 
 def test_a_judgement_takes_little_more_than_its_answer(tmp_path):
-    """Traces of 6,600 tokens (4 characters each) in ten beginnings, 16 to a problem; answers of 1,600 characters."""
+    """Traces of 6,600 tokens (3.5 characters each) in ten beginnings, 16 to a problem; answers of 1,600 characters."""
     random, rows = Random(0), 0
     system = shipped_prompt("math", "prefix", "reference").system
     records = [(name, long_texts(record)) for name, record in champ_problems().items()]
@@ -268,7 +268,7 @@ def test_a_judgement_takes_little_more_than_its_answer(tmp_path):
             random.shuffle(texts)
             traces, answers = texts[::2], texts[1::2]
             for _ in range(16):
-                text = "\n\n".join(random.sample(traces, min(len(traces), 40)))[:26_400]
+                text = "\n\n".join(random.sample(traces, min(len(traces), 40)))[:23_100]
                 for prefix in range(1, 11):
                     asked = asked_about(text, prefix * len(text) // 10, problem=name, system=system, rubric=texts[0])
                     answer = "".join(random.choices(answers, k=4))[:1600]

@@ -85,10 +85,10 @@ def tokenizer_of(name: str, merges: int = 500) -> PreTrainedTokenizerFast:
         initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), "▁", " ", "\n"],
         show_progress=False,
     )
-    # Where lines are no pre-tokens, the merges of whole lines are kept from growing into one token.
-    backend.train_from_iterator(
-        [TEXT * 3, *TEXT.split("\n"), TEXT.replace("the", "so the").replace(" ", "  ")], trainer
-    )
+    if name == "gemma":  # SentencePiece trains on words, whatever is split later
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.train_from_iterator([TEXT * 3, *TEXT.split("\n"), TEXT.replace(" ", "  ")], trainer)
+    backend.pre_tokenizer = splitter
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=template)
     added = [AddedToken("<think>", special=False, normalized=False), AddedToken("of the", special=False, lstrip=True)]
     tokenizer.add_tokens(added)
