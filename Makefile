@@ -43,9 +43,10 @@ test-slurm: setup
 	@tools/slurm_local.sh install
 	$(PYTEST) -m slurm tests/slurm
 
-# On a machine with a CUDA device, in the environment of the Dockerfile; ends with a table.
+# On a machine with CUDA devices, in the environment of the Dockerfile: at most 8 minutes on one GPU, and more tests on
+# two to five. Ends with a table, in which a test that needs more GPUs is a row.
 test-gpu:
-	python3 -m pytest -m gpu tests/gpu
+	python3 -m pytest -m gpu --timeout 300 --durations 0 --durations-min 1 tests/gpu
 
 lint: setup
 	.venv/bin/ruff check .

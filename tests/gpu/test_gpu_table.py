@@ -1,45 +1,112 @@
-"""What the table of the GPU tests shows, tried with three small tests."""
+"""The table of the GPU tests on machines of no GPU to many, tried with small tests and a pretended number of GPUs."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-TESTS = """
 import pytest
 
-@pytest.mark.gpu
-def test_good(table):
-    table("speed", 1.5, "at least 1")
+TESTS = """
+import pytest
+from on_device.compared import at_least, at_most
 
-@pytest.mark.gpu
-def test_bad(table):
-    table("memory", 9, "at most 8")
-    assert 9 <= 8
+pytestmark = pytest.mark.gpu
 
-@pytest.mark.gpu
-def test_elsewhere():
-    pytest.skip("needs a CUDA device")
+def test_good(check):
+    check([at_least("speed", 1.5, 1)])
 
-def test_of_something_else():
-    assert False
+def test_bad(check):
+    check([at_most("memory", 9, 8)])
+
+@pytest.mark.gpus(2)
+def test_wide(table):
+    table("rate", 3, "no bound")
+
+@pytest.mark.gpus(4)
+def test_wider():
+    pytest.skip("policy.precision is mxfp8; choose another")
 """
+ON_CPU = """
+def test_of_something_else():
+    pass
+"""
+BAD = ["test_bad", "AssertionError: memory: 9, wanted at most 8", "FAILED"]
 
 
-def test_the_table_has_measurements_and_the_tests_that_gave_no_result(tmp_path):
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
-    (tmp_path / "test_three.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore", str(tmp_path)]
-    # What this run of pytest was told is not meant for that one.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    table = done.stdout.partition(" measured on this machine ")[2].partition("\n=")[0].splitlines()[1:]
-    assert [re.split("  +", line) for line in table] == [
-        ["what", "measured", "wanted"],
-        ["speed", "1.5", "at least 1"],
-        ["memory", "9", "at most 8"],
-        ["test_bad", "FAILED", "assert 9 <= 8"],
-        ["test_elsewhere", "SKIPPED", "Skipped: needs a CUDA device"],
+def run(directory: Path, gpus: int) -> tuple[int, list[list[str]]]:
+    """Exit status and table of a run of TESTS where so many GPUs can be used."""
+    shutil.copy(Path(__file__).with_name("conftest.py"), directory)
+    (directory / "test_few.py").write_text(TESTS)
+    (directory / "test_on_cpu.py").write_text(ON_CPU)
+    (directory / "pretended.py").write_text(
+        f"from exprl_megatron import accelerator\naccelerator.gpu_count = lambda: {gpus}"
+    )
+    paths = f"{directory}:{Path(__file__).parents[1]}"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "pretended",
+        "-W",
+        "ignore",
+        str(directory),
     ]
+    # What this run of pytest was given is not meant for that one.
+    environment = {"PATH": "", "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory, env=environment)
+    table = done.stdout.partition(" measured on this machine ")[2].partition("\n=")[0].splitlines()[1:]
+    return done.returncode, [re.split("  +", line.strip()) for line in table]
+
+
+NARROW = [
+    ["speed", "1.5", "at least 1"],
+    ["memory", "9", "at most 8", "WRONG"],
+]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "status", "rows"),
+    [
+        (
+            0,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+            [
+                ["test_good", "needs 1 GPU", "0 can be used here"],
+                ["test_bad", "needs 1 GPU", "0 can be used here"],
+                ["test_wide", "needs 2 GPUs", "0 can be used here"],
+                ["test_wider", "needs 4 GPUs", "0 can be used here"],
+            ],
+        ),
+        (
+            1,
+            pytest.ExitCode.TESTS_FAILED,
+            [
+                *NARROW,
+                BAD,
+                ["test_wide", "needs 2 GPUs", "1 can be used here"],
+                ["test_wider", "needs 4 GPUs", "1 can be used here"],
+            ],
+        ),
+        (
+            2,
+            pytest.ExitCode.TESTS_FAILED,
+            [*NARROW, ["rate", "3", "no bound"], BAD, ["test_wider", "needs 4 GPUs", "2 can be used here"]],
+        ),
+        (
+            4,
+            pytest.ExitCode.TESTS_FAILED,
+            [*NARROW, ["rate", "3", "no bound"], BAD, ["test_wider", "policy.precision is mxfp8", "choose another"]],
+        ),
+    ],
+)
+def test_every_test_is_a_measurement_a_failure_or_a_row_that_says_what_it_needs(tmp_path, gpus, status, rows):
+    found_status, table = run(tmp_path, gpus)
+    assert found_status == status
+    assert table[0] == ["what", "measured", "wanted"]
+    assert table[-1][0] == "all of it" and re.fullmatch(r"\d+ s", table[-1][1])
+    assert table[1:-1] == rows

@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.policy.batch import MicroBatch, Sequence
 
@@ -19,8 +18,6 @@ TOKENS = sum(len(sequence.response_ids) for sequence in BATCH)
 
 @pytest.fixture
 def world() -> Iterator:
-    if not uses_cuda():
-        pytest.skip("needs a CUDA device and the GPU environment")
     from exprl_megatron.policy.world import enter_world, leave_world
 
     yield enter_world(Layout())

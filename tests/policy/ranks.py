@@ -4,24 +4,41 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.world import World, enter_world, leave_world
+from exprl_megatron.resharding.groups import backend
 
 
-def run_ranks(script: Path, processes: int, out: Path, timeout_s: float = 600.0, **arguments) -> dict:
-    """Runs `script` in so many processes; what its rank 0 left in `out`. Fails with the processes' last words."""
+def run_ranks(
+    script: Path,
+    processes: int,
+    out: Path,
+    timeout_s: float = 600.0,
+    torchrun: bool = False,
+    environment: Mapping[str, str] | None = None,
+    **arguments,
+) -> dict:
+    """Runs `script` in so many processes; what its rank 0 left in `out`. Fails with the processes' last words.
+
+    `torchrun` starts them instead of a fork, which CUDA does not survive. `environment` is added to ours.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / "arguments.json").write_text(json.dumps(arguments, default=str))
-    launcher = Path(__file__).with_name("fork_ranks.py")
-    command = [sys.executable, "-W", "ignore", str(launcher), str(processes), str(script), str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    else:
+        launcher = [str(Path(__file__).with_name("fork_ranks.py")), str(processes)]
+    command = [sys.executable, "-W", "ignore", *launcher, str(script), str(out)]
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent)))
+    variables = os.environ | (environment or {}) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     with open(out / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -56,7 +73,7 @@ class Ranks:
         if self.rank >= processes:
             return False
         store = dist.PrefixStore(f"world-{self._worlds}", self._store)
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=processes)
+        dist.init_process_group(backend(), store=store, rank=self.rank, world_size=processes)
         return True
 
     def finish(self) -> None:

@@ -1,0 +1,102 @@
+"""`exprl train` with trainer and servers in turns on the same devices: two steps, stopped, resumed, two more."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from exprl_megatron.training.directory import RunDirectory
+from on_device.compared import Compared, at_least, at_most, equal
+from on_device.learning import MINIATURE, MODEL
+from on_device.servers import FEW_GRAPHS
+
+STEPS = 2
+ASLEEP_GB = 4.0
+"""On a GPU the sleeping side keeps its CUDA context, and a server its graphs and workspaces."""
+DEADLINE_S = 240.0
+PREEMPTED = 75
+
+
+def config_tree(directory: Path, *, cuda: bool, layout: Mapping[str, int], servers: Mapping[str, int]) -> dict:
+    """A run of the miniature that does not end by itself, with `servers` (count, tp) of its own.
+
+    Precision, transport and the servers' share of memory are the defaults.
+    """
+    settings = {"extra_args": FEW_GRAPHS} if cuda else {"max_total_tokens": 4096}
+    return {
+        "directory": str(directory),
+        "policy": {"model": str(MODEL), "layout": dict(layout), "max_tokens": 160},
+        "server": settings | dict(servers),
+        "placement": {"kind": "colocated", "max_asleep_gb": ASLEEP_GB},
+        "sync": {"max_log_prob_gap": 0.1 if cuda else 1e-4, "deadline_s": 60},
+        "stages": [
+            {
+                "kind": "sparse-rl",
+                "name": "turns",
+                "steps": 100_000,
+                "problems": {"source": str(MINIATURE / "train.jsonl")},
+                "problems_per_step": 4,
+                "group_size": 4,
+                "sampling": {"max_new_tokens": 40},
+                "optimizer": {"lr": 1e-4},
+            }
+        ],
+    }
+
+
+def stopped_and_resumed(tree: dict, *, cuda: bool) -> list[Compared]:
+    """Run `tree` for two steps or more, stop it as Slurm does, go on, and stop it again."""
+    paths = RunDirectory(tree["directory"])
+    config = paths.root.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(tree))
+    began = time.monotonic()
+    first = _steps(paths, config)
+    stopped = time.monotonic()
+    again = _steps(paths, config, "--resume")
+    records = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    metrics = [record["metrics"] for record in records]
+    count = len(records)
+    what = "x".join(f"{name}{size}" for name, size in tree["policy"]["layout"].items()) or "one rank"
+    asleep = [value for m in metrics for name, value in m.items() if name.endswith("/asleep")]
+    gaps = [m["sampler_gap/mean"] for m in metrics]
+    return [
+        at_least(f"{what}: steps before the stop", first, STEPS),
+        at_least(f"{what}: steps after the resume", again, STEPS),
+        equal(f"{what}: every step logged once", [r["step"] for r in records] == list(range(1, count + 1)), True),
+        equal(f"{what}: steps whose checksums agreed", sum(m["sync/check"] > 0 for m in metrics), count),
+        at_most(f"{what}: largest GiB of a sleeping side on a device", max(asleep), ASLEEP_GB),
+        equal(f"{what}: the servers slept", {m["memory/servers_slept"] for m in metrics}, {float(cuda)}),
+        at_most(f"{what}: mean |trainer - sampler| log-prob", max(gaps), tree["sync"]["max_log_prob_gap"]),
+        Compared(f"{what}: seconds to the stop", f"{stopped - began:.0f}", "no bound", True),
+        Compared(f"{what}: seconds of the resumed run", f"{time.monotonic() - stopped:.0f}", "no bound", True),
+    ]
+
+
+def _steps(paths: RunDirectory, config: Path, *flags: str) -> int:
+    """How many steps a start of the run takes until it has stopped; fails with its last words where it does not."""
+    before = _logged(paths)
+    command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(config), *flags]
+    log = config.with_suffix(".log")
+    with open(log, "a") as file:
+        run = subprocess.Popen(command, stdout=file, stderr=file)
+        try:
+            deadline = time.monotonic() + DEADLINE_S
+            while run.poll() is None and _logged(paths) < before + STEPS and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if run.poll() is None:
+                run.send_signal(signal.SIGUSR1)
+            status = run.wait(DEADLINE_S)
+        finally:
+            run.terminate()
+            run.wait()
+    assert status == PREEMPTED, f"{' '.join(command[2:])} ended with {status}:\n{log.read_text()[-4000:]}"
+    return _logged(paths) - before
+
+
+def _logged(paths: RunDirectory) -> int:
+    return paths.metrics.read_text().count("\n") if paths.metrics.is_file() else 0

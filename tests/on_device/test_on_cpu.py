@@ -1,0 +1,62 @@
+"""What tests/gpu does on CUDA, done on a CPU: the same functions, in fp32, bf16 and emulated FP8, over gloo."""
+
+import pytest
+import torch
+
+from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.world import enter_world, leave_world
+from exprl_megatron.serving.launch import start_servers, stop_servers
+from on_device.compared import failed
+from on_device.learning import REFERENCE_STEPS, beside_reference, cosine, learn, learn_in_layout
+from on_device.servers import small_server, takes_weights
+from on_device.syncs import syncs
+
+PROMPTS = [(5, 6, 7, 8 + i) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "precision", [{"kind": "fp32"}, {"kind": "bf16"}, {"kind": "fp8-tensorwise", "emulate": True}], ids=str
+)
+def test_training_steps_are_those_of_transformers_as_near_as_the_precision_allows(precision):
+    assert failed(beside_reference(precision["kind"], learn(PrecisionConfig(**precision), REFERENCE_STEPS))) == []
+
+
+def test_a_precision_is_not_taken_for_a_finer_one():
+    coarse = learn(PrecisionConfig(kind="fp8-tensorwise", emulate=True), REFERENCE_STEPS)
+    assert [one.what for one in failed(beside_reference("bf16", coarse))] == ["bf16: cosine of step 1's gradient"]
+
+
+def test_the_cosine_is_that_of_the_angle():
+    assert cosine(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])) == pytest.approx(2**-0.5)
+
+
+@pytest.mark.slow
+def test_training_steps_of_several_ranks(tmp_path):
+    learned = learn_in_layout(Layout(tp=2), "fp32", tmp_path / "out")
+    assert failed(beside_reference("fp32", learned)) == []
+
+
+@pytest.mark.slow
+def test_a_server_takes_the_policy_s_weights(trained_server, tiny_model, tmp_path):
+    config = PolicyConfig(model=str(tiny_model("qwen3", seed=7)), precision="fp32")
+    enter_world(config.layout)
+    try:
+        compared = takes_weights(trained_server, Policy(config, seed=0), PROMPTS, tmp_path / "sync")
+    finally:
+        leave_world()
+    assert failed(compared) == []
+
+
+@pytest.mark.slow
+def test_syncs_to_servers_that_never_come_and_that_die(trained_server, tiny_model, tmp_path):
+    model = tiny_model("qwen3")
+    (second,) = start_servers([small_server("second", model, tmp_path, None)])
+    try:
+        pairs = {"direct": (second, trained_server)}
+        settings = {"precision": "fp32", "deadline_s": 5.0, "layout": Layout(pp=2)}
+        compared = syncs(tmp_path / "out", tiny_model("qwen3", seed=7), pairs, **settings)
+    finally:
+        stop_servers([second])
+    assert failed(compared) == []
