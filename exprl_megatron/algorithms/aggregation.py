@@ -45,10 +45,10 @@ def denominator(aggregation: Aggregation, sequences: ListLike[Sequence], max_new
     `max_new_tokens` is the sampling's; only `constant-length` looks at it. Raises ValueError where there is no
     response token at all.
     """
-    tokens = sum(len(sequence.response_ids) for sequence in sequences)
+    tokens = sum(sequence.response_tokens for sequence in sequences)
     if not tokens:
         raise ValueError("there is no response token to take a loss of")
     if aggregation == "token-mean":
         return float(tokens)
-    count = sum(bool(sequence.response_ids) for sequence in sequences)
+    count = sum(sequence.response_tokens > 0 for sequence in sequences)
     return float(count * max_new_tokens if aggregation == "constant-length" else count)

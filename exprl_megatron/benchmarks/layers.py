@@ -18,7 +18,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.policy.architecture import Architecture
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.packing import plan_micro_batches, shape_of
-from exprl_megatron.policy.step import forward_backward, micro_batches
+from exprl_megatron.policy.step import MicroBatches, forward_backward
 from exprl_megatron.policy.world import World
 
 
@@ -137,7 +137,7 @@ def _model(work: Work, kind: Kind, tp: int, world: World) -> tuple[torch.nn.Modu
     sequences = make_sequences(work.architecture.vocabulary, work.sequences, work.sequence_length, spread=0.0)
     shape = shape_of(config, world.device.type == "cuda")
     plan = plan_micro_batches([len(s) for s in sequences], ranks=1, budget=work.tokens, shape=shape)
-    batches = micro_batches(sequences, plan, shape, world)
+    batches = list(MicroBatches(sequences, plan, shape, world))
 
     def step() -> None:
         forward_backward(chunks, batches, config, work.architecture.vocabulary, 1.0, weighted_loss, work.tokens)

@@ -46,8 +46,8 @@ class PlainStep:
 
     def _loss(self, rows: ListLike[Sequence]) -> torch.Tensor:
         length = max(map(len, rows))
-        tokens = [row.prompt_ids + row.response_ids for row in rows]
-        ids = torch.tensor([row + (0,) * (length - len(row)) for row in tokens])
+        tokens = [row.token_ids.tolist() for row in rows]
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in tokens])
         seen = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in tokens])
         micro = pad(rows, length)
         logits = self.model(input_ids=ids, attention_mask=None if seen.all() else seen, use_cache=False).logits

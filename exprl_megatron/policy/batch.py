@@ -3,29 +3,60 @@
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
+from exprl_megatron.array_fields import ArrayFields
 
-@dataclass(frozen=True)
-class Sequence:
+
+@dataclass(frozen=True, eq=False)
+class Sequence(ArrayFields):
     """A prompt and its response, with one number per response token for everything the loss needs.
 
-    All tuples but `prompt_ids` have the response's length; None stands for "not used by this loss".
+    All arrays but `prompt_ids` have the response's length; None stands for "not used by this loss". Anything like an
+    array may be given for them.
     """
 
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    advantages: tuple[float, ...] | None = None
-    sampler_log_probs: tuple[float, ...] | None = None
-    old_log_probs: tuple[float, ...] | None = None
+    prompt_ids: np.ndarray
+    """[prompt tokens], int32."""
+    response_ids: np.ndarray
+    """[response tokens], int32."""
+    advantages: np.ndarray | None = None
+    """float32, like the log-probs."""
+    sampler_log_probs: np.ndarray | None = None
+    old_log_probs: np.ndarray | None = None
     """None: strictly on-policy, the old log-probs are the current ones, detached."""
-    start_log_probs: tuple[float, ...] | None = None
+    start_log_probs: np.ndarray | None = None
     """Under the frozen starting policy, for the KL term."""
-    fresh: tuple[float, ...] | None = None
-    """1.0 where the weights that learn sampled the token themselves, 0.0 where older ones did; None: they did all."""
+    fresh: np.ndarray | None = None
+    """bool: whether the weights that learn sampled the token themselves, and not older ones; None: they did all."""
+
+    def __post_init__(self) -> None:
+        self._hold(np.int32, "prompt_ids", "response_ids")
+        self._hold(np.float32, "advantages", "sampler_log_probs", "old_log_probs", "start_log_probs")
+        self._hold(np.bool_, "fresh")
+        for name in PER_TOKEN:
+            value = getattr(self, name)
+            if value is not None and len(value) != self.response_tokens:
+                raise ValueError(f"{name} has {len(value)} values for a response of {self.response_tokens} tokens")
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[tokens], int32: prompt and response."""
+        return np.concatenate([self.prompt_ids, self.response_ids])
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many there are."""
+        return len(self.prompt_ids)
+
+    @property
+    def response_tokens(self) -> int:
+        """How many there are."""
+        return len(self.response_ids)
 
 
 @dataclass(frozen=True)
@@ -56,17 +87,20 @@ PER_TOKEN = ("advantages", "sampler_log_probs", "old_log_probs", "start_log_prob
 def pad(sequences: ListLike[Sequence], length: int, pad_id: int = 0) -> MicroBatch:
     """`sequences` (at most `length` tokens each) as one micro-batch of that padded length."""
     shape = (len(sequences), length)
-    targets = torch.full(shape, pad_id, dtype=torch.long)
-    mask = torch.zeros(shape)
-    optional = {name: torch.zeros(shape) for name in PER_TOKEN if _given(sequences, name)}
+    targets = np.full(shape, pad_id, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.float32)
+    optional = {name: np.zeros(shape, dtype=np.float32) for name in PER_TOKEN if _given(sequences, name)}
     for row, sequence in enumerate(sequences):
-        tokens = torch.tensor(sequence.prompt_ids + sequence.response_ids)
-        first, last = len(sequence.prompt_ids) - 1, len(tokens) - 1
-        targets[row, :last] = tokens[1:]
+        first, last = sequence.prompt_tokens - 1, len(sequence) - 1
+        targets[row, :first] = sequence.prompt_ids[1:]
+        targets[row, first:last] = sequence.response_ids
         mask[row, first:last] = 1.0
-        for name, tensor in optional.items():
-            tensor[row, first:last] = torch.tensor(getattr(sequence, name))
-    return MicroBatch(targets, mask, **{name: optional.get(name) for name in PER_TOKEN})
+        for name, values in optional.items():
+            values[row, first:last] = getattr(sequence, name)
+    tensors = {name: torch.from_numpy(values) for name, values in optional.items()}
+    return MicroBatch(
+        torch.from_numpy(targets), torch.from_numpy(mask), **{name: tensors.get(name) for name in PER_TOKEN}
+    )
 
 
 def filler(sequences: ListLike[Sequence]) -> Sequence:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from exprl_megatron.policy.batch import Sequence
@@ -40,17 +41,21 @@ class ModelInput:
 def model_input(sequences: ListLike[Sequence], length: int, shape: Shape, cp_rank: int = 0) -> ModelInput:
     """The input for `sequences` as `shape` lays them out; `length` is the micro-batch's, at least the longest's."""
     lengths = shape.with_padding([len(sequence) for sequence in sequences])
-    ids = [torch.zeros(size, dtype=torch.long) for size in lengths]
-    slots = [torch.full((size,), -1) for size in lengths]
-    for row, sequence in enumerate(sequences):
-        ids[row][: len(sequence)] = torch.tensor(sequence.prompt_ids + sequence.response_ids)
-        first, last = len(sequence.prompt_ids) - 1, len(sequence) - 1
-        slots[row][first:last] = torch.arange(first, last) + row * length
-    positions = [torch.arange(size) for size in lengths]
-    join = (lambda parts: torch.cat(parts)[None]) if shape.packed else torch.stack
+    begins = np.cumsum([0, *lengths])
+    ids = np.zeros(begins[-1], dtype=np.int64)
+    slots = np.full(begins[-1], -1, dtype=np.int64)
+    for row, (sequence, begin) in enumerate(zip(sequences, begins[:-1], strict=True)):
+        ids[begin : begin + sequence.prompt_tokens] = sequence.prompt_ids
+        ids[begin + sequence.prompt_tokens : begin + len(sequence)] = sequence.response_ids
+        first, last = sequence.prompt_tokens - 1, len(sequence) - 1
+        slots[begin + first : begin + last] = np.arange(row * length + first, row * length + last)
+    positions = np.arange(begins[-1]) - np.repeat(begins[:-1], lengths)
+    rows = 1 if shape.packed else len(sequences)
     own = own_columns(lengths if shape.packed else lengths[:1], shape.cp, cp_rank)
-    ids, positions, slots = (join(parts)[:, own].contiguous() for parts in (ids, positions, slots))
-    flat = slots.T.flatten()
+    input_ids, position_ids, own_slots = (
+        torch.from_numpy(values).view(rows, -1)[:, own].contiguous() for values in (ids, positions, slots)
+    )
+    flat = own_slots.T.flatten()
     places = (flat >= 0).nonzero()[:, 0]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if shape.packed else None
-    return ModelInput(ids, positions, places, flat[places], cu_seqlens, max(lengths))
+    cu_seqlens = torch.from_numpy(begins).int() if shape.packed else None
+    return ModelInput(input_ids, position_ids, places, flat[places], cu_seqlens, max(lengths))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -96,8 +97,8 @@ class Policy:
         self.stage = StageState(optimizer, build_optimizer(optimizer, self._wrapped), total_steps, 0, start)
         self._zero_grad()
 
-    def log_probs(self, sequences: ListLike[Sequence], temperature: float, start: bool = False) -> list[list[float]]:
-        """The log-prob of every response token of all `sequences`, on every rank, logits divided by `temperature`.
+    def log_probs(self, sequences: ListLike[Sequence], temperature: float, start: bool = False) -> list[np.ndarray]:
+        """The log-probs [response tokens], float32, of all `sequences`, on every rank, logits divided by `temperature`.
 
         `start` takes the stage's starting weights instead of the current ones.
         """
@@ -131,7 +132,7 @@ class Policy:
         self._check(sequences)
         _, work = self._plan(sequences)
         if self.architecture.experts and self.config.moe_aux_loss:
-            weigh_balance_by_tokens(self.chunks, [tokens.input_ids for tokens, _ in work])
+            weigh_balance_by_tokens(self.chunks, work.computed_tokens)
         with overlap.reductions_wait(self._wrapped) if more_follow else nullcontext():
             collected = step.forward_backward(
                 self._model(), work, self.config, self.architecture.vocabulary, temperature, loss_fn, denominator
@@ -186,11 +187,11 @@ class Policy:
             chunk.zero_grad_buffer()
         self._stage().optimizer.zero_grad()
 
-    def _plan(self, sequences: ListLike[Sequence]) -> tuple[Plan, list[step.Work]]:
+    def _plan(self, sequences: ListLike[Sequence]) -> tuple[Plan, step.MicroBatches]:
         """Where each sequence goes, and this rank's micro-batches."""
         shape = shape_of(self.config, self.world.device.type == "cuda")
         plan = self._spread(sequences, shape)
-        return plan, step.micro_batches(sequences, plan, shape, self.world)
+        return plan, step.MicroBatches(sequences, plan, shape, self.world)
 
     def _spread(self, sequences: ListLike[Sequence], shape: Shape) -> Plan:
         layout = self.config.layout
@@ -219,7 +220,7 @@ class Policy:
             raise UserError(
                 f"A sequence has {longest} tokens, more than policy.max_tokens ({self.config.max_tokens}); raise it."
             )
-        if not all(sequence.prompt_ids for sequence in sequences):
+        if not all(sequence.prompt_tokens for sequence in sequences):
             raise ValueError("a sequence has no prompt: its first response token would have no log-prob")
 
     def _wrap(self, optimizer: OptimizerConfig) -> None:

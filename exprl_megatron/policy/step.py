@@ -1,9 +1,10 @@
 """Forward and backward over micro-batches, through whatever pipeline the layout has."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -27,19 +28,41 @@ A metric whose name ends in `/max` is a maximum, not a sum.
 """
 
 
-def micro_batches(sequences: ListLike[Sequence], plan: Plan, shape: Shape, world: World) -> list[Work]:
-    """This rank's part of the plan as tensors."""
-    work = []
-    for indices in plan[world.dp_rank]:
-        rows = [sequences[index] for index in indices] or [filler(sequences)]
-        length = max(map(len, rows))
-        model = model_input(rows, length, shape, world.cp_rank)
-        work.append((model.to(world.device), pad(rows, length).to(world.device)))
-    return work
+class MicroBatches:
+    """This rank's part of a plan as tensors, each micro-batch made when it is its turn: a step never holds them all."""
+
+    def __init__(self, sequences: ListLike[Sequence], plan: Plan, shape: Shape, world: World):
+        self._sequences = sequences
+        self._micros = plan[world.dp_rank]
+        self._shape = shape
+        self._world = world
+
+    def __len__(self) -> int:
+        return len(self._micros)
+
+    def __iter__(self) -> Iterator[Work]:
+        for rows in self._rows():
+            length = max(map(len, rows))
+            model = model_input(rows, length, self._shape, self._world.cp_rank)
+            yield model.to(self._world.device), pad(rows, length).to(self._world.device)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that this rank's model reads in all, padding included."""
+        sizes = (sum(self._shape.with_padding([len(sequence) for sequence in rows])) for rows in self._rows())
+        return sum(sizes) // self._shape.cp
+
+    def _rows(self) -> Iterator[list[Sequence]]:
+        for indices in self._micros:
+            yield [self._sequences[index] for index in indices] or [filler(self._sequences)]
 
 
 def forward_log_probs(
-    model: list[torch.nn.Module], work: list[Work], config: PolicyConfig, vocabulary: int, temperature: float
+    model: list[torch.nn.Module],
+    work: MicroBatches | list[Work],
+    config: PolicyConfig,
+    vocabulary: int,
+    temperature: float,
 ) -> list[torch.Tensor]:
     """Log-probs [b, l] of each micro-batch on the last pipeline stage, an empty list on the others."""
 
@@ -52,7 +75,7 @@ def forward_log_probs(
 
 def forward_backward(
     model: list[torch.nn.Module],
-    work: list[Work],
+    work: MicroBatches | list[Work],
     config: PolicyConfig,
     vocabulary: int,
     temperature: float,
@@ -72,7 +95,15 @@ def forward_backward(
     return _run(model, work, config, vocabulary, temperature, loss_of, forward_only=False)
 
 
-def _run(model, work: list[Work], config: PolicyConfig, vocabulary: int, temperature: float, on_output, forward_only):
+def _run(
+    model,
+    work: MicroBatches | list[Work],
+    config: PolicyConfig,
+    vocabulary: int,
+    temperature: float,
+    on_output,
+    forward_only,
+):
     def output_processor(*, hidden_states, output_layer, output_weight, context: Work, **_):
         tokens, micro = context
         return response_log_probs(
@@ -151,17 +182,15 @@ def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> di
 
 def share_log_probs(
     sequences: ListLike[Sequence], plan: Plan, collected: list[torch.Tensor], world: World
-) -> list[list[float]]:
+) -> list[np.ndarray]:
     """From each data-parallel rank's micro-batches to the response log-probs of all sequences, on every rank."""
-    offsets = [0]
-    for sequence in sequences:
-        offsets.append(offsets[-1] + len(sequence.response_ids))
+    offsets = [0, *accumulate(sequence.response_tokens for sequence in sequences)]
     flat = torch.zeros(offsets[-1], dtype=torch.float32, device=world.device)
     if world.last_stage and world.tp_rank == world.cp_rank == 0:
         for indices, log_probs in zip(plan[world.dp_rank], collected, strict=True):
             for row, index in enumerate(indices):
-                first, last = len(sequences[index].prompt_ids) - 1, len(sequences[index]) - 1
+                first, last = sequences[index].prompt_tokens - 1, len(sequences[index]) - 1
                 flat[offsets[index] : offsets[index + 1]] = log_probs[row, first:last]
     dist.all_reduce(flat)
-    values = flat.tolist()
+    values = flat.cpu().numpy()
     return [values[start:stop] for start, stop in pairwise(offsets)]

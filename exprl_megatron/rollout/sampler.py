@@ -4,6 +4,9 @@ import hashlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from exprl_megatron.array_fields import ArrayFields
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.trace import Trace
@@ -12,12 +15,16 @@ from exprl_megatron.serving.servers import Servers
 from exprl_megatron.together import first_of, together
 
 
-@dataclass(frozen=True)
-class Prompt:
+@dataclass(frozen=True, eq=False)
+class Prompt(ArrayFields):
     """What the policy gets to read of one problem."""
 
     problem_id: str
-    token_ids: tuple[int, ...]
+    token_ids: np.ndarray
+    """[tokens], int32; anything like an array may be given."""
+
+    def __post_init__(self) -> None:
+        self._hold(np.int32, "token_ids")
 
 
 def sample_seed(run_seed: int, stage: str, step: int, problem_id: str, k: int) -> int:
@@ -91,7 +98,7 @@ def _trace(
     return Trace(
         problem_id=prompt.problem_id,
         sample=k,
-        prompt_ids=tuple(prompt.token_ids),
+        prompt_ids=prompt.token_ids,
         token_ids=generation.token_ids,
         log_probs=generation.log_probs,
         text=generation.text,

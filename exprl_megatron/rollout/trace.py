@@ -2,21 +2,29 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
 
-@dataclass(frozen=True)
-class Trace:
+from exprl_megatron.array_fields import ArrayFields
+
+
+@dataclass(frozen=True, eq=False)
+class Trace(ArrayFields):
     """One sampled response to one problem.
 
     `token_ids` holds the response alone (with the end-of-sequence token where one was sampled),
-    `log_probs` the sampler's log-prob of each of them, at the sampling temperature.
+    `log_probs` the sampler's log-prob of each of them, at the sampling temperature. Anything like an array may be
+    given for the three arrays.
     """
 
     problem_id: str
     sample: int
     """Place in its group, 0-based."""
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
+    prompt_ids: np.ndarray
+    """[prompt tokens], int32."""
+    token_ids: np.ndarray
+    """[tokens], int32."""
+    log_probs: np.ndarray
+    """[tokens], float32."""
     text: str
     """The response decoded, special tokens left out."""
     finish_reason: str
@@ -25,6 +33,10 @@ class Trace:
     """(version, first token, one past the last) for each stretch of tokens."""
     cached_tokens: int = field(default=0, compare=False)
     """Prompt tokens that the server need not read, as an earlier request had them."""
+
+    def __post_init__(self) -> None:
+        self._hold(np.int32, "prompt_ids", "token_ids")
+        self._hold(np.float32, "log_probs")
 
     @property
     def overlong(self) -> bool:

@@ -1,41 +1,14 @@
 """Typed async client for the part of SGLang's HTTP API that training uses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from exprl_megatron.errors import RequestRefused
+from exprl_megatron.serving.generation import Generation, Scores, read_generation, read_scores
 from exprl_megatron.serving.http import HttpServer
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One sampled continuation, as /generate returned it."""
-
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    """Natural log, of each output token, at the sampling temperature, before top-p and top-k."""
-    text: str
-    finish_reason: str
-    """`stop`, `length` or `abort`."""
-    weight_versions: tuple[tuple[str, int, int], ...]
-    """(version, first output token, one past the last) for each stretch of output tokens."""
-    prompt_tokens: int
-    cached_tokens: int
-    """Prompt tokens that the radix cache already held."""
-    watched_log_probs: tuple[tuple[float, ...], ...] = ()
-    """At the place of each output token the log-probs of `watched_ids`, in that order; empty where none were asked."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What /generate said of tokens that it was given."""
-
-    log_probs: tuple[float, ...]
-    """Natural log, at temperature 1."""
-    weight_version: str
-
 
 SCORED_BELOW_ROOM = 7
 """A scored sequence must have at least so many tokens fewer than the server has positions, and than its KV cache has
@@ -53,7 +26,7 @@ class SGLangClient(HttpServer):
 
     async def generate(
         self,
-        input_ids: Sequence[int],
+        input_ids: Sequence[int] | np.ndarray,
         *,
         temperature: float,
         max_new_tokens: int,
@@ -84,31 +57,33 @@ class SGLangClient(HttpServer):
             params["regex"] = regex
         if json_schema is not None:
             params["json_schema"] = json_schema
-        request: dict[str, Any] = {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True}
+        request: dict[str, Any] = {"input_ids": _listed(input_ids), "sampling_params": params, "return_logprob": True}
         if watched_ids:
             request["token_ids_logprob"] = list(watched_ids)
-        reply = await self._post("/generate", request, deadline_s)
-        return self._read("/generate", _generation, reply)
+        reply = await self._exchange("POST", "/generate", request, deadline_s)
+        return self._read("/generate", read_generation, reply)
 
-    async def read(self, input_ids: Sequence[int], *, deadline_s: float | None = None) -> None:
+    async def read(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:
         """Return when the radix cache holds `input_ids`, for the requests that begin with them."""
-        request = {"input_ids": list(input_ids), "sampling_params": {"max_new_tokens": 0}}
+        request = {"input_ids": _listed(input_ids), "sampling_params": {"max_new_tokens": 0}}
         await self._post("/generate", request, deadline_s)
 
-    async def score(self, input_ids: Sequence[int], first: int, *, deadline_s: float | None = None) -> Scores:
+    async def score(
+        self, input_ids: Sequence[int] | np.ndarray, first: int, *, deadline_s: float | None = None
+    ) -> Scores:
         """The log-prob of each token from the `first`-th (counted from 0, at least 1) on, given those before it.
 
         At temperature 1: SGLang's log-probs of a prompt are of raw logits, whatever the request's temperature.
         Nothing is sampled. See SCORED_BELOW_ROOM for the longest sequence.
         """
         request = {
-            "input_ids": list(input_ids),
+            "input_ids": _listed(input_ids),
             "sampling_params": {"max_new_tokens": 0},
             "return_logprob": True,
             "logprob_start_len": first - 1,
         }
-        reply = await self._post("/generate", request, deadline_s)
-        return self._read("/generate", lambda answer: _scores(answer, list(input_ids[first:])), reply)
+        reply = await self._exchange("POST", "/generate", request, deadline_s)
+        return self._read("/generate", lambda answer: read_scores(answer, input_ids[first:]), reply)
 
     async def init_weights_group(
         self,
@@ -280,32 +255,5 @@ class SGLangClient(HttpServer):
         return reply
 
 
-def _scores(reply: dict, tokens: list[int]) -> Scores:
-    # The first entry is the token before, whose log-prob was not asked for.
-    entries = reply["meta_info"]["input_token_logprobs"][1:]
-    if [entry[1] for entry in entries] != tokens:
-        raise ValueError(f"log-probs of {len(entries)} tokens that are not the {len(tokens)} asked for")
-    return Scores(tuple(float(entry[0]) for entry in entries), reply["meta_info"]["weight_version"])
-
-
-def _generation(reply: dict) -> Generation:
-    meta = reply["meta_info"]
-    if meta["finish_reason"]["type"] == "abort":
-        # A request that was still waiting has none of these.
-        meta = {"output_token_logprobs": [], "weight_versions": [], "prompt_tokens": 0, "cached_tokens": 0, **meta}
-    token_ids = tuple(reply["output_ids"])
-    log_probs = tuple(float(entry[0]) for entry in meta["output_token_logprobs"])
-    if len(log_probs) != len(token_ids):
-        raise ValueError(f"{len(token_ids)} tokens but {len(log_probs)} log-probs")
-    watched = meta.get("output_token_ids_logprobs") or ()
-    spans = tuple((span["version"], span["start"], span["end"]) for span in meta["weight_versions"])
-    return Generation(
-        token_ids=token_ids,
-        log_probs=log_probs,
-        text=reply["text"],
-        finish_reason=meta["finish_reason"]["type"],
-        weight_versions=spans,
-        prompt_tokens=meta["prompt_tokens"],
-        cached_tokens=meta["cached_tokens"],
-        watched_log_probs=tuple(tuple(float(entry[0]) for entry in entries) for entries in watched),
-    )
+def _listed(token_ids: Sequence[int] | np.ndarray) -> list[int]:
+    return token_ids.tolist() if isinstance(token_ids, np.ndarray) else list(token_ids)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+import msgspec
 
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.serving.log_tail import log_tail
@@ -56,32 +57,38 @@ class HttpServer:
 
     async def _request(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> Any:
         """The decoded JSON (or text) of the answer; every failure becomes a ServerError."""
+        reply = await self._exchange(method, path, body, deadline_s)
+        try:
+            return msgspec.json.decode(reply)
+        except msgspec.DecodeError:
+            return reply.decode(errors="replace")
+
+    async def _exchange(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> bytes:
+        """The body of the answer; every failure becomes a ServerError."""
         if self._session is None:
             raise RuntimeError(f"the client of {self.name} is not open; use `async with client:`")
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
         timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                text = await response.text()
+                reply = await response.read()
                 status = response.status
         except TimeoutError as error:
             raise self._error(path, f"no answer within {deadline_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise self._error(path, f"died or is not reachable ({type(error).__name__}: {error})") from error
         if status not in (200, 202):
-            said = _message(text)
+            said = _message(reply.decode(errors="replace"))
             error = self._error(path, f"refused with HTTP {status}: {said}")
             raise RequestRefused(str(error), said) if status in _REFUSALS else error
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+        return reply
 
     def _read(self, path: str, parse: Any, reply: Any) -> Any:
         try:
             return parse(reply)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise self._error(path, f"answered in an unknown form ({error!r}): {str(reply)[:300]}") from error
+            said = reply.decode(errors="replace") if isinstance(reply, bytes) else str(reply)
+            raise self._error(path, f"answered in an unknown form ({error!r}): {said[:300]}") from error
 
     def _error(self, path: str, what: str) -> ServerError:
         return ServerError(f"{self.name} ({self.url}), asked {path}: {what.rstrip('.')}.{log_tail(self.log_file)}")

@@ -70,10 +70,10 @@ def with_log_probs(
     temperature = stage.sampling.temperature
     if stage.needs_start and sequences:
         start = run.start_log_probs(as_start_reads, temperature)
-        sequences = [replace(s, start_log_probs=tuple(lp)) for s, lp in zip(sequences, start, strict=True)]
+        sequences = [replace(s, start_log_probs=lp) for s, lp in zip(sequences, start, strict=True)]
     if stage.updates_per_step > 1 and sequences:
         old = run.policy.log_probs(sequences, temperature)
-        sequences = [replace(s, old_log_probs=tuple(lp)) for s, lp in zip(sequences, old, strict=True)]
+        sequences = [replace(s, old_log_probs=lp) for s, lp in zip(sequences, old, strict=True)]
     return sequences
 
 
@@ -85,7 +85,7 @@ def update(run: Run, stage: RlStage, sequences: list[Sequence]) -> dict[str, flo
         aggregation, objective = stage.loss.aggregation, policy_objective(stage.loss)
     whole = denominator(aggregation, sequences, stage.sampling.max_new_tokens)
     sums = run.policy.accumulate(sequences, objective, stage.sampling.temperature, denominator=whole)
-    metrics = update_statistics(sums, sum(len(s.response_ids) for s in sequences), whole)
+    metrics = update_statistics(sums, sum(s.response_tokens for s in sequences), whole)
     run.check_update(stage, metrics)
     return metrics | run.apply_update()
 
@@ -93,7 +93,7 @@ def update(run: Run, stage: RlStage, sequences: list[Sequence]) -> dict[str, flo
 def sft_step(run: Run, stage: SftStage, step: int) -> dict[str, float]:
     """One optimizer step of maximum likelihood on the next rows of the stage's examples."""
     sequences = run.sft_batch(stage, step)
-    tokens = sum(len(s.response_ids) for s in sequences)
+    tokens = sum(s.response_tokens for s in sequences)
     with run.clock("train"):
         sums = run.policy.accumulate(sequences, supervised_objective(), 1.0, denominator=tokens)
         return update_statistics(sums, tokens) | run.apply_update()

@@ -188,7 +188,7 @@ class Rollouts:
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
         prompts = [Prompt(prompted.problems[i].id, prompted.prompts[i]) for i in indices]
         for prompt in prompts:
-            guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids))
+            guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
         graded: dict[Trace, GradedTrace] = {}
         later = judged and self._lent is not None
         with self._console.rollouts(*purpose, len(prompts) * group_size) as bar:

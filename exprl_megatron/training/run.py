@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from transformers import AutoTokenizer
 
 from exprl_megatron.config.run import RunConfig
@@ -142,7 +143,7 @@ class Run:
         """What the stage's frozen teacher reads of each problem: its text and its reference."""
         return self._teacher_prompts
 
-    def start_log_probs(self, sequences: list[Sequence], temperature: float) -> list[list[float]]:
+    def start_log_probs(self, sequences: list[Sequence], temperature: float) -> list[np.ndarray]:
         """Of every response token under the stage's starting weights."""
         if self._start_scorer is not None:
             return self._start_scorer.log_probs(sequences)

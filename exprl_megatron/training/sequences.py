@@ -3,6 +3,7 @@
 from collections import defaultdict
 from itertools import chain, pairwise
 
+import numpy as np
 import torch
 
 from exprl_megatron.algorithms.advantages import estimator, group_normalised
@@ -16,8 +17,8 @@ from exprl_megatron.rollout.group import GradedTrace, Group
 GradedStage = ExprlOutcomeStage | ExprlProcessStage | SparseRlStage
 """Stages that learn from grades; self-distillation has a teacher instead."""
 
-TokenAdvantages = tuple[float, ...] | None
-"""An advantage for each token of a trace; None: the trace is out of the loss."""
+TokenAdvantages = np.ndarray | None
+"""[tokens], float32: an advantage for each token of a trace; None: the trace is out of the loss."""
 
 
 def update_sequences(stage: GradedStage, groups: list[Group], version: str | None = None) -> list[list[Sequence]]:
@@ -32,7 +33,7 @@ def update_sequences(stage: GradedStage, groups: list[Group], version: str | Non
     ]
     bounds = [i * len(groups) // stage.updates_per_step for i in range(stage.updates_per_step + 1)]
     parts = [chain.from_iterable(of_groups[first:last]) for first, last in pairwise(bounds)]
-    return [[sequence for sequence in part if sequence.response_ids] for part in parts]
+    return [[sequence for sequence in part if sequence.response_tokens] for part in parts]
 
 
 def token_advantages(stage: GradedStage, groups: list[Group]) -> list[list[TokenAdvantages]]:
@@ -74,7 +75,7 @@ def _routed_outcome(stage: ExprlProcessStage, groups: list[Group]) -> list[list[
         return _spread(groups, group_normalised(scores, valid), valid)
     return [
         [
-            (0.0,) * (len(member.trace.token_ids) - 1) + (score,) if counts else None
+            _on_last_token(score, len(member.trace.token_ids)) if counts else None
             for member, score, counts in zip(group.members, of_group, of_valid, strict=True)
         ]
         for group, of_group, of_valid in zip(groups, scores.tolist(), valid.tolist(), strict=True)
@@ -86,9 +87,7 @@ def _segment_advantages(stage: ExprlProcessStage, name: str, groups: list[Group]
     credits = process_credits(traces, name, stage.variant, stage.overlong, stage.sampling.max_new_tokens)
     return [
         [
-            tuple(a for a, n in zip(credit.advantages, trace.lengths, strict=True) for _ in range(n))
-            if credit.in_loss
-            else None
+            np.repeat(np.float32(credit.advantages), trace.lengths) if credit.in_loss else None
             for credit, trace in zip(of_group, group, strict=True)
         ]
         for of_group, group in zip(credits, traces, strict=True)
@@ -119,16 +118,23 @@ def _spread(groups: list[Group], advantages: torch.Tensor, in_loss: torch.Tensor
     """Advantages [G, K] on every token of their traces."""
     return [
         [
-            (advantage,) * len(member.trace.token_ids) if counts else None
+            np.broadcast_to(np.float32(advantage), len(member.trace.token_ids)) if counts else None
             for member, advantage, counts in zip(group.members, of_group, of_loss, strict=True)
         ]
         for group, of_group, of_loss in zip(groups, advantages.tolist(), in_loss.tolist(), strict=True)
     ]
 
 
-def _sequence(member: GradedTrace, advantages: tuple[float, ...], version: str | None) -> Sequence:
+def _on_last_token(score: float, tokens: int) -> np.ndarray:
+    advantages = np.zeros(tokens, dtype=np.float32)
+    advantages[-1:] = score
+    return advantages
+
+
+def _sequence(member: GradedTrace, advantages: np.ndarray, version: str | None) -> Sequence:
     trace = member.trace
     fresh = None
     if version is not None:
-        fresh = tuple(float(v == version) for v, start, end in trace.weight_versions for _ in range(start, end))
+        spans = [(v == version, end - start) for v, start, end in trace.weight_versions]
+        fresh = np.repeat([is_current for is_current, _ in spans], [tokens for _, tokens in spans])
     return Sequence(trace.prompt_ids, trace.token_ids, advantages, sampler_log_probs=trace.log_probs, fresh=fresh)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence as ListLike
 
+import numpy as np
+
 from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.serving.client import SGLangClient
@@ -33,7 +35,7 @@ class StartScorer:
         self._version = f"start-{stage}"
         self._sync.bring(self._version)
 
-    def log_probs(self, sequences: ListLike[Sequence]) -> list[list[float]]:
+    def log_probs(self, sequences: ListLike[Sequence]) -> list[np.ndarray]:
         """Of every response token at temperature 1, as Policy.log_probs(start=True); the same on every rank.
 
         All requests are under way at once, as in sampling: the server's own scheduler takes as many as it has room
@@ -51,11 +53,11 @@ class StartScorer:
         await self._client.__aenter__()
         await wait_ready(self._client, self._start_deadline_s)
 
-    async def _score(self, sequence: Sequence) -> list[float]:
-        scores = await self._client.score(sequence.prompt_ids + sequence.response_ids, len(sequence.prompt_ids))
+    async def _score(self, sequence: Sequence) -> np.ndarray:
+        scores = await self._client.score(sequence.token_ids, sequence.prompt_tokens)
         if scores.weight_version != self._version:
             raise ServerError(
                 f"{self._client.name} ({self._client.url}) scored under weight version {scores.weight_version}, "
                 f"not {self._version}."
             )
-        return list(scores.log_probs)
+        return scores.log_probs

@@ -58,7 +58,7 @@ def student_and_teacher(
     """
     students, teachers = [], []
     for group in groups:
-        for trace in (member.trace for member in group.members if member.trace.token_ids):
+        for trace in (member.trace for member in group.members if len(member.trace.token_ids)):
             students.append(Sequence(trace.prompt_ids, trace.token_ids, sampler_log_probs=trace.log_probs))
             teachers.append(Sequence(prompts[group.problem_id], trace.token_ids))
     return students, teachers

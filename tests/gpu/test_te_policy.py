@@ -39,7 +39,7 @@ def test_a_step_on_transformer_engines_layers_agrees_with_transformers(
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).cuda()
     expected = []
     for sequence in BATCH:
-        tokens = torch.tensor([sequence.prompt_ids + sequence.response_ids], device="cuda")
+        tokens = torch.tensor([sequence.token_ids.tolist()], device="cuda")
         with torch.no_grad():
             logs = reference(tokens).logits[0, len(sequence.prompt_ids) - 1 : -1].float().log_softmax(-1)
         expected.append(logs.gather(1, tokens[0, len(sequence.prompt_ids) :, None])[:, 0].tolist())

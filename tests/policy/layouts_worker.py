@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 from ranks import Ranks
-from witness import loss_function, sequences, tokens
+from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
@@ -50,7 +50,7 @@ def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=No
     """
     learner = policy(model, layout, **settings)
     batch = sequences(learner.architecture.vocabulary)
-    result = {"log_probs": learner.log_probs(batch, 0.7)}
+    result = {"log_probs": listed(learner.log_probs(batch, 0.7))}
     if export is not None:
         learner.save_huggingface(export)
     learner.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5, **optimizer), total_steps=2)
@@ -66,7 +66,7 @@ def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=No
         learner.save_huggingface(updated)
     result["second"] = learner.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
     result["second_grad_norm"] = learner.apply_update().grad_norm
-    result["learned"] = learner.log_probs(batch, 0.7)
+    result["learned"] = listed(learner.log_probs(batch, 0.7))
     return result
 
 
@@ -113,7 +113,7 @@ def main() -> None:
 
         def fresh(_, layout=layout):
             learner = policy(models["qwen2"], layout, initialise="random")
-            return learner.log_probs(sequences(learner.architecture.vocabulary), 1.0)
+            return listed(learner.log_probs(sequences(learner.architecture.vocabulary), 1.0))
 
         ranks.within(layout, fresh, f"random {name}")
     ranks.within(Layout(tp=2), gradients_of_log_probs, "gradients of log-probs")

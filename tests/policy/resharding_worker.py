@@ -3,7 +3,7 @@
 import hashlib
 
 from ranks import Ranks
-from witness import loss_function, sequences, tokens
+from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.policy.checkpoint import intact_checkpoint, load_checkpoint, save_checkpoint
@@ -61,8 +61,8 @@ def state(policy: Policy) -> dict:
         for name, tensor in bucket:
             digest.update(name.encode() + tensor.numpy().tobytes())
     return {
-        "log_probs": policy.log_probs(batch, 1.0),
-        "start": policy.log_probs(batch, 1.0, start=True),
+        "log_probs": listed(policy.log_probs(batch, 1.0)),
+        "start": listed(policy.log_probs(batch, 1.0, start=True)),
         "digest": digest.hexdigest(),
     }
 

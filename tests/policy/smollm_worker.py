@@ -16,7 +16,7 @@ def main() -> None:
 
         def work(_, layout=layout):
             config = PolicyConfig(model=ranks.arguments["model"], layout=layout, log_prob_chunk=32)
-            return Policy(config, seed=0).log_probs(batch, 1.0)
+            return [row.tolist() for row in Policy(config, seed=0).log_probs(batch, 1.0)]
 
         ranks.within(layout, work, name)
     ranks.finish()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulation_worker import KINDS
 from ranks import run_ranks
-from witness import largest_difference, loss_function, sequences, tokens
+from witness import largest_difference, listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
@@ -93,11 +93,11 @@ def learnt(learner: Policy) -> tuple[list[float], list[list[float]]]:
     for _ in range(3):
         learner.accumulate(batch, loss_function, 1.0, tokens(batch))
         norms.append(learner.apply_update().grad_norm)
-    return norms, learner.log_probs(batch, 1.0)
+    return norms, listed(learner.log_probs(batch, 1.0))
 
 
 def log_probs(learner: Policy) -> list[list[float]]:
-    return learner.log_probs(sequences(learner.architecture.vocabulary), 1.0)
+    return listed(learner.log_probs(sequences(learner.architecture.vocabulary), 1.0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -48,7 +48,7 @@ def test_every_response_token_has_one_place_and_one_slot_on_one_rank(packed, cp)
     table = table.view_as(micro.targets)
     assert torch.equal(table > 0, micro.mask > 0)
     for row, sequence in enumerate(batch):
-        before = (sequence.prompt_ids + sequence.response_ids)[len(sequence.prompt_ids) - 1 : -1]
+        before = sequence.token_ids[sequence.prompt_tokens - 1 : -1].tolist()
         assert table[row][micro.mask[row] > 0].tolist() == list(before)
 
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from witness import loss_function, sequences, tokens
+from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import RunStopped, UserError
@@ -107,11 +107,11 @@ def test_a_new_stage_has_a_fresh_optimizer_on_the_current_weights(policy):
 def test_a_stage_may_change_the_kind_of_optimizer(policy):
     policy.begin_stage(ADAM, total_steps=2)
     step(policy)
-    learned = policy.log_probs(BATCH, 1.0)
+    learned = listed(policy.log_probs(BATCH, 1.0))
     policy.begin_stage(OptimizerConfig(lr=1e-2, distributed=False), total_steps=2)
-    assert policy.log_probs(BATCH, 1.0) == learned
+    assert listed(policy.log_probs(BATCH, 1.0)) == learned
     step(policy)
-    assert policy.log_probs(BATCH, 1.0) != learned
+    assert listed(policy.log_probs(BATCH, 1.0)) != learned
 
 
 def test_offloading_the_optimizer_is_refused_where_there_is_no_gpu_to_take_it_from(policy):
@@ -120,12 +120,12 @@ def test_offloading_the_optimizer_is_refused_where_there_is_no_gpu_to_take_it_fr
 
 
 def test_starting_weights_are_kept_while_the_policy_learns(policy):
-    before = policy.log_probs(BATCH, 0.9)
+    before = listed(policy.log_probs(BATCH, 0.9))
     policy.begin_stage(ADAM, total_steps=2, keep_start=True)
     step(policy)
-    after = policy.log_probs(BATCH, 0.9)
-    assert policy.log_probs(BATCH, 0.9, start=True) == before
-    assert policy.log_probs(BATCH, 0.9) == after != before
+    after = listed(policy.log_probs(BATCH, 0.9))
+    assert listed(policy.log_probs(BATCH, 0.9, start=True)) == before
+    assert listed(policy.log_probs(BATCH, 0.9)) == after != before
 
 
 def test_gradients_wait_for_apply_update_and_are_gone_after_it(policy):
@@ -156,8 +156,8 @@ def test_micro_batches_are_planned_once_for_all_passes_of_a_step(policy, monkeyp
     monkeypatch.setattr("exprl_megatron.policy.policy.plan_micro_batches", plan)
     policy.config = policy.config.model_copy(update={"micro_batch_tokens": 77})
     policy.begin_stage(ADAM, total_steps=9, keep_start=True)
-    policy.log_probs(BATCH, 1.0, start=True)
-    policy.log_probs(BATCH, 1.0)
+    listed(policy.log_probs(BATCH, 1.0, start=True))
+    listed(policy.log_probs(BATCH, 1.0))
     step(policy)
     # The padded plan is what the share of padding without packing is computed from.
     assert planned == [True, False]

@@ -49,7 +49,7 @@ def batch(model: Path) -> list[Sequence]:
 
 @pytest.fixture(scope="module")
 def results(model: Path, batch: list[Sequence], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    pairs = [(sequence.prompt_ids, sequence.response_ids) for sequence in batch]
+    pairs = [(sequence.prompt_ids.tolist(), sequence.response_ids.tolist()) for sequence in batch]
     out = tmp_path_factory.mktemp("smollm")
     return run_ranks(Path(__file__).with_name("smollm_worker.py"), 3, out, model=model, batch=pairs)
 
@@ -60,9 +60,9 @@ def expected(model: Path, batch: list[Sequence]) -> list[list[float]]:
     found = []
     for sequence in batch:
         with torch.no_grad():
-            logits = reference(torch.tensor([sequence.prompt_ids + sequence.response_ids])).logits[0]
+            logits = reference(torch.tensor([sequence.token_ids.tolist()])).logits[0]
         table = logits[len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
-        found.append(table.gather(1, torch.tensor(sequence.response_ids)[:, None])[:, 0].tolist())
+        found.append(table.gather(1, torch.tensor(sequence.response_ids.tolist())[:, None])[:, 0].tolist())
     return found
 
 

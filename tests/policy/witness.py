@@ -38,6 +38,11 @@ def tokens(batch: list[Sequence]) -> int:
     return sum(len(sequence.response_ids) for sequence in batch)
 
 
+def listed(log_probs) -> list[list[float]]:
+    """What Policy.log_probs gives, as lists that can be compared."""
+    return [row.tolist() for row in log_probs]
+
+
 def loss_function(log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch):
     """Weighted log-likelihood and a term in the entropy, so that both gradients count."""
     loss = -((micro.advantages * log_probs + 0.1 * entropy) * micro.mask).sum()
@@ -52,10 +57,10 @@ def expectation(directory: Path, batch: list[Sequence], temperature: float) -> d
     )
     log_probs, losses, entropies = [], [], []
     for sequence in batch:
-        ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+        ids = torch.tensor([sequence.token_ids.tolist()])
         logits = model(ids).logits[0].float() / temperature
         table = logits[len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
-        chosen = table.gather(1, torch.tensor(sequence.response_ids)[:, None])[:, 0]
+        chosen = table.gather(1, torch.tensor(sequence.response_ids.tolist())[:, None])[:, 0]
         entropy = -(table.exp() * table).sum(-1)
         log_probs.append(chosen.tolist())
         entropies.append(entropy.sum())
@@ -99,7 +104,7 @@ def gradient_norm_of_balance(directory: Path, vocabulary: int, weight: float) ->
         layer.mlp.gate.register_forward_pre_hook(read_router)
     batch = equal_sequences(vocabulary)
     for sequence in batch:
-        model(torch.tensor([sequence.prompt_ids + sequence.response_ids]))
+        model(torch.tensor([sequence.token_ids.tolist()]))
     (weight * sum(losses) / len(batch)).backward()
     squares = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
     return squares**0.5

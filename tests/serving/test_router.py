@@ -36,7 +36,7 @@ def judge(number: int, url: str) -> RegisteredServer:
 
 
 async def sampled(client):
-    return (await client.generate(PROMPT, temperature=1.0, max_new_tokens=8, seed=5)).token_ids
+    return (await client.generate(PROMPT, temperature=1.0, max_new_tokens=8, seed=5)).token_ids.tolist()
 
 
 def test_answers_come_from_the_registered_servers_that_answer(registry, qwen3_server):

@@ -34,7 +34,7 @@ def reader(model, max_tokens=160, seed=3, run_prompt=None, **stage):
 def read(model, sequences):
     """(prompt, completion) as text."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return [(tokenizer.decode(s.prompt_ids), tokenizer.decode(s.response_ids)) for s in sequences]
+    return [(tokenizer.decode(s.prompt_ids.tolist()), tokenizer.decode(s.response_ids.tolist())) for s in sequences]
 
 
 def chat(user, system=None):

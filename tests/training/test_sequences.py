@@ -24,8 +24,12 @@ def sequences_of(stage_, groups):
     return sequences
 
 
+def advantages_of(stage_, groups) -> list[list[float]]:
+    return [sequence.advantages.tolist() for sequence in sequences_of(stage_, groups)]
+
+
 def first_tokens(stage_, *groups) -> list[float | None]:
-    return [row and row[0] for rows in token_advantages(stage_, list(groups)) for row in rows]
+    return [None if row is None else float(row[0]) for rows in token_advantages(stage_, list(groups)) for row in rows]
 
 
 @pytest.mark.parametrize("variant", ["recommended", "code"])
@@ -55,9 +59,9 @@ def test_sparse_advantages_are_centred_and_not_scaled():
 
 
 def test_an_abstention_is_no_sequence():
-    with_abstention = sequences_of(stage("sparse-rl"), [group(1.0, None, 0.0)])
-    without = sequences_of(stage("sparse-rl"), [group(1.0, 0.0)])
-    assert [s.advantages for s in with_abstention] == [s.advantages for s in without] == [(0.5,) * 3, (-0.5,) * 3]
+    with_abstention = advantages_of(stage("sparse-rl"), [group(1.0, None, 0.0)])
+    without = advantages_of(stage("sparse-rl"), [group(1.0, 0.0)])
+    assert with_abstention == without == [[0.5] * 3, [-0.5] * 3]
 
 
 def test_overlong_traces_of_stages_judged_whole():
@@ -90,29 +94,29 @@ def test_self_distillation_takes_every_trace_and_needs_no_judgement():
     graded_or_not = group(None, 1.0, finish="length")
     sequences, _ = student_and_teacher([graded_or_not], {graded_or_not.problem_id: (1,)})
     assert [s.advantages for s in sequences] == [None, None]
-    assert sequences[0].sampler_log_probs == (-0.5,) * 3
+    assert sequences[0].sampler_log_probs.tolist() == [-0.5] * 3
 
 
 def test_process_advantages_go_to_the_tokens_of_their_segments():
     traces = Group("p", (cut(0, (0.5, 3), (1.0, 3), (0.75, 1)), cut(1, (0.75, 2)), cut(2, (0.5, 1), (None, 2))))
     delta = sequences_of(stage("exprl-process"), [traces])
-    assert [s.advantages for s in delta] == [close([-0.25] * 3 + [0.5] * 3 + [-0.25]), close([0, 0])]
-    code = sequences_of(stage("exprl-process", variant="code"), [traces])
-    assert [s.advantages for s in code] == [close([-0.25] * 3 + [0.5] * 3 + [-0.25]), close([0.75] * 2)]
-    assert [s.response_ids for s in delta] == [member.trace.token_ids for member in traces.members[:2]]
+    assert [s.advantages.tolist() for s in delta] == [close([-0.25] * 3 + [0.5] * 3 + [-0.25]), close([0, 0])]
+    code = advantages_of(stage("exprl-process", variant="code"), [traces])
+    assert code == [close([-0.25] * 3 + [0.5] * 3 + [-0.25]), close([0.75] * 2)]
+    assert [s.response_ids.tolist() for s in delta] == [m.trace.token_ids.tolist() for m in traces.members[:2]]
 
 
 def test_process_settings_reach_the_estimator():
     group_ = Group("p", (cut(0, (0.5, 1), (1.0, 1)), cut(1, (0.25, 2), finish="length")))
-    penalised = sequences_of(stage("exprl-process", overlong="penalise"), [group_])
-    assert penalised[1].advantages == close((-0.625,) * 2)
+    penalised = advantages_of(stage("exprl-process", overlong="penalise"), [group_])
+    assert penalised[1] == close([-0.625] * 2)
     assert len(sequences_of(stage("exprl-process", overlong="exclude"), [group_])) == 1
-    ended = sequences_of(stage("exprl-process", estimator="end", variant="code"), [group_])
-    assert [s.advantages for s in ended] == [close((-0.5, 0)), close((-0.25,) * 2)]
-    padded = sequences_of(
+    ended = advantages_of(stage("exprl-process", estimator="end", variant="code"), [group_])
+    assert ended == [close([-0.5, 0]), close([-0.25] * 2)]
+    padded = advantages_of(
         stage("exprl-process", estimator="group", variant="code", sampling={"max_new_tokens": 10}), [group_]
     )
-    assert padded[0].advantages == close((0.5 - 0.0375, 1 - 0.0375))
+    assert padded[0] == close([0.5 - 0.0375, 1 - 0.0375])
 
 
 @pytest.mark.parametrize(
@@ -127,10 +131,10 @@ def test_domains_of_a_step_are_routed_to_their_own_estimators(variant, code_grou
     math = Group("m", (cut(0, (0.25, 2), (0.75, 1)), cut(1, (0.5, 1), (0.5, 1))))
     code = group(1.0, 0.25, domain="code")
     science = Group("s", (cut(0, (0.5, 1), (1.0, 1)), cut(1, (0.75, 1))), domain="science")
-    found = [sequence.advantages for sequence in sequences_of(mixed, [code, math, science, math])]
-    assert [list(row) for row in found[:2]] == [close(row) for row in code_group]
-    assert list(found[2]) == close(case["code_token_adv"][0])
-    assert found[3:6] == [(0.0, 0.0), (0.5, 1.0), (0.75,)]
+    found = advantages_of(mixed, [code, math, science, math])
+    assert found[:2] == [close(row) for row in code_group]
+    assert found[2] == close(case["code_token_adv"][0])
+    assert found[3:6] == [[0.0, 0.0], [0.5, 1.0], [0.75]]
     assert found[6:] == found[2:4]
 
 
@@ -142,8 +146,9 @@ def test_routed_outcomes_that_are_overlong_or_abstained():
     assert zero == [close(-1.0), close(1.0), close(0.0), None]
     excluded = first_tokens(stage("exprl-process", routes=routes, overlong="exclude"), code)
     assert excluded[0] is None and excluded[1] == close(2**-0.5)
-    released = token_advantages(stage("exprl-process", routes=routes, variant="code"), [code])[0]
-    assert released == [(0, 0, 0), (0, 0, 1.0), (0, 0, 0.5), None]
+    *released, abstained = token_advantages(stage("exprl-process", routes=routes, variant="code"), [code])[0]
+    assert [row.tolist() for row in released] == [[0, 0, 0], [0, 0, 1.0], [0, 0, 0.5]]
+    assert abstained is None
 
 
 def test_a_trace_without_judged_segments_cannot_have_process_rewards():
@@ -155,5 +160,5 @@ def test_tokens_of_older_weights_are_told_from_those_of_the_weights_that_learn()
     members = (graded(0, 1.0), replace(graded(1, 0.0), trace=replace(graded(1, 0.0).trace, weight_versions=SPANS)))
     groups = [Group("p", members)]
     (sequences,) = update_sequences(stage("sparse-rl"), groups, "v2")
-    assert [sequence.fresh for sequence in sequences] == [(0.0, 0.0, 0.0), (0.0, 1.0, 1.0)]
+    assert [sequence.fresh.tolist() for sequence in sequences] == [[False] * 3, [False, True, True]]
     assert [sequence.fresh for sequence in sequences_of(stage("sparse-rl"), groups)] == [None, None]

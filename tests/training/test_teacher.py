@@ -59,7 +59,8 @@ def test_student_and_teacher_are_asked_about_the_same_tokens_graded_or_not():
         Group("b", (GradedTrace(trace("b", 0), Scored(0.0)), GradedTrace(trace("b", 1, 8, 9), Scored(0.0)))),
     ]
     students, teachers = student_and_teacher(groups, {"a": (3, 3, 3), "b": (4,)})
-    assert [s.response_ids for s in students] == [t.response_ids for t in teachers] == [(5, 6), (7,), (8, 9)]
-    assert {s.prompt_ids for s in students} == {(1, 2)}
-    assert [t.prompt_ids for t in teachers] == [(3, 3, 3), (3, 3, 3), (4,)]
-    assert students[0].sampler_log_probs == (-0.5, -0.5)
+    responses = [[sequence.response_ids.tolist() for sequence in part] for part in (students, teachers)]
+    assert responses == [[[5, 6], [7], [8, 9]]] * 2
+    assert [s.prompt_ids.tolist() for s in students] == [[1, 2]] * 3
+    assert [t.prompt_ids.tolist() for t in teachers] == [[3, 3, 3], [3, 3, 3], [4]]
+    assert students[0].sampler_log_probs.tolist() == [-0.5, -0.5]

@@ -1,0 +1,55 @@
+"""Frozen dataclasses that hold numpy arrays: what equality, hash and pickle mean for them."""
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+
+class ArrayFields:
+    """Base of a `@dataclass(frozen=True, eq=False)` with array fields, which its __post_init__ gives to `_hold`.
+
+    Two are equal where all compared fields are, arrays bit for bit. The hash leaves arrays out. What is unpickled has
+    gone through the constructor, so that its arrays are read-only again.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(_same(getattr(self, name), getattr(other, name)) for name in _compared(self))
+
+    def __hash__(self) -> int:
+        values = (getattr(self, name) for name in _compared(self))
+        return hash(tuple(value for value in values if not isinstance(value, np.ndarray)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+    def _hold(self, dtype: type, *names: str) -> None:
+        """Make each named field that is not None a read-only array [n] of `dtype`; one of that type is not copied."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, read_only(value, dtype))
+
+
+def read_only(values: Any, dtype: type) -> np.ndarray:
+    """`values` as an array [n] of `dtype` that cannot be written to; shares the memory of one that has that type.
+
+    Raises ValueError where it has another number of dimensions.
+    """
+    array = np.asarray(values, dtype=dtype).view()
+    if array.ndim != 1:
+        raise ValueError(f"an array of {array.ndim} dimensions where one of one dimension is wanted")
+    array.flags.writeable = False
+    return array
+
+
+def _compared(self: ArrayFields) -> list[str]:
+    return [field.name for field in fields(self) if field.compare]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return type(a) is type(b) and a == b

@@ -1,0 +1,210 @@
+"""What SGLang's /generate answers, from the bytes of the reply to arrays, without a Python object for every token.
+
+A reply of n tokens is some 46 n bytes, most of them the list `output_token_logprobs` of [log-prob, id, null]. That list
+is cut out of the reply by its key, which no JSON string can hold unescaped, and its numbers are parsed where they are;
+the rest is decoded as typed structs. A reply in any other form is refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+_OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
+_OPEN, _COMMA, _QUOTE = ord("["), ord(","), b'"'
+_WHITESPACE = b" \t\r\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One sampled continuation, as /generate returned it."""
+
+    token_ids: np.ndarray
+    """[tokens], int32."""
+    log_probs: np.ndarray
+    """[tokens], float32: natural log, at the sampling temperature, before top-p and top-k."""
+    text: str
+    finish_reason: str
+    """`stop`, `length` or `abort`."""
+    weight_versions: tuple[tuple[str, int, int], ...]
+    """(version, first output token, one past the last) for each stretch of output tokens."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that the radix cache already held."""
+    watched_log_probs: tuple[tuple[float, ...], ...] = ()
+    """At the place of each output token the log-probs of `watched_ids`, in that order; empty where none were asked."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What /generate said of tokens that it was given."""
+
+    log_probs: np.ndarray
+    """[tokens], float32: natural log, at temperature 1."""
+    weight_version: str
+
+
+class _Finish(msgspec.Struct):
+    type: str
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Meta(msgspec.Struct):
+    finish_reason: _Finish
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    weight_version: str | None = None
+    weight_versions: list[_Span] | None = None
+    output_token_ids_logprobs: list[list[tuple[float, int, str | None]]] | None = None
+
+
+class _Reply(msgspec.Struct):
+    text: str
+    meta_info: _Meta
+    output_ids: msgspec.Raw
+
+
+class _ScoresReply(msgspec.Struct):
+    meta_info: _Meta
+
+
+_REPLY = msgspec.json.Decoder(_Reply)
+_SCORES_REPLY = msgspec.json.Decoder(_ScoresReply)
+
+
+def read_generation(body: bytes) -> Generation:
+    """The continuation that a reply of /generate holds.
+
+    Raises ValueError that names the field where it is not of SGLang's form, a log-prob is missing or not finite, an id
+    is not one, or the numbers of ids and log-probs differ.
+    """
+    rest, block = _cut(body, _OUTPUT)
+    reply = _REPLY.decode(rest)
+    meta = reply.meta_info
+    token_ids = _numbers(bytes(reply.output_ids), "output_ids")
+    # An aborted request that was still waiting has no log-probs.
+    log_probs = _entries(block, "output_token_logprobs").log_probs()
+    if len(log_probs) != len(token_ids):
+        raise ValueError(f"{len(token_ids)} output_ids but {len(log_probs)} output_token_logprobs")
+    if block is None and meta.finish_reason.type != "abort":
+        raise ValueError("output_token_logprobs is missing")
+    if meta.weight_versions is None and meta.finish_reason.type != "abort":
+        raise ValueError("weight_versions is missing")
+    watched = meta.output_token_ids_logprobs or ()
+    return Generation(
+        token_ids=token_ids,
+        log_probs=log_probs,
+        text=reply.text,
+        finish_reason=meta.finish_reason.type,
+        weight_versions=tuple((span.version, span.start, span.end) for span in meta.weight_versions or ()),
+        prompt_tokens=meta.prompt_tokens,
+        cached_tokens=meta.cached_tokens,
+        watched_log_probs=tuple(tuple(log_prob for log_prob, _, _ in entries) for entries in watched),
+    )
+
+
+def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
+    """The scores of `token_ids` in a reply of /generate, whose first entry is that of the token before them.
+
+    Raises ValueError as read_generation, and where the reply is of other tokens.
+    """
+    rest, block = _cut(body, _INPUT)
+    meta = _SCORES_REPLY.decode(rest).meta_info
+    if block is None or meta.weight_version is None:
+        raise ValueError(f"{'input_token_logprobs' if block is None else 'weight_version'} is missing")
+    # The log-prob of the first entry was not asked for and is null.
+    entries = _entries(block.replace(b"[[null,", b"[[0,", 1), "input_token_logprobs")
+    ids = entries.token_ids()[1:]
+    if not np.array_equal(ids, token_ids):
+        raise ValueError(f"input_token_logprobs of {len(ids)} tokens that are not the {len(token_ids)} asked for")
+    return Scores(entries.log_probs()[1:], meta.weight_version)
+
+
+def _cut(body: bytes, key: bytes) -> tuple[bytes, bytes | None]:
+    """`body` with an empty list for the value of `key`, and that value without white space; None: there is none."""
+    place = body.find(key)
+    if place < 0:
+        return body, None
+    start = place + len(key)
+    # No string is among the numbers: the list ends with the last bracket before the next one.
+    quote = body.find(_QUOTE, start)
+    end = body.rfind(b"]", start, len(body) if quote < 0 else quote) + 1
+    if not end:
+        return body, None
+    return body[:start] + b"[]" + body[end:], _dense(body[start:end])
+
+
+def _dense(block: bytes) -> bytes:
+    """`block` without white space, of which SGLang itself writes none."""
+    return block.translate(None, _WHITESPACE) if any(space in block for space in _WHITESPACE) else block
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """A list `[[log-prob,id,null],...]` of `count` entries, and where the commas in it are."""
+
+    block: bytes
+    commas: np.ndarray
+    field: str
+
+    def log_probs(self) -> np.ndarray:
+        """[count], float32; raises ValueError where one is not finite."""
+        if not len(self.commas):
+            return np.empty(0, np.float32)
+        log_probs = _parsed(self.block, self._starts(), self.commas[0::3], pa.float32(), self.field)
+        if not np.isfinite(log_probs).all():
+            raise ValueError(f"{self.field} has a log-prob that is not finite")
+        return log_probs
+
+    def token_ids(self) -> np.ndarray:
+        """[count], int32."""
+        if not len(self.commas):
+            return np.empty(0, np.int32)
+        return _parsed(self.block, self.commas[0::3] + 1, self.commas[1::3], pa.int32(), self.field)
+
+    def _starts(self) -> np.ndarray:
+        return np.concatenate(([2], self.commas[2::3] + 2))
+
+
+def _entries(block: bytes | None, field: str) -> _Entries:
+    if block is None or block == b"[]":
+        return _Entries(b"", np.empty(0, np.int64), field)
+    characters = np.frombuffer(block, np.uint8)
+    commas = np.flatnonzero(characters == _COMMA)
+    # Three commas an entry, but for one behind the last; one entry opens behind every third.
+    shaped = len(commas) % 3 == 2 and block.startswith(b"[[") and block.endswith(b",null]]")
+    if not shaped or not (characters[commas[2::3] + 1] == _OPEN).all():
+        raise ValueError(f"{field} is not a list of [log-prob, id, null]")
+    return _Entries(block, commas, field)
+
+
+def _parsed(block: bytes, starts: np.ndarray, ends: np.ndarray, kind: pa.DataType, field: str) -> np.ndarray:
+    """The numbers written between `starts` and `ends` [n] in `block`."""
+    count = len(starts)
+    # Every second string is what is between two numbers; it is marked as missing and so not read.
+    offsets = np.empty(2 * count + 1, np.int32)
+    offsets[0:-1:2], offsets[1::2], offsets[-1] = starts, ends, ends[-1]
+    valid = np.full(2 * count // 8 + 1, 0b01010101, np.uint8)
+    texts = pa.StringArray.from_buffers(2 * count, *map(pa.py_buffer, (offsets, block, valid)))
+    try:
+        numbers = texts.cast(kind)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{field}: {error}") from error
+    return np.frombuffer(numbers.buffers()[1], kind.to_pandas_dtype(), 2 * count)[::2].copy()
+
+
+def _numbers(block: bytes, field: str) -> np.ndarray:
+    """The ids (int32) of a list `[1,2,...]`."""
+    inner = _dense(block)[1:-1]
+    if not inner:
+        return np.empty(0, np.int32)
+    separators = np.flatnonzero(np.frombuffer(inner, np.uint8) == _COMMA)
+    starts = np.concatenate(([0], separators + 1))
+    return _parsed(inner, starts, np.concatenate((separators, [len(inner)])), pa.int32(), field)
