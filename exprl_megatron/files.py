@@ -2,7 +2,10 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from exprl_megatron.errors import UserError
 
@@ -36,10 +39,17 @@ class Claim:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a crash leaves either the old file or the whole new one."""
+    with open_atomically(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` at the end: a crash or an error leaves the old file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -37,6 +37,7 @@ TABLE = (
     Row(("directory",), "free", "a run may be moved"),
     Row(("seed",), "fixed", "decides order, sampling and starting weights"),
     Row(("checkpoint.*",), "free", "how often the state is written"),
+    Row(("journal.*",), "free", "how much is kept"),
     Row(("debug.assertions",), "free", "only stops a run"),
     Row(("debug.only", "debug.rollouts"), "fixed", "what the run does at all"),
     # The policy.

@@ -39,6 +39,22 @@ class CheckpointConfig(Config):
     keep: PositiveInt = 2
 
 
+class JournalConfig(Config):
+    """The rollout log."""
+
+    keep_steps: PositiveInt | None = None
+    """Of each stage the last so many steps before a checkpoint, and all after it; None: every step."""
+
+    def violations(self, whole) -> list[str]:
+        needed = whole.checkpoint.every_steps * whole.checkpoint.keep
+        if self.keep_steps is None or self.keep_steps >= needed:
+            return []
+        return [
+            f"journal.keep_steps is {self.keep_steps}, but to resume from the oldest of its checkpoints a run may need "
+            f"{needed} steps (checkpoint.every_steps x checkpoint.keep); raise it."
+        ]
+
+
 class RunConfig(Config):
     """A run: a policy, its servers, and a list of stages."""
 
@@ -56,6 +72,7 @@ class RunConfig(Config):
     stages: tuple[AnyStage, ...]
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    journal: JournalConfig = JournalConfig()
     debug: DebugConfig = DebugConfig()
 
     def with_precision(self, cuda: bool | None = None) -> Self:

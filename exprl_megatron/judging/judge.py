@@ -6,6 +6,7 @@ import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
@@ -115,7 +116,12 @@ class Judge:
         if read_last and not self._config.endpoints and found[-1] is None:
             await self._read(cases[-1], requests[-1])
         judged = map(self._judged_in_turn, cases, turns, found, requests)
-        return list(await asyncio.gather(*judged))
+        return list(map(self._with_hash, cases, await asyncio.gather(*judged)))
+
+    def _with_hash(self, case: Case, judgement: Judgement) -> Judgement:
+        """The judgement with the key under which the store has it."""
+        kept = isinstance(judgement, Scored) or judgement.reason not in TRANSIENT
+        return replace(judgement, hash=case.key) if kept and self._store is not None else judgement
 
     def _turn(self, case: Case) -> _Turn:
         if self._store is None:

@@ -1,6 +1,6 @@
 """A verdict on a trace, or the reason why there is none."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 Unit = Literal["trace", "prefix", "segment"]
@@ -13,6 +13,8 @@ class Scored:
 
     value: float
     evidence: str = ""
+    hash: str | None = field(default=None, compare=False)
+    """Under which the judgement store has it; None: in no store."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Abstained:
 
     reason: str
     evidence: str = ""
+    hash: str | None = field(default=None, compare=False)
 
 
 Judgement = Scored | Abstained
 
 
 def judgement_record(judgement: Judgement) -> dict:
-    """In JSON's terms: {kind: Scored | Abstained, and the fields of that}."""
-    return {"kind": type(judgement).__name__} | asdict(judgement)
+    """In JSON's terms: {kind: Scored | Abstained, and the fields of that}, without a hash that there is not."""
+    fields = {name: value for name, value in asdict(judgement).items() if name != "hash" or value is not None}
+    return {"kind": type(judgement).__name__} | fields

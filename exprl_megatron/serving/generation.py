@@ -128,7 +128,10 @@ def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
 
 
 def _cut(body: bytes, key: bytes) -> tuple[bytes, bytes | None]:
-    """`body` with an empty list for the value of `key`, and that value without white space; None: there is none."""
+    """`body` with an empty list for the value of `key`, and that value without white space; None: there is none.
+
+    Raises ValueError where the value holds anything but lists of numbers and nulls.
+    """
     place = body.find(key)
     if place < 0:
         return body, None
@@ -138,7 +141,10 @@ def _cut(body: bytes, key: bytes) -> tuple[bytes, bytes | None]:
     end = body.rfind(b"]", start, len(body) if quote < 0 else quote) + 1
     if not end:
         return body, None
-    return body[:start] + b"[]" + body[end:], _dense(body[start:end])
+    block = _dense(body[start:end])
+    if block != b"[]" and not block.endswith(b"]]"):
+        raise ValueError(f"{key.decode()} is not a list of [log-prob, id, null]")
+    return body[:start] + b"[]" + body[end:], block
 
 
 def _dense(block: bytes) -> bytes:
@@ -202,9 +208,15 @@ def _parsed(block: bytes, starts: np.ndarray, ends: np.ndarray, kind: pa.DataTyp
 
 def _numbers(block: bytes, field: str) -> np.ndarray:
     """The ids (int32) of a list `[1,2,...]`."""
-    inner = _dense(block)[1:-1]
+    block = _dense(block)
+    if not block.startswith(b"["):
+        raise ValueError(f"{field} is not a list of ids")
+    inner = block[1:-1]
     if not inner:
         return np.empty(0, np.int32)
     separators = np.flatnonzero(np.frombuffer(inner, np.uint8) == _COMMA)
     starts = np.concatenate(([0], separators + 1))
-    return _parsed(inner, starts, np.concatenate((separators, [len(inner)])), pa.int32(), field)
+    token_ids = _parsed(inner, starts, np.concatenate((separators, [len(inner)])), pa.int32(), field)
+    if token_ids.min() < 0:
+        raise ValueError(f"{field} has an id below 0")
+    return token_ids

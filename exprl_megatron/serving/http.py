@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
-import msgspec
 
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.serving.log_tail import log_tail
@@ -59,8 +58,8 @@ class HttpServer:
         """The decoded JSON (or text) of the answer; every failure becomes a ServerError."""
         reply = await self._exchange(method, path, body, deadline_s)
         try:
-            return msgspec.json.decode(reply)
-        except msgspec.DecodeError:
+            return json.loads(reply)
+        except ValueError:
             return reply.decode(errors="replace")
 
     async def _exchange(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> bytes:

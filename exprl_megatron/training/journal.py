@@ -1,20 +1,29 @@
-"""The graded traces of every step, on disk before anything is learned from them.
+"""The rollout log: the graded traces of every step, on disk before anything is learned from them.
 
 A step that is interrupted after sampling is not sampled again: it learns from its journal, and
 since the journal holds every number exactly, it learns the very same thing.
 """
 
-import gzip
 import json
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, judgement_record
-from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
-from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.directory import write_atomically
+from exprl_megatron.files import open_atomically
+from exprl_megatron.rollout.group import Group
+from exprl_megatron.training.journal_v1 import read_v1
+from exprl_megatron.training.rollout_table import SCHEMA, batch_of, groups_of, rows_of
+
+VERSION = 2
+_METADATA = b"exprl"
+_SPLIT = ("prompt_ids.list.element", "token_ids.list.element", "log_probs.list.element")
+"""Columns whose numbers compress better when their first bytes are together, and their second, and so on."""
+_ROWS = 256
+"""Traces of a row group: what is held a second time while a step is written."""
 
 
 @dataclass(frozen=True)
@@ -29,77 +38,85 @@ class SampledStep:
 
 
 class Journal:
-    """One gzipped JSON-lines file for each step of each stage; after a first line of counts one for each group."""
+    """One Parquet file for each step of each stage, a row for each trace; docs/rollouts.md describes the columns.
+
+    Steps that an earlier version wrote are read as well.
+    """
 
     def __init__(self, root: Path):
         self._root = root
 
     def path(self, stage: str, step: int) -> Path:
         """The file of one step (1-based)."""
-        return self._root / stage / f"step-{step:06d}.jsonl.gz"
+        return self._root / stage / f"step-{step:06d}.parquet"
+
+    def has(self, stage: str, step: int) -> bool:
+        """Whether the step is in the journal."""
+        return self.path(stage, step).is_file() or self._path_v1(stage, step).is_file()
 
     def steps(self, stage: str) -> list[int]:
         """The steps of `stage` that are in the journal, in order."""
-        return sorted(int(path.name[5:11]) for path in (self._root / stage).glob("step-*.jsonl.gz"))
+        names = {path.name for path in (self._root / stage).glob("step-*")}
+        numbers = {int(name[5:11]) for name in names if name.endswith((".parquet", ".jsonl.gz"))}
+        return sorted(numbers)
 
     def read(self, stage: str, step: int) -> SampledStep | None:
         """A step, or None where it was never sampled.
 
-        Raises UserError where the file cannot be read back.
+        Raises UserError where the file cannot be read back, or where a later version wrote it.
         """
         path = self.path(stage, step)
-        if not path.is_file():
-            return None
         try:
-            counts, *lines = gzip.decompress(path.read_bytes()).decode().splitlines()
-            return SampledStep([_group(json.loads(line)) for line in lines], **json.loads(counts))
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+            if path.is_file():
+                return _read(path)
+            path = self._path_v1(stage, step)
+            if not path.is_file():
+                return None
+            groups, counts = read_v1(path.read_bytes())
+            return SampledStep(groups, **counts)
+        except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"The journal file {path} is damaged ({error}); delete it to sample that step again."
             ) from error
 
     def write(self, stage: str, step: int, sampled: SampledStep) -> None:
         """Keep a step; complete on disk when this returns."""
-        counts = {"problems_drawn": sampled.problems_drawn, "judge_counts": sampled.judge_counts}
-        records = [counts, *map(group_record, sampled.groups)]
-        lines = [json.dumps(record, separators=(",", ":")) for record in records]
-        content = gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
-        write_atomically(self.path(stage, step), content)
+        counts = {"version": VERSION, "problems_drawn": sampled.problems_drawn, "judge_counts": sampled.judge_counts}
+        rows = rows_of(sampled.groups)
+        with (
+            open_atomically(self.path(stage, step)) as file,
+            pq.ParquetWriter(
+                file,
+                SCHEMA.with_metadata({_METADATA: json.dumps(counts)}),
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=["problem_id", "domain", "finish_reason"],
+                column_encoding=dict.fromkeys(_SPLIT, "BYTE_STREAM_SPLIT"),
+                write_statistics=False,
+                write_page_checksum=True,
+            ) as writer,
+        ):
+            for start in range(0, len(rows), _ROWS):
+                writer.write_batch(batch_of(rows[start : start + _ROWS]))
+
+    def keep_newest(self, stage: str, step: int, count: int) -> None:
+        """Delete the steps of `stage` up to `step` but for the last `count` of these."""
+        for old in self.steps(stage):
+            if old <= step - count:
+                self.path(stage, old).unlink(missing_ok=True)
+                self._path_v1(stage, old).unlink(missing_ok=True)
+
+    def _path_v1(self, stage: str, step: int) -> Path:
+        return self._root / stage / f"step-{step:06d}.jsonl.gz"
 
 
-def group_record(group: Group) -> dict:
-    """A group in JSON's terms; Python's float text is exact, so numbers come back bit for bit."""
-    return {"problem_id": group.problem_id, "domain": group.domain, "members": list(map(_member, group.members))}
-
-
-def _member(member: GradedTrace) -> dict:
-    return {
-        "trace": asdict(member.trace),
-        "judgement": judgement_record(member.judgement),
-        "segments": [[s.start, s.end, judgement_record(s.judgement)] for s in member.segments],
-        "verified": None if member.verified is None else judgement_record(member.verified),
-    }
-
-
-def _group(record: dict) -> Group:
-    members = tuple(
-        GradedTrace(
-            trace=_trace(member["trace"]),
-            judgement=_judgement(member["judgement"]),
-            segments=tuple(JudgedSegment(start, end, _judgement(j)) for start, end, j in member["segments"]),
-            verified=None if member["verified"] is None else _judgement(member["verified"]),
-        )
-        for member in record["members"]
-    )
-    return Group(record["problem_id"], members, record["domain"])
-
-
-def _trace(record: dict) -> Trace:
-    lists = ("prompt_ids", "token_ids", "log_probs")
-    spans = tuple(tuple(span) for span in record["weight_versions"])
-    return Trace(**record | {name: tuple(record[name]) for name in lists} | {"weight_versions": spans})
-
-
-def _judgement(record: dict) -> Judgement:
-    kind = {"Scored": Scored, "Abstained": Abstained}[record.pop("kind")]
-    return kind(**record)
+def _read(path: Path) -> SampledStep:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        counts = json.loads(file.schema_arrow.metadata[_METADATA])
+        version = counts.pop("version")
+        if version != VERSION:
+            raise UserError(
+                f"The journal file {path} has version {version}, and this program reads version {VERSION}; resume with "
+                f"the program that wrote it, or delete the file to sample that step again."
+            )
+        return SampledStep(groups_of(file.read(use_threads=False)), **counts)

@@ -111,7 +111,16 @@ class Rollouts:
 
     def has_sampled(self, stage: RlStage, step: int) -> bool:
         """Whether the journal has the step."""
-        return self._journal.path(stage.name, step).is_file()
+        return self._journal.has(stage.name, step)
+
+    def forget(self, stage: RlStage, step: int) -> None:
+        """Delete what `journal.keep_steps` does not keep, now that a checkpoint has step `step`.
+
+        A journal that belongs to another run (debug.rollouts) stays as it is.
+        """
+        count = self._config.journal.keep_steps
+        if count is not None and self._config.debug.rollouts is None:
+            self._journal.keep_newest(stage.name, step, count)
 
     async def collect(self, stage: RlStage, step: int, drawn: int, versions: Collection[str]) -> SampledStep:
         """Sample and grade the next problems after the first `drawn`, and put them into the journal.
@@ -122,7 +131,8 @@ class Rollouts:
         await self._judging.check_judge(stage, step)
         sampled = await self._sampled(stage, step, drawn, versions)
         self._judging.check_abstentions(stage, step, sampled.groups)
-        self._journal.write(stage.name, step, sampled)
+        # In a thread: other steps' requests, judge deadlines and the watch over servers go on meanwhile.
+        await asyncio.to_thread(self._journal.write, stage.name, step, sampled)
         return sampled
 
     async def _sampled(self, stage: RlStage, step: int, drawn: int, versions: Collection[str]) -> SampledStep:

@@ -197,6 +197,8 @@ class Run:
         if asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps:
             with self.clock("save"):
                 save_checkpoint(self._directory.checkpoints, self.policy, self._place.as_record(), keep=checkpoint.keep)
+            if self._conductor.here and isinstance(stage, RlStage):
+                self._rollouts.forget(stage, step)
         if asked_to_stop:
             raise Preempted(
                 f"The run was asked to stop and did so after step {step} of {stage.name}, with a checkpoint; "

@@ -1,4 +1,11 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
 import pytest
+from operations import instructions
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Abstained, Scored
@@ -38,16 +45,97 @@ def test_a_half_written_step_does_not_exist(tmp_path):
     journal.write("prime", 1, step("a"))
     path = journal.path("prime", 1)
     path.rename(path.with_name(path.name + ".tmp"))
+    assert journal.read("prime", 1) is None and not journal.has("prime", 1) and journal.steps("prime") == []
+
+
+def test_a_step_that_cannot_be_written_leaves_nothing(tmp_path):
+    journal = Journal(tmp_path)
+    with pytest.raises(TypeError):
+        journal.write("prime", 1, replace(step("a"), judge_counts={"asked": object()}))
     assert journal.read("prime", 1) is None
 
 
-def test_a_truncated_journal_file_is_named(tmp_path):
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+def test_a_damaged_journal_file_is_named(tmp_path, where):
     journal = Journal(tmp_path)
     journal.write("prime", 1, step("a"))
     path = journal.path("prime", 1)
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"step-000001\.jsonl\.gz is damaged"):
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(where * len(whole))])
+    with pytest.raises(UserError, match=r"step-000001\.parquet is damaged"):
         journal.read("prime", 1)
+
+
+def test_a_changed_byte_of_the_numbers_is_noticed(tmp_path):
+    journal = Journal(tmp_path)
+    trace = replace(group("a").members[0].trace, token_ids=range(5000), log_probs=[-0.1] * 5000)
+    journal.write("prime", 1, SampledStep([Group("a", (GradedTrace(trace, Scored(1.0)),))], 1))
+    path = journal.path("prime", 1)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(5)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 10] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"step-000001\.parquet is damaged"):
+        journal.read("prime", 1)
+
+
+def test_a_file_of_a_later_version_is_refused_by_its_number(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    monkeypatch.setattr("exprl_megatron.training.journal.VERSION", 3)
+    journal.write("prime", 1, step("a"))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has version 3, and this program reads version 2; resume with the program"):
+        journal.read("prime", 1)
+
+
+def test_steps_of_the_first_version_are_still_read(tmp_path):
+    shutil.copy(Path(__file__).parents[1] / "data" / "journal_v1.jsonl.gz", tmp_path)
+    (tmp_path / "prime").mkdir()
+    (tmp_path / "journal_v1.jsonl.gz").rename(tmp_path / "prime" / "step-000003.jsonl.gz")
+    journal = Journal(tmp_path)
+    journal.write("prime", 4, step("c"))
+    assert journal.read("prime", 3) == step("a", "b")
+    assert journal.steps("prime") == [3, 4] and journal.has("prime", 3)
+
+
+def test_a_step_is_an_ordinary_parquet_file(tmp_path):
+    """As readers that know nothing of this package see it."""
+    journal = Journal(tmp_path)
+    scored = GradedTrace(group("a").members[0].trace, Scored(0.5, "lone \ud800", hash="ab12"))
+    journal.write("prime", 3, SampledStep([group("a"), Group("b", (scored,))], 2))
+    rows = datasets.load_dataset("parquet", data_files=str(journal.path("prime", 3)), cache_dir=tmp_path / "cache")
+    *first, last = rows["train"].to_list()
+    assert [row["problem_id"] for row in first] == ["a"] * 3 and {row["domain"] for row in first} == {"science"}
+    assert last["group"] == 1 and last["token_ids"] == [3, 4] and last["text"] == "drei\nvier"
+    assert last["judgement"] == {"value": 0.5, "reason": None, "evidence": "lone \\ud800", "hash": "ab12"}
+    assert last["segments"] == [] and last["verified"] is None
+    assert last["weight_versions"] == [{"version": "v0", "start": 0, "end": 2}]
+    judged = first[2]["segments"]
+    assert [(s["start"], s["end"], s["value"], s["reason"]) for s in judged] == [
+        (0, 1, 1 / 3, None),
+        (1, 2, None, "unreadable"),
+    ]
+
+
+def test_writing_costs_nothing_for_each_token(tmp_path):
+    journal = Journal(tmp_path)
+
+    def cost(tokens: int) -> int:
+        trace = replace(group("a").members[0].trace, token_ids=range(tokens), log_probs=[-0.1] * tokens)
+        sampled = SampledStep([Group("a", (GradedTrace(trace, Scored(1.0)),) * 4)], 1)
+        return instructions(lambda: journal.write("prime", 1, sampled))
+
+    cost(10)
+    assert cost(20_000) <= 1.1 * cost(20)
+
+
+def test_the_newest_steps_are_kept_and_all_that_no_checkpoint_has(tmp_path):
+    journal = Journal(tmp_path)
+    for number in range(1, 8):
+        journal.write("prime", number, step("a"))
+    journal.write("sparse", 1, step("a"))
+    journal.keep_newest("prime", 5, 2)
+    assert journal.steps("prime") == [4, 5, 6, 7] and journal.steps("sparse") == [1]
 
 
 def test_an_abstention_has_no_score():

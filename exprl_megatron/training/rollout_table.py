@@ -1,0 +1,162 @@
+"""Graded traces as rows of a Parquet file, and back, without a Python object for every token.
+
+docs/rollouts.md describes the columns. Numbers come back bit for bit. Text that is not valid Unicode (a lone
+surrogate in a judge's answer) is written with backslash escapes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
+from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
+from exprl_megatron.rollout.trace import Trace
+
+_JUDGEMENT = (
+    pa.field("value", pa.float64()),
+    pa.field("reason", pa.string()),
+    pa.field("evidence", pa.string()),
+    pa.field("hash", pa.string()),
+)
+_SPAN = (pa.field("start", pa.int32()), pa.field("end", pa.int32()))
+
+SCHEMA = pa.schema(
+    [
+        ("group", pa.int32()),
+        ("problem_id", pa.string()),
+        ("domain", pa.string()),
+        ("sample", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("log_probs", pa.list_(pa.float32())),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("weight_versions", pa.list_(pa.struct([pa.field("version", pa.string()), *_SPAN]))),
+        ("cached_tokens", pa.int32()),
+        ("judgement", pa.struct(_JUDGEMENT)),
+        ("segments", pa.list_(pa.struct([*_SPAN, *_JUDGEMENT]))),
+        ("verified", pa.struct(_JUDGEMENT)),
+    ]
+)
+
+Row = tuple[int, Group, GradedTrace]
+"""A trace, its group and the number of that in its step."""
+
+
+def rows_of(groups: Sequence[Group]) -> list[Row]:
+    """All traces in the order of the groups and of the samples."""
+    return [(number, group, member) for number, group in enumerate(groups) for member in group.members]
+
+
+def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
+    """The rows as a batch with the columns of SCHEMA."""
+    members = [member for _, _, member in rows]
+    traces = [member.trace for member in members]
+    columns: dict[str, pa.Array] = {
+        "group": pa.array([number for number, _, _ in rows], pa.int32()),
+        "problem_id": _texts(trace.problem_id for trace in traces),
+        "domain": _texts(group.domain for _, group, _ in rows),
+        "sample": pa.array([trace.sample for trace in traces], pa.int32()),
+        "prompt_ids": _lists([trace.prompt_ids for trace in traces]),
+        "token_ids": _lists([trace.token_ids for trace in traces]),
+        "log_probs": _lists([trace.log_probs for trace in traces]),
+        "text": _texts(trace.text for trace in traces),
+        "finish_reason": _texts(trace.finish_reason for trace in traces),
+        "weight_versions": _nested([trace.weight_versions for trace in traces], _versions),
+        "cached_tokens": pa.array([trace.cached_tokens for trace in traces], pa.int32()),
+        "judgement": _judgements([member.judgement for member in members]),
+        "segments": _nested([member.segments for member in members], _segments),
+        "verified": _judgements([member.verified for member in members]),
+    }
+    return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def groups_of(table: pa.Table) -> list[Group]:
+    """The groups whose traces are the rows of `table`, in their order."""
+    table = table.combine_chunks()
+    arrays = {name: _slices(table[name]) for name in ("prompt_ids", "token_ids", "log_probs")}
+    others = table.drop_columns(list(arrays)).to_pylist()
+    members: dict[int, list[GradedTrace]] = {}
+    first: dict[int, dict] = {}
+    for index, row in enumerate(others):
+        first.setdefault(row["group"], row)
+        own = {name: slices[index] for name, slices in arrays.items()}
+        members.setdefault(row["group"], []).append(_member(row, own))
+    return [Group(row["problem_id"], tuple(members[number]), row["domain"]) for number, row in first.items()]
+
+
+def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+    offsets = np.fromiter(accumulate(map(len, arrays), initial=0), np.int32, len(arrays) + 1)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+
+
+def _slices(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """The column's lists, all in one piece of memory."""
+    lists = column.combine_chunks()
+    offsets, values = lists.offsets.to_numpy().tolist(), lists.values.to_numpy()
+    return [values[start:end] for start, end in pairwise(offsets)]
+
+
+def _texts(texts: Iterable[str | None]) -> pa.Array:
+    return pa.array([None if text is None else text.encode("utf-8", "backslashreplace") for text in texts], pa.string())
+
+
+def _nested(lists: Sequence[Sequence], structs: Callable[[list], pa.StructArray]) -> pa.ListArray:
+    offsets = list(accumulate(map(len, lists), initial=0))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs([item for items in lists for item in items]))
+
+
+def _versions(spans: list[tuple[str, int, int]]) -> pa.StructArray:
+    columns = [
+        _texts(version for version, _, _ in spans),
+        pa.array([start for _, start, _ in spans], pa.int32()),
+        pa.array([end for _, _, end in spans], pa.int32()),
+    ]
+    return pa.StructArray.from_arrays(columns, fields=list(SCHEMA.field("weight_versions").type.value_type))
+
+
+def _segments(segments: list[JudgedSegment]) -> pa.StructArray:
+    columns = [
+        pa.array([segment.start for segment in segments], pa.int32()),
+        pa.array([segment.end for segment in segments], pa.int32()),
+        *_judgement_columns([segment.judgement for segment in segments]),
+    ]
+    return pa.StructArray.from_arrays(columns, fields=[*_SPAN, *_JUDGEMENT])
+
+
+def _judgements(judgements: list[Judgement | None]) -> pa.StructArray:
+    missing = pa.array([judgement is None for judgement in judgements])
+    return pa.StructArray.from_arrays(_judgement_columns(judgements), fields=list(_JUDGEMENT), mask=missing)
+
+
+def _judgement_columns(judgements: Sequence[Judgement | None]) -> list[pa.Array]:
+    return [
+        pa.array([one.value if isinstance(one, Scored) else None for one in judgements], pa.float64()),
+        _texts(one.reason if isinstance(one, Abstained) else None for one in judgements),
+        _texts(None if one is None else one.evidence for one in judgements),
+        _texts(None if one is None else one.hash for one in judgements),
+    ]
+
+
+def _member(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> GradedTrace:
+    trace = Trace(
+        problem_id=row["problem_id"],
+        sample=row["sample"],
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        weight_versions=tuple((span["version"], span["start"], span["end"]) for span in row["weight_versions"]),
+        cached_tokens=row["cached_tokens"],
+        **arrays,
+    )
+    segments = (JudgedSegment(item["start"], item["end"], _judgement(item)) for item in row["segments"])
+    verified = None if row["verified"] is None else _judgement(row["verified"])
+    return GradedTrace(trace, _judgement(row["judgement"]), tuple(segments), verified)
+
+
+def _judgement(record: dict[str, Any]) -> Judgement:
+    if record["reason"] is None:
+        return Scored(record["value"], record["evidence"], record["hash"])
+    return Abstained(record["reason"], record["evidence"], record["hash"])
