@@ -1,8 +1,9 @@
 # syntax=docker/dockerfile:1
 # Two images from the pins of setup.py and requirements/; neither runs as root.
 #   docker build -t exprl .                           for nodes with H100s: CUDA 13, Transformer Engine compiled
-#   docker build -t exprl --build-arg APEX=25.09 .    the same with NVIDIA apex at that tag, for a policy with
-#                                                     gradient_accumulation_fusion in Megatron's own linear layers
+#   docker build -t exprl --build-arg APEX=25.09 .    the same with NVIDIA apex at that tag: policies in bf16 then add
+#                                                     weight gradients within the matrix products, unless their
+#                                                     gradient_accumulation_fusion is false
 #   docker build -t exprl-cpu --target cpu .          without CUDA; `docker run --rm exprl-cpu` runs `make test`
 # The tests on a Slurm of their own need root and mounts:
 #   docker run --rm --user root --privileged exprl-cpu make test-slurm

@@ -45,7 +45,7 @@ def examine() -> list[Finding]:
         _package("sglang", "sglang", "sampling and judging"),
         _stand_ins(),
         _package("transformer-engine", "transformer_engine", "FP8 and the fast kernels on GPUs"),
-        _package("apex", "apex", "fused gradient accumulation on GPUs (optional)"),
+        _apex(),
         Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
         _accelerator(),
         *_variables(),
@@ -88,6 +88,13 @@ def _package(name: str, module: str, prevents: str) -> Finding:
     if version is None or importlib.util.find_spec(module.partition(".")[0]) is None:
         return Finding(name, False, "not installed", prevents)
     return Finding(name, True, version)
+
+
+def _apex() -> Finding:
+    """Its kernel, which the package of the same name on PyPI has not; looked up, not loaded."""
+    found = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    prevents = "policy.gradient_accumulation_fusion (optional)"
+    return Finding("apex", found, "with its CUDA kernels" if found else "not installed", "" if found else prevents)
 
 
 def _stand_ins() -> Finding:

@@ -91,6 +91,8 @@ def policy_config(work: Work, kind: Kind, tp: int) -> PolicyConfig:
         precision=PrecisionConfig(kind=kind),
         max_tokens=work.sequence_length,
         micro_batch_tokens=work.tokens,
+        # There are no buffers to add to here.
+        gradient_accumulation_fusion=False,
     )
 
 

@@ -85,6 +85,9 @@ class PolicyConfig(Config):
     """Sequences of a micro-batch lie one behind the other instead of being padded to the longest."""
     starting_policy: Literal["host", "server"] = "host"
     """Where a stage's starting weights are scored for the KL term: swapped in from host memory, or by a server."""
+    gradient_accumulation_fusion: bool | None = None
+    """Add weight gradients to the fp32 buffers within the matrix product, in bf16 on CUDA; needs apex. None: where apex
+    is installed."""
     moe_aux_loss: float = Field(0.0, ge=0)
     """Weight of the router's load-balancing loss (mixture of experts).
 

@@ -46,6 +46,7 @@ TABLE = (
     Row(("policy.max_tokens",), "fixed", "decides which prompts and examples are left out"),
     Row(("policy.starting_policy",), "fixed", "a checkpoint either holds the starting weights or does not"),
     Row(("policy.recompute", "policy.log_prob_chunk"), "free", "memory against speed"),
+    Row(("policy.gradient_accumulation_fusion",), "free", "speed"),
     Row(
         ("policy.layout.*", "policy.micro_batch_tokens", "policy.packing"),
         "batching",

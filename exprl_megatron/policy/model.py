@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.policy.architecture import Architecture, check_layout, padded_vocabulary, stage_layers
 from exprl_megatron.policy.emulation import emulate_fp8
+from exprl_megatron.policy.gradient_fusion import fuses_gradients
 from exprl_megatron.policy.local_layers import RotationTable
 from exprl_megatron.policy.local_spec import local_block
 from exprl_megatron.policy.precision import fp8_settings
@@ -46,6 +47,7 @@ def build_chunks(
 def transformer_config(architecture: Architecture, config: PolicyConfig, device: torch.device) -> TransformerConfig:
     """Megatron's own configuration; `device` decides which fused kernels are asked for."""
     layout, dtype, cuda = config.layout, DTYPES[config.precision.dtype], device.type == "cuda"
+    fused = fuses_gradients(config, cuda)
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
@@ -100,7 +102,9 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         bias_dropout_fusion=cuda,
         apply_rope_fusion=True,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused,
+        # Else Transformer Engine overwrites the buffers in the first micro-batch of each pass, and a step has several.
+        disable_parameter_transpose_cache=fused,
         persist_layer_norm=False,
         **_expert_settings(architecture, config, cuda),
         **fp8_settings(config.precision),

@@ -11,6 +11,7 @@ from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage,
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.policy.architecture import Architecture, layout_violations, read_architecture
+from exprl_megatron.policy.gradient_fusion import fusion_violations
 from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
@@ -53,6 +54,7 @@ def model_violations(config: RunConfig) -> list[str]:
     return [
         *layout_violations(architecture, config.policy.layout),
         *_precision_violations(config, architecture),
+        *fusion_violations(config.policy, uses_cuda()),
         *_length_violations(config, architecture.max_positions),
     ]
 
