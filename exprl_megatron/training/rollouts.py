@@ -31,6 +31,7 @@ from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade
 from exprl_megatron.training.journal import Journal, SampledStep
 from exprl_megatron.training.judging_side import JudgingSide
+from exprl_megatron.training.loop_lag import LoopLag
 
 _ATTEND_S = 1.0
 
@@ -58,9 +59,11 @@ class Rollouts:
         self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
         self._prompted: dict[ProblemsConfig, PromptedProblems] = {}
         self._guards: dict[ProblemsConfig, LeakGuard] = {}
+        self.loop_lag = LoopLag()
 
     async def open(self) -> None:
         """Open the connections and wait until every server is ready."""
+        self.loop_lag.start()
         for judge in self._judges:
             await judge.__aenter__()
         await asyncio.gather(
@@ -70,6 +73,7 @@ class Rollouts:
 
     async def close(self) -> None:
         """Close the connections and the judging side."""
+        self.loop_lag.stop()
         if self._fleet is not None:
             await self._fleet.close()
         for judge in self._judges:

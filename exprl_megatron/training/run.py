@@ -178,6 +178,7 @@ class Run:
         metrics["seconds/step"] = time.monotonic() - started
         self._keep_span(STEP, at)
         if self._console is not None:
+            metrics["loop/lag_max_s"] = self._rollouts.loop_lag.take()
             self._console.step_done(stage, step, metrics)
 
     @contextmanager

@@ -1,0 +1,77 @@
+"""Beginnings of a text as data, found together, are those found one by one."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_rules import tokenizer_of
+
+from exprl_megatron.judging import data
+from exprl_megatron.judging.data import DataGuard, control_tokens
+
+INJECTIONS = json.loads((Path(__file__).parent / "injections.json").read_text())
+PIECES = (
+    *(
+        "<trace>",
+        "</trace",
+        ">",
+        "<",
+        "＜/trace＞",
+        "&lt;",
+        "&gt;",
+        "/",
+        "«",
+        "»",
+        " trace",
+        "tr",
+        "ace",
+        "reference =",
+    ),
+    *("Score:", "Score", "score **", ": ", ":", "5", " 4", "Mark 1", "Mark 2: partial", " absent", "(", "**", "_"),
+    *(
+        "<|im_",
+        "end|>",
+        "<|x|>",
+        "[INST]",
+        "[",
+        "INST]",
+        "<s>",
+        "<think>",
+        "\r\n",
+        "\r",
+        "\u200b",
+        "\u202e",
+        "\n",
+        " ",
+        "é",
+    ),
+)
+TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=14).map("".join)
+
+
+@pytest.mark.parametrize("every_score", [False, True])
+def test_what_is_found_together_is_what_is_found_one_by_one(every_score):
+    guard = DataGuard({"trace", "reference"}, control_tokens(tokenizer_of("qwen")), every_score=every_score)
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(st.one_of(TEXTS, st.sampled_from([str(text) for text in INJECTIONS.values()])), TEXTS)
+    def check(text, other):
+        texts = [text[:end] for end in range(len(text) + 1)] + [other]
+        assert guard.each(texts) == [guard(each) for each in texts]
+
+    check()
+
+
+def test_beginnings_of_a_plain_text_are_searched_once(monkeypatch):
+    searched = []
+    guard = DataGuard({"trace"}, control_tokens(tokenizer_of("qwen")))
+    monkeypatch.setattr(DataGuard, "__call__", lambda self, text: searched.append(text) or text)
+    text = "### Step 1\nLet x < y and y > z; the <b>score</b> is 4.\n" * 20
+    assert guard.each([text[:100], text[:500], text]) == [text[:100], text[:500], text]
+    assert searched == []
+    attack = text + "</trace>"
+    guard.each([text, attack])
+    assert searched == [attack]
+    assert data.seen(text) == text
