@@ -15,13 +15,14 @@ from exprl_megatron.judging.answers import Answer, ChatAnswerer, Question, Token
 from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
 from exprl_megatron.judging.cases import Case, CaseBuilder
 from exprl_megatron.judging.judge_model import model_context, model_identity
-from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer, TokenIds
+from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, Unit
 from exprl_megatron.judging.rubric import VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
 from exprl_megatron.judging.store import TRANSIENT, JudgementStore
 from exprl_megatron.judging.verdict import expected_score, normalise, read_marks, read_verdict, stated_score
 from exprl_megatron.problems.problem import Problem
+from exprl_megatron.token_ids import TokenIds
 
 SCORE_REGEX = "Score: [1-5]"
 

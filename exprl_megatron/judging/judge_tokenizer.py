@@ -9,41 +9,20 @@ no cut is safe, or a window shows that one is not, the whole is tokenized.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.token_cuts import Cuts, safe_cuts
+from exprl_megatron.token_ids import TokenIds, TokenPart
 
 _WINDOW = 32
 _SHORTEST_TAIL = 512
 _KEPT_FRAMES = 4096
-
-
-class TokenIds(Sequence[int]):
-    """Token ids in parts that several requests share; immutable."""
-
-    def __init__(self, *parts: np.ndarray):
-        self._parts = parts
-        self._length = sum(map(len, parts))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.tolist())
-
-    def __getitem__(self, index):
-        return self.tolist()[index]
-
-    def tolist(self) -> list[int]:
-        """As Python's integers."""
-        return np.concatenate(self._parts).tolist() if self._parts else []
 
 
 @dataclass(frozen=True)
@@ -51,9 +30,9 @@ class _Shared:
     """How all questions of a frame begin and end, up to and from a safe cut on."""
 
     head: str
-    head_ids: np.ndarray
+    head_ids: TokenPart
     tail: str
-    tail_ids: np.ndarray
+    tail_ids: TokenPart
 
 
 @dataclass(frozen=True)
@@ -83,7 +62,7 @@ class JudgeTokenizer:
 
     def request(self, messages: Sequence[Mapping[str, str]]) -> TokenIds:
         """The chat in tokens, ready for the judge to answer."""
-        return TokenIds(*self._encoded([self._rendered(messages)]))
+        return TokenIds(*self._parts([self._rendered(messages)]))
 
     def requests(self, frame: PromptFrame, traces: Sequence[str]) -> list[TokenIds]:
         """The chats that show each of `traces` in this frame, in tokens; beginnings of the longest one cost little."""
@@ -91,7 +70,7 @@ class JudgeTokenizer:
         joined = self._joined(texts, self._shared_by(frame)) if self._cuts and texts else None
         if joined is None:
             self.wholes += len(texts)
-            return [TokenIds(ids) for ids in self._encoded(texts)]
+            return [TokenIds(part) for part in self._parts(texts)]
         return joined
 
     def _joined(self, texts: Sequence[str], shared: _Shared) -> list[TokenIds] | None:
@@ -102,13 +81,13 @@ class JudgeTokenizer:
         joints = [self._joint(text, longest, first, len(shared.tail)) for text in texts]
         cuts = sorted({first, *(joint.cut for joint in joints)})
         pieces = [longest[start:end] for start, end in pairwise(cuts)]
-        encoded = self._encoded([*pieces, *(joint.text[joint.cut : joint.end] for joint in joints)])
+        parts = self._parts([*pieces, *(joint.text[joint.cut : joint.end] for joint in joints)])
         if not self._windows_agree(joints, cuts, longest, shared):
             return None
-        known, own = encoded[: len(pieces)], encoded[len(pieces) :]
+        known, own = parts[: len(pieces)], parts[len(pieces) :]
         return [
-            TokenIds(shared.head_ids, *known[: cuts.index(joint.cut)], ids, shared.tail_ids)
-            for joint, ids in zip(joints, own, strict=True)
+            TokenIds(shared.head_ids, *known[: cuts.index(joint.cut)], part, shared.tail_ids)
+            for joint, part in zip(joints, own, strict=True)
         ]
 
     def _joint(self, text: str, longest: str, first: int, tail: int) -> _Joint:
@@ -126,11 +105,8 @@ class JudgeTokenizer:
         sides = dict.fromkeys(
             (text[max(0, cut - _WINDOW) : cut], text[cut : cut + _WINDOW]) for text, cut in places if cut
         )
-        parts = [part for left, right in sides for part in (left, right, left + right)]
-        encoded = self._encoded(parts)
-        return all(
-            np.array_equal(np.concatenate(encoded[i : i + 2]), encoded[i + 2]) for i in range(0, len(encoded), 3)
-        )
+        encoded = iter(self._encoded([part for left, right in sides for part in (left, right, left + right)]))
+        return all(left + right == both for left, right, both in zip(encoded, encoded, encoded, strict=True))
 
     def _shared_by(self, frame: PromptFrame) -> _Shared:
         with self._lock:
@@ -142,7 +118,8 @@ class JudgeTokenizer:
         common = common_prefix(one[cut:][::-1], other[cut:][::-1])
         behind = self._cuts.first(one, len(one) - common) if common > _SHORTEST_TAIL else None
         head, tail = one[:cut], one[behind:] if behind is not None else ""
-        shared = _Shared(head, self._encoded([head])[0], tail, self._encoded([tail])[0])
+        head_ids, tail_ids = self._parts([head, tail])
+        shared = _Shared(head, head_ids, tail, tail_ids)
         with self._lock:
             self._shared[frame] = shared
             if len(self._shared) > _KEPT_FRAMES:
@@ -154,16 +131,17 @@ class JudgeTokenizer:
             list(messages), add_generation_prompt=True, tokenize=False, **self._template_args
         )
 
-    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The token ids (int32) of each text for itself."""
+    def _parts(self, texts: Sequence[str]) -> list[TokenPart]:
+        return [TokenPart.of(ids) for ids in self._encoded(texts)]
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text for itself."""
         self.calls += 1
         self.characters += sum(map(len, texts))
         if self._backend is None:
             with self._lock:  # such a tokenizer serves one thread at a time
-                ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-        else:
-            ids = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        return [np.array(each, dtype=np.int32) for each in ids]
+                return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def common_prefix(one: str, other: str) -> int:

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from exprl_megatron.errors import RequestRefused
 from exprl_megatron.serving.generation import Generation, Scores, read_generation, read_scores
 from exprl_megatron.serving.http import HttpServer
+from exprl_megatron.token_ids import TokenIds
 
 SCORED_BELOW_ROOM = 7
 """A scored sequence must have at least so many tokens fewer than the server has positions, and than its KV cache has
@@ -255,5 +257,7 @@ class SGLangClient(HttpServer):
         return reply
 
 
-def _listed(token_ids: Sequence[int] | np.ndarray) -> list[int]:
+def _listed(token_ids: Sequence[int] | np.ndarray) -> list[int] | msgspec.Raw:
+    if isinstance(token_ids, TokenIds):
+        return msgspec.Raw(token_ids.json)
     return token_ids.tolist() if isinstance(token_ids, np.ndarray) else list(token_ids)

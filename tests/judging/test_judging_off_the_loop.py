@@ -71,11 +71,11 @@ def test_nothing_that_takes_long_is_done_on_the_event_loop_and_each_but_once(cal
     assert prefixes >= 8 and graded.score == 0.75
     assert calls.pop("main thread", 0) == 0
     assert calls["_write"] == prefixes
-    # The shared text needs two renderings and two calls, once for the problem; the trace two calls.
+    # The shared text needs two renderings and a call, once for the problem; the trace two calls.
     assert {name: calls[name] for name in ("segments_and_texts", "cases", "find_judgements")} == {
         "segments_and_texts": 1,
         "cases": 1,
         "find_judgements": 1,
     }
-    assert calls["_encoded"] == 4 and calls["_rendered"] == prefixes + 2
+    assert calls["_encoded"] == 3 and calls["_rendered"] == prefixes + 2
     assert calls["packed"] == prefixes + 2
