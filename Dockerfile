@@ -31,10 +31,12 @@ CMD ["make", "test"]
 
 # ---- for H100s: one torch and one NCCL for trainer and servers --------------------------------------------------
 # The compiler of CUDA 13 stays in the image: SGLang compiles kernels when it needs them.
+# libibverbs and its drivers are what NCCL loads to reach InfiniBand and RoCE; without them it takes TCP silently.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS environment
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates g++ libnuma1 make python3.12-dev python3.12-venv \
+    && apt-get install -y --no-install-recommends ca-certificates g++ ibverbs-providers libibverbs1 libnuma1 \
+        librdmacm1 make python3.12-dev python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
 ENV UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1 CUDA_HOME=/usr/local/cuda TORCH_CUDA_ARCH_LIST=9.0 \
     VIRTUAL_ENV=/opt/exprl PATH=/opt/exprl/bin:/opt/uv/bin:$PATH
@@ -64,6 +66,7 @@ RUN --mount=type=bind,from=kernels,source=/wheels,target=/wheels uv pip install 
 lines = [line.split() for line in open("/proc/self/maps")]; \
 nccl = {line[-1] for line in lines if "libnccl.so" in line[-1]}; \
 assert len(nccl) == 1 and "/opt/exprl/" in min(nccl), f"one NCCL is wanted, the one of torch: {nccl}"' \
+    && if python -c 'import apex' 2>/dev/null; then python -c 'import torch, fused_weight_gradient_mlp_cuda'; fi \
     && useradd --uid 10001 --create-home --shell /bin/bash exprl \
     && install -d -o exprl -g exprl /opt/exprl_megatron
 WORKDIR /opt/exprl_megatron

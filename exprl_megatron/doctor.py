@@ -1,5 +1,6 @@
 """What this machine has of what a run needs, and what each missing part prevents."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import shutil
 import socket
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -21,6 +23,10 @@ ESSENTIAL = ("Python", "torch", "megatron-core", "sglang", "SGLang kernels", "po
 """Parts without which no run is possible."""
 ESSENTIAL_ON_GPUS = (*ESSENTIAL, "GPUs", "transformer-engine", "accelerator")
 """Those, and what a node with GPUs is for."""
+VERBS = "libibverbs.so.1"
+PROVIDERS = "/etc/libibverbs.d"
+RDMA_DEVICES = "/dev/infiniband"
+_OVER_TCP = "RDMA between nodes: NCCL takes TCP, and says nothing"
 _DISK_GB = 10
 _GIB = 2**30
 
@@ -49,6 +55,8 @@ def examine() -> list[Finding]:
         Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
         _accelerator(),
         *_variables(),
+        _verbs(),
+        _rdma_devices(),
         _package("nemo-run", "nemo_run", "recipes and Slurm"),
         _sandbox(),
         _ports(),
@@ -67,7 +75,7 @@ def print_findings(findings: list[Finding], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
         return
-    table = Table("part", "", Column("found", overflow="fold"), "without it: no")
+    table = Table("part", "", Column("found", overflow="fold"), Column("without it: no", overflow="fold"))
     for finding in findings:
         mark = "[green]yes[/]" if finding.ok else "[yellow]no[/]"
         table.add_row(finding.part, mark, finding.found, finding.prevents)
@@ -122,6 +130,23 @@ def _variables() -> list[Finding]:
 def _assignment(variable: tuple[str, str]) -> str:
     name, value = variable
     return f"{name}={value}" + (" (yours)" if name in os.environ else "")
+
+
+def _verbs() -> Finding:
+    """The library through which NCCL reaches InfiniBand and RoCE, loaded as NCCL does, and the adapters' drivers."""
+    try:
+        ctypes.CDLL(VERBS)
+    except OSError:
+        return Finding("InfiniBand library", False, f"{VERBS} is not installed", _OVER_TCP)
+    if not any(Path(PROVIDERS).glob("*.driver")):
+        return Finding("InfiniBand library", False, f"{VERBS} without drivers (package ibverbs-providers)", _OVER_TCP)
+    return Finding("InfiniBand library", True, VERBS)
+
+
+def _rdma_devices() -> Finding:
+    devices = sorted(path.name for path in Path(RDMA_DEVICES).glob("uverbs*"))
+    found = ", ".join(devices) or f"nothing in {RDMA_DEVICES}"
+    return Finding("InfiniBand adapters", bool(devices), found, "" if devices else _OVER_TCP)
 
 
 def _gpus() -> list[str]:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from exprl_megatron.config.policy import PolicyConfig
+
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
@@ -69,3 +71,15 @@ def test_nothing_that_git_ignores_is_sent_to_docker():
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().split()}
     sent = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().split()}
     assert ignored <= sent
+
+
+def test_the_gpu_image_has_what_nccl_loads_for_infiniband_and_both_images_what_they_had():
+    gpu = DOCKERFILE[DOCKERFILE.index("FROM nvidia/cuda") :]
+    installed = re.search(r"apt-get install -y --no-install-recommends ((?:[^&])+)&&", gpu)[1].split()
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1", "libnuma1", "g++", "python3.12-dev"} <= set(installed)
+
+
+def test_the_argument_for_apex_builds_the_kernel_that_the_policy_asks_for():
+    build = DOCKERFILE[DOCKERFILE.index('if [ -n "$APEX" ]') :]
+    assert "APEX_CUDA_EXT=1" in build and "NVIDIA/apex@$APEX" in build
+    assert "gradient_accumulation_fusion" in PolicyConfig.model_fields

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from exprl_megatron import doctor
 from exprl_megatron.cli import main
 from exprl_megatron.doctor import ESSENTIAL_ON_GPUS, Finding, examine, lacking, print_findings
 
@@ -52,3 +53,39 @@ def test_the_variables_of_both_sides_are_shown_and_whose_they_are(monkeypatch):
     found = {finding.part: finding.found for finding in examine()}
     assert found["NCCL, trainer and servers"] == "NCCL_CUMEM_ENABLE=0, NCCL_NVLS_ENABLE=1 (yours)"
     assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in found["CUDA, trainer"]
+
+
+@pytest.fixture
+def infiniband(monkeypatch, tmp_path):
+    """`infiniband(library, drivers, adapters)`: what a node has of it; returns its two rows."""
+
+    def found(library: bool, drivers: bool, adapters: int):
+        monkeypatch.setattr(doctor, "VERBS", "libc.so.6" if library else "libnone.so.1")
+        for name in ("PROVIDERS", "RDMA_DEVICES"):
+            monkeypatch.setattr(doctor, name, str(tmp_path))
+        for file in ["mlx5.driver"] * drivers + ["rdma_cm", *(f"uverbs{i}" for i in range(adapters))]:
+            (tmp_path / file).touch()
+        rows = {finding.part: finding for finding in examine()}
+        return rows["InfiniBand library"], rows["InfiniBand adapters"]
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("library", "drivers", "adapters", "ok"),
+    [
+        (True, True, 2, (True, True)),
+        (True, True, 0, (True, False)),
+        (True, False, 1, (False, True)),
+        (False, True, 1, (False, True)),
+    ],
+)
+def test_what_is_missing_for_rdma_is_reported_with_what_nccl_does_then(infiniband, library, drivers, adapters, ok):
+    rows = infiniband(library, drivers, adapters)
+    assert tuple(row.ok for row in rows) == ok
+    assert all(("NCCL takes TCP" in row.prevents) is not row.ok for row in rows)
+
+
+def test_a_node_that_is_alone_needs_no_infiniband(infiniband):
+    rows = infiniband(False, False, 0)
+    assert not set(lacking(list(rows), gpus=True)) & {row.part for row in rows}
