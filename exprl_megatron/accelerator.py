@@ -12,12 +12,21 @@ GPU_PACKAGES = {"transformer_engine": "transformer-engine", "sgl_kernel": "sglan
 """What the GPU environment has and the CPU environment has not: name of the module, name of the package."""
 INSTALL = "install the GPU environment (requirements/gpu.txt, as the Dockerfile does)"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+GROUP_BACKEND = "EXPRL_GROUP_BACKEND"
 _ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 def uses_cuda() -> bool:
     """Whether everything here runs on CUDA: a device is visible and the GPU environment is installed."""
     return not missing_gpu_packages() and device_visible()
+
+
+def group_backend() -> str:
+    """The torch.distributed backend of groups that move tensors: NCCL between GPUs and gloo between CPUs.
+
+    The environment variable EXPRL_GROUP_BACKEND names another one that torch knows, in the trainer and its servers.
+    """
+    return os.environ.get(GROUP_BACKEND) or ("nccl" if uses_cuda() else "gloo")
 
 
 def gpu_count() -> int:

@@ -52,15 +52,49 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def qwen3_server(tiny_model, tmp_path_factory):
-    """A running policy server with the default tiny Qwen3; a test leaves it with the weights it found."""
+def nccl_records(tmp_path_factory):
+    """Where processes under the test backend with NCCL's behavior record what they notice (see under_nccl)."""
+    return tmp_path_factory.mktemp("nccl_records")
+
+
+@pytest.fixture(scope="session")
+def qwen3_server(tiny_model, tmp_path_factory, nccl_records):
+    """A running policy server with the default tiny Qwen3; a test leaves it with the weights it found.
+
+    It joins groups over gloo, and over the test backend with NCCL's behavior.
+    """
+    from under_nccl import knows_backend
+
     from exprl_megatron.config.serving import ServerConfig
     from exprl_megatron.serving.launch import ServerSpec, start_servers
 
     config = ServerConfig(request_deadline_s=120)
     spec = ServerSpec("policy-0", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))
-    with start_servers([spec])[0] as server:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in knows_backend(nccl_records).items():
+            patch.setenv(name, value)
+        (server,) = start_servers([spec])
+    with server:
         yield server
+
+
+@pytest.fixture(scope="module", params=["gloo", "nccl_like"])
+def collectives(request, nccl_records):
+    """What this process's groups go over. Under the backend with NCCL's behavior nothing may be noticed."""
+    if request.param == "gloo":
+        yield request.param
+        return
+    from under_nccl import faults, uses_backend
+
+    before = faults(nccl_records)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in uses_backend(nccl_records).items():
+            patch.setenv(name, value)
+        import nccl_like
+
+        nccl_like.register()
+        yield request.param
+    assert faults(nccl_records) == before
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.world import enter_world
 from exprl_megatron.policy.precision import cuda_capability
-from exprl_megatron.resharding.groups import backend
+from exprl_megatron.accelerator import group_backend
 from exprl_megatron.serving.command import server_environment
 from exprl_megatron.serving.launch import ServerSpec
 from exprl_megatron.training.ranks import rank_environment
@@ -136,7 +136,7 @@ from megatron.core.optimizer import clip_grads
 import torch.distributed as dist
 world = enter_world(Layout())
 command = ServerSpec("policy-0", Path("."), ServerConfig(), Path(".")).command(1)
-print(world.device, dist.get_backend(), backend(), cuda_capability(), clip_grads.torch.cuda.is_available())
+print(world.device, dist.get_backend(), group_backend(), cuda_capability(), clip_grads.torch.cuda.is_available())
 print(command[command.index("--device") + 1], "--base-gpu-id" in command)
 print(server_environment(os.environ, cuda=False)["CUDA_VISIBLE_DEVICES"] == "")
 print(rank_environment({}, ServerConfig())["CUDA_VISIBLE_DEVICES"] == "", os.environ["CUDA_VISIBLE_DEVICES"] == "")

@@ -115,7 +115,8 @@ def measure(
         syncs.append(sync.bring(f"{layout}-{time.monotonic_ns()}-{number}"))
     if floor is not None:
         floor.close()
-        conductor.run(sync.close())
+    sync.close()
+    if floor is not None:
         for client in clients:
             conductor.run(client.__aexit__())
     conductor.close()

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy import checkpoint_files as files
+from exprl_megatron.policy.host_group import from_rank, of_all_ranks
 from exprl_megatron.policy.optimizer import separate_step_counters
 from exprl_megatron.policy.optimizer_state import divided_like, parts
 from exprl_megatron.policy.policy import Policy
@@ -74,7 +75,9 @@ def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
     for path in reversed(_from_rank_0(lambda: files.checkpoints(root))):
         record, wrong = _from_rank_0(lambda path=path: _record_or_fault(path))
         if record is not None:
-            wrong = [fault for found in _gathered(files.faults(path, record["files"], rank, ranks)) for fault in found]
+            wrong = [
+                fault for found in of_all_ranks(files.faults(path, record["files"], rank, ranks)) for fault in found
+            ]
         if not wrong:
             return path, told
         told.append(_from_rank_0(lambda path=path, wrong=wrong: _set_aside(path, wrong)))
@@ -275,29 +278,20 @@ def _shared(action, policy: Policy, root: Path):
             message[0] = action()
         except OSError as error:
             message[1] = error
-    dist.broadcast_object_list(message, src=0)
-    if message[1] is not None:
-        raise _unwritten(root, message[1]) from message[1]
-    return message[0]
+    result, error = from_rank(0, message)
+    if error is not None:
+        raise _unwritten(root, error) from error
+    return result
 
 
 def _from_rank_0[T](action: Callable[[], T]) -> T:
     """Rank 0's result of `action`, which must not fail, on every rank."""
-    message = [action() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(message, src=0)
-    return message[0]
-
-
-def _gathered[T](mine: T) -> list[T]:
-    """Every rank's value, on every rank."""
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, mine)
-    return values
+    return from_rank(0, action() if dist.get_rank() == 0 else None)
 
 
 def _merged(mine: dict[str, str]) -> dict[str, str]:
     """The checksums of all ranks."""
-    return {name: value for found in _gathered(mine) for name, value in sorted(found.items())}
+    return {name: value for found in of_all_ranks(mine) for name, value in sorted(found.items())}
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.policy.batch import MicroBatch, Sequence, filler, pad
+from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.log_probs import response_log_probs
 from exprl_megatron.policy.model_input import ModelInput, model_input
 from exprl_megatron.policy.packing import Plan, Shape
@@ -164,7 +165,7 @@ def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> di
 
     Ranks of a context-parallel group all have the metrics of their whole micro-batches: they are no part of the sum.
     """
-    message: list[dict[str, float]] = [{}]
+    totals: dict[str, float] = {}
     names = sorted(collected[0]) if world.last_stage else []
     if names:
         rows = torch.stack([torch.stack([one[name].double() for name in names]) for one in collected])
@@ -173,11 +174,11 @@ def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> di
         sums, maxima = rows.sum(dim=0), rows.amax(dim=0)
         dist.all_reduce(sums, dist.ReduceOp.SUM, group=group)
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
-        message = [dict(zip(names, torch.where(largest, maxima, sums).tolist(), strict=True))]
+        totals = dict(zip(names, torch.where(largest, maxima, sums).tolist(), strict=True))
     if world.layout.pp > 1:
         # Pipeline stages are the outermost dimension of the layout: the last rank has the model's end.
-        dist.broadcast_object_list(message, src=dist.get_world_size() - 1)
-    return message[0]
+        return from_rank(dist.get_world_size() - 1, totals)
+    return totals
 
 
 def share_log_probs(

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from exprl_megatron.accelerator import uses_cuda
+from exprl_megatron.accelerator import group_backend, uses_cuda
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
+from exprl_megatron.policy.host_group import host_group
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,16 @@ class World:
 def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> World:
     """Joins the processes that torchrun (or srun, or nobody: then a world of one) started, as `layout` says.
 
-    Uses NCCL where CUDA is and gloo elsewhere. An existing torch process group is used as it is; groups of
-    another layout are dropped first, so one set of processes can go through several layouts.
+    Tensors go over NCCL where CUDA is and over gloo elsewhere, objects over gloo (host_group). An existing torch
+    process group is used as it is; groups of another layout are dropped first, so one set of processes can go through
+    several layouts.
     Every collective that waits longer than `timeout_s` raises. Raises UserError where the number of
     processes is not the layout's.
     """
-    device = _device()
+    # NCCL takes the current device, which this sets.
+    _device()
     if not dist.is_initialized():
-        _start_process_group(device, timeout_s)
+        _start_process_group(timeout_s)
     processes = dist.get_world_size()
     if processes != layout.world_size:
         sizes = f"tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
@@ -54,6 +57,7 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> Worl
             f"{processes} trainer processes were started but policy.layout needs {layout.world_size} ({sizes}); "
             f"start {layout.world_size}, or change the layout."
         )
+    host_group(timeout_s)
     make_groups(layout, timeout_s)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -127,10 +131,9 @@ def _device() -> torch.device:
     return device
 
 
-def _start_process_group(device: torch.device, timeout_s: float) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
+def _start_process_group(timeout_s: float) -> None:
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(group_backend(), timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(group_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

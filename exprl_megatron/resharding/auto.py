@@ -73,3 +73,7 @@ class AutoTransport:
     async def close(self) -> None:
         await self._direct.close()
         await self._broadcast.close()
+
+    def follow_close(self) -> None:
+        self._direct.follow_close()
+        self._broadcast.follow_close()

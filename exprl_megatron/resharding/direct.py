@@ -11,24 +11,25 @@ import time
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
+from exprl_megatron.accelerator import group_backend
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.deliveries import Where, plan_deliveries, shares
 from exprl_megatron.resharding.gather import Gatherer
-from exprl_megatron.resharding.groups import address_towards, backend, break_off, in_background, meet, meeting_place
+from exprl_megatron.resharding.groups import address_towards, break_off, meet, meeting_place, timeout_s
 from exprl_megatron.resharding.messages import ITEMSIZE
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
-from exprl_megatron.serving.loader_orders import LOADER, NOT_FOLLOWED, Delivery, Need, payload
+from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, Delivery, Need, payload
+from exprl_megatron.serving.own_group import destroy, in_background, on_device
 from exprl_megatron.together import together
 
 _CAUSE_S = 5.0
@@ -63,10 +64,8 @@ class DirectTransport:
         self._orders = 0
 
     def enlist(self, clients: Sequence[SGLangClient]) -> None:
+        self._break_off()
         self._clients = list(clients)
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-        self._group, self._store = None, None
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
@@ -106,15 +105,27 @@ class DirectTransport:
     async def close(self) -> None:
         if self._group is not None:
             await together(client.begin_weight_update() for client in self._clients)
-            await self._order("leave")
+            # NCCL may wait for all members of a group before one of them has given it up.
+            await together([self._order("leave"), asyncio.to_thread(self._destroy)])
             await together(client.end_weight_update() for client in self._clients)
-        self.enlist(self._clients)
+        self._store = None
+
+    def follow_close(self) -> None:
+        self._destroy()
+
+    def _destroy(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            destroy(group, self._deadline_s)
 
     def _break_off(self) -> None:
         """Let servers go that wait for what is not sent any more, or for the others in a group that does not form."""
-        if self._group is not None:
-            break_off(self._group, self._world.rank, self._size)
-        self.enlist(self._clients)
+        group, self._group = self._group, None
+        if self._store is not None:
+            self._store.set(BROKEN_OFF, "")
+        if group is not None:
+            break_off(group, self._world.rank, self._size)
+        self._store = None
 
     async def _open(self, outgoing: Outgoing) -> None:
         """All ranks and servers meet in a new group; everybody learns what the servers hold."""
@@ -133,7 +144,7 @@ class DirectTransport:
         self._size = self._world.layout.world_size + self._server_tp * len(self._clients)
         self._control.go((self._name, self._size, address, self._store.port))
         meeting = asyncio.wrap_future(self._meet(address, self._store.port))
-        await self._both(meeting, "join")
+        await self._join(meeting)
         told = {rank: self._store.get(f"needs/{rank}") for rank in range(self._world.layout.world_size, self._size)}
         # Of servers that are alike once.
         once = {text: text for text in told.values()}
@@ -141,6 +152,27 @@ class DirectTransport:
         self._control.go(needs)
         self._group = meeting.result()
         self._plan(outgoing, needs)
+
+    async def _join(self, meeting: asyncio.Future) -> None:
+        """Return when all are members. Raises ServerError naming who has not come within the deadline."""
+        started = time.monotonic()
+        try:
+            await self._both(meeting, "join")
+        except ServerError as error:
+            absent = self._absent() if time.monotonic() - started >= self._deadline_s else []
+            if not absent:
+                raise
+            raise ServerError(
+                f"{', '.join(absent)} did not join the weights group within sync.deadline_s ({self._deadline_s:g} s)."
+            ) from error
+
+    def _absent(self) -> list[str]:
+        """The servers of which a rank has not said what it holds, as each does before it joins."""
+        return [
+            f"{client.name} ({client.url})"
+            for server, client in enumerate(self._clients)
+            if self._store is not None and not self._store.check([f"needs/{rank}" for rank in self._ranks(server)])
+        ]
 
     def _follow_open(self, outgoing: Outgoing) -> None:
         self._name, self._size, address, port = self._control.await_go()
@@ -153,7 +185,7 @@ class DirectTransport:
         """Begin to form the group of all ranks and servers."""
 
         def work() -> dist.ProcessGroup:
-            with self._on_device():
+            with on_device(self._world.device):
                 group = meet(self._name, address, port, self._world.rank, self._size, self._deadline_s)
                 # NCCL wants every member in the first thing that a group does.
                 dist.all_reduce(torch.zeros(1, device=self._world.device), group=group)
@@ -191,11 +223,12 @@ class DirectTransport:
             "do": what,
             "answer": f"answer {self._orders}",
             "group": self._name,
-            "backend": backend(),
+            "backend": group_backend(),
             "address": self._store.host,
             "port": self._store.port,
             "world_size": self._size,
             "deadline_s": self._deadline_s,
+            "timeout_s": timeout_s(self._deadline_s),
         }
         await client.update_from_tensor(
             [payload(order | {"rank": rank}) for rank in self._ranks(server)],
@@ -254,15 +287,12 @@ class DirectTransport:
             ]
 
         def work() -> None:
-            with self._on_device(), torch.no_grad():
+            with on_device(self._world.device), torch.no_grad():
                 in_rounds(self._sources, begin)
                 if self._world.device.type == "cuda":
                     torch.cuda.synchronize()
 
         return in_background("weights", work)
-
-    def _on_device(self):
-        return torch.cuda.device(self._world.device) if self._world.device.type == "cuda" else nullcontext()
 
 
 def _cuts(gatherer: Gatherer, delivery: Delivery, sources: Sequence[Where]) -> list[torch.Tensor]:

@@ -52,6 +52,9 @@ class FileTransport:
     async def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    def follow_close(self) -> None:
+        return None
+
 
 class DiskTransport(FileTransport):
     """See Transport: all weights, written once and read by every server."""

@@ -1,9 +1,8 @@
 """Groups of trainer processes with all sampling servers, as SGLang's servers join them."""
 
 import socket
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -15,12 +14,10 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from exprl_megatron.accelerator import uses_cuda
+from exprl_megatron.accelerator import group_backend
+from exprl_megatron.serving.own_group import abort, on_device
 
-
-def backend() -> str:
-    """Gloo between CPU processes, NCCL between GPUs."""
-    return "nccl" if uses_cuda() else "gloo"
+_POLL_S = 0.001
 
 
 def address_towards(host: str) -> str:
@@ -36,20 +33,6 @@ def is_here(host: str) -> bool:
     return address_towards(host) == socket.gethostbyname(host)
 
 
-def in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
-    """Begin `work` on a thread that does not keep the process from ending."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:  # whoever waits for the future raises it
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return future
-
-
 def meeting_place(address: str, deadline_s: float, port: int = 0) -> dist.TCPStore:
     """Where the members of a group find each other: its `port` (0: any free one) of this machine's `address`.
 
@@ -59,10 +42,17 @@ def meeting_place(address: str, deadline_s: float, port: int = 0) -> dist.TCPSto
     return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout)
 
 
-def meet(name: str, address: str, port: int, rank: int, world_size: int, deadline_s: float) -> dist.ProcessGroup:
-    """The group `name` of `world_size` processes, once all have come to the meeting place or `deadline_s` is over.
+def timeout_s(deadline_s: float) -> float:
+    """Of a group, whose members give up after `deadline_s`."""
+    # NCCL's watchdog ends the process where an operation takes longer: not before the group is broken off.
+    return deadline_s if group_backend() == "gloo" else 3 * deadline_s
 
-    SGLang's servers build their side with the same helper, so that the store's keys agree.
+
+def meet(name: str, address: str, port: int, rank: int, world_size: int, deadline_s: float) -> dist.ProcessGroup:
+    """The group `name` of `world_size` processes that find each other at the meeting place.
+
+    Over gloo it is connected then, or RuntimeError is raised when `deadline_s` is over. Over NCCL its first operation
+    connects it. SGLang's servers build their side with the same helper, so that the store's keys agree.
     """
     timeout = timedelta(seconds=deadline_s)
     # A connection of its own: nobody else could use it while it waits.
@@ -71,24 +61,43 @@ def meet(name: str, address: str, port: int, rank: int, world_size: int, deadlin
         world_size,
         rank,
         [],
-        Backend(backend()),
+        Backend(group_backend()),
         PrefixStore(name, store),
         group_name=name,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_s(deadline_s)),
     )
     _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     return group
 
 
+def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> float:
+    """Send `tensor` to all other members; the time when it was sent. To be called on the group's thread.
+
+    Raises RuntimeError where a connection breaks, or the group is broken off.
+    """
+    with on_device(tensor.device):
+        work = dist.broadcast(tensor, group=group, group_src=0, async_op=True)
+        # On CUDA waiting only orders the streams.
+        while not work.is_completed():
+            time.sleep(_POLL_S)
+        work.wait()
+        return time.monotonic()
+
+
 def break_off(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
-    """Cut this rank, number `rank`, off from the group's others: whoever waits for it there gets an error at once."""
-    if backend() == "nccl":
-        group.abort()
-        return
+    """Give up a group in which something may be under way, as its number `rank`.
+
+    Over gloo the members that wait for this one get an error at once. NCCL reports nothing to them: they end when their
+    own timeout is over, or when they learn it in another way and break off too.
+    """
+    if group_backend() == "gloo":
+        _close_connections(group, rank, world_size)
+    abort(group)
+
+
+def _close_connections(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
+    """Gloo closes a group's connections when somebody has waited in vain for one of them."""
     for peer in range(world_size):
         if peer != rank:
-            try:
-                # Gloo closes all connections of a group when somebody has waited in vain for one; its abort does not.
+            with suppress(RuntimeError):
                 dist.irecv(torch.zeros(1), group=group, group_src=peer).wait(timedelta(milliseconds=1))
-            except RuntimeError:
-                continue

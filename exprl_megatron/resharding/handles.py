@@ -85,6 +85,9 @@ class HandlesTransport:
     async def close(self) -> None:
         return None
 
+    def follow_close(self) -> None:
+        return None
+
     def _gather(self, outgoing: Outgoing, number: int) -> Payloads | None:
         """All givers' handles of a round, on rank 0."""
         filled = outgoing.gather(number)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.precision import set_parameter
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.gather import gather_buckets
@@ -80,9 +80,8 @@ def save_huggingface(
         problem[0] = _attempt(_finish, directory, partial, Path(origin), written, _dtype(chunks))
     if world.rank == 0 and problem[0] is not None and partial.exists():
         shutil.rmtree(partial, ignore_errors=True)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(f"The model cannot be written to {directory}: {problem[0]}; choose another place or make room.")
+    if (found := from_rank(0, problem[0])) is not None:
+        raise UserError(f"The model cannot be written to {directory}: {found}; choose another place or make room.")
 
 
 def write_config(origin: Path, directory: Path, dtype: str, **changes) -> None:

@@ -81,6 +81,13 @@ def stage_messages(
     return made
 
 
+def smallest(messages: Sequence[Message], shapes: dict[str, Shape], dtype: str, fp8: bool = False) -> Message:
+    """The parameter of `messages` with the fewest bytes, as a message of its own."""
+    table = [parameter for message in messages for parameter in message.parameters]
+    least = min(table, key=lambda parameter: _sent_bytes(parameter, shapes, dtype, fp8))
+    return _message(messages[0].stage, [least], shapes, dtype, fp8)
+
+
 def cut_into(
     table: Iterable[Parameter], bytes_of: Callable[[Parameter], int], bucket_bytes: int
 ) -> list[list[Parameter]]:

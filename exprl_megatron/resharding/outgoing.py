@@ -1,9 +1,9 @@
 """The policy's weights on their way out: this rank's part in filling one message after the other."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from exprl_megatron.conversion import fp8 as blocks
 from exprl_megatron.policy.architecture import Architecture
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.gather import Gatherer
-from exprl_megatron.resharding.messages import Message, Slot, rounds, sender, stage_messages
+from exprl_megatron.resharding.messages import Message, Slot, rounds, sender, smallest, stage_messages
 from exprl_megatron.resharding.names import Parameter
 from exprl_megatron.resharding.transport import Bucket
 
@@ -69,6 +69,8 @@ class Outgoing:
         one_by_one = [(message,) for messages in staged for message in messages]
         self.rounds: list[tuple[Message, ...]] = rounds(staged) if fillers is None else one_by_one
         """What is filled, and may be sent, at the same time."""
+        self.smallest = [smallest(messages, self.gatherer.shapes, dtype, fp8) for messages in staged]
+        """Of each pipeline stage the message of its smallest parameter; the rounds have it too."""
         self.gather_s = 0.0
         self.quantise_s = 0.0
         self._allocate = allocate or (lambda size: torch.empty(size, dtype=torch.uint8, device=world.device))
@@ -92,13 +94,23 @@ class Outgoing:
 
         A collective of all ranks.
         """
-        with torch.cuda.device(self._world.device) if self._cuda else nullcontext():
+        with self._complete():
             filled = self._gather(number)
-            if self._cuda:
-                torch.cuda.synchronize()
         self._gathered += 1
         if filled is not None and self._check is not None:
             self._checks.append(self._checker.submit(self._check, filled.named()))
+        return filled
+
+    def gather_smallest(self, stage: int) -> Filled | None:
+        """`smallest[stage]`, on the stage's first rank; a collective of the stage's ranks."""
+        message, root = self.smallest[stage], sender(stage, self._world.layout)
+        if self._world.rank != root:
+            for parameter in message.parameters:
+                self.gatherer.collect(parameter, root, None)
+            return None
+        with self._complete():
+            filled = Filled(message, torch.empty(message.nbytes, dtype=torch.uint8, device=self._world.device))
+            self._fill(filled)
         return filled
 
     def gather_rest(self) -> None:
@@ -111,6 +123,16 @@ class Outgoing:
         for check in self._checks:
             check.result()
         self._checker.shutdown()
+
+    @contextmanager
+    def _complete(self) -> Iterator[None]:
+        """On CUDA: on this rank's device, until what is done inside is complete; other streams are not waited for."""
+        if not self._cuda:
+            yield
+            return
+        with torch.cuda.device(self._world.device):
+            yield
+            torch.cuda.current_stream().synchronize()
 
     @property
     def _cuda(self) -> bool:

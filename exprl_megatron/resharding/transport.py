@@ -44,3 +44,6 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Leave the servers as they were found, apart from the weights; rank 0 only."""
+
+    def follow_close(self) -> None:
+        """The other ranks' part in close."""

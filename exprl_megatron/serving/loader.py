@@ -5,7 +5,10 @@ An order that fails is told to the trainer by way of its store, and logged: an e
 
 import json
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,11 +17,13 @@ import torch.distributed as dist
 from sglang.srt.utils.common import init_custom_process_group
 
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
-from exprl_megatron.serving.loader_orders import NOT_FOLLOWED, Delivery, Part
+from exprl_megatron.serving.loader_orders import BROKEN_OFF, NOT_FOLLOWED, Delivery, Part
 from exprl_megatron.serving.loader_trace import trace
+from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
 
 _log = logging.getLogger(__name__)
 _CONNECT_S = 30.0
+_WATCH_S = 0.2
 _member: "_Member | None" = None
 
 
@@ -36,9 +41,9 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         if order["do"] == "join":
             former, _member = _member, None
             if former is not None:
-                former.leave()
+                former.break_off()
             _member = _Member(order)
-            _member.join(model, order)
+            _member.join(model)
         elif order["do"] == "receive":
             _member.receive()
         elif order["do"] == "leave":
@@ -54,14 +59,20 @@ class _Member:
     """This rank among those of one trainer and all its servers."""
 
     def __init__(self, order: dict[str, Any]):
-        # The trainer waits for us: it is there at once or not at all.
-        timeout = timedelta(seconds=min(_CONNECT_S, order["deadline_s"]))
-        self._store = dist.TCPStore(
-            order["address"], order["port"], is_master=False, timeout=timeout, wait_for_workers=False
-        )
+        self._order = order
+        self._store = self._connection()
         self._rank = order["rank"]
         self._group: dist.ProcessGroup | None = None
         self._deliveries: list[Delivery] | None = None
+        self._broken = threading.Event()
+
+    def _connection(self) -> dist.TCPStore:
+        """To the trainer's store. A call that waits there keeps others that use the same connection waiting."""
+        # The trainer waits for us: it is there at once or not at all.
+        timeout = timedelta(seconds=min(_CONNECT_S, self._order["deadline_s"]))
+        return dist.TCPStore(
+            self._order["address"], self._order["port"], is_master=False, timeout=timeout, wait_for_workers=False
+        )
 
     def answer(self, to: str, said: str) -> None:
         """What became of an order, "" if all is well; in vain where the trainer is gone."""
@@ -70,7 +81,7 @@ class _Member:
         except RuntimeError:
             _log.exception("the trainer cannot be told")
 
-    def join(self, model: torch.nn.Module, order: dict[str, Any]) -> None:
+    def join(self, model: torch.nn.Module) -> None:
         """Tell what the model's rank needs, and meet the others."""
         self._model = model
         self._device = next(model.parameters()).device
@@ -81,22 +92,65 @@ class _Member:
         except Exception as error:  # whatever stops the trace, a broadcast calls the same loader without it
             raise ValueError(f"{error}; {NOT_FOLLOWED}") from error
         self._store.set(f"needs/{self._rank}", json.dumps([place.need for place in self._places]))
-        self._group = init_custom_process_group(
-            backend=order["backend"],
-            store=dist.PrefixStore(order["group"], self._store),
-            world_size=order["world_size"],
-            rank=self._rank,
-            group_name=order["group"],
-            timeout=timedelta(seconds=order["deadline_s"]),
-        )
-        # NCCL wants every member in the first thing that a group does.
-        dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
+        with self._while_wanted():
+            # NCCL blocks whoever connects a group until all members have come: that is not this thread.
+            joining = in_background("join", self._joined)
+            while not wait([joining], _WATCH_S).done and not self._broken.is_set():
+                continue
+            if joining.done():
+                self._group = joining.result()
+
+    def _joined(self) -> dist.ProcessGroup:
+        """The group, connected by its first operation."""
+        order = self._order
+        with on_device(self._device):
+            group = init_custom_process_group(
+                backend=order["backend"],
+                store=dist.PrefixStore(order["group"], self._connection()),
+                world_size=order["world_size"],
+                rank=self._rank,
+                group_name=order["group"],
+                timeout=timedelta(seconds=order["timeout_s"]),
+            )
+            dist.all_reduce(torch.zeros(1, device=self._device), group=group)
+            return group
 
     def leave(self) -> None:
-        """Give the group up."""
+        """Give the group up while the others do."""
         group, self._group = self._group, None
         if group is not None:
-            dist.destroy_process_group(group)
+            destroy(group, self._order["deadline_s"])
+
+    def break_off(self) -> None:
+        """Give the group up, whatever is under way in it."""
+        self._broken.set()
+        group, self._group = self._group, None
+        if group is not None:
+            abort(group)
+
+    @contextmanager
+    def _while_wanted(self) -> Iterator[None]:
+        """Break the group off as soon as the trainer does, or is gone. Raises RuntimeError then, at the end."""
+        done, store = threading.Event(), self._connection()
+
+        def watch() -> None:
+            while not done.wait(_WATCH_S):
+                try:
+                    given_up = store.check([BROKEN_OFF])
+                except RuntimeError:
+                    given_up = True
+                if given_up:
+                    self.break_off()
+                    return
+
+        watching = in_background("watch", watch)
+        try:
+            yield
+        finally:
+            done.set()
+            watching.result()
+        if self._broken.is_set():
+            raise RuntimeError("the trainer has given this sync up")
 
     @torch.no_grad()
     def receive(self) -> None:
@@ -121,9 +175,10 @@ class _Member:
             for part, arrived in copies[lane]:
                 part.copy_(arrived)
 
-        in_rounds(self._deliveries, begin, end)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        with self._while_wanted():
+            in_rounds(self._deliveries, begin, end)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
 
 
 def _cut(view: torch.Tensor, part: Part) -> torch.Tensor:

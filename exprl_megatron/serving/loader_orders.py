@@ -15,6 +15,9 @@ LOADER = "exprl_megatron.serving.loader.load"
 NOT_FOLLOWED = "set sync.transport to broadcast"
 """Ends what a server says that cannot find out where its own loader puts weights: the remedy."""
 
+BROKEN_OFF = "broken off"
+"""Key of the trainer's store that is there once the trainer has given a sync up: who waits for it in vain goes on."""
+
 
 class Need(NamedTuple):
     """A rectangle of a Hugging Face tensor (a vector counts as one column) that a server's rank holds."""

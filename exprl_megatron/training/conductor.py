@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from exprl_megatron.policy.host_group import from_rank
+
 T = TypeVar("T")
 _ASK_S = 1.0
 
@@ -45,12 +47,12 @@ class Conductor:
                 box = [True, work()]
             except Exception as caught:  # re-raised below, after the other ranks know
                 error = caught
-        dist.broadcast_object_list(box, src=0)
+        done, result = from_rank(0, box)
         if error is not None:
             raise error
-        if not box[0]:
+        if not done:
             raise ConductorFailed
-        return box[1]
+        return result
 
     def collective(self, conducting: Callable[[], None], following: Callable[[], None]) -> None:
         """Rank 0 runs `conducting` while the others run `following`; both meet in collectives on the way.

@@ -243,10 +243,11 @@ class Run:
         """Print the closing table, leave the servers, end the verifier's processes, finish the logs."""
         if self._conductor.here:
             self._console.closing(self._evaluator.all())
-            self._conductor.run(self._sync.close())
+        self._sync.close()
+        if self._start_scorer is not None:
+            self._start_scorer.close()
+        if self._conductor.here:
             self._conductor.run(self._rollouts.close())
-            if self._start_scorer is not None:
-                self._conductor.run(self._start_scorer.close())
             self._console.close()
         self._conductor.close()
 

@@ -44,10 +44,10 @@ class StartScorer:
         """
         return self._conductor.everywhere(lambda: self._conductor.run(together(map(self._score, sequences))))
 
-    async def close(self) -> None:
-        """Leave the server; rank 0 only."""
-        await self._sync.close()
-        await self._client.__aexit__()
+    def close(self) -> None:
+        """Leave the server."""
+        self._sync.close()
+        self._conductor.everywhere(lambda: self._conductor.run(self._client.__aexit__()))
 
     async def _open(self) -> None:
         await self._client.__aenter__()

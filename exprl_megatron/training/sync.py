@@ -78,9 +78,9 @@ class WeightSync:
                 return times.metrics() if self._conductor.here else {}
         return {}
 
-    async def close(self) -> None:
-        """Leave the servers' broadcast groups; rank 0 only."""
-        await self._transport.close()
+    def close(self) -> None:
+        """Leave the groups that are shared with servers; every rank calls it."""
+        self._conductor.collective(lambda: self._conductor.run(self._transport.close()), self._transport.follow_close)
 
     def _outgoing(self, sums: ServerChecksums | None) -> Outgoing:
         """The policy's current weights; what this rank fills of them is added to `sums`."""

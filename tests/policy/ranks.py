@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from exprl_megatron.accelerator import group_backend
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.world import World, enter_world, leave_world
-from exprl_megatron.resharding.groups import backend
 
 
 def run_ranks(
@@ -35,8 +35,9 @@ def run_ranks(
         launcher = [str(Path(__file__).with_name("fork_ranks.py")), str(processes)]
     command = [sys.executable, "-W", "ignore", *launcher, str(script), str(out)]
     here = Path(__file__).parent
-    paths = os.pathsep.join(map(str, (here, here.parent)))
-    variables = os.environ | (environment or {}) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    variables = os.environ | (environment or {}) | {"OMP_NUM_THREADS": "1"}
+    paths = [str(here), str(here.parent), variables.get("PYTHONPATH", "")]
+    variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     with open(out / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
         try:
@@ -73,7 +74,7 @@ class Ranks:
         if self.rank >= processes:
             return False
         store = dist.PrefixStore(f"world-{self._worlds}", self._store)
-        dist.init_process_group(backend(), store=store, rank=self.rank, world_size=processes)
+        dist.init_process_group(group_backend(), store=store, rank=self.rank, world_size=processes)
         return True
 
     def finish(self) -> None:

@@ -1,14 +1,17 @@
 """Run by test_syncs.py on four processes: syncs from many layouts to running servers, and what a refusal does."""
 
 import asyncio
+import os
 import time
 from functools import partial
 from unittest.mock import patch
 
+import psutil
 import torch
 import torch.distributed as dist
 from ranks import Ranks
 
+from exprl_megatron.accelerator import GROUP_BACKEND
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError
@@ -35,7 +38,13 @@ LAYOUTS = {
 TRANSPORTS = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}
 TOLD: list[str] = []
 """What the transports that choose for themselves said."""
+UNDER_NCCL = ("TP1", "PP2", "TP2xPP2")
 BUCKET_MB = 0.04
+
+
+def over_nccl_like():
+    """Worlds that are made in here go over the test backend with NCCL's behavior."""
+    return patch.dict(os.environ, {GROUP_BACKEND: "nccl_like"})
 
 
 class Syncs:
@@ -58,9 +67,9 @@ class Syncs:
         )
 
     def close(self, *syncs: WeightSync) -> None:
+        for sync in syncs:
+            sync.close()
         if self.conductor.here:
-            for sync in syncs:
-                self.conductor.run(sync.close())
             for client in self.clients:
                 self.conductor.run(client.__aexit__())
         self.conductor.close()
@@ -130,15 +139,13 @@ def falls_back(world, arguments) -> list[str] | None:
 
 
 def refused(world, arguments) -> list[str] | None:
-    """The server has left the second stage's group before a second sync."""
+    """The server is asked to receive in a group that it is not in, for the second stage of a second sync."""
     servers, tp = arguments["targets"]["sacrificed"]
     syncs = Syncs(world, arguments["model"], servers, tp)
     sync = syncs.sync("broadcast")
     sync.bring("v1")
     ended = "well"
-    if syncs.conductor.here:
-        names = sync._transport.names()
-        syncs.conductor.run(syncs.clients[0].destroy_weights_group(names[1]))
+    sync._transport._groups.names[1] = "another"
     try:
         sync.bring("v2")
     except (ServerError, ConductorFailed) as error:
@@ -147,6 +154,41 @@ def refused(world, arguments) -> list[str] | None:
         syncs.conductor.run(syncs.clients[0].__aexit__())
     syncs.conductor.close()
     return syncs.control.collect(ended)
+
+
+def dies(world, arguments, kind: str, target: str) -> list | None:
+    """The last server dies as the second sync comes to it: how each rank ends, and how soon the others are free.
+
+    One of the others gets the third version then.
+    """
+    servers, tp = arguments["targets"][target]
+    syncs = Syncs(world, arguments["model"], servers, tp)
+    sync = syncs.sync(kind)
+    sync.bring("v1")
+    owner, name = (sync._transport, "_order") if kind == "direct" else (sync._transport._groups, "ask")
+    asking = getattr(owner, name)
+
+    async def after_a_death(*order, **settings):
+        for process in psutil.Process(servers[-1]["pid"]).children(recursive=True):
+            process.kill()
+        return await asking(*order, **settings)
+
+    ended, started = "well", time.monotonic()
+    with patch.object(owner, name, after_a_death):
+        try:
+            sync.bring("v2")
+        except (ServerError, ConductorFailed) as error:
+            ended = f"{type(error).__name__}: {error}"
+    took_s = time.monotonic() - started
+    syncs.clients = syncs.clients[:-1]
+    if len(servers) > 1:
+        if syncs.conductor.here:
+            syncs.conductor.run(syncs.clients[0].take_over(deadline_s=20.0))
+        change(syncs.policy)
+        sync = syncs.sync(kind)
+        sync.bring("v3")
+        syncs.close(sync)
+    return syncs.control.collect((ended, took_s))
 
 
 def filled_twice(world, arguments) -> bool:
@@ -169,11 +211,19 @@ def main() -> None:
     for name, layout in LAYOUTS.items():
         for target in ("two", "tp2"):
             ranks.within(layout, lambda w, t=target: bring_all(w, ranks.arguments, t), f"{name} to {target}")
+    with over_nccl_like():
+        for name in UNDER_NCCL:
+            for target in ("two", "tp2"):
+                run = f"{name} to {target} under NCCL's rules"
+                ranks.within(LAYOUTS[name], lambda w, t=target: bring_all(w, ranks.arguments, t), run)
     for fails in range(4):
         ranks.within(Layout(dp=2), lambda w, f=fails: stopped_at(w, f), f"stopped at {fails}")
     ranks.within(Layout(tp=2, pp=2), lambda w: filled_twice(w, ranks.arguments), "filled twice")
-    ranks.within(Layout(tp=2, pp=2), lambda w: falls_back(w, ranks.arguments), "falls back")
-    ranks.within(Layout(pp=2), lambda w: refused(w, ranks.arguments), "refused")
+    with over_nccl_like():
+        ranks.within(Layout(tp=2, pp=2), lambda w: falls_back(w, ranks.arguments), "falls back")
+        ranks.within(Layout(pp=2), lambda w: refused(w, ranks.arguments), "refused")
+        ranks.within(Layout(pp=2), lambda w: dies(w, ranks.arguments, "direct", "two"), "direct dies")
+        ranks.within(Layout(pp=2), lambda w: dies(w, ranks.arguments, "broadcast", "first"), "broadcast dies")
     ranks.finish()
 
 

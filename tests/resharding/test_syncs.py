@@ -10,29 +10,41 @@ from exprl_megatron.serving.launch import ServerSpec, start_servers, stop_server
 
 sys.path.append(str(Path(__file__).parents[1] / "policy"))
 from ranks import run_ranks
+from under_nccl import faults, knows_backend
 
 pytestmark = pytest.mark.slow
 TARGETS = ("two", "tp2")
+UNDER_NCCL = ("TP1", "PP2", "TP2xPP2")
 LAYOUTS = ("TP1", "TP2", "PP2", "VPP2xDP2", "TP2xPP2")
 PARTS = ("gather", "quantise", "send", "load", "check", "seconds", "gb", "moved_gb", "gb_per_s")
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, tmp_path_factory):
+def records(tmp_path_factory):
+    """What was noticed under the backend with NCCL's behavior, over which some of the worlds go."""
+    return tmp_path_factory.mktemp("records")
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, tmp_path_factory, records):
     logs = tmp_path_factory.mktemp("logs")
     model = tiny_model("qwen3", layers=4)
     specs = [
         ServerSpec(name, model, ServerConfig(tp=tp, max_total_tokens=4096), logs)
         for name, tp in (("first", 1), ("second", 1), ("both", 2))
     ]
-    servers = start_servers(specs)
+    with pytest.MonkeyPatch.context() as changed:
+        for name, value in knows_backend(records).items():
+            changed.setenv(name, value)
+        servers = start_servers(specs)
     try:
-        first, second, both = ({"name": server.name, "url": server.url} for server in servers)
-        targets = {"two": ([first, second], 1), "tp2": ([both], 2), "sacrificed": ([second], 1)}
+        first, second, both = ({"name": server.name, "url": server.url, "pid": server.pid} for server in servers)
+        targets = {"two": ([first, second], 1), "tp2": ([both], 2), "sacrificed": ([both], 2), "first": ([first], 1)}
         yield run_ranks(
             Path(__file__).parent / "sync_worker.py",
             4,
             logs / "out",
+            environment=knows_backend(records),
             model=tiny_model("qwen3", layers=4, seed=5),
             targets=targets,
         )
@@ -57,6 +69,15 @@ def test_whichever_round_is_refused_every_rank_ends_at_once(results, fails):
     assert results[f"stopped at {fails}"]["seconds"] < 20
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", UNDER_NCCL)
+def test_so_they_do_where_groups_behave_as_nccl_s_and_nothing_is_sent_that_it_could_not(
+    results, records, layout, target
+):
+    assert results[f"{layout} to {target} under NCCL's rules"].keys() == {"broadcast", "direct", "handles", "again"}
+    assert faults(records) == []
+
+
 def test_several_ranks_can_fill_every_message(results):
     assert results["filled twice"] is True
 
@@ -68,5 +89,13 @@ def test_where_servers_refuse_shards_every_rank_goes_on_with_broadcasts(results)
 
 def test_a_server_that_left_one_stage_s_group_ends_every_rank_with_its_words(results):
     told, followed = results["refused"]
-    assert told.startswith("RequestRefused: second")
+    assert told.startswith("RequestRefused: both")
     assert followed.startswith("ConductorFailed")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("direct", "second"), ("broadcast", "first")])
+def test_a_server_that_dies_in_a_sync_ends_every_rank_with_its_name_and_frees_the_others(results, kind, name):
+    (told, took_s), (followed, follower_s) = results[f"{kind} dies"]
+    assert told.startswith(f"ServerError: {name} ") and "died or is not reachable" in told
+    assert followed.startswith("ConductorFailed")
+    assert max(took_s, follower_s) < 30

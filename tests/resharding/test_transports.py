@@ -18,7 +18,7 @@ from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.resharding.auto import AutoTransport
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.direct import DirectTransport
+from exprl_megatron.resharding.direct import CannotReceive, DirectTransport
 from exprl_megatron.resharding.gather import gather_buckets
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
@@ -41,7 +41,7 @@ def other(tiny_model) -> Path:
 
 
 @pytest.fixture(scope="module")
-def policy(other):
+def policy(other, collectives):
     config = PolicyConfig(model=str(other))
     enter_world(config.layout)
     yield Policy(config, seed=0)
@@ -55,6 +55,7 @@ def client(qwen3_server, tiny_model):
 
     async def restore():
         async with qwen3_server.client() as client:
+            await client.take_over(deadline_s=60)
             await client.update_from_disk(tiny_model("qwen3"), "initial")
 
     asyncio.run(restore())
@@ -156,12 +157,13 @@ def test_a_server_that_holds_other_weights_is_found_out_by_name(client, policy):
         asyncio.run(check())
 
 
-def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path):
-    async def push_after_the_server_left(client):
+def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path, monkeypatch):
+    async def push_to_another_group(client):
         transport = BroadcastTransport([client], 1, policy.world, Control(60.0), deadline_s=20)
         async with client:
             await transport.push(outgoing(policy, transport), "v1", SyncTimes())
-            await client.destroy_weights_group(*transport.names())
+            # The server is in no such group.
+            monkeypatch.setattr(transport._groups, "names", ["another"])
             await transport.push(outgoing(policy, transport), "v2", SyncTimes())
 
     # A server of its own: SGLang ends itself where an update fails half-way.
@@ -170,7 +172,7 @@ def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path):
         start_servers([spec])[0] as server,
         pytest.raises(ServerError, match=r"leaver.*asked /update_weights_from_distributed: (refused|died)"),
     ):
-        asyncio.run(asyncio.wait_for(push_after_the_server_left(server.client()), timeout=60))
+        asyncio.run(asyncio.wait_for(push_to_another_group(server.client()), timeout=60))
 
 
 def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, policy):
@@ -182,7 +184,7 @@ def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, 
 
     async def push():
         async with client:
-            with pytest.raises(ServerError, match=r"policy-0 .*could not join weights: .*; see its log"):
+            with pytest.raises(CannotReceive, match=r"policy-0 .*could not join weights: .*; set sync\.transport to b"):
                 await wrong.push(asked, "v1", SyncTimes())
             await client.take_over(deadline_s=60)
             await right.push(outgoing(policy, right), "v2", SyncTimes())
@@ -224,6 +226,41 @@ def test_a_server_that_waits_for_one_that_died_is_free_at_once(client, policy, k
             return time.monotonic() - started
 
     assert asyncio.run(push()) < 10
+
+
+class AbsentServer:
+    """In the place of a client: a server that does not come, and answers nothing from then on."""
+
+    url, name = "http://127.0.0.1:9", "absent"
+
+    async def begin_weight_update(self):
+        return None
+
+    async def loaders(self):
+        return [LOADER]
+
+    async def init_weights_group(self, *, backend, deadline_s, **settings):
+        # Over NCCL a group is formed before anybody has met.
+        if backend == "gloo":
+            await self.silence(deadline_s=deadline_s)
+
+    async def silence(self, *_, deadline_s, **settings):
+        await asyncio.sleep(deadline_s)
+        raise ServerError(f"no answer within {deadline_s} s")
+
+    update_from_distributed = update_from_tensor = info = silence
+
+
+@pytest.mark.parametrize("kind", [BroadcastTransport, DirectTransport])
+def test_a_member_that_never_comes_is_an_error_that_names_it_within_the_deadline(policy, kind, monkeypatch):
+    # The thread that connects the group stays blocked, as it does over NCCL.
+    monkeypatch.setenv("NCCL_LIKE_PATIENCE_S", "")
+    monkeypatch.setattr("exprl_megatron.resharding.weight_groups.CAUSE_S", 1.0)
+    transport = kind([AbsentServer()], 1, policy.world, Control(120.0), deadline_s=3)
+    started = time.monotonic()
+    with pytest.raises(ServerError, match=r"^absent \(http.*:9\) did not join the .* sync.deadline_s \(3 s\)"):
+        asyncio.run(transport.push(outgoing(policy, transport), "v1", SyncTimes()))
+    assert time.monotonic() - started < 15
 
 
 def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):

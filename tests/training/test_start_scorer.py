@@ -108,7 +108,7 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(st
     conductor.run(client.update_from_disk(tiny_model("qwen3"), "another"))
     with pytest.raises(ServerError, match=r"start-0 \(.*\) scored under weight version another, not start-prime"):
         scorer.log_probs(sequences)
-    conductor.run(scorer.close())
+    scorer.close()
     conductor.close()
     leave_world()
     assert largest_gap(scored, start) < 1e-4

@@ -153,6 +153,7 @@ class Communicator:
             raise Broken(text)
         self._gloo = _gloo(dist.PrefixStore("gloo", self.store), self.index, len(self.members))
         self.connected = True
+        record("connected", f"{self.name}, of {len(self.members)}")
         threading.Thread(target=self._run, name=self.name, daemon=True).start()
 
     def _lacking(self, key: str) -> list[int]:

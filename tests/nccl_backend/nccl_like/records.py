@@ -11,13 +11,15 @@ from typing import Any
 
 DIRECTORY = "NCCL_LIKE_RECORDS"
 PATIENCE = "NCCL_LIKE_PATIENCE_S"
+_FRAMES = 12
 LIBRARIES = ("/torch/", "/nccl_like/")
 
 
 def record(kind: str, text: str) -> None:
-    """Keep a line about something of `kind`: hang, differs, same device, timeout or object."""
+    """Keep a line about something of `kind`: connected, object, or a fault: hang, differs, same device, timeout."""
     line = json.dumps({"kind": kind, "text": text, "process": os.getpid(), "at": time.time()})
-    print(f"nccl_like: {kind}: {text}", file=sys.stderr, flush=True)
+    if kind not in ("connected", "object"):
+        print(f"nccl_like: {kind}: {text}", file=sys.stderr, flush=True)
     if DIRECTORY in os.environ:
         with open(Path(os.environ[DIRECTORY]) / f"{os.getpid()}.jsonl", "a") as file:
             file.write(line + "\n")
@@ -51,7 +53,7 @@ class Patience:
         """To be called again and again in the wait."""
         waited_s = time.monotonic() - self._since
         if self._bound is not None and waited_s > self._bound:
-            stack = "".join(traceback.format_stack()[:-1])
+            stack = "".join(traceback.format_stack()[-_FRAMES:-1])
             text = f"blocked for {waited_s:.0f} s in {self._what()}\n{stack}"
             record("hang", text)
             raise Hang(text)

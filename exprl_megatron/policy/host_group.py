@@ -1,0 +1,39 @@
+"""The group in which all trainer ranks exchange objects: gloo between the hosts, never what tensors go through.
+
+Over NCCL every object would be copied to the device and back, and a rank that waits for one would keep a kernel
+spinning there, beside a server that works on the same device.
+"""
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+_made: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+"""The default group, and the host group of the same ranks."""
+
+
+def host_group(timeout_s: float = 600.0) -> dist.ProcessGroup:
+    """The group of all ranks. The first call for a default group, which makes it, is a collective.
+
+    A rank that waits in it longer than `timeout_s` of that call raises RuntimeError.
+    """
+    global _made
+    everybody = dist.group.WORLD
+    if _made is None or _made[0] is not everybody:
+        _made = everybody, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return _made[1]
+
+
+def from_rank[T](source: int, item: T) -> T:
+    """Rank `source`'s `item`, on every rank; a collective."""
+    box: list[Any] = [item]
+    dist.broadcast_object_list(box, src=source, group=host_group())
+    return box[0]
+
+
+def of_all_ranks[T](item: T) -> list[T]:
+    """Every rank's `item`, in the order of ranks, on every rank; a collective."""
+    items: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item, group=host_group())
+    return items

@@ -1,0 +1,228 @@
+"""The groups that weights are broadcast in: each pipeline stage's first rank, as rank 0, with all servers.
+
+NCCL forms a group without meeting anybody: its first operation connects it, and blocks its caller until all members
+have called it. So that one is a small message of its own, on a thread, right after the group was formed, beside the
+requests that make the servers receive it.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+
+from exprl_megatron.accelerator import group_backend
+from exprl_megatron.errors import RequestRefused, ServerError
+from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.control import Control
+from exprl_megatron.resharding.groups import address_towards, break_off, broadcast, meet, meeting_place
+from exprl_megatron.resharding.messages import Message, sender
+from exprl_megatron.resharding.outgoing import Filled, Outgoing
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.own_group import GroupThread, destroy, in_background
+from exprl_megatron.together import together
+
+CAUSE_S = 5.0
+"""How long to wait for a server's own word on what broke, or for any word of it."""
+
+
+class WeightGroups:
+    """Every rank has one. `server_tp` is the tensor parallelism of each server: it has as many ranks of each group."""
+
+    def __init__(self, server_tp: int, world: World, control: Control, deadline_s: float):
+        self.names: list[str] = []
+        """Of the stages' groups, which servers know them by; empty where they are not open."""
+        self._server_tp = server_tp
+        self._world = world
+        self._control = control
+        self._deadline_s = deadline_s
+        self._size = 0
+        """Of each group."""
+        self._group: dist.ProcessGroup | None = None
+        """This rank's, if it is a sender."""
+        self._thread: GroupThread | None = None
+        self._place: dist.TCPStore | None = None
+        """Where this rank meets the servers, if it is a sender."""
+        self._left: list[tuple[SGLangClient, str]] = []
+        """Servers, and groups that they may still be in although we have left them."""
+
+    async def open(self, clients: Sequence[SGLangClient], outgoing: Outgoing) -> None:
+        """Form a group of each stage, one after the other, and connect it; rank 0 only, in an open weight update.
+
+        Raises ServerError naming who is not there within the deadline.
+        """
+        for client, name in self._left:
+            if client in clients:
+                # A server that never became a member refuses.
+                with suppress(RequestRefused):
+                    await client.destroy_weights_group(name)
+        self._left = []
+        run = uuid.uuid4().hex[:8]
+        self.names = [f"exprl-weights-{run}-{stage}" for stage in range(self._world.layout.pp)]
+        self._left = [(client, name) for name in self.names for client in clients]
+        self._size = 1 + self._server_tp * len(clients)
+        host = urlsplit(clients[0].url).hostname
+        place = self._open_place(host)
+        self._control.go((self.names, host, self._size))
+        places = [place for place in self._control.collect(place) if place is not None]
+        meeting = asyncio.wrap_future(self._meet(self.names[0], place))
+        joining = {
+            client: self._join_server(client, 1 + i * self._server_tp, places) for i, client in enumerate(clients)
+        }
+        await self._come(joining, {meeting}, 0)
+        self._enter(meeting.result())
+        for stage in range(self._world.layout.pp):
+            self._control.go()
+            filled = await asyncio.to_thread(outgoing.gather_smallest, stage)
+            own = set() if filled is None else {asyncio.wrap_future(self.send(filled))}
+            message = outgoing.smallest[stage]
+            await self._come({client: self.ask(client, [message], None) for client in clients}, own, stage)
+
+    def follow_open(self, outgoing: Outgoing) -> None:
+        """The other ranks' part in `open`."""
+        self.names, host, self._size = self._control.await_go()
+        place = self._open_place(host)
+        self._control.collect(place)
+        meeting = None
+        if place is not None:
+            meeting = self._meet(self.names[self._world.pp_rank], place)
+        for stage in range(self._world.layout.pp):
+            self._control.await_go()
+            if meeting is not None and self._group is None:
+                # Rank 0 goes on when all servers have joined.
+                self._enter(meeting.result(self._deadline_s))
+            filled = outgoing.gather_smallest(stage)
+            if filled is not None:
+                # Whether it arrives, rank 0 learns from the servers.
+                self.send(filled)
+
+    def send(self, filled: Filled) -> Future[float]:
+        """Begin to broadcast this rank's message in its group; the time when it was sent."""
+        group = self._group
+        return self._thread.submit(lambda: broadcast(group, filled.data))
+
+    async def ask(self, client: SGLangClient, messages: Sequence[Message], version: str | None) -> None:
+        """One server to receive `messages`, in this order; with the last one it gets `version`, where one is given."""
+        for position, message in enumerate(messages):
+            final = version is not None and position == len(messages) - 1
+            await client.update_from_distributed(
+                [slot.name for slot in message.slots],
+                [slot.dtype for slot in message.slots],
+                [slot.shape for slot in message.slots],
+                group=self.names[message.stage],
+                version=version if final else None,
+                flush_cache=final,
+                flattened=True,
+                deadline_s=self._deadline_s,
+            )
+
+    def break_off(self) -> None:
+        """Give our side of the groups up, whatever is under way in them."""
+        group, self._group = self._group, None
+        if group is not None:
+            self._thread.stop()
+            break_off(group, 0, self._size)
+        # A server that has come already does not wait for one that has not.
+        self._place, self.names = None, []
+
+    async def close(self, clients: Sequence[SGLangClient]) -> None:
+        """Give the groups up, in which nothing is under way; rank 0 only."""
+        names, self.names, self._left = self.names, [], []
+
+        async def leave(client: SGLangClient) -> None:
+            for name in names:
+                await client.destroy_weights_group(name)
+
+        # NCCL may wait for all members of a group before one of them has given it up.
+        await together([asyncio.to_thread(self.follow_close), *map(leave, clients)])
+
+    def follow_close(self) -> None:
+        """This rank's side of `close`."""
+        group, self._group = self._group, None
+        if group is not None:
+            self._thread.stop()
+            destroy(group, self._deadline_s)
+        self._place, self.names = None, []
+
+    async def _come(self, asked: dict[SGLangClient, object], own: Collection[asyncio.Future], stage: int) -> None:
+        """Return when all servers have done what they are `asked`, and `own` is done too.
+
+        Raises the first server's error, or ServerError naming those that have not come within the deadline.
+        """
+        asking = {asyncio.ensure_future(request): client for client, request in asked.items()}
+        try:
+            done, late = await asyncio.wait(
+                {*asking, *own}, timeout=self._deadline_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            if late and any(future in own and future.exception() for future in done):
+                # The server's own word says why, or its absence.
+                more, late = await asyncio.wait(late, timeout=CAUSE_S, return_when=asyncio.FIRST_EXCEPTION)
+                done |= more
+            for future in sorted(done, key=lambda future: future in own):
+                future.result()
+        except RuntimeError as error:
+            raise broke(asking.values(), error) from error
+        finally:
+            for future in asking:
+                future.cancel()
+        if late:
+            raise ServerError(
+                await self._lateness([client for future, client in asking.items() if future in late], stage)
+            )
+
+    async def _lateness(self, late: Sequence[SGLangClient], stage: int) -> str:
+        """Who of those that do not answer holds the group up: a server that answers nothing else, if there is one."""
+
+        async def answers(client: SGLangClient) -> bool:
+            try:
+                await client.info(deadline_s=CAUSE_S)
+            except ServerError:
+                return False
+            return True
+
+        well = await together(answers(client) for client in late)
+        absent = [client for client, answered in zip(late, well, strict=True) if not answered]
+        who = [f"{client.name} ({client.url})" for client in absent or late]
+        source = sender(stage, self._world.layout)
+        if not absent and source != self._world.rank:
+            who.append(f"trainer-{source}")
+        return (
+            f"{' or '.join(who)} did not join the weights group of pipeline stage {stage} within sync.deadline_s "
+            f"({self._deadline_s:g} s)."
+        )
+
+    def _enter(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._thread = GroupThread(self.names[self._world.pp_rank])
+
+    def _meet(self, name: str, place: tuple[str, int]) -> Future[dist.ProcessGroup]:
+        """Begin to form a group as its rank 0."""
+        return in_background(name, lambda: meet(name, *place, 0, self._size, self._deadline_s))
+
+    def _open_place(self, host: str) -> tuple[str, int] | None:
+        """Where servers on `host` find this rank, if it is a sender."""
+        if self._world.rank != sender(self._world.pp_rank, self._world.layout):
+            return None
+        address = address_towards(host)
+        self._place = meeting_place(address, self._deadline_s)
+        return address, self._place.port
+
+    async def _join_server(self, client: SGLangClient, rank_offset: int, places: list[tuple[str, int]]) -> None:
+        for name, (address, port) in zip(self.names, places, strict=True):
+            await client.init_weights_group(
+                master_address=address,
+                master_port=port,
+                rank_offset=rank_offset,
+                world_size=self._size,
+                group=name,
+                backend=group_backend(),
+                deadline_s=self._deadline_s,
+            )
+
+
+def broke(clients: Collection[SGLangClient], error: RuntimeError) -> ServerError:
+    """What to raise where our side of a broadcast breaks and no server says why."""
+    return ServerError(f"The weight broadcast to {', '.join(client.name for client in clients)} broke: {error}.")

@@ -1,0 +1,79 @@
+"""How a process holds a group that tensors go through, under the rules of NCCL: threads that may block, and its end."""
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+_ABORT_S = 10.0
+
+
+def in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
+    """Begin `work` on a thread that does not keep the process from ending."""
+    future: Future[T] = Future()
+    threading.Thread(target=_settle, args=(future, work), name=name, daemon=True).start()
+    return future
+
+
+class GroupThread:
+    """The one thread that calls a group's operations, in order.
+
+    The first of them connects an NCCL group: it blocks its caller until every member has come, without a timeout. So no
+    other thread may call it. A thread that is blocked for ever does not keep the process from ending.
+    """
+
+    def __init__(self, name: str):
+        self._calls: queue.SimpleQueue[tuple[Future, Callable] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit[T](self, work: Callable[[], T]) -> Future[T]:
+        """Call `work` after what was submitted before."""
+        future: Future[T] = Future()
+        self._calls.put((future, work))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after what was submitted; does not wait."""
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            _settle(*call)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Make `device` the current CUDA device of this thread, if it is one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def destroy(group: dist.ProcessGroup, deadline_s: float) -> None:
+    """Give up a group that works, while the other members do: NCCL waits for them. After `deadline_s` break it off."""
+    destroying = in_background("destroy", lambda: dist.destroy_process_group(group))
+    try:
+        destroying.result(deadline_s)
+    except TimeoutError:
+        abort(group)
+
+
+def abort(group: dist.ProcessGroup) -> None:
+    """Give up a group in which something may be under way; over NCCL that fails here, and the others learn nothing."""
+
+    def work() -> None:
+        # Destroying waits for what is under way. Gloo has no abort, and does not wait.
+        if dist.get_backend(group) != "gloo":
+            group.abort()
+        dist.destroy_process_group(group)
+
+    # A thread that is blocked in the group's first operation may hold this one up; then both are left behind.
+    wait([in_background("abort", work)], _ABORT_S)
+
+
+def _settle[T](future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:  # the caller that waits for the future raises it
+        future.set_exception(error)
