@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from exprl_megatron.accelerator import device_visible, missing_gpu_packages, uses_cuda
 from exprl_megatron.cuda_environment import rank_variables, shared_variables
-from exprl_megatron.rewards.code_sandbox import sandbox_available
+from exprl_megatron.rewards.code_sandbox import recursion_depth, sandbox_available
 
 ESSENTIAL = ("Python", "torch", "megatron-core", "sglang", "SGLang kernels", "ports")
 """Parts without which no run is possible."""
@@ -28,6 +28,7 @@ PROVIDERS = "/etc/libibverbs.d"
 RDMA_DEVICES = "/dev/infiniband"
 _OVER_TCP = "RDMA between nodes: NCCL takes TCP, and says nothing"
 _DISK_GB = 10
+_CONTEST_DEPTH = 5_000
 _GIB = 2**30
 
 
@@ -58,7 +59,7 @@ def examine() -> list[Finding]:
         _verbs(),
         _rdma_devices(),
         _package("nemo-run", "nemo_run", "recipes and Slurm"),
-        _sandbox(),
+        *_sandbox(),
         _ports(),
         _disk(),
     ]
@@ -155,9 +156,16 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def _sandbox() -> Finding:
+def _sandbox() -> list[Finding]:
+    """Whether programs can be run, and whether they can recurse as deep as where contests run them."""
     sandbox = sandbox_available()
-    return Finding("sandbox for programs", sandbox.ok, sandbox.found, "" if sandbox.ok else "code problems")
+    found = [Finding("sandbox for programs", sandbox.ok, sandbox.found, "" if sandbox.ok else "code problems")]
+    if sandbox.ok:
+        depth = recursion_depth()
+        deep = depth >= _CONTEST_DEPTH
+        lack = "" if deep else "right verdicts on programs that recurse deeper; use a later release of Python 3.12"
+        found.append(Finding("recursion of programs", deep, f"{depth:,} calls through functools.cache", lack))
+    return found
 
 
 def _ports() -> Finding:

@@ -69,7 +69,7 @@ def _channels(text: str) -> list[tuple[int, int]] | None:
             if message["name"] == "final":
                 spans.append((message.end(), len(text) if end is None else end.start()))
         return spans
-    if _BARE_ANALYSIS.match(text):
-        finals = list(_BARE_FINAL.finditer(text))
+    finals = list(_BARE_FINAL.finditer(text)) if text.lstrip().startswith("analysis") else []
+    if finals or _BARE_ANALYSIS.match(text):
         return [(finals[-1].end(), len(text))] if finals else []
     return None

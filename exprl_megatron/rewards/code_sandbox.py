@@ -18,6 +18,18 @@ sys.path.extend(sys.argv[3:])
 from exprl_megatron.rewards.code_worker import serve
 serve(sys.argv[1] == "all", tuple(filter(None, sys.argv[2].split(","))))
 """
+_DEPTH = """
+import functools
+
+@functools.cache
+def deepest(depth):
+    try:
+        return deepest(depth + 1) if depth < 10_000 else depth
+    except RecursionError:
+        return depth
+
+print(deepest(0))
+"""
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 """All that a program sees of any environment. The seed makes verdicts repeatable; threads must not be forked."""
 
@@ -108,6 +120,15 @@ class CodeSandbox:
         python = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _BOOT]
         command = [*python, layers, ",".join(self._modules), *paths]
         return WorkerProcess(command, env=_ENVIRONMENT, cwd="/", new_session=True)
+
+
+def recursion_depth() -> int:
+    """How many calls deep a program can recurse through `functools.cache`, up to 10,000; NoSandbox, SandboxFailed."""
+    sandbox = CodeSandbox()
+    try:
+        return int(sandbox.run(_DEPTH, "", None, START_DEADLINE_S).output)
+    finally:
+        sandbox.close()
 
 
 def sandbox_available() -> Availability:

@@ -27,7 +27,7 @@ import struct
 import tempfile
 from dataclasses import dataclass
 
-from exprl_megatron.rewards import seccomp
+from exprl_megatron.rewards import recursion, seccomp
 
 OPEN_FILES = 64
 """Of the worker; a program gets half of them."""
@@ -99,6 +99,7 @@ def begin_program(parent: int, limits: Limits) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limited, (most, most))
+    recursion.enlarge_stack()
     header, nothing = struct.pack("=Ii", _CAPABILITIES_VERSION, 0), struct.pack("=6I", *(6 * [0]))
     _check(libc.capset(header, nothing))
     seccomp.forbid_privileges()

@@ -1,36 +1,156 @@
 """Finding the final answer, or the final program, in a trace's text."""
 
 import re
+import textwrap
+from collections.abc import Callable
+from html import unescape
+
+from exprl_megatron.thinking import mask_thinking
 
 LONGEST_ANSWER = 1000
 """Characters; anything longer is no answer."""
+_LONGEST_BETWEEN = 80
+"""Characters between boxes that are one answer."""
 
-_FENCE = re.compile(r"[ \t]*```[ \t]*(?P<mark>[\w+#.-]*)[ \t]*")
-_PYTHON_MARKS = {"python", "py", "python3"}
-_BOX = re.compile(r"\\boxed\s*\{")
+_Box = tuple[int, int, str | None]
+"""Start, end and content; None where it is not closed."""
+# A fence may be behind list and quotation marks, or behind prose where it names its language.
+_FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
+_MARKERS = re.compile(r"(?:[ \t]*(?:>|[-*+]|\d{1,9}[.)])(?=[ \t]|$|`|~))*[ \t]*")
+_QUOTED = re.compile(r"(?:[ \t]{0,3}>[ \t]?)+")
+_LANGUAGE = re.compile(r"[\w+#.-]*")
+_PYTHON = re.compile(r"(?:i|c|micro)?py(?:thon|py)?[\d.]*", re.I)
+_ON_ONE_LINE = re.compile(r"(?P<fence>`{3,})[ \t]*(?:python\d?|py)[ \t]+(?P<program>[^`]+)(?P=fence)", re.I)
+_HTML_CODE = re.compile(r"<code(?:\s+class=\"(?:language-|lang-)?(?P<language>[\w+#.-]+)\")?\s*>\n?")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
+_EMPTY = re.compile(r"\s|\\[,;:! ]|\\q?quad\b|~|\$")
+_BRACE = re.compile(r"\\.|[{}]", re.S)
+_BARE = re.compile(r"[^\s${},;]+(?:\{[^{}]*\})*")
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*([^\n]*)")
+_ANSWER_IS = re.compile(
+    r"\banswer\b[*_]*(?:[ \t]*(?:is|:|=|(?=\$|\\\())[*_:]*\s*|[^.\n:=]{0,60}?\b(?:is|equals)\b[*_:]*[ \t]*)"
+    r"(?P<answer>[^\n]+)",
+    re.I,
+)
+_NOT = re.compile(r"\W*(?:not|n't|never|no longer|unclear|unknown|wrong|incorrect)\b", re.I)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _ANS = re.compile(r"\bans\s+(\S+)")
+# What is between boxes that are one answer: nothing but a few words of a unit or a part, a separator, and a name.
+_LATEX_SPACE = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\q?quad\b|\\[,;:! ()\[\]]|[$~]|\\\\|&")
+_UNIT = r"(?:(?!no\b|not\b|so\b|wait\b|then\b|thus\b|hence\b|is\b|or\b|and\b)[\w()/%-]+\s+)"
+_SEPARATOR = r"(?:(?:[,;]|and|or|or else)\s*)"
+_TOGETHER = re.compile(
+    rf"\s*(?:{_UNIT}{{1,4}}{_SEPARATOR}{{1,3}}|{_SEPARATOR}{{0,3}})"
+    r"(?:\(?\w\)|(?!no\b)\w{1,3}[.:])?\s*(?P<name>\\?[A-Za-z]\w*(?:_\{?\w+\}?)?\s*=)?\s*"
+)
+_NAME_BEFORE = re.compile(r"(?P<name>\\?[A-Za-z](?:_\{?\w+\}?)?\s*=)\s*[$\\(\[]*\s*$")
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`; without one the rest of the line after the last `####`, then
-    the word after the last `ans`. None where there is nothing, an empty, an unclosed or an overlong answer.
+    r"""The final answer that `text` states outside of its thinking: what its last boxes hold (those that stand together
+    are one answer, `1, 2`); without one the rest of the line after the last `####`, then what follows the last "answer
+    is", then the word after the last `ans`. None where there is nothing, an unclosed or an overlong answer.
     """
-    box = last_box(text)
-    if box is not None:
-        answer = box[1]
+    text = mask_thinking(text)
+    boxes = last_boxes(text)
+    if boxes is None:
+        answer = _stated(text)
+    elif None in boxes:
+        return None
     else:
-        found = _HASHES.findall(text) or _ANS.findall(text)
-        answer = found[-1] if found else None
+        answer = ", ".join(dict.fromkeys(box.strip() for box in boxes))
     if answer is None or not answer.strip() or len(answer) > LONGEST_ANSWER:
         return None
     return answer.strip()
 
 
-def last_box(text: str) -> tuple[int, str | None] | None:
-    r"""Where the last `\boxed{` begins and what it holds (None where it is not closed); None without a box."""
-    boxes = list(_BOX.finditer(text))
-    return (boxes[-1].start(), _up_to_closing_brace(text[boxes[-1].end() :])) if boxes else None
+def last_boxes(text: str) -> list[str | None] | None:
+    r"""What the last boxes that stand together hold, each with the name before it where they have names (`x = `).
+
+    [None] where the last box is not closed. Empty boxes do not count; None where there is no other.
+    """
+    spans = _boxes(text)
+    if not spans:
+        return None
+    if spans[-1][2] is None:
+        return [None]
+    group = _together(text, spans)
+    if len(group) > 1 and all(name for _, name in group):
+        return [f"{name} {box[2]}" for box, name in group]
+    return [box[2] for box, _ in group]
+
+
+def _together(text: str, spans: list[_Box]) -> list[tuple[_Box, str]]:
+    """The last of the boxes `spans` that stand together, each with the name before it (`x =`)."""
+    group = [spans[-1]]
+    names: list[str] = []
+    for before, after in zip(reversed(spans[:-1]), reversed(spans[1:]), strict=True):
+        between = _LATEX_SPACE.sub(lambda match: f" {match[1] or ''} ", text[before[1] : after[0]])
+        joined = _TOGETHER.fullmatch(between) if before[2] is not None and len(between) <= _LONGEST_BETWEEN else None
+        if joined is None:
+            break
+        group.insert(0, before)
+        names.insert(0, joined["name"] or "")
+    start = group[0][0]
+    first = _NAME_BEFORE.search(text[max(0, start - _LONGEST_BETWEEN) : start])
+    return list(zip(group, [first["name"] if first else "", *names], strict=True))
+
+
+def last_box_group(text: str, counts: Callable[[str], bool]) -> tuple[int, str] | None:
+    """Where the last boxes that stand together begin of which one `counts`, and what they hold; None without any.
+
+    An unclosed last box holds nothing that could count.
+    """
+    spans = [box for box in _boxes(text) if box[2] is not None]
+    while spans:
+        group = _together(text, spans)
+        held = [box[2].strip() for box, _ in group if counts(box[2])]
+        if held:
+            return group[0][0][0], ", ".join(dict.fromkeys(held))
+        spans = spans[: -len(group)]
+    return None
+
+
+def _boxes(text: str) -> list[_Box]:
+    """Start, end and content (None where it is not closed) of the outermost boxes that are not empty."""
+    closing = _closing_braces(text)
+    found: list[_Box] = []
+    place = 0
+    while (box := _BOX.search(text, place)) is not None:
+        place = box.end()
+        if text[place : place + 1] == "{":
+            end = closing.get(place)
+            content = None if end is None else text[place + 1 : end]
+            place = place + 1 if end is None else end + 1
+        else:
+            bare = _BARE.match(text, place)
+            content = bare[0] if bare else ""
+            place += len(content)
+        if content is None or _EMPTY.sub("", content):
+            found.append((box.start(), place, content))
+    return found
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that is closed is closed; `\\{` and `\\}` are no braces."""
+    found, opened = {}, []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            found[opened.pop()] = brace.start()
+    return found
+
+
+def _stated(text: str) -> str | None:
+    """The answer of a text without a box."""
+    if found := _HASHES.findall(text):
+        return found[-1]
+    for match in reversed(list(_ANSWER_IS.finditer(text))):
+        if not _NOT.match(match["answer"]):
+            return _SENTENCE_END.split(match["answer"])[0].rpartition(" is ")[2]
+    found = _ANS.findall(text)
+    return found[-1] if found else None
 
 
 def extract_boxed_tail(text: str) -> str | None:
@@ -46,32 +166,96 @@ def extract_boxed_tail(text: str) -> str | None:
 
 
 def extract_program(text: str) -> str | None:
-    """The last fenced block marked as Python; without any such the last block without a mark.
+    """The last fenced block marked as Python outside of thinking; without any such the last block without a mark.
 
-    None where there is no such block, or where the last one is never closed.
+    Fences are those of Markdown, of backticks or tildes, indented, in lists and in quotations; a fence that opens a
+    block of a named language within another block begins anew, as models forget to close the first. Without fences a
+    block of HTML counts. None where there is no block, or where the last one is never closed.
     """
+    text = mask_thinking(text).replace("\r\n", "\n")
     blocks: dict[str, str | None] = {}
-    mark, lines = None, []
-    for line in text.replace("\r\n", "\n").split("\n"):
+    opened: _Opened | None = None
+    for line in text.split("\n"):
         fence = _FENCE.fullmatch(line)
-        if fence is not None and (mark is None or fence["mark"]):
-            mark, lines = fence["mark"].lower(), []
-            mark = "python" if mark in _PYTHON_MARKS else mark
-            blocks[mark] = None
-        elif fence is not None:
-            blocks[mark] = "\n".join(lines)
-            mark = None
-        elif mark is not None:
-            lines.append(line)
+        if opened is not None and opened.closed_by(line):
+            blocks[opened.language] = opened.program
+            opened = None
+        elif fence is not None and _opens(fence, opened):
+            opened = _Opened(fence)
+            blocks[opened.language] = None
+        elif opened is not None:
+            opened.lines.append(line)
+        elif one := _ON_ONE_LINE.search(line):
+            blocks["python"] = one["program"].strip()
+    if not blocks and "</code>" in text:
+        blocks = _html_block(text)
     return blocks["python"] if "python" in blocks else blocks.get("")
 
 
-def _up_to_closing_brace(text: str) -> str | None:
-    depth = 1
-    for place, character in enumerate(text):
-        escaped = place > 0 and text[place - 1] == "\\" and not text[:place].endswith("\\\\")
-        if character in "{}" and not escaped:
-            depth += 1 if character == "{" else -1
-        if depth == 0:
-            return text[:place]
-    return None
+def _html_block(text: str) -> dict[str, str]:
+    """The last `<pre><code>` block, by its language."""
+    end = text.rfind("</code>")
+    start = text.rfind("<code", 0, end) if text.find("</pre>", end) >= 0 else -1
+    tag = _HTML_CODE.match(text, start) if start >= 0 else None
+    return {} if tag is None else {_language(tag["language"] or ""): unescape(text[tag.end() : end])}
+
+
+class _Opened:
+    """A fenced block that is being read."""
+
+    def __init__(self, fence: re.Match):
+        self.language = _language(fence["info"])
+        self.lines: list[str] = []
+        self._fence = fence["fence"]
+        quoted = _QUOTED.match(fence["before"])
+        self._quoted = quoted is not None
+        before = fence["before"][quoted.end() if quoted else 0 :]
+        self._indent = len(before.expandtabs(4)) if _MARKERS.fullmatch(before) else 0
+
+    def could_hold(self, fence: str) -> bool:
+        """Whether a fence like this one within the block would be a new block and no text of this one."""
+        return fence[0] == self._fence[0] and len(fence) >= len(self._fence)
+
+    def closed_by(self, line: str) -> bool:
+        """Whether `line` ends the block: a fence alone, or behind the last line of the program."""
+        bare = _unquoted(line).strip() if self._quoted else line.strip()
+        if bare and set(bare) == {self._fence[0]} and len(bare) >= len(self._fence):
+            return True
+        if bare.endswith(self._fence) and bare.count(self._fence[0]) == len(self._fence):
+            self.lines.append(line.rstrip()[: -len(self._fence)])
+            return True
+        return False
+
+    @property
+    def program(self) -> str:
+        """The lines without the quotation marks and the indentation of their fence."""
+        lines = [_unquoted(line) if self._quoted else line for line in self.lines]
+        program = "\n".join(_less_indented(line, self._indent) for line in lines)
+        first = next((line for line in lines if line.strip()), "")
+        # A program that begins indented is none; as a part of the text's layout it is one.
+        return textwrap.dedent(program) if first[:1] in (" ", "\t") else program
+
+
+def _opens(fence: re.Match, opened: _Opened | None) -> bool:
+    """Whether a line with a fence in it opens a block, be it within another one that was never closed."""
+    info, before = fence["info"].strip(), fence["before"]
+    if opened is not None:
+        # Within a block only the mark of a language tells an opening fence from text.
+        return bool(info) and _MARKERS.fullmatch(before) is not None and opened.could_hold(fence["fence"])
+    return _MARKERS.fullmatch(before) is not None or (bool(info) and _PYTHON.fullmatch(info) is not None)
+
+
+def _language(info: str) -> str:
+    """`python` for every name of it, else the first word of the fence's information in lower case."""
+    name = _LANGUAGE.match(re.sub(r"^\{?\s*\.?(?:language-|lang-)?", "", info.strip()))[0].lower()
+    return "python" if _PYTHON.fullmatch(name) else name
+
+
+def _unquoted(line: str) -> str:
+    quoted = _QUOTED.match(line)
+    return line[quoted.end() :] if quoted else line
+
+
+def _less_indented(line: str, indent: int) -> str:
+    expanded = line.expandtabs(4) if indent and line[:1] in " \t" else line
+    return expanded[min(indent, len(expanded) - len(expanded.lstrip(" "))) :]

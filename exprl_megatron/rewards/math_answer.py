@@ -35,9 +35,9 @@ class MathVerifier:
     async def verify(self, answer: str, trace_text: str, deadline_s: float = DEADLINE_S) -> Judgement:
         """1.0 where the trace's final answer equals `answer`, else 0.0; the evidence is the answer found.
 
-        A trace without an answer gets 0; one that the length limit cut off after a right answer gets 1.
-        Abstains with `verifier-timeout` where the comparison takes longer than `deadline_s`, and with
-        `verifier-error` where math-verify fails. Raises RuntimeError where no process can be started.
+        A trace without an answer gets 0; one that the length limit cut off after a right answer gets 1. An answer on
+        which math-verify fails, hangs or dies is wrong, provided that `answer` alone can be read within `deadline_s`;
+        else abstains with `verifier-timeout` or `verifier-error`. Raises RuntimeError where no process can be started.
         """
         literal = self._variant == "code"
         found = extract_boxed_tail(trace_text) if literal else extract_answer(trace_text)
@@ -46,9 +46,9 @@ class MathVerifier:
         if literal:
             deadline_s = min(deadline_s, CODE_DEADLINE_S)
         request = {"gold": answer, "answer": found, "limit_s": deadline_s, "variant": self._variant}
-        reply = await asyncio.get_running_loop().run_in_executor(self._threads, self._compare, request)
+        reply = await asyncio.get_running_loop().run_in_executor(self._threads, self._settled, request)
         if "equal" in reply:
-            return Scored(float(reply["equal"]), found)
+            return Scored(float(reply["equal"]), reply.get("evidence", found))
         evidence = f"{found}: {reply['error']}"
         return Scored(0.0, evidence) if literal else Abstained(reply["reason"], evidence)
 
@@ -64,6 +64,20 @@ class MathVerifier:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _settled(self, request: dict) -> dict:
+        """The reply to `request`, or, where there is none in time, whose fault that is."""
+        reply = self._compare(request)
+        if "equal" in reply or request["variant"] == "code" or not reply.pop("lost", False):
+            return reply
+        if reply["reason"] == "verifier-error":
+            # The process died: by this answer, if it does so again.
+            again = self._compare(request)
+            if not again.pop("lost", False):
+                return again
+        if "equal" in self._compare(request | {"answer": None}):
+            return {"equal": False, "evidence": f"{request['answer']}: {reply['error']}"}
+        return reply
+
     def _compare(self, request: dict) -> dict:
         worker = self._idle.get()
         try:
@@ -71,10 +85,11 @@ class MathVerifier:
             return worker.ask(request, request["limit_s"])
         except TimeoutError:
             worker.kill()
-            return {"reason": "verifier-timeout", "error": f"not compared within {request['limit_s']:g} s"}
+            error = f"not compared within {request['limit_s']:g} s"
+            return {"reason": "verifier-timeout", "error": error, "lost": True}
         except EOFError as error:
             worker.kill()
-            return {"reason": "verifier-error", "error": str(error)}
+            return {"reason": "verifier-error", "error": str(error), "lost": True}
         finally:
             self._idle.put(worker if worker.alive else _start())
 

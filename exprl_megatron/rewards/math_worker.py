@@ -1,8 +1,8 @@
 """The process in which math-verify runs, so that it can be killed: JSON lines in, JSON lines out.
 
-A request is {"gold": text, "answer": text, "limit_s": seconds, "variant": name}; the reply is {"equal": bool} or
-{"reason": "verifier-error", "error": text}. The process prints {"ready": true} once it is warm, and ends
-when its input does.
+A request is {"gold": text, "answer": text or null, "limit_s": seconds, "variant": name}; the reply is {"equal": bool},
+which without an answer says that the gold can be read, or {"reason": "verifier-error", "error": text}. The process
+prints {"ready": true} once it is warm, and ends when its input does.
 """
 
 import json
@@ -11,6 +11,9 @@ import os
 import resource
 import signal
 import sys
+from fractions import Fraction
+
+from exprl_megatron.rewards.math_forms import normalise_answer, same_answer, same_value
 
 MEMORY_BYTES = 4 * 2**30
 
@@ -41,13 +44,35 @@ def serve() -> None:
         replies.write(json.dumps(reply) + "\n")
 
 
-def _equal(parse, verify, gold: str, answer: str) -> bool:
-    if gold.strip() == answer.strip():
-        return True
-    wanted = _parsed(parse, gold)
+def _equal(parse, verify, gold: str, answer: str | None) -> bool:
+    """Raises ValueError where `gold` cannot be read; an answer with which math-verify fails is not equal.
+
+    Without an `answer` only `gold` is read.
+    """
+    wanted = _parsed(parse, normalise_answer(gold))
     if not wanted:
         raise ValueError(f"the right answer {gold!r} is nothing that math-verify can read")
-    return verify(wanted, _parsed(parse, answer), timeout_seconds=None, raise_on_error=True)
+    if answer is None:
+        return True
+
+    def by_math_verify(first: str, second: str) -> bool:
+        one, other = _parsed(parse, first), _parsed(parse, second)
+        same = verify(one, other, timeout_seconds=None, raise_on_error=True)
+        return same and not _tiny_and_different(one[0], other[0])
+
+    try:
+        return same_answer(gold, answer, by_math_verify)
+    except Exception:  # whatever an answer makes math-verify raise, it is the answer's fault: the gold was read
+        return False
+
+
+def _tiny_and_different(one: object, other: object) -> bool:
+    """Whether math-verify's rounding to six decimals has made two different small numbers equal."""
+    try:
+        values = [Fraction(str(value.evalf(20))) for value in (one, other)]
+    except (AttributeError, ValueError, TypeError):
+        return False
+    return max(map(abs, values)) < 1 and not same_value(*values)
 
 
 def _equal_as_released(parse, verify, gold: str, boxed_tail: str) -> bool:

@@ -2,82 +2,228 @@
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
-from exprl_megatron.rewards.extraction import last_box
+from exprl_megatron.rewards.extraction import last_box_group
+from exprl_megatron.thinking import mask_thinking
 
+_NOUN = (
+    r"(?:(?:answer|ans\.?|antwort|réponse|respuesta|risposta|resposta|ответ|答案|正解)"
+    r"(?:\s+(?:choice|option|key|letter))?"
+    r"|(?:correct|right|best)\s+(?:option|choice|letter|one|statement)|(?:my|final)\s+(?:choice|pick|selection))"
+)
+_VERB = r"(?:is|must be|would be|should be|has to be|ist|est|es|è|é|是|为)"
+# "The answer is C", "Answer: C", "the answer to this must then be C", "Answer C", "## Answer\n\nC".
 _STATEMENT = re.compile(
-    r"(?:####(?!#)|\b(?:answer|correct (?:option|choice))[*_]*\s*(?::|is\b:?|would be\b|must be\b|should be\b))"
-    r"(?=\s*(?P<rest>[^\n]{0,1000}))",
+    rf"(?<![A-Za-z0-9-]){_NOUN}"
+    r"(?P<middle>[*_\"')]{0,4}"
+    rf"(?:\s*(?:[:：=]|→|->|—|–|-(?=\s))|(?:[^.!?\n:：=]{{0,60}}?(?<!\w)|\s*){_VERB}(?!\w)[*_]*\s*[:：]?)"
+    r"|[*_:]{0,4}[ \t]*\n|[*_]{0,4}[ \t]+(?=[(\[*\"`]{0,4}[A-Z][)\]*\"`.,]{0,4}(?:\s|$)))"
+    r"(?=[\s*_#>-]{0,40}(?P<rest>[^\n]{0,1000}))",
     re.IGNORECASE,
 )
+# "C is correct", "option (C) is the right answer"; "I choose C", "I think it's C", "Therefore, C."
+_SUBJECT = re.compile(
+    r"(?<![\w'’])[*_(\"`\[]{0,4}(?P<rest>[A-Za-z])[*_)\"`\].:]{0,4}\s+(?:is|must be|would be|seems)\s+"
+    r"(?:therefore |thus |clearly |indeed )?(?:the )?(?:only )?(?:(?:correct|right|best)\b|answer\b)"
+)
+_CHOSEN = re.compile(
+    r"(?:\b(?:choose|select|pick|go(?:ing)? with|opt for|settle on|that leaves|leaves us with|leaving|it is|it's"
+    r"|it must be|that's|that is)|(?:^|[.!?\n])[ \t*_]{0,8}(?:therefore|thus|hence|so|conclusion)[,:]?)\s{1,4}"
+    r"(?P<rest>[^\n]{0,1000})",
+    re.IGNORECASE,
+)
+_HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(?P<rest>[^\n]{0,1000})")
 _MOST_STATEMENTS = 100
 """Only so many are read, from the last; traces that got stuck hold thousands."""
+_UNDECIDED = re.compile(
+    r"\b(?:not|n't|cannot|never|neither|nor|wrong|incorrect|false|eliminated?|unlikely|hardly|if|whether|unless|could|may|might)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_HYPOTHESIS = re.compile(
+    r"\b(?:if|whether|suppose|supposing|unless|assuming|assume|(?:might|may|could|would|people|students|some)\s+"
+    r"(?:think|say|guess|believe|assume|expect))\s+(?:that\s+)?(?:the|my|this|its)?\s*(?:\w+\s+)?$",
+    re.IGNORECASE,
+)
+_OF_ANOTHER_KIND = re.compile(
+    r"(?:\b(?:wrong|worst|incorrect|false|bad|previous|earlier|initial|first|tempting|other|not|never|cannot"
+    r"|rather than)|n['’]t)\s+(?:\w+\s+)?$",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-_ALONE = re.compile(r"(?:option|choice)?\s*\(?([A-Za-z])\)?", re.IGNORECASE)
-_FIRST = re.compile(r"(?:[Oo]ption\s|[Cc]hoice\s)?\s*(?:\(([A-Za-z])\)|([A-Z])(?![\w'’]))")
-_SEVERAL = re.compile(r"\(?[A-Z]\)?(?:\s*(?:,|;|/|&|\+|\band\b|\bor\b)\s*\(?[A-Z]\)?(?![\w'’]))+")
-_PROSE = re.compile(r"\s+(?!(?:because|since|as|for|which|is|was)\b)[a-z]")
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathsf|rm|bf)\s*\{([^{}]*)\}")
-_MARKUP = re.compile(r"[$*`]|\\[()]")
+_QUESTION = re.compile(r"[^.!?\n]{0,40}\?")
+_LETTER = r"(?:[(\[{<【「『⟨]\s*(?P<wrapped>[A-Za-z])\s*[)\]}>】」』⟩]|(?P<bare>[A-Za-z])(?![\w'’]|\s*[=^+*/<>]))"
+_SKIPPED = re.compile(
+    r"(?:\s|(?:therefore|thus|then|clearly|indeed|definitely|certainly|probably|most likely|likely|simply|just"
+    r"|actually|hence|so|now|given by|either)\b,?"
+    r"|(?:the )?(?:correct |right |final )?(?:option|choice|letter|answer)s?\b:?)+",
+    re.IGNORECASE,
+)
+_FIRST = re.compile(_LETTER)
+_ALONE = re.compile(_LETTER + r"\s*[).:]*")
+_SEPARATED = re.compile(r"\s*(?:,|;|/|&|\+|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*" + _LETTER)
+_RUN = re.compile(r"[A-Z]{2,}(?!\w)")
+# "A" and "I" are words too: as letters they are followed by the end, a stop, or one of these.
+_AFTER_LETTER = re.compile(
+    r"\s*(?:$|[^\w\s'’]|[\s]+(?:because|since|as|for|which|is|was|by|given|due|based|from|in|on|with|at|after|when|where"
+    r"|if|and|or|but|not|only|here|instead|according|via|through|under|over|per|thanks|so|then|while|although|though"
+    r"|however|we|rather|too|indeed|again|therefore|thus|hence)\b)"
+)
+_WRAPPED = re.compile(
+    r"\\(?:boxed|text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathit|rm|bf|boldsymbol|bm|underline)\s*\{([^{}]*)\}"
+)
+_MARKUP = re.compile(
+    r"[$*`\"“”„«»‘’]|\\[()\[\],;:! ]"
+    r"|\\(?:left|right|big|quad|displaystyle|bf|rm)\b|(?<!\w)'|'(?!\w)|</?(?:\w{2,}|[a-z])>|~"
+)
+_TAGS = re.compile(r"<\|[^<>|\n]{1,40}\|>|</?(?:s|answer|response|solution)>")
+"""Control tokens, and tags around the answer."""
 
 
 def grade_choice(answer: str, choices: Sequence[str], trace_text: str) -> Judgement:
     r"""1.0 where the last statement of the trace names the choice `answer` (a letter) and no other, else 0.0.
 
-    Statements are `\boxed{C}`, "Answer: C", "the answer is (C)", `#### C`; instead of the letter they may hold the
-    text of exactly one of `choices`. A box always counts as a statement, a sentence only where a letter or a choice
-    follows. Letters beyond the choices, and several letters at once, are wrong. Without `choices` (they may stand in
-    the question) every letter of the alphabet is one. Abstains with `verifier-error` where `answer` is no choice.
+    Statements are `\boxed{C}`, "Answer: C", "the answer is (C)", a heading "Answer" above the letter, `#### C` and a
+    last line that is the letter; less surely, and only where there is none of these, "C is correct" or "so I choose C".
+    Instead of the letter they may hold the text of exactly one of `choices`. A statement without a letter or a choice,
+    be it in a box, decides nothing, nor does anything in a thinking block. Letters beyond the choices, and several
+    letters at once, are wrong. Without `choices` (they may be in the question) every letter of the alphabet is one.
+    Abstains with `verifier-error` where `answer` is no choice.
     """
     letters = string.ascii_uppercase[: len(choices) or None]
     right = answer.strip(" ().").upper()
     if len(right) != 1 or right not in letters:
         return Abstained("verifier-error", f"the right answer {answer!r} is none of the letters {letters}")
-    stated = _last_statement(trace_text, choices)
+    stated = _last_statement(_TAGS.sub(" ", mask_thinking(trace_text)), choices)
     return Scored(0.0, "no answer") if stated is None else Scored(float(stated == right), stated)
 
 
 def _last_statement(text: str, choices: Sequence[str]) -> str | None:
-    """The letter last stated, be it a choice's or not, or else what the last box holds."""
-    found = []
+    """The letter last stated, be it a choice's or not, or several as they are written."""
+    for places in (_sure(text, choices), _last_line(text, choices), _headings(text), _unsure(text)):
+        found = None
+        for place, fragment in places:
+            letter = _letter(fragment, choices) or _letter(_SENTENCE_END.split(fragment)[0], choices)
+            if letter is not None:
+                found = max(found or (-1, ""), (place, letter))
+        if found is not None:
+            return found[1]
+    return None
+
+
+def _sure(text: str, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Where the last statement of each sure kind that holds a letter begins, and what it states."""
     for statement in reversed(list(_STATEMENT.finditer(text))[-_MOST_STATEMENTS:]):
-        line = statement["rest"]
-        letter = _letter(line, choices) or _letter(_SENTENCE_END.split(line)[0], choices)
-        if letter is not None:
-            found.append((statement.start(), letter))
+        before = text[max(0, statement.start() - 60) : statement.start()]
+        if _UNDECIDED.search(statement["middle"]) or _HYPOTHESIS.search(before) or _OF_ANOTHER_KIND.search(before):
+            continue
+        rest = statement["rest"]
+        if _QUESTION.match(rest) or _UNDECIDED.match(rest.lstrip(" *_")):
+            continue
+        if _letter(rest, choices) or _letter(_SENTENCE_END.split(rest)[0], choices):
+            yield statement.start(), rest
             break
-    box = last_box(text)
-    if box is not None:
-        start, content = box
-        content = (content or "").strip()
-        found.append((start, _letter(content, choices) or content))
-    return max(found)[1] if found else None
+    boxes = last_box_group(text, lambda content: _letter(content, choices) is not None)
+    if boxes is not None:
+        yield boxes
+
+
+def _last_line(text: str, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The last line, where it is a letter or a choice and nothing else, behind `####` or not."""
+    line = text.rstrip().rpartition("\n")[2].lstrip(" #>-*_")
+    if _ALONE.fullmatch(_plain(line)) or len(_with_text(_without_letter(line), choices)) == 1:
+        yield 0, line
+
+
+def _headings(text: str) -> Iterator[tuple[int, str]]:
+    """What is behind the last `####`; a heading of four signs is no statement where there is a better one."""
+    for heading in list(_HASHES.finditer(text))[-1:]:
+        yield heading.start(), heading["rest"]
+
+
+def _unsure(text: str) -> Iterator[tuple[int, str]]:
+    """Sentences from which a letter can be taken where nothing else states one."""
+    for pattern in (_SUBJECT, _CHOSEN):
+        for statement in list(pattern.finditer(text))[-_MOST_STATEMENTS:]:
+            before = text[max(0, statement.start() - 60) : statement.start()]
+            if not _UNDECIDED.match(statement["rest"]) and not _OF_ANOTHER_KIND.search(before):
+                yield statement.start(), statement["rest"]
 
 
 def _letter(fragment: str, choices: Sequence[str]) -> str | None:
     """The letter that the fragment begins with, or that of the choice that it states; None without either.
 
-    Several letters, or a letter with the text of another choice, are given as they stand.
+    Several letters, or a letter with the text of another choice, are given as they are written.
     """
     fragment = _plain(fragment)
+    if skipped := _SKIPPED.match(fragment):
+        fragment = fragment[skipped.end() :]
+    letters = string.ascii_uppercase[: len(choices) or None]
     same = _with_text(fragment, choices)
     alone = _ALONE.fullmatch(fragment)
-    # A lone letter beyond the choices may still be the text of one: "x" among x, y and z.
-    if alone and (alone[1].upper() in string.ascii_uppercase[: len(choices) or None] or len(same) != 1):
-        return alone[1].upper()
+    if alone:
+        letter = alone["wrapped"] or alone["bare"]
+        if letter.upper() in letters or (len(same) != 1 and letter.isupper()):
+            return letter.upper()
     if len(same) == 1:
         return same[0]
-    if several := _SEVERAL.match(fragment):
-        return several[0]
     first = _FIRST.match(fragment)
-    rest = fragment[first.end() :] if first else ""
-    if first is None or (first[2] and _PROSE.match(rest)):
+    if first is None:
+        run = _RUN.match(fragment)
+        return (
+            run[0]
+            if run and set(run[0]) <= set(letters) and run[0] == fragment.rstrip(".")
+            else _beginning(fragment, choices)
+        )
+    return _followed(fragment, first, letters, choices)
+
+
+def _followed(fragment: str, first: re.Match, letters: str, choices: Sequence[str]) -> str | None:
+    """What a fragment states that begins with a letter and goes on."""
+    letter, rest = first["wrapped"] or first["bare"], fragment[first.end() :]
+    end = first.end()
+    while (several := _SEPARATED.match(fragment, end)) and _is_letter(several, fragment, letters):
+        end = several.end()
+    if end > first.end():
+        return fragment[:end]
+    if not _is_letter(first, fragment, letters):
         return None
-    letter = (first[1] or first[2]).upper()
-    others = _with_text(rest.lstrip(" .:)-"), choices)
-    return letter if not others or letter in others else fragment
+    others = _with_text(rest.lstrip(" .:)-–—"), choices) or _with_text(
+        _SENTENCE_END.split(rest.lstrip(" .:)-–—"))[0], choices
+    )
+    return letter.upper() if not others or letter.upper() in others else fragment
+
+
+def _is_letter(match: re.Match, fragment: str, letters: str) -> bool:
+    """Whether a letter is that of a choice, and no word ("a city", "I think"), name or unit."""
+    letter = match["wrapped"] or match["bare"]
+    if letter.islower() and letter.upper() not in letters:
+        return False
+    doubtful = match["bare"] and (letter in "AI" or letter.islower())
+    return not doubtful or _AFTER_LETTER.match(fragment[match.end() :]) is not None
+
+
+def _beginning(fragment: str, choices: Sequence[str]) -> str | None:
+    """The letter of the one choice with whose text the fragment begins, where a clause ends there."""
+    text = _normalised(fragment)
+    lettered = zip(string.ascii_uppercase, map(_normalised, choices), strict=False)
+    found = [(len(choice), letter) for letter, choice in lettered if choice and _begins(text, choice)]
+    longest = [letter for length, letter in found if length == max(found)[0]]
+    return longest[0] if len(longest) == 1 else None
+
+
+def _begins(text: str, choice: str) -> bool:
+    return (
+        text.startswith(choice)
+        and re.match(r"\s*(?:[,;(—–]|\s(?:because|since|as|which|by)\b)", text[len(choice) :]) is not None
+    )
+
+
+def _without_letter(text: str) -> str:
+    """`C. Paris` without its letter, as a choice's text reads."""
+    first = _ALONE.match(_plain(text))
+    return _plain(text)[first.end() :].lstrip(" .:)-–—") if first else text
 
 
 def _with_text(text: str, choices: Sequence[str]) -> list[str]:
@@ -93,4 +239,7 @@ def _normalised(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Without markup and the final stop."""
-    return _MARKUP.sub("", _WRAPPED.sub(r"\1", text)).strip().strip("_").rstrip(".").rstrip()
+    before = None
+    while before != text:
+        before, text = text, _WRAPPED.sub(r"\1", text)
+    return _MARKUP.sub("", text).strip().strip("_").rstrip(".,;!").rstrip()

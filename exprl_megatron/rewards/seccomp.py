@@ -1,7 +1,8 @@
 """A seccomp filter that leaves a process its memory, its open files, its clocks, its threads, and nothing else.
 
 There is no way to open a file, make a socket, start a process or a program, send a signal, or change another
-process: those system calls fail with EPERM. The filter needs no privilege, and the kernel never takes it off.
+process, or its own limits: those system calls fail with EPERM. The filter needs no privilege, and the kernel never
+takes it off.
 """
 
 import ctypes
@@ -49,7 +50,6 @@ _FCNTL_COMMANDS = (0, 1, 2, 3, 1030)
 _IOCTL_REQUESTS = (0x5401, 0x5450, 0x5451)
 """TCGETS (is this a terminal?), FIONCLEX, FIOCLEX."""
 _AT_EMPTY_PATH = 0x1000
-_MYSELF = 0
 
 _SET_MODE_FILTER = 1
 _NEW_LISTENER = 8
@@ -105,7 +105,7 @@ def forbid(threads: bool) -> None:
         program += [_skip_unless(number, 1), _return(_ALLOW)]
     program += _allow_argument(numbers["fcntl"], 1, _FCNTL_COMMANDS)
     program += _allow_argument(numbers["ioctl"], 1, _IOCTL_REQUESTS)
-    program += _allow_argument(numbers["prlimit64"], 0, (_MYSELF,))
+    program += _allow_reading_limits(numbers["prlimit64"])
     program += _allow_argument(numbers["newfstatat"], 3, (_AT_EMPTY_PATH,))
     if threads:
         program += _allow_argument(numbers["clone"], 0, (_NEW_THREAD,))
@@ -120,6 +120,18 @@ def _allow_argument(number: int, place: int, values: tuple[int, ...]) -> list[by
     for value in values:
         block += [_skip_unless(value, 1), _return(_ALLOW)]
     block.append(_return(_ERROR | errno.EPERM))
+    return [_skip_unless(number, len(block)), *block]
+
+
+def _allow_reading_limits(number: int) -> list[bytes]:
+    """Allow prlimit64 of this process alone and without new limits, a null pointer in both halves; else EPERM.
+
+    A program that lowered its own CPU limit would be killed before its time, as if from outside.
+    """
+    refuse, block = _return(_ERROR | errno.EPERM), []
+    for offset in (16, 16 + 8 * 2, 16 + 8 * 2 + 4):
+        block += [_load(offset), _skip_unless(0, 1), _skip(1), refuse]
+    block.append(_return(_ALLOW))
     return [_skip_unless(number, len(block)), *block]
 
 

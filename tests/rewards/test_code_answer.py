@@ -49,6 +49,59 @@ def test_right_programs_that_read_their_input(verifier, program):
 @pytest.mark.parametrize(
     "program",
     [
+        "from __future__ import annotations\nprint(1)",
+        "import argparse, asyncio, concurrent.futures, csv, difflib, glob, logging, multiprocessing, pathlib\nprint(1)",
+        "import shutil, socket, subprocess, tempfile, tokenize, unittest, urllib.parse, uuid, zoneinfo\nprint(1)",
+        "from sortedcontainers import SortedDict, SortedList, SortedSet\nprint(SortedList([2, 1])[0])",
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_STACK, (2**29, -1))\nprint(1)",
+    ],
+)
+def test_what_solutions_import_and_set_first_is_there(verifier, program):
+    assert _verify(verifier, [CodeTest("", "1")], program) == Scored(1.0, "1 tests passed")
+
+
+DEEP = {
+    "cache": "@functools.cache\ndef f(n):\n    return 1 if n == 0 else f(n - 1)\n",
+    "max": "def f(n):\n    return 1 if n == 0 else max(map(f, [n - 1]))\n",
+    "sum": "def f(n):\n    return 1 if n == 0 else sum(f(n - 1) for _ in range(1))\n",
+    "missing": "class D(dict):\n"
+    "    def __missing__(self, n):\n        return 1 if n == 0 else self[n - 1]\nf = D().__getitem__\n",
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@pytest.mark.parametrize(
+    "call", ["print(f(20_000))", "t = threading.Thread(target=lambda: print(f(20_000)))\nt.start()"]
+)
+def test_programs_recurse_as_deep_as_in_a_contest(verifier, kind, call):
+    beginning = "import sys, functools, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(2**27)\n"
+    assert _verify(verifier, [CodeTest("", "1")], beginning + DEEP[kind] + call) == Scored(1.0, "1 tests passed")
+
+
+LOWER = """
+import ctypes, resource
+libc, limits = ctypes.CDLL(None), (ctypes.c_ulong * 2)(1, 1)
+tried = [libc.setrlimit(0, limits), libc.prlimit(0, 0, limits, None), libc.syscall(160, 0, limits)]
+tried.append(libc.syscall(302, 0, 0, limits, None))
+try:
+    resource.prlimit(0, resource.RLIMIT_CPU, (1, 1))
+except PermissionError:
+    tried.append(-1)
+resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+print(tried, resource.getrlimit(resource.RLIMIT_CPU)[0])
+"""
+
+
+def test_a_program_cannot_lower_its_limits_and_die_as_if_killed_from_outside():
+    with CodeVerifier(limits=Limits(cpu_s=3)) as verifier:
+        assert _verify(verifier, [CodeTest("", "[-1, -1, -1, -1, -1] 3")], LOWER).value == 1.0
+        endless = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass"
+        assert _verify(verifier, [CodeTest("", "1")], endless) == Scored(0.0, "test 1 of 1: out of time")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
         "class Solution:\n    def swap(self, a: List[int], b: str):\n        return [a[::-1], b]",
         "def swap(a, b):\n    return a[::-1], b",
         "import numpy as np\ndef swap(a, b):\n    print('seen', a)\n    return [[np.int64(a[1]), a[0]], b]",
