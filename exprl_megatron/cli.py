@@ -1,15 +1,20 @@
 """The console command `exprl`."""
 
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status
+from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
 from exprl_megatron.evaluation.command import eval_command
+from exprl_megatron.interruption import Interrupted, end_on_signals
 from exprl_megatron.planning.command import plan_command
+
+if TYPE_CHECKING:
+    from exprl_megatron.config.run import RunConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,8 +34,20 @@ class ServerKind(StrEnum):
     START = "start"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from exprl_megatron.version import this_build
+
+        print(this_build())
+        raise typer.Exit
+
+
 @app.callback()
-def exprl() -> None:
+def exprl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print version and commit.")
+    ] = False,
+) -> None:
     """ExpRL mid-training and the sparse-reward RL after it, on Megatron-Core and SGLang."""
 
 
@@ -51,28 +68,40 @@ def train(
     ] = False,
 ) -> None:
     """Run the stages of a config, one after the other."""
-    from exprl_megatron.config.load import load_config
-    from exprl_megatron.training.follow import follow
-    from exprl_megatron.training.launch import launch
-    from exprl_megatron.training.nodes import Node
-    from exprl_megatron.training.plan import print_plan
-    from exprl_megatron.training.preflight import model_violations
+    run: RunConfig | None = None
+    try:
+        from exprl_megatron.config.load import load_config
+        from exprl_megatron.training.follow import follow
+        from exprl_megatron.training.launch import launch
+        from exprl_megatron.training.nodes import Node
+        from exprl_megatron.training.plan import print_plan
+        from exprl_megatron.training.preflight import model_violations
 
-    changes = [*(overrides or []), *(["debug.assertions=true"] if check else [])]
-    if dry_run:
-        print_plan(load_config(config, changes))
-        return
-    node = Node.of(node_rank, nodes, master)
-    registered = servers is ServersFrom.REGISTERED
-    if nodes > 1 and not registered:
-        raise UserError(
-            f"--nodes is {nodes}, but servers of one node are not reached by others; add --servers registered."
-        )
-    loaded = load_config(config, changes, model_violations)
-    if node.number > 0:
-        follow(loaded, node)
-    else:
-        launch(loaded, resume, registered, node)
+        changes = [*(overrides or []), *(["debug.assertions=true"] if check else [])]
+        if dry_run:
+            print_plan(load_config(config, changes))
+            return
+        node = Node.of(node_rank, nodes, master)
+        registered = servers is ServersFrom.REGISTERED
+        if nodes > 1 and not registered:
+            raise UserError(
+                f"--nodes is {nodes}, but servers of one node are not reached by others; add --servers registered."
+            )
+        run = load_config(config, changes, model_violations)
+        if node.number > 0:
+            follow(run, node)
+        else:
+            launch(run, resume, registered, node)
+    except Interrupted as interrupted:
+        raise Interrupted(interrupted.number, _advice(run)) from None
+
+
+def _advice(run: "RunConfig | None") -> str:
+    """What to type after an interruption; `run` is None where no config of one had been read."""
+    words = ["exprl", *sys.argv[1:]]
+    if run is not None and (Path(run.directory) / "config.yaml").is_file() and "--resume" not in words:
+        words.append("--resume")
+    return f"go on with `{shlex.join(words)}`"
 
 
 @app.command()
@@ -177,10 +206,20 @@ def doctor(
 
 def main() -> None:
     """Entry point; how a command ended early is one line on stderr, and an exit status that says whose turn it is."""
+    end_on_signals()
     try:
         app()
     except (UserError, ServerError, RunStopped, Preempted) as error:
         print(f"exprl: {error}", file=sys.stderr)
+        sys.exit(exit_status(error))
+    except Interrupted as error:
+        error.advice = error.advice or _advice(None)
+        print(f"exprl: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except OSError as error:
+        if (sentence := storage_sentence(error)) is None:
+            raise
+        print(f"exprl: {sentence}", file=sys.stderr)
         sys.exit(exit_status(error))
 
 

@@ -1,5 +1,6 @@
 """Errors that the command line and the loop tell apart."""
 
+import errno
 import os
 
 
@@ -47,6 +48,34 @@ class RunStopped(Exception):
     """
 
 
+class GradientNotFinite(RunStopped):
+    """The norm of a gradient is no number or infinite; nothing was updated, and the gradient is gone."""
+
+
+_STORAGE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "raise the quota or make room there",
+    errno.EROFS: "choose a directory that can be written to",
+    errno.EACCES: "choose a directory that this user may write to",
+    errno.EPERM: "choose a directory that this user may write to",
+}
+
+
+def storage_sentence(error: BaseException, where: object = "a file") -> str | None:
+    """Where something cannot be read or written for want of room or rights, one sentence about it; else None.
+
+    `where` is named if the error itself names no file, as when a disk is full.
+    """
+    if not isinstance(error, OSError) or error.errno not in _STORAGE:
+        return None
+    if error.filename is None and error.errno in (errno.EACCES, errno.EPERM):
+        # Of a process, a port or a socket.
+        return None
+    return f"Cannot use {error.filename or where} ({error.strerror}); {_STORAGE[error.errno]}, then start again."
+
+
 def exit_status(error: BaseException) -> int:
     """What a process that `error` ends leaves: 2 the user can mend it, 75 it was asked to stop, 1 anything else."""
-    return 2 if isinstance(error, UserError) else os.EX_TEMPFAIL if isinstance(error, Preempted) else 1
+    if isinstance(error, UserError) or storage_sentence(error) is not None:
+        return 2
+    return os.EX_TEMPFAIL if isinstance(error, Preempted) else 1

@@ -1,6 +1,8 @@
 """What a user sees who types something wrong: one sentence, exit status 2, nothing written."""
 
+import errno
 import json
+import os
 import shutil
 import socket
 import sys
@@ -177,3 +179,21 @@ def test_a_dry_run_prints_config_and_processes_and_starts_nothing(run, monkeypat
     assert yaml.safe_load(printed.partition("\n\n")[0])["policy"]["layout"]["tp"] == 2
     assert all(name in printed for name in ("policy-0", "trainer-0", "trainer-1"))
     assert not run.directory.exists()
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_sentence(run, monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, told = run(monkeypatch, capsys)
+    assert status == 2
+    assert told == f"exprl: Cannot use {run.directory} (No space left on device); make room there, then start again.\n"
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+def test_a_directory_that_cannot_be_written_to_is_one_sentence(run, monkeypatch, capsys, flags):
+    status, told = run(monkeypatch, capsys, "directory=/sys/run", *flags)
+    assert status == 2
+    said = "There is no run in /sys/run" if flags else "Cannot use /sys/run ("
+    assert told.startswith(f"exprl: {said}") and told.count("\n") == 1

@@ -22,7 +22,6 @@ from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.launch import (
     ServerSpec,
     check_servers,
-    interrupt_on_sigterm,
     server_specs,
     start_servers,
     stop_servers,
@@ -85,7 +84,6 @@ def _measure(
     kept: KeptResults,
     say: Callable[[str], None],
 ) -> list[Result]:
-    interrupt_on_sigterm()
     with AnswerVerifier(settings.verifier_workers) as verifier:
         _check_sandbox(verifier, questions)
         say(f"starting {len(specs)} server{'s' if len(specs) > 1 else ''}")

@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.conversion.loading import is_converted, load_converted
-from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.planning.flops import attention_flops, layer_flops
 from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.architecture import read_architecture
@@ -142,17 +142,15 @@ class Policy:
     def apply_update(self) -> UpdateStats:
         """One optimizer step on the accumulated gradients, clipped to the config's global norm; zeroes them.
 
-        Raises RunStopped, with the weights as they were, where the norm is not finite.
+        Raises GradientNotFinite, with the weights as they were and no gradients, where the norm is not finite.
         """
         stage = self._stage()
         finalize_model_grads(self._wrapped)
         stage.optimizer.prepare_grads()
         grad_norm = float(stage.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
-            raise RunStopped(
-                f"The gradient norm of update {stage.updates + 1} is {grad_norm}; nothing was updated: "
-                f"look at this step's losses and log-probs."
-            )
+            self._zero_grad()
+            raise GradientNotFinite(f"The gradient norm of update {stage.updates + 1} is {grad_norm}")
         rate = learning_rate(stage.config, stage.updates, stage.total_steps)
         set_rates(stage.optimizer, rate, stage.config.weight_decay)
         done, _, _ = stage.optimizer.step()

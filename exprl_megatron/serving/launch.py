@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import signal
 import subprocess
 import time
 import uuid
@@ -26,15 +25,6 @@ SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _POLL_S = 0.25
 _CUDA_GRACE_S = 30.0
 """SGLang looks every 5 s whether it was asked to stop, and then gives its GPUs' memory back. On a CPU there is none."""
-
-
-def interrupt_on_sigterm() -> None:
-    """SIGTERM ends this process as Ctrl-C does: what it started is stopped on the way out."""
-    signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)

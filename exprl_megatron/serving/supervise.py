@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 
+HEARTBEAT = "EXPRL_HEARTBEAT"
+"""In the environment: a descriptor that the command inherits from us."""
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
@@ -29,6 +31,8 @@ def supervise(parent: int, grace_s: float, command: list[str]) -> int:
     # Slurm sends SIGUSR1 to every process of a step, ahead of its time limit; only the launcher is meant, and what
     # ignores it here is ignored by the server and all that it starts.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # The same holds for Ctrl-C, which a terminal sends to all processes of a command.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     asked_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
     libc = ctypes.CDLL(None)
@@ -39,6 +43,7 @@ def supervise(parent: int, grace_s: float, command: list[str]) -> int:
             command,
             env={**os.environ, "TMPDIR": directory},
             start_new_session=True,
+            pass_fds=[int(file)] if (file := os.environ.get(HEARTBEAT)) else [],
             preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )
         while server.poll() is None and not asked_to_stop and os.getppid() == parent:

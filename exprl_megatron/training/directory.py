@@ -20,7 +20,9 @@ class RunDirectory:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self.config = self.root / "config.yaml"
+        self.record = self.root / "run.json"
         self.inputs = self.root / "inputs.json"
+        self.skipped_updates = self.root / "skipped_updates.json"
         self.logs = self.root / "logs"
         self.journal = self.root / "journal"
         self.checkpoints = self.root / "checkpoints"

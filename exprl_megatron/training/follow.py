@@ -5,7 +5,6 @@ import time
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import Preempted, RunStopped, UserError
-from exprl_megatron.serving.launch import interrupt_on_sigterm
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Guest, Node
 from exprl_megatron.training.ranks import TrainerRanks
@@ -21,7 +20,6 @@ def follow(config: RunConfig, node: Node) -> None:
 
     Raises RunStopped where node 0 does not come, or goes without a word. No process is left behind.
     """
-    interrupt_on_sigterm()
     # Slurm sends it to every node; node 0 answers.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     node.ranks(config.policy.layout.world_size)

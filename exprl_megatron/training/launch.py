@@ -6,15 +6,15 @@ from pathlib import Path
 from exprl_megatron.accelerator import gpu_count, uses_cuda
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.errors import UserError
+from exprl_megatron.errors import UserError, storage_sentence
 from exprl_megatron.files import Claim
+from exprl_megatron.interruption import Interrupted
 from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.launch import (
     SERVED_DTYPES,
     ServerSpec,
     check_servers,
-    interrupt_on_sigterm,
     server_specs,
 )
 from exprl_megatron.serving.registry import Registry
@@ -22,10 +22,11 @@ from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.training.devices import placed
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.inputs import input_contents
-from exprl_megatron.training.nodes import Host, Node
+from exprl_megatron.training.nodes import Host, Node, RankFailed
 from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
 from exprl_megatron.training.preflight import check_inputs
 from exprl_megatron.training.ranks import TrainerRanks
+from exprl_megatron.training.run_record import RunRecord
 
 _POLL_S = 0.2
 
@@ -39,8 +40,13 @@ def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node
     """
     node = node or Node()
     node.ranks(config.policy.layout.world_size)
-    with Host(node) as host:
-        _conduct(config, resume, registered, node, host)
+    try:
+        with Host(node) as host:
+            _conduct(config, resume, registered, node, host)
+    except OSError as error:
+        if (sentence := storage_sentence(error, config.directory)) is None:
+            raise
+        raise UserError(sentence) from error
 
 
 def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host: Host) -> None:
@@ -53,15 +59,25 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
             wanted = placed(wanted, config, gpu_count())
             check_servers(wanted)
         claim = directory.claim(config, resume, input_contents(config))
-    except UserError:
+    except (UserError, OSError, Interrupted):
         if registered and not Claim.is_held(directory.root):
             registry.end()
         raise
     if config.samples and (sentence := irreproducible_sampling(config.server, uses_cuda())):
         print(sentence, flush=True)
-    interrupt_on_sigterm()
+    own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
+    try:
+        with RunRecord(directory.record):
+            _run(config, directory, Keeper(own, registry), registry, node, host)
+    finally:
+        claim.release()
+
+
+def _run(
+    config: RunConfig, directory: RunDirectory, keeper: Keeper, registry: Registry, node: Node, host: Host
+) -> None:
+    """Start servers and ranks, watch them, and end them all."""
     end_on_sigusr1()
-    keeper = Keeper([spec for spec in wanted if not registered or isinstance(spec, RouterSpec)], registry)
     ranks: TrainerRanks | None = None
     try:
         registry.begin()
@@ -69,7 +85,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         request_stop_on_sigusr1(directory.stop_request)
         host.begin()
         ranks = TrainerRanks(directory, config, directory.registry, node)
-        while ranks.running():
+        while _all_run(ranks, host):
             host.check()
             keeper.tend()
             time.sleep(_POLL_S)
@@ -78,7 +94,15 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
             ranks.stop()
         keeper.stop()
         registry.end()
-        claim.release()
+
+
+def _all_run(ranks: TrainerRanks, host: Host) -> bool:
+    """TrainerRanks.running, with what another node knows of the cause."""
+    try:
+        return ranks.running()
+    except RankFailed:
+        host.check_for_killed()
+        raise
 
 
 def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpec]:

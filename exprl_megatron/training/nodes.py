@@ -21,9 +21,20 @@ if TYPE_CHECKING:
 _MEET_S = 600.0
 """Nodes of a job start their launchers within so long of each other."""
 _PART_S = 20.0
+_KILLED_S = 6.0
+"""A node tells of a killed rank so long after the others at most; see TrainerRanks.running."""
 _BEGIN, _FAILED, _ENDED, _GONE = "launchers/begin", "launchers/failed", "launchers/ended", "launchers/gone"
+_KILLED = "launchers/killed"
 _ENDS = {2: UserError, os.EX_TEMPFAIL: Preempted}
 """Of the statuses that a rank or a node tells; any other is RunStopped."""
+
+
+class RankKilled(RunStopped):
+    """A rank that a signal ended; whatever else failed then, failed of that."""
+
+
+class RankFailed(RunStopped):
+    """An error that no rank expected; it may be that a connection to another rank was lost."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,18 @@ class Host:
     def check(self) -> None:
         """Raises what another node has told to have failed of."""
         if self._store is not None and self._store.check([_FAILED]):
-            raise ended(json.loads(self._store.get(_FAILED)))
+            error = ended(json.loads(self._store.get(_FAILED)))
+            if isinstance(error, RankFailed):
+                self.check_for_killed()
+            raise error
+
+    def check_for_killed(self) -> None:
+        """Raises what another node tells of a rank that was killed, which is why the ranks here have failed."""
+        deadline = time.monotonic() + _KILLED_S
+        while self._store is not None and time.monotonic() < deadline:
+            if self._store.check([_KILLED]):
+                raise ended(json.loads(self._store.get(_KILLED)))
+            time.sleep(0.1)
 
 
 class Guest:
@@ -116,7 +138,11 @@ class Guest:
 
     def tell(self, error: Exception) -> None:
         """Tell node 0 what has ended this node's ranks; the first that tells is heard."""
-        self._store.set(_FAILED, json.dumps({"status": exit_status(error), "message": str(error)}))
+        unexpected = isinstance(error, RankFailed)
+        words = json.dumps({"status": exit_status(error), "message": str(error), "unexpected": unexpected})
+        if isinstance(error, RankKilled):
+            self._store.set(_KILLED, words)
+        self._store.set(_FAILED, words)
 
     def part(self) -> None:
         """This node has nothing more to say."""
@@ -132,8 +158,8 @@ class Guest:
 
 
 def ended(told: dict) -> Exception:
-    """What a rank or a node has told of its end, as {status, message}."""
-    return _ENDS.get(told["status"], RunStopped)(told["message"])
+    """What a rank or a node has told of its end, as {status, message, unexpected}."""
+    return RankFailed(told["message"]) if told["unexpected"] else _ENDS.get(told["status"], RunStopped)(told["message"])
 
 
 def _store(node: Node, timeout: timedelta) -> "TCPStore":

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from exprl_megatron.accelerator import environment, settle, uses_cuda
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
@@ -16,9 +18,10 @@ from exprl_megatron.cuda_environment import rank_variables
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import LOCAL, free_ports
-from exprl_megatron.serving.supervise import supervised
+from exprl_megatron.serving.supervise import HEARTBEAT, supervised
 from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.nodes import Node, ended
+from exprl_megatron.training.heartbeat import SILENCE_S, Pulse, states
+from exprl_megatron.training.nodes import Node, RankKilled, ended
 
 _STOP_S = 10.0
 _LAST_WORDS_S = 3.0
@@ -35,7 +38,10 @@ class TrainerRanks:
         meeting = _meeting(node)
         settle()
         self._processes: dict[int, subprocess.Popen] = {}
+        self._pulses = {rank: Pulse() for rank in ranks}
         for rank in ranks:
+            # An earlier attempt may have left it.
+            self._end(rank).unlink(missing_ok=True)
             log = open(self._log(rank), "ab")  # noqa: SIM115 - the child keeps it
             worker = [sys.executable, "-m", "exprl_megatron.training.worker", str(directory.root)]
             # What a rank starts (checkpoint writers, verifiers) must end with it, even by kill -9.
@@ -45,7 +51,9 @@ class TrainerRanks:
                 command,
                 env=rank_environment(os.environ, config.server)
                 | {name: str(number) for name, number in place.items()}
+                | {HEARTBEAT: str(self._pulses[rank].file)}
                 | meeting,
+                pass_fds=[self._pulses[rank].file],
                 stdin=subprocess.DEVNULL,
                 stdout=None if rank == 0 else log,
                 stderr=log,
@@ -59,12 +67,15 @@ class TrainerRanks:
 
     def running(self) -> bool:
         """Whether all ranks still run; False when all ended well. Raises what ended the first that failed."""
-        states = {rank: process.poll() for rank, process in self._processes.items()}
-        failed = [rank for rank, state in states.items() if state not in (None, 0)]
-        if failed:
+        if self._failed():
             self._await_last_words()
-            raise self._cause(failed)
-        return None in states.values()
+            raise self._cause(self._failed())
+        self._require_heartbeats()
+        return self.alive()
+
+    def _failed(self) -> list[int]:
+        """The ranks that have ended, and not well."""
+        return [rank for rank, process in self._processes.items() if process.poll() not in (None, 0)]
 
     def alive(self) -> bool:
         """Whether any rank still runs."""
@@ -82,6 +93,22 @@ class TrainerRanks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for pulse in self._pulses.values():
+            pulse.close()
+
+    def _require_heartbeats(self) -> None:
+        """Raise RunStopped where a rank lives and is silent."""
+        silent = [rank for rank, pulse in self._pulses.items() if pulse.silent_s() > SILENCE_S]
+        for rank in silent:
+            process = self._processes[rank]
+            found = states(process.pid) if process.poll() is None else []
+            # A debugger holds it.
+            if found and psutil.STATUS_TRACING_STOP not in found:
+                raise RunStopped(
+                    f"trainer-{rank} (process {process.pid} supervises it) has not been heard of for {SILENCE_S:g} s, "
+                    f"its state is {', '.join(found)}; see that nothing stops it, and go on with --resume."
+                    f"{log_tail(self._log(rank))}"
+                )
 
     def _await_last_words(self) -> None:
         """A rank that only follows may end before the one that knows the reason."""
@@ -90,15 +117,44 @@ class TrainerRanks:
             time.sleep(0.05)
 
     def _cause(self, failed: list[int]) -> Exception:
-        """What the first rank that knows says; ranks that only follow another's failure say nothing."""
+        """What began it: a rank that a signal ended comes before others' word of the connection that they lost.
+
+        Then what a rank says in a sentence of ours. SIGABRT comes late, as NCCL ends so the ranks that others left.
+        """
+        told = {rank: json.loads(self._end(rank).read_text()) for rank in failed if self._end(rank).is_file()}
+        killed = {rank: number for rank in failed if rank not in told and (number := self._signal(rank))}
+        for rank, number in killed.items():
+            if number != signal.SIGABRT:
+                return self._killed(rank, number)
+        for words in sorted(told.values(), key=lambda words: words["unexpected"]):
+            if not (words["unexpected"] and killed):
+                return ended(words)
+        if killed:
+            return self._killed(*next(iter(killed.items())))
+        # The rank that knows may be another node's.
         for rank in range(self._world_size):
-            end = self._logs / f"trainer-{rank}.end"
-            if end.is_file():
-                return ended(json.loads(end.read_text()))
+            if self._end(rank).is_file():
+                return ended(json.loads(self._end(rank).read_text()))
         rank = failed[0]
         status = self._processes[rank].returncode
-        how = f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"
-        return RunStopped(f"trainer-{rank} {how}; go on with --resume.{log_tail(self._log(rank))}")
+        return RunStopped(f"trainer-{rank} ended with status {status}; go on with --resume.{log_tail(self._log(rank))}")
+
+    def _signal(self, rank: int) -> int:
+        """The signal that ended the rank, or 0."""
+        status = self._processes[rank].returncode
+        # Of a supervisor that was killed itself it is negative.
+        return -status if status < 0 else max(0, status - 128)
+
+    def _killed(self, rank: int, number: int) -> RankKilled:
+        name = signal.Signals(number).name if number in set(signal.Signals) else "an unknown one"
+        hint = "; SIGKILL is often the kernel's, for lack of memory (see dmesg)" if number == signal.SIGKILL else ""
+        return RankKilled(
+            f"trainer-{rank} was killed by signal {number} ({name}){hint}; go on with --resume."
+            f"{log_tail(self._log(rank))}"
+        )
+
+    def _end(self, rank: int) -> Path:
+        return self._logs / f"trainer-{rank}.end"
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"trainer-{rank}.log"

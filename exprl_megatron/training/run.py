@@ -1,5 +1,6 @@
 """A run in progress: its policy, its place, its servers; the verbs that the algorithm is written in."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage, Stage
-from exprl_megatron.errors import Preempted
+from exprl_megatron.errors import GradientNotFinite, Preempted
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
@@ -27,10 +28,11 @@ from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.examples import ExampleReader
-from exprl_megatron.training.journal import SampledStep
+from exprl_megatron.training.journal import Journal, SampledStep
 from exprl_megatron.training.mismatch import check_log_prob_gap
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.sync import WeightSync
@@ -150,9 +152,16 @@ class Run:
         return self.policy.log_probs(sequences, temperature, start=True)
 
     def apply_update(self) -> dict[str, float]:
-        """Take the optimizer step for the accumulated gradients; its metrics."""
-        update = self.policy.apply_update()
+        """Take the optimizer step for the accumulated gradients; its metrics.
+
+        Raises RunStopped where they are not finite; of a run that comes there again the step is left out.
+        """
         self._updates_in_step += 1
+        try:
+            update = self.policy.apply_update()
+        except GradientNotFinite as error:
+            self._stop_unless_known(error)
+            return {"grad_norm": math.nan, "update_skipped": 1.0}
         self._place = replace(self._place, updates=self._place.updates + 1)
         return {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
@@ -250,6 +259,16 @@ class Run:
             self._conductor.run(self._rollouts.close())
             self._console.close()
         self._conductor.close()
+
+    def _stop_unless_known(self, error: GradientNotFinite) -> None:
+        """Raise RunStopped where the run meets a gradient that is not finite for the first time."""
+        stage, step = self._now
+        skipped = SkippedUpdates(self._directory.skipped_updates)
+        if self._conductor.everywhere(lambda: skipped.add(stage, step, self._updates_in_step)):
+            self._conductor.here_alone(lambda: self._console.say(f"{error} again; step {step} of {stage} is left out"))
+            return
+        journal = Journal(RunDirectory(self.config.debug.rollouts or self._directory.root).journal)
+        raise not_learned(error, stage, step, journal.path(stage, step) if self._examples is None else None)
 
     def _waiting_for(self, work: Future | None) -> str:
         """What rank 0's `work` with the sampling servers waits for, on every rank; see Fleet.attend.

@@ -9,7 +9,7 @@ from typing import Self
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.serving.keeper import Keeper
-from exprl_megatron.serving.launch import ServerSpec, interrupt_on_sigterm, side_by_side
+from exprl_megatron.serving.launch import ServerSpec, side_by_side
 from exprl_megatron.serving.ports import this_host
 from exprl_megatron.serving.registry import Kind, Registry
 from exprl_megatron.training.directory import RunDirectory
@@ -60,7 +60,6 @@ def serve(config: RunConfig, kind: Kind, share: Share) -> None:
     earlier = registry.ending()
     # Beside the registrations, since the run may not have its directory yet.
     own = [replace(spec, host=this_host(), log_dir=registry.directory) for spec in side_by_side(share.of(specs))]
-    interrupt_on_sigterm()
     ignore_sigusr1()
     keeper = Keeper(own, registry)
     try:

@@ -14,8 +14,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status
+from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
 from exprl_megatron.serving.registry import Registry
+from exprl_megatron.training.heartbeat import beat
 
 _telling = threading.RLock()
 """Whichever thread fails first writes down how the rank ends, undisturbed."""
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--servers", type=Path, required=True, help="Where they are registered.")
     arguments = parser.parse_args()
+    beat()
     sys.exit(guarded(arguments.directory, arguments.servers))
 
 
@@ -35,7 +37,6 @@ def guarded(directory: Path, servers: Path) -> int:
     from exprl_megatron.training.conductor import ConductorFailed
 
     end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
-    end.unlink(missing_ok=True)
 
     def end_at_once(error: BaseException) -> None:
         """For what fails beside the main thread, which may wait in a collective; all that must last is on disk."""
@@ -47,19 +48,25 @@ def guarded(directory: Path, servers: Path) -> int:
         work(directory, Registry(servers), end_at_once)
     except ConductorFailed:
         return 1
-    except Exception as error:
+    except BaseException as error:  # torch's failures in collectives are no subclasses of Exception
         return _tell(end, error)
     return 0
 
 
 def _tell(end: Path, error: BaseException) -> int:
     """Write down how the rank ends; its exit status."""
-    status, message = exit_status(error), str(error)
-    if not isinstance(error, UserError | ServerError | RunStopped | Preempted):
+    status, message, unexpected = exit_status(error), str(error), False
+    if (sentence := storage_sentence(error, end.parent.parent)) is not None:
+        message = sentence
+    elif not isinstance(error, UserError | ServerError | RunStopped | Preempted):
         traceback.print_exception(error)
-        message = f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}"
+        message, unexpected = f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}", True
     with _telling:
-        end.write_text(json.dumps({"status": status, "message": message}))
+        try:
+            end.write_text(json.dumps({"status": status, "message": message, "unexpected": unexpected}))
+        except OSError:
+            # On a full disk the log, which was open before, may still take it.
+            print(message, file=sys.stderr)
     return status
 
 

@@ -1,6 +1,7 @@
 """One process: what a stage of learning does; layouts are the matter of test_layouts.py."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
-from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.optimizer import build_optimizer
 from exprl_megatron.policy.packing import plan_micro_batches
@@ -170,9 +171,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_we
     def broken(log_probs, entropy, micro):
         return log_probs.sum() * float("nan"), {}
 
-    with pytest.raises(RunStopped, match="gradient norm of update 1 is nan; nothing was updated"):
+    with pytest.raises(GradientNotFinite, match="gradient norm of update 1 is nan"):
         step(policy, broken)
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), before, strict=True))
+    # Nothing of it is left in the next update.
+    assert math.isfinite(step(policy).grad_norm)
 
 
 def test_a_sequence_longer_than_the_config_allows_is_refused(policy):

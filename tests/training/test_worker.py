@@ -21,10 +21,24 @@ sys.exit(worker.guarded(Path(sys.argv[1]), Path(sys.argv[1]) / "servers"))
 """
 
 
-def _ended(tmp_path, error):
+FAILING = """
+import sys
+from pathlib import Path
+from torch.distributed.checkpoint.api import CheckpointException
+from exprl_megatron.training import worker
+
+def work(directory, servers, on_failure):
+    raise eval(sys.argv[2])
+
+worker.work = work
+sys.exit(worker.guarded(Path(sys.argv[1]), Path(sys.argv[1]) / "servers"))
+"""
+
+
+def _ended(tmp_path, error, script=HANGING):
     (tmp_path / "logs").mkdir()
     (tmp_path / "servers.json").write_text("[]")
-    command = [sys.executable, "-c", HANGING, str(tmp_path), error]
+    command = [sys.executable, "-c", script, str(tmp_path), error]
     done = subprocess.run(command, env={"RANK": "0"}, capture_output=True, text=True, timeout=120, check=False)
     return done, json.loads((tmp_path / "logs" / "trainer-0.end").read_text())
 
@@ -38,5 +52,18 @@ def test_what_fails_beside_a_hanging_main_thread_ends_the_rank_with_its_sentence
 
 def test_an_unexpected_failure_beside_the_main_thread_leaves_its_traceback_in_the_log(tmp_path):
     done, told = _ended(tmp_path, "LookupError('no such trace')")
-    assert told == {"status": 1, "message": "trainer 0 failed: LookupError: no such trace"}
+    assert told == {"status": 1, "message": "trainer 0 failed: LookupError: no such trace", "unexpected": True}
     assert "LookupError: no such trace" in done.stderr
+
+
+def test_a_failure_of_torch_that_is_no_exception_is_told_too(tmp_path):
+    done, told = _ended(tmp_path, "CheckpointException('load', {})", FAILING)
+    assert done.returncode == 1
+    assert told["message"].startswith("trainer 0 failed: CheckpointException") and told["unexpected"]
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path):
+    done, told = _ended(tmp_path, "OSError(28, 'No space left on device')", FAILING)
+    assert done.returncode == told["status"] == 2
+    assert told["message"].startswith(f"Cannot use {tmp_path} (No space left on device); make room there")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,67 @@
+"""A rank's sign of life: a file that it touches, so that the launcher finds one that is stopped rather than dead.
+
+A rank that waits in a collective beats on; one that was sent SIGSTOP, whose container was frozen or that hangs in the
+kernel does not. The file has no name and is on the rank's own machine; nothing is compared with the clock.
+"""
+
+import os
+import tempfile
+import threading
+import time
+
+import psutil
+
+from exprl_megatron.serving.supervise import HEARTBEAT
+
+SILENCE_S = 45.0
+"""A rank that was silent for so long is given up."""
+_BEAT_S = 2.0
+
+
+def beat() -> None:
+    """Touch this rank's file from now on, in a thread of its own; does nothing where there is none to touch."""
+    if file := os.environ.pop(HEARTBEAT, None):
+        threading.Thread(target=_beat, args=(int(file),), name="heartbeat", daemon=True).start()
+
+
+def _beat(file: int) -> None:
+    number = 0
+    while True:
+        number += 1
+        # Another time than before, whatever the clock does. Nothing is written, so a full disk does not matter.
+        os.utime(file, ns=(number, number))
+        time.sleep(_BEAT_S)
+
+
+class Pulse:
+    """The launcher's side of one rank."""
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open until `close`
+        self._last, self._heard = self._beats(), time.monotonic()
+
+    @property
+    def file(self) -> int:
+        """The descriptor that the rank must inherit, and finds in its environment."""
+        return self._file.fileno()
+
+    def silent_s(self) -> float:
+        """For how long the rank has not been heard; ask several times a minute."""
+        if (beats := self._beats()) != self._last:
+            self._last, self._heard = beats, time.monotonic()
+        return time.monotonic() - self._heard
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._file.close()
+
+    def _beats(self) -> int:
+        return os.fstat(self.file).st_mtime_ns
+
+
+def states(supervisor: int) -> list[str]:
+    """The states of the processes that `supervisor` runs, as `stopped` or `disk-sleep`."""
+    try:
+        return [child.status() for child in psutil.Process(supervisor).children()]
+    except psutil.NoSuchProcess:
+        return []

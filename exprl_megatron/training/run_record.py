@@ -1,0 +1,69 @@
+"""`run.json`: which program ran where, from when to when, and how it ended; of a resumed run earlier attempts too."""
+
+import json
+import shlex
+import socket
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from exprl_megatron.errors import exit_status
+from exprl_megatron.files import write_atomically
+from exprl_megatron.interruption import Interrupted
+from exprl_megatron.version import package_versions, this_build
+
+
+class RunRecord:
+    """As a context: the file is there from the beginning, with `end` and `exit` null until the run has ended.
+
+    `exit` is {status, message}; it stays null where the process was killed.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        build = this_build()
+        self._record = {
+            "version": build.version,
+            "commit": build.commit,
+            "modified": build.modified,
+            "command": shlex.join(sys.argv),
+            "host": socket.gethostname(),
+            "python": sys.version.split()[0],
+            "start": _now(),
+            "end": None,
+            "exit": None,
+            "packages": package_versions(),
+            "earlier": _earlier(path),
+        }
+
+    def __enter__(self) -> Self:
+        self._write()
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        status = error.code if isinstance(error, Interrupted) else 0 if error is None else exit_status(error)
+        self._record |= {"end": _now(), "exit": {"status": status, "message": None if error is None else str(error)}}
+        try:
+            self._write()
+        except OSError as unwritten:
+            # What ended the run is what counts; a disk that is full is often just that.
+            print(f"exprl: {self._path} was not completed: {unwritten}", file=sys.stderr)
+
+    def _write(self) -> None:
+        write_atomically(self._path, (json.dumps(self._record, indent=2) + "\n").encode())
+
+
+def _earlier(path: Path) -> list[dict]:
+    """The attempts before this one; of a file that cannot be read, how it begins."""
+    try:
+        last = json.loads(path.read_text(encoding="utf-8"))
+        return [*last.pop("earlier"), last]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [{"unreadable": path.read_text(encoding="utf-8", errors="replace")[:2000]}]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

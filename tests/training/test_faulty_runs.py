@@ -1,0 +1,176 @@
+"""Small real runs of two ranks (SFT, no server) under what goes wrong on a cluster: one sentence each, nothing left."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.policy.checkpoint_files import checkpoints
+from exprl_megatron.training.directory import RunDirectory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import wait_until
+
+pytestmark = pytest.mark.slow
+
+
+class Launched:
+    """`exprl train` on a config of two ranks, started again and again in one directory."""
+
+    def __init__(self, root: Path, model: Path):
+        examples = root / "examples.jsonl"
+        examples.write_text(json.dumps({"prompt": "What is 1 plus 1?", "completion": "It is 2."}) + "\n")
+        self.tree = {
+            "directory": str(root / "run"),
+            "policy": {"model": str(model), "layout": {"dp": 2}, "max_tokens": 128},
+            "checkpoint": {"every_steps": 1, "keep": 3},
+            "stages": [
+                {"kind": "sft", "name": "sft", "steps": 100_000, "batch_size": 2, "examples": str(examples)},
+            ],
+        }
+        check_config(self.tree, "test")
+        self.paths = RunDirectory(self.tree["directory"])
+        self.process: subprocess.Popen | None = None
+
+    def start(self, *flags: str) -> None:
+        path = self.paths.root.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(self.tree))
+        command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(path), *flags]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell's background jobs ignore it, and so would we.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def steps(self) -> int:
+        return self.paths.metrics.read_text().count("\n") if self.paths.metrics.is_file() else 0
+
+    def learn(self, steps: int = 2) -> dict[int, psutil.Process]:
+        """Wait for so many further steps; the ranks."""
+        wanted = self.steps() + steps
+        wait_until(lambda: self.steps() >= wanted or self.process.poll() is not None, 200)
+        assert self.process.poll() is None, self.process.communicate()
+        workers = [p for p in self.everybody() if "exprl_megatron.training.worker" in p.cmdline()[:3]]
+        return {int(p.environ()["RANK"]): p for p in workers}
+
+    def everybody(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, timeout_s: float = 100) -> tuple[int, str, str]:
+        """Status and output; no process may be left."""
+        out, told = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, out, told
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    launched = Launched(tmp_path_factory.mktemp("faulty"), tiny_model("qwen3"))
+    yield launched
+    if launched.process is not None and launched.process.poll() is None:
+        launched.process.kill()
+
+
+def nothing_left(everybody: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(everybody, timeout=20)[1]
+
+
+def test_the_rank_that_was_killed_is_named_and_not_the_connection_that_the_other_lost(run):
+    run.start()
+    ranks, everybody = run.learn(3), run.everybody()
+    ranks[0].kill()
+    status, _, told = run.end()
+    assert status == 1
+    assert "exprl: trainer-0 was killed by signal 9 (SIGKILL)" in told and "go on with --resume" in told
+    assert "gloo" not in told.splitlines()[0] and told.startswith("exprl: ")
+    assert nothing_left(everybody)
+    record = json.loads(run.paths.record.read_text())
+    assert record["exit"]["status"] == 1 and "trainer-0 was killed" in record["exit"]["message"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(run):
+    *_, before, newest = checkpoints(run.paths.checkpoints)
+    shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    run.start("--resume")
+    ranks, everybody = run.learn(), run.everybody()
+    ranks[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    status, out, told = run.end()
+    assert re.search(rf"{newest.name} is damaged \({shard.name} holds other bytes.*goes on from {before.name}\.", out)
+    assert (newest.with_name(newest.name + ".damaged")).is_dir()
+    # The same rank, and as it was not dead, only a missing heartbeat tells.
+    assert time.monotonic() - stopped < 75
+    assert status == 1
+    assert re.match(r"exprl: trainer-1 .* has not been heard of for 45 s, its state is stopped; see that", told)
+    assert nothing_left(everybody)
+
+
+def test_ctrl_c_twice_says_what_to_type_and_leaves_nothing(run):
+    run.start("--resume", "checkpoint.keep=2")
+    run.learn(1)
+    everybody = run.everybody()
+    os.kill(run.process.pid, signal.SIGINT)
+    time.sleep(0.1)
+    os.kill(run.process.pid, signal.SIGINT)
+    status, _, told = run.end()
+    assert status == 130
+    path = run.paths.root.with_suffix(".yaml")
+    typed = f"exprl train {path} --resume checkpoint.keep=2"
+    assert f"exprl: Stopped by Ctrl-C, and so is all that it had started; go on with `{typed}`.\n" in told
+    assert "Traceback" not in told
+    assert nothing_left(everybody)
+    record = json.loads(run.paths.record.read_text())
+    assert record["exit"]["status"] == 130
+    assert [attempt["exit"]["status"] for attempt in record["earlier"]] == [1, 1]
+
+
+def catches_sigterm(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("after_s", [0.2, 2.0])
+def test_sigterm_while_it_starts_is_one_sentence_and_leaves_nothing(run, after_s):
+    run.start("--resume")
+    wait_until(lambda: catches_sigterm(run.process.pid), 60)
+    time.sleep(after_s)
+    everybody = run.everybody()
+    os.kill(run.process.pid, signal.SIGTERM)
+    status, _, told = run.end(30)
+    assert status == 143
+    assert re.fullmatch(r"exprl: Stopped by SIGTERM, and so is all that .*; go on with `.* --resume`\.\n", told)
+    assert nothing_left(everybody)
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run_once(tmp_path, tiny_model):
+    launched = Launched(tmp_path, tiny_model("qwen3"))
+    launched.tree["policy"]["layout"]["dp"] = 1
+    # Weights of such a size overflow in the second step.
+    launched.tree["stages"][0] |= {"steps": 2, "optimizer": {"lr": 1e30}}
+    launched.start()
+    status, _, told = launched.end(200)
+    assert status == 1
+    assert re.match(
+        r"exprl: The gradient norm of update 2 is nan in step 2 of sft; the weights are as they were\.", told
+    )
+    assert "--resume goes on without this update" in told
+    launched.start("--resume")
+    status, out, told = launched.end(200)
+    assert (status, told) == (0, "")
+    assert "The gradient norm of update 2 is nan again; step 2 of sft is left out" in out
+    last = json.loads(launched.paths.metrics.read_text().splitlines()[-1])
+    assert last["step"] == 2 and last["metrics"]["update_skipped"] == 1 and last["metrics"]["grad_norm"] is None

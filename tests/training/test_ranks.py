@@ -1,0 +1,129 @@
+"""What the launcher says of ranks that fail, by processes that end as ranks do."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.serving.supervise import supervised
+from exprl_megatron.training import ranks as module
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.nodes import RankFailed, RankKilled
+from exprl_megatron.training.ranks import TrainerRanks
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import wait_until
+
+LOST = {"status": 1, "message": "trainer 1 failed: RuntimeError: Connection closed by peer", "unexpected": True}
+ENDS = """
+import json, os, signal, sys, time
+end = json.loads(sys.argv[1])[int(os.environ["RANK"])]
+time.sleep(end.get("after", 0))
+if "told" in end:
+    open(f"{sys.argv[2]}/trainer-{os.environ['RANK']}.end", "w").write(json.dumps(end["told"]))
+if "signal" in end:
+    os.kill(os.getpid(), end["signal"])
+sys.exit(end.get("status", 1))
+"""
+BEATS = """
+import time
+from exprl_megatron.training.heartbeat import beat
+beat()
+print("beats", flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """`start(command, count)`: ranks that are this command instead of a trainer."""
+    directory = RunDirectory(tmp_path)
+    directory.logs.mkdir()
+    started = []
+
+    def start(command: list[str], count: int) -> TrainerRanks:
+        monkeypatch.setattr(module, "supervised", lambda _: supervised(command))
+        config = SimpleNamespace(
+            policy=SimpleNamespace(layout=Layout(dp=count)), server=ServerConfig(), directory=str(tmp_path)
+        )
+        started.append(TrainerRanks(directory, config, directory.registry))
+        return started[-1]
+
+    yield start
+    for ranks in started:
+        ranks.stop()
+
+
+def cause(start, tmp_path, *ends: dict) -> Exception:
+    ranks = start([sys.executable, "-S", "-c", ENDS, json.dumps(ends), str(tmp_path / "logs")], len(ends))
+    with pytest.raises((RunStopped, UserError)) as raised:
+        wait_until(lambda: not ranks.running(), 30)
+    return raised.value
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
+def test_a_rank_that_a_signal_ended_is_named_before_one_that_lost_its_connection(start, tmp_path, number):
+    error = cause(start, tmp_path, {"signal": number, "after": 0.5}, {"told": LOST})
+    assert isinstance(error, RankKilled)
+    assert str(error).startswith(f"trainer-0 was killed by signal {int(number)} ({number.name})")
+    assert ("lack of memory" in str(error)) == (number == signal.SIGKILL)
+
+
+def test_a_sentence_of_ours_comes_before_ranks_that_abort_for_it(start, tmp_path):
+    told = {"status": 1, "message": "Too many abstentions.", "unexpected": False}
+    error = cause(start, tmp_path, {"signal": signal.SIGABRT}, {"told": LOST}, {"told": told})
+    assert str(error) == "Too many abstentions."
+
+
+def test_a_rank_that_aborts_comes_before_the_connections_that_others_lost(start, tmp_path):
+    assert str(cause(start, tmp_path, {"told": LOST}, {"signal": signal.SIGABRT})).startswith("trainer-1 was killed by")
+
+
+def test_of_an_unexpected_error_alone_its_words_are_told(start, tmp_path):
+    error = cause(start, tmp_path, {"told": LOST}, {"status": 1})
+    assert isinstance(error, RankFailed) and str(error) == LOST["message"]
+
+
+def test_the_word_of_an_earlier_attempt_is_not_taken_for_that_of_this_one(start, tmp_path):
+    (tmp_path / "logs" / "trainer-0.end").write_text(json.dumps({**LOST, "message": "old"}))
+    assert str(cause(start, tmp_path, {"status": 3})).startswith("trainer-0 ended with status 3; go on with --resume.")
+
+
+def test_a_stopped_rank_is_found_by_its_silence_and_ended(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SILENCE_S", 5.0)
+    ranks = start([sys.executable, "-c", BEATS], 2)
+    wait_until(lambda: "beats" in (tmp_path / "logs" / "trainer-1.log").read_text(), 60)
+    assert ranks.running()
+    (rank,) = psutil.Process(ranks.pids[1]).children()
+    rank.suspend()
+    with pytest.raises(RunStopped, match=r"trainer-1 .* not been heard of for 5 s, its state is stopped; see that"):
+        wait_until(lambda: not ranks.running(), 30)
+    ranks.stop()
+    assert not rank.is_running()
+
+
+def test_a_rank_that_waits_in_its_main_thread_is_not_silent(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SILENCE_S", 5.0)
+    ranks = start([sys.executable, "-c", BEATS], 1)
+    wait_until(lambda: max(pulse.silent_s() for pulse in ranks._pulses.values()) > 1, 60)
+    wait_until(lambda: max(pulse.silent_s() for pulse in ranks._pulses.values()) < 0.5, 60)
+    assert ranks.running()
+
+
+def test_ctrl_c_at_a_terminal_reaches_no_rank(start, tmp_path):
+    ranks = start([sys.executable, "-c", BEATS], 1)
+    wait_until(lambda: psutil.Process(ranks.pids[0]).children(), 30)
+    (rank,) = psutil.Process(ranks.pids[0]).children()
+    for pid in (ranks.pids[0], rank.pid):
+        os.kill(pid, signal.SIGINT)
+    time.sleep(1.0)
+    assert ranks.running() and rank.is_running()
