@@ -67,15 +67,19 @@ def environment(cuda: bool) -> dict[str, str]:
 def settle() -> bool:
     """`uses_cuda()`, and where that is False hide the CUDA devices from this process's libraries and its children.
 
-    A hidden device is reported on stderr, in one line, by the first process that hides it. Call this before CUDA is
-    initialized.
+    A hidden device is reported on stderr, in one line, by the first process that hides it.
     """
-    cuda = uses_cuda()
-    if not cuda and os.environ.get(VISIBLE) != "":
+    if uses_cuda():
+        return True
+    if os.environ.get(VISIBLE) != "":
         if device_visible():
             print(f"exprl: {hidden_device()}", file=sys.stderr, flush=True)
-        os.environ.update(environment(cuda))
-    return cuda
+        os.environ.update(environment(cuda=False))
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        # This process had initialized CUDA before: the variable comes too late for it.
+        torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
+    return False
 
 
 def hidden_device() -> str:

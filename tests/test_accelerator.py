@@ -79,6 +79,16 @@ def test_a_gpu_in_the_cpu_environment_is_reported_once_and_hidden(machine, capfd
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
+def test_a_device_that_the_process_has_opened_already_is_hidden_from_its_libraries(machine, monkeypatch):
+    import torch
+
+    machine(True, CPU_ENVIRONMENT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert accelerator.settle() is False
+    assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
+
+
 def test_nothing_is_reported_without_a_gpu_or_hidden_where_it_is_used(machine, capfd):
     machine(True, GPU_ENVIRONMENT)
     assert accelerator.settle() is True and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
