@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 from nccl_like.records import PATIENCE, Hang
 
+from exprl_megatron.resharding.groups import break_off, broadcast
+from exprl_megatron.serving.own_group import GroupThread, destroy
+
 DEADLINE_S = 20.0
 HANGS_S = 9.0
 """Longer than TIMEOUT."""
@@ -254,6 +257,50 @@ def objects(m: Member) -> list:
     return [box, gathered]
 
 
+def product_breaks_off(m: Member) -> list | str:
+    """Rank 0 gives a group up in which an operation is under way that rank 1 never enters; then both form another."""
+    group = m.group()
+    dist.all_reduce(torch.zeros(1), group=group)
+    if m.rank == 1:
+        time.sleep(4.0)
+        group.abort()
+    else:
+        work = dist.all_reduce(torch.zeros(1), group=group, async_op=True)
+        took_s = seconds(lambda: break_off(group, m.rank, m.size))
+        assert work.is_completed() and not work.is_success()
+        assert group not in dist.distributed_c10d._world.pg_map
+    m.meet()
+    again = torch.ones(1)
+    dist.all_reduce(again, group=m.group())
+    return [again.item(), took_s if m.first else 0.0]
+
+
+def product_leaves_what_does_not_connect(m: Member) -> list | str:
+    """The same where rank 1 never comes to the first operation: the thread that is in it is left behind."""
+    group = m.group()
+    if m.first:
+        thread = GroupThread("weights")
+        thread.submit(lambda: broadcast(group, torch.zeros(1)))
+        time.sleep(0.5)
+        took_s = seconds(lambda: break_off(group, m.rank, m.size))
+    m.meet()
+    again = torch.ones(1)
+    dist.all_reduce(again, group=m.group())
+    return [again.item(), took_s if m.first else 0.0]
+
+
+def product_destroys(m: Member) -> float:
+    """Nothing is under way; rank 1 is late, and later than rank 0 waits for it in the second group."""
+    groups = [m.group(), m.group()]
+    took_s = []
+    for group, late_s, deadline_s in zip(groups, (1.0, 8.0), (DEADLINE_S, 2.0), strict=True):
+        dist.all_reduce(torch.zeros(1), group=group)
+        if not m.first:
+            time.sleep(late_s)
+        took_s.append(seconds(lambda group=group, deadline_s=deadline_s: destroy(group, deadline_s)))
+    return took_s
+
+
 SCENARIOS: dict[Callable[[Member], object], int] = {
     values: 3,
     first_operation: 3,
@@ -273,6 +320,9 @@ SCENARIOS: dict[Callable[[Member], object], int] = {
     broken_member: 3,
     dead_member: 2,
     objects: 2,
+    product_breaks_off: 2,
+    product_leaves_what_does_not_connect: 2,
+    product_destroys: 2,
 }
 """With how many members each is played."""
 
@@ -282,7 +332,7 @@ def fork(scenario: Callable[[Member], object], rank: int, size: int, port: int, 
     if child := os.fork():
         return child
     records = out / scenario.__name__
-    os.environ["NCCL_LIKE_RECORDS"] = str(records)
+    os.environ |= {"NCCL_LIKE_RECORDS": str(records), "EXPRL_GROUP_BACKEND": "nccl_like"}
     try:
         word = scenario(Member(rank, size, port))
     except Exception as error:

@@ -141,3 +141,17 @@ def test_objects_over_the_group_are_recorded_with_who_sent_them(played, words):
     assert len(found) == 3
     assert all("members.py" in text and text.endswith("in objects") for text in found)
     assert sum(text.startswith("dict from") for text in found) == 1
+
+
+@scenario("product_breaks_off", "product_leaves_what_does_not_connect")
+def test_weights_groups_are_given_up_at_once_whatever_is_under_way_and_new_ones_are_formed(words):
+    values, seconds = zip(*words, strict=True)
+    assert values == (2.0, 2.0)
+    assert seconds[0] < 2.0
+
+
+@scenario("product_destroys")
+def test_weights_groups_are_destroyed_with_the_others_or_aborted_after_the_deadline(words):
+    together_s, alone_s = words[0]
+    assert together_s > 0.8
+    assert 1.8 < alone_s < 6.0
