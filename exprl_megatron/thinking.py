@@ -8,6 +8,7 @@ begins within it and holds the closing tag alone.
 """
 
 import re
+from collections.abc import Iterator
 
 _NAME = r"(?:think|thinking|thought|thoughts|reasoning|scratchpad|seed:think)"
 _BLOCKS = (
@@ -18,6 +19,7 @@ _BLOCKS = (
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
     (r"<\|channel>thought", r"<channel\|>"),
 )
+_TAG_START = re.compile(r"[<\[◁]")
 _TAG = re.compile("|".join(f"(?P<open{i}>{tags[0]})|(?P<close{i}>{tags[1]})" for i, tags in enumerate(_BLOCKS)), re.I)
 # GPT-OSS: <|start|>assistant<|channel|>analysis<|message|>...<|end|>; the second form is what is left of it where
 # the special tokens are not decoded.
@@ -44,10 +46,19 @@ def mask_thinking(text: str) -> str:
     return "".join([*pieces, "\n" * (len(text) - place)])
 
 
+def _tags(text: str) -> Iterator[re.Match]:
+    """The tags in `text`, which are looked for only where one can begin: so many forms take long at every character."""
+    end = 0
+    for start in _TAG_START.finditer(text):
+        if start.start() >= end and (tag := _TAG.match(text, start.start())):
+            end = tag.end()
+            yield tag
+
+
 def _tagged(text: str) -> list[tuple[int, int]]:
     """Spans outside of blocks."""
     kept, start, thinks = [], 0, False
-    for tag in _TAG.finditer(text):
+    for tag in _tags(text):
         if tag.lastgroup.startswith("close"):
             if not thinks:
                 # The prompt opened this block: all that came before it is thinking.

@@ -83,6 +83,7 @@ class TokenAnswerer:
             regex=question.regex,
             json_schema=question.json_schema,
             watched_ids=tuple(self._digits) if question.probabilities else (),
+            log_probs=question.probabilities,
             deadline_s=question.deadline_s,
         )
         if written.finish_reason == "abort":

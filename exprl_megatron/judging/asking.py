@@ -78,13 +78,14 @@ class JudgeServers:
 
     async def _answer(self, question: Question, home: int) -> Answer:
         """The first answer to come; whatever happens, cancellation included, no request is left under way."""
+        if len(self._servers) == 1 or self._config.hedge_after_s is None:
+            return await self._retried(question, home)
         first = asyncio.ensure_future(self._retried(question, home))
         running = {first}
         try:
-            if len(self._servers) > 1 and self._config.hedge_after_s is not None:
-                await asyncio.wait(running, timeout=self._config.hedge_after_s)
-                if not first.done():
-                    running.add(asyncio.ensure_future(self._hedge(question, home + 1)))
+            await asyncio.wait(running, timeout=self._config.hedge_after_s)
+            if not first.done():
+                running.add(asyncio.ensure_future(self._hedge(question, home + 1)))
             return await self._first_answer(first, running)
         finally:
             await _cancelled(running)

@@ -10,6 +10,7 @@ import json
 import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 _STRETCH = 64
 _UNDECODABLE = "\ufffd"
-_spellings: weakref.WeakKeyDictionary[Any, tuple[bytes, ...] | None] = weakref.WeakKeyDictionary()
+_spellings: weakref.WeakKeyDictionary[Any, "_Spelling | None"] = weakref.WeakKeyDictionary()
 
 
 class TokenText:
@@ -43,6 +44,16 @@ class TokenText:
         return 0 if character == 0 else self._places.token_at(character)
 
 
+@dataclass(frozen=True)
+class _Spelling:
+    """What a byte-level tokenizer's tokens stand for."""
+
+    tokens: tuple[bytes, ...]
+    """The bytes of every token, none for special ones."""
+    lengths: np.ndarray
+    """[tokens], int64: how many."""
+
+
 class _BytePlaces:
     """The places in a response of a byte-level tokenizer whose bytes are valid UTF-8."""
 
@@ -56,17 +67,16 @@ class _BytePlaces:
             self._starts = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
 
     @classmethod
-    def of(cls, ids: list[int], spelling: tuple[bytes, ...]) -> "_BytePlaces | None":
+    def of(cls, ids: list[int], spelling: "_Spelling") -> "_BytePlaces | None":
         """None where the tokens are not all known, or their bytes are no text."""
-        if ids and not 0 <= min(ids) <= max(ids) < len(spelling):
+        if ids and not 0 <= min(ids) <= max(ids) < len(spelling.tokens):
             return None
-        parts = [spelling[token] for token in ids]
-        data = b"".join(parts)
+        data = b"".join(map(spelling.tokens.__getitem__, ids))
         try:
             text = data.decode()
         except UnicodeDecodeError:
             return None
-        return cls(text, data, np.cumsum([0, *map(len, parts)]))
+        return cls(text, data, np.concatenate(([0], np.cumsum(spelling.lengths[ids]))))
 
     def characters_before(self, token: int) -> int:
         end = int(self._ends[min(token, len(self._ends) - 1)])
@@ -137,14 +147,14 @@ def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _spelling(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes, ...] | None:
-    """The bytes of every token, none for special ones; None where the tokenizer does not spell in bytes."""
+def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Spelling | None:
+    """None where the tokenizer does not spell in bytes."""
     if tokenizer not in _spellings:
         _spellings[tokenizer] = _byte_spelling(tokenizer)
     return _spellings[tokenizer]
 
 
-def _byte_spelling(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes, ...] | None:
+def _byte_spelling(tokenizer: PreTrainedTokenizerBase) -> _Spelling | None:
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None or json.loads(decoder.__getstate__())["type"] != "ByteLevel":
         return None
@@ -154,7 +164,9 @@ def _byte_spelling(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes, ...] | No
     spelling = tuple(b"" if token in special or name is None else _bytes_of(name) for token, name in enumerate(names))
     # As the decoder itself spells all of them, or not at all.
     every = b"".join(spelling).decode("utf-8", "replace")
-    return spelling if every == _decoded(list(range(len(spelling))), tokenizer) else None
+    if every != _decoded(list(range(len(spelling))), tokenizer):
+        return None
+    return _Spelling(spelling, np.array([len(token) for token in spelling], np.int64))
 
 
 def _bytes_of(name: str) -> bytes:

@@ -39,6 +39,7 @@ class SGLangClient(HttpServer):
         regex: str | None = None,
         json_schema: str | None = None,
         watched_ids: Sequence[int] = (),
+        log_probs: bool = True,
         deadline_s: float | None = None,
     ) -> Generation:
         """Continue `input_ids`; the same seed gives the same tokens under the same weights.
@@ -46,6 +47,7 @@ class SGLangClient(HttpServer):
         The keywords are the fields of SamplingConfig, so `**sampling.model_dump()` fits. Temperature 0
         is greedy. `regex` or `json_schema` (JSON text) constrains the text. The end-of-sequence token, where
         sampled, is among the tokens. `watched_ids` are tokens whose log-probs at every place are wanted.
+        Without `log_probs` (and `watched_ids`) the reply is shorter and has none.
         """
         params = {
             "temperature": temperature,
@@ -59,11 +61,12 @@ class SGLangClient(HttpServer):
             params["regex"] = regex
         if json_schema is not None:
             params["json_schema"] = json_schema
-        request: dict[str, Any] = {"input_ids": _listed(input_ids), "sampling_params": params, "return_logprob": True}
+        log_probs = log_probs or bool(watched_ids)
+        request = {"input_ids": _listed(input_ids), "sampling_params": params, "return_logprob": log_probs}
         if watched_ids:
             request["token_ids_logprob"] = list(watched_ids)
         reply = await self._exchange("POST", "/generate", request, deadline_s)
-        return self._read("/generate", read_generation, reply)
+        return self._read("/generate", lambda body: read_generation(body, log_probs), reply)
 
     async def read(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:
         """Return when the radix cache holds `input_ids`, for the requests that begin with them."""

@@ -24,7 +24,7 @@ class Generation:
     token_ids: np.ndarray
     """[tokens], int32."""
     log_probs: np.ndarray
-    """[tokens], float32: natural log, at the sampling temperature, before top-p and top-k."""
+    """[tokens], float32: natural log, at the sampling temperature, before top-p and top-k; empty if not asked for."""
     text: str
     finish_reason: str
     """`stop`, `length` or `abort`."""
@@ -79,8 +79,8 @@ _REPLY = msgspec.json.Decoder(_Reply)
 _SCORES_REPLY = msgspec.json.Decoder(_ScoresReply)
 
 
-def read_generation(body: bytes) -> Generation:
-    """The continuation that a reply of /generate holds.
+def read_generation(body: bytes, with_log_probs: bool = True) -> Generation:
+    """The continuation that a reply of /generate holds; `with_log_probs` says whether they were asked for.
 
     Raises ValueError that names the field where it is not of SGLang's form, a log-prob is missing or not finite, an id
     is not one, or the numbers of ids and log-probs differ.
@@ -91,9 +91,9 @@ def read_generation(body: bytes) -> Generation:
     token_ids = _numbers(bytes(reply.output_ids), "output_ids")
     # An aborted request that was still waiting has no log-probs.
     log_probs = _entries(block, "output_token_logprobs").log_probs()
-    if len(log_probs) != len(token_ids):
+    if with_log_probs and len(log_probs) != len(token_ids):
         raise ValueError(f"{len(token_ids)} output_ids but {len(log_probs)} output_token_logprobs")
-    if block is None and meta.finish_reason.type != "abort":
+    if with_log_probs and block is None and meta.finish_reason.type != "abort":
         raise ValueError("output_token_logprobs is missing")
     if meta.weight_versions is None and meta.finish_reason.type != "abort":
         raise ValueError("weight_versions is missing")
