@@ -12,6 +12,9 @@ from exprl_megatron.config.problems import Domain, ProblemsConfig, PromptConfig
 from exprl_megatron.config.segments import RouteConfig, SegmentsConfig
 from exprl_megatron.config.serving import SamplingConfig
 
+ZERO_ALONE = ("group-normalised", "mean-centred", "leave-one-out", "group-centred-batch-normalised")
+"""Advantages that are differences within a group."""
+
 
 class Stage(Config):
     """What every stage has."""
@@ -64,7 +67,31 @@ class RlStage(Stage):
                 f"stage {self.name}: policy.starting_policy is server, but a server scores prompts at temperature 1 "
                 f"alone and sampling.temperature is {self.sampling.temperature:g}; set starting_policy to host."
             )
+        found += self._learning_violations()
         return found + (self._staleness_violations() if self.max_staleness else [])
+
+    def _learning_violations(self) -> list[str]:
+        """What would have the stage learn from another policy than was sampled, or from nothing."""
+        found = []
+        sampling = self.sampling
+        cut = [f"top_p {sampling.top_p:g}"] if sampling.top_p < 1 else []
+        cut += [f"top_k {sampling.top_k}"] if sampling.top_k > 0 else []
+        if cut:
+            found.append(
+                f"stage {self.name}: sampling has {' and '.join(cut)}, but what is learned are log-probs of the whole "
+                "distribution, of which such traces are no samples; set top_p to 1 and top_k to -1."
+            )
+        if self.group_size == 1 and (zero := self._zero_alone()) is not None:
+            found.append(
+                f"stage {self.name}: group_size is 1, but {zero} compares a trace with the others of its group, so "
+                "that every advantage is 0; raise group_size, or choose another."
+            )
+        return found
+
+    def _zero_alone(self) -> str | None:
+        """The setting by which a trace that is alone in its group has advantage 0; None where there is none."""
+        advantage = getattr(self, "advantage", None)
+        return f"advantage {advantage}" if advantage in ZERO_ALONE else None
 
     def _staleness_violations(self) -> list[str]:
         """What stands against traces of older weights."""

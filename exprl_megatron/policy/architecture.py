@@ -193,8 +193,31 @@ def _unsupported(tree: dict) -> str | None:
         return "attention_bias"
     if tree.get("quantization_config"):
         return "quantization_config"
-    kind = _rope(tree).get("rope_type", _rope(tree).get("type", "default"))
-    return None if kind in ("default", "llama3") else f"rope type {kind}"
+    return _unsupported_rope(tree)
+
+
+def _unsupported_rope(tree: dict) -> str | None:
+    """What is not supported of the rotary settings; every section counts, also where another one is read."""
+    sections = [tree[name] for name in ("rope_parameters", "rope_scaling") if tree.get(name)]
+    for rope in sections:
+        if any(isinstance(value, dict) for value in rope.values()):
+            return "rope settings for each kind of layer"
+        kind = _rope_kind(rope)
+        if kind not in ("default", "llama3"):
+            return f"rope type {kind}"
+        if rope.get("partial_rotary_factor", 1) != 1:
+            return f"partial_rotary_factor {rope['partial_rotary_factor']}"
+    if tree.get("partial_rotary_factor", 1) != 1:
+        return f"partial_rotary_factor {tree['partial_rotary_factor']}"
+    shared = set.intersection(*(set(rope) for rope in sections)) - {"type", "rope_type"} if sections else set()
+    if len({_rope_kind(rope) for rope in sections}) > 1 or any(sections[0][key] != sections[-1][key] for key in shared):
+        return "rope_parameters and rope_scaling that contradict each other"
+    bases = {rope["rope_theta"] for rope in (*sections, tree) if rope.get("rope_theta")}
+    return f"more than one rope_theta ({', '.join(map(str, sorted(bases)))})" if len(bases) > 1 else None
+
+
+def _rope_kind(rope: dict) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _rope(tree: dict) -> dict:

@@ -1,19 +1,26 @@
 """From a problem's text to the token ids that the policy continues."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
+
 from exprl_megatron.config.problems import PromptConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import Problem
+from exprl_megatron.problems.records import refuse_faults
+
+MOST_UNKNOWN = 0.5
+"""A larger share of unknown tokens in a problem's text means that the tokenizer is not made for it."""
 
 
 class PromptBuilder:
     """Puts a problem's text into the chat template of the policy's tokenizer.
 
     It takes text and never a Problem, so that no reference can reach it. `tokenizer` is a Hugging
-    Face tokenizer. Raises UserError where that has no chat template.
+    Face tokenizer. Raises UserError where that has no chat template, or one that does not take the config's messages.
     """
 
     def __init__(self, tokenizer: Any, config: PromptConfig):
@@ -23,21 +30,73 @@ class PromptBuilder:
             )
         self._tokenizer = tokenizer
         self._config = config
+        self._control = control_pattern(tokenizer)
+        check_template(tokenizer, _messages(config, "1 + 1"), config.template_args, "prompt")
 
     def token_ids(self, text: str) -> tuple[int, ...]:
         """The prompt with the opening of the assistant's turn at its end."""
         return chat_token_ids(self._tokenizer, self._config, self._config.user.replace("{problem}", text))
 
+    def fault(self, text: str) -> str | None:
+        """Why `text` would not reach the policy as it reads; None where it does."""
+        if control := self._control and self._control.search(text):
+            return (
+                f"holds {control[0]!r}, which is a control token of the tokenizer in {self._tokenizer.name_or_path} "
+                "and would not be read as text; take it out, or put a space into it."
+            )
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None:
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            if ids and ids.count(unknown) > MOST_UNKNOWN * len(ids):
+                return (
+                    f"is {ids.count(unknown)} unknown tokens of {len(ids)} to the tokenizer in "
+                    f"{self._tokenizer.name_or_path}; use a model that knows its language and signs."
+                )
+        return None
+
+
+def control_pattern(tokenizer: Any) -> re.Pattern | None:
+    """Matches the special tokens of `tokenizer` in plain text, where it would take them for what they are."""
+    names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names |= set(tokenizer.all_special_tokens)
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def check_template(tokenizer: Any, messages: Sequence[dict[str, str]], template_args: dict, section: str) -> None:
+    """Raise UserError where the tokenizer's chat template refuses `messages`, or leaves one of them out.
+
+    `section` of the config (`prompt`, `judge`) is what they come from.
+    """
+    system = messages[0]["role"] == "system"
+    said = f"{section}.system" if section == "prompt" and system else section
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template_args)
+    except jinja2.TemplateError as error:
+        remedy = "leave the system message out" if system else "choose another template"
+        raise UserError(
+            f"The chat template of the tokenizer in {tokenizer.name_or_path} does not take the messages of {said} "
+            f"({' '.join(str(error).split()) or type(error).__name__}); {remedy}, or give it a template that does."
+        ) from error
+    lacking = [message["role"] for message in messages if message["content"].strip() not in text]
+    if lacking:
+        raise UserError(
+            f"The chat template of the tokenizer in {tokenizer.name_or_path} leaves out the {lacking[0]} message of "
+            f"{said}; give it a template that shows it."
+        )
+
 
 def chat_token_ids(tokenizer: Any, config: PromptConfig, user: str) -> tuple[int, ...]:
     """The chat of the config's system message and the user message `user`, with the assistant's turn opened."""
-    messages = [{"role": "user", "content": user}]
-    if config.system is not None:
-        messages.insert(0, {"role": "system", "content": config.system})
     ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **config.template_args
+        _messages(config, user), add_generation_prompt=True, tokenize=True, return_dict=False, **config.template_args
     )
     return tuple(ids)
+
+
+def _messages(config: PromptConfig, user: str) -> list[dict[str, str]]:
+    system = [] if config.system is None else [{"role": "system", "content": config.system}]
+    return [*system, {"role": "user", "content": user}]
 
 
 @dataclass(frozen=True)
@@ -62,7 +121,12 @@ def check_vocabulary(model: str, size: int, prompts: Sequence[Sequence[int]]) ->
 
 
 def drop_overlong(problems: Sequence[Problem], builder: PromptBuilder, max_tokens: int) -> PromptedProblems:
-    """Leave out the problems whose prompt is longer than `max_tokens`; UserError where none is left."""
+    """Leave out the problems whose prompt is longer than `max_tokens`.
+
+    Raises UserError where none is left, or where a problem's text would not reach the policy as it reads.
+    """
+    faults = ((problem, builder.fault(problem.statement)) for problem in problems)
+    refuse_faults([f"problem {problem.id} {fault}" for problem, fault in faults if fault is not None])
     prompted = [(problem, builder.token_ids(problem.statement)) for problem in problems]
     kept = [(problem, ids) for problem, ids in prompted if len(ids) <= max_tokens]
     if not kept:

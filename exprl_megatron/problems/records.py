@@ -1,8 +1,10 @@
 """From a source's record to a Problem: which fields it may have, and what is wrong with them."""
 
 import json
+import math
 import string
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, get_args
 
 from exprl_megatron.config.problems import Domain, FieldNames
@@ -20,11 +22,24 @@ def record_of(line: str) -> dict[str, Any] | str:
     """A line of JSON as a record, or a sentence about why it is none."""
     try:
         record = json.loads(line)
-    except ValueError as error:
-        return f"this is not JSON ({error}); mend or delete the line."
-    if not isinstance(record, dict):
-        return f"this is a JSON {type(record).__name__}, not an object; write {{...}} with named fields."
-    return record
+    except (ValueError, RecursionError) as error:
+        return f"this is not JSON ({error}); fix or delete the line."
+    return _record(record)
+
+
+def list_of(text: str) -> list[dict[str, Any] | str] | str:
+    """The records of a JSON list, with a sentence for each that is none; or one about why there is no list."""
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"this is not a JSON list ({error}); fix it, or write one object a line."
+    return [_record(record) for record in records]
+
+
+def _record(record: Any) -> dict[str, Any] | str:
+    if isinstance(record, dict):
+        return record
+    return f"this is a JSON {type(record).__name__}, not an object; write {{...}} with named fields."
 
 
 def refuse_faults(faults: Sequence[str]) -> None:
@@ -71,7 +86,7 @@ class _Reader:
     def text(self, role: str, *, needed: bool) -> str | None:
         name, value = self._field(role)
         if role in NUMBERS_TOO and isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)
+            return self._number(name, value)
         if value is None:
             if needed:
                 known = ", ".join(self._record)
@@ -84,9 +99,18 @@ class _Reader:
             self.faults.append(
                 f"the field {name!r} is empty; fill it or leave the {'problem' if needed else 'field'} out."
             )
+        elif (fault := _unencodable(value)) is not None:
+            self.faults.append(f"the field {name!r} {fault}")
         else:
             return value
         return None
+
+    def _number(self, name: str, value: float) -> str | None:
+        """A number as it would be written by hand: 0.00001 and not 1e-05."""
+        if not math.isfinite(value):
+            self.faults.append(f"the field {name!r} is {value}, not a number; write the value, or leave the field out.")
+            return None
+        return format(Decimal(repr(value)), "f")
 
     def domain(self) -> Domain:
         name, value = self._field("domain")
@@ -105,6 +129,7 @@ class _Reader:
             return ()
         if len(value) > len(string.ascii_uppercase):
             self.faults.append(f"the field {name!r} has {len(value)} choices, more than there are letters; shorten it.")
+        self.faults += [f"the field {name!r}: a choice {fault}" for fault in map(_unencodable, value) if fault]
         return tuple(value)
 
     def tests(self) -> tuple[CodeTest, ...]:
@@ -137,6 +162,8 @@ def _test_fault(test: Any) -> str | None:
     for key in ("input", "output"):
         if not isinstance(test.get(key), str):
             return f"has no text {key!r}; add it."
+        if (fault := _unencodable(test[key])) is not None:
+            return f"has a {key} that {fault}"
     function = test.get("function")
     if function is not None and not (isinstance(function, str) and function.isidentifier()):
         return f"names the function {function!r}; write the name that a program defines, or leave it out."
@@ -167,6 +194,12 @@ def _contradictions(
     elif tests:
         found.append(f"there are tests, but the domain is {domain}; set the domain to code.")
     return found
+
+
+def _unencodable(text: str) -> str | None:
+    """What is wrong with a text that has no form in UTF-8, which no tokenizer takes."""
+    found = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    return None if found is None else f"holds {found!a}, half of a character; write the character, or leave it out."
 
 
 def _shown(value: Any) -> str:

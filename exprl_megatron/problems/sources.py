@@ -7,14 +7,16 @@ from pathlib import Path
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.records import problem_of, record_of, refuse_faults
+from exprl_megatron.problems.records import list_of, problem_of, record_of, refuse_faults
 
 JSON_LINES = (".jsonl", ".json")
 PARQUET = (".parquet",)
+_BATCH_ROWS = 1024
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 Row = tuple[str, dict | str]
@@ -85,24 +87,42 @@ def _file_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    # Read as text: the JSON reader of `datasets` neither names the line of a fault nor takes answers
-    # that are numbers on one line and text on the next.
-    lines = datasets.load_dataset("text", data_files=[str(path)], split="train", streaming=True)
+    """A record a line; or, in a file that begins with a bracket, a list of them. A byte-order mark is left out."""
+    # Not by `datasets`: it takes paths for patterns, does not name the line of a fault, and wants answers of one type.
     try:
-        for number, row in enumerate(lines, start=1):
-            if row["text"].strip():
-                yield f"{path} line {number}", record_of(row["text"])
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            first = next((line for line in file if line.strip()), "")
+            file.seek(0)
+            if first.lstrip("\ufeff \t\r\n").startswith("["):
+                yield from _json_list(path, file.read().lstrip("\ufeff"))
+                return
+            for number, line in enumerate(file, start=1):
+                line = line.lstrip("\ufeff") if number == 1 else line
+                if line.strip():
+                    yield f"{path} line {number}", record_of(line)
     except UnicodeDecodeError as error:
         raise UserError(f"The problem file {path} is not UTF-8 text ({error}); convert it.") from error
 
 
+def _json_list(path: Path, text: str) -> Iterator[Row]:
+    records = list_of(text)
+    if isinstance(records, str):
+        yield str(path), records
+        return
+    for number, record in enumerate(records, start=1):
+        yield f"{path} item {number}", record
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
-        rows = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
-        for number, record in enumerate(rows, start=1):
-            yield f"{path} row {number}", record
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH_ROWS):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", record
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"The problem file {path} cannot be read as Parquet ({error}); write it anew.") from error
+        raise UserError(f"The problem file {path} cannot be read as Parquet ({error}); write it again.") from error
 
 
 def _hub_rows(config: ProblemsConfig) -> Iterator[Row]:

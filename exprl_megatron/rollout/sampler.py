@@ -23,6 +23,9 @@ class Prompt(ArrayFields):
     token_ids: np.ndarray
     """[tokens], int32; anything like an array may be given."""
 
+    occurrence: int = 0
+    """How often the problem was drawn before in the same step; its samples then differ from those."""
+
     def __post_init__(self) -> None:
         self._hold(np.int32, "token_ids")
 
@@ -51,8 +54,9 @@ async def sample_groups(
 
     All groups are under way at once, each at one server, which reads the prompt once for all of them. A server
     that fails, ends a trace before its end, or writes it under other weights has failed at it; what becomes of that is
-    up to `servers`. `seed_of(problem_id, k)` seeds sample k. `on_trace` is awaited for each trace when it is finished,
-    while others are still being written; the call returns when all of these have returned too.
+    up to `servers`. `seed_of(problem_id, k)` seeds sample k, counted over all occurrences of the problem. `on_trace` is
+    awaited for each trace when it is finished, while others are still being written; the call returns when all of these
+    have returned too.
 
     The first failure, of `servers` or of `on_trace`, cancels everything else and is raised as it is. Tokens must be of
     one of `weight_versions`, as they are when their trace is finished: whoever changes the weights of servers in
@@ -61,7 +65,9 @@ async def sample_groups(
 
     async def written(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
         generation = await client.generate(
-            prompt.token_ids, seed=seed_of(prompt.problem_id, k), **sampling.model_dump()
+            prompt.token_ids,
+            seed=seed_of(prompt.problem_id, k + prompt.occurrence * group_size),
+            **sampling.model_dump(),
         )
         return _trace(client, prompt, k, generation, weight_versions)
 

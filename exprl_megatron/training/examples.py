@@ -49,6 +49,9 @@ class ExampleReader:
         return [self._sequence(*row) for row in self._rows.take((step - 1) * size, size)]
 
     def _sequence(self, name: str, prompt: str, completion: str) -> Sequence:
+        for what, text in (("prompt", prompt), ("completion", completion)):
+            if (fault := self._prompts.fault(text)) is not None:
+                raise UserError(f"{name}: its {what} {fault}")
         response = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
         sequence = Sequence(self._prompts.token_ids(prompt), (*response, self._tokenizer.eos_token_id))
         if len(sequence) > self._max_tokens:

@@ -1,6 +1,7 @@
 """The conductor's side of a step: problems out, graded groups back."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Literal
@@ -152,6 +153,7 @@ class Rollouts:
         groups: list[Group] = []
         dull: list[Group] = []
         next_problem = drawn
+        seen: Counter[int] = Counter()
         for _ in range(1 + (rounds or 0)):
             missing = wanted - len(groups)
             draws = stage.drawn_for(missing)
@@ -168,6 +170,7 @@ class Rollouts:
                 wanted=missing,
                 counts=counts,
                 judged=isinstance(stage, JudgedStage),
+                seen=seen,
             )
             for group in sampled:
                 (groups if counts(group) else dull).append(group)
@@ -190,17 +193,23 @@ class Rollouts:
         wanted: int | None = None,
         counts: Callable[[Group], bool] = lambda group: True,
         judged: bool = False,
+        seen: Counter[int] | None = None,
     ) -> list[Group]:
         """`group_size` graded traces for each of the problems at `indices`, in that order.
 
         Where `wanted` is given, only of those that were through when so many groups counted. A trace is graded as soon
         as it is finished, or when all are, where it is `judged` and the judge waits for these servers. `purpose` (stage
-        and step) is shown and seeds the samples. Raises RunStopped before anything is sent where a prompt holds a piece
-        of its problem's reference.
+        and step) is shown and seeds the samples; `seen` counts how often each problem was drawn for it, so that copies
+        of a problem in a step are sampled differently. Raises RunStopped before anything is sent where a prompt holds a
+        piece of its problem's reference.
         """
         prompted, guard = self._prompted[problems], self._guards[problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
-        prompts = [Prompt(prompted.problems[i].id, prompted.prompts[i]) for i in indices]
+        seen = Counter() if seen is None else seen
+        prompts = []
+        for i in indices:
+            prompts.append(Prompt(prompted.problems[i].id, prompted.prompts[i], seen[i]))
+            seen[i] += 1
         for prompt in prompts:
             guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
         graded: dict[Trace, GradedTrace] = {}
