@@ -55,7 +55,12 @@ def exprl(
 def train(
     config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, for example stages.0.steps=3")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the config and the processes; start none.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check all that a start checks; print config, processes and one problem's prompts."
+        ),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last complete checkpoint.")] = False,
     servers: Annotated[
         ServersFrom, typer.Option(help="Start the servers here, or wait for those that `exprl serve` registers.")
@@ -74,12 +79,12 @@ def train(
         from exprl_megatron.training.follow import follow
         from exprl_megatron.training.launch import launch
         from exprl_megatron.training.nodes import Node
-        from exprl_megatron.training.plan import print_plan
+        from exprl_megatron.training.plan import print_start
         from exprl_megatron.training.preflight import model_violations
 
         changes = [*(overrides or []), *(["debug.assertions=true"] if check else [])]
         if dry_run:
-            print_plan(load_config(config, changes))
+            print_start(load_config(config, changes))
             return
         node = Node.of(node_rank, nodes, master)
         registered = servers is ServersFrom.REGISTERED

@@ -1,7 +1,9 @@
 """Submits the runs of an experiment as NeMo-Run jobs, one after the other, and tells how they ended."""
 
+import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,8 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.files import write_atomically
 from exprl_megatron.policy.architecture import layout_violations, read_architecture
+from exprl_megatron.training.plan import print_prompts
+from exprl_megatron.training.preflight import dry_run
 from recipes import scripts
 from recipes.executors import check_executor, component_executors
 from recipes.places import Nodes, Site, components
@@ -50,6 +54,8 @@ def submit(ctx: run.cli.RunContext, jobs: list[Job], site: Site, resume: bool) -
     check_executor(executor)
     site = _filled(site, executor)
     _check_layouts(jobs, site)
+    if ctx.dryrun:
+        _check_starts(jobs, site)
     with tempfile.TemporaryDirectory() as written, run.Experiment(ctx.name, enable_goodbye_message=False) as experiment:
         before = None
         for job in jobs:
@@ -116,6 +122,18 @@ def _check_layouts(jobs: list[Job], site: Site) -> None:
     ]
     if found:
         raise UserError("\n".join(found))
+
+
+def _check_starts(jobs: list[Job], site: Site) -> None:
+    """Check what each job's start will check, and print its prompts, as far as its models can be read from here."""
+    if not Path(site.workdir).is_dir():
+        return
+    with contextlib.chdir(site.workdir):
+        for job in jobs:
+            if (left_out := dry_run(job.config)) is None:
+                print_prompts(job.config)
+            else:
+                print(f"{job.name}: {left_out}", file=sys.stderr)
 
 
 def _add_local(

@@ -21,9 +21,11 @@ from exprl_megatron.judging.rubric import VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
 from exprl_megatron.judging.store import TRANSIENT, JudgementStore
 from exprl_megatron.judging.verdict import expected_score, normalise, read_marks, read_verdict, stated_score
-from exprl_megatron.problems.problem import Problem
+from exprl_megatron.problems.problem import Problem, Reference
+from exprl_megatron.problems.prompts import check_template
 from exprl_megatron.token_ids import TokenIds
 
+_SAMPLE = Problem("sample", "1 + 1", Reference("The sum of 1 and 1 is 2."))
 SCORE_REGEX = "Score: [1-5]"
 
 
@@ -66,6 +68,7 @@ class Judge:
         self._store = store
         identity = {} if store is None else _identity(config)
         self._cases = CaseBuilder(config, tokenizer, identity)
+        check_template(tokenizer, self.messages(_SAMPLE, "2"), config.template_args, "judge")
         self._turns: weakref.WeakValueDictionary[str, _Turn] = weakref.WeakValueDictionary()
         self.counts: Counter[str] = Counter()
         self._servers = JudgeServers(config, [self._answerer(client, tokenizer) for client in clients], self.counts)

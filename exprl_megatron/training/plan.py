@@ -1,5 +1,6 @@
 """What `exprl train --dry-run` prints: the resolved config and the processes that a run would start."""
 
+import sys
 from dataclasses import dataclass
 
 import yaml
@@ -9,6 +10,8 @@ from rich.table import Table
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER
+from exprl_megatron.training.preflight import dry_run
+from exprl_megatron.training.prompt_checks import shown_prompts
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,19 @@ def print_plan(config: RunConfig) -> None:
     Console().print(table)
     for line in transport_lines(config):
         print(line)
+
+
+def print_start(config: RunConfig) -> None:
+    """Check what a start would check, and print what it would start; UserError as `check_inputs` raises it."""
+    left_out = dry_run(config)
+    print_plan(config)
+    if left_out is None:
+        print_prompts(config)
+    else:
+        print(f"exprl: {left_out}", file=sys.stderr)
+
+
+def print_prompts(config: RunConfig) -> None:
+    """Print one problem of each stage as the policy and the judge will read it: the reference is the judge's alone."""
+    for title, text in shown_prompts(config):
+        print(f"\n---- {title}\n{text}")

@@ -19,6 +19,7 @@ from exprl_megatron.serving.client import SCORED_BELOW_ROOM
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.examples import check_source
 from exprl_megatron.training.journal import Journal
+from exprl_megatron.training.prompt_checks import check_prompts, reachable
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -43,6 +44,15 @@ def check_inputs(config: RunConfig) -> None:
         _check_alike(config.policy.model, config.judge.model)
     if config.debug.rollouts is not None:
         _check_rollouts(config)
+    check_prompts(config)
+
+
+def dry_run(config: RunConfig) -> str | None:
+    """Check what a start would check; where a model is not on this machine, a sentence that says what was not."""
+    left_out = reachable(config)
+    if left_out is None:
+        check_inputs(config)
+    return left_out
 
 
 def model_violations(config: RunConfig) -> list[str]:

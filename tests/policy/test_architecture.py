@@ -168,6 +168,20 @@ def test_rope_settings_are_read_under_their_newer_name_too(tmp_path):
         ({"attention_bias": True}, "has attention_bias"),
         ({"use_sliding_window": True}, "has use_sliding_window"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "has rope type yarn"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+            "has rope type yarn",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4}, "rope_scaling": {"rope_type": "default"}},
+            "has rope type yarn",
+        ),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}}, "has rope type linear"),
+        ({"rope_parameters": {"rope_type": "default"}}, "contradict each other"),
+        ({"rope_parameters": LLAMA_32_1B["rope_scaling"] | {"factor": 8.0}}, "contradict each other"),
+        ({"rope_parameters": LLAMA_32_1B["rope_scaling"] | {"rope_theta": 1e6}}, "more than one rope_theta"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope settings for each kind of layer"),
+        ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor 0.5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "has quantization_config"),
     ],
 )

@@ -1,0 +1,119 @@
+"""The prompts of a run, made before anything starts: whether policy and judge can read them, and how they look."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
+from exprl_megatron.errors import UserError
+from exprl_megatron.judging.judge import Judge
+from exprl_megatron.judging.judge_model import model_context
+from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
+from exprl_megatron.problems.records import refuse_faults
+from exprl_megatron.problems.sources import load_problems
+
+TRACE = "(the trace)"
+_LONGEST = 8
+"""So many problems, those with most characters, are looked at for the longest prompt of the judge."""
+
+
+def check_prompts(config: RunConfig) -> None:
+    """Raise UserError where a prompt of the run cannot be made, or has no room in the model that is to read it."""
+    tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
+    if config.samples:
+        _check_policy(config, tokenizer)
+    for stage in config.stages:
+        if isinstance(stage, SelfDistillStage):
+            _check_teacher(config, stage, tokenizer)
+    if config.judges:
+        judge = _judge(config)
+        for stage in config.stages:
+            if isinstance(stage, JudgedStage):
+                _check_judge(config, stage, judge)
+
+
+def shown_prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """For the first problem of each stage that samples: what is shown to whom, and the text."""
+    tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
+    builder = PromptBuilder(tokenizer, config.prompt)
+    for stage in config.stages:
+        if not isinstance(stage, RlStage):
+            continue
+        problem = load_problems(stage.problems.model_copy(update={"limit": 1}))[0]
+        yield (
+            f"stage {stage.name}, problem {problem.id}, to the policy",
+            tokenizer.decode(builder.token_ids(problem.statement)),
+        )
+        if isinstance(stage, JudgedStage):
+            for message in _judge(config).messages(problem, TRACE, _units(stage)[0]):
+                title = f"stage {stage.name}, problem {problem.id}, to the judge ({message['role']})"
+                yield title, message["content"]
+
+
+def _check_policy(config: RunConfig, tokenizer: Any) -> None:
+    builder, model = PromptBuilder(tokenizer, config.prompt), config.policy.model
+    for problems, sampling in config.problem_sets().items():
+        room = config.policy.max_tokens - sampling.max_new_tokens
+        prompted = drop_overlong(load_problems(problems), builder, min(room, problems.max_prompt_tokens or room))
+        check_vocabulary(model, read_architecture(model).vocabulary, prompted.prompts)
+
+
+def _check_teacher(config: RunConfig, stage: SelfDistillStage, tokenizer: Any) -> None:
+    builder = PromptBuilder(tokenizer, stage.teacher_prompt)
+    faults = (
+        (problem, builder.fault(problem.reference.for_training()))
+        for problem in load_problems(stage.problems)
+        if problem.reference is not None
+    )
+    refuse_faults([f"the reference of problem {problem.id} {fault}" for problem, fault in faults if fault is not None])
+
+
+def _check_judge(config: RunConfig, stage: JudgedStage, judge: Judge) -> None:
+    """Raise UserError where reference, the longest trace and the longest answer do not fit into the judge's context."""
+    context, answer = model_context(config.judge.model), config.judge.max_new_tokens
+    trace = stage.sampling.max_new_tokens
+    for unit in _units(stage):
+        longest, problem = max(
+            ((len(judge.request(problem, "", unit)), problem) for problem in _longest(load_problems(stage.problems))),
+            key=lambda pair: pair[0],
+        )
+        if longest + trace + answer > context:
+            raise UserError(
+                f"stage {stage.name}: the judge in {config.judge.model} holds {context} tokens, but its prompt "
+                f"about problem {problem.id} takes {longest} without a trace, a trace up to {trace} "
+                f"(sampling.max_new_tokens) and its answer up to {answer} (judge.max_new_tokens); lower these, or "
+                "take a judge with more context."
+            )
+
+
+def _longest(problems: Sequence[Problem]) -> list[Problem]:
+    def size(problem: Problem) -> int:
+        return len(problem.statement) + (0 if problem.reference is None else len(problem.reference.for_judge()))
+
+    return sorted(problems, key=size)[-_LONGEST:]
+
+
+def _units(stage: JudgedStage) -> list[Unit]:
+    """What of a trace the stage has judged."""
+    if not hasattr(stage, "route"):
+        return ["trace"]
+    return sorted({stage.unit, *(route.unit for route in stage.routes.values())})
+
+
+def _judge(config: RunConfig) -> Judge:
+    return Judge(config.judge, [], AutoTokenizer.from_pretrained(config.judge.model))
+
+
+def reachable(config: RunConfig) -> str | None:
+    """A sentence about what cannot be checked here, as a model is not on this machine; None where all can be."""
+    models = [config.policy.model, *([config.judge.model] if config.judges else [])]
+    missing = [model for model in models if not (Path(model) / "config.json").is_file()]
+    if not missing:
+        return None
+    return f"not checked: models, problems and prompts, since {' and '.join(missing)} cannot be read here."
