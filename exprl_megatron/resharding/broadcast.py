@@ -77,10 +77,6 @@ class BroadcastTransport:
     def follow_close(self) -> None:
         self._groups.follow_close()
 
-    def names(self) -> list[str]:
-        """The groups that servers are in, one for each pipeline stage; empty before the first push."""
-        return list(self._groups.names)
-
     def _follow_rounds(self, outgoing: Outgoing) -> None:
         """Where a broadcast breaks this rank keeps step with the others until rank 0, which learns it, stops them."""
         sent: dict[int, Future[float]] = {}

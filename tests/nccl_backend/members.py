@@ -19,8 +19,11 @@ import torch
 import torch.distributed as dist
 from nccl_like.records import PATIENCE, Hang
 
+from exprl_megatron.policy.host_group import from_rank, of_all_ranks
+from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.groups import break_off, broadcast
 from exprl_megatron.serving.own_group import GroupThread, destroy
+from exprl_megatron.training.conductor import Conductor
 
 DEADLINE_S = 20.0
 HANGS_S = 9.0
@@ -32,9 +35,11 @@ class Member:
     """A process of a default group over gloo, in which it makes groups of the backend."""
 
     def __init__(self, rank: int, size: int, port: int):
-        self.rank, self.size = rank, size
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        self.rank, self.size, self._port = rank, size, port
+        dist.init_process_group("gloo", store=self.store("first"), rank=rank, world_size=size)
+
+    def store(self, name: str) -> dist.Store:
+        return dist.PrefixStore(name, dist.TCPStore("127.0.0.1", self._port, is_master=False))
 
     def group(self, **settings) -> dist.ProcessGroup:
         return dist.new_group(backend="nccl_like", timeout=TIMEOUT, **settings)
@@ -301,6 +306,20 @@ def product_destroys(m: Member) -> float:
     return took_s
 
 
+def product_objects(m: Member) -> list:
+    """All ways in which ranks exchange objects, where the default group goes over the backend."""
+    dist.destroy_process_group()
+    dist.init_process_group("nccl_like", store=m.store("again"), rank=m.rank, world_size=m.size)
+    dist.all_reduce(torch.zeros(1))
+    conductor, control = Conductor(), Control(20.0)
+    everywhere = conductor.everywhere(lambda: {"only": "rank 0"})
+    control.go("go") if m.first else control.await_go()
+    collected = control.collect(m.rank)
+    shared = [from_rank(1, m.rank), of_all_ranks(m.rank)]
+    conductor.close()
+    return [everywhere, collected, shared]
+
+
 SCENARIOS: dict[Callable[[Member], object], int] = {
     values: 3,
     first_operation: 3,
@@ -323,6 +342,7 @@ SCENARIOS: dict[Callable[[Member], object], int] = {
     product_breaks_off: 2,
     product_leaves_what_does_not_connect: 2,
     product_destroys: 2,
+    product_objects: 2,
 }
 """With how many members each is played."""
 

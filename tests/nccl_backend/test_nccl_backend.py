@@ -155,3 +155,10 @@ def test_weights_groups_are_destroyed_with_the_others_or_aborted_after_the_deadl
     together_s, alone_s = words[0]
     assert together_s > 0.8
     assert 1.8 < alone_s < 6.0
+
+
+@scenario("product_objects")
+def test_ranks_exchange_objects_over_another_group_than_tensors(played, words):
+    assert words[0] == [{"only": "rank 0"}, [0, 1], [1, [0, 1]]]
+    assert words[1] == [{"only": "rank 0"}, None, [1, [0, 1]]]
+    assert read_records(played / "product_objects", "object") == []
