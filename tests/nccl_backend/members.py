@@ -4,6 +4,7 @@ A scenario is a function of a Member; what it returns, or the error that it rais
 has not ended after DEADLINE_S (HANGS_S where it is to hang) has the word "hangs".
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -18,10 +19,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from nccl_like.records import PATIENCE, Hang
+from remote_server import CONTROL, WORLD, Asker, outgoing, serve
 
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
+from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.groups import break_off, broadcast
+from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.own_group import GroupThread, destroy
 from exprl_megatron.training.conductor import Conductor
 
@@ -320,6 +324,23 @@ def product_objects(m: Member) -> list:
     return [everywhere, collected, shared]
 
 
+def product_broadcasts(m: Member) -> list:
+    """Two syncs by broadcast to a server that receives when it is asked to."""
+    if not m.first:
+        return serve()
+    server = Asker()
+    transport = BroadcastTransport([server], 1, WORLD, CONTROL, DEADLINE_S)
+
+    async def sync() -> None:
+        await transport.push(outgoing(3), "v1", SyncTimes())
+        await transport.push(outgoing(2), "v2", SyncTimes())
+        await transport.close()
+        await server.end()
+
+    asyncio.run(sync())
+    return []
+
+
 SCENARIOS: dict[Callable[[Member], object], int] = {
     values: 3,
     first_operation: 3,
@@ -343,6 +364,7 @@ SCENARIOS: dict[Callable[[Member], object], int] = {
     product_leaves_what_does_not_connect: 2,
     product_destroys: 2,
     product_objects: 2,
+    product_broadcasts: 2,
 }
 """With how many members each is played."""
 

@@ -162,3 +162,10 @@ def test_ranks_exchange_objects_over_another_group_than_tensors(played, words):
     assert words[0] == [{"only": "rank 0"}, [0, 1], [1, [0, 1]]]
     assert words[1] == [{"only": "rank 0"}, None, [1, [0, 1]]]
     assert read_records(played / "product_objects", "object") == []
+
+
+@scenario("product_broadcasts")
+def test_a_server_that_receives_when_it_is_asked_gets_every_broadcast_from_the_first_on(words):
+    connecting = [None, 0]
+    first = [[None, 64], [None, 128], ["v1", 192]]
+    assert words[1] == [connecting, *first, [None, 64], ["v2", 128]]
