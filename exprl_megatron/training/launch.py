@@ -63,10 +63,10 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         if registered and not Claim.is_held(directory.root):
             registry.end()
         raise
-    if config.samples and (sentence := irreproducible_sampling(config.server, uses_cuda())):
-        print(sentence, flush=True)
     own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
     try:
+        if config.samples and (sentence := irreproducible_sampling(config.server, uses_cuda())):
+            print(sentence, flush=True)
         with RunRecord(directory.record):
             _run(config, directory, Keeper(own, registry), registry, node, host)
     finally:

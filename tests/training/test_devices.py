@@ -4,6 +4,7 @@ import pytest
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
+from exprl_megatron.training import launch as launch_module
 from exprl_megatron.training.devices import placed
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.launch import wanted_servers
@@ -41,3 +42,16 @@ def test_too_few_gpus_are_told_of_before_anything_starts(tmp_path):
         first_gpus(config(tmp_path), tmp_path, 4)
     specs = wanted_servers(config(tmp_path), RunDirectory(tmp_path))
     assert placed(specs, config(tmp_path), 0) == specs, "without GPUs nothing is placed"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "extra_args", "times"),
+    [(True, [], 1), (True, ["--enable-deterministic-inference"], 0), (False, [], 0)],
+)
+def test_a_run_says_once_that_its_sampling_is_not_reproducible(tmp_path, monkeypatch, capsys, cuda, extra_args, times):
+    monkeypatch.setattr(launch_module, "uses_cuda", lambda: cuda)
+    for name in ("check_inputs", "check_servers", "_run"):
+        monkeypatch.setattr(launch_module, name, lambda *_: None)
+    monkeypatch.setattr(launch_module, "input_contents", lambda _: {})
+    launch_module.launch(config(tmp_path / "run", server={"extra_args": extra_args}), resume=False)
+    assert capsys.readouterr().out.count("Sampling on CUDA is not reproducible") == times
