@@ -150,7 +150,9 @@ def _loss(model: torch.nn.Module, batch: list[Sequence]) -> torch.Tensor:
     """Mean negative log-prob of the batch's response tokens."""
     longest = max(len(sequence) for sequence in batch)
     # Tokens behind a sequence's end are in no position's past.
-    ids = torch.tensor([(s.prompt_ids + s.response_ids + (0,) * longest)[:longest] for s in batch])
+    ids = torch.zeros(len(batch), longest, dtype=torch.long)  # [rows, longest]
+    for row, s in zip(ids, batch, strict=True):
+        row[: len(s)] = torch.as_tensor([*s.prompt_ids, *s.response_ids])
     logs = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     places = torch.arange(1, longest)
     starts, ends = (torch.tensor(x)[:, None] for x in ([len(s.prompt_ids) for s in batch], [len(s) for s in batch]))
