@@ -88,7 +88,7 @@ class HttpServer:
     def _read(self, path: str, parse: Any, reply: Any) -> Any:
         try:
             return parse(reply)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
             said = reply.decode(errors="replace") if isinstance(reply, bytes) else str(reply)
             raise self._error(path, f"answered in an unknown form ({error!r}): {said[:300]}") from error
 

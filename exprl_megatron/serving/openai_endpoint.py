@@ -11,6 +11,8 @@ from exprl_megatron.serving.http import HttpServer
 
 TOP_LOG_PROBS = 20
 """As many as the interface allows."""
+_ROUNDING = 1e-3
+"""Log-probs of certain tokens come out this little above 0."""
 _CHAT = "/chat/completions"
 
 
@@ -97,17 +99,46 @@ def judge_endpoints(config: JudgeConfig) -> list[OpenAIEndpoint]:
 
 
 def _completion(reply: dict) -> Completion:
-    choice, usage = reply["choices"][0], reply.get("usage") or {}
-    message, log_probs = choice["message"], choice.get("logprobs") or {}
+    """The answer in a reply; TypeError or ValueError where it has none, or another form."""
+    choice, usage = reply["choices"][0], reply.get("usage")
+    message, log_probs = choice["message"], choice.get("logprobs")
+    if not isinstance(message, dict):
+        raise TypeError(f"the message is a {type(message).__name__}")
+    usage = usage if isinstance(usage, dict) else {}
+    tokens = log_probs.get("content") if isinstance(log_probs, dict) else None
+    refusal = message.get("refusal")
     return Completion(
-        text=message.get("content") or "",
-        finish_reason=choice["finish_reason"],
-        refusal=message.get("refusal") or None,
-        tokens=tuple(map(_token, log_probs.get("content") or ())),
-        prompt_tokens=usage.get("prompt_tokens", 0),
-        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
+        text=_text(message.get("content")),
+        finish_reason=str(choice["finish_reason"]),
+        refusal=refusal if isinstance(refusal, str) and refusal else None,
+        tokens=tuple(map(_token, tokens if isinstance(tokens, list) else ())),
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        cached_tokens=_count(usage.get("prompt_tokens_details"), "cached_tokens"),
     )
 
 
+def _text(content: Any) -> str:
+    """The text of a message, which may be in parts; parts of other kinds (reasoning) are not the answer."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise TypeError(f"the content is a {type(content).__name__}")
+    texts = [part if isinstance(part, str) else part.get("text") for part in content if _is_text(part)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, str) or (isinstance(part, dict) and part.get("type", "text") in ("text", "output_text"))
+
+
+def _count(counts: Any, name: str) -> int:
+    """A count of tokens, for the logs alone; 0 where it is not reported as one."""
+    value = counts.get(name) if isinstance(counts, dict) else None
+    return value if isinstance(value, int) else 0
+
+
 def _token(entry: dict) -> Token:
-    return Token(entry["token"], tuple((a["token"], float(a["logprob"])) for a in entry.get("top_logprobs") or ()))
+    alternatives = tuple((a["token"], float(a["logprob"])) for a in entry.get("top_logprobs") or ())
+    if not all(log_prob <= _ROUNDING for _, log_prob in alternatives):
+        raise ValueError("a log-prob is above 0 or not a number")
+    return Token(entry["token"], alternatives)

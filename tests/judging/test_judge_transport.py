@@ -202,6 +202,43 @@ def test_an_endpoint_that_declines_is_an_abstention(choice, said):
     assert _run([FaultyServer({"choices": [choice]})], _one, endpoint) == Abstained("refused", said)
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"message": None, "finish_reason": "stop"},
+        {"message": "Score: 4", "finish_reason": "stop"},
+        {"message": {"content": 4}, "finish_reason": "stop"},
+        {"message": {"content": {"text": "Score: 4"}}, "finish_reason": "stop"},
+        {"message": {"content": "Score: 4"}},
+        {"message": {"content": "Score: 4"}, "finish_reason": "stop", "logprobs": {"content": ["x"]}},
+        {
+            "message": {"content": "Score: 4"},
+            "finish_reason": "stop",
+            "logprobs": {"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": 800.0}]}]},
+        },
+    ],
+)
+def test_a_reply_in_another_form_is_an_abstention(choice):
+    judgement = _run([FaultyServer({"choices": [choice]})], _one, endpoint, retries=0)
+    assert judgement.reason == "server-error"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"message": {"content": [{"type": "text", "text": "Score: "}, {"type": "text", "text": "4"}]}},
+        {"message": {"content": [{"type": "reasoning", "text": "Score: 1"}, {"type": "text", "text": "Score: 4"}]}},
+        {"message": {"content": ["Score: 4"]}},
+        {"message": {"content": "Score: 4", "refusal": ""}, "logprobs": "none"},
+        {"message": {"content": "Score: 4", "reasoning_content": "Score: 1"}, "logprobs": None},
+    ],
+)
+@pytest.mark.parametrize("usage", [None, "12", [], {"prompt_tokens": "12", "prompt_tokens_details": "x"}])
+def test_parts_of_text_are_read_and_what_else_is_there_does_no_harm(reply, usage):
+    server = FaultyServer({"choices": [reply | {"finish_reason": "stop"}], "usage": usage})
+    assert _run([server], _one, endpoint).value == 0.75
+
+
 def test_the_expected_score_is_read_from_an_endpoints_alternatives():
     def token(text, *alternatives):
         return {"token": text, "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in alternatives]}

@@ -123,6 +123,12 @@ def test_shares_of_padding_are_kept_as_they_are():
     assert found == {"padding/padded": 0.4, "padding/packed": 0.01, "tokens": 4}
 
 
+def test_a_gap_that_is_no_number_stops_the_run():
+    for gap in (float("nan"), float("inf")):
+        with pytest.raises(RunStopped, match="differ by"):
+            check_log_prob_gap({"sampler_gap/mean": gap}, 1e-4)
+
+
 def test_a_gap_between_trainer_and_sampler_above_the_bound_stops_the_run():
     check_log_prob_gap({"sampler_gap/mean": 9e-5}, 1e-4)
     check_log_prob_gap({"sampler_gap/mean": 9.0}, None)
