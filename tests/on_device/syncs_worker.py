@@ -98,10 +98,9 @@ class Trainer:
         return self.conductor.run(client.info())["weight_version"]
 
     def close(self) -> None:
-        if self.conductor.here:
-            self.conductor.run(self.sync.close())
-            for client in self.clients:
-                self.conductor.run(client.__aexit__())
+        self.sync.close()
+        for client in self.clients:
+            self.conductor.run(client.__aexit__())
         self.conductor.close()
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from under_nccl import connected, faults, knows_backend
 
+from exprl_megatron.accelerator import GROUP_BACKEND
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.policy.policy import Policy
@@ -50,13 +52,18 @@ def test_a_server_takes_the_policy_s_weights(trained_server, tiny_model, tmp_pat
 
 
 @pytest.mark.slow
-def test_syncs_to_servers_that_never_come_and_that_die(trained_server, tiny_model, tmp_path):
-    model = tiny_model("qwen3")
-    (second,) = start_servers([small_server("second", model, tmp_path, None)])
+def test_syncs_to_servers_that_never_come_and_that_die(trained_server, tiny_model, tmp_path, monkeypatch):
+    """Over the test backend with NCCL's behavior, in which a member that never comes blocks a thread for ever."""
+    for name, value in (knows_backend(tmp_path) | {"NCCL_LIKE_PATIENCE_S": ""}).items():
+        monkeypatch.setenv(name, value)
+    specs = [small_server(name, tiny_model("qwen3"), tmp_path / "logs", None) for name in ("first", "second")]
+    first, second = start_servers(specs)
+    monkeypatch.setenv(GROUP_BACKEND, "nccl_like")
     try:
-        pairs = {"direct": (second, trained_server)}
+        pairs = {"broadcast": (first, second), "direct": (second, trained_server)}
         settings = {"precision": "fp32", "deadline_s": 5.0, "layout": Layout(pp=2)}
         compared = syncs(tmp_path / "out", tiny_model("qwen3", seed=7), pairs, **settings)
     finally:
-        stop_servers([second])
+        stop_servers([first, second])
     assert failed(compared) == []
+    assert faults(tmp_path) == [] and connected(tmp_path)
