@@ -23,7 +23,7 @@ from collections.abc import Sequence as ListLike
 import torch
 
 from exprl_megatron.config.losses import Aggregation
-from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.batch import LearnedFrom
 
 
 def token_weights(mask: torch.Tensor, aggregation: Aggregation) -> torch.Tensor:
@@ -39,7 +39,7 @@ def token_weights(mask: torch.Tensor, aggregation: Aggregation) -> torch.Tensor:
     return mask
 
 
-def denominator(aggregation: Aggregation, sequences: ListLike[Sequence], max_new_tokens: int) -> float:
+def denominator(aggregation: Aggregation, sequences: ListLike[LearnedFrom], max_new_tokens: int) -> float:
     """What the weighted sum over all `sequences` of an update is divided by; sequences without a response do not count.
 
     `max_new_tokens` is the sampling's; only `constant-length` looks at it. Raises ValueError where there is no

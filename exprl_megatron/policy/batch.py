@@ -1,7 +1,8 @@
 """What the trainer learns from: sequences, and what losses see of them: micro-batches of padded tensors."""
 
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -58,6 +59,40 @@ class Sequence(ArrayFields):
         """How many there are."""
         return len(self.response_ids)
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the numbers that there are for each response token."""
+        return frozenset(name for name in PER_TOKEN if getattr(self, name) is not None)
+
+    @property
+    def outline(self) -> "Outline":
+        """What ranks know of it that do not learn from it."""
+        return Outline(self.prompt_tokens, self.response_tokens, self.given)
+
+    def with_values(self, name: str, values: np.ndarray) -> Self:
+        """The same with `values` [response tokens] for its `name`."""
+        return replace(self, **{name: values})
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A sequence that other ranks learn from; here it counts in denominators, and in the plan of micro-batches."""
+
+    prompt_tokens: int
+    response_tokens: int
+    given: frozenset[str]
+
+    def __len__(self) -> int:
+        return self.prompt_tokens + self.response_tokens
+
+    def with_values(self, name: str, values: np.ndarray) -> Self:
+        """As Sequence.with_values; only that there are values is kept."""
+        return replace(self, given=self.given | {name})
+
+
+LearnedFrom = Sequence | Outline
+"""A sequence of an update: whole on the ranks that learn from it."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -103,13 +138,13 @@ def pad(sequences: ListLike[Sequence], length: int, pad_id: int = 0) -> MicroBat
     )
 
 
-def filler(sequences: ListLike[Sequence]) -> Sequence:
+def filler(sequences: ListLike[LearnedFrom]) -> Sequence:
     """A sequence without response that fits into a micro-batch beside `sequences` and adds nothing to any sum."""
     return Sequence((0,), (), **{name: () for name in PER_TOKEN if _given(sequences, name)})
 
 
-def _given(sequences: ListLike[Sequence], name: str) -> bool:
-    given = [getattr(sequence, name) is not None for sequence in sequences]
+def _given(sequences: ListLike[LearnedFrom], name: str) -> bool:
+    given = [name in sequence.given for sequence in sequences]
     if any(given) and not all(given):
         raise ValueError(f"{name} is given for some sequences of a batch and missing for others")
     return any(given)

@@ -8,6 +8,7 @@ from collections.abc import Sequence as ListLike
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from exprl_megatron.planning.flops import attention_flops, layer_flops
 from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.balance import weigh_balance_by_tokens
-from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.batch import LearnedFrom
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
 from exprl_megatron.policy.packing import Plan, Shape, padding_share, plan_micro_batches, shape_of
@@ -97,7 +98,7 @@ class Policy:
         self.stage = StageState(optimizer, build_optimizer(optimizer, self._wrapped), total_steps, 0, start)
         self._zero_grad()
 
-    def log_probs(self, sequences: ListLike[Sequence], temperature: float, start: bool = False) -> list[np.ndarray]:
+    def log_probs(self, sequences: ListLike[LearnedFrom], temperature: float, start: bool = False) -> list[np.ndarray]:
         """The log-probs [response tokens], float32, of all `sequences`, on every rank, logits divided by `temperature`.
 
         `start` takes the stage's starting weights instead of the current ones.
@@ -112,9 +113,17 @@ class Policy:
             )
         return step.share_log_probs(sequences, plan, collected, self.world)
 
+    def owners(self, sequences: ListLike[LearnedFrom]) -> list[int]:
+        """The data-parallel rank that learns from each of `sequences`; other ranks need only their outlines."""
+        owners = [0] * len(sequences)
+        for rank, micros in enumerate(self._spread(sequences, self._shape())):
+            for index in chain.from_iterable(micros):
+                owners[index] = rank
+        return owners
+
     def accumulate(
         self,
-        sequences: ListLike[Sequence],
+        sequences: ListLike[LearnedFrom],
         loss_fn: step.LossFunction,
         temperature: float,
         denominator: float,
@@ -185,13 +194,16 @@ class Policy:
             chunk.zero_grad_buffer()
         self._stage().optimizer.zero_grad()
 
-    def _plan(self, sequences: ListLike[Sequence]) -> tuple[Plan, step.MicroBatches]:
+    def _plan(self, sequences: ListLike[LearnedFrom]) -> tuple[Plan, step.MicroBatches]:
         """Where each sequence goes, and this rank's micro-batches."""
-        shape = shape_of(self.config, self.world.device.type == "cuda")
+        shape = self._shape()
         plan = self._spread(sequences, shape)
         return plan, step.MicroBatches(sequences, plan, shape, self.world)
 
-    def _spread(self, sequences: ListLike[Sequence], shape: Shape) -> Plan:
+    def _shape(self) -> Shape:
+        return shape_of(self.config, self.world.device.type == "cuda")
+
+    def _spread(self, sequences: ListLike[LearnedFrom], shape: Shape) -> Plan:
         layout = self.config.layout
         return _kept_plan(
             tuple(map(len, sequences)),
@@ -204,7 +216,7 @@ class Policy:
             parity=layer_flops(self.architecture) / attention_flops(self.architecture, sequence_length=1),
         )
 
-    def _padding(self, sequences: ListLike[Sequence]) -> dict[str, float]:
+    def _padding(self, sequences: ListLike[LearnedFrom]) -> dict[str, float]:
         lengths = [len(sequence) for sequence in sequences]
         shares = {}
         for name, packed in (("padded", False), ("packed", True)):
@@ -212,7 +224,7 @@ class Policy:
             shares[f"padding/{name}"] = padding_share(lengths, self._spread(sequences, shape), shape)
         return shares
 
-    def _check(self, sequences: ListLike[Sequence]) -> None:
+    def _check(self, sequences: ListLike[LearnedFrom]) -> None:
         longest = max(map(len, sequences))
         if longest > self.config.max_tokens:
             raise UserError(

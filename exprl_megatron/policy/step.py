@@ -12,7 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.policy.batch import MicroBatch, Sequence, filler, pad
+from exprl_megatron.policy.batch import LearnedFrom, MicroBatch, Sequence, filler, pad
 from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.log_probs import response_log_probs
 from exprl_megatron.policy.model_input import ModelInput, model_input
@@ -32,7 +32,7 @@ A metric whose name ends in `/max` is a maximum, not a sum.
 class MicroBatches:
     """This rank's part of a plan as tensors, each micro-batch made when it is its turn: a step never holds them all."""
 
-    def __init__(self, sequences: ListLike[Sequence], plan: Plan, shape: Shape, world: World):
+    def __init__(self, sequences: ListLike[LearnedFrom], plan: Plan, shape: Shape, world: World):
         self._sequences = sequences
         self._micros = plan[world.dp_rank]
         self._shape = shape
@@ -182,7 +182,7 @@ def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> di
 
 
 def share_log_probs(
-    sequences: ListLike[Sequence], plan: Plan, collected: list[torch.Tensor], world: World
+    sequences: ListLike[LearnedFrom], plan: Plan, collected: list[torch.Tensor], world: World
 ) -> list[np.ndarray]:
     """From each data-parallel rank's micro-batches to the response log-probs of all sequences, on every rank."""
     offsets = [0, *accumulate(sequence.response_tokens for sequence in sequences)]
@@ -194,4 +194,5 @@ def share_log_probs(
                 flat[offsets[index] : offsets[index + 1]] = log_probs[row, first:last]
     dist.all_reduce(flat)
     values = flat.cpu().numpy()
-    return [values[start:stop] for start, stop in pairwise(offsets)]
+    # Copies, so that what a rank keeps of them does not hold all others.
+    return [values[start:stop].copy() for start, stop in pairwise(offsets)]

@@ -5,15 +5,13 @@ problem under the newest weights; grade each trace as soon as it is finished (ju
 ExpRL; verifier: sparse-reward RL); turn the grades of a group into advantages; take one or more clipped
 policy-gradient steps; send the new weights to the samplers. Where a stage allows it the next steps are sampled
 meanwhile (ahead.py). Self-distillation has a teacher in the place of advantages. Every rank executes this file; rank 0
-talks to the servers.
+talks to the servers, has the graded groups, and gives each rank the sequences that it learns from.
 """
-
-from dataclasses import replace
 
 from exprl_megatron.algorithms.aggregation import denominator
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage
-from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.batch import LearnedFrom, Sequence
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.sequences import update_sequences
@@ -40,11 +38,12 @@ def run_stages(run: Run) -> None:
 def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     """Sample, grade, learn; the step's metrics."""
     groups = run.graded_groups(stage, step)
-    metrics = group_statistics(groups, judged=isinstance(stage, JudgedStage))
+    metrics = run.on_rank0(lambda: group_statistics(groups, judged=isinstance(stage, JudgedStage))) or {}
     if run.config.debug.only == "sampling":
         return metrics
     with run.clock("log_probs"):
-        batches = [with_log_probs(run, stage, *batch) for batch in batches_of(run, stage, groups)]
+        batches = run.scattered(lambda: batches_of(run, stage, groups))
+        batches = [with_log_probs(run, stage, *batch) for batch in batches]
     with run.clock("train"):
         for batch in batches:
             if batch:
@@ -64,20 +63,20 @@ def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> list[tuple[list
 
 
 def with_log_probs(
-    run: Run, stage: RlStage, sequences: list[Sequence], as_start_reads: list[Sequence]
-) -> list[Sequence]:
+    run: Run, stage: RlStage, sequences: list[LearnedFrom], as_start_reads: list[LearnedFrom]
+) -> list[LearnedFrom]:
     """Add the log-probs under the stage's starting policy and, where a step has several updates, the old ones."""
     temperature = stage.sampling.temperature
     if stage.needs_start and sequences:
         start = run.start_log_probs(as_start_reads, temperature)
-        sequences = [replace(s, start_log_probs=lp) for s, lp in zip(sequences, start, strict=True)]
+        sequences = [s.with_values("start_log_probs", lp) for s, lp in zip(sequences, start, strict=True)]
     if stage.updates_per_step > 1 and sequences:
         old = run.policy.log_probs(sequences, temperature)
-        sequences = [replace(s, old_log_probs=lp) for s, lp in zip(sequences, old, strict=True)]
+        sequences = [s.with_values("old_log_probs", lp) for s, lp in zip(sequences, old, strict=True)]
     return sequences
 
 
-def update(run: Run, stage: RlStage, sequences: list[Sequence]) -> dict[str, float]:
+def update(run: Run, stage: RlStage, sequences: list[LearnedFrom]) -> dict[str, float]:
     """One optimizer step on the stage's loss, aggregated over all of `sequences` as the stage says."""
     if isinstance(stage, SelfDistillStage):
         aggregation, objective = stage.aggregation, distillation_objective(stage.aggregation)

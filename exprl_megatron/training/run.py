@@ -3,11 +3,12 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from transformers import AutoTokenizer
@@ -15,9 +16,10 @@ from transformers import AutoTokenizer
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.errors import GradientNotFinite, Preempted
-from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.batch import LearnedFrom, Sequence
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.scatter import SequenceScatter
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.rollout.group import Group
@@ -38,6 +40,10 @@ from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.sync import WeightSync
 from exprl_megatron.training.teacher import teacher_prompts
 from exprl_megatron.training.turns import Turns
+
+T = TypeVar("T")
+Batches = tuple[list[LearnedFrom], list[LearnedFrom]]
+"""The sequences of an update, and the same as the stage's starting policy reads them."""
 
 
 class Run:
@@ -70,6 +76,7 @@ class Run:
         self._conductor = conductor
         self._sync = sync
         self._turns = turns
+        self._scatter = SequenceScatter(policy)
         self._rollouts = rollouts
         self._ahead = ahead
         self._evaluator = evaluator
@@ -113,7 +120,7 @@ class Run:
         self._teacher_prompts = self._read_teacher_prompts(stage) if isinstance(stage, SelfDistillStage) else {}
 
     def graded_groups(self, stage: RlStage, step: int) -> list[Group]:
-        """The step's groups, the same on every rank: from the journal, or sampled under the newest weights.
+        """The step's groups on rank 0, none elsewhere: from the journal, or sampled under the newest weights.
 
         Where the stage samples ahead, some of their tokens are older, and the next steps are begun.
         """
@@ -126,10 +133,21 @@ class Run:
             while (waiting := self._waiting_for(work)) != "done":
                 if waiting == "weights":
                     self._sync_metrics = self._turns.bring(version)
-            sampled = self._conductor.everywhere(lambda: self._ahead.take(stage, step))
+            sampled = self._conductor.here_alone(lambda: self._ahead.take(stage, step))
         self._turns.learn()
-        self._count(stage, sampled)
-        return sampled.groups
+        self._counted = {} if sampled is None else self._counts(stage, sampled)
+        self._place = self._conductor.everywhere(lambda: self._place_after(sampled))
+        return [] if sampled is None else sampled.groups
+
+    def on_rank0(self, work: Callable[[], T]) -> T | None:
+        """The result of `work` on rank 0, None elsewhere; an error there is raised on every rank."""
+        return self._conductor.here_alone(work)
+
+    def scattered(self, batches: Callable[[], list[Batches]]) -> list[Batches]:
+        """What rank 0 makes of `batches`; elsewhere only what this rank learns from is whole (see SequenceScatter)."""
+        made = self._conductor.here_alone(batches)
+        shared = self._scatter.scatter(None if made is None else [batch for pair in made for batch in pair])
+        return list(zip(shared[::2], shared[1::2], strict=True))
 
     @property
     def weight_version(self) -> str:
@@ -145,7 +163,7 @@ class Run:
         """What the stage's frozen teacher reads of each problem: its text and its reference."""
         return self._teacher_prompts
 
-    def start_log_probs(self, sequences: list[Sequence], temperature: float) -> list[np.ndarray]:
+    def start_log_probs(self, sequences: list[LearnedFrom], temperature: float) -> list[np.ndarray]:
         """Of every response token under the stage's starting weights."""
         if self._start_scorer is not None:
             return self._start_scorer.log_probs(sequences)
@@ -288,12 +306,13 @@ class Run:
         room = self.config.policy.max_tokens - stage.sampling.max_new_tokens
         return teacher_prompts(tokenizer, stage.teacher_prompt, load_problems(stage.problems), room)
 
-    def _count(self, stage: RlStage, sampled: SampledStep) -> None:
-        self._counted = {f"judge/{name}": float(count) for name, count in sampled.judge_counts.items()}
-        if stage.max_staleness:
-            self._counted |= staleness_statistics(sampled.groups, self._place.updates)
+    def _counts(self, stage: RlStage, sampled: SampledStep) -> dict[str, float]:
+        counts = {f"judge/{name}": float(count) for name, count in sampled.judge_counts.items()}
+        return counts | (staleness_statistics(sampled.groups, self._place.updates) if stage.max_staleness else {})
+
+    def _place_after(self, sampled: SampledStep) -> Place:
         members = [member for group in sampled.groups for member in group.members]
-        self._place = replace(
+        return replace(
             self._place,
             problems_drawn=self._place.problems_drawn + sampled.problems_drawn,
             traces=self._place.traces + len(members),

@@ -5,7 +5,7 @@ from collections.abc import Sequence as ListLike
 import numpy as np
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.policy.batch import LearnedFrom, Sequence
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.together import together
@@ -35,7 +35,7 @@ class StartScorer:
         self._version = f"start-{stage}"
         self._sync.bring(self._version)
 
-    def log_probs(self, sequences: ListLike[Sequence]) -> list[np.ndarray]:
+    def log_probs(self, sequences: ListLike[LearnedFrom]) -> list[np.ndarray]:
         """Of every response token at temperature 1, as Policy.log_probs(start=True); the same on every rank.
 
         All requests are under way at once, as in sampling: the server's own scheduler takes as many as it has room

@@ -7,8 +7,10 @@ from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.log_probs import VocabularyParallelLogProbs
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.scatter import SequenceScatter
 from exprl_megatron.policy.world import enter_world, leave_world
 
 BASE = {
@@ -43,20 +45,35 @@ def policy(model: str, layout: Layout, **settings) -> Policy:
     return Policy(PolicyConfig(model=model, layout=layout, **settings), seed=3)
 
 
+def scattered(learner: Policy) -> list[list]:
+    """The batch and its two parts, of which ranks other than 0 have only their own sequences whole."""
+    batch = sequences(learner.architecture.vocabulary)
+    batches = [batch, batch[:3], batch[3:]]
+    found = SequenceScatter(learner).scatter(batches if learner.world.rank == 0 else None)
+    for part, received in zip(batches, found, strict=True):
+        own = [learner.world.rank == 0 or owner == learner.world.dp_rank for owner in learner.owners(part)]
+        assert [isinstance(sequence, Sequence) for sequence in received] == own
+        assert [len(sequence) for sequence in received] == [len(sequence) for sequence in part]
+        assert [s for s, whole in zip(received, own, strict=True) if whole] == [
+            s for s, whole in zip(part, own, strict=True) if whole
+        ]
+    return found
+
+
 def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=None, updated=None) -> dict:
     """Log-probs, then two steps: the first's gradients come in two calls.
 
     `export` and `updated` are where to write the weights before and after the first step.
     """
     learner = policy(model, layout, **settings)
-    batch = sequences(learner.architecture.vocabulary)
+    batch, *halves = scattered(learner)
     result = {"log_probs": listed(learner.log_probs(batch, 0.7))}
     if export is not None:
         learner.save_huggingface(export)
     learner.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5, **optimizer), total_steps=2)
     parts = [
         learner.accumulate(part, loss_function, 0.7, tokens(batch), more_follow=more)
-        for part, more in ((batch[:3], True), (batch[3:], False))
+        for part, more in zip(halves, (True, False), strict=True)
     ]
     for name in ("loss", "entropy"):
         result[name] = parts[0][name] + parts[1][name]

@@ -35,7 +35,7 @@ def equal_sequences(vocabulary: int) -> list[Sequence]:
 
 def tokens(batch: list[Sequence]) -> int:
     """Response tokens."""
-    return sum(len(sequence.response_ids) for sequence in batch)
+    return sum(sequence.response_tokens for sequence in batch)
 
 
 def listed(log_probs) -> list[list[float]]:
