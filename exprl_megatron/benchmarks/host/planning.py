@@ -1,0 +1,19 @@
+"""The plan of micro-batches, packed, for one data-parallel rank: the dearest case."""
+
+from collections.abc import Callable
+
+from exprl_megatron.benchmarks.host.station import Station
+from exprl_megatron.benchmarks.host.workload import Workload
+from exprl_megatron.policy.packing import Shape, plan_micro_batches
+
+SHAPE = Shape(packed=True, sequence=4, row=256, cp=2)
+"""That of a 70B model with cp 2 on GPUs."""
+
+
+def prepare(workload: Workload) -> Callable[[], object]:
+    """Plans the step once, as a step does."""
+    lengths = [len(sequence) for sequence in workload.sequences]
+    return lambda: plan_micro_batches(lengths, 1, workload.budget, SHAPE, group=5, parity=1e5)
+
+
+STATION = Station("plan of micro-batches", blocks=True, prepare=prepare)

@@ -1,0 +1,68 @@
+"""What a station of the host's data path is, and how one is measured."""
+
+import gc
+import importlib
+import pkgutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import exprl_megatron.benchmarks.host as host
+from exprl_megatron.benchmarks.host.workload import Workload
+
+
+@dataclass(frozen=True)
+class Station:
+    """A part of the data path."""
+
+    name: str
+    blocks: bool
+    """Whether the trainer waits for it."""
+    prepare: Callable[[Workload], Callable[[], object]]
+    """Makes the inputs, which are not measured, and returns the work, which is."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a station took for one workload."""
+
+    station: str
+    traces: int
+    mean_tokens: int
+    tokens: int
+    """Of all responses."""
+    cpu_s: float
+    peak_mb: float
+    """Above what the inputs hold."""
+
+
+def stations() -> dict[str, Station]:
+    """Every station of this package, by name, in the order of their modules."""
+    modules = (
+        importlib.import_module(f"{host.__name__}.{found.name}") for found in pkgutil.iter_modules(host.__path__)
+    )
+    return {module.STATION.name: module.STATION for module in modules if hasattr(module, "STATION")}
+
+
+def measure(station: Station, workload: Workload) -> Cost:
+    """The station's cost for `workload`, in this process, which should do nothing else.
+
+    The work is done for a small workload before, so that imports and first calls do not count.
+    """
+    station.prepare(Workload(16, 64))()
+    work = station.prepare(workload)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before, started = _memory("VmRSS"), time.process_time()
+    result = work()
+    seconds = time.process_time() - started
+    grown = _memory("VmHWM") - before
+    del result
+    tokens = int(workload.lengths.sum())
+    return Cost(station.name, workload.traces, workload.mean_tokens, tokens, seconds, grown / 1e6)
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
