@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.batch import LearnedFrom
+from exprl_megatron.policy.host_group import host_group
 from exprl_megatron.policy.policy import Policy
 
 Batch = list[LearnedFrom]
@@ -23,7 +24,6 @@ class SequenceScatter:
         layout, rank = policy.world.layout, dist.get_rank()
         members = [[r for r in range(layout.world_size) if dp_rank_of(layout, r) == dp] for dp in range(layout.dp)]
         self._leaders = [ranks[0] for ranks in members]
-        self._all = dist.new_group(backend="gloo")
         # Every rank takes part in making every group.
         groups = [dist.new_group(ranks, backend="gloo") for ranks in members]
         self._own = dp_rank_of(layout, rank)
@@ -38,13 +38,13 @@ class SequenceScatter:
         if dist.get_rank() == 0:
             owners = [self._policy.owners(batch) for batch in batches]
             for dp_rank, leader in enumerate(self._leaders[1:], 1):
-                dist.send_object_list([_of(dp_rank, batches, owners)], leader, group=self._all)
+                dist.send_object_list([_of(dp_rank, batches, owners)], leader, group=host_group())
         message = [None]
         if self._leaders[self._own] == dist.get_rank():
             if dist.get_rank() == 0:
                 message = [_of(0, batches, owners)]
             else:
-                dist.recv_object_list(message, 0, group=self._all)
+                dist.recv_object_list(message, 0, group=host_group())
         if dist.get_world_size(self._group) > 1:
             dist.broadcast_object_list(message, src=self._leaders[self._own], group=self._group)
         return list(batches) if dist.get_rank() == 0 else message[0]
