@@ -1,7 +1,5 @@
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,9 +38,10 @@ def test_the_table_has_growth_and_the_share_of_what_the_trainer_waits_for():
     assert total.endswith("| **1.00%** |")
 
 
-@pytest.mark.slow
-def test_the_command_measures_in_processes_of_their_own(tmp_path):
-    command = [sys.executable, "tools/bench_host.py", "--sizes", "16x50", "--json", str(tmp_path / "costs.json")]
-    done = subprocess.run([*command, "--stations", "plan of micro-batches"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "| plan of micro-batches |" in done.stdout
-    assert list(json.loads((tmp_path / "costs.json").read_text())) == ["plan of micro-batches"]
+def test_the_command_measures_each_size_in_a_process_of_its_own(tmp_path, capsys):
+    main = runpy.run_path(str(ROOT / "tools" / "bench_host.py"))["main"]
+    sizes = ["16x50", "32x50"]
+    main(["--sizes", *sizes, "--stations", "plan of micro-batches", "--json", str(tmp_path / "costs.json")])
+    assert "| plan of micro-batches |" in capsys.readouterr().out
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert [cost["traces"] for cost in costs["plan of micro-batches"].values()] == [16, 32]

@@ -10,11 +10,12 @@ traces that are eight times as long. The share is that of a 404 s step, the plan
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
+
+from exprl_megatron.benchmarks.host.station import measured, stations
 
 SIZES = ("512x2000", "2048x2000", "2048x6000", "2048x16000")
 STEP_S = 404.0
@@ -27,34 +28,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--stations", nargs="+", help="only these, by their names")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="traces x mean tokens")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--here", action="store_true", help="measure one station and size in this process")
     args = parser.parse_args(arguments)
-    from exprl_megatron.benchmarks.host.station import measure, stations
-    from exprl_megatron.benchmarks.host.workload import Workload
-
     known = stations()
     names = args.stations or list(known)
     for name in names:
         if name not in known:
             parser.error(f"there is no station {name!r}; choose of {', '.join(known)}")
-    if args.here:
-        cost = measure(known[names[0]], Workload(*map(int, args.sizes[0].split("x"))))
-        print(json.dumps(asdict(cost)))
-        return
-    costs = {name: {size: measured(name, size) for size in args.sizes} for name in names}
+    torch.set_num_threads(1)
+    costs = {name: {size: asdict(measured(name, *map(int, size.split("x")))) for size in args.sizes} for name in names}
     print(table(costs, {name: known[name].blocks for name in names}))
     if args.json is not None:
         args.json.write_text(json.dumps(costs, indent=1))
-
-
-def measured(name: str, size: str) -> dict:
-    """A station's cost for a size, measured in a new process."""
-    command = [sys.executable, __file__, "--here", "--stations", name, "--sizes", size]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} at {size} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def exponent(costs: dict[str, dict], small: str, large: str, of: str) -> str:

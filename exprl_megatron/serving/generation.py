@@ -14,7 +14,7 @@ import pyarrow as pa
 
 _OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
 _OPEN, _COMMA, _QUOTE = ord("["), ord(","), b'"'
-_WHITESPACE = b" \t\r\n"
+_SPACE, _WHITESPACE = ord(" "), b" \t\r\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def read_generation(body: bytes, with_log_probs: bool = True) -> Generation:
     rest, block = _cut(body, _OUTPUT)
     reply = _REPLY.decode(rest)
     meta = reply.meta_info
-    token_ids = _numbers(bytes(reply.output_ids), "output_ids")
+    token_ids = _ids(memoryview(reply.output_ids), "output_ids")
     # An aborted request that was still waiting has no log-probs.
     log_probs = _entries(block, "output_token_logprobs").log_probs()
     if with_log_probs and len(log_probs) != len(token_ids):
@@ -120,14 +120,15 @@ def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
     if block is None or meta.weight_version is None:
         raise ValueError(f"{'input_token_logprobs' if block is None else 'weight_version'} is missing")
     # The log-prob of the first entry was not asked for and is null.
-    entries = _entries(block.replace(b"[[null,", b"[[0,", 1), "input_token_logprobs")
+    block = memoryview(bytes(block).replace(b"[[null,", b"[[0,", 1))
+    entries = _entries(block, "input_token_logprobs")
     ids = entries.token_ids()[1:]
     if not np.array_equal(ids, token_ids):
         raise ValueError(f"input_token_logprobs of {len(ids)} tokens that are not the {len(token_ids)} asked for")
     return Scores(entries.log_probs()[1:], meta.weight_version)
 
 
-def _cut(body: bytes, key: bytes) -> tuple[bytes, bytes | None]:
+def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
     """`body` with an empty list for the value of `key`, and that value without white space; None: there is none.
 
     Raises ValueError where the value holds anything but lists of numbers and nulls.
@@ -141,22 +142,24 @@ def _cut(body: bytes, key: bytes) -> tuple[bytes, bytes | None]:
     end = body.rfind(b"]", start, len(body) if quote < 0 else quote) + 1
     if not end:
         return body, None
-    block = _dense(body[start:end])
-    if block != b"[]" and not block.endswith(b"]]"):
+    block = _dense(memoryview(body)[start:end])
+    if block != b"[]" and block[-2:] != b"]]":
         raise ValueError(f"{key.decode()} is not a list of [log-prob, id, null]")
     return body[:start] + b"[]" + body[end:], block
 
 
-def _dense(block: bytes) -> bytes:
-    """`block` without white space, of which SGLang itself writes none."""
-    return block.translate(None, _WHITESPACE) if any(space in block for space in _WHITESPACE) else block
+def _dense(block: memoryview) -> memoryview:
+    """`block` without white space; not copied where there is none, and SGLang itself writes none."""
+    if not (np.frombuffer(block, np.uint8) <= _SPACE).any():
+        return block
+    return memoryview(bytes(block).translate(None, _WHITESPACE))
 
 
 @dataclass(frozen=True)
 class _Entries:
     """A list `[[log-prob,id,null],...]` of `count` entries, and where the commas in it are."""
 
-    block: bytes
+    block: memoryview
     commas: np.ndarray
     field: str
 
@@ -179,19 +182,19 @@ class _Entries:
         return np.concatenate(([2], self.commas[2::3] + 2))
 
 
-def _entries(block: bytes | None, field: str) -> _Entries:
+def _entries(block: memoryview | None, field: str) -> _Entries:
     if block is None or block == b"[]":
-        return _Entries(b"", np.empty(0, np.int64), field)
+        return _Entries(memoryview(b""), np.empty(0, np.int64), field)
     characters = np.frombuffer(block, np.uint8)
     commas = np.flatnonzero(characters == _COMMA)
     # Three commas an entry, but for one behind the last; one entry opens behind every third.
-    shaped = len(commas) % 3 == 2 and block.startswith(b"[[") and block.endswith(b",null]]")
+    shaped = len(commas) % 3 == 2 and block[:2] == b"[[" and block[-7:] == b",null]]"
     if not shaped or not (characters[commas[2::3] + 1] == _OPEN).all():
         raise ValueError(f"{field} is not a list of [log-prob, id, null]")
     return _Entries(block, commas, field)
 
 
-def _parsed(block: bytes, starts: np.ndarray, ends: np.ndarray, kind: pa.DataType, field: str) -> np.ndarray:
+def _parsed(block: memoryview, starts: np.ndarray, ends: np.ndarray, kind: pa.DataType, field: str) -> np.ndarray:
     """The numbers written between `starts` and `ends` [n] in `block`."""
     count = len(starts)
     # Every second string is what is between two numbers; it is marked as missing and so not read.
@@ -206,17 +209,17 @@ def _parsed(block: bytes, starts: np.ndarray, ends: np.ndarray, kind: pa.DataTyp
     return np.frombuffer(numbers.buffers()[1], kind.to_pandas_dtype(), 2 * count)[::2].copy()
 
 
-def _numbers(block: bytes, field: str) -> np.ndarray:
+def _ids(block: memoryview, field: str) -> np.ndarray:
     """The ids (int32) of a list `[1,2,...]`."""
-    block = _dense(block)
+    block = bytes(_dense(block))
     if not block.startswith(b"["):
         raise ValueError(f"{field} is not a list of ids")
-    inner = block[1:-1]
-    if not inner:
+    if block == b"[]":
         return np.empty(0, np.int32)
-    separators = np.flatnonzero(np.frombuffer(inner, np.uint8) == _COMMA)
-    starts = np.concatenate(([0], separators + 1))
-    token_ids = _parsed(inner, starts, np.concatenate((separators, [len(inner)])), pa.int32(), field)
-    if token_ids.min() < 0:
-        raise ValueError(f"{field} has an id below 0")
-    return token_ids
+    try:
+        ids = np.fromstring(block[1:-1], np.int64, sep=",")
+    except ValueError as error:
+        raise ValueError(f"{field} has an entry that is not an id") from error
+    if len(ids) != block.count(b",") + 1 or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"{field} has an entry that is not an id")
+    return ids.astype(np.int32)

@@ -6,6 +6,7 @@ import pkgutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import exprl_megatron.benchmarks.host as host
@@ -43,6 +44,16 @@ def stations() -> dict[str, Station]:
         importlib.import_module(f"{host.__name__}.{found.name}") for found in pkgutil.iter_modules(host.__path__)
     )
     return {module.STATION.name: module.STATION for module in modules if hasattr(module, "STATION")}
+
+
+def measured(name: str, traces: int, mean_tokens: int) -> Cost:
+    """The cost of the station `name` for a step of that size, in a process of its own."""
+    with get_context("fork").Pool(1) as pool:
+        return pool.apply(_measure, (name, Workload(traces, mean_tokens)))
+
+
+def _measure(name: str, workload: Workload) -> Cost:
+    return measure(stations()[name], workload)
 
 
 def measure(station: Station, workload: Workload) -> Cost:
