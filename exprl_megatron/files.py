@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,15 @@ class Claim:
     def release(self) -> None:
         """Give the directory back."""
         self._file.close()
+
+
+def keep_private(root: Path) -> None:
+    """From now on this process and those it starts create files for their owner alone; so is all in `root` then."""
+    os.umask(0o077)
+    if root.is_dir():
+        for path in (root, *root.rglob("*")):
+            if not path.is_symlink() and (mode := path.stat().st_mode) & 0o077:
+                path.chmod(stat.S_IMODE(mode) & 0o700)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

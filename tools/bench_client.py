@@ -16,7 +16,13 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from exprl_megatron.benchmarks.client_load import Load, peak_of_in_flight, through_bench_serving, through_our_client
+from exprl_megatron.benchmarks.client_load import (
+    Load,
+    Place,
+    peak_of_in_flight,
+    through_bench_serving,
+    through_our_client,
+)
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving.launch import ServerSpec, start_servers
 
@@ -24,16 +30,16 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "recipes" / "miniature" / "policy"
 
 
-def compare(url: str, model: Path, load: Load, rounds: int, directory: Path) -> dict[str, float]:
+def compare(server: Place, model: Path, load: Load, rounds: int, directory: Path) -> dict[str, float]:
     """Medians over the rounds of requests per second, in each of which all three take their turn."""
     prompts = load.prompts(model)
     found: dict[str, list[float]] = {"ours": [], "stream": [], "no_stream": []}
-    asyncio.run(through_our_client(url, prompts, load.sampling))  # warms the server up, and its prefix cache
+    asyncio.run(through_our_client(server, prompts, load.sampling))  # warms the server up, and its prefix cache
     for _ in range(rounds):
-        ours = asyncio.run(through_our_client(url, prompts, load.sampling))
+        ours = asyncio.run(through_our_client(server, prompts, load.sampling))
         found["ours"].append(ours.requests_per_s)
         for name in ("stream", "no_stream"):
-            served = through_bench_serving(url, model, load, name == "stream", directory)
+            served = through_bench_serving(server, model, load, name == "stream", directory)
             found[name].append(served.requests_per_s)
     ratios = [ours / max(pair) for ours, *pair in zip(*found.values(), strict=True)]
     medians = {name: median(values) for name, values in found.items()}
@@ -49,18 +55,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--in-flight", type=int, default=10_000, help="0: leave that part out")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only-in-flight", nargs=2, metavar=("URL", "PROMPTS"), help=argparse.SUPPRESS)
+    parser.add_argument("--only-in-flight", nargs=3, metavar=("URL", "KEY_FILE", "PROMPTS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     flight_load = Load(arguments.in_flight, 16, 8)
     if arguments.only_in_flight:
-        url, file = arguments.only_in_flight
-        print(json.dumps(peak_of_in_flight(url, json.loads(Path(file).read_text()), flight_load.sampling)))
+        url, key_file, file = arguments.only_in_flight
+        print(
+            json.dumps(
+                peak_of_in_flight(Place(url, key_file), json.loads(Path(file).read_text()), flight_load.sampling)
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as directory:
         config = ServerConfig(request_deadline_s=3600)
         with start_servers([ServerSpec("policy-0", MODEL, config, Path(directory))])[0] as server:
             load = Load(arguments.requests, arguments.input, arguments.output)
-            found = compare(server.url, MODEL, load, arguments.rounds, Path(directory))
+            found = compare(Place(server.url, str(server.key_file)), MODEL, load, arguments.rounds, Path(directory))
             print(
                 f"requests/s: ours {found['ours']:.0f}, bench_serving {found['stream']:.0f} streaming and "
                 f"{found['no_stream']:.0f} not; ours by the faster of them: {found['ratio']:.2f} "
@@ -69,7 +79,7 @@ def main() -> None:
             if arguments.in_flight:
                 file = Path(directory) / "prompts.json"
                 file.write_text(json.dumps(flight_load.prompts(MODEL)))
-                command = [sys.executable, __file__, "--only-in-flight", server.url, str(file)]
+                command = [sys.executable, __file__, "--only-in-flight", server.url, str(server.key_file), str(file)]
                 told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 flight = json.loads(told.splitlines()[-1])
                 found |= {f"in_flight/{name}": value for name, value in flight.items()}

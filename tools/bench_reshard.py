@@ -64,7 +64,7 @@ def conduct(args: argparse.Namespace) -> None:
             config = ServerConfig(tp=tp, max_total_tokens=1024, extra_args=("--skip-tokenizer-init",))
             with start_servers([ServerSpec(f"tp{tp}", model, config, room, dtype="bfloat16")])[0] as server:
                 for layout in args.layouts:
-                    servers = [{"name": server.name, "url": server.url}]
+                    servers = [{"name": server.name, "url": server.url, "key_file": server.key_file}]
                     told = {"layout": layout, "model": str(model), "servers": servers, "server_tp": tp}
                     records.append(run_layout(told | {"settings": settings}, room))
                     print(line(records[-1]), flush=True)

@@ -19,6 +19,7 @@ from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keeper import Keeper
+from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER
 from exprl_megatron.training.directory import RunDirectory
@@ -177,7 +178,8 @@ class FaultedRun:
         host, port = self.registry.proxies[name].target
 
         async def bring() -> None:
-            async with SGLangClient(f"http://{host}:{port}", name, deadline_s=60.0) as client:
+            key = authorization(self.registry.key_file)
+            async with SGLangClient(f"http://{host}:{port}", name, deadline_s=60.0, headers=key) as client:
                 await client.update_from_disk(self.config.policy.model, "initial")
 
         self._over = True

@@ -17,6 +17,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.command import server_environment
+from exprl_megatron.serving.keys import authorization, read_key
 from exprl_megatron.together import together
 
 _SEED = 42
@@ -71,9 +72,18 @@ class Served:
         return self.requests / self.seconds
 
 
-async def through_our_client(url: str, prompts: list[list[int]], sampling: SamplingConfig) -> Served:
+@dataclass(frozen=True)
+class Place:
+    """A server, and the file with its key."""
+
+    url: str
+    key_file: str
+
+
+async def through_our_client(server: Place, prompts: list[list[int]], sampling: SamplingConfig) -> Served:
     """All prompts at once, as a step's traces are sampled. Raises ServerError."""
-    async with SGLangClient(url, "server", deadline_s=3600.0) as client:
+    key = authorization(server.key_file)
+    async with SGLangClient(server.url, "server", deadline_s=3600.0, headers=key) as client:
         started = time.perf_counter()
         generations = await together(
             client.generate(prompt, seed=_SAMPLING_SEED, **sampling.model_dump()) for prompt in prompts
@@ -82,18 +92,18 @@ async def through_our_client(url: str, prompts: list[list[int]], sampling: Sampl
     return Served(seconds, len(generations), sum(len(generation.token_ids) for generation in generations))
 
 
-def through_bench_serving(url: str, model: Path, load: Load, stream: bool, directory: Path) -> Served:
+def through_bench_serving(server: Place, model: Path, load: Load, stream: bool, directory: Path) -> Served:
     """The same in a process of `sglang.bench_serving`; `stream` is its default. Raises RunStopped where it fails."""
     result = directory / f"bench_serving-{time.monotonic_ns()}.jsonl"
     sampling = load.sampling.model_dump() | {"sampling_seed": _SAMPLING_SEED}
-    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", url]
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", server.url]
     command += ["--model", str(model), "--tokenizer", str(model), "--dataset-name", "random-ids", "--tokenize-prompt"]
     command += ["--num-prompts", str(load.requests), "--random-input-len", str(load.input_tokens)]
     command += ["--random-output-len", str(load.output_tokens), "--random-range-ratio", "1.0"]
     command += ["--extra-request-body", json.dumps({"sampling_params": sampling}), "--return-logprob"]
     command += ["--seed", str(_SEED), "--warmup-requests", "0", "--disable-tqdm", "--output-file", str(result)]
     command += ["--output-details", *([] if stream else ["--disable-stream"])]
-    environment = server_environment(os.environ, cuda=uses_cuda(), tp=1)
+    environment = server_environment(os.environ, cuda=uses_cuda(), tp=1) | {"API_KEY": read_key(server.key_file)}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     if ended.returncode or not result.is_file():
         raise RunStopped(f"sglang.bench_serving ended with status {ended.returncode}: {ended.stderr.strip()[-1500:]}")
@@ -103,11 +113,11 @@ def through_bench_serving(url: str, model: Path, load: Load, stream: bool, direc
     return Served(found["duration"], found["completed"], sum(found["output_lens"]))
 
 
-def peak_of_in_flight(url: str, prompts: list[list[int]], sampling: SamplingConfig) -> dict[str, float]:
+def peak_of_in_flight(server: Place, prompts: list[list[int]], sampling: SamplingConfig) -> dict[str, float]:
     """Megabytes (1e6) that this process grew by while the load was under way, at its peak; call in a fresh process."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _peak_mb()
-    served = asyncio.run(through_our_client(url, prompts, sampling))
+    served = asyncio.run(through_our_client(server, prompts, sampling))
     return {
         "requests": served.requests,
         "seconds": served.seconds,

@@ -22,6 +22,7 @@ from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.resharding.sources import Random
 from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.sync import WeightSync
@@ -90,7 +91,10 @@ def measure(
     world = enter_world(layout, timeout_s=_DEADLINE_S)
     policy = Policy(PolicyConfig(model=str(model), precision="bf16", layout=layout), seed=0)
     conductor, control = Conductor(), Control(2 * _DEADLINE_S)
-    clients = [SGLangClient(s["url"], s["name"], deadline_s=_DEADLINE_S) for s in servers] if world.rank == 0 else []
+    found = servers if world.rank == 0 else []
+    clients = [
+        SGLangClient(s["url"], s["name"], deadline_s=_DEADLINE_S, headers=authorization(s["key_file"])) for s in found
+    ]
     floor = Floor(floor_port, server_tp * len(servers)) if world.rank == 0 else None
     for client in clients:
         conductor.run(client.__aenter__())

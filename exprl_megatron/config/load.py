@@ -3,12 +3,14 @@
 import copy
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
@@ -17,6 +19,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 
 _TO_REFER_TO = "x-"
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|(^|_)(KEY|PASS|AUTH|PAT)S?($|_)", re.IGNORECASE)
 
 Check = Callable[[RunConfig], Iterable[str]]
 """One sentence for everything that is wrong with a config in which each value by itself is sound."""
@@ -45,10 +48,25 @@ def resolve_config(
     try:
         resolved = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise UserError(f"{path}: {error.__cause__}") from error
         raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; mend the ${{...}}.") from error
     if isinstance(resolved, dict):
         resolved = {key: value for key, value in resolved.items() if not str(key).startswith(_TO_REFER_TO)}
     return check_config(resolved, str(path), also)
+
+
+def _environment_variable(name: str, *default: str | None) -> str | None:
+    """OmegaConf's `oc.env`, except that a secret is not put where it would be printed and written down."""
+    if _SECRET.search(name):
+        raise UserError(
+            f"${{oc.env:{name}}} would write a secret into the config of the run, where it shows; leave it in the "
+            "environment (judge.api_key_variable names the variable with a judge's key)."
+        )
+    return oc.env(name, *default)
+
+
+OmegaConf.register_resolver("oc.env", _environment_variable, replace=True)
 
 
 def _loaded(path: Path, above: tuple[Path, ...] = ()) -> Container:

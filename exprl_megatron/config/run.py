@@ -1,6 +1,6 @@
 """The whole configuration of a run."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -60,6 +60,9 @@ class RunConfig(Config):
 
     directory: str
     """All that the run writes lies here."""
+    permissions: Literal["private", "shared"] = "private"
+    """Who else may read it: nobody (directories 0700, files 0600), or whoever the umask lets. References and judge
+    prompts are in it. The key of the run's servers is private in any case."""
     seed: NonNegativeInt = 0
     policy: PolicyConfig
     prompt: PromptConfig = PromptConfig()

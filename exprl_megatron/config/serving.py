@@ -33,6 +33,13 @@ class ServerConfig(Config):
     extra_args: tuple[str, ...] = ()
     """Passed to `sglang.launch_server` as they are."""
 
+    def violations(self, whole) -> list[str]:
+        return [
+            f"A server's extra_args hold {name}, but the run makes the key of its servers itself; leave it out."
+            for name in ("--api-key", "--admin-api-key")
+            if any(argument.partition("=")[0] == name for argument in self.extra_args)
+        ]
+
     @property
     def names_attention_backend(self) -> bool:
         """Whether `extra_args` choose SGLang's attention kernels, instead of SGLang by GPU and model."""

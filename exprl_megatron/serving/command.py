@@ -30,12 +30,20 @@ def server_command(
     bind: str = LOCAL,
     first_gpu: int = 0,
 ) -> list[str]:
-    """Arguments of `python -m sglang.launch_server`; it listens at the address `bind`.
+    """Arguments of `python -m sglang.launch_server`, which takes its key from a file; it listens at the address `bind`.
 
     On a CPU requests are sampled from their own seed. On CUDA SGLang honors it only with
     `--enable-deterministic-inference`, which costs speed and is left to `config.extra_args`; else from `seed`.
     """
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype]
+    command = [
+        sys.executable,
+        "-m",
+        "exprl_megatron.serving.keyed_server",
+        "--model-path",
+        str(model),
+        "--dtype",
+        dtype,
+    ]
     command += ["--host", bind, "--port", str(port), "--tp-size", str(config.tp)]
     command += ["--random-seed", str(seed), "--weight-version", weight_version]
     command += ["--log-level-http", "warning", "--sleep-on-idle"]

@@ -284,6 +284,7 @@ class Fleet:
 
     async def _serving(self, home: int) -> Member:
         while True:
+            self._check_watch()
             await self._go.wait()
             serving = self._in("serving")
             if serving:
@@ -303,7 +304,10 @@ class Fleet:
     def _check_watch(self) -> None:
         """Raise what ended the watch over the registry."""
         if self._watching.done():
-            self._watching.result()
+            try:
+                self._watching.result()
+            except BaseExceptionGroup as failures:
+                raise failures.exceptions[0] from None
 
     async def _watch(self) -> None:
         """Follow the registry, and try those that are out."""
@@ -311,6 +315,8 @@ class Fleet:
         async with asyncio.TaskGroup() as tries:
             while True:
                 registered = [s for s in await asyncio.to_thread(self._registry.all) if s.kind == self._kind]
+                for sentence in self._registry.complaints():
+                    self._tell(sentence)
                 await self._follow({server.name: server for server in registered})
                 for member in self._members.values():
                     if member.state == "out" and loop.time() >= member.next_try:
@@ -333,7 +339,8 @@ class Fleet:
                 await member.client.__aexit__()
         for name, server in registered.items():
             if name not in self._members:
-                member = Member(server, self._config.request_deadline_s)
+                headers = self._registry.authorization(server)
+                member = Member(server, self._config.request_deadline_s, headers)
                 await member.client.__aenter__()
                 self._members[name] = member
 

@@ -38,14 +38,14 @@ class HttpServer:
         self.name = name
         self.log_file = log_file
         self.deadline_s = deadline_s
-        self._headers = dict(headers or {})
+        self.headers = dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         _allow_many_connections()
         # SGLang closes a connection idle for 5 s; one that we reuse just then would look like a dead server.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        self._session = aiohttp.ClientSession(connector=connector)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -71,8 +71,9 @@ class HttpServer:
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
         timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
         try:
-            content = {} if body is None else {"data": _json(body), "headers": _JSON}
-            async with self._session.request(method, self.url + path, timeout=timeout, **content) as response:
+            data, headers = (None, self.headers) if body is None else (_json(body), self.headers | _JSON)
+            asked = self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout)
+            async with asked as response:
                 reply = await response.read()
                 status = response.status
         except TimeoutError as error:

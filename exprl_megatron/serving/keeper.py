@@ -1,7 +1,9 @@
 """Keeps servers running: registers each when it is ready and starts one anew that has died."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from exprl_megatron.serving.keys import fingerprint, read_key
 from exprl_megatron.serving.launch import Server, ServerSpec, launch_servers, stop_servers
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 
@@ -10,7 +12,7 @@ class Keeper:
     """The servers of `specs` in `registry`, from `start` to `stop`; `tend` is to be called several times a second."""
 
     def __init__(self, specs: Sequence[ServerSpec], registry: Registry):
-        self._specs = list(specs)
+        self._specs = [replace(spec, key_file=registry.key_file) for spec in specs]
         self._registry = registry
         self._servers: dict[str, Server] = {}
         self._restarts = dict.fromkeys((spec.name for spec in specs), 0)
@@ -39,7 +41,7 @@ class Keeper:
             elif server.registered and self._registry.restart_asked(spec.name) == server.incarnation:
                 self._start_anew(spec, server, "fails again and again")
             elif not server.registered and server.ready():
-                self._registry.register(_registration(server))
+                self._registry.register(self._registration(server))
                 server.registered = True
 
     def stop(self) -> None:
@@ -56,7 +58,6 @@ class Keeper:
         server.stop()
         (self._servers[spec.name],) = launch_servers([spec])
 
-
-def _registration(server: Server) -> RegisteredServer:
-    kind = server.name.rpartition("-")[0]
-    return RegisteredServer(kind, server.name, server.url, str(server.log_file), server.incarnation)
+    def _registration(self, server: Server) -> RegisteredServer:
+        kind, run = server.name.rpartition("-")[0], fingerprint(read_key(server.key_file))
+        return RegisteredServer(kind, server.name, server.url, str(server.log_file), server.incarnation, run)

@@ -16,8 +16,9 @@ from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.command import server_command, server_environment
 from exprl_megatron.serving.health import healthy
+from exprl_megatron.serving.keys import KEY_FILE, authorization, ensure_key
 from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.serving.ports import EVERYWHERE, LOCAL, free_ports, is_free
+from exprl_megatron.serving.ports import LOCAL, free_ports, interface, is_free
 from exprl_megatron.serving.supervise import supervised
 
 SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -48,6 +49,8 @@ class ServerSpec:
     """The name under which other machines reach this one; None: only processes of this machine reach the server."""
     first_gpu: int = 0
     """On CUDA: of those that this process sees; a server of tensor parallelism takes the next ones too."""
+    key_file: Path | None = None
+    """What holds the key that each request needs; None: `key` beside the log."""
 
     def command(self, port: int) -> list[str]:
         """The program and its arguments."""
@@ -126,6 +129,7 @@ class Server:
         self.name = spec.name
         self.url = url
         self.log_file = log_file
+        self.key_file = _key_file(spec)
         self.incarnation = incarnation
         """Tells this start of the server from every other one."""
         self.registered = False
@@ -151,7 +155,9 @@ class Server:
 
     def client(self) -> SGLangClient:
         """A client with this server's name, log file and request deadline."""
-        return SGLangClient(self.url, self.name, self.log_file, self._config.request_deadline_s)
+        return SGLangClient(
+            self.url, self.name, self.log_file, self._config.request_deadline_s, authorization(self.key_file)
+        )
 
     def ready(self) -> bool:
         """Whether the server answers /health by now.
@@ -234,6 +240,7 @@ def stop_servers(servers: Sequence[Server]) -> None:
 def _launch(spec: ServerSpec, port: int) -> Server:
     spec.log_dir.mkdir(parents=True, exist_ok=True)
     log_file = spec.log_dir / f"{spec.name}.log"
+    ensure_key(_key_file(spec))
     incarnation = uuid.uuid4().hex[:8]
     spec = replace(spec, seed=server_seed(spec.seed, spec.name, incarnation))
     with open(log_file, "ab") as log:
@@ -242,7 +249,8 @@ def _launch(spec: ServerSpec, port: int) -> Server:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, cuda=uses_cuda(), tp=spec.config.tp, extra_args=spec.config.extra_args),
+            env=server_environment(os.environ, cuda=uses_cuda(), tp=spec.config.tp, extra_args=spec.config.extra_args)
+            | {KEY_FILE: str(_key_file(spec))},
             # Ctrl-C is for us: we decide when servers stop.
             start_new_session=True,
         )
@@ -250,8 +258,12 @@ def _launch(spec: ServerSpec, port: int) -> Server:
 
 
 def _address(spec: ServerSpec) -> str:
-    """What the server listens at."""
-    return LOCAL if spec.host is None else EVERYWHERE
+    """What the server listens at: the interface by which others know this machine, where they need it."""
+    return LOCAL if spec.host is None else interface(spec.host)
+
+
+def _key_file(spec: ServerSpec) -> Path:
+    return spec.key_file or spec.log_dir / "key"
 
 
 def _ports(specs: Sequence[ServerSpec]) -> list[int]:

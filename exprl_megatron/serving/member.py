@@ -1,7 +1,7 @@
 """One server of a fleet: its place in it, and what it can be asked to do with its memory."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,9 @@ type Order = Callable[[SGLangClient], Coroutine[Any, Any, None]]
 class Member:
     """One incarnation of a server, and its place in the fleet."""
 
-    def __init__(self, server: RegisteredServer, deadline_s: float):
+    def __init__(self, server: RegisteredServer, deadline_s: float, headers: Mapping[str, str]):
         self.server = server
-        self.client = SGLangClient(server.url, server.name, Path(server.log_file), deadline_s)
+        self.client = SGLangClient(server.url, server.name, Path(server.log_file), deadline_s, headers)
         self.state: Literal["joining", "serving", "out"] = "out"
         self.failures = 0
         """In a row."""

@@ -42,6 +42,18 @@ def this_host() -> str:
     return node if node and _resolves(node) else socket.gethostname()
 
 
+def interface(host: str) -> str:
+    """The address to listen at so that others reach this machine as `host`: that of the name, which they resolve too.
+
+    All interfaces where the name means loopback here, as in Debian's /etc/hosts, or nothing.
+    """
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        return EVERYWHERE
+    return EVERYWHERE if address.startswith("127.") else address
+
+
 def _resolves(name: str) -> bool:
     try:
         socket.gethostbyname(name)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.registry import Registry
+from exprl_megatron.serving.registry import RegisteredServer, Registry
 
 _FRESH_S = 0.5
 
@@ -17,11 +17,13 @@ class RegisteredClient(SGLangClient):
         super().__init__("not registered", name, None, deadline_s)
         self._registry = registry
         self._read_at = -_FRESH_S
+        self._server: RegisteredServer | None = None
 
     async def _request(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> Any:
         if time.monotonic() - self._read_at >= _FRESH_S:
             self._read_at = time.monotonic()
             server = self._registry.find(self.name)
-            if server is not None:
-                self.url, self.log_file = server.url, Path(server.log_file)
+            if server is not None and server != self._server:
+                self._server, self.url, self.log_file = server, server.url, Path(server.log_file)
+                self.headers = self._registry.authorization(server)
         return await super()._request(method, path, body, deadline_s)

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from exprl_megatron.errors import ServerError
 from exprl_megatron.files import write_atomically
+from exprl_megatron.serving.keys import Key, fingerprint, read_key
 
 Kind = Literal["policy", "judge", "start", "router"]
 
@@ -26,6 +28,10 @@ class RegisteredServer:
     """On the machine that the server runs on."""
     incarnation: str
     """Differs from start to start of the same server."""
+    run: str = ""
+    """Which run it belongs to: the fingerprint of the run's key, which is in the registry's `key`."""
+    key_file: str = ""
+    """What holds the server's own key, where it is none of the run's."""
 
 
 class Registry:
@@ -33,7 +39,11 @@ class Registry:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self.key_file = directory / "key"
+        """The key of all servers of the run."""
         self._ended = directory / "ended"
+        self._complaints: list[str] = []
+        self._complained: set[str] = set()
 
     def register(self, server: RegisteredServer) -> None:
         """Make the server known; replaces an earlier incarnation."""
@@ -45,13 +55,50 @@ class Registry:
         self._wish(name).unlink(missing_ok=True)
 
     def find(self, name: str) -> RegisteredServer | None:
-        """The server of that name, if it is registered."""
+        """The server of that name, if it is registered; what cannot be taken for one is skipped, see `complaints`."""
+        file = self._file(name)
         try:
-            text = self._file(name).read_text()
+            text = file.read_text()
+            # One that is removed while it is read may be seen empty.
+            server = RegisteredServer(**json.loads(text)) if text else None
+            self._check(server, name)
         except FileNotFoundError:
             return None
-        # One that is removed while it is read may be seen empty.
-        return RegisteredServer(**json.loads(text)) if text else None
+        except (OSError, ValueError, TypeError, RecursionError, ServerError) as error:
+            self._complain(f"The registration {file} is skipped: {str(error).splitlines()[0]}")
+            return None
+        return server
+
+    def complaints(self) -> list[str]:
+        """A sentence on each registration that was skipped, once."""
+        found, self._complaints = self._complaints, []
+        return found
+
+    def key(self, server: RegisteredServer) -> Key | None:
+        """What requests to the server need, if anything. Raises ServerError where it cannot be read."""
+        file = server.key_file or (self.key_file if server.run else None)
+        return None if file is None else read_key(file)
+
+    def authorization(self, server: RegisteredServer) -> dict[str, str]:
+        """The header that shows the key."""
+        key = self.key(server)
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def _check(self, server: RegisteredServer | None, name: str) -> None:
+        """Raise ValueError where somebody else put it there: who knows the key knows its fingerprint."""
+        if server is None:
+            return
+        if any(not isinstance(value, str) for value in asdict(server).values()):
+            raise ValueError("a field of it is no text")
+        if server.name != name:
+            raise ValueError(f"it is for the name {server.name[:40]!r}")
+        if self.key_file.is_file() and server.run != fingerprint(read_key(self.key_file)):
+            raise ValueError("it belongs to another run")
+
+    def _complain(self, sentence: str) -> None:
+        if sentence not in self._complained:
+            self._complained.add(sentence)
+            self._complaints.append(sentence)
 
     def all(self) -> list[RegisteredServer]:
         """All registered servers, by name."""

@@ -30,7 +30,7 @@ class RouterSpec(ServerSpec):
     def command(self, port: int) -> list[str]:
         """Arguments of sglang-router, which neither tries again nor gives servers up: whoever asks does."""
         (metrics,) = free_ports(1, {port})
-        command = [sys.executable, "-m", "sglang_router.launch_router", "--host", LOCAL, "--port", str(port)]
+        command = [sys.executable, "-m", "exprl_megatron.serving.keyed_router", "--host", LOCAL, "--port", str(port)]
         command += ["--policy", "cache_aware", "--disable-retries", "--disable-circuit-breaker", "--log-level", "warn"]
         command += ["--health-check-interval-secs", "5", "--worker-startup-check-interval", "1"]
         command += ["--request-timeout-secs", str(int(self.config.request_deadline_s) + 1)]
@@ -68,8 +68,14 @@ class RouterClient(RegisteredClient):
         for url in workers.keys() - urls:
             await self._request("DELETE", f"/workers/{workers[url][0]}", None, None)
         for url in urls - workers.keys():
-            await self._post("/workers", {"url": url})
+            await self._post("/workers", {"url": url} | self._key_of(url))
         return workers.keys() == urls and all(healthy for _, healthy in workers.values())
+
+    def _key_of(self, url: str) -> dict[str, str]:
+        """What the router needs to ask the server at `url`."""
+        server = next((server for server in self._registry.all() if server.url == url), None)
+        key = None if server is None else self._registry.key(server)
+        return {} if key is None else {"api_key": str(key)}
 
 
 class RoutedServers(RouterClient):

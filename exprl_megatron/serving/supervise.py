@@ -11,10 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 HEARTBEAT = "EXPRL_HEARTBEAT"
 """In the environment: a descriptor that the command inherits from us."""
 _POLL_S = 0.2
+_LOOK_S = 5.0
+_SHARED = "/dev/shm/sgl"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,13 +49,23 @@ def supervise(parent: int, grace_s: float, command: list[str]) -> int:
             pass_fds=[int(file)] if (file := os.environ.get(HEARTBEAT)) else [],
             preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
         )
+        shared: set[str] = set()
+        look_at = 0.0
         while server.poll() is None and not asked_to_stop and os.getppid() == parent:
+            if time.monotonic() >= look_at:
+                shared |= _shared_memory(server.pid)
+                look_at = time.monotonic() + _LOOK_S
             time.sleep(_POLL_S)
+        shared |= _shared_memory(server.pid)
         if grace_s > 0 and server.poll() is None:
             server.terminate()
             _wait(server, grace_s)
         _kill_group(server.pid)
-        return server.wait()
+        status = server.wait()
+        for path in shared:
+            # SGLang's processes are killed, and leave it behind.
+            Path(path).unlink(missing_ok=True)
+        return status
 
 
 def _wait(server: subprocess.Popen, seconds: float) -> None:
@@ -60,6 +73,23 @@ def _wait(server: subprocess.Popen, seconds: float) -> None:
         server.wait(seconds)
     except subprocess.TimeoutExpired:
         print(f"supervise: SIGKILL, {seconds:g} s after SIGTERM", file=sys.stderr)
+
+
+def _shared_memory(pid: int) -> set[str]:
+    """The files of SGLang in shared memory that the process and its children have in use."""
+    found: set[str] = set()
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        # It has ended.
+        return found
+    # address, rights, offset, device, inode, path
+    paths = (line.split(maxsplit=5)[5] for line in lines if _SHARED in line)
+    found |= {path for path in paths if path.startswith(_SHARED) and not path.endswith(" (deleted)")}
+    for child in children:
+        found |= _shared_memory(int(child))
+    return found
 
 
 def _kill_group(group: int) -> None:

@@ -11,7 +11,7 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.config.resuming import refused_changes
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.files import Claim, write_atomically
+from exprl_megatron.files import Claim, keep_private, write_atomically
 
 
 class RunDirectory:
@@ -57,6 +57,8 @@ class RunDirectory:
             raise UserError(f"The directory {self.root} holds other files; choose a new or empty directory.")
         if not known and resume:
             raise UserError(f"There is no run in {self.root} to resume; start it without --resume.")
+        if config.permissions == "private":
+            keep_private(self.root)
         self.root.mkdir(parents=True, exist_ok=True)
         claim = Claim(self.root)
         try:

@@ -1,5 +1,6 @@
 """`exprl train` on the trainer's nodes other than node 0: their ranks, for as long as node 0 has a use for them."""
 
+import os
 import signal
 import time
 
@@ -22,6 +23,8 @@ def follow(config: RunConfig, node: Node) -> None:
     """
     # Slurm sends it to every node; node 0 answers.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if config.permissions == "private":
+        os.umask(0o077)
     node.ranks(config.policy.layout.world_size)
     guest = Guest(node)
     if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):

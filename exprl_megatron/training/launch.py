@@ -11,6 +11,7 @@ from exprl_megatron.files import Claim
 from exprl_megatron.interruption import Interrupted
 from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.keeper import Keeper
+from exprl_megatron.serving.keys import ensure_key, renew_key
 from exprl_megatron.serving.launch import (
     SERVED_DTYPES,
     ServerSpec,
@@ -67,9 +68,12 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
     try:
         if config.samples and (sentence := irreproducible_sampling(config.server, uses_cuda())):
             print(sentence, flush=True)
+        # Servers that are registered elsewhere may have made it already.
+        (ensure_key if registered else renew_key)(registry.key_file)
         with RunRecord(directory.record):
             _run(config, directory, Keeper(own, registry), registry, node, host)
     finally:
+        registry.key_file.unlink(missing_ok=True)
         claim.release()
 
 

@@ -8,6 +8,7 @@ from typing import Self
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.files import keep_private
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.launch import ServerSpec, side_by_side
 from exprl_megatron.serving.ports import this_host
@@ -52,6 +53,8 @@ def serve(config: RunConfig, kind: Kind, share: Share) -> None:
     ServerError where one does not start or dies too often. Whatever happens, no process is left behind.
     """
     directory = RunDirectory(config.directory)
+    if config.permissions == "private":
+        keep_private(directory.root)
     specs = [spec for spec in wanted_servers(config, directory) if spec.name.startswith(f"{kind}-")]
     if not specs:
         raise UserError(f"--kind is {kind}, but no stage of this config needs such a server; leave it out.")

@@ -319,3 +319,35 @@ def test_an_override_that_fits_nowhere_is_quoted(tmp_path, override):
 def test_importing_needs_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("argument", ["--api-key", "--admin-api-key=K"])
+def test_a_key_of_ones_own_for_the_runs_servers_is_refused(argument):
+    for servers in (
+        {"server": {"extra_args": [argument, "K"]}},
+        {"judge": {"model": "j", "server": {"extra_args": [argument]}}},
+    ):
+        with pytest.raises(UserError, match=r"extra_args hold --(admin-)?api-key, but the run makes the key"):
+            check_config(_tree() | servers, "test")
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "OPENAI_API_KEY", "WANDB_APIKEY", "my_password", "AWS_SECRET_ACCESS_KEY", "KEY"]
+)
+def test_a_secret_of_the_environment_is_not_written_into_the_config(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "hf_FAKE")
+    for tree in (
+        _tree() | {"prompt": {"system": f"${{oc.env:{name}}}"}},
+        _tree() | {"x-a": f"${{oc.env:{name}}}", "prompt": {"system": "${x-a}"}},
+        _tree() | {"x-a": name, "prompt": {"system": "${oc.env:${x-a},none}"}},
+    ):
+        with pytest.raises(UserError, match=rf"oc\.env:{name}.* would write a secret into the config") as error:
+            load_config(_file(tmp_path, tree))
+        assert "hf_FAKE" not in str(error.value)
+
+
+def test_other_variables_of_the_environment_may_be_referred_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/monkey")
+    tree = _tree() | {"directory": "${oc.env:SCRATCH}/run", "prompt": {"system": "${oc.env:EXPRL_UNSET,Think.}"}}
+    config = load_config(_file(tmp_path, tree))
+    assert (config.directory, config.prompt.system) == ("/scratch/monkey/run", "Think.")

@@ -18,6 +18,7 @@ from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.verdict import stated_score
 from exprl_megatron.problems.problem import Problem, Reference
+from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 
 pytestmark = pytest.mark.slow
@@ -229,8 +230,12 @@ async def _is_busy(client):
 def test_the_servers_own_endpoint_shows_the_same_chat_and_tells_probabilities(qwen3_server, model, tokenizer):
     config = JudgeConfig(model=str(model), prompt=str(PROMPT), endpoints=(f"{qwen3_server.url}/v1",), max_new_tokens=8)
 
+    key = read_key(qwen3_server.key_file)
+
     async def run():
-        async with OpenAIEndpoint(f"{qwen3_server.url}/v1", "default", "judge-0", deadline_s=60) as endpoint:
+        async with OpenAIEndpoint(
+            f"{qwen3_server.url}/v1", "default", "judge-0", api_key=key, deadline_s=60
+        ) as endpoint:
             await endpoint.health()
             judge = Judge(config, [endpoint], tokenizer)
             messages, ids = judge.messages(PROBLEM, TEXTS[0]), judge.request(PROBLEM, TEXTS[0])

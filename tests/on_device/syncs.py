@@ -38,7 +38,10 @@ def syncs(
     have the environment that `exprl train` gives its ranks.
     """
     handed = {
-        kind: [{"name": server.name, "url": server.url, "pid": server.pid} for server in pair]
+        kind: [
+            {"name": server.name, "url": server.url, "pid": server.pid, "key_file": str(server.key_file)}
+            for server in pair
+        ]
         for kind, pair in servers.items()
     }
     variables = rank_environment(os.environ, ServerConfig())

@@ -19,6 +19,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.sync import WeightSync
@@ -84,7 +85,10 @@ class Trainer:
         precision = PrecisionConfig(kind=arguments["precision"])
         self.policy = Policy(PolicyConfig(model=str(model), layout=world.layout, precision=precision), seed=0)
         self.conductor, control = Conductor(), Control(4 * deadline_s)
-        self.clients = [SGLangClient(one["url"], one["name"], deadline_s=deadline_s) for one in servers]
+        self.clients = [
+            SGLangClient(one["url"], one["name"], deadline_s=deadline_s, headers=authorization(one["key_file"]))
+            for one in servers
+        ]
         for client in self.clients:
             self.conductor.run(client.__aenter__())
         self.members, choice = Succession(self.clients), TransportChoice(kind, "the test names it")

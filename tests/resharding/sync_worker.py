@@ -24,6 +24,7 @@ from exprl_megatron.resharding.handles import HandlesTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
 from exprl_megatron.training.sync import WeightSync
@@ -53,7 +54,10 @@ class Syncs:
     def __init__(self, world, model: str, servers: list[dict], tp: int):
         self.policy = Policy(PolicyConfig(model=model, layout=world.layout), seed=0)
         self.conductor, self.control = Conductor(), Control(120.0)
-        self.clients = [SGLangClient(s["url"], s["name"], deadline_s=100.0) for s in servers] if world.rank == 0 else []
+        found = servers if world.rank == 0 else []
+        self.clients = [
+            SGLangClient(s["url"], s["name"], deadline_s=100.0, headers=authorization(s["key_file"])) for s in found
+        ]
         self.tp = tp
         for client in self.clients:
             self.conductor.run(client.__aenter__())

@@ -38,7 +38,10 @@ def results(tiny_model, tmp_path_factory, records):
             changed.setenv(name, value)
         servers = start_servers(specs)
     try:
-        first, second, both = ({"name": server.name, "url": server.url, "pid": server.pid} for server in servers)
+        first, second, both = (
+            {"name": server.name, "url": server.url, "key_file": server.key_file, "pid": server.pid}
+            for server in servers
+        )
         targets = {"two": ([first, second], 1), "tp2": ([both], 2), "sacrificed": ([both], 2), "first": ([first], 1)}
         yield run_ranks(
             Path(__file__).parent / "sync_worker.py",

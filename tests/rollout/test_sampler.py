@@ -9,6 +9,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
 
 PROMPTS = [Prompt(f"p{i}", tuple(range(3 + i, 23 + i))) for i in range(5)]
@@ -25,7 +26,7 @@ class Watched(SGLangClient):
     """A client that notes what goes through it."""
 
     def __init__(self, server):
-        super().__init__(server.url, server.name, server.log_file, 120)
+        super().__init__(server.url, server.name, server.log_file, 120, authorization(server.key_file))
         self.prompts = []
         self.running = 0
         self.cancelled = 0

@@ -49,7 +49,7 @@ class Backend:
 
 
 @asynccontextmanager
-async def opened(registry, *names, **config):
+async def opened(registry, *names, tell=print, **config):
     """A fleet of two as a rule, and the servers behind it, which have registered and got the weights `v0`."""
     backends, runners = [Backend(name) for name in names], []
     for backend in backends:
@@ -61,7 +61,7 @@ async def opened(registry, *names, **config):
         backend.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         runners.append(runner)
         registry.register(backend.registered())
-    fleet = Fleet(registry, ServerConfig(count=len(names), **CONFIG | config))
+    fleet = Fleet(registry, ServerConfig(count=len(names), **CONFIG | config), tell=tell)
     try:
         await fleet.open()
         assert await fleet.convoke("v0")
@@ -250,3 +250,28 @@ def test_weights_that_did_not_arrive_are_brought_to_who_is_left_and_a_failure_wi
                 await fleet.failed(ServerError("nobody knows."))
 
     asyncio.run(run())
+
+
+def test_a_registration_that_cannot_be_read_is_told_once_and_others_are_seen_all_the_same(registry):
+    async def run():
+        told = []
+        async with opened(registry, "policy-0", tell=told.append) as (fleet, one):
+            (registry.directory / "policy-5.json").write_text("{")
+            await until(lambda: told)
+            registry.register(RegisteredServer("policy", "policy-1", one.url, "", "b"))
+            await until(lambda: len(fleet._members) == 2)
+            return told
+
+    told = asyncio.run(run())
+    assert [line for line in told if "policy-5.json is skipped" in line] == told[:1]
+
+
+def test_a_watch_that_died_is_heard_of_at_the_next_request_though_servers_serve(registry, monkeypatch):
+    async def run():
+        async with opened(registry, "policy-0") as (fleet, _):
+            monkeypatch.setattr(registry, "all", lambda: 1 / 0)
+            await until(fleet._watching.done)
+            await who(fleet)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(run())

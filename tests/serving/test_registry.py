@@ -1,11 +1,14 @@
 """Servers as files that keepers write and runs read, and whose share of them a node keeps."""
 
+import json
 import time
+from dataclasses import asdict
 
 import pytest
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.launch import server_specs
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training.serve import Share
@@ -63,3 +66,51 @@ def test_servers_are_dealt_out_to_nodes_as_slurm_numbers_them(tmp_path, monkeypa
     assert Share.of_this_node() == Share(1, 4)
     with pytest.raises(UserError, match="--node-rank is 4, but there are only 4 --nodes"):
         Share.of_this_node(4)
+
+
+GARBAGE = {
+    "not JSON": b"{",
+    "a list": b"[]",
+    "null": b"null",
+    "a number": b"3",
+    "no UTF-8": b"\xff\xfe",
+    "nested": b"[" * 200_000,
+    "another version's": json.dumps(asdict(server()) | {"later": 1}).encode(),
+    "lacking a field": b'{"kind": "policy", "name": "policy-0"}',
+    "of another name": json.dumps(asdict(server("policy-1"))).encode(),
+    "a number for a text": json.dumps(asdict(server()) | {"url": 5}).encode(),
+}
+
+
+@pytest.mark.parametrize("content", GARBAGE.values(), ids=GARBAGE)
+def test_a_registration_that_cannot_be_taken_is_reported_once_and_skipped(tmp_path, content):
+    registry = Registry(tmp_path)
+    registry.register(server("policy-2"))
+    (tmp_path / "policy-0.json").write_bytes(content)
+    for _ in range(3):
+        assert registry.all() == [server("policy-2")]
+    (told,) = registry.complaints()
+    assert told.startswith(f"The registration {tmp_path}/policy-0.json is skipped: ") and len(told) < 500
+    assert registry.all() == [server("policy-2")] and registry.complaints() == []
+    registry.register(server())
+    assert registry.all() == [server(), server("policy-2")]
+
+
+def test_a_registration_that_may_not_be_read_is_skipped(tmp_path):
+    registry = Registry(tmp_path)
+    (tmp_path / "policy-0.json").mkdir()
+    assert registry.all() == []
+    assert "is skipped" in registry.complaints()[0]
+
+
+def test_servers_that_do_not_know_the_runs_key_are_not_taken(tmp_path):
+    registry = Registry(tmp_path)
+    ensure_key(registry.key_file)
+    own = server(run=fingerprint(read_key(registry.key_file)))
+    registry.register(own)
+    registry.register(server("policy-1"))
+    registry.register(server("policy-2", run="0" * 16))
+    assert registry.all() == [own]
+    assert [told.rpartition(": ")[2] for told in registry.complaints()] == ["it belongs to another run"] * 2
+    assert registry.authorization(own) == {"Authorization": f"Bearer {registry.key_file.read_text()}"}
+    assert registry.key_file.read_text() not in (tmp_path / "policy-0.json").read_text()

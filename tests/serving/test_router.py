@@ -2,10 +2,13 @@
 
 import asyncio
 
+import aiohttp
+import psutil
 import pytest
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError
+from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.launch import start_servers
 from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.serving.registry import RegisteredServer, Registry
@@ -27,12 +30,13 @@ def router(tiny_model, tmp_path_factory):
 @pytest.fixture
 def registry(router, tmp_path):
     registry = Registry(tmp_path)
-    registry.register(RegisteredServer("router", JUDGE_ROUTER, router.url, str(router.log_file), "1"))
+    log, key = str(router.log_file), str(router.key_file)
+    registry.register(RegisteredServer("router", JUDGE_ROUTER, router.url, log, "1", key_file=key))
     return registry
 
 
-def judge(number: int, url: str) -> RegisteredServer:
-    return RegisteredServer("judge", f"judge-{number}", url, "none", "1")
+def judge(number: int, url: str, key_file: object = "") -> RegisteredServer:
+    return RegisteredServer("judge", f"judge-{number}", url, "none", "1", key_file=str(key_file))
 
 
 async def sampled(client):
@@ -42,7 +46,7 @@ async def sampled(client):
 def test_answers_come_from_the_registered_servers_that_answer(registry, qwen3_server):
     (dead,) = free_ports(1)
     registry.register(judge(0, f"http://127.0.0.1:{dead}"))
-    registry.register(judge(1, qwen3_server.url))
+    registry.register(judge(1, qwen3_server.url, qwen3_server.key_file))
 
     async def ask():
         async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed, qwen3_server.client() as direct:
@@ -72,7 +76,29 @@ def test_a_server_that_registers_later_is_asked_from_then_on(registry, qwen3_ser
         async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed:
             with pytest.raises(ServerError, match="none of 0 registered"):
                 await sampled(routed)
-            registry.register(judge(0, qwen3_server.url))
+            registry.register(judge(0, qwen3_server.url, qwen3_server.key_file))
             return await sampled(routed)
 
     assert len(asyncio.run(ask())) > 0
+
+
+def test_a_router_takes_no_request_without_the_runs_key(router, registry, qwen3_server):
+    registry.register(judge(0, qwen3_server.url, qwen3_server.key_file))
+
+    async def without_key(path: str, body: dict | None) -> int:
+        async with aiohttp.ClientSession() as session:
+            method = "GET" if body is None else "POST"
+            async with session.request(method, router.url + path, json=body) as reply:
+                return reply.status
+
+    async def ask():
+        async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed:
+            await routed.health()
+            generate = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}}
+            return [
+                await without_key(*asked) for asked in (("/generate", generate), ("/workers", {"url": "http://a:1"}))
+            ]
+
+    assert asyncio.run(ask()) == [401, 401]
+    key = read_key(router.key_file)
+    assert key not in " ".join(psutil.Process(router.pid).cmdline()) + router.log_file.read_text()

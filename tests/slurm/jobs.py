@@ -107,7 +107,7 @@ def trainers(directory: Path) -> list[psutil.Process]:
 
 def server(model: Path) -> psutil.Process:
     """The server of that model."""
-    (found,) = processes("sglang.launch_server", str(model))
+    (found,) = processes("exprl_megatron.serving.keyed_server", str(model))
     return found
 
 

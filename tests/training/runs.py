@@ -62,7 +62,11 @@ def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = Fa
     directory.claim(config, resume).release()
     registry = Registry(directory.registry)
     for kind, server in servers.items():
-        registry.register(RegisteredServer(kind, f"{kind}-0", server.url, str(server.log_file), server.incarnation))
+        registry.register(
+            RegisteredServer(
+                kind, f"{kind}-0", server.url, str(server.log_file), server.incarnation, key_file=str(server.key_file)
+            )
+        )
     return TrainerRanks(directory, config, directory.registry)
 
 

@@ -1,3 +1,8 @@
+import os
+import stat
+import subprocess
+import sys
+
 import pytest
 
 from exprl_megatron.config.load import check_config
@@ -107,3 +112,37 @@ def test_a_run_of_a_cpu_is_not_resumed_on_cuda_in_another_precision(tmp_path, mo
         directory.claim(config(directory.root), resume=True)
     # Ranks that read the recorded config do not choose again.
     assert read_config(directory).policy.precision.dtype == "fp32"
+
+
+@pytest.fixture
+def umask():
+    """The usual one, and afterwards that of before."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def modes(root) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in (root, *root.rglob("*"))}
+
+
+def test_a_runs_directory_and_all_in_it_is_its_owners_alone(tmp_path, umask):
+    directory = RunDirectory(tmp_path / "run")
+    directory.registry.mkdir(parents=True)
+    directory.resolved.write_text("from a recipe")
+    directory.claim(config(tmp_path / "run"), False, {"a": "b"}).release()
+    written = "import sys; open(sys.argv[1], 'w').write('by a process of the run')"
+    subprocess.run([sys.executable, "-S", "-c", written, str(directory.logs / "trainer-0.log")], check=True)
+    assert modes(directory.root) == {0o700, 0o600}
+    assert (directory.config.stat().st_mode & 0o777, directory.root.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+def test_a_runs_directory_is_shared_where_its_config_says_so(tmp_path, umask):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(tmp_path / "run", permissions="shared"), False).release()
+    assert modes(directory.root) == {0o755, 0o644}
+    assert stat.S_IMODE(directory.root.stat().st_mode) == 0o755
+    # Changed on resuming.
+    directory.metrics.write_text("1")
+    directory.claim(config(tmp_path / "run"), True).release()
+    assert modes(directory.root) == {0o700, 0o600}

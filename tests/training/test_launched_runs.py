@@ -47,7 +47,11 @@ def test_a_server_that_died_once_too_often_ends_the_run_with_its_name_and_log(co
     run = start(config)
     wait_until(lambda: steps_done(config) >= 1 or run.poll() is not None, 300)
     everybody = psutil.Process(run.pid).children(recursive=True)
-    servers = [p for p in everybody if "sglang.launch_server" in p.cmdline() and "supervise.py" not in p.cmdline()[3]]
+    servers = [
+        p
+        for p in everybody
+        if "exprl_megatron.serving.keyed_server" in p.cmdline() and "supervise.py" not in p.cmdline()[3]
+    ]
     judge_or_policy = {p.cmdline()[p.cmdline().index("--model-path") + 1]: p for p in servers}
     judge_or_policy[config.policy.model].kill()
     _, told = run.communicate(timeout=120)
