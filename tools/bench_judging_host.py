@@ -4,11 +4,12 @@
 store; the judge is a process that sends prepared answers. Processor seconds of this process, all threads, and as a
 multiple of what the tokenizer alone takes for each trace once (which the load of the machine changes alike).
 
-`loop`: the same while replies of a policy come in over some time. The longest lag of the event loop, and by how much
-judge answers were later here than they left the judge.
+`loop`: the same while replies of a policy come in over some time. The longest lag of the event loop, the processor time
+that its thread spent in one go (which a loaded machine does not lengthen as much), and by how much judge answers were
+later here than they left the judge.
 
-`store`: judgements on model outputs of CHAMP until the store has so many rows: bytes a row, and milliseconds of
-processor time to keep one, to find one, and to list the newest.
+`store`: judgements on model outputs of CHAMP, then copies of them under other keys until the store has so many rows:
+bytes a row, and milliseconds of processor time to keep one, to find one, and to list the newest.
 
     python tools/bench_judging_host.py prefixes [--traces 64] [--tokens 6000] [--model DIR] [--json F]
     python tools/bench_judging_host.py loop [--traces 256] [--tokens 16000] [--seconds 60] [--model DIR] [--json F]
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -50,6 +50,7 @@ from exprl_megatron.training.loop_lag import HOST_THREADS, LoopLag
 
 GROUP, SEGMENTS, ANSWER = 16, 10, 1600
 JUDGE_DELAY_S = 0.2
+REAL_ROWS = 320
 CONTEXT = 131_072
 
 
@@ -143,8 +144,16 @@ async def judged(load: Load, model: str, judge_url: str, policy_url: str | None,
     """All of the load, as training grades it; the traces come from the policy's server where there is one."""
     stage = {"kind": "exprl-process", "name": "a", "steps": 1, "problems": {"source": "x"}}
     tree = {"directory": "d", "policy": {"model": "m"}, "judge": {"model": model}, "stages": [stage]}
-    lag = LoopLag()
+    lag, busy = LoopLag(), [0.0]
     lag.start()
+
+    async def watch_thread() -> None:
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0.01)
+            busy[0] = max(busy[0], time.thread_time() - before)
+
+    watching = asyncio.create_task(watch_thread())
 
     async def right(problem: Problem, trace: Trace) -> GradedTrace:
         return GradedTrace(trace, Scored(1.0))
@@ -156,6 +165,7 @@ async def judged(load: Load, model: str, judge_url: str, policy_url: str | None,
             grade = grade_of(check_config(tree, "bench").stages[0], judge, right, load.tokenizer)
             await grade(load.problems[-1], load.traces[-1])
             lag.take(), timed.late_s.clear()
+            busy[0] = 0.0
 
             async def one(trace: Trace) -> GradedTrace:
                 if policy_url is not None:
@@ -166,6 +176,7 @@ async def judged(load: Load, model: str, judge_url: str, policy_url: str | None,
             graded = await asyncio.gather(*map(one, load.traces[:-1]))
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     lag.stop()
+    watching.cancel()
     assert {len(found.segments) for found in graded} == {SEGMENTS}
     late = sorted(timed.late_s)
     return {
@@ -174,6 +185,7 @@ async def judged(load: Load, model: str, judge_url: str, policy_url: str | None,
         "cpu_ms_a_trace": cpu / len(graded) * 1e3,
         "seconds": wall,
         "lag_max_s": lag.take(),
+        "loop_busy_max_s": busy[0],
         "late_median_s": late[len(late) // 2],
         "late_p99_s": late[len(late) * 99 // 100],
         "late_max_s": late[-1],
@@ -213,25 +225,49 @@ def bench_store(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     random, outputs, path = Random(0), outputs_of_models(), directory / "s.sqlite"
     system = shipped_prompt("math", "prefix", "reference").system
     found: dict[str, Any] = {"rows": [], "bytes_a_row": [], "keep_ms": [], "find_ms": [], "newest_ms": []}
-    rows, target = 0, max(1, args.rows // 100)
-    with JudgementStore(path) as store, ThreadPoolExecutor(1):
-        while rows < args.rows:
-            kept, started = rows, time.process_time()
-            while rows < target:
-                rows = _keep_problem(store, random, random.choice(outputs), system, rows)
-            found["keep_ms"].append((time.process_time() - started) / (rows - kept) * 1e3)
+    real = rows = 0
+    with JudgementStore(path) as store:
+        for target in (args.rows // 1000, args.rows // 100, args.rows // 10, args.rows):
+            before, started = real, time.process_time()
+            while real - before < REAL_ROWS:
+                real = _keep_problem(store, random, random.choice(outputs), system, real)
+            found["keep_ms"].append((time.process_time() - started) / (real - before) * 1e3)
+            rows += real - before
+            if rows < target:
+                _copy_rows(store, target - rows)
+                rows = target
+            keys = [_key(random.randrange(real)) for _ in range(500)]
             started = time.process_time()
-            for _ in range(500):
-                assert store.find_judgement(_key(random.randrange(rows))) is not None
+            assert None not in store.find_judgements(keys)
             found["find_ms"].append((time.process_time() - started) / 500 * 1e3)
             started = time.process_time()
             store.newest(20)
             found["newest_ms"].append((time.process_time() - started) * 1e3)
             found["rows"].append(rows)
-            size = sum(file.stat().st_size for file in directory.iterdir() if not file.name.endswith("-shm"))
-            found["bytes_a_row"].append(size / rows)
-            target = min(target * 10, args.rows)
+            store._writer.run("PRAGMA wal_checkpoint(TRUNCATE)")
+            found["bytes_a_row"].append(path.stat().st_size / rows)
     return found
+
+
+def _copy_rows(store: JudgementStore, count: int) -> None:
+    """Copies of the store's first rows and of their traces, under keys of their own."""
+    columns = "frame, trace, shown, answer, value, reason, evidence, created"
+    with store._writer.lock:
+        rows = store._writer.run(f"SELECT {columns} FROM judgements LIMIT 160")
+        texts = store._writer.run("SELECT base, data FROM texts WHERE base IS NOT NULL LIMIT 16")
+        insert = store._writer.connection.executemany
+        for first in range(0, count, 10_000):
+            size = min(10_000, count - first)
+            store._writer.run("BEGIN IMMEDIATE")
+            insert(
+                "INSERT INTO texts (hash, base, data) VALUES (randomblob(32), ?, ?)",
+                (texts[i % len(texts)] for i in range(size // SEGMENTS)),
+            )
+            insert(
+                f"INSERT INTO judgements (key, {columns}) VALUES (randomblob(32), ?, ?, ?, ?, ?, ?, ?, ?)",
+                (rows[i % len(rows)] for i in range(size)),
+            )
+            store._writer.run("COMMIT")
 
 
 def _keep_problem(store: JudgementStore, random: Random, outputs: list[str], system: str, row: int) -> int:

@@ -1,0 +1,34 @@
+"""tools/bench_judging_host.py at a size at which it shows nothing but that it runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+sys.path.insert(0, str(Path(__file__).parent / "judging"))
+import bench_judging_host
+from tokenizer_rules import tokenizer_of
+
+
+def figures(tmp_path: Path, *arguments: str) -> dict:
+    bench_judging_host.main([*arguments, "--json", str(tmp_path / "figures.json")])
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+@pytest.mark.slow
+def test_traces_are_judged_while_replies_come_in_and_the_lag_is_measured(tmp_path):
+    tokenizer_of("qwen").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    sizes = ("--model", str(tmp_path), "--traces", "3", "--tokens", "1500")
+    found = figures(tmp_path, "loop", *sizes, "--seconds", "0.5")
+    assert found["traces"] == 3 and found["seconds"] >= 0.3
+    assert found["loop_busy_max_s"] > 0 and found["lag_max_s"] > 0
+    assert figures(tmp_path, "prefixes", *sizes)["cpu_ms_a_trace"] > 0
+
+
+def test_the_store_grows_to_the_rows_asked_for(tmp_path):
+    found = figures(tmp_path, "store", "--rows", "1500")
+    assert found["rows"][-1] == 1500 and len(found["find_ms"]) == 4
