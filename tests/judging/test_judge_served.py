@@ -249,4 +249,4 @@ def test_the_servers_own_endpoint_shows_the_same_chat_and_tells_probabilities(qw
     for token in completion.tokens:
         assert len(token.alternatives) == 20
         assert 0 < sum(math.exp(log_prob) for _, log_prob in token.alternatives) <= 1.0001
-    assert judgement.reason == "unreadable"
+    assert judgement.reason == "cut-off"
