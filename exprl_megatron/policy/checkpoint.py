@@ -113,7 +113,8 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
         chunk.load_state_dict(loaded[f"model{index}"])
         if stage.start is not None:
             values = loaded[f"start{index}"]
-            stage.start[index] = {name: values[name].cpu() for name in stage.start[index]}
+            for name, kept in stage.start[index].items():
+                kept.copy_(values[name])
     stage.optimizer.load_state_dict(loaded["optimizer"])
     separate_step_counters(stage.optimizer)
     stage.updates, stage.total_steps = record["updates"], record["total_steps"]

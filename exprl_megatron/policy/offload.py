@@ -1,7 +1,8 @@
 """The policy's memory on its device, and how it makes room for servers on the same device.
 
-Weights go to host memory and come back; gradients are nothing between updates, so that their memory is given up; the
-optimizer's state is moved by Megatron, on a GPU alone, since elsewhere it is in host memory already.
+Weights and the optimizer's state go to host memory and come back to the same tensors, so that views of them (the
+optimizer's of fp32 parameters) stay views; gradients are nothing between updates, so that their memory is given up, and
+so are Transformer Engine's quantized copies of weights, which its modules make again when they are next used.
 """
 
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from exprl_megatron.policy.host_memory import HostMemory, storages_of
 from exprl_megatron.policy.policy import Policy
 
 Part = Literal["weights", "gradients", "optimizer"]
@@ -25,88 +27,73 @@ class Offload:
     def __init__(self, policy: Policy):
         self._policy = policy
         self._cuda = policy.world.device.type == "cuda"
-        self._away: dict[Part, bool] = {"weights": False, "gradients": False, "optimizer": False}
-        self._weights: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
-        """Of every piece of memory that holds weights: itself, emptied, and its copy on the host."""
+        self._host: dict[Part, HostMemory] = {
+            "weights": policy.host_weights,
+            "optimizer": HostMemory(pinned=self._cuda),
+        }
+        self._away: dict[Part, list[tuple[torch.UntypedStorage, int]]] = {}
+        """Of each part that is away its memory, emptied, and the sizes that it had; gradients come back as zeros."""
 
     def away(self, *parts: Part) -> None:
         """Free the device's memory of these parts; what is away already stays so."""
         for part in parts:
-            if not self._away[part]:
-                self._away[part] = True
-                {"weights": self._weights_away, "gradients": self._gradients, "optimizer": self._optimizer}[part]()
+            if part in self._away:
+                continue
+            if part == "weights":
+                self._policy.gather_weights()
+                _drop_quantized_copies(self._policy.chunks)
+            storages = self._storages(part)
+            self._away[part] = [(storage, storage.nbytes()) for storage in storages]
+            if part in self._host:
+                self._host[part].copy_from(storages)
+            for storage in storages:
+                storage.resize_(0)
         if self._cuda:
-            torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
     def back(self, *parts: Part) -> None:
         """Have these parts on the device again, as they were."""
         for part in parts:
-            if self._away[part]:
-                self._away[part] = False
-                {"weights": self._weights_back, "gradients": self._gradients, "optimizer": self._optimizer}[part]()
-        if self._cuda:
-            torch.cuda.synchronize()
+            away = self._away.pop(part, [])
+            for storage, nbytes in away:
+                storage.resize_(nbytes)
+            if part in self._host:
+                self._host[part].copy_to([storage for storage, _ in away])
+            else:
+                for storage, _ in away:
+                    storage.fill_(0)
 
     def held(self) -> dict[Part, int]:
         """Bytes on the device, of each part."""
-        optimizer = {} if self._policy.stage is None else _storages(_optimizer_tensors(self._policy.stage.optimizer))
-        weights = _storages(self._parameters())
-        device = self._policy.world.device.type
-        # Without half precision the optimizer steps the weights themselves.
-        own = [storage for key, storage in optimizer.items() if key not in weights and storage.device.type == device]
-        return {
-            "weights": sum(storage.nbytes() for storage in weights.values()),
-            "gradients": sum(buffer.grad_data.untyped_storage().nbytes() for buffer in self._buffers()),
-            "optimizer": sum(storage.nbytes() for storage in own),
-        }
+        parts: tuple[Part, ...] = ("weights", *TRAINING)
+        return {part: sum(storage.nbytes() for storage in self._storages(part)) for part in parts}
 
-    def _parameters(self) -> Iterable[torch.Tensor]:
-        return (parameter.data for chunk in self._policy.chunks for parameter in chunk.parameters())
+    def _storages(self, part: Part) -> list[torch.UntypedStorage]:
+        """The part's pieces of memory on the device."""
+        weights = self._policy.weight_storages()
+        if part == "weights":
+            return weights
+        if part == "gradients":
+            return storages_of(buffer.grad_data for buffer in self._buffers())
+        stage = self._policy.stage
+        state = [] if stage is None else storages_of(_optimizer_tensors(stage.optimizer))
+        # Without half precision the optimizer steps the weights themselves; some of its counters are on the host.
+        known = {storage._cdata for storage in weights}
+        device = self._policy.world.device.type
+        return [storage for storage in state if storage._cdata not in known and storage.device.type == device]
 
     def _buffers(self) -> list:
         """Megatron's, which hold the gradients."""
         return [buffer for chunk in self._policy.wrapped for buffer in chunk.buffers + chunk.expert_parallel_buffers]
 
-    def _weights_away(self) -> None:
-        self._policy.gather_weights()
-        for storage in _storages(self._parameters()).values():
-            host = torch.UntypedStorage(storage.nbytes(), device="cpu")
-            if self._cuda:
-                host = host.pin_memory()
-            host.copy_(storage)
-            self._weights.append((storage, host))
-            storage.resize_(0)
 
-    def _weights_back(self) -> None:
-        for storage, host in self._weights:
-            storage.resize_(host.nbytes())
-            storage.copy_(host)
-        self._weights = []
-
-    def _gradients(self) -> None:
-        """To where `_away` says."""
-        for buffer in self._buffers():
-            if self._away["gradients"]:
-                buffer.offload_to_cpu(move_params=False, move_grads=True)
-            else:
-                buffer.reload_from_cpu(move_params=False, move_grads=True)
-
-    def _optimizer(self) -> None:
-        """To where `_away` says."""
-        if not self._cuda or self._policy.stage is None:
-            return
-        optimizer = self._policy.stage.optimizer
-        if self._away["optimizer"]:
-            optimizer.offload_to_cpu()
-        else:
-            optimizer.restore_from_cpu()
-
-
-def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
-    """Each piece of memory once."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage._cdata: storage for storage in storages}
+def _drop_quantized_copies(chunks: Iterable[torch.nn.Module]) -> None:
+    """Transformer Engine's modules keep weights as they were quantized for a first micro-batch, beside BF16 ones."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            copies = getattr(module, "_fp8_workspaces", None)
+            if copies:
+                copies.clear()
 
 
 def _optimizer_tensors(optimizer) -> Iterable[torch.Tensor]:

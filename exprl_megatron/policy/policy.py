@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
@@ -25,6 +24,7 @@ from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.balance import weigh_balance_by_tokens
 from exprl_megatron.policy.batch import LearnedFrom
+from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
 from exprl_megatron.policy.packing import Plan, Shape, padding_share, plan_micro_batches, shape_of
@@ -72,6 +72,8 @@ class Policy:
         self.chunks = build_chunks(self.architecture, config, self.world)
         self.stage: StageState | None = None
         self._wrapped: list[DistributedDataParallel] = []
+        self.host_weights = HostMemory(pinned=self.world.device.type == "cuda")
+        """Where the weights wait while the device has others, or none."""
         if config.initialise == "random":
             initialise(self.chunks, self.architecture, self.world, seed)
         elif is_converted(config.model):
@@ -176,6 +178,10 @@ class Policy:
         """Waits until this rank's chunks have all of the last update; a collective, before they are read directly."""
         overlap.gather_weights(self._wrapped)
 
+    def weight_storages(self) -> list[torch.UntypedStorage]:
+        """The memory of the weights on the device, each piece once; the same pieces as long as a stage lasts."""
+        return storages_of(parameter.data for chunk in self.chunks for parameter in chunk.parameters())
+
     @property
     def wrapped(self) -> list[DistributedDataParallel]:
         """The chunks in Megatron's data parallelism; none before the first stage."""
@@ -252,30 +258,29 @@ class Policy:
         start = self._stage().start
         if start is None:
             raise RuntimeError("the starting weights were not kept; call begin_stage with keep_start=True")
-        current = self._host_copies()
+        self.gather_weights()
+        weights = self.weight_storages()
+        self.host_weights.copy_from(weights)
         self._set_weights(start)
         try:
             yield
         finally:
-            self._set_weights(current)
+            self.host_weights.copy_to(weights)
 
     def _host_copies(self) -> list[dict[str, torch.Tensor]]:
         """The current weights by name, for each chunk."""
         self.gather_weights()
-        return [_host_copy(chunk) for chunk in self.chunks]
+        named = [dict(chunk.named_parameters()) for chunk in self.chunks]
+        return [host_copies(parameters, pinned=self.host_weights.pinned) for parameters in named]
 
     @torch.no_grad()
     def _set_weights(self, weights: list[dict[str, torch.Tensor]]) -> None:
         for chunk, values in zip(self.chunks, weights, strict=True):
             for name, parameter in chunk.named_parameters():
-                parameter.copy_(values[name])
+                parameter.copy_(values[name], non_blocking=self.host_weights.pinned)
 
 
 @lru_cache(maxsize=64)
 def _kept_plan(lengths: tuple[int, ...], **limits) -> Plan:
     """All passes of a step over the same sequences share a plan; a step has two of them for each of its updates."""
     return plan_micro_batches(lengths, **limits)
-
-
-def _host_copy(chunk: GPTModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in chunk.named_parameters()}
