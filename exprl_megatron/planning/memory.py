@@ -67,11 +67,13 @@ class Host:
 
     starting_policy: float = 0
     optimizer: float = 0
+    asleep: float = 0
+    """Where trainer and servers are colocated: weights and optimizer while the servers sample."""
 
     @property
     def total(self) -> float:
         """Their sum."""
-        return self.starting_policy + self.optimizer
+        return self.starting_policy + self.optimizer + self.asleep
 
 
 def resident_memory(
@@ -144,15 +146,23 @@ def reshard_memory(
 
 
 def host_memory(
-    architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, pp_rank: int, keeps_start: bool
+    architecture: Architecture,
+    policy: PolicyConfig,
+    optimizer: OptimizerConfig,
+    pp_rank: int,
+    keeps_start: bool,
+    colocated: bool = False,
 ) -> Host:
     """What a trainer's rank keeps in host memory: the stage's starting weights, and while they are scored the current
-    ones too; the offloaded share of the optimizer."""
+    ones too; the offloaded share of the optimizer; what is away while colocated servers sample, of which the weights
+    wait where they do while the start is scored."""
     counts = rank_counts(architecture, policy.layout, pp_rank)
     kept = keeps_start and policy.starting_policy == "host"
+    weights, state = value_bytes(policy.precision) * counts.total, optimizer_bytes(counts, policy, optimizer)
     return Host(
-        starting_policy=2 * value_bytes(policy.precision) * counts.total if kept else 0,
-        optimizer=optimizer_bytes(counts, policy, optimizer) * optimizer.offload,
+        starting_policy=2 * weights if kept else 0,
+        optimizer=state * optimizer.offload,
+        asleep=(0 if kept else weights) + state * (1 - optimizer.offload) if colocated else 0,
     )
 
 

@@ -110,14 +110,17 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
     if start and config.policy.starting_policy == "server":
         phases += start_server_phase(config, architecture, workload, gpu, start["server_score_s"], faults)
     phases += _trainer(config, stage, architecture, workload, gpu, one)
-    if config.placement.kind == "colocated" and workload.sampled:
+    colocated = config.placement.kind == "colocated" and workload.sampled
+    if colocated:
         phases = beside_sleepers(phases, config, architecture)
         faults += server_faults(phases, config.sampling_server, gpu)
     faults += [
         _too_much(phase, gpu, one) for phase in phases if phase.device == "trainer" and phase.memory.over(gpu) > 0
     ]
     stages = range(config.policy.layout.pp)
-    hosts = [host_memory(architecture, config.policy, stage.optimizer, r, workload.keeps_start) for r in stages]
+    hosts = [
+        host_memory(architecture, config.policy, stage.optimizer, r, workload.keeps_start, colocated) for r in stages
+    ]
     return Plan(
         config=config,
         given=config,

@@ -177,6 +177,8 @@ def _host_lines(plan: Plan) -> list[str]:
     lines = []
     if plan.host.optimizer:
         lines.append(f"optimizer on the host: {plan.host.optimizer / GIB:.1f} GiB of host memory a rank")
+    if plan.host.asleep:
+        lines.append(f"asleep while servers sample: {plan.host.asleep / GIB:.1f} GiB of pinned host memory a rank")
     if plan.starting_policy:
         cost, chosen = plan.starting_policy, plan.config.policy.starting_policy
         lines += [

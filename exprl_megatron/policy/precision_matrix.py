@@ -71,8 +71,8 @@ def _fp32_on_cuda(setting: Setting) -> Iterator[str]:
             )
     if setting.colocated:
         yield (
-            "policy.precision is fp32 with placement.kind colocated, where Megatron's optimizer would step copies of "
-            "the weights that nothing reads after an offload on CUDA; choose bf16, or kind separate."
+            "policy.precision is fp32 with placement.kind colocated, which is not supported on CUDA; choose bf16, or "
+            "kind separate."
         )
     if setting.policy.layout.cp > 1:
         yield (
