@@ -13,13 +13,14 @@ _ALIGNED = 64
 
 
 class HostMemory:
-    """Holds the bytes of some pieces of device memory; pinned, so that copies run at the link's full rate.
+    """Holds the bytes of some pieces of memory of `device`; pinned for a GPU, so that copies run at the link's rate.
 
     Grows to the most that was ever put in, and is never given back.
     """
 
-    def __init__(self, pinned: bool):
-        self.pinned = pinned
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pinned = device.type == "cuda"
         self._blocks: list[torch.Tensor] = []
 
     @property
@@ -31,25 +32,25 @@ class HostMemory:
         """Take the bytes of all `storages`; what was here before is lost."""
         self._reserve(sum(storage.nbytes() for storage in storages))
         for device, host in self._pieces(storages):
-            host.copy_(device, non_blocking=self.pinned)
+            host.copy_(device, non_blocking=self._pinned)
         self._synchronize()
 
     def copy_to(self, storages: Sequence[torch.UntypedStorage]) -> None:
         """Give the bytes back to `storages`, which have the sizes of those in copy_from, in the same order."""
         for device, host in self._pieces(storages):
-            device.copy_(host, non_blocking=self.pinned)
+            device.copy_(host, non_blocking=self._pinned)
         self._synchronize()
 
     def _reserve(self, nbytes: int) -> None:
         while (missing := nbytes - self.nbytes) > 0:
             size = min(missing, BLOCK_BYTES)
-            self._blocks.append(_block(size, self.pinned))
+            self._blocks.append(_block(size, self._pinned))
 
     def _pieces(self, storages: Sequence[torch.UntypedStorage]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Parts of a storage [bytes] with their places in a block, in order."""
         number, used = 0, 0
         for storage in storages:
-            whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            whole = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
             start = 0
             while start < len(whole):
                 block = self._blocks[number]
@@ -60,7 +61,7 @@ class HostMemory:
                     number, used = number + 1, 0
 
     def _synchronize(self) -> None:
-        if self.pinned:
+        if self._pinned:
             torch.cuda.synchronize()
 
 
@@ -77,8 +78,9 @@ def storages_of(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
 
 
 @torch.no_grad()
-def host_copies(tensors: Mapping[str, torch.Tensor], pinned: bool) -> dict[str, torch.Tensor]:
-    """Copies of `tensors` as plain tensors in host memory, one behind the other in few blocks."""
+def host_copies(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copies of `tensors` of `device` as plain tensors in host memory, one behind the other in few blocks."""
+    pinned = device.type == "cuda"
     sizes = {
         name: -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED for name, tensor in tensors.items()
     }

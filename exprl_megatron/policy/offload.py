@@ -29,7 +29,7 @@ class Offload:
         self._cuda = policy.world.device.type == "cuda"
         self._host: dict[Part, HostMemory] = {
             "weights": policy.host_weights,
-            "optimizer": HostMemory(pinned=self._cuda),
+            "optimizer": HostMemory(policy.world.device),
         }
         self._away: dict[Part, list[tuple[torch.UntypedStorage, int]]] = {}
         """Of each part that is away its memory, emptied, and the sizes that it had; gradients come back as zeros."""
@@ -75,12 +75,12 @@ class Offload:
             return weights
         if part == "gradients":
             return storages_of(buffer.grad_data for buffer in self._buffers())
-        stage = self._policy.stage
-        state = [] if stage is None else storages_of(_optimizer_tensors(stage.optimizer))
+        stage, device = self._policy.stage, self._policy.world.device.type
+        state = [] if stage is None else _optimizer_tensors(stage.optimizer)
         # Without half precision the optimizer steps the weights themselves; some of its counters are on the host.
         known = {storage._cdata for storage in weights}
-        device = self._policy.world.device.type
-        return [storage for storage in state if storage._cdata not in known and storage.device.type == device]
+        found = storages_of(tensor for tensor in state if tensor.device.type == device)
+        return [storage for storage in found if storage._cdata not in known]
 
     def _buffers(self) -> list:
         """Megatron's, which hold the gradients."""
@@ -100,6 +100,6 @@ def _optimizer_tensors(optimizer) -> Iterable[torch.Tensor]:
     """What Megatron's optimizer steps, and the moments."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = one.optimizer
-        yield from (parameter.data for group in inner.param_groups for parameter in group["params"])
+        yield from (parameter for group in inner.param_groups for parameter in group["params"])
         for state in inner.state.values():
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))

@@ -72,7 +72,7 @@ class Policy:
         self.chunks = build_chunks(self.architecture, config, self.world)
         self.stage: StageState | None = None
         self._wrapped: list[DistributedDataParallel] = []
-        self.host_weights = HostMemory(pinned=self.world.device.type == "cuda")
+        self.host_weights = HostMemory(self.world.device)
         """Where the weights wait while the device has others, or none."""
         if config.initialise == "random":
             initialise(self.chunks, self.architecture, self.world, seed)
@@ -180,7 +180,7 @@ class Policy:
 
     def weight_storages(self) -> list[torch.UntypedStorage]:
         """The memory of the weights on the device, each piece once; the same pieces as long as a stage lasts."""
-        return storages_of(parameter.data for chunk in self.chunks for parameter in chunk.parameters())
+        return storages_of(parameter for chunk in self.chunks for parameter in chunk.parameters())
 
     @property
     def wrapped(self) -> list[DistributedDataParallel]:
@@ -271,13 +271,13 @@ class Policy:
         """The current weights by name, for each chunk."""
         self.gather_weights()
         named = [dict(chunk.named_parameters()) for chunk in self.chunks]
-        return [host_copies(parameters, pinned=self.host_weights.pinned) for parameters in named]
+        return [host_copies(parameters, self.world.device) for parameters in named]
 
     @torch.no_grad()
     def _set_weights(self, weights: list[dict[str, torch.Tensor]]) -> None:
         for chunk, values in zip(self.chunks, weights, strict=True):
             for name, parameter in chunk.named_parameters():
-                parameter.copy_(values[name], non_blocking=self.host_weights.pinned)
+                parameter.copy_(values[name], non_blocking=self.world.device.type == "cuda")
 
 
 @lru_cache(maxsize=64)

@@ -123,10 +123,15 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
+def local_rank() -> int:
+    """This process's number on its machine, which is also its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def _device() -> torch.device:
     if not uses_cuda():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
 

@@ -25,7 +25,7 @@ class FileTransport:
     `model` is the directory whose config and tokenizer the weights belong to; `clients` are needed on rank 0 alone.
     """
 
-    fillers = (CONDUCTOR,)
+    fillers = ((CONDUCTOR,),)
 
     def __init__(
         self, clients: Sequence[SGLangClient], directory: Path, model: Path, control: Control, deadline_s: float

@@ -1,13 +1,15 @@
 """Weights by handles of memory that trainer and servers of one machine share: nothing is sent.
 
 On GPUs torch hands over CUDA IPC handles, on CPUs the names of files in shared memory; SGLang's
-`/update_weights_from_tensor` opens them and each tensor-parallel rank copies its part. On each machine with servers the
-first trainer rank there is the giver: every bucket is filled on all givers.
+`/update_weights_from_tensor` opens them and each tensor-parallel rank copies its part. Each rank of a server is handed
+memory of its own GPU, by the trainer rank there, its IPC source rank. Every bucket is gathered on one of a machine's
+source ranks, which hand it on to each other.
 """
 
 import base64
 import io
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
@@ -17,7 +19,7 @@ import torch
 import torch.multiprocessing
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.world import World
+from exprl_megatron.policy.world import World, local_rank
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.groups import is_here
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
@@ -26,8 +28,12 @@ from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.together import together
 
-Payloads = dict[int, list[str]]
+Payloads = dict[int, dict[int, str]]
 """For each server, by its number, what its tensor-parallel ranks are handed."""
+Chains = tuple[tuple[int, ...], ...]
+"""See Transport.fillers."""
+Place = tuple[str, int]
+"""A server's host, and its first GPU there."""
 
 
 class HandlesTransport:
@@ -47,8 +53,7 @@ class HandlesTransport:
 
     def enlist(self, clients: Sequence[SGLangClient]) -> None:
         self._clients = list(clients)
-        self._givers = self._find_givers()
-        self.fillers = tuple(sorted(set(self._givers)))
+        self._sources, self.fillers = self._find_sources()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
@@ -65,7 +70,7 @@ class HandlesTransport:
             final = number == count - 1
             await together(
                 client.update_from_tensor(
-                    payloads[server],
+                    [payloads[server][rank] for rank in range(self._server_tp)],
                     version=version if final else None,
                     flush_cache=final,
                     deadline_s=self._deadline_s,
@@ -89,37 +94,59 @@ class HandlesTransport:
         return None
 
     def _gather(self, outgoing: Outgoing, number: int) -> Payloads | None:
-        """All givers' handles of a round, on rank 0."""
+        """All handles of a round, on rank 0."""
         filled = outgoing.gather(number)
         own: Payloads = {}
         if filled is not None:
-            servers = [server for server, giver in enumerate(self._givers) if giver == self._world.rank]
-            # Each opens a handle of its own: their counts of who still reads must not mix.
-            own = {server: [_serialised(filled) for _ in range(self._server_tp)] for server in servers}
+            for server, sources in enumerate(self._sources):
+                # Each opens a handle of its own: their counts of who still reads must not mix.
+                own[server] = {i: _serialised(filled) for i, rank in enumerate(sources) if rank == self._world.rank}
         given = self._control.collect(own)
-        return None if given is None else {k: v for payloads in given for k, v in payloads.items()}
+        if given is None:
+            return None
+        return {
+            server: dict(ChainMap(*(payloads.get(server, {}) for payloads in given)))
+            for server in range(len(self._sources))
+        }
 
-    def _find_givers(self) -> list[int]:
-        """For each server the first rank on its machine."""
+    def _find_sources(self) -> tuple[list[list[int]], Chains]:
+        """For each server the trainer rank that hands memory to each of its ranks; and these of each machine."""
         if self._control.here:
-            self._control.go([urlsplit(client.url).hostname for client in self._clients])
-            hosts = [urlsplit(client.url).hostname for client in self._clients]
+            places = [(urlsplit(client.url).hostname, client.first_gpu) for client in self._clients]
+            self._control.go(places)
         else:
-            hosts = self._control.await_go()
-        local = self._control.collect([is_here(host) for host in hosts])
+            places = self._control.await_go()
+        seen = self._control.collect(({host for host, _ in places if is_here(host)}, local_rank()))
         if not self._control.here:
             return self._control.await_go()
         with self._control.leading():
-            givers = []
-            for host, client, here in zip(hosts, self._clients, zip(*local, strict=True), strict=True):
-                if not any(here):
-                    raise UserError(
-                        f"sync.transport is handles, but no trainer rank runs on {host}, where {client.name} is; use "
-                        f"broadcast."
-                    )
-                givers.append(here.index(True))
-        self._control.go(givers)
-        return givers
+            sources = [
+                self._sources_of(client, place, seen) for client, place in zip(self._clients, places, strict=True)
+            ]
+            found = sources, _chains([host for host, _ in places], sources)
+        self._control.go(found)
+        return found
+
+    def _sources_of(self, client: SGLangClient, place: Place, seen: list[tuple[set[str], int]]) -> list[int]:
+        """For each rank of a server the trainer rank on its GPU, or, where none is, one of those on its machine."""
+        host, first_gpu = place
+        by_gpu = {gpu: rank for rank, (hosts, gpu) in enumerate(seen) if host in hosts}
+        if not by_gpu:
+            raise UserError(
+                f"sync.transport is handles, but no trainer rank runs on {host}, where {client.name} is; use broadcast."
+            )
+        local = sorted(by_gpu.values())
+        gpus = range(first_gpu, first_gpu + self._server_tp)
+        return [by_gpu.get(gpu, local[gpu % len(local)]) for gpu in gpus]
+
+
+def _chains(hosts: Sequence[str], sources: Sequence[Sequence[int]]) -> Chains:
+    """The source ranks of each machine, every rank once whatever names its machine has."""
+    chains: dict[str, set[int]] = {}
+    for host, ranks in zip(hosts, sources, strict=True):
+        known = set().union(*(chain for other, chain in chains.items() if other != host))
+        chains.setdefault(host, set()).update(set(ranks) - known)
+    return tuple(tuple(sorted(chain)) for chain in chains.values() if chain)
 
 
 def _serialised(filled: Filled) -> str:

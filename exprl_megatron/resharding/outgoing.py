@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from exprl_megatron.conversion import fp8 as blocks
 from exprl_megatron.policy.architecture import Architecture
@@ -19,6 +20,8 @@ from exprl_megatron.resharding.transport import Bucket
 Check = Callable[[Bucket], None]
 """What each bucket's tensors are looked at by: they are hashed."""
 _QUANTISED_AT_ONCE = 2**22
+_HANDED_ON = 2**24
+"""Bytes of a message that a chain of ranks hands on at once."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,11 @@ class Filled:
 class Outgoing:
     """One sync's messages. Every rank makes one with the same arguments and calls `gather` for each round in order.
 
-    `fillers`: the ranks on each of which every message is filled, one message a round; None: each pipeline stage's
-    messages are filled on its first rank alone, those of one round side by side. `fp8`: matrices are quantised in
+    `fillers`: the ranks on each of which every message is wanted, one message a round, in chains: the first rank of a
+    chain fills it, and each hands it on to the next; None: each pipeline stage's messages are filled on its first rank
+    alone, those of one round side by side. `fp8`: matrices are quantised in
     blocks. `allocate` gives the memory of a bucket of so many bytes; there are two, which rounds take in turn.
-    `check`, if any, is called for every filled message, one after the other, on a thread.
+    `check`, if any, is called for every message, on the first rank that fills it, one after the other, on a thread.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class Outgoing:
         world: World,
         bucket_bytes: int,
         *,
-        fillers: tuple[int, ...] | None,
+        fillers: tuple[tuple[int, ...], ...] | None,
         fp8: bool = False,
         allocate: Callable[[int], torch.Tensor] | None = None,
         check: Check | None = None,
@@ -85,9 +89,9 @@ class Outgoing:
         """Bytes of all messages."""
         return sum(message.nbytes for messages in self.rounds for message in messages)
 
-    def fillers(self, message: Message) -> tuple[int, ...]:
-        """The ranks that fill the message."""
-        return self._fillers or (sender(message.stage, self._world.layout),)
+    def fillers(self, message: Message) -> tuple[tuple[int, ...], ...]:
+        """The chains of ranks that get the message."""
+        return self._fillers or ((sender(message.stage, self._world.layout),),)
 
     def gather(self, number: int) -> Filled | None:
         """The message of round `number` that is filled on this rank, if one is; valid until the next round but one.
@@ -97,7 +101,7 @@ class Outgoing:
         with self._complete():
             filled = self._gather(number)
         self._gathered += 1
-        if filled is not None and self._check is not None:
+        if filled is not None and self._check is not None and self.fillers(filled.message)[0][0] == self._world.rank:
             self._checks.append(self._checker.submit(self._check, filled.named()))
         return filled
 
@@ -141,23 +145,30 @@ class Outgoing:
     def _gather(self, number: int) -> Filled | None:
         filled = None
         for message in self.rounds[number]:
-            for rank in self.fillers(message):
-                if rank == self._world.rank:
+            for first, *others in self.fillers(message):
+                if self._world.rank in (first, *others):
                     filled = Filled(message, self._buffer(number)[: message.nbytes])
+                if self._world.rank == first:
                     self._fill(filled)
                 else:
                     for parameter in message.parameters:
-                        self.gatherer.collect(parameter, rank, None)
+                        self.gatherer.collect(parameter, first, None)
+            for chain in self.fillers(message):
+                if self._world.rank in chain:
+                    hand_on(filled.data, chain, self._world.rank)
         return filled
 
     def _buffer(self, number: int) -> torch.Tensor:
         """The memory for round `number`, which nobody reads any more."""
-        mine = [m.nbytes for messages in self.rounds for m in messages if self._world.rank in self.fillers(m)]
+        mine = [m.nbytes for messages in self.rounds for m in messages if self._fills(m)]
         if self._buffers[number % 2] is None:
             self._buffers[number % 2] = self._allocate(max(mine))
         for check in self._checks[:-1]:
             check.result()
         return self._buffers[number % 2]
+
+    def _fills(self, message: Message) -> bool:
+        return any(self._world.rank in chain for chain in self.fillers(message))
 
     def _fill(self, filled: Filled) -> None:
         started, quantised = time.monotonic(), self.quantise_s
@@ -180,6 +191,16 @@ class Outgoing:
             if name + blocks.SCALE in views:
                 quantise_into(tensor, views[name], views[name + blocks.SCALE])
         self.quantise_s += time.monotonic() - started
+
+
+def hand_on(data: torch.Tensor, chain: Sequence[int], rank: int) -> None:
+    """`data` of the chain's first rank to all its others, piece by piece: each sends one while the next one comes."""
+    place = chain.index(rank)
+    for piece in data.split(_HANDED_ON):
+        if place > 0:
+            dist.recv(piece, src=chain[place - 1])
+        if place < len(chain) - 1:
+            dist.send(piece, dst=chain[place + 1])
 
 
 def quantise_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:

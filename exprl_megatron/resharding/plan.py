@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.planning.hardware import Gpu
@@ -71,11 +72,15 @@ def plan_sync(
 ) -> SyncPlan:
     """The plan of a sync to `servers` servers of `server_tp` ranks.
 
-    `colocated`: server i is on the trainer's i-th node and takes handles from that node's first rank; else servers have
-    nodes of their own, at most one server's ranks on each, and take broadcasts.
+    `colocated`: server i is on the trainer's i-th node and each of its ranks takes handles from the trainer rank on its
+    GPU; else servers have nodes of their own, at most one server's ranks on each, and take broadcasts.
     """
     staged = stage_messages(architecture, layout, dtype, bucket_bytes, fp8=fp8)
-    givers = tuple(server * max(gpu.gpus_per_node, server_tp) for server in range(servers)) if colocated else None
+    chains = None
+    if colocated:
+        apart, size = max(gpu.gpus_per_node, server_tp), min(gpu.gpus_per_node, server_tp)
+        firsts = [server * apart + first for server in range(servers) for first in range(0, server_tp, size)]
+        chains = [range(first, first + size) for first in firsts]
     order = [(m,) for messages in staged for m in messages] if colocated else rounds(staged)
     shapes = hf_shapes(architecture)
     sent: Counter[int] = Counter()
@@ -83,26 +88,27 @@ def plan_sync(
     network: Counter[str] = Counter()
     gathering, taking = [], []
     for messages in order:
-        flows = Counter()
+        flows, handed = Counter(), Counter()
         for message in messages:
-            for filler in givers or (sender(message.stage, layout),):
-                flows.update(_gathered(message, filler, shapes, layout, dtype))
-        for (source, target), size in flows.items():
+            for chain in chains or ((sender(message.stage, layout),),):
+                flows.update(_gathered(message, chain[0], shapes, layout, dtype))
+                handed.update({hop: message.nbytes for hop in pairwise(chain)})
+        for (source, target), size in [*flows.items(), *handed.items()]:
             sent[source] += size
             received[target] += size
         network.update(_network(flows, gpu))
-        gathering.append(_gather_seconds(flows, gpu))
+        gathering.append(_gather_seconds(flows, gpu) + _gather_seconds(handed, gpu))
         taking.append(0.0)
         for message in messages:
             if colocated:
-                taking[-1] += _open_seconds(message, server_tp, gpu)
+                taking[-1] += _load_seconds(message, gpu)
             else:
                 network.update(_broadcast(message, layout, servers))
                 sent[sender(message.stage, layout)] += message.nbytes
                 taking[-1] += _broadcast_seconds(message, gpu)
-    fillers = set(givers or (sender(stage, layout) for stage in range(layout.pp)))
+    fillers = {rank for chain in chains or () for rank in chain} or {sender(s, layout) for s in range(layout.pp)}
     shard = {rank: shard_bytes(architecture, layout, rank, dtype) for rank in range(layout.world_size)}
-    buckets = _bucket_bytes(staged, shapes, layout, dtype, fp8, fillers, givers is not None)
+    buckets = _bucket_bytes(staged, shapes, layout, dtype, fp8, fillers, chains is not None)
     return SyncPlan(
         messages=sum(map(len, order)),
         nbytes=sum(message.nbytes for messages in order for message in messages),
@@ -169,11 +175,6 @@ def _broadcast_seconds(message: Message, gpu: Gpu) -> float:
     """One card in, and each server rank's copy of it, into its own memory."""
     slowest = min(gpu.nic_bytes_per_s * NIC_SHARE, gpu.nvlink_bytes_per_s * NVLINK_SHARE)
     return message.nbytes / slowest + _load_seconds(message, gpu)
-
-
-def _open_seconds(message: Message, server_tp: int, gpu: Gpu) -> float:
-    """Every rank but the giver's neighbour on the same GPU fetches the whole message over the giver's NVLink."""
-    return (server_tp - 1) * message.nbytes / (gpu.nvlink_bytes_per_s * NVLINK_SHARE) + _load_seconds(message, gpu)
 
 
 def _load_seconds(message: Message, gpu: Gpu) -> float:

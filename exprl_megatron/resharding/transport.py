@@ -20,8 +20,8 @@ Bucket = list[tuple[str, torch.Tensor]]
 class Transport(Protocol):
     """Brings one version of the weights to all sampling servers. Every rank has one; rank 0 alone talks to servers."""
 
-    fillers: tuple[int, ...] | None
-    """The ranks on which messages are wanted (see Outgoing)."""
+    fillers: tuple[tuple[int, ...], ...] | None
+    """The ranks on which messages are wanted, those of a machine together (see Outgoing)."""
 
     def enlist(self, clients: Sequence[SGLangClient]) -> None:
         """From now on bring weights to these servers (needed on rank 0 alone); a collective.

@@ -23,6 +23,8 @@ class SGLangClient(HttpServer):
     Every call raises ServerError where the server is dead, hangs past the deadline, or refuses.
     """
 
+    first_gpu = 0
+    """Of its machine, the first GPU that the server takes; its other ranks have the next ones."""
     _in_place = False
     """Whether requests are held with their cache: SGLang refuses to empty it then, so that updates leave it."""
 

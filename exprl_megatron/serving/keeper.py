@@ -60,4 +60,7 @@ class Keeper:
 
     def _registration(self, server: Server) -> RegisteredServer:
         kind, run = server.name.rpartition("-")[0], fingerprint(read_key(server.key_file))
-        return RegisteredServer(kind, server.name, server.url, str(server.log_file), server.incarnation, run)
+        log_file = str(server.log_file)
+        return RegisteredServer(
+            kind, server.name, server.url, log_file, server.incarnation, run, first_gpu=server.first_gpu
+        )

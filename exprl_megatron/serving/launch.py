@@ -132,6 +132,7 @@ class Server:
         self.key_file = _key_file(spec)
         self.incarnation = incarnation
         """Tells this start of the server from every other one."""
+        self.first_gpu = spec.first_gpu
         self.registered = False
         """Whether its keeper has made it known."""
         self._config = spec.config
@@ -155,9 +156,11 @@ class Server:
 
     def client(self) -> SGLangClient:
         """A client with this server's name, log file and request deadline."""
-        return SGLangClient(
+        client = SGLangClient(
             self.url, self.name, self.log_file, self._config.request_deadline_s, authorization(self.key_file)
         )
+        client.first_gpu = self.first_gpu
+        return client
 
     def ready(self) -> bool:
         """Whether the server answers /health by now.

@@ -20,6 +20,7 @@ class Member:
     def __init__(self, server: RegisteredServer, deadline_s: float, headers: Mapping[str, str]):
         self.server = server
         self.client = SGLangClient(server.url, server.name, Path(server.log_file), deadline_s, headers)
+        self.client.first_gpu = server.first_gpu
         self.state: Literal["joining", "serving", "out"] = "out"
         self.failures = 0
         """In a row."""

@@ -25,5 +25,5 @@ class RegisteredClient(SGLangClient):
             server = self._registry.find(self.name)
             if server is not None and server != self._server:
                 self._server, self.url, self.log_file = server, server.url, Path(server.log_file)
-                self.headers = self._registry.authorization(server)
+                self.headers, self.first_gpu = self._registry.authorization(server), server.first_gpu
         return await super()._request(method, path, body, deadline_s)

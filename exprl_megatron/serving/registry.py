@@ -32,6 +32,8 @@ class RegisteredServer:
     """Which run it belongs to: the fingerprint of the run's key, which is in the registry's `key`."""
     key_file: str = ""
     """What holds the server's own key, where it is none of the run's."""
+    first_gpu: int = 0
+    """Of its machine."""
 
 
 class Registry:

@@ -1,5 +1,6 @@
 """What leaves the device for its servers' turn: where it waits, that it comes back, and what is made again."""
 
+import numpy as np
 import pytest
 import torch
 from witness import loss_function, sequences, tokens
@@ -109,7 +110,7 @@ def test_what_is_loaded_from_a_checkpoint_can_leave_and_come_back(policy, tmp_pa
     offload.away(*ALL)
     offload.back(*ALL)
     assert all(torch.equal(a, b) for a, b in zip(state(again), state(policy), strict=True))
-    assert again.log_probs(BATCH, 1.0, start=True) == start
+    assert all(np.array_equal(a, b) for a, b in zip(again.log_probs(BATCH, 1.0, start=True), start, strict=True))
     step(policy), step(again)
     assert all(torch.equal(a, b) for a, b in zip(state(again), state(policy), strict=True))
 
@@ -146,7 +147,7 @@ def test_pieces_of_any_size_go_through_blocks_of_any_size(monkeypatch, block):
     monkeypatch.setattr(host_memory, "BLOCK_BYTES", block)
     tensors = [torch.randn(size) for size in (0, 1, 3, 50, 16, 200)]
     before = [tensor.clone() for tensor in tensors]
-    memory = HostMemory(pinned=False)
+    memory = HostMemory(torch.device("cpu"))
     storages = storages_of(tensors)
     memory.copy_from(storages)
     assert memory.nbytes == 4 * 270
@@ -154,7 +155,7 @@ def test_pieces_of_any_size_go_through_blocks_of_any_size(monkeypatch, block):
         tensor.fill_(-1)
     memory.copy_to(storages)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-    copies = host_copies(dict(enumerate(tensors)), pinned=False)
+    copies = host_copies(dict(enumerate(tensors)), torch.device("cpu"))
     assert all(torch.equal(copies[i], one) and copies[i].shape == one.shape for i, one in enumerate(before))
 
 
@@ -163,6 +164,6 @@ def test_pinned_blocks_waste_little_of_what_torch_rounds_to_powers_of_two(blocks
     monkeypatch.setattr(
         host_memory, "_block", lambda size, pinned: blocks.append(size) or torch.empty(size, device="meta")
     )
-    HostMemory(pinned=True)._reserve(int(27.5 * 2**30))
+    HostMemory(torch.device("cuda"))._reserve(int(27.5 * 2**30))
     rounded = sum(2 ** (size - 1).bit_length() for size in blocks)
     assert len(blocks) == 28 and rounded < 1.02 * 27.5 * 2**30

@@ -20,7 +20,7 @@ from exprl_megatron.resharding.auto import AutoTransport
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control, SyncStopped
 from exprl_megatron.resharding.direct import DirectTransport
-from exprl_megatron.resharding.handles import HandlesTransport
+from exprl_megatron.resharding.handles import HandlesTransport, _serialised
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
 from exprl_megatron.serving.client import SGLangClient
@@ -41,6 +41,7 @@ TOLD: list[str] = []
 """What the transports that choose for themselves said."""
 UNDER_NCCL = ("TP1", "PP2", "TP2xPP2")
 BUCKET_MB = 0.04
+HANDED_OVER = ((Layout(tp=2), "tp2"), (Layout(tp=2, pp=2), "tp2"), (Layout(pp=2), "two"), (Layout(), "tp2"))
 
 
 def over_nccl_like():
@@ -54,10 +55,7 @@ class Syncs:
     def __init__(self, world, model: str, servers: list[dict], tp: int):
         self.policy = Policy(PolicyConfig(model=model, layout=world.layout), seed=0)
         self.conductor, self.control = Conductor(), Control(120.0)
-        found = servers if world.rank == 0 else []
-        self.clients = [
-            SGLangClient(s["url"], s["name"], deadline_s=100.0, headers=authorization(s["key_file"])) for s in found
-        ]
+        self.clients = [client_of(server) for server in servers] if world.rank == 0 else []
         self.tp = tp
         for client in self.clients:
             self.conductor.run(client.__aenter__())
@@ -77,6 +75,13 @@ class Syncs:
             for client in self.clients:
                 self.conductor.run(client.__aexit__())
         self.conductor.close()
+
+
+def client_of(server: dict) -> SGLangClient:
+    headers = authorization(server["key_file"])
+    client = SGLangClient(server["url"], server["name"], deadline_s=100.0, headers=headers)
+    client.first_gpu = server["first_gpu"]
+    return client
 
 
 def change(policy: Policy) -> None:
@@ -127,6 +132,19 @@ def stopped_at(world, fails: int, count: int = 4) -> dict:
         ended = type(error).__name__
     ends = control.collect((ended, time.monotonic() - started))
     return {"ends": [end for end, _ in ends or []], "seconds": max(s for _, s in ends or [("", 0.0)])}
+
+
+def handed_over(world, arguments, target: str) -> list[int] | None:
+    """How many handles each rank gives away in a round of a sync by `handles`."""
+    servers, tp = arguments["targets"][target]
+    syncs, given = Syncs(world, arguments["model"], servers, tp), []
+    sync = syncs.sync("handles")
+    change(syncs.policy)
+    with patch("exprl_megatron.resharding.handles._serialised", lambda filled: given.append(1) or _serialised(filled)):
+        sync.bring(f"handed over to {target}")
+    rounds = len(sync._outgoing(None).rounds)
+    syncs.close(sync)
+    return syncs.control.collect(len(given) / rounds)
 
 
 def falls_back(world, arguments) -> list[str] | None:
@@ -196,9 +214,9 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
 
 
 def filled_twice(world, arguments) -> bool:
-    """Whether two ranks that fill every message hold the same bytes, those of the model's one copy."""
+    """Whether ranks that fill every message, or are handed it, hold the same bytes, those of the model's one copy."""
     policy = Policy(PolicyConfig(model=arguments["model"], layout=world.layout), seed=0)
-    outgoing = Outgoing(policy.chunks, policy.architecture, world, 40_000, fillers=(0, 3))
+    outgoing = Outgoing(policy.chunks, policy.architecture, world, 40_000, fillers=((0,), (3, 2)))
     same = True
     for number in range(len(outgoing.rounds)):
         filled = outgoing.gather(number)
@@ -206,7 +224,8 @@ def filled_twice(world, arguments) -> bool:
         data = torch.zeros(size, dtype=torch.uint8) if filled is None else filled.data.clone()
         copies = [torch.empty_like(data) for _ in range(4)]
         dist.all_gather(copies, data)
-        same &= torch.equal(copies[0], copies[3]) and bool(copies[0].any()) and not copies[1].any()
+        same &= torch.equal(copies[0], copies[3]) and torch.equal(copies[0], copies[2])
+        same &= bool(copies[0].any()) and not copies[1].any()
     return same
 
 
@@ -220,6 +239,8 @@ def main() -> None:
             for target in ("two", "tp2"):
                 run = f"{name} to {target} under NCCL's rules"
                 ranks.within(LAYOUTS[name], lambda w, t=target: bring_all(w, ranks.arguments, t), run)
+    for layout, target in HANDED_OVER:
+        ranks.within(layout, lambda w, t=target: handed_over(w, ranks.arguments, t), f"{layout} hands to {target}")
     for fails in range(4):
         ranks.within(Layout(dp=2), lambda w, f=fails: stopped_at(w, f), f"stopped at {fails}")
     ranks.within(Layout(tp=2, pp=2), lambda w: filled_twice(w, ranks.arguments), "filled twice")

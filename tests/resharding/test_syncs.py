@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving.launch import ServerSpec, start_servers, stop_servers
 
@@ -39,8 +40,14 @@ def results(tiny_model, tmp_path_factory, records):
         servers = start_servers(specs)
     try:
         first, second, both = (
-            {"name": server.name, "url": server.url, "key_file": server.key_file, "pid": server.pid}
-            for server in servers
+            {
+                "name": server.name,
+                "url": server.url,
+                "key_file": server.key_file,
+                "pid": server.pid,
+                "first_gpu": gpu,
+            }
+            for server, gpu in zip(servers, (0, 1, 0), strict=True)
         )
         targets = {"two": ([first, second], 1), "tp2": ([both], 2), "sacrificed": ([both], 2), "first": ([first], 1)}
         yield run_ranks(
@@ -64,6 +71,20 @@ def test_checksums_agree_from_every_layout_to_every_server(results, layout, targ
         assert metrics.keys() == {f"sync/{part}" for part in PARTS}
         assert metrics["sync/gb"] > 0 and metrics["sync/seconds"] > metrics["sync/check"] > 0
     assert measured["broadcast"]["sync/moved_gb"] == measured["broadcast"]["sync/gb"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "target", "handles"),
+    [
+        (Layout(tp=2), "tp2", [1, 1]),
+        (Layout(tp=2, pp=2), "tp2", [1, 1, 0, 0]),
+        (Layout(pp=2), "two", [1, 1]),
+        (Layout(), "tp2", [2]),
+    ],
+    ids=str,
+)
+def test_each_rank_of_a_server_opens_memory_of_its_own_gpu(results, layout, target, handles):
+    assert results[f"{layout} hands to {target}"] == handles
 
 
 @pytest.mark.parametrize("fails", range(4))
