@@ -7,7 +7,7 @@ import torch
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control, SyncStopped
-from exprl_megatron.resharding.direct import DirectTransport, LoaderNotFollowed, OtherLoader
+from exprl_megatron.resharding.direct import CannotReceive, DirectTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
@@ -53,7 +53,7 @@ class AutoTransport:
             except BaseException as error:
                 # The other ranks have been stopped, and wait to be told what comes next.
                 with self._control.leading():
-                    if not isinstance(error, OtherLoader | LoaderNotFollowed):
+                    if not isinstance(error, CannotReceive):
                         raise
                     self._tell(f"weights travel by broadcast, not by direct: {error}")
                     await together(client.end_weight_update() for client in self._clients)

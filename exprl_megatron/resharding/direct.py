@@ -35,12 +35,8 @@ from exprl_megatron.together import together
 _CAUSE_S = 5.0
 
 
-class OtherLoader(UserError):
-    """A server was not started with our loader, and cannot be sent shards."""
-
-
-class LoaderNotFollowed(ServerError):
-    """A server is well, but what its model does with weights cannot be followed: it cannot be sent shards."""
+class CannotReceive(UserError):
+    """A server is well, but cannot be sent shards: it has another loader, or one that cannot be followed."""
 
 
 class DirectTransport:
@@ -135,7 +131,7 @@ class DirectTransport:
         """All ranks and servers meet in a new group; everybody learns what the servers hold."""
         for client in self._clients:
             if LOADER not in await client.loaders():
-                raise OtherLoader(
+                raise CannotReceive(
                     f"{client.name} ({client.url}) was started without --custom-weight-loader {LOADER}, which "
                     f"sync.transport direct needs; start it with exprl serve, or use broadcast."
                 )
@@ -244,7 +240,7 @@ class DirectTransport:
         for rank in self._ranks(server):
             said = self._said(f"{order['answer']}/{rank}")
             if NOT_FOLLOWED in said:
-                raise LoaderNotFollowed(f"{client.name} ({client.url}) could not {what} weights: {said}; see its log.")
+                raise CannotReceive(f"{client.name} ({client.url}) could not {what} weights: {said}.")
             if said:
                 raise ServerError(f"{client.name} ({client.url}) could not {what} weights: {said}; see its log.")
 

@@ -11,7 +11,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.resharding import auto
 from exprl_megatron.resharding.auto import AutoTransport
 from exprl_megatron.resharding.control import SyncStopped
-from exprl_megatron.resharding.direct import LoaderNotFollowed, OtherLoader
+from exprl_megatron.resharding.direct import CannotReceive
 
 
 class Words:
@@ -107,8 +107,8 @@ def sync(monkeypatch):
     return once
 
 
-@pytest.mark.parametrize("refusal", [OtherLoader("policy-0 has another"), LoaderNotFollowed("policy-0 cannot be")])
-def test_all_ranks_go_on_with_broadcasts_and_stay_there_until_other_servers_come(sync, refusal):
+def test_all_ranks_go_on_with_broadcasts_and_stay_there_until_other_servers_come(sync):
+    refusal = CannotReceive("policy-0 has another loader")
     well = {"leader": "well", "follower": "well"}
     both, one = ["Direct", "Broadcast"], ["Broadcast"]
     assert sync(refusal) == (well, {"push": both, "follow": both})
