@@ -90,8 +90,12 @@ class Registry:
         """Raise ValueError where somebody else put it there: who knows the key knows its fingerprint."""
         if server is None:
             return
-        if any(not isinstance(value, str) for value in asdict(server).values()):
+        fields = asdict(server)
+        gpu = fields.pop("first_gpu")
+        if any(not isinstance(value, str) for value in fields.values()):
             raise ValueError("a field of it is no text")
+        if type(gpu) is not int or gpu < 0:
+            raise ValueError("its first_gpu is no number of a GPU")
         if server.name != name:
             raise ValueError(f"it is for the name {server.name[:40]!r}")
         if self.key_file.is_file() and server.run != fingerprint(read_key(self.key_file)):
