@@ -172,6 +172,8 @@ class Fleet:
         """Let all servers give up their memory; whether they can: on a CPU they cannot, and are not asked."""
         self._sleeping = uses_cuda()
         if self._sleeping:
+            # Memory that was given up comes back with any content, so the same version has to be brought again.
+            self._version = None
             awake = [member for member in self._in("serving", "joining") if member.asleep != set(SLEEPING)]
             await asyncio.gather(*(self._tried(member, to_sleep(member)) for member in awake))
         return self._sleeping

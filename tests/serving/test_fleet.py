@@ -102,6 +102,21 @@ def test_each_request_has_a_home_and_a_version_is_brought_once(registry):
     asyncio.run(run())
 
 
+def test_servers_that_slept_have_lost_their_weights_and_get_the_same_version_again(registry, monkeypatch):
+    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
+
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
+            assert await fleet.sleep()
+            await fleet.wake("weights")
+            assert await fleet.convoke("v0") and names(fleet) == ["policy-0", "policy-1"]
+            await fleet.brought("v0")
+            await fleet.wake("kv_cache")
+            assert not await fleet.convoke("v0"), "they hold it until they sleep again"
+
+    asyncio.run(run())
+
+
 def test_lent_weights_are_held_once_and_until_others_are_brought(registry):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
