@@ -37,10 +37,11 @@ class DebugConfig(Config):
         found = []
         if not whole.sync.verify:
             found.append("debug.assertions compares weights after each sync, but sync.verify is false; set it to true.")
-        if whole.sync.max_log_prob_gap is None:
+        if not whole.compares_log_probs:
             found.append(
-                "debug.assertions compares log-probs of trainer and sampler, but sync.max_log_prob_gap gives no bound; "
-                "set one (1e-4 in fp32, about 0.02 in bf16)."
+                "debug.assertions compares log-probs of trainer and sampler, but sync.max_log_prob_gap "
+                f"({'null' if whole.sync.max_log_prob_gap is None else 'auto'}) gives no bound here; set a number "
+                "(1e-4 in fp32, about 0.02 in bf16)."
             )
         compared = (s for s in whole.stages if isinstance(s, RlStage) and not isinstance(s, SelfDistillStage))
         if whole.policy.starting_policy == "server" and any(stage.needs_start for stage in compared):

@@ -58,6 +58,7 @@ TABLE = (
     Row(("server.extra_args", "judge.server.extra_args"), "arguments", "may change the distribution of tokens"),
     Row(("placement.*",), "free", "where the servers compute"),
     Row(("sync.*",), "free", "how the same weights travel, and what is verified then"),
+    Row(("sync.max_log_prob_gap",), "free", "only stops a run; `auto` keeps what the first step showed"),
     Row(("sync.fp8", "sync.hold"), "fixed", "changes the distribution that is sampled from"),
     # The judge.
     Row(("judge.model",), "content", "who judges"),

@@ -127,6 +127,21 @@ class RunConfig(Config):
             uses.append((self.evaluation.problems, self.evaluation.sampling))
         return dict(sorted(uses, key=lambda use: use[1].max_new_tokens))
 
+    @property
+    def compares_log_probs(self) -> bool:
+        """Whether every update is preceded by a comparison of the trainer's log-probs with the sampler's.
+
+        `auto` compares only log-probs that weights and cache of one version gave on both sides.
+        """
+        if self.sync.max_log_prob_gap != "auto":
+            return self.sync.max_log_prob_gap is not None
+        mixed_cache = self._samples_ahead and self.sync.hold == "in_place"
+        return self.debug.only != "learning" and not mixed_cache
+
+    @property
+    def _samples_ahead(self) -> bool:
+        return any(isinstance(stage, RlStage) and stage.max_staleness for stage in self.stages)
+
     def violations(self, whole=None) -> list[str]:
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -135,10 +150,9 @@ class RunConfig(Config):
             found.append("stages is empty; list at least one stage.")
         if self.policy.initialise == "random" and self.samples:
             found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")
-        ahead = any(isinstance(stage, RlStage) and stage.max_staleness for stage in self.stages)
-        if ahead and self.sync.hold == "in_place" and self.sync.max_log_prob_gap is not None:
+        if self._samples_ahead and self.sync.hold == "in_place" and self.sync.max_log_prob_gap not in ("auto", None):
             found.append(
                 "sync.hold is in_place, by which traces go on with the cache of older weights, but "
-                "sync.max_log_prob_gap wants log-probs of the newest; set it to null, or hold to retract."
+                "sync.max_log_prob_gap wants log-probs of the newest; set it to auto or null, or hold to retract."
             )
         return found

@@ -1,7 +1,7 @@
 """SGLang servers, how they sample, and how weights reach them."""
 
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -75,8 +75,9 @@ class SyncConfig(Config):
     """The servers hold matrices in FP8 blocks of 128 x 128 (DeepSeek-V3's form): they are sent so."""
     verify: bool = True
     """Compare the servers' checksums with the trainer's after every sync."""
-    max_log_prob_gap: float | None = Field(None, gt=0)
-    """Stop the run where mean |trainer - sampler| log-prob of a step exceeds this."""
+    max_log_prob_gap: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = "auto"
+    """Stop the run where mean |trainer - sampler| log-prob of a step exceeds this many nats a token. `auto` goes by
+    precision and by what the first step showed (docs/config.md); null compares nothing."""
     hold: Literal["retract", "in_place"] = "retract"
     """How traces under way wait while the weights change (`max_staleness`): `retract` computes their cache anew under
     the new weights, `in_place` goes on with the old one."""

@@ -1,14 +1,55 @@
 """Stops a run whose trainer and sampler no longer agree about the same tokens."""
 
+from dataclasses import dataclass
+
+from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped
+
+_MULTIPLE = 5.0
+"""So many times the gap of the run's first step is allowed later."""
+_COARSE = ("--quantization", "--kv-cache-dtype")
+"""Arguments of SGLang by which its arithmetic is coarser than the trainer's; such a server counts as FP8."""
+
+
+@dataclass(frozen=True)
+class _Default:
+    """Bounds in nats a token; docs/config.md has them."""
+
+    first: float
+    """For the first step that compares."""
+    floor: float
+    """For later steps, even where the first step's gap was tiny."""
+
+
+_DEFAULTS = {"fp32": _Default(1e-4, 1e-4), "bf16": _Default(0.1, 0.02), "fp8": _Default(0.3, 0.05)}
+
+
+def gap_bound(config: RunConfig, first_gap: float | None) -> float | None:
+    """The bound on `sampler_gap/mean`; None where nothing is compared.
+
+    `first_gap` is what the run's first step showed, None in that step itself.
+    """
+    if not config.compares_log_probs:
+        return None
+    if config.sync.max_log_prob_gap != "auto":
+        return config.sync.max_log_prob_gap
+    default = _DEFAULTS[coarsest_precision(config)]
+    return default.first if first_gap is None else max(default.floor, _MULTIPLE * first_gap)
+
+
+def coarsest_precision(config: RunConfig) -> str:
+    """`fp32`, `bf16` or `fp8`: the coarsest that the trainer or a sampling server computes in."""
+    precision = config.policy.precision
+    coarse = any(argument.partition("=")[0] in _COARSE for argument in config.server.extra_args)
+    return "fp8" if precision.fp8 or config.sync.fp8 or coarse else precision.dtype
 
 
 def check_log_prob_gap(metrics: dict[str, float], bound: float | None) -> None:
-    """Raise RunStopped where `sampler_gap/mean` (nats a token) exceeds `bound`."""
+    """Raise RunStopped where `sampler_gap/mean` (nats a token) exceeds `bound`, or is not a number."""
     gap = metrics.get("sampler_gap/mean")
     if bound is not None and gap is not None and not gap <= bound:  # not a number is no agreement
         raise RunStopped(
             f"Trainer and sampler log-probs of the same tokens differ by {gap:.2e} on average, more than "
             f"sync.max_log_prob_gap ({bound:.2e}); nothing was learned from this step. "
-            "Look for a weight sync that failed, or raise the bound."
+            "Look for a weight sync that failed, or set a larger bound."
         )

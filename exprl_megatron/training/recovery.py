@@ -16,6 +16,8 @@ class Place:
     traces: int = 0
     tokens: int = 0
     abstentions: int = 0
+    first_gap: float | None = None
+    """`sampler_gap/mean` of the first step that had one; later bounds go by it (training/mismatch.py)."""
 
     @property
     def weight_version(self) -> str:

@@ -31,7 +31,7 @@ from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.examples import ExampleReader
 from exprl_megatron.training.journal import Journal, SampledStep
-from exprl_megatron.training.mismatch import check_log_prob_gap
+from exprl_megatron.training.mismatch import check_log_prob_gap, gap_bound
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
@@ -185,7 +185,9 @@ class Run:
 
     def check_update(self, stage: RlStage, metrics: dict[str, float]) -> None:
         """Stop the run before an update where trainer and sampler disagree, or an assertion does not hold."""
-        check_log_prob_gap(metrics, self.config.sync.max_log_prob_gap)
+        first = self._place.first_gap
+        check_log_prob_gap(metrics, gap_bound(self.config, first))
+        self._place = replace(self._place, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
         if self.config.debug.assertions and not self._updates_in_step:
             check_first_update(stage.name, self._place.step + 1, metrics)
 

@@ -265,7 +265,14 @@ def test_traces_held_in_place_and_a_bound_on_the_gap_to_the_sampler_contradict_e
     overrides = ["sync.hold=in_place", "sync.max_log_prob_gap=1e-4"]
     assert load_config(_file(tmp_path, _tree()), overrides).sync.hold == "in_place"
     overrides += ["stages.1.max_staleness=1", "stages.1.loss.correction.kind=masked"]
-    assert "set it to null, or hold to retract" in _only(tmp_path, _tree(), *overrides)
+    assert "set it to auto or null, or hold to retract" in _only(tmp_path, _tree(), *overrides)
+    overrides[1] = "sync.max_log_prob_gap=auto"
+    assert not load_config(_file(tmp_path, _tree()), overrides).compares_log_probs
+
+
+@pytest.mark.parametrize("value", ["0", "-1e-4", ".inf", ".nan", "default"])
+def test_a_bound_on_the_gap_to_the_sampler_is_a_positive_number(tmp_path, value):
+    assert "sync.max_log_prob_gap" in "\n".join(_complaints(tmp_path, _tree(), f"sync.max_log_prob_gap={value}"))
 
 
 def test_a_teacher_that_never_sees_the_reference_is_refused(tmp_path):

@@ -44,8 +44,15 @@ def test_ratios_and_the_kl_to_a_stage_s_start_must_be_exact_at_first():
 def test_what_keeps_a_run_from_checking_itself_is_refused(tiny_model, tmp_path):
     problems = write_problems(tmp_path / "problems.jsonl")
     with pytest.raises(UserError) as refused:
-        _config(tmp_path, tiny_model("qwen3"), problems, debug={"assertions": True}, sync={"verify": False})
-    assert "sync.verify is false" in str(refused.value) and "max_log_prob_gap gives no bound" in str(refused.value)
+        _config(
+            tmp_path,
+            tiny_model("qwen3"),
+            problems,
+            debug={"assertions": True},
+            sync={"verify": False, "max_log_prob_gap": None},
+        )
+    assert "sync.verify is false" in str(refused.value)
+    assert "max_log_prob_gap (null) gives no bound" in str(refused.value)
 
 
 def test_learning_alone_needs_every_step_that_it_learns_from(tiny_model, tmp_path):
