@@ -39,6 +39,11 @@ def shared_variables(inherited: Mapping[str, str], server_args: Sequence[str], t
     return found
 
 
+def shared_text(inherited: Mapping[str, str], server_args: Sequence[str], tp: int) -> str:
+    """`shared_variables` in one line, to be compared with those of a process on another machine."""
+    return " ".join(f"{name}={value}" for name, value in sorted(shared_variables(inherited, server_args, tp).items()))
+
+
 def rank_variables(inherited: Mapping[str, str], server_args: Sequence[str] = (), tp: int = 1) -> dict[str, str]:
     """What the trainer's ranks have, whose weights go to servers of `tp` ranks with these extra arguments."""
     own = {name: inherited.get(name, value) for name, value in _FOR_RANKS.items()}

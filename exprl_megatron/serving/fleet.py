@@ -8,6 +8,7 @@ server is a new server to us.
 
 import asyncio
 import math
+import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.cuda_environment import shared_text
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.member import SLEEPING, Member, Order, to_sleep, to_wake
@@ -345,6 +347,17 @@ class Fleet:
                 member = Member(server, self._config.request_deadline_s, headers)
                 await member.client.__aenter__()
                 self._members[name] = member
+                self._compare_environments(server)
+
+    def _compare_environments(self, server: RegisteredServer) -> None:
+        """Report a server, started on another machine or by hand, whose NCCL variables are not the trainer's."""
+        own = shared_text(os.environ, self._config.extra_args, self._config.tp)
+        if server.nccl not in ("", own) and uses_cuda():
+            self._tell(
+                f"{server.name} ({server.url}) was started with {server.nccl}, but this trainer has {own}: if weights "
+                f"go over NCCL, groups of the two may fail or hang. Set these variables alike for `exprl train` and "
+                f"`exprl serve`."
+            )
 
     async def _take_over(self, member: Member) -> None:
         """End whatever a run before this one, or we ourselves, may have left under way there: then it can join."""

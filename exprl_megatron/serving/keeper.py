@@ -1,8 +1,10 @@
 """Keeps servers running: registers each when it is ready and starts one anew that has died."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from exprl_megatron.cuda_environment import shared_text
 from exprl_megatron.serving.keys import fingerprint, read_key
 from exprl_megatron.serving.launch import Server, ServerSpec, launch_servers, stop_servers
 from exprl_megatron.serving.registry import RegisteredServer, Registry
@@ -41,7 +43,7 @@ class Keeper:
             elif server.registered and self._registry.restart_asked(spec.name) == server.incarnation:
                 self._start_anew(spec, server, "fails again and again")
             elif not server.registered and server.ready():
-                self._registry.register(self._registration(server))
+                self._registry.register(self._registration(spec, server))
                 server.registered = True
 
     def stop(self) -> None:
@@ -58,9 +60,14 @@ class Keeper:
         server.stop()
         (self._servers[spec.name],) = launch_servers([spec])
 
-    def _registration(self, server: Server) -> RegisteredServer:
-        kind, run = server.name.rpartition("-")[0], fingerprint(read_key(server.key_file))
-        log_file = str(server.log_file)
+    def _registration(self, spec: ServerSpec, server: Server) -> RegisteredServer:
         return RegisteredServer(
-            kind, server.name, server.url, log_file, server.incarnation, run, first_gpu=server.first_gpu
+            kind=server.name.rpartition("-")[0],
+            name=server.name,
+            url=server.url,
+            log_file=str(server.log_file),
+            incarnation=server.incarnation,
+            run=fingerprint(read_key(server.key_file)),
+            first_gpu=server.first_gpu,
+            nccl=shared_text(os.environ, spec.config.extra_args, spec.config.tp),
         )

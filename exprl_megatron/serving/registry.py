@@ -34,6 +34,8 @@ class RegisteredServer:
     """What holds the server's own key, where it is none of the run's."""
     first_gpu: int = 0
     """Of its machine."""
+    nccl: str = ""
+    """Its NCCL variables that the trainer must share, as cuda_environment writes them; empty where nobody said."""
 
 
 class Registry:

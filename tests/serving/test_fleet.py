@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
@@ -10,6 +11,9 @@ from aiohttp import web
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.fleet import Fleet
+from exprl_megatron.serving.keeper import Keeper
+from exprl_megatron.serving.keys import ensure_key
+from exprl_megatron.serving.launch import ServerSpec
 from exprl_megatron.serving.lent import LENT, LentServer
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 
@@ -115,6 +119,33 @@ def test_servers_that_slept_have_lost_their_weights_and_get_the_same_version_aga
             assert not await fleet.convoke("v0"), "they hold it until they sleep again"
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("exported", "reported"), [("1", True), ("0", False), (None, False)])
+def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(registry, monkeypatch, exported, reported):
+    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    server = SimpleNamespace(
+        name="policy-0", url="http://there:1", log_file="", incarnation="a", key_file=registry.key_file, first_gpu=0
+    )
+    ensure_key(registry.key_file)
+    spec = ServerSpec("policy-0", Path("model"), ServerConfig(), Path("logs"))
+    with monkeypatch.context() as there:
+        if exported:
+            there.setenv("NCCL_CUMEM_ENABLE", exported)
+        registered = Keeper([spec], registry)._registration(spec, server)
+    said = []
+
+    async def run():
+        fleet = Fleet(registry, ServerConfig(), tell=said.append)
+        await fleet._follow({"policy-0": registered})
+        await fleet._follow({"policy-0": registered})
+        for member in fleet._members.values():
+            await member.client.__aexit__()
+
+    asyncio.run(run())
+    assert len(said) == reported
+    assert not reported or all(part in said[0] for part in ("NCCL_CUMEM_ENABLE=1", "NCCL_CUMEM_ENABLE=0", "policy-0"))
 
 
 def test_lent_weights_are_held_once_and_until_others_are_brought(registry):
