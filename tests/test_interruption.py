@@ -53,9 +53,9 @@ def test_a_signal_ends_a_command_in_one_sentence_and_a_second_one_does_not_cut_i
     assert process.stdout.readline() == "cleaning\n"
     os.kill(process.pid, number)
     os.kill(process.pid, signal.SIGTERM)
-    out, told = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=30)
     assert (process.returncode, out) == (128 + number, "clean\n")
-    *again, last = told.splitlines()
+    *again, last = errors.splitlines()
     assert again and set(again) == {"exprl: still ending what was started; this takes half a minute at most."}
     assert last == f"exprl: Stopped by {name}, and so is all that it had started; go on with `exprl`."
 
@@ -63,5 +63,5 @@ def test_a_signal_ends_a_command_in_one_sentence_and_a_second_one_does_not_cut_i
 def test_a_signal_that_a_shell_has_set_to_be_ignored_is_ignored():
     process = started("time.sleep(1.5)", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     os.kill(process.pid, signal.SIGINT)
-    out, told = process.communicate(timeout=30)
-    assert (process.returncode, out, told) == (0, "cleaning\nclean\n", "")
+    out, errors = process.communicate(timeout=30)
+    assert (process.returncode, out, errors) == (0, "cleaning\nclean\n", "")

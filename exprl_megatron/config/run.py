@@ -61,7 +61,7 @@ class RunConfig(Config):
     directory: str
     """All that the run writes lies here."""
     permissions: Literal["private", "shared"] = "private"
-    """Who else may read it: nobody (directories 0700, files 0600), or whoever the umask lets. References and judge
+    """Who else may read it: nobody (directories 0700, files 0600), or those that the umask allows. References and judge
     prompts are in it. The key of the run's servers is private in any case."""
     seed: NonNegativeInt = 0
     policy: PolicyConfig

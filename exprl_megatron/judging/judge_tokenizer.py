@@ -157,7 +157,7 @@ def common_prefix(one: str, other: str) -> int:
 
 
 def _copied(tokenizer: Any) -> Tokenizer | None:
-    """The fast tokenizer in `tokenizer`, as a copy: its own is changed by whoever asks it to pad or to truncate."""
+    """The fast tokenizer in `tokenizer`, as a copy: padding and truncation change the original."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

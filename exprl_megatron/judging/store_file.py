@@ -1,4 +1,4 @@
-"""The SQLite file of a judgement store: its schema, how it is made, and how older files are brought up to date."""
+"""The SQLite file of a judgement store: its schema, how it is made, and how older files are upgraded."""
 
 import os
 import sqlite3

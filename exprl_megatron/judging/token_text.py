@@ -82,10 +82,10 @@ class _BytePlaces:
         end = int(self._ends[min(token, len(self._ends) - 1)])
         if self._starts is None:
             return end
-        begun = int(np.searchsorted(self._starts, end))
+        started = int(np.searchsorted(self._starts, end))
         # The last character that begins before `end` is whole where the next one, or the end of the text, is there.
-        whole = end in (self._starts[begun] if begun < len(self._starts) else self._ends[-1], 0)
-        return begun if whole else begun - 1
+        whole = end in (self._starts[started] if started < len(self._starts) else self._ends[-1], 0)
+        return started if whole else started - 1
 
     def token_at(self, character: int) -> int:
         place = character if self._starts is None else int(self._starts[character])

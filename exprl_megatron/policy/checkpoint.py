@@ -71,7 +71,7 @@ def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
     collective. Raises UserError where there are checkpoints and none is intact.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    told: list[str] = []
+    sentences: list[str] = []
     for path in reversed(_from_rank_0(lambda: files.checkpoints(root))):
         record, wrong = _from_rank_0(lambda path=path: _record_or_fault(path))
         if record is not None:
@@ -79,10 +79,12 @@ def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
                 fault for found in of_all_ranks(files.faults(path, record["files"], rank, ranks)) for fault in found
             ]
         if not wrong:
-            return path, told
-        told.append(_from_rank_0(lambda path=path, wrong=wrong: _set_aside(path, wrong)))
-    if told:
-        raise UserError("\n".join([*told, f"No other checkpoint is left in {root}; restore one, or start a new run."]))
+            return path, sentences
+        sentences.append(_from_rank_0(lambda path=path, wrong=wrong: _set_aside(path, wrong)))
+    if sentences:
+        raise UserError(
+            "\n".join([*sentences, f"No other checkpoint is left in {root}; restore one, or start a new run."])
+        )
     return None, []
 
 
@@ -138,7 +140,7 @@ def _load(state: dict, path: str) -> dict:
 
 
 def _metadata() -> dict:
-    """What Megatron's sharded descriptions are told; a new dict each time, they write groups into it."""
+    """What Megatron's sharded descriptions are sentences; a new dict each time, they write groups into it."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,

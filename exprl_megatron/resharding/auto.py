@@ -51,7 +51,7 @@ class AutoTransport:
             try:
                 return await self._direct.push(outgoing, version, times)
             except BaseException as error:
-                # The other ranks have been stopped, and wait to be told what comes next.
+                # The other ranks have been stopped and wait for what comes next.
                 with self._control.leading():
                     if not isinstance(error, CannotReceive):
                         raise

@@ -169,8 +169,8 @@ def extract_program(text: str) -> str | None:
     """The last fenced block marked as Python outside of thinking; without any such the last block without a mark.
 
     Fences are those of Markdown, of backticks or tildes, indented, in lists and in quotations; a fence that opens a
-    block of a named language within another block begins anew, as models forget to close the first. Without fences a
-    block of HTML counts. None where there is no block, or where the last one is never closed.
+    block of a named language within another block starts a new one, as models forget to close the first. Without
+    fences a block of HTML counts. None where there is no block, or where the last one is never closed.
     """
     text = mask_thinking(text).replace("\r\n", "\n")
     blocks: dict[str, str | None] = {}

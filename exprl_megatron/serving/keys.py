@@ -1,4 +1,4 @@
-"""The key of a run: whoever has it may use the run's servers, and nobody else.
+"""The key of a run: only a client that has it may use the run's servers.
 
 It is in a file that only its owner can read, in a directory that all machines of the run see. Servers and routers are
 started with the path of the file, so that the key is on no command line, in no environment and, as Key hides itself, in

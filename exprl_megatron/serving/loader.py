@@ -93,7 +93,7 @@ class _Member:
             raise ValueError(f"{error}; {NOT_FOLLOWED}") from error
         self._store.set(f"needs/{self._rank}", json.dumps([place.need for place in self._places]))
         with self._while_wanted():
-            # NCCL blocks whoever connects a group until all members have come: that is not this thread.
+            # NCCL blocks the thread that connects a group until all members have come: that is not this thread.
             joining = in_background("join", self._joined)
             while not wait([joining], _WATCH_S).done and not self._broken.is_set():
                 continue

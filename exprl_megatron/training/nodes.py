@@ -97,7 +97,7 @@ class Host:
             self._store.set(_BEGIN, "")
 
     def check(self) -> None:
-        """Raises what another node has told to have failed of."""
+        """Raises why another node has reported that it failed."""
         if self._store is not None and self._store.check([_FAILED]):
             error = ended(json.loads(self._store.get(_FAILED)))
             if isinstance(error, RankFailed):
@@ -157,9 +157,10 @@ class Guest:
             raise RunStopped(f"Node 0 of the trainer ({self._node.host}) is gone; see its output.") from error
 
 
-def ended(told: dict) -> Exception:
-    """What a rank or a node has told of its end, as {status, message, unexpected}."""
-    return RankFailed(told["message"]) if told["unexpected"] else _ENDS.get(told["status"], RunStopped)(told["message"])
+def ended(reported: dict) -> Exception:
+    """What a rank or a node has reported of its end, as {status, message, unexpected}."""
+    kind = RankFailed if reported["unexpected"] else _ENDS.get(reported["status"], RunStopped)
+    return kind(reported["message"])
 
 
 def _store(node: Node, timeout: timedelta) -> "TCPStore":

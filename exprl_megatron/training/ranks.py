@@ -121,12 +121,12 @@ class TrainerRanks:
 
         Then what a rank says in a sentence of ours. SIGABRT comes late, as NCCL ends so the ranks that others left.
         """
-        told = {rank: json.loads(self._end(rank).read_text()) for rank in failed if self._end(rank).is_file()}
-        killed = {rank: number for rank in failed if rank not in told and (number := self._signal(rank))}
+        reported = {rank: json.loads(self._end(rank).read_text()) for rank in failed if self._end(rank).is_file()}
+        killed = {rank: number for rank in failed if rank not in reported and (number := self._signal(rank))}
         for rank, number in killed.items():
             if number != signal.SIGABRT:
                 return self._killed(rank, number)
-        for words in sorted(told.values(), key=lambda words: words["unexpected"]):
+        for words in sorted(reported.values(), key=lambda words: words["unexpected"]):
             if not (words["unexpected"] and killed):
                 return ended(words)
         if killed:

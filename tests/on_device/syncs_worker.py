@@ -36,7 +36,7 @@ class Succession(FixedServers):
         super().__init__(clients[:1])
         self._next = clients[1:]
         self.failures: list[dict] = []
-        """What each failed of, and how long after the sync had begun."""
+        """Why each failed, and how long after the start of the sync."""
         self.began = 0.0
 
     async def convoke(self, version: str) -> bool:

@@ -98,8 +98,8 @@ def test_faults_of_a_json_list_name_the_item(tmp_path):
 @pytest.mark.parametrize("half", [r"\ud800", r"x \udfff y", r"\udc00\ud800"])
 def test_half_a_character_is_refused_with_line_and_field(tmp_path, field, half):
     line = json.dumps(RECORD | {field: "HALF"}).replace("HALF", half)
-    told = _fault(tmp_path / "a.jsonl", f"{json.dumps(RECORD | {'id': 'p0'})}\n{line}\n")
-    assert "line 2" in told and f"'{field}'" in told and "half of a character" in told
+    message = _fault(tmp_path / "a.jsonl", f"{json.dumps(RECORD | {'id': 'p0'})}\n{line}\n")
+    assert "line 2" in message and f"'{field}'" in message and "half of a character" in message
 
 
 def test_half_a_character_in_a_test_or_a_choice_is_refused(tmp_path):
@@ -114,8 +114,8 @@ def test_half_a_character_in_a_test_or_a_choice_is_refused(tmp_path):
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e999"])
 def test_what_is_no_number_is_no_answer(tmp_path, number):
-    told = _fault(tmp_path / "a.jsonl", json.dumps(RECORD | {"answer": 0}).replace("0}", f"{number}}}"))
-    assert "line 1" in told and "not a number" in told
+    message = _fault(tmp_path / "a.jsonl", json.dumps(RECORD | {"answer": 0}).replace("0}", f"{number}}}"))
+    assert "line 1" in message and "not a number" in message
 
 
 @pytest.mark.parametrize(

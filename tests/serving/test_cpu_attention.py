@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def attention():
-    """The stand-in's module, loaded anew."""
+    """The stand-in's module, loaded again."""
     spec = importlib.util.spec_from_file_location("exprl_cpu_attention", STAND_INS / "exprl_cpu_attention.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -102,9 +102,9 @@ def begin(tmp_path, tiny_model, server):
         url = f"http://127.0.0.1:{server.server_port}"
         registry.register(RegisteredServer("policy", "policy-0", url, "", "a"))
         run = assembly.assemble(config, paths, registry, lambda error: None)
-        begun = next(run.remaining_stages())
-        run.open_stage(begun)
-        return run, begun
+        opened = next(run.remaining_stages())
+        run.open_stage(opened)
+        return run, opened
 
     enter_world(run_config(tmp_path, model, model, problems, policy={"model": str(model)}).policy.layout)
     yield begin

@@ -70,8 +70,8 @@ class Launched:
 
     def end(self, timeout_s: float = 100) -> tuple[int, str, str]:
         """Status and output; no process may be left."""
-        out, told = self.process.communicate(timeout=timeout_s)
-        return self.process.returncode, out, told
+        out, errors = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, out, errors
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,10 @@ def test_the_rank_that_was_killed_is_named_and_not_the_connection_that_the_other
     run.start()
     ranks, everybody = run.learn(3), run.everybody()
     ranks[0].kill()
-    status, _, told = run.end()
+    status, _, errors = run.end()
     assert status == 1
-    assert "exprl: trainer-0 was killed by signal 9 (SIGKILL)" in told and "go on with --resume" in told
-    assert "gloo" not in told.splitlines()[0] and told.startswith("exprl: ")
+    assert "exprl: trainer-0 was killed by signal 9 (SIGKILL)" in errors and "go on with --resume" in errors
+    assert "gloo" not in errors.splitlines()[0] and errors.startswith("exprl: ")
     assert nothing_left(everybody)
     record = json.loads(run.paths.record.read_text())
     assert record["exit"]["status"] == 1 and "trainer-0 was killed" in record["exit"]["message"]
@@ -109,13 +109,13 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(r
     ranks, everybody = run.learn(), run.everybody()
     ranks[1].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    status, out, told = run.end()
+    status, out, errors = run.end()
     assert re.search(rf"{newest.name} is damaged \({shard.name} holds other bytes.*goes on from {before.name}\.", out)
     assert (newest.with_name(newest.name + ".damaged")).is_dir()
     # The same rank, and as it was not dead, only a missing heartbeat tells.
     assert time.monotonic() - stopped < 75
     assert status == 1
-    assert re.match(r"exprl: trainer-1 .* has not been heard of for 45 s, its state is stopped; see that", told)
+    assert re.match(r"exprl: trainer-1 .* has not been heard of for 45 s, its state is stopped; see that", errors)
     assert nothing_left(everybody)
 
 
@@ -126,12 +126,12 @@ def test_ctrl_c_twice_says_what_to_type_and_leaves_nothing(run):
     os.kill(run.process.pid, signal.SIGINT)
     time.sleep(0.1)
     os.kill(run.process.pid, signal.SIGINT)
-    status, _, told = run.end()
+    status, _, errors = run.end()
     assert status == 130
     path = run.paths.root.with_suffix(".yaml")
     typed = f"exprl train {path} --resume checkpoint.keep=2"
-    assert f"exprl: Stopped by Ctrl-C, and so is all that it had started; go on with `{typed}`.\n" in told
-    assert "Traceback" not in told
+    assert f"exprl: Stopped by Ctrl-C, and so is all that it had started; go on with `{typed}`.\n" in errors
+    assert "Traceback" not in errors
     assert nothing_left(everybody)
     record = json.loads(run.paths.record.read_text())
     assert record["exit"]["status"] == 130
@@ -150,9 +150,9 @@ def test_sigterm_while_it_starts_is_one_sentence_and_leaves_nothing(run, after_s
     time.sleep(after_s)
     everybody = run.everybody()
     os.kill(run.process.pid, signal.SIGTERM)
-    status, _, told = run.end(30)
+    status, _, errors = run.end(30)
     assert status == 143
-    assert re.fullmatch(r"exprl: Stopped by SIGTERM, and so is all that .*; go on with `.* --resume`\.\n", told)
+    assert re.fullmatch(r"exprl: Stopped by SIGTERM, and so is all that .*; go on with `.* --resume`\.\n", errors)
     assert nothing_left(everybody)
 
 
@@ -162,15 +162,15 @@ def test_a_gradient_that_is_not_finite_stops_a_run_once(tmp_path, tiny_model):
     # Weights of such a size overflow in the second step.
     launched.tree["stages"][0] |= {"steps": 2, "optimizer": {"lr": 1e30}}
     launched.start()
-    status, _, told = launched.end(200)
+    status, _, errors = launched.end(200)
     assert status == 1
     assert re.match(
-        r"exprl: The gradient norm of update 2 is nan in step 2 of sft; the weights are as they were\.", told
+        r"exprl: The gradient norm of update 2 is nan in step 2 of sft; the weights are as they were\.", errors
     )
-    assert "--resume goes on without this update" in told
+    assert "--resume goes on without this update" in errors
     launched.start("--resume")
-    status, out, told = launched.end(200)
-    assert (status, told) == (0, "")
+    status, out, errors = launched.end(200)
+    assert (status, errors) == (0, "")
     assert "The gradient norm of update 2 is nan again; step 2 of sft is left out" in out
     last = json.loads(launched.paths.metrics.read_text().splitlines()[-1])
     assert last["step"] == 2 and last["metrics"]["update_skipped"] == 1 and last["metrics"]["grad_norm"] is None

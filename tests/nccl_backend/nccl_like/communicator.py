@@ -110,7 +110,7 @@ class Communicator:
         self._calls.put(call)
 
     def abort(self) -> None:
-        """Give all operations up that are under way. The others are not told."""
+        """Give all operations up that are under way. The others do not notice."""
         self.aborted.set()
         for work in self._open:
             work.finish(Broken(f"{work.what}: {self.name} was aborted"))
