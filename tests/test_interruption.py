@@ -12,9 +12,19 @@ import asyncio, os, signal, sys, time
 from exprl_megatron import cli
 from exprl_megatron.interruption import Interrupted
 
+def say():
+    print("busy", flush=True)
+
+def waiting():
+    say()
+    time.sleep(3)
+
+async def asleep():
+    asyncio.get_running_loop().call_later(0.1, say)
+    await asyncio.sleep(60)
+
 def work():
     try:
-        print("busy", flush=True)
         {busy}
     except Exception:
         print("swallowed")
@@ -27,10 +37,10 @@ cli.app = work
 cli.main()
 """
 BUSY = {
-    "sleeping": "time.sleep(60)",
-    "in an event loop": "asyncio.run(asyncio.sleep(60))",
-    "in a callback of an event loop": "asyncio.run(asyncio.to_thread(time.sleep, 3))",
-    "computing": "sum(i for i in range(10 ** 12))",
+    "sleeping": "say(); time.sleep(60)",
+    "in an event loop": "asyncio.run(asleep())",
+    "in a callback of an event loop": "asyncio.run(asyncio.to_thread(waiting))",
+    "computing": "say(); sum(i for i in range(10 ** 12))",
 }
 
 
@@ -61,7 +71,7 @@ def test_a_signal_ends_a_command_in_one_sentence_and_a_second_one_does_not_cut_i
 
 
 def test_a_signal_that_a_shell_has_set_to_be_ignored_is_ignored():
-    process = started("time.sleep(1.5)", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    process = started("say(); time.sleep(1.5)", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     os.kill(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=30)
     assert (process.returncode, out, errors) == (0, "cleaning\nclean\n", "")
