@@ -14,7 +14,7 @@ class RubricConfig(Config):
     kind: Literal["reference", "checkpoints"] = "reference"
     """The reference under a fixed scale, or weighted checkpoints that a language model drew from it, once."""
     prompt: str = "rubric-builder"
-    """How checkpoints are asked for."""
+    """How checkpoints are asked for: `rubric-builder`, the hash of an earlier version of it, or a prompt file."""
     max_new_tokens: PositiveInt = 2048
     deadline_s: float = Field(300.0, gt=0)
 
@@ -27,7 +27,8 @@ class GateConfig(Config):
     max_misplacement: float = Field(0.2, ge=0, le=1)
     """With the right reference."""
     min_separation: float = Field(0.1, ge=0, le=1)
-    """Misplacement without the reference and with a wrong one must be larger by so much, at least."""
+    """Misplacement without the reference and with a wrong one must be larger by so much, at least; required only of a
+    judge that is not within `max_misplacement` without the reference."""
     every_steps: PositiveInt | None = None
     """Checked again so often; None: only before the first stage that is judged."""
     limit: PositiveInt | None = None
@@ -47,14 +48,19 @@ class JudgeConfig(Config):
     """Environment variable that holds the endpoints' key."""
     prompt: str | None = None
     """For whole traces of every domain: a prompt shipped in judging/prompts, or the path of a prompt file.
-    None: the shipped one of the problem's domain. A prompt that shows {rubric} is for marking checkpoints, another one
+    None: the shipped one of the problem's domain. The hash of an earlier shipped prompt's content selects that one.
+    A prompt that shows {rubric} is for marking checkpoints (and, where it says `Sound: `, soundness), another one
     for judging by the reference; where the other kind of judging is needed the shipped prompt is taken."""
     prefix_prompt: str | None = None
     """The same for prefixes."""
     segment_prompt: str | None = None
     """The same for segments."""
     prompt_order: Literal["shared", "upstream"] = "shared"
-    """`shared` puts the trace last, so that a group's requests share their beginning; `upstream` the reference."""
+    """`shared` puts the trace last, so that a group's requests share their beginning; `upstream` the reference, and
+    takes the first set of shipped prompts, which follows the released ones, where `shipped_prompts` names no other."""
+    shipped_prompts: str | None = None
+    """Hash of the set of shipped prompts to take, as a run's inputs.json has it under `judge.shipped_prompts`; None:
+    the newest. It lets a run that was started with earlier prompts be resumed."""
     show_reference: bool = True
     """Without it the shipped prompts for judging without a reference are used."""
     rubric: RubricConfig = RubricConfig()

@@ -65,7 +65,10 @@ TABLE = (
     Row(("judge.endpoints", "judge.api_key_variable", "judge.place"), "free", "where the same judge is asked"),
     Row(("judge.endpoint_model",), "fixed", "the only name that is known of a judge behind endpoints"),
     Row(
-        ("judge.prompt", "judge.prefix_prompt", "judge.segment_prompt", "judge.rubric.prompt"),
+        (
+            *("judge.prompt", "judge.prefix_prompt", "judge.segment_prompt", "judge.rubric.prompt"),
+            "judge.shipped_prompts",
+        ),
         "content",
         "what the judge is asked",
     ),

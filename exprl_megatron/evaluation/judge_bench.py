@@ -61,7 +61,8 @@ def bench_judge(
     console = Console()
     console.print(arms_table(list(arms.values()), title))
     if gate is not None:
-        console.print(f"gate: {gate['says'] or 'passed'}", markup=False, highlight=False, soft_wrap=True)
+        says = [*(["passed"] if gate["passed"] else []), *([gate["says"]] if gate["says"] else [])]
+        console.print(f"gate: {': '.join(says)}", markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         record = {arm: figures.record() for arm, figures in arms.items()}
         _write_json(json_file, {"judge": judge.model, "traces": str(source), "arms": record, "gate": gate})
@@ -181,12 +182,13 @@ class _Reseeded:
 
 
 def _gate_record(config: GateConfig, traces: Sequence[JudgedTrace], arms: dict[Arm, ArmFigures]) -> dict[str, Any]:
-    """Whether the gate would let a run begin, and what it says where it would not."""
+    """Whether the gate would let a run start; why not, or what is to be known about a judge that needs no reference."""
+    gate, result = JudgeGate(config, traces), GateResult(**arms)
     try:
-        JudgeGate(config, traces).require(GateResult(**arms), "this judge would stop a run")
+        gate.require(result, "this judge would stop a run")
     except RunStopped as stopped:
         return {"passed": False, "says": str(stopped)}
-    return {"passed": True, "says": None}
+    return {"passed": True, "says": gate.remark(result)}
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:

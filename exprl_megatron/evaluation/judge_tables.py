@@ -32,6 +32,7 @@ _STEP_ROWS: dict[str, Callable[[WrongStepFigures], str]] = {
     "AUROC": lambda unit: _number(unit.auroc),
     "95 %, over problems": lambda unit: _bounds(unit.interval),
     "AUROC within a trace": lambda unit: _number(unit.paired_auroc),
+    "pairs that fall / equal / rise": lambda unit: f"{unit.falls} / {unit.equals} / {unit.rises}",
     "abstained": lambda unit: f"{unit.abstained} of {unit.judgements}",
 }
 

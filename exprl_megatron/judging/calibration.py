@@ -15,8 +15,8 @@ RIGHT_FROM = 4
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 _WRONG_REFERENCE_SEED = 0xC0DE
-# A score may be a weighted sum, and 4 then miss itself by a rounding.
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
+"""Scores that differ by less are equal: a score may be a weighted sum, and 4 then miss itself by a rounding."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Misplacement:
 def misplacement(scores: Sequence[float | None], correct: Sequence[bool]) -> Misplacement:
     """From scores (None: abstained, not counted) and whether each trace is right in truth."""
     values, right = _scored(scores, correct)
-    passed = values >= RIGHT_FROM - _ROUNDING
+    passed = values >= RIGHT_FROM - ROUNDING
     return Misplacement(_share(~passed[right]), _share(passed[~right]))
 
 
@@ -85,7 +85,7 @@ def histogram(scores: Sequence[float]) -> tuple[int, int, int, int, int]:
 def agreement(repeats: Sequence[float]) -> float:
     """Share of pairs of one trace's scores that are equal; nan for fewer than two scores."""
     pairs = list(combinations(repeats, 2))
-    return _share([abs(a - b) <= _ROUNDING for a, b in pairs])
+    return _share([abs(a - b) <= ROUNDING for a, b in pairs])
 
 
 def bootstrap_interval(

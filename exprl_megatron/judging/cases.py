@@ -78,7 +78,12 @@ class CaseBuilder:
 
     def guard(self, tags: frozenset[str]) -> DataGuard:
         """Makes text plain data for this judge and a prompt with these tags."""
-        return DataGuard(tags, self._control, every_score=self._config.parser == "released")
+        return DataGuard(
+            tags,
+            self._control,
+            every_score=self._config.parser == "released",
+            soundness=self._config.rubric.kind == "checkpoints",
+        )
 
     def shows_reference(self, problem: Problem) -> bool:
         """Whether the judge reads the problem's reference."""
@@ -89,7 +94,7 @@ class CaseBuilder:
         if own is not None and ("rubric" in own.placeholders) == (rubric is not None):
             return own
         measure = "checkpoints" if rubric is not None else "reference" if self.shows_reference(problem) else "noref"
-        return shipped_prompt(problem.domain, unit, measure, self._config.prompt_order)
+        return shipped_prompt(problem.domain, unit, measure, self._config.prompt_order, self._config.shipped_prompts)
 
     def _new_frame(self, prompt: JudgePrompt, statement: str, reference: str | None, rubric: Rubric | None):
         rubric_text = rubric.text if rubric is not None else ""

@@ -42,6 +42,7 @@ _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
 _SCORE = re.compile(STATEMENT, re.IGNORECASE)
 _SCORE_HEADING = re.compile(r"(?<=score)([*_`]*[ \t]*)(?=\n[\s*_=`\[($-]*\d)", re.IGNORECASE)
+_SOUNDNESS = re.compile(r"(sound(?:ness)?[*_\s]*)[:：](?=[\s*_\[(]*(?:yes|no))", re.IGNORECASE)
 _MARK = re.compile(
     r"(mark[*_\s]*\d+[*_]*\s*)[:：](?=[\s*_\[(]*(?:established|partial|absent|contradicted))", re.IGNORECASE
 )
@@ -50,11 +51,13 @@ _MARK = re.compile(
 class DataGuard:
     """Makes text plain data for one judge (its control tokens, its parser) and one prompt (its tags)."""
 
-    def __init__(self, tags: Iterable[str], control: re.Pattern, *, every_score: bool = False):
-        """`every_score`: the parser takes a `Score:` for a verdict even where no number follows."""
+    def __init__(self, tags: Iterable[str], control: re.Pattern, *, every_score: bool = False, soundness: bool = False):
+        """`every_score`: the parser takes a `Score:` for a verdict even where no number follows. `soundness`: a line
+        `Sound: yes` is part of the verdict."""
         self._tags = frozenset(tags) | {"score"}
         self._control = control
         self._every_score = every_score
+        self._marks = (_MARK, _SOUNDNESS) if soundness else (_MARK,)
 
     def __call__(self, text: str) -> str:
         """`text` as data; applied twice it is as applied once."""
@@ -62,7 +65,8 @@ class DataGuard:
         text = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         text = _SCORE.sub(lambda match: f"{match[0][:-1]} =", text)
         text = _SCORE_HEADING.sub(r"\1 =", text)
-        text = _MARK.sub(r"\1 =", text)
+        for pattern in self._marks:
+            text = pattern.sub(r"\1 =", text)
         return text.replace("Score:", "Score =") if self._every_score else text
 
     def each(self, texts: Sequence[str]) -> list[str]:
@@ -79,7 +83,7 @@ class DataGuard:
         if seen(text) != text:
             return 0
         tags = (match for match in _ANGLED.finditer(text) if self._tag_disarmed(match) != match[0])
-        found = [next(tags, None), *(pattern.search(text) for pattern in (self._control, _SCORE, _MARK))]
+        found = [next(tags, None), *(pattern.search(text) for pattern in (self._control, _SCORE, *self._marks))]
         places = [match.start() for match in found if match]
         if self._every_score and (place := text.find("Score:")) >= 0:
             places.append(place)

@@ -1,4 +1,4 @@
-"""The gate: a judge that does not tell right traces from wrong ones by reading the reference may not train."""
+"""The gate: a judge that does not tell right traces from wrong ones, by the reference or by itself, may not train."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,11 +63,23 @@ class JudgeGate:
                 "prompt, or move the bound in judge.gate."
             )
 
+    def remark(self, result: GateResult) -> str | None:
+        """A sentence about a judge that needs no reference on these traces; None about another."""
+        if not result.none.misplaced.rate <= self._config.max_misplacement:
+            return None
+        return (
+            f"without a reference {_told(result.none)}, so that no separation is asked for; with a wrong reference "
+            f"{_told(result.wrong)}"
+        )
+
     def _faults(self, result: GateResult) -> Iterator[str]:
         bound = self._config.max_misplacement
         # Written so that nan, where too little was scored, is a fault too.
         if not result.right.misplaced.rate <= bound:
             yield f"with the right reference {_told(result.right)}, more than max_misplacement ({bound:.1%}) allows"
+        # A judge that is right without a reference need not be worse without one.
+        if self.remark(result) is not None:
+            return
         for figures, reference in ((result.none, "no reference"), (result.wrong, "a wrong reference")):
             apart = figures.misplaced.rate - result.right.misplaced.rate
             if not apart >= self._config.min_separation:

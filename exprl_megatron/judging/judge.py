@@ -20,13 +20,21 @@ from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, Unit
 from exprl_megatron.judging.rubric import VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
 from exprl_megatron.judging.store import TRANSIENT, JudgementStore
-from exprl_megatron.judging.verdict import expected_score, normalise, read_marks, read_verdict, stated_score
+from exprl_megatron.judging.verdict import (
+    expected_score,
+    normalise,
+    read_marks,
+    read_soundness,
+    read_verdict,
+    stated_score,
+)
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.prompts import check_template
 from exprl_megatron.token_ids import TokenIds
 
 _SAMPLE = Problem("sample", "1 + 1", Reference("The sum of 1 and 1 is 2."))
 SCORE_REGEX = "Score: [1-5]"
+SOUNDNESS_REGEX = r'Sound: (yes|no - "[^"\n]{1,160}")'
 
 
 class _Turn:
@@ -196,7 +204,7 @@ class Judge:
                 temperature=config.reask_temperature if attempt else config.temperature,
                 seed=(seed + attempt) % 2**31,
                 deadline_s=config.deadline_s + REQUEST_GRACE_S,
-                regex=_answer_regex(case.rubric) if config.score_format == "constrained" else None,
+                regex=_answer_regex(case) if config.score_format == "constrained" else None,
                 probabilities=config.score_reading == "expected" and case.rubric is None,
             )
 
@@ -205,9 +213,11 @@ class Judge:
             if answer.cut_off:
                 return Abstained("cut-off", answer.text)
             marks = read_marks(answer.text, len(case.rubric.checkpoints))
-            if marks is None:
+            soundness = read_soundness(answer.text) if case.prompt.asks_soundness else None
+            if marks is None or (soundness is None and case.prompt.asks_soundness):
                 return Abstained("unreadable", answer.text)
-            return Scored(case.rubric.score(marks, case.unit), answer.text)
+            sound = None if soundness is None else soundness.sound
+            return Scored(case.rubric.score(marks, case.unit, sound), answer.text)
 
         def scored(answer: Answer) -> Judgement:
             return read_answer(answer, self._config)
@@ -239,12 +249,13 @@ def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
     return verdict if expected is None else Scored(normalise(expected), answer.text)
 
 
-def _answer_regex(rubric: Rubric | None) -> str:
+def _answer_regex(case: Case) -> str:
     """Constrains an answer to the verdict alone."""
-    if rubric is None:
+    if case.rubric is None:
         return SCORE_REGEX
     marks = "|".join(VALUES)
-    return r"\n".join(f"Mark {number}: ({marks})" for number in range(1, len(rubric.checkpoints) + 1))
+    lines = [f"Mark {number}: ({marks})" for number in range(1, len(case.rubric.checkpoints) + 1)]
+    return r"\n".join([*lines, SOUNDNESS_REGEX] if case.prompt.asks_soundness else lines)
 
 
 def _identity(config: JudgeConfig) -> dict[str, str]:

@@ -3,6 +3,9 @@
 The shipped prompts have names like `math-trace`, `code-segment-noref` and `science-prefix-checkpoints`: domain, unit
 and what a trace is measured against. They are put together from the pieces in prompts/parts, so that what they share
 is written once. Anything else is one file with a system and a user section.
+
+prompts/earlier/N holds the pieces of the N-th set of shipped prompts, as they were. A name means the newest prompt; an
+earlier one is selected by the hash of its content alone, and so is an earlier set.
 """
 
 import hashlib
@@ -11,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,15 +23,21 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Unit
 
 SHIPPED = Path(__file__).parent / "prompts"
+PARTS = SHIPPED / "parts"
+EARLIER = tuple(sorted(path for path in (SHIPPED / "earlier").iterdir() if path.is_dir()))
+"""The pieces of the shipped prompts of today, and those of earlier ones, the first set first."""
 PLACEHOLDERS = ("problem", "reference", "rubric", "trace")
 
 Measure = Literal["reference", "noref", "checkpoints"]
 """What a trace is measured against: the reference, the judge's own knowledge, or a rubric of checkpoints."""
 Order = Literal["shared", "upstream"]
-"""Trace last, so that the requests about one problem begin alike; or, as in the released code, the reference last."""
+"""Trace last, so that the requests about one problem begin alike; or the reference last, as in the released code, whose
+questions and scales the first set follows: by default this order takes the prompts of that set."""
 
 _SECTION = re.compile(r"^## (system|user)[ \t]*$", re.MULTILINE)
 _PART = re.compile(r"^## ([a-z-]+)[ \t]*$", re.MULTILINE)
+_HASH = re.compile(r"[0-9a-f]{16}")
+_SOUNDNESS = re.compile(r"\bSound: ", re.ASCII)
 # A brace after a letter or a brace belongs to TeX (\boxed{x}, a_{n}), not to us.
 _PLACEHOLDER = re.compile(r"(?<![\w}^\\])\{([a-z_]+)\}")
 _TAG = re.compile(r"</([a-z]+)>")
@@ -67,6 +77,11 @@ class JudgePrompt:
         """Names of the tags that set off data; what is filled in must not hold them (see DataGuard)."""
         return frozenset(_TAG.findall(self._text)) | {*PLACEHOLDERS, "checkpoints"}
 
+    @cached_property
+    def asks_soundness(self) -> bool:
+        """Whether it asks for a line `Sound: ` beside the marks of checkpoints (see Rubric.score)."""
+        return "rubric" in self.placeholders and _SOUNDNESS.search(self._text) is not None
+
     def messages(
         self, problem: str, reference: str, trace: str, rubric: str = "", guard: Callable[[str], str] = str
     ) -> list[dict[str, str]]:
@@ -89,7 +104,8 @@ class JudgePrompt:
 
 
 def load_prompt(name: str, order: Order = "shared", shows: str = "trace") -> JudgePrompt:
-    """The prompt shipped under `name`, or that in the file of this path.
+    """The prompt shipped under `name`, that whose content has this hash (`JudgePrompt.version`), or that in the file of
+    this path.
 
     A prompt file is text with the sections `## system` (optional) and `## user`; `order` is about the shipped prompts
     that are put together. Raises UserError where the file is missing, has no user section, names an unknown
@@ -97,20 +113,17 @@ def load_prompt(name: str, order: Order = "shared", shows: str = "trace") -> Jud
     """
     if name in shipped_names():
         return shipped_prompt(*shipped_names()[name], order)
-    path = SHIPPED / f"{name}.md"
-    if not path.is_file():
-        path = Path(name).expanduser()
-    if not path.is_file():
-        shipped = ", ".join([*sorted(p.stem for p in SHIPPED.glob("*.md")), *shipped_names()])
-        raise UserError(f"There is no judge prompt {name!r}; give the path of a file or one of: {shipped}.")
-    prompt = _parsed(path)
+    if _HASH.fullmatch(name) and name in _prompts_by_hash():
+        prompt, place = _prompts_by_hash()[name], name
+    else:
+        prompt, place = _from_file(name)
     if unknown := sorted(prompt.placeholders - set(PLACEHOLDERS)):
         raise UserError(
-            f"The judge prompt {path} has the unknown placeholder {{{unknown[0]}}}; "
+            f"The judge prompt {place} has the unknown placeholder {{{unknown[0]}}}; "
             f"the known ones are {', '.join(PLACEHOLDERS)}."
         )
     if shows not in prompt.placeholders:
-        raise UserError(f"The judge prompt {path} never shows the {shows}; put {{{shows}}} into its user section.")
+        raise UserError(f"The judge prompt {place} never shows the {shows}; put {{{shows}}} into its user section.")
     return prompt
 
 
@@ -125,28 +138,91 @@ def shipped_names() -> dict[str, tuple[Domain, Unit, Measure]]:
     }
 
 
+def shipped_prompt(
+    domain: Domain, unit: Unit, measure: Measure, order: Order = "shared", prompt_set: str | None = None
+) -> JudgePrompt:
+    """The shipped prompt for judging this part of a trace by this measure.
+
+    `prompt_set` is the hash of a set of shipped prompts (see `prompt_set_hash`); None: today's, or the first one for
+    the order `upstream`. Raises UserError where there is no such set.
+    """
+    return _assembled(_set_parts(order, prompt_set), domain, unit, measure, order)
+
+
+def prompt_set_hash(order: Order = "shared", prompt_set: str | None = None) -> str:
+    """SHA-256 (hex) over the versions of all prompts of a set, in the order `shared`; arguments as shipped_prompt."""
+    return _set_hash(_set_parts(order, prompt_set))
+
+
+def is_shipped_hash(content: str) -> bool:
+    """Whether a shipped prompt, or a set of them, of today or of earlier, has this hash."""
+    return content in _prompts_by_hash() or content in map(_set_hash, (*EARLIER, PARTS))
+
+
+def _set_parts(order: Order, prompt_set: str | None) -> Path:
+    """The directory of a set's pieces."""
+    if prompt_set is None:
+        return EARLIER[0] if order == "upstream" else PARTS
+    known = {_set_hash(parts): parts for parts in (*EARLIER, PARTS)}
+    if prompt_set not in known:
+        raise UserError(
+            f"There is no set of shipped prompts with the hash {prompt_set}; the known ones are {', '.join(known)}."
+        )
+    return known[prompt_set]
+
+
 @cache
-def shipped_prompt(domain: Domain, unit: Unit, measure: Measure, order: Order = "shared") -> JudgePrompt:
-    """The shipped prompt for judging this part of a trace by this measure."""
-    common, own = _parts("common"), _parts(domain)
+def _set_hash(parts: Path) -> str:
+    versions = [_assembled(parts, *case, "shared").version for case in shipped_names().values()]
+    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()
+
+
+@cache
+def _prompts_by_hash() -> dict[str, JudgePrompt]:
+    """All prompts of all sets, in both orders, and the rubric builders, by version."""
+    sets = product((*EARLIER, PARTS), shipped_names().values(), get_args(Order))
+    prompts = [_assembled(parts, *case, order) for parts, case, order in sets]
+    prompts += [_parsed(path / "rubric-builder.md") for path in (*EARLIER, SHIPPED)]
+    return {prompt.version: prompt for prompt in prompts}
+
+
+@cache
+def _assembled(parts: Path, domain: Domain, unit: Unit, measure: Measure, order: Order) -> JudgePrompt:
+    common, own = _parts(parts / "common.md"), _parts(parts / f"{domain}.md")
     marked = measure == "checkpoints"
-    task = common["task-checkpoints"] if marked else own[unit]
+    # The first set has no pieces about soundness.
+    soundness = [common.get("task-soundness"), own.get("soundness")]
+    tasks = [common["task-checkpoints"], *filter(None, soundness)] if marked else [own[unit]]
     answer = common["answer-checkpoints" if marked else "answer-score"]
     introduction = [own["role"], common[f"shown-{unit}"], common[f"measure-{measure}"]]
     sections = [f"section-{unit}"] if measure == "noref" else [f"section-{measure}", f"section-{unit}"]
     if order == "upstream":
         sections.reverse()
     return JudgePrompt(
-        system="\n\n".join([*introduction, task, common["data"], answer]),
+        system="\n\n".join([*introduction, *tasks, common["data"], answer]),
         user="\n\n".join(common[name] for name in ["section-problem", *sections]),
     )
 
 
 @cache
-def _parts(name: str) -> dict[str, str]:
-    """The pieces in prompts/parts/NAME.md; what stands before the first heading is for people."""
-    pieces = _PART.split((SHIPPED / "parts" / f"{name}.md").read_text(encoding="utf-8"))
+def _parts(path: Path) -> dict[str, str]:
+    """The pieces in a file; what stands before the first heading is for people."""
+    pieces = _PART.split(path.read_text(encoding="utf-8"))
     return dict(zip(pieces[1::2], (text.strip() for text in pieces[2::2]), strict=True))
+
+
+def _from_file(name: str) -> tuple[JudgePrompt, str]:
+    """The prompt in the shipped or other file of this name, and the file's path."""
+    path = SHIPPED / f"{name}.md"
+    if not path.is_file():
+        path = Path(name).expanduser()
+    if not path.is_file():
+        shipped = ", ".join([*sorted(p.stem for p in SHIPPED.glob("*.md")), *shipped_names()])
+        raise UserError(
+            f"There is no judge prompt {name!r}; give the path of a file, the hash of an earlier shipped prompt or one "
+            f"of: {shipped}."
+        )
+    return _parsed(path), str(path)
 
 
 def _parsed(path: Path) -> JudgePrompt:

@@ -18,6 +18,10 @@ from exprl_megatron.judging.verdict import Mark
 FEWEST, MOST = 2, 6
 VALUES: dict[Mark, float] = {"established": 1.0, "partial": 0.5, "absent": 0.0, "contradicted": -1.0}
 """What a mark is worth, as a share of its checkpoint's weight."""
+SOUND_FLOOR = 0.3
+"""The score of a sound prefix or segment that has not reached any checkpoint yet."""
+UNSOUND_SHARE = 0.3
+"""What of its progress an unsound text keeps."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,24 @@ class Rubric:
         """As the judge reads it: one numbered line for each checkpoint."""
         return "\n".join(f"{i}. {' '.join(c.text.split())}" for i, c in enumerate(self.checkpoints, start=1))
 
-    def score(self, marks: Sequence[Mark], unit: Unit = "trace") -> float:
-        """The score in [0, 1] of what was marked.
+    def score(self, marks: Sequence[Mark], unit: Unit = "trace", sound: bool | None = None) -> float:
+        """The score in [0, 1] of what was marked, from its progress p and whether it is `sound`.
+
+        None: the judge was not asked, and the score is p. Else a text is sound where the judge says so and no
+        checkpoint is contradicted. What is not sound gets 0.3 p. A sound trace gets p, a sound prefix or segment
+        0.3 + 0.7 p: valid work that has not reached a checkpoint yet is worth more than work with an error, while a
+        whole trace that reaches nothing is worth nothing.
+        """
+        progress = self.progress(marks, unit)
+        if sound is None:
+            return progress
+        if not sound or "contradicted" in marks:
+            return UNSOUND_SHARE * progress
+        floor = 0.0 if unit == "trace" else SOUND_FLOOR
+        return floor + (1 - floor) * progress
+
+    def progress(self, marks: Sequence[Mark], unit: Unit = "trace") -> float:
+        """How much of a solution the marks make up, in [0, 1].
 
         A trace or a prefix: the weighted mean of the marks' values (established 1, partial 1/2, absent 0,
         contradicted -1), and 0 where that is negative. A contradiction costs what its checkpoint would have brought,

@@ -1,7 +1,9 @@
-"""Reading a judge's verdict out of its words: a score of 1..5, or a mark for each checkpoint of a rubric."""
+"""Reading a judge's verdict out of its words: a score of 1..5, or a mark for each checkpoint of a rubric and whether
+what was marked is sound."""
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
@@ -15,7 +17,23 @@ _MARK = re.compile(
     r"(?<![a-z])mark[*_ \t]*(?P<checkpoint>\d+)[*_ \t]*:[\s*_\[(]*(?P<mark>established|partial|absent|contradicted)\b",
     re.IGNORECASE | re.ASCII,
 )
+# "Sound: no errors", "Sound: yes/no" and "Sound: yes, but ..." are not verdicts.
+_SOUND = re.compile(
+    r"^[-*_#>•` \t]*sound(?:ness)?[*_ \t]*[:：][\s*_\[(`]*(?P<sound>yes|no)\b[*_\])`. \t]*"
+    r"(?P<words>$|[-–—.:;,(\"'“‘«„「][^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_RESTRICTED = re.compile(r"[-–—.:;,( \t]*(?:but|except|apart|although|though|however|or|no)\b", re.IGNORECASE)
 _QUOTES = "\"'`“”‘’«»„「>"
+
+
+@dataclass(frozen=True)
+class Soundness:
+    """Whether all that a judge was shown is valid."""
+
+    sound: bool
+    words: str = ""
+    """The first words that are not, as the judge quotes them; empty where it quotes none."""
 
 
 def stated_score(text: str, parser: Parser = "last") -> StatedScore | None:
@@ -56,6 +74,22 @@ def read_marks(text: str, checkpoints: int) -> tuple[Mark, ...] | None:
         found[int(match["checkpoint"])] = match["mark"].lower()
     marks = tuple(found.get(number) for number in range(1, checkpoints + 1))
     return None if None in marks else marks
+
+
+def read_soundness(text: str) -> Soundness | None:
+    """What the last line `Sound: yes` or `Sound: no - "..."` says; None where there is none.
+
+    What directly follows a quotation mark counts only where nothing else does; what is in a thinking block, nowhere.
+    """
+    found = None
+    text = mask_thinking(text)
+    for match in sorted(_SOUND.finditer(text), key=lambda match: ">" not in text[match.start() : match.start("sound")]):
+        sound = match["sound"].lower() == "yes"
+        if sound and _RESTRICTED.match(match["words"]):
+            continue
+        words = "" if sound else match["words"].strip(" \t\r*_-–—.:;,()")
+        found = Soundness(sound, words.strip(_QUOTES) or words)
+    return found
 
 
 def normalise(score: float) -> float:

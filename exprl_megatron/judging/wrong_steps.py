@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from exprl_megatron.judging.arms import Grade, judge_all, on_scale, without_nan
-from exprl_megatron.judging.calibration import Interval, auroc, bootstrap_interval
+from exprl_megatron.judging.calibration import ROUNDING, Interval, auroc, bootstrap_interval
 from exprl_megatron.judging.champ import MarkedTrace
 from exprl_megatron.judging.judgement import Abstained, Judgement, Unit
 from exprl_megatron.problems.problem import Problem
@@ -37,6 +37,11 @@ class WrongStepFigures:
     """Of the AUROC, 95 %, bootstrap over problems."""
     paired_auroc: float
     """Before against after within the same trace: the difficulty of problems cancels out."""
+    falls: int
+    """Traces whose score is lower with the marked step than before it."""
+    equals: int
+    """Traces whose score is the same."""
+    rises: int
     abstained: int
     judgements: int
 
@@ -73,6 +78,8 @@ def wrong_step_figures(
         return auroc([scores[i] for i in indices], [right[i] for i in indices])
 
     pairs = [(b, a) for b, a in zip(high, low, strict=True) if b is not None and a is not None]
+    falls = sum(a < b - ROUNDING for b, a in pairs)
+    equals = sum(abs(b - a) <= ROUNDING for b, a in pairs)
     given = [judgement for judgement in (*before, *after) if judgement is not None]
     return WrongStepFigures(
         unit=unit,
@@ -83,7 +90,10 @@ def wrong_step_figures(
         mean_unmarked=_mean([s for s, m in zip(high, marked, strict=True) if not m]),
         auroc=auroc(scores, right),
         interval=bootstrap_interval(problems + problems, resampled),
-        paired_auroc=_mean([1.0 if b > a else 0.5 if b == a else 0.0 for b, a in pairs]),
+        paired_auroc=(falls + equals / 2) / len(pairs) if pairs else float("nan"),
+        falls=falls,
+        equals=equals,
+        rises=len(pairs) - falls - equals,
         abstained=sum(isinstance(judgement, Abstained) for judgement in given),
         judgements=len(given),
     )

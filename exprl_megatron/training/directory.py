@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -12,6 +12,7 @@ from exprl_megatron.config.resuming import refused_changes
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.files import Claim, keep_private, write_atomically
+from exprl_megatron.judging.prompt import is_shipped_hash
 
 
 class RunDirectory:
@@ -84,7 +85,7 @@ class RunDirectory:
         if others := sorted(key for key in keys if recorded.get(key) != contents.get(key)):
             raise UserError(
                 f"The contents of {', '.join(others)} are others than when the run in {self.root} was started; "
-                "put them back, or start a new run in another directory."
+                f"{_earlier_prompts(others, recorded)}put them back, or start a new run in another directory."
             )
         if changed := refused_changes(read_config(self), config, same_contents=recorded is not None):
             raise UserError(
@@ -110,6 +111,12 @@ class RunDirectory:
         return self.config.is_file() and any(
             file.stat().st_size for path in kept for file in (path, *path.rglob("*")) if file.is_file()
         )
+
+
+def _earlier_prompts(keys: Sequence[str], recorded: Mapping[str, str]) -> str:
+    """How to go on with the shipped prompts that a run was started with, where they are what differs."""
+    named = [f"{key}={recorded[key]}" for key in keys if is_shipped_hash(recorded.get(key, ""))]
+    return f"resume it with {' '.join(named)} (the prompts that it was started with), " if named else ""
 
 
 def read_config(directory: RunDirectory) -> RunConfig:

@@ -10,17 +10,15 @@ import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 import xxhash
 
-from exprl_megatron.config.problems import Domain, ProblemsConfig
+from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
 from exprl_megatron.conversion.weights import MEGATRON
 from exprl_megatron.judging.judge_model import model_identity
-from exprl_megatron.judging.judgement import Unit
-from exprl_megatron.judging.prompt import Measure, load_prompt, shipped_prompt
+from exprl_megatron.judging.prompt import load_prompt, prompt_set_hash
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.examples import read_examples
@@ -54,7 +52,7 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
             if name is not None:
                 yield f"judge.{key}", load_prompt(name, judge.prompt_order).version
         # Prompts of one's own do for one unit and kind of judging; the shipped ones fill in for all others.
-        yield "judge.shipped_prompts", _shipped_prompts()
+        yield "judge.shipped_prompts", prompt_set_hash(judge.prompt_order, judge.shipped_prompts)
         if judge.rubric.kind == "checkpoints":
             yield "judge.rubric.prompt", load_prompt(judge.rubric.prompt, shows="reference").version
 
@@ -88,17 +86,6 @@ def _fields(problem: Problem) -> list:
     """Every field, with a hash where the reference is."""
     values = (getattr(problem, field.name) for field in dataclasses.fields(problem))
     return [_hash(value.for_training()) if isinstance(value, Reference) else value for value in values]
-
-
-def _shipped_prompts() -> str:
-    return _hash(
-        [
-            shipped_prompt(domain, unit, measure).version
-            for domain in get_args(Domain)
-            for unit in get_args(Unit)
-            for measure in get_args(Measure)
-        ]
-    )
 
 
 def _hash(value: object) -> str:

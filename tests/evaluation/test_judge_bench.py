@@ -150,7 +150,10 @@ def test_a_process_judge_is_scored_at_champs_first_wrong_steps(config, bench, ca
         assert found["abstained"] <= 1
         assert found["mean_before"] == found["mean_after"] == 5
         assert found["auroc"] == found["paired_auroc"] == 0.5
-    assert "AUROC within a trace" in capsys.readouterr().out
+        assert found["falls"] == found["rises"] == 0 < found["equals"]
+    shown = capsys.readouterr().out
+    assert "AUROC within a trace" in shown
+    assert "pairs that fall / equal / rise" in shown
 
 
 @pytest.mark.parametrize(

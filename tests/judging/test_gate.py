@@ -68,21 +68,71 @@ def test_a_judge_that_passes_everything_is_stopped_by_both_bounds():
     assert "\n" not in told
 
 
-def test_a_judge_that_does_not_need_the_reference_is_stopped_by_the_separation_alone():
-    _, told = checked(knower)
+def test_a_judge_that_needs_no_reference_passes_and_is_remarked_on():
+    result, told = checked(knower)
+    assert told is None
+    remark = gate().remark(result)
+    assert remark.startswith("without a reference it misplaces 0.0% [0.0, 0.0], so that no separation is asked for; ")
+    assert remark.endswith("with a wrong reference it misplaces 0.0% [0.0, 0.0]")
+    assert gate().remark(checked(reader)[0]) is None
+
+
+def test_a_judge_that_needs_no_reference_and_obeys_a_wrong_one_passes():
+    """As measured with a capable judge: 10 %, 10 % and 50 % misplaced."""
+
+    async def grade(problem, text, unit):
+        if problem.reference is not None and problem.reference.for_judge() != f"It is {problem.id[1:]}.":
+            return Scored(0.0)
+        if problem.id in ("p1", "p2") and text != "0":
+            return Scored(0.25)
+        return await knower(problem, text, unit)
+
+    result, told = checked(grade)
+    assert told is None
+    rates = [result.metrics()[f"misplacement_{arm}"] for arm in ("right", "none", "wrong")]
+    assert rates == [0.1, 0.1, 0.5]
+
+
+def guesser(wrong_passes):
+    """Never looks at the reference, and passes the wrong traces of these problems."""
+
+    async def grade(problem, text, unit):
+        return Scored(1.0) if problem.id in wrong_passes else await knower(problem, text, unit)
+
+    return grade
+
+
+def test_a_judge_that_is_wrong_without_a_reference_must_be_better_with_it():
+    async def grade(problem, text, unit):
+        passed = ("p1", "p2", "p3") if problem.reference is not None else ("p1", "p2", "p3", "p4", "p5")
+        return await guesser(passed)(problem, text, unit)
+
+    result, told = checked(grade, max_misplacement=0.2, min_separation=0.11)
+    assert (result.right.misplaced.rate, result.none.misplaced.rate) == (0.15, 0.25)
     assert "max_misplacement" not in told
-    assert "with no reference" in told
-    assert "with a wrong reference" in told
-    assert checked(knower, min_separation=0)[1] is None
+    assert "with no reference it misplaces 25.0%" in told
+    assert "with a wrong reference it misplaces 15.0%" in told
+
+
+def test_the_right_arms_bound_is_kept_whatever_the_judge_does_without_a_reference():
+    async def grade(problem, text, unit):
+        return await (knower if problem.reference is None else yes_man)(problem, text, unit)
+
+    _, told = checked(grade)
+    assert "with the right reference it misplaces 50.0%" in told
+    assert "min_separation" not in told
 
 
 def test_one_arm_that_is_not_apart_is_enough():
     async def grade(problem, text, unit):
-        return await (knower if problem.reference is None else reader)(problem, text, unit)
+        """Reads every reference; a wrong one changes nothing."""
+        if problem.reference is None:
+            return await yes_man(problem, text, unit)
+        return await knower(problem, text, unit)
 
     _, told = checked(grade)
-    assert "with no reference it misplaces 0.0%" in told
-    assert "with a wrong reference" not in told
+    assert "with a wrong reference it misplaces 0.0%" in told
+    assert "with no reference" not in told
 
 
 def test_a_judge_without_verdicts_does_not_pass():

@@ -1,12 +1,24 @@
 """Prompt files, and the shipped prompts that are put together from pieces."""
 
+import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.prompt import JudgePrompt, load_prompt, shipped_names, shipped_prompt
+from exprl_megatron.judging.prompt import (
+    JudgePrompt,
+    is_shipped_hash,
+    load_prompt,
+    prompt_set_hash,
+    shipped_names,
+    shipped_prompt,
+)
 
+FIRST_SET = "31c9d89a6ee6956b527c7621afe72bfd8b546ab09a21f10b15da5d716759549a"
+"""Of what was shipped first, as runs of that time have it in their inputs.json."""
+FIRST_VERSIONS = json.loads((Path(__file__).parent / "first_prompt_versions.json").read_text())
 DOMAINS = ("math", "multiple-choice", "science", "code")
 UNITS = ("trace", "prefix", "segment")
 MEASURES = ("reference", "noref", "checkpoints")
@@ -77,6 +89,81 @@ def test_shipped_prompts_go_by_their_names():
     assert load_prompt("science-prefix-noref") == shipped_prompt("science", "prefix", "noref")
     assert load_prompt("multiple-choice-segment") == shipped_prompt("multiple-choice", "segment", "reference")
     assert load_prompt("math-trace", "upstream") == shipped_prompt("math", "trace", "reference", "upstream")
+
+
+def _system(domain, unit, measure):
+    """A shipped prompt's system message in one line."""
+    return " ".join(shipped_prompt(domain, unit, measure).system.split())
+
+
+@pytest.mark.parametrize("order", ["shared", "upstream"])
+def test_earlier_prompts_are_selected_by_the_hash_of_their_content_alone(order):
+    assert FIRST_VERSIONS.keys() == {"shared", "upstream", "rubric-builder"}
+    assert FIRST_VERSIONS[order].keys() == shipped_names().keys()
+    for name, version in FIRST_VERSIONS[order].items():
+        case = shipped_names()[name]
+        assert load_prompt(version) == shipped_prompt(*case, order, FIRST_SET)
+        assert load_prompt(version).version == version
+        assert shipped_prompt(*case).version != version
+        assert is_shipped_hash(version)
+
+
+def test_the_earlier_rubric_builder_is_selected_by_its_hash():
+    version = FIRST_VERSIONS["rubric-builder"]
+    assert load_prompt(version, shows="reference").version == version
+    assert load_prompt("rubric-builder", shows="reference").version != version
+    with pytest.raises(UserError, match=f"{version} never shows the trace"):
+        load_prompt(version)
+
+
+def test_sets_of_prompts_are_known_by_their_hash():
+    assert prompt_set_hash(prompt_set=FIRST_SET) == FIRST_SET != prompt_set_hash()
+    assert shipped_prompt("math", "trace", "noref", prompt_set=prompt_set_hash()) == load_prompt("math-trace-noref")
+    assert is_shipped_hash(FIRST_SET) and is_shipped_hash(prompt_set_hash())
+    assert not is_shipped_hash("0" * 64)
+    with pytest.raises(UserError, match=f"no set of shipped prompts with the hash 0000.*{FIRST_SET}"):
+        shipped_prompt("math", "trace", "noref", prompt_set="0" * 64)
+    with pytest.raises(UserError, match="no judge prompt '0000000000000000'"):
+        load_prompt("0" * 16)
+
+
+def test_the_released_order_keeps_the_prompts_that_follow_the_released_ones():
+    for name, version in FIRST_VERSIONS["upstream"].items():
+        assert load_prompt(name, "upstream").version == version
+    assert prompt_set_hash("upstream") == FIRST_SET
+
+
+@pytest.mark.parametrize(("domain", "unit"), product(DOMAINS, UNITS))
+def test_the_questions_are_about_correctness_and_not_about_a_probability(domain, unit):
+    assert "probable" not in _system(domain, unit, "reference")
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_scale_of_prefixes_gives_what_is_unsound_one_or_two_and_what_is_sound_more(domain):
+    system = shipped_prompt(domain, "prefix", "reference").system
+    assert "what is unsound gets 1 or 2, what is sound 3, 4 or 5:\n1 - unsound, " in system
+    assert [
+        f"\n{digit} - {word}" in system for digit, word in zip("2345", ("unsound", *["sound"] * 3), strict=True)
+    ] == [True] * 4
+    assert "slip of the pen" in system
+    assert "a first right" in system.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("domain", "measure"), product(DOMAINS, ("reference", "checkpoints")))
+def test_prompts_say_what_to_do_where_the_reference_has_a_slip(domain, measure):
+    system = _system(domain, "trace", measure)
+    assert "known to be right" not in system
+    assert "nobody is marked down for not repeating the slip" in system
+
+
+@pytest.mark.parametrize(("domain", "unit"), product(DOMAINS, UNITS))
+def test_prompts_for_marking_ask_for_soundness_too(domain, unit):
+    prompt = shipped_prompt(domain, unit, "checkpoints")
+    assert prompt.asks_soundness
+    assert prompt.system.index("Mark 1:") < prompt.system.index("Sound: yes") < prompt.system.index("Sound: no - ")
+    assert "unsound too" in prompt.system or "invalid too" in prompt.system
+    assert not shipped_prompt(domain, unit, "reference").asks_soundness
+    assert not shipped_prompt(domain, unit, "checkpoints", prompt_set=FIRST_SET).asks_soundness
 
 
 def test_versions_differ_with_the_content_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 from judge_parts import PROBLEM, Scripted, make_judge
@@ -18,8 +19,12 @@ CHECKPOINTS = [
     {"text": "the sum is two", "weight": 3, "quote": "= 2"},
 ]
 RUBRIC = json.dumps({"checkpoints": CHECKPOINTS})
-MARKS = "Reasoning: so\n\nMark 1: established\nMark 2: partial"
+ALONE = "Reasoning: so\n\nMark 1: established\nMark 2: partial"
+MARKS = f"{ALONE}\nSound: yes"
+UNSOUND = f'{ALONE}\nSound: no - "1 + 1 = 3"'
 SCORE = (1 + 1.5) / 4
+FIRST_PREFIX_PROMPT = "6b9b010844556644"
+"""The hash of the first `math-prefix-checkpoints`."""
 
 
 def _judge(*clients, context_tokens=4096, rubric_deadline_s=30, **config):
@@ -52,10 +57,44 @@ def test_the_judge_reads_the_numbered_checkpoints_before_the_trace():
 
 
 def test_constrained_marks_are_nothing_but_marks():
-    client = Scripted(RUBRIC, "Mark 1: absent\nMark 2: absent")
+    client = Scripted(RUBRIC, "Mark 1: absent\nMark 2: absent\nSound: yes")
     assert asyncio.run(_judge(client, score_format="constrained").grade(PROBLEM, "1")).value == 0
     marks = "(established|partial|absent|contradicted)"
-    assert client.calls[1][1]["regex"] == rf"Mark 1: {marks}\nMark 2: {marks}"
+    regex = client.calls[1][1]["regex"]
+    assert regex.startswith(rf"Mark 1: {marks}\nMark 2: {marks}\nSound: ")
+    for verdict in ("yes", 'no - "1 + 1 = 3"'):
+        assert re.fullmatch(regex, f"Mark 1: partial\nMark 2: absent\nSound: {verdict}")
+    assert not re.fullmatch(regex, "Mark 1: partial\nMark 2: absent\nSound: no")
+
+
+@pytest.mark.parametrize(
+    ("answer", "unit", "score"),
+    [(MARKS, "trace", SCORE), (MARKS, "prefix", 0.3 + 0.7 * SCORE), (MARKS, "segment", 1)]
+    + [(UNSOUND, unit, 0.3 * progress) for unit, progress in (("trace", SCORE), ("prefix", SCORE), ("segment", 1))],
+)
+def test_what_is_unsound_scores_lower(answer, unit, score):
+    judged = asyncio.run(_judge(Scripted(RUBRIC, answer)).grade(PROBLEM, "1", unit))
+    assert judged.value == pytest.approx(score)
+    assert judged.evidence == answer
+
+
+def test_a_sound_beginning_that_has_reached_no_checkpoint_scores_above_zero():
+    client = Scripted(RUBRIC, "Mark 1: absent\nMark 2: absent\nSound: yes")
+    assert asyncio.run(_judge(client).grade(PROBLEM, "1", "prefix")).value == 0.3
+
+
+def test_marks_without_soundness_are_asked_for_again():
+    assert asyncio.run(_judge(Scripted(RUBRIC, ALONE, MARKS), reasks=1).grade(PROBLEM, "1")).value == SCORE
+    assert asyncio.run(_judge(Scripted(RUBRIC, ALONE)).grade(PROBLEM, "1")).reason == "unreadable"
+
+
+def test_earlier_prompts_ask_for_marks_alone_and_are_read_as_they_were():
+    first = "31c9d89a6ee6956b527c7621afe72bfd8b546ab09a21f10b15da5d716759549a"
+    client = Scripted(RUBRIC, UNSOUND, UNSOUND)
+    judge = _judge(client, shipped_prompts=first)
+    assert asyncio.run(judge.grade(PROBLEM, "1", "prefix")).value == SCORE
+    named = _judge(Scripted(RUBRIC, ALONE), prefix_prompt=FIRST_PREFIX_PROMPT)
+    assert asyncio.run(named.grade(PROBLEM, "1", "prefix")).value == SCORE
 
 
 def test_marks_that_cannot_be_read_are_asked_for_again():

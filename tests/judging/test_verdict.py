@@ -4,10 +4,12 @@ import pytest
 
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.verdict import (
+    Soundness,
     expected_score,
     normalise,
     parse_score,
     read_marks,
+    read_soundness,
     read_verdict,
     stated_score,
 )
@@ -121,3 +123,50 @@ def test_marks_are_read_for_every_checkpoint_or_not_at_all(text, marks):
 def test_the_expected_score_is_a_mean_over_what_probability_there_is():
     assert expected_score({1: 0.0, 2: 0.0, 3: 0.1, 4: 0.3, 5: 0.0}) == pytest.approx(3.75)
     assert expected_score(dict.fromkeys(range(1, 6), 0.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sound", "words"),
+    [
+        ("Mark 1: partial\nSound: yes", True, ""),
+        ("Sound: yes.", True, ""),
+        ("**Sound:** Yes", True, ""),
+        ("- **Sound**: yes", True, ""),
+        ("Soundness: yes - every step is valid", True, ""),
+        ('Sound: no - "so 2 + 2 = 5"', False, "so 2 + 2 = 5"),
+        ("Sound: no – “so 2 + 2 = 5”.", False, "so 2 + 2 = 5"),
+        ("**Sound: no** - `x = y - 1`", False, "x = y - 1"),
+        ("### Sound: NO", False, ""),
+        ('Sound: no, the first is "a > b"', False, 'the first is "a > b'),
+        ("Sound:\n\nno - 'x'", False, "x"),
+        ("`Sound: no`", False, ""),
+        ('Sound: yes\nOn reflection:\nSound: no - "x"', False, "x"),
+        ('Sound: no - "x"\n\nThe trace says:\n> Sound: yes', False, "x"),
+        ('Sound: no - "x"\nIt says "Sound: yes".', False, "x"),
+        ("<think>\nSound: no\n</think>\nSound: yes", True, ""),
+    ],
+)
+def test_the_last_line_about_soundness_counts(text, sound, words):
+    assert read_soundness(text) == Soundness(sound, words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Sound:",
+        "Mark 1: partial",
+        "Sound: no errors",
+        "Sound: yes/no",
+        "Sound: yes or no",
+        "Sound: yes, but not all",
+        "Sound: mostly",
+        "Sound: not entirely",
+        "The proof is sound: yes",
+        "<think>Sound: yes",
+        "unsound: no",
+        "Sound: yes. However, the last step fails",
+    ],
+)
+def test_what_does_not_say_whether_it_is_sound_is_no_verdict(text):
+    assert read_soundness(text) is None

@@ -46,6 +46,25 @@ def test_the_auroc_of_constructed_judges(grade, area, unit):
     assert found.judgements == 18
 
 
+@pytest.mark.parametrize(
+    "grade, pairs",
+    [(perfect, (8, 0, 0)), (inverted, (0, 0, 8)), (blind, (0, 8, 0))],
+    ids=["perfect", "inverted", "blind"],
+)
+def test_pairs_that_fall_stay_equal_and_rise_are_counted(grade, pairs):
+    found = figures(grade)
+    assert (found.falls, found.equals, found.rises) == pairs
+    assert [found.record()[name] for name in ("falls", "equals", "rises")] == list(pairs)
+
+
+def test_scores_that_differ_by_a_rounding_are_equal():
+    async def grade(problem, text, unit):
+        return Scored(0.1 + 0.2 if "WRONG" in text else 0.3)
+
+    found = figures(grade)
+    assert (found.falls, found.equals, found.rises, found.paired_auroc) == (0, 8, 0, 0.5)
+
+
 def test_means_are_scores_before_and_after_the_mark():
     found = figures(perfect)
     assert (found.mean_before, found.mean_after, found.mean_unmarked) == (5, 1, 5)

@@ -7,6 +7,7 @@ import pytest
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
+from exprl_megatron.judging.prompt import load_prompt, prompt_set_hash
 from exprl_megatron.training.directory import RunDirectory, read_config
 
 
@@ -73,6 +74,27 @@ def test_a_run_that_ended_before_its_first_step_does_not_block_the_directory(tmp
     directory.claim(config(tmp_path / "run", seed=5), resume=False).release()
     assert read_config(directory).seed == 5
     assert not any(directory.logs.iterdir())
+
+
+def test_a_run_whose_shipped_prompts_were_updated_is_told_how_to_go_on_with_its_own(tmp_path):
+    root = tmp_path / "run"
+    directory, judge = RunDirectory(root), {"model": "j", "rubric": {"kind": "checkpoints"}}
+    builder, builder_then = load_prompt("rubric-builder", shows="reference").version, "aa123fde4f6df596"
+    first = prompt_set_hash("upstream")
+    recorded = {"judge.shipped_prompts": first, "judge.rubric.prompt": builder_then}
+    directory.claim(config(root, judge=judge), resume=False, contents=recorded).release()
+    directory.metrics.write_text('{"step": 1}\n')
+    now = {"judge.shipped_prompts": prompt_set_hash(), "judge.rubric.prompt": builder}
+    with pytest.raises(UserError) as caught:
+        directory.claim(config(root, judge=judge), resume=True, contents=now)
+    named = f"resume it with judge.rubric.prompt={builder_then} judge.shipped_prompts={first} "
+    assert named in str(caught.value)
+    assert load_prompt(builder_then, shows="reference").version == builder_then
+    with_them = {"shipped_prompts": first, "rubric": {"kind": "checkpoints", "prompt": builder_then}}
+    directory.claim(config(root, judge=judge | with_them), resume=True, contents=recorded).release()
+    with pytest.raises(UserError, match=r"other values of .*judge\.shipped_prompts"):
+        directory.inputs.unlink()
+        directory.claim(config(root, judge=judge), resume=True)
 
 
 def test_inputs_that_have_changed_between_stop_and_resume_are_named(tmp_path):

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from exprl_megatron.config.load import check_config
+from exprl_megatron.judging import prompt
 from exprl_megatron.judging.judge_model import model_identity
-from exprl_megatron.judging.prompt import JudgePrompt, shipped_prompt
+from exprl_megatron.judging.prompt import JudgePrompt
 from exprl_megatron.training import inputs
 from exprl_megatron.training.inputs import input_contents
 
+FIRST_MATH_TRACE = "9a7f42c7c830c375"
+"""The hash of the first `math-trace`."""
 PROBLEM = {"id": "a", "problem": "1 + 1?", "reference": "It is 2.", "answer": "2"}
 
 
@@ -29,7 +32,7 @@ def files(tiny_model, tmp_path) -> Path:
     return tmp_path
 
 
-def contents(files: Path) -> dict[str, str]:
+def contents(files: Path, **judge) -> dict[str, str]:
     model_identity.cache_clear()
     inputs._problems.cache_clear()
     shared = {"problems": {"source": str(files / "problems.jsonl")}, "sampling": {"max_new_tokens": 64}}
@@ -41,7 +44,8 @@ def contents(files: Path) -> dict[str, str]:
             "prompt": str(files / "prompt.md"),
             "prefix_prompt": str(files / "prefix.md"),
             "rubric": {"kind": "checkpoints", "prompt": str(files / "rubric.md")},
-        },
+        }
+        | judge,
         "stages": [
             {"kind": "sft", "name": "sft", "steps": 1, "examples": str(files / "examples.jsonl")},
             {"kind": "exprl-outcome", "name": "prime", "steps": 1} | shared,
@@ -96,13 +100,25 @@ def test_the_same_files_elsewhere_and_the_same_records_in_another_spelling_are_t
 def test_a_shipped_prompt_that_another_version_of_the_program_changed_is_noticed(files, monkeypatch):
     before = contents(files)
 
-    def changed(domain, unit, measure):
-        prompt = shipped_prompt(domain, unit, measure)
-        return JudgePrompt(prompt.system + " Be strict.", prompt.user) if domain == "science" else prompt
+    assembled = prompt._assembled
 
-    monkeypatch.setattr(inputs, "shipped_prompt", changed)
+    def changed(parts, domain, *case):
+        shipped = assembled(parts, domain, *case)
+        return JudgePrompt(shipped.system + " Be strict.", shipped.user) if domain == "science" else shipped
+
+    monkeypatch.setattr(prompt, "_assembled", changed)
+    prompt._set_hash.cache_clear()
     after = contents(files)
+    prompt._set_hash.cache_clear()
     assert [name for name in before if before[name] != after[name]] == ["judge.shipped_prompts"]
+
+
+def test_earlier_prompts_that_are_named_by_their_hashes_are_the_same_contents(files):
+    first = "31c9d89a6ee6956b527c7621afe72bfd8b546ab09a21f10b15da5d716759549a"
+    named = contents(files, shipped_prompts=first, prompt=FIRST_MATH_TRACE)
+    assert (named["judge.shipped_prompts"], named["judge.prompt"]) == (first, FIRST_MATH_TRACE)
+    assert contents(files)["judge.shipped_prompts"] not in (first, None)
+    assert contents(files, prompt_order="upstream")["judge.shipped_prompts"] == first
 
 
 def test_weights_in_megatrons_form_count(files):
