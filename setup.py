@@ -19,6 +19,7 @@ setup(
         "sglang==0.5.23",
         "transformers==5.19.0",
         "safetensors",
+        "scipy",
         "datasets",
         "tensorboard",
         "math-verify",

@@ -91,7 +91,9 @@ def report(study: dict, runs: list[StudyRun]) -> None:
     finished = [evaluated(run) for run in runs if run.done]
     arms = [Arm(name, [e for e in finished if e.arm == name]) for name in (*study["arms"], *study["ablations"])]
     arms = [arm for arm in arms if arm.runs]
-    (ROOT / study["directory"] / "results.json").write_text(json.dumps(results(arms), indent=1))
+    (ROOT / study["directory"] / "results.json").write_text(
+        json.dumps(results(arms, tuple(study["ablations"])), indent=1)
+    )
     CURVES.parent.mkdir(parents=True, exist_ok=True)
     curves(arms, CURVES)
     text = tables(arms, tuple(study["ablations"]))

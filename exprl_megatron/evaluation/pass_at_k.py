@@ -1,17 +1,20 @@
-"""pass@k: the unbiased estimate from n samples a problem, with a bootstrap interval over problems."""
+"""pass@k: the unbiased estimate from n samples a problem, with an interval over problems; paired gains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
 import numpy as np
 
-RESAMPLES = 2000
+from exprl_megatron.intervals import difference_bounds, mean_bounds
+
+Counts = Mapping[str, Sequence[int]]
+"""Problem -> [graded samples, right ones]."""
 
 
 @dataclass(frozen=True)
 class PassAtK:
-    """An estimate and its confidence interval, as shares in [0, 1]."""
+    """An estimate, or a gain, and its confidence interval: shares in [0, 1], gains in [-1, 1]."""
 
     k: int
     mean: float
@@ -32,16 +35,28 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1 - comb(samples - correct, k) / comb(samples, k)
 
 
-def estimate_pass_at_k(counts: Sequence[tuple[int, int]], k: int, confidence: float = 0.95, seed: int = 0) -> PassAtK:
+def estimate_pass_at_k(counts: Sequence[Sequence[int]], k: int, confidence: float = 0.95) -> PassAtK:
     """Mean pass@k over problems; `counts` holds (graded samples, correct ones) of each problem.
 
-    The interval is the percentile bootstrap over problems (2,000 resamples, seeded): it tells how much
-    another choice of problems would change the mean. A problem with fewer than `k` graded samples is
-    left out; ValueError where none is left.
+    The interval (`intervals.mean_bounds` with one seed) shows how much another choice of problems would change the
+    mean. A problem with fewer than `k` graded samples is left out. Raises ValueError where none is left.
     """
     values = np.array([pass_at_k(samples, correct, k) for samples, correct in counts if samples >= k])
     if not values.size:
         raise ValueError(f"no problem has {k} graded samples, which pass@{k} needs")
-    chosen = np.random.default_rng(seed).integers(values.size, size=(RESAMPLES, values.size))
-    low, high = np.quantile(values[chosen].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = mean_bounds(values[None], confidence)
     return PassAtK(k, float(values.mean()), float(low), float(high), values.size)
+
+
+def estimate_gain(before: Counts, after: Counts, k: int, confidence: float = 0.95) -> PassAtK | None:
+    """Mean of pass@k `after` less `before`, paired by problem; None where no problem has `k` graded samples in both.
+
+    The interval (`intervals.difference_bounds` with one seed a side) shows how much another choice of problems would
+    change the gain.
+    """
+    shared = [name for name in before if name in after and min(before[name][0], after[name][0]) >= k]
+    if not shared:
+        return None
+    first, second = (np.array([[pass_at_k(*counts[name], k) for name in shared]]) for counts in (before, after))
+    low, high = difference_bounds(second, first, confidence)
+    return PassAtK(k, float(second.mean() - first.mean()), float(low), float(high), len(shared))

@@ -16,9 +16,8 @@ from exprl_megatron.files import write_atomically
 
 def result_table(settings: EvalSettings, evaluation: Evaluation) -> Table:
     """pass@k with its intervals."""
-    found = estimates([result.tally for result in evaluation.results], settings.k, settings.confidence)
     name = Path(settings.model).name or settings.model
-    return evaluation_table({name: found}, settings.problems.source, settings.confidence)
+    return evaluation_table({name: _counts(evaluation)}, settings.k, settings.problems.source, settings.confidence)
 
 
 def result_lines(settings: EvalSettings, evaluation: Evaluation) -> list[str]:
@@ -64,7 +63,7 @@ def result_record(settings: EvalSettings, evaluation: Evaluation) -> dict:
             "nothing to verify with": evaluation.asked.unverifiable_count,
             "prompt too long": evaluation.asked.overlong_count,
         },
-        "counts": {result.problem_id: [result.tally.graded, result.tally.correct] for result in results},
+        "counts": _counts(evaluation),
     }
 
 
@@ -83,3 +82,7 @@ def write_unsolved(path: Path, evaluation: Evaluation, max_solve_rate: float) ->
     kept = [record for record, rate in rates if rate is not None and rate <= max_solve_rate]
     write_atomically(path, "".join(json.dumps(record, default=str) + "\n" for record in kept).encode())
     return len(kept)
+
+
+def _counts(evaluation: Evaluation) -> dict[str, list[int]]:
+    return {result.problem_id: [result.tally.graded, result.tally.correct] for result in evaluation.results}

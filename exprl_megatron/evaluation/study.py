@@ -1,16 +1,17 @@
-"""What a study of several arms and seeds came to: pooled pass@k with intervals, tables, curves."""
+"""What a study of several arms and seeds came to: pooled pass@k and paired differences, tables, curves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from exprl_megatron.evaluation.pass_at_k import RESAMPLES, pass_at_k
+from exprl_megatron.evaluation.pass_at_k import Counts, pass_at_k
+from exprl_megatron.intervals import DIFFERENCE_METHOD, METHOD, difference_bounds, mean_bounds
 
-Counts = dict[str, list[int]]
-"""Problem -> [graded samples, right ones]."""
-
+STAGES = {"primed": "stage 1", "final": "stage 2"}
+"""Which evaluation of a run -> the stage that it follows."""
 SUCCESSES = "groups with a success"
 _NO_SUCCESS = "verifier/all_wrong_groups"
 SEGMENTS = "segments/mean"
@@ -41,6 +42,10 @@ class Arm:
     name: str
     runs: list[Evaluated]
 
+    def counts(self, which: str) -> list[Counts]:
+        """The evaluation `which` (of STAGES) of each run."""
+        return [getattr(run, which) for run in self.runs]
+
     def curve(self, stage: str, metric: str) -> np.ndarray:
         """[seeds, steps]; empty where the arm has no such stage or metric."""
         found = [run.curve(stage, metric) for run in self.runs]
@@ -62,30 +67,61 @@ class Pooled:
 def pooled_pass_at_k(counts: Sequence[Counts], k: int, confidence: float = 0.95) -> Pooled:
     """pass@k over the problems of one evaluation for each seed.
 
-    The interval is a percentile bootstrap that draws seeds and problems anew (2,000 times, seeded): it covers the
-    choice of problems and the luck of a run. Raises ValueError where seeds were evaluated on different problems.
+    The interval (`intervals.mean_bounds`) covers the choice of problems and the luck of a run; with one seed, the
+    choice of problems alone. Raises ValueError where seeds were evaluated on different problems.
     """
-    problems = sorted(counts[0])
-    if any(sorted(of_seed) != problems for of_seed in counts):
-        raise ValueError("the seeds of an arm were evaluated on different problems")
-    values = np.array([[pass_at_k(*of_seed[problem], k) for problem in problems] for of_seed in counts])
-    draw = np.random.default_rng(0)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        seeds = draw.integers(len(values), size=len(values))
-        chosen = draw.integers(len(problems), size=len(problems))
-        means[i] = values[np.ix_(seeds, chosen)].mean()
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    values = _values(counts, _problems(counts), k)
+    low, high = mean_bounds(values, confidence)
     return Pooled(float(values.mean()), float(low), float(high), tuple(map(float, values.mean(axis=1))))
 
 
-def results(arms: Sequence[Arm], ks: Sequence[int] = (1, 16)) -> dict:
-    """Everything in JSON's terms: arm -> {seeds, primed: {pass@k}, final: {pass@k}, curves of both stages}."""
-    return {
+@dataclass(frozen=True)
+class Difference:
+    """A mean of one arm less that of another, in [-1, 1], with its interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: tuple[int, int]
+    """How many each side has."""
+
+
+def paired_difference(
+    first: Sequence[Counts], second: Sequence[Counts], k: int, confidence: float = 0.95
+) -> Difference:
+    """pass@k of `first` less that of `second`, paired by problem; one evaluation for each seed of either.
+
+    The interval is `intervals.difference_bounds`. Raises ValueError where any two were evaluated on different problems.
+    """
+    problems = _problems([*first, *second])
+    values = _values(first, problems, k), _values(second, problems, k)
+    low, high = difference_bounds(*values, confidence)
+    mean = float(values[0].mean() - values[1].mean())
+    return Difference(mean, float(low), float(high), (len(first), len(second)))
+
+
+def _problems(counts: Sequence[Counts]) -> list[str]:
+    problems = sorted(counts[0])
+    if any(sorted(of_seed) != problems for of_seed in counts):
+        raise ValueError("the seeds were evaluated on different problems, which cannot be pooled or paired")
+    return problems
+
+
+def _values(counts: Sequence[Counts], problems: Sequence[str], k: int) -> np.ndarray:
+    """pass@k, float64 [seeds, problems]."""
+    return np.array([[pass_at_k(*of_seed[problem], k) for problem in problems] for of_seed in counts])
+
+
+def results(arms: Sequence[Arm], ablations: Sequence[str], ks: Sequence[int] = (1, 16)) -> dict:
+    """Everything in JSON's terms.
+
+    arms: name -> {seeds, primed: {pass@k}, final: {pass@k}, curves of both stages}; differences: one for each pair of
+    compared arms, stage and k; method: of both kinds of interval.
+    """
+    of_arm = {
         arm.name: {
             "seeds": [run.seed for run in arm.runs],
-            "primed": {f"pass@{k}": vars(pooled_pass_at_k([r.primed for r in arm.runs], k)) for k in ks},
-            "final": {f"pass@{k}": vars(pooled_pass_at_k([r.final for r in arm.runs], k)) for k in ks},
+            **{which: {f"pass@{k}": vars(pooled_pass_at_k(arm.counts(which), k)) for k in ks} for which in STAGES},
             "curves": {
                 stage: {metric: arm.curve(stage, metric).tolist() for metric in (SUCCESSES, SEGMENTS, SINGLE)}
                 for stage in ("prime", "sparse")
@@ -93,21 +129,43 @@ def results(arms: Sequence[Arm], ks: Sequence[int] = (1, 16)) -> dict:
         }
         for arm in arms
     }
+    differences = [
+        {"arm": arm.name, "against": other.name, "stage": which, "k": k}
+        | vars(paired_difference(arm.counts(which), other.counts(which), k))
+        for compared in _split(arms, ablations)
+        for other, arm in combinations(compared, 2)
+        for which in STAGES
+        for k in ks
+    ]
+    method = {"mean": METHOD, "difference": DIFFERENCE_METHOD, "confidence": 0.95}
+    return {"arms": of_arm, "differences": differences, "method": method}
 
 
 def tables(arms: Sequence[Arm], ablations: Sequence[str]) -> str:
-    """The rivals, and the ablations below them, as Markdown."""
-    rivals = [arm for arm in arms if arm.name not in ablations]
-    others = [arm for arm in arms if arm.name in ablations or arm.name in ("process", "sft")]
+    """The rivals, the ablations, and the differences between the arms of each of the two, as Markdown."""
+    rivals, others = _split(arms, ablations)
     parts = [
-        "Percent; in brackets the 95 % interval over seeds and problems. Groups with a success: share of the groups "
-        "of 16 traces, over all steps of stage 1, in which at least one final answer was right.",
+        f"Percent; in brackets the 95 % interval ({METHOD}, over seeds and problems, with t for the seeds). The column "
+        "seeds: on how many a row rests; with 1, its intervals cover the choice of problems alone. Groups with a "
+        "success: share of the groups of 16 traces, over all steps of stage 1, in which at least one final answer was "
+        "right.",
         _table(rivals, _RIVAL_COLUMNS),
+        f"Differences in points, paired by problem; in brackets the 95 % interval ({DIFFERENCE_METHOD}, with "
+        "Satterthwaite's degrees of freedom; Newcombe's where both arms are at 0 or 100). The intervals are not "
+        "corrected for the number of comparisons.",
+        _differences(rivals),
         "The ablations, beside what they change:",
         _table(others, _ABLATION_COLUMNS),
+        _differences(others),
         f"![Curves of both stages](study/curves.svg)\n\nFinished runs: {sum(len(arm.runs) for arm in arms)}.",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _split(arms: Sequence[Arm], ablations: Sequence[str]) -> tuple[list[Arm], list[Arm]]:
+    """The rivals; the ablations with the arms that they are compared with."""
+    rivals = [arm for arm in arms if arm.name not in ablations]
+    return rivals, [arm for arm in arms if arm.name in ablations or arm.name in ("process", "sft")]
 
 
 def curves(arms: Sequence[Arm], path: Path) -> None:
@@ -122,9 +180,9 @@ def curves(arms: Sequence[Arm], path: Path) -> None:
         for number, arm in enumerate(arms):
             values = arm.curve(stage, SUCCESSES)
             if values.size:
-                steps, colour = range(1, values.shape[1] + 1), f"C{number}"
-                axis.plot(steps, values.mean(axis=0), color=colour, label=arm.name)
-                axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+                steps, color = range(1, values.shape[1] + 1), f"C{number}"
+                axis.plot(steps, values.mean(axis=0), color=color, label=arm.name)
+                axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="step")
     axes[0].set_ylabel("groups with a success")
     axes[1].legend(fontsize=7)
@@ -133,17 +191,39 @@ def curves(arms: Sequence[Arm], path: Path) -> None:
 
 
 def _table(arms: Sequence[Arm], columns: dict) -> str:
-    rows = [["arm", "seeds", *columns]] + [
-        [arm.name, str(len(arm.runs)), *(cell(arm) for cell in columns.values())] for arm in arms
+    return _markdown(
+        ["arm", "seeds", *columns],
+        [[arm.name, str(len(arm.runs)), *(cell(arm) for cell in columns.values())] for arm in arms],
+    )
+
+
+def _differences(arms: Sequence[Arm]) -> str:
+    """A row for each pair, the later arm less the earlier one; nothing for one arm."""
+    rows = [
+        [f"{arm.name} - {other.name}", f"{len(arm.runs)}, {len(other.runs)}"]
+        + [
+            _bounded(paired_difference(arm.counts(which), other.counts(which), k), "+.1f")
+            for which in STAGES
+            for k in (1, 16)
+        ]
+        for other, arm in combinations(arms, 2)
     ]
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    columns = [f"{stage} pass@{k}" for stage in STAGES.values() for k in (1, 16)]
+    return _markdown(["difference", "seeds", *columns], rows) if rows else ""
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _bounded(found: Pooled | Difference, form: str) -> str:
+    mean, low, high = (format(100 * value, form) for value in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def _pass(which: str, k: int):
     def cell(arm: Arm) -> str:
-        pooled = pooled_pass_at_k([getattr(run, which) for run in arm.runs], k)
-        return f"{100 * pooled.mean:.1f} [{100 * pooled.low:.1f}, {100 * pooled.high:.1f}]"
+        return _bounded(pooled_pass_at_k(arm.counts(which), k), ".1f")
 
     return cell
 

@@ -1,39 +1,48 @@
 """The table that ends a run: pass@k of the base model and of what each stage left."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 from rich.table import Table
 
-from exprl_megatron.evaluation.pass_at_k import PassAtK
+from exprl_megatron.evaluation.pass_at_k import Counts, PassAtK, estimate_gain, estimate_pass_at_k
+from exprl_megatron.intervals import DIFFERENCE_METHOD, METHOD
 
-Evaluations = Mapping[str, Sequence[PassAtK]]
-"""Name of a model -> its estimates, one for each k; in the order to be shown."""
+Evaluations = Mapping[str, Counts]
+"""Name of a model -> what its samples came to; in the order to be shown."""
 
 
-def evaluation_table(evaluations: Evaluations, title: str, confidence: float) -> Table:
-    """A row for each model and a column for each k: percent, with the interval and the gain over the first row."""
-    ks = sorted({estimate.k for estimates in evaluations.values() for estimate in estimates})
-    gains = "; +/-: against the first" if len(evaluations) > 1 else ""
-    table = Table(title=title, caption=f"in brackets: {confidence:.0%} interval over problems{gains}")
+def evaluation_table(evaluations: Evaluations, ks: Sequence[int], title: str, confidence: float) -> Table:
+    """A row for each model and a column for each k in reach: percent, with the gain over the first row below.
+
+    The caption gives the methods of the intervals, and on how many seeds and problems they rest.
+    """
+    reached = max((graded for counts in evaluations.values() for graded, _ in counts.values()), default=0)
+    ks = sorted(k for k in set(ks) if k <= reached)
+    problems = " or ".join(map(str, sorted({len(counts) for counts in evaluations.values()})))
+    caption = f"in brackets: {confidence:.0%} {METHOD} interval over {problems} problems, 1 seed"
+    if len(evaluations) > 1:
+        caption += (
+            f"; +/-: gain over the first, paired by problem, with its {confidence:.0%} {DIFFERENCE_METHOD} interval"
+        )
+    table = Table(title=title, caption=caption)
     table.add_column("model")
     for k in ks:
         table.add_column(f"pass@{k}", justify="right")
-    first: dict[int, PassAtK] = {}
-    for name, estimates in evaluations.items():
-        of_k = {estimate.k: estimate for estimate in estimates}
-        table.add_row(name, *(_cell(of_k.get(k), first.get(k)) for k in ks))
-        first = first or of_k
+    first: Counts | None = None
+    for name, counts in evaluations.items():
+        table.add_row(name, *(_cell(counts, first, k, confidence) for k in ks))
+        first = counts if first is None else first
     return table
 
 
-def evaluation_record(evaluations: Evaluations) -> dict[str, list[dict]]:
-    """The same in JSON's terms: name -> [{k, mean, low, high, problems}]."""
-    return {name: [asdict(estimate) for estimate in estimates] for name, estimates in evaluations.items()}
-
-
-def _cell(estimate: PassAtK | None, first: PassAtK | None) -> str:
-    if estimate is None:
+def _cell(counts: Counts, first: Counts | None, k: int, confidence: float) -> str:
+    if all(graded < k for graded, _ in counts.values()):
         return "-"
-    text = f"{100 * estimate.mean:.1f} % [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-    return text if first is None else f"{text} {100 * (estimate.mean - first.mean):+.1f}"
+    estimate = estimate_pass_at_k(list(counts.values()), k, confidence)
+    text = f"{100 * estimate.mean:.1f} % {_bounds(estimate)}"
+    gain = None if first is None else estimate_gain(first, counts, k, confidence)
+    return text if gain is None else f"{text}\n{100 * gain.mean:+.1f} {_bounds(gain)}"
+
+
+def _bounds(estimate: PassAtK) -> str:
+    return f"[{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"

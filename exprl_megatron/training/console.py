@@ -54,8 +54,8 @@ class Console:
     def closing(self, evaluations: Evaluations) -> None:
         """The table of all evaluations and where everything lies."""
         if evaluations:
-            confidence = self._config.evaluation.confidence
-            self._terminal.print(evaluation_table(evaluations, "held-out problems", confidence))
+            settings = self._config.evaluation
+            self._terminal.print(evaluation_table(evaluations, settings.k, "held-out problems", settings.confidence))
         paths = self._paths
         for stage, phases in stage_phases(read_timeline(paths.timeline)).items():
             self.say(f"{stage}: {bottleneck(phases)}")

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.evaluation.pass_at_k import PassAtK
+from exprl_megatron.evaluation.pass_at_k import Counts
 from exprl_megatron.evaluation.tally import estimates, tally
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory, write_atomically
@@ -51,13 +51,10 @@ class Evaluator:
         shown = ", ".join(f"pass@{e.k} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in found)
         self._console.say(f"evaluation of {name}: {shown}")
 
-    def all(self) -> dict[str, list[PassAtK]]:
-        """Every evaluation made so far, in the order of the stages."""
+    def all(self) -> dict[str, Counts]:
+        """The counts of every evaluation made so far, in the order of the stages."""
         names = ["start", *(stage.name for stage in self._config.stages)]
-        return {name: self._read(name) for name in names if self.done(name)}
-
-    def _read(self, name: str) -> list[PassAtK]:
-        return [PassAtK(**estimate) for estimate in json.loads(self._file(name).read_text())["estimates"]]
+        return {name: json.loads(self._file(name).read_text())["counts"] for name in names if self.done(name)}
 
     def _file(self, name: str):
         return self._directory / f"{name}.json"

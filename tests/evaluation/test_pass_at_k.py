@@ -1,10 +1,10 @@
-"""pass@k against known values, brute force, and what a bootstrap interval has to be."""
+"""pass@k against known values, brute force, and what an interval over problems has to be."""
 
 from itertools import combinations
 
 import pytest
 
-from exprl_megatron.evaluation.pass_at_k import estimate_pass_at_k, pass_at_k
+from exprl_megatron.evaluation.pass_at_k import estimate_gain, estimate_pass_at_k, pass_at_k
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,27 @@ def test_problems_with_too_few_graded_samples_are_left_out():
     assert (estimate.mean, estimate.problems) == (1.0, 1)
     with pytest.raises(ValueError, match="no problem has 4 graded samples"):
         estimate_pass_at_k([(3, 0)], 4)
+
+
+@pytest.mark.parametrize(("right", "bounds"), [(0, (0, 0.0365)), (16, (0.9635, 1))])
+def test_counts_that_are_all_zero_or_all_one_have_an_interval_with_a_width(right, bounds):
+    # 1 - 0.025 ** (1 / 99.3), about 3.7 / n: the bound of Clopper and Pearson for no success in n = 99 problems.
+    for k in (1, 16):
+        estimate = estimate_pass_at_k([(16, right)] * 99, k)
+        assert (estimate.low, estimate.high) == pytest.approx(bounds, abs=2e-4)
+
+
+def test_a_success_does_not_narrow_an_interval():
+    none, one = (estimate_pass_at_k([(16, right)] + [(16, 0)] * 63, 1) for right in (0, 1))
+    assert one.high >= none.high - 1e-9
+
+
+def test_a_gain_is_paired_by_problem():
+    before = {str(i): (16, i % 9) for i in range(90)} | {"gone": (16, 3)}
+    after = {str(i): (16, i % 9 + i % 2) for i in range(90)} | {"few": (0, 0)}
+    gain = estimate_gain(before, after, 1)
+    assert (gain.mean, gain.problems) == (pytest.approx(1 / 32), 90)
+    # Differences of 0 or 1/16, half of each: the t interval of 90 such.
+    half = 1.98698 * (1 / 32) / 89**0.5
+    assert (gain.mean - gain.low, gain.high - gain.mean) == pytest.approx((half, half), rel=1e-4)
+    assert estimate_gain(before, {"other": (16, 1)}, 1) is None

@@ -5,8 +5,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scipy import stats
 
-from exprl_megatron.evaluation.study import SUCCESSES, Arm, Evaluated, curves, pooled_pass_at_k, results, tables
+from exprl_megatron.evaluation.study import (
+    SUCCESSES,
+    Arm,
+    Evaluated,
+    curves,
+    paired_difference,
+    pooled_pass_at_k,
+    results,
+    tables,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,14 +46,39 @@ def test_pass_at_k_is_pooled_over_seeds_and_problems():
     assert pooled_pass_at_k(counts, 2).mean == pytest.approx((1 + 5 / 6) / 4)
 
 
-def test_without_any_difference_there_is_no_doubt():
-    pooled = pooled_pass_at_k([{"a": [4, 4]}] * 3, 1)
-    assert (pooled.low, pooled.high) == (1, 1)
+@pytest.mark.parametrize(("right", "bounds"), [(0, (0, 0.306)), (16, (0.694, 1))])
+def test_counts_that_are_all_zero_or_all_one_leave_the_doubt_of_so_many_problems(right, bounds):
+    pooled = pooled_pass_at_k([{str(problem): [16, right] for problem in range(10)}] * 3, 1)
+    # Clopper and Pearson's tables: 0 of 10 is [0, 30.8 %] (1 - 0.025 ** 0.1 = 0.3085).
+    assert (pooled.low, pooled.high) == pytest.approx(bounds, abs=0.003)
+
+
+def test_differences_are_paired_by_problem():
+    # Problems differ far more from each other than the arms do: alone each interval spans half of [0, 1].
+    second = [{str(p): [10, (p + shift) % 9] for p in range(9)} for shift in (0, 9)]
+    first = [{name: [10, right + 1] for name, (_, right) in of_seed.items()} for of_seed in second]
+    found = paired_difference(first, second, 1)
+    assert found.mean == pytest.approx(0.1)
+    assert (found.low, found.high) == pytest.approx((0.1, 0.1), abs=1e-6)
+    alone = pooled_pass_at_k(first, 1)
+    assert alone.high - alone.low > 0.3
+    assert found.seeds == (2, 2)
+
+
+def test_a_difference_of_few_seeds_has_the_t_interval_of_welch():
+    # Every problem of a seed has the same share, so that only seeds vary; scipy computes Welch's interval.
+    shares = ([30, 50, 70], [30, 35, 45])
+    first, second = ([{p: [100, right] for p in map(str, range(40))} for right in arm] for arm in shares)
+    found = paired_difference(first, second, 1)
+    welch = stats.ttest_ind(*shares, equal_var=False).confidence_interval(0.95)
+    assert (100 * found.low, 100 * found.high) == pytest.approx((welch.low, welch.high))
 
 
 def test_seeds_with_other_problems_are_refused():
     with pytest.raises(ValueError, match="different problems"):
         pooled_pass_at_k([{"a": [4, 4]}, {"b": [4, 4]}], 1)
+    with pytest.raises(ValueError, match="different problems"):
+        paired_difference([{"a": [4, 4]}], [{"b": [4, 4]}], 1)
 
 
 def test_groups_with_a_success_are_those_not_all_wrong():
@@ -56,14 +91,25 @@ def test_an_interrupted_seed_shortens_its_arms_curve():
 
 
 def test_tables_and_curves_show_every_arm(tmp_path):
-    arms = [Arm("grpo", [run("grpo", 1, 2, [1.0, 0.5])]), Arm("bonus", [run("bonus", 1, 16, [0.0])])]
+    arms = [
+        Arm("sft", [run("sft", 1, 2, [])]),
+        Arm("grpo", [run("grpo", seed, 2, [1.0, 0.5]) for seed in (1, 2)]),
+        Arm("bonus", [run("bonus", 1, 16, [0.0])]),
+    ]
     rivals, ablations = tables(arms, ("bonus",)).split("The ablations")
-    assert "| grpo | 1 | 25.0 | 0.0 [0.0, 0.0] |" in rivals
+    # 0 of two problems: 1 - 0.025 ** 0.5.
+    assert "| grpo | 2 | 25.0 | 0.0 [0.0, 84.2] |" in rivals
+    assert "| grpo - sft | 2, 1 | +0.0 [" in rivals
+    assert "Korn-Graubard" in rivals and "paired by problem" in rivals
     assert "bonus" not in rivals
     assert "| bonus | 1 |" in ablations
+    assert "| bonus - sft | 1, 1 |" in ablations
     curves(arms, tmp_path / "curves.svg")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
-    assert results(arms, ks=(1, 4))["bonus"]["final"]["pass@4"]["mean"] == 0.5
+    found = results(arms, ("bonus",), ks=(1, 4))
+    assert found["arms"]["bonus"]["final"]["pass@4"]["mean"] == 0.5
+    pairs = {(each["arm"], each["against"]) for each in found["differences"]}
+    assert pairs == {("grpo", "sft"), ("bonus", "sft")}
 
 
 def test_every_arm_draws_as_many_samples_as_any_other(study):
