@@ -41,6 +41,10 @@ class WeightsDiffer(ServerError):
     """A server that holds other weights than it was sent; the message names the tensors."""
 
 
+class WeightsReplaced(ServerError):
+    """A server that serves other weights than this run brought to it; the message names both."""
+
+
 class RunStopped(Exception):
     """The run watched itself and stopped: a bound of the config was passed.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from exprl_megatron.errors import RequestRefused
+from exprl_megatron.errors import RequestRefused, WeightsReplaced
 from exprl_megatron.serving.generation import Generation, Scores, read_generation, read_scores
 from exprl_megatron.serving.http import HttpServer
 from exprl_megatron.token_ids import TokenIds
@@ -15,6 +15,14 @@ from exprl_megatron.token_ids import TokenIds
 SCORED_BELOW_ROOM = 7
 """A scored sequence must have at least so many tokens fewer than the server has positions, and than its KV cache has
 slots: SGLang keeps room for an answer even where none is wanted (max_req_input_len in sglang/srt/managers)."""
+
+
+class Served(msgspec.Struct, frozen=True):
+    """What a server says of the weights that it serves."""
+
+    weight_version: str
+    model_path: str
+    """Where it last loaded weights from a disk: at its start, or by `update_from_disk`."""
 
 
 class SGLangClient(HttpServer):
@@ -25,6 +33,8 @@ class SGLangClient(HttpServer):
 
     first_gpu = 0
     """Of its machine, the first GPU that the server takes; its other ranks have the next ones."""
+    source: str | None = None
+    """The `model_path` that the server has from our own orders, once `take_over` has been through."""
     _in_place = False
     """Whether requests are held with their cache: SGLang refuses to empty it then, so that updates leave it."""
 
@@ -193,6 +203,7 @@ class SGLangClient(HttpServer):
             "flush_cache": not self._in_place,
         }
         await self._order("/update_weights_from_disk", request, deadline_s)
+        self.source = str(directory)
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
         """Stop sampling: `abort` ends running requests, `retract` and `in_place` hold them.
@@ -218,6 +229,7 @@ class SGLangClient(HttpServer):
         await self._post("/pause_generation", {"mode": "abort"}, deadline_s)
         await self._post("/continue_generation", {}, deadline_s)
         self._in_place = False
+        self.source = (await self.served(deadline_s=deadline_s)).model_path
 
     async def sleep(self, tags: Sequence[str] = (), *, deadline_s: float | None = None) -> None:
         """Give up the memory of `tags` (`kv_cache`, `weights`; all), on an idle server with `--enable-memory-saver`.
@@ -245,6 +257,22 @@ class SGLangClient(HttpServer):
     async def health(self, *, deadline_s: float = 10.0) -> None:
         """Return where the server answers /health within the deadline, else raise."""
         await self._request("GET", "/health", None, deadline_s)
+
+    async def served(self, *, deadline_s: float | None = None) -> Served:
+        """Which weights the server serves, as it says itself."""
+        reply = await self._request("GET", "/model_info", None, deadline_s)
+        return self._read("/model_info", lambda body: msgspec.convert(body, Served), reply)
+
+    async def check_served(self, version: str | None, *, deadline_s: float | None = None) -> None:
+        """Raise WeightsReplaced where it serves another version, or weights loaded from elsewhere than we ordered."""
+        served = await self.served(deadline_s=deadline_s)
+        held = {"weight_version": served.weight_version, "model_path": served.model_path}
+        ours = {"weight_version": version, "model_path": self.source}
+        if other := [name for name in held if held[name] != ours[name]]:
+            raise WeightsReplaced(
+                f"{self.name} ({self.url}) serves weights of {other[0]} {held[other[0]][:200]!r}, not "
+                f"{ours[other[0]]!r} as this run ordered: somebody else has changed them."
+            )
 
     async def info(self, *, deadline_s: float | None = None) -> dict[str, Any]:
         """/get_model_info: model_path, weight_version and more."""

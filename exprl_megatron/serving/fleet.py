@@ -17,7 +17,7 @@ from typing import Any, Literal
 from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.cuda_environment import shared_text
-from exprl_megatron.errors import RequestRefused, ServerError
+from exprl_megatron.errors import RequestRefused, ServerError, WeightsReplaced
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.member import SLEEPING, Member, Order, to_sleep, to_wake
 from exprl_megatron.serving.registry import RegisteredServer, Registry
@@ -212,6 +212,26 @@ class Fleet:
         """Whether there is a server that may be asked."""
         return bool(self._in("serving"))
 
+    async def check_served(self) -> None:
+        """Ask every serving server which weights it serves: one that has others than were brought to it is out.
+
+        Raises WeightsReplaced where none is left then. Does nothing while no weights are known to be there.
+        """
+        replaced: list[WeightsReplaced] = []
+
+        async def check(client: SGLangClient) -> None:
+            try:
+                await client.check_served(self._version, deadline_s=self._config.answer_deadline_s)
+            except WeightsReplaced as error:
+                replaced.append(error)
+                raise
+
+        async with self._lending:
+            if self._version is not None:
+                await self._all_tried(check)
+        if replaced and not self._in("serving", "joining"):
+            raise WeightsReplaced(f"{replaced[0]} No other server is left; find out who did it, then use --resume.")
+
     async def convoke(self, version: str) -> bool:
         """Whether weights are to be brought to `clients`, since one of them has not `version`.
 
@@ -266,9 +286,7 @@ class Fleet:
         """A request failed through the router: who does not answer, or has other weights than it should, is out."""
 
         async def check(client: SGLangClient) -> None:
-            version = (await client.info(deadline_s=self._config.answer_deadline_s))["weight_version"]
-            if version != self._version:
-                raise ServerError(f"{client.name} ({client.url}) has the weights {version}, not {self._version}.")
+            await client.check_served(self._version, deadline_s=self._config.answer_deadline_s)
             await client.health(deadline_s=self._config.answer_deadline_s)
 
         if self._searching.locked():

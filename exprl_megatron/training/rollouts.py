@@ -93,6 +93,11 @@ class Rollouts:
         """Wait a little for `work` of these rollouts; see Fleet.attend."""
         return await self._fleet.attend(work, _ATTEND_S)
 
+    async def check_served(self) -> None:
+        """See Fleet.check_served; a run without servers has nothing to ask."""
+        if self._fleet is not None:
+            await self._fleet.check_served()
+
     def prepare(self) -> None:
         """Read every problem and build every prompt that the run needs, so that bad input ends it at its start."""
         builder, model = PromptBuilder(self._tokenizer, self._config.prompt), self._config.policy.model

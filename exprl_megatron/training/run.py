@@ -134,6 +134,7 @@ class Run:
                 if waiting == "weights":
                     self._sync_metrics = self._turns.bring(version)
             sampled = self._conductor.here_alone(lambda: self._ahead.take(stage, step))
+            self._conductor.everywhere(lambda: self._conductor.run(self._rollouts.check_served()))
         self._turns.learn()
         self._counted = {} if sampled is None else self._counts(stage, sampled)
         self._place = self._conductor.everywhere(lambda: self._place_after(sampled))

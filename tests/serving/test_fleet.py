@@ -1,6 +1,7 @@
 """Servers that come, fail, come back and go: who is asked, who gets weights, and who is to be started anew."""
 
 import asyncio
+import re
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.errors import ServerError
+from exprl_megatron.errors import ServerError, WeightsReplaced
 from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key
@@ -28,7 +29,7 @@ class Backend:
         self.well = True
         self.status = None
         self.asked = []
-        self.version = "v0"
+        self.version, self.model_path = "v0", "started-with"
 
     async def answer(self, request):
         self.asked.append(request.path)
@@ -40,7 +41,8 @@ class Backend:
             return web.json_response({"success": False, "message": "no weight-update session is open"}, status=400)
         if request.path == "/generate":
             return web.json_response(self.written())
-        return web.json_response({"name": self.name, "success": True})
+        served = {"weight_version": self.version, "model_path": self.model_path}
+        return web.json_response({"name": self.name, "success": True} | served)
 
     def written(self):
         """An answer without tokens under the weights that it says it has."""
@@ -185,6 +187,57 @@ def test_what_a_server_fails_at_another_does_and_it_gets_weights_before_it_is_as
             assert "/get_model_info" not in one.asked, "asked before it had the weights"
             await fleet.brought("v0")
             assert await who(fleet) == "policy-0"
+
+    asyncio.run(run())
+
+
+REPLACED = {
+    "version": ("weight_version 'v9', not 'v0'", {"version": "v9"}),
+    "source": ("model_path 'elsewhere', not 'started-with'", {"model_path": "elsewhere"}),
+    "no text": (r"/model_info: .*weight_version", {"version": None}),
+}
+
+
+@pytest.mark.parametrize("kind", REPLACED)
+def test_a_server_whose_weights_somebody_else_replaced_is_named_and_asked_no_more(registry, kind):
+    message, changed = REPLACED[kind]
+
+    async def run():
+        told = []
+        async with opened(registry, "policy-0", "policy-1", tell=told.append) as (fleet, one, two):
+            await fleet.check_served()
+            assert not told and [await who(fleet, home) for home in range(2)] == ["policy-0", "policy-1"]
+            vars(one).update(changed)
+            counts = [one.asked.count("/model_info"), two.asked.count("/model_info")]
+            await fleet.check_served()
+            assert [one.asked.count("/model_info"), two.asked.count("/model_info")] == [count + 1 for count in counts]
+            assert [await who(fleet, home) for home in range(2)] == ["policy-1"] * 2
+        return told
+
+    (line,) = asyncio.run(run())
+    assert line.startswith("policy-0 is out: ") and re.search(message, line)
+
+
+def test_where_every_server_s_weights_were_replaced_the_run_stops(registry):
+    async def run():
+        async with opened(registry, "policy-0") as (fleet, one):
+            one.version = "v9"
+            await fleet.check_served()
+
+    with pytest.raises(WeightsReplaced, match=r"policy-0 .*weight_version 'v9', not 'v0'.* No other server is left"):
+        asyncio.run(run())
+
+
+def test_weights_that_we_ordered_from_a_disk_are_ours_and_a_server_that_died_is_no_reason_to_stop(registry):
+    async def run():
+        async with opened(registry, "policy-0") as (fleet, one):
+            await fleet.lend(Path("judge"), LENT, 5.0)
+            one.version, one.model_path = LENT, "judge"
+            await fleet.check_served()
+            assert await who(fleet) == "policy-0"
+            one.well, one.status = False, 500
+            await fleet.check_served()
+            assert not fleet.serves
 
     asyncio.run(run())
 

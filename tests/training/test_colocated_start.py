@@ -39,6 +39,13 @@ class Answering(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(written)
 
+    def do_GET(self):
+        written = json.dumps({"weight_version": "v0", "model_path": "m"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(written)))
+        self.end_headers()
+        self.wfile.write(written)
+
     def log_message(self, *_):
         return None
 
