@@ -29,7 +29,7 @@ from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, Delivery, Need, payload
-from exprl_megatron.serving.own_group import destroy, in_background, on_device
+from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
 from exprl_megatron.together import together
 
 _CAUSE_S = 5.0
@@ -103,11 +103,17 @@ class DirectTransport:
             raise
 
     async def close(self) -> None:
-        if self._group is not None:
-            await together(client.begin_weight_update() for client in self._clients)
-            # NCCL may wait for all members of a group before one of them has given it up.
-            await together([self._order("leave"), asyncio.to_thread(self._destroy)])
-            await together(client.end_weight_update() for client in self._clients)
+        group = self._group
+        if group is not None:
+            try:
+                await together(client.begin_weight_update() for client in self._clients)
+                # NCCL may wait for all members of a group before one of them has given it up.
+                await together([self._order("leave"), asyncio.to_thread(self._destroy)])
+                await together(client.end_weight_update() for client in self._clients)
+            except ServerError:
+                abort(group)
+                self._group = None
+                raise
         self._store = None
 
     def follow_close(self) -> None:

@@ -22,7 +22,7 @@ from exprl_megatron.resharding.groups import address_towards, break_off, broadca
 from exprl_megatron.resharding.messages import Message, sender
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.own_group import GroupThread, destroy, in_background
+from exprl_megatron.serving.own_group import GroupThread, abort, destroy, in_background
 from exprl_megatron.together import together
 
 CAUSE_S = 5.0
@@ -130,14 +130,19 @@ class WeightGroups:
 
     async def close(self, clients: Sequence[SGLangClient]) -> None:
         """Give the groups up, in which nothing is under way; rank 0 only."""
-        names, self.names, self._left = self.names, [], []
+        names, self.names, self._left, group = self.names, [], [], self._group
 
         async def leave(client: SGLangClient) -> None:
             for name in names:
                 await client.destroy_weights_group(name)
 
         # NCCL may wait for all members of a group before one of them has given it up.
-        await together([asyncio.to_thread(self.follow_close), *map(leave, clients)])
+        try:
+            await together([asyncio.to_thread(self.follow_close), *map(leave, clients)])
+        except ServerError:
+            if group is not None:
+                abort(group)
+            raise
 
     def follow_close(self) -> None:
         """This rank's side of `close`."""

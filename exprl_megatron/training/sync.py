@@ -3,6 +3,7 @@
 import time
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -79,8 +80,16 @@ class WeightSync:
         return {}
 
     def close(self) -> None:
-        """Leave the groups that are shared with servers; every rank calls it."""
-        self._conductor.collective(lambda: self._conductor.run(self._transport.close()), self._transport.follow_close)
+        """Leave the groups that are shared with servers; every rank calls it.
+
+        A server that died after the last sync is left behind: the weights are needed nowhere any more.
+        """
+
+        def leave() -> None:
+            with suppress(ServerError):
+                self._conductor.run(self._transport.close())
+
+        self._conductor.collective(leave, self._transport.follow_close)
 
     def _outgoing(self, sums: ServerChecksums | None) -> Outgoing:
         """The policy's current weights; what this rank fills of them is added to `sums`."""
