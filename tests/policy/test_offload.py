@@ -115,6 +115,16 @@ def test_what_is_loaded_from_a_checkpoint_can_leave_and_come_back(policy, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(state(again), state(policy), strict=True))
 
 
+def test_buckets_that_servers_have_let_go_of_leave_before_the_cache_is_emptied(policy, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: done.append("collected"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    offload = Offload(policy)
+    offload._cuda = True
+    offload.away("weights")
+    assert done == ["collected", "emptied"]
+
+
 def test_quantized_copies_of_weights_leave_too(policy):
     """Transformer Engine's modules keep them in `_fp8_workspaces`, by name (transformer_engine/pytorch/module)."""
     linear = policy.chunks[0].decoder.layers[0].self_attention.linear_qkv
