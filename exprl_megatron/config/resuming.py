@@ -94,7 +94,11 @@ TABLE = (
     Row(("judge.store",), "free", "where answers are kept; they are found by everything that was asked"),
     # Verification.
     Row(("verifier.workers",), "free", "speed"),
-    Row(("verifier.answer_deadline_s", "verifier.program_deadline_s"), "free", "how long an answer is waited for"),
+    Row(
+        ("verifier.answer_deadline_s", "verifier.program_deadline_s", "verifier.test_deadline_s"),
+        "free",
+        "how long an answer is waited for",
+    ),
     Row(("verifier.variant",), "fixed", "what counts as right"),
     # What is learned.
     Row(("prompt.*",), "fixed", "what the policy is asked"),

@@ -11,14 +11,16 @@ from exprl_megatron.config.problems import Domain
 class VerifierConfig(Config):
     """One set of worker processes serves the whole run."""
 
-    workers: PositiveInt = 1
-    """Processes that compare mathematical answers, and as many that run programs."""
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Processes that compare mathematical answers, and as many that run programs; `auto`: one per core, at most 8."""
     variant: Literal["recommended", "code"] = "recommended"
     """`code`: mathematical answers exactly as the released code verifies them."""
     answer_deadline_s: float = Field(5.0, gt=0)
     """For the comparison of one answer."""
     program_deadline_s: float = Field(60.0, gt=0)
     """For all tests of one program."""
+    test_deadline_s: float = Field(12.0, gt=0)
+    """For one test of a program, by the clock; its CPU time is bounded besides."""
 
     def deadline_s(self, domain: Domain) -> float:
         """For one trace of a problem of `domain`."""

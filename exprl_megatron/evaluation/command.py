@@ -48,7 +48,9 @@ def eval_command(
     server_arg: Annotated[list[str] | None, typer.Option(help="Passed to SGLang as it is; may be repeated.")] = None,
     request_deadline_s: Annotated[float, typer.Option(help="For one sample, its wait for a place included.")] = 3600.0,
     concurrency: Annotated[int, typer.Option(min=1, help="Samples under way at one server.")] = 1024,
-    verifier_workers: Annotated[int, typer.Option(min=1, help="Processes that compare answers.")] = 1,
+    verifier_workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compare answers. (default: one per core, at most 8)")
+    ] = None,
     verifier_deadline_s: Annotated[float, typer.Option(help="For the comparison of one answer.")] = 10.0,
     program_deadline_s: Annotated[float, typer.Option(help="For all tests of one program.")] = 120.0,
 ) -> None:
@@ -77,7 +79,7 @@ def eval_command(
             "request_deadline_s": request_deadline_s,
         },
         concurrency=concurrency,
-        verifier_workers=verifier_workers,
+        verifier_workers=verifier_workers or "auto",
         verifier_deadline_s=verifier_deadline_s,
         program_deadline_s=program_deadline_s,
     )

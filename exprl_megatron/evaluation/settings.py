@@ -32,7 +32,7 @@ class EvalSettings(Config):
     """For the comparison of one answer."""
     program_deadline_s: float = Field(120.0, gt=0)
     """For all tests of one program."""
-    verifier_workers: PositiveInt = 1
+    verifier_workers: PositiveInt | Literal["auto"] = "auto"
 
     def check(self) -> None:
         """Raise UserError where the settings contradict each other."""

@@ -15,24 +15,28 @@ from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
 from exprl_megatron.rewards.extraction import extract_program
 
 _SHOWN = 100
+_PROBE_S = 30.0
+"""For a program that only ends."""
 _OVERRUN = {"time": "out of time", "output": "too much output"}
 
 
 class CodeVerifier:
     """Runs programs in at most `workers` sandboxes at once; works from any event loop. `close` ends them."""
 
-    def __init__(self, workers: int = 1, limits: Limits = DEFAULT_LIMITS):
+    def __init__(self, workers: int = 1, limits: Limits = DEFAULT_LIMITS, optional_layers: bool = True):
+        self._limits = limits
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="code-verifier")
         self._idle: queue.SimpleQueue[CodeSandbox] = queue.SimpleQueue()
         for _ in range(workers):
-            self._idle.put(CodeSandbox(limits))
+            self._idle.put(CodeSandbox(limits, optional_layers=optional_layers))
 
     async def verify(self, tests: Sequence[CodeTest], trace_text: str, deadline_s: float) -> Judgement:
         """1.0 where the last Python block of the trace passes every test, else 0.0; the evidence names the test.
 
         The tests together have `deadline_s` seconds, waiting for a free sandbox not counted; a program that needs
-        longer fails, as does one that overruns a limit of a single test. Abstains with `no-sandbox` where this
-        machine cannot contain programs, and with `verifier-error` where the sandbox fails or a test is unreadable.
+        longer fails, as does one that overruns a limit of a single test, or with which the sandbox fails twice
+        although it then runs another program. Abstains with `no-sandbox` where this machine cannot contain programs,
+        and with `verifier-error` where the sandbox itself fails or a test is unreadable.
         """
         program = extract_program(trace_text)
         if program is None:
@@ -58,7 +62,7 @@ class CodeVerifier:
             sandbox.layers()  # a start is not the program's time
             end = time.monotonic() + deadline_s
             for number, test in enumerate(tests, start=1):
-                fault = _fault(sandbox, program, test, end - time.monotonic())
+                fault = _fault(sandbox, program, test, min(self._limits.wall_s, end - time.monotonic()))
                 if fault is not None:
                     return Scored(0.0, f"test {number} of {len(tests)}: {fault}")
         except NoSandbox as error:
@@ -79,13 +83,29 @@ def _fault(sandbox: CodeSandbox, program: str, test: CodeTest, left_s: float) ->
     expected = _read_call(test) if test.function else None
     if left_s <= 0:
         return _OVERRUN["time"]
-    outcome = sandbox.run(program, test.input, test.function, left_s)
+    outcome = _settled(sandbox, program, test, left_s)
+    if outcome is None:
+        return "the sandbox fails with this program alone"
     if outcome.ending in _OVERRUN:
         return _OVERRUN[outcome.ending]
     if outcome.ending == "failed":
         return f"error: {_last_line(outcome)}"
     right = _same_value(outcome.output, expected) if test.function else same_output(outcome.output, test.output)
     return None if right else f"expected {_shorten(test.output)}, got {_shorten(outcome.output)}"
+
+
+def _settled(sandbox: CodeSandbox, program: str, test: CodeTest, wall_s: float) -> Outcome | None:
+    """What became of the program; None where it is the program's fault that the sandbox failed. SandboxFailed."""
+    try:
+        return sandbox.run(program, test.input, test.function, wall_s)
+    except SandboxFailed:
+        pass  # by chance, by the machine or by this program: the next runs tell
+    try:
+        return sandbox.run(program, test.input, test.function, wall_s)
+    except SandboxFailed:
+        # Raises again where the machine or the test is at fault: this program is harmless.
+        sandbox.run("", test.input, None, _PROBE_S)
+        return None
 
 
 def same_output(output: str, expected: str) -> bool:

@@ -1,6 +1,7 @@
 """Running programs that nobody has read: the side of the process that asks for it."""
 
 import importlib.util
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
 from exprl_megatron.rewards.worker_process import WorkerProcess
 
 START_DEADLINE_S = 120.0
-_GRACE_S = 60.0
+_GRACE_S = 20.0
 """Beyond a program's own time the worker may need so long to answer."""
 _BOOT = """
 import sys
@@ -31,7 +32,9 @@ def deepest(depth):
 print(deepest(0))
 """
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-"""All that a program sees of any environment. The seed makes verdicts repeatable; threads must not be forked."""
+"""The worker's environment; programs have none. The seed makes verdicts repeatable; threads must not be forked."""
+_INTERPRETER_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME")
+"""What a Python outside the system's directories may need to start, as `module load python` sets it."""
 
 
 class NoSandbox(Exception):
@@ -119,7 +122,8 @@ class CodeSandbox:
         layers = "all" if self._optional_layers else "needed"
         python = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", _BOOT]
         command = [*python, layers, ",".join(self._modules), *paths]
-        return WorkerProcess(command, env=_ENVIRONMENT, cwd="/", new_session=True)
+        needed = {name: os.environ[name] for name in _INTERPRETER_VARIABLES if name in os.environ}
+        return WorkerProcess(command, env=_ENVIRONMENT | needed, cwd="/", new_session=True)
 
 
 def recursion_depth() -> int:

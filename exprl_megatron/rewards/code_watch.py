@@ -8,6 +8,7 @@ import socket
 import time
 
 from exprl_megatron.rewards import seccomp
+from exprl_megatron.rewards.code_zygote import Zygote
 from exprl_megatron.rewards.containment import Limits
 
 CONTAINED = b"contained"
@@ -18,14 +19,14 @@ THREADS = b"threads"
 _REQUESTS = 0
 _PIECE = 2**16
 _ERROR_BYTES = 4096
-_POLL_S = 0.001
 
 
 class Watch:
     """Follows one program to its end, and ends it where it uses more than it may."""
 
-    def __init__(self, pid: int, control: socket.socket, pipes: list[int], end: float, limits: Limits):
+    def __init__(self, pid: int, zygote: Zygote, control: socket.socket, pipes: list[int], end: float, limits: Limits):
         self._pid = pid
+        self._zygote = zygote
         self._control = control
         self._end = end
         self._limits = limits
@@ -44,7 +45,7 @@ class Watch:
             followed = {*self._read, self._control.fileno()}
             while self._overran is None and self._open & followed:
                 self._attend()
-            status, usage = self._wait()
+            status, cpu_s = self._wait()
         finally:
             if self._listener is not None:
                 os.close(self._listener)
@@ -52,7 +53,7 @@ class Watch:
             return {"failure": f"the program was not contained: {self._said.decode(errors='replace') or status}"}
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if self._overran is None and killed:
-            if usage.ru_utime + usage.ru_stime < 0.9 * self._limits.cpu_s:
+            if cpu_s < 0.9 * self._limits.cpu_s:
                 return {"failure": "the program was killed from outside"}
             self._overran = "time"
         ending = self._overran or ("finished" if status == 0 else "failed")
@@ -113,14 +114,10 @@ class Watch:
         if fd == self._errors:
             del self._read[fd][:-_ERROR_BYTES]
 
-    def _wait(self) -> tuple[int, object]:
-        """Status and usage of the ended process; one that closed its pipes and goes on has until the deadline."""
-        while self._overran is None:
-            pid, status, usage = os.wait4(self._pid, os.WNOHANG)
-            if pid:
-                return status, usage
-            if time.monotonic() > self._end:
-                self._overran = "time"
-            time.sleep(_POLL_S)
-        os.kill(self._pid, signal.SIGKILL)
-        return os.wait4(self._pid, 0)[1:]
+    def _wait(self) -> tuple[int, float]:
+        """Status and CPU seconds of the ended process; one that closed its pipes and goes on has until the deadline."""
+        if self._overran is None and not self._zygote.ended(self._end - time.monotonic()):
+            self._overran = "time"
+        if self._overran is not None:
+            os.kill(self._pid, signal.SIGKILL)
+        return self._zygote.reap()

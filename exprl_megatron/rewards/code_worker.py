@@ -1,7 +1,8 @@
-"""The process from which contained programs are forked: JSON lines in, JSON lines out.
+"""The process that has contained programs run and follows them: JSON lines in, JSON lines out.
 
 It has read every module beforehand, so that a program starts in milliseconds and never opens a file. It knows
-programs and inputs; what output is right it never learns. Its first line is {"layers": names of the layers}, or
+programs and inputs; what output is right it never learns. Programs are forked from its zygote, which knows
+nothing. Its first line is {"layers": names of the layers}, or
 {"refused": why} where it cannot contain programs here. A request is {"program", "input", "function", "wall_s",
 "limits"}; the reply is {"ending": "finished" | "failed" | "time" | "output", "output", "error"}, or {"failure": text}
 where no fault of the program kept it from running. The process ends when its input does.
@@ -15,14 +16,16 @@ import os
 import socket
 import sys
 import time
+from dataclasses import asdict
 
 from exprl_megatron.rewards import code_program, containment, seccomp
 from exprl_megatron.rewards.code_watch import CONTAINED, THREADS, Watch
+from exprl_megatron.rewards.code_zygote import Zygote, ZygoteDied
 from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
 
 _REQUESTS, _REPLIES = 0, 1
-_CONTROL = 4
-_FIRST_FREE = 5
+_CONTROL, _TASK = 4, 5
+_FIRST_FREE = 6
 _ASIDE = containment.OPEN_FILES // 2
 
 _ATTEMPTS = """
@@ -50,6 +53,7 @@ class Sandbox:
         self._names = code_program.prelude()
         self._landlock = optional_layers and containment.landlock_version() > 0
         self._optional_layers = optional_layers
+        self._zygote: Zygote | None = None
         self.layers: list[str] = []
 
     def close_in(self) -> str | None:
@@ -58,6 +62,8 @@ class Sandbox:
             return f"there is no seccomp filter for {sys.platform} on {os.uname().machine}"
         containment.limit_worker()
         layers = containment.leave_the_machine() if self._optional_layers else []
+        os.environ.clear()
+        self._zygote = Zygote(self._begin)
         tried = self.run(_ATTEMPTS, None, "", 30.0, DEFAULT_LIMITS)
         if "failure" in tried or tried["ending"] != "finished" or tried["error"]:
             return f"a harmless program did not run: {tried}"
@@ -70,34 +76,34 @@ class Sandbox:
         return None
 
     def run(self, program: str, function: str | None, text: str, wall_s: float, limits: Limits) -> dict:
-        """The reply to one request. OSError where a process or a pipe could not be had."""
+        """The reply to one request. OSError where a process or a pipe could not be had; ZygoteDied."""
         end_of_time = time.monotonic() + wall_s
+        task = json.dumps({"program": program, "function": function, "input": text, "limits": asdict(limits)})
         with contextlib.ExitStack() as opened:
-            source = opened.enter_context(open(os.memfd_create("input"), "r+b", buffering=0))
-            _write(source.fileno(), b"" if function else text.encode())
-            source.seek(0)
+            source = opened.enter_context(_memory_file(b"" if function else text.encode()))
+            task_file = opened.enter_context(_memory_file(task.encode()))
             pipes = [[opened.enter_context(end) for end in _pipe()] for _ in range(3)]
             control, theirs = map(opened.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-            ends = [source, *(writer for _, writer in pipes), theirs]
-            worker = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                status = 1
-                try:
-                    _arrange(*(end.fileno() for end in ends))
-                    self._contain(worker, limits)
-                    status = code_program.run(program, function, text, self._names)
-                finally:
-                    os._exit(status)
+            ends = [source, *(writer for _, writer in pipes), theirs, task_file]
+            pid = self._zygote.start([end.fileno() for end in ends])
             for end in ends:
                 end.close()
-            watch = Watch(pid, control, [reader.fileno() for reader, _ in pipes], end_of_time, limits)
+            watch = Watch(pid, self._zygote, control, [reader.fileno() for reader, _ in pipes], end_of_time, limits)
             return watch.reply(of_call=function is not None)
 
-    def _contain(self, worker: int, limits: Limits) -> None:
+    def _begin(self, fds: list[int]) -> int:
+        """Run, in a process that was forked for it, the task behind the last of `fds`; returns the exit status."""
+        zygote = os.getppid()
+        _arrange(*fds)
+        with open(_TASK, "rb") as task_file:
+            task = json.loads(task_file.read())
+        self._contain(zygote, Limits(**task["limits"]))
+        return code_program.run(task["program"], task["function"], task["input"], self._names)
+
+    def _contain(self, zygote: int, limits: Limits) -> None:
         """Close this forked process in, tell the worker so over the control socket, and close that too."""
         try:
-            containment.begin_program(worker, limits)
+            containment.begin_program(zygote, limits)
             if self._landlock:
                 containment.deny_with_landlock()
             listener = seccomp.announce_threads()
@@ -119,6 +125,14 @@ def _arrange(*fds: int) -> None:
     for place, fd in enumerate(aside):
         os.dup2(fd, place)
     os.closerange(_FIRST_FREE, containment.OPEN_FILES)
+
+
+def _memory_file(content: bytes) -> io.FileIO:
+    """An open file without a name, to be read from its beginning."""
+    fd = os.memfd_create("input")
+    _write(fd, content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return os.fdopen(fd, "rb", buffering=0)
 
 
 def _pipe() -> tuple[io.FileIO, io.FileIO]:
@@ -143,8 +157,11 @@ def serve(optional_layers: bool, modules: tuple[str, ...]) -> None:
             limits = Limits(**asked["limits"])
             try:
                 reply = sandbox.run(asked["program"], asked["function"], asked["input"], asked["wall_s"], limits)
-            except OSError as error:
+            except (OSError, UnicodeEncodeError) as error:
                 reply = {"failure": f"{type(error).__name__}: {error}"}
+            except ZygoteDied as error:
+                _say({"failure": str(error)})
+                return
             _say(reply)
 
 

@@ -15,6 +15,11 @@ Optional:
 * empty root directory (with the namespace, or as root): names and sizes of files, which the filter leaves visible
   to raw system calls.
 
+Landlock is called directly. The package `landlock` on PyPI (MIT) is a development release (1.0.0.dev5 of May 2025)
+that knows the rights on files alone: neither TCP (6.7) nor signals and abstract sockets (6.12), which are denied here.
+To deny everything takes two system calls and no rule, so there is no path of a Python or its libraries to allow either:
+modules are loaded before.
+
 A process identifier namespace would add nothing: there is never a second process, and no call that sends a signal.
 """
 
@@ -45,6 +50,8 @@ class Limits:
 
     cpu_s: int = 6
     """Seconds of CPU time, of all threads together."""
+    wall_s: float = 12.0
+    """Seconds of wall-clock time; more than `cpu_s`, as a busy machine delays a program that computes."""
     memory_bytes: int = 2 * 2**30
     """Address space."""
     output_bytes: int = 16 * 2**20

@@ -3,6 +3,12 @@
 There is no way to open a file, make a socket, start a process or a program, send a signal, or change another
 process, or its own limits: those system calls fail with EPERM. The filter needs no privilege, and the kernel never
 takes it off.
+
+The filter is written here and not by libseccomp because a cluster's image often lacks that C library, and nobody can
+install it there without root's rights. PyPI has no binding that contains it: `pyseccomp` (MIT, 0.1.2 of January 2021
+is its last release) loads the system's copy, which it looks up by running ldconfig or a compiler; libseccomp's own
+binding needs the same copy. An allow list needs one comparison for each call, so there is
+little that the library would take over.
 """
 
 import ctypes

@@ -1,5 +1,8 @@
 """Is a trace's answer right? Each domain has its own way to find out."""
 
+import os
+from typing import Literal
+
 from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rewards.code_answer import CodeVerifier
@@ -7,17 +10,31 @@ from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
 from exprl_megatron.rewards.math_answer import DEADLINE_S, MathVerifier, Variant
 from exprl_megatron.rewards.multiple_choice import grade_choice
 
+MOST_WORKERS = 8
+
+
+def default_workers() -> int:
+    """One for each core that this process may use, at most `MOST_WORKERS`."""
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+
 
 class AnswerVerifier:
     """Math by math-verify, multiple choice by the letter, code by running its tests, all else by nobody.
 
-    Math and code have `workers` processes each; those of math start at once, those of code with the first program.
+    Math and code have `workers` processes each, `auto` being `default_workers`; those of math start at once, those of
+    code with the first programs.
     Works from any event loop; `close` ends the processes. `variant` is about math alone.
     """
 
-    def __init__(self, workers: int = 1, variant: Variant = "recommended", code_limits: Limits = DEFAULT_LIMITS):
-        self._math = MathVerifier(workers, variant)
-        self._code = CodeVerifier(workers, code_limits)
+    def __init__(
+        self,
+        workers: int | Literal["auto"] = "auto",
+        variant: Variant = "recommended",
+        code_limits: Limits = DEFAULT_LIMITS,
+    ):
+        count = default_workers() if workers == "auto" else workers
+        self._math = MathVerifier(count, variant)
+        self._code = CodeVerifier(count, code_limits)
 
     async def verify(self, problem: Problem, trace_text: str, deadline_s: float = DEADLINE_S) -> Judgement:
         """1.0 where the trace's answer is right, else 0.0, with what was found as evidence.

@@ -16,6 +16,7 @@ from exprl_megatron.judging.gate import JudgeGate
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.judging.store import JudgementStore
+from exprl_megatron.rewards.containment import Limits
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.console import Console
@@ -94,4 +95,4 @@ class JudgingSide:
 
 
 def _verifier(config: VerifierConfig) -> AnswerVerifier:
-    return AnswerVerifier(config.workers, config.variant)
+    return AnswerVerifier(config.workers, config.variant, Limits(wall_s=config.test_deadline_s))

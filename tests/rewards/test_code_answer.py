@@ -1,6 +1,8 @@
 """Right and wrong programs, by the rules of LiveCodeBench; faults of programs and faults of the sandbox."""
 
 import asyncio
+import contextlib
+import threading
 
 import psutil
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.problems.problem import CodeTest
 from exprl_megatron.rewards.code_answer import CodeVerifier, same_output
+from exprl_megatron.rewards.code_sandbox import CodeSandbox, SandboxFailed
 from exprl_megatron.rewards.containment import Limits
 
 ADD = (CodeTest("1 2\n", "3\n"), CodeTest("-1 1", "0"))
@@ -180,42 +183,102 @@ def test_many_at_once_get_their_own_verdicts(verifier):
     assert [verdict.value for verdict in asyncio.run(all_of_them())] == [1.0] * 3 + [0.0] * 9
 
 
-def test_a_worker_that_dies_is_an_abstention_and_is_replaced():
+def test_a_worker_that_dies_is_replaced_and_the_program_run_again():
     before = set(psutil.Process().children())
     with CodeVerifier() as verifier:
         assert _verify(verifier, ADD, "print(3)").value == 0.0
 
         async def killed():
             task = asyncio.create_task(
-                verifier.verify([CodeTest("", "")], "```python\nimport time\ntime.sleep(60)\n```", 120.0)
+                verifier.verify([CodeTest("", "")], "```python\nimport time\ntime.sleep(1)\n```", 120.0)
             )
-            while not (programs := [p for w in set(psutil.Process().children()) - before for p in w.children()]):
+            while not _programs(before):
                 await asyncio.sleep(0.01)
-            programs[0].parent().kill()
+            for worker in set(psutil.Process().children()) - before:
+                worker.kill()
             return await task
 
-        assert asyncio.run(killed()).reason == "verifier-error"
+        assert asyncio.run(killed()) == Scored(1.0, "1 tests passed")
         assert _verify(verifier, ADD, "print(sum(map(int, input().split())))").value == 1.0
     assert set(psutil.Process().children()) <= before
 
 
-def test_a_program_killed_from_outside_is_an_abstention():
+def _programs(before):
+    """The programs under way: each is a child of a zygote, which is a child of a worker."""
+    workers = set(psutil.Process().children()) - before
+    return [program for worker in workers for zygote in worker.children() for program in zygote.children()]
+
+
+def test_a_program_killed_from_outside_is_run_again():
     before = set(psutil.Process().children())
     with CodeVerifier() as verifier:
         assert _verify(verifier, ADD, "print(3)").value == 0.0
-        (worker,) = set(psutil.Process().children()) - before
 
         async def killed():
-            program = "```python\nimport time\nprint(1, flush=True)\ntime.sleep(60)\n```"
+            program = "```python\nimport time\nprint(1, flush=True)\ntime.sleep(1)\n```"
             task = asyncio.create_task(verifier.verify([CodeTest("", "1")], program, 120.0))
-            while not (programs := worker.children()):
+            while not (programs := _programs(before)):
                 await asyncio.sleep(0.01)
             programs[0].kill()
             return await task
 
-        verdict = asyncio.run(killed())
-    assert isinstance(verdict, Abstained)
-    assert verdict.reason == "verifier-error"
+        assert asyncio.run(killed()) == Scored(1.0, "1 tests passed")
+
+
+def test_a_program_that_is_killed_each_time_is_wrong_where_others_run():
+    """As the kernel does where memory runs out."""
+    before = set(psutil.Process().children())
+    ended = threading.Event()
+
+    def kill_them():
+        while not ended.is_set():
+            for program in _programs(before):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if program.memory_info().rss > 2**28:
+                        program.kill()
+
+    with CodeVerifier(limits=Limits(memory_bytes=2**30)) as verifier:
+        assert _verify(verifier, ADD, "print(3)").value == 0.0
+        killer = threading.Thread(target=kill_them)
+        killer.start()
+        try:
+            verdict = _verify(verifier, ADD, "import time\nx = bytearray(b'x') * 2**29\ntime.sleep(9)")
+        finally:
+            ended.set()
+            killer.join()
+    assert verdict == Scored(0.0, "test 1 of 2: the sandbox fails with this program alone")
+
+
+def test_where_a_harmless_program_fails_too_it_is_an_abstention(monkeypatch):
+    asked = []
+
+    def fail(self, program, *_):
+        asked.append(program)
+        raise SandboxFailed("out of processes")
+
+    monkeypatch.setattr(CodeSandbox, "run", fail)
+    with CodeVerifier() as verifier:
+        verdict = _verify(verifier, ADD, "print(3)")
+    assert verdict == Abstained("verifier-error", "out of processes")
+    assert [program.strip() for program in asked] == ["print(3)", "print(3)", ""]
+
+
+def test_an_input_that_cannot_be_encoded_is_an_abstention_and_costs_no_worker():
+    with CodeVerifier() as verifier:
+        assert _verify(verifier, ADD, "print(3)").value == 0.0
+        workers = set(psutil.Process().children())
+        verdict = _verify(verifier, [CodeTest("\ud800", "1")], "print(1)")
+        assert isinstance(verdict, Abstained)
+        assert verdict.reason == "verifier-error"
+        assert set(psutil.Process().children()) == workers
+
+
+def test_one_test_is_bounded_by_the_clock_besides_the_whole_program():
+    with CodeVerifier(limits=Limits(wall_s=1.0)) as verifier:
+        verdict = _verify(verifier, ADD, "import time\ntime.sleep(50)\nprint(3)", deadline_s=1000.0)
+        assert verdict == Scored(0.0, "test 1 of 2: out of time")
+        longer = "import time\ntime.sleep(0.6)\nprint(sum(map(int, input().split())))"
+        assert _verify(verifier, ADD, longer, deadline_s=1000.0) == Scored(1.0, "2 tests passed")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 import asyncio
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -157,3 +160,47 @@ def test_limits_and_rights_by_themselves():
         "      resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_FSIZE))"
     )
     assert _alone(code) == f"['CapEff:\\t{16 * '0'}', 'NoNewPrivs:\\t1'] ({2**28}, {2**28}) (0, 0)"
+
+
+NEEDING = """#!/bin/sh
+# A Python that starts only with what `module load` sets.
+[ "$LD_LIBRARY_PATH" = "/apps/lib" ] && [ "$PYTHONHOME" = {home!r} ] && [ -z "$EXPRL_TEST_SECRET" ] || exit 127
+exec {python!r} "$@"
+"""
+SHOW_ENVIRONMENT = "import os\nprint(dict(os.environ), os.getenv('LD_LIBRARY_PATH'))"
+
+
+def test_the_worker_gets_what_its_interpreter_needs_and_programs_get_no_environment(interpreter, monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/apps/lib")
+    monkeypatch.setenv("PYTHONHOME", sys.base_prefix)
+    monkeypatch.setenv("EXPRL_TEST_SECRET", "sphinx")
+    interpreter(NEEDING, home=sys.base_prefix)
+    sandbox = CodeSandbox()
+    try:
+        assert sandbox.run(SHOW_ENVIRONMENT, "", None, 60.0).output == "{} None\n"
+    finally:
+        sandbox.close()
+
+
+def test_an_interpreter_elsewhere_whose_libraries_the_environment_names(tmp_path, monkeypatch):
+    """As `module load python` has it: a tree of its own, and no path to its library in the binary."""
+    library = Path(sysconfig.get_config_var("LIBDIR")) / sysconfig.get_config_var("INSTSONAME")
+    if not library.name.endswith((".so", ".so.1.0")) or not library.exists():
+        pytest.skip("this Python has no shared library")
+    tree = tmp_path / "apps" / "python"
+    (tree / "bin").mkdir(parents=True)
+    (tree / "lib").mkdir()
+    python = tree / "bin" / "python3"
+    built_in = f"{library.parent}\0".encode()
+    binary = Path(sys.executable).resolve().read_bytes()
+    python.write_bytes(binary.replace(built_in, b"/nowhere".ljust(len(built_in) - 1, b"_") + b"\0"))
+    python.chmod(0o755)
+    shutil.copy(library, tree / "lib")
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    (tree / "lib" / stdlib.name).symlink_to(stdlib)
+    monkeypatch.setattr(sys, "executable", str(python))
+    if built_in in binary:
+        assert not sandbox_available().ok
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tree / "lib"))
+    assert sandbox_available().ok
+    assert _verdict().value == 1.0

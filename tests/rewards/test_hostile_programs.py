@@ -226,7 +226,7 @@ def test_an_endless_program_whose_trainer_was_killed_ends_too(tmp_path):
     trainer = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
     assert trainer.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in trainer.stdout.split()]
-    assert len(pids) == 2
+    assert len(pids) == 3  # worker, zygote, program
     left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, left = psutil.wait_procs(left, timeout=60)
     left = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]

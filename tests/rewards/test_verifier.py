@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
+from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.problems.problem import CodeTest, Problem
-from exprl_megatron.rewards.verifier import AnswerVerifier
+from exprl_megatron.rewards.verifier import AnswerVerifier, default_workers
 
 PRINT = "```python\nprint(input())\n```"
 
@@ -49,3 +50,10 @@ def test_what_nobody_can_verify_is_an_abstention(verifier, problem):
     verdict = _verify(verifier, problem, r"\boxed{A}")
     assert isinstance(verdict, Abstained)
     assert verdict.reason == "no-verifier"
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (3, 3), (8, 8), (96, 8)])
+def test_workers_are_one_per_core_and_at_most_eight(monkeypatch, cores, workers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert default_workers() == workers
+    assert VerifierConfig().workers == "auto"
