@@ -28,6 +28,7 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judge_model import model_context
 from exprl_megatron.judging.judgement import Judgement, Scored
+from exprl_megatron.judging.prompt import prompt_set_hash
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.launch import ServerSpec, start_servers
@@ -130,7 +131,9 @@ async def measured(client: SGLangClient, model: str, cases: list, args: argparse
         for repeat in range(args.repeats + 1):
             for unit, segments in (("trace", None), ("prefix", args.segments)):
                 for order in ORDERS if repeat % 2 else reversed(ORDERS):
-                    config = JudgeConfig(model=model, prompt_order=order, max_new_tokens=ANSWER_TOKENS, reasks=0)
+                    # The same words in both orders.
+                    prompts = {"prompt_order": order, "shipped_prompts": prompt_set_hash()}
+                    config = JudgeConfig(model=model, **prompts, max_new_tokens=ANSWER_TOKENS, reasks=0)
                     meter = Meter(client)
                     judge = Judge(config, [meter], tokenizer)
                     await client.flush_cache()

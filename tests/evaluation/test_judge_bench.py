@@ -127,6 +127,16 @@ def test_the_three_arms_of_a_judge_that_reads_the_reference(bench, capsys, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_a_judge_that_is_within_the_bound_without_a_reference_is_remarked_on(config, bench, capsys, tmp_path):
+    config["judge"]["gate"]["max_misplacement"] = 0.5
+    figures = tmp_path / "bench.json"
+    assert not bench("--json", str(figures))
+    verdict = json.loads(figures.read_text())["gate"]
+    assert verdict["passed"]
+    assert verdict["says"].startswith("without a reference it misplaces 50.0%")
+    assert f"gate: passed: {verdict['says']}" in capsys.readouterr().out
+
+
 def test_a_gate_that_would_stop_a_run_says_so(config, bench, capsys, tmp_path):
     config["judge"]["show_reference"] = False
     figures = tmp_path / "bench.json"

@@ -76,7 +76,7 @@ def test_a_run_that_ended_before_its_first_step_does_not_block_the_directory(tmp
     assert not any(directory.logs.iterdir())
 
 
-def test_a_run_whose_shipped_prompts_were_updated_is_told_how_to_go_on_with_its_own(tmp_path):
+def test_a_resume_after_an_update_of_the_shipped_prompts_names_the_settings_that_keep_the_earlier_ones(tmp_path):
     root = tmp_path / "run"
     directory, judge = RunDirectory(root), {"model": "j", "rubric": {"kind": "checkpoints"}}
     builder, builder_then = load_prompt("rubric-builder", shows="reference").version, "aa123fde4f6df596"
