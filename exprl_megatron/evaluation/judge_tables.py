@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from exprl_megatron.evaluation.judge_picture import ARM_NAMES
+from exprl_megatron.intervals import Interval
 from exprl_megatron.judging.arms import ArmFigures
-from exprl_megatron.judging.calibration import Interval
 from exprl_megatron.judging.wrong_steps import WrongStepFigures
 
 _ARM_ROWS: dict[str, Callable[[ArmFigures], str]] = {

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from exprl_megatron.intervals import Interval
 from exprl_megatron.judging.abstentions import count_abstentions
 from exprl_megatron.judging.calibration import (
-    Interval,
     Misplacement,
     agreement,
     auroc,

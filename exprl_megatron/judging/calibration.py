@@ -10,6 +10,8 @@ from itertools import combinations
 
 import numpy as np
 
+from exprl_megatron.intervals import Interval, boundary_margin
+
 RIGHT_FROM = 4
 """A score of 4 or 5 means that the judge takes the trace for right."""
 RESAMPLES = 2000
@@ -17,14 +19,6 @@ CONFIDENCE = 0.95
 _WRONG_REFERENCE_SEED = 0xC0DE
 ROUNDING = 1e-9
 """Scores that differ by less are equal: a score may be a weighted sum, and 4 then miss itself by a rounding."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A confidence interval."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -91,10 +85,12 @@ def agreement(repeats: Sequence[float]) -> float:
 def bootstrap_interval(
     clusters: Sequence[Hashable], statistic: Callable[[np.ndarray], float], seed: int = 0
 ) -> Interval | None:
-    """The percentile bootstrap over clusters (95 %, 2,000 resamples, seeded) of `statistic`.
+    """The percentile bootstrap over clusters (95 %, 2,000 resamples, seeded) of `statistic`, a share in [0, 1].
 
     `clusters` names each item's cluster (the traces of one problem are not independent); `statistic` gets
-    the indices of a resample's items, int64. Resamples on which it is nan are left out; None where all are.
+    the indices of a resample's items, int64. Resamples on which it is nan are left out; None where all are. A share
+    of 0 or 1 is the same in every resample; a bound next to 0 or 1 is therefore nowhere closer to it than the exact
+    binomial bound of as many units as there are clusters.
     """
     members: dict[Hashable, list[int]] = {}
     for index, cluster in enumerate(clusters):
@@ -108,7 +104,8 @@ def bootstrap_interval(
     if not values.size:
         return None
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(low), float(high))
+    margin = boundary_margin(len(items), CONFIDENCE)
+    return Interval(min(float(low), 1 - margin), max(float(high), margin))
 
 
 def wrong_references(keys: Sequence[str]) -> dict[str, str]:

@@ -97,8 +97,8 @@ def test_the_bootstrap_takes_all_traces_of_a_problem_together():
 
 
 def test_the_bootstrap_leaves_out_resamples_without_a_value():
-    found = bootstrap_interval("ab", lambda indices: math.nan if 0 in indices else 2.0)
-    assert (found.low, found.high) == (2.0, 2.0)
+    found = bootstrap_interval(range(20), lambda indices: math.nan if 0 in indices else 0.5)
+    assert (found.low, found.high) == (0.5, 0.5)
     assert bootstrap_interval("ab", lambda indices: math.nan) is None
     assert bootstrap_interval("", lambda indices: 1.0) is None
 
@@ -108,3 +108,11 @@ def test_wrong_references_reproduce_the_released_map():
     expected = {"p1": "p4", "p2": "p5", "p3": "p2", "p4": "p3", "p5": "p6", "p6": "p1"}
     assert wrong_references(keys) == expected
     assert wrong_references(reversed(keys)) == expected
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_0_or_1_has_the_exact_binomial_bound_of_so_many_problems(share):
+    # 40 items of 20 problems: Clopper and Pearson for 0 or 20 of 20.
+    found = bootstrap_interval([i // 2 for i in range(40)], lambda indices: share)
+    exact = stats.binomtest(int(20 * share), 20).proportion_ci(0.95, "exact")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
