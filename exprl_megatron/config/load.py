@@ -14,6 +14,7 @@ from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
+from exprl_megatron.config.algorithms import expand_algorithms
 from exprl_megatron.config.base import Config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
@@ -98,6 +99,9 @@ def _override(tree: Container, override: str, path: Path) -> None:
 
 def check_config(tree: Any, origin: str, also: Check = _nothing) -> RunConfig:
     """`tree` (plain dicts and lists) as a RunConfig; see load_config for what it raises."""
+    tree, sentences = expand_algorithms(tree)
+    if sentences:
+        raise UserError(_listing(origin, sentences))
     try:
         config = _validated(tree)
     except ValidationError as error:
