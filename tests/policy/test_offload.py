@@ -169,6 +169,30 @@ def test_pieces_of_any_size_go_through_blocks_of_any_size(monkeypatch, block):
     assert all(torch.equal(copies[i], one) and copies[i].shape == one.shape for i, one in enumerate(before))
 
 
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_host_memory_is_pinned_for_a_gpu_and_its_copies_are_over_when_it_returns(monkeypatch, kind):
+    done, empty = [], torch.empty
+
+    def allocated(*arguments, pin_memory=False, **settings):
+        done.append("pinned" if pin_memory else "pageable")
+        return empty(*arguments, **settings)
+
+    memory = HostMemory(torch.device(kind))
+    # What follows needs no driver; that it is meant for a GPU is known from `kind` alone.
+    memory._device = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronized"))
+    weights = torch.arange(64.0)
+    with monkeypatch.context() as allocating:
+        allocating.setattr(torch, "empty", allocated)
+        memory._reserve(weights.untyped_storage().nbytes())
+    assert done == (["pinned"] if kind == "cuda" else ["pageable"])
+    memory.copy_from([weights.untyped_storage()])
+    kept, weights[:] = weights.clone(), 0
+    memory.copy_to([weights.untyped_storage()])
+    assert torch.equal(weights, kept)
+    assert done[1:] == (["synchronized"] * 2 if kind == "cuda" else [])
+
+
 def test_pinned_blocks_waste_little_of_what_torch_rounds_to_powers_of_two(blocks, monkeypatch):
     """70B's weights and optimizer on a GPU, 27.5 GiB, pinned at once would take 32."""
     monkeypatch.setattr(
