@@ -160,8 +160,8 @@ def serve(optional_layers: bool, modules: tuple[str, ...]) -> None:
             except (OSError, UnicodeEncodeError) as error:
                 reply = {"failure": f"{type(error).__name__}: {error}"}
             except ZygoteDied as error:
-                _say({"failure": str(error)})
-                return
+                # No reply: this worker has to be replaced, which its end says.
+                sys.exit(f"code sandbox: {error}")
             _say(reply)
 
 
