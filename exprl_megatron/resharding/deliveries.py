@@ -1,190 +1,179 @@
 """Who sends which rectangle of which tensor to whom, where weights go from shards to shards without being joined.
 
-Pure arithmetic, as in messages.py: what trainer ranks hold, by the table of names, cut to what servers' ranks need.
-Ranks are those of one group: the trainer's first, then each server's.
+Pure arithmetic, as in messages.py: what trainer ranks hold, cut to what servers' ranks need. A plan gives each rank its
+own messages; nobody makes everybody's. Ranks are those of one group: the trainer's first, then each server's.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain
 
-import torch
+import numpy as np
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import Architecture
-from exprl_megatron.resharding.messages import ITEMSIZE, Shape, copies, holders, shard_shape
-from exprl_megatron.resharding.names import Parameter, Rule, hf_shapes, parameters
-from exprl_megatron.serving.loader_orders import Delivery, Need, Part
+from exprl_megatron.resharding.held import Held
+from exprl_megatron.resharding.messages import ITEMSIZE
+from exprl_megatron.serving.delivery_tables import MESSAGE, RECTANGLE, Deliveries, areas
 
 _SMALL_BYTES = 2**16
 """Parts below share a message."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """A rectangle of a Hugging Face tensor (a vector counts as one column) where a trainer's rank holds it."""
+class _Transfers:
+    """What brings the needs of one server rank: stretches of rows of which each is held by the same ranks."""
 
-    rank: int
-    """The first of those that hold it; `copies` says which others do."""
-    parameter: Parameter
-    row: int
-    rows: int
-    column: int
-    columns: int
-    local_row: int
-    """Of the rectangle's first row in the rank's parameter, whose rows are as long as the rectangle's."""
+    holdings: tuple[range, ...]
+    """Of each stretch the ranks that have all of it."""
+    ends: np.ndarray
+    """int64 [stretches]: the row after its last one."""
+    wanted: np.ndarray
+    """RECTANGLE [rows] of needs."""
+    sources: np.ndarray
+    """RECTANGLE [rows] of parameters."""
 
-
-Where = tuple[Parameter, int, int]
-"""A parameter, and a row and a column of the rank's part of it."""
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A delivery, and where its sender has each of its parts."""
-
-    delivery: Delivery
-    sources: tuple[Where, ...]
+    def rows(self, stretch: int) -> slice:
+        """Of a stretch."""
+        return slice(int(self.ends[stretch - 1]) if stretch else 0, int(self.ends[stretch]))
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A part, and where it comes from."""
+class DeliveryPlan:
+    """Of several holders the i-th sends to server i. No rank has more than `bucket_bytes` on its way in a round, which
+    its links share (more where one part has more than a link's share).
 
-    part: Part
-    where: Where
-
-
-def shares(architecture: Architecture, layout: Layout, grouped: bool = False) -> dict[str, list[Share]]:
-    """What makes up each exported Hugging Face tensor. `grouped` is as in names.parameters."""
-    shapes = hf_shapes(architecture)
-    found: dict[str, list[Share]] = defaultdict(list)
-    for parameter in parameters(architecture, layout, grouped):
-        if parameter.exported:
-            for index, rank in enumerate(holders(parameter, layout)):
-                for name, share in _shares(parameter, index, rank, shapes, layout):
-                    found[name].append(share)
-    return dict(found)
-
-
-def plan_deliveries(
-    needs: Sequence[Sequence[Sequence[Need]]],
-    held: Mapping[str, Sequence[Share]],
-    layout: Layout,
-    dtype: str,
-    bucket_bytes: int,
-) -> list[Sent]:
-    """All deliveries that bring `needs`, of each server and each of its ranks, in the order in which ranks take part.
-
-    Of several holders the i-th sends to server i. No rank has more than `bucket_bytes` on its way in a round, which its
-    links share (more where one part has more than a link's share). Raises ValueError where nobody holds a need.
+    `needs`: RECTANGLE tables of `held`'s tensors, of each server and each of its ranks; of ranks that are alike the
+    same object. Raises ValueError where no rank holds a need.
     """
-    by_copies: dict[int, dict[range, list[_Planned]]] = {}
-    links: dict[tuple[int, int], list[list[_Planned]]] = defaultdict(list)
-    target = layout.world_size
-    for server, ranks in enumerate(needs):
-        for rank_needs in ranks:
-            # Servers are alike: what is worked out for a rank of one holds for the others'.
-            if id(rank_needs) not in by_copies:
-                by_copies[id(rank_needs)] = _by_copies(rank_needs, held, layout)
-            for holding, parts in by_copies[id(rank_needs)].items():
-                links[holding[server % len(holding)], target].append(parts)
-            target += 1
-    busiest = max(max(Counter(ends).values()) for ends in zip(*links, strict=True))
-    cut: dict[tuple[int, ...], list[tuple[int, tuple[Part, ...], tuple[Where, ...]]]] = {}
-    found = []
-    for (source, target), lists in links.items():
-        alike = tuple(map(id, lists))
-        if alike not in cut:
-            cut[alike] = _cut(chain.from_iterable(lists), ITEMSIZE[dtype], bucket_bytes // busiest)
-        found += [Sent(Delivery(number, source, target, parts), sources) for number, parts, sources in cut[alike]]
-    return sorted(found, key=lambda sent: sent.delivery.round)
+
+    def __init__(
+        self, needs: Sequence[Sequence[np.ndarray]], held: Held, layout: Layout, dtype: str, bucket_bytes: int
+    ):
+        self.held = held
+        self._itemsize = ITEMSIZE[dtype]
+        distinct = {id(rank): rank for server in needs for rank in server}
+        transfers = {key: _transfers(rank, held) for key, rank in distinct.items()}
+        self._targets = {}
+        """Of each server rank its server and what it is sent."""
+        for server, ranks in enumerate(needs):
+            for rank in ranks:
+                self._targets[layout.world_size + len(self._targets)] = (server, transfers[id(rank)])
+        links = {(source, target) for target in self._targets for source in self._senders(target)}
+        busiest = max(max(Counter(ends).values()) for ends in zip(*links, strict=True))
+        self._budget = bucket_bytes // busiest
+        self.nbytes = self._itemsize * sum(int(areas(rank).sum()) for server in needs for rank in server)
+        """To all servers."""
+
+    @property
+    def targets(self) -> range:
+        """The servers' ranks."""
+        return range(min(self._targets), max(self._targets) + 1)
+
+    def sends(self, rank: int) -> Deliveries:
+        """What the trainer's `rank` sends; parts are of its parameters, by their numbers in Held."""
+        links = []
+        for target, (_, transfers) in self._targets.items():
+            own = [stretch for stretch, sender in enumerate(self._senders(target)) if sender == rank]
+            if own:
+                links.append((target, [transfers.sources[transfers.rows(stretch)] for stretch in own]))
+        return self._cut(links)
+
+    def receives(self, target: int) -> Deliveries:
+        """What the server rank `target` is sent; parts are of its needs, by their places."""
+        transfers = self._targets[target][1]
+        links: dict[int, list[np.ndarray]] = {}
+        for stretch, sender in enumerate(self._senders(target)):
+            links.setdefault(sender, []).append(transfers.wanted[transfers.rows(stretch)])
+        return self._cut(links.items())
+
+    def _senders(self, target: int) -> list[int]:
+        """Who sends each stretch."""
+        server, transfers = self._targets[target]
+        return [holding[server % len(holding)] for holding in transfers.holdings]
+
+    def _cut(self, links: Iterable[tuple[int, list[np.ndarray]]]) -> Deliveries:
+        """One rank's messages: on each link in each round one for each large part, and one for all small parts.
+
+        `links`: the rank of the other end, and the parts in order, which both ends cut alike.
+        """
+        peers, parts, lengths = [], [], []
+        for peer, tables in links:
+            peers.append(peer)
+            parts += tables
+            lengths.append(sum(map(len, tables)))
+        if not parts:
+            return Deliveries(np.empty(0, MESSAGE), np.empty(0, RECTANGLE))
+        together = np.concatenate(parts)
+        link = np.repeat(np.arange(len(peers)), lengths)
+        sizes = areas(together) * self._itemsize
+        rounds = _rounds(sizes, np.cumsum(lengths), self._budget)
+        small = sizes < _SMALL_BYTES
+        keys = (rounds * len(peers) + link) * 2 + small
+        order = np.argsort(keys, kind="stable")
+        keys, small = keys[order], small[order]
+        begins = np.append(True, ~small[1:] | (np.diff(keys) != 0))
+        firsts = np.flatnonzero(begins)
+        messages = np.empty(len(firsts), dtype=MESSAGE)
+        messages["round"] = rounds[order[firsts]]
+        messages["peer"] = np.array(peers)[link[order[firsts]]]
+        messages["parts"] = np.diff(np.append(firsts, len(order)))
+        return Deliveries(messages, together[order])
 
 
-def _shares(
-    parameter: Parameter, index: int, rank: int, shapes: dict[str, Shape], layout: Layout
-) -> Iterable[tuple[str, Share]]:
-    """The rectangles of the `index`-th shard."""
-    rows = shard_shape(parameter, shapes, layout)[0]
-    dim = parameter.rule.split_dim
-    for name, (count, runs) in zip(parameter.hf_names, _runs(parameter.rule, rows), strict=True):
-        shape = shapes[name]
-        width = shape[1] if len(shape) == 2 else 1
-        columns = width // len(holders(parameter, layout)) if dim == 1 else width
-        first = index * count if dim == 0 else 0
-        column = index * columns if dim == 1 else 0
-        # The last rows of a vocabulary may be padding.
-        for start, length, local_row in runs:
-            length = min(length, shape[0] - first - start)
-            if length > 0:
-                yield name, Share(rank, parameter, first + start, length, column, columns, local_row)
+def _transfers(needs: np.ndarray, held: Held) -> _Transfers:
+    """What brings the needs of one rank. Raises ValueError where no rank holds one."""
+    starts = held.starts[needs["of"]]
+    counts = held.starts[needs["of"] + 1] - starts
+    number = np.repeat(np.arange(len(needs), dtype=np.int32), counts)
+    place = np.arange(len(number)) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+    need, share = needs[number], held.shares[place]
+    row, rows = _overlap(need, share, "row", "rows")
+    column, columns = _overlap(need, share, "column", "columns")
+    kept = (rows > 0) & (columns > 0)
+    brought = np.zeros(len(needs), dtype=np.int64)
+    np.add.at(brought, number[kept], (rows.astype(np.int64) * columns)[kept])
+    if (brought != areas(needs)).any():
+        missing = held.tensors[needs["of"][np.argmax(brought != areas(needs))]]
+        raise ValueError(f"the trainer does not hold all of {missing} that a server needs")
+    wanted = _rectangles(number, row - need["row"], rows, column - need["column"], columns)[kept]
+    local = share["local_row"] + row - share["row"]
+    sources = _rectangles(share["parameter"], local, rows, column - share["column"], columns)[kept]
+    holding = share["holding"][kept]
+    found, firsts, which = np.unique(holding, return_index=True, return_inverse=True)
+    # In the order in which they are first needed.
+    by_first = np.argsort(firsts)
+    rank_of = np.argsort(by_first)[which]
+    order = np.argsort(rank_of, kind="stable")
+    ends = np.cumsum(np.bincount(rank_of, minlength=len(found)))
+    return _Transfers(tuple(held.holdings[i] for i in found[by_first]), ends, wanted[order], sources[order])
 
 
-@lru_cache(maxsize=64)
-def _runs(rule: Rule, rows: int) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
-    """Of a parameter of so many rows, for each part how many rows it has, and where they are in the parameter.
+def _overlap(need: np.ndarray, share: np.ndarray, start: str, size: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where what both have in one dimension begins, and how much that is."""
+    first = np.maximum(need[start], share[start])
+    return first, np.minimum(need[start] + need[size], share[start] + share[size]) - first
 
-    That is (row of the part, length, row of the parameter) of each stretch of rows that follow one another in both.
+
+def _rectangles(*columns: np.ndarray) -> np.ndarray:
+    made = np.empty(len(columns[0]), dtype=RECTANGLE)
+    for field, column in zip(RECTANGLE.names, columns, strict=True):
+        made[field] = column
+    return made
+
+
+def _rounds(sizes: np.ndarray, ends: np.ndarray, budget: int) -> np.ndarray:
+    """The round of each part: on each link the next begins where a part would not fit into `budget` bytes.
+
+    `sizes`: bytes of the parts, link by link; `ends`: where each link's parts end.
     """
-    found = []
-    # Rules move whole rows: where they put the rows' numbers is where rows go.
-    for part in rule.parts(torch.arange(rows)[:, None]):
-        at = part[:, 0].tolist()
-        starts = [i for i in range(len(at)) if i == 0 or at[i] != at[i - 1] + 1]
-        ends = [*starts[1:], len(at)]
-        found.append((len(at), tuple((i, end - i, at[i]) for i, end in zip(starts, ends, strict=True))))
-    return tuple(found)
-
-
-def _by_copies(
-    needs: Sequence[Need], held: Mapping[str, Sequence[Share]], layout: Layout
-) -> dict[range, list[_Planned]]:
-    """What brings the needs of one rank, by the ranks that have it, each of which has all of it."""
-    found: dict[range, list[_Planned]] = defaultdict(list)
-    for number, need in enumerate(needs):
-        count = 0
-        for share in held.get(need.name, ()):
-            planned = _common(number, need, share)
-            if planned is not None:
-                found[copies(share.parameter, share.rank, layout)].append(planned)
-                count += planned.part.count
-        if count != need.rows * need.columns:
-            raise ValueError(f"the trainer does not hold all of {need.name} that a server needs")
-    return found
-
-
-def _common(number: int, need: Need, share: Share) -> _Planned | None:
-    """What of the `number`-th need the share has, if anything."""
-    row, end = max(need.row, share.row), min(need.row + need.rows, share.row + share.rows)
-    column = max(need.column, share.column)
-    column_end = min(need.column + need.columns, share.column + share.columns)
-    if row >= end or column >= column_end:
-        return None
-    part = Part(number, row - need.row, end - row, column - need.column, column_end - column)
-    return _Planned(part, (share.parameter, share.local_row + row - share.row, column - share.column))
-
-
-def _cut(
-    planned: Iterable[_Planned], itemsize: int, budget: int
-) -> list[tuple[int, tuple[Part, ...], tuple[Where, ...]]]:
-    """The messages from one rank to another: in each round one for each large part, and one for all small parts.
-
-    Of each its round, its parts, and where these come from.
-    """
-    found = []
-    small: dict[int, list[_Planned]] = defaultdict(list)
-    number, filled = 0, 0
-    for one in planned:
-        size = one.part.count * itemsize
-        if filled and filled + size > budget:
-            number, filled = number + 1, 0
-        filled += size
-        if size < _SMALL_BYTES:
-            small[number].append(one)
-        else:
-            found.append((number, (one.part,), (one.where,)))
-    for number, together in small.items():
-        found.append((number, tuple(one.part for one in together), tuple(one.where for one in together)))
-    return found
+    filled = np.cumsum(sizes)
+    at = np.arange(len(sizes))
+    following = np.maximum(np.searchsorted(filled, filled - sizes + budget, side="right"), at + 1)
+    number, found = 0, np.full(len(sizes), -1)
+    heads = np.append(0, ends[:-1])
+    while len(heads):
+        found[heads] = number
+        number += 1
+        heads = following[heads]
+        within = heads < ends
+        heads, ends = heads[within], ends[within]
+    return found[np.maximum.accumulate(np.where(found >= 0, at, 0))]

@@ -20,15 +20,16 @@ from exprl_megatron.accelerator import group_backend
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.deliveries import Where, plan_deliveries, shares
-from exprl_megatron.resharding.gather import Gatherer
+from exprl_megatron.resharding.deliveries import DeliveryPlan
 from exprl_megatron.resharding.groups import address_towards, break_off, meet, meeting_place, timeout_s
-from exprl_megatron.resharding.messages import ITEMSIZE
+from exprl_megatron.resharding.held import held_shares
+from exprl_megatron.resharding.messages import Shape
 from exprl_megatron.resharding.outgoing import Outgoing
+from exprl_megatron.resharding.sending import Sending
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
-from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, Delivery, Need, payload
+from exprl_megatron.serving.delivery_tables import pack_deliveries, unpack_needs
+from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, payload
 from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
 from exprl_megatron.together import together
 
@@ -57,8 +58,8 @@ class DirectTransport:
         self._size = 0
         """Of the group."""
         self._group: dist.ProcessGroup | None = None
-        self._sources: dict[Delivery, tuple[Where, ...]] = {}
-        """What this rank sends, in order, and where it has the parts."""
+        self._sending: Sending | None = None
+        """Once it is planned."""
         self._moved = 0
         """Bytes to one server."""
         self._orders = 0
@@ -151,13 +152,30 @@ class DirectTransport:
         self._control.go((self._name, self._size, address, self._store.port))
         meeting = asyncio.wrap_future(self._meet(address, self._store.port))
         await self._join(meeting)
-        told = {rank: self._store.get(f"needs/{rank}") for rank in range(self._world.layout.world_size, self._size)}
-        # Of servers that are alike once.
-        once = {text: text for text in told.values()}
-        needs = [[once[told[rank]] for rank in self._ranks(server)] for server in range(len(self._clients))]
-        self._control.go(needs)
+        packed, alike = self._reported(gatherer.shapes)
+        self._control.go((packed, alike))
         self._group = meeting.result()
-        self._plan(outgoing, needs)
+        plan = await asyncio.to_thread(self._plan, outgoing, packed, alike)
+        await asyncio.to_thread(_publish, plan, self._store)
+        self._keep(plan)
+
+    def _reported(self, shapes: dict[str, Shape]) -> tuple[list[bytes], list[list[int]]]:
+        """What server ranks reported that they hold, of ranks that are alike once; which of that each server's did."""
+        numbers: dict[bytes, int] = {}
+        alike: list[list[int]] = []
+        for server, client in enumerate(self._clients):
+            alike.append([])
+            for rank in self._ranks(server):
+                packed = self._store.get(f"needs/{rank}")
+                if packed not in numbers:
+                    try:
+                        unpack_needs(packed, shapes)
+                    except ValueError as error:
+                        raise ServerError(
+                            f"{client.name} ({client.url}) did not report what it holds: {error}."
+                        ) from error
+                alike[-1].append(numbers.setdefault(packed, len(numbers)))
+        return list(numbers), alike
 
     async def _join(self, meeting: asyncio.Future) -> None:
         """Return when all are members. Raises ServerError naming who has not come within the deadline."""
@@ -183,9 +201,9 @@ class DirectTransport:
     def _follow_open(self, outgoing: Outgoing) -> None:
         self._name, self._size, address, port = self._control.await_go()
         meeting = self._meet(address, port)
-        needs = self._control.await_go()
+        packed, alike = self._control.await_go()
         self._group = meeting.result(self._deadline_s)
-        self._plan(outgoing, needs)
+        self._keep(self._plan(outgoing, packed, alike))
 
     def _meet(self, address: str, port: int) -> Future[dist.ProcessGroup]:
         """Begin to form the group of all ranks and servers."""
@@ -199,19 +217,17 @@ class DirectTransport:
 
         return in_background(self._name, work)
 
-    def _plan(self, outgoing: Outgoing, told: list[list[bytes]]) -> None:
-        """Who sends what, from what each server's ranks told; rank 0 tells them what they get."""
-        read = {text: [Need(*need) for need in json.loads(text)] for server in told for text in server}
-        needs = [[read[text] for text in server] for server in told]
-        dtype = _word(outgoing.gatherer.dtype)
-        held = shares(outgoing.architecture, self._world.layout, self._world.device.type == "cuda")
-        everything = plan_deliveries(needs, held, self._world.layout, dtype, outgoing.bucket_bytes)
-        self._sources = {one.delivery: one.sources for one in everything if one.delivery.source == self._world.rank}
-        if self._control.here:
-            self._moved = sum(one.delivery.count for one in everything) * ITEMSIZE[dtype] // len(needs)
-            for rank in range(self._world.layout.world_size, self._size):
-                own = [one.delivery for one in everything if one.delivery.target == rank]
-                self._store.set(f"deliveries/{rank}", json.dumps(own))
+    def _plan(self, outgoing: Outgoing, packed: list[bytes], alike: list[list[int]]) -> DeliveryPlan:
+        """Who sends what; the arguments are as `_reported` returns them."""
+        gatherer, layout = outgoing.gatherer, self._world.layout
+        tables = [unpack_needs(table, gatherer.shapes) for table in packed]
+        needs = [[tables[which] for which in server] for server in alike]
+        held = held_shares(outgoing.architecture, layout, self._world.device.type == "cuda")
+        return DeliveryPlan(needs, held, layout, _word(gatherer.dtype), outgoing.bucket_bytes)
+
+    def _keep(self, plan: DeliveryPlan) -> None:
+        self._sending = Sending(plan, self._world)
+        self._moved = plan.nbytes // len(self._clients) if self._control.here else 0
 
     def _ranks(self, server: int) -> range:
         """A server's ranks in the group."""
@@ -279,36 +295,13 @@ class DirectTransport:
 
     def _begin_to_send(self, outgoing: Outgoing) -> Future[None]:
         """This rank's part of a sync, on a thread."""
-        gatherer, group = outgoing.gatherer, self._group
-        lanes = Lanes(gatherer.dtype, self._world.device)
-
-        def begin(lane: int, deliveries: list[Delivery]) -> list[dist.P2POp]:
-            cuts = [_cuts(gatherer, delivery, self._sources[delivery]) for delivery in deliveries]
-            pieces, copies = lanes.take(lane, cuts)
-            for part, place in copies:
-                place.copy_(part)
-            return [
-                dist.P2POp(dist.isend, piece, group=group, group_peer=delivery.target)
-                for piece, delivery in zip(pieces, deliveries, strict=True)
-            ]
-
-        def work() -> None:
-            with on_device(self._world.device), torch.no_grad():
-                in_rounds(self._sources, begin)
-                if self._world.device.type == "cuda":
-                    torch.cuda.synchronize()
-
-        return in_background("weights", work)
+        return self._sending.begin(outgoing.gatherer, self._group)
 
 
-def _cuts(gatherer: Gatherer, delivery: Delivery, sources: Sequence[Where]) -> list[torch.Tensor]:
-    """A delivery's parts where they are on this rank."""
-    cuts = []
-    for part, (parameter, row, column) in zip(delivery.parts, sources, strict=True):
-        own = gatherer.own(parameter)
-        rows = own if own.dim() == 2 else own.view(-1, 1)
-        cuts.append(rows.narrow(0, row, part.rows).narrow(1, column, part.columns))
-    return cuts
+def _publish(plan: DeliveryPlan, store: dist.TCPStore) -> None:
+    """Tells each server rank what it is going to receive."""
+    for rank in plan.targets:
+        store.set(f"deliveries/{rank}", pack_deliveries(plan.receives(rank)))
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -2,12 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 
 import torch
 import torch.distributed as dist
 
-from exprl_megatron.serving.loader_orders import Delivery
+from exprl_megatron.serving.delivery_tables import Delivery
 
 _AT_ONCE = 2
 
@@ -47,11 +46,11 @@ class Lanes:
 
 
 def in_rounds(
-    deliveries: Iterable[Delivery],
+    rounds: Iterable[list[Delivery]],
     begin: Callable[[int, list[Delivery]], list[dist.P2POp]],
     end: Callable[[int], None] = lambda lane: None,
 ) -> None:
-    """Sends or receives `deliveries`, which are sorted by rounds.
+    """Sends or receives the deliveries of each of the `rounds`.
 
     `begin` gives the operations of one round in a lane; `end` is called when they are done, before the lane is taken
     again.
@@ -64,10 +63,10 @@ def in_rounds(
             work.wait()
         end(lane)
 
-    for number, (_, together) in enumerate(groupby(deliveries, key=lambda delivery: delivery.round)):
+    for number, together in enumerate(rounds):
         if len(under_way) == _AT_ONCE:
             finish()
         lane = number % _AT_ONCE
-        under_way.append((lane, dist.batch_isend_irecv(begin(lane, list(together)))))
+        under_way.append((lane, dist.batch_isend_irecv(begin(lane, together))))
     while under_way:
         finish()

@@ -17,7 +17,15 @@ import torch.distributed as dist
 from sglang.srt.utils.common import init_custom_process_group
 
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
-from exprl_megatron.serving.loader_orders import BROKEN_OFF, NOT_FOLLOWED, Delivery, Part
+from exprl_megatron.serving.delivery_tables import (
+    Deliveries,
+    Delivery,
+    Part,
+    needs_table,
+    pack_needs,
+    unpack_deliveries,
+)
+from exprl_megatron.serving.loader_orders import BROKEN_OFF, NOT_FOLLOWED
 from exprl_megatron.serving.loader_trace import trace
 from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
 
@@ -63,7 +71,7 @@ class _Member:
         self._store = self._connection()
         self._rank = order["rank"]
         self._group: dist.ProcessGroup | None = None
-        self._deliveries: list[Delivery] | None = None
+        self._deliveries: Deliveries | None = None
         self._broken = threading.Event()
 
     def _connection(self) -> dist.TCPStore:
@@ -91,7 +99,8 @@ class _Member:
             self._places = trace(model, told["shapes"], self._dtype)
         except Exception as error:  # whatever stops the trace, a broadcast calls the same loader without it
             raise ValueError(f"{error}; {NOT_FOLLOWED}") from error
-        self._store.set(f"needs/{self._rank}", json.dumps([place.need for place in self._places]))
+        self._needs = needs_table([place.need for place in self._places], list(told["shapes"]))
+        self._store.set(f"needs/{self._rank}", pack_needs(self._needs))
         with self._while_wanted():
             # NCCL blocks the thread that connects a group until all members have come: that is not this thread.
             joining = in_background("join", self._joined)
@@ -156,18 +165,17 @@ class _Member:
     def receive(self) -> None:
         """One version of the weights."""
         if self._deliveries is None:
-            told = json.loads(self._store.get(f"deliveries/{self._rank}"))
-            self._deliveries = [Delivery(*head, tuple(Part(*part) for part in parts)) for *head, parts in told]
+            self._deliveries = unpack_deliveries(self._store.get(f"deliveries/{self._rank}"), self._needs)
         parameters = dict(self._model.named_parameters())
         views = [place.view(parameters) for place in self._places]
         lanes = Lanes(self._dtype, self._device)
         copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
         def begin(lane: int, deliveries: list[Delivery]) -> list[dist.P2POp]:
-            wanted = [[_cut(views[part.need], part) for part in delivery.parts] for delivery in deliveries]
+            wanted = [[_cut(views[part.of], part) for part in delivery.parts] for delivery in deliveries]
             pieces, copies[lane] = lanes.take(lane, wanted)
             return [
-                dist.P2POp(dist.irecv, piece, group=self._group, group_peer=delivery.source)
+                dist.P2POp(dist.irecv, piece, group=self._group, group_peer=delivery.peer)
                 for piece, delivery in zip(pieces, deliveries, strict=True)
             ]
 
@@ -176,7 +184,7 @@ class _Member:
                 part.copy_(arrived)
 
         with self._while_wanted():
-            in_rounds(self._deliveries, begin, end)
+            in_rounds(self._deliveries.rounds(), begin, end)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
 

@@ -29,36 +29,6 @@ class Need(NamedTuple):
     columns: int
 
 
-class Part(NamedTuple):
-    """A rectangle within a Need, which is counted by its place among those of its rank."""
-
-    need: int
-    row: int
-    rows: int
-    column: int
-    columns: int
-
-    @property
-    def count(self) -> int:
-        """Numbers in it."""
-        return self.rows * self.columns
-
-
-class Delivery(NamedTuple):
-    """One message from a trainer's rank to a server's: its parts, row by row, one behind the other."""
-
-    round: int
-    source: int
-    """Rank in the group of all trainer and server ranks."""
-    target: int
-    parts: tuple[Part, ...]
-
-    @property
-    def count(self) -> int:
-        """Numbers in it."""
-        return sum(part.count for part in self.parts)
-
-
 def payload(order: dict[str, Any]) -> str:
     """`order` in the form of one rank's named tensors, as `/update_weights_from_tensor` takes them."""
     return base64.b64encode(pickle.dumps([(json.dumps(order), _NoTensor())])).decode("ascii")

@@ -1,17 +1,21 @@
 """Direct deliveries: carried out by hand on shards as loading cuts them, they bring every server rank what it holds."""
 
-from collections import Counter, defaultdict
+import sys
+from collections import defaultdict, deque
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import read_architecture
-from exprl_megatron.resharding.deliveries import plan_deliveries, shares
+from exprl_megatron.resharding.deliveries import DeliveryPlan
+from exprl_megatron.resharding.held import held_shares
 from exprl_megatron.resharding.messages import copies, holders
 from exprl_megatron.resharding.names import hf_shapes, parameters
 from exprl_megatron.resharding.sources import Random, read_part
+from exprl_megatron.serving.delivery_tables import needs_table
 from exprl_megatron.serving.loader_orders import Need
 from exprl_megatron.serving.sharding import server_needs
 
@@ -52,6 +56,19 @@ def rectangle(tensor, row, rows, column, columns):
     return tensor.view(len(tensor), -1)[row : row + rows, column : column + columns]
 
 
+def plan_of(needs, architecture, layout, dtype, bucket):
+    """`needs`: Need by Need, of each server and rank; tables of ranks that are alike are one object."""
+    held = held_shares(architecture, layout)
+    tables = {id(rank): needs_table(rank, held.tensors) for server in needs for rank in server}
+    return DeliveryPlan([[tables[id(rank)] for rank in server] for server in needs], held, layout, dtype, bucket)
+
+
+def numbered_rounds(deliveries):
+    """(round, message) of each."""
+    rounds = np.unique(deliveries.messages["round"]).tolist()
+    return [(r, message) for r, sent in zip(rounds, deliveries.rounds(), strict=True) for message in sent]
+
+
 @pytest.mark.parametrize(("family", "layout", "tp"), CASES)
 def test_every_server_rank_gets_every_number_that_it_holds_once(tiny_model, family, layout, tp):
     architecture = architecture_of(tiny_model, family)
@@ -59,13 +76,24 @@ def test_every_server_rank_gets_every_number_that_it_holds_once(tiny_model, fami
     held = shards(architecture, layout, source)
     needs = [server_needs(shapes, tp, architecture.kv_groups)] * 2
     got = [[torch.full((need.rows, need.columns), torch.nan) for need in rank] for server in needs for rank in server]
-    for one in plan_deliveries(needs, shares(architecture, layout), layout, "float32", BUDGET):
-        target = got[one.delivery.target - layout.world_size]
-        for part, (parameter, row, column) in zip(one.delivery.parts, one.sources, strict=True):
-            own = held[one.delivery.source][parameter]
-            into = rectangle(target[part.need], *part[1:])
-            assert into.isnan().all()
-            into.copy_(rectangle(own, row, part.rows, column, part.columns))
+    plan = plan_of(needs, architecture, layout, "float32", BUDGET)
+    under_way = defaultdict(deque)
+    for rank in range(layout.world_size):
+        for number, message in numbered_rounds(plan.sends(rank)):
+            cuts = [rectangle(held[rank][plan.held.parameters[part.of]], *part[1:]) for part in message.parts]
+            under_way[rank, message.peer].append((number, cuts))
+    for target in plan.targets:
+        tensors = got[target - layout.world_size]
+        for number, message in numbered_rounds(plan.receives(target)):
+            # Messages between two ranks arrive in the order in which they were sent.
+            sent, cuts = under_way[message.peer, target].popleft()
+            assert sent == number
+            for part, cut in zip(message.parts, cuts, strict=True):
+                into = rectangle(tensors[part.of], *part[1:])
+                assert into.isnan().all()
+                into.copy_(cut)
+    assert not any(under_way.values())
+    assert plan.nbytes == 4 * sum(tensor.numel() for rank in got for tensor in rank)
     for rank_needs, tensors in zip((rank for server in needs for rank in server), got, strict=True):
         for need, tensor in zip(rank_needs, tensors, strict=True):
             assert torch.equal(tensor, rectangle(source.read(need.name), *need[1:])), need
@@ -76,34 +104,49 @@ def test_no_rank_has_more_than_a_bucket_on_its_way_in_a_round(tiny_model, family
     architecture = architecture_of(tiny_model, family)
     needs = [server_needs(hf_shapes(architecture), tp, architecture.kv_groups)]
     bucket = 300_000
-    deliveries = [
-        one.delivery for one in plan_deliveries(needs, shares(architecture, layout), layout, "float32", bucket)
-    ]
-    assert [d.round for d in deliveries] == sorted(d.round for d in deliveries) and deliveries[-1].round > 0
-    on_the_way = Counter()
-    for delivery in deliveries:
-        for rank in (delivery.source, delivery.target):
-            on_the_way[rank, delivery.round] += 4 * delivery.count
-    assert max(on_the_way.values()) <= bucket
+    plan = plan_of(needs, architecture, layout, "float32", bucket)
+    ends = [*map(plan.sends, range(layout.world_size)), *map(plan.receives, plan.targets)]
+    busy = [end for end in ends if len(end.messages)]
+    assert max(end.messages["round"][-1] for end in busy) > 0
+    for end in busy:
+        assert (np.diff(end.messages["round"]) >= 0).all()
+        assert 4 * np.bincount(end.messages["round"], weights=end.counts()).max() <= bucket
+
+
+def test_a_round_ends_only_where_the_next_part_would_not_fit(tiny_model):
+    architecture = architecture_of(tiny_model, "qwen3")
+    needs = [server_needs(hf_shapes(architecture), 1, architecture.kv_groups)]
+    received = plan_of(needs, architecture, Layout(), "float32", BUDGET).receives(1)
+    sizes = {}
+    for number, message in numbered_rounds(received):
+        sizes |= {(part.of, part.row): (number, 4 * part.rows * part.columns) for part in message.parts}
+    expected, filled = 0, 0
+    for number, size in (sizes[place] for place in sorted(sizes)):
+        if filled and filled + size > BUDGET:
+            expected, filled = expected + 1, 0
+        filled += size
+        assert number == expected
+    assert expected > 3
 
 
 def test_small_parts_share_a_message_and_large_ones_have_their_own(tiny_model):
     architecture = architecture_of(tiny_model, "qwen3")
     needs = [server_needs(hf_shapes(architecture), 1, architecture.kv_groups)]
-    deliveries = [
-        one.delivery for one in plan_deliveries(needs, shares(architecture, Layout()), Layout(), "bfloat16", 2**30)
-    ]
+    plan = plan_of(needs, architecture, Layout(), "bfloat16", 2**30)
+    (deliveries,) = plan.receives(1).rounds()
     (small,) = (delivery for delivery in deliveries if len(delivery.parts) > 1)
-    assert all(2 * part.count < 2**16 for part in small.parts)
-    assert all(2 * delivery.count >= 2**16 for delivery in deliveries if delivery is not small)
+    assert all(2 * part.rows * part.columns < 2**16 for part in small.parts)
+    large = [delivery.parts[0] for delivery in deliveries if delivery is not small]
+    assert all(2 * part.rows * part.columns >= 2**16 for part in large)
 
 
 def test_servers_are_sent_to_by_different_copies(tiny_model):
     architecture, layout = architecture_of(tiny_model, "qwen3"), Layout(tp=2, dp=2)
     needs = [server_needs(hf_shapes(architecture), 2, architecture.kv_groups)] * 3
+    plan = plan_of(needs, architecture, layout, "float32", BUDGET)
     senders = defaultdict(set)
-    for one in plan_deliveries(needs, shares(architecture, layout), layout, "float32", BUDGET):
-        senders[(one.delivery.target - layout.world_size) // 2].add(one.delivery.source)
+    for target in plan.targets:
+        senders[(target - layout.world_size) // 2] |= set(plan.receives(target).messages["peer"].tolist())
     assert senders == {0: {0, 1}, 1: {2, 3}, 2: {0, 1}}
 
 
@@ -111,4 +154,37 @@ def test_servers_are_sent_to_by_different_copies(tiny_model):
 def test_what_nobody_holds_is_refused(tiny_model, need):
     architecture, layout = architecture_of(tiny_model, "qwen3"), Layout()
     with pytest.raises(ValueError, match=need.name):
-        plan_deliveries([[[need]]], shares(architecture, layout), layout, "float32", BUDGET)
+        plan_of([[[need]]], architecture, layout, "float32", BUDGET)
+
+
+def calls(work):
+    """Calls of Python functions while `work` runs."""
+    counted = 0
+
+    def count(frame, event, argument):
+        nonlocal counted
+        counted += event == "call"
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+def test_experts_are_planned_together_and_not_one_by_one(tiny_model):
+    few = architecture_of(tiny_model, "qwen3-moe")
+    many = replace(few, experts=replace(few.experts, count=16 * few.experts.count))
+    layout, counted = Layout(dp=2, ep=2), []
+    for architecture in (few, many):
+        held = held_shares(architecture, layout)
+        ranks = server_needs(hf_shapes(architecture), 2, architecture.kv_groups)
+        needs = [[needs_table(rank, held.tensors) for rank in ranks]]
+
+        def work(needs=needs, held=held):
+            plan = DeliveryPlan(needs, held, layout, "float32", 2**40)
+            return plan.sends(1), plan.receives(2)
+
+        counted.append(calls(work))
+    assert counted[0] == counted[1]
