@@ -5,7 +5,11 @@ the servers' checksums are compared with the trainer's, which hashes its buckets
 (--no-verify: neither, to see the transport alone where cores are few). The floor is the same bytes in the same pieces
 through a bare torch broadcast between as many processes. Syncs and floors take turns; the table has their medians.
 
+--plan instead plans a sync by direct for models of full size, without weights or servers: processor seconds and memory
+of rank 0, which plans for the servers too, and of another rank.
+
     python tools/bench_reshard.py --gb 1 [--layouts 1x1 2x1 1x2 2x2] [--server-tp 1 2] [--no-verify] [--json F]
+    python tools/bench_reshard.py --plan [--json F]
 """
 
 import argparse
@@ -14,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from exprl_megatron.benchmarks.broadcast_floor import receive
@@ -38,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bucket-mb", type=float, default=64.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="compare no checksums")
+    parser.add_argument("--plan", action="store_true", help="plan syncs by direct for models of full size")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--receiver", type=int, nargs=3, help=argparse.SUPPRESS)
@@ -46,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
         receive(*args.receiver)
     elif args.rank is not None:
         run_rank(json.loads(args.rank.read_text()))
+    elif args.plan:
+        plan(args.json)
     else:
         conduct(args)
 
@@ -70,6 +78,27 @@ def conduct(args: argparse.Namespace) -> None:
                     print(line(records[-1]), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(records, indent=1))
+
+
+def plan(file: Path | None) -> None:
+    """What planning a sync by direct costs at full size, as a Markdown table and, where asked for, as JSON."""
+    from exprl_megatron.benchmarks.direct_planning import CASES, measured
+
+    records = []
+    print("| model | trainer | servers | rank | messages it sends | CPU s | peak MB | kB from a server rank | to it |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for case in CASES:
+        for rank in (0, case.layout.world_size - 1):
+            cost = measured(case, rank)
+            records.append({"case": f"{case.model}, {case.layout}", "servers": case.servers} | asdict(cost))
+            print(
+                f"| {case.model} | {case.layout.world_size} ranks | {case.servers} x TP{case.server_tp} | {rank} | "
+                f"{cost.sent:,} | {cost.cpu_s:.2f} | {cost.peak_mb:.0f} | {cost.reported_kb:.1f} | "
+                f"{f'{cost.orders_kb:.1f}' if rank == 0 else ''} |",
+                flush=True,
+            )
+    if file is not None:
+        file.write_text(json.dumps(records, indent=1))
 
 
 def run_layout(told: dict, room: Path) -> dict:

@@ -65,15 +65,16 @@ def measure(station: Station, workload: Workload) -> Cost:
     work = station.prepare(workload)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    before, started = _memory("VmRSS"), time.process_time()
+    before, started = memory("VmRSS"), time.process_time()
     result = work()
     seconds = time.process_time() - started
-    grown = _memory("VmHWM") - before
+    grown = memory("VmHWM") - before
     del result
     tokens = int(workload.lengths.sum())
     return Cost(station.name, workload.traces, workload.mean_tokens, tokens, seconds, grown / 1e6)
 
 
-def _memory(field: str) -> int:
+def memory(field: str) -> int:
+    """Bytes of this process, by a field of Linux's /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
