@@ -76,3 +76,18 @@ def k3_divergence(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> tor
     """
     difference = (other_log_probs - log_probs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return (torch.exp(difference) - difference - 1).clamp(-KL_BOUND, KL_BOUND)
+
+
+def unbiased_divergence(
+    log_probs: torch.Tensor, other_log_probs: torch.Tensor, old_log_probs: torch.Tensor
+) -> torch.Tensor:
+    """The value of k3_divergence with the gradient sg[r (log p - log other)] d log p, r = p / p_old.
+
+    On samples of p_old that is, in expectation, the gradient of each token's KL(policy || other), its context taken as
+    given; the gradient of k3 itself is that of KL(other || policy). Source: the score-function form of the gradient
+    of KL, weighted as in DeepSeek-V3.2 (arXiv 2512.02556), where r corrects for several updates a step.
+    """
+    fixed = log_probs.detach()
+    difference = (fixed - other_log_probs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    slope = probability_ratio(fixed, old_log_probs) * difference
+    return k3_divergence(fixed, other_log_probs) + slope * (log_probs - fixed)

@@ -19,6 +19,7 @@ from exprl_megatron.algorithms.losses import (
     k3_divergence,
     probability_ratio,
     sequence_ratio,
+    unbiased_divergence,
 )
 from exprl_megatron.algorithms.mismatch import log_prob_gap
 from exprl_megatron.config.losses import Aggregation, LossConfig
@@ -49,7 +50,10 @@ def policy_objective(config: LossConfig) -> LossFunction:
         if config.entropy_coefficient:
             total = total - config.entropy_coefficient * entropy
         if micro.start_log_probs is not None:
-            terms["kl/start"] = k3_divergence(log_probs, micro.start_log_probs)
+            if config.kl_gradient == "unbiased":
+                terms["kl/start"] = unbiased_divergence(log_probs, micro.start_log_probs, old)
+            else:
+                terms["kl/start"] = k3_divergence(log_probs, micro.start_log_probs)
             total = total + config.kl_coefficient * terms["kl/start"]
         elif config.kl_coefficient:
             raise ValueError("the loss has a KL term, but the batch carries no log-probs of the starting policy")

@@ -47,6 +47,9 @@ class LossConfig(Config):
     dual_clip: float | None = Field(3.0, gt=1)
     """Bound of the loss where the advantage is negative, in units of the advantage."""
     kl_coefficient: float = Field(1e-3, ge=0)
+    kl_gradient: Literal["k3", "unbiased"] = "k3"
+    """Of the KL term: that of the k3 estimate, in expectation the gradient of KL(start || policy) (as released), or an
+    unbiased one of KL(policy || start)."""
     entropy_coefficient: float = Field(0.0, ge=0)
     aggregation: Aggregation = "token-mean"
     correction: CorrectionConfig = CorrectionConfig()

@@ -12,6 +12,7 @@ from exprl_megatron.algorithms.losses import (
     k3_divergence,
     probability_ratio,
     sequence_ratio,
+    unbiased_divergence,
 )
 
 OLD = [[-1.0, -2.0, -0.5, -1.0], [-0.3, -0.7, 0.0, 0.0]]
@@ -169,3 +170,27 @@ def test_self_distillations_expected_gradient_is_that_of_the_kl_to_the_teacher()
     (found,) = torch.autograd.grad((student.exp().detach() * loss).sum(), logits)
     torch.testing.assert_close(found, expected)
     assert (student.exp() * difference).sum().item() == pytest.approx(divergence.item())
+
+
+def test_the_expected_gradients_of_the_kl_terms_are_those_of_the_two_directions():
+    # Every token of a vocabulary of six, by its probability under the policy that sampled; exact KLs by autograd.
+    draw = torch.Generator().manual_seed(0)
+    logits, start, old = (torch.randn(6, generator=draw, dtype=torch.float64) for _ in range(3))
+    logits.requires_grad_()
+    start, old = start.log_softmax(0), old.log_softmax(0)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits)[0]
+
+    policy = logits.log_softmax(0)
+    forward = gradient((policy.exp() * (policy - start)).sum())
+    policy = logits.log_softmax(0)
+    backward = gradient((start.exp() * (start - policy)).sum())
+    for sampled_by in (policy.detach(), old):
+        policy = logits.log_softmax(0)
+        unbiased = gradient((sampled_by.exp() * unbiased_divergence(policy, start, sampled_by)).sum())
+        torch.testing.assert_close(unbiased, forward)
+    policy = logits.log_softmax(0)
+    torch.testing.assert_close(gradient((policy.detach().exp() * k3_divergence(policy, start)).sum()), backward)
+    assert (forward - backward).norm() > 0.1
+    torch.testing.assert_close(unbiased_divergence(policy, start, old), k3_divergence(policy, start))

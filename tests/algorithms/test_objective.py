@@ -1,5 +1,7 @@
 """The objectives sum over response tokens only, and their terms add up as the papers write them."""
 
+import math
+
 import pytest
 import torch
 
@@ -161,3 +163,15 @@ def test_self_distillation_reproduces_the_released_loss(aggregation, denominator
 def test_self_distillation_without_a_teacher_is_refused():
     with pytest.raises(ValueError, match="teacher's log-probs"):
         distillation_objective("token-mean")(*_outputs(), _batch())
+
+
+def test_an_unbiased_kl_gradient_is_chosen_by_the_config():
+    log_probs, entropy = _outputs()
+    silent = LossConfig(clip_low=1.0, kl_coefficient=0.5, kl_gradient="unbiased")
+    micro = _batch(old_log_probs=OLD, start_log_probs=START)
+    loss, metrics = policy_objective(silent)(log_probs, entropy, micro)
+    plain, _ = policy_objective(silent.model_copy(update={"kl_coefficient": 0.0}))(log_probs, entropy, micro)
+    (loss - plain).backward()
+    # 0.5 r (log p - log p_start), written out for the second sequence's tokens.
+    assert log_probs.grad[1, 1:3].tolist() == pytest.approx([0.0, 0.5 * math.exp(-0.5) * -0.5], abs=1e-6)
+    assert metrics["kl/start"].item() / TOKENS == pytest.approx(0.084353, abs=1e-6)
