@@ -8,10 +8,12 @@ import msgspec
 import numpy as np
 
 from exprl_megatron.errors import RequestRefused, WeightsReplaced
-from exprl_megatron.serving.generation import Generation, Scores, read_generation, read_scores
-from exprl_megatron.serving.http import HttpServer
+from exprl_megatron.serving.generation import Asked, Generation, Scores, read_generation, read_scores, reply_limit
+from exprl_megatron.serving.http import REPLY_LIMIT, HttpServer
 from exprl_megatron.token_ids import TokenIds
 
+_CHECKSUMS_LIMIT = 256 * 2**20
+"""Bytes; some 150 for each tensor of each tensor-parallel rank."""
 SCORED_BELOW_ROOM = 7
 """A scored sequence must have at least so many tokens fewer than the server has positions, and than its KV cache has
 slots: SGLang keeps room for an answer even where none is wanted (max_req_input_len in sglang/srt/managers)."""
@@ -33,6 +35,8 @@ class SGLangClient(HttpServer):
 
     first_gpu = 0
     """Of its machine, the first GPU that the server takes; its other ranks have the next ones."""
+    vocabulary: int | None = None
+    """How many token ids the model has; a reply with another id is refused. None: any id is taken."""
     source: str | None = None
     """The `model_path` that the server has from our own orders, once `take_over` has been through."""
     _in_place = False
@@ -77,13 +81,15 @@ class SGLangClient(HttpServer):
         request = {"input_ids": _listed(input_ids), "sampling_params": params, "return_logprob": log_probs}
         if watched_ids:
             request["token_ids_logprob"] = list(watched_ids)
-        reply = await self._exchange("POST", "/generate", request, deadline_s)
-        return self._read("/generate", lambda body: read_generation(body, log_probs), reply)
+        limit = reply_limit(max_new_tokens, len(watched_ids))
+        reply = await self._exchange("POST", "/generate", request, deadline_s, limit)
+        asked = Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids))
+        return self._read("/generate", lambda body: read_generation(body, asked), reply)
 
     async def read(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:
         """Return when the radix cache holds `input_ids`, for the requests that begin with them."""
         request = {"input_ids": _listed(input_ids), "sampling_params": {"max_new_tokens": 0}}
-        await self._post("/generate", request, deadline_s)
+        await self._post("/generate", request, deadline_s, reply_limit(0))
 
     async def score(
         self, input_ids: Sequence[int] | np.ndarray, first: int, *, deadline_s: float | None = None
@@ -99,7 +105,7 @@ class SGLangClient(HttpServer):
             "return_logprob": True,
             "logprob_start_len": first - 1,
         }
-        reply = await self._exchange("POST", "/generate", request, deadline_s)
+        reply = await self._exchange("POST", "/generate", request, deadline_s, reply_limit(len(input_ids)))
         return self._read("/generate", lambda answer: read_scores(answer, input_ids[first:]), reply)
 
     async def init_weights_group(
@@ -251,7 +257,7 @@ class SGLangClient(HttpServer):
 
         `serving.checksums` computes the same from Hugging Face-named tensors.
         """
-        reply = await self._order("/weights_checker", {"action": "checksum"}, deadline_s)
+        reply = await self._order("/weights_checker", {"action": "checksum"}, deadline_s, _CHECKSUMS_LIMIT)
         return self._read("/weights_checker", lambda r: tuple(dict(rank["checksums"]) for rank in r["ranks"]), reply)
 
     async def health(self, *, deadline_s: float = 10.0) -> None:
@@ -283,10 +289,10 @@ class SGLangClient(HttpServer):
         reply = await self._request("GET", "/server_info", None, None)
         return self._read("/server_info", lambda r: list(r["custom_weight_loader"] or ()), reply)
 
-    async def _order(self, path: str, request: dict, deadline_s: float | None = None) -> dict:
-        reply = await self._post(path, request, deadline_s)
+    async def _order(self, path: str, request: dict, deadline_s: float | None = None, limit: int = REPLY_LIMIT) -> dict:
+        reply = await self._post(path, request, deadline_s, limit)
         if not isinstance(reply, dict) or reply.get("success") is not True:
-            raise self._error(path, f"refused: {reply}")
+            raise self._error(path, f"refused: {str(reply)[:2000]}")
         return reply
 
 

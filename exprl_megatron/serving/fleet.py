@@ -36,7 +36,7 @@ class Fleet:
     """The servers of `kind` in `registry`; lives in one event loop between `open` and `close`.
 
     `tell` is given a line for whatever a user should know of. `count` of the config is how many there are at the start;
-    more may come.
+    more may come. A reply with an id beyond `vocabulary` is refused.
     """
 
     def __init__(
@@ -46,12 +46,16 @@ class Fleet:
         kind: str = "policy",
         router: RouterClient | None = None,
         tell: Callable[[str], None] = lambda text: None,
+        vocabulary: int | None = None,
     ):
         self._registry = registry
         self._config = config
         self._kind = kind
         self._tell = tell
         self._router = router
+        self._vocabulary = vocabulary
+        if router is not None:
+            router.vocabulary = vocabulary
         self._routed: set[str] = set()
         """The servers that the router was told of."""
         self._routing = asyncio.Lock()
@@ -363,6 +367,7 @@ class Fleet:
             if name not in self._members:
                 headers = self._registry.authorization(server)
                 member = Member(server, self._config.request_deadline_s, headers)
+                member.client.vocabulary = self._vocabulary
                 await member.client.__aenter__()
                 self._members[name] = member
                 self._compare_environments(server)

@@ -7,12 +7,20 @@ the rest is decoded as typed structs. A reply in any other form is refused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
 _OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
+_FIELDS = tuple(
+    f'"{name}":'.encode()
+    for name in ("text", "output_ids", "meta_info", "finish_reason", "weight_version", "weight_versions")
+)
+"""What a reply may have once; a JSON string cannot hold these bytes."""
+LOG_PROB_ROUNDING = 1e-3
+"""Log-probs of certain tokens may come out this little above 0."""
 _OPEN, _COMMA, _QUOTE = ord("["), ord(","), b'"'
 _SPACE, _WHITESPACE = ord(" "), b" \t\r\n"
 
@@ -46,20 +54,35 @@ class Scores:
     weight_version: str
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a request of /generate asked for, by which its reply is checked."""
+
+    max_new_tokens: int | None = None
+    vocabulary: int | None = None
+    """How many token ids the model has; None: any id is taken."""
+    log_probs: bool = True
+    watched_ids: tuple[int, ...] = ()
+
+
+_ANYTHING = Asked()
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class _Finish(msgspec.Struct):
-    type: str
+    type: Literal["stop", "length", "abort"]
 
 
 class _Span(msgspec.Struct):
     version: str
-    start: int
-    end: int
+    start: _Count
+    end: _Count
 
 
 class _Meta(msgspec.Struct):
     finish_reason: _Finish
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
+    prompt_tokens: _Count = 0
+    cached_tokens: _Count = 0
     weight_version: str | None = None
     weight_versions: list[_Span] | None = None
     output_token_ids_logprobs: list[list[tuple[float, int, str | None]]] | None = None
@@ -79,25 +102,41 @@ _REPLY = msgspec.json.Decoder(_Reply)
 _SCORES_REPLY = msgspec.json.Decoder(_ScoresReply)
 
 
-def read_generation(body: bytes, with_log_probs: bool = True) -> Generation:
-    """The continuation that a reply of /generate holds; `with_log_probs` says whether they were asked for.
+def reply_limit(tokens: int, watched: int = 0) -> int:
+    """Bytes that a reply about so many tokens may have, with the log-probs of `watched` ids at each of them.
 
-    Raises ValueError that names the field where it is not of SGLang's form, a log-prob is missing or not finite, an id
-    is not one, or the numbers of ids and log-probs differ.
+    A token is some 50 bytes of log-prob and id, and up to 128 characters of text, each up to 6 bytes in JSON.
+    """
+    return 65_536 + tokens * (1024 + 64 * watched)
+
+
+def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
+    """The continuation that a reply of /generate holds.
+
+    Raises ValueError that names the field where it is not of SGLang's form, a log-prob is missing, not finite or above
+    0, an id is not one or has another log-prob's id beside it, the numbers of ids and log-probs differ, or it is not
+    what was `asked` for.
     """
     rest, block = _cut(body, _OUTPUT)
+    _refuse_repeats(rest, _FIELDS)
     reply = _REPLY.decode(rest)
     meta = reply.meta_info
     token_ids = _ids(memoryview(reply.output_ids), "output_ids")
     # An aborted request that was still waiting has no log-probs.
-    log_probs = _entries(block, "output_token_logprobs").log_probs()
-    if with_log_probs and len(log_probs) != len(token_ids):
+    entries = _entries(block, "output_token_logprobs")
+    log_probs = entries.log_probs()
+    if asked.log_probs and len(log_probs) != len(token_ids):
         raise ValueError(f"{len(token_ids)} output_ids but {len(log_probs)} output_token_logprobs")
-    if with_log_probs and block is None and meta.finish_reason.type != "abort":
-        raise ValueError("output_token_logprobs is missing")
-    if meta.weight_versions is None and meta.finish_reason.type != "abort":
-        raise ValueError("weight_versions is missing")
-    watched = meta.output_token_ids_logprobs or ()
+    if len(log_probs) and not np.array_equal(entries.token_ids(), token_ids):
+        raise ValueError("output_token_logprobs has other ids than output_ids")
+    _check_length(token_ids, asked)
+    if meta.finish_reason.type != "abort":
+        if asked.log_probs and block is None:
+            raise ValueError("output_token_logprobs is missing")
+        _check_spans(meta.weight_versions, len(token_ids))
+    watched = (meta.output_token_ids_logprobs or ()) if asked.watched_ids else ()
+    if asked.watched_ids and meta.finish_reason.type != "abort":
+        _check_watched(watched, len(token_ids), asked.watched_ids)
     return Generation(
         token_ids=token_ids,
         log_probs=log_probs,
@@ -110,12 +149,45 @@ def read_generation(body: bytes, with_log_probs: bool = True) -> Generation:
     )
 
 
+def _check_length(token_ids: np.ndarray, asked: Asked) -> None:
+    if asked.max_new_tokens is not None and len(token_ids) > asked.max_new_tokens:
+        raise ValueError(f"{len(token_ids)} output_ids where at most {asked.max_new_tokens} were asked for")
+    if asked.vocabulary is not None and len(token_ids) and token_ids.max() >= asked.vocabulary:
+        raise ValueError(f"output_ids has {token_ids.max()}, but the vocabulary has {asked.vocabulary} ids")
+
+
+def _check_spans(spans: Sequence[_Span] | None, tokens: int) -> None:
+    """Raise ValueError where the spans do not cover all tokens, one behind the other."""
+    if spans is None:
+        raise ValueError("weight_versions is missing")
+    end = 0
+    for span in spans:
+        if span.start != end or span.end < span.start:
+            raise ValueError(f"weight_versions has a span from {span.start} to {span.end} after one to {end}")
+        end = span.end
+    if end != tokens:
+        raise ValueError(f"weight_versions covers {end} tokens, but there are {tokens} output_ids")
+
+
+def _check_watched(watched: Sequence[Sequence[tuple]], tokens: int, ids: tuple[int, ...]) -> None:
+    """Raise ValueError where the log-probs of watched ids are not one for each of `ids` at each token."""
+    field = "output_token_ids_logprobs"
+    if len(watched) != tokens:
+        raise ValueError(f"{field} is of {len(watched)} tokens, but there are {tokens} output_ids")
+    for entries in watched:
+        if tuple(token for _, token, _ in entries) != ids:
+            raise ValueError(f"{field} is not of the {len(ids)} ids asked for")
+        if not all(log_prob <= LOG_PROB_ROUNDING for log_prob, _, _ in entries):
+            raise ValueError(f"{field} has a log-prob that is above 0 or not a number")
+
+
 def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
     """The scores of `token_ids` in a reply of /generate, whose first entry is that of the token before them.
 
     Raises ValueError as read_generation, and where the reply is of other tokens.
     """
     rest, block = _cut(body, _INPUT)
+    _refuse_repeats(rest, _FIELDS)
     meta = _SCORES_REPLY.decode(rest).meta_info
     if block is None or meta.weight_version is None:
         raise ValueError(f"{'input_token_logprobs' if block is None else 'weight_version'} is missing")
@@ -133,6 +205,7 @@ def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
 
     Raises ValueError where the value holds anything but lists of numbers and nulls.
     """
+    _refuse_repeats(body, (key,))
     place = body.find(key)
     if place < 0:
         return body, None
@@ -146,6 +219,12 @@ def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
     if block != b"[]" and block[-2:] != b"]]":
         raise ValueError(f"{key.decode()} is not a list of [log-prob, id, null]")
     return body[:start] + b"[]" + body[end:], block
+
+
+def _refuse_repeats(body: bytes, fields: Sequence[bytes]) -> None:
+    for field in fields:
+        if (count := body.count(field)) > 1:
+            raise ValueError(f"{field.decode().strip(':')} is there {count} times")
 
 
 def _dense(block: memoryview) -> memoryview:
@@ -164,12 +243,14 @@ class _Entries:
     field: str
 
     def log_probs(self) -> np.ndarray:
-        """[count], float32; raises ValueError where one is not finite."""
+        """[count], float32; raises ValueError where one is not finite, or above 0."""
         if not len(self.commas):
             return np.empty(0, np.float32)
         log_probs = _parsed(self.block, self._starts(), self.commas[0::3], pa.float32(), self.field)
         if not np.isfinite(log_probs).all():
             raise ValueError(f"{self.field} has a log-prob that is not finite")
+        if log_probs.max() > LOG_PROB_ROUNDING:
+            raise ValueError(f"{self.field} has a log-prob above 0, {log_probs.max():g}")
         return log_probs
 
     def token_ids(self) -> np.ndarray:

@@ -14,9 +14,18 @@ from exprl_megatron.serving.log_tail import log_tail
 
 CONNECT_S = 30.0
 """A server that does not even take the connection within this time is given up."""
+REPLY_LIMIT = 16 * 2**20
+"""Bytes of a reply, where the caller does not know better."""
 _JSON = {"Content-Type": "application/json"}
+_UNCOMPRESSED = {"Accept-Encoding": "identity"}
 _REFUSALS = (400, 413, 422)
 _OPEN_FILES = 65_536
+_SHOWN = 300
+"""Characters of a reply that an error shows."""
+
+
+class _RepeatedField(Exception):
+    """A JSON object has a field twice: which of both counts is anybody's guess."""
 
 
 class HttpServer:
@@ -45,7 +54,8 @@ class HttpServer:
         _allow_many_connections()
         # SGLang closes a connection idle for 5 s; one that we reuse just then would look like a dead server.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        self._session = aiohttp.ClientSession(connector=connector)
+        # What is compressed could be of any size once it is unpacked.
+        self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -53,28 +63,39 @@ class HttpServer:
         if session is not None:
             await session.close()
 
-    async def _post(self, path: str, request: dict | None, deadline_s: float | None = None) -> Any:
-        return await self._request("POST", path, request, deadline_s)
+    async def _post(
+        self, path: str, request: dict | None, deadline_s: float | None = None, limit: int = REPLY_LIMIT
+    ) -> Any:
+        return await self._request("POST", path, request, deadline_s, limit)
 
-    async def _request(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> Any:
+    async def _request(
+        self, method: str, path: str, body: dict | None, deadline_s: float | None, limit: int = REPLY_LIMIT
+    ) -> Any:
         """The decoded JSON (or text) of the answer; every failure becomes a ServerError."""
-        reply = await self._exchange(method, path, body, deadline_s)
+        reply = await self._exchange(method, path, body, deadline_s, limit)
         try:
-            return json.loads(reply)
+            return json.loads(reply, object_pairs_hook=_without_repeats)
+        except _RepeatedField as error:
+            raise self._error(path, f"answered with the field {error} more than once") from error
+        except RecursionError as error:
+            raise self._error(path, "answered JSON that is nested too deeply") from error
         except ValueError:
             return reply.decode(errors="replace")
 
-    async def _exchange(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> bytes:
-        """The body of the answer; every failure becomes a ServerError."""
+    async def _exchange(
+        self, method: str, path: str, body: dict | None, deadline_s: float | None, limit: int = REPLY_LIMIT
+    ) -> bytes:
+        """The body of the answer, of at most `limit` bytes; every failure becomes a ServerError."""
         if self._session is None:
             raise RuntimeError(f"the client of {self.name} is not open; use `async with client:`")
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
         timeout = aiohttp.ClientTimeout(total=deadline_s, sock_connect=CONNECT_S)
         try:
-            data, headers = (None, self.headers) if body is None else (_json(body), self.headers | _JSON)
+            headers = self.headers | _UNCOMPRESSED | ({} if body is None else _JSON)
+            data = None if body is None else _json(body)
             asked = self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout)
             async with asked as response:
-                reply = await response.read()
+                reply = await self._body(path, response, limit)
                 status = response.status
         except TimeoutError as error:
             raise self._error(path, f"no answer within {deadline_s:g} s") from error
@@ -86,12 +107,25 @@ class HttpServer:
             raise RequestRefused(str(error), said) if status in _REFUSALS else error
         return reply
 
+    async def _body(self, path: str, response: aiohttp.ClientResponse, limit: int) -> bytes:
+        """Stops reading at `limit`; the connection is closed then."""
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise self._error(path, f"answered in Content-Encoding {encoding[:40]}, which was not asked for")
+        pieces, size = [], 0
+        async for piece in response.content.iter_any():
+            size += len(piece)
+            if size > limit:
+                raise self._error(path, f"answered with more than {limit} bytes, the limit for this request")
+            pieces.append(piece)
+        return b"".join(pieces)
+
     def _read(self, path: str, parse: Any, reply: Any) -> Any:
         try:
             return parse(reply)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
-            said = reply.decode(errors="replace") if isinstance(reply, bytes) else str(reply)
-            raise self._error(path, f"answered in an unknown form ({error!r}): {said[:300]}") from error
+            said = reply[:_SHOWN].decode(errors="replace") if isinstance(reply, bytes) else str(reply)
+            raise self._error(path, f"answered in an unknown form ({error!r}): {said[:_SHOWN]}") from error
 
     def _error(self, path: str, what: str) -> ServerError:
         return ServerError(f"{self.name} ({self.url}), asked {path}: {what.rstrip('.')}.{log_tail(self.log_file)}")
@@ -105,16 +139,24 @@ def _json(body: dict) -> bytes:
         return json.dumps(body).encode()
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedField(next(name for name in names if names.count(name) > 1)[:_SHOWN])
+    return found
+
+
 def _message(text: str) -> str:
     """The server's own words out of an error body."""
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text.strip()[:2000]
     if isinstance(body, dict):
         inner = body.get("error", body)
         if isinstance(inner, dict) and "message" in inner:
-            return str(inner["message"])
+            return str(inner["message"])[:2000]
     return text.strip()[:2000]
 
 

@@ -3,16 +3,20 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.serving.generation import LOG_PROB_ROUNDING
 from exprl_megatron.serving.http import HttpServer
 
 TOP_LOG_PROBS = 20
 """As many as the interface allows."""
-_ROUNDING = 1e-3
-"""Log-probs of certain tokens come out this little above 0."""
+_TOKEN_BYTES = 1024 + TOP_LOG_PROBS * 256
+"""Bytes of a reply for each token that was asked for, with its alternatives."""
+_FRAME_BYTES = 2**18
 _CHAT = "/chat/completions"
 
 
@@ -38,6 +42,32 @@ class Completion:
     """Empty where their probabilities were not asked for, or are not told."""
     prompt_tokens: int
     cached_tokens: int
+
+
+class _Alternative(msgspec.Struct):
+    token: str
+    logprob: float
+
+
+class _Entry(msgspec.Struct):
+    token: str
+    top_logprobs: list[_Alternative] | None = None
+
+
+class _Message(msgspec.Struct):
+    content: Any = None
+    refusal: Any = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+    finish_reason: str
+    logprobs: Any = None
+
+
+class _Reply(msgspec.Struct):
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
+    usage: Any = None
 
 
 class OpenAIEndpoint(HttpServer):
@@ -74,7 +104,8 @@ class OpenAIEndpoint(HttpServer):
             request |= {"logprobs": True, "top_logprobs": TOP_LOG_PROBS}
         if template_args:
             request["chat_template_kwargs"] = dict(template_args)
-        return self._read(_CHAT, _completion, await self._post(_CHAT, request, deadline_s))
+        limit = _FRAME_BYTES + max_new_tokens * _TOKEN_BYTES
+        return self._read(_CHAT, _completion, await self._post(_CHAT, request, deadline_s, limit))
 
     async def health(self, *, deadline_s: float = 10.0) -> None:
         """Return where the server lists its models within the deadline, else raise."""
@@ -100,16 +131,13 @@ def judge_endpoints(config: JudgeConfig) -> list[OpenAIEndpoint]:
 
 def _completion(reply: dict) -> Completion:
     """The answer in a reply; TypeError or ValueError where it has none, or another form."""
-    choice, usage = reply["choices"][0], reply.get("usage")
-    message, log_probs = choice["message"], choice.get("logprobs")
-    if not isinstance(message, dict):
-        raise TypeError(f"the message is a {type(message).__name__}")
-    usage = usage if isinstance(usage, dict) else {}
-    tokens = log_probs.get("content") if isinstance(log_probs, dict) else None
-    refusal = message.get("refusal")
+    form = msgspec.convert(reply, _Reply)
+    choice, usage = form.choices[0], form.usage if isinstance(form.usage, dict) else {}
+    tokens = choice.logprobs.get("content") if isinstance(choice.logprobs, dict) else None
+    refusal = choice.message.refusal
     return Completion(
-        text=_text(message.get("content")),
-        finish_reason=str(choice["finish_reason"]),
+        text=_text(choice.message.content),
+        finish_reason=choice.finish_reason,
         refusal=refusal if isinstance(refusal, str) and refusal else None,
         tokens=tuple(map(_token, tokens if isinstance(tokens, list) else ())),
         prompt_tokens=_count(usage, "prompt_tokens"),
@@ -122,7 +150,7 @@ def _text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise TypeError(f"the content is a {type(content).__name__}")
+        raise TypeError(f"content is a {type(content).__name__}")
     texts = [part if isinstance(part, str) else part.get("text") for part in content if _is_text(part)]
     return "".join(text for text in texts if isinstance(text, str))
 
@@ -137,8 +165,9 @@ def _count(counts: Any, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _token(entry: dict) -> Token:
-    alternatives = tuple((a["token"], float(a["logprob"])) for a in entry.get("top_logprobs") or ())
-    if not all(log_prob <= _ROUNDING for _, log_prob in alternatives):
-        raise ValueError("a log-prob is above 0 or not a number")
-    return Token(entry["token"], alternatives)
+def _token(entry: Any) -> Token:
+    token = msgspec.convert(entry, _Entry)
+    alternatives = tuple((a.token, a.logprob) for a in token.top_logprobs or ())
+    if not all(log_prob <= LOG_PROB_ROUNDING for _, log_prob in alternatives):
+        raise ValueError("top_logprobs has a logprob that is above 0 or not a number")
+    return Token(token.token, alternatives)

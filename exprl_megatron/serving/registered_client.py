@@ -2,9 +2,9 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.http import REPLY_LIMIT
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 
 _FRESH_S = 0.5
@@ -19,11 +19,13 @@ class RegisteredClient(SGLangClient):
         self._read_at = -_FRESH_S
         self._server: RegisteredServer | None = None
 
-    async def _request(self, method: str, path: str, body: dict | None, deadline_s: float | None) -> Any:
+    async def _exchange(
+        self, method: str, path: str, body: dict | None, deadline_s: float | None, limit: int = REPLY_LIMIT
+    ) -> bytes:
         if time.monotonic() - self._read_at >= _FRESH_S:
             self._read_at = time.monotonic()
             server = self._registry.find(self.name)
             if server is not None and server != self._server:
                 self._server, self.url, self.log_file = server, server.url, Path(server.log_file)
                 self.headers, self.first_gpu = self._registry.authorization(server), server.first_gpu
-        return await super()._request(method, path, body, deadline_s)
+        return await super()._exchange(method, path, body, deadline_s, limit)

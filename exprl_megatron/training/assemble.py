@@ -7,6 +7,7 @@ from typing import Literal
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.errors import Preempted
+from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.checkpoint import intact_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.control import Control
@@ -91,7 +92,8 @@ def _await_servers(conductor: Conductor, rollouts: Rollouts | None) -> None:
 
 def _fleet(config: RunConfig, registry: Registry, console: Console) -> Fleet:
     router = RouterClient(registry, ROUTER, config.server.request_deadline_s) if config.server.router else None
-    return Fleet(registry, config.server, router=router, tell=console.say)
+    vocabulary = read_architecture(config.policy.model).vocabulary
+    return Fleet(registry, config.server, router=router, tell=console.say, vocabulary=vocabulary)
 
 
 def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):

@@ -15,8 +15,8 @@ VERDICT = "Score: 4"
 class FaultyServer:
     """Does with its requests, in turn, what `script` says, and then answers `Score: 4`.
 
-    A number is an HTTP status to refuse with, a string the answer, "drop" cuts the connection, "hang" never answers.
-    `counts` has `requests`, `running`, `most-running` and `abandoned` (the client hung up).
+    A number is an HTTP status to refuse with, a string the answer, bytes the whole reply, "drop" cuts the connection,
+    "hang" never answers. `counts` has `requests`, `running`, `most-running` and `abandoned` (the client hung up).
     """
 
     def __init__(self, *script, well=True):
@@ -48,6 +48,8 @@ class FaultyServer:
                 await asyncio.sleep(60)
             if act == "drop":
                 request.transport.abort()
+            if isinstance(act, bytes):
+                return web.Response(body=act, content_type="application/json")
             if isinstance(act, int):
                 return web.json_response({"error": {"message": f"status {act}"}}, status=act)
             return web.json_response(act if isinstance(act, dict) else form(str(act)))

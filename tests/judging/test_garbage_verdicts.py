@@ -1,0 +1,73 @@
+"""Garbage from a judge's server, of SGLang's form and of OpenAI's: the next server is asked, and its score counts."""
+
+import json
+import math
+
+import pytest
+from faulty_server import FaultyServer, endpoint, sglang_client
+from test_judge_transport import FOUR, _in_order, _one, _run
+
+RAW = {
+    "HTML": b"<html>502</html>",
+    "empty": b"",
+    "half": b'{"choices":[{"mess',
+    "no UTF-8": b'"\xff\xfe"',
+    "deep": b"[" * 30_000,
+    "null": b"null",
+    "nothing": b"{}",
+    "text": b'"Score: 4"',
+    "two choices fields": b'{"choices":[],"choices":[]}',
+    "too long": b" " * 30_000_000,
+}
+
+
+def choice(message=None, **fields):
+    message = {"content": "Score: 1"} if message is None else message
+    return json.dumps({"choices": [{"message": message, "finish_reason": "stop"} | fields]}).encode()
+
+
+def log_probs(*alternatives, token="1"):
+    return {"content": [{"token": token, "top_logprobs": list(alternatives)}]}
+
+
+CHATS = {
+    "no choices": b'{"choices":[]}',
+    "choices null": b'{"choices":null}',
+    "choice a text": b'{"choices":["Score: 1"]}',
+    "message null": b'{"choices":[{"message":null,"finish_reason":"stop"}]}',
+    "message a text": choice("Score: 1"),
+    "content a number": choice({"content": 1}),
+    "content an object": choice({"content": {"text": "Score: 1"}}),
+    "reason null": choice(finish_reason=None),
+    "reason a list": choice(finish_reason=["stop"]),
+    "token a number": choice(logprobs=log_probs(token=1)),
+    "alternative null": choice(logprobs=log_probs(None)),
+    "alternative a number": choice(logprobs=log_probs({"token": 1, "logprob": -1.0})),
+    "log-prob a text": choice(logprobs=log_probs({"token": "1", "logprob": "-1"})),
+    "log-prob NaN": choice(logprobs=log_probs({"token": "1", "logprob": math.nan})),
+    "log-prob inf": choice(logprobs=log_probs({"token": "1", "logprob": math.inf})),
+    "log-prob 800": choice(logprobs=log_probs({"token": "1", "logprob": 800})),
+    "log-prob 1e400": choice(logprobs=log_probs({"token": "1", "logprob": 8.5})).replace(b"8.5", b"1e400"),
+    "log-prob of 500 digits": choice(logprobs=log_probs({"token": "1", "logprob": 8.5})).replace(b"8.5", b"9" * 500),
+    "two contents": choice().replace(b'"content": "Score: 1"', b'"content": "Score: 1", "content": "Score: 5"'),
+}
+FORMS = [(sglang_client, kind, said) for kind, said in RAW.items()]
+FORMS += [(endpoint, kind, said) for kind, said in (RAW | CHATS).items()]
+
+
+@pytest.mark.parametrize(("client", "kind", "said"), FORMS, ids=[f"{c.__name__}-{kind}" for c, kind, _ in FORMS])
+def test_garbage_is_no_verdict_and_the_next_server_is_asked(client, kind, said):
+    home, other = FaultyServer(said), FaultyServer()
+    reading = "stated" if client is sglang_client else "expected"
+    assert _run(_in_order(home, other), _one, client, score_reading=reading) == FOUR
+    assert (home.counts["requests"], other.counts["requests"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "field"),
+    [(CHATS["message null"], "message"), (CHATS["log-prob inf"], "logprob"), (CHATS["two contents"], "content")],
+)
+def test_a_judge_that_has_nothing_but_garbage_abstains_and_says_whose_and_which_field(said, field):
+    judgement = _run([FaultyServer(*[said] * 9)], _one, endpoint, retries=1, score_reading="expected")
+    assert judgement.reason == "server-error"
+    assert "judge-0 (http://" in judgement.evidence and field in judgement.evidence

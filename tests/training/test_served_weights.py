@@ -1,0 +1,68 @@
+"""When a step's traces are there, servers are asked for their weights, before anything is learned."""
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from exprl_megatron.errors import WeightsReplaced
+from exprl_megatron.training.journal import SampledStep
+from exprl_megatron.training.recovery import Place
+from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.run import Run
+
+
+class Conductor:
+    """That of a run of one rank."""
+
+    here = True
+
+    def everywhere(self, work):
+        return work()
+
+    here_alone = everywhere
+
+    def run(self, coroutine):
+        return asyncio.run(coroutine)
+
+
+def sampling_run(fleet, events):
+    """A run's part that gets a step's groups; `events` has what happened, in order."""
+    run, rollouts = Run.__new__(Run), Rollouts.__new__(Rollouts)
+    rollouts._fleet = fleet
+    run._conductor, run._rollouts, run._place = Conductor(), rollouts, Place()
+    run._turns = SimpleNamespace(learn=lambda: events.append("learn"))
+    run._ahead = SimpleNamespace(
+        announce=lambda *_: False,
+        begin=lambda *_: None,
+        take=lambda *_: events.append("traces") or SampledStep([], 2, Counter()),
+    )
+    run._console, run._seconds, run._now = None, {}, ("sparse", 1)
+    return run
+
+
+STAGE = SimpleNamespace(name="sparse", max_staleness=0)
+
+
+def test_servers_are_asked_once_a_step_between_its_traces_and_learning():
+    events = []
+
+    async def check_served():
+        events.append("check")
+
+    sampling_run(SimpleNamespace(check_served=check_served), events).graded_groups(STAGE, 1)
+    assert events == ["traces", "check", "learn"]
+
+
+def test_nothing_is_learned_where_no_server_has_our_weights_and_a_run_without_servers_has_none_to_ask():
+    events = []
+
+    async def check_served():
+        raise WeightsReplaced("policy-0 serves others.")
+
+    with pytest.raises(WeightsReplaced):
+        sampling_run(SimpleNamespace(check_served=check_served), events).graded_groups(STAGE, 1)
+    assert events == ["traces"]
+    sampling_run(None, events).graded_groups(STAGE, 1)
+    assert events == ["traces", "traces", "learn"]
