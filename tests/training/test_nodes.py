@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training.directory import RunDirectory
@@ -62,9 +63,12 @@ def two_nodes(trained_server, tiny_model, tmp_path):
         whole = run_config(tmp_path / "run", tiny_model("qwen3"), tiny_model("qwen3"), problems)
         stage = whole.stages[1].model_copy(update={"steps": steps})
         config = whole.model_copy(update={"stages": (stage,)})
-        log, key = str(trained_server.log_file), str(trained_server.key_file)
-        known = RegisteredServer("policy", "policy-0", trained_server.url, log, "first", key_file=key)
-        Registry(RunDirectory(config.directory).registry).register(known)
+        registry = Registry(RunDirectory(config.directory).registry)
+        # As `exprl serve` does, which may come before the trainer's nodes.
+        ensure_key(registry.key_file)
+        run, log, key = fingerprint(read_key(registry.key_file)), trained_server.log_file, trained_server.key_file
+        server = RegisteredServer("policy", "policy-0", trained_server.url, str(log), "first", run, str(key))
+        registry.register(server)
         (port,) = free_ports(1)
         second, first = (train(config, node, port, *flags) for node in (1, 0))
         started.extend((first, second))
