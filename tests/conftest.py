@@ -4,6 +4,7 @@ What the fixtures need is imported inside them, so that tests without them start
 """
 
 import asyncio
+import importlib.util
 import inspect
 import os
 from pathlib import Path
@@ -17,6 +18,17 @@ def pytest_configure(config):
     """Without the GPU environment every test, and every process that one starts, runs on the CPU."""
     if missing_gpu_packages():
         os.environ.update(environment(cuda=False))
+    # The environment with Transformer Engine has no property tests, and not their library.
+    if importlib.util.find_spec("hypothesis"):
+        _same_examples_at_any_speed()
+
+
+def _same_examples_at_any_speed():
+    """How fast examples are made says nothing on a loaded machine, and the same ones are tried each time."""
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("tests")
 
 
 def pytest_report_header(config):

@@ -86,7 +86,7 @@ class Trainer:
         self.policy = Policy(PolicyConfig(model=str(model), layout=world.layout, precision=precision), seed=0)
         self.conductor, control = Conductor(), Control(4 * deadline_s)
         self.clients = [
-            SGLangClient(one["url"], one["name"], deadline_s=deadline_s, headers=authorization(one["key_file"]))
+            SGLangClient(one["url"], one["name"], deadline_s=deadline_s, headers=authorization(one.get("key_file")))
             for one in servers
         ]
         for client in self.clients:

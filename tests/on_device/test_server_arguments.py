@@ -12,6 +12,7 @@ from exprl_megatron.config import precision
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.placement import COLOCATED_MEM_FRACTION
 from exprl_megatron.config.transport import choose_transport
+from exprl_megatron.serving import keyed_server
 from exprl_megatron.serving.command import server_command, server_environment
 from exprl_megatron.serving.launch import ServerSpec
 from exprl_megatron.training import launch
@@ -32,7 +33,7 @@ for arguments in json.load(sys.stdin):
 
 
 def arguments(spec: ServerSpec) -> list[str]:
-    """What such a server is given on CUDA, without `python -m sglang.launch_server`."""
+    """What such a server's SGLang is given on CUDA, without the module that starts it."""
     command = server_command(
         spec.model,
         spec.config,
@@ -43,7 +44,7 @@ def arguments(spec: ServerSpec) -> list[str]:
         cuda=True,
         first_gpu=spec.first_gpu,
     )
-    return [*command[command.index("sglang.launch_server") + 1 :], "--device", "cuda"]
+    return [*command[command.index(keyed_server.__name__) + 1 :], "--device", "cuda"]
 
 
 def parsed(specs: list[ServerSpec]) -> list[dict]:

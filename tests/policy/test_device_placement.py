@@ -46,7 +46,7 @@ SEQUENCES = sequences(128)
 @pytest.fixture(autouse=True)
 def no_driver(monkeypatch):
     """What asks the driver and makes no tensor does nothing."""
-    for name in ("synchronize", "empty_cache"):
+    for name in ("synchronize", "empty_cache", "ipc_collect"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))

@@ -18,7 +18,7 @@ from exprl_megatron.rewards.math_answer import MathVerifier
 from exprl_megatron.rewards.multiple_choice import grade_choice
 
 CITIES = ("London", "Berlin", "Paris", "New York")
-FEW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=120, deadline=None, suppress_health_check=[*HealthCheck])
 
 
 def _forms(name):
