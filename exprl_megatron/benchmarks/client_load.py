@@ -103,7 +103,7 @@ def through_bench_serving(server: Place, model: Path, load: Load, stream: bool, 
     command += ["--extra-request-body", json.dumps({"sampling_params": sampling}), "--return-logprob"]
     command += ["--seed", str(_SEED), "--warmup-requests", "0", "--disable-tqdm", "--output-file", str(result)]
     command += ["--output-details", *([] if stream else ["--disable-stream"])]
-    environment = server_environment(os.environ, cuda=uses_cuda(), tp=1) | {"API_KEY": read_key(server.key_file)}
+    environment = server_environment(os.environ, cuda=uses_cuda(), tp=1) | {"OPENAI_API_KEY": read_key(server.key_file)}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     if ended.returncode or not result.is_file():
         raise RunStopped(f"sglang.bench_serving ended with status {ended.returncode}: {ended.stderr.strip()[-1500:]}")
