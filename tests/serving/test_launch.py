@@ -185,26 +185,38 @@ def test_servers_on_one_machine_have_gpus_of_their_own(tmp_path):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The commands that servers would be started by; nothing is started."""
-    commands = []
+    """The commands and environments that servers would be started with; nothing is started."""
+    processes = []
 
-    def popen(command, **_):
-        commands.append(command)
+    def popen(command, *, env, **_):
+        processes.append((command, env))
         return SimpleNamespace(pid=1, poll=lambda: None)
 
     monkeypatch.setattr("exprl_megatron.serving.launch.subprocess.Popen", popen)
-    return commands
+    return processes
 
 
 def test_servers_draw_from_different_seeds_and_from_new_ones_after_each_start(tiny_model, tmp_path, started):
     config = ServerConfig(count=2)
     specs = [spec for role in ("policy", "judge") for spec in server_specs(role, tiny_model("qwen3"), config, tmp_path)]
     servers = [server for _ in range(3) for server in launch_servers(specs)]
-    seeds = [int(command[command.index("--random-seed") + 1]) for command in started]
+    seeds = [int(command[command.index("--random-seed") + 1]) for command, _ in started]
     assert len(seeds) == 12 and len(set(seeds)) == 12
     assert all(0 <= seed < 2**31 for seed in seeds)
     # The incarnation that a keeper registers is the one that was seeded.
     assert seeds == [server_seed(0, server.name, server.incarnation) for server in servers]
+
+
+def test_a_started_server_has_the_nccl_variables_of_its_own_size_and_arguments(tiny_model, tmp_path, started):
+    deterministic = ("--enable-deterministic-inference",)
+    for tp, extra_args in ((2, deterministic), (2, ()), (1, deterministic)):
+        launch_servers(
+            [ServerSpec("policy-0", tiny_model("qwen3"), ServerConfig(tp=tp, extra_args=extra_args), tmp_path)]
+        )
+    environments = [env for _, env in started]
+    # SGLang itself sets NCCL_ALGO for deterministic inference of several ranks; the trainer's ranks need the same.
+    assert ["NCCL_ALGO" in env for env in environments] == [True, False, False]
+    assert all(env["NCCL_CUMEM_ENABLE"] == env["NCCL_NVLS_ENABLE"] == "0" for env in environments)
 
 
 def test_the_seed_of_a_server_depends_on_all_that_tells_it_from_another_start():
