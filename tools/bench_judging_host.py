@@ -78,6 +78,8 @@ class Load:
             for i in range(1 + (traces - 1) // GROUP)
         ]
         self.traces = [self._trace(random, outputs[i // GROUP % len(outputs)], i) for i in range(traces)]
+        # The steps' titles make a trace longer than `tokens`.
+        self.longest = max(len(trace.token_ids) for trace in self.traces)
         answers = [text for found in outputs for text in found[1::2]]
         self.answers = ["".join(random.choices(answers, k=4))[:ANSWER] + "\n\nScore: 4" for _ in range(64)]
 
@@ -169,7 +171,7 @@ async def judged(load: Load, model: str, judge_url: str, policy_url: str | None,
 
             async def one(trace: Trace) -> GradedTrace:
                 if policy_url is not None:
-                    await policy.generate([1], temperature=1.0, max_new_tokens=load.tokens, seed=0)
+                    await policy.generate([1], temperature=1.0, max_new_tokens=load.longest, seed=0)
                 return await grade(load.problems[trace.sample // GROUP], trace)
 
             cpu, wall = time.process_time(), time.perf_counter()

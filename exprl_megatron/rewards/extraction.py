@@ -230,10 +230,12 @@ class _Opened:
     def program(self) -> str:
         """The lines without the quotation marks and the indentation of their fence."""
         lines = [_unquoted(line) if self._quoted else line for line in self.lines]
-        program = "\n".join(_less_indented(line, self._indent) for line in lines)
-        first = next((line for line in lines if line.strip()), "")
+        first = next((line for line in lines if line.strip()), "").expandtabs(4)
+        # A program that is less indented than its fence starts at the left margin of its own.
+        indent = min(self._indent, len(first) - len(first.lstrip(" ")))
+        program = "\n".join(_less_indented(line, indent) for line in lines)
         # A program that begins indented is none; as a part of the text's layout it is one.
-        return textwrap.dedent(program) if first[:1] in (" ", "\t") else program
+        return textwrap.dedent(program) if first.startswith(" ") else program
 
 
 def _opens(fence: re.Match, opened: _Opened | None) -> bool:

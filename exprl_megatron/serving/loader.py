@@ -86,6 +86,8 @@ class _Member:
         """What became of an order, "" if all is well; in vain where the trainer is gone."""
         try:
             self._store.set(f"{to}/{self._rank}", said)
+            # A set is not acknowledged; without a reply, the trainer could look before another rank's answer is there.
+            self._store.get(f"{to}/{self._rank}")
         except RuntimeError:
             _log.exception("the trainer cannot be told")
 
