@@ -34,6 +34,7 @@ class AutoTransport:
         self._direct = DirectTransport(clients, server_tp, world, control, deadline_s)
         self._broadcast = BroadcastTransport(clients, server_tp, world, control, deadline_s)
         self._clients = list(clients)
+        self._deadline_s = deadline_s
         self._refused = False
         """Whether one of these servers cannot receive by `direct`."""
 
@@ -56,7 +57,7 @@ class AutoTransport:
                     if not isinstance(error, CannotReceive):
                         raise
                     self._tell(f"weights travel by broadcast, not by direct: {error}")
-                    await together(client.end_weight_update() for client in self._clients)
+                    await together(client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients)
                 self._control.go()
             self._refused = True
         await self._broadcast.push(outgoing, version, times)

@@ -47,7 +47,7 @@ class BroadcastTransport:
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         try:
             with self._control.leading():
-                await together(client.begin_weight_update() for client in self._clients)
+                await together(client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients)
                 if not self._groups.names:
                     await self._groups.open(self._clients, outgoing)
                 await send_rounds(
@@ -56,7 +56,7 @@ class BroadcastTransport:
                     outgoing.gather,
                     lambda number, filled: self._send(outgoing, number, filled, version, times),
                 )
-                await together(client.end_weight_update() for client in self._clients)
+                await together(client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients)
                 self._control.go()
         except BaseException:
             self._groups.break_off()

@@ -21,7 +21,7 @@ from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.deliveries import DeliveryPlan
-from exprl_megatron.resharding.groups import address_towards, break_off, meet, meeting_place, timeout_s
+from exprl_megatron.resharding.groups import address_towards, break_off, follow_destroy, meet, meeting_place, timeout_s
 from exprl_megatron.resharding.held import held_shares
 from exprl_megatron.resharding.messages import Shape
 from exprl_megatron.resharding.outgoing import Outgoing
@@ -74,7 +74,7 @@ class DirectTransport:
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         try:
             with self._control.leading():
-                await together(client.begin_weight_update() for client in self._clients)
+                await together(client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients)
                 if self._group is None:
                     await self._open(outgoing)
                 started = time.monotonic()
@@ -82,7 +82,7 @@ class DirectTransport:
                 await self._send(outgoing)
                 sent_s = time.monotonic()
                 await self._order("finish", version=version)
-                await together(client.end_weight_update() for client in self._clients)
+                await together(client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients)
                 self._control.go()
         except BaseException:
             self._break_off()
@@ -104,26 +104,24 @@ class DirectTransport:
             raise
 
     async def close(self) -> None:
-        group = self._group
+        group, self._group = self._group, None
         if group is not None:
             try:
-                await together(client.begin_weight_update() for client in self._clients)
-                # NCCL may wait for all members of a group before one of them has given it up.
-                await together([self._order("leave"), asyncio.to_thread(self._destroy)])
-                await together(client.end_weight_update() for client in self._clients)
+                with self._control.leading():
+                    await together(client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                    # NCCL may wait for all members of a group before one of them has given it up.
+                    await together([self._order("leave"), asyncio.to_thread(destroy, group, self._deadline_s)])
+                    await together(client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                    self._control.go()
             except ServerError:
                 abort(group)
-                self._group = None
                 raise
         self._store = None
 
     def follow_close(self) -> None:
-        self._destroy()
-
-    def _destroy(self) -> None:
         group, self._group = self._group, None
         if group is not None:
-            destroy(group, self._deadline_s)
+            follow_destroy(group, self._control, self._deadline_s)
 
     def _break_off(self) -> None:
         """Let servers go that wait for what is not sent any more, or for the others in a group that does not form."""

@@ -15,7 +15,8 @@ from torch.distributed.distributed_c10d import (
 )
 
 from exprl_megatron.accelerator import group_backend
-from exprl_megatron.serving.own_group import abort, on_device
+from exprl_megatron.resharding.control import Control, SyncStopped
+from exprl_megatron.serving.own_group import abort, begin_to_destroy, on_device, wait_destroyed
 
 _POLL_S = 0.001
 
@@ -82,6 +83,22 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> float:
             time.sleep(_POLL_S)
         work.wait()
         return time.monotonic()
+
+
+def follow_destroy(group: dist.ProcessGroup | None, control: Control, deadline_s: float) -> None:
+    """The other ranks' part where rank 0 gives a group up, in which nothing is under way; None: a rank without one.
+
+    NCCL may wait for all members. Where rank 0 says that they do not come this rank does not wait for them.
+    """
+    destroying = None if group is None else begin_to_destroy(group)
+    try:
+        control.await_go()
+    except SyncStopped:
+        if group is not None:
+            abort(group)
+        return
+    if group is not None:
+        wait_destroyed(group, destroying, deadline_s)
 
 
 def break_off(group: dist.ProcessGroup, rank: int, world_size: int) -> None:

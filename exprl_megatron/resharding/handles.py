@@ -79,7 +79,9 @@ class HandlesTransport:
             )
             times.load_s += time.monotonic() - started
 
-        await push_rounds(count, self._control, self._clients, lambda number: self._gather(outgoing, number), send)
+        await push_rounds(
+            count, self._control, self._clients, lambda number: self._gather(outgoing, number), send, self._deadline_s
+        )
 
     def follow(self, outgoing: Outgoing) -> None:
         for number in range(len(outgoing.rounds)):

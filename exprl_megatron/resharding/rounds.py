@@ -14,17 +14,22 @@ type Send[T] = Callable[[int, T], Coroutine]
 
 
 async def push_rounds[T](
-    count: int, control: Control, clients: Sequence[SGLangClient], gather: Gather[T], send: Send[T]
+    count: int,
+    control: Control,
+    clients: Sequence[SGLangClient],
+    gather: Gather[T],
+    send: Send[T],
+    deadline_s: float,
 ) -> None:
-    """Opens a weight update on all servers, sends `count` rounds, closes it.
+    """Opens a weight update on all servers, sends `count` rounds, closes it; each server answers within `deadline_s`.
 
     A round is gathered only after the servers have taken the one before the last: no more than two buckets exist on a
     rank. The other ranks follow with a Control.await_go before each round and one at the end.
     """
     with control.leading():
-        await together(client.begin_weight_update() for client in clients)
+        await together(client.begin_weight_update(deadline_s=deadline_s) for client in clients)
         await send_rounds(count, control, gather, send)
-        await together(client.end_weight_update() for client in clients)
+        await together(client.end_weight_update(deadline_s=deadline_s) for client in clients)
         control.go()
 
 

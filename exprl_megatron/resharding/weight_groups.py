@@ -18,7 +18,7 @@ from exprl_megatron.accelerator import group_backend
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.groups import address_towards, break_off, broadcast, meet, meeting_place
+from exprl_megatron.resharding.groups import address_towards, break_off, broadcast, follow_destroy, meet, meeting_place
 from exprl_megatron.resharding.messages import Message, sender
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.serving.client import SGLangClient
@@ -58,7 +58,7 @@ class WeightGroups:
             if client in clients:
                 # A server that never became a member refuses.
                 with suppress(RequestRefused):
-                    await client.destroy_weights_group(name)
+                    await client.destroy_weights_group(name, deadline_s=self._deadline_s)
         self._left = []
         run = uuid.uuid4().hex[:8]
         self.names = [f"exprl-weights-{run}-{stage}" for stage in range(self._world.layout.pp)]
@@ -121,36 +121,46 @@ class WeightGroups:
 
     def break_off(self) -> None:
         """Give our side of the groups up, whatever is under way in them."""
-        group, self._group = self._group, None
+        group = self._take_group()
         if group is not None:
-            self._thread.stop()
             break_off(group, 0, self._size)
         # A server that has come already does not wait for one that has not.
-        self._place, self.names = None, []
+        self._place = None
 
     async def close(self, clients: Sequence[SGLangClient]) -> None:
-        """Give the groups up, in which nothing is under way; rank 0 only."""
-        names, self.names, self._left, group = self.names, [], [], self._group
+        """Give the groups up, in which nothing is under way, where they are open; rank 0 only."""
+        if not self.names:
+            return
+        names, self._left = self.names, []
+        group = self._take_group()
 
         async def leave(client: SGLangClient) -> None:
             for name in names:
-                await client.destroy_weights_group(name)
+                await client.destroy_weights_group(name, deadline_s=self._deadline_s)
 
-        # NCCL may wait for all members of a group before one of them has given it up.
         try:
-            await together([asyncio.to_thread(self.follow_close), *map(leave, clients)])
+            with self._control.leading():
+                # NCCL may wait for all members of a group before one of them has given it up.
+                await together([asyncio.to_thread(destroy, group, self._deadline_s), *map(leave, clients)])
+                self._control.go()
         except ServerError:
-            if group is not None:
-                abort(group)
+            abort(group)
             raise
+        finally:
+            self._place = None
 
     def follow_close(self) -> None:
-        """This rank's side of `close`."""
-        group, self._group = self._group, None
+        """The other ranks' part in `close`."""
+        if self.names:
+            follow_destroy(self._take_group(), self._control, self._deadline_s)
+            self._place = None
+
+    def _take_group(self) -> dist.ProcessGroup | None:
+        """This rank's group, if it is a sender, which is to be given up; no group is open from now on."""
+        group, self._group, self.names = self._group, None, []
         if group is not None:
             self._thread.stop()
-            destroy(group, self._deadline_s)
-        self._place, self.names = None, []
+        return group
 
     async def _come(self, asked: dict[SGLangClient, object], own: Collection[asyncio.Future], stage: int) -> None:
         """Return when all servers have done what they are `asked`, and `own` is done too.

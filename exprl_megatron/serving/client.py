@@ -133,13 +133,13 @@ class SGLangClient(HttpServer):
         }
         await self._order("/init_weights_update_group", request, deadline_s)
 
-    async def destroy_weights_group(self, group: str) -> None:
+    async def destroy_weights_group(self, group: str, *, deadline_s: float | None = None) -> None:
         """Leave the broadcast group."""
-        await self._order("/destroy_weights_update_group", {"group_name": group})
+        await self._order("/destroy_weights_update_group", {"group_name": group}, deadline_s)
 
-    async def begin_weight_update(self) -> None:
+    async def begin_weight_update(self, *, deadline_s: float | None = None) -> None:
         """Open a weight update; without it `update_from_distributed` is refused."""
-        await self._order("/begin_weight_update", {})
+        await self._order("/begin_weight_update", {}, deadline_s)
 
     async def update_from_distributed(
         self,
@@ -195,9 +195,9 @@ class SGLangClient(HttpServer):
             request["weight_version"] = version
         await self._order("/update_weights_from_tensor", request, deadline_s)
 
-    async def end_weight_update(self) -> None:
+    async def end_weight_update(self, *, deadline_s: float | None = None) -> None:
         """Close the weight update."""
-        await self._order("/end_weight_update", {})
+        await self._order("/end_weight_update", {}, deadline_s)
 
     async def update_from_disk(self, directory: str | Path, version: str, *, deadline_s: float | None = None) -> None:
         """Load the safetensors in `directory` (same architecture) and empty the cache."""

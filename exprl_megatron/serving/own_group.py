@@ -52,7 +52,16 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 def destroy(group: dist.ProcessGroup, deadline_s: float) -> None:
     """Give up a group that works, while the other members do: NCCL waits for them. After `deadline_s` break it off."""
-    destroying = in_background("destroy", lambda: dist.destroy_process_group(group))
+    wait_destroyed(group, begin_to_destroy(group), deadline_s)
+
+
+def begin_to_destroy(group: dist.ProcessGroup) -> Future[None]:
+    """Begin to give up a group that works."""
+    return in_background("destroy", lambda: dist.destroy_process_group(group))
+
+
+def wait_destroyed(group: dist.ProcessGroup, destroying: Future[None], deadline_s: float) -> None:
+    """Return when the group is given up; after `deadline_s` break it off."""
     try:
         destroying.result(deadline_s)
     except TimeoutError:

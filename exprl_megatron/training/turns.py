@@ -31,7 +31,7 @@ class Turns:
         self._fleet = fleet
         self._sync = sync
         self._offload = Offload(policy)
-        self._cuda = policy.world.device.type == "cuda"
+        self._device = policy.world.device
         self._phase: Literal["learning", "sampling"] | None = None if config.kind == "colocated" else "learning"
         """None: nobody knows yet whether servers are awake."""
         self._ledger: dict[str, float] = {}
@@ -49,7 +49,7 @@ class Turns:
         self._wake("weights")
         metrics = self._sync.bring(version)
         self._offload.away("weights")
-        self._note("sampling", _own_memory() if self._cuda else sum(self._offload.held().values()))
+        self._note("sampling", sum(self._offload.held().values()) if self._device.type == "cpu" else _own_memory())
         self._wake("kv_cache")
         self._phase = "sampling"
         return metrics
@@ -62,7 +62,7 @@ class Turns:
         if self._phase == "learning":
             return
         slept = put_to_sleep(self._conductor, self._fleet)
-        self._note("learning", _foreign_memory() if self._cuda else 0)
+        self._note("learning", _foreign_memory(self._device))
         self._ledger["memory/servers_slept"] = float(slept)
         self._offload.back("weights", *TRAINING)
         self._phase = "learning"
@@ -102,7 +102,9 @@ def _own_memory() -> int:
     return torch.cuda.memory_reserved()
 
 
-def _foreign_memory() -> int:
-    """Bytes that other processes hold on this rank's GPU, CUDA contexts included."""
+def _foreign_memory(device: torch.device) -> int:
+    """Bytes that other processes hold on this rank's GPU, CUDA contexts included; 0 on a CPU."""
+    if device.type == "cpu":
+        return 0
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()

@@ -33,10 +33,10 @@ class Asker:
         ]
         await self._ask("receive", {"group": group, "nbytes": sum(sizes), "version": version})
 
-    async def destroy_weights_group(self, group: str) -> None:
+    async def destroy_weights_group(self, group: str, **_) -> None:
         await self._ask("destroy", {"group": group})
 
-    async def begin_weight_update(self) -> None:
+    async def begin_weight_update(self, **_) -> None:
         return None
 
     end_weight_update = begin_weight_update

@@ -69,7 +69,7 @@ class Broadcast(Way):
 class Client:
     ended = 0
 
-    async def end_weight_update(self):
+    async def end_weight_update(self, **_):
         Client.ended += 1
 
 

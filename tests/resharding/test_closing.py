@@ -1,18 +1,36 @@
 """A run that is over leaves its servers; one that died after the last sync costs it neither its end nor a thread."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.resharding import direct, weight_groups
+from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.direct import DirectTransport
 from exprl_megatron.resharding.weight_groups import WeightGroups
+from exprl_megatron.serving import own_group
 from exprl_megatron.training.sync import WeightSync
 
-GROUP = object()
+DEADLINE_S = 3600.0
+RETURN_S = 60.0
+GO, STOP = [True, None], [False, None]
+
+
+class Group:
+    """A group that is given up when the other members do so too, which they never do, or when it is aborted."""
+
+    def __init__(self, others_leave: bool):
+        self.free = threading.Event()
+        self.aborted = threading.Event()
+        if others_leave:
+            self.free.set()
+
+    def abort(self):
+        self.aborted.set()
+        self.free.set()
 
 
 class Gone:
@@ -20,44 +38,123 @@ class Gone:
 
     name = "policy-0"
 
-    async def begin_weight_update(self):
+    async def fail(self, *_, **settings):
         raise ServerError("policy-0 is gone")
 
-    async def destroy_weights_group(self, name):
-        raise ServerError("policy-0 is gone")
+    begin_weight_update = destroy_weights_group = fail
+
+
+class Well:
+    """A server that does whatever it is asked."""
+
+    name = "policy-0"
+
+    async def obey(self, *_, **settings):
+        return None
+
+    begin_weight_update = end_weight_update = destroy_weights_group = obey
+
+
+class Words(Control):
+    """Rank 0's words, as it says them or as the others hear them."""
+
+    def __init__(self, *heard):
+        self._heard = list(heard)
+        self.said = []
+
+    def _say(self, box):
+        if self._heard:
+            box[:] = self._heard.pop(0)
+        else:
+            self.said.append(list(box))
 
 
 class Conductor:
-    here = True
+    def __init__(self, here):
+        self.here = here
 
     def collective(self, conducting, following):
-        conducting()
+        if self.here:
+            conducting()
+        else:
+            following()
 
     def run(self, coroutine):
         return asyncio.run(coroutine)
 
 
-def direct_with_a_group() -> DirectTransport:
-    transport = DirectTransport([Gone()], 1, None, None, 1.0)
-    transport._group = GROUP
+def direct_with(group, server, control):
+    transport = DirectTransport([server], 1, None, control, DEADLINE_S)
+    transport._group = group
+
+    async def ordered(what, version=None):
+        return None
+
+    transport._order = ordered
     return transport
 
 
-def broadcasts_with_a_group():
-    groups = WeightGroups(1, None, None, 1.0)
-    groups.names, groups._group, groups._thread = ["group"], GROUP, SimpleNamespace(stop=lambda: None)
-    return SimpleNamespace(close=lambda: groups.close([Gone()]), follow_close=None)
+def broadcasts_with(group, server, control):
+    members = WeightGroups(1, None, control, DEADLINE_S)
+    members.names, members._group, members._thread = ["group"], group, SimpleNamespace(stop=lambda: None)
+    return SimpleNamespace(close=lambda: members.close([server]), follow_close=members.follow_close)
 
 
-@pytest.mark.parametrize(
-    ("module", "transport"), [(direct, direct_with_a_group), (weight_groups, broadcasts_with_a_group)]
-)
-def test_a_run_whose_server_died_after_the_last_sync_ends_well_and_aborts_the_group(monkeypatch, module, transport):
-    aborted = []
-    monkeypatch.setattr(module, "destroy", lambda group, deadline_s: None)
-    monkeypatch.setattr(module, "abort", aborted.append, raising=False)
-    WeightSync(SyncConfig(), None, Conductor(), None, transport(), None).close()
-    assert aborted == [GROUP], "what waits for the server is freed"
+TRANSPORTS = pytest.mark.parametrize("made", [direct_with, broadcasts_with])
+
+
+@pytest.fixture
+def close(monkeypatch):
+    """`close(made, group, server, control, here)`: the end of a run on rank 0, or on another rank."""
+    monkeypatch.setattr(own_group.dist, "destroy_process_group", lambda group: group.free.wait(DEADLINE_S))
+    monkeypatch.setattr(own_group.dist, "get_backend", lambda group: "nccl")
+
+    def close(made, group, server, control, here):
+        sync = WeightSync(SyncConfig(), None, Conductor(here), None, made(group, server, control), None)
+        own_group.in_background("close", sync.close).result(RETURN_S)
+
+    return close
+
+
+@TRANSPORTS
+def test_a_run_whose_server_died_after_the_last_sync_ends_well_and_aborts_the_group(close, made):
+    group, control = Group(others_leave=False), Words()
+    close(made, group, Gone(), control, here=True)
+    assert group.aborted.is_set(), "what waits for the server is freed"
+    assert control.said == [STOP]
+
+
+@TRANSPORTS
+def test_the_other_ranks_do_not_wait_for_a_server_that_rank_0_knows_to_be_dead(close, made):
+    group = Group(others_leave=False)
+    close(made, group, None, Words(STOP), here=False)
+    assert group.aborted.is_set()
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("here", [True, False])
+def test_a_group_that_all_give_up_is_not_aborted(close, made, here):
+    group, control = Group(others_leave=True), Words(*([] if here else [GO]))
+    close(made, group, Well(), control, here)
+    assert not group.aborted.is_set()
+    assert control.said == ([GO] if here else [])
+
+
+@TRANSPORTS
+def test_a_rank_without_a_group_hears_nothing_where_none_is_open(close, made):
+    control = Words()
+    sync = made(None, Well(), control)
+    if made is broadcasts_with:
+        sync.follow_close.__self__.names = []
+    sync.follow_close()
+    asyncio.run(sync.close())
+    assert control.said == []
+
+
+def test_a_pipeline_stage_s_other_ranks_hear_that_the_groups_are_given_up():
+    control = Words(STOP)
+    broadcasts_with(None, None, control).follow_close()
+    assert not control._heard, "rank 0's words reach all ranks, those without a group too"
 
 
 def test_another_fault_at_the_end_is_raised():
@@ -65,4 +162,6 @@ def test_another_fault_at_the_end_is_raised():
         raise ValueError("a fault of ours")
 
     with pytest.raises(ValueError, match="of ours"):
-        WeightSync(SyncConfig(), None, Conductor(), None, SimpleNamespace(close=close, follow_close=None), None).close()
+        WeightSync(
+            SyncConfig(), None, Conductor(True), None, SimpleNamespace(close=close, follow_close=None), None
+        ).close()

@@ -200,7 +200,7 @@ class DyingServer:
 
     url, name = "http://127.0.0.1:9", "dying"
 
-    async def begin_weight_update(self):
+    async def begin_weight_update(self, **_):
         return None
 
     async def loaders(self):
@@ -233,7 +233,7 @@ class AbsentServer:
 
     url, name = "http://127.0.0.1:9", "absent"
 
-    async def begin_weight_update(self):
+    async def begin_weight_update(self, **_):
         return None
 
     async def loaders(self):

@@ -123,6 +123,31 @@ def test_servers_that_slept_have_lost_their_weights_and_get_the_same_version_aga
     asyncio.run(run())
 
 
+def slept(backend):
+    return backend.asked.count("/release_memory_occupation")
+
+
+def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wakes_with_them(registry, monkeypatch):
+    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
+
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
+            await fleet.sleep()
+            registry.register(two.registered("b"))
+            await until(lambda: len(fleet._in("joining")) == 1)
+            assert (slept(one), slept(two)) == (1, 2)
+            await fleet.sleep()
+            assert (slept(one), slept(two)) == (1, 2), "SGLang dies where memory is given up twice"
+            for tag in ("weights", "kv_cache"):
+                await fleet.wake(tag)
+            assert two.asked.count("/resume_memory_occupation") == 2
+            registry.register(one.registered("b"))
+            await until(lambda: len(fleet._in("joining")) == 2)
+            assert slept(one) == 1, "the others are awake"
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("exported", "reported"), [("1", True), ("0", False), (None, False)])
 def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(registry, monkeypatch, exported, reported):
     monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)

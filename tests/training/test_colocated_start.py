@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from exprl_megatron.errors import RunStopped
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training import assemble as assembly
 from exprl_megatron.training import run as running
+from exprl_megatron.training import turns
 from exprl_megatron.training.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -98,10 +100,16 @@ def begin(tmp_path, tiny_model, server):
         "sampling": {"max_new_tokens": 24},
     }
 
-    def begin(kind: str, resume: bool = False):
+    def begin(kind: str, resume: bool = False, **placement):
         policy = {"model": str(model), "max_tokens": 160}
         config = run_config(
-            tmp_path / "run", model, model, problems, policy=policy, stages=[stage], placement={"kind": kind}
+            tmp_path / "run",
+            model,
+            model,
+            problems,
+            policy=policy,
+            stages=[stage],
+            placement={"kind": kind} | placement,
         )
         paths = RunDirectory(config.directory)
         paths.claim(config, resume).release()
@@ -141,3 +149,10 @@ def test_servers_on_devices_of_their_own_do_not_sleep(begin, events):
     run, _ = begin("separate")
     run.close()
     assert events == ["policy", "stage"]
+
+
+def test_a_stage_takes_no_memory_while_sleeping_servers_hold_more_than_they_may(begin, events, monkeypatch):
+    monkeypatch.setattr(turns, "_foreign_memory", lambda device: 3 * 2**30)
+    with pytest.raises(RunStopped, match=r"the servers left 3\.00 GiB .* than placement.max_asleep_gb \(2\)"):
+        begin("colocated", max_asleep_gb=2)
+    assert events == [ASLEEP, "policy"]

@@ -34,6 +34,12 @@ if "signal" in end:
     os.kill(os.getpid(), end["signal"])
 sys.exit(end.get("status", 1))
 """
+SHOWS = """
+import json, os, pathlib, sys
+target = pathlib.Path(sys.argv[1])
+target.with_suffix(".part").write_text(json.dumps(dict(os.environ)))
+target.with_suffix(".part").rename(target)
+"""
 BEATS = """
 import time
 from exprl_megatron.training.heartbeat import beat
@@ -50,10 +56,10 @@ def start(tmp_path, monkeypatch):
     directory.logs.mkdir()
     started = []
 
-    def start(command: list[str], count: int) -> TrainerRanks:
+    def start(command: list[str], count: int, **server) -> TrainerRanks:
         monkeypatch.setattr(module, "supervised", lambda _: supervised(command))
         config = SimpleNamespace(
-            policy=SimpleNamespace(layout=Layout(dp=count)), server=ServerConfig(), directory=str(tmp_path)
+            policy=SimpleNamespace(layout=Layout(dp=count)), server=ServerConfig(**server), directory=str(tmp_path)
         )
         started.append(TrainerRanks(directory, config, directory.registry))
         return started[-1]
@@ -127,3 +133,18 @@ def test_ctrl_c_at_a_terminal_reaches_no_rank(start, tmp_path):
         os.kill(pid, signal.SIGINT)
     time.sleep(1.0)
     assert ranks.running() and rank.is_running()
+
+
+def test_a_rank_is_started_with_the_environment_that_its_servers_arguments_demand(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    for name in ("NCCL_NVLS_ENABLE", "NCCL_ALGO", "CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    shown = tmp_path / "environment.json"
+    start([sys.executable, "-S", "-c", SHOWS, str(shown)], 1, tp=2, extra_args=["--enable-deterministic-inference"])
+    wait_until(shown.is_file, 30)
+    found = json.loads(shown.read_text())
+    # SGLang's own values for such servers, the user's 1, and what Megatron's scripts export.
+    wanted = {"NCCL_CUMEM_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "allreduce:tree"}
+    wanted |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVTE_FLASH_ATTN_V4": "0", "OMP_NUM_THREADS": "1"}
+    wanted |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert {name: found.get(name) for name in wanted} == wanted
