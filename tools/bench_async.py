@@ -67,7 +67,7 @@ def reached(paths: RunDirectory, name: str) -> float:
 
 def figures(records: list[dict]) -> dict[str, float]:
     """Means over all of one run's steps: those in which the pipeline fills are dear, the last ones cheap."""
-    every = [record["metrics"] for record in records]
+    every = [record["metrics"] for record in records if record["step"]]
     return {
         "step_s": fmean(step["seconds/step"] for step in every),
         "wait_s": fmean(step["seconds/sample_and_grade"] for step in every),

@@ -19,6 +19,7 @@ import yaml
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.evaluation.study import Arm, Evaluated, curves, results, tables
+from exprl_megatron.reporting.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "recipes" / "configs" / "study.yaml"
@@ -82,7 +83,7 @@ def execute(run: StudyRun) -> bool:
 def evaluated(run: StudyRun) -> Evaluated:
     """What a finished run left: counts of right answers, and the metrics of its steps."""
     before, after = (json.loads(path.read_text())["counts"] for path in run.evaluations)
-    steps = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    steps = read_metrics(run.directory / "metrics.jsonl")
     return Evaluated(run.arm, run.seed, before, after, steps)
 
 

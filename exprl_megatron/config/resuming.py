@@ -117,6 +117,7 @@ TABLE = (
     Row(("stages.optimizer.overlap", "stages.optimizer.offload"), "free", "memory against speed"),
     Row(("stages.optimizer.distributed",), "fixed", "the form of the optimizer's state in a checkpoint"),
     Row(("stages.max_abstention_rate", "stages.allow_off_policy"), "free", "only stops or refuses a run"),
+    Row(("evaluation.every_steps",), "free", "how often the same is measured"),
     Row(("evaluation.*",), "fixed", "the figures before and after the stages are compared with each other"),
 )
 

@@ -16,13 +16,20 @@ from exprl_megatron.config.verifying import VerifierConfig
 
 
 class EvaluationConfig(Config):
-    """pass@k on held-out problems before the first stage and after every stage."""
+    """pass@k on held-out problems before the first stage, after every stage and, with `every_steps`, within stages."""
 
     problems: ProblemsConfig
+    every_steps: PositiveInt | None = None
+    """Evaluate after every so many steps of each stage too (verl's `test_freq`, slime's `--eval-interval`, TRL's
+    `eval_steps`)."""
     samples: PositiveInt = 16
     k: tuple[PositiveInt, ...] = (1, 16)
     sampling: SamplingConfig = SamplingConfig()
     confidence: float = Field(0.95, gt=0, lt=1)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the weights are evaluated after step `step` of a stage, which is not its last one."""
+        return self.every_steps is not None and step > 0 and step % self.every_steps == 0
 
     def violations(self, whole) -> list[str]:
         return [
@@ -148,6 +155,8 @@ class RunConfig(Config):
         found = [f"stages: the name {name} is given twice; names must differ." for name in twice]
         if not names:
             found.append("stages is empty; list at least one stage.")
+        if self.evaluation is not None and "start" in names:
+            found.append("stages: the name start is that of the evaluation before the first stage; choose another.")
         if self.policy.initialise == "random" and self.samples:
             found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")
         if self._samples_ahead and self.sync.hold == "in_place" and self.sync.max_log_prob_gap not in ("auto", None):

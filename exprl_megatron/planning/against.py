@@ -84,7 +84,8 @@ def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[Row]:
     records = read_metrics(directory.metrics)
     found = []
     for stage in config.stages:
-        steps = [record["metrics"] for record in records if record["stage"] == stage.name]
+        # A record of step 0 is an evaluation alone.
+        steps = [record["metrics"] for record in records if record["stage"] == stage.name and record["step"]]
         if steps:
             workload = lived(config, stage, steps, directory)
             found += _rows(stage.name, plan(config, stage, workload, gpu), steps)

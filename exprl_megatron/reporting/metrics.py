@@ -1,4 +1,7 @@
-"""A run's metrics: one JSON object a step in metrics.jsonl, and the same in TensorBoard."""
+"""A run's metrics: one JSON object a step in metrics.jsonl, and the same in TensorBoard.
+
+An evaluation of the weights after a step is one more object with that step's number (0: before the first step).
+"""
 
 import json
 import math
@@ -9,6 +12,9 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from exprl_megatron.errors import UserError
+
+EVALUATION = "evaluation/"
+"""The names of an evaluation's metrics begin so."""
 
 
 class MetricsWriter:
@@ -23,6 +29,7 @@ class MetricsWriter:
         jsonl.parent.mkdir(parents=True, exist_ok=True)
         kept = _truncate(jsonl, resumed_step)
         # Seconds go on from the interrupted run's: they are time spent on the run, not the time of day.
+        self._evaluated = {record["step"] for record in kept if _is_evaluated(record)}
         self._started = time.monotonic() - (kept[-1]["wall_s"] if kept else 0.0)
         self._file = open(jsonl, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer is
         self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
@@ -44,6 +51,12 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
         self._board.flush()
 
+    def write_evaluation(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the evaluation of the weights after `step`, unless it is recorded; names begin with EVALUATION."""
+        if step not in self._evaluated:
+            self._evaluated.add(step)
+            self.write(stage, step, metrics)
+
     def close(self) -> None:
         """Close both."""
         self._file.close()
@@ -57,8 +70,9 @@ class MetricsWriter:
 
 
 def read_metrics(jsonl: Path) -> list[dict]:
-    """The records of metrics.jsonl in order; a last line cut off by a crash is left out.
+    """One record for each step in metrics.jsonl, in order; a last line cut off by a crash is left out.
 
+    An evaluation's metrics are in the record of its step; the one before the first step is a record of step 0.
     Raises UserError where any other line is damaged.
     """
     if not jsonl.is_file():
@@ -70,7 +84,21 @@ def read_metrics(jsonl: Path) -> list[dict]:
             records.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{jsonl} line {number} is damaged ({error}); delete that line.") from error
-    return records
+    return _by_step(records)
+
+
+def _by_step(records: list[dict]) -> list[dict]:
+    """The records in the order of their steps, those of the same step as one."""
+    found: dict[int, dict] = {}
+    for record in records:
+        former = found.get(record["step"])
+        metrics = {} if former is None else {"metrics": former["metrics"] | record["metrics"]}
+        found[record["step"]] = record | metrics
+    return [found[step] for step in sorted(found)]
+
+
+def _is_evaluated(record: dict) -> bool:
+    return any(name.startswith(EVALUATION) for name in record["metrics"])
 
 
 def _truncate(jsonl: Path, last_step: int) -> list[dict]:

@@ -47,9 +47,7 @@ class Ahead:
         If so, they must be on the servers before `begin`. Traces under way are held until then, and may be of this
         version from there on.
         """
-        for under_way in self._under_way.values():
-            under_way.versions.append(version)
-        unfinished = any(not under_way.sampled.done() for under_way in self._under_way.values())
+        unfinished = self._expect(version)
         if not unfinished and not self._missing(stage, step):
             return False
         if stage.max_staleness:
@@ -58,14 +56,27 @@ class Ahead:
             self._held = True
         return True
 
+    def pause(self, version: str) -> None:
+        """Before the servers get `version` for something other than a step: hold the traces under way until `resume`.
+
+        They may be of this version from there on, as after `announce`.
+        """
+        if self._expect(version):
+            self._conductor.run(self._rollouts.hold())
+            self._held = True
+
+    def resume(self) -> None:
+        """Let the traces go on that are held, under the weights that the servers hold now."""
+        if self._held:
+            self._conductor.run(self._rollouts.go_on())
+            self._held = False
+
     def begin(self, stage: RlStage, step: int, drawn: int, version: str) -> Future[SampledStep] | None:
         """Begin all that may be begun under `version`, which the servers hold; step `step`'s work, if it is under way.
 
         `drawn` problems of the stage were drawn before this step.
         """
-        if self._held:
-            self._conductor.run(self._rollouts.go_on())
-            self._held = False
+        self.resume()
         for missing in self._missing(stage, step):
             versions = [version]
             first = drawn + (missing - step) * stage.drawn_for(stage.problems_per_step)
@@ -83,6 +94,13 @@ class Ahead:
         """
         under_way = self._under_way.pop(step, None)
         return self._rollouts.recall(stage, step) if under_way is None else under_way.sampled.result()
+
+    def _expect(self, version: str) -> bool:
+        """Note that tokens of the steps under way may be of `version`; whether any of these is unfinished."""
+        for under_way in self._under_way.values():
+            if version not in under_way.versions:
+                under_way.versions.append(version)
+        return any(not under_way.sampled.done() for under_way in self._under_way.values())
 
     def _missing(self, stage: RlStage, step: int) -> list[int]:
         """The steps that may be begun, and are neither under way nor in the journal."""

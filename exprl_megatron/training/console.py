@@ -51,6 +51,11 @@ class Console:
         self._metrics.write(stage.name, self._steps_before(self._config.stages.index(stage)) + step, metrics)
         self._progress.step_done(stage.name, step, stage.steps, metrics, metrics["seconds/step"])
 
+    def evaluated(self, stage: Stage | None, step: int, metrics: dict[str, float]) -> None:
+        """The evaluation of the weights after `step` steps of `stage` (None: before the first stage) in the metrics."""
+        stage = self._config.stages[0] if stage is None else stage
+        self._metrics.write_evaluation(stage.name, self._steps_before(self._config.stages.index(stage)) + step, metrics)
+
     def closing(self, evaluations: Evaluations) -> None:
         """The table of all evaluations and where everything lies."""
         if evaluations:

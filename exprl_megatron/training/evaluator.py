@@ -1,19 +1,32 @@
 """pass@k of the weights that the servers hold, on held-out problems; each evaluation is made once and kept."""
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stages import Stage
 from exprl_megatron.evaluation.pass_at_k import Counts
 from exprl_megatron.evaluation.tally import estimates, tally
+from exprl_megatron.reporting.metrics import EVALUATION
+from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory, write_atomically
 from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.rollouts import Rollouts
 
+START = "start"
+
 
 class Evaluator:
-    """Lives on rank 0; one JSON file for each evaluation: {counts: {problem: [graded, correct]}, estimates: [...]}."""
+    """Lives on rank 0; one JSON file for each evaluation.
+
+    It holds weight_version, counts (problem: [graded, correct]), estimates, mean_tokens (of a response), shares of the
+    samples (overlong_share, abstained_share), and seconds.
+    """
 
     def __init__(
         self, config: RunConfig, paths: RunDirectory, rollouts: Rollouts, judging: JudgingSide, console: Console
@@ -25,7 +38,7 @@ class Evaluator:
         self._console = console
 
     def done(self, name: str) -> bool:
-        """Whether the evaluation `name` has been made."""
+        """Whether the evaluation `name` (see evaluation_name) has been made."""
         return self._file(name).is_file()
 
     async def evaluate(self, name: str, version: str) -> None:
@@ -33,7 +46,7 @@ class Evaluator:
 
         All evaluations of a run draw the same seeds, so that they differ by the weights alone.
         """
-        settings = self._config.evaluation
+        settings, started = self._config.evaluation, time.monotonic()
         groups = await self._rollouts.sample(
             ("evaluation", 0),
             settings.problems,
@@ -45,16 +58,67 @@ class Evaluator:
         )
         tallies = {group.problem_id: tally(member.judgement for member in group.members) for group in groups}
         found = estimates(list(tallies.values()), settings.k, settings.confidence)
-        counts = {problem_id: (of.graded, of.correct) for problem_id, of in tallies.items()}
-        record = {"weight_version": version, "counts": counts, "estimates": [asdict(e) for e in found]}
+        record = {
+            "weight_version": version,
+            "counts": {problem_id: (of.graded, of.correct) for problem_id, of in tallies.items()},
+            "estimates": [asdict(e) for e in found],
+            **_shares(groups),
+            "seconds": time.monotonic() - started,
+        }
+        self._file(name).parent.mkdir(exist_ok=True)
         write_atomically(self._file(name), json.dumps(record, indent=1).encode())
         shown = ", ".join(f"pass@{e.k} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in found)
         self._console.say(f"evaluation of {name}: {shown}")
 
-    def all(self) -> dict[str, Counts]:
-        """The counts of every evaluation made so far, in the order of the stages."""
-        names = ["start", *(stage.name for stage in self._config.stages)]
-        return {name: json.loads(self._file(name).read_text())["counts"] for name in names if self.done(name)}
+    def log(self, stage: Stage | None, step: int | None) -> None:
+        """Record an evaluation that has been made in the run's metrics, once; arguments as for its name."""
+        record = self._read(evaluation_name(stage, step))
+        steps = 0 if stage is None else stage.steps if step is None else step
+        self._console.evaluated(stage, steps, evaluation_metrics(record))
 
-    def _file(self, name: str):
+    def all(self) -> dict[str, Counts]:
+        """The counts of every evaluation made so far, in the order in which they are made."""
+        names = [START, *(name for stage in self._config.stages for name in self._of_stage(stage))]
+        return {name: self._read(name)["counts"] for name in names if self.done(name)}
+
+    def _of_stage(self, stage: Stage) -> list[str]:
+        made = (int(path.stem.removeprefix("step-")) for path in (self._directory / stage.name).glob("step-*.json"))
+        return [*(evaluation_name(stage, step) for step in sorted(made)), stage.name]
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return json.loads(self._file(name).read_text())
+
+    def _file(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+
+def evaluation_name(stage: Stage | None, step: int | None) -> str:
+    """Of the weights before the first stage (None), after all steps of `stage`, or after `step` of them."""
+    if stage is None:
+        return START
+    return stage.name if step is None else f"{stage.name}/step-{step}"
+
+
+def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
+    """What metrics.jsonl and TensorBoard show of an evaluation's file."""
+    found = {}
+    for estimate in record["estimates"]:
+        name = f"{EVALUATION}pass@{estimate['k']}"
+        found |= {name: estimate["mean"], f"{name}/low": estimate["low"], f"{name}/high": estimate["high"]}
+    more = {
+        "length/mean": "mean_tokens",
+        "length/overlong": "overlong_share",
+        "abstained": "abstained_share",
+        "seconds": "seconds",
+    }
+    # Files of earlier versions hold counts and estimates alone.
+    return found | {f"{EVALUATION}{name}": record[key] for name, key in more.items() if key in record}
+
+
+def _shares(groups: Sequence[Group]) -> dict[str, float]:
+    members = [member for group in groups for member in group.members]
+    return {
+        "mean_tokens": sum(len(member.trace.token_ids) for member in members) / len(members),
+        "overlong_share": sum(member.trace.overlong for member in members) / len(members),
+        "abstained_share": sum(member.score is None for member in members) / len(members),
+    }

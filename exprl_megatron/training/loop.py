@@ -21,10 +21,11 @@ from exprl_megatron.training.teacher import student_and_teacher
 
 def run_stages(run: Run) -> None:
     """From wherever the run stands to its end."""
-    run.evaluate("start")
+    run.evaluate()
     for stage in run.remaining_stages():
         run.open_stage(stage)
         for step in run.remaining_steps(stage):
+            run.evaluate(stage, step - 1)
             with run.step(stage, step) as metrics:
                 if isinstance(stage, SftStage):
                     metrics |= sft_step(run, stage, step)
@@ -32,7 +33,7 @@ def run_stages(run: Run) -> None:
                     metrics |= rl_step(run, stage, step)
             run.checkpoint_if_due(stage, step)
         run.close_stage(stage)
-        run.evaluate(stage.name)
+        run.evaluate(stage)
 
 
 def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:

@@ -28,7 +28,7 @@ from exprl_megatron.training.assertions import check_first_update
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.evaluator import Evaluator
+from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
 from exprl_megatron.training.journal import Journal, SampledStep
 from exprl_megatron.training.mismatch import check_log_prob_gap, gap_bound
@@ -247,15 +247,25 @@ class Run:
         self.policy.save_huggingface(target)
         self._conductor.here_alone(lambda: shutil.rmtree(former, ignore_errors=True))
 
-    def evaluate(self, name: str) -> None:
+    def evaluate(self, stage: Stage | None = None, step: int | None = None) -> None:
         """pass@k of the current weights on the held-out problems, once.
 
-        Raises Preempted where the run is asked to stop meanwhile; the evaluation is then made anew.
+        Before the first stage (None), after all steps of `stage`, or after `step` of them where an evaluation is due
+        then. Raises Preempted where the run is asked to stop meanwhile; a resumed run makes the evaluation again.
         """
-        if not self.config.evaluates or self._conductor.everywhere(lambda: self._evaluator.done(name)):
+        if not self.config.evaluates or not (step is None or self.config.evaluation.is_due(step)):
             return
+        name = evaluation_name(stage, step)
+        if not self._conductor.everywhere(lambda: self._evaluator.done(name)):
+            self._measure(name)
+        self._conductor.here_alone(lambda: self._evaluator.log(stage, step))
+
+    def _measure(self, name: str) -> None:
+        """Evaluate the current weights as `name`; steps that are sampled ahead go on under these weights meanwhile."""
         version = self.weight_version
+        self._conductor.everywhere(lambda: self._ahead.pause(version))
         self._turns.bring(version)
+        self._conductor.everywhere(lambda: self._ahead.resume())
         work = self._conductor.here_alone(lambda: self._conductor.start(self._evaluator.evaluate(name, version)))
         while (waiting := self._waiting_for(work)) != "done":
             if waiting == "weights":
@@ -264,7 +274,7 @@ class Run:
                 self._conductor.here_alone(lambda: work.cancel())
                 raise Preempted(
                     f"The run was asked to stop and did so in the evaluation of {name}; "
-                    "go on with --resume, which makes it anew."
+                    "continue with --resume, which makes it again."
                 )
         self._conductor.everywhere(lambda: work.result())
         self._turns.learn()

@@ -41,6 +41,40 @@ def test_after_a_resume_no_step_is_there_twice(tmp_path):
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1), (2, 2), (3, 3.25), (4, 4.25), (5, 5.25)]
 
 
+def test_an_evaluation_is_in_the_record_and_at_the_point_of_its_step_once(tmp_path):
+    with _writer(tmp_path) as writer:
+        writer.write_evaluation("priming", 0, {"evaluation/pass@1": 0.1})
+        for step in (1, 2):
+            writer.write("priming", step, {"loss": float(step)})
+        writer.write_evaluation("priming", 2, {"evaluation/pass@1": 0.3})
+        writer.write_evaluation("priming", 2, {"evaluation/pass@1": 0.9})
+    with _writer(tmp_path, resumed_step=2) as writer:
+        writer.write_evaluation("priming", 0, {"evaluation/pass@1": 0.9})
+        writer.write_evaluation("priming", 2, {"evaluation/pass@1": 0.9})
+        writer.write("priming", 3, {"loss": 3.0})
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["metrics"]) for r in records] == [
+        (0, {"evaluation/pass@1": 0.1}),
+        (1, {"loss": 1.0}),
+        (2, {"loss": 2.0, "evaluation/pass@1": 0.3}),
+        (3, {"loss": 3.0}),
+    ]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    points = [(e.step, round(e.value, 3)) for e in board.Scalars("evaluation/pass@1")]
+    assert points == [(0, 0.1), (2, 0.3)]
+
+
+def test_an_evaluation_behind_the_resumed_step_is_recorded_again(tmp_path):
+    _write(tmp_path, [1, 2])
+    with _writer(tmp_path, resumed_step=2) as writer:
+        writer.write_evaluation("priming", 2, {"evaluation/pass@1": 0.3})
+    with _writer(tmp_path, resumed_step=1) as writer:
+        writer.write("priming", 2, {"loss": 2.5})
+        writer.write_evaluation("priming", 2, {"evaluation/pass@1": 0.4})
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["metrics"] == {"loss": 2.5, "evaluation/pass@1": 0.4}
+
+
 def test_a_last_line_cut_off_by_a_crash_is_dropped(tmp_path):
     _write(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"

@@ -1,0 +1,223 @@
+"""Evaluations before, within and after stages: when, under which weights, once; and where their figures are found."""
+
+import json
+from contextlib import suppress
+
+import pytest
+from graded import graded
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.config.serving import SamplingConfig
+from exprl_megatron.errors import Preempted, UserError
+from exprl_megatron.reporting.metrics import read_metrics
+from exprl_megatron.rollout.group import Group
+from exprl_megatron.training import loop
+from exprl_megatron.training.console import Console
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.evaluator import Evaluator
+from exprl_megatron.training.recovery import Place
+from exprl_megatron.training.run import Run
+
+SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "max_new_tokens": 7}
+
+
+def run_config(directory, **evaluation):
+    shared = {"kind": "sparse-rl", "problems": {"source": "p"}, "problems_per_step": 1}
+    return check_config(
+        {
+            "directory": str(directory),
+            "policy": {"model": "m"},
+            "evaluation": {"problems": {"source": "h"}, "samples": 2, "k": [1], "sampling": SAMPLING} | evaluation,
+            "stages": [shared | {"name": "prime", "steps": 5}, shared | {"name": "sparse", "steps": 2}],
+        },
+        "test",
+    )
+
+
+class Work:
+    """A future that is done, unless the run is asked to stop first."""
+
+    def __init__(self, coroutine, stopped):
+        if stopped:
+            return coroutine.close()
+        with suppress(StopIteration):
+            coroutine.send(None)
+
+    def result(self):
+        return None
+
+    def cancel(self):
+        return True
+
+
+class Alone:
+    """The conductor of one rank without servers."""
+
+    here = True
+
+    def __init__(self):
+        self.stop = False
+
+    def everywhere(self, work):
+        return work()
+
+    here_alone = everywhere
+
+    def start(self, coroutine):
+        return Work(coroutine, self.stop)
+
+    def run(self, result):
+        return result
+
+    def asked_to_stop(self):
+        return self.stop
+
+
+class Servers:
+    """In the place of turns, ahead, rollouts and judging side; writes down what is asked of them."""
+
+    def __init__(self, conductor):
+        self.conductor, self.events, self.sampled = conductor, [], []
+        self.loop_lag = self
+
+    def take(self):
+        return 0.0
+
+    def bring(self, version):
+        self.events.append(version)
+        return {}
+
+    def learn(self):
+        self.events.append("learn")
+
+    def pause(self, version):
+        self.events.append(f"pause {version}")
+
+    def resume(self):
+        self.events.append("resume")
+
+    def take_ledger(self):
+        return {}
+
+    def problem_count(self, problems):
+        return 3
+
+    def grade_by_answer(self):
+        return None
+
+    async def sample(self, purpose, problems, indices, samples, sampling, versions, grade):
+        self.sampled.append((purpose, problems.source, list(indices), samples, sampling, versions))
+        updates = int(versions[0][1:])
+        return [Group(f"h{i}", (graded(0, float(i < updates)), graded(1, 0.0, finish="length"))) for i in indices]
+
+    def attend(self, work):
+        return "nothing" if self.conductor.stop else "done"
+
+
+class Evaluating(Run):
+    """A run of one rank whose steps change nothing but the version of its weights."""
+
+    def __init__(self, config, place=None):
+        paths = RunDirectory(config.directory)
+        paths.evaluations.mkdir(parents=True, exist_ok=True)
+        self.config, self._place = config, place or Place()
+        self._conductor = Alone()
+        self.servers = self._turns = self._ahead = self._rollouts = Servers(self._conductor)
+        self._console = Console(config, paths, self._place)
+        self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._console)
+        self._trained = set()
+
+    def open_stage(self, stage):
+        pass
+
+    def checkpoint_if_due(self, stage, step):
+        pass
+
+    def close_stage(self, stage):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _steps(monkeypatch):
+    def rl_step(run, stage, step):
+        run._place = Place(**run._place.as_record() | {"updates": run._place.updates + 1})
+        return {"loss": float(step)}
+
+    monkeypatch.setattr(loop, "rl_step", rl_step)
+
+
+def evaluated(run):
+    loop.run_stages(run)
+    run._console.close()
+    return [(purpose, versions[0]) for purpose, *_, versions in run.servers.sampled]
+
+
+def figures(config, name="evaluation/pass@1"):
+    records = read_metrics(RunDirectory(config.directory).metrics)
+    return {r["step"]: r["metrics"][name] for r in records if name in r["metrics"]}
+
+
+def test_weights_are_evaluated_every_n_steps_of_each_stage_and_at_its_end_under_their_own_sampling(tmp_path):
+    run = Evaluating(run_config(tmp_path / "run", every_steps=2))
+    purpose = ("evaluation", 0)
+    assert evaluated(run) == [(purpose, f"v{updates}") for updates in (0, 2, 4, 5, 7)]
+    assert {sampling for *_, sampling, _ in run.servers.sampled} == {SamplingConfig(**SAMPLING)}
+    assert run.servers.sampled[0][1:4] == ("h", [0, 1, 2], 2)
+    # Steps that are sampled ahead wait while the weights change, and go on before the evaluation is made.
+    assert run.servers.events[4:9] == ["pause v2", "v2", "resume", "learn", "pause v4"]
+
+
+def test_without_an_interval_weights_are_evaluated_around_the_stages_alone(tmp_path):
+    run = Evaluating(run_config(tmp_path / "run"))
+    assert [version for _, version in evaluated(run)] == ["v0", "v5", "v7"]
+
+
+def test_the_figures_are_in_the_metrics_tensorboard_the_files_and_the_closing_table(tmp_path):
+    config = run_config(tmp_path / "run", every_steps=2)
+    run = Evaluating(config)
+    evaluated(run)
+    shares = {0: 0, 2: 2 / 6, 4: 3 / 6, 5: 3 / 6, 7: 3 / 6}
+    assert figures(config) == pytest.approx(shares)
+    assert figures(config, "evaluation/length/overlong") == dict.fromkeys(shares, 0.5)
+    assert figures(config, "loss").keys() == set(range(1, 8))
+    paths = RunDirectory(config.directory)
+    board = EventAccumulator(str(paths.tensorboard)).Reload()
+    assert {e.step: e.value for e in board.Scalars("evaluation/pass@1")} == pytest.approx(shares)
+    record = json.loads((paths.evaluations / "prime" / "step-4.json").read_text())
+    assert (record["weight_version"], record["counts"]["h0"], record["mean_tokens"]) == ("v4", [2, 1], 3.0)
+    assert list(run._evaluator.all()) == ["start", "prime/step-2", "prime/step-4", "prime", "sparse"]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_resumed_run_repeats_no_evaluation_and_makes_the_one_that_it_was_killed_in(tmp_path, step):
+    config = run_config(tmp_path / "run", every_steps=2)
+    evaluated(Evaluating(config))
+    whole = figures(config)
+    missing = RunDirectory(config.directory).evaluations / "prime" / "step-4.json"
+    missing.unlink()
+    again = Evaluating(config, Place(stage=0, step=step, updates=step))
+    assert [version for _, version in evaluated(again)] == ["v4"]
+    assert figures(config) == whole
+    lines = RunDirectory(config.directory).metrics.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len([r for r in records if "evaluation/pass@1" in r["metrics"]]) == 5
+
+
+def test_a_run_that_is_asked_to_stop_in_an_evaluation_leaves_no_result_of_it(tmp_path):
+    config = run_config(tmp_path / "run", every_steps=2)
+    run = Evaluating(config)
+    run._place = Place(stage=0, step=2, updates=2)
+    run._conductor.stop = True
+    with pytest.raises(Preempted, match=r"in the evaluation of prime/step-2; continue with --resume"):
+        run.evaluate(config.stages[0], 2)
+    assert not run._evaluator.done("prime/step-2")
+
+
+def test_an_interval_of_no_steps_and_a_stage_named_like_the_first_evaluation_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"evaluation\.every_steps is 0"):
+        run_config(tmp_path, every_steps=0)
+    with pytest.raises(UserError, match="the name start is that of the evaluation before the first stage"):
+        tree = run_config(tmp_path).model_dump(mode="json")
+        tree["stages"][0]["name"] = "start"
+        check_config(tree, "test")
