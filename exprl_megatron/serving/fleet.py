@@ -8,7 +8,6 @@ server is a new server to us.
 
 import asyncio
 import math
-import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Any, Literal
 
 from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.cuda_environment import shared_text
 from exprl_megatron.errors import RequestRefused, ServerError, WeightsReplaced
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.member import SLEEPING, Member, Order, to_sleep, to_wake
+from exprl_megatron.serving.fleet_memory import FleetMemory
+from exprl_megatron.serving.member import Member, Order
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import RouterClient
+from exprl_megatron.serving.shared_environment import nccl_difference
 
 _POLL_S = 0.25
 _ATTEND_S = 0.02
@@ -69,12 +69,14 @@ class Fleet:
         self._why = "none has registered"
         self._dry_since = 0.0
         self._unexplained = 0
-        self._sleeping = False
+        self._memory = FleetMemory(registry, kind)
         self._watching: asyncio.Task | None = None
 
     async def open(self) -> None:
         """Return when `count` servers have registered and are ours; ServerError where they have not in time."""
         loop = asyncio.get_running_loop()
+        # A run before this one may have ended while its servers slept.
+        self._let_start()
         self._dry_since = loop.time()
         if self._router is not None:
             await self._router.__aenter__()
@@ -175,20 +177,35 @@ class Fleet:
         self._go.set()
 
     async def sleep(self) -> bool:
-        """Let all servers give up their memory; whether they can: on a CPU they cannot, and are not asked."""
-        self._sleeping = uses_cuda()
-        if self._sleeping:
-            # Memory that was given up comes back with any content, so the same version has to be brought again.
-            self._version = None
-            awake = [member for member in self._in("serving", "joining") if member.asleep != set(SLEEPING)]
-            await asyncio.gather(*(self._tried(member, to_sleep(member)) for member in awake))
-        return self._sleeping
+        """Let all servers give up their memory; whether they can: on a CPU they cannot, and are not asked.
+
+        Returns when no registered server has any, and none is starting. Raises ServerError naming those that still have
+        some after start_deadline_s.
+        """
+        if not uses_cuda():
+            return False
+        # Memory that was given up comes back with any content, so the same version has to be brought again.
+        self._version = None
+        self._memory.sleep()
+        await self._let_match()
+        until = asyncio.get_running_loop().time() + self._config.start_deadline_s
+        while holders := await self._memory.holders(self._members):
+            self._check_watch()
+            if asyncio.get_running_loop().time() > until:
+                raise ServerError(
+                    f"{', '.join(holders)} did not give up memory for the trainer within start_deadline_s "
+                    f"({self._config.start_deadline_s:g} s); see the server's log, and go on with --resume. The last "
+                    f"to leave: {self._why}"
+                )
+            await asyncio.sleep(_POLL_S)
+        return True
 
     async def wake(self, tag: str) -> None:
-        """Let all servers that have given up their `tag` take it again."""
-        self._sleeping = False
-        members = [member for member in self._in("serving", "joining") if tag in member.asleep]
-        await asyncio.gather(*(self._tried(member, to_wake(member, tag)) for member in members))
+        """Let all servers that have given up their `tag` take it again; when they have all, others may start."""
+        self._memory.wake(tag)
+        await self._let_match()
+        if self._memory.awake:
+            self._let_start()
 
     async def lend(self, model: Path, version: str, deadline_s: float) -> None:
         """Let the serving servers hold the weights in directory `model`, as `version`, until others are brought.
@@ -242,6 +259,8 @@ class Fleet:
         Waits for a server where there is none. Raises ServerError where none comes within start_deadline_s.
         """
         while not self._in("serving", "joining"):
+            # It starts beside the policy's weights, of which it is to get a copy.
+            self._let_start()
             await self._next_change()
         if version == self._version and not self._in("joining"):
             return False
@@ -370,26 +389,32 @@ class Fleet:
                 member.client.vocabulary = self._vocabulary
                 await member.client.__aenter__()
                 self._members[name] = member
-                self._compare_environments(server)
-
-    def _compare_environments(self, server: RegisteredServer) -> None:
-        """Report a server, started on another machine or by hand, whose NCCL variables are not the trainer's."""
-        own = shared_text(os.environ, self._config.extra_args, self._config.tp)
-        if server.nccl not in ("", own) and uses_cuda():
-            self._tell(
-                f"{server.name} ({server.url}) was started with {server.nccl}, but this trainer has {own}: if weights "
-                f"go over NCCL, groups of the two may fail or hang. Set these variables alike for `exprl train` and "
-                f"`exprl serve`."
-            )
+                if (sentence := nccl_difference(server, self._config)) is not None:
+                    self._tell(sentence)
 
     async def _take_over(self, member: Member) -> None:
         """End whatever a run before this one, or we ourselves, may have left under way there: then it can join."""
         deadline_s = self._config.answer_deadline_s
         if not await self._tried(member, lambda client: client.take_over(deadline_s=deadline_s)):
             return
-        if self._sleeping and member.asleep != set(SLEEPING) and not await self._tried(member, to_sleep(member)):
-            return
-        member.state = "joining"
+        if await self._matches(member):
+            member.state = "joining"
+
+    async def _let_match(self) -> None:
+        """All servers take, or give up, the memory that they should."""
+        await asyncio.gather(*(self._matches(member) for member in self._in("serving", "joining")))
+
+    async def _matches(self, member: Member) -> bool:
+        """Whether the server has the memory that it should, which may change meanwhile; else it is out."""
+        while (order := self._memory.order(member)) is not None:
+            if not await self._tried(member, order):
+                return False
+        return True
+
+    def _let_start(self) -> None:
+        """Let servers start that were kept from it, and wait for them as for those of the start."""
+        if self._memory.let_start():
+            self._dry_since = asyncio.get_running_loop().time()
 
     async def _all_tried(self, call: Order) -> None:
         """Who serves does as it is asked, or is out."""

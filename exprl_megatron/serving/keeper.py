@@ -18,6 +18,8 @@ class Keeper:
         self._registry = registry
         self._servers: dict[str, Server] = {}
         self._restarts = dict.fromkeys((spec.name for spec in specs), 0)
+        self._waiting: set[str] = set()
+        """Servers that have ended and start again as soon as they may."""
 
     def start(self) -> None:
         """Start all servers and return at once. Raises UserError as launch_servers does."""
@@ -38,7 +40,9 @@ class Keeper:
         """
         for spec in self._specs:
             server = self._servers[spec.name]
-            if not server.alive() and (server.registered or self._restarts[spec.name]):
+            if spec.name in self._waiting:
+                self._start_if_allowed(spec)
+            elif not server.alive() and (server.registered or self._restarts[spec.name]):
                 self._start_anew(spec, server, "died")
             elif server.registered and self._registry.restart_asked(spec.name) == server.incarnation:
                 self._start_anew(spec, server, "fails again and again")
@@ -58,7 +62,13 @@ class Keeper:
             raise server.end(f"{why} and has been started anew {spec.config.restarts} times (restarts of its config)")
         self._restarts[spec.name] += 1
         server.stop()
-        (self._servers[spec.name],) = launch_servers([spec])
+        self._waiting.add(spec.name)
+        self._start_if_allowed(spec)
+
+    def _start_if_allowed(self, spec: ServerSpec) -> None:
+        if self._registry.begin_start(spec.name):
+            self._waiting.discard(spec.name)
+            (self._servers[spec.name],) = launch_servers([spec])
 
     def _registration(self, spec: ServerSpec, server: Server) -> RegisteredServer:
         return RegisteredServer(

@@ -1,7 +1,7 @@
 """One server of a fleet: its place in it, and what it can be asked to do with its memory."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +36,13 @@ class Member:
             task.cancel()
 
 
-def to_sleep(member: Member) -> Order:
-    """Give the memory of SLEEPING up, as far as it has it: SGLang dies where memory is given up twice."""
+def to_sleep(member: Member, tags: Collection[str]) -> Order:
+    """Give the memory of `tags` up, as far as it has it: SGLang dies where memory is given up twice."""
+    given_up = [tag for tag in SLEEPING if tag in tags and tag not in member.asleep]
 
     async def sleep(client: SGLangClient) -> None:
-        await client.sleep([tag for tag in SLEEPING if tag not in member.asleep])
-        member.asleep = set(SLEEPING)
+        await client.sleep(given_up)
+        member.asleep.update(given_up)
 
     return sleep
 

@@ -1,6 +1,7 @@
 """A client of a server that is looked up by its name: where it was started anew, it is found at its new address."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.serving.client import SGLangClient
@@ -11,10 +12,20 @@ _FRESH_S = 0.5
 
 
 class RegisteredClient(SGLangClient):
-    """See SGLangClient; before a request its address is read anew, at most twice a second."""
+    """See SGLangClient; before a request its address is read anew, at most twice a second.
 
-    def __init__(self, registry: Registry, name: str, deadline_s: float):
+    `found` is called with each registration of the server that is not the one before.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        name: str,
+        deadline_s: float,
+        found: Callable[[RegisteredServer], None] = lambda server: None,
+    ):
         super().__init__("not registered", name, None, deadline_s)
+        self._found = found
         self._registry = registry
         self._read_at = -_FRESH_S
         self._server: RegisteredServer | None = None
@@ -28,4 +39,5 @@ class RegisteredClient(SGLangClient):
             if server is not None and server != self._server:
                 self._server, self.url, self.log_file = server, server.url, Path(server.log_file)
                 self.headers, self.first_gpu = self._registry.authorization(server), server.first_gpu
+                self._found(server)
         return await super()._exchange(method, path, body, deadline_s, limit)

@@ -52,11 +52,13 @@ class Registry:
     def register(self, server: RegisteredServer) -> None:
         """Make the server known; replaces an earlier incarnation."""
         write_atomically(self._file(server.name), json.dumps(asdict(server)).encode())
+        self._start(server.name).unlink(missing_ok=True)
 
     def withdraw(self, name: str) -> None:
         """Make the server unknown; does nothing where it is."""
         self._file(name).unlink(missing_ok=True)
         self._wish(name).unlink(missing_ok=True)
+        self._start(name).unlink(missing_ok=True)
 
     def find(self, name: str) -> RegisteredServer | None:
         """The server of that name, if it is registered; what cannot be taken for one is skipped, see `complaints`."""
@@ -139,8 +141,38 @@ class Registry:
         """Forget that an earlier attempt at the run has ended."""
         self._ended.unlink(missing_ok=True)
 
+    def hold_starts(self, kind: Kind) -> None:
+        """Ask whoever keeps servers of `kind` to start none: somebody else uses their devices."""
+        write_atomically(self._hold(kind), b"")
+
+    def allow_starts(self, kind: Kind) -> None:
+        """Let servers of `kind` start; does nothing where they may."""
+        self._hold(kind).unlink(missing_ok=True)
+
+    def starts_held(self, kind: Kind) -> bool:
+        """Whether no server of `kind` is to start."""
+        return self._hold(kind).is_file()
+
+    def begin_start(self, name: str) -> bool:
+        """Whether the server of that name may start; it then counts as starting until it is registered or withdrawn."""
+        write_atomically(self._start(name), b"")
+        if self.starts_held(name.rpartition("-")[0]):
+            self._start(name).unlink(missing_ok=True)
+            return False
+        return True
+
+    def starting(self, kind: Kind) -> list[str]:
+        """Names of the servers of `kind` that are starting."""
+        return [file.stem for file in sorted(self.directory.glob(f"{kind}-*.starting"))]
+
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.json"
 
     def _wish(self, name: str) -> Path:
         return self.directory / f"{name}.restart"
+
+    def _start(self, name: str) -> Path:
+        return self.directory / f"{name}.starting"
+
+    def _hold(self, kind: Kind) -> Path:
+        return self.directory / f"{kind}.held"

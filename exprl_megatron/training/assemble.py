@@ -17,9 +17,10 @@ from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
 from exprl_megatron.serving.registered_client import RegisteredClient
-from exprl_megatron.serving.registry import Registry
+from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER, RoutedServers, RouterClient
 from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.shared_environment import nccl_difference
 from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
@@ -114,7 +115,7 @@ def _start_scorer(
 ) -> StartScorer | None:
     if not config.scores_start:
         return None
-    client = RegisteredClient(registry, "start-0", config.server.request_deadline_s)
+    client = start_client(config, registry, (lambda text: None) if console is None else console.say)
     members = FixedServers([client])
     sync = _weight_sync(config, "start", paths, members, policy, conductor, console)
     scorer = StartScorer(client, sync, conductor, config.server.start_deadline_s)
@@ -122,9 +123,20 @@ def _start_scorer(
     return scorer
 
 
+def start_client(config: RunConfig, registry: Registry, tell: Callable[[str], None]) -> RegisteredClient:
+    """A client of the server that scores the starting policy; `tell` is given a line for what a user should know."""
+
+    def found(server: RegisteredServer) -> None:
+        if (sentence := nccl_difference(server, config.start_server)) is not None:
+            tell(sentence)
+
+    return RegisteredClient(registry, "start-0", config.server.request_deadline_s, found)
+
+
 def _judges(
     config: RunConfig, registry: Registry, fleet: Fleet | None
 ) -> Sequence[SGLangClient | OpenAIEndpoint | LentServer]:
+    """Clients of the judge's servers. Their weights are frozen: they share no group with the trainer."""
     if not config.judges:
         return []
     judge = config.judge

@@ -51,6 +51,7 @@ class Learned:
     """
 
 
+@cache
 def batches(steps: int) -> list[list[Sequence]]:
     """Problems of the miniature with their references as completions."""
     tree = {

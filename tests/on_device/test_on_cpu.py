@@ -1,5 +1,7 @@
 """What tests/gpu does on CUDA, done on a CPU: the same functions, in fp32, bf16 and emulated FP8, over gloo."""
 
+from functools import cache
+
 import pytest
 import torch
 from under_nccl import connected, faults, knows_backend
@@ -11,23 +13,27 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.launch import start_servers, stop_servers
 from on_device.compared import failed
-from on_device.learning import REFERENCE_STEPS, beside_reference, cosine, learn, learn_in_layout
+from on_device.learning import REFERENCE_STEPS, Learned, beside_reference, cosine, learn, learn_in_layout
 from on_device.servers import small_server, takes_weights
 from on_device.syncs import syncs
 
 PROMPTS = [(5, 6, 7, 8 + i) for i in range(4)]
 
 
-@pytest.mark.parametrize(
-    "precision", [{"kind": "fp32"}, {"kind": "bf16"}, {"kind": "fp8-tensorwise", "emulate": True}], ids=str
-)
-def test_training_steps_are_those_of_transformers_as_near_as_the_precision_allows(precision):
-    assert failed(beside_reference(precision["kind"], learn(PrecisionConfig(**precision), REFERENCE_STEPS))) == []
+@cache
+def learned(kind: str) -> Learned:
+    """What a test of `kind` has learned, for those that look at it too."""
+    return learn(PrecisionConfig(kind=kind, emulate=kind.startswith("fp8")), REFERENCE_STEPS)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8-tensorwise"])
+def test_training_steps_are_those_of_transformers_as_near_as_the_precision_allows(kind):
+    assert failed(beside_reference(kind, learned(kind))) == []
 
 
 def test_a_precision_is_not_taken_for_a_finer_one():
-    coarse = learn(PrecisionConfig(kind="fp8-tensorwise", emulate=True), REFERENCE_STEPS)
-    assert [one.what for one in failed(beside_reference("bf16", coarse))] == ["bf16: cosine of step 1's gradient"]
+    found = failed(beside_reference("bf16", learned("fp8-tensorwise")))
+    assert [one.what for one in found] == ["bf16: cosine of step 1's gradient"]
 
 
 def test_the_cosine_is_that_of_the_angle():
@@ -36,8 +42,8 @@ def test_the_cosine_is_that_of_the_angle():
 
 @pytest.mark.slow
 def test_training_steps_of_several_ranks(tmp_path):
-    learned = learn_in_layout(Layout(tp=2), "fp32", tmp_path / "out")
-    assert failed(beside_reference("fp32", learned)) == []
+    steps = learn_in_layout(Layout(tp=2), "fp32", tmp_path / "out")
+    assert failed(beside_reference("fp32", steps)) == []
 
 
 @pytest.mark.slow

@@ -29,6 +29,8 @@ class Backend:
         self.well = True
         self.status = None
         self.asked = []
+        self.slow: dict[str, asyncio.Event] = {}
+        """Paths that are answered when their event is set."""
         self.version, self.model_path = "v0", "started-with"
 
     async def answer(self, request):
@@ -37,6 +39,8 @@ class Backend:
             await asyncio.sleep(60)
         if not self.well:
             return web.json_response({"error": {"message": "unwell"}}, status=self.status)
+        if request.path in self.slow:
+            await self.slow[request.path].wait()
         if request.path == "/end_weight_update":
             return web.json_response({"success": False, "message": "no weight-update session is open"}, status=400)
         if request.path == "/generate":
@@ -98,6 +102,12 @@ def registry(tmp_path):
     return Registry(tmp_path / "servers")
 
 
+@pytest.fixture
+def can_sleep(monkeypatch):
+    """Servers give up their memory, as they can on CUDA."""
+    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
+
+
 def test_each_request_has_a_home_and_a_version_is_brought_once(registry):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
@@ -108,9 +118,7 @@ def test_each_request_has_a_home_and_a_version_is_brought_once(registry):
     asyncio.run(run())
 
 
-def test_servers_that_slept_have_lost_their_weights_and_get_the_same_version_again(registry, monkeypatch):
-    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
-
+def test_servers_that_slept_have_lost_their_weights_and_get_the_same_version_again(registry, can_sleep):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
             assert await fleet.sleep()
@@ -127,9 +135,7 @@ def slept(backend):
     return backend.asked.count("/release_memory_occupation")
 
 
-def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wakes_with_them(registry, monkeypatch):
-    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
-
+def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wakes_with_them(registry, can_sleep):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
             await fleet.sleep()
@@ -148,9 +154,95 @@ def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wake
     asyncio.run(run())
 
 
+def woken(backend):
+    return backend.asked.count("/resume_memory_occupation")
+
+
+def test_a_server_that_goes_to_sleep_while_the_others_wake_wakes_too_before_it_gets_weights(registry, can_sleep):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, _, two):
+            await fleet.sleep()
+            two.slow["/release_memory_occupation"] = asyncio.Event()
+            registry.register(two.registered("b"))
+            await until(lambda: slept(two) == 2)
+            await fleet.wake("weights")
+            assert await fleet.convoke("v0") and names(fleet) == ["policy-0"]
+            two.slow["/release_memory_occupation"].set()
+            await until(lambda: len(fleet._in("joining")) == 1)
+            assert fleet._members["policy-1"].asleep == {"kv_cache"} and woken(two) == 1
+            await fleet.brought("v0")
+            await fleet.wake("kv_cache")
+            assert fleet._members["policy-1"].asleep == set() and woken(two) == 2
+
+    asyncio.run(run())
+
+
+def test_the_trainer_does_not_take_memory_before_every_server_has_given_its_up_and_none_starts(registry, can_sleep):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
+            one.well, one.status = False, 500
+            assert await who(fleet) == "policy-1"
+            assert registry.begin_start("policy-2")
+            sleeping = asyncio.create_task(fleet.sleep())
+            await until(lambda: slept(two))
+            one.well = True
+            await until(lambda: slept(one))
+            await asyncio.sleep(0.5)
+            assert not sleeping.done(), "policy-2 may take memory at any time"
+            registry.register(RegisteredServer("policy", "policy-2", two.url, "", "c"))
+            assert await sleeping
+            assert all(member.asleep == {"kv_cache", "weights"} for member in fleet._members.values())
+            assert not registry.begin_start("policy-1") and registry.starting("policy") == []
+            assert registry.begin_start("judge-0"), "it has devices of its own"
+            await fleet.wake("weights")
+            assert not registry.begin_start("policy-1"), "the trainer's weights are still there"
+            await fleet.wake("kv_cache")
+            assert registry.begin_start("policy-1")
+
+    asyncio.run(run())
+
+
+def test_a_server_that_does_not_give_up_its_memory_ends_the_run_and_is_named(registry, can_sleep):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
+            one.well, one.status = False, 500
+            fleet._config = ServerConfig(start_deadline_s=1)
+            await fleet.sleep()
+
+    with pytest.raises(ServerError, match=r"^policy-0 did not give up memory for the trainer within .* \(1 s\)"):
+        asyncio.run(run())
+
+
+def test_where_the_last_server_dies_in_its_sleep_the_wait_for_it_begins_when_it_may_start(registry, can_sleep):
+    async def run():
+        async with opened(registry, "policy-0") as (fleet, one):
+            await fleet.sleep()
+            registry.withdraw("policy-0")
+            await until(lambda: not fleet._members)
+            fleet._dry_since -= 1000
+            await fleet.wake("weights")
+            assert registry.starts_held("policy")
+            convoked = asyncio.create_task(fleet.convoke("v0"))
+            await until(lambda: not registry.starts_held("policy"))
+            registry.register(one.registered("b"))
+            assert await convoked and fleet._members["policy-0"].asleep == {"kv_cache"}
+
+    asyncio.run(run())
+
+
+def test_servers_may_start_that_a_run_before_this_one_kept_from_it(registry):
+    registry.hold_starts("policy")
+
+    async def run():
+        async with opened(registry, "policy-0"):
+            assert not registry.starts_held("policy")
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("exported", "reported"), [("1", True), ("0", False), (None, False)])
 def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(registry, monkeypatch, exported, reported):
-    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
+    monkeypatch.setattr("exprl_megatron.serving.shared_environment.uses_cuda", lambda: True)
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     server = SimpleNamespace(
         name="policy-0", url="http://there:1", log_file="", incarnation="a", key_file=registry.key_file, first_gpu=0

@@ -88,7 +88,7 @@ def events(server, monkeypatch):
 
 @pytest.fixture
 def begin(tmp_path, tiny_model, server):
-    """`begin(kind)` makes the run and opens its stage, as every attempt at it does."""
+    """`begin(kind)` makes the run and opens its stage, as every attempt at it does; it closes the attempt before."""
     model, problems = tiny_model("qwen3"), write_problems(tmp_path / "problems.jsonl")
     stage = {
         "kind": "sparse-rl",
@@ -100,7 +100,14 @@ def begin(tmp_path, tiny_model, server):
         "sampling": {"max_new_tokens": 24},
     }
 
+    runs = []
+
+    def close() -> None:
+        while runs:
+            runs.pop().close()
+
     def begin(kind: str, resume: bool = False, **placement):
+        close()
         policy = {"model": str(model), "max_tokens": 160}
         config = run_config(
             tmp_path / "run",
@@ -117,18 +124,19 @@ def begin(tmp_path, tiny_model, server):
         url = f"http://127.0.0.1:{server.server_port}"
         registry.register(RegisteredServer("policy", "policy-0", url, "", "a"))
         run = assembly.assemble(config, paths, registry, lambda error: None)
+        runs.append(run)
         opened = next(run.remaining_stages())
         run.open_stage(opened)
         return run, opened
 
     enter_world(run_config(tmp_path, model, model, problems, policy={"model": str(model)}).policy.layout)
     yield begin
+    close()
     leave_world()
 
 
 def test_the_servers_sleep_before_the_policy_and_its_optimizer_take_memory(begin, events, server):
-    run, _ = begin("colocated")
-    run.close()
+    begin("colocated")
     assert events == ORDER
     assert server.tags == [["kv_cache", "weights"]], "SGLang dies where memory is given up twice"
 
@@ -138,16 +146,13 @@ def test_a_resumed_run_waits_for_the_servers_memory_too(begin, events):
     with run.step(stage, 1):
         pass
     run.checkpoint_if_due(stage, 1)
-    run.close()
     events.clear()
-    run, _ = begin("colocated", resume=True)
-    run.close()
+    begin("colocated", resume=True)
     assert events == [*ORDER, "checkpoint"]
 
 
 def test_servers_on_devices_of_their_own_do_not_sleep(begin, events):
-    run, _ = begin("separate")
-    run.close()
+    begin("separate")
     assert events == ["policy", "stage"]
 
 

@@ -15,7 +15,9 @@ from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.checkpoint import read_extra
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.serving.launch import server_specs, start_servers
+from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.training.assemble import start_client
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.journal import Journal
@@ -47,6 +49,26 @@ def three_stages(directory, model, problems, starting_policy="server", **samplin
     stages = [sparse | {"name": "one", "steps": 2}, sparse | {"name": "two", "steps": 3}, distill]
     policy = {"model": str(model), "layout": {"tp": 2}, "max_tokens": 160, "starting_policy": starting_policy}
     return run_config(directory, model, model, problems, policy=policy, stages=stages)
+
+
+@pytest.mark.parametrize(("value", "reported"), [("1", 1), ("0", 0)])
+def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(tmp_path, monkeypatch, value, reported):
+    monkeypatch.setattr("exprl_megatron.serving.shared_environment.uses_cuda", lambda: True)
+    for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    registry, said = Registry(tmp_path / "servers"), []
+    nccl = f"NCCL_CUMEM_ENABLE={value} NCCL_NVLS_ENABLE=0"
+    registry.register(RegisteredServer("start", "start-0", "http://127.0.0.1:9", "", "a", nccl=nccl))
+    client = start_client(three_stages(tmp_path / "run", "model", "problems"), registry, said.append)
+
+    async def ask():
+        async with client:
+            for _ in range(2):
+                with pytest.raises(ServerError):
+                    await client.health()
+
+    asyncio.run(ask())
+    assert len(said) == reported and all("NCCL_CUMEM_ENABLE=1" in line and "start-0" in line for line in said)
 
 
 def test_the_server_is_among_the_processes_only_where_a_stage_needs_it(tmp_path):
