@@ -82,7 +82,9 @@ def test_a_layer_without_gate_and_dropout_is_the_papers(tp):
     assert kept - statistics - gate == (34 - 2) * architecture.hidden / tp
 
 
-@pytest.mark.parametrize("layout", [Layout(pp=4), Layout(pp=4, vpp=3), Layout(pp=2, vpp=2)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(Layout(pp=4, vpp=3), marks=pytest.mark.slow), Layout(pp=4), Layout(pp=2, vpp=2)]
+)
 def test_as_many_chunks_are_in_flight_as_megatron_schedules(layout):
     # Imported here: the package prepares a machine without CUDA for Megatron before its first import.
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches

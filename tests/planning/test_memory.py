@@ -20,16 +20,21 @@ def stage_ranks(layout: Layout) -> list[int]:
     return [stage * within + (7 * stage + within - 1) % within for stage in range(layout.pp)]
 
 
+def slow(*values):
+    """Values of a case that takes seconds."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
-        ("llama-3.3-70b", Layout(tp=4, pp=4, vpp=5, cp=2, dp=2, sequence_parallel=True)),
+        slow("llama-3.3-70b", Layout(tp=4, pp=4, vpp=5, cp=2, dp=2, sequence_parallel=True)),
         ("qwen2.5-72b", Layout(tp=8, pp=2, dp=4, sequence_parallel=True)),
         ("qwen3-32b", Layout(tp=2, pp=3, dp=2, embedding_as_layer=True, head_as_layer=True)),
         ("qwen3-4b", Layout(tp=4, pp=2, dp=1, sequence_parallel=True)),
         ("qwen3-4b", Layout(tp=2, dp=3, sequence_parallel=True)),
         ("qwen3-30b-a3b", Layout(tp=4, pp=2, ep=8, etp=2, dp=4, sequence_parallel=True)),
-        ("qwen3-235b-a22b", Layout(pp=8, vpp=4, ep=32, dp=32, embedding_as_layer=True, head_as_layer=True)),
+        slow("qwen3-235b-a22b", Layout(pp=8, vpp=4, ep=32, dp=32, embedding_as_layer=True, head_as_layer=True)),
         ("mixtral-8x7b", Layout(tp=2, pp=2, ep=4, etp=1, dp=2, sequence_parallel=True)),
     ],
     ids=lambda value: value if isinstance(value, str) else f"tp{value.tp}pp{value.pp}vpp{value.vpp}ep{value.ep}",
@@ -50,11 +55,11 @@ def test_parameters_of_every_stage_are_those_that_megatron_builds(model, layout)
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
-        ("llama-3.3-70b", Layout(tp=2, pp=2, vpp=2, cp=2, sequence_parallel=True)),
-        ("qwen2.5-72b", Layout(tp=4, pp=2, sequence_parallel=True)),
+        slow("llama-3.3-70b", Layout(tp=2, pp=2, vpp=2, cp=2, sequence_parallel=True)),
+        slow("qwen2.5-72b", Layout(tp=4, pp=2, sequence_parallel=True)),
         ("qwen3-32b", Layout(tp=2, pp=2, vpp=3, embedding_as_layer=True, head_as_layer=True)),
-        ("qwen3-235b-a22b", Layout(tp=2, pp=2, ep=2, etp=2, dp=2, sequence_parallel=True, head_as_layer=True)),
-        ("qwen3-235b-a22b", Layout(pp=2, cp=2, ep=2, dp=2, embedding_as_layer=True)),
+        slow("qwen3-235b-a22b", Layout(tp=2, pp=2, ep=2, etp=2, dp=2, sequence_parallel=True, head_as_layer=True)),
+        slow("qwen3-235b-a22b", Layout(pp=2, cp=2, ep=2, dp=2, embedding_as_layer=True)),
     ],
     ids=["llama", "qwen2.5", "qwen3, uneven", "experts, tp and etp, uneven", "experts, cp, uneven"],
 )

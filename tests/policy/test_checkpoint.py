@@ -162,12 +162,12 @@ def test_a_checkpoint_in_which_any_one_file_is_damaged_is_named_and_the_one_befo
     assert intact_checkpoint(tmp_path) == (newer, [])
 
 
-def test_every_bit_of_the_record_counts(two_checkpoints, tmp_path):
+def test_every_byte_of_the_record_counts(two_checkpoints, tmp_path):
     _, newer = two_checkpoints
     file = newer / "state.json"
     whole = file.read_bytes()
-    for bit in range(8 * len(whole)):
-        flip(file, bit)
+    for place in range(len(whole)):
+        flip(file, 8 * place + place % 8)
         with pytest.raises(Damaged):
             read_record(newer)
         file.write_bytes(whole)

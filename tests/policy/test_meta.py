@@ -43,7 +43,7 @@ def by_megatron(architecture: Architecture, world: World) -> dict[tuple[int, str
     return {place: tuple(parameter.shape) for place, parameter in parameters.items()}
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_process_stands_for_every_rank_of_a_layout(tiny_model, tied):
     architecture = replace(read_architecture(tiny_model("qwen3", tied=tied)), layers=4)
     layout = Layout(tp=2, pp=2, vpp=2, dp=2, sequence_parallel=True)

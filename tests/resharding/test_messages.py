@@ -60,7 +60,11 @@ def test_a_message_s_tensors_lie_side_by_side_and_aligned(tiny_model, fp8):
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("qwen3", Layout(tp=2, pp=2, dp=2, cp=2)), ("qwen3-moe", EXPERT_LAYOUT), ("mixtral", Layout(dp=4, ep=2, pp=2))],
+    [
+        pytest.param("qwen3", Layout(tp=2, pp=2, dp=2, cp=2), marks=pytest.mark.slow),
+        pytest.param("qwen3-moe", EXPERT_LAYOUT, marks=pytest.mark.slow),
+        ("mixtral", Layout(dp=4, ep=2, pp=2)),
+    ],
 )
 def test_holders_are_the_first_copies_by_megatron_s_own_groups(tiny_model, family, layout):
     from megatron.core import parallel_state
@@ -85,7 +89,10 @@ def test_holders_are_the_first_copies_by_megatron_s_own_groups(tiny_model, famil
         assert dict(enumerate(holders(entry, layout))) == expected[number], entry.name
 
 
-@pytest.mark.parametrize(("family", "layout"), [("llama", Layout(tp=2, pp=2)), ("qwen3-moe", EXPERT_LAYOUT)])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("llama", Layout(tp=2, pp=2)), pytest.param("qwen3-moe", EXPERT_LAYOUT, marks=pytest.mark.slow)],
+)
 def test_shards_have_megatron_s_shapes(tiny_model, family, layout):
     architecture = replace(read_architecture(tiny_model(family, vocab_size=127)), layers=2)
     shapes = hf_shapes(architecture)
