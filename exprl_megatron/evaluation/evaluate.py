@@ -70,7 +70,7 @@ def evaluate(settings: EvalSettings, say: Callable[[str], None] = print) -> Eval
         if waiting:
             if sentence := irreproducible_sampling(settings.server, uses_cuda()):
                 say(sentence)
-            found = _measure(settings, specs, waiting, kept, say)
+            found = _measure(settings, specs, asked, waiting, kept, say)
             results |= {result.problem_id: result for result in found}
     finally:
         kept.release()
@@ -80,6 +80,7 @@ def evaluate(settings: EvalSettings, say: Callable[[str], None] = print) -> Eval
 def _measure(
     settings: EvalSettings,
     specs: Sequence[ServerSpec],
+    asked: Questions,
     questions: Sequence[Question],
     kept: KeptResults,
     say: Callable[[str], None],
@@ -90,6 +91,8 @@ def _measure(
         servers = start_servers(specs)
         try:
             clients = [server.client() for server in servers]
+            for client in clients:
+                client.vocabulary, client.text_check = asked.vocabulary, asked.text_check
             return asyncio.run(_sample(settings, clients, questions, verifier, kept, say))
         finally:
             stop_servers(servers)

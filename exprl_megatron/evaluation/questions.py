@@ -13,6 +13,7 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_records
 from exprl_megatron.rollout.sampler import Prompt
+from exprl_megatron.text_check import TextCheck, text_check_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Questions:
     overlong_count: int
     """Problems whose prompt is longer than `longest_prompt` tokens."""
     longest_prompt: int
+    vocabulary: int
+    """Of the model: how many token ids it has."""
+    text_check: TextCheck | None
+    """Of the model; None where texts cannot be compared with ids."""
 
     def left_out(self) -> list[str]:
         """A line for each kind of problem that is not asked."""
@@ -60,14 +65,23 @@ def read_questions(settings: EvalSettings) -> Questions:
         raise UserError("\n".join(unverifiable))
     model = AutoConfig.from_pretrained(settings.model).get_text_config()
     longest = _longest_prompt(settings, model.max_position_embeddings)
-    builder = PromptBuilder(AutoTokenizer.from_pretrained(settings.model), settings.prompt)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    builder = PromptBuilder(tokenizer, settings.prompt)
     prompted = drop_overlong(problems, builder, longest)
     check_vocabulary(settings.model, model.vocab_size, prompted.prompts)
     questions = [
         Question(problem, records[problem.id], Prompt(problem.id, ids), _key(problem, ids))
         for problem, ids in zip(prompted.problems, prompted.prompts, strict=True)
     ]
-    return Questions(tuple(questions), tuple(unverifiable), len(loaded) - len(problems), prompted.dropped, longest)
+    return Questions(
+        tuple(questions),
+        tuple(unverifiable),
+        len(loaded) - len(problems),
+        prompted.dropped,
+        longest,
+        model.vocab_size,
+        text_check_of(tokenizer),
+    )
 
 
 def _longest_prompt(settings: EvalSettings, positions: int) -> int:

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from exprl_megatron.errors import ServerError
 from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.judging.verdict import HIGHEST, LOWEST
+from exprl_megatron.text_check import text_check_of
 
 _DIGIT = re.compile(rf"[\sĠ▁]*([{LOWEST}-{HIGHEST}])")
 
@@ -67,11 +70,17 @@ class Answerer(Protocol):
 
 
 class TokenAnswerer:
-    """An SGLang server, asked in the tokens of the judge's own tokenizer and template."""
+    """An SGLang server, asked in the tokens of the judge's own tokenizer and template.
 
-    def __init__(self, client: Any, tokenizer: Any):
+    An answer with an id beyond `vocabulary` (None: not known), or whose text is not that of its ids, is the server's
+    failure.
+    """
+
+    def __init__(self, client: Any, tokenizer: Any, vocabulary: int | None = None):
         self._client = client
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._text_check = text_check_of(tokenizer)
         self._digits = _digit_tokens(tokenizer)
 
     async def answer(self, question: Question) -> "TokenAnswer":
@@ -88,6 +97,7 @@ class TokenAnswerer:
         )
         if written.finish_reason == "abort":
             raise ServerError(f"{self._client.name} ({self._client.url}) aborted a judgement.")
+        self._check(written)
         return TokenAnswer(
             written.text,
             written.token_ids,
@@ -96,6 +106,16 @@ class TokenAnswerer:
             self._tokenizer,
             cut_off=written.finish_reason == "length",
         )
+
+    def _check(self, written: Any) -> None:
+        ids = np.asarray(written.token_ids)
+        try:
+            if self._vocabulary is not None and len(ids) and ids.max() >= self._vocabulary:
+                raise ValueError(f"output_ids has {ids.max()}, but the vocabulary has {self._vocabulary} ids")
+            if self._text_check is not None:
+                self._text_check.check(ids, written.text)
+        except ValueError as error:
+            raise ServerError(f"{self._client.name} ({self._client.url}), asked for a judgement: {error}.") from error
 
     async def health(self) -> None:
         await self._client.health()

@@ -14,7 +14,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.answers import Answer, ChatAnswerer, Question, TokenAnswerer
 from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
 from exprl_megatron.judging.cases import Case, CaseBuilder
-from exprl_megatron.judging.judge_model import model_context, model_identity
+from exprl_megatron.judging.judge_model import model_context, model_identity, model_vocabulary
 from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, Unit
 from exprl_megatron.judging.rubric import VALUES, Rubric
@@ -227,7 +227,7 @@ class Judge:
     def _answerer(self, client: Any, tokenizer: Any) -> TokenAnswerer | ChatAnswerer:
         if self._config.endpoints:
             return ChatAnswerer(client, self._config.template_args)
-        return TokenAnswerer(client, tokenizer)
+        return TokenAnswerer(client, tokenizer, model_vocabulary(self._config.model))
 
     async def _tokens(self, messages: Sequence[dict]) -> TokenIds:
         return await asyncio.to_thread(self._tokenizer.request, messages)

@@ -24,6 +24,14 @@ def model_context(model: str) -> int:
         ) from error
 
 
+def model_vocabulary(model: str) -> int | None:
+    """How many token ids the model in directory `model` has; None where its config does not say."""
+    try:
+        return int(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 @lru_cache(maxsize=16)
 def model_identity(model: str) -> str:
     """A hash by content (SHA-256, hex) of config, tokenizer and weights in directory `model`; names of files and

@@ -6,20 +6,17 @@ the length of the response alone. That holds for every decoder whose output grow
 decoders that put spaces between words, and also for bytes that are no text.
 """
 
-import json
-import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from exprl_megatron.token_spelling import Spelling, decoded, spelling_of
+
 _STRETCH = 64
 _UNDECODABLE = "\ufffd"
-_spellings: weakref.WeakKeyDictionary[Any, "_Spelling | None"] = weakref.WeakKeyDictionary()
 
 
 class TokenText:
@@ -27,7 +24,7 @@ class TokenText:
 
     def __init__(self, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase):
         ids = np.asarray(token_ids).tolist()
-        spelling = _spelling(tokenizer)
+        spelling = spelling_of(tokenizer)
         places = None if spelling is None else _BytePlaces.of(ids, spelling)
         self._places = _StretchPlaces(ids, tokenizer) if places is None else places
         self.text: str = self._places.text
@@ -44,16 +41,6 @@ class TokenText:
         return 0 if character == 0 else self._places.token_at(character)
 
 
-@dataclass(frozen=True)
-class _Spelling:
-    """What a byte-level tokenizer's tokens stand for."""
-
-    tokens: tuple[bytes, ...]
-    """The bytes of every token, none for special ones."""
-    lengths: np.ndarray
-    """[tokens], int64: how many."""
-
-
 class _BytePlaces:
     """The places in a response of a byte-level tokenizer whose bytes are valid UTF-8."""
 
@@ -67,7 +54,7 @@ class _BytePlaces:
             self._starts = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
 
     @classmethod
-    def of(cls, ids: list[int], spelling: "_Spelling") -> "_BytePlaces | None":
+    def of(cls, ids: list[int], spelling: Spelling) -> "_BytePlaces | None":
         """None where the tokens are not all known, or their bytes are no text."""
         if ids and not 0 <= min(ids) <= max(ids) < len(spelling.tokens):
             return None
@@ -140,47 +127,4 @@ class _StretchPlaces:
         return self._decode(context, end)[len(self._decode(context, start)) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return _decoded(self._ids[start:end], self._tokenizer)
-
-
-def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _spelling(tokenizer: PreTrainedTokenizerBase) -> _Spelling | None:
-    """None where the tokenizer does not spell in bytes."""
-    if tokenizer not in _spellings:
-        _spellings[tokenizer] = _byte_spelling(tokenizer)
-    return _spellings[tokenizer]
-
-
-def _byte_spelling(tokenizer: PreTrainedTokenizerBase) -> _Spelling | None:
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    if decoder is None or json.loads(decoder.__getstate__())["type"] != "ByteLevel":
-        return None
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= set(tokenizer.all_special_ids)
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    spelling = tuple(b"" if token in special or name is None else _bytes_of(name) for token, name in enumerate(names))
-    # As the decoder itself spells all of them, or not at all.
-    every = b"".join(spelling).decode("utf-8", "replace")
-    if every != _decoded(list(range(len(spelling))), tokenizer):
-        return None
-    return _Spelling(spelling, np.array([len(token) for token in spelling], np.int64))
-
-
-def _bytes_of(name: str) -> bytes:
-    """A token's bytes; a name with a character that stands for no byte is written in UTF-8, as the decoder does."""
-    if all(character in _BYTES for character in name):
-        return bytes(_BYTES[character] for character in name)
-    return name.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers (GPT-2's and after) write for bytes."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in shown)
-    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
+        return decoded(self._ids[start:end], self._tokenizer)

@@ -10,6 +10,7 @@ import numpy as np
 from exprl_megatron.errors import RequestRefused, WeightsReplaced
 from exprl_megatron.serving.generation import Asked, Generation, Scores, read_generation, read_scores, reply_limit
 from exprl_megatron.serving.http import REPLY_LIMIT, HttpServer
+from exprl_megatron.text_check import TextCheck
 from exprl_megatron.token_ids import TokenIds
 
 _CHECKSUMS_LIMIT = 256 * 2**20
@@ -37,6 +38,8 @@ class SGLangClient(HttpServer):
     """Of its machine, the first GPU that the server takes; its other ranks have the next ones."""
     vocabulary: int | None = None
     """How many token ids the model has; a reply with another id is refused. None: any id is taken."""
+    text_check: TextCheck | None = None
+    """Of the model; a reply whose text is not that of its ids is refused. None: any text is taken."""
     source: str | None = None
     """The `model_path` that the server has from our own orders, once `take_over` has been through."""
     _in_place = False
@@ -83,7 +86,7 @@ class SGLangClient(HttpServer):
             request["token_ids_logprob"] = list(watched_ids)
         limit = reply_limit(max_new_tokens, len(watched_ids))
         reply = await self._exchange("POST", "/generate", request, deadline_s, limit)
-        asked = Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids))
+        asked = Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check)
         return self._read("/generate", lambda body: read_generation(body, asked), reply)
 
     async def read(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:

@@ -22,6 +22,7 @@ from exprl_megatron.serving.member import Member, Order
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import RouterClient
 from exprl_megatron.serving.shared_environment import nccl_difference
+from exprl_megatron.text_check import TextCheck
 
 _POLL_S = 0.25
 _ATTEND_S = 0.02
@@ -36,8 +37,11 @@ class Fleet:
     """The servers of `kind` in `registry`; lives in one event loop between `open` and `close`.
 
     `tell` is given a line for whatever a user should know of. `count` of the config is how many there are at the start;
-    more may come. A reply with an id beyond `vocabulary` is refused.
+    more may come. A reply with an id beyond `vocabulary` is refused, and so is one whose text is not that of its ids
+    by `text_check`.
     """
+
+    text_check: TextCheck | None = None
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class Fleet:
         self._let_start()
         self._dry_since = loop.time()
         if self._router is not None:
+            self._router.text_check = self.text_check
             await self._router.__aenter__()
         self._watching = loop.create_task(self._watch())
         while len(self._in("joining")) < self._config.count:
@@ -386,7 +391,7 @@ class Fleet:
             if name not in self._members:
                 headers = self._registry.authorization(server)
                 member = Member(server, self._config.request_deadline_s, headers)
-                member.client.vocabulary = self._vocabulary
+                member.client.vocabulary, member.client.text_check = self._vocabulary, self.text_check
                 await member.client.__aenter__()
                 self._members[name] = member
                 if (sentence := nccl_difference(server, self._config)) is not None:

@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from exprl_megatron.text_check import TextCheck
+
 _OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
 _FIELDS = tuple(
     f'"{name}":'.encode()
@@ -63,6 +65,8 @@ class Asked:
     """How many token ids the model has; None: any id is taken."""
     log_probs: bool = True
     watched_ids: tuple[int, ...] = ()
+    text_check: TextCheck | None = None
+    """Of the model; None: any text is taken."""
 
 
 _ANYTHING = Asked()
@@ -114,8 +118,8 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
     """The continuation that a reply of /generate holds.
 
     Raises ValueError that names the field where it is not of SGLang's form, a log-prob is missing, not finite or above
-    0, an id is not one or has another log-prob's id beside it, the numbers of ids and log-probs differ, or it is not
-    what was `asked` for.
+    0, an id is not one or has another log-prob's id beside it, the numbers of ids and log-probs differ, the text is not
+    that of the ids, or it is not what was `asked` for.
     """
     rest, block = _cut(body, _OUTPUT)
     _refuse_repeats(rest, _FIELDS)
@@ -130,6 +134,8 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
     if len(log_probs) and not np.array_equal(entries.token_ids(), token_ids):
         raise ValueError("output_token_logprobs has other ids than output_ids")
     _check_length(token_ids, asked)
+    if asked.text_check is not None:
+        asked.text_check.check(token_ids, reply.text)
     if meta.finish_reason.type != "abort":
         if asked.log_probs and block is None:
             raise ValueError("output_token_logprobs is missing")

@@ -27,6 +27,7 @@ from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.ready import wait_ready
+from exprl_megatron.text_check import text_check_of
 from exprl_megatron.together import together
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade
@@ -58,6 +59,8 @@ class Rollouts:
         self._judging = judging
         self._console = console
         self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
+        if fleet is not None and self._lent is None:
+            fleet.text_check = text_check_of(self._tokenizer)
         self._prompted: dict[ProblemsConfig, PromptedProblems] = {}
         self._guards: dict[ProblemsConfig, LeakGuard] = {}
         self.loop_lag = LoopLag()

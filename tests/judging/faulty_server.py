@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 
 from aiohttp import web
+from judge_parts import UNKNOWN
 
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
@@ -62,10 +63,11 @@ class FaultyServer:
     @staticmethod
     def _generation(text):
         meta = {"finish_reason": {"type": "stop"}, "prompt_tokens": 5, "cached_tokens": 0}
+        spans = [{"version": "v0", "start": 0, "end": 1}]
         return {
             "text": text,
-            "output_ids": [],
-            "meta_info": meta | {"output_token_logprobs": [], "weight_versions": []},
+            "output_ids": [UNKNOWN],
+            "meta_info": meta | {"output_token_logprobs": [[-0.5, UNKNOWN, None]], "weight_versions": spans},
         }
 
     @staticmethod

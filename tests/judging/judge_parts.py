@@ -17,6 +17,8 @@ from exprl_megatron.problems.problem import Problem, Reference
 PROMPT = Path(__file__).parent / "plain_prompt.md"
 SPECIAL = ["<unk>", "<|start|>", "<|end|>"]
 WORDS = [*SPECIAL, "user", "judge", "REF", "TR", "JUDGE", "1", "2", "3", "4", "5", "+", "=", "###", "Score:"]
+UNKNOWN = 10_000
+"""An id that the tokenizer of words does not know, so that any text may be its text."""
 TEMPLATE = (
     "{% for m in messages %}<|start|> {{ m['role'] }} {{ m['content'] }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|start|> judge{% endif %}"
@@ -30,7 +32,7 @@ class Written:
 
     text: str
     finish_reason: str = "stop"
-    token_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = (UNKNOWN,)
     watched_log_probs: tuple[tuple[float, ...], ...] = ()
 
 

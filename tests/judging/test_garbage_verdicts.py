@@ -1,11 +1,23 @@
 """Garbage from a judge's server, of SGLang's form and of OpenAI's: the next server is asked, and its score counts."""
 
+import asyncio
 import json
 import math
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from faulty_server import FaultyServer, endpoint, sglang_client
+from judge_parts import Scripted, Written
 from test_judge_transport import FOUR, _in_order, _one, _run
+
+from exprl_megatron.errors import ServerError
+from exprl_megatron.judging.answers import Question, TokenAnswerer
+from exprl_megatron.judging.prompt import PromptFrame
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tokenizer_rules import tokenizer_of
 
 RAW = {
     "HTML": b"<html>502</html>",
@@ -71,3 +83,21 @@ def test_a_judge_that_has_nothing_but_garbage_abstains_and_says_whose_and_which_
     judgement = _run([FaultyServer(*[said] * 9)], _one, endpoint, retries=1, score_reading="expected")
     assert judgement.reason == "server-error"
     assert "judge-0 (http://" in judgement.evidence and field in judgement.evidence
+
+
+def test_an_answer_whose_text_or_ids_are_not_the_models_is_the_servers_failure():
+    tokenizer = tokenizer_of("qwen")
+    ids = np.array(tokenizer("Score: 4", add_special_tokens=False)["input_ids"], np.int32)
+    beyond = np.append(ids, 10_000).astype(np.int32)
+    question = Question(PromptFrame(()), "", (1, 2), 8, 0.0, 0, 60.0)
+
+    def answered(text, ids):
+        client = Scripted(Written(text, token_ids=ids))
+        return asyncio.run(TokenAnswerer(client, tokenizer, vocabulary=10_000).answer(question)).text
+
+    assert answered("Score: 4", ids) == "Score: 4"
+    assert answered("anything", np.array([9_999], np.int32)) == "anything"
+    with pytest.raises(ServerError, match=f"judge-0 .* text is not that of the {len(ids)} output_ids"):
+        answered("Score: 5", ids)
+    with pytest.raises(ServerError, match=r"judge-0 .* output_ids has 10000, but the vocabulary has 10000 ids"):
+        answered("Score: 4", beyond)

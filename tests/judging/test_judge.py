@@ -8,7 +8,7 @@ import json
 import math
 
 import pytest
-from judge_parts import PROBLEM, PROMPT, WORDS, Scripted, Written, make_judge, verdict, word_tokenizer, words
+from judge_parts import PROBLEM, PROMPT, UNKNOWN, WORDS, Scripted, Written, make_judge, verdict, word_tokenizer, words
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import RequestRefused, ServerError, UserError
@@ -142,7 +142,7 @@ def test_the_expected_score_is_the_mean_over_the_digits_where_the_stated_one_sta
 
 
 def test_without_probabilities_at_the_digits_place_the_digit_counts_as_it_stands():
-    client = Scripted(Written("Score: 4", "stop", (WORDS.index("Score:"),), ((-1.0,) * 5,)))
+    client = Scripted(Written("Score: 4", "stop", (WORDS.index("Score:"), UNKNOWN), ((-1.0,) * 5,) * 2))
     assert verdict(client, score_reading="expected") == Scored(0.75, "Score: 4")
 
 

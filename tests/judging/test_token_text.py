@@ -11,12 +11,13 @@ from exprl_megatron.config.segments import SegmentsConfig
 from exprl_megatron.judging import token_text
 from exprl_megatron.judging.segments import segments_and_texts, split_segments, unit_texts
 from exprl_megatron.judging.token_text import TokenText
+from exprl_megatron.token_spelling import spelling_of
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen", "deepseek"])
 def test_places_by_bytes_are_those_by_decoding(name, monkeypatch):
     tokenizer = tokenizer_of(name)
-    bytes_alone = [token for token, text in enumerate(token_text._spelling(tokenizer).tokens) if len(text) == 1]
+    bytes_alone = [token for token, text in enumerate(spelling_of(tokenizer).tokens) if len(text) == 1]
     parts = [
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (MANY_SCRIPTS, "步骤🙂", "é so ", "<think>")
     ]

@@ -16,9 +16,12 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.generation import reply_limit
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.text_check import TextCheck
 
 VOCABULARY, ASKED = 100, 10
 SAMPLING = SamplingConfig(max_new_tokens=ASKED)
+TOKENS = [b"?"] * 5 + [b"a", b"b", b"c"] + [b"?"] * (VOCABULARY - 8)
+CHECK = TextCheck(TOKENS)
 
 
 def reply(ids=(5, 6, 7), log_prob=-0.5, text="abc", **meta):
@@ -79,6 +82,8 @@ MADE = {
     "too few log-probs": (entries([-1, 5, None]), "3 output_ids but 1 output_token_logprobs"),
     "null log-prob": (entries([-1, 5, None], [None, 6, None], [-1, 7, None]), "output_token_logprobs"),
     "text log-prob": (entries([-1, 5, None], ["-1", 6, None], [-1, 7, None]), "output_token_logprobs"),
+    "text of other ids": (reply(text="abd"), "text is not that of the 3 output_ids"),
+    "text of more ids": (reply(text="abcabc"), "text is not that of the 3 output_ids"),
     "no text": (reply(text=None), "text"),
     "number as text": (reply(text=7), "text"),
     "span too short": (spans((0, 1)), "weight_versions covers 1 tokens, but there are 3"),
@@ -140,10 +145,10 @@ async def listening(*servers, handler="answer"):
             await runner.cleanup()
 
 
-def generated(server, handler="answer", **settings):
+def generated(server, handler="answer", text_check=CHECK, **settings):
     async def run():
         async with listening(server, handler=handler), SGLangClient(server.url, "policy-3", deadline_s=20) as client:
-            client.vocabulary = VOCABULARY
+            client.vocabulary, client.text_check = VOCABULARY, text_check
             return await client.generate([1, 2], seed=0, **SAMPLING.model_dump(), **settings)
 
     return asyncio.run(run())
@@ -209,7 +214,7 @@ def test_what_is_compressed_is_not_unpacked():
 
 def test_the_longest_text_that_tokens_can_have_is_within_the_limit():
     text = "\u2003" * 128 * ASKED
-    assert generated(Server(body(reply(range(ASKED), text=text)))).text == text
+    assert generated(Server(body(reply(range(ASKED), text=text))), text_check=None).text == text
 
 
 @pytest.mark.parametrize(
@@ -234,7 +239,12 @@ def test_garbage_in_reply_to_an_order_is_refused(said):
 WRONG_VERSION = body(reply(weight_versions=[{"version": "v1", "start": 0, "end": 3}]))
 
 
-@pytest.mark.parametrize("said", [body(reply(log_prob=5.0)), body(reply((5, 100, 7))), b"[" * 30_000, WRONG_VERSION])
+OTHER_TEXT = body(reply(text="abd"))
+
+
+@pytest.mark.parametrize(
+    "said", [body(reply(log_prob=5.0)), body(reply((5, 100, 7))), b"[" * 30_000, WRONG_VERSION, OTHER_TEXT]
+)
 def test_what_one_server_answers_with_garbage_another_is_asked_and_no_trace_is_made_of_it(tmp_path, said):
     bad, good = Server(said), Server(GOOD)
 
@@ -244,6 +254,7 @@ def test_what_one_server_answers_with_garbage_another_is_asked_and_no_trace_is_m
             for i, server in enumerate((bad, good)):
                 registry.register(RegisteredServer("policy", f"policy-{i}", server.url, "", "a"))
             fleet = Fleet(registry, ServerConfig(count=2), tell=told.append, vocabulary=VOCABULARY)
+            fleet.text_check = CHECK
             try:
                 await fleet.open()
                 assert await fleet.convoke("v0")

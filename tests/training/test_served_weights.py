@@ -2,11 +2,14 @@
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from exprl_megatron.config.load import load_config
 from exprl_megatron.errors import WeightsReplaced
+from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.training.journal import SampledStep
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
@@ -66,3 +69,13 @@ def test_nothing_is_learned_where_no_server_has_our_weights_and_a_run_without_se
     assert events == ["traces"]
     sampling_run(None, events).graded_groups(STAGE, 1)
     assert events == ["traces", "traces", "learn"]
+
+
+@pytest.mark.parametrize(("place", "compared"), [("own", True), ("policy", False)])
+def test_texts_of_samples_are_compared_with_their_ids(place, compared):
+    """Servers that also judge may have another tokenizer's texts meanwhile."""
+    config = load_config(Path("recipes/configs/demo.yaml"))
+    fleet = SimpleNamespace(text_check=None)
+    judges = [] if place == "own" else [LentServer(fleet, Path("judge"), 0, 1.0)]
+    Rollouts(config, None, fleet, judges, None, None)
+    assert (fleet.text_check is not None) == compared
