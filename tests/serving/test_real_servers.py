@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -222,8 +223,11 @@ def test_a_server_that_hangs_is_an_error_within_the_deadline(servers):
         os.killpg(group, signal.SIGCONT)
 
 
-def test_a_server_that_dies_is_an_error_at_once(servers):
+def test_a_server_that_dies_is_an_error_at_once_and_leaves_nothing_in_shared_memory(servers):
     server = servers["llama"]
+    processes = psutil.Process(server.pid).children(recursive=True)
+    shared = {Path(m.path) for process in processes for m in process.memory_maps() if m.path.startswith("/dev/shm/")}
+    assert shared
 
     async def ask(client):
         long = client.generate(PROMPT[:3], temperature=1.0, max_new_tokens=900, seed=3, regex="[a-z ]{2000}")
@@ -236,3 +240,7 @@ def test_a_server_that_dies_is_an_error_at_once(servers):
         on(server, ask)
     with pytest.raises(ServerError, match=r"llama-0 .*died or is not reachable"):
         on(server, lambda client: client.health())
+    deadline = time.monotonic() + 60
+    while any(path.exists() for path in shared) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [path for path in shared if path.exists()] == []
