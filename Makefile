@@ -22,7 +22,7 @@ demo-smollm: setup
 study: setup
 	.venv/bin/python tools/study.py
 
-# Each kind of fault once, then a hundred at random in one long miniature run; ends with a table.
+# Each kind of fault once, then two hundred at random in one long miniature run; ends with a table.
 chaos: setup
 	$(PYTEST) -m chaos
 	.venv/bin/python tools/chaos.py directory=runs/chaos-$(NOW)

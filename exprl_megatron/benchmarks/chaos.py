@@ -1,9 +1,10 @@
 """A run under random faults of its servers and of itself, and whether it learned what it should have all the same."""
 
 import asyncio
-import json
 import random
+import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,23 +13,31 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from exprl_megatron.benchmarks import strangers
 from exprl_megatron.benchmarks.fault_proxy import FaultProxy, Mode
+from exprl_megatron.benchmarks.garbage import garbled
+from exprl_megatron.benchmarks.learned import Replies, wrong_with
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, ServerError
-from exprl_megatron.problems.order import problem_indices
-from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.policy.checkpoint_files import DAMAGED, checkpoints
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER
 from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.journal import Journal
 from exprl_megatron.training.launch import wanted_servers
 from exprl_megatron.training.ranks import TrainerRanks
 
 _POLL_S = 0.1
 _OF_A_SYNC = "POST /update_weights_from"
+_OF_A_SAMPLE = "POST /generate"
+_GARBLED = 0.1
+"""The share of a server's samples that are garbage while it misbehaves so."""
+_GARBLED_WITHIN_S = 900.0
+"""It may have to be started first."""
+_FOUND_S = 60.0
+"""Within so long a rank that is stopped is found."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,14 @@ class ProxiedRegistry(Registry):
         self.proxies: dict[str, FaultProxy] = {}
         self.starts: dict[str, int] = {}
         """How often each has become ready."""
+        self.on_reply: Callable[[str, str, bytes], bytes] = lambda server, line, body: body
+        """Of which server, to which request, what; returns what the client gets."""
 
     def register(self, server: RegisteredServer) -> None:
         address = urlsplit(server.url)
         if server.name not in self.proxies:
             self.proxies[server.name] = FaultProxy()
+            self.proxies[server.name].on_reply = lambda line, body: self.on_reply(server.name, line, body)
         proxy = self.proxies[server.name]
         proxy.target = (address.hostname, address.port)
         self.starts[server.name] = self.starts.get(server.name, 0) + 1
@@ -74,14 +86,26 @@ class FaultedRun:
         self.longest_s = longest_s
         self._over = True
         self._stops: list[str] = []
+        self._stopped_at: list[float] = []
+        self._before_resume: Callable[[], None] = lambda: None
         self.paths = RunDirectory(config.directory)
         self.registry = ProxiedRegistry(self.paths.registry)
+        self.registry.on_reply = self._replied
+        self.replies = Replies()
+        self.garbage: Counter[str] = Counter()
+        """How often each kind of garbage was sent."""
+        self._garbles: str | None = None
+        """The server that does."""
+        self._garbage_of = random.Random(seed)  # a proxy's thread asks it
+        self._found: list[str] = []
+        self.damaged: list[str] = []
+        """The files of checkpoints that were damaged, and how."""
         self._random = random.Random(seed)
         self._claim = self.paths.claim(config, resume=False)
         self._specs = wanted_servers(config, self.paths)
         self.keeper = Keeper(self._specs, self.registry)
         self._ranks: TrainerRanks | None = None
-        judge = config.judge.server
+        judge, routed = config.judge.server, config.server.router
         self.kinds: dict[str, Callable[[], None]] = {
             "a sampling server is killed": lambda: self._kill(self._any("policy")),
             "the judge is killed": lambda: self._kill(self._any("judge")),
@@ -89,12 +113,19 @@ class FaultedRun:
             "the judge hangs": lambda: self._misbehave("judge", "hang"),
             "a sampling server answers 500": lambda: self._misbehave("policy", "refuse"),
             "the judge answers 500": lambda: self._misbehave("judge", "refuse"),
+            "a sampling server replies garbage": lambda: self._garble("policy"),
+            "the judge replies garbage": lambda: self._garble("judge"),
+            "a sampling server gets requests without a key": lambda: self._intrude(self._any("policy")),
+            "the judge gets requests without a key": lambda: self._intrude(self._any("judge")),
             "a sampling server has old weights": self._bring_old_weights,
             "a sampling server is killed in a weight update": lambda: self._at_next_sync(self._kill),
-            **({"the router is killed": partial(self._kill, ROUTER)} if config.server.router else {}),
+            **({"the router is killed": partial(self._kill, ROUTER)} if routed else {}),
             **({"the judge's router is killed": partial(self._kill, JUDGE_ROUTER)} if judge.router else {}),
+            **({"the router gets requests without a key": partial(self._intrude, ROUTER)} if routed else {}),
             "the trainer is killed": self._kill_trainer,
             "the trainer is killed in a weight update": lambda: self._at_next_sync(lambda name: self._kill_trainer()),
+            "a rank is stopped": self._stop_rank,
+            "the newest checkpoint is damaged": self._damage_checkpoint,
         }
 
     def __enter__(self) -> "FaultedRun":
@@ -126,7 +157,9 @@ class FaultedRun:
                     return
             except RunStopped as stopped:
                 self._stops.append(str(stopped).partition("\n")[0])
+                self._stopped_at.append(time.monotonic())
                 self._ranks.stop()
+                self._before_resume()
                 self._begin()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"nothing happened for {deadline_s:g} s")
@@ -141,6 +174,12 @@ class FaultedRun:
         begun, step = time.monotonic(), self.learned()
         self.until(lambda: self.learned() > step, deadline_s)
         return Outcome(kind, step, self._stops[stops:], starts != self.registry.starts, time.monotonic() - begun)
+
+    def wrong(self) -> list[str]:
+        """What is wrong with the run, which is done: see wrong_with; and which faults were not found as they must."""
+        aside = [path.name for path in self.paths.checkpoints.iterdir() if DAMAGED in path.name]
+        loaded = [] if len(aside) == len(self.damaged) else [f"damaged: {self.damaged}, set aside: {sorted(aside)}"]
+        return [*wrong_with(self.config, self.replies), *self._found, *loaded]
 
     def pause(self, most_s: float) -> None:
         """Let the run go on for a random time."""
@@ -201,32 +240,69 @@ class FaultedRun:
         proxy.on_request = heard
 
     def _kill_trainer(self) -> None:
-        for pid in self._ranks.pids:
-            for worker in psutil.Process(pid).children() if psutil.pid_exists(pid) else []:
-                worker.kill()
+        for worker in self._workers():
+            worker.kill()
         self._over = True
 
+    def _workers(self) -> list[psutil.Process]:
+        supervisors = [psutil.Process(pid) for pid in self._ranks.pids if psutil.pid_exists(pid)]
+        return [worker for supervisor in supervisors for worker in supervisor.children()]
 
-def wrong_with(config: RunConfig) -> list[str]:
-    """What a finished run of one strictly on-policy stage has lost, counted twice, or learned from wrong weights."""
-    (stage,) = config.stages
-    paths = RunDirectory(config.directory)
-    logged = [json.loads(line)["step"] for line in paths.metrics.read_text().splitlines()]
-    found = [] if logged == list(range(1, stage.steps + 1)) else [f"steps learned: {logged}"]
-    problems, journal = load_problems(stage.problems), Journal(paths.journal)
-    for step in range(1, stage.steps + 1):
-        sampled = journal.read(stage.name, step)
-        first = (step - 1) * stage.problems_per_step
-        indices = problem_indices(config.seed, stage.name, first, stage.problems_per_step, len(problems))
-        if [group.problem_id for group in sampled.groups] != [problems[i].id for i in indices]:
-            found.append(f"step {step} has other problems than its own")
-        for group in sampled.groups:
-            traces = [member.trace for member in group.members]
-            if [trace.sample for trace in traces] != list(range(stage.group_size)):
-                found.append(f"step {step}, {group.problem_id}: samples {[trace.sample for trace in traces]}")
-            expected = f"v{(step - 1) * stage.updates_per_step}"
-            wrong = {version for trace in traces for version, _, _ in trace.weight_versions} - {expected}
-            covered = all(trace.weight_versions[-1][2] == len(trace.token_ids) for trace in traces)
-            if wrong or not covered:
-                found.append(f"step {step}, {group.problem_id}: weights {sorted(wrong)} instead of {expected}")
-    return found
+    def _stop_rank(self) -> None:
+        """SIGSTOP for one rank, which its missing heartbeat shows."""
+        worker, stops, begun = self._random.choice(self._workers()), len(self._stops), time.monotonic()
+        worker.send_signal(signal.SIGSTOP)
+        self.until(lambda: len(self._stops) > stops, 10 * _FOUND_S)
+        if (found_s := self._stopped_at[stops] - begun) > _FOUND_S:
+            self._found.append(f"a stopped rank was found after {found_s:.0f} s")
+        self._over = True
+
+    def _damage_checkpoint(self) -> None:
+        """The trainer is killed, and before it is resumed a bit of its newest checkpoint flips, or a file is gone."""
+
+        def damage() -> None:
+            self._before_resume = lambda: None
+            *before, newest = checkpoints(self.paths.checkpoints)
+            if not before:
+                return  # there would be nothing to go on from
+            victim = self._random.choice(sorted(path for path in newest.iterdir() if path.is_file()))
+            how = self._random.choice(("deleted", "flipped"))
+            if how == "deleted":
+                victim.unlink()
+            else:
+                content = bytearray(victim.read_bytes())
+                content[self._random.randrange(len(content))] ^= 1 << self._random.randrange(8)
+                victim.write_bytes(content)
+            self.damaged.append(f"{newest.name}/{victim.name} {how}")
+            print(self.damaged[-1], flush=True)
+
+        self._before_resume = damage
+        self._kill_trainer()
+
+    def _intrude(self, name: str) -> None:
+        """Requests without the run's key to a server itself, not to its proxy."""
+        host, port = self.registry.proxies[name].target
+        routes = strangers.ROUTER if name in (ROUTER, JUDGE_ROUTER) else strangers.SERVER
+        self._over = True
+        if self.keeper.server(name).registered:
+            answered = asyncio.run(strangers.let_in(f"http://{host}:{port}", routes))
+            self._found += [f"{name} did as somebody without a key asked: {answer}" for answer in answered]
+
+    def _garble(self, kind: str) -> None:
+        """Some of a server's samples are garbage for a while, one at least."""
+        self._garbles, sent = self._any(kind), self.garbage.total()
+        self.pause(self.longest_s)
+        self.until(lambda: self.garbage.total() > sent, _GARBLED_WITHIN_S)
+        self._garbles = None
+        self._over = True
+
+    def _replied(self, server: str, line: str, body: bytes) -> bytes:
+        sampled = line.startswith(_OF_A_SAMPLE) and b'"output_ids":[]' not in body and b'"output_ids":[' in body
+        if not sampled or server in (ROUTER, JUDGE_ROUTER):
+            return body
+        self.replies.add(server, body)
+        if server != self._garbles or self._garbage_of.random() >= _GARBLED:
+            return body
+        kind, garbage = garbled(body, self._garbage_of)
+        self.garbage[kind] += 1
+        return garbage

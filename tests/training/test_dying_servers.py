@@ -1,18 +1,20 @@
-"""A run on real servers behind a router and proxies, to which everything happens once that can happen to servers."""
+"""A run on real servers behind a router and proxies, to which everything happens once that can happen to it."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-from exprl_megatron.benchmarks.chaos import FaultedRun, wrong_with
+from exprl_megatron.benchmarks.chaos import FaultedRun
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import run_config, write_problems
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 DEADLINE_S = 900
-STEPS = 40
+STEPS = 80
+KILLED = ("the trainer is killed", "the trainer is killed in a weight update", "the newest checkpoint is damaged")
+STOPPED = "a rank is stopped"
 
 
 @pytest.fixture(scope="module", params=["broadcast", "direct"])
@@ -39,19 +41,29 @@ def run(request, tiny_model, tmp_path_factory):
         yield faulted
 
 
-def test_no_trace_is_lost_counted_twice_or_of_wrong_weights(run):
+def test_no_trace_is_lost_counted_twice_of_wrong_weights_or_of_no_server_and_nobody_without_a_key_is_let_in(run):
     assert run.learned() == STEPS
-    assert wrong_with(run.config) == []
+    assert run.wrong() == []
+
+
+def test_all_kinds_were_thrown(run):
+    assert run.garbage.total() >= 2
+    (aside,) = [path for path in run.paths.checkpoints.iterdir() if "damaged" in path.name]
+    assert aside.name == next(sentence.partition("/")[0] for sentence in run.damaged) + ".damaged"
 
 
 def test_whatever_befalls_servers_the_run_goes_on(run):
-    assert {kind: o.ended for kind, o in run.outcomes.items() if "trainer" not in kind and o.ended} == {}
+    assert {kind: o.ended for kind, o in run.outcomes.items() if kind not in (*KILLED, STOPPED) and o.ended} == {}
 
 
 def test_what_befalls_the_trainer_stops_the_run_with_its_cause_and_it_is_resumed_on_the_same_servers(run):
-    ends = [outcome.ended for kind, outcome in run.outcomes.items() if "trainer" in kind]
-    assert len(ends) == 2
+    ends = [run.outcomes[kind].ended for kind in KILLED]
     assert all(len(ended) == 1 and "killed by signal 9; go on with --resume" in ended[0] for ended in ends)
+
+
+def test_a_rank_that_was_stopped_is_named(run):
+    (end,) = run.outcomes[STOPPED].ended
+    assert "has not been heard of for 45 s, its state is stopped" in end
 
 
 def test_servers_that_were_killed_are_started_anew(run):
