@@ -16,6 +16,8 @@ from on_device.learning import MINIATURE, MODEL
 from on_device.servers import FEW_GRAPHS
 
 STEPS = 2
+EVALUATED = 4
+"""Problems before the first step."""
 ASLEEP_GB = 4.0
 """On a GPU the sleeping side keeps its CUDA context, and a server its graphs and workspaces."""
 DEADLINE_S = 240.0
@@ -33,6 +35,13 @@ def config_tree(directory: Path, *, cuda: bool, layout: Mapping[str, int], serve
         "policy": {"model": str(MODEL), "layout": dict(layout), "max_tokens": 160},
         "server": settings | dict(servers),
         "placement": {"kind": "colocated", "max_asleep_gb": ASLEEP_GB},
+        # Of the weights that the first step samples under too: servers that slept in between have lost them.
+        "evaluation": {
+            "problems": {"source": str(MINIATURE / "heldout.jsonl"), "limit": EVALUATED},
+            "samples": 1,
+            "k": [1],
+            "sampling": {"max_new_tokens": 40},
+        },
         "sync": {"max_log_prob_gap": 0.1 if cuda else 1e-4, "deadline_s": 60},
         "stages": [
             {
@@ -58,8 +67,10 @@ def stopped_and_resumed(tree: dict, *, cuda: bool) -> list[Compared]:
     first = _steps(paths, config)
     stopped = time.monotonic()
     again = _steps(paths, config, "--resume")
-    records = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    evaluated = json.loads((paths.evaluations / "start.json").read_text())
+    records = _logged(paths)
     metrics = [record["metrics"] for record in records]
+    agreed = sum(m.get("sync/check", 0) > 0 for m in metrics)
     count = len(records)
     what = "x".join(f"{name}{size}" for name, size in tree["policy"]["layout"].items()) or "one rank"
     asleep = [value for m in metrics for name, value in m.items() if name.endswith("/asleep")]
@@ -68,7 +79,9 @@ def stopped_and_resumed(tree: dict, *, cuda: bool) -> list[Compared]:
         at_least(f"{what}: steps before the stop", first, STEPS),
         at_least(f"{what}: steps after the resume", again, STEPS),
         equal(f"{what}: every step logged once", [r["step"] for r in records] == list(range(1, count + 1)), True),
-        equal(f"{what}: steps whose checksums agreed", sum(m["sync/check"] > 0 for m in metrics), count),
+        equal(f"{what}: problems evaluated at the start", len(evaluated["counts"]), EVALUATED),
+        # Servers that cannot sleep have the first step's weights from the evaluation.
+        equal(f"{what}: steps whose checksums agreed", agreed, count - (not cuda)),
         at_most(f"{what}: largest GiB of a sleeping side on a device", max(asleep), ASLEEP_GB),
         equal(f"{what}: the servers slept", {m["memory/servers_slept"] for m in metrics}, {float(cuda)}),
         at_most(f"{what}: mean |trainer - sampler| log-prob", max(gaps), tree["sync"]["max_log_prob_gap"]),
@@ -79,14 +92,14 @@ def stopped_and_resumed(tree: dict, *, cuda: bool) -> list[Compared]:
 
 def _steps(paths: RunDirectory, config: Path, *flags: str) -> int:
     """How many steps a start of the run takes until it has stopped; fails with its last words where it does not."""
-    before = _logged(paths)
+    before = len(_logged(paths))
     command = [sys.executable, "-m", "exprl_megatron.cli", "train", str(config), *flags]
     log = config.with_suffix(".log")
     with open(log, "a") as file:
         run = subprocess.Popen(command, stdout=file, stderr=file)
         try:
             deadline = time.monotonic() + DEADLINE_S
-            while run.poll() is None and _logged(paths) < before + STEPS and time.monotonic() < deadline:
+            while run.poll() is None and len(_logged(paths)) < before + STEPS and time.monotonic() < deadline:
                 time.sleep(0.05)
             if run.poll() is None:
                 run.send_signal(signal.SIGUSR1)
@@ -95,8 +108,10 @@ def _steps(paths: RunDirectory, config: Path, *flags: str) -> int:
             run.terminate()
             run.wait()
     assert status == PREEMPTED, f"{' '.join(command[2:])} ended with {status}:\n{log.read_text()[-4000:]}"
-    return _logged(paths) - before
+    return len(_logged(paths)) - before
 
 
-def _logged(paths: RunDirectory) -> int:
-    return paths.metrics.read_text().count("\n") if paths.metrics.is_file() else 0
+def _logged(paths: RunDirectory) -> list[dict]:
+    """The steps in the run's metrics, without the evaluation before the first one (step 0)."""
+    lines = paths.metrics.read_text().split("\n")[:-1] if paths.metrics.is_file() else []
+    return [record for record in map(json.loads, lines) if record["step"] > 0]
