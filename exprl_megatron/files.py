@@ -55,7 +55,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` at the end: a crash or an error leaves the old file or none."""
+    """A file to write to that becomes `path` at the end: a crash or an error leaves the old file or none.
+
+    It is there under its name when this returns, also after a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -63,3 +66,13 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Return when the names in `directory` are on disk: the contents of files alone are no files."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

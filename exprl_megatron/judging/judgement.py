@@ -9,12 +9,16 @@ Unit = Literal["trace", "prefix", "segment"]
 
 @dataclass(frozen=True)
 class Scored:
-    """A score in [0, 1] and what it rests on (the judge's words, the verifier's finding)."""
+    """A score in [0, 1] and what it rests on (the judge's words, the verifier's finding); any other: ValueError."""
 
     value: float
     evidence: str = ""
     hash: str | None = field(default=None, compare=False)
     """Under which the judgement store has it; None: in no store."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.value <= 1:  # neither is what is not a number
+            raise ValueError(f"a score is in [0, 1], not {self.value}")
 
 
 @dataclass(frozen=True)

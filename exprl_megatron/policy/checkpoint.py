@@ -6,7 +6,6 @@ caller's own record). It is written under another name, `state.json` last, and r
 """
 
 import json
-import os
 import queue
 import shutil
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.files import sync_directory
 from exprl_megatron.policy import checkpoint_files as files
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
 from exprl_megatron.policy.optimizer import separate_step_counters
@@ -266,9 +266,7 @@ def _complete(root: Path, partial: Path, target: Path, record: dict, keep: int) 
     """Marks the written checkpoint complete, gives it its name, deletes the oldest."""
     files.write_record(partial, record)
     partial.rename(target)
-    directory = os.open(root, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    sync_directory(root)
     for old in files.checkpoints(root)[:-keep]:
         shutil.rmtree(old)
 

@@ -133,7 +133,7 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
         raise ValueError(f"{len(token_ids)} output_ids but {len(log_probs)} output_token_logprobs")
     if len(log_probs) and not np.array_equal(entries.token_ids(), token_ids):
         raise ValueError("output_token_logprobs has other ids than output_ids")
-    _check_length(token_ids, asked)
+    _check_length(token_ids, asked, meta.finish_reason.type)
     if asked.text_check is not None:
         asked.text_check.check(token_ids, reply.text)
     if meta.finish_reason.type != "abort":
@@ -155,7 +155,9 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
     )
 
 
-def _check_length(token_ids: np.ndarray, asked: Asked) -> None:
+def _check_length(token_ids: np.ndarray, asked: Asked, reason: str) -> None:
+    if asked.max_new_tokens and not len(token_ids) and reason != "abort":
+        raise ValueError("output_ids is empty")
     if asked.max_new_tokens is not None and len(token_ids) > asked.max_new_tokens:
         raise ValueError(f"{len(token_ids)} output_ids where at most {asked.max_new_tokens} were asked for")
     if asked.vocabulary is not None and len(token_ids) and token_ids.max() >= asked.vocabulary:

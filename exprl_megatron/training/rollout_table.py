@@ -75,9 +75,11 @@ def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
 
 
 def groups_of(table: pa.Table) -> list[Group]:
-    """The groups whose traces are the rows of `table`, in their order."""
+    """The groups whose traces are the rows of `table`, in their order; ValueError for numbers that none can have."""
     table = table.combine_chunks()
     arrays = {name: _slices(table[name]) for name in ("prompt_ids", "token_ids", "log_probs")}
+    if not all(np.isfinite(log_probs).all() for log_probs in arrays["log_probs"]):
+        raise ValueError("log_probs has a number that is not finite")
     others = table.drop_columns(list(arrays)).to_pylist()
     members: dict[int, list[GradedTrace]] = {}
     first: dict[int, dict] = {}

@@ -358,3 +358,12 @@ def test_other_variables_of_the_environment_may_be_referred_to(tmp_path, monkeyp
     tree = _tree() | {"directory": "${oc.env:SCRATCH}/run", "prompt": {"system": "${oc.env:EXPRL_UNSET,Think.}"}}
     config = load_config(_file(tmp_path, tree))
     assert (config.directory, config.prompt.system) == ("/scratch/monkey/run", "Think.")
+
+
+@pytest.mark.parametrize("name", ["../../etc", "a/b", "/etc", "..", ".", "", "prime\n", "Prime", "-x", "a b"])
+def test_a_stage_whose_name_is_no_file_name_is_refused(tmp_path, name):
+    """Files and directories of the run have it."""
+    tree = _tree()
+    tree["stages"][0]["name"] = name
+    with pytest.raises(UserError, match=r"stages\.0.*name"):
+        check_config(tree, "test")

@@ -82,6 +82,7 @@ MADE = {
     "too few log-probs": (entries([-1, 5, None]), "3 output_ids but 1 output_token_logprobs"),
     "null log-prob": (entries([-1, 5, None], [None, 6, None], [-1, 7, None]), "output_token_logprobs"),
     "text log-prob": (entries([-1, 5, None], ["-1", 6, None], [-1, 7, None]), "output_token_logprobs"),
+    "no id": (reply(()), "output_ids is empty"),
     "text of other ids": (reply(text="abd"), "text is not that of the 3 output_ids"),
     "text of more ids": (reply(text="abcabc"), "text is not that of the 3 output_ids"),
     "no text": (reply(text=None), "text"),

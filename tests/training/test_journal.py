@@ -79,6 +79,27 @@ def test_a_changed_byte_of_the_numbers_is_noticed(tmp_path):
         journal.read("prime", 1)
 
 
+@pytest.mark.parametrize("place", ["score", "segment", "verifier", "log-prob"])
+def test_a_score_that_is_none_is_a_damaged_file(tmp_path, place):
+    """Such as somebody's who edited the file."""
+    journal = Journal(tmp_path)
+    journal.write("prime", 1, step("a"))
+    path = journal.path("prime", 1)
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    if place == "score":
+        rows[0]["judgement"]["value"] = 7.0
+    elif place == "segment":
+        rows[2]["segments"][0]["value"] = float("nan")
+    elif place == "verifier":
+        rows[2]["verified"]["value"] = -0.5
+    else:
+        rows[1]["log_probs"][1] = float("nan")
+    pq.write_table(type(table).from_pylist(rows, table.schema), path)
+    with pytest.raises(UserError, match=r"step-000001\.parquet is damaged \((a score is in|log_probs has)"):
+        journal.read("prime", 1)
+
+
 def test_a_file_of_a_later_version_is_refused_by_its_number(tmp_path, monkeypatch):
     journal = Journal(tmp_path)
     monkeypatch.setattr("exprl_megatron.training.journal.VERSION", 3)
