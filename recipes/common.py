@@ -42,6 +42,9 @@ class Placed:
     config: dict
 
 
+STAGE_2 = "qwen3-4b-stage2-synchronous"
+_MICRO_BATCH_TOKENS = 24576
+
 Stage = Callable[[int], Placed]
 """A stage on that many nodes in all."""
 
@@ -78,9 +81,16 @@ def at_scale(tree: dict, scale: Scale, directory: str, stage: Mapping[str, Any],
     return Placed(scale.nodes, tree)
 
 
-def paper(arm: str) -> dict:
-    """The paper's run of that arm on Qwen3-4B (configs/paper)."""
-    return written(f"paper/qwen3-4b-{arm}")
+def paper(name: str) -> dict:
+    """The paper's run of that name (configs/paper), in the form that this project recommends, not the released one.
+
+    Only the released loss depends on the tokens of a micro-batch. A recipe's has room for the longest trace, where the
+    released size would need recomputation.
+    """
+    tree = written(f"paper/{name}", "reproduce=null")
+    if tree["policy"]["max_tokens"] <= _MICRO_BATCH_TOKENS:
+        tree = changed(tree, policy={"micro_batch_tokens": _MICRO_BATCH_TOKENS})
+    return tree
 
 
 def factories(name: str, nodes: int, prime: Stage, sparse: Stage, sft: Stage, self_distill: Stage) -> tuple:

@@ -15,7 +15,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.files import write_atomically
 from exprl_megatron.policy.architecture import layout_violations, read_architecture
-from exprl_megatron.training.plan import print_prompts
+from exprl_megatron.training.plan import print_departures, print_prompts
 from exprl_megatron.training.preflight import dry_run
 from recipes import scripts
 from recipes.executors import check_executor, component_executors
@@ -130,6 +130,7 @@ def _check_starts(jobs: list[Job], site: Site) -> None:
         return
     with contextlib.chdir(site.workdir):
         for job in jobs:
+            print_departures(job.config)
             if (left_out := dry_run(job.config)) is None:
                 print_prompts(job.config)
             else:

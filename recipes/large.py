@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.common import Placed, Scale, at_scale, paper, pick
+from recipes.common import STAGE_2, Placed, Scale, at_scale, paper, pick
 from recipes.trees import changed
 
 _STEP = {"problems_per_step": 128, "group_size": 16, "updates_per_step": 1, "sampling": {"max_new_tokens": 4096}}
@@ -35,22 +35,22 @@ class LargeRuns:
     def prime(self, nodes: int) -> Placed:
         """Stage 1: ExpRL-Outcome, on-policy."""
         # 1,516 problems five times; the judge reads each trace once, behind a prefix that a group shares.
-        tree = paper("outcome")
+        tree = paper("qwen3-4b-outcome")
         tree["judge"] |= {"model": self.judge, "template_args": _TEMPLATE_ARGS.get(self.judge, {})}
         return self._placed("prime", tree, self.judged, nodes, {"steps": 60} | _STEP)
 
     def sparse(self, nodes: int) -> Placed:
         """Stage 2."""
         # As many traces as 500 steps of 512.
-        return self._placed("sparse", paper("stage2"), self.unjudged, nodes, {"steps": 125} | _STEP)
+        return self._placed("sparse", paper(STAGE_2), self.unjudged, nodes, {"steps": 125} | _STEP)
 
     def tuned(self, nodes: int) -> Placed:
         """Fine-tuning on the references."""
-        return self._placed("sft", paper("sft"), self.unjudged, nodes, {})
+        return self._placed("sft", paper("qwen3-4b-sft"), self.unjudged, nodes, {})
 
     def distilled(self, nodes: int) -> Placed:
         """Self-distillation."""
-        return self._placed("self-distill", paper("self-distill"), self.unjudged, nodes, {"steps": 60} | _STEP)
+        return self._placed("self-distill", paper("qwen3-4b-self-distill"), self.unjudged, nodes, {"steps": 60} | _STEP)
 
     def _placed(
         self, directory: str, tree: dict, scales: Mapping[int, Scale], nodes: int, stage: Mapping[str, Any]

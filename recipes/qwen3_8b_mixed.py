@@ -1,13 +1,13 @@
 """Qwen3-8B without thinking on the paper's five data sets, judged by Qwen3-4B, on 2 nodes of 8 H100.
 
-Mathematics and multiple choice by DeltaNorm, code and open-ended science by one score a trace.
+Stage 1 is ExpRL-Outcome, the paper's 8B run, in the recommended form (configs/paper/qwen3-8b-outcome.yaml).
 
 python -m recipes exprl_then_sparse_rl --factory qwen3_8b_mixed --dryrun --yes run.executor=slurm ...
 """
 
-from recipes.common import Placed, Scale, Servers, at_scale, factories, paper, pick
+from recipes.common import STAGE_2, Placed, Scale, Servers, at_scale, factories, paper, pick
 from recipes.places import Nodes
-from recipes.trees import changed, written
+from recipes.trees import changed
 
 NAME = "qwen3_8b_mixed"
 
@@ -18,27 +18,27 @@ UNJUDGED = {2: Scale(Nodes(trainer=1, policy=1), {"tp": 4, "dp": 2}, Servers(8),
 
 
 def prime(nodes: int) -> Placed:
-    """Stage 1: the paper's run on the mixture."""
-    return _placed("prime", written("paper/qwen3-8b-mixed"), JUDGED, nodes)
+    """Stage 1: one score a trace in every domain."""
+    return _placed("prime", "qwen3-8b-outcome", JUDGED, nodes)
 
 
 def sparse(nodes: int) -> Placed:
     """Stage 2."""
-    return _placed("sparse", paper("stage2"), UNJUDGED, nodes)
+    return _placed("sparse", STAGE_2, UNJUDGED, nodes)
 
 
 def tuned(nodes: int) -> Placed:
     """Fine-tuning on the references."""
-    return _placed("sft", paper("sft"), UNJUDGED, nodes)
+    return _placed("sft", "qwen3-8b-sft", UNJUDGED, nodes)
 
 
 def distilled(nodes: int) -> Placed:
     """Self-distillation."""
-    return _placed("self-distill", paper("self-distill"), UNJUDGED, nodes)
+    return _placed("self-distill", "qwen3-8b-self-distill", UNJUDGED, nodes)
 
 
-def _placed(directory: str, tree: dict, scales: dict[int, Scale], nodes: int) -> Placed:
-    mixed = written("paper/qwen3-8b-mixed")
+def _placed(directory: str, run: str, scales: dict[int, Scale], nodes: int) -> Placed:
+    tree, mixed = paper(run), paper("qwen3-8b-outcome")
     (stage,) = mixed["stages"]
     # Whatever the arm, the model, its prompt and the problems are the mixture's.
     tree = changed(tree, prompt=mixed["prompt"], evaluation=mixed["evaluation"])

@@ -15,9 +15,9 @@ _WORDS = {"true": True, "false": False, "null": None}
 """What YAML, and not NeMo-Run's command line, takes for other than a text."""
 
 
-def written(name: str) -> dict:
-    """The run of `configs/NAME.yaml` with every default filled in."""
-    return load_config(CONFIGS / f"{name}.yaml").model_dump(mode="json")
+def written(name: str, *overrides: str) -> dict:
+    """The run of `configs/NAME.yaml` under `key.path=value` overrides, with every default filled in."""
+    return load_config(CONFIGS / f"{name}.yaml", overrides).model_dump(mode="json")
 
 
 def changed(tree: dict, **changes: Any) -> dict:

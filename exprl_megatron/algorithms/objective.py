@@ -34,12 +34,15 @@ def policy_objective(config: LossConfig) -> LossFunction:
 
     The micro-batch needs advantages; old log-probs default to the current ones, detached (strictly
     on-policy); start log-probs are needed where `kl_coefficient` is not 0 (ValueError without them).
-    The gap to the sampler is measured on the old log-probs, which belong to the weights that sampled, or to newer ones
-    than those of tokens that are not `fresh`. `config.correction` needs sampler log-probs (ValueError without them).
+    With `use_rollout_log_probs` the ratio is to the sampler's log-probs instead (ValueError without them).
+    The gap to the sampler is measured on the trainer's old log-probs, which belong to the weights that sampled, or to
+    newer ones than those of tokens that are not `fresh`. `config.correction` needs sampler log-probs (ValueError
+    without them).
     """
 
     def loss_function(log_probs, entropy, micro):
-        old = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
+        trained = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
+        old = _rollout_log_probs(micro) if config.use_rollout_log_probs else trained
         policy, ratio, clipped = _surrogate(config, log_probs, old, micro)
         terms = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "kl/old": k3_divergence(log_probs, old)}
         largest = {}
@@ -59,7 +62,7 @@ def policy_objective(config: LossConfig) -> LossFunction:
             raise ValueError("the loss has a KL term, but the batch carries no log-probs of the starting policy")
         weights = token_weights(micro.mask, config.aggregation)
         loss = (total * weights).sum()
-        metrics = _sums(terms, micro) | _sampler_gap(old, micro) | largest
+        metrics = _sums(terms, micro) | _sampler_gap(trained, micro) | largest
         return loss, metrics | {"loss": loss.detach(), "loss/policy": (policy.detach() * weights).sum()}
 
     return loss_function
@@ -107,6 +110,12 @@ def _surrogate(
             ratio, micro.advantages, config.clip_low, config.clip_high, config.dual_clip
         )
     return loss, ratio, clipped
+
+
+def _rollout_log_probs(micro: MicroBatch) -> torch.Tensor:
+    if micro.sampler_log_probs is None:
+        raise ValueError("the loss takes its ratio to the sampler, but the batch carries no log-probs of the sampler")
+    return micro.sampler_log_probs
 
 
 def _corrected(

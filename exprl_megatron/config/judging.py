@@ -56,8 +56,9 @@ class JudgeConfig(Config):
     segment_prompt: str | None = None
     """The same for segments."""
     prompt_order: Literal["shared", "upstream"] = "shared"
-    """`shared` puts the trace last, so that a group's requests share their beginning; `upstream` the reference, and
-    takes the first set of shipped prompts, which follows the released ones, where `shipped_prompts` names no other."""
+    """`shared` puts the trace last, so that a group's requests share their beginning; `upstream`, set by `reproduce:
+    released`, the reference, and takes the first set of shipped prompts, which follows the released ones, where
+    `shipped_prompts` names no other."""
     shipped_prompts: str | None = None
     """Hash of the set of shipped prompts to take, as a run's inputs.json has it under `judge.shipped_prompts`; None:
     the newest. It lets a run that was started with earlier prompts be resumed."""
@@ -73,7 +74,7 @@ class JudgeConfig(Config):
     score_reading: Literal["stated", "expected"] = "stated"
     """`expected` takes the mean over the probabilities of the digits 1..5 at the place of the stated one."""
     parser: Literal["last", "released"] = "last"
-    """The last score stated, or the released code's first `Score:` (without its crash)."""
+    """The last score stated, or, set by `reproduce: released`, the first `Score:` (without the released crash)."""
     reasks: NonNegativeInt = 1
     """Times an unreadable verdict is asked for again, sampled at `reask_temperature`."""
     reask_temperature: float = Field(0.3, gt=0)

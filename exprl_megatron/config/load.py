@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from exprl_megatron.config.algorithms import expand_algorithms
 from exprl_megatron.config.base import Config
+from exprl_megatron.config.reproduction import expand_reproduction
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 
@@ -100,6 +101,8 @@ def _override(tree: Container, override: str, path: Path) -> None:
 def check_config(tree: Any, origin: str, also: Check = _nothing) -> RunConfig:
     """`tree` (plain dicts and lists) as a RunConfig; see load_config for what it raises."""
     tree, sentences = expand_algorithms(tree)
+    if not sentences:
+        tree, sentences = expand_reproduction(tree)
     if sentences:
         raise UserError(_listing(origin, sentences))
     try:

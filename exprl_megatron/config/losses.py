@@ -16,8 +16,8 @@ Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum", "constant-l
 """From losses of tokens to one number. Over all sequences of the update: `token-mean` (DAPO), `sequence-mean` the mean
 over sequences of their token means (GRPO), `sequence-sum` the sum over tokens by the number of sequences (ExpRL's
 stage 2 and its paper's equation 1), `constant-length` the same divided by max_new_tokens (Dr. GRPO).
-`micro-batch-mean` is the released ExpRL code's: token means of micro-batches, weighted by their sequences, so that it
-depends on packing."""
+`micro-batch-mean` is the released ExpRL code's, set by `reproduce: released`: token means of micro-batches, weighted by
+their sequences, so that it depends on packing."""
 
 
 RatioLevel = Literal["token", "sequence", "geometric"]
@@ -54,11 +54,26 @@ class LossConfig(Config):
     aggregation: Aggregation = "token-mean"
     correction: CorrectionConfig = CorrectionConfig()
     """Of the surrogate alone, not of the KL term nor the entropy bonus."""
+    use_rollout_log_probs: bool = False
+    """Take the surrogate's ratio to the policy that sampled, by the log-probs that the servers reported, instead of to
+    the trainer's before the update (slime's `--use-rollout-logprobs`, verl's bypass mode). The clip then also bounds
+    staleness and the gap between sampler and trainer."""
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the loss makes up for tokens that another policy sampled than the one that learns."""
+        return self.correction.kind != "none" or self.use_rollout_log_probs
 
     def violations(self, whole) -> list[str]:
+        found = []
         if self.surrogate != "clip" and self.dual_clip is not None:
-            return [f"loss.dual_clip belongs to the surrogate clip, not to {self.surrogate}; set it to null."]
-        return []
+            found.append(f"loss.dual_clip belongs to the surrogate clip, not to {self.surrogate}; set it to null.")
+        if self.use_rollout_log_probs and self.correction.kind != "none":
+            found.append(
+                f"loss.use_rollout_log_probs is true, but loss.correction.kind is {self.correction.kind}, and both "
+                "correct for the policy that sampled; set one of them to its default."
+            )
+        return found
 
 
 class SparseLossConfig(LossConfig):

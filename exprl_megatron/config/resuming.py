@@ -36,6 +36,7 @@ class Row:
 TABLE = (
     Row(("directory",), "free", "a run may be moved"),
     Row(("permissions",), "free", "who may read its files"),
+    Row(("reproduce",), "fixed", "decides many settings"),
     Row(("seed",), "fixed", "decides order, sampling and starting weights"),
     Row(("checkpoint.*",), "free", "how often the state is written"),
     Row(("journal.*",), "free", "how much is kept"),

@@ -10,6 +10,7 @@ from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.placement import COLOCATED_MEM_FRACTION, PlacementConfig
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig, PromptConfig
+from exprl_megatron.config.reproduction import alone, departures
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
 from exprl_megatron.config.stages import AnyStage, JudgedStage, RlStage
 from exprl_megatron.config.verifying import VerifierConfig
@@ -71,6 +72,8 @@ class RunConfig(Config):
     """Who else may read it: nobody (directories 0700, files 0600), or those that the umask allows. References and judge
     prompts are in it. The key of the run's servers is private in any case."""
     seed: NonNegativeInt = 0
+    reproduce: Literal["released"] | None = None
+    """`released`: do what the released ExpRL code does, where the config says nothing else (docs/reproducing.md)."""
     policy: PolicyConfig
     prompt: PromptConfig = PromptConfig()
     leak_guard: LeakGuardConfig = LeakGuardConfig()
@@ -89,6 +92,11 @@ class RunConfig(Config):
         """The same with `policy.precision: auto` replaced; see PrecisionConfig.resolved."""
         precision = self.policy.precision.resolved(cuda)
         return self.model_copy(update={"policy": self.policy.model_copy(update={"precision": precision})})
+
+    @property
+    def departures(self) -> list[str]:
+        """One sentence for each value by which the run is not the released one, although `reproduce` asks for that."""
+        return departures(self.model_dump(mode="json"))
 
     @property
     def samples(self) -> bool:
@@ -157,6 +165,7 @@ class RunConfig(Config):
             found.append("stages is empty; list at least one stage.")
         if self.evaluation is not None and "start" in names:
             found.append("stages: the name start is that of the evaluation before the first stage; choose another.")
+        found += alone(self.model_dump(mode="json"))
         if self.policy.initialise == "random" and self.samples:
             found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")
         if self._samples_ahead and self.sync.hold == "in_place" and self.sync.max_log_prob_gap not in ("auto", None):

@@ -12,7 +12,7 @@ class SegmentsConfig(Config):
 
     splitter: Literal["heading", "delimiter", "paragraph", "sentences", "released"] = "heading"
     """Before a line that begins with the delimiter; before the delimiter anywhere; at an empty line; every
-    `sentences_per_segment` sentences; or as the released code does, after a token that ends in the delimiter."""
+    `sentences_per_segment` sentences; or, set by `reproduce: released`, after a token that ends in the delimiter."""
     delimiter: str = Field("###", min_length=1)
     sentences_per_segment: PositiveInt = 4
     min_tokens: NonNegativeInt = 32

@@ -95,11 +95,12 @@ class RlStage(Stage):
 
     def _staleness_violations(self) -> list[str]:
         """What stands against traces of older weights."""
-        if self.loss.correction.kind != "none":
+        if self.loss.corrects:
             return []
         return [
             f"stage {self.name}: max_staleness is {self.max_staleness}, but nothing corrects for traces of older "
-            "weights; set loss.correction.kind to truncated or masked, or max_staleness to 0."
+            "weights; set loss.correction.kind to truncated or masked, loss.use_rollout_log_probs to true, or "
+            "max_staleness to 0."
         ]
 
 

@@ -13,8 +13,9 @@ class VerifierConfig(Config):
 
     workers: PositiveInt | Literal["auto"] = "auto"
     """Processes that compare mathematical answers, and as many that run programs; `auto`: one per core, at most 8."""
-    variant: Literal["recommended", "code"] = "recommended"
-    """`code`: mathematical answers exactly as the released code verifies them."""
+    variant: Literal["recommended", "prime", "code"] = "recommended"
+    """How mathematical answers are verified; `prime` and `code`, which `reproduce: released` sets, are the verifiers of
+    the released first and second stage."""
     answer_deadline_s: float = Field(5.0, gt=0)
     """For the comparison of one answer."""
     program_deadline_s: float = Field(60.0, gt=0)

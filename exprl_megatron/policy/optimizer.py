@@ -14,7 +14,7 @@ from exprl_megatron.policy.precision import optimizer_settings
 
 
 def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """A fresh optimizer on the chunks' current weights; norms and biases do not decay.
+    """A fresh optimizer on the chunks' current weights; `set_rates` says what decays.
 
     Raises UserError where its state shall be offloaded from a GPU and there is none.
     """
@@ -66,11 +66,12 @@ def _offload(config: OptimizerConfig) -> dict:
     }
 
 
-def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:
-    """What the next step uses."""
+def set_rates(optimizer: MegatronOptimizer, config: OptimizerConfig, learning_rate: float) -> None:
+    """What the next step uses. Megatron's `wd_mult` is 0 for vectors (norms, biases) and 1 for matrices."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+        share = 1.0 if config.decay_norms_and_biases else group.get("wd_mult", 1.0)
+        group["weight_decay"] = config.weight_decay * share
 
 
 def separate_step_counters(optimizer: MegatronOptimizer) -> None:

@@ -163,7 +163,7 @@ class Policy:
             self._zero_grad()
             raise GradientNotFinite(f"The gradient norm of update {stage.updates + 1} is {grad_norm}")
         rate = learning_rate(stage.config, stage.updates, stage.total_steps)
-        set_rates(stage.optimizer, rate, stage.config.weight_decay)
+        set_rates(stage.optimizer, stage.config, rate)
         done, _, _ = stage.optimizer.step()
         stage.updates += 1
         self._zero_grad()

@@ -9,10 +9,13 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     """The learning rate of optimizer step number `step` (from 0) of `total_steps`.
 
     It rises linearly over `warmup_steps`, the last of which has the full rate; then it is constant, or falls
-    by a cosine or a line to `min_lr_ratio` of it at the last step.
+    by a cosine or a line to `min_lr_ratio` of it at the last step. With `warmup_from_zero` it is transformers'
+    get_linear_schedule_with_warmup and get_cosine_schedule_with_warmup.
     """
+    if config.warmup_from_zero:
+        total_steps += 1
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+        return config.lr * (step + (not config.warmup_from_zero)) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
     falling = total_steps - 1 - config.warmup_steps

@@ -8,15 +8,18 @@ from typing import Literal
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.rewards.extraction import extract_answer, extract_boxed_tail
+from exprl_megatron.rewards.prime_answer import extract_prime_answer
 from exprl_megatron.rewards.worker_process import WorkerProcess
 
 START_DEADLINE_S = 120.0
 DEADLINE_S = 5.0
 CODE_DEADLINE_S = 1.0
 
-Variant = Literal["recommended", "code"]
+Variant = Literal["recommended", "prime", "code"]
 """`code` is the released code's stage-2 reward: only a `\\boxed` counts, with all that follows it handed to
-math-verify, and every failure (unreadable, empty, overlong, later than a second) is 0 instead of an abstention."""
+math-verify, and every failure (unreadable, empty, overlong, later than a second) is 0 instead of an abstention.
+`prime` is that of its first stage (prime_answer.py), where every failure is 0 too."""
+EXTRACTION = {"recommended": extract_answer, "prime": extract_prime_answer, "code": extract_boxed_tail}
 
 
 class MathVerifier:
@@ -39,18 +42,18 @@ class MathVerifier:
         which math-verify fails, hangs or dies is wrong, provided that `answer` alone can be read within `deadline_s`;
         else abstains with `verifier-timeout` or `verifier-error`. Raises RuntimeError where no process can be started.
         """
-        literal = self._variant == "code"
-        found = extract_boxed_tail(trace_text) if literal else extract_answer(trace_text)
+        released = self._variant != "recommended"
+        found = EXTRACTION[self._variant](trace_text)
         if found is None:
             return Scored(0.0, "no answer")
-        if literal:
+        if self._variant == "code":
             deadline_s = min(deadline_s, CODE_DEADLINE_S)
         request = {"gold": answer, "answer": found, "limit_s": deadline_s, "variant": self._variant}
         reply = await asyncio.get_running_loop().run_in_executor(self._threads, self._settled, request)
         if "equal" in reply:
             return Scored(float(reply["equal"]), reply.get("evidence", found))
         evidence = f"{found}: {reply['error']}"
-        return Scored(0.0, evidence) if literal else Abstained(reply["reason"], evidence)
+        return Scored(0.0, evidence) if released else Abstained(reply["reason"], evidence)
 
     def close(self) -> None:
         """End the processes; comparisons under way are finished first."""
@@ -67,7 +70,7 @@ class MathVerifier:
     def _settled(self, request: dict) -> dict:
         """The reply to `request`, or, where there is none in time, whose fault that is."""
         reply = self._compare(request)
-        if "equal" in reply or request["variant"] == "code" or not reply.pop("lost", False):
+        if "equal" in reply or request["variant"] != "recommended" or not reply.pop("lost", False):
             return reply
         if reply["reason"] == "verifier-error":
             # The process died: by this answer, if it does so again.

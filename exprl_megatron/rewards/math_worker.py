@@ -14,6 +14,7 @@ import sys
 from fractions import Fraction
 
 from exprl_megatron.rewards.math_forms import normalise_answer, same_answer, same_value
+from exprl_megatron.rewards.prime_answer import same_as_prime
 
 MEMORY_BYTES = 4 * 2**30
 
@@ -36,7 +37,7 @@ def serve() -> None:
         # The parent kills a process that hangs; this ends one whose parent was itself killed.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["limit_s"])
         try:
-            equal = _equal_as_released if request["variant"] == "code" else _equal
+            equal = {"recommended": _equal, "prime": _equal_as_prime, "code": _equal_as_released}[request["variant"]]
             reply = {"equal": equal(parse, verify, request["gold"], request["answer"])}
         except Exception as error:  # whatever it is, the parent hears of it
             reply = {"reason": "verifier-error", "error": f"{type(error).__name__}: {error}"[:300]}
@@ -79,6 +80,16 @@ def _equal_as_released(parse, verify, gold: str, boxed_tail: str) -> bool:
     """`boxed_tail` is the trace from its last box on; math-verify looks for the answer in it."""
     answer = parse(boxed_tail, parsing_timeout=None, raise_on_error=True)
     return verify(_parsed(parse, gold), answer, strict=True, timeout_seconds=None, raise_on_error=True)
+
+
+def _equal_as_prime(parse, verify, gold: str, answer: str) -> bool:
+    """Numbers as the released first stage compares them, and what is none by math-verify."""
+
+    def by_math_verify(first: str, second: str) -> bool:
+        one, other = _parsed(parse, first), _parsed(parse, second)
+        return verify(one, other, strict=False, timeout_seconds=None, raise_on_error=True)
+
+    return same_as_prime(gold, answer, by_math_verify)
 
 
 def _parsed(parse, text: str) -> list:

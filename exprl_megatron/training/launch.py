@@ -24,6 +24,7 @@ from exprl_megatron.training.devices import placed
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.inputs import input_contents
 from exprl_megatron.training.nodes import Host, Node, RankFailed
+from exprl_megatron.training.plan import print_departures
 from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
 from exprl_megatron.training.preflight import check_inputs
 from exprl_megatron.training.ranks import TrainerRanks
@@ -66,6 +67,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         raise
     own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
     try:
+        print_departures(config)
         if config.samples and (sentence := irreproducible_sampling(config.server, uses_cuda())):
             print(sentence, flush=True)
         # Servers that are registered elsewhere may have made it already.

@@ -81,10 +81,17 @@ def print_start(config: RunConfig) -> None:
     """Check what a start would check, and print what it would start; UserError as `check_inputs` raises it."""
     left_out = dry_run(config)
     print_plan(config)
+    print_departures(config)
     if left_out is None:
         print_prompts(config)
     else:
         print(f"exprl: {left_out}", file=sys.stderr)
+
+
+def print_departures(config: RunConfig) -> None:
+    """Print how the run differs from the released one that `reproduce` asks for."""
+    for sentence in config.departures:
+        print(f"exprl: {sentence}", file=sys.stderr, flush=True)
 
 
 def print_prompts(config: RunConfig) -> None:

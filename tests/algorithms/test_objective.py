@@ -54,6 +54,33 @@ def test_without_old_log_probs_the_step_is_on_policy():
     assert log_probs.grad[1].tolist() == [0, -0.5, 0.5, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("advantage", "surrogate"),
+    [(0.75, (3.75, 0.828878, 0.013737)), (-0.25, (-1.847264, -0.276293, -0.004579))],
+)
+def test_the_ratio_to_the_sampler_is_the_released_second_stage(advantage, surrogate):
+    # The vector stage2_pipelinerl: min(r A, clip(r, -3, 5) A), r to the log-probs that the sampler reported.
+    rollout, new = (-1.0, -0.5, -2.0), (1.0, -0.4, -6.0)
+    batch = pad([Sequence((1,), (3, 4, 5), (advantage,) * 3, sampler_log_probs=rollout)], 4)
+    log_probs = torch.tensor([[*new, -7.0]]).requires_grad_()
+    config = SparseLossConfig(use_rollout_log_probs=True)
+    loss, metrics = policy_objective(config)(log_probs, torch.full((1, 4), 0.5), batch)
+    assert loss.item() == pytest.approx(-sum(surrogate) - 1e-4 * 0.5 * 3, abs=1e-5)
+    loss.backward()
+    # d(r A)/d(log p) = r A; beyond the bound of 5 a positive advantage has no gradient, a negative one keeps its own.
+    ratios = [math.exp(n - r) for n, r in zip(new, rollout, strict=True)]
+    expected = [0.0 if ratio > 5 and advantage > 0 else -ratio * advantage for ratio in ratios]
+    assert log_probs.grad[0].tolist() == pytest.approx([*expected, 0.0], abs=1e-5)
+    # The gap that is watched is still that between trainer and sampler.
+    gaps = [abs(n - r) for n, r in zip(new, rollout, strict=True)]
+    assert metrics["sampler_gap/mean"].item() == pytest.approx(sum(gaps), abs=1e-5)
+
+
+def test_the_ratio_to_the_sampler_needs_its_log_probs():
+    with pytest.raises(ValueError, match="carries no log-probs of the sampler"):
+        policy_objective(SparseLossConfig(use_rollout_log_probs=True))(*_outputs(), _batch(old_log_probs=OLD))
+
+
 def test_the_entropy_bonus_is_taken_off_the_loss():
     plain, _ = policy_objective(SparseLossConfig(entropy_coefficient=0.0))(*_outputs(), _batch(old_log_probs=OLD))
     bonus, _ = policy_objective(SparseLossConfig(entropy_coefficient=0.1))(*_outputs(), _batch(old_log_probs=OLD))

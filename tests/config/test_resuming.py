@@ -168,7 +168,7 @@ def test_the_order_and_the_spelling_of_free_arguments_do_not_matter():
 @pytest.mark.parametrize("key", ["policy.micro_batch_tokens", "policy.packing", "policy.layout.dp"])
 def test_how_sequences_are_batched_must_stay_where_the_loss_depends_on_it(key):
     value = False if key == "policy.packing" else 2
-    by_batch = BASE | {"stages": [STAGES[0] | {"loss": {"aggregation": "micro-batch-mean"}}]}
+    by_batch = BASE | {"reproduce": "released", "stages": [STAGES[0] | {"loss": {"aggregation": "micro-batch-mean"}}]}
     experts = BASE | {"policy": {"model": "m", "moe_aux_loss": 0.1}}
     assert refused(key, value) == []
     assert refused(key, value, by_batch) == refused(key, value, experts) == [key]

@@ -64,8 +64,9 @@ def test_what_the_former_stage_held_is_free_before_the_next_one_takes_memory(pol
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), expected, strict=True))
 
 
-def test_a_step_is_adamw_with_clipping_and_without_decay_of_norms_and_biases(policy):
-    settings = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad_norm=0.5)
+@pytest.mark.parametrize("all_decay", [False, True])
+def test_a_step_is_adamw_with_clipping_and_without_decay_of_norms_and_biases_unless_they_shall(policy, all_decay):
+    settings = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad_norm=0.5, decay_norms_and_biases=all_decay)
     policy.begin_stage(settings, total_steps=2)
     before = {name: p.detach().clone() for name, p in policy.chunks[0].named_parameters()}
     policy.accumulate(BATCH, loss_function, 1.0, tokens(BATCH))
@@ -76,7 +77,7 @@ def test_a_step_is_adamw_with_clipping_and_without_decay_of_norms_and_biases(pol
     for name, parameter in policy.chunks[0].named_parameters():
         gradient = gradients[name] * (0.5 / norm)
         # The first AdamW step: bias-corrected moments are the gradient and its square.
-        expected = before[name] * (1 - 1e-2 * (0.1 if parameter.dim() > 1 else 0))
+        expected = before[name] * (1 - 1e-2 * (0.1 if parameter.dim() > 1 or all_decay else 0))
         expected = expected - 1e-2 * gradient / (gradient.abs() + 1e-8)
         assert torch.allclose(parameter, expected, atol=1e-5), name
 

@@ -1,0 +1,86 @@
+"""The verifier of the released first stage (verl's `prime_math`), which rewards its sparse GRPO baseline.
+
+It takes much for an answer: what follows "answer is" anywhere, else the whole response, cut down to what follows the
+last "is" or "="; a box within that counts first. Two numbers are equal within a relative 1e-4, and a percentage equals
+its number. What is no number is compared by math-verify here, where the released code goes through sympy's two parsers.
+"""
+
+import re
+from collections.abc import Callable
+from math import isclose
+
+LONGEST_ANSWER = 1000
+"""Characters that are compared."""
+_ANSWER_FOLLOWS = ("answer:", "answer is", "answers are")
+_ANSWER_PRECEDES = ("is answer", "is the answer", "are answers", "are the answers")
+_VALUE_FOLLOWS = ("be ", "is ", "are ", "=", ": ", "get ", "be\n", "is\n", "are\n", ":\n", "get\n")
+_IGNORED = re.compile(r"\\(?:left|right|!|,|;|:|\$|%)|\^\{?\\circ\}?|[\s$%]")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
+_BRACKETS = ("()", "[]")
+
+
+def extract_prime_answer(text: str) -> str:
+    """What the released first stage takes for the answer of a response: the response itself where nothing marks one."""
+    for marker in _ANSWER_FOLLOWS:
+        text = _after_last(text, marker)
+    for marker in _ANSWER_PRECEDES:
+        place = text.lower().rfind(marker)
+        text = text if place < 0 else text[:place].strip()
+    text = _last_box(text) or text
+    if ". " in text:
+        text = text[: text.rfind(". ")].strip()
+    for marker in _VALUE_FOLLOWS:
+        text = _after_last(text, marker)
+    return text
+
+
+def same_as_prime(gold: str, answer: str, compare: Callable[[str, str], bool]) -> bool:
+    """Whether `answer` counts as `gold`; `compare` decides about what are no numbers, and may raise."""
+    wanted, found = (_plain(text) for text in (gold, answer[:LONGEST_ANSWER]))
+    if wanted == found:
+        return True
+    numbers = _number(wanted), _number(found)
+    if None not in numbers:
+        return any(isclose(numbers[0] * factor, numbers[1], rel_tol=1e-4) for factor in (0.01, 1, 100))
+    if not found:
+        return False
+    parts = _parts(wanted), _parts(found)
+    if len(parts[0]) > 1 and len(parts[0]) == len(parts[1]):
+        return all(same_as_prime(*pair, compare) for pair in zip(*parts, strict=True))
+    return compare(wanted, found)
+
+
+def _after_last(text: str, marker: str) -> str:
+    place = text.lower().rfind(marker)
+    return text if place < 0 else text[place + len(marker) :].strip()
+
+
+def _last_box(text: str) -> str | None:
+    r"""What is in the braces behind the last `\boxed`, or else `\fbox`; None where they do not close."""
+    start = text.rfind(r"\boxed") if r"\boxed" in text else text.rfind(r"\fbox")
+    first = text.find("{", start) if start >= 0 else -1
+    depth = 0
+    for place in range(first, len(text)) if first >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[first + 1 : place].strip()
+    return None
+
+
+def _plain(text: str) -> str:
+    """Without spaces, units' marks and the sizes of fractions and brackets; lower case."""
+    text = _IGNORED.sub("", _TEXT.sub(r"\1", text.strip()))
+    return text.replace("tfrac", "frac").replace("dfrac", "frac").lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace("{,}", "").replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _parts(text: str) -> list[str]:
+    """The elements of a tuple, an interval or a list; brackets of the same kind on both sides are not needed."""
+    inner = text[1:-1] if any(text[:1] == left and text[-1:] == right for left, right in _BRACKETS) else text
+    return inner.split(",")
