@@ -32,12 +32,13 @@ def files(tiny_model, tmp_path) -> Path:
     return tmp_path
 
 
-def contents(files: Path, **judge) -> dict[str, str]:
+def contents(files: Path, reproduce: str | None = None, **judge) -> dict[str, str]:
     model_identity.cache_clear()
     inputs._problems.cache_clear()
     shared = {"problems": {"source": str(files / "problems.jsonl")}, "sampling": {"max_new_tokens": 64}}
     tree = {
         "directory": "run",
+        "reproduce": reproduce,
         "policy": {"model": str(files / "policy")},
         "judge": {
             "model": str(files / "judge"),
@@ -118,7 +119,7 @@ def test_earlier_prompts_that_are_named_by_their_hashes_are_the_same_contents(fi
     named = contents(files, shipped_prompts=first, prompt=FIRST_MATH_TRACE)
     assert (named["judge.shipped_prompts"], named["judge.prompt"]) == (first, FIRST_MATH_TRACE)
     assert contents(files)["judge.shipped_prompts"] not in (first, None)
-    assert contents(files, prompt_order="upstream")["judge.shipped_prompts"] == first
+    assert contents(files, "released")["judge.shipped_prompts"] == first
 
 
 def test_weights_in_megatrons_form_count(files):
