@@ -103,15 +103,17 @@ class OptimizerConfig(Config):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Last learning rate of a decaying schedule, as a share of `lr`."""
+    """Where a decaying schedule would be one step after the last, as a share of `lr`: no step has the rate 0."""
     warmup_from_zero: bool = False
-    """Step s (from 0) has s / warmup_steps of the rate instead of (s + 1) / warmup_steps, and a decay ends one step
-    after the last: the schedules of transformers, verl and Megatron, whose first step of a warm-up learns nothing."""
+    """Step s (from 0) of a warm-up has s / warmup_steps of the rate instead of (s + 1) / warmup_steps: the schedules of
+    transformers, verl and Megatron, whose first step learns nothing."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
+    """Of matrices alone; see `decay_norms_and_biases`."""
     decay_norms_and_biases: bool = False
-    """Let vectors (norms, biases) decay like matrices, as FSDP and DeepSpeed trainers do; Megatron leaves them out."""
+    """Let vectors (norms, biases) decay like matrices, as verl's FSDP backend does; Megatron and transformers' Trainer
+    leave them out."""
     clip_grad_norm: float = Field(1.0, gt=0)
     distributed: bool = True
     """Shard the optimizer state over data-parallel ranks."""

@@ -6,12 +6,14 @@ import weakref
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Trainer
 from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
+from exprl_megatron.policy import overlap
 from exprl_megatron.policy.batch import Sequence
-from exprl_megatron.policy.optimizer import build_optimizer
+from exprl_megatron.policy.optimizer import build_optimizer, set_rates
 from exprl_megatron.policy.packing import plan_micro_batches
 from exprl_megatron.policy.policy import Policy
 
@@ -80,6 +82,20 @@ def test_a_step_is_adamw_with_clipping_and_without_decay_of_norms_and_biases_unl
         expected = before[name] * (1 - 1e-2 * (0.1 if parameter.dim() > 1 or all_decay else 0))
         expected = expected - 1e-2 * gradient / (gradient.abs() + 1e-8)
         assert torch.allclose(parameter, expected, atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3-moe"])
+def test_what_does_not_decay_is_what_the_trainer_of_transformers_leaves_out(tiny_model, world, family):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family))
+    theirs = set(Trainer.get_decay_parameter_names(None, model))
+    left_out = sum(p.numel() for name, p in model.named_parameters() if name not in theirs)
+    learner = Policy(PolicyConfig(model=str(tiny_model(family)), max_tokens=40), seed=0)
+    for all_decay, expected in ((False, left_out), (True, 0)):
+        settings = OptimizerConfig(weight_decay=0.1, decay_norms_and_biases=all_decay, distributed=False)
+        optimizer = build_optimizer(settings, overlap.wrap(learner.chunks, settings))
+        set_rates(optimizer, settings, 1.0)
+        groups = [group for group in optimizer.param_groups if group["weight_decay"] == 0]
+        assert sum(parameter.numel() for group in groups for parameter in group["params"]) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"])
