@@ -5,10 +5,14 @@ the servers' checksums are compared with the trainer's, which hashes its buckets
 (--no-verify: neither, to see the transport alone where cores are few). The floor is the same bytes in the same pieces
 through a bare torch broadcast between as many processes. Syncs and floors take turns; the table has their medians.
 
+--checksums instead compares syncs without checksums, with those of shards (what a run does) and with SGLang's own, of
+joined tensors, in turns: medians by the clock and of the processors of all processes of both sides.
+
 --plan instead plans a sync by direct for models of full size, without weights or servers: processor seconds and memory
 of rank 0, which plans for the servers too, and of another rank.
 
     python tools/bench_reshard.py --gb 1 [--layouts 1x1 2x1 1x2 2x2] [--server-tp 1 2] [--no-verify] [--json F]
+    python tools/bench_reshard.py --checksums --gb 1 [--layouts 1x1 2x1] [--transports broadcast direct] [--json F]
     python tools/bench_reshard.py --plan [--json F]
 """
 
@@ -18,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bucket-mb", type=float, default=64.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="compare no checksums")
+    parser.add_argument("--checksums", action="store_true", help="compare syncs with and without checksums")
+    parser.add_argument("--transports", nargs="+", default=["broadcast", "direct"], help="of --checksums")
     parser.add_argument("--plan", action="store_true", help="plan syncs by direct for models of full size")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -54,30 +61,59 @@ def main(arguments: list[str] | None = None) -> None:
         run_rank(json.loads(args.rank.read_text()))
     elif args.plan:
         plan(args.json)
+    elif args.checksums:
+        compare_checksums(args)
     else:
         conduct(args)
 
 
 def conduct(args: argparse.Namespace) -> None:
     """All measurements, as a table and, where asked for, as JSON."""
+    settings = {name: getattr(args, name) for name in ("transport", "bucket_mb", "repeats", "verify")}
+    print(f"{args.transport}, buckets of {args.bucket_mb:g} MiB, median of {args.repeats}\n{HEAD}", flush=True)
+    records = []
+    for told, room in layouts_and_servers(args):
+        records.append(run_layout(told | {"settings": settings}, room))
+        print(line(records[-1]), flush=True)
+    if args.json is not None:
+        args.json.write_text(json.dumps(records, indent=1))
+
+
+def compare_checksums(args: argparse.Namespace) -> None:
+    """What checksums add to a sync, as a Markdown table and, where asked for, as JSON."""
+    print("| transport | trainer | server | without | with | ratio | SGLang's own | CPU without | with | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    records = []
+    for told, room in layouts_and_servers(args):
+        for transport in args.transports:
+            settings = {"transport": transport, "bucket_mb": args.bucket_mb, "repeats": args.repeats}
+            found = run_layout(told | {"settings": settings, "checksums": True}, room)
+            records.append(told | settings | {"seconds": found})
+            none, shards, whole = (found[kind] for kind in ("none", "shards", "whole"))
+            print(
+                f"| {transport} | {told['layout']} | TP{told['server_tp']} | {none['wall_s']:.2f} | "
+                f"{shards['wall_s']:.2f} | {shards['wall_s'] / none['wall_s']:.2f} | "
+                f"{whole['wall_s'] / none['wall_s']:.2f} | {none['cpu_s']:.2f} | {shards['cpu_s']:.2f} | "
+                f"{shards['cpu_s'] / none['cpu_s']:.2f} |",
+                flush=True,
+            )
+    if args.json is not None:
+        args.json.write_text(json.dumps(records, indent=1, default=str))
+
+
+def layouts_and_servers(args: argparse.Namespace) -> Iterator[tuple[dict, Path]]:
+    """What `run_layout` is told, and a directory for its files: each layout with each server, which runs meanwhile."""
     from exprl_megatron.benchmarks.sync_runs import write_model
 
-    records = []
-    settings = {name: getattr(args, name) for name in ("transport", "bucket_mb", "repeats", "verify")}
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
         model = write_model(room / "model", args.gb * 1e9)
-        print(f"{args.transport}, buckets of {args.bucket_mb:g} MiB, median of {args.repeats}\n{HEAD}", flush=True)
         for tp in args.server_tp:
             config = ServerConfig(tp=tp, max_total_tokens=1024, extra_args=("--skip-tokenizer-init",))
             with start_servers([ServerSpec(f"tp{tp}", model, config, room, dtype="bfloat16")])[0] as server:
+                held = {"name": server.name, "url": server.url, "key_file": str(server.key_file), "pid": server.pid}
                 for layout in args.layouts:
-                    servers = [{"name": server.name, "url": server.url, "key_file": server.key_file}]
-                    told = {"layout": layout, "model": str(model), "servers": servers, "server_tp": tp}
-                    records.append(run_layout(told | {"settings": settings}, room))
-                    print(line(records[-1]), flush=True)
-    if args.json is not None:
-        args.json.write_text(json.dumps(records, indent=1))
+                    yield {"layout": layout, "model": str(model), "servers": [held], "server_tp": tp}, room
 
 
 def plan(file: Path | None) -> None:
@@ -111,6 +147,7 @@ def run_layout(told: dict, room: Path) -> dict:
     receivers = [
         subprocess.Popen([*command, "--receiver", str(floor_port), str(rank), str(count)], env=environment)
         for rank in range(1, count + 1)
+        if not told.get("checksums")
     ]
     size = parsed(told["layout"]).world_size
     ranks = []
@@ -129,15 +166,18 @@ def run_rank(told: dict) -> None:
     """One trainer process."""
     import torch
 
+    from exprl_megatron.benchmarks.checksum_cost import measure_checksums
     from exprl_megatron.benchmarks.sync_runs import as_record, measure
 
     torch.set_num_threads(1)
-    layout = parsed(told["layout"])
-    measured = measure(
-        layout, Path(told["model"]), told["servers"], told["server_tp"], told["floor_port"], told["settings"]
-    )
-    if measured is not None:
-        Path(told["result"]).write_text(json.dumps(as_record(measured)))
+    sync = parsed(told["layout"]), Path(told["model"]), told["servers"], told["server_tp"]
+    if told.get("checksums"):
+        record = measure_checksums(*sync, told["settings"])
+    else:
+        measured = measure(*sync, told["floor_port"], told["settings"])
+        record = measured and as_record(measured)
+    if record is not None:
+        Path(told["result"]).write_text(json.dumps(record))
 
 
 def parsed(layout: str) -> Layout:

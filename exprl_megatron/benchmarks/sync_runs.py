@@ -84,47 +84,70 @@ def write_model(directory: Path, size_bytes: float, seed: int = 0) -> Path:
     return directory
 
 
+class Trainer:
+    """A trainer's process in a world of `layout`, and its way to `servers` by the transport of `settings`."""
+
+    def __init__(self, layout: Layout, model: Path, servers: list[dict], server_tp: int, settings: dict):
+        self.world = enter_world(layout, timeout_s=_DEADLINE_S)
+        self.policy = Policy(PolicyConfig(model=str(model), precision="bf16", layout=layout), seed=0)
+        self.conductor, self.control = Conductor(), Control(2 * _DEADLINE_S)
+        self._server_tp, self._bucket_mb = server_tp, settings["bucket_mb"]
+        found = servers if self.world.rank == 0 else []
+        self._clients = [
+            SGLangClient(s["url"], s["name"], deadline_s=_DEADLINE_S, headers=authorization(s["key_file"]))
+            for s in found
+        ]
+        for client in self._clients:
+            self.conductor.run(client.__aenter__())
+        self._transport = make_transport(
+            TransportChoice(settings["transport"], "measured"),
+            self._clients,
+            server_tp,
+            self.policy.world,
+            self.control,
+            _DEADLINE_S,
+            directory=model.parent / "sync",
+            model=model,
+        )
+
+    def sync(self, verify: bool) -> WeightSync:
+        """Syncs of this trainer."""
+        config = SyncConfig(bucket_mb=self._bucket_mb, verify=verify)
+        members = FixedServers(self._clients)
+        return WeightSync(config, self.policy, self.conductor, members, self._transport, self.control, self._server_tp)
+
+    def change(self) -> None:
+        """Other weights than before, so that a sync that brought nothing would be found out."""
+        for chunk in self.policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.data.neg_()
+
+    def close(self, sync: WeightSync) -> None:
+        """Leave servers and world; `sync` is any of this trainer's."""
+        sync.close()
+        for client in self._clients:
+            self.conductor.run(client.__aexit__())
+        self.conductor.close()
+        leave_world()
+
+
 def measure(
     layout: Layout, model: Path, servers: list[dict], server_tp: int, floor_port: int, settings: dict
 ) -> Measured | None:
     """Syncs and floors in turn, in a world of `layout`; on rank 0 what they took."""
-    world = enter_world(layout, timeout_s=_DEADLINE_S)
-    policy = Policy(PolicyConfig(model=str(model), precision="bf16", layout=layout), seed=0)
-    conductor, control = Conductor(), Control(2 * _DEADLINE_S)
-    found = servers if world.rank == 0 else []
-    clients = [
-        SGLangClient(s["url"], s["name"], deadline_s=_DEADLINE_S, headers=authorization(s["key_file"])) for s in found
-    ]
-    floor = Floor(floor_port, server_tp * len(servers)) if world.rank == 0 else None
-    for client in clients:
-        conductor.run(client.__aenter__())
-    transport = make_transport(
-        TransportChoice(settings["transport"], "measured"),
-        clients,
-        server_tp,
-        policy.world,
-        control,
-        _DEADLINE_S,
-        directory=model.parent / "sync",
-        model=model,
-    )
-    config = SyncConfig(bucket_mb=settings["bucket_mb"], verify=settings["verify"])
-    sync = WeightSync(config, policy, conductor, FixedServers(clients), transport, control, server_tp)
-    staged = stage_messages(policy.architecture, layout, "bfloat16", int(config.bucket_mb * 2**20))
+    trainer = Trainer(layout, model, servers, server_tp, settings)
+    floor = Floor(floor_port, server_tp * len(servers)) if trainer.world.rank == 0 else None
+    sync = trainer.sync(settings["verify"])
+    staged = stage_messages(trainer.policy.architecture, layout, "bfloat16", int(settings["bucket_mb"] * 2**20))
     sizes = [message.nbytes for messages in staged for message in messages]
     syncs, floors = [], []
     for number in range(settings["repeats"] + 1):
-        _change(policy)
+        trainer.change()
         floors.append(0.0 if floor is None else floor.seconds(sizes))
         syncs.append(sync.bring(f"{layout}-{time.monotonic_ns()}-{number}"))
     if floor is not None:
         floor.close()
-    sync.close()
-    if floor is not None:
-        for client in clients:
-            conductor.run(client.__aexit__())
-    conductor.close()
-    leave_world()
+    trainer.close(sync)
     # The first opens the groups.
     return _medians(layout, server_tp, settings, floors[1:], syncs[1:]) if floor is not None else None
 
@@ -150,10 +173,3 @@ def _medians(
         push_s=median(sync["sync/seconds"] - sync["sync/check"] for sync in syncs),
         parts=parts,
     )
-
-
-def _change(policy: Policy) -> None:
-    """Other weights than before, so that a sync that brought nothing would be found out."""
-    for chunk in policy.chunks:
-        for parameter in chunk.parameters():
-            parameter.data.neg_()

@@ -7,6 +7,7 @@ own messages; nobody makes everybody's. Ranks are those of one group: the traine
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -20,7 +21,7 @@ _SMALL_BYTES = 2**16
 
 
 @dataclass(frozen=True)
-class _Transfers:
+class Transfers:
     """What brings the needs of one server rank: stretches of rows of which each is held by the same ranks."""
 
     holdings: tuple[range, ...]
@@ -32,9 +33,26 @@ class _Transfers:
     sources: np.ndarray
     """RECTANGLE [rows] of parameters."""
 
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """int64 [stretches]: numbers in each."""
+        return np.diff(np.append(0, np.cumsum(areas(self.wanted)))[self.ends], prepend=0)
+
     def rows(self, stretch: int) -> slice:
         """Of a stretch."""
         return slice(int(self.ends[stretch - 1]) if stretch else 0, int(self.ends[stretch]))
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """What crosses in a sync, by rank of trainer and servers."""
+
+    sent: dict[int, int]
+    """Bytes that each trainer rank sends, those with none left out."""
+    received: dict[int, int]
+    """Bytes that each server rank receives."""
+    parts: dict[int, int]
+    """Rectangles that each server rank receives."""
 
 
 class DeliveryPlan:
@@ -51,7 +69,7 @@ class DeliveryPlan:
         self.held = held
         self._itemsize = ITEMSIZE[dtype]
         distinct = {id(rank): rank for server in needs for rank in server}
-        transfers = {key: _transfers(rank, held) for key, rank in distinct.items()}
+        transfers = {key: transfers_of(rank, held) for key, rank in distinct.items()}
         self._targets = {}
         """Of each server rank its server and what it is sent."""
         for server, ranks in enumerate(needs):
@@ -67,6 +85,17 @@ class DeliveryPlan:
     def targets(self) -> range:
         """The servers' ranks."""
         return range(min(self._targets), max(self._targets) + 1)
+
+    def volumes(self) -> Volumes:
+        """How much each rank sends and receives, without its messages."""
+        sent: Counter[int] = Counter()
+        received, parts = {}, {}
+        for target, (_, transfers) in self._targets.items():
+            sizes = transfers.sizes * self._itemsize
+            received[target], parts[target] = int(sizes.sum()), len(transfers.wanted)
+            for sender, size in zip(self._senders(target), sizes.tolist(), strict=True):
+                sent[sender] += size
+        return Volumes(dict(sent), received, parts)
 
     def sends(self, rank: int) -> Deliveries:
         """What the trainer's `rank` sends; parts are of its parameters, by their numbers in Held."""
@@ -119,7 +148,7 @@ class DeliveryPlan:
         return Deliveries(messages, together[order])
 
 
-def _transfers(needs: np.ndarray, held: Held) -> _Transfers:
+def transfers_of(needs: np.ndarray, held: Held) -> Transfers:
     """What brings the needs of one rank. Raises ValueError where no rank holds one."""
     starts = held.starts[needs["of"]]
     counts = held.starts[needs["of"] + 1] - starts
@@ -144,7 +173,7 @@ def _transfers(needs: np.ndarray, held: Held) -> _Transfers:
     rank_of = np.argsort(by_first)[which]
     order = np.argsort(rank_of, kind="stable")
     ends = np.cumsum(np.bincount(rank_of, minlength=len(found)))
-    return _Transfers(tuple(held.holdings[i] for i in found[by_first]), ends, wanted[order], sources[order])
+    return Transfers(tuple(held.holdings[i] for i in found[by_first]), ends, wanted[order], sources[order])
 
 
 def _overlap(need: np.ndarray, share: np.ndarray, start: str, size: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ and value projections joined along the rows, of the gate and up projections too,
 behind the other. FP8 weights are hashed as the bf16 numbers that they stand for.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -13,12 +12,7 @@ import torch
 
 from exprl_megatron.serving.sharding import Device, rank_cut
 from exprl_megatron.serving.weight_hash import Sha256, WeightHash, WordHash
-
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_PARTS = {part: fused for fused, parts in _FUSED.items() for part in parts}
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
-_OF_EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
-_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+from exprl_megatron.serving.weight_layout import FUSED, OF_EXPERTS, ServerPart, server_part
 
 
 @dataclass
@@ -63,10 +57,11 @@ class ServerChecksums:
         """Take some of the weights; their memory may be used anew when this returns."""
         for name, tensor in named_tensors:
             tensor = tensor.detach().to(dtype=self._dtype or tensor.dtype)
-            if expert := _EXPERT.fullmatch(name):
-                self._add_expert(expert[1], int(expert[2]), _MIXTRAL.get(expert[3], expert[3]), tensor)
+            part = server_part(name)
+            if part.of_experts:
+                self._add_expert(part, tensor)
             elif not (self._tied and name == "lm_head.weight"):
-                self._add_dense(name, tensor)
+                self._add_dense(part, tensor)
         for parts in (*self._waiting.values(), *(growing.early for growing in self._growing.values())):
             parts |= {key: kept.clone() for key, kept in parts.items()}
 
@@ -78,16 +73,15 @@ class ServerChecksums:
             raise ValueError(f"parts of fused parameters are missing: {'; '.join(missing)}")
         return self._found
 
-    def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
-        module, _, part = name.rpartition(".")[0].rpartition(".")
-        parts = {part: tensor}
-        if fused := _PARTS.get(part):
-            name = f"{module}.{fused}.{name.rpartition('.')[2]}"
+    def _add_dense(self, part: ServerPart, tensor: torch.Tensor) -> None:
+        name, parts = part.parameter, {part.module: tensor}
+        fused = name.rpartition(".")[0].rpartition(".")[2]
+        if fused in FUSED:
             parts = self._waiting.setdefault(name, {})
-            parts[part] = tensor
-            if len(parts) < len(_FUSED[fused]):
+            parts[part.module] = tensor
+            if len(parts) < len(FUSED[fused]):
                 return
-            parts = {p: self._waiting[name][p] for p in _FUSED[fused]}
+            parts = {p: self._waiting[name][p] for p in FUSED[fused]}
             del self._waiting[name]
         for rank, held in enumerate(self._found):
             own = [self._rank_bytes(p, whole, rank) for p, whole in parts.items()]
@@ -96,14 +90,15 @@ class ServerChecksums:
                 digest.update(data)
             held[name] = digest.hexdigest()
 
-    def _add_expert(self, module: str, expert: int, part: str, tensor: torch.Tensor) -> None:
-        (kind, parts), *_ = ((kind, parts) for kind, parts in _OF_EXPERTS.items() if part in parts)
-        name, count = f"{module}.{kind}", self._experts * len(parts)
+    def _add_expert(self, part: ServerPart, tensor: torch.Tensor) -> None:
+        name = part.parameter
+        parts = OF_EXPERTS[name.rpartition(".")[2]]
+        count = self._experts * len(parts)
         if name not in self._growing:
-            nbytes = count * len(self._rank_bytes(part, tensor, 0))
+            nbytes = count * len(self._rank_bytes(part.module, tensor, 0))
             self._growing[name] = _Experts([self._hash(nbytes) for _ in range(self._tp)], count)
         growing = self._growing[name]
-        growing.early[expert * len(parts) + parts.index(part)] = tensor
+        growing.early[part.position] = tensor
         while growing.done in growing.early:
             tensor = growing.early.pop(growing.done)
             for rank, digest in enumerate(growing.hashes):

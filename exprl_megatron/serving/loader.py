@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from sglang.srt.utils.common import init_custom_process_group
+from sglang.srt.utils.weight_checker import _is_skip_weight_check
 
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 from exprl_megatron.serving.delivery_tables import (
@@ -27,12 +29,15 @@ from exprl_megatron.serving.delivery_tables import (
 )
 from exprl_megatron.serving.loader_orders import BROKEN_OFF, NOT_FOLLOWED
 from exprl_megatron.serving.loader_trace import trace
+from exprl_megatron.serving.model_checksums import Report, checksums
 from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
 
 _log = logging.getLogger(__name__)
 _CONNECT_S = 30.0
 _WATCH_S = 0.2
 _member: "_Member | None" = None
+_expected: tuple[str, bytes] = ("", b"")
+"""What the trainer expects our parameters to be, under its key in the trainer's store."""
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -40,10 +45,12 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
 
     `join` makes this rank a member of the trainer's group in the place of any before, and tells what it holds;
     `receive` fills the parameters; `leave` ends the membership; `finish` does nothing: the update that carries it gives
-    the weights their version.
+    the weights their version. `checksums` reports those of the parameters, of members and others alike.
     """
     global _member
     order = json.loads(named_tensors[0][0])
+    if order["do"] == "checksums":
+        return _report_checksums(model, order)
     said = ""
     try:
         if order["do"] == "join":
@@ -63,31 +70,57 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         _member.answer(order["answer"], said)
 
 
+def _report_checksums(model: torch.nn.Module, order: dict[str, Any]) -> None:
+    """Puts what the parameters' checksums are, or why there are none, into the trainer's store."""
+    global _expected
+    try:
+        store = _connection(order)
+        try:
+            if _expected[0] != order["expected"]:
+                _expected = order["expected"], store.get(order["expected"])
+            report = Report(checksums(_compared(model), _expected[1]))
+        except Exception as error:  # SGLang's process would end with it
+            _log.exception("the checksums of the weights failed")
+            report = Report(error=f"{type(error).__name__}: {error}")
+        _put(store, order["answer"], msgspec.msgpack.encode(report))
+    except RuntimeError:
+        _log.exception("the trainer cannot be told")
+
+
+def _compared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What of the model SGLang's own check of weights compares: all but buffers that follow from the config."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor for name, tensor in tensors if not _is_skip_weight_check(name, tensor)}
+
+
+def _connection(order: dict[str, Any]) -> dist.TCPStore:
+    """To the trainer's store. A call that waits there keeps others that use the same connection waiting."""
+    # The trainer waits for us: it is there at once or not at all.
+    timeout = timedelta(seconds=min(_CONNECT_S, order["deadline_s"]))
+    return dist.TCPStore(order["address"], order["port"], is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def _put(store: dist.TCPStore, key: str, value: str | bytes) -> None:
+    store.set(key, value)
+    # A set is not acknowledged; without a reply, the trainer could look before another rank's answer is there.
+    store.get(key)
+
+
 class _Member:
     """This rank among those of one trainer and all its servers."""
 
     def __init__(self, order: dict[str, Any]):
         self._order = order
-        self._store = self._connection()
+        self._store = _connection(order)
         self._rank = order["rank"]
         self._group: dist.ProcessGroup | None = None
         self._deliveries: Deliveries | None = None
         self._broken = threading.Event()
 
-    def _connection(self) -> dist.TCPStore:
-        """To the trainer's store. A call that waits there keeps others that use the same connection waiting."""
-        # The trainer waits for us: it is there at once or not at all.
-        timeout = timedelta(seconds=min(_CONNECT_S, self._order["deadline_s"]))
-        return dist.TCPStore(
-            self._order["address"], self._order["port"], is_master=False, timeout=timeout, wait_for_workers=False
-        )
-
     def answer(self, to: str, said: str) -> None:
         """What became of an order, "" if all is well; in vain where the trainer is gone."""
         try:
-            self._store.set(f"{to}/{self._rank}", said)
-            # A set is not acknowledged; without a reply, the trainer could look before another rank's answer is there.
-            self._store.get(f"{to}/{self._rank}")
+            _put(self._store, f"{to}/{self._rank}", said)
         except RuntimeError:
             _log.exception("the trainer cannot be told")
 
@@ -117,7 +150,7 @@ class _Member:
         with on_device(self._device):
             group = init_custom_process_group(
                 backend=order["backend"],
-                store=dist.PrefixStore(order["group"], self._connection()),
+                store=dist.PrefixStore(order["group"], _connection(order)),
                 world_size=order["world_size"],
                 rank=self._rank,
                 group_name=order["group"],
@@ -142,7 +175,7 @@ class _Member:
     @contextmanager
     def _while_wanted(self) -> Iterator[None]:
         """Break the group off as soon as the trainer does, or is gone. Raises RuntimeError then, at the end."""
-        done, store = threading.Event(), self._connection()
+        done, store = threading.Event(), _connection(self._order)
 
         def watch() -> None:
             while not done.wait(_WATCH_S):

@@ -6,6 +6,7 @@ columns, the rest is whole on every rank (SGLang 0.5.23). What of that is equal 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from exprl_megatron.serving.loader_orders import Need
@@ -33,6 +34,7 @@ class Cut:
     """Zeros behind it."""
 
 
+@lru_cache(maxsize=4096)
 def rank_cut(module: str, shape: tuple[int, ...], rank: int, tp: int, kv_heads: int, server: Device) -> Cut | None:
     """What rank `rank` of `tp` holds of a tensor of the module (`q_proj`, `embed_tokens`, ...); None: all of it.
 

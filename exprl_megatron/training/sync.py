@@ -1,26 +1,22 @@
 """Brings the policy's weights to the sampling servers, and proves that they arrived."""
 
 import time
-from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-import torch
-
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import SyncConfig
-from exprl_megatron.conversion import fp8 as blocks
 from exprl_megatron.errors import ServerError, WeightsDiffer
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.control import Control, SyncStopped
 from exprl_megatron.resharding.outgoing import Outgoing
+from exprl_megatron.resharding.shard_checksums import ShardChecksums
 from exprl_megatron.resharding.timing import SyncTimes
-from exprl_megatron.resharding.transport import Bucket, Transport
-from exprl_megatron.serving.checksums import ServerChecksums, differing
+from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.together import together
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
+from exprl_megatron.training.weight_check import ShardCheck, WeightCheck, WholeCheck, compare
 
 _MB = 2**20
 
@@ -63,6 +59,10 @@ class WeightSync:
         self._server_tp = server_tp
         self._enlisted: list[SGLangClient] | None = None
         """The servers that the transport brings weights to, on rank 0; None where it must be told."""
+        self._shards: ShardChecksums | None = None
+        """Made when first needed."""
+        self._have_loader: bool | None = None
+        """Whether all of these servers have exprl's loader; None: not asked yet."""
 
     def bring(self, version: str) -> dict[str, float]:
         """Make every server hold the policy's current weights as `version`, where it does not yet.
@@ -91,8 +91,8 @@ class WeightSync:
 
         self._conductor.collective(leave, self._transport.follow_close)
 
-    def _outgoing(self, sums: ServerChecksums | None) -> Outgoing:
-        """The policy's current weights; what this rank fills of them is added to `sums`."""
+    def _outgoing(self, check: WeightCheck | None) -> Outgoing:
+        """The policy's current weights; `check` sees what this rank fills of them."""
         config = self._config
         self._policy.gather_weights()
         return Outgoing(
@@ -103,20 +103,7 @@ class WeightSync:
             fillers=self._transport.fillers,
             fp8=config.fp8,
             allocate=self._transport.allocate,
-            check=None if sums is None else lambda bucket: sums.add(as_served(bucket)),
-        )
-
-    def _checksums(self) -> ServerChecksums | None:
-        """Of weights that servers are to hold; None where nobody compares them."""
-        architecture = self._policy.architecture
-        if not self._config.verify:
-            return None
-        return ServerChecksums(
-            tp=self._server_tp,
-            kv_heads=architecture.kv_groups,
-            experts=architecture.experts.count if architecture.experts else 0,
-            tied=architecture.tied,
-            server="cuda" if uses_cuda() else "cpu",
+            check=check and check.bucket_check,
         )
 
     async def _convoked(self, version: str) -> str:
@@ -132,17 +119,20 @@ class WeightSync:
         except SyncStopped as stopped:
             raise ConductorFailed from stopped
         self._enlisted = clients
+        self._have_loader = None
 
     def _attempt(self, version: str) -> tuple[SyncTimes, Exception | None]:
         """What one push took, and on rank 0 what it failed of; the other ranks stop without a word."""
-        times, sums = SyncTimes(), self._checksums()
-        outgoing = self._outgoing(sums)
+        times, check = SyncTimes(), self._new_check()
+        outgoing = self._outgoing(check)
         times.nbytes = outgoing.nbytes
         try:
+            if check is not None:
+                check.begin(outgoing)
             self._conductor.collective(
                 lambda: self._push(outgoing, version, times), lambda: self._transport.follow(outgoing)
             )
-            self._check(outgoing, sums, version, times)
+            self._check(check, outgoing, version, times)
         except SyncStopped:
             return times, None
         except Exception as error:
@@ -151,26 +141,53 @@ class WeightSync:
             return times, error
         finally:
             outgoing.checked()
+            if check is not None:
+                check.end()
         return times, None
 
-    def _check(self, outgoing: Outgoing, sums: ServerChecksums | None, version: str, times: SyncTimes) -> None:
+    def _new_check(self) -> WeightCheck | None:
+        """Of the next sync. Servers of which it is not known yet are believed to have exprl's loader."""
+        if not self._config.verify:
+            return None
+        if self._config.fp8 or self._have_loader is False:
+            return WholeCheck(self._policy.architecture, self._server_tp, self._config.deadline_s)
+        if self._shards is None:
+            self._shards = ShardChecksums(
+                self._policy.architecture, self._policy.world, self._server_tp, self._config.deadline_s
+            )
+        return ShardCheck(self._shards)
+
+    def _check(self, check: WeightCheck | None, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         """Compare checksums, where the config says so, and put all ranks' times together; a collective."""
-        pushed = time.monotonic()
-        asking = None
-        if self._conductor.here and sums is not None:
-            # Servers compute theirs while the trainer does.
-            asking = self._conductor.start(held_checksums(self._members.clients, self._config.deadline_s))
-        outgoing.gather_rest()
-        outgoing.checked()
-        found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, sums and sums.result()))
+        pushed, asking, own = time.monotonic(), None, None
+        if isinstance(check, ShardCheck) and not self._servers_have_loader():
+            check = self._new_check()
+            outgoing = self._outgoing(check)
+        if check is not None:
+            if self._conductor.here:
+                # Servers compute theirs while the trainer does.
+                asking = self._conductor.start(check.held(self._members.clients))
+            own = check.own(outgoing)
+        found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, own))
         if found is None:
             return
-        gathering, quantising, every_rank_s = zip(*found, strict=True)
+        gathering, quantising, parts = zip(*found, strict=True)
         times.gather_s, times.quantise_s = max(gathering), max(quantising)
-        if sums is not None:
-            expected = [dict(ChainMap(*parts)) for parts in zip(*every_rank_s, strict=True)]
-            compare(self._members.clients, asking.result(), expected, version)
+        if check is not None:
+            compare(self._members.clients, asking.result(), check.expected(parts), version)
         times.check_s = time.monotonic() - pushed
+
+    def _servers_have_loader(self) -> bool:
+        """Whether all servers have exprl's loader; a collective. A request to another one's loader would end it."""
+        if self._have_loader is None:
+            if self._conductor.here:
+                with self._control.leading():
+                    loaders = self._conductor.run(together(client.loaders() for client in self._members.clients))
+                    self._have_loader = all(LOADER in names for names in loaders)
+                self._control.go(self._have_loader)
+            else:
+                self._have_loader = self._control.await_go()
+        return self._have_loader
 
     async def _settled(self, version: str, error: Exception | None) -> bool:
         """Whether the servers hold `version`; raises `error` where another attempt is of no use."""
@@ -188,39 +205,3 @@ class WeightSync:
         started = time.monotonic()
         self._conductor.run(self._transport.push(outgoing, version, times))
         times.push_s = time.monotonic() - started
-
-
-def as_served(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a server's checksums are of: for matrices in FP8 blocks the bf16 numbers that they stand for."""
-    scales = {name: tensor for name, tensor in bucket if name.endswith(blocks.SCALE)}
-    for name, tensor in bucket:
-        if name + blocks.SCALE in scales:
-            yield name, blocks.dequantise(tensor, scales[name + blocks.SCALE]).bfloat16()
-        elif name not in scales:
-            yield name, tensor
-
-
-async def held_checksums(clients: Sequence[SGLangClient], deadline_s: float) -> list[tuple[dict[str, str], ...]]:
-    """Of what each tensor-parallel rank of each server holds."""
-    return await together(client.checksums(deadline_s=deadline_s) for client in clients)
-
-
-def compare(
-    clients: Sequence[SGLangClient],
-    held: Sequence[Sequence[Mapping[str, str]]],
-    expected: Sequence[Mapping[str, str]],
-    version: str,
-) -> None:
-    """Compare what each server's ranks hold with the trainer's checksums for them.
-
-    Raises WeightsDiffer naming the server and the first tensors that differ.
-    """
-    for client, ranks in zip(clients, held, strict=True):
-        for own, wanted in zip(ranks, expected, strict=True):
-            wrong = differing(own, wanted)
-            if wrong:
-                raise WeightsDiffer(
-                    f"{client.name} does not hold the weights of {version} after the sync: {len(wrong)} of "
-                    f"{len(wanted)} tensors differ, first {', '.join(wrong[:3])}; nothing more was sampled from it, "
-                    "go on with --resume."
-                )

@@ -3,7 +3,10 @@
 import asyncio
 import os
 import time
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import psutil
@@ -14,6 +17,7 @@ from ranks import Ranks
 from exprl_megatron.accelerator import GROUP_BACKEND
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import SyncConfig
+from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.auto import AutoTransport
@@ -23,6 +27,8 @@ from exprl_megatron.resharding.direct import DirectTransport
 from exprl_megatron.resharding.handles import HandlesTransport, _serialised
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
+from exprl_megatron.resharding.sending import Sending
+from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
@@ -41,6 +47,8 @@ TOLD: list[str] = []
 """What the transports that choose for themselves said."""
 UNDER_NCCL = ("TP1", "PP2", "TP2xPP2")
 BUCKET_MB = 0.04
+WRONG_BY = ("broadcast", "direct", "handles", "disk", "delta")
+CHANGED = "model.layers.2.self_attn.o_proj.weight"
 HANDED_OVER = ((Layout(tp=2), "tp2"), (Layout(tp=2, pp=2), "tp2"), (Layout(pp=2), "two"), (Layout(), "tp2"))
 
 
@@ -67,6 +75,11 @@ class Syncs:
         return WeightSync(
             config, self.policy, self.conductor, FixedServers(self.clients), transport, self.control, self.tp
         )
+
+    def by(self, transport) -> WeightSync:
+        config = SyncConfig(bucket_mb=BUCKET_MB)
+        members = FixedServers(self.clients)
+        return WeightSync(config, self.policy, self.conductor, members, transport, self.control, self.tp)
 
     def close(self, *syncs: WeightSync) -> None:
         for sync in syncs:
@@ -108,6 +121,87 @@ def bring_all(world, arguments, target: str) -> dict:
     return measured
 
 
+def wrong_bytes(world, arguments, target: str, kind: str, directory: Path) -> list | None:
+    """A sync in which a byte changes on its way, and one in which all goes well: how each ends on every rank."""
+    servers, tp = arguments["targets"][target]
+    syncs = Syncs(world, arguments["model"], servers, tp)
+    transport = make_transport(
+        TransportChoice(kind, ""),
+        syncs.clients,
+        tp,
+        syncs.policy.world,
+        syncs.control,
+        60.0,
+        directory=directory / kind,
+        model=Path(arguments["model"]),
+    )
+    sync, ends = syncs.by(transport), []
+    with wrong_in_shards() if kind == "direct" else wrong_in_messages():
+        ends.append(end_of(sync, f"{kind} wrong"))
+    ends.append(end_of(sync, f"{kind} right"))
+    syncs.close(sync)
+    return syncs.control.collect(ends)
+
+
+def wrong_after_loading(world, arguments, target: str) -> list | None:
+    """A byte changes in the server's model after it was loaded."""
+    servers, tp = arguments["targets"][target]
+    syncs = Syncs(world, arguments["model"], servers, tp)
+    sync = syncs.sync("broadcast")
+    push = sync._transport.push
+
+    async def push_and_change(*sent):
+        await push(*sent)
+        shape = sync._outgoing(None).gatherer.shapes["model.norm.weight"]
+        filled = SimpleNamespace(named=lambda: [("model.norm.weight", torch.full(shape, 7.0))])
+        for client in syncs.clients:
+            await client.begin_weight_update()
+            await client.update_from_tensor([_serialised(filled)] * tp, version=None, flush_cache=False)
+            await client.end_weight_update()
+
+    with patch.object(sync._transport, "push", push_and_change):
+        ends = [end_of(sync, "changed")]
+    syncs.close(sync)
+    return syncs.control.collect(ends)
+
+
+def end_of(sync: WeightSync, version: str) -> str:
+    try:
+        sync.bring(version)
+    except (ServerError, ConductorFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    return "well"
+
+
+def wrong_in_messages():
+    """One byte of CHANGED changes on every rank between its message and what reads that."""
+    gather = Outgoing.gather
+
+    def changed(self, number: int):
+        filled = gather(self, number)
+        for name, tensor in filled.named() if filled is not None else ():
+            if name == CHANGED:
+                tensor.view(-1).view(torch.uint8)[5] ^= 1
+        return filled
+
+    return patch.object(Outgoing, "gather", changed)
+
+
+def wrong_in_shards():
+    """One byte of CHANGED's parameter changes in what a rank sends of it."""
+    cuts = Sending._cuts
+
+    def changed(self, gatherer, delivery):
+        found = cuts(self, gatherer, delivery)
+        for place, part in enumerate(delivery.parts):
+            if CHANGED in self._parameters[part.of].hf_names:
+                found[place] = found[place].clone()
+                found[place].view(-1).view(torch.uint8)[5] ^= 1
+        return found
+
+    return patch.object(Sending, "_cuts", changed)
+
+
 def stopped_at(world, fails: int, count: int = 4) -> dict:
     """Rounds whose `fails`-th send is refused: how each rank ends, and after how many seconds."""
     control = Control(60.0)
@@ -125,7 +219,7 @@ def stopped_at(world, fails: int, count: int = 4) -> dict:
     ended = "well"
     try:
         if control.here:
-            asyncio.run(push_rounds(count, control, [], lambda number: None, send))
+            asyncio.run(push_rounds(count, control, [], lambda number: None, send, 60.0))
         else:
             follow()
     except (ServerError, SyncStopped) as error:
@@ -152,7 +246,10 @@ def falls_back(world, arguments) -> list[str] | None:
     servers, tp = arguments["targets"]["two"]
     syncs = Syncs(world, arguments["model"], servers, tp)
     sync = syncs.sync("auto")
-    with patch("exprl_megatron.resharding.direct.LOADER", "another.loader"):
+    modules = ("resharding.direct", "training.sync")
+    with ExitStack() as patched:
+        for module in modules:
+            patched.enter_context(patch(f"exprl_megatron.{module}.LOADER", "another.loader"))
         for version in ("f1", "f2"):
             change(syncs.policy)
             sync.bring(version)
@@ -243,6 +340,11 @@ def main() -> None:
         ranks.within(layout, lambda w, t=target: handed_over(w, ranks.arguments, t), f"{layout} hands to {target}")
     for fails in range(4):
         ranks.within(Layout(dp=2), lambda w, f=fails: stopped_at(w, f), f"stopped at {fails}")
+    for kind in WRONG_BY:
+        ranks.within(
+            Layout(tp=2), lambda w, k=kind: wrong_bytes(w, ranks.arguments, "first", k, ranks.out), f"wrong by {kind}"
+        )
+    ranks.within(Layout(tp=2), lambda w: wrong_after_loading(w, ranks.arguments, "tp2"), "wrong after loading")
     ranks.within(Layout(tp=2, pp=2), lambda w: filled_twice(w, ranks.arguments), "filled twice")
     with over_nccl_like():
         ranks.within(Layout(tp=2, pp=2), lambda w: falls_back(w, ranks.arguments), "falls back")

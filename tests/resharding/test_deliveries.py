@@ -7,49 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from loaded_shards import CASES, architecture_of, shards
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.resharding.deliveries import DeliveryPlan
 from exprl_megatron.resharding.held import held_shares
-from exprl_megatron.resharding.messages import copies, holders
-from exprl_megatron.resharding.names import hf_shapes, parameters
-from exprl_megatron.resharding.sources import Random, read_part
+from exprl_megatron.resharding.names import hf_shapes
+from exprl_megatron.resharding.sources import Random
 from exprl_megatron.serving.delivery_tables import needs_table
 from exprl_megatron.serving.loader_orders import Need
 from exprl_megatron.serving.sharding import server_needs
 
 BUDGET = 20_000
-EXPERTS = Layout(tp=2, pp=2, dp=2, ep=2, etp=2, sequence_parallel=True)
-CASES = [
-    ("qwen3", Layout(), 1),
-    ("qwen3", Layout(tp=2), 1),
-    ("qwen2", Layout(tp=2, pp=2), 2),
-    ("llama", Layout(pp=2, vpp=2, dp=2), 4),
-    ("qwen3-moe", EXPERTS, 2),
-    ("mixtral", Layout(dp=4, ep=2, pp=2), 1),
-]
-
-
-def architecture_of(tiny_model, family):
-    """Four layers and a vocabulary that padding must fill."""
-    return replace(read_architecture(tiny_model(family, vocab_size=127)), layers=4)
-
-
-def shards(architecture, layout, source):
-    """Each rank's parameters, as loading a model directory makes them."""
-    shapes = hf_shapes(architecture)
-    held = defaultdict(dict)
-    for parameter in parameters(architecture, layout):
-        ranks = holders(parameter, layout)
-        for index, first in enumerate(ranks):
-            parts = [
-                read_part(source, name, shapes[name], parameter.rule.split_dim, index, len(ranks))
-                for name in parameter.hf_names
-            ]
-            for rank in copies(parameter, first, layout):
-                held[rank][parameter] = parameter.rule.merge(parts)
-    return held
 
 
 def rectangle(tensor, row, rows, column, columns):

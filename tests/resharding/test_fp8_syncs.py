@@ -11,7 +11,7 @@ from exprl_megatron.conversion.fp8 import SCALE, dequantise, is_quantised, quant
 from exprl_megatron.errors import UserError
 from exprl_megatron.resharding.outgoing import quantise_into
 from exprl_megatron.serving.checksums import rank_checksums
-from exprl_megatron.training.sync import as_served
+from exprl_megatron.training.weight_check import as_served
 
 sys.path.append(str(Path(__file__).parents[1] / "policy"))
 from ranks import run_ranks

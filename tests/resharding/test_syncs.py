@@ -73,6 +73,20 @@ def test_checksums_agree_from_every_layout_to_every_server(results, layout, targ
     assert measured["broadcast"]["sync/moved_gb"] == measured["broadcast"]["sync/gb"]
 
 
+@pytest.mark.parametrize("kind", ["broadcast", "direct", "handles", "disk", "delta"])
+def test_a_byte_that_changes_on_its_way_is_found_and_its_tensor_named(results, kind):
+    (wrong, right), (followed, _) = results[f"wrong by {kind}"]
+    assert wrong.startswith(f"WeightsDiffer: first does not hold the weights of {kind} wrong after the sync: 1 of ")
+    assert "first model.layers.2.self_attn.o_proj.weight;" in wrong
+    assert followed.startswith("ConductorFailed") and right == "well"
+
+
+def test_a_byte_that_changes_after_it_was_loaded_is_found_and_its_tensor_named(results):
+    (wrong,), (followed,) = results["wrong after loading"]
+    assert "does not hold the weights" in wrong and "first model.norm.weight;" in wrong
+    assert followed.startswith("ConductorFailed")
+
+
 @pytest.mark.parametrize(
     ("layout", "target", "handles"),
     [

@@ -1,0 +1,54 @@
+"""What checksums add to a weight sync: syncs without them, with them, and with SGLang's own, in turns."""
+
+import time
+from pathlib import Path
+from statistics import median
+
+import psutil
+
+from exprl_megatron.benchmarks.sync_runs import Trainer
+from exprl_megatron.config.policy import Layout
+
+KINDS = ("none", "shards", "whole")
+"""No checksums; those of shards and of the served model's parts of them; SGLang's own, of joined tensors."""
+_SELDOM = 3
+"""What takes several times as long is measured once in so many rounds."""
+
+
+def measure_checksums(
+    layout: Layout, model: Path, servers: list[dict], server_tp: int, settings: dict
+) -> dict[str, dict[str, float]] | None:
+    """Of each kind the median seconds of a sync: by the clock, and of all processes of both sides; on rank 0."""
+    trainer = Trainer(layout, model, servers, server_tp, settings)
+    syncs = {kind: trainer.sync(verify=kind != "none") for kind in KINDS}
+    taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for number in range(settings["repeats"] + 1):
+        for kind, sync in syncs.items():
+            if kind == "whole" and number > 1 and number % _SELDOM != 1:
+                continue
+            trainer.change()
+            if kind == "whole":
+                sync._have_loader = False
+            before = _processor_s(trainer, servers)
+            started = time.monotonic()
+            sync.bring(f"{layout}-{kind}-{time.monotonic_ns()}")
+            wall_s = time.monotonic() - started
+            # The first opens the groups.
+            if number:
+                taken[kind].append((wall_s, _processor_s(trainer, servers) - before))
+    trainer.close(syncs["none"])
+    if trainer.world.rank != 0:
+        return None
+    return {
+        kind: {"wall_s": median(wall for wall, _ in each), "cpu_s": median(cpu for _, cpu in each)}
+        for kind, each in taken.items()
+    }
+
+
+def _processor_s(trainer: Trainer, servers: list[dict]) -> float:
+    """Processor seconds of all processes of both sides until now, on rank 0; a collective."""
+    own = trainer.control.collect(time.process_time())
+    if own is None:
+        return 0.0
+    processes = [process for server in servers for process in psutil.Process(server["pid"]).children(recursive=True)]
+    return sum(own) + sum(sum(process.cpu_times()[:2]) for process in processes)

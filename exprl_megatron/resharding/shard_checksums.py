@@ -1,0 +1,216 @@
+"""Checksums of the weights that servers are to hold, from the trainer ranks' shards: nothing is joined for them.
+
+Each shard is cut to the parts of servers' parameters that are made of it. A part's hash is of its bytes and its place
+(serving/part_hash.py), and a parameter's checksum is the sum of its parts' hashes, so that each rank adds up its own.
+A server hashes the same parts of the parameters that its model holds (serving/model_checksums.py). Which parts a
+parameter is made of follows from the names of tensors (serving/weight_layout.py), not from the server's loader.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+
+from exprl_megatron.errors import ServerError
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.policy.world import World
+from exprl_megatron.resharding.deliveries import transfers_of
+from exprl_megatron.resharding.gather import Gatherer
+from exprl_megatron.resharding.groups import address_towards, meeting_place
+from exprl_megatron.resharding.held import Held, held_shares
+from exprl_megatron.resharding.names import hf_shapes
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.delivery_tables import RECTANGLE, Part
+from exprl_megatron.serving.loader_orders import LOADER, payload
+from exprl_megatron.serving.model_checksums import Report, as_grid, cut, pack_expected, written
+from exprl_megatron.serving.own_group import in_background, on_device
+from exprl_megatron.serving.part_hash import add_up, hash_parts
+from exprl_megatron.serving.weight_layout import ServerParameters, server_parameters
+from exprl_megatron.together import together
+
+
+@dataclass(frozen=True)
+class ChecksumPlan:
+    """Which parts of servers' parameters `world`'s rank hashes."""
+
+    servers: list[ServerParameters]
+    """Of each rank of a server."""
+    parts: list[np.ndarray]
+    """RECTANGLE: all parts of their parameters."""
+    held: Held
+    numbers: np.ndarray
+    """int64 [own parts]: of the parameter, over all ranks of a server."""
+    places: np.ndarray
+    """RECTANGLE [own parts]: where each is in that parameter."""
+    sources: np.ndarray
+    """RECTANGLE [own parts]: where each is in this rank's parameters, sorted by these."""
+    padding: np.ndarray
+    """RECTANGLE: parts that are zero, of which rank 0 answers for all; `padding_numbers` as `numbers`."""
+    padding_numbers: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Parameters of all ranks of a server."""
+        return sum(len(server.shapes) for server in self.servers)
+
+
+def plan_checksums(architecture: Architecture, world: World, server_tp: int) -> ChecksumPlan:
+    """The plan of this rank. Copies of a shard share its parts."""
+    layout, cuda = world.layout, world.device.type == "cuda"
+    held = held_shares(architecture, layout, cuda)
+    servers = server_parameters(
+        hf_shapes(architecture), tp=server_tp, kv_heads=architecture.kv_groups, server="cuda" if cuda else "cpu"
+    )
+    every, numbers, places, sources, first = [], [], [], [], 0
+    for server in servers:
+        transfers = transfers_of(server.needs, held)
+        placed = _placed(transfers.wanted, server.places)
+        every.append(np.concatenate([placed, server.padding]))
+        for stretch, holding in enumerate(transfers.holdings):
+            if world.rank in holding:
+                rows = transfers.rows(stretch)
+                mine = slice(rows.start + holding.index(world.rank), rows.stop, len(holding))
+                numbers.append(placed["of"][mine] + np.int64(first))
+                places.append(placed[mine])
+                sources.append(transfers.sources[mine])
+        first += len(server.shapes)
+    source = np.concatenate([*sources, np.empty(0, RECTANGLE)])
+    order = np.argsort(source["of"], kind="stable")
+    firsts = np.cumsum([0, *(len(server.shapes) for server in servers[:-1])])
+    return ChecksumPlan(
+        servers=servers,
+        parts=every,
+        held=held,
+        numbers=np.concatenate([*numbers, np.empty(0, np.int64)])[order],
+        places=np.concatenate([*places, np.empty(0, RECTANGLE)])[order],
+        sources=source[order],
+        padding=np.concatenate([server.padding for server in servers]),
+        padding_numbers=np.concatenate(
+            [server.padding["of"] + start for server, start in zip(servers, firsts, strict=True)]
+        ),
+    )
+
+
+def own_sums(plan: ChecksumPlan, gatherer: Gatherer, world: World) -> np.ndarray:
+    """uint64 [plan.count]: for each parameter the sum, modulo 2**64, of the hashes of this rank's parts."""
+    sums = add_up(plan.numbers, hash_parts(_own_parts(plan, gatherer)), plan.count)
+    if world.rank == 0:
+        zeros = (
+            (Part(*place), torch.zeros(place[2], place[4], dtype=gatherer.dtype, device=world.device))
+            for place in plan.padding.tolist()
+        )
+        sums += add_up(plan.padding_numbers, hash_parts(zeros), plan.count)
+    return sums
+
+
+def as_checksums(plan: ChecksumPlan, sums: Sequence[np.ndarray]) -> list[dict[str, str]]:
+    """All ranks' `sums` together: for each rank of a server what `model_checksums.checksums` is to find."""
+    total = iter(np.sum(np.stack(sums), axis=0, dtype=np.uint64).tolist())
+    return [{name: written(next(total)) for name in server.shapes} for server in plan.servers]
+
+
+class ShardChecksums:
+    """Both sides' checksums of one trainer's syncs. Every rank has one; rank 0 alone talks to servers."""
+
+    def __init__(self, architecture: Architecture, world: World, server_tp: int, deadline_s: float):
+        self._architecture = architecture
+        self._world = world
+        self._server_tp = server_tp
+        self._deadline_s = deadline_s
+        self._planning: Future[ChecksumPlan] | None = None
+        self._store: dist.TCPStore | None = None
+        self._expected: list[str] = []
+        """Of each rank of a server the store's key of what its parameters are to be."""
+
+    def begin(self, gatherer: Gatherer) -> Future[np.ndarray]:
+        """Begin to hash this rank's parts, on a thread, while the weights move; see `own_sums`."""
+        if self._planning is None:
+            self._planning = in_background(
+                "plan of checksums", lambda: plan_checksums(self._architecture, self._world, self._server_tp)
+            )
+        planning = self._planning
+
+        def work() -> np.ndarray:
+            with on_device(self._world.device), torch.no_grad():
+                return own_sums(planning.result(), gatherer, self._world)
+
+        return in_background("checksums", work)
+
+    def expected(self, sums: Sequence[np.ndarray]) -> list[dict[str, str]]:
+        """See `as_checksums`; rank 0 only."""
+        return as_checksums(self._planning.result(), sums)
+
+    async def held(self, clients: Sequence[SGLangClient], dtype: torch.dtype) -> list[tuple[dict[str, str], ...]]:
+        """What each rank of each server holds; rank 0 only, after `begin`.
+
+        Raises ServerError where one cannot say.
+        """
+        if self._store is None:
+            self._store = meeting_place(address_towards(urlsplit(clients[0].url).hostname), self._deadline_s)
+            await asyncio.to_thread(self._publish, str(dtype).removeprefix("torch."))
+        return await together(self._ask(client) for client in clients)
+
+    def _publish(self, dtype: str) -> None:
+        plan = self._planning.result()
+        for server, parts in zip(plan.servers, plan.parts, strict=True):
+            packed = pack_expected(server.shapes, dtype, parts)
+            self._expected.append(f"expected {xxhash.xxh3_128_hexdigest(packed)}")
+            self._store.set(self._expected[-1], packed)
+
+    async def _ask(self, client: SGLangClient) -> tuple[dict[str, str], ...]:
+        answers = [f"checksums {uuid.uuid4().hex}" for _ in range(self._server_tp)]
+        common = {
+            "do": "checksums",
+            "address": self._store.host,
+            "port": self._store.port,
+            "deadline_s": self._deadline_s,
+        }
+        orders = [
+            payload(common | {"expected": expected, "answer": answer})
+            for expected, answer in zip(self._expected, answers, strict=True)
+        ]
+        await client.begin_weight_update(deadline_s=self._deadline_s)
+        await client.update_from_tensor(
+            orders, version=None, flush_cache=False, loader=LOADER, deadline_s=self._deadline_s
+        )
+        await client.end_weight_update(deadline_s=self._deadline_s)
+        return tuple(self._reported(client, answer) for answer in answers)
+
+    def _reported(self, client: SGLangClient, answer: str) -> dict[str, str]:
+        said = "it did not answer"
+        if self._store.check([answer]):
+            try:
+                report = msgspec.msgpack.decode(self._store.get(answer), type=Report)
+            except msgspec.MsgspecError as error:
+                report = Report(error=f"its answer cannot be read ({error})")
+            self._store.delete_key(answer)
+            if not report.error:
+                return report.checksums
+            said = report.error
+        raise ServerError(f"{client.name} ({client.url}) could not say what weights it holds: {said}; see its log.")
+
+
+def _own_parts(plan: ChecksumPlan, gatherer: Gatherer) -> Iterator[tuple[Part, torch.Tensor]]:
+    number, grid = -1, None
+    for place, source in zip(plan.places.tolist(), plan.sources.tolist(), strict=True):
+        if source[0] != number:
+            number, grid = source[0], as_grid(gatherer.own(plan.held.parameters[source[0]]))
+        yield Part(*place), cut(grid, Part(*source))
+
+
+def _placed(wanted: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Parts of needs, as parts of the parameters that these are in."""
+    placed = wanted.copy()
+    within = places[wanted["of"]]
+    placed["of"] = within["of"]
+    placed["row"] += within["row"]
+    placed["column"] += within["column"]
+    return placed

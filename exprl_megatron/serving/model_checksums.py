@@ -1,0 +1,83 @@
+"""Runs in SGLang's processes: checksums of the parameters of the model that serves, part by part.
+
+The parts are the trainer's, which hashes the same ones where its ranks hold them: nobody joins a tensor.
+"""
+
+import math
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+import torch
+
+from exprl_megatron.serving.delivery_tables import Part, pack_needs, unpack_needs
+from exprl_megatron.serving.part_hash import add_up, hash_parts
+
+
+class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the trainer expects one rank's parameters to be, but for their numbers."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtype: str
+    """As in `str(tensor.dtype)` without `torch.`."""
+    parts: bytes
+    """RECTANGLE, packed by `pack_needs`: of the parameters by their place in `shapes`; together they cover each."""
+
+
+class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank answers."""
+
+    checksums: dict[str, str] = {}
+    """See `checksums`."""
+    error: str = ""
+    """Why there are none."""
+
+
+def pack_expected(shapes: Mapping[str, tuple[int, ...]], dtype: str, parts: np.ndarray) -> bytes:
+    """The trainer's side of `checksums`. Raises ValueError where `parts` do not cover the parameters."""
+    counts = np.zeros(len(shapes), dtype=np.int64)
+    np.add.at(counts, parts["of"], parts["rows"].astype(np.int64) * parts["columns"])
+    for (name, shape), count in zip(shapes.items(), counts.tolist(), strict=True):
+        if count != math.prod(shape):
+            raise ValueError(f"the parts of {name}, of shape {list(shape)}, have {count} numbers")
+    return msgspec.msgpack.encode(Expected(dict(shapes), dtype, pack_needs(parts)))
+
+
+@torch.no_grad()
+def checksums(held: Mapping[str, torch.Tensor], expected: bytes) -> dict[str, str]:
+    """The checksum of each of the tensors that a model has, by name.
+
+    In its place is what differs where one has another shape or dtype than expected, or is not expected at all.
+    """
+    wanted = msgspec.msgpack.decode(expected, type=Expected)
+    grids = {name: (math.prod(shape[:-1]), shape[-1]) if shape[1:] else shape for name, shape in wanted.shapes.items()}
+    parts = unpack_needs(wanted.parts, grids)
+    found = {}
+    for name, tensor in held.items():
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        if name not in wanted.shapes:
+            found[name] = "not expected"
+        elif (shape, dtype) != (wanted.shapes[name], wanted.dtype):
+            found[name] = f"{dtype} {list(shape)}"
+    names = list(wanted.shapes)
+    able = [number for number, name in enumerate(names) if name in held and name not in found]
+    parts = parts[np.isin(parts["of"], able)]
+    grid = {number: as_grid(held[names[number]]) for number in able}
+    hashes = hash_parts((Part(*part), cut(grid[part[0]], Part(*part))) for part in parts.tolist())
+    sums = add_up(parts["of"], hashes, len(names))
+    return found | {names[number]: written(sums[number]) for number in able}
+
+
+def as_grid(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter as [rows, columns]; a vector is one column."""
+    return tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
+
+
+def cut(grid: torch.Tensor, part: Part) -> torch.Tensor:
+    """A rectangle of it."""
+    return grid.narrow(0, part.row, part.rows).narrow(1, part.column, part.columns)
+
+
+def written(checksum: int) -> str:
+    """A checksum as text."""
+    return f"{int(checksum):016x}"

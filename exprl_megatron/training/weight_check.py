@@ -1,0 +1,143 @@
+"""Whether servers hold the trainer's weights after a sync, tensor by tensor of their models."""
+
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from exprl_megatron.accelerator import uses_cuda
+from exprl_megatron.conversion import fp8 as blocks
+from exprl_megatron.errors import WeightsDiffer
+from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.resharding.outgoing import Check, Outgoing
+from exprl_megatron.resharding.shard_checksums import ShardChecksums
+from exprl_megatron.resharding.transport import Bucket
+from exprl_megatron.serving.checksums import ServerChecksums, differing
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.together import together
+
+RankChecksums = Sequence[Mapping[str, str]]
+"""Of each tensor-parallel rank of a server, by the names of its parameters."""
+
+
+class WeightCheck(Protocol):
+    """One sync's check. Every rank makes one before the push."""
+
+    bucket_check: Check | None
+    """What Outgoing calls for every message."""
+
+    def begin(self, outgoing: Outgoing) -> None:
+        """Called before the push."""
+
+    def own(self, outgoing: Outgoing) -> Any:
+        """This rank's part of the expected checksums, after the push; a collective."""
+
+    def expected(self, parts: Sequence[Any]) -> RankChecksums:
+        """The checksums that each server's ranks should have, from all ranks' parts; rank 0 only."""
+
+    async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
+        """What each server's ranks have; rank 0 only, after the push."""
+
+    def end(self) -> None:
+        """Return when nothing reads the weights any more, also where the push failed."""
+
+
+class ShardCheck:
+    """By `ShardChecksums`: for servers that have exprl's loader."""
+
+    bucket_check = None
+
+    def __init__(self, shards: ShardChecksums):
+        self._shards = shards
+        self._hashing: Future[np.ndarray] | None = None
+        self._dtype: torch.dtype | None = None
+
+    def begin(self, outgoing: Outgoing) -> None:
+        self._dtype = outgoing.gatherer.dtype
+        self._hashing = self._shards.begin(outgoing.gatherer)
+
+    def own(self, outgoing: Outgoing) -> np.ndarray:
+        return self._hashing.result()
+
+    def expected(self, parts: Sequence[np.ndarray]) -> RankChecksums:
+        return self._shards.expected(parts)
+
+    async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
+        return await self._shards.held(clients, self._dtype)
+
+    def end(self) -> None:
+        if self._hashing is not None:
+            wait([self._hashing])
+
+
+class WholeCheck:
+    """By SGLang's own checksums, which the trainer computes of joined tensors: for any server, and for FP8."""
+
+    def __init__(self, architecture: Architecture, server_tp: int, deadline_s: float):
+        self._deadline_s = deadline_s
+        self._sums = ServerChecksums(
+            tp=server_tp,
+            kv_heads=architecture.kv_groups,
+            experts=architecture.experts.count if architecture.experts else 0,
+            tied=architecture.tied,
+            server="cuda" if uses_cuda() else "cpu",
+        )
+
+    def bucket_check(self, bucket: Bucket) -> None:
+        self._sums.add(as_served(bucket))
+
+    def begin(self, outgoing: Outgoing) -> None:
+        return None
+
+    def own(self, outgoing: Outgoing) -> tuple[dict[str, str], ...]:
+        outgoing.gather_rest()
+        outgoing.checked()
+        return self._sums.result()
+
+    def expected(self, parts: Sequence[tuple[dict[str, str], ...]]) -> RankChecksums:
+        return [dict(ChainMap(*ranks)) for ranks in zip(*parts, strict=True)]
+
+    async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
+        return await held_checksums(clients, self._deadline_s)
+
+    def end(self) -> None:
+        return None
+
+
+def as_served(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a server's checksums are of: for matrices in FP8 blocks the bf16 numbers that they stand for."""
+    scales = {name: tensor for name, tensor in bucket if name.endswith(blocks.SCALE)}
+    for name, tensor in bucket:
+        if name + blocks.SCALE in scales:
+            yield name, blocks.dequantise(tensor, scales[name + blocks.SCALE]).bfloat16()
+        elif name not in scales:
+            yield name, tensor
+
+
+async def held_checksums(clients: Sequence[SGLangClient], deadline_s: float) -> list[RankChecksums]:
+    """SGLang's own checksums of what each tensor-parallel rank of each server holds."""
+    return await together(client.checksums(deadline_s=deadline_s) for client in clients)
+
+
+def compare(
+    clients: Sequence[SGLangClient],
+    held: Sequence[RankChecksums],
+    expected: RankChecksums,
+    version: str,
+) -> None:
+    """Compare what each server's ranks hold with the trainer's checksums for them.
+
+    Raises WeightsDiffer naming the server and the first tensors that differ.
+    """
+    for client, ranks in zip(clients, held, strict=True):
+        for own, wanted in zip(ranks, expected, strict=True):
+            wrong = differing(own, wanted)
+            if wrong:
+                raise WeightsDiffer(
+                    f"{client.name} does not hold the weights of {version} after the sync: {len(wrong)} of "
+                    f"{len(wanted)} tensors differ, first {', '.join(wrong[:3])}; nothing more was sampled from it, "
+                    "go on with --resume."
+                )

@@ -1,0 +1,42 @@
+"""Shards of a model as loading cuts them, without Megatron: for tests of plans that are carried out by hand."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+from exprl_megatron.config.policy import Layout
+from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.resharding.messages import copies, holders
+from exprl_megatron.resharding.names import hf_shapes, parameters
+from exprl_megatron.resharding.sources import read_part
+
+EXPERTS = Layout(tp=2, pp=2, dp=2, ep=2, etp=2, sequence_parallel=True)
+CASES = [
+    ("qwen3", Layout(), 1),
+    ("qwen3", Layout(tp=2), 1),
+    ("qwen2", Layout(tp=2, pp=2), 2),
+    ("llama", Layout(pp=2, vpp=2, dp=2), 4),
+    ("qwen3-moe", EXPERTS, 2),
+    ("mixtral", Layout(dp=4, ep=2, pp=2), 1),
+]
+"""Family, the trainer's layout, ranks of a server."""
+
+
+def architecture_of(tiny_model, family):
+    """Four layers and a vocabulary that padding must fill."""
+    return replace(read_architecture(tiny_model(family, vocab_size=127)), layers=4)
+
+
+def shards(architecture, layout, source):
+    """Each rank's parameters, as loading a model directory makes them."""
+    shapes = hf_shapes(architecture)
+    held = defaultdict(dict)
+    for parameter in parameters(architecture, layout):
+        ranks = holders(parameter, layout)
+        for index, first in enumerate(ranks):
+            parts = [
+                read_part(source, name, shapes[name], parameter.rule.split_dim, index, len(ranks))
+                for name in parameter.hf_names
+            ]
+            for rank in copies(parameter, first, layout):
+                held[rank][parameter] = parameter.rule.merge(parts)
+    return held
