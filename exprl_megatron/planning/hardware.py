@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from exprl_megatron.errors import UserError
 
 GIB = 1 << 30
+GB = 10**9
 
 
 @dataclass(frozen=True)

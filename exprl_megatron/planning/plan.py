@@ -1,10 +1,12 @@
 """A run before it is submitted: memory and seconds of every phase, what does not fit, and better layouts."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
-from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.colocation import beside_sleepers, beside_sleeping_server, server_faults
 from exprl_megatron.planning.hardware import GIB, Gpu
@@ -20,13 +22,17 @@ from exprl_megatron.planning.memory import (
 )
 from exprl_megatron.planning.parameters import model_parameters, rank_counts
 from exprl_megatron.planning.phases import Phase, Speed, speed_of
-from exprl_megatron.planning.rl_time import direct_time, host_swap_time, reshard_time, save_time
+from exprl_megatron.planning.rl_time import host_swap_time, save_time
 from exprl_megatron.planning.serving_phases import serving_phases, start_server_phase
 from exprl_megatron.planning.serving_time import Servers, prefill_seconds
+from exprl_megatron.planning.sync_time import sync_plans, sync_seconds
 from exprl_megatron.planning.targets import assumed_architecture, find_architecture
 from exprl_megatron.planning.workload import Workload
 from exprl_megatron.policy.architecture import Architecture, layout_violations
 from exprl_megatron.policy.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
+
+if TYPE_CHECKING:
+    from exprl_megatron.resharding.plan import SyncPlan
 
 STORAGE_BYTES_PER_S = 2e9
 """At which each trainer node writes its part of a checkpoint (assumed)."""
@@ -74,6 +80,8 @@ class Plan:
     """What was assumed."""
     ranking: Ranking | None = None
     """The best layouts of as many trainer GPUs; None where none fits."""
+    syncs: dict[str, SyncPlan] = field(default_factory=dict)
+    """Of the weights, by each transport that suits the placement, the run's own first; empty where none serves."""
     divisions: tuple[Division, ...] = ()
     """Ways to divide the GPUs between trainer and servers, the best first, if that was asked."""
 
@@ -136,6 +144,14 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
     )
 
 
+def with_syncs(planned: Plan) -> Plan:
+    """The plan with its weight syncs."""
+    if not planned.workload.sampled:
+        return planned
+    architecture, _ = find_architecture(planned.config.policy.model)
+    return replace(planned, syncs=sync_plans(planned.config, architecture, planned.gpu))
+
+
 def ranked(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Ranking:
     """The best layouts of `gpus` trainer GPUs for the config's policy. Raises UserError where none fits."""
     architecture, _ = find_architecture(config.policy.model)
@@ -170,21 +186,12 @@ def _trainer(config, stage, architecture, workload, gpu, one: Learning) -> list[
         memory = _fullest(
             policy.layout.pp, lambda rank: reshard_memory(architecture, policy, optimizer, rank, bucket, gpu)
         )
-        phases.append(Phase("reshard", "trainer", _reshard_seconds(config, architecture, gpu), memory))
+        phases.append(Phase("reshard", "trainer", sync_seconds(config, architecture, gpu), memory))
     memory = _fullest(policy.layout.pp, lambda rank: resident_memory(architecture, policy, optimizer, rank, gpu))
     state = model_parameters(architecture) * (12 if policy.precision.dtype == "fp32" else 14)
     nodes = max(1, policy.layout.world_size // gpu.gpus_per_node)
     seconds = save_time(state, nodes * STORAGE_BYTES_PER_S) / config.checkpoint.every_steps
     return [*phases, Phase("save", "trainer", seconds, memory)]
-
-
-def _reshard_seconds(config: RunConfig, architecture: Architecture, gpu: Gpu) -> float:
-    """By the run's transport; one that goes by files is taken for a broadcast."""
-    layout, server, transport = config.policy.layout, config.server, choose_transport(config).kind
-    if transport == "direct":
-        return direct_time(architecture, layout, gpu, servers=server.count, server_tp=server.tp)
-    each = 1.0 if config.sync.fp8 else 2.0
-    return reshard_time(architecture, layout, gpu, colocated=transport == "handles", each=each)
 
 
 def _starting_policy(config, stage, architecture, workload, gpu, one) -> dict[str, float]:

@@ -1,13 +1,18 @@
 """A plan in JSON's terms: bytes, seconds, tokens per second."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exprl_megatron.planning.layouts import Learning, Ranking
 from exprl_megatron.planning.memory import USABLE, Host, Memory
 from exprl_megatron.planning.phases import Phase
 from exprl_megatron.planning.plan import Division, Plan
 from exprl_megatron.planning.settings import overrides
+
+if TYPE_CHECKING:
+    from exprl_megatron.resharding.plan import SyncPlan
 
 CAUSES = {
     "gemm_s": "matrix products",
@@ -50,6 +55,7 @@ def plan_record(plan: Plan, top: int) -> dict[str, Any]:
         "trainer": learning_record(plan.learning),
         "ranking": _ranking_record(plan.ranking, top),
         "divisions": [_division_record(one) for one in plan.divisions[:top]],
+        "syncs": {kind: _sync_record(sync) for kind, sync in plan.syncs.items()},
         "notes": plan.notes,
     }
 
@@ -87,6 +93,17 @@ def _division_record(one: Division) -> dict[str, Any]:
         "recompute": one.learning.policy.recompute,
         "seconds": one.seconds,
         "step_s": one.step_s,
+    }
+
+
+def _sync_record(sync: SyncPlan) -> dict[str, Any]:
+    """Totals; what each rank and card has would be thousands of numbers."""
+    return {
+        "messages": sync.messages,
+        "sending_ranks": len(sync.sent),
+        "busiest_card_bytes": max(sync.over_network.values(), default=0),
+        "bytes_beside_shard": max(sync.held[rank] - sync.shard[rank] for rank in sync.held),
+        "seconds": sync.seconds,
     }
 
 

@@ -1,15 +1,22 @@
 """A plan as tables for people; `record.py` has it for machines."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
-from exprl_megatron.planning.hardware import GIB
+from exprl_megatron.planning.hardware import GB, GIB
 from exprl_megatron.planning.layouts import Learning, Ranking
 from exprl_megatron.planning.memory import USABLE, Memory
 from exprl_megatron.planning.phases import Phase
 from exprl_megatron.planning.plan import Division, Plan, division_of
 from exprl_megatron.planning.record import CAUSES, update_seconds
 from exprl_megatron.planning.settings import layout_text, overrides
+
+if TYPE_CHECKING:
+    from exprl_megatron.resharding.plan import SyncPlan
 
 KINDS = {
     "weights": "weights",
@@ -31,6 +38,18 @@ SUMS = {
 """What stands together in the table of divisions, and the phases that it sums."""
 
 
+SYNC_COLUMNS = (
+    "transport",
+    "messages",
+    "sending ranks",
+    "GB out of a trainer's card",
+    "GB into a card",
+    "GB of a shard",
+    "GB beside it",
+    "seconds",
+)
+
+
 def print_plan(plan: Plan, console: Console, top: int) -> None:
     """Everything, the verdict first."""
     _print_lines(console, _headlines(plan))
@@ -39,6 +58,8 @@ def print_plan(plan: Plan, console: Console, top: int) -> None:
         console.print(_stages_table(plan.learning))
     console.print(_time_table(plan))
     console.print(_causes_table(plan.learning))
+    if plan.syncs:
+        console.print(_syncs_table(plan))
     _print_lines(console, _host_lines(plan))
     if plan.ranking is not None:
         console.print(ranking_table(plan.ranking, top))
@@ -159,6 +180,35 @@ def _time_table(plan: Plan) -> Table:
 
 def _rates(phase: Phase) -> tuple[str, str]:
     return (f"{phase.speed.tokens_per_s_per_gpu:,.0f}", f"{phase.speed.mfu:.1%}") if phase.speed else ("", "")
+
+
+def _syncs_table(plan: Plan) -> Table:
+    table = Table(*SYNC_COLUMNS, title="a weight sync by transport")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, sync in plan.syncs.items():
+        table.add_row(*sync_cells(kind, sync))
+    chosen = next(iter(plan.syncs))
+    table.caption = f"{chosen}: the run's; cards: the busiest; buckets of {plan.config.sync.bucket_mb:g} MiB"
+    return table
+
+
+def sync_cells(kind: str, sync: SyncPlan) -> list[str]:
+    """A row of that table; see SYNC_COLUMNS."""
+    cards = sync.over_network.items()
+    out = max((size for card, size in cards if card.startswith("trainer") and card.endswith(" out")), default=0)
+    into = max((size for card, size in cards if card.endswith(" in")), default=0)
+    beside = max(sync.held[rank] - sync.shard[rank] for rank in sync.held)
+    return [
+        kind,
+        f"{sync.messages:,}",
+        str(len(sync.sent)),
+        f"{out / GB:.1f}",
+        f"{into / GB:.1f}",
+        f"{max(sync.shard.values()) / GB:.1f}",
+        f"{beside / GB:.1f}",
+        seconds_text(sync.seconds),
+    ]
 
 
 def _causes_table(one: Learning) -> Table:

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from exprl_megatron.config.policy import Layout
-from exprl_megatron.planning.flops import linear_parameters
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
+from exprl_megatron.planning.links import NVLINK_SHARE
 from exprl_megatron.planning.serving_time import Lengths, Servers, ServingTime, serving_time
 from exprl_megatron.planning.training_time import TrainingTime
 from exprl_megatron.policy.architecture import Architecture
@@ -119,40 +117,6 @@ def judging_tail(sampling: ServingTime, judging: ServingTime, own_devices: bool)
         return judging.total_s
     rounds = max(1.0, judging.requests / judging.concurrent)
     return max(judging.total_s - sampling.total_s, judging.total_s / rounds)
-
-
-def weight_bytes(architecture: Architecture, each: float = 2.0) -> float:
-    """Bytes of the model's matrices at `each` bytes, embedding and output layer in BF16."""
-    dense, experts = linear_parameters(architecture)
-    vocabulary = architecture.vocabulary * architecture.hidden * (1 if architecture.tied else 2)
-    return (dense + experts) * architecture.layers * each + vocabulary * 2.0
-
-
-def reshard_time(architecture: Architecture, layout: Layout, gpu: Gpu, *, colocated: bool, each: float = 2.0) -> float:
-    """Seconds to carry the new weights from the trainer's shards to the servers, `each` bytes a weight.
-
-    Colocated: every rank gathers each whole tensor, over NVLink what lies in its node and over its card the rest.
-    Separate: one trainer rank sends everything through its card, and the servers' ranks receive it as a chain.
-    """
-    size = weight_bytes(architecture, each)
-    if not colocated:
-        return size / (gpu.nic_bytes_per_s * NIC_SHARE) + size / (gpu.nvlink_bytes_per_s * NVLINK_SHARE)
-    holders = layout.tp * layout.pp * max(1, layout.ep // layout.tp)
-    outside = max(0.0, 1 - gpu.gpus_per_node / holders)
-    inside = size * (1 - outside) / (gpu.nvlink_bytes_per_s * NVLINK_SHARE)
-    return inside + size * outside / (gpu.nic_bytes_per_s * NIC_SHARE)
-
-
-def direct_time(architecture: Architecture, layout: Layout, gpu: Gpu, *, servers: int, server_tp: int) -> float:
-    """Seconds to carry the new weights, in BF16, to `servers` servers of `server_tp` ranks.
-
-    Each rank gets its part by its own card. Of the trainer's shards each data- and context-parallel copy serves some of
-    the servers.
-    """
-    size = weight_bytes(architecture)
-    copies = min(servers, layout.dp * layout.cp)
-    out = size * servers / (layout.tp * layout.pp * copies)
-    return max(out, size / server_tp) / (gpu.nic_bytes_per_s * NIC_SHARE)
 
 
 def host_swap_time(size_bytes: float, gpu: Gpu) -> float:

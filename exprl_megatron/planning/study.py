@@ -7,7 +7,7 @@ from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.layouts import Ranking
-from exprl_megatron.planning.plan import Plan, plan, ranked
+from exprl_megatron.planning.plan import Plan, plan, ranked, with_syncs
 from exprl_megatron.planning.split import best_division
 from exprl_megatron.planning.targets import find_config
 from exprl_megatron.planning.training_time import check_precision
@@ -40,9 +40,9 @@ def study(
         workload = replace(workload, sampled=False, judgements=0)
     if gpus is None:
         here = plan(config, stage, workload, gpu)
-        return replace(here, ranking=_ranking(config, stage, workload, gpu, here.gpus["trainer"]))
+        return with_syncs(replace(here, ranking=_ranking(config, stage, workload, gpu, here.gpus["trainer"])))
     if workload.sampled:
-        return best_division(config, stage, workload, gpu, gpus)
+        return with_syncs(best_division(config, stage, workload, gpu, gpus))
     ranking = ranked(config, stage, workload, gpu, gpus)
     best = config.model_copy(update={"policy": ranking.layouts[0].policy})
     return replace(plan(best, stage, workload, gpu), given=config, ranking=ranking)

@@ -8,10 +8,11 @@ from statistics import median
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.planning.flops import model_flops
-from exprl_megatron.planning.hardware import find_gpu
+from exprl_megatron.planning.flops import linear_parameters, model_flops
+from exprl_megatron.planning.hardware import Gpu, find_gpu
+from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
 from exprl_megatron.planning.practice import Practice
-from exprl_megatron.planning.rl_time import StepTime, reshard_time, sampling_time, step_time
+from exprl_megatron.planning.rl_time import StepTime, sampling_time, step_time
 from exprl_megatron.planning.serving_time import Lengths, Servers
 from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, training_time
 from exprl_megatron.policy.architecture import Architecture, Experts
@@ -153,10 +154,33 @@ def compare_step(row: dict, models: dict) -> StepComparison:
         judging_s=0.0,
         log_probs=[forward, forward],
         training=training_time(architecture, layout, recompute="none", micro_batch_tokens=row["bound"], **shared),
-        reshard_s=reshard_time(architecture, layout, gpu, colocated=not off, each=servers.weight_bytes),
+        reshard_s=_refit_seconds(architecture, layout, gpu, colocated=not off, each=servers.weight_bytes),
         one_step_off=off,
     )
     return StepComparison(row, time)
+
+
+def weight_bytes(architecture: Architecture, each: float = 2.0) -> float:
+    """Bytes of the model's matrices at `each` bytes, embedding and output layer in BF16."""
+    dense, experts = linear_parameters(architecture)
+    vocabulary = architecture.vocabulary * architecture.hidden * (1 if architecture.tied else 2)
+    return (dense + experts) * architecture.layers * each + vocabulary * 2.0
+
+
+def _refit_seconds(architecture: Architecture, layout: Layout, gpu: Gpu, *, colocated: bool, each: float) -> float:
+    """Seconds that NeMo-RL needs to carry the new weights to its generation workers, `each` bytes a weight.
+
+    Colocated: every rank gathers each whole tensor, over NVLink what lies in its node and over its card the rest.
+    Separate: one trainer rank sends everything through its card, and the workers receive it as a chain. Our own syncs
+    are planned from their messages (sync_time.py).
+    """
+    size = weight_bytes(architecture, each)
+    if not colocated:
+        return size / (gpu.nic_bytes_per_s * NIC_SHARE) + size / (gpu.nvlink_bytes_per_s * NVLINK_SHARE)
+    holders = layout.tp * layout.pp * max(1, layout.ep // layout.tp)
+    outside = max(0.0, 1 - gpu.gpus_per_node / holders)
+    inside = size * (1 - outside) / (gpu.nvlink_bytes_per_s * NVLINK_SHARE)
+    return inside + size * outside / (gpu.nic_bytes_per_s * NIC_SHARE)
 
 
 def step_comparisons(path: Path = PUBLISHED) -> list[StepComparison]:

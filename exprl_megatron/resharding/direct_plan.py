@@ -4,18 +4,20 @@ Every rank of trainer and servers has a network card; all links work at once, ea
 reaches.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NIC_SHARE
 from exprl_megatron.policy.architecture import Architecture
-from exprl_megatron.resharding.deliveries import DeliveryPlan
+from exprl_megatron.resharding.deliveries import DeliveryPlan, Volumes
 from exprl_megatron.resharding.held import Held, held_shares
 from exprl_megatron.resharding.messages import ITEMSIZE
 from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.resharding.plan import MESSAGE_S, TENSOR_S, SyncPlan, shard_bytes
-from exprl_megatron.serving.delivery_tables import Deliveries, areas, needs_table
+from exprl_megatron.serving.delivery_tables import Deliveries, needs_table
 from exprl_megatron.serving.sharding import server_needs
 
 _REQUESTS = 4
@@ -33,32 +35,64 @@ def plan_direct(
     server_tp: int,
 ) -> SyncPlan:
     """The plan of a sync to `servers` servers of `server_tp` ranks on nodes of their own."""
-    held = held_shares(architecture, layout)
-    ranks = server_needs(hf_shapes(architecture), server_tp, architecture.kv_groups)
-    needs = [[needs_table(rank, held.tensors) for rank in ranks]] * servers
-    plan = DeliveryPlan(needs, held, layout, dtype, bucket_bytes)
-    itemsize = ITEMSIZE[dtype]
-    sends = {rank: plan.sends(rank) for rank in range(layout.world_size)}
-    out = {rank: itemsize * int(areas(sent.parts).sum()) for rank, sent in sends.items() if len(sent.parts)}
-    cards = {f"trainer {rank} out": size for rank, size in out.items()}
-    taking = []
-    for target in plan.targets:
+    plan = _deliveries(architecture, layout, dtype, bucket_bytes, servers, server_tp)
+    volumes = plan.volumes()
+    cards = {f"trainer {rank} out": size for rank, size in sorted(volumes.sent.items())}
+    for target, size in volumes.received.items():
         server, rank = divmod(target - layout.world_size, server_tp)
-        received = plan.receives(target)
-        cards[f"server {server} rank {rank} in"] = itemsize * int(areas(received.parts).sum())
-        taking.append(len(received.parts))
-    shard = {rank: shard_bytes(architecture, layout, rank, dtype) for rank in range(layout.world_size)}
-    transfer_s = max(cards.values()) / (gpu.nic_bytes_per_s * NIC_SHARE)
+        cards[f"server {server} rank {rank} in"] = size
+    sends = {rank: plan.sends(rank) for rank in range(layout.world_size)}
+    shard = shard_bytes(architecture, layout, dtype)
     return SyncPlan(
         messages=sum(len(sent.messages) for sent in sends.values()),
         nbytes=plan.nbytes,
-        sent=out,
+        sent=volumes.sent,
         received={},
         over_network=cards,
-        held={rank: size + itemsize * _beside(sends[rank], held) for rank, size in shard.items()},
+        held={rank: size + ITEMSIZE[dtype] * _beside(sends[rank], plan.held) for rank, size in shard.items()},
         shard=shard,
-        seconds=transfer_s + _REQUESTS * MESSAGE_S + max(taking) * TENSOR_S,
+        seconds=_seconds(volumes, gpu),
     )
+
+
+def direct_seconds(
+    architecture: Architecture,
+    layout: Layout,
+    dtype: str,
+    bucket_bytes: int,
+    gpu: Gpu,
+    *,
+    servers: int,
+    server_tp: int,
+) -> float:
+    """`plan_direct`'s seconds alone, which do not depend on how parts are put into messages."""
+    return _seconds(_deliveries(architecture, layout, dtype, bucket_bytes, servers, server_tp).volumes(), gpu)
+
+
+def _deliveries(
+    architecture: Architecture, layout: Layout, dtype: str, bucket_bytes: int, servers: int, server_tp: int
+) -> DeliveryPlan:
+    needs = [_needs(architecture, server_tp)] * servers
+    return DeliveryPlan(needs, _held(architecture, layout), layout, dtype, bucket_bytes)
+
+
+@lru_cache(maxsize=2)
+def _held(architecture: Architecture, layout: Layout) -> Held:
+    return held_shares(architecture, layout)
+
+
+@lru_cache(maxsize=4)
+def _needs(architecture: Architecture, server_tp: int) -> list[np.ndarray]:
+    """Of each rank of a server; the planner asks for several layouts and numbers of servers."""
+    shapes = hf_shapes(architecture)
+    return [needs_table(rank, list(shapes)) for rank in server_needs(shapes, server_tp, architecture.kv_groups)]
+
+
+def _seconds(volumes: Volumes, gpu: Gpu) -> float:
+    """Of the busiest card, and of the server's rank that has most parts to receive."""
+    busiest = max(*volumes.sent.values(), *volumes.received.values())
+    transfer_s = busiest / (gpu.nic_bytes_per_s * NIC_SHARE)
+    return transfer_s + _REQUESTS * MESSAGE_S + max(volumes.parts.values()) * TENSOR_S
 
 
 def _beside(sent: Deliveries, held: Held) -> int:

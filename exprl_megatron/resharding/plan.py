@@ -72,15 +72,12 @@ def plan_sync(
 ) -> SyncPlan:
     """The plan of a sync to `servers` servers of `server_tp` ranks.
 
-    `colocated`: server i is on the trainer's i-th node and each of its ranks takes handles from the trainer rank on its
-    GPU; else servers have nodes of their own, at most one server's ranks on each, and take broadcasts.
+    `colocated`: the trainer's nodes have equal shares of the servers, one behind the other, and each server's rank
+    takes handles from the trainer rank on its GPU; else servers have nodes of their own, at most one server's ranks on
+    each, and take broadcasts.
     """
     staged = stage_messages(architecture, layout, dtype, bucket_bytes, fp8=fp8)
-    chains = None
-    if colocated:
-        apart, size = max(gpu.gpus_per_node, server_tp), min(gpu.gpus_per_node, server_tp)
-        firsts = [server * apart + first for server in range(servers) for first in range(0, server_tp, size)]
-        chains = [range(first, first + size) for first in firsts]
+    chains = _chains(layout, gpu, servers, server_tp) if colocated else None
     order = [(m,) for messages in staged for m in messages] if colocated else rounds(staged)
     shapes = hf_shapes(architecture)
     sent: Counter[int] = Counter()
@@ -107,7 +104,7 @@ def plan_sync(
                 sent[sender(message.stage, layout)] += message.nbytes
                 taking[-1] += _broadcast_seconds(message, gpu)
     fillers = {rank for chain in chains or () for rank in chain} or {sender(s, layout) for s in range(layout.pp)}
-    shard = {rank: shard_bytes(architecture, layout, rank, dtype) for rank in range(layout.world_size)}
+    shard = shard_bytes(architecture, layout, dtype)
     buckets = _bucket_bytes(staged, shapes, layout, dtype, fp8, fillers, chains is not None)
     return SyncPlan(
         messages=sum(map(len, order)),
@@ -119,6 +116,21 @@ def plan_sync(
         shard=shard,
         seconds=_pipelined(gathering, taking),
     )
+
+
+def _chains(layout: Layout, gpu: Gpu, servers: int, server_tp: int) -> list[list[int]]:
+    """Of each node the trainer ranks that hand memory to servers' ranks, which hand messages on to each other."""
+    nodes = -(-layout.world_size // gpu.gpus_per_node)
+    apart = -(-server_tp // gpu.gpus_per_node) * gpu.gpus_per_node
+    sharing = max(1, min(-(-servers // nodes), gpu.gpus_per_node // server_tp))
+    ranks = set()
+    for server in range(servers):
+        first = server // sharing * apart + server % sharing * server_tp
+        ranks |= {rank % layout.world_size for rank in range(first, first + server_tp)}
+    chains: dict[int, list[int]] = {}
+    for rank in sorted(ranks):
+        chains.setdefault(rank // gpu.gpus_per_node, []).append(rank)
+    return list(chains.values())
 
 
 def _gathered(
@@ -187,16 +199,19 @@ def _pipelined(gathering: list[float], taking: list[float]) -> float:
     return gathering[0] + between + taking[-1]
 
 
-def shard_bytes(architecture: Architecture, layout: Layout, rank: int, dtype: str) -> int:
-    """Bytes of the rank's parameters; experts' as on their first copies."""
+def shard_bytes(architecture: Architecture, layout: Layout, dtype: str) -> dict[int, int]:
+    """Bytes of each rank's parameters; experts' as on their first copies."""
     shapes = hf_shapes(architecture)
+    sizes: Counter[tuple[int, int | None]] = Counter()
+    for parameter in parameters(architecture, layout):
+        size = ITEMSIZE[dtype] * math.prod(shard_shape(parameter, shapes, layout))
+        sizes[parameter.pp_rank, parameter.ep_rank] += size
     per_stage = layout.tp * layout.cp * layout.dp
-    stage, ep_rank = rank // per_stage, rank % per_stage // layout.etp % layout.ep
-    return sum(
-        ITEMSIZE[dtype] * math.prod(shard_shape(parameter, shapes, layout))
-        for parameter in parameters(architecture, layout)
-        if parameter.pp_rank == stage and parameter.ep_rank in (None, ep_rank)
-    )
+    found = {}
+    for rank in range(layout.world_size):
+        stage, ep_rank = rank // per_stage, rank % per_stage // layout.etp % layout.ep
+        found[rank] = sizes[stage, None] + sizes[stage, ep_rank]
+    return found
 
 
 def _bucket_bytes(
