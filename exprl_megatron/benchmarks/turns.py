@@ -78,7 +78,12 @@ class Contestant:
         """Let it run to the end of its next step. Raises UserError where it ends before, or does not get there."""
         self._go_on()
         give_up = time.monotonic() + deadline_s
-        while len(self._step_ends()) <= len(self._ends):
+        size = -1
+        while True:
+            # Reading it each time would take from the trainer's cores.
+            before, size = size, self._timeline.stat().st_size if self._timeline.is_file() else 0
+            if size != before and len(self._step_ends()) > len(self._ends):
+                break
             if self._process.poll() is not None:
                 raise UserError(f"{self.name} ended with status {self._process.returncode}{log_tail(self._log)}")
             if time.monotonic() > give_up:
@@ -107,13 +112,14 @@ class Contestant:
             return []
 
     def _stop(self) -> None:
-        self._stopped_at = time.time()
         # One that was just starting another has now started it or is stopped itself.
         known: set[int] = set()
         while found := {process.pid for process in self.processes()} - known:
             for pid in found:
                 _send(pid, signal.SIGSTOP)
             known |= found
+        # What was done until here is done; the next step's clock has it.
+        self._stopped_at = time.time()
 
     def _go_on(self) -> None:
         if self._stopped_at is None:

@@ -4,6 +4,9 @@ New tokens of several requests, padded to the longest, attend to their cached ke
 length are computed together, in pieces of bounded memory; the tokens of a prompt that follow cached ones are cut into
 several where their mask would be larger. Where a prompt begins with cached tokens, only the new ones are queries, while
 SGLang computes all. A request that is alone, and what this does not cover, is left to SGLang.
+
+What a decoding step computes together, and where it is in the caches, is the same in all layers: it is planned in the
+first one (PLANS, on SGLang's backend; `forget_plans` runs before every forward pass).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-PIECE = 2**20
-"""Numbers that a piece holds at most in gathered keys, gathered values and its mask (4 MiB in fp32)."""
+PIECE = 2**19
+"""Numbers that a piece holds at most in gathered keys, gathered values and its mask (2 MiB in fp32)."""
 PADDING = 2**15
 """Numbers that a request is padded by at most: computing with them takes as long as a call of its own."""
 
@@ -54,14 +57,84 @@ class Batch:
         return sum(cache.shape[1] * cache.shape[2] for cache in (self.keys, self.values))
 
 
+@dataclass(frozen=True)
+class DecodePiece:
+    """One new token of each of several requests."""
+
+    rows: torch.Tensor
+    """[requests]: where the requests are in the batch."""
+    places: torch.Tensor
+    """[requests * longest]: of their tokens in the caches; behind the end of a request any place."""
+    mask: torch.Tensor
+    """[requests, 1, 1, longest]: 0 at a request's tokens, minus infinity behind them; in the queries' format."""
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """All pieces of a decoding step, for layers whose caches have the same shape."""
+
+    pools: torch.Tensor
+    lengths: torch.Tensor
+    pieces: list[DecodePiece]
+
+    def is_of(self, pools: torch.Tensor, lengths: torch.Tensor) -> bool:
+        """Whether these are the requests that it was made for."""
+        return torch.equal(self.pools, pools) and torch.equal(self.lengths, lengths)
+
+
+PLANS = "exprl_decode_plans"
+"""SGLang's backend has the plans of the present forward pass by this name, each by the shape of a layer's caches."""
+
+
+def forget_plans(backend, *_, **__) -> None:
+    """Before TorchNativeAttnBackend.init_forward_metadata, which SGLang calls once for each forward pass."""
+    setattr(backend, PLANS, {})
+
+
 def decode(original: Callable, backend, *tensors, scaling: float | None = None, **settings) -> torch.Tensor:
     """Around TorchNativeAttnBackend._run_sdpa_forward_decode: one new token of each request."""
     query, output, keys, values, places, pools, lengths, encoder_lengths = tensors
     batch = Batch(query, output, keys, values, places, scaling)
     if len(lengths) == 1 or not _covers(batch, encoder_lengths, settings):
         return original(backend, *tensors, scaling=scaling, **settings)
+    # Without a forward pass around it there is nothing that other layers could share.
+    plans = getattr(backend, PLANS, {})
+    key = (keys.shape[1:], values.shape[1:], batch.share, query.dtype)
+    plan = plans.get(key)
+    if plan is None or not plan.is_of(pools, lengths):
+        plan = plans[key] = decode_plan(batch, pools, lengths)
+    for piece in plan.pieces:
+        _decode_together(batch, piece)
+    return output
+
+
+def decode_plan(batch: Batch, pools: torch.Tensor, lengths: torch.Tensor) -> DecodePlan:
+    """What to compute together of one new token of each request; `pools` and `lengths` [requests]."""
     pairs = zip(pools.tolist(), lengths.tolist(), strict=True)
-    return attend(batch, [Job(pool, first, 1, length) for first, (pool, length) in enumerate(pairs)])
+    jobs = [Job(pool, first, 1, length) for first, (pool, length) in enumerate(pairs)]
+    found = [_decode_piece(batch, piece) for piece in pieces(batch, jobs)]
+    return DecodePlan(pools.clone(), lengths.clone(), found)
+
+
+def _decode_piece(batch: Batch, jobs: list[Job]) -> DecodePiece:
+    rows, pools, lengths = (torch.tensor([getattr(job, name) for job in jobs]) for name in ("first", "pool", "length"))
+    longest = int(lengths.max())
+    behind = torch.arange(longest) >= lengths[:, None]
+    places = batch.places[pools, :longest].masked_fill(behind, 0)
+    mask = torch.zeros(behind.shape, dtype=batch.query.dtype).masked_fill_(behind, -torch.inf)
+    return DecodePiece(rows, places.flatten(), mask[:, None, None])
+
+
+def _decode_together(batch: Batch, piece: DecodePiece) -> None:
+    requests, longest = piece.mask.shape[0], piece.mask.shape[-1]
+    keys, values = (
+        cache.flatten(1).index_select(0, piece.places).view(requests, longest, *cache.shape[1:]).transpose(1, 2)
+        for cache in (batch.keys, batch.values)
+    )
+    # Heads that share keys are further queries of one head: no key is copied for each of them.
+    queries = batch.query.index_select(0, piece.rows).unflatten(1, (-1, batch.share))
+    found = scaled_dot_product_attention(queries, keys, values, attn_mask=piece.mask, scale=batch.scaling)
+    batch.output.index_copy_(0, piece.rows, found.flatten(1, 2))
 
 
 def extend(original: Callable, backend, *tensors, scaling: float | None = None, **settings) -> torch.Tensor:

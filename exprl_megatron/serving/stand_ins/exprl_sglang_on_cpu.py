@@ -1,4 +1,4 @@
-"""SGLang plugin for a plain CPU: deterministic inference with a request's seed, faster attention, a faster start."""
+"""SGLang plugin for a plain CPU: deterministic inference with a request's seed, faster arithmetic, a faster start."""
 
 import multiprocessing
 
@@ -10,6 +10,7 @@ def activate() -> None:
     does not depend on the batch it was computed in; what stays is that the sampler draws from the request's own seed.
     """
     import exprl_cpu_attention
+    import exprl_cpu_linear
     from sglang.srt.arg_groups import choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -21,8 +22,19 @@ def activate() -> None:
         HookType.REPLACE,
     )
     backend = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+    HookRegistry.register(f"{backend}.init_forward_metadata", exprl_cpu_attention.forget_plans, HookType.BEFORE)
     HookRegistry.register(f"{backend}._run_sdpa_forward_decode", exprl_cpu_attention.decode, HookType.AROUND)
     HookRegistry.register(f"{backend}._run_sdpa_forward_extend", exprl_cpu_attention.extend, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply",
+        exprl_cpu_linear.linear,
+        HookType.AROUND,
+    )
+    HookRegistry.register(
+        "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
+        exprl_cpu_linear.output_layer,
+        HookType.AROUND,
+    )
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork, HookType.AFTER)
 
 
