@@ -45,8 +45,10 @@ SHAPES = (
     Shape("extend", 64, *MINIATURE, (40, 100), (5, 60)),
     Shape("extend", 8, *SMOLLM, (400, 800), (20, 100)),
 )
-_PLACES, _CONTEXT = 100_000, 4096
+_PLACES, _CONTEXT, _LAYERS = 100_000, 4096, 4
 _STARTED = "EXPRL_BENCH_AS_A_SERVER"
+PLANS = "exprl_decode_plans"
+"""As in exprl_cpu_attention, which only servers can import."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Row:
     ratio: float
     difference: float
     """The largest, of results of about 1."""
+    plans: int
+    """How often our way has planned its work, of those that all layers of a pass share."""
 
 
 def main() -> None:
@@ -80,7 +84,7 @@ def main() -> None:
 
 def measured(shape: Shape, rounds: int) -> Row:
     """Both ways in turns."""
-    ways = _ways(shape)
+    backend, *ways = _ways(shape)
     results = [way() for way in ways]
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds):
@@ -90,11 +94,11 @@ def measured(shape: Shape, rounds: int) -> Row:
             spent.append(time.process_time() - began)
     sglang, ours = (1e3 * median(spent) for spent in seconds)
     difference = (results[0] - results[1]).abs().max().item()
-    return Row(str(shape), sglang, ours, sglang / ours, difference)
+    return Row(str(shape), sglang, ours, sglang / ours, difference, len(getattr(backend, PLANS)))
 
 
 def _ways(shape: Shape):
-    """SGLang's own method and the one that servers have, each on the same batch with an output of its own."""
+    """SGLang's backend; its own method and the one that servers have, each on the same batch with its own output."""
     import torch
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
@@ -119,13 +123,21 @@ def _ways(shape: Shape):
         "sliding_window_size": None,
     }
     backend = object.__new__(TorchNativeAttnBackend)
+    backend.use_sliding_window_kv_pool = False
 
     def way(call):
         output = torch.empty_like(query)
         tensors = (query, output, keys, values, table, pools, cached + new, *counts, None)
-        return lambda: call(backend, *tensors, **settings).clone()
 
-    return way(method.__wrapped__), way(method)
+        def forward_pass():
+            backend.init_forward_metadata(None)
+            for _ in range(_LAYERS):
+                call(backend, *tensors, **settings)
+            return output.clone()
+
+        return forward_pass
+
+    return backend, way(method.__wrapped__), way(method)
 
 
 def _as_a_server() -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,9 +54,9 @@ class Requests:
         tensors = (*self._common(), self.cached, self.new, self.encoder_lengths)
         return attention.extend(self._original, None, *tensors, **self.settings)
 
-    def decode(self, attention) -> torch.Tensor:
+    def decode(self, attention, backend=None) -> torch.Tensor:
         settings = self.settings | {"causal": False}
-        return attention.decode(self._original, None, *self._common(), self.encoder_lengths, **settings)
+        return attention.decode(self._original, backend, *self._common(), self.encoder_lengths, **settings)
 
     def expected(self) -> torch.Tensor:
         """softmax(scaling * q k) v of every new token over itself and all before it, in double precision."""
@@ -82,6 +83,31 @@ def test_every_new_token_attends_to_itself_and_all_before_it(attention, heads, k
     tokens = Requests(cached, [1] * 12, heads, kv_heads, seed)
     torch.testing.assert_close(tokens.decode(attention), tokens.expected(), atol=2e-6, rtol=1e-5)
     assert prompts.left_to_sglang == tokens.left_to_sglang == 0
+
+
+def test_a_decoding_step_is_planned_once_for_all_layers_and_again_for_the_next(attention, monkeypatch):
+    planned = []
+    cut = attention.pieces
+    monkeypatch.setattr(attention, "pieces", lambda batch, jobs: (planned.append(len(jobs)), cut(batch, jobs))[1])
+    backend = SimpleNamespace()
+
+    def check(requests: Requests, plans: int):
+        torch.testing.assert_close(requests.decode(attention, backend), requests.expected(), atol=2e-6, rtol=1e-5)
+        assert len(planned) == plans
+
+    requests = Requests([20, 3, 40, 8], [1] * 4)
+    attention.forget_plans(backend, object())
+    for _ in range(3):
+        requests.query.normal_(generator=torch.Generator().manual_seed(1))
+        requests.keys.mul_(-0.5)
+        check(requests, 1)
+    # The next token of each: other lengths, in a new pass and even where SGLang would not say that it is one.
+    requests.cached += 1
+    check(requests, 2)
+    attention.forget_plans(backend)
+    requests.table.copy_(requests.table.flip(1))
+    check(requests, 3)
+    check(Requests([20, 3, 40, 8], [1] * 4, heads=6, kv_heads=3), 4)
 
 
 @pytest.mark.parametrize("piece", [1, 300, 2000, 20_000])
@@ -146,3 +172,4 @@ def test_servers_have_it_in_the_place_of_sglang_s_loop_with_the_same_numbers(tmp
     rows = json.loads(figures.read_text())
     assert len(rows) >= 8 and all(row["difference"] < 5e-6 for row in rows)
     assert any(row["difference"] > 0 for row in rows), "both were SGLang's own"
+    assert {row["plans"] for row in rows if row["shape"].startswith("decode")} == {1}, "each layer plans by itself"
