@@ -210,7 +210,7 @@ class JudgementStore:
             entries = [_rubric_entry(*row) for row in run(f"{_RUBRICS} {clause}", parameters)]
             entries += [self._entry(*row) for row in run(f"{_JUDGEMENTS} {clause}", blob_parameters)]
             if self._has_version_1:
-                entries += [_entry_1(*row) for row in run(f"{_JUDGEMENTS_1} {clause}", parameters)]
+                entries += [self._entry_1(*row) for row in run(f"{_JUDGEMENTS_1} {clause}", parameters)]
         return entries
 
     def _found(self, key: str) -> Judgement | None:
@@ -218,8 +218,11 @@ class JudgementStore:
             return self._judgement(*row[2:])[1]
         if self._has_version_1:
             for row in self._reader.run(f"{_JUDGEMENTS_1} WHERE key = ?", (key,)):
-                return _verdict(*row[4:])
+                return self._verdict(*row[4:])
         return None
+
+    def _entry_1(self, key: str, created: float, asked: bytes, answer: str, *judgement) -> Entry:
+        return Entry(key, json.loads(zlib.decompress(asked)), answer, created, self._verdict(*judgement))
 
     def _entry(self, key: bytes, created: float, frame: int, trace: int | None, shown: int | None, *rest) -> Entry:
         texts = self._reader.texts
@@ -232,7 +235,13 @@ class JudgementStore:
             None if packed is None else _text(self._reader.texts.unpacked(packed, frame, trace))
             for packed in (answer, evidence)
         )
-        return words, _verdict(value, reason, words if because is None else because)
+        return words, self._verdict(value, reason, words if because is None else because)
+
+    def _verdict(self, value: float | None, reason: str | None, evidence: str) -> Judgement:
+        try:
+            return Abstained(reason, evidence) if reason is not None else Scored(value, evidence)
+        except (ValueError, TypeError) as error:
+            raise unusable(self.path, error) from error
 
     def _write_waiting(self) -> None:
         """Write all that waits in one transaction."""
@@ -296,14 +305,6 @@ class _Side:
 
 def _rubric_entry(key: str, created: float, asked: bytes, answer: str, rubric: str) -> Entry:
     return Entry(key, json.loads(zlib.decompress(asked)), answer, created, rubric)
-
-
-def _entry_1(key: str, created: float, asked: bytes, answer: str, *judgement) -> Entry:
-    return Entry(key, json.loads(zlib.decompress(asked)), answer, created, _verdict(*judgement))
-
-
-def _verdict(value: float | None, reason: str | None, evidence: str) -> Judgement:
-    return Abstained(reason, evidence) if reason is not None else Scored(value, evidence)
 
 
 def _bytes(text: str) -> bytes:

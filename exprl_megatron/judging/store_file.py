@@ -69,8 +69,8 @@ def open_store(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def unusable(path: Path, error: sqlite3.Error) -> UserError:
-    """What to say where SQLite fails at a store."""
+def unusable(path: Path, error: Exception) -> UserError:
+    """What to say where SQLite fails at a store, or a row of it is none that was written."""
     return UserError(
         f"The judgement store {path} cannot be used ({error}); "
         "make room or correct its access rights, or move the file away to judge again."

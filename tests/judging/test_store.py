@@ -195,6 +195,18 @@ def test_a_damaged_store_is_named(tmp_path):
         store.find_judgement(key_of(3))
 
 
+@pytest.mark.parametrize("value", [7.0, -0.5, None, "x"])
+def test_a_score_that_is_none_is_a_damaged_store(tmp_path, value):
+    file = tmp_path / "s.sqlite"
+    with JudgementStore(file) as store:
+        store.keep_judgement(key_of(1), {"text": "x"}, "y", Scored(0.5))
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute("UPDATE judgements SET value = ?", (value,))
+    with JudgementStore(file) as store, pytest.raises(UserError, match=r"s\.sqlite cannot be used"):
+        store.find_judgement(key_of(1))
+
+
 def test_a_row_is_found_by_the_beginning_of_its_hash(store):
     store.keep_judgement("a" * 64, {"trace": "t"}, "Score: 4", Scored(0.75, "Score: 4"))
     store.keep_judgement("a" * 10 + "b" * 54, {}, "", Abstained("refused"))
