@@ -1,10 +1,13 @@
 """`exprl eval` before and after its servers: what it refuses, and what it makes of results that are there."""
 
+import importlib
 import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -171,3 +174,26 @@ def test_problems_without_anything_to_verify_are_refused(run, tmp_path):
 
 def test_a_directory_without_a_model_is_refused(run, tmp_path):
     assert "has no config.json; give a directory in Hugging Face form." in run(model=tmp_path)
+
+
+def test_servers_replies_are_checked_as_those_of_a_run(tmp_path, tiny_model, monkeypatch):
+    class Server:
+        def client(self):
+            return SimpleNamespace()
+
+    async def sample(settings, clients, *_):
+        seen.extend(clients)
+        return []
+
+    seen, module = [], importlib.import_module("exprl_megatron.evaluation.evaluate")
+    monkeypatch.setattr(module, "start_servers", lambda specs: [Server()])
+    monkeypatch.setattr(module, "stop_servers", lambda servers: None)
+    monkeypatch.setattr(module, "_sample", sample)
+    write_problems(tmp_path / "problems.jsonl")
+    settings = settings_for(tmp_path, tiny_model("qwen3"))
+    asked = read_questions(settings)
+    module._measure(settings, [None], asked, asked.questions, None, lambda line: None)
+    (client,) = seen
+    assert client.vocabulary == asked.vocabulary > 0
+    with pytest.raises(ValueError, match="text is not that of"):
+        client.text_check.check(np.array([5, 6], np.int32), "anything else")
