@@ -1,13 +1,16 @@
 """Throws random faults at a long miniature run and says what it made of them: `make chaos`.
 
-Exit status 1 where a trace was lost, counted twice or learned from under wrong weights or other than a server sent it,
-where somebody without a key was let in, a damaged checkpoint was loaded, or the reward did not grow.
+The run ends after the last fault. Exit status 1 where a trace was lost, counted twice or learned from under wrong
+weights or other than a server sent it, where somebody without a key was let in, a damaged checkpoint was loaded, fewer
+faults were thrown than wanted, or the reward did not grow.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
+import time
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("recipes/configs/chaos.yaml"))
     parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="After which no further fault is thrown.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=5.0, help="Seconds between a step and the next fault, at most.")
     parser.add_argument("--longest", type=float, default=30.0, help="Seconds that a server misbehaves, at most.")
@@ -54,13 +58,18 @@ def main() -> None:
     with FaultedRun(config, arguments.seed, arguments.longest) as run:
         weights = {kind: weight for kind, weight in WEIGHTS.items() if kind in run.kinds}
         run.until(lambda: run.learned() >= 1, arguments.deadline)
-        while len(outcomes) < arguments.faults and run.learned() < config.stages[0].steps:
+        begun = time.monotonic()
+        while (
+            len(outcomes) < arguments.faults
+            and run.learned() < config.stages[0].steps
+            and time.monotonic() - begun < 60 * arguments.minutes
+        ):
             run.pause(arguments.pause)
             kind = run.choose(weights)
             print(f"{len(outcomes) + 1}: {kind}", flush=True)
             outcomes.append(run.throw(kind, arguments.deadline))
             print(f"{len(outcomes)}: {asdict(outcomes[-1])}", flush=True)
-        run.until(lambda: False, 100 * arguments.deadline)
+        run.end()
         found = run.wrong()
     lines = run.paths.metrics.read_text().splitlines()
     rewards = [json.loads(line)["metrics"]["reward/mean"] for line in lines]

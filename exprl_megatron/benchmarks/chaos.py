@@ -175,11 +175,17 @@ class FaultedRun:
         self.until(lambda: self.learned() > step, deadline_s)
         return Outcome(kind, step, self._stops[stops:], starts != self.registry.starts, time.monotonic() - begun)
 
+    def end(self) -> None:
+        """End the ranks after the steps that are learned."""
+        self._ranks.stop()
+
     def wrong(self) -> list[str]:
-        """What is wrong with the run, which is done: see wrong_with; and which faults were not found as they must."""
+        """What is wrong with the run, which is done or ended: see wrong_with; and which faults were not found as they
+        must.
+        """
         aside = [path.name for path in self.paths.checkpoints.iterdir() if DAMAGED in path.name]
         loaded = [] if len(aside) == len(self.damaged) else [f"damaged: {self.damaged}, set aside: {sorted(aside)}"]
-        return [*wrong_with(self.config, self.replies), *self._found, *loaded]
+        return [*wrong_with(self.config, self.replies, self.learned()), *self._found, *loaded]
 
     def pause(self, most_s: float) -> None:
         """Let the run go on for a random time."""

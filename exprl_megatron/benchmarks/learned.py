@@ -45,17 +45,19 @@ class Replies:
         return f"{len(self._sampled)} traces and {len(self._judged)} verdicts"
 
 
-def wrong_with(config: RunConfig, replies: Replies | None = None) -> list[str]:
-    """What a finished run of one strictly on-policy stage has lost, counted twice, or learned from wrong weights.
+def wrong_with(config: RunConfig, replies: Replies | None = None, steps: int | None = None) -> list[str]:
+    """What a run of one strictly on-policy stage has lost, counted twice, or learned from wrong weights.
 
-    With `replies`, also what it learned that no server of its own sent.
+    In its first `steps` steps, after which it was ended (None: in all). With `replies`, also what it learned that no
+    server of its own sent.
     """
     (stage,) = config.stages
+    steps = stage.steps if steps is None else steps
     paths = RunDirectory(config.directory)
     logged = [json.loads(line)["step"] for line in paths.metrics.read_text().splitlines()]
-    found = [] if logged == list(range(1, stage.steps + 1)) else [f"steps learned: {logged}"]
+    found = [] if logged == list(range(1, steps + 1)) else [f"steps learned: {logged}"]
     problems, journal = load_problems(stage.problems), Journal(paths.journal)
-    for step in range(1, stage.steps + 1):
+    for step in range(1, steps + 1):
         sampled = journal.read(stage.name, step)
         first = (step - 1) * stage.problems_per_step
         indices = problem_indices(config.seed, stage.name, first, stage.problems_per_step, len(problems))
