@@ -18,6 +18,7 @@ Papers: token-mean DAPO (arXiv 2503.14476), sequence-mean GRPO (arXiv 2402.03300
 first-stage code does, where every data-parallel rank has as many sequences.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 
 import torch
@@ -48,7 +49,21 @@ def denominator(aggregation: Aggregation, sequences: ListLike[LearnedFrom], max_
     tokens = sum(sequence.response_tokens for sequence in sequences)
     if not tokens:
         raise ValueError("there is no response token to take a loss of")
+    return _divisor(aggregation, tokens, sum(sequence.response_tokens > 0 for sequence in sequences), max_new_tokens)
+
+
+def kept_denominator(aggregation: Aggregation, sums: Mapping[str, float], max_new_tokens: int, whole: float) -> float:
+    """What the weighted sum is to be divided by where rejected tokens do not count; `whole`, where they do.
+
+    `sums` are an update's metrics; with `kept/tokens` and `kept/sequences` among them the kept ones alone count. Where
+    nothing is kept the sum is 0, and `whole` divides it as well as anything.
+    """
+    if not sums.get("kept/tokens"):
+        return whole
+    return _divisor(aggregation, sums["kept/tokens"], sums["kept/sequences"], max_new_tokens)
+
+
+def _divisor(aggregation: Aggregation, tokens: float, sequences: float, max_new_tokens: int) -> float:
     if aggregation == "token-mean":
         return float(tokens)
-    count = sum(sequence.response_tokens > 0 for sequence in sequences)
-    return float(count * max_new_tokens if aggregation == "constant-length" else count)
+    return float(sequences * max_new_tokens if aggregation == "constant-length" else sequences)

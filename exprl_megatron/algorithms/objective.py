@@ -22,6 +22,7 @@ from exprl_megatron.algorithms.losses import (
     unbiased_divergence,
 )
 from exprl_megatron.algorithms.mismatch import log_prob_gap
+from exprl_megatron.algorithms.rejection import kept_tokens
 from exprl_megatron.config.losses import Aggregation, LossConfig
 from exprl_megatron.policy.batch import MicroBatch
 
@@ -36,33 +37,38 @@ def policy_objective(config: LossConfig) -> LossFunction:
     on-policy); start log-probs are needed where `kl_coefficient` is not 0 (ValueError without them).
     With `use_rollout_log_probs` the ratio is to the sampler's log-probs instead (ValueError without them).
     The gap to the sampler is measured on the trainer's old log-probs, which belong to the weights that sampled, or to
-    newer ones than those of tokens that are not `fresh`. `config.correction` needs sampler log-probs (ValueError
-    without them).
+    newer ones than those of tokens that are not `fresh`. `config.correction` and `config.rejection` need sampler
+    log-probs (ValueError without them). What is rejected has no policy loss; where it does not count in the
+    denominator either, it has no other term, and the metrics `kept/tokens` and `kept/sequences` count the others.
     """
 
     def loss_function(log_probs, entropy, micro):
         trained = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
         old = _rollout_log_probs(micro) if config.use_rollout_log_probs else trained
         policy, ratio, clipped = _surrogate(config, log_probs, old, micro)
-        terms = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "kl/old": k3_divergence(log_probs, old)}
-        largest = {}
+        terms = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "kl/old": k3_divergence(log_probs, trained)}
+        kept, found = torch.ones_like(micro.mask), {}
         if config.correction.kind != "none":
-            policy, weighing, largest = _corrected(config, policy, old, micro)
-            terms |= weighing
+            weights, weighing, found = _corrected(config, old, micro)
+            policy, kept, terms = policy * weights, (weights != 0).to(kept.dtype), terms | weighing
+        if config.rejection.rejects:
+            sampler = _rollout_log_probs(micro)
+            kept = kept * kept_tokens(config.rejection, log_probs, trained, sampler, micro.advantages, micro.mask)
+            terms["rejected"] = 1.0 - kept
+        policy = policy * kept
         total = policy
         if config.entropy_coefficient:
             total = total - config.entropy_coefficient * entropy
-        if micro.start_log_probs is not None:
-            if config.kl_gradient == "unbiased":
-                terms["kl/start"] = unbiased_divergence(log_probs, micro.start_log_probs, old)
-            else:
-                terms["kl/start"] = k3_divergence(log_probs, micro.start_log_probs)
-            total = total + config.kl_coefficient * terms["kl/start"]
-        elif config.kl_coefficient:
-            raise ValueError("the loss has a KL term, but the batch carries no log-probs of the starting policy")
-        weights = token_weights(micro.mask, config.aggregation)
+        if (divergence := _to_start(config, log_probs, old, micro)) is not None:
+            terms["kl/start"] = divergence
+            total = total + config.kl_coefficient * divergence
+        counted = micro.mask
+        if not config.rejection.in_denominator:
+            counted = micro.mask * kept
+            found |= {"kept/tokens": counted.sum(), "kept/sequences": (counted.sum(-1) > 0).sum()}
+        weights = token_weights(counted, config.aggregation)
         loss = (total * weights).sum()
-        metrics = _sums(terms, micro) | _sampler_gap(trained, micro) | largest
+        metrics = _sums(terms, micro) | _sampler_gap(trained, micro) | found
         return loss, metrics | {"loss": loss.detach(), "loss/policy": (policy.detach() * weights).sum()}
 
     return loss_function
@@ -112,25 +118,36 @@ def _surrogate(
     return loss, ratio, clipped
 
 
+def _to_start(config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch) -> torch.Tensor | None:
+    """Per token the divergence from the stage's starting policy, where the batch has its log-probs."""
+    if micro.start_log_probs is None:
+        if config.kl_coefficient:
+            raise ValueError("the loss has a KL term, but the batch carries no log-probs of the starting policy")
+        return None
+    if config.kl_gradient == "unbiased":
+        return unbiased_divergence(log_probs, micro.start_log_probs, old)
+    return k3_divergence(log_probs, micro.start_log_probs)
+
+
 def _rollout_log_probs(micro: MicroBatch) -> torch.Tensor:
     if micro.sampler_log_probs is None:
-        raise ValueError("the loss takes its ratio to the sampler, but the batch carries no log-probs of the sampler")
+        raise ValueError(
+            "the loss compares with the policy that sampled, but the batch carries no log-probs of the sampler"
+        )
     return micro.sampler_log_probs
 
 
 def _corrected(
-    config: LossConfig, policy: torch.Tensor, old: torch.Tensor, micro: MicroBatch
+    config: LossConfig, old: torch.Tensor, micro: MicroBatch
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The policy's loss of each token times its weight; per token what the weights are, and the largest ratio."""
-    if micro.sampler_log_probs is None:
-        raise ValueError("the loss has a correction, but the batch carries no log-probs of the sampler")
-    weights, ratio = correction_weights(config.correction, old, micro.sampler_log_probs, micro.mask)
+    """The weight of each token; per token what the weights are, and the largest ratio."""
+    weights, ratio = correction_weights(config.correction, old, _rollout_log_probs(micro), micro.mask)
     terms = {
         "correction/weight": weights,
         "correction/squared": weights.square(),
         "correction/bounded": (weights != ratio).to(weights.dtype),
     }
-    return policy * weights, terms, {"correction/ratio/max": (ratio * micro.mask).amax()}
+    return weights, terms, {"correction/ratio/max": (ratio * micro.mask).amax()}
 
 
 def _sums(terms: dict[str, torch.Tensor], micro: MicroBatch) -> dict[str, torch.Tensor]:

@@ -35,6 +35,28 @@ class CorrectionConfig(Config):
     high: float = Field(2.0, ge=1)
 
 
+class RejectionConfig(Config):
+    """Tokens that are left out since the policy that sampled them is too far away; weights are CorrectionConfig's."""
+
+    level: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Leave out the tokens, or the whole sequences, whose importance ratio is outside of `low` to `high` (verl's
+    `rollout_rs`, slime's `rs_level`). It need not be the level of `correction`."""
+    low: float = Field(0.5, ge=0, le=1)
+    high: float = Field(2.0, ge=1)
+    off_policy_threshold: float | None = Field(None, gt=0)
+    """DeepSeek-V3.2's off-policy sequence mask (TRL's `off_policy_mask_threshold`, slime's `--opsm-delta`): tokens with
+    a negative advantage are left out of sequences in which log(sampler / policy) is more than this on average, in nats
+    a token."""
+    in_denominator: bool = True
+    """Whether what is left out (by `correction.kind: masked` too) still counts where the loss is divided by tokens or
+    sequences, and has its KL and entropy terms, as in the papers; false: it is as if it had not been sampled (verl)."""
+
+    @property
+    def rejects(self) -> bool:
+        """Whether anything can be left out by this section."""
+        return self.level != "none" or self.off_policy_threshold is not None
+
+
 class LossConfig(Config):
     """Clipped policy gradient with an optional KL term to the stage's starting policy."""
 
@@ -54,6 +76,7 @@ class LossConfig(Config):
     aggregation: Aggregation = "token-mean"
     correction: CorrectionConfig = CorrectionConfig()
     """Of the surrogate alone, not of the KL term nor the entropy bonus."""
+    rejection: RejectionConfig = RejectionConfig()
     use_rollout_log_probs: bool = False
     """Take the surrogate's ratio to the policy that sampled, by the log-probs that the servers reported, instead of to
     the trainer's before the update (slime's `--use-rollout-logprobs`, verl's bypass mode). The clip then also bounds
@@ -72,6 +95,20 @@ class LossConfig(Config):
             found.append(
                 f"loss.use_rollout_log_probs is true, but loss.correction.kind is {self.correction.kind}, and both "
                 "correct for the policy that sampled; set one of them to its default."
+            )
+        return found + ([] if self.rejection.in_denominator else self._denominator_violations(whole))
+
+    def _denominator_violations(self, whole) -> list[str]:
+        found = []
+        if not self.rejection.rejects and self.correction.kind != "masked":
+            found.append(
+                "loss.rejection.in_denominator is false, but nothing is rejected; set loss.rejection.level, "
+                "loss.rejection.off_policy_threshold or loss.correction.kind: masked, or leave it out."
+            )
+        if whole.policy.moe_aux_loss:
+            found.append(
+                "loss.rejection.in_denominator is false, which rescales the gradient of an update, and with it that of "
+                f"policy.moe_aux_loss ({whole.policy.moe_aux_loss:g}); set one of them to its default."
             )
         return found
 

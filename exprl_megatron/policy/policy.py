@@ -150,13 +150,17 @@ class Policy:
             )
         return step.global_metrics(collected, self.world) | self._padding(sequences)
 
-    def apply_update(self) -> UpdateStats:
-        """One optimizer step on the accumulated gradients, clipped to the config's global norm; zeroes them.
+    def apply_update(self, gradient_scale: float = 1.0) -> UpdateStats:
+        """One optimizer step on the accumulated gradients times `gradient_scale`, clipped to the config's global norm;
+        zeroes them. The scale is the same on every rank.
 
         Raises GradientNotFinite, with the weights as they were and no gradients, where the norm is not finite.
         """
         stage = self._stage()
         finalize_model_grads(self._wrapped)
+        if gradient_scale != 1:
+            for chunk in self._wrapped:
+                chunk.scale_gradients(gradient_scale)
         stage.optimizer.prepare_grads()
         grad_norm = float(stage.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):

@@ -8,7 +8,7 @@ meanwhile (ahead.py). Self-distillation has a teacher in the place of advantages
 talks to the servers, has the graded groups, and gives each rank the sequences that it learns from.
 """
 
-from exprl_megatron.algorithms.aggregation import denominator
+from exprl_megatron.algorithms.aggregation import denominator, kept_denominator
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage
 from exprl_megatron.policy.batch import LearnedFrom, Sequence
@@ -85,9 +85,11 @@ def update(run: Run, stage: RlStage, sequences: list[LearnedFrom]) -> dict[str, 
         aggregation, objective = stage.loss.aggregation, policy_objective(stage.loss)
     whole = denominator(aggregation, sequences, stage.sampling.max_new_tokens)
     sums = run.policy.accumulate(sequences, objective, stage.sampling.temperature, denominator=whole)
-    metrics = update_statistics(sums, sum(s.response_tokens for s in sequences), whole)
+    # What the loss rejects is known now: where it does not count, the same gradients have a smaller denominator.
+    kept = kept_denominator(aggregation, sums, stage.sampling.max_new_tokens, whole)
+    metrics = update_statistics(sums, sum(s.response_tokens for s in sequences), kept)
     run.check_update(stage, metrics)
-    return metrics | run.apply_update()
+    return metrics | run.apply_update(gradient_scale=whole / kept)
 
 
 def sft_step(run: Run, stage: SftStage, step: int) -> dict[str, float]:

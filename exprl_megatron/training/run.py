@@ -170,14 +170,14 @@ class Run:
             return self._start_scorer.log_probs(sequences)
         return self.policy.log_probs(sequences, temperature, start=True)
 
-    def apply_update(self) -> dict[str, float]:
-        """Take the optimizer step for the accumulated gradients; its metrics.
+    def apply_update(self, gradient_scale: float = 1.0) -> dict[str, float]:
+        """Take the optimizer step for the accumulated gradients times `gradient_scale`; its metrics.
 
         Raises RunStopped where they are not finite; of a run that comes there again the step is left out.
         """
         self._updates_in_step += 1
         try:
-            update = self.policy.apply_update()
+            update = self.policy.apply_update(gradient_scale)
         except GradientNotFinite as error:
             self._stop_unless_known(error)
             return {"grad_norm": math.nan, "update_skipped": 1.0}

@@ -53,7 +53,8 @@ def staleness_statistics(groups: list[Group], updates: int) -> dict[str, float]:
 
 
 def update_statistics(sums: dict[str, float], tokens: int, denominator: float | None = None) -> dict[str, float]:
-    """Sums over response tokens become means; names that end in `/max` or `/tokens` stay, `padding/` are shares.
+    """Sums over response tokens become means; names that end in `/max`, `/tokens` or `/sequences` stay, `padding/` are
+    shares.
 
     `loss` and what begins with `loss/` are divided by `denominator`, which is that of the loss's aggregation
     (None: the number of tokens), and what begins with `sampler_gap/` by `sampler_gap/tokens`, if given: of no tokens
@@ -66,7 +67,7 @@ def update_statistics(sums: dict[str, float], tokens: int, denominator: float | 
     for name, value in sums.items():
         divisor = divisors.get(name.split("/")[0], tokens)
         if divisor:
-            means[name] = value if name.endswith(("/max", "/tokens")) else value / divisor
+            means[name] = value if name.endswith(("/max", "/tokens", "/sequences")) else value / divisor
     if "correction/squared" in means:
         squared = means.pop("correction/squared")
         means["correction/effective"] = means["correction/weight"] ** 2 / squared if squared else 0.0

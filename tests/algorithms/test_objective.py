@@ -74,6 +74,8 @@ def test_the_ratio_to_the_sampler_is_the_released_second_stage(advantage, surrog
     # The gap that is watched is still that between trainer and sampler.
     gaps = [abs(n - r) for n, r in zip(new, rollout, strict=True)]
     assert metrics["sampler_gap/mean"].item() == pytest.approx(sum(gaps), abs=1e-5)
+    # debug.assertions compares with 0: before the first update no weight has changed.
+    assert metrics["kl/old"].item() == 0
 
 
 def test_the_ratio_to_the_sampler_needs_its_log_probs():
