@@ -4,9 +4,15 @@ The CPU environment's torch knows CUDA too, so a device alone does not decide: w
 kernels neither side could use it. Importing this module imports no torch.
 """
 
+import ctypes
+import functools
 import importlib.util
+import json
 import os
+import subprocess
 import sys
+
+from exprl_megatron.errors import UserError
 
 GPU_PACKAGES = {"transformer_engine": "transformer-engine", "sgl_kernel": "sglang-kernel"}
 """What the GPU environment has and the CPU environment has not: name of the module, name of the package."""
@@ -14,6 +20,8 @@ INSTALL = "install the GPU environment (requirements/gpu.txt, as the Dockerfile 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 GROUP_BACKEND = "EXPRL_GROUP_BACKEND"
 _ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_DRIVER = ("libcuda.so.1", "libnvidia-ml.so.1")
+"""What torch asks for devices: the driver's library, or its management library."""
 
 
 def uses_cuda() -> bool:
@@ -31,9 +39,7 @@ def group_backend() -> str:
 
 def gpu_count() -> int:
     """CUDA devices that trainer and servers may use here; 0 where they run on the CPU."""
-    import torch
-
-    return torch.cuda.device_count() if uses_cuda() else 0
+    return _devices()[1] if uses_cuda() else 0
 
 
 def missing_gpu_packages() -> list[str]:
@@ -43,20 +49,56 @@ def missing_gpu_packages() -> list[str]:
 
 def device_visible() -> bool:
     """Whether torch sees a CUDA device, usable or not."""
+    return _devices()[0]
+
+
+def _devices() -> tuple[bool, int]:
+    """Whether torch sees a CUDA device, and how many.
+
+    A process without torch, such as the launcher, does not import it for this: where no driver is installed torch sees
+    nothing, and where one is, another process asks torch.
+    """
+    if "torch" in sys.modules:
+        return _torch_devices()
+    if not any(map(_loads, _DRIVER)):
+        return False, 0
+    return _devices_elsewhere(os.environ.get(VISIBLE))
+
+
+def _torch_devices() -> tuple[bool, int]:
     import torch
 
     if not missing_gpu_packages():
-        return torch.cuda.is_available()
+        return torch.cuda.is_available(), torch.cuda.device_count()
     # Asked of the driver's management library: torch's own way fixes the visible devices for this process's lifetime.
     before = os.environ.get(_ASK_NVML)
     os.environ[_ASK_NVML] = "1"
     try:
-        return torch.cuda.is_available()
+        return torch.cuda.is_available(), torch.cuda.device_count()
     finally:
         if before is None:
             del os.environ[_ASK_NVML]
         else:
             os.environ[_ASK_NVML] = before
+
+
+@functools.cache
+def _devices_elsewhere(visible: str | None) -> tuple[bool, int]:
+    """What `_torch_devices` says in a new process; `visible` is the value of CUDA_VISIBLE_DEVICES here and there."""
+    done = subprocess.run([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        # Torch cannot be imported there: what the reason is, the import here says.
+        return _torch_devices()
+    seen, count = json.loads(done.stdout.splitlines()[-1])
+    return seen, count
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def environment(cuda: bool) -> dict[str, str]:
@@ -106,3 +148,24 @@ def half_installed() -> str | None:
             f"visible; use a machine with a GPU (see nvidia-smi and {VISIBLE}), or the CPU environment (`make setup`)."
         )
     return None
+
+
+@functools.cache
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of the first CUDA device, None without CUDA. Raises UserError where it does not answer.
+
+    Asked for by a process of its own, as asking takes some of the device's memory for as long as a process lives.
+    """
+    if not uses_cuda():
+        return None
+    question = "import torch; print(*torch.cuda.get_device_capability())"
+    reply = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120)
+    if reply.returncode:
+        reason = reply.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        raise UserError(f"The CUDA device does not tell its compute capability ({reason[0]}); look at nvidia-smi.")
+    major, minor = reply.stdout.split()[-2:]
+    return int(major), int(minor)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_torch_devices()))

@@ -78,12 +78,13 @@ def train(
         from exprl_megatron.config.load import load_config
         from exprl_megatron.training.follow import follow
         from exprl_megatron.training.launch import launch
+        from exprl_megatron.training.model_checks import model_violations
         from exprl_megatron.training.nodes import Node
-        from exprl_megatron.training.plan import print_start
-        from exprl_megatron.training.preflight import model_violations
 
         changes = [*(overrides or []), *(["debug.assertions=true"] if check else [])]
         if dry_run:
+            from exprl_megatron.training.plan import print_start
+
             print_start(load_config(config, changes))
             return
         node = Node.of(node_rank, nodes, master)

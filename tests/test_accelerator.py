@@ -137,8 +137,7 @@ from pathlib import Path
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.world import enter_world
-from exprl_megatron.policy.precision import cuda_capability
-from exprl_megatron.accelerator import group_backend
+from exprl_megatron.accelerator import cuda_capability, group_backend
 from exprl_megatron.serving.command import server_environment
 from exprl_megatron.serving.launch import ServerSpec
 from exprl_megatron.training.ranks import rank_environment

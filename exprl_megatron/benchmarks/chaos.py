@@ -24,7 +24,7 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER
+from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.launch import wanted_servers
 from exprl_megatron.training.ranks import TrainerRanks

@@ -7,6 +7,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from exprl_megatron.config.base import Config
 
+SCORED_BELOW_ROOM = 7
+"""A scored sequence must have at least so many tokens fewer than the server has positions, and than its KV cache has
+slots: SGLang keeps room for an answer even where none is wanted (max_req_input_len in sglang/srt/managers)."""
+
 
 class ServerConfig(Config):
     """One kind of SGLang server (policy or judge)."""

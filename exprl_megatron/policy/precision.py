@@ -1,17 +1,12 @@
 """What Megatron is told about a precision, and what code outside it must know of parameters in 8 bits."""
 
-import subprocess
-import sys
-from functools import cache
 from typing import Any
 
 import torch
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.errors import UserError
 
 _RECIPES: dict[str, tuple[str, str]] = {
     "fp8-delayed": ("hybrid", "delayed"),
@@ -64,20 +59,3 @@ def set_parameter(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     exact = parameter.get_high_precision_init_val() if hasattr(parameter, "get_high_precision_init_val") else None
     if exact is not None:
         exact.copy_(value)
-
-
-@cache
-def cuda_capability() -> tuple[int, int] | None:
-    """Compute capability of the first CUDA device, None without CUDA. Raises UserError where it does not answer.
-
-    Asked for by a process of its own, as asking takes some of the device's memory for as long as a process lives.
-    """
-    if not uses_cuda():
-        return None
-    question = "import torch; print(*torch.cuda.get_device_capability())"
-    reply = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120)
-    if reply.returncode:
-        reason = reply.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise UserError(f"The CUDA device does not tell its compute capability ({reason[0]}); look at nvidia-smi.")
-    major, minor = reply.stdout.split()[-2:]
-    return int(major), int(minor)

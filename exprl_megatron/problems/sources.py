@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 
@@ -126,6 +125,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(config: ProblemsConfig) -> Iterator[Row]:
+    # Not for files: it imports pandas and more, for half a second.
+    import datasets
+
     try:
         rows = datasets.load_dataset(config.source, split=config.split, streaming=True)
         for number, record in enumerate(rows, start=1):

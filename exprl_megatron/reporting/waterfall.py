@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from exprl_megatron.reporting.timeline import GRADING, ROLLOUTS, SAMPLING, STEP, Span
@@ -109,6 +107,10 @@ def draw_timeline(spans: Sequence[Span], title: str, path: Path) -> None:
     """Write the picture: a lane for the trainer, one for sampling, one for grading, over seconds."""
     lanes = {"grading": 0, "sampling": 1}
     first = min(span.start for span in spans)
+    # Seldom wanted, and slow to import.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -15,9 +15,6 @@ from exprl_megatron.token_ids import TokenIds
 
 _CHECKSUMS_LIMIT = 256 * 2**20
 """Bytes; some 150 for each tensor of each tensor-parallel rank."""
-SCORED_BELOW_ROOM = 7
-"""A scored sequence must have at least so many tokens fewer than the server has positions, and than its KV cache has
-slots: SGLang keeps room for an answer even where none is wanted (max_req_input_len in sglang/srt/managers)."""
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -100,7 +97,7 @@ class SGLangClient(HttpServer):
         """The log-prob of each token from the `first`-th (counted from 0, at least 1) on, given those before it.
 
         At temperature 1: SGLang's log-probs of a prompt are of raw logits, whatever the request's temperature.
-        Nothing is sampled. See SCORED_BELOW_ROOM for the longest sequence.
+        Nothing is sampled. See SCORED_BELOW_ROOM (config/serving.py) for the longest sequence.
         """
         request = {
             "input_ids": _listed(input_ids),

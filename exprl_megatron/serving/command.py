@@ -12,6 +12,7 @@ from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.serving.ports import LOCAL
 
 STAND_INS = Path(__file__).parent / "stand_ins"
+SERVER = "exprl_megatron.serving.keyed_server"
 CPU_MAX_TOTAL_TOKENS = 65_536
 # What torchrun tells its ranks; a server that inherits it looks for its own process group in the wrong place.
 _TORCHRUN = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
@@ -38,7 +39,7 @@ def server_command(
     command = [
         sys.executable,
         "-m",
-        "exprl_megatron.serving.keyed_server",
+        SERVER,
         "--model-path",
         str(model),
         "--dtype",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from exprl_megatron.cuda_environment import shared_text
+from exprl_megatron.launch.starter import Starter
 from exprl_megatron.serving.keys import fingerprint, read_key
 from exprl_megatron.serving.launch import Server, ServerSpec, launch_servers, stop_servers
 from exprl_megatron.serving.registry import RegisteredServer, Registry
@@ -13,7 +14,8 @@ from exprl_megatron.serving.registry import RegisteredServer, Registry
 class Keeper:
     """The servers of `specs` in `registry`, from `start` to `stop`; `tend` is to be called several times a second."""
 
-    def __init__(self, specs: Sequence[ServerSpec], registry: Registry):
+    def __init__(self, specs: Sequence[ServerSpec], registry: Registry, starter: Starter | None = None):
+        self._starter = starter or Starter()
         self._specs = [replace(spec, key_file=registry.key_file) for spec in specs]
         self._registry = registry
         self._servers: dict[str, Server] = {}
@@ -26,7 +28,7 @@ class Keeper:
         for spec in self._specs:
             # An earlier attempt may have left it.
             self._registry.withdraw(spec.name)
-        self._servers = {server.name: server for server in launch_servers(self._specs)}
+        self._servers = {server.name: server for server in launch_servers(self._specs, self._starter)}
 
     def server(self, name: str) -> Server:
         """The server of that name as it is now."""
@@ -68,7 +70,7 @@ class Keeper:
     def _start_if_allowed(self, spec: ServerSpec) -> None:
         if self._registry.begin_start(spec.name):
             self._waiting.discard(spec.name)
-            (self._servers[spec.name],) = launch_servers([spec])
+            (self._servers[spec.name],) = launch_servers([spec], self._starter)
 
     def _registration(self, spec: ServerSpec, server: Server) -> RegisteredServer:
         return RegisteredServer(

@@ -2,24 +2,26 @@
 
 import hashlib
 import os
-import subprocess
 import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from exprl_megatron.accelerator import settle, uses_cuda
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.launch.child import Child
+from exprl_megatron.launch.starter import Starter
 from exprl_megatron.serving.command import server_command, server_environment
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.keys import KEY_FILE, authorization, ensure_key
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import LOCAL, free_ports, interface, is_free
-from exprl_megatron.serving.supervise import supervised
+
+if TYPE_CHECKING:
+    from exprl_megatron.serving.client import SGLangClient
 
 SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """What a server's `dtype` is for each `policy.precision.dtype`."""
@@ -125,7 +127,7 @@ def side_by_side(specs: Sequence[ServerSpec], first_gpu: int = 0) -> list[Server
 class Server:
     """A started server; `with server:` stops it at the end."""
 
-    def __init__(self, spec: ServerSpec, incarnation: str, url: str, log_file: Path, process: subprocess.Popen):
+    def __init__(self, spec: ServerSpec, incarnation: str, url: str, log_file: Path, process: Child):
         self.name = spec.name
         self.url = url
         self.log_file = log_file
@@ -154,8 +156,10 @@ class Server:
         """Whether the server's process runs."""
         return self._process.poll() is None
 
-    def client(self) -> SGLangClient:
+    def client(self) -> "SGLangClient":
         """A client with this server's name, log file and request deadline."""
+        from exprl_megatron.serving.client import SGLangClient
+
         client = SGLangClient(
             self.url, self.name, self.log_file, self._config.request_deadline_s, authorization(self.key_file)
         )
@@ -195,15 +199,16 @@ class Server:
         return ServerError(f"{self.name} ({self.url}) {what}.{log_tail(self.log_file)}")
 
 
-def launch_servers(specs: Sequence[ServerSpec]) -> list[Server]:
-    """Start all processes side by side and return at once; `wait_servers` before use.
+def launch_servers(specs: Sequence[ServerSpec], starter: Starter | None = None) -> list[Server]:
+    """Start all processes side by side, by `starter` or by exec, and return at once; `wait_servers` before use.
 
     Raises UserError, before anything is started, where a configured port is in use or a model
     directory is none.
     """
     ports = check_servers(specs)
     settle()
-    return [_launch(spec, port) for spec, port in zip(specs, ports, strict=True)]
+    starter = starter or Starter()
+    return [_launch(spec, port, starter) for spec, port in zip(specs, ports, strict=True)]
 
 
 def wait_servers(servers: Sequence[Server]) -> None:
@@ -240,22 +245,21 @@ def stop_servers(servers: Sequence[Server]) -> None:
         server.stop()
 
 
-def _launch(spec: ServerSpec, port: int) -> Server:
+def _launch(spec: ServerSpec, port: int, starter: Starter) -> Server:
     spec.log_dir.mkdir(parents=True, exist_ok=True)
     log_file = spec.log_dir / f"{spec.name}.log"
     ensure_key(_key_file(spec))
     incarnation = uuid.uuid4().hex[:8]
     spec = replace(spec, seed=server_seed(spec.seed, spec.name, incarnation))
+    environment = server_environment(os.environ, cuda=uses_cuda(), tp=spec.config.tp, extra_args=spec.config.extra_args)
     with open(log_file, "ab") as log:
-        process = subprocess.Popen(
-            supervised(spec.command(port), grace_s=_CUDA_GRACE_S if uses_cuda() else 0.0),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=server_environment(os.environ, cuda=uses_cuda(), tp=spec.config.tp, extra_args=spec.config.extra_args)
-            | {KEY_FILE: str(_key_file(spec))},
-            # Ctrl-C is for us: we decide when servers stop.
-            start_new_session=True,
+        process = starter.start(
+            spec.name,
+            spec.command(port),
+            environment | {KEY_FILE: str(_key_file(spec))},
+            log,
+            log,
+            grace_s=_CUDA_GRACE_S if uses_cuda() else 0.0,
         )
     return Server(spec, incarnation, f"http://{spec.host or LOCAL}:{port}", log_file, process)
 

@@ -9,8 +9,6 @@ import json
 import pickle
 from typing import Any, NamedTuple
 
-import torch
-
 LOADER = "exprl_megatron.serving.loader.load"
 NOT_FOLLOWED = "set sync.transport to broadcast"
 """Ends what a server says that cannot find out where its own loader puts weights: the remedy."""
@@ -38,4 +36,6 @@ class _NoTensor:
     """Stands where SGLang wants a tensor: unpickled it is an empty one, on any machine."""
 
     def __reduce__(self):
+        import torch
+
         return torch.Tensor, ()

@@ -1,43 +1,19 @@
-"""Routers in front of a run's servers: how they are started, and how they are told which servers to ask."""
+"""Routers in front of a run's servers: how they are told which servers to ask."""
 
 import asyncio
 import math
-import sys
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.serving.client import Generation
 from exprl_megatron.serving.health import healthy
-from exprl_megatron.serving.launch import ServerSpec
-from exprl_megatron.serving.ports import LOCAL, free_ports
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Kind, Registry
 
-ROUTER = "router-0"
-"""In front of the sampling servers."""
-JUDGE_ROUTER = "router-1"
 _POLL_S = 0.25
 _FRESH_S = 0.5
 _SILENT_S = 5.0
-
-
-@dataclass(frozen=True)
-class RouterSpec(ServerSpec):
-    """One router to start, without workers; `config` is that of the servers behind it."""
-
-    def command(self, port: int) -> list[str]:
-        """Arguments of sglang-router, which neither tries again nor gives servers up: whoever asks does."""
-        (metrics,) = free_ports(1, {port})
-        command = [sys.executable, "-m", "exprl_megatron.serving.keyed_router", "--host", LOCAL, "--port", str(port)]
-        command += ["--policy", "cache_aware", "--disable-retries", "--disable-circuit-breaker", "--log-level", "warn"]
-        command += ["--health-check-interval-secs", "5", "--worker-startup-check-interval", "1"]
-        command += ["--request-timeout-secs", str(int(self.config.request_deadline_s) + 1)]
-        return [*command, "--prometheus-host", LOCAL, "--prometheus-port", str(metrics)]
-
-    def check(self) -> None:
-        """It needs no model."""
 
 
 class RouterClient(RegisteredClient):

@@ -6,11 +6,13 @@ own parent's pid five times a second, so kill -9 of the parent is enough; SIGTER
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HEARTBEAT = "EXPRL_HEARTBEAT"
@@ -21,15 +23,15 @@ _SHARED = "/dev/shm/sgl"
 _PR_SET_PDEATHSIG = 1
 
 
-def supervised(command: list[str], grace_s: float = 5.0) -> list[str]:
+def supervised(command: list[str], grace_s: float = 5.0, parent: int | None = None) -> list[str]:
     """The command that runs `command` supervised, for this process to start; from SIGTERM to SIGKILL are `grace_s`."""
-    return [sys.executable, "-E", "-S", __file__, str(os.getpid()), str(grace_s), *command]
+    return [sys.executable, "-E", "-S", __file__, str(parent or os.getpid()), str(grace_s), *command]
 
 
-def supervise(parent: int, grace_s: float, command: list[str]) -> int:
-    """Run `command` to its end, to our SIGTERM, or to the end of `parent`.
+def supervise(parent: int, grace_s: float, start: Callable[[dict[str, str]], "subprocess.Popen"]) -> int:
+    """Run what `start` starts with these environment variables to its end, to our SIGTERM, or to the end of `parent`.
 
-    Returns its exit status, negative where a signal ended it.
+    It must be killed when this process ends. Returns its exit status, negative where a signal ended it.
     """
     # Slurm sends SIGUSR1 to every process of a step, ahead of its time limit; only the launcher is meant, and what
     # ignores it here is ignored by the server and all that it starts.
@@ -38,17 +40,11 @@ def supervise(parent: int, grace_s: float, command: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asked_to_stop = []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
-    libc = ctypes.CDLL(None)
     # SGLang leaves its sockets in the temporary directory; their paths must be short, so it is not in the run's.
-    with tempfile.TemporaryDirectory(prefix="exprl-", ignore_cleanup_errors=True) as directory:
+    directory = tempfile.mkdtemp(prefix="exprl-")
+    try:
         # The server's children watch the server; the server watches us, should we be killed ourselves.
-        server = subprocess.Popen(
-            command,
-            env={**os.environ, "TMPDIR": directory},
-            start_new_session=True,
-            pass_fds=[int(file)] if (file := os.environ.get(HEARTBEAT)) else [],
-            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
-        )
+        server = start({"TMPDIR": directory})
         shared: set[str] = set()
         look_at = 0.0
         while server.poll() is None and not asked_to_stop and os.getppid() == parent:
@@ -66,6 +62,25 @@ def supervise(parent: int, grace_s: float, command: list[str]) -> int:
             # SGLang's processes are killed, and leave it behind.
             Path(path).unlink(missing_ok=True)
         return status
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def by_exec(command: list[str]) -> Callable[[dict[str, str]], subprocess.Popen]:
+    """Starts `command` with further environment variables, in a session of its own, to be killed when we end."""
+    libc = ctypes.CDLL(None)
+    return lambda environment: subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        pass_fds=[int(file)] if (file := os.environ.get(HEARTBEAT)) else [],
+        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+    )
+
+
+def shell_status(status: int) -> int:
+    """As a shell reports it: 128 + the signal that ended the command."""
+    return status if status >= 0 else 128 - status
 
 
 def _wait(server: subprocess.Popen, seconds: float) -> None:
@@ -101,6 +116,4 @@ def _kill_group(group: int) -> None:
 
 
 if __name__ == "__main__":
-    status = supervise(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
-    # As a shell tells it: 128 + the signal that ended the command.
-    sys.exit(status if status >= 0 else 128 - status)
+    sys.exit(shell_status(supervise(int(sys.argv[1]), float(sys.argv[2]), by_exec(sys.argv[3:]))))

@@ -18,7 +18,8 @@ from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER, RoutedServers, RouterClient
+from exprl_megatron.serving.router import RoutedServers, RouterClient
+from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.serving.shared_environment import nccl_difference
 from exprl_megatron.training.ahead import Ahead

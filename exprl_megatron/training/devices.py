@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.serving.launch import ServerSpec, side_by_side
-from exprl_megatron.serving.router import RouterSpec
+from exprl_megatron.serving.router_spec import RouterSpec
 
 
 def placed(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:

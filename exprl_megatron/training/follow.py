@@ -9,6 +9,7 @@ from exprl_megatron.errors import Preempted, RunStopped, UserError
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Guest, Node
 from exprl_megatron.training.ranks import TrainerRanks
+from exprl_megatron.training.starting import starter
 
 _POLL_S = 0.2
 _BEFORE_S = 600.0
@@ -29,11 +30,12 @@ def follow(config: RunConfig, node: Node) -> None:
     guest = Guest(node)
     if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):
         directory = RunDirectory(config.directory)
-        ranks = TrainerRanks(directory, config, directory.registry, node)
-        try:
-            _run(ranks, guest)
-        finally:
-            ranks.stop()
+        with starter(config, servers=False) as start:
+            ranks = TrainerRanks(directory, config, directory.registry, node, start)
+            try:
+                _run(ranks, guest)
+            finally:
+                ranks.stop()
     guest.part()
 
 

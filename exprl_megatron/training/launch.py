@@ -9,6 +9,7 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError, storage_sentence
 from exprl_megatron.files import Claim
 from exprl_megatron.interruption import Interrupted
+from exprl_megatron.launch.starter import Starter
 from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key, renew_key
@@ -19,16 +20,16 @@ from exprl_megatron.serving.launch import (
     server_specs,
 )
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER, RouterSpec
+from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.training.devices import placed
 from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.inputs import input_contents
+from exprl_megatron.training.input_checks import checked_inputs
 from exprl_megatron.training.nodes import Host, Node, RankFailed
 from exprl_megatron.training.plan import print_departures
 from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
-from exprl_megatron.training.preflight import check_inputs
 from exprl_megatron.training.ranks import TrainerRanks
 from exprl_megatron.training.run_record import RunRecord
+from exprl_megatron.training.starting import starter
 
 _POLL_S = 0.2
 
@@ -43,24 +44,24 @@ def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node
     node = node or Node()
     node.ranks(config.policy.layout.world_size)
     try:
-        with Host(node) as host:
-            _conduct(config, resume, registered, node, host)
+        with Host(node) as host, starter(config, servers=not registered) as start:
+            _conduct(config, resume, registered, node, host, start)
     except OSError as error:
         if (sentence := storage_sentence(error, config.directory)) is None:
             raise
         raise UserError(sentence) from error
 
 
-def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host: Host) -> None:
+def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host: Host, start: Starter) -> None:
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
     wanted = wanted_servers(config, directory)
     try:
-        check_inputs(config)
+        contents = checked_inputs(config, start)
         if not registered:
             wanted = placed(wanted, config, gpu_count())
             check_servers(wanted)
-        claim = directory.claim(config, resume, input_contents(config))
+        claim = directory.claim(config, resume, contents)
     except (UserError, OSError, Interrupted):
         if registered and not Claim.is_held(directory.root):
             registry.end()
@@ -73,14 +74,20 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         # Servers that are registered elsewhere may have made it already.
         (ensure_key if registered else renew_key)(registry.key_file)
         with RunRecord(directory.record):
-            _run(config, directory, Keeper(own, registry), registry, node, host)
+            _run(config, directory, Keeper(own, registry, start), registry, node, host, start)
     finally:
         registry.key_file.unlink(missing_ok=True)
         claim.release()
 
 
 def _run(
-    config: RunConfig, directory: RunDirectory, keeper: Keeper, registry: Registry, node: Node, host: Host
+    config: RunConfig,
+    directory: RunDirectory,
+    keeper: Keeper,
+    registry: Registry,
+    node: Node,
+    host: Host,
+    start: Starter,
 ) -> None:
     """Start servers and ranks, watch them, and end them all."""
     end_on_sigusr1()
@@ -90,7 +97,7 @@ def _run(
         keeper.start()
         request_stop_on_sigusr1(directory.stop_request)
         host.begin()
-        ranks = TrainerRanks(directory, config, directory.registry, node)
+        ranks = TrainerRanks(directory, config, directory.registry, node, start)
         while _all_run(ranks, host):
             host.check()
             keeper.tend()

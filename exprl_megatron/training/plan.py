@@ -9,7 +9,7 @@ from rich.table import Table
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import choose_transport
-from exprl_megatron.serving.router import JUDGE_ROUTER, ROUTER
+from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
 from exprl_megatron.training.preflight import dry_run
 from exprl_megatron.training.prompt_checks import shown_prompts
 

@@ -1,24 +1,20 @@
 """Looks at everything that a run will read before any process is started."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from exprl_megatron.accelerator import half_installed, uses_cuda
+from exprl_megatron.accelerator import half_installed
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, SparseRlStage
+from exprl_megatron.config.stages import JudgedStage, SelfDistillStage, SftStage, SparseRlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judged_traces import read_judged_traces
-from exprl_megatron.policy.architecture import Architecture, layout_violations, read_architecture
-from exprl_megatron.policy.gradient_fusion import fusion_violations
-from exprl_megatron.policy.precision_matrix import Setting, precision_violations
+from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
-from exprl_megatron.serving.client import SCORED_BELOW_ROOM
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.examples import check_source
 from exprl_megatron.training.journal import Journal
+from exprl_megatron.training.model_checks import model_violations
 from exprl_megatron.training.prompt_checks import check_prompts, reachable
 
 
@@ -53,39 +49,6 @@ def dry_run(config: RunConfig) -> str | None:
     if left_out is None:
         check_inputs(config)
     return left_out
-
-
-def model_violations(config: RunConfig) -> list[str]:
-    """One sentence for everything in `config` that its model does not allow: layout, precision, lengths."""
-    try:
-        architecture = read_architecture(config.policy.model)
-    except UserError as error:
-        return [str(error)]
-    return [
-        *layout_violations(architecture, config.policy.layout),
-        *_precision_violations(config, architecture),
-        *fusion_violations(config.policy, uses_cuda()),
-        *_length_violations(config, architecture.max_positions),
-    ]
-
-
-def _length_violations(config: RunConfig, positions: int) -> Iterator[str]:
-    longest, slots = config.policy.max_tokens, config.server.max_total_tokens
-    if longest > positions:
-        yield (
-            f"policy.max_tokens is {longest}, more than the {positions} positions that {config.policy.model} was made "
-            f"for; lower it."
-        )
-    if not config.scores_start:
-        return
-    # A whole trace is a prompt to the server that scores the starting policy.
-    for what, room in (("the model's positions", positions), ("server.max_total_tokens", slots)):
-        if room is not None and longest > room - SCORED_BELOW_ROOM:
-            yield (
-                f"policy.max_tokens is {longest} but the server for the starting policy scores at most "
-                f"{room - SCORED_BELOW_ROOM} tokens ({SCORED_BELOW_ROOM} fewer than {what}, {room}); lower it, or set "
-                f"policy.starting_policy to host."
-            )
 
 
 def _check_weights(config: RunConfig) -> None:
@@ -131,36 +94,6 @@ def _check_rollouts(config: RunConfig) -> None:
                 f"debug.rollouts is {config.debug.rollouts}, which has not kept step {lacking[0]} of stage "
                 f"{stage.name}; it has kept {stage.steps - len(lacking)} of {stage.steps}: name one that has all."
             )
-
-
-def _precision_violations(config: RunConfig, architecture: Architecture) -> list[str]:
-    capability = None
-    if config.policy.precision.fp8:
-        from exprl_megatron.policy.precision import cuda_capability
-
-        capability = cuda_capability()
-    return precision_violations(
-        Setting(
-            config.policy,
-            capability,
-            optimizers=[stage.optimizer for stage in config.stages],
-            architecture=architecture,
-            starting_weights=any(isinstance(stage, RlStage) and stage.needs_start for stage in config.stages),
-            cuda=uses_cuda(),
-            servers=_servers(config),
-            colocated=config.samples and config.placement.kind == "colocated",
-        )
-    )
-
-
-def _servers(config: RunConfig) -> dict[str, ServerConfig]:
-    """Those that the run starts with weights in the policy's format, by their keys."""
-    found = {}
-    if config.samples or config.scores_start:
-        found["server"] = config.server
-    if config.judges and config.judge.has_servers:
-        found["judge.server"] = config.judge.server
-    return found
 
 
 def needed(config: RunConfig) -> dict[ProblemsConfig, set[Need]]:

@@ -16,13 +16,16 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.cuda_environment import rank_variables
 from exprl_megatron.errors import RunStopped
+from exprl_megatron.launch.child import Child
+from exprl_megatron.launch.starter import Starter
 from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ports import LOCAL, free_ports
-from exprl_megatron.serving.supervise import HEARTBEAT, supervised
+from exprl_megatron.serving.supervise import HEARTBEAT
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.heartbeat import SILENCE_S, Pulse, states
 from exprl_megatron.training.nodes import Node, RankKilled, ended
 
+WORKER = "exprl_megatron.training.worker"
 _STOP_S = 10.0
 _LAST_WORDS_S = 3.0
 
@@ -30,33 +33,39 @@ _LAST_WORDS_S = 3.0
 class TrainerRanks:
     """The workers of one run that are `node`'s, with torchrun's environment; rank 0 shares our standard output."""
 
-    def __init__(self, directory: RunDirectory, config: RunConfig, servers: Path, node: Node | None = None):
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: RunConfig,
+        servers: Path,
+        node: Node | None = None,
+        starter: Starter | None = None,
+    ):
+        starter = starter or Starter()
         self._logs = directory.logs
         self._world_size = config.policy.layout.world_size
         node = node or Node()
         ranks = node.ranks(self._world_size)
         meeting = _meeting(node)
         settle()
-        self._processes: dict[int, subprocess.Popen] = {}
+        self._processes: dict[int, Child] = {}
         self._pulses = {rank: Pulse() for rank in ranks}
         for rank in ranks:
             # An earlier attempt may have left it.
             self._end(rank).unlink(missing_ok=True)
             log = open(self._log(rank), "ab")  # noqa: SIM115 - the child keeps it
-            worker = [sys.executable, "-m", "exprl_megatron.training.worker", str(directory.root)]
+            worker = [sys.executable, "-m", WORKER, str(directory.root)]
             # What a rank starts (checkpoint writers, verifiers) must end with it, even by kill -9.
-            command = supervised([*worker, "--servers", str(servers)])
             place = {"RANK": rank, "LOCAL_RANK": rank - ranks.start, "WORLD_SIZE": self._world_size}
-            self._processes[rank] = subprocess.Popen(
-                command,
-                env=rank_environment(os.environ, config.server)
+            self._processes[rank] = starter.start(
+                f"trainer-{rank}",
+                [*worker, "--servers", str(servers)],
+                rank_environment(os.environ, config.server)
                 | {name: str(number) for name, number in place.items()}
-                | {HEARTBEAT: str(self._pulses[rank].file)}
                 | meeting,
-                pass_fds=[self._pulses[rank].file],
-                stdin=subprocess.DEVNULL,
-                stdout=None if rank == 0 else log,
-                stderr=log,
+                None if rank == 0 else log,
+                log,
+                inherited={HEARTBEAT: self._pulses[rank].file},
             )
             log.close()
 

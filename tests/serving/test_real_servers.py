@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
-from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.config.serving import SCORED_BELOW_ROOM, ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.checksums import checksums, differing
-from exprl_megatron.serving.client import SCORED_BELOW_ROOM
 from exprl_megatron.serving.launch import ServerSpec, start_servers, stop_servers
 
 pytestmark = pytest.mark.slow

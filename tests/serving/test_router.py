@@ -12,7 +12,8 @@ from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.launch import start_servers
 from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.router import JUDGE_ROUTER, RoutedServers, RouterSpec
+from exprl_megatron.serving.router import RoutedServers
+from exprl_megatron.serving.router_spec import JUDGE_ROUTER, RouterSpec
 
 pytestmark = pytest.mark.slow
 

@@ -115,7 +115,8 @@ def processes(module: str, argument: str) -> list[psutil.Process]:
     """All that run `python -m module ... argument ...`, without their supervisors, which run it as a command."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
+        # Behind the title of a forked process there are empty words.
+        command = " ".join(process.info["cmdline"] or []).split()
         if command[1:3] == ["-m", module] and argument in command:
             found.append(process)
     return found

@@ -32,6 +32,7 @@ from jobs import (
 
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.training.directory import RunDirectory, read_config
 from recipes import miniature
 from recipes.experiment import launch
 
@@ -176,7 +177,8 @@ def test_a_time_limit_and_scancel_cost_no_weights_and_container_flags_reach_the_
     (tmp_path / "outside").mkdir()
     (job,) = submit(contained, cluster(container_image="registry/exprl:1", container_mounts=mounts))
     (rank,) = wait_until(lambda: trainers(inside / "run"), "the trainer")
-    assert rank.environ()["STANDIN_CONTAINER_IMAGE"] == "registry/exprl:1"
+    # Rank, supervisor, launcher: a forked process shows another's environment.
+    assert rank.parent().parent().environ()["STANDIN_CONTAINER_IMAGE"] == "registry/exprl:1"
     wait_for_end(job, "COMPLETED")
     uninterrupted = tmp_path / "outside" / "run"
     assert not list(inside.iterdir())
@@ -198,7 +200,7 @@ def test_after_a_node_is_lost_the_trainer_goes_on_with_those_that_are_left(slurm
         let_go(ranks)
         wait_until(lambda: records()[job]["Restarts"] == "1", "the requeue")
         (left,) = wait_until(lambda: set(trainers(tmp_path / "run")) - set(ranks), "the trainer on one node")
-        assert left.environ()["WORLD_SIZE"] == "1"
+        assert left.is_running() and read_config(RunDirectory(tmp_path / "run")).policy.layout.world_size == 1
         wait_for_end(job, "COMPLETED")
         assert records()[job]["NodeList"] == "node0"
     assert steps_done(tmp_path / "run") == STEPS

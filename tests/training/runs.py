@@ -93,3 +93,8 @@ def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"nothing happened within {deadline_s} s"
         time.sleep(0.002)
+
+
+def command_words(process) -> list[str]:
+    """The words of a psutil.Process's command; behind the title of a forked one there are empty ones."""
+    return " ".join(process.cmdline()).split()

@@ -18,7 +18,7 @@ from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.training.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import wait_until
+from runs import command_words, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -62,8 +62,13 @@ class Launched:
         wanted = self.steps() + steps
         wait_until(lambda: self.steps() >= wanted or self.process.poll() is not None, 600)
         assert self.process.poll() is None, self.process.communicate()
-        workers = [p for p in self.everybody() if "exprl_megatron.training.worker" in command(p)[:3]]
-        return {int(p.environ()["RANK"]): p for p in workers}
+        commands = {p: command_words(p) for p in self.everybody()}
+        # A title ends with the name, `(trainer-0)`.
+        return {
+            int(words[-1].strip("()").rpartition("-")[2]): process
+            for process, words in commands.items()
+            if words[2:3] == ["exprl_megatron.training.worker"]
+        }
 
     def everybody(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)

@@ -11,7 +11,7 @@ import yaml
 from exprl_megatron.training.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import run_config, wait_until, write_problems
+from runs import command_words, run_config, wait_until, write_problems
 
 pytestmark = pytest.mark.slow
 
@@ -47,12 +47,9 @@ def test_a_server_that_died_once_too_often_ends_the_run_with_its_name_and_log(co
     run = start(config)
     wait_until(lambda: steps_done(config) >= 1 or run.poll() is not None, 300)
     everybody = psutil.Process(run.pid).children(recursive=True)
-    servers = [
-        p
-        for p in everybody
-        if "exprl_megatron.serving.keyed_server" in p.cmdline() and "supervise.py" not in p.cmdline()[3]
-    ]
-    judge_or_policy = {p.cmdline()[p.cmdline().index("--model-path") + 1]: p for p in servers}
+    commands = {process: command_words(process) for process in everybody}
+    servers = [p for p, words in commands.items() if words[2:3] == ["exprl_megatron.serving.keyed_server"]]
+    judge_or_policy = {commands[p][commands[p].index("--model-path") + 1]: p for p in servers}
     judge_or_policy[config.policy.model].kill()
     _, told = run.communicate(timeout=120)
     assert run.returncode == 1

@@ -1,0 +1,97 @@
+"""The launcher's side of a fork server: a process that imports libraries once and forks others that need them.
+
+A server or a rank imports for ten seconds of a processor what the others import too. Forked, they share that time, and
+the memory of what they import. CUDA forbids it: a process that has it initialized must not fork (see fork_process).
+"""
+
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+
+from exprl_megatron.launch.child import ForkedChild
+
+PR_SET_CHILD_SUBREAPER = 36
+LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ForkRequest:
+    """A process to fork. Its standard output, standard error and the inherited descriptors travel beside this."""
+
+    command: list[str]
+    """`[sys.executable, "-m", MODULE, arguments...]`."""
+    environment: dict[str, str]
+    grace_s: float | None
+    """From SIGTERM to SIGKILL of the process that is supervised; None: it is not supervised."""
+    name: str
+    """At the end of its title, as in `trainer-0`."""
+    inherited: list[str] = field(default_factory=list)
+    """Environment variables that are to hold the numbers of the inherited descriptors."""
+
+
+class ForkServer:
+    """Starts importing at once; `start` waits for that. `programs` are the modules whose processes it can fork."""
+
+    def __init__(self, preload: str, programs: Collection[str], environment: Mapping[str, str], deadline_s: float):
+        self.programs = frozenset(programs)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open until `close`
+        self._channel, theirs = socket.socketpair()
+        self._channel.settimeout(deadline_s)
+        command = [sys.executable, "-m", "exprl_megatron.launch.fork_process", str(theirs.fileno()), str(os.getpid())]
+        with theirs:
+            self._process: subprocess.Popen | None = subprocess.Popen(
+                [*command, preload],
+                env=dict(environment),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,
+            )
+
+    def start(self, request: ForkRequest, descriptors: list[int]) -> ForkedChild | None:
+        """A new child of this process; None where the fork server failed, which is said on stderr, once."""
+        if self._process is None:
+            return None
+        body = json.dumps(asdict(request)).encode()
+        try:
+            # The forked process becomes the child of its nearest ancestor that adopts: this process.
+            _adopt(True)
+            socket.send_fds(self._channel, [len(body).to_bytes(LENGTH_BYTES)], descriptors)
+            self._channel.sendall(body)
+            reply = self._channel.recv(LENGTH_BYTES, socket.MSG_WAITALL)
+        except OSError as error:
+            return self._give_up(str(error))
+        finally:
+            _adopt(False)
+        return ForkedChild(int.from_bytes(reply)) if len(reply) == LENGTH_BYTES else self._give_up("it ended")
+
+    def close(self) -> None:
+        """End it; what it has forked stays."""
+        self._channel.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        self._log.close()
+
+    def _give_up(self, reason: str) -> None:
+        """Say why, with the process's last words, and fork no more."""
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        self._log.seek(0)
+        last = self._log.read().decode(errors="replace").strip().splitlines()[-1:] or [reason]
+        print(f"exprl: the fork server of {', '.join(sorted(self.programs))} failed ({last[0]}).", file=sys.stderr)
+
+
+def _adopt(wanted: bool) -> None:
+    """Whether descendants of this process whose parent ends become its children."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")

@@ -1,0 +1,12 @@
+"""What an SGLang server imports; importing this does, in the fork server on a CPU (launch/fork_process.py)."""
+
+# The plugin has its hooks in place before SGLang's other modules come, as in keyed_server.
+from sglang.srt.plugins import load_plugins
+
+load_plugins()
+
+import sglang.launch_server  # noqa: E402
+import sglang.srt.entrypoints.http_server  # noqa: E402
+import sglang.srt.managers.detokenizer_manager  # noqa: E402
+import sglang.srt.managers.scheduler  # noqa: E402
+import sglang.srt.model_executor.model_runner  # noqa: E402, F401

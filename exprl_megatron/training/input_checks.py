@@ -1,0 +1,84 @@
+"""The checks of a run's inputs in a process of its own, so that the launcher never holds tokenizers and data sets.
+
+Run as `python -m exprl_megatron.training.input_checks`: a config comes over the descriptor that CHANNEL names, and the
+answer goes back over it.
+"""
+
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import RunStopped, UserError, storage_sentence
+from exprl_megatron.launch.child import die_with_parent
+from exprl_megatron.launch.starter import Starter
+
+INPUT_CHECKS = "exprl_megatron.training.input_checks"
+CHANNEL = "EXPRL_INPUT_CHECKS"
+_PARENT = "EXPRL_INPUT_CHECKS_PARENT"
+
+
+def checked_inputs(config: RunConfig, starter: Starter) -> dict[str, str]:
+    """What `input_contents` says of `config`, after `check_inputs`. Raises UserError as these do."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = starter.start(
+            "input-checks",
+            [sys.executable, "-m", INPUT_CHECKS],
+            os.environ | {_PARENT: str(os.getpid())},
+            None,
+            sys.stderr,
+            grace_s=None,
+            inherited={CHANNEL: theirs.fileno()},
+        )
+        theirs.close()
+        try:
+            ours.sendall(config.model_dump_json().encode())
+            ours.shutdown(socket.SHUT_WR)
+            answer = _read(ours)
+        finally:
+            child.kill()
+            status = child.wait()
+    if not answer:
+        raise RunStopped(f"The process that checks the run's inputs ended with status {status}; its output says why.")
+    return _contents(json.loads(answer))
+
+
+def _contents(answer: dict[str, Any]) -> dict[str, str]:
+    if "user_error" in answer:
+        raise UserError(answer["user_error"])
+    return answer["contents"]
+
+
+def main() -> None:
+    """Answer with the contents, or with what the user can fix; anything else ends this process with a traceback."""
+    die_with_parent(int(os.environ[_PARENT]))
+    from exprl_megatron.training.inputs import input_contents
+    from exprl_megatron.training.preflight import check_inputs
+
+    with socket.socket(fileno=int(os.environ[CHANNEL])) as channel:
+        config = check_config(json.loads(_read(channel)), "the run's config")
+        try:
+            check_inputs(config)
+            answer = {"contents": input_contents(config)}
+        except UserError as error:
+            answer = {"user_error": str(error)}
+        except OSError as error:
+            if (sentence := storage_sentence(error, config.directory)) is None:
+                raise
+            answer = {"user_error": sentence}
+        channel.sendall(json.dumps(answer).encode())
+
+
+def _read(channel: socket.socket) -> bytes:
+    pieces = []
+    while piece := channel.recv(2**20):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+if __name__ == "__main__":
+    main()

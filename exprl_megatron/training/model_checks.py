@@ -1,0 +1,73 @@
+"""What a run's config asks of its model that the model does not allow; read from the model's config.json alone."""
+
+from collections.abc import Iterator
+
+from exprl_megatron.accelerator import cuda_capability, uses_cuda
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.serving import SCORED_BELOW_ROOM, ServerConfig
+from exprl_megatron.config.stages import RlStage
+from exprl_megatron.errors import UserError
+from exprl_megatron.policy.architecture import Architecture, layout_violations, read_architecture
+from exprl_megatron.policy.gradient_fusion import fusion_violations
+from exprl_megatron.policy.precision_matrix import Setting, precision_violations
+
+
+def model_violations(config: RunConfig) -> list[str]:
+    """One sentence for everything in `config` that its model does not allow: layout, precision, lengths."""
+    try:
+        architecture = read_architecture(config.policy.model)
+    except UserError as error:
+        return [str(error)]
+    return [
+        *layout_violations(architecture, config.policy.layout),
+        *_precision_violations(config, architecture),
+        *fusion_violations(config.policy, uses_cuda()),
+        *_length_violations(config, architecture.max_positions),
+    ]
+
+
+def _length_violations(config: RunConfig, positions: int) -> Iterator[str]:
+    longest, slots = config.policy.max_tokens, config.server.max_total_tokens
+    if longest > positions:
+        yield (
+            f"policy.max_tokens is {longest}, more than the {positions} positions that {config.policy.model} was made "
+            f"for; lower it."
+        )
+    if not config.scores_start:
+        return
+    # A whole trace is a prompt to the server that scores the starting policy.
+    for what, room in (("the model's positions", positions), ("server.max_total_tokens", slots)):
+        if room is not None and longest > room - SCORED_BELOW_ROOM:
+            yield (
+                f"policy.max_tokens is {longest} but the server for the starting policy scores at most "
+                f"{room - SCORED_BELOW_ROOM} tokens ({SCORED_BELOW_ROOM} fewer than {what}, {room}); lower it, or set "
+                f"policy.starting_policy to host."
+            )
+
+
+def _precision_violations(config: RunConfig, architecture: Architecture) -> list[str]:
+    capability = None
+    if config.policy.precision.fp8:
+        capability = cuda_capability()
+    return precision_violations(
+        Setting(
+            config.policy,
+            capability,
+            optimizers=[stage.optimizer for stage in config.stages],
+            architecture=architecture,
+            starting_weights=any(isinstance(stage, RlStage) and stage.needs_start for stage in config.stages),
+            cuda=uses_cuda(),
+            servers=_servers(config),
+            colocated=config.samples and config.placement.kind == "colocated",
+        )
+    )
+
+
+def _servers(config: RunConfig) -> dict[str, ServerConfig]:
+    """Those that the run starts with weights in the policy's format, by their keys."""
+    found = {}
+    if config.samples or config.scores_start:
+        found["server"] = config.server
+    if config.judges and config.judge.has_servers:
+        found["judge.server"] = config.judge.server
+    return found

@@ -1,0 +1,28 @@
+"""How a run's processes start on this machine: on a CPU they are forked from processes that have their libraries."""
+
+import os
+
+from exprl_megatron.accelerator import uses_cuda
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.launch.fork_server import ForkServer
+from exprl_megatron.launch.starter import Starter
+from exprl_megatron.serving.command import SERVER, server_environment
+from exprl_megatron.training.input_checks import INPUT_CHECKS
+from exprl_megatron.training.ranks import WORKER, rank_environment
+
+
+def starter(config: RunConfig, servers: bool) -> Starter:
+    """For this run's ranks and, where they are started here, its `servers`; close it at the end.
+
+    On CUDA each process imports for itself: one that has CUDA initialized must not be forked, and what the libraries
+    do when they are imported is not ours to know.
+    """
+    if uses_cuda():
+        return Starter()
+    deadline_s = config.server.start_deadline_s
+    ranks = rank_environment(os.environ, config.server)
+    fork_servers = [ForkServer("exprl_megatron.training.preload", {WORKER, INPUT_CHECKS}, ranks, deadline_s)]
+    if servers:
+        environment = server_environment(os.environ, cuda=False, tp=config.server.tp)
+        fork_servers.append(ForkServer("exprl_megatron.serving.preload", {SERVER}, environment, deadline_s))
+    return Starter(fork_servers)

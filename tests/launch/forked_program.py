@@ -1,0 +1,32 @@
+"""What the tests of the fork server run as `python -m forked_program WHAT`."""
+
+import atexit
+import os
+import signal
+import sys
+import time
+
+import preloaded
+
+
+def report() -> None:
+    print("argv", *sys.argv[1:], "main", sys.modules["__main__"].__spec__.name)
+    print("mark", os.environ.get("MARK"), "path", "PATH" in os.environ, "preloaded in", os.getpid() != preloaded.PID)
+    print("session", os.getsid(0) == os.getpid(), "parent", os.getppid())
+    with os.fdopen(int(os.environ["EXPRL_HEARTBEAT"]), "w") as file:
+        file.write("through the descriptor")
+    atexit.register(print, "at the end")
+
+
+def wait() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    print("ready", os.getpid(), flush=True)
+    time.sleep(600)
+
+
+def fail() -> None:
+    raise ValueError("as it should")
+
+
+if __name__ == "__main__":
+    {"report": report, "wait": wait, "fail": fail, "exit": lambda: sys.exit("a sentence")}[sys.argv[1]]()
