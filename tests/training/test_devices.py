@@ -4,6 +4,7 @@ import pytest
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
+from exprl_megatron.launch.starter import Starter
 from exprl_megatron.training import launch as launch_module
 from exprl_megatron.training.devices import placed
 from exprl_megatron.training.directory import RunDirectory
@@ -50,8 +51,9 @@ def test_too_few_gpus_are_told_of_before_anything_starts(tmp_path):
 )
 def test_a_run_says_once_that_its_sampling_is_not_reproducible(tmp_path, monkeypatch, capsys, cuda, extra_args, times):
     monkeypatch.setattr(launch_module, "uses_cuda", lambda: cuda)
-    for name in ("check_inputs", "check_servers", "_run"):
+    for name in ("check_servers", "_run"):
         monkeypatch.setattr(launch_module, name, lambda *_: None)
-    monkeypatch.setattr(launch_module, "input_contents", lambda _: {})
+    monkeypatch.setattr(launch_module, "starter", lambda *_, **__: Starter())
+    monkeypatch.setattr(launch_module, "checked_inputs", lambda *_: {})
     launch_module.launch(config(tmp_path / "run", server={"extra_args": extra_args}), resume=False)
     assert capsys.readouterr().out.count("Sampling on CUDA is not reproducible") == times
