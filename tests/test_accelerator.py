@@ -163,6 +163,39 @@ def test_in_the_cpu_environment_no_part_of_a_machine_with_a_gpu_chooses_it():
     assert done.stderr.count("runs on the CPU") == 1
 
 
+WITHOUT_TORCH = """
+import subprocess, sys
+from types import SimpleNamespace
+from exprl_megatron import accelerator
+accelerator._DRIVER = DRIVER
+accelerator.GPU_PACKAGES = {}
+asked = []
+def run(command, **_):
+    asked.append(command[1:])
+    return SimpleNamespace(returncode=0, stdout="a warning of torch\\n[true, 2]\\n")
+subprocess.run = run
+print(accelerator.uses_cuda(), accelerator.gpu_count(), len(asked), "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [(("no-such-library.so.1",), "False 0 0 False"), (("no-such-library.so.1", "libc.so.6"), "True 2 1 False")],
+)
+def test_a_process_without_torch_has_another_one_ask_it_where_there_is_a_driver(driver, said):
+    program = WITHOUT_TORCH.replace("DRIVER\n", f"{driver!r}\n", 1)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == said, done.stderr
+
+
+def test_the_process_that_is_asked_says_what_torch_sees():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "exprl_megatron.accelerator"], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "[false, 0]\n", done.stderr
+
+
 def test_nobody_else_asks_torch_whether_there_is_cuda():
     asking = [
         f"{path.relative_to(ROOT)}:{node.lineno}"

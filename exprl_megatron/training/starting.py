@@ -12,7 +12,7 @@ from exprl_megatron.training.ranks import WORKER, rank_environment
 
 
 def starter(config: RunConfig, servers: bool) -> Starter:
-    """For this run's ranks and, where they are started here, its `servers`; close it at the end.
+    """For this run's ranks, and its `servers`, where these are started here; close it at the end.
 
     On CUDA each process imports for itself: one that has CUDA initialized must not be forked, and what the libraries
     do when they are imported is not ours to know.
@@ -22,7 +22,7 @@ def starter(config: RunConfig, servers: bool) -> Starter:
     deadline_s = config.server.start_deadline_s
     ranks = rank_environment(os.environ, config.server)
     fork_servers = [ForkServer("exprl_megatron.training.preload", {WORKER, INPUT_CHECKS}, ranks, deadline_s)]
-    if servers:
+    if servers and (config.samples or config.scores_start or (config.judges and config.judge.has_servers)):
         environment = server_environment(os.environ, cuda=False, tp=config.server.tp)
         fork_servers.append(ForkServer("exprl_megatron.serving.preload", {SERVER}, environment, deadline_s))
     return Starter(fork_servers)
