@@ -97,15 +97,21 @@ def _become(request: ForkRequest, descriptors: list[int], parent: int) -> None:
         die_with_parent(parent)
         _run(request)
     setproctitle(_title(supervised(request.command, request.grace_s, parent), request))
-
     supervisor = os.getpid()
 
     def start(environment: dict[str, str]) -> ForkedChild:
+        waiting, begun = os.pipe()
         if pid := os.fork():
+            os.close(begun)
+            # It can be ended, with its group, as soon as this returns.
+            os.read(waiting, 1)
+            os.close(waiting)
             return ForkedChild(pid)
         os.setsid()
         die_with_parent(supervisor)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for descriptor in (waiting, begun):
+            os.close(descriptor)
         os.environ.update(environment)
         _run(request)
 

@@ -6,6 +6,7 @@ import time
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import Preempted, RunStopped, UserError
+from exprl_megatron.launch.starter import Starter
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Guest, Node
 from exprl_megatron.training.ranks import TrainerRanks
@@ -28,18 +29,23 @@ def follow(config: RunConfig, node: Node) -> None:
         os.umask(0o077)
     node.ranks(config.policy.layout.world_size)
     guest = Guest(node)
-    if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):
-        directory = RunDirectory(config.directory)
-        with starter(config, servers=False) as start:
-            ranks = TrainerRanks(directory, config, directory.registry, node, start)
-            try:
-                _run(ranks, guest)
-            finally:
-                ranks.stop()
+    with starter(config, servers=False) as start:
+        if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):
+            _run(config, node, guest, start)
     guest.part()
 
 
-def _run(ranks: TrainerRanks, guest: Guest) -> None:
+def _run(config: RunConfig, node: Node, guest: Guest, start: Starter) -> None:
+    """Start the ranks, and end them when node 0 has ended."""
+    directory = RunDirectory(config.directory)
+    ranks = TrainerRanks(directory, config, directory.registry, node, start)
+    try:
+        _watch(ranks, guest)
+    finally:
+        ranks.stop()
+
+
+def _watch(ranks: TrainerRanks, guest: Guest) -> None:
     """Return when node 0 has ended, and the ranks have had time to end as well."""
     failed = False
     while not guest.over():

@@ -18,7 +18,7 @@ from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Node
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import run_config, wait_until, write_problems
+from runs import command_words, run_config, wait_until, write_problems
 
 STEPS = 6
 
@@ -107,7 +107,9 @@ def test_where_a_rank_of_another_node_is_killed_node_0_says_so_and_both_end(two_
     config, first, second = two_nodes(1000)
     metrics = RunDirectory(config.directory).metrics
     wait_until(lambda: metrics.is_file() or None not in (first.poll(), second.poll()), 900)
-    (supervisor,) = psutil.Process(second.pid).children()
+    children = psutil.Process(second.pid).children()
+    # Beside it is the fork server.
+    (supervisor,) = (child for child in children if command_words(child)[-1] == "(trainer-1)")
     (rank,) = supervisor.children()
     family = psutil.Process(first.pid).children(recursive=True)
     os.kill(rank.pid, signal.SIGKILL)
