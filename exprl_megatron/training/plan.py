@@ -10,8 +10,6 @@ from rich.table import Table
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
-from exprl_megatron.training.preflight import dry_run
-from exprl_megatron.training.prompt_checks import shown_prompts
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,9 @@ def print_plan(config: RunConfig) -> None:
 
 def print_start(config: RunConfig) -> None:
     """Check what a start would check, and print what it would start; UserError as `check_inputs` raises it."""
+    # The launcher takes its sentences from this module, and nothing that reads models.
+    from exprl_megatron.training.preflight import dry_run
+
     left_out = dry_run(config)
     print_plan(config)
     print_departures(config)
@@ -96,5 +97,7 @@ def print_departures(config: RunConfig) -> None:
 
 def print_prompts(config: RunConfig) -> None:
     """Print one problem of each stage as the policy and the judge will read it: the reference is the judge's alone."""
+    from exprl_megatron.training.prompt_checks import shown_prompts
+
     for title, text in shown_prompts(config):
         print(f"\n---- {title}\n{text}")
