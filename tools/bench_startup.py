@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from exprl_megatron.config.load import load_config
+from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.training.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +103,8 @@ def reached(paths: RunDirectory) -> set[str]:
         found.add("libraries of rank 0")
     if any(paths.evaluations.glob("start*.json")):
         found.add("starting policy evaluated")
-    if paths.metrics.exists() and paths.metrics.read_bytes().count(b"\n"):
+    # Step 0 is the evaluation before a stage.
+    if any(record["step"] for record in read_metrics(paths.metrics)):
         found.add("first step")
     return found
 
