@@ -96,5 +96,8 @@ def wait_until(condition: Callable[[], bool], deadline_s: float) -> None:
 
 
 def command_words(process) -> list[str]:
-    """The words of a psutil.Process's command; behind the title of a forked one there are empty ones."""
-    return " ".join(process.cmdline()).split()
+    """The words of a psutil.Process's command, none where it has ended; behind a forked one's title are empty ones."""
+    try:
+        return " ".join(process.cmdline()).split()
+    except psutil.NoSuchProcess:
+        return []

@@ -87,14 +87,6 @@ def run(tiny_model, tmp_path_factory):
         launched.process.kill()
 
 
-def command(process: psutil.Process) -> list[str]:
-    """Of one that may have ended: nothing."""
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
-
-
 def nothing_left(everybody: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(everybody, timeout=60)[1]
 

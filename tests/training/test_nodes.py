@@ -109,7 +109,7 @@ def test_where_a_rank_of_another_node_is_killed_node_0_says_so_and_both_end(two_
     wait_until(lambda: metrics.is_file() or None not in (first.poll(), second.poll()), 900)
     children = psutil.Process(second.pid).children()
     # Beside it is the fork server.
-    (supervisor,) = (child for child in children if command_words(child)[-1] == "(trainer-1)")
+    (supervisor,) = (child for child in children if command_words(child)[-1:] == ["(trainer-1)"])
     (rank,) = supervisor.children()
     family = psutil.Process(first.pid).children(recursive=True)
     os.kill(rank.pid, signal.SIGKILL)
