@@ -25,3 +25,12 @@ def group_scores(
         for (judgement, cut), counts in zip(rows, valid, strict=True)
     ]
     return torch.tensor(values, dtype=torch.float64), torch.tensor(valid, dtype=torch.bool)
+
+
+def soft_overlong_punishment(lengths: Sequence[int], max_length: int, cache: int) -> torch.Tensor:
+    """DAPO's R_length [K] (float64, -1 to 0) of traces of so many tokens (arXiv 2503.14476, equation 13).
+
+    0 up to max_length - cache tokens, from there in a line to -1 at max_length, and -1 above it.
+    """
+    tokens = torch.tensor(lengths, dtype=torch.float64)
+    return ((max_length - cache - tokens) / cache).clamp(min=-1.0, max=0.0)

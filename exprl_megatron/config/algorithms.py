@@ -27,10 +27,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "dr_grpo": {"advantage": "mean-centred", "loss": _loss("clip", (0.2, 0.2), "constant-length")},
     # arXiv 2402.14740: the whole response is one action, so that its tokens are summed.
     "rloo": {"advantage": "leave-one-out", "loss": _loss("clip", (0.2, 0.2), "sequence-sum")},
-    # arXiv 2503.14476: clip-higher, token mean, overlong traces left out, no KL.
+    # arXiv 2503.14476: clip-higher, token mean, soft overlong punishment of all traces (section 3.4), no KL.
     "dapo": {
         "advantage": "group-normalised",
-        "overlong": "exclude",
+        "overlong": "score",
+        "soft_overlong": {},
         "loss": _loss("clip", (0.2, 0.28), "token-mean"),
     },
     # arXiv 2507.18071: the ranges of its experiments.

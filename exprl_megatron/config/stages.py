@@ -16,6 +16,40 @@ ZERO_ALONE = ("group-normalised", "mean-centred", "leave-one-out", "group-centre
 """Advantages that are differences within a group."""
 
 
+class SoftOverlongConfig(Config):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): traces lose score before they are cut off."""
+
+    max_length: PositiveInt | None = None
+    """L_max, at and above which the punishment is whole; None: sampling.max_new_tokens."""
+    cache: PositiveInt | None = None
+    """L_cache: so many tokens below max_length the punishment begins, and grows in a line (verl's overlong_buffer.len).
+    None: a fifth of max_length, as the paper has 4,096 of 20,480."""
+    penalty: float = Field(0.5, gt=0)
+    """The whole punishment, in units of scores, which are 0 to 1. The paper's is 1 where right answers have 1 and wrong
+    ones -1: half of the distance between them."""
+
+    def lengths(self, max_new_tokens: int) -> tuple[int, int]:
+        """(L_max, L_cache) where traces have at most so many tokens."""
+        longest = self.max_length or max_new_tokens
+        return longest, self.cache or max(1, longest // 5)
+
+    def faults(self, stage: str, max_new_tokens: int) -> list[str]:
+        """What does not go with the stage's sampling."""
+        longest, cache = self.lengths(max_new_tokens)
+        found = []
+        if longest > max_new_tokens:
+            found.append(
+                f"stage {stage}: soft_overlong.max_length is {longest}, but no trace has more than "
+                f"sampling.max_new_tokens ({max_new_tokens}), so that none would be punished in full; lower it."
+            )
+        if cache > longest:
+            found.append(
+                f"stage {stage}: soft_overlong.cache is {cache}, more than the {longest} tokens of the longest trace "
+                "that is not punished in full (soft_overlong.max_length, or sampling.max_new_tokens); lower it."
+            )
+        return found
+
+
 class Stage(Config):
     """What every stage has."""
 
@@ -128,6 +162,18 @@ class ExprlOutcomeStage(JudgedStage):
     """Score of a trace that ran into max_new_tokens: 0 (paper), what the judge says, or left out."""
     variant: Literal["recommended", "code"] = "recommended"
     """`code`: an abstention is out of the loss, but its reward 0 stays in the group's mean and std."""
+    soft_overlong: SoftOverlongConfig | None = None
+    """Punish traces that come near to the length limit, on top of what `overlong` makes of their scores."""
+
+    def violations(self, whole) -> list[str]:
+        found = super().violations(whole)
+        if self.soft_overlong is not None:
+            found += self.soft_overlong.faults(self.name, self.sampling.max_new_tokens)
+            if self.variant == "code":
+                found.append(
+                    f"stage {self.name}: variant is code, but the released code has no soft_overlong; remove it."
+                )
+        return found
 
 
 class ExprlProcessStage(JudgedStage):
@@ -189,9 +235,15 @@ class SparseRlStage(RlStage):
     loss: SparseLossConfig = SparseLossConfig()
     overlong: Literal["score", "exclude"] = "score"
     """A trace that ran into max_new_tokens counts like any other, or is left out (DAPO's filtering)."""
+    soft_overlong: SoftOverlongConfig | None = None
+    """Punish traces that come near to the length limit, on top of what `overlong` makes of their scores."""
     dynamic_sampling: PositiveInt | None = None
     """At most so many rounds of further problems replace groups whose scores are all equal (DAPO); None: kept."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
+
+    def violations(self, whole) -> list[str]:
+        soft = [] if self.soft_overlong is None else self.soft_overlong.faults(self.name, self.sampling.max_new_tokens)
+        return super().violations(whole) + soft
 
     def _staleness_violations(self) -> list[str]:
         found = super()._staleness_violations()

@@ -10,12 +10,12 @@ talks to the servers, has the graded groups, and gives each rank the sequences t
 
 from exprl_megatron.algorithms.aggregation import denominator, kept_denominator
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
-from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage
+from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage
 from exprl_megatron.policy.batch import LearnedFrom, Sequence
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.sequences import update_sequences
-from exprl_megatron.training.statistics import group_statistics, update_statistics
+from exprl_megatron.training.statistics import step_statistics, update_statistics
 from exprl_megatron.training.teacher import student_and_teacher
 
 
@@ -39,7 +39,7 @@ def run_stages(run: Run) -> None:
 def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     """Sample, grade, learn; the step's metrics."""
     groups = run.graded_groups(stage, step)
-    metrics = run.on_rank0(lambda: group_statistics(groups, judged=isinstance(stage, JudgedStage))) or {}
+    metrics = run.on_rank0(lambda: step_statistics(stage, groups)) or {}
     if run.config.debug.only == "sampling":
         return metrics
     with run.clock("log_probs"):

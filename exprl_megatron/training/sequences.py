@@ -13,6 +13,7 @@ from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, S
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.rollout.group import GradedTrace, Group
+from exprl_megatron.training.punishment import length_punishments
 
 GradedStage = ExprlOutcomeStage | ExprlProcessStage | SparseRlStage
 """Stages that learn from grades; self-distillation has a teacher instead."""
@@ -58,6 +59,9 @@ def token_advantages(stage: GradedStage, groups: list[Group]) -> list[list[Token
 
 def _trace_advantages(stage: ExprlOutcomeStage | SparseRlStage, groups: list[Group]) -> list[list[TokenAdvantages]]:
     scores, valid = _scores(groups, stage.overlong)
+    if stage.soft_overlong is not None:
+        punishments = torch.stack([length_punishments(stage, group.members) for group in groups])
+        scores = torch.where(valid, scores + punishments, scores)
     counted = valid
     if isinstance(stage, ExprlOutcomeStage) and stage.variant == "code":
         # The released code leaves an abstention's reward 0 in mean and std.

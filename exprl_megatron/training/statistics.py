@@ -3,12 +3,27 @@
 import statistics
 from collections import Counter
 
+from exprl_megatron.config.stages import JudgedStage, RlStage
 from exprl_megatron.judging.calibration import auroc, histogram
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
+from exprl_megatron.training.punishment import length_punishments
 from exprl_megatron.training.recovery import updates_of
 
 _COUNTED_SEGMENTS = 10
+
+
+def step_statistics(stage: RlStage, groups: list[Group]) -> dict[str, float]:
+    """`group_statistics` of the stage's judgements, and what its long traces lose."""
+    found = group_statistics(groups, judged=isinstance(stage, JudgedStage))
+    scored = [member for group in groups for member in group.members if member.score is not None]
+    punishments = length_punishments(stage, scored)
+    if punishments is None or not scored:
+        return found
+    return found | {
+        "reward/overlong_punishment": punishments.mean().item(),
+        "length/punished": (punishments < 0).double().mean().item(),
+    }
 
 
 def group_statistics(groups: list[Group], judged: bool = False) -> dict[str, float]:

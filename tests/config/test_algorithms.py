@@ -128,9 +128,13 @@ def test_the_advantages_of_a_name_are_its_papers(name):
     assert [pytest.approx(row, rel=1e-4) for row in expected] == found.tolist()
 
 
-def test_dapo_leaves_out_overlong_traces_and_groups_without_a_difference():
-    assert (stage({"algorithm": "dapo"}).overlong, stage({"algorithm": "dapo"}).dynamic_sampling) == ("exclude", 4)
-    assert stage({"algorithm": "dapo"}, "exprl-outcome").overlong == "exclude"
+@pytest.mark.parametrize("kind", KINDS)
+def test_dapo_punishes_long_traces_and_leaves_out_groups_without_a_difference(kind):
+    found = stage({"algorithm": "dapo", "sampling": {"max_new_tokens": 1024}}, kind)
+    assert (found.overlong, found.soft_overlong.penalty) == ("score", 0.5)
+    # The paper's 4,096 of 20,480 tokens.
+    assert found.soft_overlong.lengths(20480) == (20480, 4096)
+    assert getattr(found, "dynamic_sampling", 4) == 4
 
 
 def test_a_setting_of_the_stage_takes_precedence():
