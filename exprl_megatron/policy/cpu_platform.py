@@ -236,7 +236,7 @@ def _adapt(module: types.ModuleType) -> None:
 
 @contextlib.contextmanager
 def _nothing_compiled():
-    """Within it `torch.compile` decorates with nothing: there it would import its compilers, for two seconds and 50 MB.
+    """Within it `torch.compile` decorates with nothing: there it would import its compilers, for two seconds.
 
     Megatron does the same where its `jit_fuser` is disabled.
     """
