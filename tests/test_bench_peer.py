@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -45,6 +46,7 @@ def _task(tmp_path):
         answer_pattern=r"ans (\d+)",
         max_tokens=160,
         micro_batch_tokens=512,
+        our_processes=2,
         trl_processes=1,
         system="Add.",
     )
@@ -123,7 +125,10 @@ def test_both_trainers_get_the_same_step(tmp_path):
     assert (theirs["problems_per_step"], theirs["group_size"]) == (stage.problems_per_step, stage.group_size) == (4, 8)
     # Every step has all the problems, and each side two threads.
     assert len(Path(stage.problems.source).read_text().splitlines()) == stage.problems_per_step
-    assert theirs["threads"] * task.trl_processes == config.policy.layout.world_size == config.server.count == 2
+    assert theirs["threads"] * task.trl_processes == 2
+    assert config.policy.layout.world_size == config.server.count == 2 and config.server.cpu_threads == 1
+    alone = check_config(peer_tasks.our_config(replace(task, our_processes=1), tmp_path / "ours", 5), "ours")
+    assert alone.policy.layout.world_size == alone.server.count == 1 and alone.server.cpu_threads == 2
     script = (ROOT / "tools/peer/trl_grpo.py").read_text()
     assert set(re.findall(r'task\["(\w+)"\]', script)) == set(theirs)
 

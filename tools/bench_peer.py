@@ -1,11 +1,11 @@
 """A whole step of sparse-reward RL with this project and with TRL's GRPOTrainer: sampling, grading, learning, sync.
 
 Both have the same model, problems, lengths and precision (fp32) and two cores: this project as two trainer ranks and
-two servers, TRL as one or two processes, whichever is faster. Both are started, then they take turns step by step, and
-the processes of the one that waits are stopped. The first step of each is left out. `make bench-peer` installs TRL and
-runs this.
+two servers with one thread each or as one of each with two threads, TRL as two processes or one likewise. Both are
+started, then they take turns step by step, and the processes of the one that waits are stopped. The first step of each
+is left out. `make bench-peer` installs TRL and runs this.
 
-    python tools/bench_peer.py [--tasks miniature smollm2-135m] [--rounds 10 4] [--json F]
+    python tools/bench_peer.py [--tasks miniature smollm2-135m] [--rounds 10 4] [--ours 2] [--trl 1] [--json F]
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -67,6 +67,7 @@ def miniature(scratch: Path) -> Task:
         answer_pattern=r"ans\s+(\d+)",
         max_tokens=160,
         micro_batch_tokens=8192,
+        our_processes=2,
         trl_processes=2,
     )
 
@@ -88,6 +89,7 @@ def smollm2(scratch: Path) -> Task:
         answer_pattern=r"\\boxed\{([^}]*)\}",
         max_tokens=512,
         micro_batch_tokens=1024,
+        our_processes=2,
         trl_processes=1,
         system="Reason step by step and put the final answer in \\boxed{}.",
     )
@@ -100,7 +102,7 @@ def ours(task: Task, directory: Path, steps: int) -> Contestant:
     """`exprl train`."""
     run, config = directory / "ours", directory / "ours.yaml"
     config.write_text(yaml.safe_dump(peer_tasks.our_config(task, run, steps)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(peer_tasks.threads(task.our_processes))}
     command = [str(EXPRL), "train", str(config)]
     return Contestant(OURS, command, environment, RunDirectory(run).timeline, directory / "ours.log")
 
@@ -171,6 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--rounds", nargs="+", type=int, default=[10, 4], help="steps of each trainer, for each task")
+    for flag, who in (("--ours", "this project"), ("--trl", "TRL")):
+        parser.add_argument(flag, type=int, choices=(1, 2), help=f"processes of {who} (default: the task's)")
     parser.add_argument("--keep", type=Path, help="leave the runs in this new directory")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(arguments)
@@ -186,6 +190,11 @@ def main(arguments: list[str] | None = None) -> None:
         for name, rounds in zip(args.tasks, args.rounds, strict=True):
             try:
                 task = TASKS[name](scratch)
+                task = replace(
+                    task,
+                    our_processes=args.ours or task.our_processes,
+                    trl_processes=args.trl or task.trl_processes,
+                )
                 directory = scratch / name
                 directory.mkdir()
                 costs = compare(task, directory, rounds)

@@ -28,15 +28,22 @@ class Task:
     """Of TRL's reward: its last match in a trace is the answer. Ours is the stage's own verifier."""
     max_tokens: int
     micro_batch_tokens: int
+    our_processes: int
+    """Trainer ranks and servers: 2 of each with one thread, or 1 of each with two."""
     trl_processes: int
-    """The faster of 1 (with two threads) and 2 (with one each)."""
+    """2 with one thread each, or 1 with two."""
     system: str | None = None
     learning_rate: float = 1e-6
     seed: int = 1
 
 
+def threads(processes: int) -> int:
+    """Of each of so many processes, on two cores."""
+    return 2 // processes
+
+
 def our_config(task: Task, directory: Path, steps: int) -> dict:
-    """A run of one stage, two trainer ranks and two servers, each with one thread."""
+    """A run of one stage; trainer ranks take their threads from the environment."""
     stage = {
         "name": "sparse",
         "kind": "sparse-rl",
@@ -52,11 +59,15 @@ def our_config(task: Task, directory: Path, steps: int) -> dict:
         "seed": task.seed,
         "policy": {
             "model": str(task.model),
-            "layout": {"dp": 2},
+            "layout": {"dp": task.our_processes},
             "max_tokens": task.max_tokens,
             "micro_batch_tokens": task.micro_batch_tokens,
         },
-        "server": {"count": 2, "max_total_tokens": 32_768},
+        "server": {
+            "count": task.our_processes,
+            "cpu_threads": threads(task.our_processes),
+            "max_total_tokens": 32_768,
+        },
         "checkpoint": {"every_steps": steps},
         **({} if task.system is None else {"prompt": {"system": task.system}}),
         "stages": [stage],
@@ -72,7 +83,7 @@ def trl_task(task: Task, directory: Path, steps: int) -> dict:
         "problems": str(task.problems),
         "learning_rate": task.learning_rate,
         "steps": steps,
-        "threads": 2 // task.trl_processes,
+        "threads": threads(task.trl_processes),
         "directory": str(directory),
     }
 

@@ -25,6 +25,8 @@ class ServerConfig(Config):
     mem_fraction_static: float | None = Field(None, gt=0, lt=1)
     """On a GPU: share of its memory that weights and KV cache fill. None: SGLang's choice, or 0.75 for sampling servers
     that are colocated with the trainer."""
+    cpu_threads: PositiveInt = 1
+    """Of each of a server's ranks on a machine without GPUs; where they are more than free cores, they are slow."""
     start_deadline_s: float = Field(600.0, gt=0)
     request_deadline_s: float = Field(600.0, gt=0)
     answer_deadline_s: float = Field(60.0, gt=0)

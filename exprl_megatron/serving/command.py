@@ -76,9 +76,12 @@ def irreproducible_sampling(config: ServerConfig, cuda: bool) -> str | None:
 
 
 def server_environment(
-    inherited: Mapping[str, str], *, cuda: bool, tp: int = 1, extra_args: Sequence[str] = ()
+    inherited: Mapping[str, str], *, cuda: bool, tp: int = 1, extra_args: Sequence[str] = (), cpu_threads: int = 1
 ) -> dict[str, str]:
-    """The environment of a server of `tp` ranks and these extra arguments, started from a process with `inherited`."""
+    """The environment of a server of `tp` ranks and these extra arguments, started from a process with `inherited`.
+
+    Without CUDA each rank computes with `cpu_threads` threads.
+    """
     environment = {
         name: value
         for name, value in inherited.items()
@@ -96,7 +99,7 @@ def server_environment(
             SGLANG_USE_CPU_ENGINE="1",
             SGLANG_EXTERNAL_MODEL_PACKAGE="exprl_sglang_models",
             # More threads than free cores spin on each other: 60 times slower on a busy machine.
-            OMP_NUM_THREADS="1",
+            OMP_NUM_THREADS=str(cpu_threads),
             # Seeded sampling is decorated with torch.compile.
             TORCHDYNAMO_DISABLE="1",
         )

@@ -251,7 +251,13 @@ def _launch(spec: ServerSpec, port: int, starter: Starter) -> Server:
     ensure_key(_key_file(spec))
     incarnation = uuid.uuid4().hex[:8]
     spec = replace(spec, seed=server_seed(spec.seed, spec.name, incarnation))
-    environment = server_environment(os.environ, cuda=uses_cuda(), tp=spec.config.tp, extra_args=spec.config.extra_args)
+    environment = server_environment(
+        os.environ,
+        cuda=uses_cuda(),
+        tp=spec.config.tp,
+        extra_args=spec.config.extra_args,
+        cpu_threads=spec.config.cpu_threads,
+    )
     with open(log_file, "ab") as log:
         process = starter.start(
             spec.name,

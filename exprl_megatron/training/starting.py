@@ -23,6 +23,8 @@ def starter(config: RunConfig, servers: bool) -> Starter:
     ranks = rank_environment(os.environ, config.server)
     fork_servers = [ForkServer("exprl_megatron.training.preload", {WORKER, INPUT_CHECKS}, ranks, deadline_s)]
     if servers and (config.samples or config.scores_start or (config.judges and config.judge.has_servers)):
-        environment = server_environment(os.environ, cuda=False, tp=config.server.tp)
+        environment = server_environment(
+            os.environ, cuda=False, tp=config.server.tp, cpu_threads=config.server.cpu_threads
+        )
         fork_servers.append(ForkServer("exprl_megatron.serving.preload", {SERVER}, environment, deadline_s))
     return Starter(fork_servers)

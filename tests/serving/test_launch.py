@@ -257,6 +257,27 @@ def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda(
     assert not rank.keys() & on_cpu.keys()
 
 
+def test_a_server_on_a_cpu_has_the_threads_of_its_config_whatever_its_trainer_has():
+    inherited = {"OMP_NUM_THREADS": "7"}
+    assert server_environment(inherited, cuda=False)["OMP_NUM_THREADS"] == "1"
+    assert server_environment(inherited, cuda=False, cpu_threads=2)["OMP_NUM_THREADS"] == "2"
+    assert server_environment(inherited, cuda=True, cpu_threads=2)["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_server_is_started_with_the_threads_of_its_config(tiny_model, tmp_path, monkeypatch):
+    environments = []
+
+    def start(command, *, env, **_):
+        environments.append(env)
+        raise OSError("not started")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    spec = ServerSpec("policy-0", tiny_model("qwen3"), ServerConfig(cpu_threads=3), tmp_path)
+    with pytest.raises(OSError, match="not started"):
+        launch_servers([spec])
+    assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["3"]
+
+
 @pytest.mark.slow
 def test_stopping_ends_a_server_that_does_not_answer(tiny_model, tmp_path):
     (server,) = launch_servers([ServerSpec("policy-0", tiny_model("qwen3"), ServerConfig(), tmp_path)])
