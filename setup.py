@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.12,<3.13",
     packages=find_packages(include=["exprl_megatron", "exprl_megatron.*", "recipes"]),
     package_data={
-        "exprl_megatron": ["**/*.md", "**/*.json", "**/*.yaml", "serving/stand_ins/**/*"],
+        "exprl_megatron": ["**/*.md", "**/*.json", "**/*.yaml", "serving/plugins/**/*", "serving/stand_ins/**/*"],
         "recipes": ["configs/**/*.yaml"],
     },
     install_requires=[

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.tally import Tally, tally
-from exprl_megatron.files import Claim, write_atomically
+from exprl_megatron.files import Claim, keep_private, write_atomically
 from exprl_megatron.judging.judgement import judgement_record
 from exprl_megatron.rollout.group import GradedTrace
 
@@ -47,6 +47,8 @@ class KeptResults:
         file = directory / "evaluation.json"
         if directory.exists() and not file.is_file() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(f"The directory {directory} holds other files; choose a new or empty directory with --out.")
+        # Samples show what a model that is not published can do, and the logs hold hidden answers.
+        keep_private(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(directory)
         try:

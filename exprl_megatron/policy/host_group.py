@@ -5,9 +5,10 @@ spinning there, beside a server that works on the same device.
 """
 
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
+
+from exprl_megatron.policy.sealed_objects import all_gather_objects, broadcast_object
 
 _made: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 """The default group, and the host group of the same ranks."""
@@ -27,13 +28,9 @@ def host_group(timeout_s: float = 600.0) -> dist.ProcessGroup:
 
 def from_rank[T](source: int, item: T) -> T:
     """Rank `source`'s `item`, on every rank; a collective."""
-    box: list[Any] = [item]
-    dist.broadcast_object_list(box, src=source, group=host_group())
-    return box[0]
+    return broadcast_object(item, source, host_group())
 
 
 def of_all_ranks[T](item: T) -> list[T]:
     """Every rank's `item`, in the order of ranks, on every rank; a collective."""
-    items: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item, group=host_group())
-    return items
+    return all_gather_objects(item, host_group())

@@ -12,6 +12,7 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.batch import LearnedFrom
 from exprl_megatron.policy.host_group import host_group
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.policy.sealed_objects import broadcast_object, receive_object, send_object
 
 Batch = list[LearnedFrom]
 
@@ -38,16 +39,13 @@ class SequenceScatter:
         if dist.get_rank() == 0:
             owners = [self._policy.owners(batch) for batch in batches]
             for dp_rank, leader in enumerate(self._leaders[1:], 1):
-                dist.send_object_list([_of(dp_rank, batches, owners)], leader, group=host_group())
-        message = [None]
+                send_object(_of(dp_rank, batches, owners), leader, host_group())
+        message = None
         if self._leaders[self._own] == dist.get_rank():
-            if dist.get_rank() == 0:
-                message = [_of(0, batches, owners)]
-            else:
-                dist.recv_object_list(message, 0, group=host_group())
+            message = _of(0, batches, owners) if dist.get_rank() == 0 else receive_object(0, host_group())
         if dist.get_world_size(self._group) > 1:
-            dist.broadcast_object_list(message, src=self._leaders[self._own], group=self._group)
-        return list(batches) if dist.get_rank() == 0 else message[0]
+            message = broadcast_object(message, self._leaders[self._own], self._group)
+        return list(batches) if dist.get_rank() == 0 else message
 
 
 def dp_rank_of(layout: Layout, rank: int) -> int:

@@ -14,7 +14,15 @@ from megatron.core import parallel_state, tensor_parallel
 from exprl_megatron.accelerator import group_backend, uses_cuda
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
+from exprl_megatron.keyed_store import keyed_names, listening_store, reached_store
 from exprl_megatron.policy.host_group import host_group
+from exprl_megatron.policy.sealed_objects import use_key
+from exprl_megatron.serving.ports import interface
+
+_store: dist.TCPStore | None = None
+"""In which this process meets the others; it lives as long as the process."""
+_worlds = 0
+"""That this process has been in."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,20 @@ class World:
         return self.pp_rank == self.layout.pp - 1
 
 
-def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0) -> World:
+def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0, key: str | None = None) -> World:
     """Joins the processes that torchrun (or srun, or nobody: then a world of one) started, as `layout` says.
 
     Tensors go over NCCL where CUDA is and over gloo elsewhere, objects over gloo (host_group). An existing torch
     process group is used as it is; groups of another layout are dropped first, so one set of processes can go through
-    several layouts.
+    several layouts. Processes find each other, and believe each other's objects, only with the same `key`.
     Every collective that waits longer than `timeout_s` raises. Raises UserError where the number of
     processes is not the layout's.
     """
     # NCCL takes the current device, which this sets.
     _device()
+    use_key(key)
     if not dist.is_initialized():
-        _start_process_group(timeout_s)
+        _start_process_group(timeout_s, key)
     processes = dist.get_world_size()
     if processes != layout.world_size:
         sizes = f"tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
@@ -136,9 +145,33 @@ def _device() -> torch.device:
     return device
 
 
-def _start_process_group(timeout_s: float) -> None:
+def _start_process_group(timeout_s: float, key: str | None) -> None:
+    global _worlds
     timeout = timedelta(seconds=timeout_s)
-    if "RANK" in os.environ:
-        dist.init_process_group(group_backend(), timeout=timeout)
-    else:
+    if "RANK" not in os.environ:
         dist.init_process_group(group_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    # A later world of the same processes meets in the same store, under another name.
+    _worlds += 1
+    store = keyed_names(_meeting_store(timeout_s), key, f"world {_worlds}")
+    rank, size = int(_variable("RANK")), int(_variable("WORLD_SIZE"))
+    dist.init_process_group(group_backend(), store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _meeting_store(timeout_s: float) -> dist.TCPStore:
+    """The store at torchrun's MASTER_ADDR and MASTER_PORT: rank 0's, unless torchrun or our launcher holds it."""
+    global _store
+    if _store is None:
+        address, port = _variable("MASTER_ADDR"), int(_variable("MASTER_PORT"))
+        held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if int(_variable("RANK")) == 0 and not held:
+            _store = listening_store(interface(address), port, timeout_s)
+        else:
+            _store = reached_store(address, port, timeout_s)
+    return _store
+
+
+def _variable(name: str) -> str:
+    if name not in os.environ:
+        raise UserError(f"RANK is set in the environment and {name} is not; start all ranks with torchrun.")
+    return os.environ[name]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from exprl_megatron.policy.sealed_objects import broadcast_object, gather_objects
+
 CONDUCTOR = 0
 
 
@@ -31,7 +33,7 @@ class Control:
 
     def go(self, word: Any = None) -> None:
         """Let the others go on, and tell them `word`; rank 0 only."""
-        self._say([True, word])
+        self._say((True, word))
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -39,26 +41,24 @@ class Control:
         try:
             yield
         except BaseException:
-            self._say([False, None])
+            self._say((False, None))
             raise
 
     def await_go(self) -> Any:
         """The word with which rank 0 lets this rank go on. Raises SyncStopped where it does not."""
-        box: list[Any] = [False, None]
-        self._say(box)
-        if not box[0]:
+        going, word = self._say(None)
+        if not going:
             raise SyncStopped
-        return box[1]
+        return word
 
     def collect(self, item: Any) -> list[Any] | None:
         """Every rank's `item` in the order of ranks, on rank 0; None elsewhere. A collective."""
-        items = [None] * dist.get_world_size(self._group) if self.here else None
-        dist.gather_object(item, items, dst=CONDUCTOR, group=self._group)
-        return items
+        return gather_objects(item, CONDUCTOR, self._group)
 
     def close(self) -> None:
         """Give the group up; a collective."""
         dist.destroy_process_group(self._group)
 
-    def _say(self, box: list[Any]) -> None:
-        dist.broadcast_object_list(box, src=CONDUCTOR, group=self._group)
+    def _say(self, words: tuple[bool, Any] | None) -> tuple[bool, Any]:
+        """Rank 0's words, on every rank."""
+        return broadcast_object(words, CONDUCTOR, self._group)

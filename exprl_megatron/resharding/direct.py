@@ -7,8 +7,8 @@ finds out from its own model (serving/loader_trace.py).
 
 import asyncio
 import json
+import secrets
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from urllib.parse import urlsplit
@@ -17,11 +17,21 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.accelerator import group_backend
+from exprl_megatron.authentication import NotAuthentic
 from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.keyed_store import Records
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.deliveries import DeliveryPlan
-from exprl_megatron.resharding.groups import address_towards, break_off, follow_destroy, meet, meeting_place, timeout_s
+from exprl_megatron.resharding.groups import (
+    address_towards,
+    break_off,
+    follow_destroy,
+    group_name,
+    meet,
+    meeting_place,
+    timeout_s,
+)
 from exprl_megatron.resharding.held import held_shares
 from exprl_megatron.resharding.messages import Shape
 from exprl_megatron.resharding.outgoing import Outgoing
@@ -29,7 +39,7 @@ from exprl_megatron.resharding.sending import Sending
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_tables import pack_deliveries, unpack_needs
-from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, payload
+from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, RECORDS
 from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
 from exprl_megatron.together import together
 
@@ -53,7 +63,8 @@ class DirectTransport:
         self._world = world
         self._control = control
         self._deadline_s = deadline_s
-        self._store: dist.TCPStore | None = None
+        self._store: Records | None = None
+        """In which all members meet; the servers have its key from their orders."""
         self._name = ""
         self._size = 0
         """Of the group."""
@@ -141,11 +152,11 @@ class DirectTransport:
                     f"sync.transport direct needs; start it with exprl serve, or use broadcast."
                 )
         address = address_towards(urlsplit(self._clients[0].url).hostname)
-        self._store = meeting_place(address, self._deadline_s)
+        self._store = Records(meeting_place(address, self._deadline_s), secrets.token_hex(16), RECORDS)
         gatherer = outgoing.gatherer
         told = {"dtype": _word(gatherer.dtype), "shapes": gatherer.shapes}
         self._store.set("tensors", json.dumps(told))
-        self._name = f"exprl-weights-{uuid.uuid4().hex[:8]}"
+        self._name = group_name(self._store.key)
         self._size = self._world.layout.world_size + self._server_tp * len(self._clients)
         self._control.go((self._name, self._size, address, self._store.port))
         meeting = asyncio.wrap_future(self._meet(address, self._store.port))
@@ -164,14 +175,12 @@ class DirectTransport:
         for server, client in enumerate(self._clients):
             alike.append([])
             for rank in self._ranks(server):
-                packed = self._store.get(f"needs/{rank}")
-                if packed not in numbers:
-                    try:
+                try:
+                    packed = self._store.get(f"needs/{rank}")
+                    if packed not in numbers:
                         unpack_needs(packed, shapes)
-                    except ValueError as error:
-                        raise ServerError(
-                            f"{client.name} ({client.url}) did not report what it holds: {error}."
-                        ) from error
+                except ValueError as error:
+                    raise ServerError(f"{client.name} ({client.url}) did not report what it holds: {error}.") from error
                 alike[-1].append(numbers.setdefault(packed, len(numbers)))
         return list(numbers), alike
 
@@ -243,6 +252,7 @@ class DirectTransport:
             "do": what,
             "answer": f"answer {self._orders}",
             "group": self._name,
+            "secret": self._store.key,
             "backend": group_backend(),
             "address": self._store.host,
             "port": self._store.port,
@@ -251,7 +261,7 @@ class DirectTransport:
             "timeout_s": timeout_s(self._deadline_s),
         }
         await client.update_from_tensor(
-            [payload(order | {"rank": rank}) for rank in self._ranks(server)],
+            [order | {"rank": rank} for rank in self._ranks(server)],
             version=version,
             flush_cache=version is not None,
             loader=LOADER,
@@ -268,7 +278,10 @@ class DirectTransport:
         """A server's rank's answer to an order; "" is well."""
         if self._store is None:
             return "the group was broken off"
-        return self._store.get(answer).decode() if self._store.check([answer]) else "it did not answer"
+        try:
+            return self._store.get(answer).decode() if self._store.check([answer]) else "it did not answer"
+        except NotAuthentic as error:
+            return str(error)
 
     async def _send(self, outgoing: Outgoing) -> None:
         await self._both(asyncio.wrap_future(self._begin_to_send(outgoing)), "receive")
@@ -296,7 +309,7 @@ class DirectTransport:
         return self._sending.begin(outgoing.gatherer, self._group)
 
 
-def _publish(plan: DeliveryPlan, store: dist.TCPStore) -> None:
+def _publish(plan: DeliveryPlan, store: Records) -> None:
     """Tells each server rank what it is going to receive."""
     for rank in plan.targets:
         store.set(f"deliveries/{rank}", pack_deliveries(plan.receives(rank)))

@@ -2,6 +2,7 @@
 
 import socket
 import time
+import uuid
 from contextlib import suppress
 from datetime import timedelta
 
@@ -15,6 +16,8 @@ from torch.distributed.distributed_c10d import (
 )
 
 from exprl_megatron.accelerator import group_backend
+from exprl_megatron.authentication import hidden_name
+from exprl_megatron.keyed_store import listening_store, reached_store
 from exprl_megatron.resharding.control import Control, SyncStopped
 from exprl_megatron.serving.own_group import abort, begin_to_destroy, on_device, wait_destroyed
 
@@ -35,12 +38,16 @@ def is_here(host: str) -> bool:
 
 
 def meeting_place(address: str, deadline_s: float, port: int = 0) -> dist.TCPStore:
-    """Where the members of a group find each other: its `port` (0: any free one) of this machine's `address`.
+    """Where the members of a group find each other: its `port` (0: any free one) of this machine's `address` alone.
 
     Whoever still waits there gets an error when it is let go of; a group may need it as long as it lives.
     """
-    timeout = timedelta(seconds=deadline_s)
-    return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=timeout)
+    return listening_store(address, port, deadline_s)
+
+
+def group_name(secret: str) -> str:
+    """A new name for a group, under which its members meet: nobody without `secret` can tell it."""
+    return f"exprl-weights-{hidden_name(secret, uuid.uuid4().hex)}"
 
 
 def timeout_s(deadline_s: float) -> float:
@@ -55,9 +62,8 @@ def meet(name: str, address: str, port: int, rank: int, world_size: int, deadlin
     Over gloo it is connected then, or RuntimeError is raised when `deadline_s` is over. Over NCCL its first operation
     connects it. SGLang's servers build their side with the same helper, so that the store's keys agree.
     """
-    timeout = timedelta(seconds=deadline_s)
     # A connection of its own: nobody else could use it while it waits.
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    store = reached_store(address, port, deadline_s)
     group, _ = _new_process_group_helper(
         world_size,
         rank,

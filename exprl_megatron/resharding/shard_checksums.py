@@ -7,6 +7,7 @@ parameter is made of follows from the names of tensors (serving/weight_layout.py
 """
 
 import asyncio
+import secrets
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -16,10 +17,11 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 import torch
-import torch.distributed as dist
 import xxhash
 
+from exprl_megatron.authentication import NotAuthentic
 from exprl_megatron.errors import ServerError
+from exprl_megatron.keyed_store import Records
 from exprl_megatron.policy.architecture import Architecture
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.deliveries import transfers_of
@@ -29,7 +31,7 @@ from exprl_megatron.resharding.held import Held, held_shares
 from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_tables import RECTANGLE, Part
-from exprl_megatron.serving.loader_orders import LOADER, payload
+from exprl_megatron.serving.loader_orders import LOADER, RECORDS
 from exprl_megatron.serving.model_checksums import Report, as_grid, cut, pack_expected, written
 from exprl_megatron.serving.own_group import in_background, on_device
 from exprl_megatron.serving.part_hash import add_up, hash_parts
@@ -126,9 +128,9 @@ class ShardChecksums:
         self._server_tp = server_tp
         self._deadline_s = deadline_s
         self._planning: Future[ChecksumPlan] | None = None
-        self._store: dist.TCPStore | None = None
+        self._store: Records | None = None
         self._expected: list[str] = []
-        """Of each rank of a server the store's key of what its parameters are to be."""
+        """Of each rank of a server the store's name of what its parameters are to be."""
 
     def begin(self, gatherer: Gatherer) -> Future[np.ndarray]:
         """Begin to hash this rank's parts, on a thread, while the weights move; see `own_sums`."""
@@ -154,7 +156,8 @@ class ShardChecksums:
         Raises ServerError where one cannot say.
         """
         if self._store is None:
-            self._store = meeting_place(address_towards(urlsplit(clients[0].url).hostname), self._deadline_s)
+            place = meeting_place(address_towards(urlsplit(clients[0].url).hostname), self._deadline_s)
+            self._store = Records(place, secrets.token_hex(16), RECORDS)
             await asyncio.to_thread(self._publish, str(dtype).removeprefix("torch."))
         return await together(self._ask(client) for client in clients)
 
@@ -171,10 +174,11 @@ class ShardChecksums:
             "do": "checksums",
             "address": self._store.host,
             "port": self._store.port,
+            "secret": self._store.key,
             "deadline_s": self._deadline_s,
         }
         orders = [
-            payload(common | {"expected": expected, "answer": answer})
+            common | {"expected": expected, "answer": answer}
             for expected, answer in zip(self._expected, answers, strict=True)
         ]
         await client.begin_weight_update(deadline_s=self._deadline_s)
@@ -189,9 +193,9 @@ class ShardChecksums:
         if self._store.check([answer]):
             try:
                 report = msgspec.msgpack.decode(self._store.get(answer), type=Report)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, NotAuthentic) as error:
                 report = Report(error=f"its answer cannot be read ({error})")
-            self._store.delete_key(answer)
+            self._store.delete(answer)
             if not report.error:
                 return report.checksums
             said = report.error

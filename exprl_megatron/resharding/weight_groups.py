@@ -6,7 +6,7 @@ requests that make the servers receive it.
 """
 
 import asyncio
-import uuid
+import secrets
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -18,7 +18,15 @@ from exprl_megatron.accelerator import group_backend
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.groups import address_towards, break_off, broadcast, follow_destroy, meet, meeting_place
+from exprl_megatron.resharding.groups import (
+    address_towards,
+    break_off,
+    broadcast,
+    follow_destroy,
+    group_name,
+    meet,
+    meeting_place,
+)
 from exprl_megatron.resharding.messages import Message, sender
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.serving.client import SGLangClient
@@ -60,8 +68,9 @@ class WeightGroups:
                 with suppress(RequestRefused):
                     await client.destroy_weights_group(name, deadline_s=self._deadline_s)
         self._left = []
-        run = uuid.uuid4().hex[:8]
-        self.names = [f"exprl-weights-{run}-{stage}" for stage in range(self._world.layout.pp)]
+        # The members meet under it. Over HTTP, with the run's key, the servers are given it.
+        name = group_name(secrets.token_hex(16))
+        self.names = [f"{name}-{stage}" for stage in range(self._world.layout.pp)]
         self._left = [(client, name) for name in self.names for client in clients]
         self._size = 1 + self._server_tp * len(clients)
         host = urlsplit(clients[0].url).hostname

@@ -1,6 +1,6 @@
 """Typed async client for the part of SGLang's HTTP API that training uses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +10,13 @@ import numpy as np
 from exprl_megatron.errors import RequestRefused, WeightsReplaced
 from exprl_megatron.serving.generation import Asked, Generation, Scores, read_generation, read_scores, reply_limit
 from exprl_megatron.serving.http import REPLY_LIMIT, HttpServer
+from exprl_megatron.serving.loader_orders import OrderNumbers, payload, signed
 from exprl_megatron.text_check import TextCheck
 from exprl_megatron.token_ids import TokenIds
 
 _CHECKSUMS_LIMIT = 256 * 2**20
 """Bytes; some 150 for each tensor of each tensor-parallel rank."""
+_order_numbers = OrderNumbers()
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -39,6 +41,8 @@ class SGLangClient(HttpServer):
     """Of the model; a reply whose text is not that of its ids is refused. None: any text is taken."""
     source: str | None = None
     """The `model_path` that the server has from our own orders, once `take_over` has been through."""
+    _start: int | None = None
+    """What tells this start of the server from others, once it was asked: the seed, see `server_seed`."""
     _in_place = False
     """Whether requests are held with their cache: SGLang refuses to empty it then, so that updates leave it."""
 
@@ -174,7 +178,7 @@ class SGLangClient(HttpServer):
 
     async def update_from_tensor(
         self,
-        payloads: Sequence[str],
+        payloads: Sequence[str] | Sequence[Mapping[str, Any]],
         *,
         version: str | None,
         flush_cache: bool,
@@ -186,7 +190,13 @@ class SGLangClient(HttpServer):
         `payloads`, one for each tensor-parallel rank, are base64 of what `multiprocessing`'s pickler makes of a list of
         (Hugging Face name, tensor). Give `version` and `flush_cache=True` with the last bucket. `loader`: the function,
         one of the server's `--custom-weight-loader`, that is called with the list; the server dies where it is none.
+        Then `payloads` are orders to it (see serving/loader.py), which get the authentication code of our key here.
         """
+        if loader is not None:
+            if self._start is None:
+                await self.loaders()
+            number = _order_numbers.next()
+            payloads = [payload(signed(order, self._key, self._start, number)) for order in payloads]
         request: dict[str, Any] = {"serialized_named_tensors": list(payloads)}
         request["flush_cache"] = flush_cache and not self._in_place
         if loader is not None:
@@ -287,7 +297,13 @@ class SGLangClient(HttpServer):
     async def loaders(self) -> list[str]:
         """The functions that the server's `--custom-weight-loader` names."""
         reply = await self._request("GET", "/server_info", None, None)
+        self._start = self._read("/server_info", lambda r: int(r["random_seed"]), reply)
         return self._read("/server_info", lambda r: list(r["custom_weight_loader"] or ()), reply)
+
+    @property
+    def _key(self) -> str:
+        """What requests show; empty where the server wants none."""
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     async def _order(self, path: str, request: dict, deadline_s: float | None = None, limit: int = REPLY_LIMIT) -> dict:
         reply = await self._post(path, request, deadline_s, limit)

@@ -12,6 +12,7 @@ from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.serving.ports import LOCAL
 
 STAND_INS = Path(__file__).parent / "stand_ins"
+PLUGINS = Path(__file__).parent / "plugins"
 SERVER = "exprl_megatron.serving.keyed_server"
 CPU_MAX_TOTAL_TOKENS = 65_536
 # What torchrun tells its ranks; a server that inherits it looks for its own process group in the wrong place.
@@ -92,10 +93,10 @@ def server_environment(
     environment.update(HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
     environment.update(accelerator.environment(cuda))
     environment.update(shared_variables(inherited, extra_args, tp))
+    path = [str(PLUGINS), *([] if cuda else [str(STAND_INS)]), inherited.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
     if not cuda:
-        path = [str(STAND_INS), inherited.get("PYTHONPATH", "")]
         environment.update(
-            PYTHONPATH=os.pathsep.join(part for part in path if part),
             SGLANG_USE_CPU_ENGINE="1",
             SGLANG_EXTERNAL_MODEL_PACKAGE="exprl_sglang_models",
             # More threads than free cores spin on each other: 60 times slower on a busy machine.

@@ -18,7 +18,7 @@ from exprl_megatron.serving.command import server_command, server_environment
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.keys import KEY_FILE, authorization, ensure_key
 from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.serving.ports import LOCAL, free_ports, interface, is_free
+from exprl_megatron.serving.ports import LOCAL, free_ports, gloo_on_loopback, interface, is_free
 
 if TYPE_CHECKING:
     from exprl_megatron.serving.client import SGLangClient
@@ -262,7 +262,9 @@ def _launch(spec: ServerSpec, port: int, starter: Starter) -> Server:
         process = starter.start(
             spec.name,
             spec.command(port),
-            environment | {KEY_FILE: str(_key_file(spec))},
+            environment
+            | {KEY_FILE: str(_key_file(spec))}
+            | (gloo_on_loopback(os.environ) if spec.host is None else {}),
             log,
             log,
             grace_s=_CUDA_GRACE_S if uses_cuda() else 0.0,

@@ -1,6 +1,7 @@
 """Runs in SGLang's processes: receives weights from the trainer's ranks straight into the model's parameters.
 
-An order that fails is told to the trainer by way of its store, and logged: an exception would end the server.
+An order without the key's code is logged and has no effect (see OrderGate). One that fails is reported to the trainer
+through its store, and logged: an exception would end the server.
 """
 
 import json
@@ -15,9 +16,12 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
+from sglang.srt.runtime_context import get_device, get_server_args
 from sglang.srt.utils.common import init_custom_process_group
 from sglang.srt.utils.weight_checker import _is_skip_weight_check
 
+from exprl_megatron.authentication import NotAuthentic
+from exprl_megatron.keyed_store import Records, reached_store
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 from exprl_megatron.serving.delivery_tables import (
     Deliveries,
@@ -27,7 +31,7 @@ from exprl_megatron.serving.delivery_tables import (
     pack_needs,
     unpack_deliveries,
 )
-from exprl_megatron.serving.loader_orders import BROKEN_OFF, NOT_FOLLOWED
+from exprl_megatron.serving.loader_orders import BROKEN_OFF, NOT_FOLLOWED, RECORDS, OrderGate, OrderRefused
 from exprl_megatron.serving.loader_trace import trace
 from exprl_megatron.serving.model_checksums import Report, checksums
 from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
@@ -36,8 +40,9 @@ _log = logging.getLogger(__name__)
 _CONNECT_S = 30.0
 _WATCH_S = 0.2
 _member: "_Member | None" = None
+_gate: OrderGate | None = None
 _expected: tuple[str, bytes] = ("", b"")
-"""What the trainer expects our parameters to be, under its key in the trainer's store."""
+"""What the trainer expects our parameters to be, under its name in the trainer's store."""
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -47,8 +52,14 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
     `receive` fills the parameters; `leave` ends the membership; `finish` does nothing: the update that carries it gives
     the weights their version. `checksums` reports those of the parameters, of members and others alike.
     """
-    global _member
-    order = json.loads(named_tensors[0][0])
+    global _member, _gate
+    if _gate is None:
+        _gate = OrderGate(get_server_args().api_key, get_device().random_seed)
+    try:
+        order = _gate.admit(named_tensors[0][0])
+    except OrderRefused as refusal:
+        _log.error("an order to the weight loader is refused: %s", refusal)
+        return
     if order["do"] == "checksums":
         return _report_checksums(model, order)
     said = ""
@@ -74,16 +85,16 @@ def _report_checksums(model: torch.nn.Module, order: dict[str, Any]) -> None:
     """Puts what the parameters' checksums are, or why there are none, into the trainer's store."""
     global _expected
     try:
-        store = _connection(order)
+        records = _records(order)
         try:
             if _expected[0] != order["expected"]:
-                _expected = order["expected"], store.get(order["expected"])
+                _expected = order["expected"], records.get(order["expected"])
             report = Report(checksums(_compared(model), _expected[1]))
         except Exception as error:  # SGLang's process would end with it
             _log.exception("the checksums of the weights failed")
             report = Report(error=f"{type(error).__name__}: {error}")
-        _put(store, order["answer"], msgspec.msgpack.encode(report))
-    except RuntimeError:
+        _put(records, order["answer"], msgspec.msgpack.encode(report))
+    except (RuntimeError, NotAuthentic):
         _log.exception("the trainer cannot be told")
 
 
@@ -96,14 +107,18 @@ def _compared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _connection(order: dict[str, Any]) -> dist.TCPStore:
     """To the trainer's store. A call that waits there keeps others that use the same connection waiting."""
     # The trainer waits for us: it is there at once or not at all.
-    timeout = timedelta(seconds=min(_CONNECT_S, order["deadline_s"]))
-    return dist.TCPStore(order["address"], order["port"], is_master=False, timeout=timeout, wait_for_workers=False)
+    return reached_store(order["address"], order["port"], min(_CONNECT_S, order["deadline_s"]))
 
 
-def _put(store: dist.TCPStore, key: str, value: str | bytes) -> None:
-    store.set(key, value)
+def _records(order: dict[str, Any]) -> Records:
+    """What trainer and servers write there, on a connection of its own."""
+    return Records(_connection(order), order["secret"], RECORDS)
+
+
+def _put(records: Records, name: str, value: str | bytes) -> None:
+    records.set(name, value)
     # A set is not acknowledged; without a reply, the trainer could look before another rank's answer is there.
-    store.get(key)
+    records.get(name)
 
 
 class _Member:
@@ -111,7 +126,7 @@ class _Member:
 
     def __init__(self, order: dict[str, Any]):
         self._order = order
-        self._store = _connection(order)
+        self._records = _records(order)
         self._rank = order["rank"]
         self._group: dist.ProcessGroup | None = None
         self._deliveries: Deliveries | None = None
@@ -120,22 +135,22 @@ class _Member:
     def answer(self, to: str, said: str) -> None:
         """What became of an order, "" if all is well; in vain where the trainer is gone."""
         try:
-            _put(self._store, f"{to}/{self._rank}", said)
-        except RuntimeError:
+            _put(self._records, f"{to}/{self._rank}", said)
+        except (RuntimeError, NotAuthentic):
             _log.exception("the trainer cannot be told")
 
     def join(self, model: torch.nn.Module) -> None:
         """Tell what the model's rank needs, and meet the others."""
         self._model = model
         self._device = next(model.parameters()).device
-        told = json.loads(self._store.get("tensors"))
+        told = json.loads(self._records.get("tensors"))
         self._dtype = getattr(torch, told["dtype"])
         try:
             self._places = trace(model, told["shapes"], self._dtype)
         except Exception as error:  # whatever stops the trace, a broadcast calls the same loader without it
             raise ValueError(f"{error}; {NOT_FOLLOWED}") from error
         self._needs = needs_table([place.need for place in self._places], list(told["shapes"]))
-        self._store.set(f"needs/{self._rank}", pack_needs(self._needs))
+        self._records.set(f"needs/{self._rank}", pack_needs(self._needs))
         with self._while_wanted():
             # NCCL blocks the thread that connects a group until all members have come: that is not this thread.
             joining = in_background("join", self._joined)
@@ -175,12 +190,12 @@ class _Member:
     @contextmanager
     def _while_wanted(self) -> Iterator[None]:
         """Break the group off as soon as the trainer does, or is gone. Raises RuntimeError then, at the end."""
-        done, store = threading.Event(), _connection(self._order)
+        done, records = threading.Event(), _records(self._order)
 
         def watch() -> None:
             while not done.wait(_WATCH_S):
                 try:
-                    given_up = store.check([BROKEN_OFF])
+                    given_up = records.has(BROKEN_OFF)
                 except RuntimeError:
                     given_up = True
                 if given_up:
@@ -200,7 +215,7 @@ class _Member:
     def receive(self) -> None:
         """One version of the weights."""
         if self._deliveries is None:
-            self._deliveries = unpack_deliveries(self._store.get(f"deliveries/{self._rank}"), self._needs)
+            self._deliveries = unpack_deliveries(self._records.get(f"deliveries/{self._rank}"), self._needs)
         parameters = dict(self._model.named_parameters())
         views = [place.view(parameters) for place in self._places]
         lanes = Lanes(self._dtype, self._device)

@@ -3,11 +3,13 @@
 import os
 import random
 import socket
+from collections.abc import Mapping
 
 # Below the ports that the kernel gives to outgoing connections: one of those may be taken while a server starts.
 _RANGE = range(20_000, 32_000)
 LOCAL = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
+_GLOO = "GLOO_SOCKET_IFNAME"
 
 
 def is_free(port: int, host: str = LOCAL) -> bool:
@@ -45,13 +47,24 @@ def this_host() -> str:
 def interface(host: str) -> str:
     """The address to listen at so that others reach this machine as `host`: that of the name, which they resolve too.
 
-    All interfaces where the name means loopback here, as in Debian's /etc/hosts, or nothing.
+    All interfaces where a machine's name means loopback here, as in Debian's /etc/hosts, or nothing: others know it by
+    another address. Loopback where it is asked for by its own name or number: then all is on this machine.
     """
+    if host == "localhost" or host.startswith("127."):
+        return socket.gethostbyname(host)
     try:
         address = socket.gethostbyname(host)
     except OSError:
         return EVERYWHERE
     return EVERYWHERE if address.startswith("127.") else address
+
+
+def gloo_on_loopback(inherited: Mapping[str, str]) -> dict[str, str]:
+    """The variable that makes gloo's groups listen on loopback alone, where all members are on this machine.
+
+    Gloo would choose the interface of the machine's name. What the user has set is kept.
+    """
+    return {_GLOO: inherited.get(_GLOO, "lo")}
 
 
 def _resolves(name: str) -> bool:

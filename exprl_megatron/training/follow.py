@@ -7,6 +7,7 @@ import time
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import Preempted, RunStopped, UserError
 from exprl_megatron.launch.starter import Starter
+from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Guest, Node
 from exprl_megatron.training.ranks import TrainerRanks
@@ -28,7 +29,7 @@ def follow(config: RunConfig, node: Node) -> None:
     if config.permissions == "private":
         os.umask(0o077)
     node.ranks(config.policy.layout.world_size)
-    guest = Guest(node)
+    guest = Guest(node, Registry(RunDirectory(config.directory).registry).key_file)
     with starter(config, servers=False) as start:
         if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):
             _run(config, node, guest, start)

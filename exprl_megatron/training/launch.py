@@ -1,5 +1,6 @@
 """Starts a run's processes side by side, watches them, and ends them all when one ends."""
 
+import os
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from exprl_megatron.serving.launch import (
     check_servers,
     server_specs,
 )
+from exprl_megatron.serving.ports import gloo_on_loopback
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.training.devices import placed
@@ -43,8 +45,15 @@ def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node
     """
     node = node or Node()
     node.ranks(config.policy.layout.world_size)
+    key_file = Registry(RunDirectory(config.directory).registry).key_file
     try:
-        with Host(node) as host, starter(config, servers=not registered) as start:
+        if node.nodes > 1:
+            # The other nodes believe nobody without it, not even that this one has ended.
+            ensure_key(key_file)
+        if not registered:
+            # Ranks and servers inherit it.
+            os.environ.update(gloo_on_loopback(os.environ))
+        with Host(node, key_file) as host, starter(config, servers=not registered) as start:
             _conduct(config, resume, registered, node, host, start)
     except OSError as error:
         if (sentence := storage_sentence(error, config.directory)) is None:

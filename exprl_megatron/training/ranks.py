@@ -1,6 +1,5 @@
 """The trainer's processes on this machine: started, watched, stopped, and asked how they ended."""
 
-import json
 import os
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from exprl_megatron.serving.ports import LOCAL, free_ports
 from exprl_megatron.serving.supervise import HEARTBEAT
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.heartbeat import SILENCE_S, Pulse, states
-from exprl_megatron.training.nodes import Node, RankKilled, ended
+from exprl_megatron.training.nodes import End, Node, RankKilled, ended, read_end
 
 WORKER = "exprl_megatron.training.worker"
 _STOP_S = 10.0
@@ -130,23 +129,26 @@ class TrainerRanks:
 
         Then what a rank says in a sentence of ours. SIGABRT comes late, as NCCL ends so the ranks that others left.
         """
-        reported = {rank: json.loads(self._end(rank).read_text()) for rank in failed if self._end(rank).is_file()}
+        reported = {rank: self._reported(rank) for rank in failed if self._end(rank).is_file()}
         killed = {rank: number for rank in failed if rank not in reported and (number := self._signal(rank))}
         for rank, number in killed.items():
             if number != signal.SIGABRT:
                 return self._killed(rank, number)
-        for words in sorted(reported.values(), key=lambda words: words["unexpected"]):
-            if not (words["unexpected"] and killed):
-                return ended(words)
+        for end in sorted(reported.values(), key=lambda end: end.unexpected):
+            if not (end.unexpected and killed):
+                return ended(end)
         if killed:
             return self._killed(*next(iter(killed.items())))
         # The rank that knows may be another node's.
         for rank in range(self._world_size):
             if self._end(rank).is_file():
-                return ended(json.loads(self._end(rank).read_text()))
+                return ended(self._reported(rank))
         rank = failed[0]
         status = self._processes[rank].returncode
         return RunStopped(f"trainer-{rank} ended with status {status}; go on with --resume.{log_tail(self._log(rank))}")
+
+    def _reported(self, rank: int) -> End:
+        return read_end(self._end(rank).read_bytes(), f"What trainer-{rank} reported")
 
     def _signal(self, rank: int) -> int:
         """The signal that ended the rank, or 0."""

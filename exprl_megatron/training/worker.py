@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
+from exprl_megatron.files import write_atomically
+from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.heartbeat import beat
 
@@ -63,7 +65,8 @@ def _tell(end: Path, error: BaseException) -> int:
         message, unexpected = f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}", True
     with _telling:
         try:
-            end.write_text(json.dumps({"status": status, "message": message, "unexpected": unexpected}))
+            # Another node's launcher may read it at any time.
+            write_atomically(end, json.dumps({"status": status, "message": message, "unexpected": unexpected}).encode())
         except OSError:
             # On a full disk the log, which was open before, may still take it.
             print(message, file=sys.stderr)
@@ -83,7 +86,7 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     gc.enable()
     paths = RunDirectory(directory)
     config = read_config(paths)
-    enter_world(config.policy.layout, config.seed, _longest_wait(config))
+    enter_world(config.policy.layout, config.seed, _longest_wait(config), key=read_key(registry.key_file))
     run = assemble(config, paths, registry, on_failure)
     run_stages(run)
     run.close()

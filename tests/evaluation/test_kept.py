@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import stat
 
 import pytest
 
@@ -116,3 +118,29 @@ def test_a_directory_in_use_or_of_other_files_is_refused(directory, tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files; choose a new or empty directory with --out"):
         KeptResults(tmp_path / "other", SETTINGS.identity("hash of the weights"))
+
+
+@pytest.fixture
+def everybody_s_umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def test_an_evaluation_s_directory_and_all_in_it_is_its_owners_alone(tmp_path, directory, everybody_s_umask):
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    (tmp_path / "out" / "evaluation.json").write_text(json.dumps(SETTINGS.identity("hash of the weights")))
+    kept = directory()
+    kept.keep("p", KEY, members("p"))
+    paths = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert len(paths) >= 6
+    modes = {path.relative_to(tmp_path): stat.S_IMODE(path.stat().st_mode) for path in paths}
+    assert modes == {path.relative_to(tmp_path): 0o700 if path.is_dir() else 0o600 for path in paths}
+
+
+def test_a_directory_of_other_files_is_refused_before_its_rights_are_changed(tmp_path, everybody_s_umask):
+    (tmp_path / "mine").mkdir(mode=0o755)
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(UserError, match="holds other files"):
+        KeptResults(tmp_path / "mine", SETTINGS.identity("hash of the weights"))
+    assert stat.S_IMODE((tmp_path / "mine").stat().st_mode) == 0o755

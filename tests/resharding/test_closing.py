@@ -62,11 +62,11 @@ class Words(Control):
         self._heard = list(heard)
         self.said = []
 
-    def _say(self, box):
+    def _say(self, words):
         if self._heard:
-            box[:] = self._heard.pop(0)
-        else:
-            self.said.append(list(box))
+            return self._heard.pop(0)
+        self.said.append(list(words))
+        return words
 
 
 class Conductor:

@@ -1,7 +1,9 @@
 """Nobody without the run's key may use its servers, and the key shows nowhere but in its file."""
 
 import asyncio
+import json
 import os
+import socket
 import stat
 import threading
 import urllib.error
@@ -14,6 +16,7 @@ import pytest
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import Key, authorization, ensure_key, read_key, renew_key
+from exprl_megatron.serving.loader_orders import LOADER, payload, signed
 from exprl_megatron.serving.ports import EVERYWHERE, interface
 
 # What somebody on the same machine could do to servers without a key, and what must be closed to them.
@@ -88,9 +91,11 @@ def test_servers_listen_at_the_interface_by_which_others_know_the_machine(monkey
     assert [interface(name) for name in ("node", "debian", "unknown")] == ["10.1.2.3", EVERYWHERE, EVERYWHERE]
 
 
-def status(url: str, body: dict | None, **headers: str) -> int:
-    import json
+def test_where_loopback_is_asked_for_nothing_listens_elsewhere():
+    assert [interface(name) for name in ("127.0.0.1", "localhost", "127.0.0.2")] == ["127.0.0.1"] * 2 + ["127.0.0.2"]
 
+
+def status(url: str, body: dict | None, **headers: str) -> int:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json", **headers})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -133,13 +138,40 @@ def test_the_key_of_a_server_is_in_no_process_list_no_environment_and_no_log(qwe
         assert key not in str(process.environ())
     log = qwen3_server.log_file.read_text(errors="replace")
     assert "api_key" in log and key not in log
-    (listening,) = {c.laddr.ip for p in processes for c in p.net_connections() if c.laddr.port == _port(qwen3_server)}
-    assert listening == "127.0.0.1"
     assert os.stat(qwen3_server.key_file).st_mode & 0o077 == 0
 
 
-def _port(server) -> int:
-    return int(server.url.rpartition(":")[2])
+@pytest.mark.slow
+def test_a_server_for_this_machine_listens_on_loopback_alone(qwen3_server):
+    """Also where its own ranks meet, and where its groups with the trainer are connected."""
+    supervisor = psutil.Process(qwen3_server.pid)
+    connections = [c for p in supervisor.children(recursive=True) for c in p.net_connections("inet")]
+    listening = {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
+    assert ("127.0.0.1", int(qwen3_server.url.rpartition(":")[2])) in listening and len(listening) >= 3
+    assert {ip for ip, _ in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_the_loader_of_a_server_connects_to_nobody_who_has_only_the_key_of_its_requests(qwen3_server):
+    """An order needs its own code: here it has none, or one of another key."""
+    key = read_key(qwen3_server.key_file)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        order = {"do": "join", "address": "127.0.0.1", "port": listener.getsockname()[1], "rank": 1}
+        order |= {"group": "g", "answer": "a", "deadline_s": 1.0, "secret": "s"}
+        for text in (json.dumps(order), signed(order, "guessed", 0, 1), signed(order, key, 0, 1)):
+            body = {"serialized_named_tensors": [payload(text)], "load_format": LOADER, "flush_cache": False}
+            headers = {"Authorization": f"Bearer {key}"}
+            url = qwen3_server.url
+            assert status(f"{url}/begin_weight_update", {}, **headers) == 200
+            assert status(f"{url}/update_weights_from_tensor", body, **headers) == 200
+            assert status(f"{url}/end_weight_update", {}, **headers) == 200
+        listener.settimeout(0.0)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    log = qwen3_server.log_file.read_text(errors="replace")
+    assert log.count("an order to the weight loader is refused: it has no authentication code") >= 2
+    assert "an order to the weight loader is refused: it is for another start of this server" in log
+    assert status(f"{qwen3_server.url}/health", None) == 200
 
 
 @pytest.mark.slow

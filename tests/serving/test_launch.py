@@ -250,9 +250,11 @@ def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda(
         "HF_HUB_OFFLINE",
         "PYTHONUNBUFFERED",
     }
-    assert on_cuda["PYTHONPATH"] == "/mine"
+    plugins, mine = on_cuda["PYTHONPATH"].split(os.pathsep)
+    assert mine == "/mine" and (Path(plugins) / "exprl_private_stores.py").is_file()
     on_cpu = server_environment(inherited, cuda=False)
-    stand_ins, mine = on_cpu["PYTHONPATH"].split(os.pathsep)
+    plugins_too, stand_ins, mine = on_cpu["PYTHONPATH"].split(os.pathsep)
+    assert plugins_too == plugins
     assert mine == "/mine" and (Path(stand_ins) / "sgl_kernel").is_dir()
     assert not rank.keys() & on_cpu.keys()
 

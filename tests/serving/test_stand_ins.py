@@ -88,8 +88,8 @@ def test_torchvision_answers_every_name_that_transformers_and_sglang_import(stan
 
 
 @pytest.mark.slow
-def test_a_built_wheel_carries_every_stand_in(tmp_path):
-    """The stand-ins are data of the package: a pattern that misses a file breaks only installed copies."""
+def test_a_built_wheel_carries_every_stand_in_and_plugin(tmp_path):
+    """They are data of the package: a pattern that misses a file breaks only installed copies."""
     copy = tmp_path / "source"
     tracked = subprocess.run(["git", "ls-files", "setup.py", "pyproject.toml", "exprl_megatron"], cwd=ROOT,
                              capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
@@ -99,6 +99,7 @@ def test_a_built_wheel_carries_every_stand_in(tmp_path):
     build = "from setuptools.build_meta import build_wheel; import sys; print(build_wheel(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=copy, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    carried = {n for n in zipfile.ZipFile(wheel).namelist() if "/stand_ins/" in n}
-    assert carried == {name for name in tracked if "/stand_ins/" in name}
-    assert any(name.endswith("dist-info/entry_points.txt") for name in carried)
+    for place in ("/stand_ins/", "/plugins/"):
+        carried = {n for n in zipfile.ZipFile(wheel).namelist() if place in n}
+        assert carried == {name for name in tracked if place in name}
+        assert any(name.endswith("dist-info/entry_points.txt") for name in carried)

@@ -9,6 +9,7 @@ import psutil
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.launch import Server
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training.directory import RunDirectory
@@ -61,12 +62,11 @@ def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = Fa
     directory = RunDirectory(config.directory)
     directory.claim(config, resume).release()
     registry = Registry(directory.registry)
+    ensure_key(registry.key_file)
+    run = fingerprint(read_key(registry.key_file))
     for kind, server in servers.items():
-        registry.register(
-            RegisteredServer(
-                kind, f"{kind}-0", server.url, str(server.log_file), server.incarnation, key_file=str(server.key_file)
-            )
-        )
+        log, key = str(server.log_file), str(server.key_file)
+        registry.register(RegisteredServer(kind, f"{kind}-0", server.url, log, server.incarnation, run, key))
     return TrainerRanks(directory, config, directory.registry)
 
 

@@ -10,12 +10,13 @@ import psutil
 import pytest
 import yaml
 
-from exprl_megatron.errors import UserError
+from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.keyed_store import reached_store
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.nodes import Node
+from exprl_megatron.training.nodes import Guest, Host, Node, ended, read_end
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import command_words, run_config, wait_until, write_problems
@@ -43,6 +44,79 @@ def test_each_node_has_as_many_ranks_as_any_other():
 def test_a_node_among_several_knows_its_number_and_where_node_0_is(number, master, said):
     with pytest.raises(UserError, match=said):
         Node.of(number, 2, master)
+
+
+@pytest.fixture
+def launchers(tmp_path):
+    """Node 0's side and another node's, with the key of their run, and a stranger who can only connect."""
+    key_file = tmp_path / "servers" / "key"
+    ensure_key(key_file)
+    (port,) = free_ports(1)
+    host = Host(Node.of(0, 2, f"127.0.0.1:{port}"), key_file)
+    guest = Guest(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
+    return host, guest, reached_store("127.0.0.1", port, 10.0)
+
+
+def test_launchers_hear_each_other(launchers):
+    host, guest, _ = launchers
+    assert not guest.over()
+    host.check()
+    host.begin()
+    assert guest.await_beginning(0.0)
+    guest.tell(UserError("the disk of node 1 is full"))
+    with pytest.raises(UserError, match=r"^the disk of node 1 is full$"):
+        host.check()
+    guest.part()
+    host.__exit__()
+    assert guest.over()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        '{"status": 2, "message": "forged by a stranger", "unexpected": false}',
+        '{"status": 75, "message": "forged: the batch script would queue the job again", "unexpected": false}',
+        "{",
+        "",
+        b"\xff\x00" * 40,
+    ],
+)
+def test_what_a_stranger_writes_for_a_launcher_is_ignored_and_reported_once(launchers, capfd, words):
+    host, guest, stranger = launchers
+    host.begin()
+    assert guest.await_beginning(0.0)
+    # Under the names that others use, which can be listed, and under those without a key.
+    guest.tell(RunStopped("true"))
+    for name in [*stranger.list_keys(), *(f"launchers/{name}" for name in ("begin", "failed", "ended", "killed"))]:
+        stranger.set(name, words)
+    for _ in range(2):
+        host.check()
+        assert not guest.over()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "failed" in line]
+    assert line.startswith(
+        "exprl: somebody without this run's key wrote 'launchers: failed' in the trainer's store at "
+    )
+
+
+def test_a_node_that_comes_before_the_key_waits_for_it_and_does_not_believe_in_an_earlier_one(tmp_path):
+    (port,) = free_ports(1)
+    key_file, stale = tmp_path / "key", tmp_path / "stale"
+    ensure_key(stale)
+    shared = Host(Node.of(0, 2, f"127.0.0.1:{port}"), stale)
+    guest = Guest(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
+    shared.begin()
+    assert not guest._told("begin")
+    ensure_key(key_file)
+    assert not guest._told("begin")
+    key_file.write_text(read_key(stale))
+    assert guest._told("begin")
+
+
+@pytest.mark.parametrize("words", [b"", b"{", b"[]", b"null", b'{"status": "2"}', b"\xff", b"[" * 5000])
+def test_a_garbled_report_is_one_sentence(words):
+    error = ended(read_end(words, "What trainer-3 reported"))
+    assert isinstance(error, RunStopped)
+    assert str(error).startswith("What trainer-3 reported of its end is garbled (") and "\n" not in str(error)
 
 
 def train(config, node: int, port: int, *flags: str) -> subprocess.Popen:

@@ -1,0 +1,83 @@
+"""torch's stores, through which processes find each other and exchange records, for processes that share a key.
+
+A TCPStore has no authentication and listens on every interface. Here it listens at one address; its names begin with
+one that only who has the key can tell; and a record is believed only with the key's authentication code. Whoever can
+connect can still list and delete what is in it: that stops a run, but does not steer it.
+"""
+
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from exprl_megatron.authentication import NotAuthentic, hidden_name, seal, unseal
+from exprl_megatron.serving.ports import EVERYWHERE, LOCAL
+
+_BACKLOG = 4096
+
+
+def listening_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """A store of this process that listens at `address` alone, at `port` (0: any free one). Raises OSError."""
+    # torch's own socket would listen on every interface, whatever the address.
+    listening = socket.create_server((address, port), backlog=_BACKLOG)
+    return dist.TCPStore(
+        LOCAL if address == EVERYWHERE else address,
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        # The store closes it.
+        master_listen_fd=listening.detach(),
+    )
+
+
+def reached_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """A connection of its own to a store that listens elsewhere. Raises torch's DistError."""
+    timeout = timedelta(seconds=timeout_s)
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def keyed_names(store: dist.Store, key: str | None, purpose: str) -> dist.Store:
+    """`store` as those see it who have `key`; for nobody's key as it is."""
+    return dist.PrefixStore(hidden_name(key, purpose), store) if key else store
+
+
+class Records:
+    """Records of one `purpose` in a store, each believed only with its authentication code."""
+
+    def __init__(self, store: dist.TCPStore, key: str, purpose: str):
+        self.host, self.port = store.host, store.port
+        self.key = key
+        self._purpose = purpose
+        self._store = keyed_names(store, key, purpose)
+
+    def set(self, name: str, record: str | bytes) -> None:
+        """Put `record` there, in the place of any before."""
+        data = record.encode() if isinstance(record, str) else record
+        self._store.set(name, seal(self.key, self._of(name), data))
+
+    def get(self, name: str) -> bytes:
+        """The record, which is waited for. Raises NotAuthentic where another wrote it, RuntimeError after a timeout."""
+        return bytes(unseal(self.key, self._of(name), self._store.get(name)))
+
+    def check(self, names: list[str]) -> bool:
+        """Whether there is something under all `names`; `get` says whether it can be believed."""
+        return self._store.check(names)
+
+    def has(self, name: str) -> bool:
+        """Whether a record is there that can be believed."""
+        try:
+            return self._store.check([name]) and self.get(name) is not None
+        except NotAuthentic:
+            return False
+
+    def delete(self, name: str) -> None:
+        """Take the record away."""
+        self._store.delete_key(name)
+
+    def add(self, name: str, number: int) -> int:
+        """Add to a counter, which anybody could change who finds its name; its new value."""
+        return self._store.add(name, number)
+
+    def _of(self, name: str) -> str:
+        return f"{self._purpose}: {name}"
