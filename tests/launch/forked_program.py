@@ -11,7 +11,16 @@ import preloaded
 
 def report() -> None:
     print("argv", *sys.argv[1:], "main", sys.modules["__main__"].__spec__.name)
-    print("mark", os.environ.get("MARK"), "path", "PATH" in os.environ, "preloaded in", os.getpid() != preloaded.PID)
+    print(
+        "mark",
+        os.environ.get("MARK"),
+        "path",
+        "PATH" in os.environ,
+        "server's",
+        os.environ.get("SERVERS"),
+        "preloaded in",
+        os.getpid() != preloaded.PID,
+    )
     print("session", os.getsid(0) == os.getpid(), "parent", os.getppid())
     with os.fdopen(int(os.environ["EXPRL_HEARTBEAT"]), "w") as file:
         file.write("through the descriptor")

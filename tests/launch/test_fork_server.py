@@ -22,7 +22,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE)}
 @pytest.fixture(params=["forked", "executed"])
 def starter(request):
     """Both ways to start a process; they must not differ."""
-    servers = [ForkServer("preloaded", {"forked_program"}, ENVIRONMENT, 60)] if request.param == "forked" else []
+    environment = ENVIRONMENT | {"SERVERS": "1"}
+    servers = [ForkServer("preloaded", {"forked_program"}, environment, 60)] if request.param == "forked" else []
     with Starter(servers) as starter:
         yield starter
 
@@ -71,7 +72,7 @@ def test_a_process_has_its_arguments_environment_descriptors_and_end(starter, tm
     forked = isinstance(child, ForkedChild)
     assert log.read_text().splitlines() == [
         "argv report a b c main forked_program",
-        f"mark 1 path True preloaded in {forked}",
+        f"mark 1 path True server's None preloaded in {forked}",
         f"session True parent {child.pid}",
         "at the end",
     ]
