@@ -57,7 +57,7 @@ def start(tmp_path, monkeypatch):
     started = []
 
     def start(command: list[str], count: int, **server) -> TrainerRanks:
-        monkeypatch.setattr(module, "supervised", lambda _: supervised(command))
+        monkeypatch.setattr("exprl_megatron.launch.starter.supervised", lambda _, grace_s: supervised(command, grace_s))
         config = SimpleNamespace(
             policy=SimpleNamespace(layout=Layout(dp=count)), server=ServerConfig(**server), directory=str(tmp_path)
         )
