@@ -125,6 +125,8 @@ def config(task: dict) -> GRPOConfig:
         scale_rewards="none",
         loss_type="dr_grpo",
         ddp_backend="gloo" if WORLD_SIZE > 1 else None,
+        # Every parameter is used; looking for those that are not takes time.
+        ddp_find_unused_parameters=False,
         report_to=[],
         save_strategy="no",
         logging_steps=1,
