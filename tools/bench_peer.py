@@ -28,6 +28,7 @@ from exprl_megatron.benchmarks import peer_tasks
 from exprl_megatron.benchmarks.peer_tasks import Task
 from exprl_megatron.benchmarks.turns import Contestant, StepCost
 from exprl_megatron.errors import UserError
+from exprl_megatron.interruption import end_on_signals
 from exprl_megatron.training.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--rounds gives {len(args.rounds)} numbers for {len(args.tasks)} tasks; give one for each task")
     if not PEER_PYTHON.is_file():
         parser.error(f"{PEER_PYTHON} is missing; run tools/setup_peer.sh")
+    end_on_signals()
     BUILD.mkdir(parents=True, exist_ok=True)
     found = []
     with ExitStack() as stack:
