@@ -141,6 +141,13 @@ class Timed:
             self.late_s.append(time.perf_counter() - started - JUDGE_DELAY_S)
         return written
 
+    async def generate_all(self, *arguments: Any, **options: Any) -> Any:
+        """The client's."""
+        started = time.perf_counter()
+        written = await self._client.generate_all(*arguments, **options)
+        self.late_s.append(time.perf_counter() - started - JUDGE_DELAY_S)
+        return written
+
 
 async def judged(load: Load, model: str, judge_url: str, policy_url: str | None, store: Path) -> dict[str, float]:
     """All of the load, as training grades it; the traces come from the policy's server where there is one."""

@@ -3,7 +3,8 @@
     python -m exprl_megatron.benchmarks.paced_server BODIES [--over S] [--delay S]
 
 BODIES is a JSON list of replies (JSON texts), given in turn. Reply i of n comes i / n of `--over` seconds after the
-first request, or `--delay` seconds after its own. A request for no tokens is answered at once. Prints its port.
+first request, or `--delay` seconds after its own. A request for no tokens is answered at once, one for several
+continuations with as many replies. Prints its port.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import asyncio
 import json
 from pathlib import Path
 
+_SEVERAL = b'"sampling_params":[{'
 _NOTHING = json.dumps(
     {"text": "", "output_ids": [], "meta_info": {"finish_reason": {"type": "length"}, "output_token_logprobs": []}}
 ).encode()
@@ -26,8 +28,9 @@ class PacedReplies:
 
     async def reply(self, request: bytes) -> bytes:
         """The next reply, when it is due."""
-        if b'"max_new_tokens":0' in request.replace(b" ", b""):
+        if b'"max_new_tokens":0' in request:
             return _NOTHING
+        several = request.count(b'"max_new_tokens"') if _SEVERAL in request else None
         now = asyncio.get_running_loop().time()
         self._first_at = now if self._first_at is None else self._first_at
         number, self._given = self._given, self._given + 1
@@ -35,7 +38,8 @@ class PacedReplies:
         if self._over_s is not None:
             due = self._first_at + self._over_s * number / len(self._bodies)
         await asyncio.sleep(max(0.0, due - now))
-        return self._bodies[number % len(self._bodies)]
+        bodies = [self._bodies[(number + i) % len(self._bodies)] for i in range(several or 1)]
+        return bodies[0] if several is None else b"[" + b",".join(bodies) + b"]"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""

@@ -176,6 +176,10 @@ class _Reseeded:
         """The client's."""
         return await self._client.generate(*args, seed=(seed + self._shift) % 2**31, **settings)
 
+    async def generate_all(self, prompts: Any, seeds: Sequence[int], **settings: Any) -> Any:
+        """The client's."""
+        return await self._client.generate_all(prompts, [(s + self._shift) % 2**31 for s in seeds], **settings)
+
     async def chat(self, *args: Any, seed: int, **settings: Any) -> Any:
         """The client's."""
         return await self._client.chat(*args, seed=(seed + self._shift) % 2**31, **settings)

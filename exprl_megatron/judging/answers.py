@@ -12,7 +12,9 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.judging.verdict import HIGHEST, LOWEST
+from exprl_megatron.reply_threads import in_reply_thread
 from exprl_megatron.text_check import text_check_of
+from exprl_megatron.together import together
 
 _DIGIT = re.compile(rf"[\sĠ▁]*([{LOWEST}-{HIGHEST}])")
 
@@ -66,6 +68,16 @@ class Answerer(Protocol):
 
     async def answer(self, question: Question) -> Answer: ...
 
+    async def answers(self, questions: Sequence[Question]) -> Sequence[Answer]:
+        """The answers to questions that differ in what they show and in their seeds alone, by one request.
+
+        It fails as a whole where one of them does.
+        """
+
+    @property
+    def together(self) -> bool:
+        """Whether `answers` costs less than as many requests."""
+
     async def health(self) -> None: ...
 
 
@@ -76,6 +88,8 @@ class TokenAnswerer:
     failure.
     """
 
+    together = True
+
     def __init__(self, client: Any, tokenizer: Any, vocabulary: int | None = None):
         self._client = client
         self._tokenizer = tokenizer
@@ -84,17 +98,30 @@ class TokenAnswerer:
         self._digits = _digit_tokens(tokenizer)
 
     async def answer(self, question: Question) -> "TokenAnswer":
-        written = await self._client.generate(
-            question.input_ids,
-            temperature=question.temperature,
-            max_new_tokens=question.max_new_tokens,
-            seed=question.seed,
-            regex=question.regex,
-            json_schema=question.json_schema,
-            watched_ids=tuple(self._digits) if question.probabilities else (),
-            log_probs=question.probabilities,
-            deadline_s=question.deadline_s,
-        )
+        settings = self._settings(question)
+        return self._answer(await self._client.generate(question.input_ids, seed=question.seed, **settings))
+
+    async def answers(self, questions: Sequence[Question]) -> "list[TokenAnswer]":
+        settings = self._settings(questions[0])
+        if any(self._settings(question) != settings for question in questions):
+            raise ValueError("questions that are asked together have the same settings but for their seeds")
+        prompts, seeds = zip(*((question.input_ids, question.seed) for question in questions), strict=True)
+        generations = await self._client.generate_all(prompts, seeds, **settings)
+        return await in_reply_thread(lambda: [self._answer(written) for written in generations])
+
+    def _settings(self, question: Question) -> dict[str, Any]:
+        """What is asked of a server beside the tokens and the seed."""
+        return {
+            "temperature": question.temperature,
+            "max_new_tokens": question.max_new_tokens,
+            "regex": question.regex,
+            "json_schema": question.json_schema,
+            "watched_ids": tuple(self._digits) if question.probabilities else (),
+            "log_probs": question.probabilities,
+            "deadline_s": question.deadline_s,
+        }
+
+    def _answer(self, written: Any) -> "TokenAnswer":
         if written.finish_reason == "abort":
             raise ServerError(f"{self._client.name} ({self._client.url}) aborted a judgement.")
         self._check(written)
@@ -147,6 +174,8 @@ class TokenAnswer:
 class ChatAnswerer:
     """An OpenAI-compatible endpoint, which puts the chat into its model's template itself."""
 
+    together = False
+
     def __init__(self, endpoint: Any, template_args: Mapping[str, Any]):
         self._endpoint = endpoint
         self._template_args = template_args
@@ -165,6 +194,9 @@ class ChatAnswerer:
             return ChatAnswer(completion.refusal or completion.text, (), refused=True)
         tokens = tuple((token.text, token.alternatives) for token in completion.tokens)
         return ChatAnswer(completion.text, tokens, cut_off=completion.finish_reason == "length")
+
+    async def answers(self, questions: Sequence[Question]) -> "list[ChatAnswer]":
+        return await together([self.answer(question) for question in questions])
 
     async def health(self) -> None:
         await self._endpoint.health()

@@ -2,21 +2,21 @@
 
 import asyncio
 import json
-import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.answers import Answer, ChatAnswerer, Question, TokenAnswerer
-from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
+from exprl_megatron.judging.asking import REQUEST_GRACE_S, Inquiry, JudgeServers
 from exprl_megatron.judging.cases import Case, CaseBuilder
 from exprl_megatron.judging.judge_model import model_context, model_identity, model_vocabulary
 from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, Unit
+from exprl_megatron.judging.question_turns import Turn, Turns
 from exprl_megatron.judging.rubric import VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
 from exprl_megatron.judging.store import TRANSIENT, JudgementStore
@@ -30,6 +30,7 @@ from exprl_megatron.judging.verdict import (
 )
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.prompts import check_template
+from exprl_megatron.together import together
 from exprl_megatron.token_ids import TokenIds
 
 _SAMPLE = Problem("sample", "1 + 1", Reference("The sum of 1 and 1 is 2."))
@@ -37,13 +38,16 @@ SCORE_REGEX = "Score: [1-5]"
 SOUNDNESS_REGEX = r'Sound: (yes|no - "[^"\n]{1,160}")'
 
 
-class _Turn:
-    """One question that several may want to ask at the same time."""
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A case that is to be judged."""
 
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.judgement: Judgement | None = None
-        """What became of it, where that is in the store."""
+    case: Case
+    turn: Turn
+    found: Judgement | None
+    """What the store has."""
+    request: TokenIds | None
+    """The tokens, where the store has nothing."""
 
 
 class Judge:
@@ -77,7 +81,7 @@ class Judge:
         identity = {} if store is None else _identity(config)
         self._cases = CaseBuilder(config, tokenizer, identity)
         check_template(tokenizer, self.messages(_SAMPLE, "2"), config.template_args, "judge")
-        self._turns: weakref.WeakValueDictionary[str, _Turn] = weakref.WeakValueDictionary()
+        self._turns = Turns()
         self.counts: Counter[str] = Counter()
         self._servers = JudgeServers(config, [self._answerer(client, tokenizer) for client in clients], self.counts)
         self._rubrics = RubricBuilder(
@@ -123,24 +127,17 @@ class Judge:
             rubric = await self._rubrics.rubric(problem)
         cases = await asyncio.to_thread(self._cases.cases, problem, texts, unit, rubric)
         # Before the store is read: what others find out from here on is seen in their turn, what they did before there.
-        turns = [self._turn(case) for case in cases]
+        turns = [Turn() if self._store is None else self._turns.of(case.key) for case in cases]
         found, requests = await asyncio.to_thread(self._found_and_requests, cases)
         if read_last and not self._config.endpoints and found[-1] is None:
             await self._read(cases[-1], requests[-1])
-        judged = map(self._judged_in_turn, cases, turns, found, requests)
-        return list(map(self._with_hash, cases, await asyncio.gather(*judged)))
+        judged = await self._judged(list(map(_Pending, cases, turns, found, requests)))
+        return list(map(self._with_hash, cases, judged))
 
     def _with_hash(self, case: Case, judgement: Judgement) -> Judgement:
         """The judgement with the key under which the store has it."""
         kept = isinstance(judgement, Scored) or judgement.reason not in TRANSIENT
         return replace(judgement, hash=case.key) if kept and self._store is not None else judgement
-
-    def _turn(self, case: Case) -> _Turn:
-        if self._store is None:
-            return _Turn()
-        turn = self._turns.get(case.key) or _Turn()
-        self._turns[case.key] = turn
-        return turn
 
     def _found_and_requests(self, cases: Sequence[Case]) -> tuple[list[Judgement | None], list[TokenIds | None]]:
         """What the store has of each case, and the tokens of those that it does not have."""
@@ -150,30 +147,62 @@ class Judge:
         requests = iter(self._tokenizer.requests(missing[0].frame, shown) if missing else ())
         return found, [next(requests) if judgement is None else None for judgement in found]
 
-    async def _judged_in_turn(
-        self, case: Case, turn: _Turn, found: Judgement | None, request: TokenIds | None
-    ) -> Judgement:
-        """Equal beginnings of a group's traces come at the same time: one is asked, the others find the answer."""
-        async with turn.lock:
-            known = turn.judgement if found is None else found
-            if known is not None:
-                self.counts["stored"] += 1
-                return known
-            judgement, answer = await self._judged(case, request)
+    async def _judged(self, pending: Sequence[_Pending]) -> list[Judgement]:
+        """Equal beginnings of a group's traces come at the same time: one is asked, the others find the answer.
+
+        All that nobody else is asking at the moment is asked together.
+        """
+        free = [each for each in pending if each.found is None and each.turn.judgement is None and each.turn.take()]
+        # Awaited here and not in a task: a task that is canceled before its first step would never leave the turns.
+        asked = dict(zip(free, await self._asked(free), strict=True)) if free else {}
+        rest = await together(self._judged_in_turn(each) for each in pending if each not in asked)
+        others = iter(rest)
+        return [asked[each] if each in asked else next(others) for each in pending]
+
+    async def _judged_in_turn(self, each: _Pending) -> Judgement:
+        known = each.found
+        if known is None:
+            await each.turn.come()
+            if each.turn.judgement is None:
+                return (await self._asked([each]))[0]
+            known = each.turn.judgement
+            each.turn.leave()
+        self.counts["stored"] += 1
+        return known
+
+    async def _asked(self, pending: Sequence[_Pending]) -> list[Judgement]:
+        """The judgements, which are on disk then; the caller has the turns, and they are left here."""
+        try:
+            verdicts = await self._verdicts(pending)
             if self._store is not None:
                 # On disk before anything is learned from it.
-                asked = self._cases.asked(case)
-                await asyncio.wrap_future(self._store.keep_judgement_soon(case.key, asked, answer, judgement))
-                if isinstance(judgement, Scored) or judgement.reason not in TRANSIENT:
-                    turn.judgement = judgement
-            return judgement
+                rows = [
+                    (each.case.key, self._cases.asked(each.case), answer, judgement)
+                    for each, (judgement, answer) in zip(pending, verdicts, strict=True)
+                ]
+                await asyncio.wrap_future(self._store.keep_judgements_soon(rows))
+                for each, (judgement, _) in zip(pending, verdicts, strict=True):
+                    if isinstance(judgement, Scored) or judgement.reason not in TRANSIENT:
+                        each.turn.judgement = judgement
+            return [judgement for judgement, _ in verdicts]
+        finally:
+            for each in pending:
+                each.turn.leave()
 
-    async def _judged(self, case: Case, request: TokenIds) -> tuple[Judgement, str]:
-        """The judgement and the judge's last words."""
-        if self._too_long(request):
-            return Abstained("too-long", f"{len(request)} prompt tokens, {self._context_tokens} in all"), ""
-        questions = self._questions(case, request)
-        return await self._servers.ask(questions, self._home(case.problem), self._config.deadline_s, self._reader(case))
+    async def _verdicts(self, pending: Sequence[_Pending]) -> list[tuple[Judgement, str]]:
+        """The judgements and the judge's last words."""
+        asked = [each for each in pending if not self._too_long(each.request)]
+        inquiries = [
+            Inquiry(tuple(self._questions(each.case, each.request)), self._reader(each.case)) for each in asked
+        ]
+        home = self._home(pending[0].case.problem)
+        found = dict(
+            zip(asked, await self._servers.ask_together(inquiries, home, self._config.deadline_s), strict=True)
+        )
+        return [found.get(each) or (self._abstained_too_long(each.request), "") for each in pending]
+
+    def _abstained_too_long(self, request: TokenIds) -> Abstained:
+        return Abstained("too-long", f"{len(request)} prompt tokens, {self._context_tokens} in all")
 
     async def _read(self, case: Case, request: TokenIds) -> None:
         """Have the question read, so that others that begin like it are found in the server's cache."""

@@ -90,7 +90,6 @@ class _Row:
     answer: bytes
     judgement: Judgement
     created: float
-    written: Future[None]
 
 
 class JudgementStore:
@@ -106,7 +105,7 @@ class JudgementStore:
         self.path = Path(path)
         self._reader, self._writer = _Side(self.path), _Side(self.path)
         self._has_version_1 = has_version_1(self._reader.connection)
-        self._waiting: list[_Row] = []
+        self._waiting: list[tuple[list[_Row], Future[None]]] = []
         self._waiting_lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "judgement-store")
 
@@ -137,22 +136,26 @@ class JudgementStore:
         Does nothing where `key` (hexadecimal) has one already, or where the judgement is a transient abstention. Raises
         ValueError for a score outside [0, 1].
         """
-        self.keep_judgement_soon(key, asked, answer, judgement).result()
+        asked = asked if isinstance(asked, Asked) else Asked.of(asked)
+        self.keep_judgements_soon([(key, asked, answer, judgement)]).result()
 
-    def keep_judgement_soon(self, key: str, asked: dict | Asked, answer: str, judgement: Judgement) -> Future[None]:
-        """The same without waiting; the judgement is on disk when the future is done."""
+    def keep_judgements_soon(self, kept: Sequence[tuple[str, Asked, str, Judgement]]) -> Future[None]:
+        """The same for several (key, what was asked, answer, judgement), in one transaction, without waiting.
+
+        All are on disk when the future is done.
+        """
         written: Future[None] = Future()
         written.set_running_or_notify_cancel()  # who no longer waits takes nothing back
-        if isinstance(judgement, Scored):
-            if not 0 <= judgement.value <= 1:
-                raise ValueError(f"a score is in [0, 1], not {judgement.value}")
-        elif judgement.reason in TRANSIENT:
+        rows = [
+            _Row(bytes.fromhex(key), asked, _bytes(answer), judgement, time.time())
+            for key, asked, answer, judgement in kept
+            if _is_final(judgement)
+        ]
+        if not rows:
             written.set_result(None)
             return written
-        asked = asked if isinstance(asked, Asked) else Asked.of(asked)
-        row = _Row(bytes.fromhex(key), asked, _bytes(answer), judgement, time.time(), written)
         with self._waiting_lock:
-            self._waiting.append(row)
+            self._waiting.append((rows, written))
             if len(self._waiting) == 1:
                 self._thread.submit(self._write_waiting)
         return written
@@ -246,16 +249,16 @@ class JudgementStore:
     def _write_waiting(self) -> None:
         """Write all that waits in one transaction."""
         with self._waiting_lock:
-            rows, self._waiting = self._waiting, []
+            waiting, self._waiting = self._waiting, []
         try:
             with self._writer.lock:
-                self._writer.transact(lambda: [self._write(row) for row in rows])
+                self._writer.transact(lambda: [self._write(row) for rows, _ in waiting for row in rows])
         except BaseException as error:
-            for row in rows:
-                row.written.set_exception(error)
+            for _, written in waiting:
+                written.set_exception(error)
         else:
-            for row in rows:
-                row.written.set_result(None)
+            for _, written in waiting:
+                written.set_result(None)
 
     def _write(self, row: _Row) -> None:
         texts, judgement = self._writer.texts, row.judgement
@@ -301,6 +304,15 @@ class _Side:
             if self.connection.in_transaction:
                 self.connection.rollback()
             raise
+
+
+def _is_final(judgement: Judgement) -> bool:
+    """Whether another time would not bring another verdict. Raises ValueError for a score outside [0, 1]."""
+    if isinstance(judgement, Abstained):
+        return judgement.reason not in TRANSIENT
+    if not 0 <= judgement.value <= 1:
+        raise ValueError(f"a score is in [0, 1], not {judgement.value}")
+    return True
 
 
 def _rubric_entry(key: str, created: float, asked: bytes, answer: str, rubric: str) -> Entry:

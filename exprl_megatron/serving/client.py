@@ -1,6 +1,6 @@
 """Typed async client for the part of SGLang's HTTP API that training uses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +8,16 @@ import msgspec
 import numpy as np
 
 from exprl_megatron.errors import RequestRefused, WeightsReplaced
-from exprl_megatron.serving.generation import Asked, Generation, Scores, read_generation, read_scores, reply_limit
+from exprl_megatron.reply_threads import in_reply_thread
+from exprl_megatron.serving.generation import (
+    Asked,
+    Generation,
+    Scores,
+    read_generation,
+    read_generations,
+    read_scores,
+    reply_limit,
+)
 from exprl_megatron.serving.http import REPLY_LIMIT, HttpServer
 from exprl_megatron.serving.loader_orders import OrderNumbers, payload, signed
 from exprl_megatron.text_check import TextCheck
@@ -17,6 +26,8 @@ from exprl_megatron.token_ids import TokenIds
 _CHECKSUMS_LIMIT = 256 * 2**20
 """Bytes; some 150 for each tensor of each tensor-parallel rank."""
 _order_numbers = OrderNumbers()
+_LONG_REPLY = 2**14
+"""Bytes from which on a reply is read in a thread; a shorter one costs less than the way there and back."""
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -81,14 +92,52 @@ class SGLangClient(HttpServer):
             params["regex"] = regex
         if json_schema is not None:
             params["json_schema"] = json_schema
-        log_probs = log_probs or bool(watched_ids)
-        request = {"input_ids": _listed(input_ids), "sampling_params": params, "return_logprob": log_probs}
+        asked = self._asked(max_new_tokens, log_probs, watched_ids)
+        request = {"input_ids": _listed(input_ids), "sampling_params": params, "return_logprob": asked.log_probs}
         if watched_ids:
             request["token_ids_logprob"] = list(watched_ids)
         limit = reply_limit(max_new_tokens, len(watched_ids))
         reply = await self._exchange("POST", "/generate", request, deadline_s, limit)
-        asked = Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check)
-        return self._read("/generate", lambda body: read_generation(body, asked), reply)
+        return await self._read_reply("/generate", lambda body: read_generation(body, asked), reply)
+
+    async def generate_all(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        watched_ids: Sequence[int] = (),
+        log_probs: bool = True,
+        deadline_s: float | None = None,
+        **sampling: Any,
+    ) -> list[Generation]:
+        """What `generate` returns for each of `prompts` with its seed and the same keywords, by one request.
+
+        The reply comes when all continuations are written. One that the server refuses, or an unreadable one, fails the
+        whole request: ask for each alone then.
+        """
+        asked = self._asked(max_new_tokens, log_probs, watched_ids)
+        params = {"max_new_tokens": max_new_tokens} | {k: v for k, v in sampling.items() if v is not None}
+        request: dict[str, Any] = {
+            "input_ids": [_listed(prompt) for prompt in prompts],
+            "sampling_params": [params | {"sampling_seed": seed} for seed in seeds],
+            "return_logprob": asked.log_probs,
+        }
+        if watched_ids:
+            request["token_ids_logprob"] = [list(watched_ids)] * len(prompts)
+        limit = len(prompts) * reply_limit(max_new_tokens, len(watched_ids))
+        reply = await self._exchange("POST", "/generate", request, deadline_s, limit)
+        return await self._read_reply("/generate", lambda body: read_generations(body, asked, len(prompts)), reply)
+
+    def _asked(self, max_new_tokens: int, log_probs: bool, watched_ids: Sequence[int]) -> Asked:
+        log_probs = log_probs or bool(watched_ids)
+        return Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check)
+
+    async def _read_reply[T](self, path: str, parse: Callable[[bytes], T], reply: bytes) -> T:
+        """A long reply is read in a thread: the event loop goes on meanwhile."""
+        if len(reply) < _LONG_REPLY:
+            return self._read(path, parse, reply)
+        return await in_reply_thread(self._read, path, parse, reply)
 
     async def read(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:
         """Return when the radix cache holds `input_ids`, for the requests that begin with them."""
@@ -110,7 +159,7 @@ class SGLangClient(HttpServer):
             "logprob_start_len": first - 1,
         }
         reply = await self._exchange("POST", "/generate", request, deadline_s, reply_limit(len(input_ids)))
-        return self._read("/generate", lambda answer: read_scores(answer, input_ids[first:]), reply)
+        return await self._read_reply("/generate", lambda answer: read_scores(answer, input_ids[first:]), reply)
 
     async def init_weights_group(
         self,

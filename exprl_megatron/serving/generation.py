@@ -103,6 +103,7 @@ class _ScoresReply(msgspec.Struct):
 
 
 _REPLY = msgspec.json.Decoder(_Reply)
+_REPLIES = msgspec.json.Decoder(list[msgspec.Raw])
 _SCORES_REPLY = msgspec.json.Decoder(_ScoresReply)
 
 
@@ -153,6 +154,17 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
         cached_tokens=meta.cached_tokens,
         watched_log_probs=tuple(tuple(log_prob for log_prob, _, _ in entries) for entries in watched),
     )
+
+
+def read_generations(body: bytes, asked: Asked, count: int) -> list[Generation]:
+    """The `count` continuations that a reply to a request for several holds, in their order.
+
+    Raises ValueError as read_generation does for any of them, and where there are not `count`.
+    """
+    replies = _REPLIES.decode(body)
+    if len(replies) != count:
+        raise ValueError(f"{len(replies)} continuations where {count} were asked for")
+    return [read_generation(bytes(reply), asked) for reply in replies]
 
 
 def _check_length(token_ids: np.ndarray, asked: Asked, reason: str) -> None:

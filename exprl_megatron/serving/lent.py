@@ -1,6 +1,6 @@
 """The sampling servers as judge: between sampling and the next sync they hold the judge's weights."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,27 @@ class LentServer:
     async def generate(self, input_ids: Sequence[int], **keywords: Any) -> Generation:
         """See SGLangClient and Fleet.ask."""
 
-        async def written(client: SGLangClient) -> Generation:
-            generation = await client.generate(input_ids, **keywords)
-            if not _by_judge(generation) and self._fleet.version == LENT:
+        (generation,) = await self._written(lambda client: _one(client.generate(input_ids, **keywords)))
+        return generation
+
+    async def generate_all(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **keywords: Any
+    ) -> list[Generation]:
+        """See SGLangClient and Fleet.ask."""
+        return await self._written(lambda client: client.generate_all(prompts, seeds, **keywords))
+
+    async def _written(self, ask: Callable[[SGLangClient], Awaitable[list[Generation]]]) -> list[Generation]:
+        async def written(client: SGLangClient) -> list[Generation]:
+            generations = await ask(client)
+            if not _by_judge(generations) and self._fleet.version == LENT:
                 raise ServerError(f"{client.name} ({client.url}) does not judge under the judge's weights.")
-            return generation
+            return generations
 
         while True:
             await self.bring()
-            generation = await self._fleet.ask(self._home, written)
-            if _by_judge(generation):
-                return generation
+            generations = await self._fleet.ask(self._home, written)
+            if _by_judge(generations):
+                return generations
 
     async def bring(self) -> None:
         """Let the servers hold the judge's weights, if they do not."""
@@ -52,5 +62,9 @@ class LentServer:
             raise ServerError("No sampling server is there to judge.")
 
 
-def _by_judge(generation: Generation) -> bool:
-    return {version for version, _, _ in generation.weight_versions} <= {LENT}
+async def _one(generation: Awaitable[Generation]) -> list[Generation]:
+    return [await generation]
+
+
+def _by_judge(generations: Sequence[Generation]) -> bool:
+    return {version for each in generations for version, _, _ in each.weight_versions} <= {LENT}

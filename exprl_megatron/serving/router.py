@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from exprl_megatron.errors import RequestRefused, ServerError
@@ -10,6 +10,7 @@ from exprl_megatron.serving.client import Generation
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Kind, Registry
+from exprl_megatron.together import together
 
 _POLL_S = 0.25
 _FRESH_S = 0.5
@@ -18,6 +19,14 @@ _SILENT_S = 5.0
 
 class RouterClient(RegisteredClient):
     """Sends requests to whichever server the router chooses."""
+
+    async def generate_all(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **keywords: Any
+    ) -> list[Generation]:
+        """See SGLangClient; by a request each, since the router's own form of a request has one continuation."""
+        return await together(
+            self.generate(prompt, seed=seed, **keywords) for prompt, seed in zip(prompts, seeds, strict=True)
+        )
 
     async def route_to(self, urls: Collection[str], deadline_s: float) -> None:
         """Return when the router's workers are these, and all of them are healthy to it.

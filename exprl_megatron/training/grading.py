@@ -67,9 +67,7 @@ def _by_segments(stage: ExprlProcessStage, judge: Grades, tokenizer: Any) -> Gra
         unit = stage.route(problem.domain).unit
         if unit == "trace":
             return await whole(problem, trace)
-        spans, texts = await asyncio.to_thread(
-            segments_and_texts, trace.token_ids.tolist(), tokenizer, stage.segments, unit
-        )
+        spans, texts = await asyncio.to_thread(segments_and_texts, trace.token_ids, tokenizer, stage.segments, unit)
         if unit == "prefix":
             judgements = await judge.grade_prefixes(problem, texts)
         else:

@@ -16,8 +16,10 @@ VERDICT = "Score: 4"
 class FaultyServer:
     """Does with its requests, in turn, what `script` says, and then answers `Score: 4`.
 
-    A number is an HTTP status to refuse with, a string the answer, bytes the whole reply, "drop" cuts the connection,
-    "hang" never answers. `counts` has `requests`, `running`, `most-running` and `abandoned` (the client hung up).
+    A number is an HTTP status to refuse with, a string the answer (to each question, where several are asked at once),
+    a list the answers to several, bytes the whole reply, "drop" cuts the connection, "hang" never answers. `counts` has
+    `requests`, `running`, `most-running` and `abandoned` (the client hung up), and `questions` and `most-questions`,
+    which are under way.
     """
 
     def __init__(self, *script, well=True):
@@ -37,7 +39,11 @@ class FaultyServer:
         return web.Response(status=200 if self.well else 503)
 
     async def _answered(self, request, form):
-        self.bodies.append(await request.json())
+        body = await request.json()
+        several = len(body["input_ids"]) if isinstance(body.get("sampling_params"), list) else None
+        self.bodies.append(body)
+        self.counts["questions"] += several or 1
+        self.counts["most-questions"] = max(self.counts["most-questions"], self.counts["questions"])
         self.headers.append(request.headers)
         self.counts["requests"] += 1
         self.counts["running"] += 1
@@ -53,12 +59,16 @@ class FaultyServer:
                 return web.Response(body=act, content_type="application/json")
             if isinstance(act, int):
                 return web.json_response({"error": {"message": f"status {act}"}}, status=act)
+            if several is not None and not isinstance(act, dict):
+                acts = act if isinstance(act, list) else [act] * several
+                return web.json_response([each if isinstance(each, dict) else form(str(each)) for each in acts])
             return web.json_response(act if isinstance(act, dict) else form(str(act)))
         except asyncio.CancelledError:
             self.counts["abandoned"] += 1
             raise
         finally:
             self.counts["running"] -= 1
+            self.counts["questions"] -= several or 1
 
     @staticmethod
     def _generation(text):

@@ -63,6 +63,17 @@ class Scripted:
             raise answer
         return answer if isinstance(answer, Written) else Written(str(answer))
 
+    async def generate_all(self, prompts, seeds, **sampling):
+        """The next answers of the script; the first exception among them is the request's."""
+        pairs = zip(prompts, seeds, strict=True)
+        answers = await asyncio.gather(
+            *(self.generate(ids, seed=seed, **sampling) for ids, seed in pairs), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
     async def health(self):
         if not self.well:
             raise ServerError("judge-0 is not well")

@@ -89,27 +89,32 @@ def test_every_trace_that_fits_gets_a_score_and_the_same_one_again(with_judge):
     assert with_judge(_graded) == verdicts
 
 
-def test_the_prefixes_of_a_trace_are_read_once(with_judge):
+def test_the_prefixes_of_a_trace_are_read_once_and_asked_about_by_one_request(with_judge):
     texts = ["step by step " * length for length in range(1, 7)]
 
     async def ask(judge, client):
-        read, generate = [], client.generate
+        read, generate, generate_all = [], client.generate, client.generate_all
 
         async def counted(*args, **settings):
             generation = await generate(*args, **settings)
-            read.append(generation.prompt_tokens - generation.cached_tokens)
+            read.append([generation.prompt_tokens - generation.cached_tokens])
             return generation
 
-        client.generate = counted
+        async def all_counted(*args, **settings):
+            generations = await generate_all(*args, **settings)
+            read.append([generation.prompt_tokens - generation.cached_tokens for generation in generations])
+            return generations
+
+        client.generate, client.generate_all = counted, all_counted
         await client.flush_cache()
         together = await judge.grade_prefixes(PROBLEM, texts)
         whole, end = (len(judge.request(PROBLEM, text, "prefix")) for text in (texts[-1], ""))
         return read, whole, end, together, [await judge.grade(PROBLEM, text, "prefix") for text in texts]
 
     read, whole, end, together, alone = with_judge(ask, prefix_prompt=str(PROMPT))
-    assert read[0] == whole
+    assert read[0] == [whole]
     # What differs is what follows a prefix, at most all that the prompt has without a trace.
-    assert len(read[1:7]) == 6 and max(read[1:7]) <= end
+    assert len(read[1]) == 6 and max(read[1]) <= end
     assert together == alone
 
 

@@ -245,6 +245,12 @@ def test_the_newest_rows_come_first(store):
     assert [entry.key for entry in store.newest(2)] == [key_of(3), key_of(2)]
 
 
+def kept_soon(store, key, asked, answer, judgement):
+    return store.keep_judgements_soon(
+        [(key, asked if isinstance(asked, Asked) else Asked.of(asked), answer, judgement)]
+    )
+
+
 def asked_about(text: str, shown: int, **changes) -> Asked:
     messages = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": ["<t>", "</t>"]}]
     return Asked(json.dumps({"problem": "p", "messages": messages} | changes).encode(), text, shown)
@@ -284,7 +290,7 @@ def test_a_judgement_takes_little_more_than_its_answer(tmp_path):
                 for prefix in range(1, 11):
                     asked = asked_about(text, prefix * len(text) // 10, problem=name, system=system, rubric=texts[0])
                     answer = "".join(random.choices(answers, k=4))[:1600]
-                    store.keep_judgement_soon(key_of(rows), asked, answer, Scored(0.5, answer))
+                    kept_soon(store, key_of(rows), asked, answer, Scored(0.5, answer))
                     rows += 1
     assert (tmp_path / "s.sqlite").stat().st_size / rows < 1200
 
@@ -304,10 +310,10 @@ def test_all_that_waits_is_written_together_and_is_there_when_its_future_is_done
     statements = []
     store._writer.connection.set_trace_callback(statements.append)
     with store._writer.lock:  # the writer's thread waits here with the first row
-        first = store.keep_judgement_soon(key_of(0), {}, "", Scored(0.5))
+        first = kept_soon(store, key_of(0), {}, "", Scored(0.5))
         while store._waiting:
             time.sleep(0.001)
-        others = [store.keep_judgement_soon(key_of(number), {}, "", Scored(0.5)) for number in range(1, 50)]
+        others = [kept_soon(store, key_of(number), {}, "", Scored(0.5)) for number in range(1, 50)]
         assert not any(future.done() for future in (first, *others))
     for number, future in enumerate((first, *others)):
         future.result()
@@ -318,7 +324,7 @@ def test_all_that_waits_is_written_together_and_is_there_when_its_future_is_done
 def test_a_failed_write_is_an_error_for_each_that_waited_and_the_next_is_written(store):
     with closing(sqlite3.connect(store.path)) as other:
         other.execute("CREATE TRIGGER full BEFORE INSERT ON judgements BEGIN SELECT raise(ABORT, 'full'); END")
-    failed = [store.keep_judgement_soon(key_of(number), {"a": number}, "", Scored(0.5)) for number in range(3)]
+    failed = [kept_soon(store, key_of(number), {"a": number}, "", Scored(0.5)) for number in range(3)]
     for future in failed:
         with pytest.raises(sqlite3.IntegrityError, match="full"):
             future.result()
@@ -331,7 +337,7 @@ def test_a_failed_write_is_an_error_for_each_that_waited_and_the_next_is_written
 
 def test_who_waits_no_longer_takes_nothing_back(store):
     with store._writer.lock:
-        future = store.keep_judgement_soon(KEY, {}, "", Scored(0.5))
+        future = kept_soon(store, KEY, {}, "", Scored(0.5))
         assert not future.cancel()
     future.result()
     assert store.find_judgement(KEY) == Scored(0.5)
