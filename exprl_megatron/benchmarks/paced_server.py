@@ -14,7 +14,7 @@ from pathlib import Path
 
 _SEVERAL = b'"sampling_params":[{'
 _NOTHING = json.dumps(
-    {"text": "", "output_ids": [], "meta_info": {"finish_reason": {"type": "length"}, "output_token_logprobs": []}}
+    {"text": "", "output_ids": [], "meta_info": {"finish_reason": {"type": "length"}, "weight_versions": []}}
 ).encode()
 
 
