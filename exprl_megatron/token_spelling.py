@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,24 @@ class Spelling:
 
     tokens: tuple[bytes, ...]
     """The bytes of every token, none for special ones."""
-    lengths: np.ndarray
-    """[tokens], int64: how many."""
+    data: np.ndarray
+    """[bytes], uint8: those of all tokens, one token behind the other."""
+    ends: np.ndarray
+    """[1 + tokens], int64: where the bytes of the first 0, 1, ... tokens end."""
+
+    @classmethod
+    def of(cls, tokens: Sequence[bytes]) -> "Spelling":
+        """Of the bytes of every token."""
+        ends = _ends(np.array([len(token) for token in tokens], np.int64))
+        return cls(tuple(tokens), np.frombuffer(b"".join(tokens), np.uint8), ends)
+
+    def spelled(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """The bytes of `ids` [n] (int64), and where those of the first 0, 1, ... of them end (int64, [1 + n])."""
+        starts = self.ends[ids]
+        lengths = self.ends[ids + 1] - starts
+        ends = _ends(lengths)
+        places = np.repeat(starts - ends[:-1], lengths) + np.arange(ends[-1])
+        return self.data[places].tobytes(), ends
 
 
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
@@ -50,7 +67,11 @@ def _byte_spelling(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
     every = b"".join(spelling).decode("utf-8", "replace")
     if every != decoded(list(range(len(spelling))), tokenizer):
         return None
-    return Spelling(spelling, np.array([len(token) for token in spelling], np.int64))
+    return Spelling.of(spelling)
+
+
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
 
 
 def _bytes_of(name: str) -> bytes:

@@ -4,9 +4,9 @@
 store; the judge is a process that sends prepared answers. Processor seconds of this process, all threads, and as a
 multiple of what the tokenizer alone takes for each trace once (which the load of the machine changes alike).
 
-`loop`: the same while replies of a policy come in over some time. The longest lag of the event loop, the processor time
-that its thread spent in one go (which a loaded machine does not lengthen as much), and by how much judge answers were
-later here than they left the judge.
+`loop`: the same while replies of a policy, in whole groups, come in over some time. The longest lag of the event loop,
+the processor time that its thread spent in one go (which a loaded machine does not lengthen as much), and by how much
+judge answers were later here than they left the judge.
 
 `store`: judgements on model outputs of CHAMP, then copies of them under other keys until the store has so many rows:
 bytes a row, and milliseconds of processor time to keep one, to find one, and to list the newest.
@@ -35,6 +35,7 @@ from transformers import AutoTokenizer
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.load import check_config
+from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judgement import Scored
@@ -43,9 +44,11 @@ from exprl_megatron.judging.store import Asked, JudgementStore
 from exprl_megatron.problems.datasets.packaged import champ_problems
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.training.grading import grade_of
+from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.training.grading import Grade, grade_of
 from exprl_megatron.training.loop_lag import HOST_THREADS, LoopLag
 
 GROUP, SEGMENTS, ANSWER = 16, 10, 1600
@@ -149,6 +152,26 @@ class Timed:
         return written
 
 
+async def sampled(load: Load, policy: SGLangClient, grade: Grade) -> list[GradedTrace]:
+    """The load's traces as a step samples them; each is graded when it is there."""
+    graded: list[GradedTrace] = []
+    problems = {problem.id: problem for problem in load.problems}
+
+    async def take(trace: Trace) -> None:
+        graded.append(await grade(problems[trace.problem_id], trace))
+
+    await sample_groups(
+        FixedServers([policy]),
+        [Prompt(problem.id, [1] * 256) for problem in load.problems[:-1]],
+        GROUP,
+        SamplingConfig(max_new_tokens=load.longest),
+        lambda problem, sample: sample,
+        weight_versions=["v"],
+        on_trace=take,
+    )
+    return graded
+
+
 async def judged(load: Load, model: str, judge_url: str, policy_url: str | None, store: Path) -> dict[str, float]:
     """All of the load, as training grades it; the traces come from the policy's server where there is one."""
     stage = {"kind": "exprl-process", "name": "a", "steps": 1, "problems": {"source": "x"}}
@@ -176,13 +199,13 @@ async def judged(load: Load, model: str, judge_url: str, policy_url: str | None,
             lag.take(), timed.late_s.clear()
             busy[0] = 0.0
 
-            async def one(trace: Trace) -> GradedTrace:
-                if policy_url is not None:
-                    await policy.generate([1], temperature=1.0, max_new_tokens=load.longest, seed=0)
-                return await grade(load.problems[trace.sample // GROUP], trace)
-
             cpu, wall = time.process_time(), time.perf_counter()
-            graded = await asyncio.gather(*map(one, load.traces[:-1]))
+            if policy_url is None:
+                graded = await asyncio.gather(
+                    *(grade(load.problems[trace.sample // GROUP], trace) for trace in load.traces[:-1])
+                )
+            else:
+                graded = await sampled(load, policy, grade)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     lag.stop()
     watching.cancel()
@@ -218,7 +241,8 @@ def bench_prefixes(args: argparse.Namespace, directory: Path) -> dict[str, float
 
 def bench_loop(args: argparse.Namespace, directory: Path) -> dict[str, float]:
     """See the module."""
-    load = Load(args.traces + 1, args.tokens, _tokenizer(args.model))
+    groups = -(-args.traces // GROUP)
+    load = Load(groups * GROUP + 1, args.tokens, _tokenizer(args.model))
     bodies = [reply(trace.text, trace.token_ids.tolist(), log_probs=True) for trace in load.traces[:-1]]
     answers = [reply(text, list(range(400))) for text in load.answers]
     with (

@@ -6,6 +6,7 @@ in no trace. What is found is told by place and length alone, for messages end i
 """
 
 import re
+import threading
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,8 +60,8 @@ def check_canary(canary: str) -> None:
 class LeakGuard:
     """Knows the references of `problems` as hashed n-grams, each built when its problem is first asked about.
 
-    Of problems that share an id, as in two files of one run, all references and all statements count. Use it from one
-    thread at a time. Raises UserError where the canary is too short to be one.
+    Of problems that share an id, as in two files of one run, all references and all statements count. For any number
+    of threads at once. Raises UserError where the canary is too short to be one.
     """
 
     def __init__(self, config: LeakGuardConfig, problems: Iterable[Problem]):
@@ -72,6 +73,7 @@ class LeakGuard:
         for problem in problems:
             self._problems.setdefault(problem.id, []).append(problem)
         self._hidden: dict[str, list[tuple[int, np.ndarray]]] = {}
+        self._lock = threading.Lock()
 
     def check_request(self, problem_id: str, text: str) -> None:
         """Raise RunStopped where a request to the policy, `text` with its chat template, holds what it must not.
@@ -91,6 +93,11 @@ class LeakGuard:
                 f"Leak guard: a request to the policy for problem {problem_id} holds leak_guard.canary; see what "
                 "prompt.system, prompt.user and the problem's record put there."
             )
+
+    @property
+    def watches_traces(self) -> bool:
+        """Whether `check_trace` looks for anything."""
+        return self._canary is not None
 
     def check_trace(self, problem_id: str, text: str) -> None:
         """Raise RunStopped where a trace of the policy holds the canary."""
@@ -116,15 +123,19 @@ class LeakGuard:
 
     def _references(self, problem_id: str) -> list[tuple[int, np.ndarray]]:
         """(n, hashes of its n-grams that no statement has) of each reference that has any."""
-        if problem_id not in self._hidden:
-            problems = self._problems[problem_id]
-            statements = [_hashed_words(statement) for statement in {problem.statement for problem in problems}]
-            texts = {problem.reference.for_judge() for problem in problems if problem.reference is not None}
-            # A planted canary is no part of the solution: a short one has to be found without it too.
-            solutions = [text.replace(self._config.canary or "", "") for text in sorted(texts)]
-            hidden = [_hidden(_hashed_words(text), statements, self._config.ngram_words) for text in solutions]
-            self._hidden[problem_id] = [(n, ngrams) for n, ngrams in hidden if len(ngrams)]
-        return self._hidden[problem_id]
+        with self._lock:
+            if problem_id not in self._hidden:
+                self._hidden[problem_id] = self._hidden_of(problem_id)
+            return self._hidden[problem_id]
+
+    def _hidden_of(self, problem_id: str) -> list[tuple[int, np.ndarray]]:
+        problems = self._problems[problem_id]
+        statements = [_hashed_words(statement) for statement in {problem.statement for problem in problems}]
+        texts = {problem.reference.for_judge() for problem in problems if problem.reference is not None}
+        # A planted canary is no part of the solution: a short one has to be found without it too.
+        solutions = [text.replace(self._config.canary or "", "") for text in sorted(texts)]
+        hidden = [_hidden(_hashed_words(text), statements, self._config.ngram_words) for text in solutions]
+        return [(n, ngrams) for n, ngrams in hidden if len(ngrams)]
 
 
 def _hidden(reference: np.ndarray, statements: list[np.ndarray], ngram_words: int) -> tuple[int, np.ndarray]:

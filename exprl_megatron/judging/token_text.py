@@ -23,10 +23,10 @@ class TokenText:
     """A response's `text`, special tokens left out, and the places of its tokens in it."""
 
     def __init__(self, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase):
-        ids = np.asarray(token_ids).tolist()
+        ids = np.asarray(token_ids, np.int64)
         spelling = spelling_of(tokenizer)
         places = None if spelling is None else _BytePlaces.of(ids, spelling)
-        self._places = _StretchPlaces(ids, tokenizer) if places is None else places
+        self._places = _StretchPlaces(ids.tolist(), tokenizer) if places is None else places
         self.text: str = self._places.text
 
     def characters_before(self, token: int) -> int:
@@ -54,16 +54,15 @@ class _BytePlaces:
             self._starts = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
 
     @classmethod
-    def of(cls, ids: list[int], spelling: Spelling) -> "_BytePlaces | None":
+    def of(cls, ids: np.ndarray, spelling: Spelling) -> "_BytePlaces | None":
         """None where the tokens are not all known, or their bytes are no text."""
-        if ids and not 0 <= min(ids) <= max(ids) < len(spelling.tokens):
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(spelling.ends) - 1:
             return None
-        data = b"".join(map(spelling.tokens.__getitem__, ids))
+        data, ends = spelling.spelled(ids)
         try:
-            text = data.decode()
+            return cls(data.decode(), data, ends)
         except UnicodeDecodeError:
             return None
-        return cls(text, data, np.concatenate(([0], np.cumsum(spelling.lengths[ids]))))
 
     def characters_before(self, token: int) -> int:
         end = int(self._ends[min(token, len(self._ends) - 1)])

@@ -218,15 +218,15 @@ class Rollouts:
         for i in indices:
             prompts.append(Prompt(prompted.problems[i].id, prompted.prompts[i], seen[i]))
             seen[i] += 1
-        for prompt in prompts:
-            guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
+        await asyncio.to_thread(self._check_prompts, guard, prompts)
         graded: dict[Trace, GradedTrace] = {}
         later = judged and self._lent is not None
         with self._console.rollouts(*purpose, len(prompts) * group_size) as bar:
 
             async def take(trace: Trace) -> None:
                 bar.sampled()
-                guard.check_trace(trace.problem_id, trace.text)
+                if guard.watches_traces:
+                    await asyncio.to_thread(guard.check_trace, trace.problem_id, trace.text)
                 if not later:
                     await grade_one(trace)
 
@@ -253,6 +253,10 @@ class Rollouts:
                 await self._lent.bring()
                 await together(grade_one(trace) for traces in found for trace in traces)
         return [group_of(traces) for traces in found]
+
+    def _check_prompts(self, guard: LeakGuard, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
 
 
 def _teaches(stage: SparseRlStage, group: Group) -> bool:

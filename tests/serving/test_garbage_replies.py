@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import threading
 import tracemalloc
 from contextlib import asynccontextmanager
 
@@ -12,6 +13,7 @@ from aiohttp import web
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
+from exprl_megatron.serving import client, generation
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.generation import reply_limit
@@ -115,7 +117,8 @@ class Server:
             return web.json_response({"weight_version": "v0", "model_path": "m"})
         if request.path != "/generate":
             return web.json_response({"success": True})
-        if (await request.json())["sampling_params"]["max_new_tokens"] == 0:
+        sampling = (await request.json())["sampling_params"]
+        if isinstance(sampling, dict) and sampling["max_new_tokens"] == 0:
             return web.Response(body=body(reply(())))
         self.sampled += 1
         return web.Response(body=self.said, status=self.status, headers=self.headers)
@@ -166,6 +169,44 @@ def test_garbage_is_refused_with_the_server_and_the_field(kind):
     with pytest.raises(ServerError, match=rf"(?s)policy-3 \(http://.*asked /generate: .*({message})") as refused:
         generated(Server(said))
     assert len(str(refused.value)) < 1000
+
+
+def generated_all(*replies):
+    async def run():
+        server = Server(b"[" + b",".join(replies) + b"]")
+        async with listening(server), SGLangClient(server.url, "policy-3", deadline_s=20) as client:
+            client.vocabulary = VOCABULARY
+            return await client.generate_all([[1, 2], [3]], [0, 1], **SAMPLING.model_dump())
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_garbage_among_several_continuations_is_refused_as_it_is_alone(kind):
+    assert [found.token_ids.tolist() for found in generated_all(GOOD, GOOD)] == [[5, 6, 7]] * 2
+    with pytest.raises(ServerError, match=r"policy-3 \(http://.*asked /generate: "):
+        generated_all(GOOD, GARBAGE[kind][0])
+
+
+def test_fewer_or_more_continuations_than_were_asked_for_are_refused():
+    for count in (0, 1, 3):
+        with pytest.raises(ServerError, match=f"{count} continuations where 2 were asked for"):
+            generated_all(*[GOOD] * count)
+
+
+def test_a_long_reply_is_read_in_another_thread_than_the_event_loops(monkeypatch):
+    threads = []
+
+    def noted(*arguments):
+        threads.append(threading.current_thread())
+        return generation.read_generation(*arguments)
+
+    monkeypatch.setattr(client, "read_generation", noted)
+    for padding in (0, 2**16):
+        generated(Server(GOOD.replace(b"{", b"{" + b" " * padding, 1)))
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
+    with pytest.raises(ServerError, match=r"policy-3 \(http://.*asked /generate: "):
+        generated(Server(b" " * 2**16 + GARBAGE["empty"][0]))
 
 
 @pytest.mark.parametrize("kind", ["two texts", "two lists of ids", "too many", "no span", "deep lists", "empty"])

@@ -1,6 +1,8 @@
-"""A step that draws a problem more than once, in one round or in several, samples it differently each time."""
+"""A step that draws a problem more than once, in one round or in several, samples it differently each time; its
+prompts are decoded and checked in another thread than the event loop's."""
 
 import asyncio
+import threading
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -22,8 +24,14 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
     whole = rollouts.Rollouts.__new__(rollouts.Rollouts)
     whole._config = SimpleNamespace(seed=0)
     whole._prompted = {stage.problems: PromptedProblems(problems, ((1,),) * 5, 0)}
-    whole._guards = {stage.problems: SimpleNamespace(check_request=lambda *text: None)}
-    whole._tokenizer = SimpleNamespace(decode=lambda ids: "")
+    threads = []
+
+    def note_thread(*_):
+        threads.append(threading.current_thread())
+        return ""
+
+    whole._guards = {stage.problems: SimpleNamespace(check_request=note_thread)}
+    whole._tokenizer = SimpleNamespace(decode=note_thread)
     whole._console = SimpleNamespace(rollouts=lambda *shown: nullcontext())
     whole._judging = SimpleNamespace(grade=lambda *how: None, take_counts=dict)
     whole._fleet = whole._lent = None
@@ -36,6 +44,7 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
     monkeypatch.setattr(rollouts, "sample_groups", nothing_found)
     asyncio.run(whole._sampled(stage, 1, drawn, ["1"]))
     assert len(asked) == 16 * (1 + (rounds or 0))
+    assert len(threads) == 2 * len(asked) and threading.main_thread() not in threads
     assert len(set(asked)) == len(asked)
     most = Counter(problem for problem, _ in asked)
     assert all(occurrence < most[problem] for problem, occurrence in asked)
