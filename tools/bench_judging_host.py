@@ -55,6 +55,8 @@ GROUP, SEGMENTS, ANSWER = 16, 10, 1600
 JUDGE_DELAY_S = 0.2
 REAL_ROWS = 320
 CONTEXT = 131_072
+DISTINCT = 128
+"""Traces that are made; a larger step has each several times, for other problems."""
 
 
 def outputs_of_models() -> list[list[str]]:
@@ -73,14 +75,15 @@ def _long_texts(tree: Any) -> list[str]:
 class Load:
     """Traces of about `tokens` tokens in ten segments, their problems, and a judge's answers."""
 
-    def __init__(self, traces: int, tokens: int, tokenizer: Any):
+    def __init__(self, traces: int, tokens: int, tokenizer: Any, distinct: int | None = None):
+        """`distinct`: so many traces are made, which may be those of any of the problems."""
         random, outputs = Random(0), outputs_of_models()
         self.tokenizer, self.tokens = tokenizer, tokens
         self.problems = [
             Problem(f"p{i}", f"Problem {i}: what is it?", Reference(outputs[i % len(outputs)][0]), "42")
             for i in range(1 + (traces - 1) // GROUP)
         ]
-        self.traces = [self._trace(random, outputs[i // GROUP % len(outputs)], i) for i in range(traces)]
+        self.traces = [self._trace(random, outputs[i // GROUP % len(outputs)], i) for i in range(distinct or traces)]
         # The steps' titles make a trace longer than `tokens`.
         self.longest = max(len(trace.token_ids) for trace in self.traces)
         answers = [text for found in outputs for text in found[1::2]]
@@ -242,12 +245,13 @@ def bench_prefixes(args: argparse.Namespace, directory: Path) -> dict[str, float
 def bench_loop(args: argparse.Namespace, directory: Path) -> dict[str, float]:
     """See the module."""
     groups = -(-args.traces // GROUP)
-    load = Load(groups * GROUP + 1, args.tokens, _tokenizer(args.model))
+    count = groups * GROUP
+    load = Load(count + 1, args.tokens, _tokenizer(args.model), min(count, DISTINCT) + 1)
     bodies = [reply(trace.text, trace.token_ids.tolist(), log_probs=True) for trace in load.traces[:-1]]
     answers = [reply(text, list(range(400))) for text in load.answers]
     with (
         paced_server(answers, "--delay", str(JUDGE_DELAY_S)) as judge,
-        paced_server(bodies, "--over", str(args.seconds)) as policy,
+        paced_server(bodies, "--over", str(args.seconds), "--replies", str(count)) as policy,
     ):
         figures = asyncio.run(judged(load, args.model, judge, policy, directory / "s.sqlite"))
     return figures | {"replies_over_s": args.seconds, "host_threads": HOST_THREADS}

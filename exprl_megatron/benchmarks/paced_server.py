@@ -1,10 +1,10 @@
 """Replies of /generate that are prepared and come when they are due: a server without a model, for benchmarks.
 
-    python -m exprl_megatron.benchmarks.paced_server BODIES [--over S] [--delay S]
+    python -m exprl_megatron.benchmarks.paced_server BODIES [--over S [--replies N]] [--delay S]
 
-BODIES is a JSON list of replies (JSON texts), given in turn. Reply i of n comes i / n of `--over` seconds after the
-first request, or `--delay` seconds after its own. A request for no tokens is answered at once, one for several
-continuations with as many replies. Prints its port.
+BODIES is a JSON list of replies (JSON texts), given in turn. Reply i of N (default: as many as BODIES has) comes i / N
+of `--over` seconds after the first request, or `--delay` seconds after its own. A request for no tokens is answered at
+once, one for several continuations with as many replies. Prints its port.
 """
 
 import argparse
@@ -21,8 +21,8 @@ _NOTHING = json.dumps(
 class PacedReplies:
     """When each reply is due."""
 
-    def __init__(self, bodies: list[bytes], over_s: float | None, delay_s: float):
-        self._bodies, self._over_s, self._delay_s = bodies, over_s, delay_s
+    def __init__(self, bodies: list[bytes], over_s: float | None, replies: int, delay_s: float):
+        self._bodies, self._over_s, self._replies, self._delay_s = bodies, over_s, replies, delay_s
         self._given = 0
         self._first_at: float | None = None
 
@@ -36,7 +36,7 @@ class PacedReplies:
         number, self._given = self._given, self._given + 1
         due = now + self._delay_s
         if self._over_s is not None:
-            due = self._first_at + self._over_s * number / len(self._bodies)
+            due = self._first_at + self._over_s * number / self._replies
         await asyncio.sleep(max(0.0, due - now))
         bodies = [self._bodies[(number + i) % len(self._bodies)] for i in range(several or 1)]
         return bodies[0] if several is None else b"[" + b",".join(bodies) + b"]"
@@ -56,8 +56,9 @@ class PacedReplies:
             writer.close()
 
 
-async def _main(bodies: Path, over_s: float | None, delay_s: float) -> None:
-    replies = PacedReplies([body.encode() for body in json.loads(bodies.read_text())], over_s, delay_s)
+async def _main(options: argparse.Namespace) -> None:
+    bodies = [body.encode() for body in json.loads(options.bodies.read_text())]
+    replies = PacedReplies(bodies, options.over, options.replies or len(bodies), options.delay)
     server = await asyncio.start_server(replies.serve, "127.0.0.1", 0, backlog=4096, limit=2**24)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
@@ -68,5 +69,5 @@ if __name__ == "__main__":
     parser.add_argument("bodies", type=Path)
     parser.add_argument("--over", type=float)
     parser.add_argument("--delay", type=float, default=0.0)
-    arguments = parser.parse_args()
-    asyncio.run(_main(arguments.bodies, arguments.over, arguments.delay))
+    parser.add_argument("--replies", type=int)
+    asyncio.run(_main(parser.parse_args()))
