@@ -48,6 +48,7 @@ from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.text_check import text_check_of
 from exprl_megatron.training.grading import Grade, grade_of
 from exprl_megatron.training.loop_lag import HOST_THREADS, LoopLag
 
@@ -88,6 +89,10 @@ class Load:
         self.longest = max(len(trace.token_ids) for trace in self.traces)
         answers = [text for found in outputs for text in found[1::2]]
         self.answers = ["".join(random.choices(answers, k=4))[:ANSWER] + "\n\nScore: 4" for _ in range(64)]
+
+    def replies(self) -> list[str]:
+        """What the judge's server sends."""
+        return [reply(text, self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in self.answers]
 
     def _trace(self, random: Random, outputs: list[str], number: int) -> Trace:
         text, ids = f"Trace {number}.\n", []
@@ -195,7 +200,7 @@ async def judged(load: Load, model: str, judge_url: str, policy_url: str | None,
 
     with JudgementStore(store) as kept:
         async with SGLangClient(judge_url, "judge-0") as client, SGLangClient(policy_url or judge_url, "p-0") as policy:
-            timed = Timed(client)
+            timed, policy.text_check = Timed(client), text_check_of(load.tokenizer)
             judge = Judge(JudgeConfig(model=model, concurrency=256), [timed], load.tokenizer, CONTEXT, kept)
             grade = grade_of(check_config(tree, "bench").stages[0], judge, right, load.tokenizer)
             await grade(load.problems[-1], load.traces[-1])
@@ -235,7 +240,7 @@ def bench_prefixes(args: argparse.Namespace, directory: Path) -> dict[str, float
     for trace in load.traces:
         backend.encode_batch_fast([trace.text], add_special_tokens=False)
     tokenizer_ms = (time.process_time() - started) / len(load.traces) * 1e3
-    answers = [reply(text, list(range(400))) for text in load.answers]
+    answers = load.replies()
     with paced_server(answers, "--delay", str(JUDGE_DELAY_S)) as url:
         figures = asyncio.run(judged(load, args.model, url, None, directory / "s.sqlite"))
     figures |= {"tokenizer_ms_a_trace": tokenizer_ms, "of_tokenizer": figures["cpu_ms_a_trace"] / tokenizer_ms}
@@ -248,7 +253,7 @@ def bench_loop(args: argparse.Namespace, directory: Path) -> dict[str, float]:
     count = groups * GROUP
     load = Load(count + 1, args.tokens, _tokenizer(args.model), min(count, DISTINCT) + 1)
     bodies = [reply(trace.text, trace.token_ids.tolist(), log_probs=True) for trace in load.traces[:-1]]
-    answers = [reply(text, list(range(400))) for text in load.answers]
+    answers = load.replies()
     with (
         paced_server(answers, "--delay", str(JUDGE_DELAY_S)) as judge,
         paced_server(bodies, "--over", str(args.seconds), "--replies", str(count)) as policy,

@@ -14,7 +14,8 @@ VERDICT = "Score: 4"
 
 
 class FaultyServer:
-    """Does with its requests, in turn, what `script` says, and then answers `Score: 4`.
+    """Does with its requests, in turn, what `script` says, and then answers `Score: 4` (nothing, to a request for
+    no tokens).
 
     A number is an HTTP status to refuse with, a string the answer (to each question, where several are asked at once),
     a list the answers to several, bytes the whole reply, "drop" cuts the connection, "hang" never answers. `counts` has
@@ -50,7 +51,8 @@ class FaultyServer:
         self.counts["most-running"] = max(self.counts["most-running"], self.counts["running"])
         try:
             await asyncio.sleep(0.02)
-            act = self.script.pop(0) if self.script else VERDICT
+            nothing = several is None and body.get("sampling_params", {}).get("max_new_tokens") == 0
+            act = self.script.pop(0) if self.script else "" if nothing else VERDICT
             if act == "hang":
                 await asyncio.sleep(60)
             if act == "drop":
@@ -73,11 +75,15 @@ class FaultyServer:
     @staticmethod
     def _generation(text):
         meta = {"finish_reason": {"type": "stop"}, "prompt_tokens": 5, "cached_tokens": 0}
-        spans = [{"version": "v0", "start": 0, "end": 1}]
+        ids = [UNKNOWN] if text else []
         return {
             "text": text,
-            "output_ids": [UNKNOWN],
-            "meta_info": meta | {"output_token_logprobs": [[-0.5, UNKNOWN, None]], "weight_versions": spans},
+            "output_ids": ids,
+            "meta_info": meta
+            | {
+                "output_token_logprobs": [[-0.5, token, None] for token in ids],
+                "weight_versions": [{"version": "v0", "start": 0, "end": len(ids)}],
+            },
         }
 
     @staticmethod
