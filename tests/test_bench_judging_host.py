@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent / "judging"))
 import bench_judging_host
 from tokenizer_rules import tokenizer_of
 
+from exprl_megatron.benchmarks.host.station import measure, stations
+from exprl_megatron.benchmarks.host.workload import Workload
+
 
 def figures(tmp_path: Path, *arguments: str) -> dict:
     bench_judging_host.main([*arguments, "--json", str(tmp_path / "figures.json")])
@@ -27,6 +30,8 @@ def test_traces_are_judged_while_replies_come_in_and_the_lag_is_measured(tmp_pat
     assert found["traces"] == 16 and found["seconds"] >= 0.3
     assert found["loop_busy_max_s"] > 0 and found["lag_max_s"] > 0
     assert figures(tmp_path, "prefixes", *sizes)["cpu_ms_a_trace"] > 0
+    cost = measure(stations()["judging by prefixes"], Workload(8, 200, tmp_path))
+    assert cost.cpu_s > 0 and cost.traces == 8
 
 
 def test_the_store_grows_to_the_rows_asked_for(tmp_path):

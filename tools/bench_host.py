@@ -4,7 +4,7 @@ Every station and size is measured in a process of its own, with one thread. A m
 that has a STATION is a row. `by traces` and `by length` are exponents of growth: of four times as many traces, and of
 traces that are eight times as long. The share is that of a 404 s step, the planner's for a 70B model and 2,048 traces.
 
-    python tools/bench_host.py [--stations NAME ...] [--sizes 512x2000 ...] [--json F]
+    python tools/bench_host.py [--stations NAME ...] [--sizes 512x2000 ...] [--model DIR] [--json F]
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from exprl_megatron.benchmarks.host.station import measured, stations
+from exprl_megatron.benchmarks.host.workload import Workload
 
 SIZES = ("512x2000", "2048x2000", "2048x6000", "2048x16000")
 STEP_S = 404.0
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stations", nargs="+", help="only these, by their names")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="traces x mean tokens")
+    parser.add_argument("--model", type=Path, default=Workload.model, help="has the tokenizer for judging")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args(arguments)
     known = stations()
@@ -35,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         if name not in known:
             parser.error(f"there is no station {name!r}; choose of {', '.join(known)}")
     torch.set_num_threads(1)
-    costs = {name: {size: asdict(measured(name, *map(int, size.split("x")))) for size in args.sizes} for name in names}
+    steps = {size: Workload(*map(int, size.split("x")), model=args.model) for size in args.sizes}
+    costs = {name: {size: asdict(measured(name, step)) for size, step in steps.items()} for name in names}
     print(table(costs, {name: known[name].blocks for name in names}))
     if args.json is not None:
         args.json.write_text(json.dumps(costs, indent=1))

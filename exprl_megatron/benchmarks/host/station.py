@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -46,10 +46,10 @@ def stations() -> dict[str, Station]:
     return {module.STATION.name: module.STATION for module in modules if hasattr(module, "STATION")}
 
 
-def measured(name: str, traces: int, mean_tokens: int) -> Cost:
+def measured(name: str, workload: Workload) -> Cost:
     """The cost of the station `name` for a step of that size, in a process of its own."""
     with get_context("fork").Pool(1) as pool:
-        return pool.apply(_measure, (name, Workload(traces, mean_tokens)))
+        return pool.apply(_measure, (name, workload))
 
 
 def _measure(name: str, workload: Workload) -> Cost:
@@ -61,7 +61,7 @@ def measure(station: Station, workload: Workload) -> Cost:
 
     The work is done for a small workload before, so that imports and first calls do not count.
     """
-    station.prepare(Workload(16, 64))()
+    station.prepare(replace(workload, traces=16, mean_tokens=64))()
     work = station.prepare(workload)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -49,6 +50,8 @@ class Workload:
 
     traces: int
     mean_tokens: int
+    model: Path = Path("build/smollm2-135m-instruct")
+    """Has the tokenizer with which traces are judged; tools/prepare_smollm.py writes the default one."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
