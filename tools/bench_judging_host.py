@@ -137,7 +137,7 @@ def _keep_problem(store: JudgementStore, random: Random, outputs: list[str], sys
         for prefix in range(1, SEGMENTS + 1):
             answer = "".join(random.choices(outputs[1::2], k=4))[:ANSWER]
             asked = Asked(frame, text, prefix * len(text) // SEGMENTS)
-            written.append(store.keep_judgement_soon(_key(row), asked, answer, Scored(0.75, answer)))
+            written.append(store.keep_judgements_soon([(_key(row), asked, answer, Scored(0.75, answer))]))
             row += 1
     for future in written:
         future.result()
