@@ -175,7 +175,7 @@ def generated_all(*replies):
     async def run():
         server = Server(b"[" + b",".join(replies) + b"]")
         async with listening(server), SGLangClient(server.url, "policy-3", deadline_s=20) as client:
-            client.vocabulary = VOCABULARY
+            client.vocabulary, client.text_check = VOCABULARY, CHECK
             return await client.generate_all([[1, 2], [3]], [0, 1], **SAMPLING.model_dump())
 
     return asyncio.run(run())
