@@ -33,6 +33,7 @@ setup(
         "psutil",
         "pyyaml",
         "rich",
+        "setproctitle",
         "sortedcontainers",
         "typer",
         "xxhash",
