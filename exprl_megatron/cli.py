@@ -77,7 +77,7 @@ def train(
     try:
         from exprl_megatron.config.load import load_config
         from exprl_megatron.training.follow import follow
-        from exprl_megatron.training.launch import launch
+        from exprl_megatron.training.launch import check_servers_of, launch
         from exprl_megatron.training.model_checks import model_violations
         from exprl_megatron.training.nodes import Node
 
@@ -85,7 +85,9 @@ def train(
         if dry_run:
             from exprl_megatron.training.plan import print_start
 
-            print_start(load_config(config, changes))
+            # Servers that are registered, or a run of several nodes, are not this machine's to place.
+            here = servers is ServersFrom.OWN and nodes == 1
+            print_start(load_config(config, changes), **({"check_servers": check_servers_of} if here else {}))
             return
         node = Node.of(node_rank, nodes, master)
         registered = servers is ServersFrom.REGISTERED

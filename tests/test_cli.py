@@ -181,6 +181,23 @@ def test_a_dry_run_prints_config_and_processes_and_starts_nothing(run, monkeypat
     assert not run.directory.exists()
 
 
+def test_a_dry_run_refuses_what_a_start_on_this_machine_refuses(run, monkeypatch, capsys):
+    """GPUs that are too few, and a port in use; registered servers are placed elsewhere."""
+    with monkeypatch.context() as patched:
+        patched.setattr("exprl_megatron.training.launch.gpu_count", lambda: 1)
+        status, told = run(monkeypatch, capsys, "server.count=2", "--dry-run")
+        placed_elsewhere, _ = run(monkeypatch, capsys, "server.count=2", "--dry-run", "--servers", "registered")
+        assert placed_elsewhere == 0
+        assert status == 2 and "of 1; make policy.layout or the servers' count or tp smaller" in told
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, told = run(monkeypatch, capsys, f"server.port={port}", "--dry-run")
+        assert status == 2 and f"Port {port}, configured for policy-0, is in use" in told
+    assert not run.directory.exists()
+
+
 def test_a_disk_that_is_full_at_the_start_is_one_sentence(run, monkeypatch, capsys):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

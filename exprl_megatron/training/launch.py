@@ -68,8 +68,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
     try:
         contents = checked_inputs(config, start)
         if not registered:
-            wanted = placed(wanted, config, gpu_count())
-            check_servers(wanted)
+            wanted = placed_servers(wanted, config)
         claim = directory.claim(config, resume, contents)
     except (UserError, OSError, Interrupted):
         if registered and not Claim.is_held(directory.root):
@@ -125,6 +124,18 @@ def _all_run(ranks: TrainerRanks, host: Host) -> bool:
     except RankFailed:
         host.check_for_killed()
         raise
+
+
+def check_servers_of(config: RunConfig) -> None:
+    """Raise UserError where this machine could not start the run's servers: GPUs, ports, models, formats."""
+    placed_servers(wanted_servers(config, RunDirectory(config.directory)), config)
+
+
+def placed_servers(wanted: list[ServerSpec], config: RunConfig) -> list[ServerSpec]:
+    """`wanted`, each with its first GPU of this machine; starts nothing. Raises as `placed` and `check_servers` do."""
+    found = placed(wanted, config, gpu_count())
+    check_servers(found)
+    return found
 
 
 def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpec]:

@@ -1,6 +1,7 @@
 """What `exprl train --dry-run` prints: the resolved config and the processes that a run would start."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import yaml
@@ -75,12 +76,17 @@ def print_plan(config: RunConfig) -> None:
         print(line)
 
 
-def print_start(config: RunConfig) -> None:
-    """Check what a start would check, and print what it would start; UserError as `check_inputs` raises it."""
+def print_start(config: RunConfig, check_servers: Callable[[RunConfig], None] = lambda config: None) -> None:
+    """Check what a start would check, and print what it would start; UserError as `check_inputs` raises it.
+
+    `check_servers` checks what a start on this machine does beyond the inputs; not where a model is elsewhere.
+    """
     # The launcher takes its sentences from this module, and nothing that reads models.
     from exprl_megatron.training.preflight import dry_run
 
     left_out = dry_run(config)
+    if left_out is None:
+        check_servers(config)
     print_plan(config)
     print_departures(config)
     if left_out is None:

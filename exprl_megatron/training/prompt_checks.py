@@ -12,6 +12,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judge_model import model_context
 from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.rubric import MOST, Checkpoint, Rubric
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
@@ -21,6 +22,9 @@ from exprl_megatron.problems.sources import load_problems
 TRACE = "(the trace)"
 _LONGEST = 8
 """So many problems, those with most characters, are looked at for the longest prompt of the judge."""
+
+_EMPTY_RUBRIC = Rubric((Checkpoint("", 1.0, ""),) * MOST)
+"""As many numbered lines as a rubric has at most, without their texts."""
 
 
 def check_prompts(config: RunConfig) -> None:
@@ -75,21 +79,37 @@ def _check_teacher(config: RunConfig, stage: SelfDistillStage, tokenizer: Any) -
 
 
 def _check_judge(config: RunConfig, stage: JudgedStage, judge: Judge) -> None:
-    """Raise UserError where reference, the longest trace and the longest answer do not fit into the judge's context."""
+    """Raise UserError where the longest prompt, trace and answer do not fit into the judge's context.
+
+    With checkpoints both prompts are counted: that with the longest rubric, and that with the reference, which a
+    problem gets whose rubric cannot be made.
+    """
     context, answer = model_context(config.judge.model), config.judge.max_new_tokens
     trace = stage.sampling.max_new_tokens
-    for unit in _units(stage):
-        longest, problem = max(
-            ((len(judge.request(problem, "", unit)), problem) for problem in _longest(load_problems(stage.problems))),
-            key=lambda pair: pair[0],
+    problems = _longest(load_problems(stage.problems))
+    found = [
+        (tokens, problem, what)
+        for unit in _units(stage)
+        for problem in problems
+        for tokens, what in _lengths(config, judge, problem, unit)
+    ]
+    longest, problem, what = max(found, key=lambda row: row[0])
+    if longest + trace + answer > context:
+        raise UserError(
+            f"stage {stage.name}: the judge in {config.judge.model} holds {context} tokens, but its prompt "
+            f"about problem {problem.id} takes {longest}{what} without a trace, a trace up to {trace} "
+            f"(sampling.max_new_tokens) and its answer up to {answer} (judge.max_new_tokens); lower these, or "
+            "take a judge with more context."
         )
-        if longest + trace + answer > context:
-            raise UserError(
-                f"stage {stage.name}: the judge in {config.judge.model} holds {context} tokens, but its prompt "
-                f"about problem {problem.id} takes {longest} without a trace, a trace up to {trace} "
-                f"(sampling.max_new_tokens) and its answer up to {answer} (judge.max_new_tokens); lower these, or "
-                "take a judge with more context."
-            )
+
+
+def _lengths(config: RunConfig, judge: Judge, problem: Problem, unit: Unit) -> Iterator[tuple[int, str]]:
+    """Tokens of each prompt that the judge may get about `problem`, without a trace, and what they include."""
+    yield len(judge.request(problem, "", unit)), ""
+    rubric = config.judge.rubric
+    if rubric.kind == "checkpoints" and problem.reference is not None:
+        tokens = len(judge.request(problem, "", unit, _EMPTY_RUBRIC)) + rubric.max_new_tokens
+        yield tokens, f" with checkpoints of up to {rubric.max_new_tokens} (judge.rubric.max_new_tokens)"
 
 
 def _longest(problems: Sequence[Problem]) -> list[Problem]:

@@ -1,11 +1,15 @@
 """Prompts are made and measured before anything starts, and the dry run shows them."""
 
 import json
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
+from exprl_megatron.judging.judge import Judge
+from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.plan import print_prompts
 from exprl_megatron.training.preflight import check_inputs, dry_run
 
@@ -57,6 +61,25 @@ def test_a_judge_without_room_for_reference_trace_and_answer_is_refused(tree, ti
     with pytest.raises(
         UserError, match=r"holds 32768 tokens.*problem p1.*sampling.max_new_tokens.*judge.max_new_tokens"
     ):
+        check_inputs(check_config(tree, "test"))
+
+
+@pytest.mark.parametrize(("room", "refused"), [(0, True), (2_000, True), (30_000, False)])
+def test_a_judge_without_room_for_checkpoints_is_refused(tree, tmp_path, room, refused):
+    """The longer of both prompts counts, with as many tokens of a rubric as it may be written in."""
+    plain = check_config(tree, "test")
+    judge = Judge(plain.judge, [], AutoTokenizer.from_pretrained(plain.judge.model))
+    (problem,) = load_problems(plain.stages[0].problems)
+    fits = len(judge.request(problem, "", "trace")) + 128 + 64
+    tree["judge"] |= {"rubric": {"kind": "checkpoints", "max_new_tokens": 3_000}}
+    tree["judge"]["model"] = str(_longer(Path(plain.policy.model), tmp_path, fits + room))
+    check_inputs(check_config(tree | {"judge": tree["judge"] | {"rubric": {"kind": "reference"}}}, "test"))
+    if refused:
+        with pytest.raises(
+            UserError, match=r"checkpoints of up to 3000 \(judge.rubric.max_new_tokens\) without a trace"
+        ):
+            check_inputs(check_config(tree, "test"))
+    else:
         check_inputs(check_config(tree, "test"))
 
 
