@@ -49,10 +49,11 @@ class Backend:
         return web.json_response({"name": self.name, "success": True} | served)
 
     def written(self):
-        """An answer without tokens under the weights that it says it has."""
-        meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [], "prompt_tokens": 1, "cached_tokens": 0}
-        meta["weight_versions"] = [{"version": self.version, "start": 0, "end": 0}]
-        return {"text": self.name, "output_ids": [], "meta_info": meta}
+        """An answer of one token under the weights that it says it has."""
+        meta = {"finish_reason": {"type": "stop"}, "prompt_tokens": 1, "cached_tokens": 0}
+        meta["output_token_logprobs"] = [[-0.5, 7, None]]
+        meta["weight_versions"] = [{"version": self.version, "start": 0, "end": 1}]
+        return {"text": self.name, "output_ids": [7], "meta_info": meta}
 
     def registered(self, incarnation="a"):
         return RegisteredServer("policy", self.name, self.url, "", incarnation)
