@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
-import torch
 import zstandard
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.resharding.transport import Bucket
+from exprl_megatron.serving.tensor_bytes import tensor_bytes
 
 VERSION = "version.txt"
 _LEVEL = 1
@@ -65,7 +65,7 @@ class DeltaWriter:
     def add(self, bucket: Bucket) -> None:
         """What changed in a bucket's tensors."""
         for name, tensor in bucket:
-            new = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+            new = numpy.frombuffer(tensor_bytes(tensor.detach().cpu().contiguous()), numpy.uint8)
             difference = numpy.bitwise_xor(self._mirror.read(name), new)
             if difference.any():
                 blob = zstandard.ZstdCompressor(_LEVEL).compress(difference.data)

@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from exprl_megatron.serving.delivery_tables import Part
+from exprl_megatron.serving.tensor_bytes import tensor_bytes
 
 _TILE = 4096
 """Words."""
@@ -68,10 +69,10 @@ def word_hash(numbers: torch.Tensor) -> torch.Tensor:
 
 def _byte_hash(numbers: torch.Tensor) -> int:
     if numbers.is_contiguous():
-        return xxhash.xxh3_64_intdigest(_bytes(numbers).numpy())
+        return xxhash.xxh3_64_intdigest(tensor_bytes(numbers))
     digest = xxhash.xxh3_64()
     for piece in _pieces(numbers, _COPIED_BYTES):
-        digest.update(piece.numpy())
+        digest.update(tensor_bytes(piece))
     return digest.intdigest()
 
 

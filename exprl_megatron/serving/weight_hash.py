@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from exprl_megatron.serving.tensor_bytes import tensor_bytes
+
 _MASK = 0xFFFFFFFF
 _TILE = 8192
 _TILES_AT_ONCE = 256
@@ -31,7 +33,7 @@ class Sha256:
         self._digest = hashlib.sha256()
 
     def update(self, data: torch.Tensor) -> None:
-        self._digest.update(memoryview(data.cpu().numpy()))
+        self._digest.update(tensor_bytes(data.cpu().contiguous()))
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()[:16]
