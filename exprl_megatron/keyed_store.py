@@ -1,8 +1,8 @@
 """torch's stores, through which processes find each other and exchange records, for processes that share a key.
 
 A TCPStore has no authentication and listens on every interface. Here it listens at one address; its names begin with
-one that only who has the key can tell; and a record is believed only with the key's authentication code. Whoever can
-connect can still list and delete what is in it: that stops a run, but does not steer it.
+a prefix that only a holder of the key can compute; and a record is accepted only with the key's authentication code. A
+process that can connect can still list and delete what is in it: that stops a run, but does not steer it.
 """
 
 import socket

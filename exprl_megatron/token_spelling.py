@@ -75,7 +75,7 @@ def _ends(lengths: np.ndarray) -> np.ndarray:
 
 
 def _bytes_of(name: str) -> bytes:
-    """A token's bytes; a name with a character that stands for no byte is written in UTF-8, as the decoder does."""
+    """A token's bytes; a name with a character that represents no byte is written in UTF-8, as the decoder does."""
     if all(character in _BYTES for character in name):
         return bytes(_BYTES[character] for character in name)
     return name.encode()

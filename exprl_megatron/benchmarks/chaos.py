@@ -256,10 +256,10 @@ class FaultedRun:
 
     def _stop_rank(self) -> None:
         """SIGSTOP for one rank, which its missing heartbeat shows."""
-        worker, stops, begun = self._random.choice(self._workers()), len(self._stops), time.monotonic()
+        worker, stops, started = self._random.choice(self._workers()), len(self._stops), time.monotonic()
         worker.send_signal(signal.SIGSTOP)
         self.until(lambda: len(self._stops) > stops, 10 * _FOUND_S)
-        if (found_s := self._stopped_at[stops] - begun) > _FOUND_S:
+        if (found_s := self._stopped_at[stops] - started) > _FOUND_S:
             self._found.append(f"a stopped rank was found after {found_s:.0f} s")
         self._over = True
 
