@@ -28,7 +28,7 @@ class Starter:
         command: list[str],
         environment: Mapping[str, str],
         output: IO | None,
-        errors: IO,
+        errors: IO | None,
         *,
         grace_s: float | None = 5.0,
         inherited: Mapping[str, int] | None = None,
@@ -36,11 +36,11 @@ class Starter:
         """Start `command` ([sys.executable, "-m", MODULE, ...]) supervised, or just started where `grace_s` is None.
 
         `inherited` are descriptors that the program is to have, by the environment variables that hold their numbers.
-        `output` None: this process's.
+        `output` or `errors` None: this process's.
         """
         inherited = inherited or {}
         request = ForkRequest(command, dict(environment), grace_s, name, list(inherited))
-        standard = [1 if output is None else output.fileno(), errors.fileno()]
+        standard = [1 if output is None else output.fileno(), 2 if errors is None else errors.fileno()]
         for server in self._fork_servers:
             if command[2] in server.programs:
                 child = server.start(request, [*standard, *inherited.values()])

@@ -30,7 +30,7 @@ def checked_inputs(config: RunConfig, starter: Starter) -> dict[str, str]:
             [sys.executable, "-m", INPUT_CHECKS],
             os.environ | {_PARENT: str(os.getpid())},
             None,
-            sys.stderr,
+            None,
             grace_s=None,
             inherited={CHANNEL: theirs.fileno()},
         )

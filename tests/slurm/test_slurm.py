@@ -70,6 +70,7 @@ def two_stages(root: Path):
     tiny(recipe.prime, root / "prime")
     tiny(recipe.sparse, root / "sparse")
     recipe.prime.judge.gate = None
+    recipe.prime.server.count = recipe.sparse.server.count = 1
     recipe.sparse.stages[0].steps = 5
     return recipe
 
