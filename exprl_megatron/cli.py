@@ -10,6 +10,7 @@ import typer
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
 from exprl_megatron.evaluation.command import eval_command
+from exprl_megatron.inspection.command import show_command
 from exprl_megatron.interruption import Interrupted, end_on_signals
 from exprl_megatron.planning.command import plan_command
 
@@ -153,6 +154,7 @@ def judge_bench(
 
 app.command("eval")(eval_command)
 app.command("plan")(plan_command)
+app.command("show")(show_command)
 
 
 @app.command()

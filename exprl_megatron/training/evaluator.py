@@ -1,5 +1,6 @@
 """pass@k of the weights that the servers hold, on held-out problems; each evaluation is made once and kept."""
 
+import asyncio
 import json
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from exprl_megatron.reporting.metrics import EVALUATION
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory, write_atomically
+from exprl_megatron.training.journal import SampledStep, write_step
 from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.rollouts import Rollouts
 
@@ -22,10 +24,10 @@ START = "start"
 
 
 class Evaluator:
-    """Lives on rank 0; one JSON file for each evaluation.
+    """Lives on rank 0; one JSON file for each evaluation, and beside it the answers, in the rollout log's form.
 
-    It holds weight_version, counts (problem: [graded, correct]), estimates, mean_tokens (of a response), shares of the
-    samples (overlong_share, abstained_share), and seconds.
+    The JSON file holds weight_version, counts (problem: [graded, correct]), estimates, mean_tokens (of a response),
+    shares of the samples (overlong_share, abstained_share), and seconds.
     """
 
     def __init__(
@@ -66,6 +68,9 @@ class Evaluator:
             "seconds": time.monotonic() - started,
         }
         self._file(name).parent.mkdir(exist_ok=True)
+        # The figures come last: their file says that the evaluation has been made.
+        answers = SampledStep(groups, problems_drawn=len(groups))
+        await asyncio.to_thread(write_step, self._file(name).with_suffix(".parquet"), answers)
         write_atomically(self._file(name), json.dumps(record, indent=1).encode())
         shown = ", ".join(f"pass@{e.k} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in found)
         self._console.say(f"evaluation of {name}: {shown}")

@@ -22,6 +22,8 @@ VERSION = 2
 _METADATA = b"exprl"
 _SPLIT = ("prompt_ids.list.element", "token_ids.list.element", "log_probs.list.element")
 """Columns whose numbers compress better when their first bytes are together, and their second, and so on."""
+DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, KeyError, TypeError)
+"""What reading a damaged file raises."""
 _ROWS = 256
 """Traces of a row group: what is held a second time while a step is written."""
 
@@ -68,36 +70,20 @@ class Journal:
         path = self.path(stage, step)
         try:
             if path.is_file():
-                return _read(path)
+                return read_step(path)
             path = self._path_v1(stage, step)
             if not path.is_file():
                 return None
             groups, counts = read_v1(path.read_bytes())
             return SampledStep(groups, **counts)
-        except (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             raise UserError(
                 f"The journal file {path} is damaged ({error}); delete it to sample that step again."
             ) from error
 
     def write(self, stage: str, step: int, sampled: SampledStep) -> None:
         """Keep a step; complete on disk when this returns."""
-        counts = {"version": VERSION, "problems_drawn": sampled.problems_drawn, "judge_counts": sampled.judge_counts}
-        rows = rows_of(sampled.groups)
-        with (
-            open_atomically(self.path(stage, step)) as file,
-            pq.ParquetWriter(
-                file,
-                SCHEMA.with_metadata({_METADATA: json.dumps(counts)}),
-                compression="zstd",
-                compression_level=1,
-                use_dictionary=["problem_id", "domain", "finish_reason"],
-                column_encoding=dict.fromkeys(_SPLIT, "BYTE_STREAM_SPLIT"),
-                write_statistics=False,
-                write_page_checksum=True,
-            ) as writer,
-        ):
-            for start in range(0, len(rows), _ROWS):
-                writer.write_batch(batch_of(rows[start : start + _ROWS]))
+        write_step(self.path(stage, step), sampled)
 
     def keep_newest(self, stage: str, step: int, count: int) -> None:
         """Delete the steps of `stage` up to `step` but for the last `count` of these."""
@@ -110,7 +96,32 @@ class Journal:
         return self._root / stage / f"step-{step:06d}.jsonl.gz"
 
 
-def _read(path: Path) -> SampledStep:
+def write_step(path: Path, sampled: SampledStep) -> None:
+    """Write a step's traces and judgements to `path`; complete on disk when this returns."""
+    counts = {"version": VERSION, "problems_drawn": sampled.problems_drawn, "judge_counts": sampled.judge_counts}
+    rows = rows_of(sampled.groups)
+    with (
+        open_atomically(path) as file,
+        pq.ParquetWriter(
+            file,
+            SCHEMA.with_metadata({_METADATA: json.dumps(counts)}),
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=["problem_id", "domain", "finish_reason"],
+            column_encoding=dict.fromkeys(_SPLIT, "BYTE_STREAM_SPLIT"),
+            write_statistics=False,
+            write_page_checksum=True,
+        ) as writer,
+    ):
+        for start in range(0, len(rows), _ROWS):
+            writer.write_batch(batch_of(rows[start : start + _ROWS]))
+
+
+def read_step(path: Path) -> SampledStep:
+    """What write_step wrote.
+
+    Raises UserError where a later version wrote the file, and one of DAMAGE where it cannot be read back.
+    """
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         counts = json.loads(file.schema_arrow.metadata[_METADATA])
         version = counts.pop("version")

@@ -12,11 +12,10 @@ from rich.text import Text
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Scored, judgement_record
 from exprl_megatron.judging.store import Entry, JudgementStore
+from exprl_megatron.reporting.plain_text import plain
 from exprl_megatron.training.directory import RunDirectory, read_config
 
 LISTED = 20
-# What models write may hold terminal commands; here they are signs like any other.
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), "�")
 
 
 def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_json: bool) -> None:
@@ -66,7 +65,7 @@ def _page(entry: Entry) -> RenderableType:
         elif isinstance(value, dict | list):
             parts.append(_panel(f"asked: {name}", json.dumps(value, indent=2, ensure_ascii=False)))
         elif value is not None:
-            facts.add_row(_plain(name), _plain(str(value)))
+            facts.add_row(plain(name), plain(str(value)))
     parts.append(_panel("answered", entry.answer))
     if isinstance(entry.result, str):
         parts.append(_panel("rubric", json.dumps(json.loads(entry.result), indent=2, ensure_ascii=False)))
@@ -78,18 +77,13 @@ def _page(entry: Entry) -> RenderableType:
 def _listing(entries: list[Entry]) -> Table:
     table = Table("hash", "kind", "kept", "problem", "verdict", caption=f"the latest, at most {LISTED}")
     for entry in entries:
-        problem = _plain(str(entry.asked.get("problem", "")))
+        problem = plain(str(entry.asked.get("problem", "")))
         table.add_row(entry.key[:12], _kind(entry), _time(entry)[:19], problem, _verdict(entry))
     return table
 
 
 def _panel(title: str, text: str) -> Panel:
-    return Panel(_plain(text), title=Text(title), title_align="left")
-
-
-def _plain(text: str) -> Text:
-    """`text` without any markup, commands to the terminal, or signs that cannot be written."""
-    return Text(text.encode("utf-8", "replace").decode().translate(_CONTROLS))
+    return Panel(plain(text), title=Text(title), title_align="left")
 
 
 def _kind(entry: Entry) -> str:

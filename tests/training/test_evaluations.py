@@ -1,7 +1,9 @@
 """Evaluations before, within and after stages: when, under which weights, once; and where their figures are found."""
 
+import asyncio
 import json
-from contextlib import suppress
+import os
+import stat
 
 import pytest
 from graded import graded
@@ -10,12 +12,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import Preempted, UserError
+from exprl_megatron.files import keep_private
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training import loop
+from exprl_megatron.training import evaluator, loop
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.evaluator import Evaluator
+from exprl_megatron.training.journal import read_step
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.run import Run
 
@@ -41,8 +45,7 @@ class Work:
     def __init__(self, coroutine, stopped):
         if stopped:
             return coroutine.close()
-        with suppress(StopIteration):
-            coroutine.send(None)
+        asyncio.run(coroutine)
 
     def result(self):
         return None
@@ -187,6 +190,33 @@ def test_the_figures_are_in_the_metrics_tensorboard_the_files_and_the_closing_ta
     record = json.loads((paths.evaluations / "prime" / "step-4.json").read_text())
     assert (record["weight_version"], record["counts"]["h0"], record["mean_tokens"]) == ("v4", [2, 1], 3.0)
     assert list(run._evaluator.all()) == ["start", "prime/step-2", "prime/step-4", "prime", "sparse"]
+
+
+def test_the_answers_are_kept_beside_the_figures_for_the_owner_alone(tmp_path):
+    config = run_config(tmp_path / "run", every_steps=2)
+    run = Evaluating(config)
+    paths = RunDirectory(config.directory)
+    before = os.umask(0o022)
+    try:
+        keep_private(paths.root)
+        evaluated(run)
+    finally:
+        os.umask(before)
+    made = {path.relative_to(paths.evaluations).with_suffix("") for path in paths.evaluations.rglob("*.json")}
+    kept = {path.relative_to(paths.evaluations).with_suffix("") for path in paths.evaluations.rglob("*.parquet")}
+    assert kept == made and len(kept) == 5
+    answers = paths.evaluations / "prime" / "step-4.parquet"
+    assert stat.S_IMODE(answers.stat().st_mode) == 0o600
+    first, *_ = read_step(answers).groups
+    assert first == Group("p", (graded(0, 1.0), graded(1, 0.0, finish="length")))
+
+
+def test_an_evaluation_whose_answers_cannot_be_kept_has_not_been_made(tmp_path, monkeypatch):
+    run = Evaluating(run_config(tmp_path / "run"))
+    monkeypatch.setattr(evaluator, "write_step", lambda path, step: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        evaluated(run)
+    assert not run._evaluator.done("start")
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])

@@ -1,0 +1,1 @@
+"""Reads what a run has left, or is leaving, and shows it."""

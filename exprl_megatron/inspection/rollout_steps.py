@@ -1,0 +1,122 @@
+"""The groups of a run's rollout log, of one step or of many, and of its evaluations, with their advantages."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stages import SelfDistillStage, Stage
+from exprl_megatron.errors import UserError
+from exprl_megatron.rollout.group import Group
+from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.training.journal import DAMAGE, Journal, read_step
+from exprl_megatron.training.sequences import TokenAdvantages, token_advantages
+
+
+@dataclass(frozen=True)
+class InspectedGroup:
+    """A group, where it was found, and what the step learned from it."""
+
+    place: str
+    """`STAGE, step N`, or `evaluation NAME`."""
+    number: int
+    """In its step, 0-based."""
+    group: Group
+    advantages: tuple[TokenAdvantages, ...] | None
+    """One for each member; None where nothing has advantages there."""
+
+
+def logged_steps(
+    directory: RunDirectory, config: RunConfig, stage: str | None, step: int | None, every: bool
+) -> list[tuple[str, int]]:
+    """The (stage, step) pairs that are meant: of one stage or of all, one step, `every` one, or else the latest.
+
+    Raises UserError where there is none in the rollout log.
+    """
+    names = [each.name for each in config.stages]
+    if stage is not None and stage not in names:
+        raise UserError(f"{directory.root} has no stage {stage!r}; its stages are {', '.join(names)}.")
+    journal = Journal(directory.journal)
+    found = [(name, number) for name in names if stage in (None, name) for number in journal.steps(name)]
+    if not found:
+        where = "" if stage is None else f" of stage {stage}"
+        raise UserError(f"The rollout log {directory.journal} has no step{where} yet; try again when one was sampled.")
+    if step is not None:
+        wanted = [pair for pair in found if pair[1] == step]
+        if not wanted:
+            raise UserError(f"The rollout log {directory.journal} has no step {step}; it has {_ranges(found)}.")
+        return wanted if every else wanted[-1:]
+    return found if every else found[-1:]
+
+
+def logged_groups(directory: RunDirectory, config: RunConfig, stage: str, step: int) -> Iterator[InspectedGroup]:
+    """The groups of one step; none where the step has been deleted meanwhile (`journal.keep_steps`).
+
+    Raises UserError where the file is damaged or of a later version.
+    """
+    sampled = Journal(directory.journal).read(stage, step)
+    if sampled is None:
+        return
+    (settings,) = (each for each in config.stages if each.name == stage)
+    advantages = step_advantages(settings, sampled.groups)
+    for number, group in enumerate(sampled.groups):
+        of_group = None if advantages is None else tuple(advantages[number])
+        yield InspectedGroup(f"{stage}, step {step}", number, group, of_group)
+
+
+def evaluation_groups(directory: RunDirectory, name: str) -> Iterator[InspectedGroup]:
+    """The groups of held-out answers of the evaluation `name`.
+
+    Raises UserError where they were not kept, or the file is damaged or of a later version.
+    """
+    path = evaluation_file(directory, name)
+    try:
+        groups = read_step(path).groups
+    except DAMAGE as error:
+        raise UserError(f"The evaluation's answers {path} are damaged ({error}); nothing can show them.") from error
+    for number, group in enumerate(groups):
+        yield InspectedGroup(f"evaluation {name}", number, group, None)
+
+
+def evaluation_file(directory: RunDirectory, name: str) -> Path:
+    """Where the answers of the evaluation `name` are; UserError, naming those that are there, where they are not."""
+    kept = sorted(path.relative_to(directory.evaluations) for path in directory.evaluations.rglob("*.parquet"))
+    names = [str(path.with_suffix("")) for path in kept]
+    if name not in names:
+        raise UserError(
+            f"{directory.evaluations} has no answers of an evaluation {name!r}; "
+            f"there are those of {', '.join(names) or 'none'}."
+        )
+    return directory.evaluations / f"{name}.parquet"
+
+
+def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvantages]] | None:
+    """By the stage's own rules, as they were when the step was learned from; None where the stage has none.
+
+    Raises UserError where the log does not fit the stage.
+    """
+    if isinstance(stage, SelfDistillStage):
+        return None
+    try:
+        return token_advantages(stage, groups)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"The rollout log does not fit stage {stage.name} of config.yaml ({error}); restore the run's config."
+        ) from error
+
+
+def span_advantage(advantages: TokenAdvantages, start: int, end: int) -> float | None:
+    """That of the last token of the span: all of a span have the same, or the last alone has one.
+
+    None where the trace is out of the loss or the span is empty.
+    """
+    return None if advantages is None or end <= start else float(np.asarray(advantages)[end - 1])
+
+
+def _ranges(pairs: list[tuple[str, int]]) -> str:
+    stages: dict[str, list[int]] = {}
+    for stage, step in pairs:
+        stages.setdefault(stage, []).append(step)
+    return ", ".join(f"{min(steps)} to {max(steps)} of stage {stage}" for stage, steps in stages.items())

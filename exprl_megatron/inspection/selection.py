@@ -1,0 +1,115 @@
+"""Which groups and traces are shown, and in which order."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from exprl_megatron.inspection.rollout_steps import InspectedGroup
+from exprl_megatron.inspection.sort_key import SortKey
+from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.rollout.group import GradedTrace, Group
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is asked for; None: no such condition."""
+
+    problem: str | None = None
+    sample: int | None = None
+    abstained: bool = False
+    sort: SortKey | None = None
+    ascending: bool = False
+
+
+@dataclass(frozen=True)
+class SelectedGroup:
+    """A group, and the places in it of the traces that are shown, in their order."""
+
+    inspected: InspectedGroup
+    places: tuple[int, ...]
+
+
+def select(groups: Iterable[InspectedGroup], selection: Selection) -> list[SelectedGroup]:
+    """The groups with at least one trace that is asked for, in the order that is asked for.
+
+    Without a sort key the order is the log's. What has no value to sort by (no score, nothing to disagree with) comes
+    last.
+    """
+    chosen = [
+        SelectedGroup(each, places)
+        for each in groups
+        if selection.problem in (None, each.group.problem_id) and (places := _places(each.group, selection))
+    ]
+    if selection.sort is None:
+        return chosen
+    key = _GROUP_KEYS[selection.sort]
+    return _ordered(chosen, lambda each: key(each.inspected.group), selection.ascending)
+
+
+def spread(group: Group) -> float | None:
+    """Highest less lowest score of the group; None where it has no score."""
+    return max(group.scores) - min(group.scores) if group.scores else None
+
+
+def mean_score(group: Group) -> float | None:
+    """Mean over the traces with a score; None where there is none."""
+    return sum(group.scores) / len(group.scores) if group.scores else None
+
+
+def mean_tokens(group: Group) -> float:
+    """Mean length of the responses."""
+    return sum(map(_tokens, group.members)) / len(group.members)
+
+
+def disagreement(member: GradedTrace) -> float | None:
+    """|judge's score - verifier's|; None where one of them has none."""
+    if member.score is None or not isinstance(member.verified, Scored):
+        return None
+    return abs(member.score - member.verified.value)
+
+
+def has_abstention(member: GradedTrace) -> bool:
+    """Whether the trace, or any of its segments, has no score."""
+    return any(isinstance(judgement, Abstained) for judgement in (member.judgement, *member.units))
+
+
+def _places(group: Group, selection: Selection) -> tuple[int, ...]:
+    places = [
+        place
+        for place, member in enumerate(group.members)
+        if selection.sample in (None, member.trace.sample) and (not selection.abstained or has_abstention(member))
+    ]
+    key = _TRACE_KEYS.get(selection.sort)
+    if key is None:
+        return tuple(places)
+    return tuple(_ordered(places, lambda place: key(group.members[place]), selection.ascending))
+
+
+def _ordered[Item](items: list[Item], key: Callable[[Item], float | None], ascending: bool) -> list[Item]:
+    sign = 1 if ascending else -1
+
+    def order(item: Item) -> tuple[bool, float]:
+        value = key(item)
+        return value is None, 0.0 if value is None else sign * value
+
+    return sorted(items, key=order)
+
+
+def _tokens(member: GradedTrace) -> int:
+    return len(member.trace.token_ids)
+
+
+def _largest_disagreement(group: Group) -> float | None:
+    return max((found for member in group.members if (found := disagreement(member)) is not None), default=None)
+
+
+_GROUP_KEYS: dict[SortKey, Callable[[Group], float | None]] = {
+    SortKey.SCORE: mean_score,
+    SortKey.SPREAD: spread,
+    SortKey.LENGTH: mean_tokens,
+    SortKey.DISAGREEMENT: _largest_disagreement,
+}
+_TRACE_KEYS: dict[SortKey | None, Callable[[GradedTrace], float | None]] = {
+    SortKey.SCORE: lambda member: member.score,
+    SortKey.LENGTH: _tokens,
+    SortKey.DISAGREEMENT: disagreement,
+}

@@ -1,0 +1,21 @@
+"""Text that models, judges and problem files contain, for a terminal."""
+
+from rich.text import Text
+
+_BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""Reorder what is displayed around them."""
+_SHOWN_AS = (
+    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    | dict.fromkeys((*range(127, 160), 0x2028, 0x2029), "\ufffd")
+    | dict.fromkeys(_BIDIRECTIONAL, "\ufffd")
+)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """`text` without markup, control characters (their pictures are shown), or what cannot be encoded."""
+    return Text(text.encode("utf-8", "replace").decode().translate(_SHOWN_AS), style)
+
+
+def plain_line(text: str, style: str = "") -> Text:
+    """The same on one line: line breaks and tabs are shown as pictures too."""
+    return plain(text.replace("\n", "\u240a").replace("\t", "\u2409"), style)
