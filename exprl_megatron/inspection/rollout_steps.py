@@ -75,7 +75,9 @@ def evaluation_groups(directory: RunDirectory, name: str) -> Iterator[InspectedG
     try:
         groups = read_step(path).groups
     except DAMAGE as error:
-        raise UserError(f"The evaluation's answers {path} are damaged ({error}); nothing can show them.") from error
+        raise UserError(
+            f"The answers {path} are damaged ({error}); delete the file: the evaluation's figures are in {name}.json."
+        ) from error
     for number, group in enumerate(groups):
         yield InspectedGroup(f"evaluation {name}", number, group, None)
 
