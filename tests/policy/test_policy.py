@@ -134,7 +134,7 @@ def test_a_new_stage_has_a_fresh_optimizer_on_the_current_weights(policy):
     learned = weights(policy)
     policy.begin_stage(OptimizerConfig(lr=5e-3, schedule="linear"), total_steps=2, keep_start=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), learned, strict=True))
-    assert [step(policy).learning_rate for _ in range(2)] == [5e-3, 0.0]
+    assert [step(policy).learning_rate for _ in range(2)] == [5e-3, 2.5e-3]
 
 
 def test_a_stage_may_change_the_kind_of_optimizer(policy):
