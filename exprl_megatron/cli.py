@@ -164,12 +164,26 @@ def judgement(
     ] = None,
     run: Annotated[Path | None, typer.Option(help="The directory of a run that judged.")] = None,
     store: Annotated[Path | None, typer.Option(help="The file that judge.store names.")] = None,
+    stage: Annotated[str | None, typer.Option(help="List those of this stage, from the rollout log of --run.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="List those of this step.")] = None,
+    problem: Annotated[str | None, typer.Option(help="List those of this problem id.")] = None,
+    score: Annotated[str | None, typer.Option(help="List those with this score, or in a range: 0.25:0.75.")] = None,
+    abstained: Annotated[bool, typer.Option("--abstained", help="List abstentions.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="List at most so many.")] = 20,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show what the judge, or the builder of a rubric, was asked and what it answered."""
     from exprl_megatron.training.stored_judgements import show_judgement
 
-    show_judgement(hash, run, store, json)
+    if not abstained and (stage, step, problem, score) == (None,) * 4:
+        show_judgement(hash, run, store, json, limit)
+        return
+    from exprl_megatron.inspection.judgement_list import Conditions, list_judgements, score_range
+
+    if run is None or hash is not None or store is not None:
+        raise UserError("Conditions look through the rollout log of a run; give --run DIR, and no hash and no --store.")
+    found = Conditions(stage, step, problem, None if score is None else score_range(score), abstained)
+    list_judgements(run, found, limit, json)
 
 
 @app.command()

@@ -15,21 +15,19 @@ from exprl_megatron.judging.store import Entry, JudgementStore
 from exprl_megatron.reporting.plain_text import plain
 from exprl_megatron.training.directory import RunDirectory, read_config
 
-LISTED = 20
 
-
-def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_json: bool) -> None:
-    """Print the entry whose hash begins with `prefix`, or a list of the latest without one.
+def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_json: bool, limit: int) -> None:
+    """Print the entry whose hash begins with `prefix`, or a list of the `limit` latest without one.
 
     Raises UserError where there is no such store, run or hash.
     """
     with JudgementStore(store_file(run, store)) as kept:
-        entries = kept.newest(LISTED) if prefix is None else [kept.entry(prefix)]
+        entries = kept.newest(limit) if prefix is None else [kept.entry(prefix)]
     if as_json:
         records = [entry_record(entry) for entry in entries]
         print(json.dumps({"entries": records} if prefix is None else records[0], indent=2))
         return
-    Console().print(_listing(entries) if prefix is None else _page(entries[0]))
+    Console().print(_listing(entries, limit) if prefix is None else _page(entries[0]))
 
 
 def store_file(run: Path | None, store: Path | None) -> Path:
@@ -74,8 +72,8 @@ def _page(entry: Entry) -> RenderableType:
     return Group(facts, *parts, Text.assemble("verdict: ", (_verdict(entry), "bold")))
 
 
-def _listing(entries: list[Entry]) -> Table:
-    table = Table("hash", "kind", "kept", "problem", "verdict", caption=f"the latest, at most {LISTED}")
+def _listing(entries: list[Entry], limit: int) -> Table:
+    table = Table("hash", "kind", "kept", "problem", "verdict", caption=f"the latest, at most {limit}")
     for entry in entries:
         problem = plain(str(entry.asked.get("problem", "")))
         table.add_row(entry.key[:12], _kind(entry), _time(entry)[:19], problem, _verdict(entry))

@@ -1,0 +1,122 @@
+"""`exprl judgement` with conditions: what the judge said in the steps of a run, from its rollout log."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from exprl_megatron.config.stages import JudgedStage
+from exprl_megatron.errors import UserError
+from exprl_megatron.inspection.rollout_steps import logged_steps
+from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, score_text, versions_text
+from exprl_megatron.judging.judgement import Abstained, Judgement, judgement_record
+from exprl_megatron.reporting.plain_text import plain_line
+from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.training.directory import RunDirectory, read_config
+from exprl_megatron.training.journal import Journal
+
+_ROUNDING = 5e-4
+"""Scores are printed with three digits and can be given so."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is asked for; None: no such condition."""
+
+    stage: str | None = None
+    step: int | None = None
+    problem: str | None = None
+    score: tuple[float, float] | None = None
+    """Lowest and highest."""
+    abstained: bool = False
+
+
+@dataclass(frozen=True)
+class LoggedJudgement:
+    """A judgement and where in the run it was given."""
+
+    stage: str
+    step: int
+    problem_id: str
+    member: GradedTrace
+    segment: int | None
+    """Number of the judged segment; None: the whole trace."""
+    judgement: Judgement
+
+
+def score_range(text: str) -> tuple[float, float]:
+    """`0.5` or `0.25:0.75` as lowest and highest; UserError for anything else."""
+    try:
+        low, _, high = text.partition(":")
+        return float(low) - _ROUNDING, float(high or low) + _ROUNDING
+    except ValueError as error:
+        raise UserError(f"--score is {text!r}; give a score such as 0.5, or a range such as 0.25:0.75.") from error
+
+
+def list_judgements(run: Path, conditions: Conditions, limit: int, as_json: bool) -> None:
+    """Print the judgements that meet the conditions, those of the latest steps first.
+
+    Raises UserError where the run has no such step, or no judgement is as asked for.
+    """
+    directory = RunDirectory(run)
+    config = read_config(directory)
+    judged = {stage.name for stage in config.stages if isinstance(stage, JudgedStage)}
+    steps = logged_steps(directory, config, conditions.stage, conditions.step, every=True)
+    journal, found = Journal(directory.journal), []
+    for stage, step in reversed(steps):
+        if stage in judged:
+            found += [each for each in _of_step(journal, stage, step) if _fits(each, conditions)]
+        if len(found) >= limit:
+            break
+    if not found:
+        raise UserError(f"No judgement in {directory.journal} is as asked for; drop one of the conditions.")
+    if as_json:
+        print(json.dumps({"judgements": [_record(each) for each in found[:limit]]}, indent=2))
+        return
+    table = Table(
+        "hash", "stage", "step", "weights", "problem", "sample", "verdict", caption=f"the latest, at most {limit}"
+    )
+    for each in found[:limit]:
+        table.add_row(*(plain_line(cell) for cell in _cells(each)))
+    Console(highlight=False).print(table)
+
+
+def _of_step(journal: Journal, stage: str, step: int) -> Iterator[LoggedJudgement]:
+    sampled = journal.read(stage, step)
+    for group in [] if sampled is None else sampled.groups:
+        for member in group.members:
+            units = enumerate(member.units) if member.segments else [(None, member.judgement)]
+            for segment, judgement in units:
+                yield LoggedJudgement(stage, step, group.problem_id, member, segment, judgement)
+
+
+def _fits(each: LoggedJudgement, conditions: Conditions) -> bool:
+    without = isinstance(each.judgement, Abstained)
+    if conditions.problem not in (None, each.problem_id) or (conditions.abstained and not without):
+        return False
+    if conditions.score is None:
+        return True
+    low, high = conditions.score
+    return not without and low <= each.judgement.value <= high
+
+
+def _cells(each: LoggedJudgement) -> list[str]:
+    sample = str(each.member.trace.sample) + ("" if each.segment is None else f".{each.segment}")
+    hash_shown = (each.judgement.hash or "")[:HASH_DIGITS]
+    place = [each.stage, str(each.step), versions_text(each.member.trace), each.problem_id, sample]
+    return [hash_shown, *place, score_text(each.judgement)]
+
+
+def _record(each: LoggedJudgement) -> dict:
+    return {
+        "stage": each.stage,
+        "step": each.step,
+        "weight_versions": [list(span) for span in each.member.trace.weight_versions],
+        "problem_id": each.problem_id,
+        "sample": each.member.trace.sample,
+        "segment": each.segment,
+        "judgement": judgement_record(each.judgement),
+    }
