@@ -20,7 +20,7 @@ def _records(seconds, staleness):
         "correction/effective": 0.9,
         "staleness/mean": staleness,
     }
-    return [{"metrics": metrics | {"seconds/step": s}} for s in seconds]
+    return [{"step": step, "metrics": metrics | {"seconds/step": s}} for step, s in enumerate(seconds, start=1)]
 
 
 def test_figures_count_every_step_since_those_ahead_are_paid_for_early():

@@ -18,7 +18,7 @@ def launched(monkeypatch):
     """The servers that were started, which are ready and alive until they are said not to be."""
     servers = []
 
-    def launch(specs):
+    def launch(specs, starter):
         for spec in specs:
             server = SimpleNamespace(
                 name=spec.name,

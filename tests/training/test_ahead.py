@@ -44,7 +44,7 @@ class Sampling:
 
     @staticmethod
     def result(step):
-        return SampledStep([group(float(step))], 4)
+        return SampledStep([group(step / 100)], 4)
 
     def has_sampled(self, stage, step):
         return step in self.journal

@@ -40,5 +40,7 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
 
 
 _library = torch.library.Library("sgl_kernel", "FRAGMENT")
-_library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
-_library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+# A process that imports this again has the operator already.
+if not hasattr(torch.ops.sgl_kernel, "murmur_hash32_cpu"):
+    _library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
+    _library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
