@@ -57,6 +57,17 @@ def run_config(directory: Path, model: Path, judge: Path, problems: Path, **chan
     return check_config(tree | changes, "test")
 
 
+def held_out(problems: Path, every_steps: int) -> dict:
+    """An evaluation of two of the problems, sampled in another way than a stage's."""
+    return {
+        "problems": {"source": str(problems), "limit": 2},
+        "every_steps": every_steps,
+        "samples": 2,
+        "k": [1],
+        "sampling": {"temperature": 0.7, "top_k": 20, "max_new_tokens": 8},
+    }
+
+
 def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = False) -> TrainerRanks:
     """The trainer's processes on servers that are already there."""
     directory = RunDirectory(config.directory)

@@ -14,12 +14,13 @@ import pytest
 
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.problems.order import problem_indices
+from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.journal import Journal
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, kill_when, run_config, start_ranks, wait_until, write_problems
+from runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +71,8 @@ def throttled(server):
 @pytest.fixture(scope="module")
 def killed_run(trained_server, tiny_model, tmp_path_factory):
     """Killed while steps were under way and one was sampled that had not been learned from, then taken to its end."""
-    config = _config(tmp_path_factory.mktemp("killed"), tiny_model("qwen3"))
+    root = tmp_path_factory.mktemp("killed")
+    config = _config(root, tiny_model("qwen3"), evaluation=held_out(root / "problems.jsonl", 2))
     paths = RunDirectory(config.directory)
     journal = Journal(paths.journal)
     with throttled(trained_server):
@@ -83,8 +85,9 @@ def killed_run(trained_server, tiny_model, tmp_path_factory):
 
 
 def _metrics(config):
-    lines = RunDirectory(config.directory).metrics.read_text().splitlines()
-    return [json.loads(line)["metrics"] for line in lines]
+    """Of every step; the record of step 0 is an evaluation."""
+    records = read_metrics(RunDirectory(config.directory).metrics)
+    return [record["metrics"] for record in records if record["step"]]
 
 
 def _mixed(config):
@@ -101,6 +104,18 @@ def test_every_step_is_learned_once_from_the_problems_that_are_its_own(killed_ru
         indices = problem_indices(killed_run.seed, "ahead", 2 * (step - 1), 2, PROBLEMS)
         assert [group.problem_id for group in groups] == [f"p{i}" for i in indices]
         assert all(len(group.members) == 3 for group in groups)
+
+
+def test_held_out_problems_are_evaluated_under_one_version_while_steps_are_sampled_ahead(killed_run):
+    paths = RunDirectory(killed_run.directory)
+    found = {
+        str(path.relative_to(paths.evaluations)): json.loads(path.read_text())["weight_version"]
+        for path in paths.evaluations.rglob("*.json")
+    }
+    expected = {"start.json": "v0", "ahead/step-2.json": "v2", "ahead/step-4.json": "v4", "ahead.json": f"v{STEPS}"}
+    assert found == expected
+    records = read_metrics(paths.metrics)
+    assert [r["step"] for r in records if "evaluation/pass@1" in r["metrics"]] == [0, 2, 4, STEPS]
 
 
 def test_no_token_is_older_than_allowed_and_weights_changed_in_mid_generation(killed_run):

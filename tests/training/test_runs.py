@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import Preempted
 from exprl_megatron.problems.order import problem_indices
+from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.serving.launch import server_specs, start_servers
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.journal import Journal
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, kill_when, run_config, start_ranks, wait_until, write_problems
+from runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
 
 pytestmark = pytest.mark.slow
 
@@ -44,17 +45,22 @@ def servers(inputs, tmp_path_factory):
         server.stop()
 
 
+def steps_of(config):
+    """The records of the run's steps."""
+    return [record for record in read_metrics(RunDirectory(config.directory).metrics) if record["step"]]
+
+
 @pytest.fixture(scope="module")
 def killed_run(inputs, servers, tmp_path_factory):
     """A run that was killed in mid-sampling, between sampling and learning, and while writing a checkpoint.
 
     Between the first two it was asked to stop, while it learned.
     """
-    config = run_config(tmp_path_factory.mktemp("killed") / "run", **inputs)
+    config = run_config(tmp_path_factory.mktemp("killed") / "run", **inputs, evaluation=held_out(inputs["problems"], 2))
     paths = RunDirectory(config.directory)
     journal = Journal(paths.journal)
     ranks = start_ranks(config, servers)
-    kill_when(ranks, lambda: paths.metrics.is_file() and paths.metrics.read_text().count("\n") == 1)
+    kill_when(ranks, lambda: any(record["step"] == 1 for record in read_metrics(paths.metrics)))
     ranks = start_ranks(config, servers, resume=True)
     wait_until(lambda: journal.path("prime", 2).is_file() or not ranks.running(), 300)
     paths.stop_request.touch()
@@ -71,7 +77,7 @@ def killed_run(inputs, servers, tmp_path_factory):
 
 
 def test_killed_three_times_the_run_leaves_the_weights_of_an_uninterrupted_one(killed_run, inputs, servers, tmp_path):
-    config = run_config(tmp_path / "run", **inputs)
+    config = run_config(tmp_path / "run", **inputs, evaluation=held_out(inputs["problems"], 2))
     paths, killed = RunDirectory(config.directory), RunDirectory(killed_run.directory)
     config_claim = paths.claim(config, resume=False)
     config_claim.release()
@@ -83,14 +89,28 @@ def test_killed_three_times_the_run_leaves_the_weights_of_an_uninterrupted_one(k
 
 
 def test_every_step_is_logged_once_although_the_run_was_killed(killed_run):
-    records = [json.loads(line) for line in RunDirectory(killed_run.directory).metrics.read_text().splitlines()]
+    records = steps_of(killed_run)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert [record["stage"] for record in records] == ["prime"] * 3 + ["sparse"] * 2
+    lines = [json.loads(line) for line in RunDirectory(killed_run.directory).metrics.read_text().splitlines()]
+    assert sorted(line["step"] for line in lines if "loss" in line["metrics"]) == [1, 2, 3, 4, 5]
+
+
+def test_held_out_problems_are_evaluated_every_two_steps_once_under_the_weights_of_that_step(killed_run):
+    paths = RunDirectory(killed_run.directory)
+    found = {
+        str(path.relative_to(paths.evaluations)): json.loads(path.read_text())["weight_version"]
+        for path in paths.evaluations.rglob("*.json")
+    }
+    # Stage sparse takes two optimizer steps a step.
+    expected = {"start.json": "v0", "prime/step-2.json": "v2", "prime.json": "v3", "sparse.json": "v7"}
+    assert found == expected
+    evaluated = [r["step"] for r in read_metrics(paths.metrics) if "evaluation/pass@1" in r["metrics"]]
+    assert evaluated == [0, 2, 3, 5]
 
 
 def test_trainer_and_sampler_agree_on_every_step_of_the_run(killed_run):
-    records = [json.loads(line) for line in RunDirectory(killed_run.directory).metrics.read_text().splitlines()]
-    gaps = [record["metrics"]["sampler_gap/mean"] for record in records]
+    gaps = [record["metrics"]["sampler_gap/mean"] for record in steps_of(killed_run)]
     assert len(gaps) == 5
     assert 0 < max(gaps) <= 1e-4
 
