@@ -103,6 +103,7 @@ def test_a_model_without_weights_is_refused(run, monkeypatch, capsys, tmp_path):
     assert "bare holds no safetensors weights; fetch the model again." in told
 
 
+@pytest.mark.slow
 def test_a_truncated_safetensors_file_is_refused(run, monkeypatch, capsys, tmp_path):
     model = tmp_path / "cut"
     shutil.copytree(run.tree["policy"]["model"], model)
@@ -125,6 +126,7 @@ def test_an_unknown_architecture_is_refused(run, monkeypatch, capsys, tmp_path):
     assert "MambaForCausalLM; use one of LlamaForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, " in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -140,6 +142,7 @@ def test_a_faulty_problem_file_is_refused(run, monkeypatch, capsys, content, sen
     assert sentence in refused(run, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_a_directory_that_holds_another_run_is_left_as_it_is(run, monkeypatch, capsys):
     run.directory.mkdir()
     (run.directory / "config.yaml").write_text("seed: 7\n")
@@ -198,6 +201,7 @@ def test_a_dry_run_refuses_what_a_start_on_this_machine_refuses(run, monkeypatch
     assert not run.directory.exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_start_is_one_sentence(run, monkeypatch, capsys):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -208,6 +212,7 @@ def test_a_disk_that_is_full_at_the_start_is_one_sentence(run, monkeypatch, caps
     assert told == f"exprl: Cannot use {run.directory} (No space left on device); make room there, then start again.\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--resume",)])
 def test_a_directory_that_cannot_be_written_to_is_one_sentence(run, monkeypatch, capsys, flags):
     status, told = run(monkeypatch, capsys, "directory=/sys/run", *flags)
