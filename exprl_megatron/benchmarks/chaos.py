@@ -197,7 +197,7 @@ class FaultedRun:
         return self._random.choices(list(weights), list(weights.values()))[0]
 
     def _begin(self) -> None:
-        self._ranks = TrainerRanks(self.paths, self.config, self.registry.directory, loopback=True)
+        self._ranks = TrainerRanks(self.paths, self.config, self.registry.directory)
 
     def _any(self, kind: str) -> str:
         return self._random.choice(sorted(name for name in self.registry.proxies if name.startswith(kind)))
