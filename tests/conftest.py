@@ -7,6 +7,7 @@ import asyncio
 import importlib.util
 import inspect
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,21 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that workers side by side end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """`command_line("show", run)`: exit status, output and errors of `exprl show RUN`, run in this process."""
+    from exprl_megatron import cli
+
+    def call(command: str, *arguments: object, columns: int = 100) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys, "argv", ["exprl", command, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, Unit
 from exprl_megatron.judging.question_turns import Turn, Turns
 from exprl_megatron.judging.rubric import VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
-from exprl_megatron.judging.store import TRANSIENT, JudgementStore
+from exprl_megatron.judging.store import JudgementStore, is_final
 from exprl_megatron.judging.verdict import (
     expected_score,
     normalise,
@@ -136,8 +136,7 @@ class Judge:
 
     def _with_hash(self, case: Case, judgement: Judgement) -> Judgement:
         """The judgement with the key under which the store has it."""
-        kept = isinstance(judgement, Scored) or judgement.reason not in TRANSIENT
-        return replace(judgement, hash=case.key) if kept and self._store is not None else judgement
+        return replace(judgement, hash=case.key) if is_final(judgement) and self._store is not None else judgement
 
     def _found_and_requests(self, cases: Sequence[Case]) -> tuple[list[Judgement | None], list[TokenIds | None]]:
         """What the store has of each case, and the tokens of those that it does not have."""
@@ -182,7 +181,7 @@ class Judge:
                 ]
                 await asyncio.wrap_future(self._store.keep_judgements_soon(rows))
                 for each, (judgement, _) in zip(pending, verdicts, strict=True):
-                    if isinstance(judgement, Scored) or judgement.reason not in TRANSIENT:
+                    if is_final(judgement):
                         each.turn.judgement = judgement
             return [judgement for judgement, _ in verdicts]
         finally:

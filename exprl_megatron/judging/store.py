@@ -133,8 +133,7 @@ class JudgementStore:
     def keep_judgement(self, key: str, asked: dict | Asked, answer: str, judgement: Judgement) -> None:
         """Keep a judgement, what was asked (a dict: in JSON's types) and the judge's whole answer.
 
-        Does nothing where `key` (hexadecimal) has one already, or where the judgement is a transient abstention. Raises
-        ValueError for a score outside [0, 1].
+        Does nothing where `key` (hexadecimal) has one already, or where the judgement is a transient abstention.
         """
         asked = asked if isinstance(asked, Asked) else Asked.of(asked)
         self.keep_judgements_soon([(key, asked, answer, judgement)]).result()
@@ -149,7 +148,7 @@ class JudgementStore:
         rows = [
             _Row(bytes.fromhex(key), asked, _bytes(answer), judgement, time.time())
             for key, asked, answer, judgement in kept
-            if _is_final(judgement)
+            if is_final(judgement)
         ]
         if not rows:
             written.set_result(None)
@@ -306,13 +305,9 @@ class _Side:
             raise
 
 
-def _is_final(judgement: Judgement) -> bool:
-    """Whether another time would not bring another verdict. Raises ValueError for a score outside [0, 1]."""
-    if isinstance(judgement, Abstained):
-        return judgement.reason not in TRANSIENT
-    if not 0 <= judgement.value <= 1:
-        raise ValueError(f"a score is in [0, 1], not {judgement.value}")
-    return True
+def is_final(judgement: Judgement) -> bool:
+    """Whether another time would not bring another verdict."""
+    return isinstance(judgement, Scored) or judgement.reason not in TRANSIENT
 
 
 def _rubric_entry(key: str, created: float, asked: bytes, answer: str, rubric: str) -> Entry:

@@ -5,13 +5,13 @@ what earlier programs printed; the zygote is forked from it before the first req
 on, so every program begins with the same memory.
 """
 
-import ctypes
 import os
 import select
-import signal
 import socket
 import struct
 from collections.abc import Callable
+
+from exprl_megatron.launch.child import die_with_parent
 
 _MOST_FDS = 16
 _PID = struct.Struct("=q")
@@ -19,7 +19,6 @@ _PID = struct.Struct("=q")
 _END = struct.Struct("=qd")
 """Wait status and CPU seconds of an ended process."""
 _START, _ENDED, _REAP = b"s", b"e", b"r"
-_PR_SET_PDEATHSIG = 1
 
 
 class ZygoteDied(Exception):
@@ -73,9 +72,7 @@ class Zygote:
 
 def _serve(worker: int, channel: socket.socket, begin: Callable[[list[int]], int]) -> None:
     """Fork one process after another, until the worker ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != worker:
-        return
+    die_with_parent(worker)
     for fd in (0, 1):  # requests and replies are the worker's
         os.close(fd)
     while True:

@@ -1,12 +1,11 @@
 """`exprl judgement` with conditions, as it is typed, on files that the rollout log's own writer made."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import yaml
 
-from exprl_megatron import cli
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
@@ -42,15 +41,8 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def exprl(monkeypatch, capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "100")
-        monkeypatch.setattr(sys, "argv", ["exprl", "judgement", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return call
+def exprl(command_line):
+    return partial(command_line, "judgement")
 
 
 @pytest.mark.parametrize(

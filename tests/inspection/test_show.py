@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from exprl_megatron import cli
 from exprl_megatron.files import Claim
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
@@ -55,15 +54,8 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def exprl(monkeypatch, capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "100")
-        monkeypatch.setattr(sys, "argv", ["exprl", "show", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return call
+def exprl(command_line):
+    return partial(command_line, "show")
 
 
 def log(run: Path, stage: str, step: int, *groups: Group) -> None:

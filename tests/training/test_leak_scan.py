@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_tokenizer
 
-from exprl_megatron import cli
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.problems import ProblemsConfig, PromptConfig
 from exprl_megatron.errors import UserError
@@ -78,15 +78,8 @@ class HandmadeRun:
 
 
 @pytest.fixture
-def exprl(monkeypatch, capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "160")
-        monkeypatch.setattr(sys, "argv", ["exprl", "leak-scan", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return call
+def exprl(command_line):
+    return partial(command_line, "leak-scan", columns=160)
 
 
 def test_a_clean_run_has_no_leak_however_good_its_traces_are(tmp_path, exprl):

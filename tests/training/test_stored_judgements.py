@@ -1,12 +1,11 @@
 """`exprl judgement` as it is typed."""
 
 import json
-import sys
+from functools import partial
 
 import pytest
 import yaml
 
-from exprl_megatron import cli
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.store import JudgementStore
 
@@ -32,15 +31,8 @@ def file(tmp_path):
 
 
 @pytest.fixture
-def exprl(monkeypatch, capsys):
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "100")
-        monkeypatch.setattr(sys, "argv", ["exprl", "judgement", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return call
+def exprl(command_line):
+    return partial(command_line, "judgement")
 
 
 def test_a_judgement_is_shown_with_all_that_was_asked_and_answered(exprl, file):
