@@ -4,20 +4,26 @@ import asyncio
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import ClientSession, web
 
 from exprl_megatron.benchmarks import strangers
+from exprl_megatron.benchmarks.chaos import FaultedRun
 from exprl_megatron.benchmarks.fault_proxy import FaultProxy
 from exprl_megatron.benchmarks.garbage import OF_BYTES, OF_FIELDS, OF_LOG_PROBS, garbled, made
 from exprl_megatron.benchmarks.learned import Replies
+from exprl_megatron.config.load import load_config
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.launch.starter import Starter
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.generation import Asked, read_generation, reply_limit
 from exprl_megatron.text_check import TextCheck
 
+CHAOS = Path("recipes/configs/chaos.yaml")
 TOKENS = (b"", b"Score", b": ", b"3", b"5", b"\n")
 ASKED = Asked(max_new_tokens=8, vocabulary=len(TOKENS), text_check=TextCheck(TOKENS))
 IDS = [1, 2, 3, 0]
@@ -121,3 +127,19 @@ def test_a_trace_or_a_score_that_no_server_sent_is_found():
     for other in others:
         assert unsent(replace(sent, trace=replace(trace, **other))) == ["sample 0 is of no server"]
     assert unsent(replace(sent, judgement=Scored(1.0, "Score: 5"))) == ["the score of sample 0 is of no judge"]
+
+
+def test_a_run_under_faults_has_the_servers_and_the_ranks_of_its_config(tmp_path, monkeypatch):
+    names = []
+
+    def start(self, name, *_, **__):
+        names.append(name)
+        ended = {method: lambda *_: 0 for method in ("poll", "wait", "kill", "terminate", "send_signal")}
+        return SimpleNamespace(pid=2**22 + 1, returncode=0, **ended)  # above every process id
+
+    monkeypatch.setattr(Starter, "start", start)
+    config = load_config(CHAOS, [f"directory={tmp_path / 'run'}"])
+    with FaultedRun(config):
+        servers = [f"policy-{number}" for number in range(config.server.count)] + ["judge-0"]
+        ranks = [f"trainer-{number}" for number in range(config.policy.layout.world_size)]
+        assert sorted(names) == sorted(servers + ranks)

@@ -219,6 +219,16 @@ def test_a_started_server_has_the_nccl_variables_of_its_own_size_and_arguments(t
     assert all(env["NCCL_CUMEM_ENABLE"] == env["NCCL_NVLS_ENABLE"] == "0" for env in environments)
 
 
+def test_gloo_of_a_server_for_this_machine_alone_listens_on_loopback(tiny_model, tmp_path, started, monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    model, config = tiny_model("qwen3"), ServerConfig()
+    launch_servers([ServerSpec("policy-0", model, config, tmp_path)])
+    launch_servers([ServerSpec("policy-1", model, config, tmp_path, host="127.0.0.1")])
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    launch_servers([ServerSpec("policy-2", model, config, tmp_path)])
+    assert [env.get("GLOO_SOCKET_IFNAME") for _, env in started] == ["lo", None, "eth7"]
+
+
 def test_the_seed_of_a_server_depends_on_all_that_tells_it_from_another_start():
     seeds = {server_seed(run, name, start) for run in (0, 1) for name in ("policy-0", "policy-1") for start in "ab"}
     assert len(seeds) == 8

@@ -1,5 +1,7 @@
 """Where a run's own servers are put on a machine with GPUs."""
 
+import os
+
 import pytest
 
 from exprl_megatron.config.load import check_config
@@ -45,15 +47,40 @@ def test_too_few_gpus_are_told_of_before_anything_starts(tmp_path):
     assert placed(specs, config(tmp_path), 0) == specs, "without GPUs nothing is placed"
 
 
-@pytest.mark.parametrize(
-    ("cuda", "extra_args", "times"),
-    [(True, [], 1), (True, ["--enable-deterministic-inference"], 0), (False, [], 0)],
-)
-def test_a_run_says_once_that_its_sampling_is_not_reproducible(tmp_path, monkeypatch, capsys, cuda, extra_args, times):
-    monkeypatch.setattr(launch_module, "uses_cuda", lambda: cuda)
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """`started(**sections)`: a start of such a run, which has no processes."""
     for name in ("check_servers", "_run"):
         monkeypatch.setattr(launch_module, name, lambda *_: None)
     monkeypatch.setattr(launch_module, "starter", lambda *_, **__: Starter())
     monkeypatch.setattr(launch_module, "checked_inputs", lambda *_: {})
-    launch_module.launch(config(tmp_path / "run", server={"extra_args": extra_args}), resume=False)
+    # A start sets it for its processes; it is as before when the test ends.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+    def start(registered=False, **sections):
+        launch_module.launch(config(tmp_path / "run", **sections), resume=False, registered=registered)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("cuda", "extra_args", "times"),
+    [(True, [], 1), (True, ["--enable-deterministic-inference"], 0), (False, [], 0)],
+)
+def test_a_run_says_once_that_its_sampling_is_not_reproducible(started, monkeypatch, capsys, cuda, extra_args, times):
+    monkeypatch.setattr(launch_module, "uses_cuda", lambda: cuda)
+    started(server={"extra_args": extra_args})
     assert capsys.readouterr().out.count("Sampling on CUDA is not reproducible") == times
+
+
+@pytest.mark.parametrize(("registered", "interface"), [(False, "lo"), (True, None)])
+def test_ranks_beside_their_own_servers_meet_over_loopback(started, registered, interface):
+    started(registered)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+
+
+@pytest.mark.parametrize(("reproduce", "reported"), [(None, False), ("released", True)])
+def test_a_start_that_reproduces_the_released_code_reports_each_departure(started, capsys, reproduce, reported):
+    started(reproduce=reproduce, judge={"model": "j", "server": {"tp": 2}, "reasks": 3})
+    assert ("reproduce is released, but judge.reasks is 3" in capsys.readouterr().err) == reported
