@@ -41,5 +41,5 @@ def unseal(key: str, purpose: str, sealed: bytes | memoryview) -> memoryview:
 
 
 def hidden_name(key: str, purpose: str) -> str:
-    """A name that only who has the key can tell, 128 bits of HMAC in hexadecimal digits."""
+    """A name that only a holder of the key can compute: 128 bits of HMAC in hexadecimal digits."""
     return code(key, purpose, b"name").hex()[:32]

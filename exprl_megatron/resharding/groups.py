@@ -46,7 +46,7 @@ def meeting_place(address: str, deadline_s: float, port: int = 0) -> dist.TCPSto
 
 
 def group_name(secret: str) -> str:
-    """A new name for a group, under which its members meet: nobody without `secret` can tell it."""
+    """A new name for a group, under which its members meet: only a holder of `secret` can compute it."""
     return f"exprl-weights-{hidden_name(secret, uuid.uuid4().hex)}"
 
 

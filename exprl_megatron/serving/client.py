@@ -53,7 +53,7 @@ class SGLangClient(HttpServer):
     source: str | None = None
     """The `model_path` that the server has from our own orders, once `take_over` has been through."""
     _start: int | None = None
-    """What tells this start of the server from others, once it was asked: the seed, see `server_seed`."""
+    """What identifies this start of the server, once it was asked: the seed, see `server_seed`."""
     _in_place = False
     """Whether requests are held with their cache: SGLang refuses to empty it then, so that updates leave it."""
 

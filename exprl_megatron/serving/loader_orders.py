@@ -61,7 +61,7 @@ class OrderNumbers:
 
 
 class OrderGate:
-    """What a server's rank asks before it carries an order out. `start` tells this start of the server from others."""
+    """What a server's rank asks before it carries an order out. `start` identifies this start of the server."""
 
     def __init__(self, key: str | None, start: int):
         self._key = key
@@ -100,7 +100,7 @@ def payload(text: str) -> str:
 
 
 class _NoTensor:
-    """Stands where SGLang wants a tensor: unpickled it is an empty one, on any machine."""
+    """Takes the place of a tensor that SGLang wants: unpickled it is an empty one, on any machine."""
 
     def __reduce__(self):
         # Only who sends orders needs it.

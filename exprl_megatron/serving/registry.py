@@ -142,7 +142,7 @@ class Registry:
         self._ended.unlink(missing_ok=True)
 
     def hold_starts(self, kind: Kind) -> None:
-        """Ask whoever keeps servers of `kind` to start none: somebody else uses their devices."""
+        """Ask the keepers of servers of `kind` to start none: the trainer uses their devices."""
         write_atomically(self._hold(kind), b"")
 
     def allow_starts(self, kind: Kind) -> None:

@@ -1,4 +1,4 @@
-"""Routers in front of a run's servers: how they are told which servers to ask."""
+"""Routers in front of a run's servers: how they learn which servers to ask."""
 
 import asyncio
 import math
