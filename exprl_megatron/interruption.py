@@ -2,7 +2,13 @@
 
 import os
 import signal
+import sys
+import threading
+from typing import Any, NoReturn
 
+# Long enough for the code that cannot pass an exception on to return, short enough that nobody notices.
+_RESEND_AFTER_S = 0.05
+_raised: dict[int, BaseException] = {}
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -27,16 +33,37 @@ def end_on_signals() -> None:
 
     A signal that is ignored, as SIGINT by a shell's background jobs, stays so.
     """
-    interrupted: list[int] = []
 
     def answer(number: int, _frame: object) -> None:
-        if interrupted:
+        if _raised.keys() & _NAMES.keys():
             # Not `print`: the signal may have come in the midst of one.
             os.write(2, b"exprl: still ending what was started; this takes half a minute at most.\n")
             return
-        interrupted.append(number)
-        raise Interrupted(number)
+        raise_from_handler(number, Interrupted(number))
 
     for number in _NAMES:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, answer)
+
+
+def raise_from_handler(number: int, error: BaseException) -> NoReturn:
+    """Raise what signal `number` has to raise in the main thread, in its handler, so that it cannot be lost.
+
+    Python runs a handler between any two bytecodes, also in a finalizer, a weak reference's callback or a hook, whose
+    exceptions it gives to `sys.unraisablehook` and drops. The signal is then sent again a moment later.
+    """
+    if sys.unraisablehook is not _send_again:
+        sys.unraisablehook = _send_again
+    _raised[number] = error
+    raise error
+
+
+def _send_again(dropped: Any) -> None:
+    number = next((number for number, error in _raised.items() if error is dropped.exc_value), None)
+    if number is None:
+        sys.__unraisablehook__(dropped)
+        return
+    del _raised[number]
+    again = threading.Timer(_RESEND_AFTER_S, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()

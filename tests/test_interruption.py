@@ -8,7 +8,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import asyncio, os, signal, sys, time
+import asyncio, ctypes, gc, os, signal, sys, time, warnings, weakref
 from exprl_megatron import cli
 from exprl_megatron.interruption import Interrupted
 
@@ -22,6 +22,37 @@ def waiting():
 async def asleep():
     asyncio.get_running_loop().call_later(0.1, say)
     await asyncio.sleep(60)
+
+def spend(*_):
+    # Python code in which the signal's handler runs.
+    say()
+    end = time.monotonic() + 0.7
+    while time.monotonic() < end:
+        pass
+
+class Held:
+    pass
+
+class Finalized:
+    def __del__(self):
+        spend()
+
+class Failing:
+    def __del__(self):
+        raise ValueError("of a finalizer")
+
+def collect():
+    gc.callbacks.append(lambda phase, _: spend() if phase == "start" else None)
+    gc.collect()
+    gc.callbacks.clear()
+
+def generate():
+    try:
+        yield
+    finally:
+        spend()
+
+warnings.simplefilter("ignore")
 
 def work():
     try:
@@ -41,6 +72,16 @@ BUSY = {
     "in an event loop": "asyncio.run(asleep())",
     "in a callback of an event loop": "asyncio.run(asyncio.to_thread(waiting))",
     "computing": "say(); sum(i for i in range(10 ** 12))",
+}
+# Code whose exceptions Python reports and drops, and after it a wait.
+DROPPING = {
+    "in a finalizer": "Finalized(); time.sleep(60)",
+    "in a weak reference's callback": "held = Held(); kept = weakref.ref(held, spend); del held; time.sleep(60)",
+    "in the garbage collector": "collect(); time.sleep(60)",
+    "in a callback from C": "ctypes.CFUNCTYPE(None)(spend)(); time.sleep(60)",
+    "in a generator that is closed unfinished": "made = generate(); next(made); del made; time.sleep(60)",
+    "in a hook at a fork": "os.register_at_fork(before=spend); os.fork() or os._exit(0); time.sleep(60)",
+    "in an event loop's task": "asyncio.run(asyncio.wait_for(asyncio.to_thread(Finalized), 60)); time.sleep(60)",
 }
 
 
@@ -68,6 +109,32 @@ def test_a_signal_ends_a_command_in_one_sentence_and_a_second_one_does_not_cut_i
     *again, last = errors.splitlines()
     assert again and set(again) == {"exprl: still ending what was started; this takes half a minute at most."}
     assert last == f"exprl: Stopped by {name}, and so is all that it had started; go on with `exprl`."
+
+
+@pytest.mark.parametrize("busy", DROPPING.values(), ids=DROPPING)
+def test_a_signal_ends_a_command_in_the_midst_of_code_that_drops_exceptions(busy):
+    process = started(busy)
+    os.kill(process.pid, signal.SIGTERM)
+    out, errors = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "cleaning\nclean\n")
+    assert errors == "exprl: Stopped by SIGTERM, and so is all that it had started; go on with `exprl`.\n"
+
+
+@pytest.mark.parametrize("busy", DROPPING.values(), ids=DROPPING)
+def test_a_request_to_stop_is_not_lost_in_the_midst_of_code_that_drops_exceptions(busy):
+    process = started(f"from exprl_megatron.training.preemption import end_on_sigusr1; end_on_sigusr1(); {busy}")
+    os.kill(process.pid, signal.SIGUSR1)
+    out, errors = process.communicate(timeout=30)
+    assert (out, errors) == ("swallowed\ncleaning\nclean\n", "")
+
+
+def test_other_dropped_exceptions_are_reported_as_ever():
+    busy = "ctypes.CFUNCTYPE(None)(spend)(); Failing(); time.sleep(60)"
+    process = started(busy)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "ValueError: of a finalizer" in errors and "Interrupted" not in errors
 
 
 def test_a_signal_that_a_shell_has_set_to_be_ignored_is_ignored():

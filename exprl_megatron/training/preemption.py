@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from exprl_megatron.errors import Preempted
+from exprl_megatron.interruption import raise_from_handler
 
 
 def end_on_sigusr1() -> None:
@@ -27,4 +28,5 @@ def ignore_sigusr1() -> None:
 
 
 def _end(*_) -> NoReturn:
-    raise Preempted("The run was asked to stop before its trainer was started; start it again.")
+    error = Preempted("The run was asked to stop before its trainer was started; start it again.")
+    raise_from_handler(signal.SIGUSR1, error)
