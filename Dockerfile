@@ -23,7 +23,8 @@ WORKDIR /home/exprl/exprl_megatron
 COPY --chown=exprl:exprl Makefile setup.py pyproject.toml ./
 COPY --chown=exprl:exprl requirements requirements
 COPY --chown=exprl:exprl tools/setup.sh tools/setup.sh
-RUN mkdir exprl_megatron && touch exprl_megatron/__init__.py && make setup
+COPY --chown=exprl:exprl exprl_megatron/__init__.py exprl_megatron/__init__.py
+RUN make setup
 COPY --chown=exprl:exprl . .
 ENV PATH=/home/exprl/exprl_megatron/.venv/bin:$PATH
 HEALTHCHECK --interval=10m --timeout=2m --start-period=1m CMD ["exprl", "doctor"]

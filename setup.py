@@ -1,16 +1,36 @@
 """Package metadata and the extras; versions of the CPU environment are locked in requirements/cpu.txt."""
 
+import ast
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+
+def version() -> str:
+    """`__version__` of the package, which is the one place that has it; read without an import."""
+    source = (Path(__file__).parent / "exprl_megatron" / "__init__.py").read_text(encoding="utf-8")
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign) and statement.targets[0].id == "__version__":
+            return ast.literal_eval(statement.value)
+    raise RuntimeError("exprl_megatron/__init__.py does not set __version__; set it to the version as a string.")
+
 
 setup(
     name="exprl-megatron",
-    version="0.1.0",
+    version=version(),
     description="ExpRL mid-training and the sparse-reward RL after it, on Megatron-Core and SGLang",
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
     packages=find_packages(include=["exprl_megatron", "exprl_megatron.*", "recipes"]),
     package_data={
-        "exprl_megatron": ["**/*.md", "**/*.json", "**/*.yaml", "serving/plugins/**/*", "serving/stand_ins/**/*"],
+        "exprl_megatron": [
+            "py.typed",
+            "**/*.md",
+            "**/*.json",
+            "**/*.yaml",
+            "serving/plugins/**/*",
+            "serving/stand_ins/**/*",
+        ],
         "recipes": ["configs/**/*.yaml"],
     },
     install_requires=[
@@ -50,7 +70,18 @@ setup(
             "champ-dataset==1.0.0",
             "natsort",
         ],
-        "dev": ["mbridge==0.15.1", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "dev": [
+            "mbridge==0.15.1",
+            "hypothesis",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "types-psutil",
+            "types-PyYAML",
+        ],
     },
     entry_points={
         "console_scripts": ["exprl = exprl_megatron.cli:main"],

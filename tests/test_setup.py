@@ -14,7 +14,7 @@ TOOLS = ("bash", "cat", "dirname", "env", "sha256sum")
 @pytest.fixture
 def setup(tmp_path):
     """`setup(**environment)` runs the script in a bare copy of the project, with nothing but TOOLS on the PATH."""
-    for name in ("tools/setup.sh", "requirements/cpu.txt", "setup.py"):
+    for name in ("tools/setup.sh", "requirements/cpu.txt", "setup.py", "exprl_megatron/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     path = tmp_path / "bin"

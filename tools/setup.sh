@@ -8,7 +8,7 @@ stop() {
     exit 1
 }
 
-wanted=$(cat requirements/cpu.txt setup.py | sha256sum)
+wanted=$(cat requirements/cpu.txt setup.py exprl_megatron/__init__.py | sha256sum)
 if [ -x .venv/bin/exprl ] && [ "$(cat .venv/.installed 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi

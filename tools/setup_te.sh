@@ -9,7 +9,7 @@ stop() {
     exit 1
 }
 
-wanted=$(cat requirements/te.txt requirements/te-extension.txt setup.py tools/setup_te.sh | sha256sum)
+wanted=$(cat requirements/te.txt requirements/te-extension.txt setup.py exprl_megatron/__init__.py tools/setup_te.sh | sha256sum)
 if [ "$(cat .venv-te/.installed 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi

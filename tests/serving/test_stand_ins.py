@@ -99,6 +99,7 @@ def test_a_built_wheel_carries_every_stand_in_and_plugin(tmp_path):
     build = "from setuptools.build_meta import build_wheel; import sys; print(build_wheel(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=copy, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert "exprl_megatron/py.typed" in zipfile.ZipFile(wheel).namelist()
     for place in ("/stand_ins/", "/plugins/"):
         carried = {n for n in zipfile.ZipFile(wheel).namelist() if place in n}
         assert carried == {name for name in tracked if place in name}
