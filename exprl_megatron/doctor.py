@@ -15,9 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from exprl_megatron.accelerator import device_visible, missing_gpu_packages, uses_cuda
-from exprl_megatron.cuda_environment import rank_variables, shared_variables
 from exprl_megatron.rewards.code_sandbox import recursion_depth, sandbox_available
+from exprl_megatron.utils.accelerator import device_visible, missing_gpu_packages, uses_cuda
+from exprl_megatron.utils.cuda_environment import rank_variables, shared_variables
 
 ESSENTIAL = ("Python", "torch", "megatron-core", "sglang", "SGLang kernels", "ports")
 """Parts without which no run is possible."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from exprl_megatron.accelerator import environment, missing_gpu_packages
+from exprl_megatron.utils.accelerator import environment, missing_gpu_packages
 
 
 def pytest_configure(config):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from exprl_megatron import accelerator
 from exprl_megatron.errors import UserError
+from exprl_megatron.utils import accelerator
 
 ROOT = Path(__file__).parents[1]
 CPU_ENVIRONMENT, GPU_ENVIRONMENT = (), ("transformer_engine", "sgl_kernel")
@@ -137,7 +137,7 @@ from pathlib import Path
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.world import enter_world
-from exprl_megatron.accelerator import cuda_capability, group_backend
+from exprl_megatron.utils.accelerator import cuda_capability, group_backend
 from exprl_megatron.serving.command import server_environment
 from exprl_megatron.serving.launch import ServerSpec
 from exprl_megatron.training.ranks import rank_environment
@@ -191,7 +191,7 @@ def test_a_process_without_torch_has_another_one_ask_it_where_there_is_a_driver(
 def test_the_process_that_is_asked_says_what_torch_sees():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "exprl_megatron.accelerator"], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "exprl_megatron.utils.accelerator"], env=environment, capture_output=True, text=True
     )
     assert done.stdout == "[false, 0]\n", done.stderr
 

@@ -13,7 +13,7 @@ from exprl_megatron.benchmarks.sync_runs import Measured, as_record, write_model
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.resharding.names import hf_shapes
-from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.utils.ports import free_ports
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_reshard

@@ -21,7 +21,7 @@ from exprl_megatron.launch.starter import Starter
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.generation import Asked, read_generation, reply_limit
-from exprl_megatron.text_check import TextCheck
+from exprl_megatron.utils.text_check import TextCheck
 
 CHAOS = Path("recipes/configs/chaos.yaml")
 TOKENS = (b"", b"Score", b": ", b"3", b"5", b"\n")

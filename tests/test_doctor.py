@@ -41,7 +41,7 @@ def test_a_gpu_that_this_environment_cannot_use_is_reported(monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("exprl_megatron.accelerator.GPU_PACKAGES", {"json": "a", "no_such_module": "b"})
+    monkeypatch.setattr("exprl_megatron.utils.accelerator.GPU_PACKAGES", {"json": "a", "no_such_module": "b"})
     row = next(finding for finding in examine() if finding.part == "accelerator")
     assert (row.ok, row.found, row.prevents) == (False, "CPU, as this environment has not b", "use of GPUs")
     assert lacking([row], gpus=True)[-1:] == ["accelerator"] and lacking([row], gpus=False) == []

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from exprl_megatron.files import write_atomically
+from exprl_megatron.utils.files import write_atomically
 
 
 def test_the_name_of_a_file_is_on_disk_as_its_contents_are(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from exprl_megatron.intervals import boundary_margin, difference_bounds, mean_bounds
+from exprl_megatron.utils.intervals import boundary_margin, difference_bounds, mean_bounds
 
 
 @pytest.fixture(scope="module")

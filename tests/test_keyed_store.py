@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from exprl_megatron.authentication import NotAuthentic, hidden_name, seal, unseal
-from exprl_megatron.keyed_store import Records, keyed_names, listening_store, reached_store
+from exprl_megatron.utils.authentication import NotAuthentic, hidden_name, seal, unseal
+from exprl_megatron.utils.keyed_store import Records, keyed_names, listening_store, reached_store
 
 
 def listening() -> set[tuple[str, int]]:

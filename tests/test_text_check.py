@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from exprl_megatron.text_check import text_check_of
+from exprl_megatron.utils.text_check import text_check_of
 
 sys.path.insert(0, str(Path(__file__).parent / "judging"))
 from tokenizer_rules import tokenizer_of

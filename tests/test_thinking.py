@@ -2,7 +2,7 @@
 
 import pytest
 
-from exprl_megatron.thinking import mask_thinking
+from exprl_megatron.utils.thinking import mask_thinking
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from exprl_megatron.together import first_of, together
+from exprl_megatron.utils.together import first_of, together
 
 
 def test_results_come_in_the_order_of_the_calls_whichever_is_first_to_end():

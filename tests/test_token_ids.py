@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from exprl_megatron.serving.http import _json
-from exprl_megatron.token_ids import TokenIds, TokenPart
+from exprl_megatron.utils.token_ids import TokenIds, TokenPart
 
 
 def test_parts_are_one_list():

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from exprl_megatron.accelerator import GROUP_BACKEND
+from exprl_megatron.utils.accelerator import GROUP_BACKEND
 
 BACKEND = Path(__file__).parent / "nccl_backend"
 PATIENCE_S = 25.0

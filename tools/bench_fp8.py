@@ -21,7 +21,6 @@ from typing import get_args
 
 import torch
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.benchmarks.layer_report import known_gpu, measured_lines, predicted, predicted_lines, throughput
 from exprl_megatron.benchmarks.layers import Work, measure_layers, narrowed, policy_config
 from exprl_megatron.config.policy import Layout
@@ -31,6 +30,7 @@ from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.targets import find_architecture
 from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 from exprl_megatron.policy.world import enter_world, leave_world
+from exprl_megatron.utils.accelerator import uses_cuda
 
 NAMES = {"llama3-70b": "llama-3.1-70b", "llama3-8b": "llama-3.1-8b"}
 CPU_KINDS = ["bf16", "fp32"]

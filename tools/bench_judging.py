@@ -22,7 +22,6 @@ from random import Random
 
 from transformers import AutoTokenizer
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.judging.judge import Judge
@@ -32,6 +31,7 @@ from exprl_megatron.judging.prompt import prompt_set_hash
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.utils.accelerator import uses_cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDERS = ("upstream", "shared")

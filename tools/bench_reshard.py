@@ -30,7 +30,7 @@ from exprl_megatron.benchmarks.broadcast_floor import receive
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving.launch import ServerSpec, start_servers
-from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.utils.ports import free_ports
 
 HEAD = (
     f"{'source':>17} {'server':>7} {'GB':>5} {'floor s':>8} {'sync s':>7} {'share':>6}  "

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from exprl_megatron.benchmarks.chaos import FaultedRun, Outcome
 from exprl_megatron.config.load import load_config
-from exprl_megatron.files import write_atomically
+from exprl_megatron.utils.files import write_atomically
 
 WEIGHTS = {
     "a sampling server is killed": 14,

@@ -1,4 +1,4 @@
-"""Simulated coverage of the intervals of exprl_megatron/intervals.py: `python tools/interval_coverage.py`.
+"""Simulated coverage of the intervals of exprl_megatron/utils/intervals.py: `python tools/interval_coverage.py`.
 
 Prints a Markdown table: for each number of seeds, the lowest and highest coverage over populations of problems.
 """
@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from scipy.special import expit, logit
 
-from exprl_megatron.intervals import difference_bounds, mean_bounds
+from exprl_megatron.utils.intervals import difference_bounds, mean_bounds
 
 PROBLEMS = 128
 SAMPLES = 16

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Literal
 
-from exprl_megatron.serving.ports import LOCAL, free_ports
+from exprl_megatron.utils.ports import LOCAL, free_ports
 
 Mode = Literal["pass", "hang", "refuse"]
 """`hang`: takes connections and never answers, open ones included. `refuse`: HTTP 500 to everything."""

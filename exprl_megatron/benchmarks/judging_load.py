@@ -28,9 +28,9 @@ from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.text_check import text_check_of
 from exprl_megatron.training.grading import Grade, grade_of
 from exprl_megatron.training.loop_lag import LoopLag
+from exprl_megatron.utils.text_check import text_check_of
 
 GROUP, SEGMENTS, ANSWER = 16, 10, 1600
 JUDGE_DELAY_S = 0.2

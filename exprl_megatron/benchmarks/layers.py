@@ -8,7 +8,6 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.benchmarks.peak_memory import extra_bytes
 from exprl_megatron.benchmarks.plain_step import weighted_loss
 from exprl_megatron.benchmarks.step_comparison import make_sequences
@@ -20,6 +19,7 @@ from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.packing import plan_micro_batches, shape_of
 from exprl_megatron.policy.step import MicroBatches, forward_backward
 from exprl_megatron.policy.world import World
+from exprl_megatron.utils.accelerator import uses_cuda
 
 
 @dataclass(frozen=True)

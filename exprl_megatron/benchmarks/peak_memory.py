@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from exprl_megatron.accelerator import uses_cuda
+from exprl_megatron.utils.accelerator import uses_cuda
 
 
 def extra_bytes(call: Callable[[], object]) -> int:

@@ -4,8 +4,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.base import Config
+from exprl_megatron.utils.accelerator import uses_cuda
 
 Kind = Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
 

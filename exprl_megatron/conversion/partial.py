@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.files import Claim, write_atomically
+from exprl_megatron.utils.files import Claim, write_atomically
 
 PLAN = "plan.json"
 

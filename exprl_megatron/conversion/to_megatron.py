@@ -17,9 +17,9 @@ from exprl_megatron.conversion.partial import Partial
 from exprl_megatron.conversion.stored import Stored, stored_parameters
 from exprl_megatron.conversion.weights import MEGATRON, HuggingFaceWeights
 from exprl_megatron.errors import UserError
-from exprl_megatron.files import write_atomically
 from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.resharding.huggingface import copy_companions, write_config
+from exprl_megatron.utils.files import write_atomically
 
 
 def convert_to_megatron(

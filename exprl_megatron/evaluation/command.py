@@ -143,6 +143,6 @@ def _pairs(texts: list[str] | None) -> dict[str, Any]:
 
 
 def _dtype(name: str) -> str:
-    from exprl_megatron.accelerator import uses_cuda
+    from exprl_megatron.utils.accelerator import uses_cuda
 
     return name if name != "auto" else "bfloat16" if uses_cuda() else "float32"

@@ -6,7 +6,6 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.kept import KeptResults, Result
 from exprl_megatron.evaluation.questions import Question, Questions, read_questions
@@ -27,7 +26,8 @@ from exprl_megatron.serving.launch import (
     stop_servers,
 )
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.together import together
+from exprl_megatron.utils.accelerator import uses_cuda
+from exprl_megatron.utils.together import together
 
 WEIGHTS = "initial"
 """The weight version that traces carry."""

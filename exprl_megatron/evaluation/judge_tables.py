@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from exprl_megatron.evaluation.judge_picture import ARM_NAMES
-from exprl_megatron.intervals import Interval
 from exprl_megatron.judging.arms import ArmFigures
 from exprl_megatron.judging.wrong_steps import WrongStepFigures
+from exprl_megatron.utils.intervals import Interval
 
 _ARM_ROWS: dict[str, Callable[[ArmFigures], str]] = {
     "misplacement": lambda arm: _percent(arm.misplaced.rate),

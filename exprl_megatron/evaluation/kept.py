@@ -15,9 +15,9 @@ from pathlib import Path
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.tally import Tally, tally
-from exprl_megatron.files import Claim, keep_private, write_atomically
 from exprl_megatron.judging.judgement import judgement_record
 from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.utils.files import Claim, keep_private, write_atomically
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from math import comb
 
 import numpy as np
 
-from exprl_megatron.intervals import difference_bounds, mean_bounds
+from exprl_megatron.utils.intervals import difference_bounds, mean_bounds
 
 Counts = Mapping[str, Sequence[int]]
 """Problem -> [graded samples, right ones]."""

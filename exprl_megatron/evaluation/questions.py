@@ -13,7 +13,7 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_records
 from exprl_megatron.rollout.sampler import Prompt
-from exprl_megatron.text_check import TextCheck, text_check_of
+from exprl_megatron.utils.text_check import TextCheck, text_check_of
 
 
 @dataclass(frozen=True)

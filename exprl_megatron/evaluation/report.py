@@ -11,7 +11,7 @@ from exprl_megatron.evaluation.evaluate import Evaluation
 from exprl_megatron.evaluation.settings import EvalSettings
 from exprl_megatron.evaluation.table import evaluation_table
 from exprl_megatron.evaluation.tally import estimates
-from exprl_megatron.files import write_atomically
+from exprl_megatron.utils.files import write_atomically
 
 
 def result_table(settings: EvalSettings, evaluation: Evaluation) -> Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from exprl_megatron.evaluation.pass_at_k import Counts, pass_at_k
-from exprl_megatron.intervals import DIFFERENCE_METHOD, METHOD, difference_bounds, mean_bounds
+from exprl_megatron.utils.intervals import DIFFERENCE_METHOD, METHOD, difference_bounds, mean_bounds
 
 STAGES = {"primed": "stage 1", "final": "stage 2"}
 """Which evaluation of a run -> the stage that it follows."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from exprl_megatron.evaluation.pass_at_k import Counts, PassAtK, estimate_gain, estimate_pass_at_k
-from exprl_megatron.intervals import DIFFERENCE_METHOD, METHOD
+from exprl_megatron.utils.intervals import DIFFERENCE_METHOD, METHOD
 
 Evaluations = Mapping[str, Counts]
 """Name of a model -> what its samples came to; in the order to be shown."""

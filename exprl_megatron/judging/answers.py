@@ -12,9 +12,9 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.judging.verdict import HIGHEST, LOWEST
-from exprl_megatron.reply_threads import in_reply_thread
-from exprl_megatron.text_check import text_check_of
-from exprl_megatron.together import together
+from exprl_megatron.utils.reply_threads import in_reply_thread
+from exprl_megatron.utils.text_check import text_check_of
+from exprl_megatron.utils.together import together
 
 _DIGIT = re.compile(rf"[\sĠ▁]*([{LOWEST}-{HIGHEST}])")
 

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from exprl_megatron.intervals import Interval
 from exprl_megatron.judging.abstentions import count_abstentions
 from exprl_megatron.judging.calibration import (
     Misplacement,
@@ -24,6 +23,7 @@ from exprl_megatron.judging.judged_traces import JudgedTrace
 from exprl_megatron.judging.judgement import Judgement, Scored, Unit
 from exprl_megatron.judging.verdict import HIGHEST, LOWEST
 from exprl_megatron.problems.problem import Problem
+from exprl_megatron.utils.intervals import Interval
 
 Arm = Literal["right", "none", "wrong"]
 """Which reference the judge is given."""

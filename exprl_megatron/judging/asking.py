@@ -11,8 +11,8 @@ from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.judging.answers import Answer, Answerer, Question
 from exprl_megatron.judging.judgement import Abstained
-from exprl_megatron.reply_threads import in_reply_thread
-from exprl_megatron.together import together
+from exprl_megatron.utils.reply_threads import in_reply_thread
+from exprl_megatron.utils.together import together
 
 # What is asked has a deadline of its own; it passes first and is an abstention. A request's deadline is an error.
 REQUEST_GRACE_S = 30.0

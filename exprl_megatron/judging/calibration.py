@@ -10,7 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from exprl_megatron.intervals import Interval, boundary_margin
+from exprl_megatron.utils.intervals import Interval, boundary_margin
 
 RIGHT_FROM = 4
 """A score of 4 or 5 means that the judge takes the trace for right."""

@@ -30,8 +30,8 @@ from exprl_megatron.judging.verdict import (
 )
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.prompts import check_template
-from exprl_megatron.together import together
-from exprl_megatron.token_ids import TokenIds
+from exprl_megatron.utils.together import together
+from exprl_megatron.utils.token_ids import TokenIds
 
 _SAMPLE = Problem("sample", "1 + 1", Reference("The sum of 1 and 1 is 2."))
 SCORE_REGEX = "Score: [1-5]"

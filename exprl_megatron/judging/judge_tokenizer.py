@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.token_cuts import Cuts, safe_cuts
-from exprl_megatron.token_ids import TokenIds, TokenPart
+from exprl_megatron.utils.token_ids import TokenIds, TokenPart
 
 _WINDOW = 32
 _SHORTEST_TAIL = 512

@@ -17,7 +17,7 @@ from exprl_megatron.judging.prompt import PromptFrame, load_prompt
 from exprl_megatron.judging.rubric import Rubric, RubricError, checked_rubric, rubric_schema
 from exprl_megatron.judging.store import TRANSIENT, JudgementStore
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.thinking import mask_thinking
+from exprl_megatron.utils.thinking import mask_thinking
 
 _NO_RUBRIC = "null"
 """What the store holds where no rubric passed its checks."""

@@ -13,7 +13,7 @@ from itertools import takewhile
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from exprl_megatron.token_spelling import Spelling, decoded, spelling_of
+from exprl_megatron.utils.token_spelling import Spelling, decoded, spelling_of
 
 _STRETCH = 64
 _UNDECODABLE = "\ufffd"

@@ -8,7 +8,7 @@ from typing import Literal
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.judging.stated_scores import HIGHEST, LOWEST, StatedScore, stated_scores
-from exprl_megatron.thinking import mask_thinking
+from exprl_megatron.utils.thinking import mask_thinking
 
 Parser = Literal["last", "released"]
 Mark = Literal["established", "partial", "absent", "contradicted"]

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from exprl_megatron.intervals import Interval
 from exprl_megatron.judging.arms import Grade, judge_all, on_scale, without_nan
 from exprl_megatron.judging.calibration import ROUNDING, auroc, bootstrap_interval
 from exprl_megatron.judging.champ import MarkedTrace
 from exprl_megatron.judging.judgement import Abstained, Judgement, Unit
 from exprl_megatron.problems.problem import Problem
+from exprl_megatron.utils.intervals import Interval
 
 UNITS: tuple[Unit, ...] = ("prefix", "segment")
 

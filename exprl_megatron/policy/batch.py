@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from exprl_megatron.array_fields import ArrayFields
+from exprl_megatron.utils.array_fields import ArrayFields
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from exprl_megatron.accelerator import settle
 from exprl_megatron.policy.rotation import rotate_packed_row, rotate_rows
+from exprl_megatron.utils.accelerator import settle
 
 CPU = torch.device("cpu")
 PREFIX = "megatron.core."

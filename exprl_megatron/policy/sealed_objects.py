@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from exprl_megatron.authentication import CODE_BYTES, NotAuthentic, code, unseal
 from exprl_megatron.errors import RunStopped
+from exprl_megatron.utils.authentication import CODE_BYTES, NotAuthentic, code, unseal
 
 _PURPOSE = "object of a rank"
 _key = ""

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from exprl_megatron.accelerator import group_backend, uses_cuda
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
-from exprl_megatron.keyed_store import keyed_names, listening_store, reached_store
 from exprl_megatron.policy.host_group import host_group
 from exprl_megatron.policy.sealed_objects import use_key
-from exprl_megatron.serving.ports import interface
+from exprl_megatron.utils.accelerator import group_backend, uses_cuda
+from exprl_megatron.utils.keyed_store import keyed_names, listening_store, reached_store
+from exprl_megatron.utils.ports import interface
 
 _store: dist.TCPStore | None = None
 """In which this process meets the others; it lives as long as the process."""

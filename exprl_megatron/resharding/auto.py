@@ -11,7 +11,7 @@ from exprl_megatron.resharding.direct import CannotReceive, DirectTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.together import together
+from exprl_megatron.utils.together import together
 
 
 class AutoTransport:

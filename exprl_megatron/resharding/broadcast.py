@@ -20,7 +20,7 @@ from exprl_megatron.resharding.rounds import send_rounds
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.resharding.weight_groups import CAUSE_S, WeightGroups, broke
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.together import together
+from exprl_megatron.utils.together import together
 
 
 class BroadcastTransport:

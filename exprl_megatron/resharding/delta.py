@@ -27,7 +27,7 @@ from exprl_megatron.resharding.rounds import send_rounds
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.supervise import supervised
-from exprl_megatron.together import together
+from exprl_megatron.utils.together import together
 
 _POLL_S = 0.05
 

@@ -16,10 +16,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
-from exprl_megatron.accelerator import group_backend
-from exprl_megatron.authentication import NotAuthentic
 from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.keyed_store import Records
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.deliveries import DeliveryPlan
@@ -41,7 +38,10 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_tables import pack_deliveries, unpack_needs
 from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, RECORDS
 from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
-from exprl_megatron.together import together
+from exprl_megatron.utils.accelerator import group_backend
+from exprl_megatron.utils.authentication import NotAuthentic
+from exprl_megatron.utils.keyed_store import Records
+from exprl_megatron.utils.together import together
 
 _CAUSE_S = 5.0
 

@@ -16,7 +16,7 @@ from exprl_megatron.resharding.rounds import send_rounds
 from exprl_megatron.resharding.sources import INDEX
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.together import together
+from exprl_megatron.utils.together import together
 
 
 class FileTransport:

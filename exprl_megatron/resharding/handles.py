@@ -26,7 +26,7 @@ from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.resharding.rounds import push_rounds
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.together import together
+from exprl_megatron.utils.together import together
 
 Payloads = dict[int, dict[int, str]]
 """For each server, by its number, what its tensor-parallel ranks are handed."""

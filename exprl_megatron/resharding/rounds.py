@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.together import together
+from exprl_megatron.utils.together import together
 
 type Gather[T] = Callable[[int], T]
 """Rank 0's part in gathering a round, given its number; runs on a thread."""

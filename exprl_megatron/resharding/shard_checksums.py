@@ -19,9 +19,7 @@ import numpy as np
 import torch
 import xxhash
 
-from exprl_megatron.authentication import NotAuthentic
 from exprl_megatron.errors import ServerError
-from exprl_megatron.keyed_store import Records
 from exprl_megatron.policy.architecture import Architecture
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.deliveries import transfers_of
@@ -36,7 +34,9 @@ from exprl_megatron.serving.model_checksums import Report, as_grid, cut, pack_ex
 from exprl_megatron.serving.own_group import in_background, on_device
 from exprl_megatron.serving.part_hash import add_up, hash_parts
 from exprl_megatron.serving.weight_layout import ServerParameters, server_parameters
-from exprl_megatron.together import together
+from exprl_megatron.utils.authentication import NotAuthentic
+from exprl_megatron.utils.keyed_store import Records
+from exprl_megatron.utils.together import together
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
-from exprl_megatron.accelerator import group_backend
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
@@ -31,7 +30,8 @@ from exprl_megatron.resharding.messages import Message, sender
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.own_group import GroupThread, abort, destroy, in_background
-from exprl_megatron.together import together
+from exprl_megatron.utils.accelerator import group_backend
+from exprl_megatron.utils.together import together
 
 CAUSE_S = 5.0
 """How long to wait for a server's own word on what broke, or for any word of it."""

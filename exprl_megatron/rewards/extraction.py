@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable
 from html import unescape
 
-from exprl_megatron.thinking import mask_thinking
+from exprl_megatron.utils.thinking import mask_thinking
 
 LONGEST_ANSWER = 1000
 """Characters; anything longer is no answer."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.rewards.extraction import last_box_group
-from exprl_megatron.thinking import mask_thinking
+from exprl_megatron.utils.thinking import mask_thinking
 
 _NOUN = (
     r"(?:(?:answer|ans\.?|antwort|réponse|respuesta|risposta|resposta|ответ|答案|正解)"

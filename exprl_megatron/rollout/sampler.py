@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exprl_megatron.array_fields import ArrayFields
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.servers import Servers
-from exprl_megatron.together import first_of, together
+from exprl_megatron.utils.array_fields import ArrayFields
+from exprl_megatron.utils.together import first_of, together
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from exprl_megatron.array_fields import ArrayFields
+from exprl_megatron.utils.array_fields import ArrayFields
 
 
 @dataclass(frozen=True, eq=False)

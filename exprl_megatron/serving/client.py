@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 
 from exprl_megatron.errors import RequestRefused, WeightsReplaced
-from exprl_megatron.reply_threads import in_reply_thread
 from exprl_megatron.serving.generation import (
     Asked,
     Generation,
@@ -20,8 +19,9 @@ from exprl_megatron.serving.generation import (
 )
 from exprl_megatron.serving.http import REPLY_LIMIT, HttpServer
 from exprl_megatron.serving.loader_orders import OrderNumbers, payload, signed
-from exprl_megatron.text_check import TextCheck
-from exprl_megatron.token_ids import TokenIds
+from exprl_megatron.utils.reply_threads import in_reply_thread
+from exprl_megatron.utils.text_check import TextCheck
+from exprl_megatron.utils.token_ids import TokenIds
 
 _CHECKSUMS_LIMIT = 256 * 2**20
 """Bytes; some 150 for each tensor of each tensor-parallel rank."""

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from exprl_megatron import accelerator
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.cuda_environment import DETERMINISTIC, is_deterministic, shared_variables
 from exprl_megatron.serving.loader_orders import LOADER
-from exprl_megatron.serving.ports import LOCAL
+from exprl_megatron.utils import accelerator
+from exprl_megatron.utils.cuda_environment import DETERMINISTIC, is_deterministic, shared_variables
+from exprl_megatron.utils.ports import LOCAL
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 PLUGINS = Path(__file__).parent / "plugins"

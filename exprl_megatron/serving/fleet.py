@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RequestRefused, ServerError, WeightsReplaced
 from exprl_megatron.serving.client import SGLangClient
@@ -22,7 +21,8 @@ from exprl_megatron.serving.member import Member, Order
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import RouterClient
 from exprl_megatron.serving.shared_environment import nccl_difference
-from exprl_megatron.text_check import TextCheck
+from exprl_megatron.utils.accelerator import uses_cuda
+from exprl_megatron.utils.text_check import TextCheck
 
 _POLL_S = 0.25
 _ATTEND_S = 0.02

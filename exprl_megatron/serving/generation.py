@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from exprl_megatron.text_check import TextCheck
+from exprl_megatron.utils.text_check import TextCheck
 
 _OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
 _FIELDS = tuple(

@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from exprl_megatron.cuda_environment import shared_text
 from exprl_megatron.launch.starter import Starter
 from exprl_megatron.serving.keys import fingerprint, read_key
 from exprl_megatron.serving.launch import Server, ServerSpec, launch_servers, stop_servers
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.utils.cuda_environment import shared_text
 
 
 class Keeper:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from exprl_megatron.accelerator import settle, uses_cuda
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.launch.child import Child
@@ -18,7 +17,8 @@ from exprl_megatron.serving.command import server_command, server_environment
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.keys import KEY_FILE, authorization, ensure_key
 from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.serving.ports import LOCAL, free_ports, gloo_on_loopback, interface, is_free
+from exprl_megatron.utils.accelerator import settle, uses_cuda
+from exprl_megatron.utils.ports import LOCAL, free_ports, gloo_on_loopback, interface, is_free
 
 if TYPE_CHECKING:
     from exprl_megatron.serving.client import SGLangClient

@@ -20,8 +20,6 @@ from sglang.srt.runtime_context import get_device, get_server_args
 from sglang.srt.utils.common import init_custom_process_group
 from sglang.srt.utils.weight_checker import _is_skip_weight_check
 
-from exprl_megatron.authentication import NotAuthentic
-from exprl_megatron.keyed_store import Records, reached_store
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 from exprl_megatron.serving.delivery_tables import (
     Deliveries,
@@ -35,6 +33,8 @@ from exprl_megatron.serving.loader_orders import BROKEN_OFF, NOT_FOLLOWED, RECOR
 from exprl_megatron.serving.loader_trace import trace
 from exprl_megatron.serving.model_checksums import Report, checksums
 from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
+from exprl_megatron.utils.authentication import NotAuthentic
+from exprl_megatron.utils.keyed_store import Records, reached_store
 
 _log = logging.getLogger(__name__)
 _CONNECT_S = 30.0

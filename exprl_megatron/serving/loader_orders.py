@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from exprl_megatron.authentication import code, is_code
+from exprl_megatron.utils.authentication import code, is_code
 
 LOADER = "exprl_megatron.serving.loader.load"
 NOT_FOLLOWED = "set sync.transport to broadcast"

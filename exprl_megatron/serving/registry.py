@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.files import write_atomically
 from exprl_megatron.serving.keys import Key, fingerprint, read_key
+from exprl_megatron.utils.files import write_atomically
 
 Kind = Literal["policy", "judge", "start", "router"]
 

@@ -10,7 +10,7 @@ from exprl_megatron.serving.client import Generation
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Kind, Registry
-from exprl_megatron.together import together
+from exprl_megatron.utils.together import together
 
 _POLL_S = 0.25
 _FRESH_S = 0.5

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from exprl_megatron.serving.launch import ServerSpec
-from exprl_megatron.serving.ports import LOCAL, free_ports
+from exprl_megatron.utils.ports import LOCAL, free_ports
 
 ROUTER = "router-0"
 """In front of the sampling servers."""

@@ -2,10 +2,10 @@
 
 import os
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.cuda_environment import shared_text
 from exprl_megatron.serving.registry import RegisteredServer
+from exprl_megatron.utils.accelerator import uses_cuda
+from exprl_megatron.utils.cuda_environment import shared_text
 
 
 def nccl_difference(server: RegisteredServer, config: ServerConfig) -> str | None:

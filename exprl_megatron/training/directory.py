@@ -11,8 +11,8 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.config.resuming import refused_changes
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.files import Claim, keep_private, write_atomically
 from exprl_megatron.judging.prompt import is_shipped_hash
+from exprl_megatron.utils.files import Claim, keep_private, write_atomically
 
 
 class RunDirectory:

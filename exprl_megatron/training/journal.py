@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.files import open_atomically
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.journal_v1 import read_v1
 from exprl_megatron.training.rollout_table import SCHEMA, batch_of, groups_of, rows_of
+from exprl_megatron.utils.files import open_atomically
 
 VERSION = 2
 _METADATA = b"exprl"

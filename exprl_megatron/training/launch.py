@@ -4,11 +4,9 @@ import os
 import time
 from pathlib import Path
 
-from exprl_megatron.accelerator import gpu_count, uses_cuda
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError, storage_sentence
-from exprl_megatron.files import Claim
 from exprl_megatron.interruption import Interrupted
 from exprl_megatron.launch.starter import Starter
 from exprl_megatron.serving.command import irreproducible_sampling
@@ -20,7 +18,6 @@ from exprl_megatron.serving.launch import (
     check_servers,
     server_specs,
 )
-from exprl_megatron.serving.ports import gloo_on_loopback
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.training.devices import placed
@@ -32,6 +29,9 @@ from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_s
 from exprl_megatron.training.ranks import TrainerRanks
 from exprl_megatron.training.run_record import RunRecord
 from exprl_megatron.training.starting import starter
+from exprl_megatron.utils.accelerator import gpu_count, uses_cuda
+from exprl_megatron.utils.files import Claim
+from exprl_megatron.utils.ports import gloo_on_loopback
 
 _POLL_S = 0.2
 

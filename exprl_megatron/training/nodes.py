@@ -18,12 +18,12 @@ import msgspec
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status
 from exprl_megatron.serving.keys import read_key
-from exprl_megatron.serving.ports import LOCAL, interface
+from exprl_megatron.utils.ports import LOCAL, interface
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-    from exprl_megatron.keyed_store import Records
+    from exprl_megatron.utils.keyed_store import Records
 
 _MEET_S = 600.0
 """Nodes of a job start their launchers within so long of each other."""
@@ -91,7 +91,7 @@ class _Words:
 
     def heard(self, name: str) -> bytes | None:
         """What was said, if anything was; what somebody without the key wrote is ignored, and reported once."""
-        from exprl_megatron.authentication import NotAuthentic
+        from exprl_megatron.utils.authentication import NotAuthentic
 
         try:
             return self._records.get(name) if self._records.check([name]) else None
@@ -240,7 +240,7 @@ def ended(reported: End) -> Exception:
 
 
 def _words(store: "TCPStore", key: str) -> _Words:
-    from exprl_megatron.keyed_store import Records
+    from exprl_megatron.utils.keyed_store import Records
 
     return _Words(Records(store, key, _PURPOSE))
 
@@ -249,7 +249,7 @@ def _listening(node: Node) -> "TCPStore":
     """Node 0's store."""
     from torch.distributed import DistError
 
-    from exprl_megatron.keyed_store import listening_store
+    from exprl_megatron.utils.keyed_store import listening_store
 
     try:
         return listening_store(interface(node.host), node.port, _MEET_S)
@@ -261,7 +261,7 @@ def _reached(node: Node) -> "TCPStore":
     """The store, seen from another node."""
     from torch.distributed import DistError
 
-    from exprl_megatron.keyed_store import reached_store
+    from exprl_megatron.utils.keyed_store import reached_store
 
     try:
         return reached_store(node.host, node.port, _MEET_S)

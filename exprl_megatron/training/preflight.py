@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from exprl_megatron.accelerator import half_installed
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, SelfDistillStage, SftStage, SparseRlStage
@@ -16,6 +15,7 @@ from exprl_megatron.training.examples import check_source
 from exprl_megatron.training.journal import Journal
 from exprl_megatron.training.model_checks import model_violations
 from exprl_megatron.training.prompt_checks import check_prompts, reachable
+from exprl_megatron.utils.accelerator import half_installed
 
 
 def check_inputs(config: RunConfig) -> None:

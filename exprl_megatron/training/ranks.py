@@ -10,19 +10,19 @@ from pathlib import Path
 
 import psutil
 
-from exprl_megatron.accelerator import environment, settle, uses_cuda
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.cuda_environment import rank_variables
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.launch.child import Child
 from exprl_megatron.launch.starter import Starter
 from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.serving.ports import LOCAL, free_ports
 from exprl_megatron.serving.supervise import HEARTBEAT
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.heartbeat import SILENCE_S, Pulse, states
 from exprl_megatron.training.nodes import End, Node, RankKilled, ended, read_end
+from exprl_megatron.utils.accelerator import environment, settle, uses_cuda
+from exprl_megatron.utils.cuda_environment import rank_variables
+from exprl_megatron.utils.ports import LOCAL, free_ports
 
 WORKER = "exprl_megatron.training.worker"
 _STOP_S = 10.0

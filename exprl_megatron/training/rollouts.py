@@ -27,13 +27,13 @@ from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.ready import wait_ready
-from exprl_megatron.text_check import text_check_of
-from exprl_megatron.together import together
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade
 from exprl_megatron.training.journal import Journal, SampledStep
 from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.loop_lag import LoopLag
+from exprl_megatron.utils.text_check import text_check_of
+from exprl_megatron.utils.together import together
 
 _ATTEND_S = 1.0
 

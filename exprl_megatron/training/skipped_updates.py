@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from exprl_megatron.errors import GradientNotFinite, RunStopped, UserError
-from exprl_megatron.files import write_atomically
+from exprl_megatron.utils.files import write_atomically
 
 
 class SkippedUpdates:

@@ -2,13 +2,13 @@
 
 import os
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.launch.fork_server import ForkServer
 from exprl_megatron.launch.starter import Starter
 from exprl_megatron.serving.command import SERVER, server_environment
 from exprl_megatron.training.input_checks import INPUT_CHECKS
 from exprl_megatron.training.ranks import WORKER, rank_environment
+from exprl_megatron.utils.accelerator import uses_cuda
 
 
 def starter(config: RunConfig, servers: bool) -> Starter:

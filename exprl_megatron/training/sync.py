@@ -14,9 +14,9 @@ from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_orders import LOADER
-from exprl_megatron.together import together
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
 from exprl_megatron.training.weight_check import ShardCheck, WeightCheck, WholeCheck, compare
+from exprl_megatron.utils.together import together
 
 _MB = 2**20
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.conversion import fp8 as blocks
 from exprl_megatron.errors import WeightsDiffer
 from exprl_megatron.policy.architecture import Architecture
@@ -17,7 +16,8 @@ from exprl_megatron.resharding.shard_checksums import ShardChecksums
 from exprl_megatron.resharding.transport import Bucket
 from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.together import together
+from exprl_megatron.utils.accelerator import uses_cuda
+from exprl_megatron.utils.together import together
 
 RankChecksums = Sequence[Mapping[str, str]]
 """Of each tensor-parallel rank of a server, by the names of its parameters."""

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
-from exprl_megatron.files import write_atomically
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.heartbeat import beat
+from exprl_megatron.utils.files import write_atomically
 
 _telling = threading.RLock()
 """Whichever thread fails first writes down how the rank ends, undisturbed."""

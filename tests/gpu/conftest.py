@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from exprl_megatron.accelerator import gpu_count
+from exprl_megatron.utils.accelerator import gpu_count
 
 ROWS = pytest.StashKey[list[tuple[str, str, str, str]]]()
 TESTS = pytest.StashKey[set[str]]()

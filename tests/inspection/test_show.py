@@ -10,11 +10,11 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from exprl_megatron.files import Claim
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.journal import Journal, SampledStep, write_step
+from exprl_megatron.utils.files import Claim
 
 POLICY = Path(__file__).parents[2] / "recipes" / "miniature" / "policy"
 V1 = Path(__file__).parents[1] / "data" / "journal_v1.jsonl.gz"

@@ -14,7 +14,7 @@ from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.serving.openai_endpoint import judge_endpoints
-from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.utils.ports import free_ports
 
 FOUR = Scored(0.75, "Score: 4")
 

@@ -11,7 +11,7 @@ from exprl_megatron.config.segments import SegmentsConfig
 from exprl_megatron.judging import token_text
 from exprl_megatron.judging.segments import segments_and_texts, split_segments, unit_texts
 from exprl_megatron.judging.token_text import TokenText
-from exprl_megatron.token_spelling import spelling_of
+from exprl_megatron.utils.token_spelling import spelling_of
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen", "deepseek"])

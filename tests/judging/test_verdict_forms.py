@@ -12,7 +12,7 @@ from judge_parts import Scripted, Written, verdict
 from exprl_megatron.judging.data import DataGuard
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.verdict import normalise, parse_score, read_marks
-from exprl_megatron.thinking import mask_thinking
+from exprl_megatron.utils.thinking import mask_thinking
 
 FORMS = [json.loads(line) for line in (Path(__file__).parent / "verdicts.jsonl").read_text().splitlines()]
 STATED = [

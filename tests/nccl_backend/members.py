@@ -395,7 +395,7 @@ def watch(children: list[int], deadline_s: float) -> None:
 
 def main(out: Path) -> None:
     """Play all scenarios, side by side."""
-    from exprl_megatron.serving.ports import free_ports
+    from exprl_megatron.utils.ports import free_ports
 
     ports = free_ports(len(SCENARIOS))
     # All members are forked before there are threads.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import psutil
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving.launch import Server
 from exprl_megatron.training.ranks import rank_environment
+from exprl_megatron.utils.accelerator import uses_cuda
 from on_device.compared import Compared, at_most, equal
 
 sys.path.append(str(Path(__file__).parents[1] / "policy"))

@@ -13,7 +13,7 @@ import traceback
 import torch.distributed as dist
 
 import exprl_megatron.policy.policy  # noqa: F401 - loaded before the ranks are forked
-from exprl_megatron.serving.ports import LOCAL, free_ports
+from exprl_megatron.utils.ports import LOCAL, free_ports
 
 _PR_SET_PDEATHSIG = 1
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from exprl_megatron.accelerator import group_backend
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.world import World, enter_world, leave_world
+from exprl_megatron.utils.accelerator import group_backend
 
 
 def run_ranks(

@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-from exprl_megatron.accelerator import uses_cuda
 from exprl_megatron.policy import cpu_platform
+from exprl_megatron.utils.accelerator import uses_cuda
 
 pytestmark = pytest.mark.skipif(uses_cuda(), reason="for machines without CUDA")
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy import world
-from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.utils.ports import free_ports
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.keyed_store import listening_store
 from exprl_megatron.policy import sealed_objects
 from exprl_megatron.policy.sealed_objects import broadcast_object, gather_objects, receive_object, use_key
+from exprl_megatron.utils.keyed_store import listening_store
 
 STRANGER = """
 import pickle, sys

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from exprl_megatron.accelerator import GROUP_BACKEND
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.config.transport import TransportChoice
@@ -34,6 +33,7 @@ from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.conductor import Conductor, ConductorFailed
 from exprl_megatron.training.sync import WeightSync
+from exprl_megatron.utils.accelerator import GROUP_BACKEND
 
 LAYOUTS = {
     "TP1": Layout(),

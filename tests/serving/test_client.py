@@ -7,8 +7,8 @@ import pytest
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.serving.ready import wait_ready
+from exprl_megatron.utils.ports import free_ports
 
 
 def ask_health(log_file):

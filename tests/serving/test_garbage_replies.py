@@ -18,7 +18,7 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.generation import reply_limit
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.text_check import TextCheck
+from exprl_megatron.utils.text_check import TextCheck
 
 VOCABULARY, ASKED = 100, 10
 SAMPLING = SamplingConfig(max_new_tokens=ASKED)

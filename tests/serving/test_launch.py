@@ -27,7 +27,7 @@ from exprl_megatron.serving.launch import (
     start_servers,
     stop_servers,
 )
-from exprl_megatron.serving.ports import free_ports, is_free
+from exprl_megatron.utils.ports import free_ports, is_free
 
 # A program that starts one server from a model and a log directory and then waits to be killed.
 LAUNCHER = """

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from exprl_megatron.serving.command import PLUGINS
-from exprl_megatron.serving.ports import free_ports
+from exprl_megatron.utils.ports import free_ports
 
 rendezvous = importlib.import_module("torch.distributed.rendezvous")
 

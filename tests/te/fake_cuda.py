@@ -4,7 +4,7 @@ import types
 
 import torch
 
-from exprl_megatron import accelerator
+from exprl_megatron.utils import accelerator
 
 
 def pretend_gpu(capability: tuple[int, int]) -> None:

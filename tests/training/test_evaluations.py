@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import Preempted, UserError
-from exprl_megatron.files import keep_private
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training import evaluator, loop
@@ -22,6 +21,7 @@ from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.journal import read_step
 from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.run import Run
+from exprl_megatron.utils.files import keep_private
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "max_new_tokens": 7}
 

@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.keyed_store import reached_store
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
-from exprl_megatron.serving.ports import free_ports
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Guest, Host, Node, ended, read_end
+from exprl_megatron.utils.keyed_store import reached_store
+from exprl_megatron.utils.ports import free_ports
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import command_words, run_config, wait_until, write_problems

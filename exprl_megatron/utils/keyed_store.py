@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from exprl_megatron.authentication import NotAuthentic, hidden_name, seal, unseal
-from exprl_megatron.serving.ports import EVERYWHERE, LOCAL
+from exprl_megatron.utils.authentication import NotAuthentic, hidden_name, seal, unseal
+from exprl_megatron.utils.ports import EVERYWHERE, LOCAL
 
 _BACKLOG = 4096
 

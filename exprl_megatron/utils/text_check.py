@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from exprl_megatron.token_spelling import decoded, special_ids, spelling_of
+from exprl_megatron.utils.token_spelling import decoded, special_ids, spelling_of
 
 _UNDECODABLE = "\ufffd".encode()
 _SPACE = b" "

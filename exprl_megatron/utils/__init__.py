@@ -1,0 +1,1 @@
+"""What every package uses and none owns: files, keys, ports, texts, tokens and the device."""
