@@ -11,8 +11,8 @@ import typer
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
 from exprl_megatron.evaluation.command import eval_command
 from exprl_megatron.inspection.command import show_command
-from exprl_megatron.interruption import Interrupted, end_on_signals
 from exprl_megatron.planning.command import plan_command
+from exprl_megatron.processes.interruption import Interrupted, end_on_signals
 
 if TYPE_CHECKING:
     from exprl_megatron.config.run import RunConfig

@@ -17,7 +17,7 @@ from exprl_megatron.benchmarks.garbage import OF_BYTES, OF_FIELDS, OF_LOG_PROBS,
 from exprl_megatron.benchmarks.learned import Replies
 from exprl_megatron.config.load import load_config
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.launch.starter import Starter
+from exprl_megatron.processes.starter import Starter
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.generation import Asked, read_generation, reply_limit

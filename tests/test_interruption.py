@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import asyncio, ctypes, gc, os, signal, sys, time, weakref
 from exprl_megatron import cli
-from exprl_megatron.interruption import Interrupted
+from exprl_megatron.processes.interruption import Interrupted
 
 def say():
     print("busy", flush=True)

@@ -28,7 +28,7 @@ from exprl_megatron.benchmarks import peer_tasks
 from exprl_megatron.benchmarks.peer_tasks import Task
 from exprl_megatron.benchmarks.turns import Contestant, StepCost
 from exprl_megatron.errors import UserError
-from exprl_megatron.interruption import end_on_signals
+from exprl_megatron.processes.interruption import end_on_signals
 from exprl_megatron.training.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.reporting.timeline import STEP, Span, read_timeline
-from exprl_megatron.serving.log_tail import log_tail
 
 _LOOK_S = 0.005
 _END_S = 15.0

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from exprl_megatron.errors import ServerError
+from exprl_megatron.processes.supervise import supervised
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.delta_keeper import FULL, ORDER, answer_path, write_whole
 from exprl_megatron.resharding.disk import FileTransport, SafetensorsFiles, copy_description
@@ -26,7 +27,6 @@ from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.resharding.rounds import send_rounds
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.supervise import supervised
 from exprl_megatron.utils.together import together
 
 _POLL_S = 0.05

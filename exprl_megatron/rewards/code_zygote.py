@@ -11,7 +11,7 @@ import socket
 import struct
 from collections.abc import Callable
 
-from exprl_megatron.launch.child import die_with_parent
+from exprl_megatron.processes.child import die_with_parent
 
 _MOST_FDS = 16
 _PID = struct.Struct("=q")

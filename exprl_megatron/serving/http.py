@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from exprl_megatron.errors import RequestRefused, ServerError
-from exprl_megatron.serving.log_tail import log_tail
+from exprl_megatron.processes.log_tail import log_tail
 
 CONNECT_S = 30.0
 """A server that does not even take the connection within this time is given up."""

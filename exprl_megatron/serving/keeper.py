@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
-from exprl_megatron.launch.starter import Starter
+from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.keys import fingerprint, read_key
 from exprl_megatron.serving.launch import Server, ServerSpec, launch_servers, stop_servers
 from exprl_megatron.serving.registry import RegisteredServer, Registry

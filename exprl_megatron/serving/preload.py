@@ -1,4 +1,4 @@
-"""What an SGLang server imports; importing this does, in the fork server on a CPU (launch/fork_process.py)."""
+"""What an SGLang server imports; importing this does, in the fork server on a CPU (processes/fork_process.py)."""
 
 # The plugin has its hooks in place before SGLang's other modules come, as in keyed_server.
 from sglang.srt.plugins import load_plugins

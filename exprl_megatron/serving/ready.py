@@ -3,8 +3,8 @@
 import asyncio
 
 from exprl_megatron.errors import ServerError
+from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.log_tail import log_tail
 
 _POLL_S = 0.5
 

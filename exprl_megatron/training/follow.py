@@ -6,7 +6,7 @@ import time
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import Preempted, RunStopped, UserError
-from exprl_megatron.launch.starter import Starter
+from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Guest, Node

@@ -13,8 +13,8 @@ from typing import Any
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError, storage_sentence
-from exprl_megatron.launch.child import die_with_parent
-from exprl_megatron.launch.starter import Starter
+from exprl_megatron.processes.child import die_with_parent
+from exprl_megatron.processes.starter import Starter
 
 INPUT_CHECKS = "exprl_megatron.training.input_checks"
 CHANNEL = "EXPRL_INPUT_CHECKS"

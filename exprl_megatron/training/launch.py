@@ -7,8 +7,8 @@ from pathlib import Path
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError, storage_sentence
-from exprl_megatron.interruption import Interrupted
-from exprl_megatron.launch.starter import Starter
+from exprl_megatron.processes.interruption import Interrupted
+from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key, renew_key

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from exprl_megatron.errors import Preempted
-from exprl_megatron.interruption import raise_from_handler
+from exprl_megatron.processes.interruption import raise_from_handler
 
 
 def end_on_sigusr1() -> None:

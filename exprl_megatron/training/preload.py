@@ -1,4 +1,4 @@
-"""What a rank imports; importing this does, in the fork server on a CPU (launch/fork_process.py)."""
+"""What a rank imports; importing this does, in the fork server on a CPU (processes/fork_process.py)."""
 
 import exprl_megatron.policy.world
 import exprl_megatron.training.assemble

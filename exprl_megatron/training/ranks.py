@@ -13,12 +13,12 @@ import psutil
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.launch.child import Child
-from exprl_megatron.launch.starter import Starter
-from exprl_megatron.serving.log_tail import log_tail
-from exprl_megatron.serving.supervise import HEARTBEAT
+from exprl_megatron.processes.child import Child
+from exprl_megatron.processes.heartbeat import SILENCE_S, Pulse, states
+from exprl_megatron.processes.log_tail import log_tail
+from exprl_megatron.processes.starter import Starter
+from exprl_megatron.processes.supervise import HEARTBEAT
 from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.heartbeat import SILENCE_S, Pulse, states
 from exprl_megatron.training.nodes import End, Node, RankKilled, ended, read_end
 from exprl_megatron.utils.accelerator import environment, settle, uses_cuda
 from exprl_megatron.utils.cuda_environment import rank_variables

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from exprl_megatron.errors import exit_status
-from exprl_megatron.interruption import Interrupted
+from exprl_megatron.processes.interruption import Interrupted
 from exprl_megatron.utils.files import write_atomically
 from exprl_megatron.version import package_versions, this_build
 

@@ -3,8 +3,8 @@
 import os
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.launch.fork_server import ForkServer
-from exprl_megatron.launch.starter import Starter
+from exprl_megatron.processes.fork_server import ForkServer
+from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.command import SERVER, server_environment
 from exprl_megatron.training.input_checks import INPUT_CHECKS
 from exprl_megatron.training.ranks import WORKER, rank_environment

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
+from exprl_megatron.processes.heartbeat import beat
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.training.heartbeat import beat
 from exprl_megatron.utils.files import write_atomically
 
 _telling = threading.RLock()

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from exprl_megatron.errors import ServerError
+from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.log_tail import log_tail
 from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.utils.ports import free_ports
 

@@ -192,7 +192,7 @@ def started(monkeypatch):
         processes.append((command, env))
         return SimpleNamespace(pid=1, poll=lambda: None)
 
-    monkeypatch.setattr("exprl_megatron.launch.starter.subprocess.Popen", popen)
+    monkeypatch.setattr("exprl_megatron.processes.starter.subprocess.Popen", popen)
     return processes
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exprl_megatron.serving.supervise import supervised
+from exprl_megatron.processes.supervise import supervised
 
 # As SGLang does: a child has a file in shared memory mapped, and is killed without a chance to remove it.
 MAPS = """
@@ -45,7 +45,7 @@ def test_nothing_is_left_in_shared_memory(shared, program, how):
     command = [sys.executable, "-S", str(program), str(shared)]
     if how == "its parent is gone":
         starter = (
-            "import subprocess, sys; from exprl_megatron.serving.supervise import supervised; "
+            "import subprocess, sys; from exprl_megatron.processes.supervise import supervised; "
             "subprocess.Popen(supervised(sys.argv[1:])).wait()"
         )
         parent = subprocess.Popen([sys.executable, "-c", starter, *command], stdout=subprocess.PIPE, text=True)

@@ -6,7 +6,7 @@ import pytest
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
-from exprl_megatron.launch.starter import Starter
+from exprl_megatron.processes.starter import Starter
 from exprl_megatron.training import launch as launch_module
 from exprl_megatron.training.devices import placed
 from exprl_megatron.training.directory import RunDirectory

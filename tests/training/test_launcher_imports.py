@@ -10,7 +10,7 @@ HEAVY = ("torch", "transformers", "sglang", "megatron", "datasets", "pandas", "s
 LAUNCH = """
 import json, sys
 from pathlib import Path
-import exprl_megatron.launch.starter as starter
+import exprl_megatron.processes.starter as starter
 from exprl_megatron import cli
 from exprl_megatron.training import input_checks, launch, starting
 

@@ -14,7 +14,7 @@ import pytest
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.serving.supervise import supervised
+from exprl_megatron.processes.supervise import supervised
 from exprl_megatron.training import ranks as module
 from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import RankFailed, RankKilled
@@ -42,7 +42,7 @@ target.with_suffix(".part").rename(target)
 """
 BEATS = """
 import time
-from exprl_megatron.training.heartbeat import beat
+from exprl_megatron.processes.heartbeat import beat
 beat()
 print("beats", flush=True)
 time.sleep(300)
@@ -57,7 +57,9 @@ def start(tmp_path, monkeypatch):
     started = []
 
     def start(command: list[str], count: int, **server) -> TrainerRanks:
-        monkeypatch.setattr("exprl_megatron.launch.starter.supervised", lambda _, grace_s: supervised(command, grace_s))
+        monkeypatch.setattr(
+            "exprl_megatron.processes.starter.supervised", lambda _, grace_s: supervised(command, grace_s)
+        )
         config = SimpleNamespace(
             policy=SimpleNamespace(layout=Layout(dp=count)), server=ServerConfig(**server), directory=str(tmp_path)
         )

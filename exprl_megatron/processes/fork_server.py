@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
-from exprl_megatron.launch.child import ForkedChild
+from exprl_megatron.processes.child import ForkedChild
 
 PR_SET_CHILD_SUBREAPER = 36
 LENGTH_BYTES = 4
@@ -43,7 +43,13 @@ class ForkServer:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open until `close`
         self._channel, theirs = socket.socketpair()
         self._channel.settimeout(deadline_s)
-        command = [sys.executable, "-m", "exprl_megatron.launch.fork_process", str(theirs.fileno()), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-m",
+            "exprl_megatron.processes.fork_process",
+            str(theirs.fileno()),
+            str(os.getpid()),
+        ]
         with theirs:
             self._process: subprocess.Popen | None = subprocess.Popen(
                 [*command, preload],

@@ -1,12 +1,12 @@
-"""Starts a run's processes, each under a supervisor that ends it with us (serving/supervise.py)."""
+"""Starts a run's processes, each under a supervisor that ends it with us (processes/supervise.py)."""
 
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import IO, Self
 
-from exprl_megatron.launch.child import Child
-from exprl_megatron.launch.fork_server import ForkRequest, ForkServer
-from exprl_megatron.serving.supervise import supervised
+from exprl_megatron.processes.child import Child
+from exprl_megatron.processes.fork_server import ForkRequest, ForkServer
+from exprl_megatron.processes.supervise import supervised
 
 
 class Starter:

@@ -11,7 +11,7 @@ import time
 
 import psutil
 
-from exprl_megatron.serving.supervise import HEARTBEAT
+from exprl_megatron.processes.supervise import HEARTBEAT
 
 SILENCE_S = 45.0
 """A rank that was silent for so long is given up."""

@@ -1,4 +1,4 @@
-"""`python -m exprl_megatron.launch.fork_process CHANNEL PARENT MODULE` imports MODULE and forks what PARENT asks for.
+"""`python -m exprl_megatron.processes.fork_process CHANNEL PARENT MODULE` imports MODULE and forks what PARENT wants.
 
 It computes nothing and has one thread, so that what it forks begins as a new process would, with its libraries. Each
 is forked twice: the process between ends, and the launcher adopts what it leaves.
@@ -20,9 +20,9 @@ import traceback
 
 from setproctitle import getproctitle, setproctitle
 
-from exprl_megatron.launch.child import ForkedChild, die_with_parent
-from exprl_megatron.launch.fork_server import LENGTH_BYTES, ForkRequest
-from exprl_megatron.serving.supervise import shell_status, supervise, supervised
+from exprl_megatron.processes.child import ForkedChild, die_with_parent
+from exprl_megatron.processes.fork_server import LENGTH_BYTES, ForkRequest
+from exprl_megatron.processes.supervise import shell_status, supervise, supervised
 
 _MOST_DESCRIPTORS = 8
 

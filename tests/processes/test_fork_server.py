@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from exprl_megatron.launch.child import ForkedChild
-from exprl_megatron.launch.fork_server import ForkServer
-from exprl_megatron.launch.starter import Starter
-from exprl_megatron.serving.supervise import HEARTBEAT
+from exprl_megatron.processes.child import ForkedChild
+from exprl_megatron.processes.fork_server import ForkServer
+from exprl_megatron.processes.starter import Starter
+from exprl_megatron.processes.supervise import HEARTBEAT
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE)}
@@ -147,7 +147,7 @@ def test_a_fork_server_that_dies_is_replaced_by_starting(tmp_path, capfd):
     with Starter([server]) as starter:
         first = start(starter, tmp_path / "first", "wait")
         ready(tmp_path / "first")
-        (process,) = (p for p in psutil.Process().children() if "exprl_megatron.launch.fork_process" in p.cmdline())
+        (process,) = (p for p in psutil.Process().children() if "exprl_megatron.processes.fork_process" in p.cmdline())
         process.kill()
         assert start(starter, tmp_path / "second", "fail").wait() == 1
         assert first.poll() is None
