@@ -13,7 +13,7 @@ import nemo_run as run
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.policy.architecture import layout_violations, read_architecture
+from exprl_megatron.models.architecture import layout_violations, read_architecture
 from exprl_megatron.training.plan import print_departures, print_prompts
 from exprl_megatron.training.preflight import dry_run
 from exprl_megatron.utils.files import write_atomically

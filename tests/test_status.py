@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.policy.architecture import FAMILIES
+from exprl_megatron.models.architecture import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"

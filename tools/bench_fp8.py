@@ -26,9 +26,9 @@ from exprl_megatron.benchmarks.layers import Work, measure_layers, narrowed, pol
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import Kind
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.precision_matrix import Setting, precision_violations
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.targets import find_architecture
-from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.utils.accelerator import uses_cuda
 

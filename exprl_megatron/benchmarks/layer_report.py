@@ -6,10 +6,10 @@ from statistics import median
 from exprl_megatron.benchmarks.layers import LayerFigures, Work, per_layer, speedups
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import Kind, PrecisionConfig
-from exprl_megatron.planning.flops import model_flops
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.flops import model_flops
 from exprl_megatron.planning.hardware import GPUS, Gpu
 from exprl_megatron.planning.training_time import training_time
-from exprl_megatron.policy.architecture import Architecture
 
 NVIDIA_SPEEDUP = 1.40
 """FP8 over BF16, Llama 3.1 70B on 64 H100, whole training steps (NVIDIA, dgxc-benchmarking, release 25.03)."""

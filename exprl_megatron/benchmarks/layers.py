@@ -14,7 +14,7 @@ from exprl_megatron.benchmarks.step_comparison import make_sequences
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import Kind, PrecisionConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.packing import plan_micro_batches, shape_of
 from exprl_megatron.policy.step import MicroBatches, forward_backward

@@ -13,13 +13,13 @@ from exprl_megatron.benchmarks.broadcast_floor import Floor
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.config.transport import TransportChoice
-from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.name_map import hf_shapes
+from exprl_megatron.models.weight_readers import Random
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.messages import stage_messages
-from exprl_megatron.resharding.names import hf_shapes
-from exprl_megatron.resharding.sources import Random
 from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization

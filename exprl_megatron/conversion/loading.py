@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 
 from exprl_megatron.conversion.megatron_files import MegatronFiles
 from exprl_megatron.conversion.weights import MEGATRON
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.policy.precision import set_parameter
 
 

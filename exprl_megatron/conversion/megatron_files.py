@@ -11,9 +11,9 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, L
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from exprl_megatron.conversion.stored import Stored, stored_parameters
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.stored_parameters import Stored, stored_parameters
 
 _OTHERS = re.compile(r"(optimizer|start)\..*|(random|common_state)/.*|.*\._extra_state/.*")
 """What a run's checkpoint holds beside the current weights."""

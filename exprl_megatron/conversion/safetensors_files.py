@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from exprl_megatron.resharding.sources import open_safetensors
+from exprl_megatron.models.weight_readers import open_safetensors
 
 _NAMES = {
     torch.float32: "F32",

@@ -8,15 +8,15 @@ from typing import Literal
 
 import torch
 
-from exprl_megatron.conversion import fp8
 from exprl_megatron.conversion.partial import Partial
 from exprl_megatron.conversion.safetensors_files import DTYPES, headers, write_safetensors
-from exprl_megatron.conversion.stored import Stored, stored_parameters
 from exprl_megatron.conversion.weights import Weights
 from exprl_megatron.errors import UserError
+from exprl_megatron.models import fp8_blocks as fp8
+from exprl_megatron.models.name_map import hf_shapes
+from exprl_megatron.models.stored_parameters import Stored, stored_parameters
+from exprl_megatron.models.weight_readers import INDEX, SINGLE
 from exprl_megatron.resharding.huggingface import copy_companions, write_config
-from exprl_megatron.resharding.names import hf_shapes
-from exprl_megatron.resharding.sources import INDEX, SINGLE
 
 Format = Literal["fp8"] | torch.dtype | None
 """None keeps each tensor's dtype; `fp8` quantises matrices in blocks and keeps the dtype of the rest."""

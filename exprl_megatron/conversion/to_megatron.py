@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from exprl_megatron.conversion.megatron_files import COMMON, MegatronFiles
 from exprl_megatron.conversion.partial import Partial
-from exprl_megatron.conversion.stored import Stored, stored_parameters
 from exprl_megatron.conversion.weights import MEGATRON, HuggingFaceWeights
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.stored_parameters import Stored, stored_parameters
 from exprl_megatron.resharding.huggingface import copy_companions, write_config
 from exprl_megatron.utils.files import write_atomically
 

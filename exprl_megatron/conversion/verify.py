@@ -12,14 +12,14 @@ from typing import Literal
 import psutil
 import torch
 
-from exprl_megatron.conversion import fp8
 from exprl_megatron.conversion.safetensors_files import headers, read_tensor
-from exprl_megatron.conversion.stored import Stored, stored_parameters
 from exprl_megatron.conversion.to_hf import Form
 from exprl_megatron.conversion.weights import HuggingFaceWeights, MegatronWeights, Weights, open_weights
 from exprl_megatron.errors import UserError
-from exprl_megatron.resharding.names import hf_shapes
-from exprl_megatron.resharding.sources import weight_files
+from exprl_megatron.models import fp8_blocks as fp8
+from exprl_megatron.models.name_map import hf_shapes
+from exprl_megatron.models.stored_parameters import Stored, stored_parameters
+from exprl_megatron.models.weight_readers import weight_files
 
 TOKENS = 64
 """Random tokens whose logits are compared."""

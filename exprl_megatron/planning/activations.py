@@ -7,7 +7,7 @@ keys, values, output and one fp32 number per token and head).
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.policy.architecture import Architecture, stage_layers
+from exprl_megatron.models.architecture import Architecture, stage_layers
 
 
 def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision: PrecisionConfig) -> float:

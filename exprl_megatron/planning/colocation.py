@@ -5,11 +5,11 @@ from dataclasses import replace
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.memory import CONTEXT, GRAPH_BYTES, GROUP, groups
 from exprl_megatron.planning.parameters import model_parameters
 from exprl_megatron.planning.phases import Phase
-from exprl_megatron.policy.architecture import Architecture
 
 
 def sleeping_server_bytes(server: ServerConfig) -> float:

@@ -6,7 +6,7 @@ Two kinds of figures: `Shares` of a datasheet peak, three of them calibrated (do
 from dataclasses import dataclass
 
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.planning.flops import Gemm
+from exprl_megatron.models.flops import Gemm
 from exprl_megatron.planning.hardware import Gpu
 
 TILE = (128, 256)

@@ -5,12 +5,12 @@ from typing import Literal
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.planning.flops import attention_flops, attention_gemms, mlp_gemms, router_gemm
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.flops import attention_flops, attention_gemms, mlp_gemms, router_gemm
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.kernels import KERNEL_GAP, attention_seconds, cast_bytes, gemm_seconds, traffic_seconds
 from exprl_megatron.planning.links import TP_HIDDEN, exchange_seconds, exposed, ring_seconds
 from exprl_megatron.planning.practice import Practice
-from exprl_megatron.policy.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from math import ceil
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.architecture import Architecture, layout_violations
+from exprl_megatron.models.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.memory import USABLE, Memory, training_memory
 from exprl_megatron.planning.parameters import model_parameters
@@ -13,8 +15,6 @@ from exprl_megatron.planning.practice import Practice
 from exprl_megatron.planning.rl_time import RAGGED
 from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, micro_batches, training_time
 from exprl_megatron.planning.workload import Workload
-from exprl_megatron.policy.architecture import Architecture, layout_violations
-from exprl_megatron.policy.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
 
 AS_FAST = 1.005
 """Seconds that differ by less are not told apart."""

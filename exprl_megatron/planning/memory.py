@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.architecture import Architecture, padded_vocabulary, stage_layers
 from exprl_megatron.planning.activations import activation_bytes, value_bytes, working_bytes
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.parameters import (
@@ -14,7 +15,6 @@ from exprl_megatron.planning.parameters import (
     model_parameters,
     rank_counts,
 )
-from exprl_megatron.policy.architecture import Architecture, padded_vocabulary, stage_layers
 
 CONTEXT = int(1.5 * GIB)
 """CUDA's context, cuBLAS's workspaces and the kernels of one process (assumed; nvidia-smi shows 1 to 2 GB)."""

@@ -5,8 +5,8 @@ from functools import cache
 from math import prod
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import Architecture, padded_vocabulary, stage_layers
-from exprl_megatron.resharding.names import hf_shapes, parameters
+from exprl_megatron.models.architecture import Architecture, padded_vocabulary, stage_layers
+from exprl_megatron.models.name_map import hf_shapes, parameters
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.architecture import Architecture, layout_violations
+from exprl_megatron.models.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
 from exprl_megatron.planning.colocation import beside_sleepers, beside_sleeping_server, server_faults
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.layouts import Learning, Ranking, learning, rank_layouts
@@ -28,8 +30,6 @@ from exprl_megatron.planning.serving_time import Servers, prefill_seconds
 from exprl_megatron.planning.sync_time import sync_plans, sync_seconds
 from exprl_megatron.planning.targets import assumed_architecture, find_architecture
 from exprl_megatron.planning.workload import Workload
-from exprl_megatron.policy.architecture import Architecture, layout_violations
-from exprl_megatron.policy.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
 
 if TYPE_CHECKING:
     from exprl_megatron.resharding.plan import SyncPlan

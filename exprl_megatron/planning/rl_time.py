@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NVLINK_SHARE
 from exprl_megatron.planning.serving_time import Lengths, Servers, ServingTime, serving_time
 from exprl_megatron.planning.training_time import TrainingTime
-from exprl_megatron.policy.architecture import Architecture
 
 RAGGED = 1.24
 """Calibrated (docs/time_model.md): log-probs and training on packed traces of many lengths, with losses and statistics

@@ -3,7 +3,8 @@
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.planning.flops import model_flops
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.flops import model_flops
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.memory import server_memory
 from exprl_megatron.planning.phases import Phase, Speed, speed_of
@@ -11,7 +12,6 @@ from exprl_megatron.planning.rl_time import judging_tail, judging_time, sampling
 from exprl_megatron.planning.serving_time import Lengths, Servers, ServingTime
 from exprl_megatron.planning.targets import assumed_architecture, find_architecture
 from exprl_megatron.planning.workload import Workload
-from exprl_megatron.policy.architecture import Architecture
 
 
 def sampling_seconds(architecture: Architecture, servers: Servers, workload: Workload) -> ServingTime:

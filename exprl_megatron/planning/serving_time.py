@@ -5,11 +5,11 @@ from functools import cached_property
 from math import exp, log
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.planning.flops import layer_flops, linear_parameters, model_flops
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.flops import layer_flops, linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.kernels import KERNEL_GAP, SHARES, product_rate
 from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
-from exprl_megatron.policy.architecture import Architecture
 
 ITERATION_S = 0.006
 """Calibrated (docs/time_model.md): scheduling, sampling and returning tokens, for each decode iteration."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import Transport, choose_transport
+from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.policy.architecture import Architecture
 
 if TYPE_CHECKING:
     from exprl_megatron.resharding.plan import SyncPlan

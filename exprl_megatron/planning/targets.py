@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from exprl_megatron.config.load import load_config, resolve_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import Architecture, read_architecture
+from exprl_megatron.models.architecture import Architecture, read_architecture
 
 PUBLISHED = Path(__file__).parent / "architectures"
 

@@ -6,13 +6,13 @@ from math import ceil
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.planning.flops import head_gemm, linear_parameters, model_flops
+from exprl_megatron.models.architecture import Architecture, stage_layers
+from exprl_megatron.models.flops import head_gemm, linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.kernels import gemm_seconds, host_optimizer_seconds, traffic_seconds
 from exprl_megatron.planning.layer_time import LayerTime, Rank, backward_layer, forward_layer
 from exprl_megatron.planning.links import exposed, ring_seconds, send_seconds
 from exprl_megatron.planning.practice import OURS, Practice
-from exprl_megatron.policy.architecture import Architecture, stage_layers
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from statistics import median
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.planning.flops import linear_parameters, model_flops
+from exprl_megatron.models.architecture import Architecture, Experts
+from exprl_megatron.models.flops import linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu, find_gpu
 from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
 from exprl_megatron.planning.practice import Practice
 from exprl_megatron.planning.rl_time import StepTime, sampling_time, step_time
 from exprl_megatron.planning.serving_time import Lengths, Servers
 from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, training_time
-from exprl_megatron.policy.architecture import Architecture, Experts
 
 PUBLISHED = Path(__file__).with_name("published_throughput.json")
 

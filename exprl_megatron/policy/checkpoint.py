@@ -32,12 +32,12 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.policy import checkpoint_files as files
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
 from exprl_megatron.policy.optimizer import separate_step_counters
 from exprl_megatron.policy.optimizer_state import divided_like, parts
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.utils.files import sync_directory
 
 

@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.world import World, current_world, leave_world, make_groups
 

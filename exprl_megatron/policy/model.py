@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.policy.architecture import Architecture, check_layout, padded_vocabulary, stage_layers
+from exprl_megatron.models.architecture import Architecture, check_layout, padded_vocabulary, stage_layers
 from exprl_megatron.policy.emulation import emulate_fp8
 from exprl_megatron.policy.gradient_fusion import fuses_gradients
 from exprl_megatron.policy.local_layers import RotationTable

@@ -19,9 +19,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.conversion.loading import is_converted, load_converted
 from exprl_megatron.errors import GradientNotFinite, UserError
-from exprl_megatron.planning.flops import attention_flops, layer_flops
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.flops import attention_flops, layer_flops
 from exprl_megatron.policy import overlap, step
-from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.balance import weigh_balance_by_tokens
 from exprl_megatron.policy.batch import LearnedFrom
 from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of

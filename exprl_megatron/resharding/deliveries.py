@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 
 from exprl_megatron.config.policy import Layout
+from exprl_megatron.models.shards import ITEMSIZE
 from exprl_megatron.resharding.held import Held
-from exprl_megatron.resharding.messages import ITEMSIZE
 from exprl_megatron.serving.delivery_tables import MESSAGE, RECTANGLE, Deliveries, areas
 
 _SMALL_BYTES = 2**16

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.models.shards import Shape
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.deliveries import DeliveryPlan
@@ -30,7 +31,6 @@ from exprl_megatron.resharding.groups import (
     timeout_s,
 )
 from exprl_megatron.resharding.held import held_shares
-from exprl_megatron.resharding.messages import Shape
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.sending import Sending
 from exprl_megatron.resharding.timing import SyncTimes

@@ -9,13 +9,13 @@ from functools import lru_cache
 import numpy as np
 
 from exprl_megatron.config.policy import Layout
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import hf_shapes
+from exprl_megatron.models.shards import ITEMSIZE
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NIC_SHARE
-from exprl_megatron.policy.architecture import Architecture
 from exprl_megatron.resharding.deliveries import DeliveryPlan, Volumes
 from exprl_megatron.resharding.held import Held, held_shares
-from exprl_megatron.resharding.messages import ITEMSIZE
-from exprl_megatron.resharding.names import hf_shapes
 from exprl_megatron.resharding.plan import MESSAGE_S, TENSOR_S, SyncPlan, shard_bytes
 from exprl_megatron.serving.delivery_tables import Deliveries, needs_table
 from exprl_megatron.serving.sharding import server_needs

@@ -6,12 +6,11 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import Bucket, Parameter, hf_shapes, parameters
+from exprl_megatron.models.shards import cut_into, holders, lands_whole, shard_shape
 from exprl_megatron.policy.precision import plain
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.messages import cut_into, holders, lands_whole, shard_shape
-from exprl_megatron.resharding.names import Parameter, hf_shapes, parameters
-from exprl_megatron.resharding.transport import Bucket
 
 
 class Gatherer:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import Architecture
-from exprl_megatron.resharding.messages import Shape, copies, holders, shard_shape
-from exprl_megatron.resharding.names import Parameter, Rule, hf_shapes, parameters
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import Parameter, Rule, hf_shapes, parameters
+from exprl_megatron.models.shards import Shape, copies, holders, shard_shape
 
 SHARE = np.dtype(
     [(field, np.int32) for field in ("tensor", "row", "rows", "column", "columns", "holding", "parameter", "local_row")]

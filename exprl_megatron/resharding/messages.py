@@ -7,17 +7,15 @@ sync at any size is computed from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.conversion import fp8 as blocks
-from exprl_megatron.policy.architecture import Architecture
-from exprl_megatron.resharding.names import Parameter, hf_shapes, parameters
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-Shape = tuple[int, ...]
+from exprl_megatron.models import fp8_blocks as blocks
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import Parameter, hf_shapes, parameters
+from exprl_megatron.models.shards import ITEMSIZE, Shape, cut_into, holders, lands_whole, shard_shape
 
 
 @dataclass(frozen=True)
@@ -88,68 +86,9 @@ def smallest(messages: Sequence[Message], shapes: dict[str, Shape], dtype: str, 
     return _message(messages[0].stage, [least], shapes, dtype, fp8)
 
 
-def cut_into(
-    table: Iterable[Parameter], bytes_of: Callable[[Parameter], int], bucket_bytes: int
-) -> list[list[Parameter]]:
-    """The parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has more)."""
-    cuts: list[list[Parameter]] = []
-    filled = 0
-    for parameter in table:
-        size = bytes_of(parameter)
-        if not cuts or filled + size > bucket_bytes:
-            cuts.append([])
-            filled = 0
-        cuts[-1].append(parameter)
-        filled += size
-    return cuts
-
-
 def rounds(staged: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
     """The n-th messages of all stages that have so many, for each n: what is on its way at the same time."""
     return [tuple(m for m in messages if m is not None) for messages in zip_longest(*staged)]
-
-
-def holders(parameter: Parameter, layout: Layout) -> tuple[int, ...]:
-    """The trainer's ranks that have the parameter's shards, in the shards' order; of several copies the first.
-
-    Ranks are laid out as Megatron does: tp innermost, then cp, dp, pp; experts' etp innermost, then ep.
-    """
-    first = sender(parameter.pp_rank, layout)
-    if parameter.ep_rank is not None:
-        first += parameter.ep_rank * layout.etp
-        return tuple(range(first, first + layout.etp))
-    return tuple(range(first, first + (layout.tp if parameter.rule.split_dim is not None else 1)))
-
-
-def copies(parameter: Parameter, holder: int, layout: Layout) -> range:
-    """The ranks that have the same shard as `holder`, one of `holders`: its data- and context-parallel copies."""
-    first = sender(parameter.pp_rank, layout)
-    step = layout.tp if parameter.ep_rank is None else layout.etp * layout.ep
-    return range(holder, first + layout.tp * layout.cp * layout.dp, step)
-
-
-def sender(stage: int, layout: Layout) -> int:
-    """The first rank of a pipeline stage, which sends the stage's messages."""
-    return stage * layout.tp * layout.cp * layout.dp
-
-
-def shard_shape(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) -> Shape:
-    """Of the parameter on one of its holders; `shapes` are those of the whole Hugging Face tensors."""
-    whole = [shapes[name] for name in parameter.hf_names]
-    dim = parameter.rule.split_dim
-    if dim is None:
-        return whole[0]
-    cut = math.ceil(sum(shape[dim] for shape in whole) / len(holders(parameter, layout)))
-    return (*whole[0][:dim], cut, *whole[0][dim + 1 :])
-
-
-def lands_whole(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, index: int) -> bool:
-    """Whether the `index`-th shard is one piece of its only Hugging Face tensor: it needs no place beside it."""
-    dim = parameter.rule.split_dim
-    if len(parameter.hf_names) > 1 or dim not in (None, 0):
-        return False
-    rows = shard_shape(parameter, shapes, layout)[0]
-    return dim is None or (index + 1) * rows <= shapes[parameter.hf_names[0]][0]
 
 
 def beside_bytes(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, dtype: str, fp8: bool = False) -> int:

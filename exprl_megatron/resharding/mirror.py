@@ -15,7 +15,7 @@ import numpy
 import zstandard
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.resharding.transport import Bucket
+from exprl_megatron.models.name_map import Bucket
 from exprl_megatron.serving.tensor_bytes import tensor_bytes
 
 VERSION = "version.txt"

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from exprl_megatron.conversion import fp8 as blocks
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models import fp8_blocks as blocks
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import Bucket, Parameter
+from exprl_megatron.models.shards import sender
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.gather import Gatherer
-from exprl_megatron.resharding.messages import Message, Slot, rounds, sender, smallest, stage_messages
-from exprl_megatron.resharding.names import Parameter
-from exprl_megatron.resharding.transport import Bucket
+from exprl_megatron.resharding.messages import Message, Slot, rounds, smallest, stage_messages
 
 Check = Callable[[Bucket], None]
 """What each bucket's tensors are looked at by: they are hashed."""

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from exprl_megatron.resharding.outgoing import Outgoing
     from exprl_megatron.resharding.timing import SyncTimes
     from exprl_megatron.serving.client import SGLangClient
-
-Bucket = list[tuple[str, torch.Tensor]]
-"""Full tensors under their Hugging Face names."""
 
 
 class Transport(Protocol):

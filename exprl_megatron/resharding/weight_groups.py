@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from exprl_megatron.errors import RequestRefused, ServerError
+from exprl_megatron.models.shards import sender
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.groups import (
@@ -26,7 +27,7 @@ from exprl_megatron.resharding.groups import (
     meet,
     meeting_place,
 )
-from exprl_megatron.resharding.messages import Message, sender
+from exprl_megatron.resharding.messages import Message
 from exprl_megatron.resharding.outgoing import Filled, Outgoing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.own_group import GroupThread, abort, destroy, in_background

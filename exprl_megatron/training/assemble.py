@@ -7,7 +7,7 @@ from typing import Literal
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.errors import Preempted
-from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.policy.checkpoint import intact_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.control import Control

@@ -6,9 +6,9 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SCORED_BELOW_ROOM, ServerConfig
 from exprl_megatron.config.stages import RlStage
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import Architecture, layout_violations, read_architecture
+from exprl_megatron.models.architecture import Architecture, layout_violations, read_architecture
+from exprl_megatron.models.precision_matrix import Setting, precision_violations
 from exprl_megatron.policy.gradient_fusion import fusion_violations
-from exprl_megatron.policy.precision_matrix import Setting, precision_violations
 from exprl_megatron.utils.accelerator import cuda_capability, uses_cuda
 
 

@@ -7,7 +7,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, SelfDistillStage, SftStage, SparseRlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judged_traces import read_judged_traces
-from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.directory import RunDirectory
@@ -54,7 +54,7 @@ def dry_run(config: RunConfig) -> str | None:
 def _check_weights(config: RunConfig) -> None:
     from exprl_megatron.conversion.loading import is_converted
     from exprl_megatron.conversion.weights import open_weights
-    from exprl_megatron.resharding.sources import Safetensors
+    from exprl_megatron.models.weight_readers import Safetensors
 
     model = config.policy.model
     if not is_converted(model):

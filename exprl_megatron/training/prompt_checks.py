@@ -13,7 +13,7 @@ from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judge_model import model_context
 from exprl_megatron.judging.judgement import Unit
 from exprl_megatron.judging.rubric import MOST, Checkpoint, Rubric
-from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
 from exprl_megatron.problems.records import refuse_faults

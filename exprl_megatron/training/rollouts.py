@@ -15,7 +15,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SparseRlStage
 from exprl_megatron.judging.leaks import LeakGuard
-from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_problems

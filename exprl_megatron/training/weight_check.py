@@ -8,12 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from exprl_megatron.conversion import fp8 as blocks
 from exprl_megatron.errors import WeightsDiffer
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models import fp8_blocks as blocks
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import Bucket
 from exprl_megatron.resharding.outgoing import Check, Outgoing
 from exprl_megatron.resharding.shard_checksums import ShardChecksums
-from exprl_megatron.resharding.transport import Bucket
 from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.accelerator import uses_cuda

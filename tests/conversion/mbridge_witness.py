@@ -15,7 +15,7 @@ import mbridge.core.util
 from mbridge import AutoBridge
 from mbridge.models.qwen2 import Qwen2Bridge
 
-from exprl_megatron.policy.architecture import padded_vocabulary
+from exprl_megatron.models.architecture import padded_vocabulary
 from exprl_megatron.policy.policy import Policy
 
 # As Megatron does, it allocates on "the CUDA device".

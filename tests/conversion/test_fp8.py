@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-from exprl_megatron.conversion.fp8 import dequantise, quantise
 from exprl_megatron.conversion.to_hf import convert_to_huggingface
 from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.conversion.verify import verify_weights
 from exprl_megatron.conversion.weights import open_weights
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.fp8_blocks import dequantise, quantise
 from exprl_megatron.serving.command import server_environment
 
 SHAPES = [(128, 128), (256, 384), (130, 200), (1, 1)]

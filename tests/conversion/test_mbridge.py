@@ -7,8 +7,8 @@ from transformers import AutoConfig
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import read_architecture
-from exprl_megatron.resharding.names import hf_shapes, parameters
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.name_map import hf_shapes, parameters
 
 # isort: split
 from mbridge import AutoBridge

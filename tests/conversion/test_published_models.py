@@ -14,10 +14,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.conversion.stored import stored_parameters
-from exprl_megatron.policy.architecture import padded_vocabulary, read_architecture
+from exprl_megatron.models.architecture import padded_vocabulary, read_architecture
+from exprl_megatron.models.name_map import Vocabulary, hf_shapes, parameters
+from exprl_megatron.models.stored_parameters import stored_parameters
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
-from exprl_megatron.resharding.names import Vocabulary, hf_shapes, parameters
 
 sys.path.append(str(Path(__file__).parents[1] / "te"))
 from recipe_layouts import RECIPES

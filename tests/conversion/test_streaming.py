@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from exprl_megatron.policy.architecture import read_architecture
-from exprl_megatron.resharding.names import hf_shapes
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.name_map import hf_shapes
 
 pytestmark = pytest.mark.slow
 

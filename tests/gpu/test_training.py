@@ -9,7 +9,7 @@ from on_device.learning import Learned, beside_reference, learn, learn_in_layout
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.policy.precision_matrix import Setting, precision_violations
+from exprl_megatron.models.precision_matrix import Setting, precision_violations
 
 pytestmark = pytest.mark.gpu
 STEPS = 50

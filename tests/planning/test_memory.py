@@ -7,8 +7,8 @@ import pytest
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.planning.parameters import largest_tensor, model_parameters, rank_counts
-from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
 
 PUBLISHED = Path(planning.__file__).parent / "architectures"

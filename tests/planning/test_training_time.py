@@ -7,7 +7,7 @@ import pytest
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.planning.flops import model_flops
+from exprl_megatron.models.flops import model_flops
 from exprl_megatron.planning.hardware import GPUS, find_gpu
 from exprl_megatron.planning.kernels import attention_seconds, product_rate
 from exprl_megatron.planning.links import exchange_seconds, ring_bandwidth

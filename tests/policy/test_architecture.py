@@ -6,7 +6,7 @@ import pytest
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import (
+from exprl_megatron.models.architecture import (
     Architecture,
     Experts,
     RopeScaling,

@@ -16,7 +16,7 @@ def run(code: str) -> str:
 
 
 def test_importing_the_package_or_the_architecture_does_not_import_torch():
-    code = "import sys, exprl_megatron.policy.architecture; print('torch' in sys.modules, 'megatron' in sys.modules)"
+    code = "import sys, exprl_megatron.models.architecture; print('torch' in sys.modules, 'megatron' in sys.modules)"
     assert run(code) == "False False"
 
 

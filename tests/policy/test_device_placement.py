@@ -25,7 +25,7 @@ from exprl_megatron.algorithms import aggregation
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.losses import CorrectionConfig, LossConfig
 from exprl_megatron.config.policy import Layout, PolicyConfig
-from exprl_megatron.conversion import fp8
+from exprl_megatron.models import fp8_blocks as fp8
 from exprl_megatron.policy import log_probs
 from exprl_megatron.policy.batch import PER_TOKEN, MicroBatch, pad
 from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of

@@ -9,7 +9,7 @@ import torch
 from exprl_megatron.benchmarks.layers import Work, policy_config
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.policy.gradient_fusion import fusion_violations, has_fused_kernel
 from exprl_megatron.policy.model import transformer_config
 

@@ -9,11 +9,11 @@ import torch
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.models.architecture import Architecture, layout_violations, padded_vocabulary, read_architecture
+from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, parameters
 from exprl_megatron.planning.parameters import rank_counts
-from exprl_megatron.policy.architecture import Architecture, layout_violations, padded_vocabulary, read_architecture
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.names import EMBEDDING, HEAD, hf_shapes, parameters
 
 PUBLISHED = Path(planning.__file__).parent / "architectures"
 LLAMA_70B = read_architecture(PUBLISHED / "llama-3.3-70b")

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import read_architecture
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.policy.model import attention_backend, build_chunks, rope_frequencies
 
 

@@ -6,8 +6,8 @@ from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.policy.architecture import Architecture, read_architecture
-from exprl_megatron.policy.precision_matrix import Setting, precision_violations
+from exprl_megatron.models.architecture import Architecture, read_architecture
+from exprl_megatron.models.precision_matrix import Setting, precision_violations
 
 CPU, AMPERE, ADA, HOPPER, BLACKWELL, GEFORCE = None, (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 ONE_RANK, ADAM = Layout(), OptimizerConfig()

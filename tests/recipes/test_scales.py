@@ -5,12 +5,12 @@ import pytest
 
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.models.architecture import layout_violations
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.parameters import rank_counts
 from exprl_megatron.planning.plan import plan
 from exprl_megatron.planning.targets import find_architecture
 from exprl_megatron.planning.workload import workload_of
-from exprl_megatron.policy.architecture import layout_violations
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
 from recipes.catalog import MODELS
 from recipes.places import components

@@ -4,10 +4,10 @@ from collections import defaultdict
 from dataclasses import replace
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import read_architecture
-from exprl_megatron.resharding.messages import copies, holders
-from exprl_megatron.resharding.names import hf_shapes, parameters
-from exprl_megatron.resharding.sources import read_part
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.name_map import hf_shapes, parameters
+from exprl_megatron.models.shards import copies, holders
+from exprl_megatron.models.weight_readers import read_part
 
 EXPERTS = Layout(tp=2, pp=2, dp=2, ep=2, etp=2, sequence_parallel=True)
 CASES = [

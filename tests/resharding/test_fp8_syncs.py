@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exprl_megatron.conversion.fp8 import SCALE, dequantise, is_quantised, quantise
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.fp8_blocks import SCALE, dequantise, is_quantised, quantise
 from exprl_megatron.resharding.outgoing import quantise_into
 from exprl_megatron.serving.checksums import rank_checksums
 from exprl_megatron.training.weight_check import as_served

@@ -8,12 +8,13 @@ import torch
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.name_map import hf_shapes, parameters
+from exprl_megatron.models.shards import ITEMSIZE, holders, shard_shape
 from exprl_megatron.planning.hardware import find_gpu
-from exprl_megatron.policy.architecture import read_architecture
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
 from exprl_megatron.resharding.direct_plan import plan_direct
-from exprl_megatron.resharding.messages import ITEMSIZE, holders, rounds, shard_shape, stage_messages
-from exprl_megatron.resharding.names import hf_shapes, parameters
+from exprl_megatron.resharding.messages import rounds, stage_messages
 from exprl_megatron.resharding.outgoing import view
 from exprl_megatron.resharding.plan import plan_sync
 

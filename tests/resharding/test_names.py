@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import read_architecture
-from exprl_megatron.resharding.names import (
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.name_map import (
     GateUp,
     QueryKeyValue,
     Rule,

@@ -26,15 +26,15 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noq
 from exprl_megatron import planning  # noqa: E402
 from exprl_megatron.config.policy import PolicyConfig  # noqa: E402
 from exprl_megatron.config.precision import PrecisionConfig  # noqa: E402
-from exprl_megatron.conversion.stored import stored_parameters  # noqa: E402
-from exprl_megatron.policy.architecture import (  # noqa: E402
+from exprl_megatron.models.architecture import (  # noqa: E402
     Architecture,
     layout_violations,
     padded_vocabulary,
     read_architecture,
 )
+from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, parameters  # noqa: E402
+from exprl_megatron.models.stored_parameters import stored_parameters  # noqa: E402
 from exprl_megatron.policy.meta import meta_chunks, pretend_world  # noqa: E402
-from exprl_megatron.resharding.names import EMBEDDING, HEAD, hf_shapes, parameters  # noqa: E402
 
 Shapes = dict[tuple[int, str], tuple[int, ...]]
 BF16_LAYERS = 0 if PRECISION in ("bf16", "fp8-delayed") else 1

@@ -1,17 +1,22 @@
 """Where Hugging Face tensors come from: safetensors files, or a seed. Both hand out slices."""
 
+from __future__ import annotations
+
 import json
 import math
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import Architecture
-from exprl_megatron.resharding.names import EMBEDDING, HEAD, hf_shapes
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,7 +40,7 @@ class Safetensors:
             self._check(architecture)
             self._stack = opened.pop_all()
 
-    def __enter__(self) -> "Safetensors":
+    def __enter__(self) -> Safetensors:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -82,7 +87,7 @@ class Random:
         self._std = architecture.initializer_range
         self._seed = seed
 
-    def __enter__(self) -> "Random":
+    def __enter__(self) -> Random:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -90,6 +95,8 @@ class Random:
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """As Safetensors.read."""
+        import torch
+
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             whole = torch.ones(shape)
@@ -109,6 +116,8 @@ def read_part(
 
     Where `ranks` does not divide the rows (the vocabulary), they count as padded with zeros until it does.
     """
+    import torch
+
     if dim is None:
         return source.read(name)
     size = math.ceil(shape[dim] / ranks)

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import Architecture
-from exprl_megatron.resharding.names import GateUp, Parameter, Vocabulary, hf_shapes, parameters
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import GateUp, Parameter, Vocabulary, hf_shapes, parameters
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")

@@ -5,19 +5,27 @@ of 128 x 128 numbers is multiplied by to give the weights back. It is the block'
 e4m3 number). Norms, biases, the embedding, the output layer and routers stay as they are.
 """
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.architecture import Architecture
-from exprl_megatron.resharding.names import EMBEDDING, HEAD, Parameter
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.name_map import EMBEDDING, HEAD, Parameter
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK = 128
 SCALE = "_scale_inv"
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+LARGEST = 448.0
+"""torch.finfo(torch.float8_e4m3fn).max"""
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, columns] in any float format -> the same in float8_e4m3fn, and its scales, fp32."""
+    import torch
+
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)

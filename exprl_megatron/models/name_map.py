@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.architecture import Architecture, stage_layers
+from exprl_megatron.models.architecture import Architecture, stage_layers
 
 if TYPE_CHECKING:
     import torch
 
+type Bucket = list[tuple[str, torch.Tensor]]
+"""Full tensors under their Hugging Face names."""
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 

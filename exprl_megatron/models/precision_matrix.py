@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models.architecture import Architecture
 
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
 """Compute capabilities from which on a GPU belongs to a generation."""

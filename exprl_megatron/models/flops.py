@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from exprl_megatron.policy.architecture import Architecture
+from exprl_megatron.models.architecture import Architecture
 
 
 @dataclass(frozen=True)
