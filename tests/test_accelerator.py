@@ -166,7 +166,7 @@ def test_in_the_cpu_environment_no_part_of_a_machine_with_a_gpu_chooses_it():
 WITHOUT_TORCH = """
 import subprocess, sys
 from types import SimpleNamespace
-from exprl_megatron import accelerator
+from exprl_megatron.utils import accelerator
 accelerator._DRIVER = DRIVER
 accelerator.GPU_PACKAGES = {}
 asked = []

@@ -41,7 +41,7 @@ def run(directory: Path, gpus: int) -> tuple[int, list[list[str]]]:
     (directory / "test_few.py").write_text(TESTS)
     (directory / "test_on_cpu.py").write_text(ON_CPU)
     (directory / "pretended.py").write_text(
-        f"from exprl_megatron import accelerator\naccelerator.gpu_count = lambda: {gpus}"
+        f"from exprl_megatron.utils import accelerator\naccelerator.gpu_count = lambda: {gpus}"
     )
     paths = f"{directory}:{Path(__file__).parents[1]}"
     command = [
