@@ -6,7 +6,7 @@ JOBS ?= 2
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo demo-smollm study chaos test test-fast test-te test-slurm test-gpu lint lock lock-te lock-gpu miniature bench-peer lock-peer
+.PHONY: setup demo demo-smollm study chaos test test-fast test-te test-slurm test-gpu lint types ratchet lock lock-te lock-gpu miniature bench-peer lock-peer
 
 setup:
 	@tools/setup.sh
@@ -56,6 +56,15 @@ test-gpu:
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/python tools/lint_words.py
+
+types: setup
+	.venv/bin/python tools/lint_types.py
+
+# Records the words and type errors that are left in each room, where their sums have not risen.
+ratchet: setup
+	.venv/bin/python tools/lint_words.py --update
+	.venv/bin/python tools/lint_types.py --update
 
 miniature: setup
 	.venv/bin/python tools/make_miniature.py

@@ -1,0 +1,38 @@
+"""Runs mypy over the package; no room may have more errors than tools/ratchet.json records, or any without a record."""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from ratchet import Ratchet, room_of
+
+_ERROR = re.compile(r"^(?P<path>[^:]+\.py):\d+: error: ")
+
+
+def by_room(output: str) -> dict[str, list[str]]:
+    """mypy's errors in each room."""
+    lines = defaultdict(list)
+    for line in output.splitlines():
+        if found := _ERROR.match(line):
+            lines[room_of(Path(found["path"]))].append(line)
+    return lines
+
+
+def main() -> int:
+    """Check or, with --update, record; the status of mypy itself where it could not run."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--update", action="store_true", help="record today's counts; refused where their sum rises")
+    update = options.parse_args().update
+    done = subprocess.run([sys.executable, "-m", "mypy", "exprl_megatron"], capture_output=True, text=True, check=False)
+    if done.returncode > 1 or done.stderr:
+        print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+        return done.returncode or 1
+    lines = by_room(done.stdout)
+    return Ratchet("types").judge({room: len(of_room) for room, of_room in lines.items()}, lines, update=update)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
