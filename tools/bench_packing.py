@@ -18,10 +18,10 @@ from statistics import median
 
 import torch
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.algorithms.objective import supervised_objective
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.models.architecture import read_architecture
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 

@@ -23,8 +23,8 @@ from collections.abc import Sequence as ListLike
 
 import torch
 
+from exprl_megatron.algorithms.batch import LearnedFrom
 from exprl_megatron.config.losses import Aggregation
-from exprl_megatron.policy.batch import LearnedFrom
 
 
 def token_weights(mask: torch.Tensor, aggregation: Aggregation) -> torch.Tensor:

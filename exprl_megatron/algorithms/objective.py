@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from exprl_megatron.algorithms.aggregation import token_weights
+from exprl_megatron.algorithms.batch import MicroBatch
 from exprl_megatron.algorithms.corrections import correction_weights
 from exprl_megatron.algorithms.losses import (
     clipped_policy_loss,
@@ -24,7 +25,6 @@ from exprl_megatron.algorithms.losses import (
 from exprl_megatron.algorithms.mismatch import log_prob_gap
 from exprl_megatron.algorithms.rejection import kept_tokens
 from exprl_megatron.config.losses import Aggregation, LossConfig
-from exprl_megatron.policy.batch import MicroBatch
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(log_probs [b, l], entropy [b, l], micro-batch) -> (loss sum, {metric: detached sum or maximum}), scalar tensors."""

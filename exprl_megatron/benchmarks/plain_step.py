@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from exprl_megatron.algorithms.batch import MicroBatch, Sequence, pad
 from exprl_megatron.config.policy import OptimizerConfig
-from exprl_megatron.policy.batch import MicroBatch, Sequence, pad
 from exprl_megatron.policy.packing import Shape, plan_micro_batches
 
 

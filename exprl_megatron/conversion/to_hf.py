@@ -16,7 +16,7 @@ from exprl_megatron.models import fp8_blocks as fp8
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.stored_parameters import Stored, stored_parameters
 from exprl_megatron.models.weight_readers import INDEX, SINGLE
-from exprl_megatron.resharding.huggingface import copy_companions, write_config
+from exprl_megatron.policy.huggingface import copy_companions, write_config
 
 Format = Literal["fp8"] | torch.dtype | None
 """None keeps each tensor's dtype; `fp8` quantises matrices in blocks and keeps the dtype of the rest."""

@@ -12,13 +12,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from exprl_megatron.conversion.megatron_files import COMMON, MegatronFiles
 from exprl_megatron.conversion.partial import Partial
-from exprl_megatron.conversion.weights import MEGATRON, HuggingFaceWeights
+from exprl_megatron.conversion.weights import HuggingFaceWeights
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.stored_parameters import Stored, stored_parameters
-from exprl_megatron.resharding.huggingface import copy_companions, write_config
+from exprl_megatron.policy.huggingface import copy_companions, write_config
+from exprl_megatron.policy.megatron_files import COMMON, MEGATRON, MegatronFiles
 from exprl_megatron.utils.files import write_atomically
 
 

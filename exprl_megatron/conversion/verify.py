@@ -173,10 +173,10 @@ def _logits_of_transformers(directory: Path, tokens: torch.Tensor) -> torch.Tens
 def _logits_of_megatron(made: Weights, tokens: torch.Tensor) -> torch.Tensor:
     """[1, tokens, vocabulary] of the model that a single rank builds and loads, on the CPU in fp32."""
     from exprl_megatron.config.policy import Layout, PolicyConfig
-    from exprl_megatron.conversion.loading import load_files
+    from exprl_megatron.policy.huggingface import load_huggingface
+    from exprl_megatron.policy.megatron_loading import load_files
     from exprl_megatron.policy.model import build_chunks
     from exprl_megatron.policy.world import enter_world, leave_world
-    from exprl_megatron.resharding.huggingface import load_huggingface
 
     world = enter_world(Layout())
     try:

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 import yaml
 
-from exprl_megatron.conversion.megatron_files import MegatronFiles
 from exprl_megatron.conversion.partial import file_marks
 from exprl_megatron.conversion.safetensors_files import DTYPES, headers, read_tensor
 from exprl_megatron.errors import UserError
@@ -16,10 +15,9 @@ from exprl_megatron.models.architecture import Architecture, read_architecture
 from exprl_megatron.models.name_map import EMBEDDING, HEAD
 from exprl_megatron.models.stored_parameters import Stored
 from exprl_megatron.models.weight_readers import Safetensors, weight_files
+from exprl_megatron.policy.megatron_files import MEGATRON, MegatronFiles
 
 FLOATS = ("F32", "BF16", "F16")
-MEGATRON = "megatron"
-"""Where a converted directory keeps Megatron's files, beside config.json and tokenizer."""
 
 
 class Weights(Protocol):

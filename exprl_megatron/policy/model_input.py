@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.policy.context_parallel import own_columns
 from exprl_megatron.policy.packing import Shape
 

@@ -16,21 +16,21 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 
+from exprl_megatron.algorithms.batch import LearnedFrom
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
-from exprl_megatron.conversion.loading import is_converted, load_converted
 from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.flops import attention_flops, layer_flops
 from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.balance import weigh_balance_by_tokens
-from exprl_megatron.policy.batch import LearnedFrom
 from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of
+from exprl_megatron.policy.huggingface import initialise, load_huggingface, save_huggingface
+from exprl_megatron.policy.megatron_loading import is_converted, load_converted
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
 from exprl_megatron.policy.packing import Plan, Shape, padding_share, plan_micro_batches, shape_of
 from exprl_megatron.policy.schedule import learning_rate
 from exprl_megatron.policy.world import current_world
-from exprl_megatron.resharding.huggingface import initialise, load_huggingface, save_huggingface
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence as ListLike
 
 import torch.distributed as dist
 
+from exprl_megatron.algorithms.batch import LearnedFrom
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.batch import LearnedFrom
 from exprl_megatron.policy.host_group import host_group
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.sealed_objects import broadcast_object, receive_object, send_object

@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from exprl_megatron.algorithms.batch import LearnedFrom, MicroBatch, Sequence, filler, pad
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.policy.batch import LearnedFrom, MicroBatch, Sequence, filler, pad
 from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.log_probs import response_log_probs
 from exprl_megatron.policy.model_input import ModelInput, model_input

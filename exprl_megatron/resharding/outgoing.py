@@ -13,8 +13,8 @@ from exprl_megatron.models import fp8_blocks as blocks
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import Bucket, Parameter
 from exprl_megatron.models.shards import sender
+from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.gather import Gatherer
 from exprl_megatron.resharding.messages import Message, Slot, rounds, smallest, stage_messages
 
 Check = Callable[[Bucket], None]

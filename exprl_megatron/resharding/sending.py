@@ -5,9 +5,9 @@ from concurrent.futures import Future
 import torch
 import torch.distributed as dist
 
+from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.deliveries import DeliveryPlan
-from exprl_megatron.resharding.gather import Gatherer
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 from exprl_megatron.serving.delivery_tables import Delivery
 from exprl_megatron.serving.own_group import in_background, on_device

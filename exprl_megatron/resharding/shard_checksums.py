@@ -22,9 +22,9 @@ import xxhash
 from exprl_megatron.errors import ServerError
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import hf_shapes
+from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
 from exprl_megatron.resharding.deliveries import transfers_of
-from exprl_megatron.resharding.gather import Gatherer
 from exprl_megatron.resharding.groups import address_towards, meeting_place
 from exprl_megatron.resharding.held import Held, held_shares
 from exprl_megatron.serving.client import SGLangClient

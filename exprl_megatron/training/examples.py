@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.problems.needs import missing_for
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.problem import Problem

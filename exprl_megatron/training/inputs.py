@@ -16,9 +16,9 @@ import xxhash
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
-from exprl_megatron.conversion.weights import MEGATRON
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.prompt import load_prompt, prompt_set_hash
+from exprl_megatron.policy.megatron_files import MEGATRON
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.examples import read_examples

@@ -9,9 +9,9 @@ talks to the servers, has the graded groups, and gives each rank the sequences t
 """
 
 from exprl_megatron.algorithms.aggregation import denominator, kept_denominator
+from exprl_megatron.algorithms.batch import LearnedFrom, Sequence
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage
-from exprl_megatron.policy.batch import LearnedFrom, Sequence
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.sequences import update_sequences

@@ -52,9 +52,9 @@ def dry_run(config: RunConfig) -> str | None:
 
 
 def _check_weights(config: RunConfig) -> None:
-    from exprl_megatron.conversion.loading import is_converted
     from exprl_megatron.conversion.weights import open_weights
     from exprl_megatron.models.weight_readers import Safetensors
+    from exprl_megatron.policy.megatron_loading import is_converted
 
     model = config.policy.model
     if not is_converted(model):

@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 from transformers import AutoTokenizer
 
+from exprl_megatron.algorithms.batch import LearnedFrom, Sequence
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.errors import GradientNotFinite, Preempted
-from exprl_megatron.policy.batch import LearnedFrom, Sequence
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.scatter import SequenceScatter

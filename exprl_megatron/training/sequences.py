@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from exprl_megatron.algorithms.advantages import estimator, group_normalised
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.algorithms.process import SegmentedTrace, process_credits
 from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage
 from exprl_megatron.judging.judgement import Scored
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.training.punishment import length_punishments
 

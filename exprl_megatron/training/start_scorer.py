@@ -4,8 +4,8 @@ from collections.abc import Sequence as ListLike
 
 import numpy as np
 
+from exprl_megatron.algorithms.batch import LearnedFrom, Sequence
 from exprl_megatron.errors import ServerError
-from exprl_megatron.policy.batch import LearnedFrom, Sequence
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.training.conductor import Conductor

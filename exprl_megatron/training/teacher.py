@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.problems import PromptConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.problems.needs import SHOWN_IDS, missing_for
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import chat_token_ids

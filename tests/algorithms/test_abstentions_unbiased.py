@@ -20,11 +20,11 @@ import torch
 
 from exprl_megatron.algorithms.advantages import estimator
 from exprl_megatron.algorithms.aggregation import denominator
+from exprl_megatron.algorithms.batch import Sequence, pad
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.losses import Aggregation, LossConfig
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
-from exprl_megatron.policy.batch import Sequence, pad
 
 FAILURE = 0.2
 TRACES = ((0,), (1, 0), (1, 1))

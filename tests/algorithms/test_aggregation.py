@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from exprl_megatron.algorithms.aggregation import denominator, token_weights
+from exprl_megatron.algorithms.batch import Sequence, filler, pad
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective
 from exprl_megatron.config.losses import Aggregation, LossConfig
-from exprl_megatron.policy.batch import Sequence, filler, pad
 from exprl_megatron.training.statistics import update_statistics
 
 MAX_NEW_TOKENS = 16

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from exprl_megatron.algorithms.batch import MicroBatch, Sequence, pad
 from exprl_megatron.algorithms.corrections import correction_weights, importance_ratio, masked, truncated
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.config.losses import CorrectionConfig, LossConfig
-from exprl_megatron.policy.batch import MicroBatch, Sequence, pad
 
 EXACT = {"kind": "truncated", "high": 1e6}
 ARMS = (1.0, 0.2)

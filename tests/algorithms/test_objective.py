@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from exprl_megatron.algorithms.batch import Sequence, pad
 from exprl_megatron.algorithms.mismatch import log_prob_gap
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.losses import LossConfig, SparseLossConfig
-from exprl_megatron.policy.batch import Sequence, pad
 
 OLD = ((-1.0, -2.0, -0.5, -1.0), (-0.3, -0.7))
 NEW = ((-0.6, -2.1, -0.9, 0.4), (-0.3, -1.2))

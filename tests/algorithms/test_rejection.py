@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from exprl_megatron.algorithms.aggregation import denominator, kept_denominator
+from exprl_megatron.algorithms.batch import Sequence, pad
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.algorithms.rejection import kept_tokens, off_policy_mask
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.losses import LossConfig, RejectionConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.batch import Sequence, pad
 from exprl_megatron.training.statistics import update_statistics
 
 SAMPLER = ((-1.0, -2.0, -0.5, -1.0), (-0.3, -0.7), (-1.5, -0.2, -0.9))

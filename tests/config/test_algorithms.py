@@ -8,11 +8,11 @@ import torch
 
 from exprl_megatron.algorithms.advantages import estimator
 from exprl_megatron.algorithms.aggregation import denominator
+from exprl_megatron.algorithms.batch import Sequence, pad
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.config.algorithms import ALGORITHMS
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.batch import Sequence, pad
 
 KINDS = ("sparse-rl", "exprl-outcome")
 OLD = ((-1.0, -2.0, -0.5, -1.0), (-0.3, -0.7))

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
+from exprl_megatron.algorithms.batch import MicroBatch, Sequence
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
-from exprl_megatron.policy.batch import MicroBatch, Sequence
 
 pytestmark = pytest.mark.gpu
 

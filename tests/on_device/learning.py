@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from exprl_megatron.algorithms.batch import MicroBatch, Sequence
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.policy.batch import MicroBatch, Sequence
+from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.resharding.gather import gather_buckets
 from exprl_megatron.training.examples import ExampleReader
 from on_device.compared import Compared, at_least, near
 

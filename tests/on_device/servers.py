@@ -9,8 +9,8 @@ from statistics import mean
 
 import psutil
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.disk import DiskTransport

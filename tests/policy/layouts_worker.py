@@ -5,9 +5,9 @@ import torch.distributed as dist
 from ranks import Ranks
 from witness import listed, loss_function, sequences, tokens
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.log_probs import VocabularyParallelLogProbs
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.scatter import SequenceScatter

@@ -7,8 +7,8 @@ from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.policy.checkpoint import intact_checkpoint, load_checkpoint, save_checkpoint
+from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.gather import gather_buckets
 
 FOUR = Layout(tp=2, pp=2)
 OTHERS = {

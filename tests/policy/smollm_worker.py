@@ -2,8 +2,8 @@
 
 from ranks import Ranks
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.policy import Layout, PolicyConfig
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.policy import Policy
 
 LAYOUTS = {"TP1": Layout(), "TP3": Layout(tp=3), "PP2": Layout(pp=2)}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from exprl_megatron.policy.batch import Sequence, filler, pad
+from exprl_megatron.algorithms.batch import Sequence, filler, pad
 
 ONE = Sequence((5, 6), (7, 8, 9), advantages=(0.1, 0.2, 0.3))
 TWO = Sequence((4,), (3,), advantages=(0.4,))

@@ -22,12 +22,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from witness import sequences
 
 from exprl_megatron.algorithms import aggregation
+from exprl_megatron.algorithms.batch import PER_TOKEN, MicroBatch, pad
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.losses import CorrectionConfig, LossConfig
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.models import fp8_blocks as fp8
 from exprl_megatron.policy import log_probs
-from exprl_megatron.policy.batch import PER_TOKEN, MicroBatch, pad
 from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of
 from exprl_megatron.policy.model_input import model_input
 from exprl_megatron.policy.offload import Offload

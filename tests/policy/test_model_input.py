@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from exprl_megatron.policy.batch import Sequence, pad
+from exprl_megatron.algorithms.batch import Sequence, pad
 from exprl_megatron.policy.context_parallel import natural_order, own_columns
 from exprl_megatron.policy.model_input import model_input
 from exprl_megatron.policy.packing import Shape

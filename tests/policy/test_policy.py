@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer
 from witness import listed, loss_function, sequences, tokens
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.policy import overlap
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
 from exprl_megatron.policy.packing import plan_micro_batches
 from exprl_megatron.policy.policy import Policy

@@ -6,8 +6,8 @@ import pytest
 from megatron.core.parallel_state import RankGenerator
 from witness import loss_function, sequences, tokens
 
+from exprl_megatron.algorithms.batch import Sequence, filler
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
-from exprl_megatron.policy.batch import Sequence, filler
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.scatter import SequenceScatter, _of, dp_rank_of
 

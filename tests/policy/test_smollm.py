@@ -12,7 +12,7 @@ from ranks import run_ranks
 from smollm_worker import LAYOUTS
 from witness import largest_difference
 
-from exprl_megatron.policy.batch import Sequence
+from exprl_megatron.algorithms.batch import Sequence
 
 pytestmark = pytest.mark.slow
 

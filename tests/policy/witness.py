@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from exprl_megatron.policy.batch import MicroBatch, Sequence
+from exprl_megatron.algorithms.batch import MicroBatch, Sequence
 
 
 def sequences(vocabulary: int, count: int = 7, seed: int = 5) -> list[Sequence]:

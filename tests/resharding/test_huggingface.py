@@ -15,10 +15,10 @@ from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.weight_readers import Random, read_part
+from exprl_megatron.policy.gather import bucket_plan, gather_buckets
+from exprl_megatron.policy.huggingface import initialise, load_huggingface, save_huggingface
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.resharding.gather import bucket_plan, gather_buckets
-from exprl_megatron.resharding.huggingface import initialise, load_huggingface, save_huggingface
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.resharding.auto import AutoTransport
 from exprl_megatron.resharding.broadcast import BroadcastTransport
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.direct import CannotReceive, DirectTransport
-from exprl_megatron.resharding.gather import gather_buckets
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.resharding.transports import make_transport

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.placement import PlacementConfig
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.judging.judge import Judge
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.directory import RunDirectory

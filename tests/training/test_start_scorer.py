@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig, SyncConfig
 from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.policy.checkpoint import read_extra
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.serving.launch import server_specs, start_servers

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.stages import SparseRlStage
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.training.loop import update
 
 SEQUENCES = [Sequence((1,), (2, 3, 4, 5), (1.0,) * 4), Sequence((1,), (2, 3), (1.0,) * 2)]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.judging.judgement import Scored
-from exprl_megatron.policy.batch import Sequence
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
 

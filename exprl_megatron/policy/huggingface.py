@@ -13,10 +13,10 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, parameters
 from exprl_megatron.models.weight_readers import INDEX, SINGLE, Random, Safetensors, read_part
+from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.precision import set_parameter
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.gather import gather_buckets
 
 SHARD_BYTES = 4 * 2**30
 COMPANIONS = (

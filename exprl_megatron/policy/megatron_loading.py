@@ -7,9 +7,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject
 
-from exprl_megatron.conversion.megatron_files import MegatronFiles
-from exprl_megatron.conversion.weights import MEGATRON
 from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.policy.megatron_files import MEGATRON, MegatronFiles
 from exprl_megatron.policy.precision import set_parameter
 
 
