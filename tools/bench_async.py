@@ -19,7 +19,7 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.problems import chains
 from exprl_megatron.reporting.metrics import read_metrics
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.training.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,7 +29,7 @@ from exprl_megatron.benchmarks.peer_tasks import Task
 from exprl_megatron.benchmarks.turns import Contestant, StepCost
 from exprl_megatron.errors import UserError
 from exprl_megatron.processes.interruption import end_on_signals
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "peer"

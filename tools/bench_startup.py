@@ -21,7 +21,7 @@ import psutil
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.reporting.metrics import read_metrics
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 _POLL_S = 0.05

@@ -20,12 +20,12 @@ from exprl_megatron.benchmarks.learned import Replies, wrong_with
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, ServerError
 from exprl_megatron.policy.checkpoint_files import DAMAGED, checkpoints
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
-from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.launch import wanted_servers
 from exprl_megatron.training.ranks import TrainerRanks
 

@@ -10,8 +10,8 @@ from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.journal import Journal
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import Journal
 
 
 class Replies:

@@ -15,8 +15,8 @@ from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, score_text, ve
 from exprl_megatron.judging.judgement import Abstained, Judgement, judgement_record
 from exprl_megatron.reporting.plain_text import plain_line
 from exprl_megatron.rollout.group import GradedTrace
-from exprl_megatron.training.directory import RunDirectory, read_config
-from exprl_megatron.training.journal import Journal
+from exprl_megatron.runs.directory import RunDirectory, read_config
+from exprl_megatron.runs.journal import Journal
 
 _ROUNDING = 5e-4
 """Scores are printed with three digits and can be given so."""

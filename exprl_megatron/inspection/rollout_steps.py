@@ -10,8 +10,8 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SelfDistillStage, Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.journal import DAMAGE, Journal, read_step
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import DAMAGE, Journal, read_step
 from exprl_megatron.training.sequences import TokenAdvantages, token_advantages
 
 

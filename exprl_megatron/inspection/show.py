@@ -13,7 +13,7 @@ from exprl_megatron.inspection.rollout_steps import InspectedGroup, evaluation_g
 from exprl_megatron.inspection.rollout_tables import group_table
 from exprl_megatron.inspection.selection import SelectedGroup, Selection, select
 from exprl_megatron.inspection.trace_text import Boundaries, boundaries_by, trace_panels
-from exprl_megatron.training.directory import RunDirectory, read_config
+from exprl_megatron.runs.directory import RunDirectory, read_config
 
 
 def show_steps(

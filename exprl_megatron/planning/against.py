@@ -49,7 +49,7 @@ class Row:
 
 def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
     """Print the rows of every stage; without `gpu_name` a run in fp32 is one of this machine's CPU, else of H100."""
-    from exprl_megatron.training.directory import RunDirectory, read_config
+    from exprl_megatron.runs.directory import RunDirectory, read_config
 
     directory = RunDirectory(run)
     config = read_config(directory)
@@ -107,7 +107,7 @@ def lived(config: RunConfig, stage: Stage, steps: list[dict], directory) -> Work
 
 def _prompt_lengths(directory, stage: str) -> list[int]:
     """Of the last step that the journal holds."""
-    from exprl_megatron.training.journal import Journal
+    from exprl_megatron.runs.journal import Journal
 
     journal = Journal(directory.journal)
     steps = journal.steps(stage)

@@ -13,8 +13,8 @@ from functools import partial
 from typing import NamedTuple
 
 from exprl_megatron.config.stages import RlStage
+from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.training.conductor import Conductor
-from exprl_megatron.training.journal import SampledStep
 from exprl_megatron.training.rollouts import Rollouts
 
 

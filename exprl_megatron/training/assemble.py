@@ -12,6 +12,9 @@ from exprl_megatron.policy.checkpoint import intact_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.resharding.control import Control
 from exprl_megatron.resharding.transports import make_transport
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import Journal
+from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.lent import LentServer
@@ -25,11 +28,8 @@ from exprl_megatron.serving.shared_environment import nccl_difference
 from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
-from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.evaluator import Evaluator
-from exprl_megatron.training.journal import Journal
 from exprl_megatron.training.judging_side import JudgingSide
-from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.start_scorer import StartScorer
@@ -50,7 +50,7 @@ def assemble(
     """
     conductor = Conductor(paths.stop_request.is_file)
     checkpoint, damaged = intact_checkpoint(paths.checkpoints)
-    place = Place() if checkpoint is None else Place.from_record(read_extra(checkpoint))
+    place = RunProgress() if checkpoint is None else RunProgress.from_record(read_extra(checkpoint))
     fleet, rollouts, ahead, evaluator, console = None, None, None, None, None
     if conductor.here:
         console = Console(config, paths, place)
@@ -98,7 +98,7 @@ def _fleet(config: RunConfig, registry: Registry, console: Console) -> Fleet:
     return Fleet(registry, config.server, router=router, tell=console.say, vocabulary=vocabulary)
 
 
-def _starting_policy(config: RunConfig, paths: RunDirectory, place: Place):
+def _starting_policy(config: RunConfig, paths: RunDirectory, place: RunProgress):
     """The policy config whose weights the current stage starts from."""
     if place.stage == 0:
         return config.policy

@@ -13,14 +13,14 @@ from exprl_megatron.reporting.metrics import MetricsWriter
 from exprl_megatron.reporting.progress import Bar, StepProgress
 from exprl_megatron.reporting.timeline import GRADING, SAMPLING, Span, Timeline, read_timeline
 from exprl_megatron.reporting.waterfall import bottleneck, stage_phases
-from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.recovery import Place
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.progress import RunProgress
 
 
 class Console:
     """Lives on rank 0; `place` is where the run goes on from."""
 
-    def __init__(self, config: RunConfig, paths: RunDirectory, place: Place):
+    def __init__(self, config: RunConfig, paths: RunDirectory, place: RunProgress):
         self._config = config
         self._paths = paths
         self._terminal = Terminal()

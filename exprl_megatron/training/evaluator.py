@@ -14,9 +14,9 @@ from exprl_megatron.evaluation.pass_at_k import Counts
 from exprl_megatron.evaluation.tally import estimates, tally
 from exprl_megatron.reporting.metrics import EVALUATION
 from exprl_megatron.rollout.group import Group
+from exprl_megatron.runs.directory import RunDirectory, write_atomically
+from exprl_megatron.runs.journal import SampledStep, write_step
 from exprl_megatron.training.console import Console
-from exprl_megatron.training.directory import RunDirectory, write_atomically
-from exprl_megatron.training.journal import SampledStep, write_step
 from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.rollouts import Rollouts
 

@@ -7,8 +7,8 @@ import time
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import Preempted, RunStopped, UserError
 from exprl_megatron.processes.starter import Starter
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import Guest, Node
 from exprl_megatron.training.ranks import TrainerRanks
 from exprl_megatron.training.starting import starter

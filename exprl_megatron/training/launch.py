@@ -9,6 +9,7 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError, storage_sentence
 from exprl_megatron.processes.interruption import Interrupted
 from exprl_megatron.processes.starter import Starter
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key, renew_key
@@ -21,7 +22,6 @@ from exprl_megatron.serving.launch import (
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.training.devices import placed
-from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.input_checks import checked_inputs
 from exprl_megatron.training.nodes import Host, Node, RankFailed
 from exprl_megatron.training.plan import print_departures

@@ -18,8 +18,8 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.directory import RunDirectory, read_config
-from exprl_megatron.training.journal import Journal
+from exprl_megatron.runs.directory import RunDirectory, read_config
+from exprl_megatron.runs.journal import Journal
 
 LEAKS = ("leaking_requests", "canary_requests", "canary_traces")
 """The counts that must be 0."""

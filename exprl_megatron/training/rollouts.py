@@ -22,6 +22,7 @@ from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.lent import LentServer
@@ -29,7 +30,6 @@ from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import Grade
-from exprl_megatron.training.journal import Journal, SampledStep
 from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.loop_lag import LoopLag
 from exprl_megatron.utils.text_check import text_check_of

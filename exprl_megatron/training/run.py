@@ -23,16 +23,16 @@ from exprl_megatron.policy.scatter import SequenceScatter
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.rollout.group import Group
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import Journal, SampledStep
+from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.assertions import check_first_update
 from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
-from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
-from exprl_megatron.training.journal import Journal, SampledStep
 from exprl_megatron.training.mismatch import check_log_prob_gap, gap_bound
-from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.start_scorer import StartScorer
@@ -66,7 +66,7 @@ class Run:
         ahead: Ahead | None,
         evaluator: Evaluator | None,
         console: Console | None,
-        place: Place,
+        place: RunProgress,
         resumed_from: Path | None,
         start_scorer: StartScorer | None,
     ):
@@ -323,7 +323,7 @@ class Run:
         counts = {f"judge/{name}": float(count) for name, count in sampled.judge_counts.items()}
         return counts | (staleness_statistics(sampled.groups, self._place.updates) if stage.max_staleness else {})
 
-    def _place_after(self, sampled: SampledStep) -> Place:
+    def _place_after(self, sampled: SampledStep) -> RunProgress:
         members = [member for group in sampled.groups for member in group.members]
         return replace(
             self._place,

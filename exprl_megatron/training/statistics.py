@@ -7,8 +7,8 @@ from exprl_megatron.config.stages import JudgedStage, RlStage
 from exprl_megatron.judging.calibration import auroc, histogram
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
+from exprl_megatron.runs.progress import updates_of
 from exprl_megatron.training.punishment import length_punishments
-from exprl_megatron.training.recovery import updates_of
 
 _COUNTED_SEGMENTS = 10
 

@@ -13,7 +13,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Scored, judgement_record
 from exprl_megatron.judging.store import Entry, JudgementStore
 from exprl_megatron.reporting.plain_text import plain
-from exprl_megatron.training.directory import RunDirectory, read_config
+from exprl_megatron.runs.directory import RunDirectory, read_config
 
 
 def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_json: bool, limit: int) -> None:

@@ -14,7 +14,7 @@ from exprl_megatron.reporting.waterfall import (
     step_times,
     waterfall_table,
 )
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 
 
 def show_waterfall(run: Path, stage: str | None, last: int, picture: Path | None, json: bool) -> None:

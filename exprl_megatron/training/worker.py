@@ -78,8 +78,8 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     # The libraries make a million objects that stay: looked through again and again, they cost a sixth of the start.
     gc.disable()
     from exprl_megatron.policy.world import enter_world, leave_world
+    from exprl_megatron.runs.directory import RunDirectory, read_config
     from exprl_megatron.training.assemble import assemble
-    from exprl_megatron.training.directory import RunDirectory, read_config
     from exprl_megatron.training.loop import run_stages
 
     gc.freeze()

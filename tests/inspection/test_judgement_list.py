@@ -9,7 +9,7 @@ import yaml
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.journal import Journal, SampledStep
+from exprl_megatron.runs.journal import Journal, SampledStep
 
 HASH = "ab" * 32
 

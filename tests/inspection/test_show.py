@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.journal import Journal, SampledStep, write_step
+from exprl_megatron.runs.journal import Journal, SampledStep, write_step
 from exprl_megatron.utils.files import Claim
 
 POLICY = Path(__file__).parents[2] / "recipes" / "miniature" / "policy"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 from on_device.compared import Compared, at_least, at_most, equal
 from on_device.learning import MINIATURE, MODEL
 from on_device.servers import FEW_GRAPHS

@@ -10,8 +10,8 @@ from exprl_megatron.planning.memory import CONTEXT, GROUP
 from exprl_megatron.planning.plan import plan, ranked
 from exprl_megatron.planning.targets import find_config
 from exprl_megatron.planning.workload import workload_of
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.command import server_command
-from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.launch import wanted_servers
 
 H100 = GPUS["h100"]

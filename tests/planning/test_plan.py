@@ -24,7 +24,7 @@ from exprl_megatron.planning.report import KINDS, print_plan
 from exprl_megatron.planning.settings import overrides
 from exprl_megatron.planning.study import study
 from exprl_megatron.planning.targets import find_architecture, find_config
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 
 H100 = GPUS["h100"]
 LLAMA_70B = find_architecture("llama-3.3-70b")[0]

@@ -31,8 +31,8 @@ from jobs import (
 )
 
 from exprl_megatron.errors import RunStopped
+from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.training.directory import RunDirectory, read_config
 from recipes import miniature
 from recipes.experiment import launch
 

@@ -7,8 +7,8 @@ import pytest
 from graded import group, stage
 
 from exprl_megatron.errors import ServerError
+from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.training.ahead import Ahead
-from exprl_megatron.training.journal import SampledStep
 
 
 class Loop:

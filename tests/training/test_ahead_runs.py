@@ -15,9 +15,9 @@ import pytest
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.reporting.metrics import read_metrics
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import Journal
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.journal import Journal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems

@@ -11,11 +11,11 @@ import pytest
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training import assemble as assembly
 from exprl_megatron.training import run as running
 from exprl_megatron.training import turns
-from exprl_megatron.training.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import run_config, write_problems

@@ -8,7 +8,7 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.prompt import load_prompt, prompt_set_hash
-from exprl_megatron.training.directory import RunDirectory, read_config
+from exprl_megatron.runs.directory import RunDirectory, read_config
 
 
 def started(directory: RunDirectory) -> RunDirectory:

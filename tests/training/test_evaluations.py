@@ -14,12 +14,12 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import Preempted, UserError
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.rollout.group import Group
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import read_step
+from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training import evaluator, loop
 from exprl_megatron.training.console import Console
-from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.evaluator import Evaluator
-from exprl_megatron.training.journal import read_step
-from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.run import Run
 from exprl_megatron.utils.files import keep_private
 
@@ -124,7 +124,7 @@ class Evaluating(Run):
     def __init__(self, config, place=None):
         paths = RunDirectory(config.directory)
         paths.evaluations.mkdir(parents=True, exist_ok=True)
-        self.config, self._place = config, place or Place()
+        self.config, self._place = config, place or RunProgress()
         self._conductor = Alone()
         self.servers = self._turns = self._ahead = self._rollouts = Servers(self._conductor)
         self._console = Console(config, paths, self._place)
@@ -144,7 +144,7 @@ class Evaluating(Run):
 @pytest.fixture(autouse=True)
 def _steps(monkeypatch):
     def rl_step(run, stage, step):
-        run._place = Place(**run._place.as_record() | {"updates": run._place.updates + 1})
+        run._place = RunProgress(**run._place.as_record() | {"updates": run._place.updates + 1})
         return {"loss": float(step)}
 
     monkeypatch.setattr(loop, "rl_step", rl_step)
@@ -226,7 +226,7 @@ def test_a_resumed_run_repeats_no_evaluation_and_makes_the_one_that_it_was_kille
     whole = figures(config)
     missing = RunDirectory(config.directory).evaluations / "prime" / "step-4.json"
     missing.unlink()
-    again = Evaluating(config, Place(stage=0, step=step, updates=step))
+    again = Evaluating(config, RunProgress(stage=0, step=step, updates=step))
     assert [version for _, version in evaluated(again)] == ["v4"]
     assert figures(config) == whole
     lines = RunDirectory(config.directory).metrics.read_text().splitlines()
@@ -237,7 +237,7 @@ def test_a_resumed_run_repeats_no_evaluation_and_makes_the_one_that_it_was_kille
 def test_a_run_that_is_asked_to_stop_in_an_evaluation_leaves_no_result_of_it(tmp_path):
     config = run_config(tmp_path / "run", every_steps=2)
     run = Evaluating(config)
-    run._place = Place(stage=0, step=2, updates=2)
+    run._place = RunProgress(stage=0, step=2, updates=2)
     run._conductor.stop = True
     with pytest.raises(Preempted, match=r"in the evaluation of prime/step-2; continue with --resume"):
         run.evaluate(config.stages[0], 2)

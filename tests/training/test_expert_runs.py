@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.launch import ServerSpec, start_servers
-from exprl_megatron.training.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import SAMPLING, finish, run_config, start_ranks, write_problems

@@ -15,7 +15,7 @@ import yaml
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.policy.checkpoint_files import checkpoints
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import command_words, wait_until

@@ -8,8 +8,8 @@ import pytest
 
 from exprl_megatron.config.load import check_config, load_config
 from exprl_megatron.errors import RunStopped
+from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training.mismatch import gap_bound
-from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.run import Run
 
 STAGE = {"kind": "sparse-rl", "name": "sparse", "steps": 2, "problems": {"source": "p.jsonl"}}
@@ -61,19 +61,19 @@ def test_where_weights_or_caches_are_of_several_versions_the_default_compares_no
 
 @pytest.mark.parametrize("gap", [1.1e-4, 0.05, math.nan, math.inf])
 def test_the_first_step_is_compared_too_and_what_stops_the_run_is_not_remembered(gap):
-    run = run_at(Place())
+    run = run_at(RunProgress())
     with pytest.raises(RunStopped, match=r"sync\.max_log_prob_gap \(1\.00e-04\)"):
         run.check_update(SimpleNamespace(name="sparse"), {"sampler_gap/mean": gap})
     assert run._place.first_gap is None
 
 
 def test_what_the_first_step_showed_is_in_the_checkpoint_and_bounds_the_resumed_run():
-    run = run_at(Place(), precision="bf16")
+    run = run_at(RunProgress(), precision="bf16")
     run.check_update(None, {})
     assert run._place.first_gap is None, "a step without tokens to compare is not the first"
     for gap in (0.01, 0.04):
         run.check_update(None, {"sampler_gap/mean": gap})
-    place = Place.from_record(json.loads(json.dumps(run._place.as_record())))
+    place = RunProgress.from_record(json.loads(json.dumps(run._place.as_record())))
     resumed = run_at(place, precision="bf16")
     resumed.check_update(None, {"sampler_gap/mean": 0.049})
     for gap in (0.051, math.nan):
@@ -82,8 +82,8 @@ def test_what_the_first_step_showed_is_in_the_checkpoint_and_bounds_the_resumed_
 
 
 def test_a_checkpoint_from_before_has_no_first_step_to_go_by():
-    record = {key: value for key, value in Place(step=3).as_record().items() if key != "first_gap"}
-    assert Place.from_record(record) == Place(step=3)
+    record = {key: value for key, value in RunProgress(step=3).as_record().items() if key != "first_gap"}
+    assert RunProgress.from_record(record) == RunProgress(step=3)
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo-smollm"])

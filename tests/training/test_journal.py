@@ -11,7 +11,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.journal import Journal, SampledStep
+from exprl_megatron.runs.journal import Journal, SampledStep
 
 
 def group(problem_id: str) -> Group:
@@ -102,7 +102,7 @@ def test_a_score_that_is_none_is_a_damaged_file(tmp_path, place):
 
 def test_a_file_of_a_later_version_is_refused_by_its_number(tmp_path, monkeypatch):
     journal = Journal(tmp_path)
-    monkeypatch.setattr("exprl_megatron.training.journal.VERSION", 3)
+    monkeypatch.setattr("exprl_megatron.runs.journal.VERSION", 3)
     journal.write("prime", 1, step("a"))
     monkeypatch.undo()
     with pytest.raises(UserError, match="has version 3, and this program reads version 2; resume with the program"):

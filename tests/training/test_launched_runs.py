@@ -8,7 +8,7 @@ import psutil
 import pytest
 import yaml
 
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import command_words, run_config, wait_until, write_problems

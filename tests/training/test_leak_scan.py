@@ -17,8 +17,8 @@ from exprl_megatron.problems.prompts import PromptBuilder
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.journal import Journal, SampledStep
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.training.leak_scan import scan_run
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.directory import RunDirectory
-from exprl_megatron.training.journal import Journal, SampledStep
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import Journal, SampledStep
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import finish, run_config, start_ranks, write_problems

@@ -15,8 +15,8 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.processes.supervise import supervised
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.training import ranks as module
-from exprl_megatron.training.directory import RunDirectory
 from exprl_megatron.training.nodes import RankFailed, RankKilled
 from exprl_megatron.training.ranks import TrainerRanks
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import finish, run_config, start_ranks, write_problems
 from under_nccl import connected, faults, uses_backend
 
-from exprl_megatron.training.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import yaml
 
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.training.directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import run_config, wait_until, write_problems

@@ -9,9 +9,9 @@ import pytest
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.errors import WeightsReplaced
+from exprl_megatron.runs.journal import SampledStep
+from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.serving.lent import LentServer
-from exprl_megatron.training.journal import SampledStep
-from exprl_megatron.training.recovery import Place
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 
@@ -34,7 +34,7 @@ def sampling_run(fleet, events):
     """A run's part that gets a step's groups; `events` has what happened, in order."""
     run, rollouts = Run.__new__(Run), Rollouts.__new__(Rollouts)
     rollouts._fleet = fleet
-    run._conductor, run._rollouts, run._place = Conductor(), rollouts, Place()
+    run._conductor, run._rollouts, run._place = Conductor(), rollouts, RunProgress()
     run._turns = SimpleNamespace(learn=lambda: events.append("learn"))
     run._ahead = SimpleNamespace(
         announce=lambda *_: False,

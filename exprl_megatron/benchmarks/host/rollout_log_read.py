@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exprl_megatron.benchmarks.host.station import Station
 from exprl_megatron.benchmarks.host.workload import Workload
-from exprl_megatron.training.journal import Journal, SampledStep
+from exprl_megatron.runs.journal import Journal, SampledStep
 
 
 def prepare(workload: Workload) -> Callable[[], object]:

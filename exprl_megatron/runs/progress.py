@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
-class Place:
+class RunProgress:
     """A run's place: `step` steps of stage number `stage` are done; counters cover the whole run."""
 
     stage: int = 0
@@ -24,7 +24,7 @@ class Place:
         """Name of the weights at this place; `updates_of` reads it."""
         return f"v{self.updates}"
 
-    def after_stage(self) -> "Place":
+    def after_stage(self) -> "RunProgress":
         """The place at the start of the next stage."""
         return replace(self, stage=self.stage + 1, step=0, problems_drawn=0)
 
@@ -33,7 +33,7 @@ class Place:
         return asdict(self)
 
     @classmethod
-    def from_record(cls, record: dict) -> "Place":
+    def from_record(cls, record: dict) -> "RunProgress":
         """From the checkpoint."""
         return cls(**record)
 

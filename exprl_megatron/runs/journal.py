@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.journal_v1 import read_v1
-from exprl_megatron.training.rollout_table import SCHEMA, batch_of, groups_of, rows_of
+from exprl_megatron.runs.journal_v1 import read_v1
+from exprl_megatron.runs.rollout_table import SCHEMA, batch_of, groups_of, rows_of
 from exprl_megatron.utils.files import open_atomically
 
 VERSION = 2

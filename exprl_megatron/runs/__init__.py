@@ -1,0 +1,1 @@
+"""A run's directory, its rollout log and its progress: what everything that reads a run needs."""
