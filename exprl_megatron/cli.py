@@ -77,14 +77,14 @@ def train(
     run: RunConfig | None = None
     try:
         from exprl_megatron.config.load import load_config
-        from exprl_megatron.training.follow import follow
-        from exprl_megatron.training.launch import check_servers_of, launch
-        from exprl_megatron.training.model_checks import model_violations
-        from exprl_megatron.training.nodes import Node
+        from exprl_megatron.launch.follow import follow
+        from exprl_megatron.launch.launcher import check_servers_of, launch
+        from exprl_megatron.launch.model_checks import model_violations
+        from exprl_megatron.launch.nodes import Node
 
         changes = [*(overrides or []), *(["debug.assertions=true"] if check else [])]
         if dry_run:
-            from exprl_megatron.training.plan import print_start
+            from exprl_megatron.launch.dry_run import print_start
 
             # Servers that are registered, or a run of several nodes, are not this machine's to place.
             here = servers is ServersFrom.OWN and nodes == 1
@@ -123,7 +123,7 @@ def serve(
 ) -> None:
     """Keep this machine's share of a run's servers, for `exprl train --servers registered`, until the run has ended."""
     from exprl_megatron.config.load import load_config
-    from exprl_megatron.training.serve import Share, serve
+    from exprl_megatron.launch.serve import Share, serve
 
     serve(load_config(config, overrides or []), kind.value, Share.of_this_node(node_rank, nodes))
 

@@ -13,9 +13,9 @@ import nemo_run as run
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.launch.dry_run import print_departures, print_prompts
+from exprl_megatron.launch.preflight import dry_run
 from exprl_megatron.models.architecture import layout_violations, read_architecture
-from exprl_megatron.training.plan import print_departures, print_prompts
-from exprl_megatron.training.preflight import dry_run
 from exprl_megatron.utils.files import write_atomically
 from recipes import scripts
 from recipes.executors import check_executor, component_executors

@@ -114,7 +114,7 @@ def test_asking_for_a_device_in_the_cpu_environment_leaves_no_variable_behind(ma
     ],
 )
 def test_half_an_environment_is_refused_with_both_remedies_before_anything_is_read(machine, gpu, modules, parts):
-    from exprl_megatron.training.preflight import check_inputs
+    from exprl_megatron.launch.preflight import check_inputs
 
     machine(gpu, modules)
     with pytest.raises(UserError) as refused:
@@ -140,7 +140,7 @@ from exprl_megatron.policy.world import enter_world
 from exprl_megatron.utils.accelerator import cuda_capability, group_backend
 from exprl_megatron.serving.command import server_environment
 from exprl_megatron.serving.launch import ServerSpec
-from exprl_megatron.training.ranks import rank_environment
+from exprl_megatron.launch.ranks import rank_environment
 from megatron.core.optimizer import clip_grads
 import torch.distributed as dist
 world = enter_world(Layout())

@@ -187,7 +187,7 @@ def test_a_dry_run_prints_config_and_processes_and_starts_nothing(run, monkeypat
 def test_a_dry_run_refuses_what_a_start_on_this_machine_refuses(run, monkeypatch, capsys):
     """GPUs that are too few, and a port in use; registered servers are placed elsewhere."""
     with monkeypatch.context() as patched:
-        patched.setattr("exprl_megatron.training.launch.gpu_count", lambda: 1)
+        patched.setattr("exprl_megatron.launch.launcher.gpu_count", lambda: 1)
         status, told = run(monkeypatch, capsys, "server.count=2", "--dry-run")
         placed_elsewhere, _ = run(monkeypatch, capsys, "server.count=2", "--dry-run", "--servers", "registered")
         assert placed_elsewhere == 0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.launch.ranks import rank_environment
 from exprl_megatron.serving.command import server_environment
-from exprl_megatron.training.ranks import rank_environment
 
 DETERMINISTIC = "--enable-deterministic-inference"
 CASES = {

@@ -12,7 +12,7 @@ import pytest
 import exprl_megatron
 from exprl_megatron import version as module
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.training.run_record import RunRecord
+from exprl_megatron.launch.run_record import RunRecord
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -17,10 +17,10 @@ from statistics import fmean
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.launch.launcher import launch
 from exprl_megatron.problems import chains
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.training.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1,) * 8 + (2,) * 4 + (3,) * 2 + (5, 7)

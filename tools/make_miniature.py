@@ -27,9 +27,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from exprl_megatron.config.load import load_config
+from exprl_megatron.launch.launcher import launch
 from exprl_megatron.problems import chains
 from exprl_megatron.reporting.metrics import read_metrics
-from exprl_megatron.training.launch import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "recipes" / "configs"

@@ -19,6 +19,8 @@ from exprl_megatron.benchmarks.garbage import garbled
 from exprl_megatron.benchmarks.learned import Replies, wrong_with
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, ServerError
+from exprl_megatron.launch.launcher import wanted_servers
+from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.policy.checkpoint_files import DAMAGED, checkpoints
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.client import SGLangClient
@@ -26,8 +28,6 @@ from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
-from exprl_megatron.training.launch import wanted_servers
-from exprl_megatron.training.ranks import TrainerRanks
 
 _POLL_S = 0.1
 _OF_A_SYNC = "POST /update_weights_from"

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from exprl_megatron.config.load import check_config, load_config
 from exprl_megatron.config.precision import PrecisionConfig
+from exprl_megatron.launch.dry_run import print_plan
 from exprl_megatron.planning.targets import find_config
-from exprl_megatron.training.plan import print_plan
 
 CONFIGS = ("recipes/configs/demo.yaml", "recipes/configs/demo-smollm.yaml")
 

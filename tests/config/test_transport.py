@@ -4,7 +4,7 @@ import pytest
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.transport import choose_transport
-from exprl_megatron.training.plan import transport_lines
+from exprl_megatron.launch.dry_run import transport_lines
 
 
 def config(**changes):

@@ -12,11 +12,11 @@ from exprl_megatron.config import precision
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.placement import COLOCATED_MEM_FRACTION
 from exprl_megatron.config.transport import choose_transport
+from exprl_megatron.launch import launcher as launch
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving import keyed_server
 from exprl_megatron.serving.command import server_command, server_environment
 from exprl_megatron.serving.launch import ServerSpec
-from exprl_megatron.training import launch
 from on_device.colocated import config_tree
 from on_device.learning import MODEL
 from on_device.servers import CAN_SLEEP, FP8, small_server

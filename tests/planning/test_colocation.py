@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from exprl_megatron.config.load import check_config
+from exprl_megatron.launch.launcher import wanted_servers
 from exprl_megatron.planning.hardware import GIB, GPUS
 from exprl_megatron.planning.memory import CONTEXT, GROUP
 from exprl_megatron.planning.plan import plan, ranked
@@ -12,7 +13,6 @@ from exprl_megatron.planning.targets import find_config
 from exprl_megatron.planning.workload import workload_of
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.command import server_command
-from exprl_megatron.training.launch import wanted_servers
 
 H100 = GPUS["h100"]
 ALMOST_FULL = "policy.micro_batch_tokens=10112"
@@ -74,7 +74,7 @@ def test_a_layout_that_fits_without_the_sleeping_servers_alone_is_a_fault():
 
 
 def test_the_servers_are_started_with_what_was_planned(tmp_path, monkeypatch):
-    monkeypatch.setattr("exprl_megatron.training.launch.uses_cuda", lambda: True)
+    monkeypatch.setattr("exprl_megatron.launch.launcher.uses_cuda", lambda: True)
 
     def options(**changes) -> dict[str, str]:
         stage = {"kind": "sparse-rl", "name": "s", "steps": 1, "problems": {"source": "p"}}

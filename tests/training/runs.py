@@ -9,11 +9,11 @@ import psutil
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.launch import Server
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.training.ranks import TrainerRanks
 
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 24}
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.assertions import check_first_update
-from exprl_megatron.training.preflight import check_inputs
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import finish, run_config, start_ranks, write_problems

@@ -6,11 +6,11 @@ import pytest
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
+from exprl_megatron.launch import launcher as launch_module
+from exprl_megatron.launch.devices import placed
+from exprl_megatron.launch.launcher import wanted_servers
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.training import launch as launch_module
-from exprl_megatron.training.devices import placed
-from exprl_megatron.training.launch import wanted_servers
 
 
 def config(tmp_path, **changes):

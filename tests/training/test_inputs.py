@@ -10,8 +10,8 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.judging import prompt
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.prompt import JudgePrompt
-from exprl_megatron.training import inputs
-from exprl_megatron.training.inputs import input_contents
+from exprl_megatron.launch import inputs
+from exprl_megatron.launch.inputs import input_contents
 
 FIRST_MATH_TRACE = "9a7f42c7c830c375"
 """The hash of the first `math-trace`."""

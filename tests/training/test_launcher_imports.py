@@ -12,7 +12,9 @@ import json, sys
 from pathlib import Path
 import exprl_megatron.processes.starter as starter
 from exprl_megatron import cli
-from exprl_megatron.training import input_checks, launch, starting
+from exprl_megatron.launch import input_checks
+from exprl_megatron.launch import launcher as launch
+from exprl_megatron.launch import starting
 
 class Process:
     pid, returncode = 1, 0

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.launch.nodes import Guest, Host, Node, ended, read_end
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.training.nodes import Guest, Host, Node, ended, read_end
 from exprl_megatron.utils.keyed_store import reached_store
 from exprl_megatron.utils.ports import free_ports
 

@@ -16,11 +16,11 @@ from exprl_megatron.config.placement import PlacementConfig
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.judging.judge import Judge
+from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.conductor import Conductor
-from exprl_megatron.training.preflight import check_inputs
 from exprl_megatron.training.turns import Turns
 
 sys.path.insert(0, str(Path(__file__).parent))

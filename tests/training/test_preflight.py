@@ -7,8 +7,8 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.errors import UserError
-from exprl_megatron.training.model_checks import model_violations
-from exprl_megatron.training.preflight import check_inputs
+from exprl_megatron.launch.model_checks import model_violations
+from exprl_megatron.launch.preflight import check_inputs
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_traces_longer_than_a_server_scores_are_refused_where_it_shall(tmp_path,
 def test_what_cannot_be_served_on_cuda_is_refused_before_anything_starts(
     tmp_path, tiny_model, monkeypatch, precision, kind, sentences
 ):
-    for module in ("training.model_checks", "config.precision"):
+    for module in ("launch.model_checks", "config.precision"):
         monkeypatch.setattr(f"exprl_megatron.{module}.uses_cuda", lambda: True)
     model = tiny_model("qwen3")
     found = model_violations(run(tmp_path, model, kind, precision=precision))

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judge import Judge
+from exprl_megatron.launch.dry_run import print_prompts
+from exprl_megatron.launch.preflight import check_inputs, dry_run
 from exprl_megatron.problems.sources import load_problems
-from exprl_megatron.training.plan import print_prompts
-from exprl_megatron.training.preflight import check_inputs, dry_run
 
 
 @pytest.fixture

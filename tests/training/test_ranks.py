@@ -14,11 +14,11 @@ import pytest
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.launch import ranks as module
+from exprl_megatron.launch.nodes import RankFailed, RankKilled
+from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.processes.supervise import supervised
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.training import ranks as module
-from exprl_megatron.training.nodes import RankFailed, RankKilled
-from exprl_megatron.training.ranks import TrainerRanks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import wait_until

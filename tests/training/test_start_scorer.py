@@ -12,6 +12,8 @@ from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig, SyncConfig
 from exprl_megatron.errors import ServerError, UserError
+from exprl_megatron.launch.dry_run import planned_processes
+from exprl_megatron.launch.launcher import wanted_servers
 from exprl_megatron.policy.checkpoint import read_extra
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.runs.directory import RunDirectory
@@ -21,8 +23,6 @@ from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.assemble import start_client
 from exprl_megatron.training.conductor import Conductor
-from exprl_megatron.training.launch import wanted_servers
-from exprl_megatron.training.plan import planned_processes
 from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.sync import WeightSync
 

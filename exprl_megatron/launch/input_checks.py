@@ -1,6 +1,6 @@
 """The checks of a run's inputs in a process of its own, so that the launcher never holds tokenizers and data sets.
 
-Run as `python -m exprl_megatron.training.input_checks`: a config comes over the descriptor that CHANNEL names, and the
+Run as `python -m exprl_megatron.launch.input_checks`: a config comes over the descriptor that CHANNEL names, and the
 answer goes back over it.
 """
 
@@ -16,7 +16,7 @@ from exprl_megatron.errors import RunStopped, UserError, storage_sentence
 from exprl_megatron.processes.child import die_with_parent
 from exprl_megatron.processes.starter import Starter
 
-INPUT_CHECKS = "exprl_megatron.training.input_checks"
+INPUT_CHECKS = "exprl_megatron.launch.input_checks"
 CHANNEL = "EXPRL_INPUT_CHECKS"
 _PARENT = "EXPRL_INPUT_CHECKS_PARENT"
 
@@ -56,8 +56,8 @@ def _contents(answer: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     """Answer with the contents, or with what the user can fix; anything else ends this process with a traceback."""
     die_with_parent(int(os.environ[_PARENT]))
-    from exprl_megatron.training.inputs import input_contents
-    from exprl_megatron.training.preflight import check_inputs
+    from exprl_megatron.launch.inputs import input_contents
+    from exprl_megatron.launch.preflight import check_inputs
 
     with socket.socket(fileno=int(os.environ[CHANNEL])) as channel:
         config = check_config(json.loads(_read(channel)), "the run's config")

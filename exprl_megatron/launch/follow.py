@@ -6,12 +6,12 @@ import time
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import Preempted, RunStopped, UserError
+from exprl_megatron.launch.nodes import Guest, Node
+from exprl_megatron.launch.ranks import TrainerRanks
+from exprl_megatron.launch.starting import starter
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.training.nodes import Guest, Node
-from exprl_megatron.training.ranks import TrainerRanks
-from exprl_megatron.training.starting import starter
 
 _POLL_S = 0.2
 _BEFORE_S = 600.0

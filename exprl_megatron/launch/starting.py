@@ -3,11 +3,11 @@
 import os
 
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.launch.input_checks import INPUT_CHECKS
+from exprl_megatron.launch.ranks import WORKER, rank_environment
 from exprl_megatron.processes.fork_server import ForkServer
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.command import SERVER, server_environment
-from exprl_megatron.training.input_checks import INPUT_CHECKS
-from exprl_megatron.training.ranks import WORKER, rank_environment
 from exprl_megatron.utils.accelerator import uses_cuda
 
 
@@ -21,7 +21,7 @@ def starter(config: RunConfig, servers: bool) -> Starter:
         return Starter()
     deadline_s = config.server.start_deadline_s
     ranks = rank_environment(os.environ, config.server)
-    fork_servers = [ForkServer("exprl_megatron.training.preload", {WORKER, INPUT_CHECKS}, ranks, deadline_s)]
+    fork_servers = [ForkServer("exprl_megatron.launch.trainer_preload", {WORKER, INPUT_CHECKS}, ranks, deadline_s)]
     if servers and (config.samples or config.scores_start or (config.judges and config.judge.has_servers)):
         environment = server_environment(
             os.environ, cuda=False, tp=config.server.tp, cpu_threads=config.server.cpu_threads

@@ -7,6 +7,14 @@ from pathlib import Path
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError, storage_sentence
+from exprl_megatron.launch.devices import placed
+from exprl_megatron.launch.dry_run import print_departures
+from exprl_megatron.launch.input_checks import checked_inputs
+from exprl_megatron.launch.nodes import Host, Node, RankFailed
+from exprl_megatron.launch.preemption import end_on_sigusr1, request_stop_on_sigusr1
+from exprl_megatron.launch.ranks import TrainerRanks
+from exprl_megatron.launch.run_record import RunRecord
+from exprl_megatron.launch.starting import starter
 from exprl_megatron.processes.interruption import Interrupted
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.runs.directory import RunDirectory
@@ -21,14 +29,6 @@ from exprl_megatron.serving.launch import (
 )
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
-from exprl_megatron.training.devices import placed
-from exprl_megatron.training.input_checks import checked_inputs
-from exprl_megatron.training.nodes import Host, Node, RankFailed
-from exprl_megatron.training.plan import print_departures
-from exprl_megatron.training.preemption import end_on_sigusr1, request_stop_on_sigusr1
-from exprl_megatron.training.ranks import TrainerRanks
-from exprl_megatron.training.run_record import RunRecord
-from exprl_megatron.training.starting import starter
 from exprl_megatron.utils.accelerator import gpu_count, uses_cuda
 from exprl_megatron.utils.files import Claim
 from exprl_megatron.utils.ports import gloo_on_loopback

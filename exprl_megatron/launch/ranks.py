@@ -13,13 +13,13 @@ import psutil
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped
+from exprl_megatron.launch.nodes import End, Node, RankKilled, ended, read_end
 from exprl_megatron.processes.child import Child
 from exprl_megatron.processes.heartbeat import SILENCE_S, Pulse, states
 from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.processes.supervise import HEARTBEAT
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.training.nodes import End, Node, RankKilled, ended, read_end
 from exprl_megatron.utils.accelerator import environment, settle, uses_cuda
 from exprl_megatron.utils.cuda_environment import rank_variables
 from exprl_megatron.utils.ports import LOCAL, free_ports

@@ -82,7 +82,7 @@ def print_start(config: RunConfig, check_servers: Callable[[RunConfig], None] = 
     `check_servers` checks what a start on this machine does beyond the inputs; not where a model is elsewhere.
     """
     # The launcher takes its sentences from this module, and nothing that reads models.
-    from exprl_megatron.training.preflight import dry_run
+    from exprl_megatron.launch.preflight import dry_run
 
     left_out = dry_run(config)
     if left_out is None:
@@ -103,7 +103,7 @@ def print_departures(config: RunConfig) -> None:
 
 def print_prompts(config: RunConfig) -> None:
     """Print one problem of each stage as the policy and the judge will read it: the reference is the judge's alone."""
-    from exprl_megatron.training.prompt_checks import shown_prompts
+    from exprl_megatron.launch.prompt_checks import shown_prompts
 
     for title, text in shown_prompts(config):
         print(f"\n---- {title}\n{text}")

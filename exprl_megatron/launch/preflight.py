@@ -7,14 +7,14 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, SelfDistillStage, SftStage, SparseRlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judged_traces import read_judged_traces
+from exprl_megatron.launch.model_checks import model_violations
+from exprl_megatron.launch.prompt_checks import check_prompts, reachable
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.examples import check_source
-from exprl_megatron.training.model_checks import model_violations
-from exprl_megatron.training.prompt_checks import check_prompts, reachable
 from exprl_megatron.utils.accelerator import half_installed
 
 
