@@ -173,7 +173,7 @@ def judgement(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show what the judge, or the builder of a rubric, was asked and what it answered."""
-    from exprl_megatron.training.stored_judgements import show_judgement
+    from exprl_megatron.inspection.stored_judgements import show_judgement
 
     if not abstained and (stage, step, problem, score) == (None,) * 4:
         show_judgement(hash, run, store, json, limit)
@@ -195,7 +195,7 @@ def waterfall(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Say what a run's steps spend their time on, and which part is the bottleneck."""
-    from exprl_megatron.training.waterfall import show_waterfall
+    from exprl_megatron.inspection.run_waterfall import show_waterfall
 
     show_waterfall(run, stage, last, picture, json)
 
@@ -207,7 +207,7 @@ def leak_scan(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Look through a run's saved rollouts for references; exit status 1 where one has leaked."""
-    from exprl_megatron.training.leak_scan import report_leaks
+    from exprl_megatron.inspection.leak_scan import report_leaks
 
     if report_leaks(run, canary, json):
         raise typer.Exit(1)

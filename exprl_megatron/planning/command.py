@@ -36,7 +36,7 @@ def plan_command(
 ) -> None:
     """Say what fits and how long a step takes, before anything is submitted."""
     if against is not None:
-        from exprl_megatron.planning.against import print_comparison
+        from exprl_megatron.inspection.plan_vs_run import print_comparison
 
         if target is not None or gpus is not None:
             raise UserError("--against takes config and GPUs from the run; leave target and --gpus out.")

@@ -14,8 +14,8 @@ from exprl_megatron.cli import app
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.inspection.plan_vs_run import compare_run
 from exprl_megatron.planning import memory
-from exprl_megatron.planning.against import compare_run
 from exprl_megatron.planning.hardware import GIB, GPUS
 from exprl_megatron.planning.layouts import legal_layouts
 from exprl_megatron.planning.memory import host_memory, kv_bytes_per_token, server_memory, training_memory

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.inspection.run_waterfall import show_waterfall
 from exprl_megatron.reporting.timeline import Span, Timeline, read_timeline
 from exprl_megatron.reporting.waterfall import bottleneck, draw_timeline, mean_phases, stage_phases, step_times
-from exprl_megatron.training.waterfall import show_waterfall
 
 
 def _step(number, start, *, sampled, graded, rollouts, train, end, save=0.0):

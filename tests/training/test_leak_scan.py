@@ -12,6 +12,7 @@ from tiny_models import tiny_tokenizer
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.problems import ProblemsConfig, PromptConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.inspection.leak_scan import scan_run
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.problems.prompts import PromptBuilder
 from exprl_megatron.problems.sources import load_problems
@@ -19,7 +20,6 @@ from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
-from exprl_megatron.training.leak_scan import scan_run
 
 ROOT = Path(__file__).parents[2]
 CANARY = "EXPRL-CANARY-7f3a"

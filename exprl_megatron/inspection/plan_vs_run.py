@@ -137,7 +137,7 @@ def _device(config: RunConfig, name: str | None) -> tuple[Gpu, str]:
     if name is not None:
         gpu = find_gpu(name)
         return gpu, f"Predicted for {gpu.name}, with the lengths that the run had; measured: medians over steps."
-    from exprl_megatron.planning.machine import measured_cpu
+    from exprl_megatron.inspection.machine import measured_cpu
 
     gpu = measured_cpu(config.policy.layout.world_size)
     return gpu, (
