@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from exprl_megatron.commands.eval_command import eval_command
+from exprl_megatron.commands.plan_command import plan_command
+from exprl_megatron.commands.show_command import show_command
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
-from exprl_megatron.evaluation.command import eval_command
-from exprl_megatron.inspection.command import show_command
-from exprl_megatron.planning.command import plan_command
 from exprl_megatron.processes.interruption import Interrupted, end_on_signals
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def doctor(
     gpus: Annotated[bool, typer.Option("--gpus", help="Want what a node with GPUs needs.")] = False,
 ) -> None:
     """Say what this machine has, and what each missing part prevents; exit status 1 where an essential part is."""
-    from exprl_megatron.doctor import examine, lacking, print_findings
+    from exprl_megatron.commands.doctor import examine, lacking, print_findings
 
     findings = examine()
     print_findings(findings, as_json=json)

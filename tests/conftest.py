@@ -94,7 +94,7 @@ def qwen3_server(tiny_model, tmp_path_factory, nccl_records):
     from under_nccl import knows_backend
 
     from exprl_megatron.config.serving import ServerConfig
-    from exprl_megatron.serving.launch import ServerSpec, start_servers
+    from exprl_megatron.serving.server_process import ServerSpec, start_servers
 
     config = ServerConfig(request_deadline_s=120)
     spec = ServerSpec("policy-0", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))

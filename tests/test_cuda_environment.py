@@ -10,7 +10,7 @@ import pytest
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.launch.ranks import rank_environment
-from exprl_megatron.serving.command import server_environment
+from exprl_megatron.serving.server_command import server_environment
 
 DETERMINISTIC = "--enable-deterministic-inference"
 CASES = {

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from exprl_megatron import doctor
 from exprl_megatron.cli import main
-from exprl_megatron.doctor import ESSENTIAL_ON_GPUS, Finding, examine, lacking, print_findings
+from exprl_megatron.commands import doctor
+from exprl_megatron.commands.doctor import ESSENTIAL_ON_GPUS, Finding, examine, lacking, print_findings
 
 
 def test_every_missing_part_says_what_it_prevents():
@@ -23,7 +23,9 @@ def test_what_is_essential_depends_on_whether_the_machine_is_to_have_gpus():
 
 
 def test_the_exit_status_tells_a_health_check(monkeypatch, capsys):
-    monkeypatch.setattr("exprl_megatron.doctor.examine", lambda: [Finding("torch", False, "not installed", "all")])
+    monkeypatch.setattr(
+        "exprl_megatron.commands.doctor.examine", lambda: [Finding("torch", False, "not installed", "all")]
+    )
     monkeypatch.setattr("sys.argv", ["exprl", "doctor"])
     with pytest.raises(SystemExit, match="1"):
         main()

@@ -24,7 +24,7 @@ from exprl_megatron.benchmarks.client_load import (
     through_our_client,
 )
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import ServerSpec, start_servers
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "recipes" / "miniature" / "policy"

@@ -142,7 +142,7 @@ def _ways(shape: Shape):
 
 def _as_a_server() -> None:
     """Begin again with the environment of a server on a CPU, and its plugin."""
-    from exprl_megatron.serving.command import server_environment
+    from exprl_megatron.serving.server_command import server_environment
 
     environment = server_environment(os.environ, cuda=False) | {_STARTED: "1"}
     os.execve(sys.executable, [sys.executable, "-W", "ignore", *sys.argv], environment)

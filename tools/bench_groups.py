@@ -20,7 +20,7 @@ from statistics import median
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import ServerSpec, start_servers
 from exprl_megatron.serving.servers import FixedServers
 
 MODEL = Path(__file__).resolve().parent.parent / "recipes" / "miniature" / "policy"

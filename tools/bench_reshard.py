@@ -29,7 +29,7 @@ from pathlib import Path
 from exprl_megatron.benchmarks.broadcast_floor import receive
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import ServerSpec, start_servers
 from exprl_megatron.utils.ports import free_ports
 
 HEAD = (

@@ -15,8 +15,8 @@ import numpy as np
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.command import server_environment
 from exprl_megatron.serving.keys import authorization, read_key
+from exprl_megatron.serving.server_command import server_environment
 from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.together import together
 

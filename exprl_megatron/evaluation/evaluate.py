@@ -17,8 +17,8 @@ from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.sampler import sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.command import irreproducible_sampling
-from exprl_megatron.serving.launch import (
+from exprl_megatron.serving.server_command import irreproducible_sampling
+from exprl_megatron.serving.server_process import (
     ServerSpec,
     check_servers,
     server_specs,

@@ -27,8 +27,8 @@ from exprl_megatron.judging.wrong_steps import UNITS, WrongStepFigures, judge_wr
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.reporting.progress import Bar, StepProgress
 from exprl_megatron.serving.http import HttpServer
-from exprl_megatron.serving.launch import SERVED_DTYPES, server_specs, start_servers, stop_servers
 from exprl_megatron.serving.openai_endpoint import judge_endpoints
+from exprl_megatron.serving.server_process import SERVED_DTYPES, server_specs, start_servers, stop_servers
 
 # The judge itself takes the next few seeds where it asks again.
 _SEED_STEP = 1000

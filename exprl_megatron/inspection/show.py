@@ -8,10 +8,10 @@ from rich.console import Console
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.inspection.records import group_record
 from exprl_megatron.inspection.rollout_steps import InspectedGroup, evaluation_groups, logged_groups, logged_steps
 from exprl_megatron.inspection.rollout_tables import group_table
 from exprl_megatron.inspection.selection import SelectedGroup, Selection, select
+from exprl_megatron.inspection.show_records import group_record
 from exprl_megatron.inspection.trace_text import Boundaries, boundaries_by, trace_panels
 from exprl_megatron.runs.directory import RunDirectory, read_config
 

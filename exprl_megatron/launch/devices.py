@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.serving.launch import ServerSpec, side_by_side
 from exprl_megatron.serving.router_spec import RouterSpec
+from exprl_megatron.serving.server_process import ServerSpec, side_by_side
 
 
 def placed(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:

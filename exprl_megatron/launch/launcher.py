@@ -18,17 +18,17 @@ from exprl_megatron.launch.starting import starter
 from exprl_megatron.processes.interruption import Interrupted
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.serving.command import irreproducible_sampling
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key, renew_key
-from exprl_megatron.serving.launch import (
+from exprl_megatron.serving.registry import Registry
+from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
+from exprl_megatron.serving.server_command import irreproducible_sampling
+from exprl_megatron.serving.server_process import (
     SERVED_DTYPES,
     ServerSpec,
     check_servers,
     server_specs,
 )
-from exprl_megatron.serving.registry import Registry
-from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
 from exprl_megatron.utils.accelerator import gpu_count, uses_cuda
 from exprl_megatron.utils.files import Claim
 from exprl_megatron.utils.ports import gloo_on_loopback

@@ -12,8 +12,8 @@ from exprl_megatron.launch.launcher import wanted_servers
 from exprl_megatron.launch.preemption import ignore_sigusr1
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keeper import Keeper
-from exprl_megatron.serving.launch import ServerSpec, side_by_side
 from exprl_megatron.serving.registry import Kind, Registry
+from exprl_megatron.serving.server_process import ServerSpec, side_by_side
 from exprl_megatron.utils.files import keep_private
 from exprl_megatron.utils.ports import this_host
 

@@ -7,7 +7,7 @@ from exprl_megatron.launch.input_checks import INPUT_CHECKS
 from exprl_megatron.launch.ranks import WORKER, rank_environment
 from exprl_megatron.processes.fork_server import ForkServer
 from exprl_megatron.processes.starter import Starter
-from exprl_megatron.serving.command import SERVER, server_environment
+from exprl_megatron.serving.server_command import SERVER, server_environment
 from exprl_megatron.utils.accelerator import uses_cuda
 
 
@@ -26,5 +26,5 @@ def starter(config: RunConfig, servers: bool) -> Starter:
         environment = server_environment(
             os.environ, cuda=False, tp=config.server.tp, cpu_threads=config.server.cpu_threads
         )
-        fork_servers.append(ForkServer("exprl_megatron.serving.preload", {SERVER}, environment, deadline_s))
+        fork_servers.append(ForkServer("exprl_megatron.serving.server_preload", {SERVER}, environment, deadline_s))
     return Starter(fork_servers)

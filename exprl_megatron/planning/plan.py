@@ -32,7 +32,7 @@ from exprl_megatron.planning.targets import assumed_architecture, find_architect
 from exprl_megatron.planning.workload import Workload
 
 if TYPE_CHECKING:
-    from exprl_megatron.resharding.plan import SyncPlan
+    from exprl_megatron.planning.sync_broadcast import SyncPlan
 
 STORAGE_BYTES_PER_S = 2e9
 """At which each trainer node writes its part of a checkpoint (assumed)."""

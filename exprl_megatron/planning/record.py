@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from exprl_megatron.planning.layouts import Learning, Ranking
 from exprl_megatron.planning.memory import USABLE, Host, Memory
+from exprl_megatron.planning.overrides import overrides
 from exprl_megatron.planning.phases import Phase
 from exprl_megatron.planning.plan import Division, Plan
-from exprl_megatron.planning.settings import overrides
 
 if TYPE_CHECKING:
-    from exprl_megatron.resharding.plan import SyncPlan
+    from exprl_megatron.planning.sync_broadcast import SyncPlan
 
 CAUSES = {
     "gemm_s": "matrix products",

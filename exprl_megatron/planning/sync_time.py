@@ -13,7 +13,7 @@ from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.hardware import Gpu
 
 if TYPE_CHECKING:
-    from exprl_megatron.resharding.plan import SyncPlan
+    from exprl_megatron.planning.sync_broadcast import SyncPlan
 
 _MIB = 2**20
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -34,8 +34,8 @@ class _Asked:
     def plan(self) -> SyncPlan:
         """All of it."""
         # Imported here: they import torch, which most of the planner does without.
-        from exprl_megatron.resharding.direct_plan import plan_direct
-        from exprl_megatron.resharding.plan import plan_sync
+        from exprl_megatron.planning.sync_broadcast import plan_sync
+        from exprl_megatron.planning.sync_p2p import plan_direct
 
         sent = (self.architecture, self.layout, self.dtype, self.bucket_bytes, self.gpu)
         if self.kind == "direct":
@@ -76,7 +76,7 @@ def _asked(config: RunConfig, architecture: Architecture, gpu: Gpu, kind: Transp
 def _seconds(asked: _Asked) -> float:
     if asked.kind != "direct":
         return asked.plan().seconds
-    from exprl_megatron.resharding.direct_plan import direct_seconds
+    from exprl_megatron.planning.sync_p2p import direct_seconds
 
     return direct_seconds(
         asked.architecture,

@@ -17,7 +17,7 @@ class RunProgress:
     tokens: int = 0
     abstentions: int = 0
     first_gap: float | None = None
-    """`sampler_gap/mean` of the first step that had one; later bounds go by it (training/mismatch.py)."""
+    """`sampler_gap/mean` of the first step that had one; later bounds go by it (training/log_prob_gap.py)."""
 
     @property
     def weight_version(self) -> str:

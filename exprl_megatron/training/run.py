@@ -32,7 +32,7 @@ from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
-from exprl_megatron.training.mismatch import check_log_prob_gap, gap_bound
+from exprl_megatron.training.log_prob_gap import check_log_prob_gap, gap_bound
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.start_scorer import StartScorer

@@ -19,7 +19,7 @@ from exprl_megatron.config.resuming import (
     row_of,
 )
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.serving.command import STAND_INS
+from exprl_megatron.serving.server_command import STAND_INS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "resume.md"
 

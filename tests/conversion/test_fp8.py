@@ -17,7 +17,7 @@ from exprl_megatron.conversion.verify import verify_weights
 from exprl_megatron.conversion.weights import open_weights
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.fp8_blocks import dequantise, quantise
-from exprl_megatron.serving.command import server_environment
+from exprl_megatron.serving.server_command import server_environment
 
 SHAPES = [(128, 128), (256, 384), (130, 200), (1, 1)]
 FAMILIES = ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"]

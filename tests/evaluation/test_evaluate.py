@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from exprl_megatron import cli
+from exprl_megatron.evaluation.eval_report import result_lines, result_record, result_table, write_unsolved
 from exprl_megatron.evaluation.evaluate import evaluate
 from exprl_megatron.evaluation.kept import KeptResults
 from exprl_megatron.evaluation.questions import read_questions
-from exprl_megatron.evaluation.report import result_lines, result_record, result_table, write_unsolved
 from exprl_megatron.evaluation.settings import EvalSettings
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Scored

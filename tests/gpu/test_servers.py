@@ -12,7 +12,7 @@ from on_device.syncs import TRANSPORTS, syncs
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.serving.launch import start_servers, stop_servers
+from exprl_megatron.serving.server_process import start_servers, stop_servers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

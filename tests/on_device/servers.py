@@ -17,7 +17,7 @@ from exprl_megatron.resharding.disk import DiskTransport
 from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.launch import Server, ServerSpec
+from exprl_megatron.serving.server_process import Server, ServerSpec
 from on_device.compared import Compared, at_most
 
 NEW_TOKENS = 32

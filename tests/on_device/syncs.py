@@ -10,7 +10,7 @@ import psutil
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.launch.ranks import rank_environment
-from exprl_megatron.serving.launch import Server
+from exprl_megatron.serving.server_process import Server
 from exprl_megatron.utils.accelerator import uses_cuda
 from on_device.compared import Compared, at_most, equal
 

@@ -10,7 +10,7 @@ from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.serving.launch import start_servers, stop_servers
+from exprl_megatron.serving.server_process import start_servers, stop_servers
 from exprl_megatron.utils.accelerator import GROUP_BACKEND
 from on_device.compared import failed
 from on_device.learning import REFERENCE_STEPS, Learned, beside_reference, cosine, learn, learn_in_layout

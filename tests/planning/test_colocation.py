@@ -12,7 +12,7 @@ from exprl_megatron.planning.plan import plan, ranked
 from exprl_megatron.planning.targets import find_config
 from exprl_megatron.planning.workload import workload_of
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.serving.command import server_command
+from exprl_megatron.serving.server_command import server_command
 
 H100 = GPUS["h100"]
 ALMOST_FULL = "policy.micro_batch_tokens=10112"

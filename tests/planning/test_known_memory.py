@@ -7,7 +7,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import GPUS, find_gpu
 from exprl_megatron.planning.layouts import legal_layouts
 from exprl_megatron.planning.memory import USABLE, training_memory
-from exprl_megatron.planning.study import study
+from exprl_megatron.planning.plan_request import study
 from exprl_megatron.planning.targets import find_architecture
 from exprl_megatron.planning.training_time import micro_batches
 from exprl_megatron.planning.validation import architecture_of, published_rows

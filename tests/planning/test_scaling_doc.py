@@ -9,9 +9,9 @@ import pytest
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.activations import chunks_in_flight, layer_bytes_per_token
 from exprl_megatron.planning.hardware import GIB, find_gpu
+from exprl_megatron.planning.overrides import layout_text
 from exprl_megatron.planning.plan import Division, Plan, plan
-from exprl_megatron.planning.settings import layout_text
-from exprl_megatron.planning.study import study
+from exprl_megatron.planning.plan_request import study
 from exprl_megatron.planning.targets import find_architecture, find_config
 from exprl_megatron.planning.workload import workload_of
 

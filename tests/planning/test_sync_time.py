@@ -8,11 +8,11 @@ import pytest
 
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.plan import Plan, plan, with_syncs
-from exprl_megatron.planning.report import SYNC_COLUMNS, sync_cells
+from exprl_megatron.planning.plan_report import SYNC_COLUMNS, sync_cells
+from exprl_megatron.planning.sync_broadcast import plan_sync
+from exprl_megatron.planning.sync_p2p import plan_direct
 from exprl_megatron.planning.targets import find_architecture, find_config
 from exprl_megatron.planning.workload import workload_of
-from exprl_megatron.resharding.direct_plan import plan_direct
-from exprl_megatron.resharding.plan import plan_sync
 
 H100 = find_gpu("h100")
 PAGE = Path("docs/resharding.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.launch import ServerSpec, start_servers, stop_servers
+from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
 
 sys.path.append(str(Path(__file__).parents[1] / "policy"))
 from ranks import run_ranks

@@ -24,8 +24,8 @@ from exprl_megatron.resharding.outgoing import Outgoing
 from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.checksums import checksums
-from exprl_megatron.serving.launch import ServerSpec, start_servers
 from exprl_megatron.serving.loader_orders import LOADER
+from exprl_megatron.serving.server_process import ServerSpec, start_servers
 from exprl_megatron.training.weight_check import compare, held_checksums
 
 pytestmark = pytest.mark.slow

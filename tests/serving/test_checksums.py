@@ -11,7 +11,7 @@ import torch
 
 import exprl_megatron.serving.weight_hash as weight_hash
 from exprl_megatron.serving.checksums import ServerChecksums, checksums, differing, rank_checksums
-from exprl_megatron.serving.command import server_environment
+from exprl_megatron.serving.server_command import server_environment
 
 # SGLang's own CUDA kernel, run by Triton's interpreter on the tensors of the file given as its first argument.
 INTERPRETED = """

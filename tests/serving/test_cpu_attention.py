@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exprl_megatron.serving.command import STAND_INS
+from exprl_megatron.serving.server_command import STAND_INS
 
 PLACES, CONTEXT, POOLS = 500, 64, 20
 ROOT = Path(__file__).parents[2]

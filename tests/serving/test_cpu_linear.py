@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exprl_megatron.serving.command import STAND_INS
+from exprl_megatron.serving.server_command import STAND_INS
 
 
 @pytest.fixture

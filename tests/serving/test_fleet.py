@@ -14,9 +14,9 @@ from exprl_megatron.errors import ServerError, WeightsReplaced
 from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key
-from exprl_megatron.serving.launch import ServerSpec
 from exprl_megatron.serving.lent import LENT, LentServer
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.server_process import ServerSpec
 
 CONFIG = {"start_deadline_s": 20, "request_deadline_s": 20, "answer_deadline_s": 2}
 

@@ -9,8 +9,8 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving import keeper as module
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key
-from exprl_megatron.serving.launch import ServerSpec
 from exprl_megatron.serving.registry import Registry
+from exprl_megatron.serving.server_process import ServerSpec
 
 
 @pytest.fixture

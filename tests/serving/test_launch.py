@@ -17,8 +17,8 @@ import pytest
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.serving.command import irreproducible_sampling, server_command, server_environment
-from exprl_megatron.serving.launch import (
+from exprl_megatron.serving.server_command import irreproducible_sampling, server_command, server_environment
+from exprl_megatron.serving.server_process import (
     ServerSpec,
     launch_servers,
     server_seed,
@@ -34,7 +34,7 @@ LAUNCHER = """
 import sys, time
 from pathlib import Path
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.launch import ServerSpec, launch_servers, wait_servers
+from exprl_megatron.serving.server_process import ServerSpec, launch_servers, wait_servers
 servers = launch_servers([ServerSpec("policy-0", Path(sys.argv[1]), ServerConfig(), Path(sys.argv[2]))])
 print("launched", flush=True)
 wait_servers(servers)
@@ -144,7 +144,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path, files, message):
 
 
 def test_float32_is_not_served_on_cuda_unless_attention_kernels_are_named(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("exprl_megatron.serving.launch.uses_cuda", lambda: True)
+    monkeypatch.setattr("exprl_megatron.serving.server_process.uses_cuda", lambda: True)
     spec = ServerSpec("judge-0", tiny_model("qwen3"), ServerConfig(), tmp_path / "logs")
     with pytest.raises(UserError, match=r"judge-0 would serve float32, .* choose bfloat16"):
         launch_servers([spec])

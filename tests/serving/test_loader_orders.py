@@ -15,10 +15,10 @@ import torch
 
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.command import STAND_INS
 from exprl_megatron.serving.delivery_tables import RECTANGLE
 from exprl_megatron.serving.loader_orders import LOADER, OrderGate, OrderNumbers, OrderRefused, signed
 from exprl_megatron.serving.model_checksums import checksums, pack_expected
+from exprl_megatron.serving.server_command import STAND_INS
 
 START = 41
 STOOD_IN = ("torchvision", "sgl_kernel")

@@ -7,7 +7,7 @@ from datetime import timedelta
 import psutil
 import pytest
 
-from exprl_megatron.serving.command import PLUGINS
+from exprl_megatron.serving.server_command import PLUGINS
 from exprl_megatron.utils.ports import free_ports
 
 rendezvous = importlib.import_module("torch.distributed.rendezvous")

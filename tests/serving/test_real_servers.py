@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from exprl_megatron.config.serving import SCORED_BELOW_ROOM, ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.checksums import checksums, differing
-from exprl_megatron.serving.launch import ServerSpec, start_servers, stop_servers
+from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.launch.serve import Share
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
-from exprl_megatron.serving.launch import server_specs
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.server_process import server_specs
 
 
 def server(name="policy-0", **changes):

@@ -9,10 +9,10 @@ import pytest
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.keys import read_key
-from exprl_megatron.serving.launch import start_servers
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router import RoutedServers
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, RouterSpec
+from exprl_megatron.serving.server_process import start_servers
 from exprl_megatron.utils.ports import free_ports
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exprl_megatron.serving.command import STAND_INS
+from exprl_megatron.serving.server_command import STAND_INS
 
 ROOT = Path(__file__).parents[2]
 _OURS = ("exprl_placeholder", "sgl_kernel", "torchvision")

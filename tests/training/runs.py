@@ -12,8 +12,8 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
-from exprl_megatron.serving.launch import Server
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.server_process import Server
 
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 24}
 

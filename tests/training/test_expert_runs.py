@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.serving.launch import ServerSpec, start_servers
+from exprl_megatron.serving.server_process import ServerSpec, start_servers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import SAMPLING, finish, run_config, start_ranks, write_problems

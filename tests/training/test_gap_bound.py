@@ -9,7 +9,7 @@ import pytest
 from exprl_megatron.config.load import check_config, load_config
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.runs.progress import RunProgress
-from exprl_megatron.training.mismatch import gap_bound
+from exprl_megatron.training.log_prob_gap import gap_bound
 from exprl_megatron.training.run import Run
 
 STAGE = {"kind": "sparse-rl", "name": "sparse", "steps": 2, "problems": {"source": "p.jsonl"}}

@@ -18,7 +18,7 @@ from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
-from exprl_megatron.serving.launch import server_specs, start_servers
+from exprl_megatron.serving.server_process import server_specs, start_servers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems

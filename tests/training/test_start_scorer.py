@@ -18,8 +18,8 @@ from exprl_megatron.policy.checkpoint import read_extra
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
-from exprl_megatron.serving.launch import server_specs, start_servers
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.server_process import server_specs, start_servers
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.assemble import start_client
 from exprl_megatron.training.conductor import Conductor

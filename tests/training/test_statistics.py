@@ -7,7 +7,7 @@ from graded import cut, graded, group
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.judging.judgement import Abstained
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.mismatch import check_log_prob_gap
+from exprl_megatron.training.log_prob_gap import check_log_prob_gap
 from exprl_megatron.training.statistics import group_statistics, staleness_statistics, update_statistics
 
 

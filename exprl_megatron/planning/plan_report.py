@@ -10,13 +10,13 @@ from rich.table import Table
 from exprl_megatron.planning.hardware import GB, GIB
 from exprl_megatron.planning.layouts import Learning, Ranking
 from exprl_megatron.planning.memory import USABLE, Memory
+from exprl_megatron.planning.overrides import layout_text, overrides
 from exprl_megatron.planning.phases import Phase
 from exprl_megatron.planning.plan import Division, Plan, division_of
 from exprl_megatron.planning.record import CAUSES, update_seconds
-from exprl_megatron.planning.settings import layout_text, overrides
 
 if TYPE_CHECKING:
-    from exprl_megatron.resharding.plan import SyncPlan
+    from exprl_megatron.planning.sync_broadcast import SyncPlan
 
 KINDS = {
     "weights": "weights",

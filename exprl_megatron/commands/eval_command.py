@@ -89,8 +89,8 @@ def eval_command(
 def _run(settings: "EvalSettings", json: Path | None, keep_unsolved: Path | None, max_solve_rate: float) -> None:
     from rich.console import Console
 
+    from exprl_megatron.evaluation.eval_report import result_lines, result_table, write_record, write_unsolved
     from exprl_megatron.evaluation.evaluate import evaluate
-    from exprl_megatron.evaluation.report import result_lines, result_table, write_record, write_unsolved
 
     terminal = Console()
 

@@ -14,9 +14,9 @@ from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.processes.child import Child
 from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.processes.starter import Starter
-from exprl_megatron.serving.command import server_command, server_environment
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.keys import KEY_FILE, authorization, ensure_key
+from exprl_megatron.serving.server_command import server_command, server_environment
 from exprl_megatron.utils.accelerator import settle, uses_cuda
 from exprl_megatron.utils.ports import LOCAL, free_ports, gloo_on_loopback, interface, is_free
 

@@ -14,9 +14,9 @@ from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.shards import ITEMSIZE
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NIC_SHARE
+from exprl_megatron.planning.sync_broadcast import MESSAGE_S, TENSOR_S, SyncPlan, shard_bytes
 from exprl_megatron.resharding.deliveries import DeliveryPlan, Volumes
 from exprl_megatron.resharding.held import Held, held_shares
-from exprl_megatron.resharding.plan import MESSAGE_S, TENSOR_S, SyncPlan, shard_bytes
 from exprl_megatron.serving.delivery_tables import Deliveries, needs_table
 from exprl_megatron.serving.sharding import server_needs
 

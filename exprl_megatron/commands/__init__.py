@@ -1,0 +1,1 @@
+"""Commands of `exprl` that reach into several rooms."""
