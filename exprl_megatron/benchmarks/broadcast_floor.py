@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from exprl_megatron.resharding.groups import meet, meeting_place
+from exprl_megatron.weight_sync.groups import meet, meeting_place
 
 NAME = "floor"
 _DEADLINE_S = 900.0

@@ -11,10 +11,10 @@ from exprl_megatron.benchmarks.host.station import memory
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture, read_architecture
 from exprl_megatron.models.name_map import hf_shapes
-from exprl_megatron.resharding.deliveries import DeliveryPlan
-from exprl_megatron.resharding.held import held_shares
 from exprl_megatron.serving.delivery_tables import needs_table, pack_deliveries, pack_needs, unpack_needs
 from exprl_megatron.serving.sharding import server_needs
+from exprl_megatron.weight_sync.deliveries import DeliveryPlan
+from exprl_megatron.weight_sync.held import held_shares
 
 _BUCKET_BYTES = 2**28
 

@@ -18,14 +18,14 @@ from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.weight_readers import Random
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.messages import stage_messages
-from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.training.conductor import Conductor
-from exprl_megatron.training.sync import WeightSync
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.messages import stage_messages
+from exprl_megatron.weight_sync.sync import WeightSync
+from exprl_megatron.weight_sync.transports import make_transport
 
 GB = 1e9
 _DEADLINE_S = 600.0

@@ -18,7 +18,7 @@ from exprl_megatron.models.name_map import hf_shapes, parameters
 from exprl_megatron.models.shards import ITEMSIZE, holders, sender, shard_shape
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
-from exprl_megatron.resharding.messages import Message, beside_bytes, rounds, stage_messages
+from exprl_megatron.weight_sync.messages import Message, beside_bytes, rounds, stage_messages
 
 MESSAGE_S = 0.010
 """From a server's answer to a message until it takes the next: two HTTP hops and SGLang's queues between processes."""

@@ -15,10 +15,10 @@ from exprl_megatron.models.shards import ITEMSIZE
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NIC_SHARE
 from exprl_megatron.planning.sync_broadcast import MESSAGE_S, TENSOR_S, SyncPlan, shard_bytes
-from exprl_megatron.resharding.deliveries import DeliveryPlan, Volumes
-from exprl_megatron.resharding.held import Held, held_shares
 from exprl_megatron.serving.delivery_tables import Deliveries, needs_table
 from exprl_megatron.serving.sharding import server_needs
+from exprl_megatron.weight_sync.deliveries import DeliveryPlan, Volumes
+from exprl_megatron.weight_sync.held import Held, held_shares
 
 _REQUESTS = 4
 """Of a sync to a server: begin, receive, finish, end."""

@@ -1,4 +1,4 @@
-"""What a weight sync of a run takes: the planner's way to the plans of messages in resharding/."""
+"""What a weight sync of a run takes: the planner's way to the plans of messages in weight_sync/."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Weights are read or drawn by resharding.huggingface, layout-independently.
+        # Weights are read or drawn by policy.huggingface, layout-independently.
         perform_initialization=False,
         use_cpu_initialization=not cuda,
         # The policy divides by the global token count itself.

@@ -174,7 +174,7 @@ class Policy:
         return UpdateStats(grad_norm, rate, skipped=not done)
 
     def save_huggingface(self, directory: str | Path) -> None:
-        """Writes the current weights as a model directory; see resharding.huggingface."""
+        """Writes the current weights as a model directory; see policy.huggingface."""
         self.gather_weights()
         save_huggingface(self.chunks, self.architecture, self.world, self.config.model, directory)
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from exprl_megatron.config.stages import RlStage
 from exprl_megatron.runs.journal import SampledStep
-from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.weight_sync.conductor import Conductor
 
 
 class UnderWay(NamedTuple):

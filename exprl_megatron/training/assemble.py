@@ -10,8 +10,6 @@ from exprl_megatron.errors import Preempted
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.policy.checkpoint import intact_checkpoint, read_extra
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.runs.progress import RunProgress
@@ -26,15 +24,17 @@ from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.serving.shared_environment import nccl_difference
 from exprl_megatron.training.ahead import Ahead
-from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.judging_side import JudgingSide
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.start_scorer import StartScorer
-from exprl_megatron.training.sync import Members, WeightSync
 from exprl_megatron.training.turns import Turns, put_to_sleep
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.sync import Members, WeightSync
+from exprl_megatron.weight_sync.transports import make_transport
 
 _CONTROL_ROOM = 2.0
 """Ranks wait for rank 0's word longer than rank 0 waits for a server, by this factor."""

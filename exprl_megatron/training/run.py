@@ -28,7 +28,6 @@ from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.assertions import check_first_update
-from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
@@ -37,9 +36,10 @@ from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.statistics import staleness_statistics
-from exprl_megatron.training.sync import WeightSync
 from exprl_megatron.training.teacher import teacher_prompts
 from exprl_megatron.training.turns import Turns
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.sync import WeightSync
 
 T = TypeVar("T")
 Batches = tuple[list[LearnedFrom], list[LearnedFrom]]

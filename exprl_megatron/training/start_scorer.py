@@ -8,9 +8,9 @@ from exprl_megatron.algorithms.batch import LearnedFrom, Sequence
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.ready import wait_ready
-from exprl_megatron.training.conductor import Conductor
-from exprl_megatron.training.sync import WeightSync
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.sync import WeightSync
 
 
 class StartScorer:

@@ -14,8 +14,8 @@ from exprl_megatron.errors import RunStopped
 from exprl_megatron.policy.offload import TRAINING, Offload
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.fleet import Fleet
-from exprl_megatron.training.conductor import Conductor
-from exprl_megatron.training.sync import WeightSync
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.sync import WeightSync
 
 _GIB = 2**30
 

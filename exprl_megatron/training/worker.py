@@ -36,7 +36,7 @@ def main() -> None:
 
 def guarded(directory: Path, servers: Path) -> int:
     """The exit status of this rank's work; errors are written where the launcher finds them."""
-    from exprl_megatron.training.conductor import ConductorFailed
+    from exprl_megatron.weight_sync.conductor import ConductorFailed
 
     end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
 

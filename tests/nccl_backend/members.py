@@ -22,12 +22,12 @@ from nccl_like.records import PATIENCE, Hang
 from remote_server import CONTROL, WORLD, Asker, outgoing, serve
 
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
-from exprl_megatron.resharding.broadcast import BroadcastTransport
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.groups import break_off, broadcast
-from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.own_group import GroupThread, destroy
-from exprl_megatron.training.conductor import Conductor
+from exprl_megatron.weight_sync.broadcast import BroadcastTransport
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.groups import break_off, broadcast
+from exprl_megatron.weight_sync.timing import SyncTimes
 
 DEADLINE_S = 20.0
 HANGS_S = 9.0

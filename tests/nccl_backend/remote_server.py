@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.resharding.groups import meet
-from exprl_megatron.resharding.messages import Message, Slot
-from exprl_megatron.resharding.outgoing import Filled
+from exprl_megatron.weight_sync.groups import meet
+from exprl_megatron.weight_sync.messages import Message, Slot
+from exprl_megatron.weight_sync.outgoing import Filled
 
 WORLD = SimpleNamespace(rank=0, pp_rank=0, layout=Layout(), device=torch.device("cpu"))
 CONTROL = SimpleNamespace(leading=nullcontext, go=lambda word=None: None, collect=lambda item: [item])

@@ -12,12 +12,12 @@ import psutil
 from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.disk import DiskTransport
-from exprl_megatron.resharding.outgoing import Outgoing
-from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.server_process import Server, ServerSpec
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.disk import DiskTransport
+from exprl_megatron.weight_sync.outgoing import Outgoing
+from exprl_megatron.weight_sync.timing import SyncTimes
 from on_device.compared import Compared, at_most
 
 NEW_TOKENS = 32

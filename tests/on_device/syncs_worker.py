@@ -16,13 +16,13 @@ from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.training.conductor import Conductor
-from exprl_megatron.training.sync import WeightSync
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.sync import WeightSync
+from exprl_megatron.weight_sync.transports import make_transport
 from on_device.servers import freeze
 
 BUCKET_MB = 0.25

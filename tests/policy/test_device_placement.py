@@ -35,8 +35,8 @@ from exprl_megatron.policy.packing import Shape, plan_micro_batches
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.step import MicroBatches
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.outgoing import Outgoing, quantise_into
-from exprl_megatron.training.weight_check import as_served
+from exprl_megatron.weight_sync.outgoing import Outgoing, quantise_into
+from exprl_megatron.weight_sync.weight_check import as_served
 
 CUDA = torch.device("cuda", 0)
 WORLD = World(Layout(), CUDA, 0, 0, 0, 0)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.outgoing import Outgoing
+from exprl_megatron.weight_sync.outgoing import Outgoing
 
 LAYOUTS = {"TP1": Layout(), "TP2": Layout(tp=2), "TP4": Layout(tp=4), "TP2xPP2": Layout(tp=2, pp=2)}
 

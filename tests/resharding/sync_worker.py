@@ -19,21 +19,21 @@ from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.auto import AutoTransport
-from exprl_megatron.resharding.broadcast import BroadcastTransport
-from exprl_megatron.resharding.control import Control, SyncStopped
-from exprl_megatron.resharding.direct import DirectTransport
-from exprl_megatron.resharding.handles import HandlesTransport, _serialised
-from exprl_megatron.resharding.outgoing import Outgoing
-from exprl_megatron.resharding.rounds import push_rounds
-from exprl_megatron.resharding.sending import Sending
-from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.training.conductor import Conductor, ConductorFailed
-from exprl_megatron.training.sync import WeightSync
 from exprl_megatron.utils.accelerator import GROUP_BACKEND
+from exprl_megatron.weight_sync.auto import AutoTransport
+from exprl_megatron.weight_sync.broadcast import BroadcastTransport
+from exprl_megatron.weight_sync.conductor import Conductor, ConductorFailed
+from exprl_megatron.weight_sync.control import Control, SyncStopped
+from exprl_megatron.weight_sync.direct import DirectTransport
+from exprl_megatron.weight_sync.handles import HandlesTransport, _serialised
+from exprl_megatron.weight_sync.outgoing import Outgoing
+from exprl_megatron.weight_sync.rounds import push_rounds
+from exprl_megatron.weight_sync.sending import Sending
+from exprl_megatron.weight_sync.sync import WeightSync
+from exprl_megatron.weight_sync.transports import make_transport
 
 LAYOUTS = {
     "TP1": Layout(),
@@ -234,7 +234,7 @@ def handed_over(world, arguments, target: str) -> list[int] | None:
     syncs, given = Syncs(world, arguments["model"], servers, tp), []
     sync = syncs.sync("handles")
     change(syncs.policy)
-    with patch("exprl_megatron.resharding.handles._serialised", lambda filled: given.append(1) or _serialised(filled)):
+    with patch("exprl_megatron.weight_sync.handles._serialised", lambda filled: given.append(1) or _serialised(filled)):
         sync.bring(f"handed over to {target}")
     rounds = len(sync._outgoing(None).rounds)
     syncs.close(sync)
@@ -246,7 +246,7 @@ def falls_back(world, arguments) -> list[str] | None:
     servers, tp = arguments["targets"]["two"]
     syncs = Syncs(world, arguments["model"], servers, tp)
     sync = syncs.sync("auto")
-    modules = ("resharding.direct", "training.sync")
+    modules = ("weight_sync.direct", "weight_sync.sync")
     with ExitStack() as patched:
         for module in modules:
             patched.enter_context(patch(f"exprl_megatron.{module}.LOADER", "another.loader"))

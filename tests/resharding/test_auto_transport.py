@@ -8,10 +8,10 @@ from threading import Thread
 import pytest
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.resharding import auto
-from exprl_megatron.resharding.auto import AutoTransport
-from exprl_megatron.resharding.control import SyncStopped
-from exprl_megatron.resharding.direct import CannotReceive
+from exprl_megatron.weight_sync import auto
+from exprl_megatron.weight_sync.auto import AutoTransport
+from exprl_megatron.weight_sync.control import SyncStopped
+from exprl_megatron.weight_sync.direct import CannotReceive
 
 
 class Words:

@@ -8,11 +8,11 @@ import pytest
 
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.direct import DirectTransport
-from exprl_megatron.resharding.weight_groups import WeightGroups
 from exprl_megatron.serving import own_group
-from exprl_megatron.training.sync import WeightSync
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.direct import DirectTransport
+from exprl_megatron.weight_sync.sync import WeightSync
+from exprl_megatron.weight_sync.weight_groups import WeightGroups
 
 DEADLINE_S = 3600.0
 RETURN_S = 60.0

@@ -12,11 +12,11 @@ from loaded_shards import CASES, architecture_of, shards
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.weight_readers import Random
-from exprl_megatron.resharding.deliveries import DeliveryPlan
-from exprl_megatron.resharding.held import held_shares
 from exprl_megatron.serving.delivery_tables import needs_table
 from exprl_megatron.serving.loader_orders import Need
 from exprl_megatron.serving.sharding import server_needs
+from exprl_megatron.weight_sync.deliveries import DeliveryPlan
+from exprl_megatron.weight_sync.held import held_shares
 
 BUDGET = 20_000
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.fp8_blocks import SCALE, dequantise, is_quantised, quantise
-from exprl_megatron.resharding.outgoing import quantise_into
 from exprl_megatron.serving.checksums import rank_checksums
-from exprl_megatron.training.weight_check import as_served
+from exprl_megatron.weight_sync.outgoing import quantise_into
+from exprl_megatron.weight_sync.weight_check import as_served
 
 sys.path.append(str(Path(__file__).parents[1] / "policy"))
 from ranks import run_ranks
@@ -81,7 +81,7 @@ def test_a_model_whose_blocks_would_lie_across_seams_is_refused(tiny_model):
     from exprl_megatron.config.policy import Layout, PolicyConfig
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world
-    from exprl_megatron.resharding.outgoing import Outgoing
+    from exprl_megatron.weight_sync.outgoing import Outgoing
 
     world = enter_world(Layout())
     policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)

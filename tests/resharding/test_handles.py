@@ -3,13 +3,13 @@
 import pytest
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.resharding.handles import HandlesTransport, _chains
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.weight_sync.handles import HandlesTransport, _chains
 
 
 @pytest.fixture(autouse=True)
 def hosts(monkeypatch):
-    monkeypatch.setattr("exprl_megatron.resharding.handles.is_here", lambda host: host == HERE)
+    monkeypatch.setattr("exprl_megatron.weight_sync.handles.is_here", lambda host: host == HERE)
 
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"

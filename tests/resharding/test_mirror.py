@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.resharding.delta_keeper import obey
-from exprl_megatron.resharding.mirror import DeltaWriter, Mirror, apply_delta
+from exprl_megatron.weight_sync.delta_keeper import obey
+from exprl_megatron.weight_sync.mirror import DeltaWriter, Mirror, apply_delta
 
 SHAPES = {"a.weight": (300, 200), "b.weight": (1000,), "c.weight": (64, 64)}
 

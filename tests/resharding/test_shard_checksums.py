@@ -13,11 +13,11 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.weight_readers import Random
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.shard_checksums import as_checksums, own_sums, plan_checksums
 from exprl_megatron.serving.checksums import differing, rank_checksums
 from exprl_megatron.serving.model_checksums import Expected, checksums, pack_expected
 from exprl_megatron.serving.weight_hash import Sha256
 from exprl_megatron.serving.weight_layout import server_parameters
+from exprl_megatron.weight_sync.shard_checksums import as_checksums, own_sums, plan_checksums
 
 
 class Unlike(Random):

@@ -16,17 +16,17 @@ from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.resharding.auto import AutoTransport
-from exprl_megatron.resharding.broadcast import BroadcastTransport
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.direct import CannotReceive, DirectTransport
-from exprl_megatron.resharding.outgoing import Outgoing
-from exprl_megatron.resharding.timing import SyncTimes
-from exprl_megatron.resharding.transports import make_transport
 from exprl_megatron.serving.checksums import checksums
 from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
-from exprl_megatron.training.weight_check import compare, held_checksums
+from exprl_megatron.weight_sync.auto import AutoTransport
+from exprl_megatron.weight_sync.broadcast import BroadcastTransport
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.direct import CannotReceive, DirectTransport
+from exprl_megatron.weight_sync.outgoing import Outgoing
+from exprl_megatron.weight_sync.timing import SyncTimes
+from exprl_megatron.weight_sync.transports import make_transport
+from exprl_megatron.weight_sync.weight_check import compare, held_checksums
 
 pytestmark = pytest.mark.slow
 
@@ -255,7 +255,7 @@ class AbsentServer:
 def test_a_member_that_never_comes_is_an_error_that_names_it_within_the_deadline(policy, kind, monkeypatch):
     # The thread that connects the group stays blocked, as it does over NCCL.
     monkeypatch.setenv("NCCL_LIKE_PATIENCE_S", "")
-    monkeypatch.setattr("exprl_megatron.resharding.weight_groups.CAUSE_S", 1.0)
+    monkeypatch.setattr("exprl_megatron.weight_sync.weight_groups.CAUSE_S", 1.0)
     transport = kind([AbsentServer()], 1, policy.world, Control(120.0), deadline_s=3)
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"^absent \(http.*:9\) did not join the .* sync.deadline_s \(3 s\)"):
@@ -283,7 +283,7 @@ def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):
 
 
 def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monkeypatch):
-    monkeypatch.setattr("exprl_megatron.resharding.direct.LOADER", "another.loader")
+    monkeypatch.setattr("exprl_megatron.weight_sync.direct.LOADER", "another.loader")
     transport = DirectTransport([client], 1, policy.world, Control(120.0), deadline_s=60)
 
     async def push():
@@ -303,7 +303,7 @@ def test_a_server_that_cannot_receive_shards_gets_broadcasts(client, policy, oth
     transport = AutoTransport([client], 1, policy.world, Control(120.0), 60, tell=said.append)
     leaving = outgoing(policy, transport)
     if refusal == "another loader":
-        monkeypatch.setattr("exprl_megatron.resharding.direct.LOADER", "another.loader")
+        monkeypatch.setattr("exprl_megatron.weight_sync.direct.LOADER", "another.loader")
     else:
         # Shapes that no parameter of the server has: its loader raises while it is traced.
         shapes = {name: [2 * size for size in shape] for name, shape in leaving.gatherer.shapes.items()}

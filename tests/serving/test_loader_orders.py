@@ -136,7 +136,7 @@ class InProcess(SGLangClient):
 
 @pytest.mark.parametrize("key", ["key", "another"])
 def test_trainer_and_server_agree_on_checksums_through_orders_of_one_key(monkeypatch, loader, key):
-    from exprl_megatron.resharding.shard_checksums import ShardChecksums
+    from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 
     monkeypatch.setattr(loader, "_gate", OrderGate(key, START))
     model = torch.nn.Linear(3, 2, bias=False)

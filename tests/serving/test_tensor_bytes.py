@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from exprl_megatron.resharding.mirror import DeltaWriter
 from exprl_megatron.serving.delivery_tables import Part
 from exprl_megatron.serving.part_hash import hash_parts
 from exprl_megatron.serving.tensor_bytes import tensor_bytes
 from exprl_megatron.serving.weight_hash import Sha256
+from exprl_megatron.weight_sync.mirror import DeltaWriter
 
 
 class _Unwritten:

@@ -20,8 +20,8 @@ from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
-from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.turns import Turns
+from exprl_megatron.weight_sync.conductor import Conductor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import finish, run_config, start_ranks, write_problems

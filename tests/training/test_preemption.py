@@ -17,7 +17,7 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.policy.checkpoint import read_extra
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.training.conductor import Conductor
+from exprl_megatron.weight_sync.conductor import Conductor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import wait_until

@@ -22,9 +22,9 @@ from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.server_process import server_specs, start_servers
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.assemble import start_client
-from exprl_megatron.training.conductor import Conductor
 from exprl_megatron.training.start_scorer import StartScorer
-from exprl_megatron.training.sync import WeightSync
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.sync import WeightSync
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import SAMPLING, finish, kill_when, run_config, start_ranks, write_problems
@@ -102,8 +102,8 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(st
     from exprl_megatron.algorithms.objective import supervised_objective
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world
-    from exprl_megatron.resharding.broadcast import BroadcastTransport
-    from exprl_megatron.resharding.control import Control
+    from exprl_megatron.weight_sync.broadcast import BroadcastTransport
+    from exprl_megatron.weight_sync.control import Control
 
     sequences = [Sequence(tuple(range(3, 4 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(5)]
     tokens = sum(len(sequence.response_ids) for sequence in sequences)

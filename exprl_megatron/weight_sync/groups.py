@@ -15,11 +15,11 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from exprl_megatron.resharding.control import Control, SyncStopped
 from exprl_megatron.serving.own_group import abort, begin_to_destroy, on_device, wait_destroyed
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import hidden_name
 from exprl_megatron.utils.keyed_store import listening_store, reached_store
+from exprl_megatron.weight_sync.control import Control, SyncStopped
 
 _POLL_S = 0.001
 

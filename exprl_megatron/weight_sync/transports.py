@@ -5,15 +5,15 @@ from pathlib import Path
 
 from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.auto import AutoTransport
-from exprl_megatron.resharding.broadcast import BroadcastTransport
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.delta import DeltaTransport
-from exprl_megatron.resharding.direct import DirectTransport
-from exprl_megatron.resharding.disk import DiskTransport
-from exprl_megatron.resharding.handles import HandlesTransport
-from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.weight_sync.auto import AutoTransport
+from exprl_megatron.weight_sync.broadcast import BroadcastTransport
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.delta import DeltaTransport
+from exprl_megatron.weight_sync.direct import DirectTransport
+from exprl_megatron.weight_sync.disk import DiskTransport
+from exprl_megatron.weight_sync.handles import HandlesTransport
+from exprl_megatron.weight_sync.transport import Transport
 
 _BY_FILES = {"disk": DiskTransport, "delta": DeltaTransport}
 _BY_MEMORY = {"broadcast": BroadcastTransport, "direct": DirectTransport, "handles": HandlesTransport}

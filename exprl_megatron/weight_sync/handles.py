@@ -20,13 +20,13 @@ import torch.multiprocessing
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.world import World, local_rank
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.groups import is_here
-from exprl_megatron.resharding.outgoing import Filled, Outgoing
-from exprl_megatron.resharding.rounds import push_rounds
-from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.groups import is_here
+from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
+from exprl_megatron.weight_sync.rounds import push_rounds
+from exprl_megatron.weight_sync.timing import SyncTimes
 
 Payloads = dict[int, dict[int, str]]
 """For each server, by its number, what its tensor-parallel ranks are handed."""

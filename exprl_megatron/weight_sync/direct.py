@@ -19,21 +19,6 @@ import torch.distributed as dist
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.models.shards import Shape
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.deliveries import DeliveryPlan
-from exprl_megatron.resharding.groups import (
-    address_towards,
-    break_off,
-    follow_destroy,
-    group_name,
-    meet,
-    meeting_place,
-    timeout_s,
-)
-from exprl_megatron.resharding.held import held_shares
-from exprl_megatron.resharding.outgoing import Outgoing
-from exprl_megatron.resharding.sending import Sending
-from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_tables import pack_deliveries, unpack_needs
 from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, RECORDS
@@ -42,6 +27,21 @@ from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.deliveries import DeliveryPlan
+from exprl_megatron.weight_sync.groups import (
+    address_towards,
+    break_off,
+    follow_destroy,
+    group_name,
+    meet,
+    meeting_place,
+    timeout_s,
+)
+from exprl_megatron.weight_sync.held import held_shares
+from exprl_megatron.weight_sync.outgoing import Outgoing
+from exprl_megatron.weight_sync.sending import Sending
+from exprl_megatron.weight_sync.timing import SyncTimes
 
 _CAUSE_S = 5.0
 

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.broadcast import BroadcastTransport
-from exprl_megatron.resharding.control import Control, SyncStopped
-from exprl_megatron.resharding.direct import CannotReceive, DirectTransport
-from exprl_megatron.resharding.outgoing import Outgoing
-from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.broadcast import BroadcastTransport
+from exprl_megatron.weight_sync.control import Control, SyncStopped
+from exprl_megatron.weight_sync.direct import CannotReceive, DirectTransport
+from exprl_megatron.weight_sync.outgoing import Outgoing
+from exprl_megatron.weight_sync.timing import SyncTimes
 
 
 class AutoTransport:

@@ -1,4 +1,4 @@
-"""Keeps a server's copy of the weights up to date: python -m exprl_megatron.resharding.delta_keeper SHARED LOCAL HOST.
+"""Keeps a server's copy of the weights up to date: python -m exprl_megatron.weight_sync.delta_keeper SHARED LOCAL HOST.
 
 Runs on a server's machine, which the trainer knows as HOST. It watches the directory SHARED that trainer and servers
 both see, copies a full version to LOCAL when one is there, applies each delta that follows, and says in SHARED what it
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.resharding.mirror import Mirror, apply_delta
+from exprl_megatron.weight_sync.mirror import Mirror, apply_delta
 
 FULL = "full"
 ORDER = "order.json"

@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.deliveries import DeliveryPlan
 from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 from exprl_megatron.serving.delivery_tables import Delivery
 from exprl_megatron.serving.own_group import in_background, on_device
+from exprl_megatron.weight_sync.deliveries import DeliveryPlan
 
 
 class Sending:

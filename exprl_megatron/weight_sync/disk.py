@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from exprl_megatron.models.weight_readers import INDEX
-from exprl_megatron.resharding.control import CONDUCTOR, Control
-from exprl_megatron.resharding.outgoing import Filled, Outgoing
-from exprl_megatron.resharding.rounds import send_rounds
-from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.control import CONDUCTOR, Control
+from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
+from exprl_megatron.weight_sync.rounds import send_rounds
+from exprl_megatron.weight_sync.timing import SyncTimes
 
 
 class FileTransport:

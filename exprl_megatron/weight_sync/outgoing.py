@@ -15,7 +15,7 @@ from exprl_megatron.models.name_map import Bucket, Parameter
 from exprl_megatron.models.shards import sender
 from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.messages import Message, Slot, rounds, smallest, stage_messages
+from exprl_megatron.weight_sync.messages import Message, Slot, rounds, smallest, stage_messages
 
 Check = Callable[[Bucket], None]
 """What each bucket's tensors are looked at by: they are hashed."""

@@ -24,9 +24,6 @@ from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.deliveries import transfers_of
-from exprl_megatron.resharding.groups import address_towards, meeting_place
-from exprl_megatron.resharding.held import Held, held_shares
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_tables import RECTANGLE, Part
 from exprl_megatron.serving.loader_orders import LOADER, RECORDS
@@ -37,6 +34,9 @@ from exprl_megatron.serving.weight_layout import ServerParameters, server_parame
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.deliveries import transfers_of
+from exprl_megatron.weight_sync.groups import address_towards, meeting_place
+from exprl_megatron.weight_sync.held import Held, held_shares
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,12 @@ import torch.distributed as dist
 from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.models.shards import sender
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.groups import (
+from exprl_megatron.serving.client import SGLangClient
+from exprl_megatron.serving.own_group import GroupThread, abort, destroy, in_background
+from exprl_megatron.utils.accelerator import group_backend
+from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.groups import (
     address_towards,
     break_off,
     broadcast,
@@ -27,12 +31,8 @@ from exprl_megatron.resharding.groups import (
     meet,
     meeting_place,
 )
-from exprl_megatron.resharding.messages import Message
-from exprl_megatron.resharding.outgoing import Filled, Outgoing
-from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.own_group import GroupThread, abort, destroy, in_background
-from exprl_megatron.utils.accelerator import group_backend
-from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.messages import Message
+from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
 
 CAUSE_S = 5.0
 """How long to wait for a server's own word on what broke, or for any word of it."""

@@ -12,12 +12,12 @@ from exprl_megatron.errors import WeightsDiffer
 from exprl_megatron.models import fp8_blocks as blocks
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import Bucket
-from exprl_megatron.resharding.outgoing import Check, Outgoing
-from exprl_megatron.resharding.shard_checksums import ShardChecksums
 from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.outgoing import Check, Outgoing
+from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 
 RankChecksums = Sequence[Mapping[str, str]]
 """Of each tensor-parallel rank of a server, by the names of its parameters."""

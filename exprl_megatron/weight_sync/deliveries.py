@@ -13,8 +13,8 @@ import numpy as np
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.shards import ITEMSIZE
-from exprl_megatron.resharding.held import Held
 from exprl_megatron.serving.delivery_tables import MESSAGE, RECTANGLE, Deliveries, areas
+from exprl_megatron.weight_sync.held import Held
 
 _SMALL_BYTES = 2**16
 """Parts below share a message."""

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 
-from exprl_megatron.resharding.control import Control
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.control import Control
 
 type Gather[T] = Callable[[int], T]
 """Rank 0's part in gathering a round, given its number; runs on a thread."""

@@ -7,16 +7,16 @@ from typing import Protocol
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError, WeightsDiffer
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.resharding.control import Control, SyncStopped
-from exprl_megatron.resharding.outgoing import Outgoing
-from exprl_megatron.resharding.shard_checksums import ShardChecksums
-from exprl_megatron.resharding.timing import SyncTimes
-from exprl_megatron.resharding.transport import Transport
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_orders import LOADER
-from exprl_megatron.training.conductor import Conductor, ConductorFailed
-from exprl_megatron.training.weight_check import ShardCheck, WeightCheck, WholeCheck, compare
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.conductor import Conductor, ConductorFailed
+from exprl_megatron.weight_sync.control import Control, SyncStopped
+from exprl_megatron.weight_sync.outgoing import Outgoing
+from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
+from exprl_megatron.weight_sync.timing import SyncTimes
+from exprl_megatron.weight_sync.transport import Transport
+from exprl_megatron.weight_sync.weight_check import ShardCheck, WeightCheck, WholeCheck, compare
 
 _MB = 2**20
 

@@ -18,16 +18,16 @@ from urllib.parse import urlsplit
 
 from exprl_megatron.errors import ServerError
 from exprl_megatron.processes.supervise import supervised
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.delta_keeper import FULL, ORDER, answer_path, write_whole
-from exprl_megatron.resharding.disk import FileTransport, SafetensorsFiles, copy_description
-from exprl_megatron.resharding.groups import is_here
-from exprl_megatron.resharding.mirror import VERSION, DeltaWriter, Mirror
-from exprl_megatron.resharding.outgoing import Filled, Outgoing
-from exprl_megatron.resharding.rounds import send_rounds
-from exprl_megatron.resharding.timing import SyncTimes
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.delta_keeper import FULL, ORDER, answer_path, write_whole
+from exprl_megatron.weight_sync.disk import FileTransport, SafetensorsFiles, copy_description
+from exprl_megatron.weight_sync.groups import is_here
+from exprl_megatron.weight_sync.mirror import VERSION, DeltaWriter, Mirror
+from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
+from exprl_megatron.weight_sync.rounds import send_rounds
+from exprl_megatron.weight_sync.timing import SyncTimes
 
 _POLL_S = 0.05
 
@@ -81,7 +81,7 @@ class DeltaTransport(FileTransport):
         (self._directory / ORDER).unlink(missing_ok=True)
         for host in {_host(client) for client in self._clients}:
             if is_here(host):
-                keeper = [sys.executable, "-m", "exprl_megatron.resharding.delta_keeper", str(self._directory)]
+                keeper = [sys.executable, "-m", "exprl_megatron.weight_sync.delta_keeper", str(self._directory)]
                 keeper += [str(self._directory / f"local-{host}"), host]
                 self._keepers.append(subprocess.Popen(supervised(keeper)))
 
@@ -120,7 +120,7 @@ class DeltaTransport(FileTransport):
                 raise ServerError(
                     f"The keeper of deltas on {_host(client)}, for {client.name}, did not bring {version} within "
                     f"sync.deadline_s ({self._deadline_s:g} s); see that it runs: python -m "
-                    f"exprl_megatron.resharding.delta_keeper {self._directory} LOCAL {_host(client)}."
+                    f"exprl_megatron.weight_sync.delta_keeper {self._directory} LOCAL {_host(client)}."
                 )
             await asyncio.sleep(_POLL_S)
         if answer["error"] is not None:

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from exprl_megatron.resharding.outgoing import Outgoing
-    from exprl_megatron.resharding.timing import SyncTimes
     from exprl_megatron.serving.client import SGLangClient
+    from exprl_megatron.weight_sync.outgoing import Outgoing
+    from exprl_megatron.weight_sync.timing import SyncTimes
 
 
 class Transport(Protocol):

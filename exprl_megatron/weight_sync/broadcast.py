@@ -14,13 +14,13 @@ from concurrent.futures import Future
 import torch
 
 from exprl_megatron.policy.world import World
-from exprl_megatron.resharding.control import Control
-from exprl_megatron.resharding.outgoing import Filled, Outgoing
-from exprl_megatron.resharding.rounds import send_rounds
-from exprl_megatron.resharding.timing import SyncTimes
-from exprl_megatron.resharding.weight_groups import CAUSE_S, WeightGroups, broke
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import together
+from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
+from exprl_megatron.weight_sync.rounds import send_rounds
+from exprl_megatron.weight_sync.timing import SyncTimes
+from exprl_megatron.weight_sync.weight_groups import CAUSE_S, WeightGroups, broke
 
 
 class BroadcastTransport:
