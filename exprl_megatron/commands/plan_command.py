@@ -51,9 +51,9 @@ def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, leng
     from rich.console import Console
 
     from exprl_megatron.planning.hardware import find_gpu
+    from exprl_megatron.planning.plan_record import plan_record
     from exprl_megatron.planning.plan_report import print_plan
     from exprl_megatron.planning.plan_request import study
-    from exprl_megatron.planning.record import plan_record
 
     found = study(
         target,

@@ -25,7 +25,7 @@ from exprl_megatron.judging.judged_traces import JudgedTrace, read_judged_traces
 from exprl_megatron.judging.judgement import Judgement, Unit
 from exprl_megatron.judging.wrong_steps import UNITS, WrongStepFigures, judge_wrong_steps
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.reporting.progress import Bar, StepProgress
+from exprl_megatron.reporting.progress_bars import Bar, StepProgress
 from exprl_megatron.serving.http import HttpServer
 from exprl_megatron.serving.openai_endpoint import judge_endpoints
 from exprl_megatron.serving.server_process import SERVED_DTYPES, server_specs, start_servers, stop_servers

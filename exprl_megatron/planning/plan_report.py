@@ -13,7 +13,7 @@ from exprl_megatron.planning.memory import USABLE, Memory
 from exprl_megatron.planning.overrides import layout_text, overrides
 from exprl_megatron.planning.phases import Phase
 from exprl_megatron.planning.plan import Division, Plan, division_of
-from exprl_megatron.planning.record import CAUSES, update_seconds
+from exprl_megatron.planning.plan_record import CAUSES, update_seconds
 
 if TYPE_CHECKING:
     from exprl_megatron.planning.sync_broadcast import SyncPlan

@@ -10,7 +10,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
 from exprl_megatron.evaluation.table import Evaluations, evaluation_table
 from exprl_megatron.reporting.metrics import MetricsWriter
-from exprl_megatron.reporting.progress import Bar, StepProgress
+from exprl_megatron.reporting.progress_bars import Bar, StepProgress
 from exprl_megatron.reporting.timeline import GRADING, SAMPLING, Span, Timeline, read_timeline
 from exprl_megatron.reporting.waterfall import bottleneck, stage_phases
 from exprl_megatron.runs.directory import RunDirectory

@@ -20,9 +20,9 @@ from exprl_megatron.planning.hardware import GIB, GPUS
 from exprl_megatron.planning.layouts import legal_layouts
 from exprl_megatron.planning.memory import host_memory, kv_bytes_per_token, server_memory, training_memory
 from exprl_megatron.planning.overrides import overrides
+from exprl_megatron.planning.plan_record import plan_record
 from exprl_megatron.planning.plan_report import KINDS, print_plan
 from exprl_megatron.planning.plan_request import study
-from exprl_megatron.planning.record import plan_record
 from exprl_megatron.planning.targets import find_architecture, find_config
 from exprl_megatron.runs.directory import RunDirectory
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from exprl_megatron.reporting.progress import StepProgress, duration
+from exprl_megatron.reporting.progress_bars import StepProgress, duration
 
 
 def _shown(terminal):
