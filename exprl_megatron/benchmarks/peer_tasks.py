@@ -67,6 +67,7 @@ def our_config(task: Task, directory: Path, steps: int) -> dict:
             "count": task.our_processes,
             "cpu_threads": threads(task.our_processes),
             "max_total_tokens": 32_768,
+            "group_requests": True,
         },
         "checkpoint": {"every_steps": steps},
         **({} if task.system is None else {"prompt": {"system": task.system}}),

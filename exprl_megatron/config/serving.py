@@ -34,6 +34,9 @@ class ServerConfig(Config):
     router: bool = False
     """Let sglang-router, started with the trainer, choose the server of each request, of sampling servers and judge.
     Behind a router the judge's stragglers are not hedged (`judge.hedge_after_s`)."""
+    group_requests: bool = False
+    """Of sampling servers: one request asks for all traces of a problem, so that none is graded before the last of them
+    is finished. Less work for each trace, which counts where traces are short."""
     restarts: NonNegativeInt = 3
     """How often a server that has died, or fails again and again, is started anew; once more and the run stops."""
     extra_args: tuple[str, ...] = ()

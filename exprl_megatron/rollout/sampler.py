@@ -47,6 +47,7 @@ async def sample_groups(
     on_trace: Callable[[Trace], Awaitable[None]] | None = None,
     wanted: int | None = None,
     counts: Callable[[list[Trace]], bool] = lambda traces: True,
+    whole_groups: bool = False,
 ) -> list[list[Trace]]:
     """`group_size` traces of every prompt, in the order of `prompts` and of the samples.
 
@@ -58,29 +59,41 @@ async def sample_groups(
     awaited for each trace when it is finished, while others are still being written; the call returns when all of these
     have returned too.
 
+    With `whole_groups` one request asks for all traces of a group, which then are finished together: that is less work
+    than a request for each, but the first ones wait for the longest.
+
     The first failure, of `servers` or of `on_trace`, cancels everything else and is raised as it is. Tokens must be of
     one of `weight_versions`, as they are when their trace is finished: whoever changes the weights of servers in
     mid-generation names the new ones there first.
     """
 
+    def seed(prompt: Prompt, k: int) -> int:
+        return seed_of(prompt.problem_id, k + prompt.occurrence * group_size)
+
     async def written(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
-        generation = await client.generate(
-            prompt.token_ids,
-            seed=seed_of(prompt.problem_id, k + prompt.occurrence * group_size),
-            **sampling.model_dump(),
-        )
+        generation = await client.generate(prompt.token_ids, seed=seed(prompt, k), **sampling.model_dump())
         return _trace(client, prompt, k, generation, weight_versions)
 
-    async def one(home: int, prompt: Prompt, k: int) -> Trace:
-        trace = await servers.ask(home, lambda client: written(client, prompt, k))
+    async def all_written(client: SGLangClient, prompt: Prompt) -> list[Trace]:
+        seeds = [seed(prompt, k) for k in range(group_size)]
+        generations = await client.generate_all([prompt.token_ids] * group_size, seeds, **sampling.model_dump())
+        return [_trace(client, prompt, k, generation, weight_versions) for k, generation in enumerate(generations)]
+
+    async def handed_on(trace: Trace) -> Trace:
         if on_trace is not None:
             await on_trace(trace)
         return trace
+
+    async def one(home: int, prompt: Prompt, k: int) -> Trace:
+        return await handed_on(await servers.ask(home, lambda client: written(client, prompt, k)))
 
     async def group(home: int, prompt: Prompt) -> list[Trace]:
         if group_size > 1:
             # Requests that come together are read together: none would find the prompt in the cache.
             await servers.ask(home, lambda client: client.read(prompt.token_ids))
+        if whole_groups:
+            traces = await servers.ask(home, lambda client: all_written(client, prompt))
+            return await together([handed_on(trace) for trace in traces])
         return await together([one(home, prompt, k) for k in range(group_size)])
 
     groups = (group(i, prompt) for i, prompt in enumerate(prompts))

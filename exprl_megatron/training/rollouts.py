@@ -206,10 +206,10 @@ class Rollouts:
         """`group_size` graded traces for each of the problems at `indices`, in that order.
 
         Where `wanted` is given, only of those that were through when so many groups counted. A trace is graded as soon
-        as it is finished, or when all are, where it is `judged` and the judge waits for these servers. `purpose` (stage
-        and step) is shown and seeds the samples; `seen` counts how often each problem was drawn for it, so that copies
-        of a problem in a step are sampled differently. Raises RunStopped before anything is sent where a prompt holds a
-        piece of its problem's reference.
+        as it is finished (with `server.group_requests`, as its group is), or when all are, where it is `judged` and the
+        judge waits for these servers. `purpose` (stage and step) is shown and seeds the samples; `seen` counts how
+        often each problem was drawn for it, so that copies of a problem in a step are sampled differently. Raises
+        RunStopped before anything is sent where a prompt holds a piece of its problem's reference.
         """
         prompted, guard = self._prompted[problems], self._guards[problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
@@ -248,6 +248,7 @@ class Rollouts:
                 on_trace=take,
                 wanted=wanted,
                 counts=lambda traces: later or counts(group_of(traces)),
+                whole_groups=self._config.server.group_requests,
             )
             if later:
                 await self._lent.bring()

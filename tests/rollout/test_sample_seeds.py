@@ -1,9 +1,12 @@
-"""No two samples of a step are seeded alike, however often a problem is drawn for it."""
+"""No two samples of a step are seeded alike, however often a problem is drawn for it and however they are asked for."""
 
 import asyncio
 from types import SimpleNamespace
 
+import pytest
+
 from exprl_megatron.config.serving import SamplingConfig
+from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 
 
@@ -12,8 +15,8 @@ class Server:
 
     name, url = "policy-0", "http://nowhere"
 
-    def __init__(self):
-        self.seeds = []
+    def __init__(self, version="1"):
+        self.seeds, self.requests, self.version = [], [], version
 
     async def ask(self, home, request):
         return await request(self)
@@ -22,20 +25,28 @@ class Server:
         pass
 
     async def generate(self, token_ids, seed, **sampling):
+        self.requests.append(sampling)
+        return self._written(seed)
+
+    async def generate_all(self, prompts, seeds, **sampling):
+        assert all(prompt is prompts[0] for prompt in prompts)
+        self.requests.append(sampling)
+        return [self._written(seed) for seed in seeds]
+
+    def _written(self, seed):
         self.seeds.append(seed)
         return SimpleNamespace(
-            token_ids=(1,),
+            token_ids=(seed % 97,),
             log_probs=(-1.0,),
             text="a",
             finish_reason="stop",
-            weight_versions=(("1", 0, 1),),
+            weight_versions=((self.version, 0, 1),),
             cached_tokens=0,
         )
 
 
-def _seeds(prompts, group_size):
-    server = Server()
-    groups = asyncio.run(
+def _sampled(server, prompts, group_size, **settings):
+    return asyncio.run(
         sample_groups(
             server,
             prompts,
@@ -43,8 +54,14 @@ def _seeds(prompts, group_size):
             SamplingConfig(),
             lambda problem, k: sample_seed(0, "prime", 1, problem, k),
             weight_versions=["1"],
+            **settings,
         )
     )
+
+
+def _seeds(prompts, group_size):
+    server = Server()
+    groups = _sampled(server, prompts, group_size)
     assert [len(group) for group in groups] == [group_size] * len(prompts)
     return server.seeds
 
@@ -56,3 +73,28 @@ def test_copies_of_a_problem_in_a_step_have_seeds_of_their_own():
 
 def test_a_problem_that_is_drawn_once_keeps_its_seeds():
     assert _seeds([Prompt("p", (1, 2))], 3) == [sample_seed(0, "prime", 1, "p", k) for k in range(3)]
+
+
+def test_whole_groups_are_one_request_each_and_the_same_traces_as_one_by_one():
+    prompts = [Prompt(f"p{i % 3}", (1, 2), i // 3) for i in range(5)]
+    alone, whole, handed_on = Server(), Server(), []
+
+    async def on_trace(trace):
+        handed_on.append((trace.problem_id, trace.sample))
+
+    one_by_one = _sampled(alone, prompts, 4)
+    together = _sampled(whole, prompts, 4, whole_groups=True, on_trace=on_trace)
+    assert len(alone.requests) == 20 and len(whole.requests) == 5
+    assert whole.requests[0] == alone.requests[0] == SamplingConfig().model_dump()
+    assert sorted(whole.seeds) == sorted(alone.seeds)
+
+    def content(groups):
+        return [[(t.problem_id, t.sample, t.token_ids.tolist()) for t in group] for group in groups]
+
+    assert content(together) == content(one_by_one)
+    assert handed_on == [(prompt.problem_id, k) for prompt in prompts for k in range(4)]
+
+
+def test_a_whole_group_of_other_weights_is_an_error():
+    with pytest.raises(ServerError, match="wrote sample 0 of problem p under weight version 2, not 1"):
+        _sampled(Server(version="2"), [Prompt("p", (1, 2))], 3, whole_groups=True)

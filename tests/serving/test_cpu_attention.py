@@ -87,8 +87,8 @@ def test_every_new_token_attends_to_itself_and_all_before_it(attention, heads, k
 
 def test_a_decoding_step_is_planned_once_for_all_layers_and_again_for_the_next(attention, monkeypatch):
     planned = []
-    cut = attention.pieces
-    monkeypatch.setattr(attention, "pieces", lambda batch, jobs: (planned.append(len(jobs)), cut(batch, jobs))[1])
+    cut = attention.piece_sizes
+    monkeypatch.setattr(attention, "piece_sizes", lambda *given: (planned.append(given), cut(*given))[1])
     backend = SimpleNamespace()
 
     def check(requests: Requests, plans: int):
@@ -127,6 +127,21 @@ def test_work_is_done_in_pieces_of_bounded_memory_with_the_same_result(attention
         assert count == length or count == 1 or count * 2 * length <= piece
     tokens = sorted(row for jobs in made for job in jobs for row in range(job.first, job.first + job.count))
     assert tokens == list(range(len(prompts.query)))
+
+
+@pytest.mark.parametrize("piece", [1, 300, 2000, 20_000])
+@pytest.mark.parametrize("padding", [0, 100, 10_000])
+def test_new_tokens_are_put_together_by_the_rule_for_prompts(attention, monkeypatch, piece, padding):
+    monkeypatch.setattr(attention, "PIECE", piece)
+    monkeypatch.setattr(attention, "PADDING", padding)
+    cached = torch.randint(1, CONTEXT - 1, (POOLS,), generator=torch.Generator().manual_seed(piece)).tolist()
+    tokens = Requests(cached, [1] * POOLS)
+    batch = attention.Batch(tokens.query, tokens.output, tokens.keys, tokens.values, tokens.table, None)
+    jobs = [attention.Job(0, row, 1, length + 1) for row, length in enumerate(cached)]
+    expected = [[job.first for job in jobs] for jobs in attention.pieces(batch, jobs)]
+    plan = attention.decode_plan(batch, tokens.pools, tokens.cached + 1)
+    assert [one.rows.tolist() for one in plan.pieces] == expected
+    torch.testing.assert_close(tokens.decode(attention), tokens.expected(), atol=2e-6, rtol=1e-5)
 
 
 def changed(name: str, value):

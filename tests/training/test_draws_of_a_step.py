@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.config.stages import SparseRlStage
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptedProblems
@@ -22,7 +23,8 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
     )
     problems = tuple(Problem(f"p{i}", "q") for i in range(5))
     whole = rollouts.Rollouts.__new__(rollouts.Rollouts)
-    whole._config = SimpleNamespace(seed=0)
+    by_groups = rounds is not None
+    whole._config = SimpleNamespace(seed=0, server=ServerConfig(group_requests=by_groups))
     whole._prompted = {stage.problems: PromptedProblems(problems, ((1,),) * 5, 0)}
     threads = []
 
@@ -37,7 +39,8 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
     whole._fleet = whole._lent = None
     asked = []
 
-    async def nothing_found(fleet, prompts, *further, **named):
+    async def nothing_found(fleet, prompts, *further, whole_groups, **named):
+        assert whole_groups == by_groups
         asked.extend((prompt.problem_id, prompt.occurrence) for prompt in prompts)
         return []
 

@@ -9,6 +9,7 @@ What a decoding step computes together, and where it is in the caches, is the sa
 first one (PLANS, on SGLang's backend; `forget_plans` runs before every forward pass).
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -110,17 +111,31 @@ def decode(original: Callable, backend, *tensors, scaling: float | None = None, 
 
 def decode_plan(batch: Batch, pools: torch.Tensor, lengths: torch.Tensor) -> DecodePlan:
     """What to compute together of one new token of each request; `pools` and `lengths` [requests]."""
-    pairs = zip(pools.tolist(), lengths.tolist(), strict=True)
-    jobs = [Job(pool, first, 1, length) for first, (pool, length) in enumerate(pairs)]
-    found = [_decode_piece(batch, piece) for piece in pieces(batch, jobs)]
+    order = lengths.argsort(descending=True, stable=True)
+    found = [_decode_piece(batch, rows, pools, lengths) for rows in order.split(piece_sizes(batch, lengths[order]))]
     return DecodePlan(pools.clone(), lengths.clone(), found)
 
 
-def _decode_piece(batch: Batch, jobs: list[Job]) -> DecodePiece:
-    rows, pools, lengths = (torch.tensor([getattr(job, name) for job in jobs]) for name in ("first", "pool", "length"))
-    longest = int(lengths.max())
+def piece_sizes(batch: Batch, lengths: torch.Tensor) -> list[int]:
+    """How many of the requests, longest first, each piece has: the rule of `pieces` for one new token of each."""
+    numbers = _numbers(batch, 1, 1)
+    falling = lengths.neg().tolist()
+    sizes: list[int] = []
+    first = 0
+    while first < len(falling):
+        longest = -falling[first]
+        room = first + max(1, PIECE // (longest * numbers))
+        last = bisect_right(falling, PADDING // numbers - longest, first, min(room, len(falling)))
+        sizes.append(last - first)
+        first = last
+    return sizes
+
+
+def _decode_piece(batch: Batch, rows: torch.Tensor, pools: torch.Tensor, lengths: torch.Tensor) -> DecodePiece:
+    lengths = lengths[rows]
+    longest = int(lengths[0])
     behind = torch.arange(longest) >= lengths[:, None]
-    places = batch.places[pools, :longest].masked_fill(behind, 0)
+    places = batch.places[pools[rows], :longest].masked_fill_(behind, 0)
     mask = torch.zeros(behind.shape, dtype=batch.query.dtype).masked_fill_(behind, -torch.inf)
     return DecodePiece(rows, places.flatten(), mask[:, None, None])
 
