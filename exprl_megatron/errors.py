@@ -1,11 +1,11 @@
-"""Errors that the command line and the loop tell apart."""
+"""Errors that the command line and the loop distinguish."""
 
 import errno
 import os
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     The message is one sentence (or one line for each violation) that names the thing, its value
     and the remedy; the command line prints it without a traceback and exits with status 2.
@@ -42,7 +42,7 @@ class WeightsDiffer(ServerError):
 
 
 class WeightsReplaced(ServerError):
-    """A server that serves other weights than this run brought to it; the message names both."""
+    """A server that serves other weights than this run sent to it; the message names both."""
 
 
 class RunStopped(Exception):
@@ -79,7 +79,7 @@ def storage_sentence(error: BaseException, where: object = "a file") -> str | No
 
 
 def exit_status(error: BaseException) -> int:
-    """What a process that `error` ends leaves: 2 the user can mend it, 75 it was asked to stop, 1 anything else."""
+    """Exit status of a process that `error` ends: 2 if the user can fix it, 75 if it was asked to stop, else 1."""
     if isinstance(error, UserError) or storage_sentence(error) is not None:
         return 2
     return os.EX_TEMPFAIL if isinstance(error, Preempted) else 1

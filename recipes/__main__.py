@@ -65,7 +65,7 @@ for _entrypoint in (*entrypoints.SINGLE, entrypoints.exprl_then_sparse_rl):
 
 
 def main() -> None:
-    """Entry point; what the user can mend is one line on stderr and exit status 2."""
+    """Entry point; what the user can fix is one line on stderr and exit status 2."""
     try:
         app()
     except UserError as error:

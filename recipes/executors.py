@@ -102,7 +102,7 @@ def component_executors(
         copy = executor.clone()
         copy.nodes, copy.ntasks_per_node = part.nodes, 1
         if part.least < part.nodes:
-            # Slurm gives as many as it has, after a node is lost perhaps fewer; told the tasks of a node, the fewest.
+            # Slurm gives as many as it has, after a node is lost perhaps fewer; given the tasks of a node, the fewest.
             copy.nodes, copy.ntasks_per_node = f"{part.least}-{part.nodes}", None
         # None would become --gpus-per-node=None beside another component's number.
         copy.gpus_per_node = nodes.gpus

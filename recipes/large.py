@@ -15,7 +15,7 @@ _STEP = {"problems_per_step": 128, "group_size": 16, "updates_per_step": 1, "sam
 _LENGTHS = {"max_tokens": 8192, "micro_batch_tokens": 8192}
 """A prompt of up to 4,096 tokens with the longest answer; a micro-batch holds one such trace, or several shorter."""
 _TEMPLATE_ARGS = {"models/Qwen3-32B": {"enable_thinking": False}}
-"""Of models that think aloud unless they are told not to."""
+"""Of models that think aloud unless they are instructed not to."""
 
 
 @dataclass(frozen=True)

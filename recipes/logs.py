@@ -1,4 +1,4 @@
-"""A submitted experiment from another process: how it stands, what its components wrote, and its end."""
+"""A submitted experiment from another process: its state, what its components wrote, and its end."""
 
 import shlex
 import subprocess

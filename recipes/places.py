@@ -140,7 +140,7 @@ def _needed(component: Component, config: RunConfig) -> int:
 
 
 def _on_devices(component: Component, all_components: list[Component], config: RunConfig) -> Component:
-    """The component with its share of the GPUs of nodes that others use too, one behind the other."""
+    """The component with its share of the GPUs of nodes that others use too, in order."""
     sharing = [other for other in all_components if other.allocation == component.allocation]
     if len(sharing) == 1:
         return component

@@ -9,7 +9,7 @@ from recipes.places import Component, Site, check_path
 RESOLVED = "resolved.yaml"
 """A run's whole config, in its directory: `exprl train FILE` repeats the run without NeMo-Run."""
 RESUMABLE = 75
-"""Exit status of `exprl train` that was told to stop, has written a checkpoint, and can be resumed."""
+"""Exit status of `exprl train` that was asked to stop, has written a checkpoint, and can be resumed."""
 
 # The directory of the job: NeMo-Run mounts it there in a container, and puts the real path in its place elsewhere.
 _SHIPPED = f"/nemo_run/code/{RESOLVED}"
@@ -37,7 +37,7 @@ class Place:
             check_path(what, path)
         for name in (*self.site.environment, *self.site.variables):
             if not name.isidentifier():
-                raise UserError(f"{name!r} is no name of a variable; mend site.environment or site.variables.")
+                raise UserError(f"{name!r} is not a name of a variable; fix site.environment or site.variables.")
 
 
 def trainer(place: Place, component: Component, resume: bool) -> str:

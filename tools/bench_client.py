@@ -2,7 +2,7 @@
 
 Starts one server with the miniature's policy, sends both the same prompts with the same sampling seed in turns, and
 prints requests per second and their ratio (ours by the faster of bench_serving's two forms: streaming, its default,
-and not). Then a fresh process has `--in-flight` requests under way at once, and its memory is measured.
+and not). Then a fresh process has `--in-flight` requests in flight together, and its memory is measured.
 
     python tools/bench_client.py [--requests 512] [--input 64] [--output 64] [--rounds 3] [--in-flight 10000] [--json F]
 """

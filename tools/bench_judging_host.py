@@ -5,8 +5,8 @@ store; the judge is a process that sends prepared answers. Processor seconds of 
 multiple of what the tokenizer alone takes for each trace once (which the load of the machine changes alike).
 
 `loop`: the same while replies of a policy, in whole groups, come in over some time. The longest lag of the event loop,
-the processor time that its thread spent in one go (which a loaded machine does not lengthen as much), and by how much
-judge answers were later here than they left the judge.
+the processor time that its thread spent without a pause (which a loaded machine lengthens less), and by how much judge
+answers were later here than they left the judge.
 
 `store`: judgements on model outputs of CHAMP, then copies of them under other keys until the store has so many rows:
 bytes a row, and milliseconds of processor time to keep one, to find one, and to list the newest.

@@ -102,7 +102,7 @@ def compare_checksums(args: argparse.Namespace) -> None:
 
 
 def layouts_and_servers(args: argparse.Namespace) -> Iterator[tuple[dict, Path]]:
-    """What `run_layout` is told, and a directory for its files: each layout with each server, which runs meanwhile."""
+    """What `run_layout` is given, and a directory for its files: each layout with each server, which runs meanwhile."""
     from exprl_megatron.benchmarks.sync_runs import write_model
 
     with tempfile.TemporaryDirectory() as temporary:

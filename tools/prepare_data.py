@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def _kept(found: Iterable[dict | None], counts: dict[str, int]) -> Iterator[dict]:
-    """The records, each id once; `counts` is told what is left out."""
+    """The records, each id once; `counts` records what is left out."""
     seen = set()
     for record in found:
         if record is None:

@@ -33,7 +33,7 @@ def prepare(out: Path) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
     partial.chmod(0o755)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # The weights are plain fp32 now; what says that they are quantised must not be written with them.
+    # The weights are plain fp32 now; what says that they are quantized must not be written with them.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(partial)

@@ -5,7 +5,7 @@
 #   slurm_local.sh stop      cancel all jobs, end the daemons, remove what `start` made; logs stay in $SLURM_LOCAL_HOME/log
 #   slurm_local.sh env       what a shell needs to use it: eval "$(tools/slurm_local.sh env)"
 # Beside it, in slurm_local/: a stand-in for sacct, which needs a database, and one for pyxis' container flags.
-# SLURM_LOCAL_HOME is where the state lies (default build/slurm), SLURM_LOCAL_PORT the first of its three ports (16817).
+# SLURM_LOCAL_HOME is where the state is (default build/slurm), SLURM_LOCAL_PORT the first of its three ports (16817).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 home=$(realpath --canonicalize-missing "${SLURM_LOCAL_HOME:-$here/../build/slurm}")

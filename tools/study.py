@@ -64,7 +64,7 @@ def study_runs(study: dict, directory: str) -> list[StudyRun]:
 
 
 def execute(run: StudyRun) -> bool:
-    """Take one run to its end, from wherever it stands; whether it got there."""
+    """Take one run to its end, from its current state; returns whether it got there."""
     if run.done:
         return True
     run.directory.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from exprl_megatron.config.load import check_config
 
 STUDY = ROOT / "recipes" / "configs" / "fp8-study.yaml"
 QUARTERS = (slice(1, 8), slice(8, 16), slice(16, 24), slice(24, 32))
-"""Of the steps; the first step stands alone, as delayed scaling has seen no amax in it."""
+"""Of the steps; the first step is on its own, as delayed scaling has seen no amax in it."""
 COLUMNS = (
     "precision",
     "seed",

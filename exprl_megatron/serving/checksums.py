@@ -54,7 +54,7 @@ class ServerChecksums:
         self._growing: dict[str, _Experts] = {}
 
     def add(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take some of the weights; their memory may be used anew when this returns."""
+        """Take some of the weights; the caller may reuse their memory when this returns."""
         for name, tensor in named_tensors:
             tensor = tensor.detach().to(dtype=self._dtype or tensor.dtype)
             part = server_part(name)

@@ -284,7 +284,7 @@ class SGLangClient(HttpServer):
         self._in_place = False
 
     async def take_over(self, *, deadline_s: float) -> None:
-        """End what somebody who is gone may have left under way: held and running requests, an open weight update."""
+        """End what an earlier caller may have left in flight: held and running requests, an open weight update."""
         await self._post("/continue_generation", {}, deadline_s)
         try:
             await self._order("/end_weight_update", {}, deadline_s)

@@ -12,7 +12,7 @@ _AT_ONCE = 2
 
 
 class Lanes:
-    """Memory of `dtype` on `device` beside the weights; each round that is under way has a lane of its own."""
+    """Memory of `dtype` on `device` beside the weights; each round that is in flight has a lane of its own."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self._memory = [torch.empty(0, dtype=dtype, device=device) for _ in range(_AT_ONCE)]

@@ -1,7 +1,7 @@
 """Tables of rectangles and of messages, as both ends of a direct sync keep them and send them to each other.
 
 A large mixture of experts has a million rectangles: they are rows of numpy arrays, and become Python objects only for
-the round that is under way.
+the round that is in flight.
 """
 
 import zlib
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """One message between a trainer's rank and a server's: its parts, row by row, one behind the other."""
+    """One message between a trainer's rank and a server's: its parts, row by row, contiguous."""
 
     peer: int
     """Rank of the other end, in the group of all trainer and server ranks."""

@@ -1,8 +1,8 @@
 """The sampling servers of a run, which come and go: who holds the current weights, and who may be asked.
 
-A server that has registered is *joining* until the current weights were brought to it, then *serving*. One that fails
+A server that has registered is *joining* until the current weights were sent to it, then *serving*. One that fails
 is *out*: what it was asked is asked of another server, and it joins again when it answers well, to get whatever weights
-are current then. One that fails several times in a row is to be started anew by its keeper; a new incarnation of a
+are current then. One that fails several times in a row is restarted by its keeper; a new incarnation of a
 server is a new server to us.
 """
 
@@ -27,7 +27,7 @@ from exprl_megatron.utils.text_check import TextCheck
 _POLL_S = 0.25
 _ATTEND_S = 0.02
 _FAILURES = 3
-"""So often in a row a server may fail before it is to be started anew."""
+"""Failures in a row after which a server is restarted."""
 _LONGEST_PAUSE_S = 30.0
 _ATTEMPTS = 10
 """A request that fails so often fails the run."""
@@ -61,7 +61,7 @@ class Fleet:
         if router is not None:
             router.vocabulary = vocabulary
         self._routed: set[str] = set()
-        """The servers that the router was told of."""
+        """The servers that were registered with the router."""
         self._routing = asyncio.Lock()
         self._searching = asyncio.Lock()
         self._lending = asyncio.Lock()
@@ -154,7 +154,7 @@ class Fleet:
     async def attend(self, work: Future, patience_s: float) -> Literal["done", "weights", "nothing"]:
         """Wait for `work`, which asks these servers; at most for `patience_s`.
 
-        `weights`: it cannot go on before weights are brought, since no server serves but one has come (back).
+        `weights`: it cannot continue before weights are sent, since no server serves and one has joined (again).
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + patience_s
@@ -168,11 +168,11 @@ class Fleet:
 
     @property
     def clients(self) -> list[SGLangClient]:
-        """Of the servers that were convoked last."""
+        """Of the servers that were prepared for the last sync."""
         return [member.client for member in self._convoked]
 
     async def hold(self, mode: Literal["retract", "in_place"]) -> None:
-        """Let the requests under way wait where they are, and new ones before they are sent."""
+        """Let the requests in flight wait where they are, and new ones before they are sent."""
         self._go.clear()
         await self._all_tried(lambda client: client.pause(mode))
 
@@ -189,7 +189,7 @@ class Fleet:
         """
         if not uses_cuda():
             return False
-        # Memory that was given up comes back with any content, so the same version has to be brought again.
+        # Memory that was given up comes back with any content, so the same version has to be sent again.
         self._version = None
         self._memory.sleep()
         await self._let_match()
@@ -213,7 +213,7 @@ class Fleet:
             self._let_start()
 
     async def lend(self, model: Path, version: str, deadline_s: float) -> None:
-        """Let the serving servers hold the weights in directory `model`, as `version`, until others are brought.
+        """Let the serving servers hold the weights in directory `model`, as `version`, until others are sent.
 
         Whatever they were asked before is ended. A server that does not take them is out.
         """
@@ -239,7 +239,7 @@ class Fleet:
         return bool(self._in("serving"))
 
     async def check_served(self) -> None:
-        """Ask every serving server which weights it serves: one that has others than were brought to it is out.
+        """Ask every serving server which weights it serves: one that has others than were sent to it is out.
 
         Raises WeightsReplaced where none is left then. Does nothing while no weights are known to be there.
         """
@@ -259,7 +259,7 @@ class Fleet:
             raise WeightsReplaced(f"{replaced[0]} No other server is left; find out who did it, then use --resume.")
 
     async def convoke(self, version: str) -> bool:
-        """Whether weights are to be brought to `clients`, since one of them has not `version`.
+        """Whether weights are to be sent to `clients`, since one of them has not `version`.
 
         Waits for a server where there is none. Raises ServerError where none comes within start_deadline_s.
         """
@@ -273,7 +273,7 @@ class Fleet:
         return True
 
     async def brought(self, version: str) -> None:
-        """The servers that were convoked hold `version`, as was seen."""
+        """Record that the servers that were prepared hold `version`, as their answers show."""
         self._version = version
         self._unexplained = 0
         for member in self._convoked:
@@ -296,7 +296,7 @@ class Fleet:
             self._unexplained += 1
             if self._unexplained > 1:
                 raise error
-        self._tell(f"weights did not arrive and are brought again: {_first_line(str(error))}")
+        self._tell(f"weights did not arrive and are sent again: {_first_line(str(error))}")
 
     async def _route(self) -> None:
         """Let the router ask the servers that serve, and no other; if there is a router.
@@ -398,7 +398,7 @@ class Fleet:
                     self._tell(sentence)
 
     async def _take_over(self, member: Member) -> None:
-        """End whatever a run before this one, or we ourselves, may have left under way there: then it can join."""
+        """End what an earlier run, or this one, may have left in flight there: then it can join."""
         deadline_s = self._config.answer_deadline_s
         if not await self._tried(member, lambda client: client.take_over(deadline_s=deadline_s)):
             return

@@ -177,7 +177,7 @@ def _check_length(token_ids: np.ndarray, asked: Asked, reason: str) -> None:
 
 
 def _check_spans(spans: Sequence[_Span] | None, tokens: int) -> None:
-    """Raise ValueError where the spans do not cover all tokens, one behind the other."""
+    """Raise ValueError where the spans do not cover all tokens in order and without gaps."""
     if spans is None:
         raise ValueError("weight_versions is missing")
     end = 0

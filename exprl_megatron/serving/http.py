@@ -161,7 +161,7 @@ def _message(text: str) -> str:
 
 
 def _allow_many_connections() -> None:
-    """A step's requests are all under way at once, each with a socket of its own."""
+    """A step's requests are all in flight together, each with a socket of its own."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

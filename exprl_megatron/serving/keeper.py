@@ -1,4 +1,4 @@
-"""Keeps servers running: registers each when it is ready and starts one anew that has died."""
+"""Keeps servers running: registers each when it is ready and restarts one that has died."""
 
 import os
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ class Keeper:
         return self._servers[name]
 
     def tend(self) -> None:
-        """Register what has become ready; start anew what has died, or is to be by somebody's wish.
+        """Register servers that have become ready; restart those that have died or that a run asked to restart.
 
         Raises ServerError where a server dies before it was ever ready, is not ready within its start_deadline_s, or
-        would have to be started anew more often than `restarts` of its config allows.
+        would have to be restarted more often than `restarts` of its config allows.
         """
         for spec in self._specs:
             server = self._servers[spec.name]
@@ -61,7 +61,7 @@ class Keeper:
     def _start_anew(self, spec: ServerSpec, server: Server, why: str) -> None:
         self._registry.withdraw(spec.name)
         if self._restarts[spec.name] == spec.config.restarts:
-            raise server.end(f"{why} and has been started anew {spec.config.restarts} times (restarts of its config)")
+            raise server.end(f"{why} and has been restarted {spec.config.restarts} times (restarts of its config)")
         self._restarts[spec.name] += 1
         server.stop()
         self._waiting.add(spec.name)

@@ -15,13 +15,13 @@ LENT = "judge"
 class LentServer:
     """What judging needs of a client, made of a fleet; `home` is the server that is asked as a rule.
 
-    Answers are of the judge's weights alone. Where the policy's were brought meanwhile, the judge's are brought again;
+    Answers are of the judge's weights alone. Where the policy's were loaded meanwhile, the judge's are loaded again;
     a server that has others than it was given has failed.
     """
 
     def __init__(self, fleet: Fleet, model: Path, home: int, deadline_s: float):
         self.name = f"policy-{home}"
-        self.url = "lent to the judge"
+        self.url = "shared with the judge"
         self._fleet = fleet
         self._model = model
         self._home = home

@@ -95,7 +95,7 @@ def _report_checksums(model: torch.nn.Module, order: dict[str, Any]) -> None:
             report = Report(error=f"{type(error).__name__}: {error}")
         _put(records, order["answer"], msgspec.msgpack.encode(report))
     except (RuntimeError, NotAuthentic):
-        _log.exception("the trainer cannot be told")
+        _log.exception("the trainer cannot be informed")
 
 
 def _compared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -137,7 +137,7 @@ class _Member:
         try:
             _put(self._records, f"{to}/{self._rank}", said)
         except (RuntimeError, NotAuthentic):
-            _log.exception("the trainer cannot be told")
+            _log.exception("the trainer cannot be informed")
 
     def join(self, model: torch.nn.Module) -> None:
         """Tell what the model's rank needs, and meet the others."""
@@ -181,7 +181,7 @@ class _Member:
             destroy(group, self._order["deadline_s"])
 
     def break_off(self) -> None:
-        """Give the group up, whatever is under way in it."""
+        """Give the group up, whatever is in flight in it."""
         self._broken.set()
         group, self._group = self._group, None
         if group is not None:

@@ -31,7 +31,7 @@ class Member:
         """What of its memory it has given up (SLEEPING)."""
 
     def release(self) -> None:
-        """Let whoever waits for this server's answers ask another one."""
+        """Let callers that wait for this server's answers ask another one."""
         for task in self.running:
             task.cancel()
 

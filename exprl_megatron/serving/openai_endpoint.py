@@ -39,7 +39,7 @@ class Completion:
     refusal: str | None
     """The model's words where it refused to answer."""
     tokens: tuple[Token, ...]
-    """Empty where their probabilities were not asked for, or are not told."""
+    """Empty where their probabilities were not asked for, or are not reported."""
     prompt_tokens: int
     cached_tokens: int
 

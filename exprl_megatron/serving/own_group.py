@@ -69,10 +69,10 @@ def wait_destroyed(group: dist.ProcessGroup, destroying: Future[None], deadline_
 
 
 def abort(group: dist.ProcessGroup) -> None:
-    """Give up a group in which something may be under way; over NCCL that fails here, and the others learn nothing."""
+    """Give up a group in which an operation may be in flight; over NCCL it fails here, and the others do not notice."""
 
     def work() -> None:
-        # Destroying waits for what is under way. Gloo has no abort, and does not wait.
+        # Destroying waits for what is in flight. Gloo has no abort, and does not wait.
         if dist.get_backend(group) != "gloo":
             group.abort()
         dist.destroy_process_group(group)

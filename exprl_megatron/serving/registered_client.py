@@ -1,4 +1,4 @@
-"""A client of a server that is looked up by its name: where it was started anew, it is found at its new address."""
+"""A client of a server that is looked up by its name: after a restart, it is found at its new address."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _FRESH_S = 0.5
 
 
 class RegisteredClient(SGLangClient):
-    """See SGLangClient; before a request its address is read anew, at most twice a second.
+    """See SGLangClient; before a request its address is read again, at most twice a second.
 
     `found` is called with each registration of the server that is not the one before.
     """

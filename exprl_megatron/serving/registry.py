@@ -1,7 +1,7 @@
 """The servers of a run, each in a file of a directory that all of the run's machines see.
 
-Whoever keeps servers writes a server's file when it is ready and removes it when it is not; whoever sends requests
-reads them. A server that was started anew has the same name and another incarnation.
+The keeper of servers writes a server's file when it is ready and removes it when it is not; clients that send requests
+read them. A server that was restarted has the same name and another incarnation.
 """
 
 import json
@@ -116,18 +116,18 @@ class Registry:
         return [server for server in found if server is not None]
 
     def ask_restart(self, server: RegisteredServer) -> None:
-        """Ask whoever keeps the server to start it anew, since this incarnation of it is of no use."""
+        """Ask the server's keeper to restart it, since this incarnation of it is of no use."""
         write_atomically(self._wish(server.name), server.incarnation.encode())
 
     def restart_asked(self, name: str) -> str | None:
-        """The incarnation of the server that is to be started anew, if any."""
+        """The incarnation of the server that is to be restarted, if any."""
         try:
             return self._wish(name).read_text()
         except FileNotFoundError:
             return None
 
     def end(self) -> None:
-        """Tell whoever keeps the servers that the run has ended."""
+        """Tell the servers' keeper that the run has ended."""
         write_atomically(self._ended, b"")
 
     def ending(self) -> int | None:

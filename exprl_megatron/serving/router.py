@@ -31,7 +31,7 @@ class RouterClient(RegisteredClient):
     async def route_to(self, urls: Collection[str], deadline_s: float) -> None:
         """Return when the router's workers are these, and all of them are healthy to it.
 
-        Raises ServerError where that is not so within `deadline_s`, in which the router may have to be started anew.
+        Raises ServerError where that is not so within `deadline_s`, in which the router may have to be restarted.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + deadline_s
@@ -64,16 +64,16 @@ class RouterClient(RegisteredClient):
 
 
 class RoutedServers(RouterClient):
-    """All servers of one kind as if they were one: the router is told of those that answer.
+    """All servers of one kind as if they were one: the router gets the list of those that answer.
 
-    It is told anew when others register, when a request fails, and every few seconds while one does not answer.
+    It gets a new list when others register, when a request fails, and every few seconds while one does not answer.
     """
 
     def __init__(self, registry: Registry, name: str, kind: Kind, deadline_s: float):
         super().__init__(registry, name, deadline_s)
         self._kind = kind
         self._told: set[str] | None = None
-        """The registered servers when the router was told last; None where it is to be told anew."""
+        """The registered servers in the router's last list; None where it is to get a new one."""
         self._look_at = 0.0
         self._tell_at = math.inf
         self._telling = asyncio.Lock()

@@ -26,7 +26,7 @@ class FixedServers:
         return await call(self.clients[home % len(self.clients)])
 
     async def convoke(self, version: str) -> bool:
-        """Whether weights are to be brought to `clients`, since they have not `version`."""
+        """Whether weights are to be sent to `clients`, since they have not `version`."""
         return version != self._version
 
     async def brought(self, version: str) -> None:

@@ -2,7 +2,7 @@
 
 These rules do not ask the server's loader, as loader_trace.py does: so a checksum finds a loader, or a trace of one,
 that puts a weight in the wrong place. SGLang 0.5.23 joins the query, key and value
-projections along the rows, the gate and up projections too, and those of all experts of a layer one behind the other.
+projections along the rows, the gate and up projections too, and those of all experts of a layer in order.
 """
 
 import re
@@ -74,7 +74,7 @@ def server_parameters(
 
 @dataclass(frozen=True)
 class _Joined:
-    """Tensors in the order in which they make up the parameters, one behind the other."""
+    """Tensors in the order in which they make up the parameters, contiguous."""
 
     parameters: dict[str, ServerPart]
     """Of each parameter its last part."""

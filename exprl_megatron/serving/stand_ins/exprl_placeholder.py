@@ -2,7 +2,7 @@
 
 
 class Placeholder:
-    """Stands where a function or class of an absent package would; raises when called."""
+    """Takes the place of a function or class of an absent package; raises when called."""
 
     def __init__(self, package: str, name: str):
         self.package = package
