@@ -127,8 +127,8 @@ def test_servers_that_end_with_the_run_leave_the_verdict_to_the_trainer(machine)
     [
         ({"workdir": "/data/nemo_run_cache"}, "site.workdir is /data/nemo_run_cache, but NeMo-Run replaces"),
         ({"variables": {"A": "/nemo_run"}}, "site.variables\\['A'\\] is /nemo_run"),
-        ({"variables": {"A-B": "c"}}, "'A-B' is no name of a variable"),
-        ({"environment": ["A B"]}, "'A B' is no name of a variable"),
+        ({"variables": {"A-B": "c"}}, "'A-B' is not a name of a variable"),
+        ({"environment": ["A B"]}, "'A B' is not a name of a variable"),
     ],
 )
 def test_what_a_script_would_not_say_is_refused(site, said):
