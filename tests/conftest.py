@@ -91,6 +91,7 @@ def qwen3_server(tiny_model, tmp_path_factory, nccl_records):
 
     It joins groups over gloo, and over the test backend with NCCL's behavior.
     """
+    from forking import starter
     from under_nccl import knows_backend
 
     from exprl_megatron.config.serving import ServerConfig
@@ -101,7 +102,7 @@ def qwen3_server(tiny_model, tmp_path_factory, nccl_records):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in knows_backend(nccl_records).items():
             patch.setenv(name, value)
-        (server,) = start_servers([spec])
+        (server,) = start_servers([spec], starter())
     with server:
         yield server
 

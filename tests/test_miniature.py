@@ -43,11 +43,13 @@ def maker():
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """The base policy and the judge, served side by side."""
+    from forking import starter
+
     from exprl_megatron.serving.server_process import server_specs, start_servers, stop_servers
 
     logs = tmp_path_factory.mktemp("logs")
     specs = [s for name in ("policy", "judge") for s in server_specs(name, MINIATURE / name, ServerConfig(), logs)]
-    started = start_servers(specs)
+    started = start_servers(specs, starter())
     yield {server.name.partition("-")[0]: server for server in started}
     stop_servers(started)
 

@@ -230,9 +230,9 @@ def check_servers(specs: Sequence[ServerSpec]) -> list[int]:
     return ports
 
 
-def start_servers(specs: Sequence[ServerSpec]) -> list[Server]:
+def start_servers(specs: Sequence[ServerSpec], starter: Starter | None = None) -> list[Server]:
     """`launch_servers`, then `wait_servers`."""
-    servers = launch_servers(specs)
+    servers = launch_servers(specs, starter)
     wait_servers(servers)
     return servers
 

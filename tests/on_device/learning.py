@@ -16,6 +16,7 @@ from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.training.examples import ExampleReader
+from exprl_megatron.utils.accelerator import uses_cuda
 from on_device.compared import Compared, at_least, near
 
 sys.path.append(str(Path(__file__).parents[1] / "policy"))
@@ -98,7 +99,8 @@ def learn_in_layout(layout: Layout, kind: str, out: Path) -> Learned:
     """REFERENCE_STEPS steps in processes of their own, one for each rank of `layout`."""
     script = Path(__file__).with_name("learning_worker.py")
     sizes = layout.model_dump(mode="json")
-    return Learned(**run_ranks(script, layout.world_size, out, torchrun=True, layout=sizes, precision=kind)["learned"])
+    results = run_ranks(script, layout.world_size, out, torchrun=uses_cuda(), layout=sizes, precision=kind)
+    return Learned(**results["learned"])
 
 
 @cache

@@ -45,6 +45,7 @@ def syncs(
         for kind, pair in servers.items()
     }
     variables = rank_environment(os.environ, ServerConfig())
+    served = psutil.Process(next(iter(servers.values()))[-1].pid).environ()
     results = run_ranks(
         Path(__file__).with_name("syncs_worker.py"),
         layout.world_size,
@@ -57,8 +58,7 @@ def syncs(
         precision=precision,
         deadline_s=deadline_s,
     )
-    last = psutil.Process(list(servers.values())[-1][-1].pid).environ()
-    compared = [equal(f"{name} of trainer and server", variables[name], last.get(name)) for name in ALIKE]
+    compared = [equal(f"{name} of trainer and server", variables[name], served.get(name)) for name in ALIKE]
     for kind, pair in servers.items():
         compared += _rows(kind, results[kind], [server.name for server in pair], deadline_s)
     return compared

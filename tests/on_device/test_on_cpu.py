@@ -4,13 +4,14 @@ from functools import cache
 
 import pytest
 import torch
+from forking import starter
 from under_nccl import connected, faults, knows_backend
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.serving.server_process import start_servers, stop_servers
+from exprl_megatron.serving.server_process import launch_servers, stop_servers, wait_servers
 from exprl_megatron.utils.accelerator import GROUP_BACKEND
 from on_device.compared import failed
 from on_device.learning import REFERENCE_STEPS, Learned, beside_reference, cosine, learn, learn_in_layout
@@ -63,13 +64,15 @@ def test_syncs_to_servers_that_never_come_and_that_die(trained_server, tiny_mode
     for name, value in (knows_backend(tmp_path) | {"NCCL_LIKE_PATIENCE_S": ""}).items():
         monkeypatch.setenv(name, value)
     specs = [small_server(name, tiny_model("qwen3"), tmp_path / "logs", None) for name in ("first", "second")]
-    first, second = start_servers(specs)
+    # The second one's environment is looked at, which a forked process does not show.
+    first, second = servers = launch_servers(specs[:1], starter()) + launch_servers(specs[1:])
+    wait_servers(servers)
     monkeypatch.setenv(GROUP_BACKEND, "nccl_like")
     try:
         pairs = {"broadcast": (first, second), "direct": (second, trained_server)}
         settings = {"precision": "fp32", "deadline_s": 5.0, "layout": Layout(pp=2)}
         compared = syncs(tmp_path / "out", tiny_model("qwen3", seed=7), pairs, **settings)
     finally:
-        stop_servers([first, second])
+        stop_servers(servers)
     assert failed(compared) == []
     assert faults(tmp_path) == [] and connected(tmp_path)

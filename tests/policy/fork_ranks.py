@@ -1,6 +1,6 @@
-"""torchrun's part for tests: `fork_ranks.py PROCESSES SCRIPT OUT` loads the libraries once and forks every rank.
+"""torchrun's part for tests: `python -m fork_ranks PROCESSES SCRIPT OUT` forks every rank of one process.
 
-Each of them would take seven seconds of a core to import what they all import.
+That process has their libraries and is itself forked (see forking).
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 import traceback
+import warnings
 
 import torch.distributed as dist
 
@@ -20,6 +21,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main(processes: int, script: str, out: str) -> int:
     """Exit status 1 as soon as one rank fails; the others are ended then."""
+    warnings.simplefilter("ignore")
     (port,) = free_ports(1)
     os.environ |= {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     children = [fork(rank, script, out) for rank in range(processes)]

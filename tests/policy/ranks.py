@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+from forking import RANKS, starter
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.world import World, enter_world, leave_world
@@ -29,17 +30,14 @@ def run_ranks(
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "arguments.json").write_text(json.dumps(arguments, default=str))
-    if torchrun:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    else:
-        launcher = [str(Path(__file__).with_name("fork_ranks.py")), str(processes)]
-    command = [sys.executable, "-W", "ignore", *launcher, str(script), str(out)]
+    torchrun_module = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+    program = [*(torchrun_module if torchrun else [RANKS]), str(processes), str(script), str(out)]
     here = Path(__file__).parent
     variables = os.environ | (environment or {}) | {"OMP_NUM_THREADS": "1"}
     paths = [str(here), str(here.parent), variables.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     with open(out / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
+        process = starter().start("ranks", [sys.executable, "-m", *program], variables, log, log)
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:

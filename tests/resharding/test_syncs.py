@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import starter
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
@@ -37,7 +38,7 @@ def results(tiny_model, tmp_path_factory, records):
     with pytest.MonkeyPatch.context() as changed:
         for name, value in knows_backend(records).items():
             changed.setenv(name, value)
-        servers = start_servers(specs)
+        servers = start_servers(specs, starter())
     try:
         first, second, both = (
             {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import starter
 from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.policy import PolicyConfig
@@ -169,7 +170,7 @@ def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path, monk
     # A server of its own: SGLang ends itself where an update fails half-way.
     spec = ServerSpec("leaver", tiny_model("qwen3"), ServerConfig(), tmp_path)
     with (
-        start_servers([spec])[0] as server,
+        start_servers([spec], starter())[0] as server,
         pytest.raises(ServerError, match=r"leaver.*asked /update_weights_from_distributed: (refused|died)"),
     ):
         asyncio.run(asyncio.wait_for(push_to_another_group(server.client()), timeout=60))

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forking import starter
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
@@ -37,7 +38,7 @@ def servers(tiny_model, tmp_path_factory):
         ServerSpec(f"{name}-0", tiny_model(name, **settings), ServerConfig(request_deadline_s=60), logs)
         for name, settings in MODELS.items()
     ]
-    started = start_servers(specs)
+    started = start_servers(specs, starter())
     yield dict(zip(MODELS, started, strict=True))
     stop_servers(started)
 

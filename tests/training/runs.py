@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from forking import starter
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
@@ -78,7 +79,7 @@ def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = Fa
     for kind, server in servers.items():
         log, key = str(server.log_file), str(server.key_file)
         registry.register(RegisteredServer(kind, f"{kind}-0", server.url, log, server.incarnation, run, key))
-    return TrainerRanks(directory, config, directory.registry)
+    return TrainerRanks(directory, config, directory.registry, starter=starter())
 
 
 def finish(ranks: TrainerRanks, deadline_s: float = 300) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import starter
 from safetensors.torch import load_file
 
 from exprl_megatron.config.serving import ServerConfig
@@ -37,7 +38,7 @@ def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(ti
         tmp_path / "run", model, model, problems, policy=policy, stages=[stage], sync={"transport": transport}
     )
     server = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
-    with start_servers([ServerSpec("policy-0", model, server, tmp_path)])[0] as started:
+    with start_servers([ServerSpec("policy-0", model, server, tmp_path)], starter())[0] as started:
         finish(start_ranks(config, {"policy": started}))
     paths = RunDirectory(config.directory)
     before, after = (load_file(path / "model.safetensors") for path in (model, paths.models / "distill"))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import starter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,7 @@ def servers(inputs, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     config = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
     specs = server_specs("policy", inputs["model"], config, logs) + server_specs("judge", inputs["judge"], config, logs)
-    started = start_servers(specs)
+    started = start_servers(specs, starter())
     yield {"policy": started[0], "judge": started[1]}
     for server in started:
         server.stop()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import starter
 
 from exprl_megatron.algorithms.batch import Sequence
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
@@ -93,7 +94,7 @@ def start_server(tiny_model, tmp_path_factory):
     """The server of its own; what weights it holds is each test's matter."""
     config = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
     specs = server_specs("start", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))
-    with start_servers(specs)[0] as server:
+    with start_servers(specs, starter())[0] as server:
         yield server
 
 
