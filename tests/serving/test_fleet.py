@@ -404,18 +404,25 @@ def test_where_no_server_is_left_requests_wait_until_one_has_the_weights(registr
     asyncio.run(run())
 
 
-def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_an_error(registry):
+@pytest.fixture
+def impatient(monkeypatch):
+    """A fleet that tries again almost at once."""
+    monkeypatch.setattr("exprl_megatron.serving.fleet._LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr("exprl_megatron.serving.fleet._POLL_S", 0.01)
+
+
+def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_an_error(registry, impatient):
     async def run():
-        async with opened(registry, "policy-0", start_deadline_s=6) as (fleet, one):
+        async with opened(registry, "policy-0", start_deadline_s=4) as (fleet, one):
             one.well, one.status = False, 500
-            with pytest.raises(ServerError, match=r"no policy server for start_deadline_s \(6 s\); .*HTTP 500"):
+            with pytest.raises(ServerError, match=r"no policy server for start_deadline_s \(4 s\); .*HTTP 500"):
                 await who(fleet)
             assert registry.restart_asked("policy-0") == "a"
 
     asyncio.run(run())
 
 
-def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry):
+def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry, impatient):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
             failures = 0
