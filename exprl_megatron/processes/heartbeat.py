@@ -38,7 +38,8 @@ class Pulse:
 
     def __init__(self):
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open until `close`
-        self._last, self._heard = self._beats(), time.monotonic()
+        self._last = self._beats()
+        self._heard: float | None = None
 
     @property
     def file(self) -> int:
@@ -46,8 +47,8 @@ class Pulse:
         return self._file.fileno()
 
     def silent_s(self) -> float:
-        """For how long the rank has not been heard; ask several times a minute."""
-        if (beats := self._beats()) != self._last:
+        """For how long the rank has not been heard since the first question; ask several times a minute."""
+        if (beats := self._beats()) != self._last or self._heard is None:
             self._last, self._heard = beats, time.monotonic()
         return time.monotonic() - self._heard
 

@@ -17,6 +17,7 @@ from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.launch import ranks as module
 from exprl_megatron.launch.nodes import RankFailed, RankKilled
 from exprl_megatron.launch.ranks import TrainerRanks
+from exprl_megatron.processes.starter import Starter
 from exprl_megatron.processes.supervise import supervised
 from exprl_megatron.runs.directory import RunDirectory
 
@@ -117,6 +118,19 @@ def test_a_stopped_rank_is_found_by_its_silence_and_ended(start, tmp_path, monke
         wait_until(lambda: not ranks.running(), 30)
     ranks.stop()
     assert not rank.is_running()
+
+
+def test_the_time_that_starting_takes_is_no_silence(start, monkeypatch):
+    """The fork server imports before it forks the first rank, from a cold disk for a minute."""
+    monkeypatch.setattr(module, "SILENCE_S", 1.0)
+    begin = Starter.start
+
+    def start_late(*arguments, **settings):
+        time.sleep(1.1)
+        return begin(*arguments, **settings)
+
+    monkeypatch.setattr(Starter, "start", start_late)
+    assert start([sys.executable, "-S", "-c", "import time; time.sleep(300)"], 2).running()
 
 
 def test_a_rank_that_waits_in_its_main_thread_is_not_silent(start, tmp_path, monkeypatch):
