@@ -4,6 +4,7 @@ What the fixtures need is imported inside them, so that tests without them start
 """
 
 import asyncio
+import gc
 import importlib.util
 import inspect
 import os
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that workers side by side end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Leaving a world collects garbage, which would look through a million objects of libraries and tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
