@@ -1,3 +1,4 @@
+import functools
 import json
 
 import pytest
@@ -5,6 +6,15 @@ import pytest
 from exprl_megatron.cli import main
 from exprl_megatron.commands import doctor
 from exprl_megatron.commands.doctor import ESSENTIAL_ON_GPUS, Finding, examine, lacking, print_findings
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_tried_once():
+    """Which takes a second and a half."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("sandbox_available", "recursion_depth"):
+            patch.setattr(doctor, name, functools.cache(getattr(doctor, name)))
+        yield
 
 
 def test_every_missing_part_says_what_it_prevents():
