@@ -96,8 +96,8 @@ print(tried, resource.getrlimit(resource.RLIMIT_CPU)[0])
 
 
 def test_a_program_cannot_lower_its_limits_and_die_as_if_killed_from_outside():
-    with CodeVerifier(limits=Limits(cpu_s=3)) as verifier:
-        assert _verify(verifier, [CodeTest("", "[-1, -1, -1, -1, -1] 3")], LOWER).value == 1.0
+    with CodeVerifier(limits=Limits(cpu_s=2)) as verifier:
+        assert _verify(verifier, [CodeTest("", "[-1, -1, -1, -1, -1] 2")], LOWER).value == 1.0
         endless = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass"
         assert _verify(verifier, [CodeTest("", "1")], endless) == Scored(0.0, "test 1 of 1: out of time")
 

@@ -12,7 +12,7 @@ from exprl_megatron.rewards.code_answer import CodeVerifier
 from exprl_megatron.rewards.containment import Limits
 
 WORKERS = 6
-LIMITS = Limits(cpu_s=2, wall_s=4.0, memory_bytes=2**29, output_bytes=2**20, threads=8)
+LIMITS = Limits(cpu_s=1, wall_s=4.0, memory_bytes=2**29, output_bytes=2**20, threads=8)
 EARLIER = "an-earlier-program-wrote-this"
 
 HOSTILE = {
