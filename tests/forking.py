@@ -8,13 +8,12 @@ import functools
 import os
 from pathlib import Path
 
-from exprl_megatron.serving.command import SERVER, server_environment
-from exprl_megatron.training.ranks import WORKER, rank_environment
-
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.launch.ranks import WORKER, rank_environment
 from exprl_megatron.processes.child import Child
 from exprl_megatron.processes.fork_server import ForkRequest, ForkServer
 from exprl_megatron.processes.starter import Starter
+from exprl_megatron.serving.server_command import SERVER, server_environment
 from exprl_megatron.utils.accelerator import uses_cuda
 
 RANKS = "fork_ranks"
@@ -55,7 +54,9 @@ def starter() -> Starter:
     servers = server_environment(os.environ, cuda=False)
     return Starter(
         [
-            _WhenAsked("exprl_megatron.training.preload", {WORKER, RANKS}, ranks, [_HERE / "policy", _HERE, backend]),
-            _WhenAsked("exprl_megatron.serving.preload", {SERVER}, servers, [backend]),
+            _WhenAsked(
+                "exprl_megatron.launch.trainer_preload", {WORKER, RANKS}, ranks, [_HERE / "policy", _HERE, backend]
+            ),
+            _WhenAsked("exprl_megatron.serving.server_preload", {SERVER}, servers, [backend]),
         ]
     )
