@@ -37,8 +37,10 @@ class _WhenAsked:
         atexit.register(server.close)
         return server
 
-    def start(self, request: ForkRequest, descriptors: list[int]) -> Child | None:
-        return self._server.start(request, descriptors)
+    def start(self, request: ForkRequest, descriptors: list[int]) -> Child:
+        child = self._server.start(request, descriptors)
+        assert child is not None, f"{self._preload} cannot be forked from: see stderr"
+        return child
 
 
 @functools.cache
