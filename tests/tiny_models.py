@@ -51,6 +51,7 @@ def write_tiny_model(
     tied: bool = False,
     seed: int = 0,
     published_form: bool = True,
+    rope: dict | None = None,
     **settings,
 ) -> Path:
     """Write config, float32 weights and tokenizer into `directory` and return it.
@@ -58,7 +59,8 @@ def write_tiny_model(
     Norm weights, biases and logits are far from trivial. Llama has Llama 3's rope scaling, Qwen2 a
     bias on query, key and value, Qwen3 norms on query and key; Qwen3-MoE and Mixtral have 4 experts, 2 to a
     token. `published_form` writes settings under the names that published checkpoints have (rope_theta,
-    rope_scaling, num_experts). `settings` are further ones of transformers' config.
+    rope_scaling, num_experts). `rope` is the rotary settings in place of the architecture's, `settings` are further
+    ones of transformers' config.
     """
     tokenizer = tiny_tokenizer(vocab_size)
     torch.manual_seed(seed)
@@ -71,7 +73,7 @@ def write_tiny_model(
         num_key_value_heads=kv_heads,
         head_dim=hidden // heads,
         max_position_embeddings=1024,
-        rope_parameters=_rope(architecture),
+        rope_parameters={"rope_theta": 10_000.0} | rope if rope else _rope(architecture),
         tie_word_embeddings=tied,
         rms_norm_eps=1e-5,
         bos_token_id=None,

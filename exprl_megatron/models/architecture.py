@@ -7,6 +7,7 @@ from pathlib import Path
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.rope import Rope, RopeScaling, YarnScaling, read_rope
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -15,16 +16,6 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": "qwen3-moe",
     "MixtralForCausalLM": "mixtral",
 }
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's stretching of long wavelengths (transformers calls it rope type `llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,11 @@ class Architecture:
     experts: Experts | None = None
     """None: a dense MLP of width `ffn` in every layer."""
 
+    @property
+    def attention_factor(self) -> float:
+        """What rotated queries and keys are multiplied by, each."""
+        return self.rope_scaling.attention_factor if isinstance(self.rope_scaling, YarnScaling) else 1.0
+
 
 def read_architecture(directory: str | Path) -> Architecture:
     """The architecture that `directory`/config.json describes.
@@ -86,7 +82,7 @@ def read_architecture(directory: str | Path) -> Architecture:
     if unsupported:
         raise UserError(f"{path} has {unsupported}, which is not supported; choose another model.")
     try:
-        return _architecture(FAMILIES[names[0]], tree)
+        return _architecture(FAMILIES[names[0]], tree, read_rope(tree, str(path)))
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; fetch the model again.") from error
 
@@ -193,49 +189,11 @@ def _unsupported(tree: dict) -> str | None:
         return "attention_bias"
     if tree.get("quantization_config"):
         return "quantization_config"
-    return _unsupported_rope(tree)
+    return None
 
 
-def _unsupported_rope(tree: dict) -> str | None:
-    """What is not supported of the rotary settings; every section counts, also where another one is read."""
-    sections = [tree[name] for name in ("rope_parameters", "rope_scaling") if tree.get(name)]
-    for rope in sections:
-        if any(isinstance(value, dict) for value in rope.values()):
-            return "rope settings for each kind of layer"
-        kind = _rope_kind(rope)
-        if kind not in ("default", "llama3"):
-            return f"rope type {kind}"
-        if rope.get("partial_rotary_factor", 1) != 1:
-            return f"partial_rotary_factor {rope['partial_rotary_factor']}"
-    if tree.get("partial_rotary_factor", 1) != 1:
-        return f"partial_rotary_factor {tree['partial_rotary_factor']}"
-    shared = set.intersection(*(set(rope) for rope in sections)) - {"type", "rope_type"} if sections else set()
-    if len({_rope_kind(rope) for rope in sections}) > 1 or any(sections[0][key] != sections[-1][key] for key in shared):
-        return "rope_parameters and rope_scaling that contradict each other"
-    bases = {rope["rope_theta"] for rope in (*sections, tree) if rope.get("rope_theta")}
-    return f"more than one rope_theta ({', '.join(map(str, sorted(bases)))})" if len(bases) > 1 else None
-
-
-def _rope_kind(rope: dict) -> str:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _rope(tree: dict) -> dict:
-    """The rotary settings: transformers 5 writes `rope_parameters`, before it `rope_scaling` beside `rope_theta`."""
-    return tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-
-
-def _architecture(family: str, tree: dict) -> Architecture:
+def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
     heads = tree["num_attention_heads"]
-    rope = _rope(tree)
-    scaling = None
-    if rope.get("rope_type", rope.get("type")) == "llama3":
-        scaling = RopeScaling(
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_positions=rope["original_max_position_embeddings"],
-        )
     return Architecture(
         family=family,
         layers=tree["num_hidden_layers"],
@@ -246,8 +204,8 @@ def _architecture(family: str, tree: dict) -> Architecture:
         ffn=tree["intermediate_size"],
         vocabulary=tree["vocab_size"],
         norm_eps=tree["rms_norm_eps"],
-        rope_base=rope.get("rope_theta") or tree.get("rope_theta", 10000.0),
-        rope_scaling=scaling,
+        rope_base=rope.base,
+        rope_scaling=rope.scaling,
         qk_norm=family in ("qwen3", "qwen3-moe"),
         qkv_bias=family == "qwen2",
         tied=tree.get("tie_word_embeddings", False),

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.models.architecture import Architecture, check_layout, padded_vocabulary, stage_layers
 from exprl_megatron.policy.emulation import emulate_fp8
+from exprl_megatron.policy.frequencies import rope_frequencies
 from exprl_megatron.policy.gradient_fusion import fuses_gradients
 from exprl_megatron.policy.local_layers import RotationTable
 from exprl_megatron.policy.local_spec import local_block
@@ -95,6 +96,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         # gloo may still be reading an output when the schedule would free it.
         deallocate_pipeline_outputs=cuda,
         attention_softmax_in_fp32=True,
+        softmax_scale=_softmax_scale(architecture),
         attention_backend=attention_backend(os.environ, dtype),
         bias_activation_fusion=cuda,
         # What the local spec gives for an activation function is taken under this name.
@@ -126,22 +128,14 @@ def attention_backend(environment: Mapping[str, str], dtype: torch.dtype) -> Att
     return AttnBackend.auto
 
 
-def rope_frequencies(architecture: Architecture) -> torch.Tensor:
-    """Rotary frequencies [head_dim / 2], fp32, with Llama 3's scaling where the architecture has it.
+def _softmax_scale(architecture: Architecture) -> float | None:
+    """What products of queries and keys are multiplied by; None: Megatron's own 1 / sqrt(head_dim).
 
-    The scaling: wavelengths above original_max_positions / low_freq_factor are stretched by `factor`, those
-    below original_max_positions / high_freq_factor are left, and between the two both are blended linearly
-    in 1 / wavelength (transformers, rope type `llama3`).
+    YaRN's factor on queries and on keys is its square here. Transformer Engine's kernel that rotates packed rows takes
+    no factor, and Megatron says nothing of it (rope_utils.py, apply_rotary_pos_emb). All of a head must rotate.
     """
-    exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
-    frequencies = 1.0 / architecture.rope_base**exponents
-    scaling = architecture.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    factor = architecture.attention_factor
+    return None if factor == 1.0 else factor**2 / math.sqrt(architecture.head_dim)
 
 
 def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: bool) -> dict:

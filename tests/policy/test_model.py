@@ -1,26 +1,13 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
-from exprl_megatron.policy.model import attention_backend, build_chunks, rope_frequencies
-
-
-@pytest.mark.parametrize("original", [32, 64, 8192])
-def test_scaled_rope_frequencies_are_those_of_transformers(tiny_model, original):
-    architecture = read_architecture(tiny_model("llama"))
-    scaling = replace(architecture.rope_scaling, original_max_positions=original)
-    config = transformers.AutoConfig.from_pretrained(tiny_model("llama"))
-    config.rope_parameters["original_max_position_embeddings"] = original
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    assert torch.allclose(rope_frequencies(replace(architecture, rope_scaling=scaling)), expected, rtol=1e-6)
+from exprl_megatron.policy.model import attention_backend, build_chunks
 
 
 def test_parameter_names_are_those_of_transformer_engines_layers(tiny_model, world):

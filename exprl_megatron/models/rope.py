@@ -1,0 +1,211 @@
+"""The rotary positions that a config.json asks for, where transformers, SGLang and Megatron-Core agree on them.
+
+Files written by transformers 5 have them under `rope_parameters`, published ones under `rope_scaling` beside
+`rope_theta`.
+"""
+
+import math
+from dataclasses import dataclass
+
+from exprl_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3's stretching of long wavelengths (transformers calls it rope type `llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """All wavelengths are stretched by `factor` (rope type `linear`)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071; rope type `yarn`): a wavelength is stretched the more, the longer it is."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float
+    """Wavelengths that turn at least this many times within the original length are not stretched."""
+    beta_slow: float
+    """Those that turn at most this many times are stretched by `factor`."""
+    truncate: bool
+    """Whether both bounds are moved outward to whole pairs of dimensions."""
+    attention_factor: float
+    """What rotated queries and keys are multiplied by."""
+
+
+RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Base of the wavelengths, and how they are stretched (None: not at all)."""
+
+    base: float
+    scaling: RopeScaling | None
+
+
+_FIELDS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        {"factor"},
+        {
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "truncate",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+        },
+    ),
+}
+"""Of each rope type the settings that it needs and those that it may have."""
+_COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+_DEFAULT_BASE = {"MixtralForCausalLM": 1e6}
+"""Where a config.json without `rope_theta` does not mean 10,000, as transformers reads it."""
+_UNSCALED = {"MixtralForCausalLM": "Mixtral"}
+"""Architectures that SGLang serves without any scaling, and with a whole base, whatever config.json says."""
+
+
+class _Unsupported(Exception):
+    """The setting that is not supported, as a noun phrase."""
+
+
+def read_rope(tree: dict, path: str) -> Rope:
+    """The rotary positions of the config.json `tree`, which was read from `path`.
+
+    Raises UserError for a setting that is not supported, that is not known, or that the libraries read differently.
+    """
+    try:
+        return _rope(tree)
+    except _Unsupported as error:
+        raise UserError(
+            f"{path} has {error}, which is not supported; docs/models.md lists the rotary settings that are."
+        ) from None
+
+
+def _rope(tree: dict) -> Rope:
+    sections = [tree[name] for name in ("rope_parameters", "rope_scaling") if tree.get(name)]
+    if not all(isinstance(section, dict) for section in sections):
+        raise _Unsupported("rope settings that are no table")
+    name = (tree.get("architectures") or [""])[0]
+    for settings in (*sections, tree):
+        if settings.get("partial_rotary_factor", 1) != 1:
+            raise _Unsupported(f"partial_rotary_factor {settings['partial_rotary_factor']}")
+    scalings = [_scaling(section, tree) for section in sections]
+    if len({(kind, scaling) for kind, scaling in scalings}) > 1:
+        raise _Unsupported("rope_parameters and rope_scaling that contradict each other")
+    bases = {settings["rope_theta"] for settings in (*sections, tree) if settings.get("rope_theta")}
+    if len(bases) > 1:
+        raise _Unsupported(f"more than one rope_theta ({', '.join(map(str, sorted(bases)))})")
+    (base,) = bases or {_DEFAULT_BASE.get(name, 10000.0)}
+    if _positive("rope_theta", base) <= 1:
+        raise _Unsupported(f"rope_theta {base}, which is not above 1")
+    rope = Rope(base, scalings[0][1] if scalings else None)
+    if name in _UNSCALED and (rope.scaling is not None or rope.base != int(rope.base)):
+        what = f"rope type {scalings[0][0]}" if rope.scaling else f"rope_theta {rope.base:g}"
+        raise _Unsupported(f"{what} on {_UNSCALED[name]}, which SGLang serves as if it were not there")
+    return rope
+
+
+def _scaling(rope: dict, tree: dict) -> tuple[str, RopeScaling | None]:
+    """Rope type and scaling of one section."""
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise _Unsupported("rope settings for each kind of layer")
+    kinds = {str(rope[name]) for name in ("type", "rope_type") if rope.get(name)} or {"default"}
+    if len(kinds) > 1:
+        raise _Unsupported(f"both rope types {' and '.join(sorted(kinds))}")
+    (kind,) = kinds
+    if kind not in _FIELDS:
+        raise _Unsupported(f"rope type {kind}")
+    needed, allowed = _FIELDS[kind]
+    unknown = sorted(rope.keys() - needed - allowed - _COMMON)
+    if unknown:
+        raise _Unsupported(f"{unknown[0]} beside rope type {kind}")
+    lacking = sorted(name for name in needed if rope.get(name) is None)
+    if lacking:
+        raise _Unsupported(f"rope type {kind} without {lacking[0]}")
+    return kind, _scaling_of(kind, rope, tree)
+
+
+def _scaling_of(kind: str, rope: dict, tree: dict) -> RopeScaling | None:
+    if kind == "default":
+        return None
+    factor = _positive("factor", rope["factor"])
+    if factor < 1:
+        raise _Unsupported(f"rope factor {factor:g}, which is below 1")
+    if kind == "linear":
+        return LinearScaling(factor)
+    original = _original_length(rope, tree)
+    if kind == "yarn":
+        return _yarn(rope, factor, original)
+    low, high = (_positive(name, rope[name]) for name in ("low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise _Unsupported(f"high_freq_factor {high:g}, which is not above low_freq_factor {low:g}")
+    return Llama3Scaling(factor, low, high, original)
+
+
+def _yarn(rope: dict, factor: float, original: int) -> YarnScaling:
+    # SGLang takes a null for a number.
+    fast, slow = (_positive(name, rope.get(name, value)) for name, value in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+    if fast <= slow:
+        raise _Unsupported(f"beta_fast {fast:g}, which is not above beta_slow {slow:g}")
+    truncate = rope.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise _Unsupported(f"truncate {truncate!r}, which is neither true nor false")
+    served, learned = _attention_factors(rope, factor)
+    if not math.isclose(served, learned, rel_tol=1e-6):
+        raise _Unsupported(
+            f"rope settings that transformers reads as attention factor {learned:g} and SGLang as {served:g}"
+        )
+    return YarnScaling(factor, original, fast, slow, truncate, learned)
+
+
+def _attention_factors(rope: dict, factor: float) -> tuple[float, float]:
+    """YaRN's attention factor as SGLang 0.5.23 and as transformers 5 read it.
+
+    SGLang does not know `attention_factor`, and takes `mscale` 0 for a number where transformers takes it for missing.
+    """
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0
+
+    scales = [rope.get(name) for name in ("mscale", "mscale_all_dim")]
+    for name, scale in zip(("mscale", "mscale_all_dim"), scales, strict=True):
+        if scale != 0 and scale is not None:
+            _positive(name, scale)
+    both = magnitude(scales[0]) / magnitude(scales[1]) if None not in scales else None
+    served = magnitude(1.0) if both is None else both
+    if rope.get("attention_factor") is not None:
+        return served, _positive("attention_factor", rope["attention_factor"])
+    return served, both if all(scales) else magnitude(1.0)
+
+
+def _original_length(rope: dict, tree: dict) -> int:
+    """The length before it was stretched; transformers prefers the setting beside the section to the one in it."""
+    name = "original_max_position_embeddings"
+    inside = rope.get(name)
+    if name in tree and tree[name] != inside:
+        raise _Unsupported(f"{name} {tree[name]} outside the rope settings and {inside} among them")
+    length = inside if inside is not None else tree.get("max_position_embeddings")
+    if _positive(name, length) != int(length):
+        raise _Unsupported(f"{name} {length}, which is no whole number")
+    return int(length)
+
+
+def _positive(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise _Unsupported(f"{name} {value!r}, which is no positive number")
+    return value
