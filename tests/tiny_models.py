@@ -9,22 +9,29 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
 )
 
-Architecture = Literal["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"]
+Architecture = Literal["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss"]
 CONFIGS = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3-moe": Qwen3MoeConfig,
     "mixtral": MixtralConfig,
+    "mistral": MistralConfig,
+    "seed-oss": SeedOssConfig,
 }
-EXPERTS = {
+OWN_SETTINGS = {
+    "mistral": {"sliding_window": None},
+    # Heads of a size of their own: all of them are wider than the hidden size.
+    "seed-oss": {"head_dim": 24},
     "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
@@ -56,8 +63,8 @@ def write_tiny_model(
 ) -> Path:
     """Write config, float32 weights and tokenizer into `directory` and return it.
 
-    Norm weights, biases and logits are far from trivial. Llama has Llama 3's rope scaling, Qwen2 a
-    bias on query, key and value, Qwen3 norms on query and key; Qwen3-MoE and Mixtral have 4 experts, 2 to a
+    Norm weights, biases and logits are far from trivial. Llama has Llama 3's rope scaling, Qwen2 and
+    Seed-OSS a bias on query, key and value, Qwen3 norms on query and key; Qwen3-MoE and Mixtral have 4 experts, 2 to a
     token. `published_form` writes settings under the names that published checkpoints have (rope_theta,
     rope_scaling, num_experts). `rope` is the rotary settings in place of the architecture's, `settings` are further
     ones of transformers' config.
@@ -71,7 +78,6 @@ def write_tiny_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
         max_position_embeddings=1024,
         rope_parameters={"rope_theta": 10_000.0} | rope if rope else _rope(architecture),
         tie_word_embeddings=tied,
@@ -80,7 +86,7 @@ def write_tiny_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
-        **EXPERTS.get(architecture, {}) | settings,
+        **{"head_dim": hidden // heads} | OWN_SETTINGS.get(architecture, {}) | settings,
     )
     model = AutoModelForCausalLM.from_config(config).float()
     for name, parameter in model.named_parameters():

@@ -22,16 +22,24 @@ def model_violations(config: RunConfig) -> list[str]:
         *layout_violations(architecture, config.policy.layout),
         *_precision_violations(config, architecture),
         *fusion_violations(config.policy, uses_cuda()),
-        *_length_violations(config, architecture.max_positions),
+        *_length_violations(config, architecture),
+        *_fused_rotation_violations(config, architecture),
     ]
 
 
-def _length_violations(config: RunConfig, positions: int) -> Iterator[str]:
+def _length_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    positions = architecture.max_positions
     longest, slots = config.policy.max_tokens, config.server.max_total_tokens
     if longest > positions:
+        remedy = "lower it"
+        if longest <= architecture.stretched_positions:
+            remedy += (
+                f", or set max_position_embeddings in its config.json, which servers go by, to "
+                f"{architecture.stretched_positions}: YaRN stretches its positions as far"
+            )
         yield (
             f"policy.max_tokens is {longest}, more than the {positions} positions that {config.policy.model} was made "
-            f"for; lower it."
+            f"for; {remedy}."
         )
     if not config.scores_start:
         return
@@ -43,6 +51,16 @@ def _length_violations(config: RunConfig, positions: int) -> Iterator[str]:
                 f"{room - SCORED_BELOW_ROOM} tokens ({SCORED_BELOW_ROOM} fewer than {what}, {room}); lower it, or set "
                 f"policy.starting_policy to host."
             )
+
+
+def _fused_rotation_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    """SGLang's fused kernel takes every stretching for YaRN's, and YaRN's factor from max_position_embeddings."""
+    name = "--enable-fused-qk-norm-rope"
+    if architecture.family == "qwen3-moe" and architecture.rope_scaling and name in config.server.extra_args:
+        yield (
+            f"server.extra_args hold {name}, whose kernel computes the stretched positions of {config.policy.model} "
+            f"otherwise than the trainer; leave it out."
+        )
 
 
 def _precision_violations(config: RunConfig, architecture: Architecture) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from exprl_megatron.config.policy import Layout
@@ -15,7 +16,10 @@ FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3-moe",
     "MixtralForCausalLM": "mixtral",
+    "MistralForCausalLM": "mistral",
+    "SeedOssForCausalLM": "seed-oss",
 }
+_WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Architecture:
     """A decoder: RMSNorm before attention and before a SwiGLU MLP (or experts), rotary positions, grouped queries."""
 
     family: str
-    """`llama`, `qwen2`, `qwen3`, `qwen3-moe` or `mixtral`."""
+    """One of the values of FAMILIES."""
     layers: int
     hidden: int
     heads: int
@@ -62,6 +66,14 @@ class Architecture:
         """What rotated queries and keys are multiplied by, each."""
         return self.rope_scaling.attention_factor if isinstance(self.rope_scaling, YarnScaling) else 1.0
 
+    @property
+    def stretched_positions(self) -> int:
+        """The length to which YaRN stretches the original one; max_positions where positions are not so stretched."""
+        scaling = self.rope_scaling
+        if not isinstance(scaling, YarnScaling):
+            return self.max_positions
+        return int(scaling.factor * scaling.original_max_positions)
+
 
 def read_architecture(directory: str | Path) -> Architecture:
     """The architecture that `directory`/config.json describes.
@@ -77,7 +89,10 @@ def read_architecture(directory: str | Path) -> Architecture:
         raise UserError(f"{path} is not JSON ({error}); fetch the model again.") from error
     names = tree.get("architectures") or ["none"]
     if names[0] not in FAMILIES:
-        raise UserError(f"{path} describes the architecture {names[0]}; use one of {', '.join(sorted(FAMILIES))}.")
+        raise UserError(
+            f"{path} describes the architecture {names[0]}, which is not supported; the nearest supported one is "
+            f"{_nearest(names[0], tree)}, and docs/models.md lists all and tells how one is added."
+        )
     unsupported = _unsupported(tree)
     if unsupported:
         raise UserError(f"{path} has {unsupported}, which is not supported; choose another model.")
@@ -85,6 +100,13 @@ def read_architecture(directory: str | Path) -> Architecture:
         return _architecture(FAMILIES[names[0]], tree, read_rope(tree, str(path)))
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; fetch the model again.") from error
+
+
+def _nearest(name: str, tree: dict) -> str:
+    """The supported architecture whose name is most like `name`, of those with experts or of those without."""
+    experts = any(tree.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    candidates = [known for known in FAMILIES if (known in _WITH_EXPERTS) == experts]
+    return max(candidates, key=lambda known: SequenceMatcher(None, name, known).ratio())
 
 
 def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
@@ -176,8 +198,10 @@ def _unsupported(tree: dict) -> str | None:
         return f"hidden_act {tree['hidden_act']}"
     if tree.get("use_sliding_window"):
         return "use_sliding_window"
-    if tree["architectures"][0] == "MixtralForCausalLM" and tree.get("sliding_window"):
-        return "sliding_window"
+    if tree["architectures"][0] in ("MixtralForCausalLM", "MistralForCausalLM") and tree.get("sliding_window"):
+        return f"sliding_window {tree['sliding_window']}"
+    if tree["architectures"][0] == "MistralForCausalLM" and "sliding_window" not in tree:
+        return "no sliding_window, which means a window of 4096 tokens"
     if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
         return "dense layers between its layers of experts"
     normalised = tree["architectures"][0] == "MixtralForCausalLM" or tree.get("norm_topk_prob")
@@ -185,7 +209,12 @@ def _unsupported(tree: dict) -> str | None:
         return "one expert for each token, whose weight is always 1"
     if tree.get("mlp_bias"):
         return "mlp_bias"
-    if tree["architectures"][0] != "Qwen2ForCausalLM" and tree.get("attention_bias"):
+    if tree["architectures"][0] == "SeedOssForCausalLM":
+        if not tree.get("attention_bias", True):
+            return "attention_bias false"
+        if tree.get("attention_out_bias"):
+            return "attention_out_bias"
+    elif tree["architectures"][0] != "Qwen2ForCausalLM" and tree.get("attention_bias"):
         return "attention_bias"
     if tree.get("quantization_config"):
         return "quantization_config"
@@ -199,15 +228,16 @@ def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
         layers=tree["num_hidden_layers"],
         hidden=tree["hidden_size"],
         heads=heads,
-        kv_groups=tree.get("num_key_value_heads") or heads,
-        head_dim=tree.get("head_dim") or tree["hidden_size"] // heads,
+        # Left out of a Llama's file it means as many as heads; elsewhere a number of transformers' own.
+        kv_groups=(tree.get("num_key_value_heads") if family == "llama" else tree["num_key_value_heads"]) or heads,
+        head_dim=tree.get("head_dim", 128 if family == "seed-oss" else None) or tree["hidden_size"] // heads,
         ffn=tree["intermediate_size"],
         vocabulary=tree["vocab_size"],
         norm_eps=tree["rms_norm_eps"],
         rope_base=rope.base,
         rope_scaling=rope.scaling,
         qk_norm=family in ("qwen3", "qwen3-moe"),
-        qkv_bias=family == "qwen2",
+        qkv_bias=family in ("qwen2", "seed-oss"),
         tied=tree.get("tie_word_embeddings", False),
         max_positions=tree.get("max_position_embeddings", 2048),
         initializer_range=tree.get("initializer_range", 0.02),

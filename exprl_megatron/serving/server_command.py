@@ -93,6 +93,8 @@ def server_environment(
     environment.update(HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")
     environment.update(accelerator.environment(cuda))
     environment.update(shared_variables(inherited, extra_args, tp))
+    # A family that SGLang has no class of its own for; a package that the user names has to have one.
+    environment.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", "exprl_served_models")
     path = [str(PLUGINS), *([] if cuda else [str(STAND_INS)]), inherited.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
     if not cuda:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from exprl_megatron.conversion.to_hf import convert_to_huggingface
 from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.conversion.verify import verify_weights
 from exprl_megatron.conversion.weights import open_weights
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.policy.policy import Policy
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -25,6 +27,19 @@ FAMILIES = {
     "qwen3": {"vocab_size": 107},
     "qwen3-moe": {},
     "mixtral": {},
+    "mistral": {},
+    "seed-oss": {"vocab_size": 107},
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 2.0,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+    "attention_factor": (0.2 * math.log(8) + 1) / (0.05 * math.log(8) + 1),
 }
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
@@ -43,6 +58,19 @@ def test_there_and_back_every_tensor_is_bit_equal(tiny_model, tmp_path, tensors,
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((model / "config.json").read_text())
     for name in COMPANIONS:
         assert (tmp_path / "back" / name).read_bytes() == (model / name).read_bytes()
+
+
+@pytest.mark.parametrize("published_form", [True, False], ids=["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("rope", [YARN, {"rope_type": "linear", "factor": 4.0}], ids=["yarn", "linear"])
+def test_stretched_positions_come_back_with_every_setting(tiny_model, tmp_path, tensors, same, rope, published_form):
+    model = tiny_model("qwen3", rope=rope, published_form=published_form)
+    convert_to_megatron(model, tmp_path / "megatron")
+    convert_to_huggingface(open_weights(tmp_path / "megatron"), tmp_path / "back")
+    assert same(tensors(tmp_path / "back"), tensors(model))
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert config == json.loads((model / "config.json").read_text())
+    assert config["rope_scaling" if published_form else "rope_parameters"].items() >= rope.items()
+    assert read_architecture(tmp_path / "back") == read_architecture(model)
 
 
 def test_a_policy_in_one_process_loads_a_converted_directory(tiny_model, tmp_path, world, tensors, same):

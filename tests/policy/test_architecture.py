@@ -78,6 +78,24 @@ MIXTRAL = {
     "num_experts_per_tok": 2,
     "num_local_experts": 8,
 }
+MISTRAL = {
+    **{key: value for key, value in QWEN3.items() if key not in ("attention_bias", "use_sliding_window")},
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 5120,
+    "num_attention_heads": 32,
+}
+"""Heads of 128 as in Mistral Nemo and Small, where the hidden size would make them 160."""
+SEED_OSS = {
+    **{key: value for key, value in QWEN3.items() if key not in ("sliding_window", "use_sliding_window")},
+    "architectures": ["SeedOssForCausalLM"],
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "attention_dropout": 0.1,
+    "residual_dropout": 0.1,
+    "hidden_size": 5120,
+    "mlp_bias": False,
+    "num_attention_heads": 80,
+}
 
 
 def written(directory: Path, tree: dict) -> Path:
@@ -138,13 +156,50 @@ def test_mixtrals_experts_have_the_width_of_its_mlp(tmp_path):
     assert architecture.experts == Experts(count=8, chosen=2, ffn=14336, normalised=True)
 
 
+def test_mistral_is_llama_with_heads_of_a_size_of_their_own(tmp_path):
+    architecture = read_architecture(written(tmp_path, MISTRAL))
+    assert (architecture.family, architecture.head_dim, architecture.kv_groups) == ("mistral", 128, 8)
+    assert not architecture.qk_norm and not architecture.qkv_bias
+
+
+@pytest.mark.parametrize("head_dim", ["given", "left out", None])
+def test_seed_oss_has_biases_and_heads_that_are_wider_than_the_hidden_size(tmp_path, head_dim):
+    tree = SEED_OSS if head_dim == "given" else {k: v for k, v in SEED_OSS.items() if k != "head_dim"}
+    if head_dim is None:
+        tree = tree | {"head_dim": None}
+    architecture = read_architecture(written(tmp_path, tree))
+    assert (architecture.family, architecture.qkv_bias, architecture.qk_norm) == ("seed-oss", True, False)
+    # Left out it is 128 in transformers, null means 5120 / 80.
+    assert architecture.head_dim == (64 if head_dim is None else 128)
+
+
+@pytest.mark.parametrize("tree", [QWEN3, MISTRAL, SEED_OSS])
+def test_the_number_of_key_value_heads_is_guessed_for_llama_alone(tmp_path, tree):
+    heads = tree["num_attention_heads"]
+    lacking = {key: value for key, value in tree.items() if key != "num_key_value_heads"}
+    with pytest.raises(UserError, match="lacks 'num_key_value_heads'"):
+        read_architecture(written(tmp_path, lacking))
+    assert read_architecture(written(tmp_path, tree | {"num_key_value_heads": None})).kv_groups == heads
+    llama = {key: value for key, value in LLAMA_32_1B.items() if key != "num_key_value_heads"}
+    assert read_architecture(written(tmp_path, llama)).kv_groups == 32
+
+
 @pytest.mark.parametrize(
     ("tree", "said"),
     [
+        (MISTRAL | {"sliding_window": 4096}, "has sliding_window 4096"),
+        (
+            {key: value for key, value in MISTRAL.items() if key != "sliding_window"},
+            "has no sliding_window, which means a window of 4096 tokens",
+        ),
+        (MISTRAL | {"attention_bias": True}, "has attention_bias"),
+        (SEED_OSS | {"attention_bias": False}, "has attention_bias false"),
+        (SEED_OSS | {"attention_out_bias": True}, "has attention_out_bias"),
+        (SEED_OSS | {"mlp_bias": True}, "has mlp_bias"),
         (QWEN3_MOE | {"mlp_only_layers": [0]}, "has dense layers between its layers of experts"),
         (QWEN3_MOE | {"decoder_sparse_step": 2}, "has dense layers between its layers of experts"),
         (QWEN3_MOE | {"num_experts_per_tok": 1}, "has one expert for each token, whose weight is always 1"),
-        (MIXTRAL | {"sliding_window": 4096}, "has sliding_window"),
+        (MIXTRAL | {"sliding_window": 4096}, "has sliding_window 4096"),
     ],
 )
 def test_mixtures_that_are_not_supported_are_refused_by_name(tmp_path, tree, said):
@@ -162,7 +217,10 @@ def test_rope_settings_are_read_under_their_newer_name_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "describes the architecture MambaForCausalLM; use one of"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "describes the architecture MambaForCausalLM, which is not supported; ",
+        ),
         ({"hidden_act": "gelu"}, "has hidden_act gelu"),
         ({"mlp_bias": True}, "has mlp_bias"),
         ({"attention_bias": True}, "has attention_bias"),
@@ -173,6 +231,21 @@ def test_rope_settings_are_read_under_their_newer_name_too(tmp_path):
 def test_what_is_not_supported_is_refused_by_name(tmp_path, change, said):
     with pytest.raises(UserError, match=said):
         read_architecture(written(tmp_path, LLAMA_32_1B | change))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "nearest"),
+    [
+        ("Glm4MoeForCausalLM", {"n_routed_experts": 128}, "Qwen3MoeForCausalLM"),
+        ("Qwen3_5ForConditionalGeneration", {}, "Qwen3ForCausalLM"),
+        ("Ministral3ForCausalLM", {}, "MistralForCausalLM"),
+        ("LlamaBidirectionalModel", {}, "LlamaForCausalLM"),
+    ],
+)
+def test_an_unknown_architecture_is_refused_with_the_nearest_one_and_the_page_of_models(tmp_path, name, more, nearest):
+    said = f"{name}, which is not supported; the nearest supported one is {nearest}, and docs/models.md"
+    with pytest.raises(UserError, match=said):
+        read_architecture(written(tmp_path, LLAMA_32_1B | {"architectures": [name]} | more))
 
 
 def test_a_directory_without_config_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts_worker import BASE, MORE, VARIANTS
+from layouts_worker import BASE, FEW, MORE, VARIANTS
 from ranks import run_ranks
 from safetensors.torch import load_file
 from witness import expectation, largest_difference, sequences
@@ -14,6 +14,9 @@ from witness import expectation, largest_difference, sequences
 pytestmark = pytest.mark.slow
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+CASES = [(family, layout) for layout in BASE for family in FAMILIES] + FEW
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.5}
+"""Most of the sequences end past the original length."""
 VOCABULARY = 107
 """Prime, so that every tensor-parallel size has to pad it."""
 
@@ -21,7 +24,11 @@ VOCABULARY = 107
 @pytest.fixture(scope="module")
 def models(tiny_model: Callable[..., Path]) -> dict[str, Path]:
     shape = {"vocab_size": VOCABULARY, "layers": 4}
-    return {family: tiny_model(family, tied=family != "qwen2", **shape) for family in FAMILIES}
+    ropes = {"qwen2": YARN}
+    return {
+        family: tiny_model(family, tied=family != "qwen2", rope=ropes.get(family), **shape)
+        for family in (*FAMILIES, *dict(FEW))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +46,12 @@ def expected(models: dict[str, Path]) -> dict[str, dict]:
     return {family: expectation(path, sequences(VOCABULARY), 0.7) for family, path in models.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", BASE)
+@pytest.mark.parametrize(("family", "layout"), CASES)
 def test_log_probs_are_those_of_transformers(results, expected, family, layout):
     assert largest_difference(results[f"{family} {layout}"]["log_probs"], expected[family]["log_probs"]) <= 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", BASE)
+@pytest.mark.parametrize(("family", "layout"), CASES)
 def test_loss_and_gradient_norm_are_those_of_autograd_in_transformers(results, expected, family, layout):
     for name in ("loss", "entropy", "gap/max", "grad_norm"):
         assert results[f"{family} {layout}"][name] == pytest.approx(expected[family][name], rel=2e-5), name
@@ -60,8 +65,7 @@ def test_two_steps_do_not_depend_on_layout_packing_recomputation_or_optimizer_sh
     assert largest_difference(result["learned"], reference["learned"]) <= 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", BASE)
+@pytest.mark.parametrize(("family", "layout"), CASES)
 def test_weights_come_out_bit_equal_to_what_went_in(results, models, out, family, layout):
     before = load_file(models[family] / "model.safetensors")
     after = load_file(out / f"{family}-{layout}" / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Stretched rotary positions in Megatron's model, against transformers; positions lie far past the original length."""
+"""Stretched rotary positions in Megatron's model, against transformers; see test_families.py for log-probs."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from witness import expectation, largest_difference, listed, loss_function, sequences, tokens
+from witness import largest_difference, listed, sequences
 
-from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
+from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.policy.frequencies import rope_frequencies
 from exprl_megatron.policy.model import transformer_config
@@ -24,14 +24,6 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 0.5}
 """Of 8 pairs of dimensions the first is kept, some are in between, and some are stretched."""
-MODELS = {
-    "llama linear": ("llama", LINEAR),
-    "llama yarn": ("llama", YARN | {"truncate": False}),
-    "qwen2 yarn": ("qwen2", YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}),
-    "qwen3 yarn": ("qwen3", YARN),
-    "qwen3 linear": ("qwen3", LINEAR),
-    "qwen3-moe yarn": ("qwen3-moe", YARN),
-}
 BATCH = sequences(128)
 
 
@@ -59,24 +51,12 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(tiny_model, 
     assert architecture.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("model", MODELS)
-def test_log_probs_and_gradient_norm_are_those_of_transformers(tiny_model, world, model, packing):
-    family, rope = MODELS[model]
-    directory = tiny_model(family, rope=rope)
-    expected = expectation(directory, BATCH, 0.7)
-    plain = Policy(_config(tiny_model(family, rope={"rope_type": "default"}), packing), seed=0)
-    assert largest_difference(listed(plain.log_probs(BATCH, 0.7)), expected["log_probs"]) > 0.1
-    learner = Policy(_config(directory, packing), seed=0)
-    assert largest_difference(listed(learner.log_probs(BATCH, 0.7)), expected["log_probs"]) <= 1e-4
-    learner.begin_stage(OptimizerConfig(), total_steps=1)
-    loss = learner.accumulate(BATCH, loss_function, 0.7, tokens(BATCH))["loss"]
-    assert loss == pytest.approx(expected["loss"], rel=1e-5)
-    assert learner.apply_update().grad_norm == pytest.approx(expected["grad_norm"], rel=1e-5)
-
-
-def _config(directory, packing: bool) -> PolicyConfig:
-    return PolicyConfig(model=str(directory), max_tokens=64, micro_batch_tokens=64, packing=packing)
+def test_without_its_settings_a_stretched_model_is_another_one(tiny_model, world):
+    found = []
+    for rope in (YARN, LINEAR, {"rope_type": "default"}):
+        config = PolicyConfig(model=str(tiny_model("qwen3", rope=rope)), max_tokens=64, micro_batch_tokens=64)
+        found.append(listed(Policy(config, seed=0).log_probs(BATCH, 1.0)))
+    assert all(largest_difference(found[a], found[b]) > 0.1 for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -16,7 +16,7 @@ from exprl_megatron.models.name_map import (
     parameters,
 )
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

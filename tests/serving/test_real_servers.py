@@ -1,4 +1,4 @@
-"""Llama, Qwen2, Qwen3 and Qwen3-MoE served side by side: log-probs, checksums, weight updates, failures."""
+"""Models of six families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
 
 import asyncio
 import os
@@ -21,11 +21,23 @@ from exprl_megatron.serving.server_process import ServerSpec, start_servers, sto
 
 pytestmark = pytest.mark.slow
 
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "mscale": 2.0,
+    "mscale_all_dim": 0.5,
+}
+"""Prompts and responses end far past the original length."""
 MODELS = {
     "llama": {"vocab_size": 131, "tied": False},
-    "qwen2": {"vocab_size": 131, "tied": True},
+    "qwen2": {"vocab_size": 131, "tied": True, "rope": YARN},
     "qwen3": {"vocab_size": 128, "tied": False},
-    "qwen3-moe": {"vocab_size": 128, "tied": False},
+    "qwen3-moe": {"vocab_size": 128, "tied": False, "rope": {"rope_type": "linear", "factor": 4.0}},
+    "seed-oss": {"vocab_size": 131, "tied": False},
+    "mistral": {"vocab_size": 128, "tied": False},
 }
 EXPERTS = 4
 PROMPT = list(range(3, 100))

@@ -1,6 +1,7 @@
 """What a run refuses before it starts a process; the sentences themselves are shown in tests/test_cli.py."""
 
 import json
+import re
 
 import pytest
 
@@ -65,6 +66,40 @@ def test_traces_longer_than_a_server_scores_are_refused_where_it_shall(tmp_path,
         return
     with pytest.raises(UserError, match=sentence):
         check_inputs(config)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize(
+    ("longest", "rope", "sentence"),
+    [
+        (1024, YARN, None),
+        (1025, None, r"1025, more than the 1024 positions that \S+ was made for; lower it\.$"),
+        (4096, YARN, r"for; lower it, or set max_position_embeddings .* to 4096: YaRN stretches"),
+        (4097, YARN, r"for; lower it\.$"),
+        (1025, YARN | {"factor": 1.0}, r"for; lower it\.$"),
+    ],
+)
+def test_traces_may_be_as_long_as_max_position_embeddings_whatever_stretches_positions(
+    tmp_path, tiny_model, longest, rope, sentence
+):
+    found = model_violations(run(tmp_path, tiny_model("qwen3", rope=rope), max_tokens=longest))
+    assert len(found) == (sentence is not None) and all(re.search(sentence, each) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "refused"), [("qwen3-moe", YARN, True), ("qwen3-moe", None, False), ("qwen3", YARN, False)]
+)
+def test_sglangs_fused_rotation_is_refused_for_experts_with_stretched_positions(
+    tmp_path, tiny_model, family, rope, refused
+):
+    config = run(tmp_path, tiny_model(family, rope=rope), "sparse-rl")
+    server = config.server.model_copy(update={"extra_args": ("--enable-fused-qk-norm-rope",)})
+    found = model_violations(config.model_copy(update={"server": server}))
+    assert [sentence.split(",")[0] for sentence in found] == [
+        "server.extra_args hold --enable-fused-qk-norm-rope"
+    ] * refused
 
 
 @pytest.mark.parametrize(
