@@ -35,6 +35,7 @@ def slow(*values):
         ("qwen3-4b", Layout(tp=2, dp=3, sequence_parallel=True)),
         ("qwen3-30b-a3b", Layout(tp=4, pp=2, ep=8, etp=2, dp=4, sequence_parallel=True)),
         slow("qwen3-235b-a22b", Layout(pp=8, vpp=4, ep=32, dp=32, embedding_as_layer=True, head_as_layer=True)),
+        ("seed-oss-36b", Layout(tp=8, pp=4, sequence_parallel=True)),
         ("mixtral-8x7b", Layout(tp=2, pp=2, ep=4, etp=1, dp=2, sequence_parallel=True)),
     ],
     ids=lambda value: value if isinstance(value, str) else f"tp{value.tp}pp{value.pp}vpp{value.vpp}ep{value.ep}",

@@ -13,8 +13,8 @@ EXPERTS = Layout(tp=2, pp=2, dp=2, ep=2, etp=2, sequence_parallel=True)
 CASES = [
     ("qwen3", Layout(), 1),
     ("qwen3", Layout(tp=2), 1),
-    ("qwen2", Layout(tp=2, pp=2), 2),
-    ("llama", Layout(pp=2, vpp=2, dp=2), 4),
+    ("seed-oss", Layout(tp=2, pp=2), 2),
+    ("mistral", Layout(pp=2, vpp=2, dp=2), 4),
     ("qwen3-moe", EXPERTS, 2),
     ("mixtral", Layout(dp=4, ep=2, pp=2), 1),
 ]
