@@ -40,6 +40,7 @@ BATCH = sequences(128)
         YARN | {"original_max_position_embeddings": 10**9},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "beta_fast": 8},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6},
     ],
     ids=str,
 )
