@@ -259,6 +259,7 @@ def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda(
         "PYTHONPATH",
         "HF_HUB_OFFLINE",
         "PYTHONUNBUFFERED",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE",
     }
     plugins, mine = on_cuda["PYTHONPATH"].split(os.pathsep)
     assert mine == "/mine" and (Path(plugins) / "exprl_private_stores.py").is_file()
@@ -267,6 +268,14 @@ def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda(
     assert plugins_too == plugins
     assert mine == "/mine" and (Path(stand_ins) / "sgl_kernel").is_dir()
     assert not rank.keys() & on_cpu.keys()
+
+
+def test_a_server_on_cuda_finds_the_models_that_sglang_has_no_class_for_unless_the_user_names_others():
+    on_cuda = server_environment({}, cuda=True)
+    package = Path(on_cuda["PYTHONPATH"].split(os.pathsep)[0]) / on_cuda["SGLANG_EXTERNAL_MODEL_PACKAGE"]
+    assert (package / "seed_oss.py").is_file()
+    named = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "mine"}
+    assert server_environment(named, cuda=True)["SGLANG_EXTERNAL_MODEL_PACKAGE"] == "mine"
 
 
 def test_a_server_on_a_cpu_has_the_threads_of_its_config_whatever_its_trainer_has():
