@@ -16,14 +16,14 @@ import pyarrow as pa
 from exprl_megatron.utils.text_check import TextCheck
 
 _OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
+_IDS = b'"output_ids":'
 _FIELDS = tuple(
-    f'"{name}":'.encode()
-    for name in ("text", "output_ids", "meta_info", "finish_reason", "weight_version", "weight_versions")
+    f'"{name}":'.encode() for name in ("text", "meta_info", "finish_reason", "weight_version", "weight_versions")
 )
 """What a reply may have once; a JSON string cannot hold these bytes."""
 LOG_PROB_ROUNDING = 1e-3
 """Log-probs of certain tokens may come out this little above 0."""
-_OPEN, _COMMA, _QUOTE = ord("["), ord(","), b'"'
+_OPEN, _COMMA, _QUOTE, _ZERO = ord("["), ord(","), b'"', ord("0")
 _SPACE, _WHITESPACE = ord(" "), b" \t\r\n"
 
 
@@ -123,10 +123,12 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
     that of the ids, or it is not what was `asked` for.
     """
     rest, block = _cut(body, _OUTPUT)
+    rest, ids = _cut(rest, _IDS)
     _refuse_repeats(rest, _FIELDS)
     reply = _REPLY.decode(rest)
     meta = reply.meta_info
-    token_ids = _ids(memoryview(reply.output_ids), "output_ids")
+    # What is no list of numbers has not been cut out.
+    token_ids = _ids(memoryview(reply.output_ids) if ids is None else ids, "output_ids")
     # An aborted request that was still waiting has no log-probs.
     entries = _entries(block, "output_token_logprobs")
     log_probs = entries.log_probs()
@@ -221,11 +223,11 @@ def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
 
 
 def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
-    """`body` with an empty list for the value of `key`, and that value without white space; None: there is none.
+    """`body` with an empty list for the value of `key`, and that value without white space; None: it has none.
 
-    Raises ValueError where the value holds anything but lists of numbers and nulls.
+    What is cut out begins behind the key and ends with a bracket, but may still be anything. Raises ValueError where
+    `key` is there more than once, or where its entries are lists and the last one is not closed.
     """
-    _refuse_repeats(body, (key,))
     place = body.find(key)
     if place < 0:
         return body, None
@@ -233,10 +235,12 @@ def _cut(body: bytes, key: bytes) -> tuple[bytes, memoryview | None]:
     # No string is among the numbers: the list ends with the last bracket before the next one.
     quote = body.find(_QUOTE, start)
     end = body.rfind(b"]", start, len(body) if quote < 0 else quote) + 1
+    if body.find(key, end or start) >= 0:
+        _refuse_repeats(body, (key,))
     if not end:
         return body, None
     block = _dense(memoryview(body)[start:end])
-    if block != b"[]" and block[-2:] != b"]]":
+    if key != _IDS and block != b"[]" and block[-2:] != b"]]":
         raise ValueError(f"{key.decode()} is not a list of [log-prob, id, null]")
     return body[:start] + b"[]" + body[end:], block
 
@@ -312,15 +316,18 @@ def _parsed(block: memoryview, starts: np.ndarray, ends: np.ndarray, kind: pa.Da
 
 def _ids(block: memoryview, field: str) -> np.ndarray:
     """The ids (int32) of a list `[1,2,...]`."""
-    block = bytes(_dense(block))
-    if not block.startswith(b"["):
+    block = _dense(block)
+    if block[:1] != b"[" or block[-1:] != b"]":
         raise ValueError(f"{field} is not a list of ids")
     if block == b"[]":
         return np.empty(0, np.int32)
+    characters = np.frombuffer(block, np.uint8)[1:-1]
+    is_comma = characters == _COMMA
+    commas = np.flatnonzero(is_comma) + 1
     try:
-        ids = np.fromstring(block[1:-1], np.int64, sep=",")
+        if not (is_comma | (characters - _ZERO < 10)).all():
+            raise ValueError(f"{field} has another character than digits and commas")
+        starts, ends = np.concatenate(([1], commas + 1)), np.concatenate((commas, [len(block) - 1]))
+        return _parsed(block, starts, ends, pa.int32(), field)
     except ValueError as error:
         raise ValueError(f"{field} has an entry that is not an id") from error
-    if len(ids) != block.count(b",") + 1 or ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
-        raise ValueError(f"{field} has an entry that is not an id")
-    return ids.astype(np.int32)

@@ -86,6 +86,10 @@ def broken(change) -> bytes:
         (lambda r, m: r["output_ids"].__setitem__(2, None), "output_ids has an entry that is not an id"),
         (lambda r, m: r["output_ids"].__setitem__(2, "7"), "output_ids has an entry that is not an id"),
         (lambda r, m: r["output_ids"].__setitem__(2, [7]), "output_ids has an entry that is not an id"),
+        (lambda r, m: r["output_ids"].__setitem__(2, True), "output_ids has an entry that is not an id"),
+        (lambda r, m: r["output_ids"].__setitem__(0, [[7], "7"]), "JSON|output_ids"),
+        (lambda r, m: m.update(output_ids=r.pop("output_ids")), "output_ids"),
+        (lambda r, m: m.update(output_ids=r["output_ids"]), '"output_ids" is there 2 times'),
         (lambda r, m: r.update(output_ids=None), "output_ids is not a list"),
         (lambda r, m: r.update(output_ids={"a": 1}), "output_ids is not a list"),
         (lambda r, m: r.pop("text"), "text"),
@@ -95,6 +99,15 @@ def broken(change) -> bytes:
 def test_a_reply_in_another_form_is_refused_and_the_field_named(change, message):
     with pytest.raises(ValueError, match=message):
         read_generation(broken(change))
+
+
+@pytest.mark.parametrize("ids", [b"[1,,3]", b"[,1,2]", b"[0x1,2,3]", b"[1,2,3,]", b"[1,2,3]]", b"[+1,2,3]", b"[1;2;3]"])
+def test_ids_that_are_no_json_are_refused(ids):
+    body = encoded(reply(3))
+    place = body.index(b'"output_ids":') + len(b'"output_ids":')
+    end = body.index(b"]", place) + 1
+    with pytest.raises(ValueError, match=r"output_ids|JSON"):
+        read_generation(body[:place] + ids + body[end:])
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[]", b"Not Found", b'{"text":"a"', b'"output_token_logprobs":]'])
