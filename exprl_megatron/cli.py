@@ -28,11 +28,11 @@ class ServersFrom(StrEnum):
 
 
 class ServerKind(StrEnum):
-    """What servers are for: sampling, judging, or scoring the starting policy."""
+    """What servers are for: sampling, judging, or scoring the reference policy."""
 
     POLICY = "policy"
     JUDGE = "judge"
-    START = "start"
+    REF = "ref"
 
 
 def _print_version(wanted: bool) -> None:

@@ -120,11 +120,11 @@ def check_path(what: str, path: str) -> None:
 
 def _wanted(config: RunConfig, nodes: Nodes) -> Iterator[tuple[str, int]]:
     """Kinds of servers that the config wants, with their own nodes."""
-    if config.samples:
+    if config.needs_sampling_servers:
         yield "policy", nodes.policy
-    if config.scores_start:
-        yield "start", 0
-    if config.judges and config.judge.has_servers:
+    if config.has_ref_server:
+        yield "ref", 0
+    if config.needs_judge and config.judge.has_servers:
         yield "judge", nodes.judge
 
 
@@ -135,7 +135,7 @@ def _needed(component: Component, config: RunConfig) -> int:
     if component.kind == "judge":
         server = config.judge.server
     else:
-        server = {"policy": config.server, "start": config.start_server}[component.kind]
+        server = {"policy": config.server, "ref": config.ref_server}[component.kind]
     return ceil(server.count / component.nodes) * server.tp
 
 
@@ -153,7 +153,7 @@ def _on_devices(component: Component, all_components: list[Component], config: R
 
 
 def _violations(config: RunConfig, nodes: Nodes, found: list[Component]) -> Iterator[str]:
-    if config.placement.kind == "colocated" and nodes.policy and config.samples:
+    if config.placement.kind == "colocated" and nodes.policy and config.needs_sampling_servers:
         yield f"nodes.policy is {nodes.policy}, but placement.kind is colocated, on the trainer's nodes; set it to 0."
     world = config.policy.layout.world_size
     if world % nodes.trainer:

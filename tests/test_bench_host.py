@@ -20,7 +20,7 @@ def test_every_station_has_a_cost(name):
 
 
 def test_a_prepared_reply_is_the_trace():
-    trace = Workload(16, 300).groups[0].members[3].trace
+    trace = Workload(16, 300).groups[0].samples[3].trace
     found = read_generation(body(trace))
     assert found.token_ids.tobytes() == trace.token_ids.tobytes()
     assert found.log_probs.tobytes() == trace.log_probs.tobytes()

@@ -88,7 +88,7 @@ def test_the_second_stage_is_the_released_one():
 def test_code_and_open_ended_science_are_judged_whole_in_the_mixed_run():
     (stage,) = load_config(PAPER / "qwen3-8b-mixed.yaml").stages
     routes = {domain: stage.route(domain) for domain in ("math", "multiple-choice", "code", "science")}
-    assert {d: (r.unit, r.estimator) for d, r in routes.items()} == {
+    assert {d: (r.granularity, r.estimator) for d, r in routes.items()} == {
         "math": ("segment", "delta"),
         "multiple-choice": ("segment", "delta"),
         "code": ("trace", "outcome"),

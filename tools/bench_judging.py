@@ -129,7 +129,7 @@ async def measured(client: SGLangClient, model: str, cases: list, args: argparse
     found: dict[str, list[Figures]] = {"trace": [], "prefix": []}
     async with client:
         for repeat in range(args.repeats + 1):
-            for unit, segments in (("trace", None), ("prefix", args.segments)):
+            for granularity, segments in (("trace", None), ("prefix", args.segments)):
                 for order in ORDERS if repeat % 2 else reversed(ORDERS):
                     # The same words in both orders.
                     prompts = {"prompt_order": order, "shipped_prompts": prompt_set_hash()}
@@ -139,7 +139,7 @@ async def measured(client: SGLangClient, model: str, cases: list, args: argparse
                     await client.flush_cache()
                     figures = await judged(judge, meter, order, cases, segments)
                     if repeat:  # the first round warms up
-                        found[unit].append(figures)
+                        found[granularity].append(figures)
     return found
 
 
@@ -159,17 +159,17 @@ def stretched(model: Path, positions: int, directory: Path) -> Path:
 def report(found: dict[str, list[Figures]]) -> dict:
     """Medians by unit and order, and their ratios (upstream / shared); printed too."""
     result = {}
-    for unit, figures in found.items():
+    for granularity, figures in found.items():
         upstream, shared = (_medians([f for f in figures if f.order == order]) for order in ORDERS)
         pairs = [[f.seconds for f in figures if f.order == order] for order in ORDERS]
         ratios = sorted(a / b for a, b in zip(*pairs, strict=True))
         tokens, seconds = (upstream[name] / shared[name] for name in ("prefilled_tokens", "seconds"))
-        print(f"\n{unit}: {shared['judgements']:.0f} judgements, {shared['prompt_tokens']:,.0f} prompt tokens")
+        print(f"\n{granularity}: {shared['judgements']:.0f} judgements, {shared['prompt_tokens']:,.0f} prompt tokens")
         for order, medians in zip(ORDERS, (upstream, shared), strict=True):
             print(f"  {order:9} {medians['prefilled_tokens']:>10,.0f} tokens read {medians['seconds']:8.2f} s (median)")
         print(f"  ratio     {tokens:>10.2f}             {seconds:8.2f}   (pairs: {ratios[0]:.2f} to {ratios[-1]:.2f})")
         ratio = {"token_ratio": tokens, "time_ratio": seconds, "time_ratio_of_pairs": ratios}
-        result[unit] = {"upstream": upstream, "shared": shared, **ratio}
+        result[granularity] = {"upstream": upstream, "shared": shared, **ratio}
     return result
 
 
@@ -211,7 +211,7 @@ def main() -> None:
             found = asyncio.run(measured(server.client(), str(model), cases, args))
     result = report(found)
     if args.json is not None:
-        runs = {unit: [asdict(f) for f in figures] for unit, figures in found.items()}
+        runs = {granularity: [asdict(f) for f in figures] for granularity, figures in found.items()}
         settings = {name: str(value) for name, value in vars(args).items()}
         args.json.write_text(json.dumps({"settings": settings, "result": result, "runs": runs}, indent=1))
 

@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.algorithms.objective import supervised_objective
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.models.architecture import read_architecture
@@ -46,7 +46,7 @@ class Figures:
 class Learner:
     """A policy that takes the same step again and again, and the clock beside it."""
 
-    def __init__(self, args: argparse.Namespace, packing: bool, sequences: list[Sequence]):
+    def __init__(self, args: argparse.Namespace, packing: bool, sequences: list[TrainSample]):
         budget = {"max_tokens": args.longest, "micro_batch_tokens": args.micro_batch_tokens}
         self.policy = Policy(PolicyConfig(model=str(args.model), packing=packing, **budget), seed=0)
         self.policy.begin_stage(OptimizerConfig(lr=1e-5), total_steps=1_000_000)
@@ -75,18 +75,18 @@ class Learner:
         return metrics | {"loss": metrics["loss"] / tokens}, self.policy.apply_update().grad_norm
 
 
-def long_tailed(args: argparse.Namespace) -> list[Sequence]:
+def long_tailed(args: argparse.Namespace) -> list[TrainSample]:
     """Random tokens after prompts of 8 tokens; half of the sequences are shorter than `median` tokens."""
     rng, vocabulary = Random(0), read_architecture(args.model).vocabulary
     sequences = []
     for _ in range(args.sequences):
         length = int(args.median * math.exp(rng.gauss(0.0, args.spread)))
         ids = tuple(rng.randrange(8, vocabulary) for _ in range(min(max(length, 12), args.longest)))
-        sequences.append(Sequence(ids[:8], ids[8:]))
+        sequences.append(TrainSample(ids[:8], ids[8:]))
     return sequences
 
 
-def compare(args: argparse.Namespace, sequences: list[Sequence]) -> tuple[Figures, Figures]:
+def compare(args: argparse.Namespace, sequences: list[TrainSample]) -> tuple[Figures, Figures]:
     """Packed and padded, turn by turn, after a step of each to warm up."""
     enter_world(Layout())
     learners = [Learner(args, packing, sequences) for packing in (True, False)]

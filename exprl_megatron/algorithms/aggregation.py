@@ -1,8 +1,8 @@
-"""From the losses of tokens to one number: a weight for each token of a micro-batch, and one denominator for all.
+"""Aggregation of token losses: a weight for each token of a micro-batch and one denominator for the update.
 
-The sum over all micro-batches and data-parallel ranks of (loss * weight), divided by the denominator, is the
-aggregation of the whole update. A token's weight follows from its own sequence alone, so that neither packing nor
-layout changes the result; `micro-batch-mean` is the exception, by its definition.
+The loss of an update is the sum of (token loss * weight) over all micro-batches and data-parallel ranks, divided by the
+denominator. The weight of a token depends only on its own sequence, so that neither packing nor the layout changes the
+result; `micro-batch-mean` is the exception, by definition.
 
 | aggregation      | weight of a token           | denominator                    | loss of the update               |
 |------------------|-----------------------------|--------------------------------|----------------------------------|
@@ -18,21 +18,20 @@ Papers: token-mean DAPO (arXiv 2503.14476), sequence-mean GRPO (arXiv 2402.03300
 first-stage code does, where every data-parallel rank has as many sequences.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence as ListLike
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from exprl_megatron.algorithms.batch import LearnedFrom
+from exprl_megatron.algorithms.batch import SampleOrOutline
 from exprl_megatron.config.losses import Aggregation
 
 
 def token_weights(mask: torch.Tensor, aggregation: Aggregation) -> torch.Tensor:
-    """The weight of each token of a micro-batch [batch, length]; 0 where `mask` (1.0 at response tokens) is.
+    """Compute the weight of each token of a micro-batch: [B, T], float32, 0 where `mask` is 0.
 
-    Rows are whole sequences; rows without a response count for nothing.
+    `mask` [B, T] is 1.0 at response tokens. Each row is one sequence; rows without a response do not count.
     """
-    tokens = mask.sum(dim=-1, keepdim=True)
+    tokens = mask.sum(dim=-1, keepdim=True)  # [B, 1]
     if aggregation == "sequence-mean":
         return mask / tokens.clamp(min=1)
     if aggregation == "micro-batch-mean":
@@ -40,26 +39,28 @@ def token_weights(mask: torch.Tensor, aggregation: Aggregation) -> torch.Tensor:
     return mask
 
 
-def denominator(aggregation: Aggregation, sequences: ListLike[LearnedFrom], max_new_tokens: int) -> float:
-    """What the weighted sum over all `sequences` of an update is divided by; sequences without a response do not count.
+def denominator_of(aggregation: Aggregation, samples: Sequence[SampleOrOutline], max_new_tokens: int) -> float:
+    """Compute the denominator of an update from all its `samples`; samples without a response do not count.
 
-    `max_new_tokens` is the sampling's; only `constant-length` looks at it. Raises ValueError where there is no
-    response token at all.
+    `max_new_tokens` is the limit of the stage's sampling, which only `constant-length` uses. Raises ValueError where no
+    sample has a response token.
     """
-    tokens = sum(sequence.response_tokens for sequence in sequences)
+    tokens = sum(sample.response_tokens for sample in samples)
     if not tokens:
         raise ValueError("there is no response token to take a loss of")
-    return _divisor(aggregation, tokens, sum(sequence.response_tokens > 0 for sequence in sequences), max_new_tokens)
+    return _divisor(aggregation, tokens, sum(sample.response_tokens > 0 for sample in samples), max_new_tokens)
 
 
-def kept_denominator(aggregation: Aggregation, sums: Mapping[str, float], max_new_tokens: int, whole: float) -> float:
-    """What the weighted sum is to be divided by where rejected tokens do not count; `whole`, where they do.
+def kept_denominator(
+    aggregation: Aggregation, sums: Mapping[str, float], max_new_tokens: int, denominator: float
+) -> float:
+    """Compute the denominator of an update in which rejected tokens do not count; `denominator` where they count.
 
-    `sums` are an update's metrics; with `kept/tokens` and `kept/sequences` among them the kept ones alone count. Where
-    nothing is kept the sum is 0, and `whole` divides it as well as anything.
+    `sums` are the metrics of the update. They contain `kept/tokens` and `kept/sequences` where only kept tokens and
+    sequences count. If nothing is kept, the sum of losses is 0 and `denominator` is returned.
     """
     if not sums.get("kept/tokens"):
-        return whole
+        return denominator
     return _divisor(aggregation, sums["kept/tokens"], sums["kept/sequences"], max_new_tokens)
 
 

@@ -1,6 +1,6 @@
-"""What the trainer learns from: sequences, and what losses see of them: micro-batches of padded tensors."""
+"""Training samples (a prompt, its response and per-token values) and the padded micro-batches that losses read."""
 
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -11,11 +11,11 @@ from exprl_megatron.utils.array_fields import ArrayFields
 
 
 @dataclass(frozen=True, eq=False)
-class Sequence(ArrayFields):
-    """A prompt and its response, with one number per response token for everything the loss needs.
+class TrainSample(ArrayFields):
+    """A prompt and its response, with one value per response token for each input of the loss.
 
-    All arrays but `prompt_ids` have the response's length; None stands for "not used by this loss". Anything like an
-    array may be given for them.
+    Every array except `prompt_ids` has the length of the response; None means that the loss does not use it.
+    Array-likes are accepted and converted. Raises ValueError where a per-token array has another length.
     """
 
     prompt_ids: np.ndarray
@@ -23,19 +23,21 @@ class Sequence(ArrayFields):
     response_ids: np.ndarray
     """[response tokens], int32."""
     advantages: np.ndarray | None = None
-    """float32, like the log-probs."""
-    sampler_log_probs: np.ndarray | None = None
+    """[response tokens], float32, as the three arrays of log-probs."""
+    rollout_log_probs: np.ndarray | None = None
+    """Log-probs that the sampling server reported, in nats."""
     old_log_probs: np.ndarray | None = None
-    """None: strictly on-policy, the old log-probs are the current ones, detached."""
-    start_log_probs: np.ndarray | None = None
-    """Under the frozen starting policy, for the KL term."""
-    fresh: np.ndarray | None = None
-    """bool: whether the weights that learn sampled the token themselves, and not older ones; None: they did all."""
+    """Log-probs before the step's first update. None: strictly on-policy, the current ones, detached, are taken."""
+    ref_log_probs: np.ndarray | None = None
+    """Log-probs under the reference policy (the frozen weights of the stage's start), for the KL term."""
+    on_policy_mask: np.ndarray | None = None
+    """[response tokens], bool: True where the current weights sampled the token, False where older ones did. None: the
+    current weights sampled every token."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "prompt_ids", "response_ids")
-        self._hold(np.float32, "advantages", "sampler_log_probs", "old_log_probs", "start_log_probs")
-        self._hold(np.bool_, "fresh")
+        self._hold(np.float32, "advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs")
+        self._hold(np.bool_, "on_policy_mask")
         for name in PER_TOKEN:
             value = getattr(self, name)
             if value is not None and len(value) != self.response_tokens:
@@ -51,100 +53,108 @@ class Sequence(ArrayFields):
 
     @property
     def prompt_tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens of the prompt."""
         return len(self.prompt_ids)
 
     @property
     def response_tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens of the response."""
         return len(self.response_ids)
 
     @property
-    def given(self) -> frozenset[str]:
-        """Names of the numbers that there are for each response token."""
+    def token_fields(self) -> frozenset[str]:
+        """Names of the per-token arrays that are set."""
         return frozenset(name for name in PER_TOKEN if getattr(self, name) is not None)
 
     @property
-    def outline(self) -> "Outline":
-        """What ranks know of it that do not learn from it."""
-        return Outline(self.prompt_tokens, self.response_tokens, self.given)
+    def outline(self) -> "SampleOutline":
+        """The part of the sample that ranks need which do not learn from it."""
+        return SampleOutline(self.prompt_tokens, self.response_tokens, self.token_fields)
 
     def with_values(self, name: str, values: np.ndarray) -> Self:
-        """The same with `values` [response tokens] for its `name`."""
+        """A copy in which the per-token array `name` is `values` [response tokens]."""
         return replace(self, **{name: values})
 
 
 @dataclass(frozen=True)
-class Outline:
-    """A sequence that other ranks learn from; here it counts in denominators, and in the plan of micro-batches."""
+class SampleOutline:
+    """A sample that other ranks learn from: its size, for denominators and for the plan of micro-batches."""
 
     prompt_tokens: int
     response_tokens: int
-    given: frozenset[str]
+    token_fields: frozenset[str]
 
     def __len__(self) -> int:
         return self.prompt_tokens + self.response_tokens
 
     def with_values(self, name: str, values: np.ndarray) -> Self:
-        """As Sequence.with_values; only that there are values is kept."""
-        return replace(self, given=self.given | {name})
+        """As TrainSample.with_values, but only the name is kept."""
+        return replace(self, token_fields=self.token_fields | {name})
 
 
-LearnedFrom = Sequence | Outline
-"""A sequence of an update: whole on the ranks that learn from it."""
+SampleOrOutline = TrainSample | SampleOutline
+"""A sample of an update: complete on the ranks that learn from it, an outline on the others."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Right-padded tensors of shape [batch, length], a row for each sequence, however the model reads it.
+    """Right-padded tensors of shape [B, T], one row for each sample, whether or not the model packs the samples.
 
-    targets[i, j] is the token after the j-th of sequence i; `mask` is 1.0 where that is a response token. The
-    optional tensors are aligned with targets.
+    targets[i, j] is the token after the j-th token of sample i; `mask` is 1.0 where that is a response token. The
+    optional tensors are aligned with `targets`.
     """
 
-    targets: torch.Tensor
-    mask: torch.Tensor
+    targets: torch.Tensor  # [B, T], int64
+    mask: torch.Tensor  # [B, T], float32, like all below
     advantages: torch.Tensor | None
-    sampler_log_probs: torch.Tensor | None
+    rollout_log_probs: torch.Tensor | None
     old_log_probs: torch.Tensor | None
-    start_log_probs: torch.Tensor | None
-    fresh: torch.Tensor | None = None
+    ref_log_probs: torch.Tensor | None
+    on_policy_mask: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on `device`."""
+        """A copy on `device`."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return MicroBatch(**{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
 
 
-PER_TOKEN = ("advantages", "sampler_log_probs", "old_log_probs", "start_log_probs", "fresh")
+LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(log_probs [B, T], entropy [B, T], micro-batch) -> (loss sum, {metric: detached sum}), scalar tensors.
+
+A metric whose name ends in `/max` is a maximum instead of a sum.
+"""
+
+PER_TOKEN = ("advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs", "on_policy_mask")
 
 
-def pad(sequences: ListLike[Sequence], length: int, pad_id: int = 0) -> MicroBatch:
-    """`sequences` (at most `length` tokens each) as one micro-batch of that padded length."""
-    shape = (len(sequences), length)
+def pad(samples: Sequence[TrainSample], length: int, pad_id: int = 0) -> MicroBatch:
+    """Pad `samples` (at most `length` tokens each) to one micro-batch [B, length]."""
+    shape = (len(samples), length)
     targets = np.full(shape, pad_id, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.float32)
-    optional = {name: np.zeros(shape, dtype=np.float32) for name in PER_TOKEN if _given(sequences, name)}
-    for row, sequence in enumerate(sequences):
-        first, last = sequence.prompt_tokens - 1, len(sequence) - 1
-        targets[row, :first] = sequence.prompt_ids[1:]
-        targets[row, first:last] = sequence.response_ids
+    optional = {name: np.zeros(shape, dtype=np.float32) for name in PER_TOKEN if _is_set(samples, name)}
+    for row, sample in enumerate(samples):
+        # The log-prob of a token is predicted one position earlier.
+        first, last = sample.prompt_tokens - 1, len(sample) - 1
+        targets[row, :first] = sample.prompt_ids[1:]
+        targets[row, first:last] = sample.response_ids
         mask[row, first:last] = 1.0
         for name, values in optional.items():
-            values[row, first:last] = getattr(sequence, name)
+            values[row, first:last] = getattr(sample, name)
     tensors = {name: torch.from_numpy(values) for name, values in optional.items()}
     return MicroBatch(
         torch.from_numpy(targets), torch.from_numpy(mask), **{name: tensors.get(name) for name in PER_TOKEN}
     )
 
 
-def filler(sequences: ListLike[LearnedFrom]) -> Sequence:
-    """A sequence without response that fits into a micro-batch beside `sequences` and adds nothing to any sum."""
-    return Sequence((0,), (), **{name: () for name in PER_TOKEN if _given(sequences, name)})
+def dummy_sample(samples: Sequence[SampleOrOutline]) -> TrainSample:
+    """A sample without a response, with the same per-token fields as `samples`, that adds nothing to any sum."""
+    return TrainSample((0,), (), **{name: () for name in PER_TOKEN if _is_set(samples, name)})
 
 
-def _given(sequences: ListLike[LearnedFrom], name: str) -> bool:
-    given = [name in sequence.given for sequence in sequences]
-    if any(given) and not all(given):
-        raise ValueError(f"{name} is given for some sequences of a batch and missing for others")
-    return any(given)
+def _is_set(samples: Sequence[SampleOrOutline], name: str) -> bool:
+    """Whether the samples have the per-token array `name`. Raises ValueError where only some of them have it."""
+    present = [name in sample.token_fields for sample in samples]
+    if any(present) and not all(present):
+        raise ValueError(f"{name} is given for some samples of a batch and missing for others")
+    return any(present)

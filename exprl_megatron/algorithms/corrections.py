@@ -1,13 +1,13 @@
-"""Weights for tokens that another policy sampled than the one that the loss takes for the old one.
+"""Importance weights for tokens that another policy sampled than the old policy of the loss (TIS, IcePop).
 
-The sampler's own log-probs say what drew a token: older weights, where sampling runs ahead, or the same weights in
-another implementation. With b that behaviour and p_old the policy that PPO's ratio p / p_old starts from, the
+The rollout log-probs tell which policy sampled a token: older weights in asynchronous runs, or the same weights in
+another implementation. With b that policy and p_old the policy that PPO's ratio p / p_old starts from, the
 policy's loss of each token is multiplied by an estimate of p_old / b, detached: the decoupled objective of Hilton et
 al. (arXiv 2110.00641) and AReaL (arXiv 2505.24298). Without old log-probs p_old is the current policy, and the weight
-is all of the importance ratio. A token counts with the log-prob that it was drawn with, so that weights may have
-changed in the midst of a trace.
+is the full importance ratio. Each token has the log-prob that it was sampled with, so that weights may have
+changed within a trace.
 
-All tensors are [batch, length], a row for each sequence.
+All tensors are [B, T], one row for each sequence.
 """
 
 import torch
@@ -17,30 +17,30 @@ from exprl_megatron.config.losses import CorrectionConfig, RatioLevel
 
 
 def correction_weights(
-    config: CorrectionConfig, old_log_probs: torch.Tensor, sampler_log_probs: torch.Tensor, mask: torch.Tensor
+    config: CorrectionConfig, old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The config's weight of each token, and the ratio that it was made of; both detached.
+    """Compute the config's weight of each token and the importance ratio behind it: both [B, T], detached.
 
-    `config.kind` is not `none`.
+    `mask` [B, T] is 1.0 at response tokens. `config.kind` must not be `none`.
     """
-    ratio = importance_ratio(old_log_probs.detach(), sampler_log_probs, mask, config.level)
+    ratio = importance_ratio(old_log_probs.detach(), rollout_log_probs, mask, config.level)
     if config.kind == "truncated":
         return truncated(ratio, config.high), ratio
     return masked(ratio, config.low, config.high), ratio
 
 
 def importance_ratio(
-    old_log_probs: torch.Tensor, sampler_log_probs: torch.Tensor, mask: torch.Tensor, level: RatioLevel
+    old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor, level: RatioLevel
 ) -> torch.Tensor:
-    """p_old / b at each token, the exponent held within +-20; `mask` is 1.0 at response tokens.
+    """Compute p_old / b at each token [B, T], with the exponent clamped to +-20; `mask` is 1.0 at response tokens.
 
-    token: of the token alone. It leaves out how likely the tokens before it were (first-order in the gap).
+    token: the ratio of the token alone, without the tokens before it (first-order in the difference).
     sequence: the product over the response, at each of its tokens; exact, with a variance that grows with length
     (Liu, Li et al., "When Speed Kills Stability", 2025).
-    geometric: the product's 1 / tokens-th power, as GSPO's ratio (arXiv 2507.18071): no estimate of the ratio but
+    geometric: the product's 1 / tokens-th power, as GSPO's ratio (arXiv 2507.18071): not an estimate of the ratio but
     the mean distance of a token, whatever the length, to bound sequences by.
     """
-    difference = (old_log_probs - sampler_log_probs) * mask
+    difference = (old_log_probs - rollout_log_probs) * mask
     if level != "token":
         total = difference.sum(-1, keepdim=True)
         if level == "geometric":

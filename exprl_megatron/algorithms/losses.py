@@ -1,6 +1,6 @@
-"""Per-token losses. All tensors have one shape, [batch, length] where a row is a sequence, and a float dtype.
+"""Per-token losses. All tensors have one shape [B, T], one row for each sequence, and a float dtype.
 
-Nothing is masked here but in what looks at whole sequences.
+Only functions that aggregate over whole sequences use a mask.
 """
 
 import torch
@@ -10,12 +10,12 @@ KL_BOUND = 10.0
 
 
 def probability_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor) -> torch.Tensor:
-    """exp(log_prob - old_log_prob), the exponent held within +-20 so that it stays finite."""
+    """Compute exp(log_prob - old_log_prob), with the exponent clamped to +-20, so that it stays finite."""
     return torch.exp((log_probs - old_log_probs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
 
 
 def sequence_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """GSPO's ratio of a sequence, at each of its tokens (arXiv 2507.18071, the form of its section GSPO-token).
+    """Compute GSPO's ratio of a sequence, at each of its tokens (arXiv 2507.18071, the form of its section GSPO-token).
 
     s_i = (p(y_i) / p_old(y_i))^(1 / |y_i|), the geometric mean of the token ratios over the response tokens
     (where `mask` is 1). Token t gets sg[s_i] p_t / sg[p_t]: the value s_i, with the gradient of its own log-prob.
@@ -31,10 +31,10 @@ def sequence_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: t
 def clipped_policy_loss(
     ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate as a loss, and 1.0 where a clip decides a token's loss.
+    """Compute PPO's clipped surrogate as a loss, and 1.0 where a clip determines a token's loss.
 
     loss = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (arXiv 1707.06347); with `dual_clip` c
-    the loss of a negative advantage is at most -A c (arXiv 1912.09729). `ratio` may be that of tokens or,
+    the loss of a negative advantage is at most -A c (arXiv 1912.09729). `ratio` is that of tokens or,
     for GSPO, that of sequences.
     """
     plain = -advantages * ratio
@@ -48,7 +48,7 @@ def clipped_policy_loss(
 def clipped_weight_loss(
     log_probs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CISPO (arXiv 2506.13585), and 1.0 where the weight was clipped.
+    """Compute the loss of CISPO (arXiv 2506.13585), and 1.0 where the weight was clipped.
 
     loss = -sg[clip(r, 1 - clip_low, 1 + clip_high)] A log p: the importance weight is clipped and detached, so that
     every token keeps a gradient. The paper sets no lower bound: a clip_low of 1 or more.
@@ -59,7 +59,7 @@ def clipped_weight_loss(
 
 
 def distillation_loss(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ExpRL's self-distillation (arXiv 2606.17024): loss d log p, and d = sg[log p - log p_teacher].
+    """Compute ExpRL's self-distillation loss (arXiv 2606.17024), d log p, and d = sg[log p - log p_teacher].
 
     On the student's own samples the gradient estimates that of the sum over tokens of KL(student || teacher), each
     token's contexts taken as given: no baseline, no credit for later tokens. The mean of d estimates that KL.
@@ -69,9 +69,9 @@ def distillation_loss(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor) 
 
 
 def k3_divergence(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:
-    """The k3 estimate of KL(policy || other) from the policy's samples: e^d - d - 1, d = other - policy.
+    """Compute the k3 estimate of KL(policy || other) from the policy's samples: e^d - d - 1, d = other - policy.
 
-    Differentiable in both; d is held within +-20 and the estimate within +-10
+    Differentiable in both arguments; d is clamped to +-20 and the estimate to +-10
     (J. Schulman, "Approximating KL divergence", 2020; the bounds are ExpRL's).
     """
     difference = (other_log_probs - log_probs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
@@ -81,7 +81,7 @@ def k3_divergence(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> tor
 def unbiased_divergence(
     log_probs: torch.Tensor, other_log_probs: torch.Tensor, old_log_probs: torch.Tensor
 ) -> torch.Tensor:
-    """The value of k3_divergence with the gradient sg[r (log p - log other)] d log p, r = p / p_old.
+    """Compute the value of k3_divergence with the gradient sg[r (log p - log other)] d log p, r = p / p_old.
 
     On samples of p_old that is, in expectation, the gradient of each token's KL(policy || other), its context taken as
     given; the gradient of k3 itself is that of KL(other || policy). Source: the score-function form of the gradient

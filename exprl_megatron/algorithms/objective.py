@@ -1,17 +1,15 @@
-"""What a training step minimises: functions from a micro-batch's log-probs to its summed loss and metrics.
+"""Objectives of a training step: functions from a micro-batch's log-probs to its summed loss and metrics.
 
-A loss is a weighted sum over the micro-batch's response tokens; whoever calls divides the sum over all
-micro-batches and data-parallel ranks by aggregation.denominator. Metrics named `loss` or `loss/...` are such
+A loss is a weighted sum over the micro-batch's response tokens. The caller divides the sum over all
+micro-batches and data-parallel ranks by aggregation.denominator_of. Metrics named `loss` or `loss/...` are such
 weighted sums too and have the same denominator; all others are plain sums over response tokens, to be divided by
 their number, and maxima where the name ends in `/max`.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from exprl_megatron.algorithms.aggregation import token_weights
-from exprl_megatron.algorithms.batch import MicroBatch
+from exprl_megatron.algorithms.batch import LossFunction, MicroBatch
 from exprl_megatron.algorithms.corrections import correction_weights
 from exprl_megatron.algorithms.losses import (
     clipped_policy_loss,
@@ -26,20 +24,17 @@ from exprl_megatron.algorithms.mismatch import log_prob_gap
 from exprl_megatron.algorithms.rejection import kept_tokens
 from exprl_megatron.config.losses import Aggregation, LossConfig
 
-LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(log_probs [b, l], entropy [b, l], micro-batch) -> (loss sum, {metric: detached sum or maximum}), scalar tensors."""
-
 
 def policy_objective(config: LossConfig) -> LossFunction:
-    """The config's surrogate, plus the KL to the starting policy, minus the entropy bonus, all aggregated alike.
+    """Build the objective of a config: surrogate + KL to the reference policy - entropy bonus, with one aggregation.
 
-    The micro-batch needs advantages; old log-probs default to the current ones, detached (strictly
-    on-policy); start log-probs are needed where `kl_coefficient` is not 0 (ValueError without them).
-    With `use_rollout_log_probs` the ratio is to the sampler's log-probs instead (ValueError without them).
-    The gap to the sampler is measured on the trainer's old log-probs, which belong to the weights that sampled, or to
-    newer ones than those of tokens that are not `fresh`. `config.correction` and `config.rejection` need sampler
-    log-probs (ValueError without them). What is rejected has no policy loss; where it does not count in the
-    denominator either, it has no other term, and the metrics `kept/tokens` and `kept/sequences` count the others.
+    The micro-batch needs advantages. Old log-probs default to the current ones, detached (strictly
+    on-policy). Reference log-probs are needed where `kl_coefficient` is not 0 (ValueError without them).
+    With `use_rollout_log_probs` the ratio is to the rollout log-probs instead (ValueError without them).
+    The gap to the sampler is measured on the trainer's old log-probs, over the tokens that the same weights sampled
+    (`on_policy_mask`). `config.correction` and `config.rejection` need rollout
+    log-probs (ValueError without them). Rejected tokens have no policy loss; where they do not count in the
+    denominator, they have no other term either, and the metrics `kept/tokens` and `kept/sequences` count the rest.
     """
 
     def loss_function(log_probs, entropy, micro):
@@ -59,7 +54,7 @@ def policy_objective(config: LossConfig) -> LossFunction:
         total = policy
         if config.entropy_coefficient:
             total = total - config.entropy_coefficient * entropy
-        if (divergence := _to_start(config, log_probs, old, micro)) is not None:
+        if (divergence := _ref_divergence(config, log_probs, old, micro)) is not None:
             terms["kl/start"] = divergence
             total = total + config.kl_coefficient * divergence
         counted = micro.mask
@@ -68,31 +63,31 @@ def policy_objective(config: LossConfig) -> LossFunction:
             found |= {"kept/tokens": counted.sum(), "kept/sequences": (counted.sum(-1) > 0).sum()}
         weights = token_weights(counted, config.aggregation)
         loss = (total * weights).sum()
-        metrics = _sums(terms, micro) | _sampler_gap(trained, micro) | found
+        metrics = _sums(terms, micro) | _rollout_gap(trained, micro) | found
         return loss, metrics | {"loss": loss.detach(), "loss/policy": (policy.detach() * weights).sum()}
 
     return loss_function
 
 
 def distillation_objective(aggregation: Aggregation) -> LossFunction:
-    """Self-distillation; the micro-batch's start log-probs are those of the frozen teacher, which saw the reference.
+    """Build the objective of self-distillation; the micro-batch's reference log-probs are those of the frozen teacher.
 
-    `kl/teacher` estimates KL(student || teacher) for each token. Raises ValueError without start log-probs.
+    `kl/teacher` estimates KL(student || teacher) for each token. Raises ValueError without reference log-probs.
     """
 
     def loss_function(log_probs, entropy, micro):
-        if micro.start_log_probs is None:
+        if micro.ref_log_probs is None:
             raise ValueError("self-distillation needs the teacher's log-probs, but the batch carries none")
-        values, difference = distillation_loss(log_probs, micro.start_log_probs)
+        values, difference = distillation_loss(log_probs, micro.ref_log_probs)
         loss = (values * token_weights(micro.mask, aggregation)).sum()
-        metrics = _sums({"entropy": entropy, "kl/teacher": difference}, micro) | _sampler_gap(log_probs, micro)
+        metrics = _sums({"entropy": entropy, "kl/teacher": difference}, micro) | _rollout_gap(log_probs, micro)
         return loss, metrics | {"loss": loss.detach()}
 
     return loss_function
 
 
 def supervised_objective() -> LossFunction:
-    """Negative log-likelihood of the response tokens, in nats; its aggregation is the token mean."""
+    """Build the objective of SFT: the negative log-likelihood of response tokens in nats, for a mean over tokens."""
 
     def loss_function(log_probs, entropy, micro):
         loss = (-log_probs * micro.mask).sum()
@@ -104,7 +99,7 @@ def supervised_objective() -> LossFunction:
 def _surrogate(
     config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per token: the policy's loss, the ratio that it is made with, and 1.0 where that was clipped."""
+    """Compute per token the policy's loss, its ratio, and 1.0 where the ratio was clipped: each [B, T]."""
     if config.surrogate == "sequence-clip":
         ratio = sequence_ratio(log_probs, old, micro.mask)
     else:
@@ -118,29 +113,31 @@ def _surrogate(
     return loss, ratio, clipped
 
 
-def _to_start(config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch) -> torch.Tensor | None:
-    """Per token the divergence from the stage's starting policy, where the batch has its log-probs."""
-    if micro.start_log_probs is None:
+def _ref_divergence(
+    config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch
+) -> torch.Tensor | None:
+    """Compute per token the divergence from the reference policy [B, T]; None where the batch lacks its log-probs."""
+    if micro.ref_log_probs is None:
         if config.kl_coefficient:
-            raise ValueError("the loss has a KL term, but the batch carries no log-probs of the starting policy")
+            raise ValueError("the loss has a KL term, but the batch carries no log-probs of the reference policy")
         return None
     if config.kl_gradient == "unbiased":
-        return unbiased_divergence(log_probs, micro.start_log_probs, old)
-    return k3_divergence(log_probs, micro.start_log_probs)
+        return unbiased_divergence(log_probs, micro.ref_log_probs, old)
+    return k3_divergence(log_probs, micro.ref_log_probs)
 
 
 def _rollout_log_probs(micro: MicroBatch) -> torch.Tensor:
-    if micro.sampler_log_probs is None:
+    if micro.rollout_log_probs is None:
         raise ValueError(
             "the loss compares with the policy that sampled, but the batch carries no log-probs of the sampler"
         )
-    return micro.sampler_log_probs
+    return micro.rollout_log_probs
 
 
 def _corrected(
     config: LossConfig, old: torch.Tensor, micro: MicroBatch
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weight of each token; per token what the weights are, and the largest ratio."""
+    """Compute the weight of each token [B, T], terms for the metrics, and the largest ratio."""
     weights, ratio = correction_weights(config.correction, old, _rollout_log_probs(micro), micro.mask)
     terms = {
         "correction/weight": weights,
@@ -154,11 +151,11 @@ def _sums(terms: dict[str, torch.Tensor], micro: MicroBatch) -> dict[str, torch.
     return {name: (value.detach() * micro.mask).sum() for name, value in terms.items()}
 
 
-def _sampler_gap(log_probs: torch.Tensor, micro: MicroBatch) -> dict[str, torch.Tensor]:
-    """Over the tokens that the weights of `log_probs` sampled themselves; how many these are, where not all."""
-    if micro.sampler_log_probs is None:
+def _rollout_gap(log_probs: torch.Tensor, micro: MicroBatch) -> dict[str, torch.Tensor]:
+    """Measure the gap over the tokens that the current weights sampled, and count these where they are not all."""
+    if micro.rollout_log_probs is None:
         return {}
-    mask = micro.mask if micro.fresh is None else micro.mask * micro.fresh
-    gap = log_prob_gap(log_probs, micro.sampler_log_probs, mask)
+    mask = micro.mask if micro.on_policy_mask is None else micro.mask * micro.on_policy_mask
+    gap = log_prob_gap(log_probs, micro.rollout_log_probs, mask)
     found = {"sampler_gap/mean": gap.absolute, "sampler_gap/max": gap.largest, "sampler_gap/k3": gap.k3}
-    return found if micro.fresh is None else found | {"sampler_gap/tokens": mask.sum()}
+    return found if micro.on_policy_mask is None else found | {"sampler_gap/tokens": mask.sum()}

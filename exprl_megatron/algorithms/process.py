@@ -1,4 +1,4 @@
-"""Process rewards: from the scores of a trace's segments to one advantage for each segment.
+"""Process rewards: estimators from the scores of a trace's segments to one advantage for each segment.
 
 s_1..s_T are the scores of one trace, in [0, 1]; K is the number of traces of a problem. The equations are those of the
 ExpRL paper (arXiv 2606.17024). Three variants:
@@ -17,18 +17,18 @@ from itertools import chain
 from statistics import fmean
 from typing import Literal
 
-Estimator = Literal["delta", "end", "group", "batch", "basic"]
-Variant = Literal["recommended", "paper", "code"]
+SegmentEstimator = Literal["delta", "end", "group", "batch", "basic"]
+ProcessVariant = Literal["recommended", "paper", "code"]
 OverlongRule = Literal["zero", "penalise", "exclude"]
 
 SENTINEL = -100.0
-"""What the released code writes in place of a missing score."""
+"""The released code's value for a missing score."""
 _LENGTH_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
 class SegmentedTrace:
-    """What of a trace its advantages are computed from; it has at least one segment."""
+    """The scores and lengths of a trace's segments, of which there is at least one."""
 
     scores: tuple[float | None, ...]
     """One for each segment, in [0, 1]; None: the judge abstained."""
@@ -44,7 +44,7 @@ class SegmentedTrace:
 
 @dataclass(frozen=True)
 class Credit:
-    """An advantage for each segment, and whether the trace takes part in the loss at all."""
+    """The advantage of each segment, and whether the trace is in the loss."""
 
     advantages: tuple[float, ...]
     in_loss: bool = True
@@ -52,12 +52,12 @@ class Credit:
 
 def process_credits(
     groups: Sequence[Sequence[SegmentedTrace]],
-    estimator: Estimator,
-    variant: Variant = "recommended",
+    estimator: SegmentEstimator,
+    variant: ProcessVariant = "recommended",
     overlong: OverlongRule = "zero",
     padded_length: int | None = None,
 ) -> list[list[Credit]]:
-    """A Credit for every trace of every group of one batch, in their order.
+    """Compute the Credit of every trace of every group of one batch, in order.
 
     `overlong` is the recommended variant's: advantage 0, minus the mean last score of the group's valid traces, or
     out of the loss. `padded_length`, the tokens that the released code pads responses to, is needed for its GroupNorm
@@ -95,7 +95,11 @@ def mean_score(traces: Sequence[SegmentedTrace]) -> float:
 
 
 def _group_credits(
-    group: Sequence[SegmentedTrace], baseline: float, estimator: Estimator, variant: Variant, overlong: OverlongRule
+    group: Sequence[SegmentedTrace],
+    baseline: float,
+    estimator: SegmentEstimator,
+    variant: ProcessVariant,
+    overlong: OverlongRule,
 ) -> list[Credit]:
     last_scores = [trace.scores[-1] for trace in group if trace.valid]
     credits = []
@@ -113,7 +117,7 @@ def _group_credits(
     return credits
 
 
-def _equation(scores: Sequence[float], baseline: float, estimator: Estimator) -> tuple[float, ...]:
+def _equation(scores: Sequence[float], baseline: float, estimator: SegmentEstimator) -> tuple[float, ...]:
     if estimator == "delta":
         return delta_norm(scores)
     if estimator == "end":
@@ -122,12 +126,12 @@ def _equation(scores: Sequence[float], baseline: float, estimator: Estimator) ->
 
 
 def _worthless(trace: SegmentedTrace) -> SegmentedTrace:
-    """The trace as one that counts everywhere, with the score 0 wherever it has one."""
+    """Return the trace as one that is not overlong and whose scores are all 0."""
     return replace(trace, scores=tuple(None if s is None else 0.0 for s in trace.scores), overlong=False)
 
 
 def _released_credits(
-    groups: Sequence[Sequence[SegmentedTrace]], estimator: Estimator, padded_length: int | None
+    groups: Sequence[Sequence[SegmentedTrace]], estimator: SegmentEstimator, padded_length: int | None
 ) -> list[list[Credit]]:
     rewards = [[released_rewards(trace, estimator == "delta") for trace in group] for group in groups]
     if estimator in ("delta", "basic"):
@@ -151,7 +155,7 @@ def _released_credits(
 
 
 def released_rewards(trace: SegmentedTrace, difference: bool) -> Credit:
-    """The released code's reward of each segment, and whether the trace stays in its loss.
+    """Compute the released code's reward of each segment, and whether the trace stays in its loss.
 
     With `difference` (DeltaNorm) a reward is the score less the last one there was, and s_T is taken off segment 1
     before the last segment's reward is written: a single segment thus gets s_1. A missing score is -100, and the trace
@@ -176,6 +180,6 @@ def _shifted(credit: Credit, baseline: float) -> Credit:
 
 
 def _token_mean(credit: Credit, trace: SegmentedTrace) -> float:
-    """The mean reward of a trace's tokens; 0 where it is masked."""
+    """Compute the mean reward of a trace's tokens; 0 where the trace is masked."""
     total = sum(reward * length for reward, length in zip(credit.advantages, trace.lengths, strict=True))
     return total / (sum(trace.lengths) + _LENGTH_EPSILON) if credit.in_loss else 0.0

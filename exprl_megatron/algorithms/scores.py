@@ -1,4 +1,4 @@
-"""From the judgements of a group to the tensors that its advantages are computed from."""
+"""Scores and validity of a group's judgements, as tensors for the advantage estimators."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,10 +13,10 @@ def group_scores(
     overlong: Sequence[bool],
     overlong_rule: Literal["zero", "score", "exclude"] = "score",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores [K] (float64, 0 where there is none) and whether each is valid [K] (bool).
+    """Compute scores [K] (float64, 0 for abstentions) and their validity [K] (bool).
 
-    A trace that ran into the length limit and was scored keeps its score; with the rule `zero` it counts as 0 and
-    stays in the statistics, with `exclude` it is not valid. An abstention stays one, overlong or not.
+    A scored trace that the length limit ended keeps its score; with the rule `zero` it counts as 0 and
+    stays in the statistics, with `exclude` it is not valid. Abstentions are never valid.
     """
     rows = list(zip(judgements, overlong, strict=True))
     valid = [isinstance(judgement, Scored) and not (cut and overlong_rule == "exclude") for judgement, cut in rows]
@@ -28,9 +28,9 @@ def group_scores(
 
 
 def soft_overlong_punishment(lengths: Sequence[int], max_length: int, cache: int) -> torch.Tensor:
-    """DAPO's R_length [K] (float64, -1 to 0) of traces of so many tokens (arXiv 2503.14476, equation 13).
+    """Compute DAPO's R_length [K] (float64, -1 to 0) of traces of `lengths` tokens (arXiv 2503.14476, equation 13).
 
-    0 up to max_length - cache tokens, from there in a line to -1 at max_length, and -1 above it.
+    0 up to max_length - cache tokens, from there linear to -1 at max_length, and -1 above it.
     """
     tokens = torch.tensor(lengths, dtype=torch.float64)
     return ((max_length - cache - tokens) / cache).clamp(min=-1.0, max=0.0)

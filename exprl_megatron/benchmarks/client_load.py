@@ -18,7 +18,7 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization, read_key
 from exprl_megatron.serving.server_command import server_environment
 from exprl_megatron.utils.accelerator import uses_cuda
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 
 _SEED = 42
 _SAMPLING_SEED = 1
@@ -85,7 +85,7 @@ async def through_our_client(server: Place, prompts: list[list[int]], sampling: 
     key = authorization(server.key_file)
     async with SGLangClient(server.url, "server", deadline_s=3600.0, headers=key) as client:
         started = time.perf_counter()
-        generations = await together(
+        generations = await gather_or_cancel(
             client.generate(prompt, seed=_SAMPLING_SEED, **sampling.model_dump()) for prompt in prompts
         )
         seconds = time.perf_counter() - started

@@ -28,7 +28,7 @@ from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.training.grading import Grade, grade_of
+from exprl_megatron.training.grading import GradeTrace, grade_of
 from exprl_megatron.training.loop_lag import LoopLag
 from exprl_megatron.utils.text_check import text_check_of
 
@@ -143,7 +143,7 @@ class Timed:
         return written
 
 
-async def sampled(load: Load, policy: SGLangClient, grade: Grade) -> list[GradedTrace]:
+async def sampled(load: Load, policy: SGLangClient, grade: GradeTrace) -> list[GradedTrace]:
     """The load's traces as a step samples them; each is graded when it is there."""
     graded: list[GradedTrace] = []
     problems = {problem.id: problem for problem in load.problems}

@@ -32,7 +32,7 @@ class Replies:
 
     def unsent(self, group: Group) -> Iterator[str]:
         """What the group's traces and scores have that no server sent."""
-        for member in group.members:
+        for member in group.samples:
             trace = member.trace
             if _key(trace.token_ids, trace.log_probs, trace.text) not in self._sampled:
                 yield f"sample {trace.sample} is of no server"
@@ -71,7 +71,7 @@ def wrong_with(config: RunConfig, replies: Replies | None = None, steps: int | N
 
 
 def _wrong_traces(group: Group, size: int, version: str) -> Iterator[str]:
-    traces = [member.trace for member in group.members]
+    traces = [member.trace for member in group.samples]
     if [trace.sample for trace in traces] != list(range(size)):
         yield f"samples {[trace.sample for trace in traces]}"
     wrong = {name for trace in traces for name, _, _ in trace.weight_versions} - {version}

@@ -1,12 +1,12 @@
 """A training step as one writes it with `transformers` alone: what ours is measured against."""
 
-from collections.abc import Sequence as ListLike
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from exprl_megatron.algorithms.batch import MicroBatch, Sequence, pad
+from exprl_megatron.algorithms.batch import MicroBatch, TrainSample, pad
 from exprl_megatron.config.policy import OptimizerConfig
 from exprl_megatron.policy.packing import Shape, plan_micro_batches
 
@@ -30,7 +30,7 @@ class PlainStep:
             weight_decay=optimizer.weight_decay,
         )
 
-    def step(self, sequences: ListLike[Sequence], denominator: float) -> tuple[float, float]:
+    def step(self, sequences: Sequence[TrainSample], denominator: float) -> tuple[float, float]:
         """One optimizer step on sum(-advantage x log-prob) / denominator; that loss, and the gradient's norm."""
         lengths = [len(sequence) for sequence in sequences]
         (micros,) = plan_micro_batches(lengths, ranks=1, budget=self._budget, shape=Shape(packed=False))
@@ -44,7 +44,7 @@ class PlainStep:
         self._optimizer.zero_grad()
         return total, norm.item()
 
-    def _loss(self, rows: ListLike[Sequence]) -> torch.Tensor:
+    def _loss(self, rows: Sequence[TrainSample]) -> torch.Tensor:
         length = max(map(len, rows))
         tokens = [row.token_ids.tolist() for row in rows]
         ids = torch.tensor([row + [0] * (length - len(row)) for row in tokens])

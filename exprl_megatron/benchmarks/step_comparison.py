@@ -1,8 +1,7 @@
 """Our training step beside the plain one: the same model, the same sequences, turn by turn in one process."""
 
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -10,7 +9,7 @@ from statistics import median
 
 import torch
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.benchmarks.plain_step import PlainStep, weighted_loss
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.models.architecture import read_architecture
@@ -48,7 +47,7 @@ class Comparison:
         return median(plain / ours for ours, plain in zip(self.ours_cpu_s, self.plain_cpu_s, strict=True))
 
 
-def make_sequences(vocabulary: int, count: int, longest: int, spread: float, seed: int = 0) -> list[Sequence]:
+def make_sequences(vocabulary: int, count: int, longest: int, spread: float, seed: int = 0) -> list[TrainSample]:
     """Random tokens, a quarter of each sequence prompt, with random advantages.
 
     Lengths fall from `longest` to (1 - spread) x `longest`; spread 0 makes all alike.
@@ -61,11 +60,11 @@ def make_sequences(vocabulary: int, count: int, longest: int, spread: float, see
         ids = tuple(rng.randrange(8, vocabulary) for _ in range(length))
         cut = length // 4
         advantages = tuple(rng.uniform(-1, 1) for _ in range(length - cut))
-        sequences.append(Sequence(ids[:cut], ids[cut:], advantages))
+        sequences.append(TrainSample(ids[:cut], ids[cut:], advantages))
     return sequences
 
 
-def compare_steps(directory: str | Path, sequences: ListLike[Sequence], budget: int, rounds: int) -> Comparison:
+def compare_steps(directory: str | Path, sequences: Sequence[TrainSample], budget: int, rounds: int) -> Comparison:
     """`rounds` steps of either, turn by turn, after one of each to warm up; `budget`: tokens in a micro-batch."""
     ours, plain = make_steps(directory, sequences, budget)
     first, first_plain = ours(), plain()
@@ -80,7 +79,7 @@ def compare_steps(directory: str | Path, sequences: ListLike[Sequence], budget: 
     return Comparison(tokens, *map(tuple, seconds), *zip(first, first_plain, strict=True))
 
 
-def make_steps(directory: str | Path, sequences: ListLike[Sequence], budget: int) -> tuple[Step, Step]:
+def make_steps(directory: str | Path, sequences: Sequence[TrainSample], budget: int) -> tuple[Step, Step]:
     """Our step and the plain one on `sequences`; this process enters a world of one rank."""
     enter_world(Layout())
     longest = max(map(len, sequences))

@@ -47,7 +47,7 @@ def eval_command(
     server_port: Annotated[int | None, typer.Option(help="The first server's port. (default: free ones)")] = None,
     server_arg: Annotated[list[str] | None, typer.Option(help="Passed to SGLang as it is; may be repeated.")] = None,
     request_deadline_s: Annotated[float, typer.Option(help="For one sample, its wait for a place included.")] = 3600.0,
-    concurrency: Annotated[int, typer.Option(min=1, help="Samples under way at one server.")] = 1024,
+    concurrency: Annotated[int, typer.Option(min=1, help="Samples in flight at one server.")] = 1024,
     verifier_workers: Annotated[
         int | None, typer.Option(min=1, help="Processes that compare answers. (default: one per core, at most 8)")
     ] = None,

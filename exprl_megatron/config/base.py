@@ -10,6 +10,6 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    def violations(self, whole: Any) -> list[str]:
-        """Sentences about what this piece, seen within the `whole` RunConfig, gets wrong."""
+    def violations(self, run_config: Any) -> list[str]:
+        """Return a sentence for each contradiction of this section within `run_config`, the whole RunConfig."""
         return []

@@ -7,7 +7,7 @@ from exprl_megatron.config.stages import RlStage, SelfDistillStage
 
 
 class DebugConfig(Config):
-    """None of these is for a run whose result is wanted."""
+    """Settings for debugging; not for a run whose result matters."""
 
     only: Literal["sampling", "learning"] | None = None
     """`sampling`: sample, grade and keep every step under the weights that the run starts from, and learn nothing.
@@ -15,9 +15,9 @@ class DebugConfig(Config):
     rollouts: str | None = None
     """The directory of the run whose steps are learned from."""
     assertions: bool = False
-    """Stop the run where what must be equal is not (`exprl train --assert`; see training/assertions.py)."""
+    """Stop the run where an invariant is violated (`exprl train --assert`; see training/assertions.py)."""
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         found = []
         if (self.only == "learning") != (self.rollouts is not None):
             found.append(
@@ -27,26 +27,26 @@ class DebugConfig(Config):
         if self.only is not None:
             found += [
                 f"stage {stage.name} ({stage.kind}) has no rollouts, and debug.only is {self.only}; leave it out."
-                for stage in whole.stages
+                for stage in run_config.stages
                 if not isinstance(stage, RlStage)
             ]
-        return found + (self._assertion_violations(whole) if self.assertions else [])
+        return found + (self._assertion_violations(run_config) if self.assertions else [])
 
-    def _assertion_violations(self, whole) -> list[str]:
+    def _assertion_violations(self, run_config) -> list[str]:
         """What keeps a run from checking itself."""
         found = []
-        if not whole.sync.verify:
+        if not run_config.sync.verify:
             found.append("debug.assertions compares weights after each sync, but sync.verify is false; set it to true.")
-        if not whole.compares_log_probs:
+        if not run_config.compares_log_probs:
             found.append(
                 "debug.assertions compares log-probs of trainer and sampler, but sync.max_log_prob_gap "
-                f"({'null' if whole.sync.max_log_prob_gap is None else 'auto'}) gives no bound here; set a number "
+                f"({'null' if run_config.sync.max_log_prob_gap is None else 'auto'}) gives no bound here; set a number "
                 "(1e-4 in fp32, about 0.02 in bf16)."
             )
-        compared = (s for s in whole.stages if isinstance(s, RlStage) and not isinstance(s, SelfDistillStage))
-        if whole.policy.starting_policy == "server" and any(stage.needs_start for stage in compared):
+        compared = (s for s in run_config.stages if isinstance(s, RlStage) and not isinstance(s, SelfDistillStage))
+        if run_config.policy.ref_policy == "server" and any(stage.needs_ref_policy for stage in compared):
             found.append(
-                "debug.assertions wants the KL to a stage's start to be exactly 0 at first, but policy.starting_policy "
+                "debug.assertions wants the KL to a stage's start to be exactly 0 at first, but policy.ref_policy "
                 "is server, which rounds otherwise; set it to host."
             )
         return found

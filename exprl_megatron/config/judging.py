@@ -1,4 +1,4 @@
-"""The judge: its model, its prompts, how its verdict is read, when its failures stop the run."""
+"""The judge: its model and prompts, how its answers are read, and when its failures stop the run."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from exprl_megatron.config.serving import ServerConfig
 
 
 class RubricConfig(Config):
-    """What the judge measures a trace against."""
+    """The standard that the judge measures a trace by."""
 
     kind: Literal["reference", "checkpoints"] = "reference"
     """The reference under a fixed scale, or weighted checkpoints that a language model drew from it, once."""
@@ -20,7 +20,7 @@ class RubricConfig(Config):
 
 
 class GateConfig(Config):
-    """The judge must tell right traces from wrong ones before it may train, and go on doing so."""
+    """The calibration gate: the judge must separate right traces from wrong ones before it trains anything."""
 
     traces: str
     """JSON lines of traces whose correctness is known: what `exprl judge-bench` reads."""
@@ -30,13 +30,13 @@ class GateConfig(Config):
     """Misplacement without the reference and with a wrong one must be larger by so much, at least; required only of a
     judge that is not within `max_misplacement` without the reference."""
     every_steps: PositiveInt | None = None
-    """Checked again so often; None: only before the first stage that is judged."""
+    """Check again every this many steps; None: only before the first judged stage."""
     limit: PositiveInt | None = None
-    """Take the first so many traces."""
+    """Take this many traces from the beginning of the file."""
 
 
 class JudgeConfig(Config):
-    """A frozen language model that grades traces with the reference in its hands."""
+    """A frozen language model that grades traces with the reference solution in its prompt."""
 
     model: str
     """Directory in Hugging Face form; its tokenizer and template are used even where `endpoints` serve it."""
@@ -82,27 +82,27 @@ class JudgeConfig(Config):
     """Times a request is sent again after a transport error, each after twice the pause."""
     retry_pause_s: float = Field(0.5, gt=0)
     hedge_after_s: float | None = Field(None, gt=0)
-    """A request without an answer for so long is sent to a second server too; the first answer counts."""
+    """Seconds after which a request without an answer is sent to a second server too; the first answer counts."""
     concurrency: PositiveInt = 256
     deadline_s: float = Field(300.0, gt=0)
-    """For one judgement, re-asks included; then it is an abstention."""
+    """Deadline of one judgement with its repetitions, in seconds; later it is an abstention."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
     """A larger share of abstentions among the last `abstention_window` judgements stops the run."""
     abstention_window: PositiveInt = 512
     store: str | None = None
     """SQLite file of rubrics and judgements; None: `judgements.sqlite` in the run's directory."""
     gate: GateConfig | None = None
-    place: Literal["own", "policy"] = "own"
-    """`own` servers, or the `policy`'s, which hold the judge's weights when a step is sampled and until the next sync.
+    placement: Literal["own", "policy"] = "own"
+    """`own`: separate servers. `policy`: the policy's servers, which load the judge's weights after a step's sampling.
     Judge and policy must have the same architecture and vocabulary then."""
     server: ServerConfig = ServerConfig()
 
     @property
     def has_servers(self) -> bool:
         """Whether the run starts servers for the judge."""
-        return not self.endpoints and self.place == "own"
+        return not self.endpoints and self.placement == "own"
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         found = []
         if self.endpoints and self.score_format == "constrained":
             found.append(
@@ -113,27 +113,29 @@ class JudgeConfig(Config):
                 "judge.show_reference is false, but judge.rubric.kind is checkpoints, which are drawn from the "
                 "reference; change one of them."
             )
-        if self.place == "policy" and whole.judges:
-            found += _lent_violations(self, whole)
+        if self.placement == "policy" and run_config.needs_judge:
+            found += _shared_server_violations(self, run_config)
         return found
 
 
-def _lent_violations(judge: JudgeConfig, whole) -> list[str]:
-    """Why the policy's servers cannot judge."""
+def _shared_server_violations(judge: JudgeConfig, run_config) -> list[str]:
+    """Return the reasons why the policy's servers cannot serve the judge."""
     found = []
     if judge.endpoints:
-        found.append("judge.place is policy, but judge.endpoints are given; drop one of them.")
+        found.append("judge.placement is policy, but judge.endpoints are given; drop one of them.")
     if judge.gate is not None:
         found.append(
-            "judge.place is policy, but judge.gate asks the judge before a step is sampled; run `exprl judge-bench` "
-            "instead and drop the gate, or set judge.place to own."
+            "judge.placement is policy, but judge.gate asks the judge before a step is sampled; run `exprl "
+            "judge-bench` instead and drop the gate, or set judge.placement to own."
         )
-    if whole.sync.fp8:
-        found.append("judge.place is policy, but sync.fp8 is true, and the judge's weights are not in FP8; change one.")
-    for stage in whole.stages:
+    if run_config.sync.fp8:
+        found.append(
+            "judge.placement is policy, but sync.fp8 is true, and the judge's weights are not in FP8; change one."
+        )
+    for stage in run_config.stages:
         if getattr(stage, "max_staleness", 0):
             found.append(
-                f"judge.place is policy, but stage {stage.name} samples while it learns (max_staleness is "
-                f"{stage.max_staleness}), and the servers are never idle; set it to 0, or judge.place to own."
+                f"judge.placement is policy, but stage {stage.name} samples while it learns (max_staleness is "
+                f"{stage.max_staleness}), and the servers are never idle; set it to 0, or judge.placement to own."
             )
     return found

@@ -1,4 +1,4 @@
-"""From a YAML file and `key.path=value` overrides to a checked RunConfig."""
+"""Loading of a RunConfig from a YAML file and `key.path=value` overrides, with all checks."""
 
 import copy
 import difflib
@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from exprl_megatron.config.algorithms import expand_algorithms
 from exprl_megatron.config.base import Config
+from exprl_megatron.config.renamed import new_name
 from exprl_megatron.config.reproduction import expand_reproduction
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
@@ -24,7 +25,7 @@ _TO_REFER_TO = "x-"
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|(^|_)(KEY|PASS|AUTH|PAT)S?($|_)", re.IGNORECASE)
 
 Check = Callable[[RunConfig], Iterable[str]]
-"""One sentence for everything that is wrong with a config in which each value by itself is sound."""
+"""Checks of a config whose values are valid each by itself: returns one sentence for each contradiction."""
 
 
 def _nothing(config: RunConfig) -> Iterable[str]:
@@ -32,11 +33,11 @@ def _nothing(config: RunConfig) -> Iterable[str]:
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = (), also: Check = _nothing) -> RunConfig:
-    """The run's config; relative paths in it are taken from the working directory.
+    """Load the config of a run; its relative paths are relative to the working directory.
 
     `extends: FILE` puts the file over another one (its path is relative to the file); top-level keys that
     begin with `x-` are for `${x-...}` to refer to. Raises UserError with one sentence for each violation,
-    all of them at once; `also` tells of those that lie outside the config, as in its model.
+    all of them together; `also` checks what is outside of the config, such as its model.
     """
     return resolve_config(_loaded(Path(path)), overrides, path, also)
 
@@ -52,7 +53,7 @@ def resolve_config(
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise UserError(f"{path}: {error.__cause__}") from error
-        raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; mend the ${{...}}.") from error
+        raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; fix the ${{...}}.") from error
     if isinstance(resolved, dict):
         resolved = {key: value for key, value in resolved.items() if not str(key).startswith(_TO_REFER_TO)}
     return check_config(resolved, str(path), also)
@@ -80,7 +81,7 @@ def _loaded(path: Path, above: tuple[Path, ...] = ()) -> Container:
     try:
         tree = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not YAML: {_one_line(error)}; mend that line.") from error
+        raise UserError(f"{path} is not YAML: {_one_line(error)}; fix that line.") from error
     if not isinstance(tree, DictConfig) or "extends" not in tree:
         return tree
     below = path.parent / str(tree.pop("extends"))
@@ -95,7 +96,7 @@ def _override(tree: Container, override: str, path: Path) -> None:
         value = OmegaConf.from_dotlist([f"value={text}"])["value"]
         OmegaConf.update(tree, key, value, force_add=True)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"The override {override!r} fits nowhere in {path}: {_one_line(error)}; mend it.") from error
+        raise UserError(f"The override {override!r} fits nowhere in {path}: {_one_line(error)}; fix it.") from error
 
 
 def check_config(tree: Any, origin: str, also: Check = _nothing) -> RunConfig:
@@ -136,14 +137,14 @@ def _all_sentences(error: ValidationError, tree: Any, also: Check) -> list[str]:
     return [*sentences, *_violations(config, config), *also(config)]
 
 
-def _violations(piece: Config, whole: RunConfig):
-    yield from piece.violations(whole)
+def _violations(piece: Config, run_config: RunConfig):
+    yield from piece.violations(run_config)
     for name in type(piece).model_fields:
         value = getattr(piece, name)
         items = value if isinstance(value, tuple) else value.values() if isinstance(value, dict) else (value,)
         for item in items:
             if isinstance(item, Config):
-                yield from _violations(item, whole)
+                yield from _violations(item, run_config)
 
 
 def _listing(origin: str, sentences: list[str]) -> str:
@@ -152,8 +153,11 @@ def _listing(origin: str, sentences: list[str]) -> str:
 
 def _sentence(item: dict, tree: Any) -> str:
     """One pydantic finding as a sentence with key, value and remedy."""
-    path = ".".join(map(str, _keys(item["loc"], tree)))
+    keys = _keys(item["loc"], tree)
+    path = ".".join(map(str, keys))
     if item["type"] == "extra_forbidden":
+        if (renamed := new_name(keys)) is not None:
+            return f"{path} is now called {'.'.join(map(str, [*keys[:-1], renamed]))}; rename the key."
         near = difflib.get_close_matches(str(item["loc"][-1]), _known(item["loc"][:-1]), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "remove it."
         return f"unknown key {path}; {hint}"

@@ -1,4 +1,4 @@
-"""What a step minimises."""
+"""The loss of a policy-gradient update."""
 
 from typing import Literal
 
@@ -9,11 +9,11 @@ from exprl_megatron.config.base import Config
 Advantage = Literal[
     "group-normalised", "mean-centred", "leave-one-out", "batch-normalised", "group-centred-batch-normalised"
 ]
-"""From one score a trace to its advantage: GRPO, Dr. GRPO and ExpRL's stage 2, RLOO, REINFORCE++ and its baseline
+"""Advantage of a trace from its score: GRPO, Dr. GRPO and ExpRL's stage 2, RLOO, REINFORCE++ and its baseline
 variant."""
 
 Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum", "constant-length", "micro-batch-mean"]
-"""From losses of tokens to one number. Over all sequences of the update: `token-mean` (DAPO), `sequence-mean` the mean
+"""Aggregation of token losses. Over all sequences of the update: `token-mean` (DAPO), `sequence-mean` the mean
 over sequences of their token means (GRPO), `sequence-sum` the sum over tokens by the number of sequences (ExpRL's
 stage 2 and its paper's equation 1), `constant-length` the same divided by max_new_tokens (Dr. GRPO).
 `micro-batch-mean` is the released ExpRL code's, set by `reproduce: released`: token means of micro-batches, weighted by
@@ -21,22 +21,22 @@ their sequences, so that it depends on packing."""
 
 
 RatioLevel = Literal["token", "sequence", "geometric"]
-"""Of what an importance ratio is taken: each token, the whole response (product), or its geometric mean."""
+"""Level of an importance ratio: each token, the whole response (product), or its geometric mean."""
 
 
 class CorrectionConfig(Config):
-    """Weights for the gap between the policy that sampled a token and the one that the loss starts from."""
+    """Importance weights for the difference between the policy that sampled a token and the old policy of the loss."""
 
     kind: Literal["none", "truncated", "masked"] = "none"
-    """The importance ratio up to `high`; or 0 outside of `low` to `high`."""
+    """`truncated` (TIS): the importance ratio up to `high`; `masked` (IcePop): 0 outside of `low` to `high`."""
     level: RatioLevel = "token"
     low: float = Field(0.5, ge=0, le=1)
-    """Of `masked` alone."""
+    """Used by `masked` alone."""
     high: float = Field(2.0, ge=1)
 
 
 class RejectionConfig(Config):
-    """Tokens that are left out since the policy that sampled them is too far away; weights are CorrectionConfig's."""
+    """Rejection of tokens whose sampling policy is too far from the policy that learns."""
 
     level: Literal["none", "token", "sequence", "geometric"] = "none"
     """Leave out the tokens, or the whole sequences, whose importance ratio is outside of `low` to `high` (verl's
@@ -45,20 +45,20 @@ class RejectionConfig(Config):
     high: float = Field(2.0, ge=1)
     off_policy_threshold: float | None = Field(None, gt=0)
     """DeepSeek-V3.2's off-policy sequence mask (TRL's `off_policy_mask_threshold`, slime's `--opsm-delta`): tokens with
-    a negative advantage are left out of sequences in which log(sampler / policy) is more than this on average, in nats
-    a token."""
+    a negative advantage are left out of sequences whose mean log(sampling policy / policy) is more than this, in nats a
+    token."""
     in_denominator: bool = True
-    """Whether what is left out (by `correction.kind: masked` too) still counts where the loss is divided by tokens or
-    sequences, and has its KL and entropy terms, as in the papers; false: it is as if it had not been sampled (verl)."""
+    """Whether rejected tokens (by `correction.kind: masked` too) still count where the loss is divided by tokens or
+    sequences, and have KL and entropy terms, as in the papers; false: they are treated as not sampled (verl)."""
 
     @property
     def rejects(self) -> bool:
-        """Whether anything can be left out by this section."""
+        """Whether this section can reject anything."""
         return self.level != "none" or self.off_policy_threshold is not None
 
 
 class LossConfig(Config):
-    """Clipped policy gradient with an optional KL term to the stage's starting policy."""
+    """Clipped policy gradient with an optional KL term to the stage's reference policy."""
 
     surrogate: Literal["clip", "sequence-clip", "clipped-weight"] = "clip"
     """PPO's clip of token ratios; GSPO's of sequence ratios; CISPO's detached clipped weight."""
@@ -67,27 +67,27 @@ class LossConfig(Config):
     clip_high: float = Field(0.28, gt=0)
     """Ratios count up to 1 + clip_high. GSPO's paper: 4e-4."""
     dual_clip: float | None = Field(3.0, gt=1)
-    """Bound of the loss where the advantage is negative, in units of the advantage."""
+    """Upper bound of the loss where the advantage is negative, in units of the advantage."""
     kl_coefficient: float = Field(1e-3, ge=0)
     kl_gradient: Literal["k3", "unbiased"] = "k3"
-    """Of the KL term: that of the k3 estimate, in expectation the gradient of KL(start || policy) (as released), or an
-    unbiased one of KL(policy || start)."""
+    """Gradient of the KL term: that of the k3 estimate, in expectation of KL(reference || policy) (as released), or an
+    unbiased one of KL(policy || reference)."""
     entropy_coefficient: float = Field(0.0, ge=0)
     aggregation: Aggregation = "token-mean"
     correction: CorrectionConfig = CorrectionConfig()
-    """Of the surrogate alone, not of the KL term nor the entropy bonus."""
+    """Weights of the surrogate alone, not of the KL term or the entropy bonus."""
     rejection: RejectionConfig = RejectionConfig()
     use_rollout_log_probs: bool = False
-    """Take the surrogate's ratio to the policy that sampled, by the log-probs that the servers reported, instead of to
+    """Take the surrogate's ratio to the sampling policy, by the log-probs that the servers reported, instead of to
     the trainer's before the update (slime's `--use-rollout-logprobs`, verl's bypass mode). The clip then also bounds
     staleness and the gap between sampler and trainer."""
 
     @property
     def corrects(self) -> bool:
-        """Whether the loss makes up for tokens that another policy sampled than the one that learns."""
+        """Whether the loss corrects for tokens that another policy sampled than the one that learns."""
         return self.correction.kind != "none" or self.use_rollout_log_probs
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         found = []
         if self.surrogate != "clip" and self.dual_clip is not None:
             found.append(f"loss.dual_clip belongs to the surrogate clip, not to {self.surrogate}; set it to null.")
@@ -96,19 +96,19 @@ class LossConfig(Config):
                 f"loss.use_rollout_log_probs is true, but loss.correction.kind is {self.correction.kind}, and both "
                 "correct for the policy that sampled; set one of them to its default."
             )
-        return found + ([] if self.rejection.in_denominator else self._denominator_violations(whole))
+        return found + ([] if self.rejection.in_denominator else self._denominator_violations(run_config))
 
-    def _denominator_violations(self, whole) -> list[str]:
+    def _denominator_violations(self, run_config) -> list[str]:
         found = []
         if not self.rejection.rejects and self.correction.kind != "masked":
             found.append(
                 "loss.rejection.in_denominator is false, but nothing is rejected; set loss.rejection.level, "
                 "loss.rejection.off_policy_threshold or loss.correction.kind: masked, or leave it out."
             )
-        if whole.policy.moe_aux_loss:
+        if run_config.policy.moe_aux_loss:
             found.append(
                 "loss.rejection.in_denominator is false, which rescales the gradient of an update, and with it that of "
-                f"policy.moe_aux_loss ({whole.policy.moe_aux_loss:g}); set one of them to its default."
+                f"policy.moe_aux_loss ({run_config.policy.moe_aux_loss:g}); set one of them to its default."
             )
         return found
 

@@ -1,4 +1,4 @@
-"""The model that learns: where its weights are, how it is laid out over ranks, its precision."""
+"""The policy: its model, its layout over ranks, its precision and its optimizer."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from exprl_megatron.config.precision import PrecisionConfig
 
 
 class Layout(Config):
-    """How the policy is spread over ranks; world size = tp x cp x dp x pp, tp innermost, pp outermost.
+    """Parallel layout of the policy; world size = tp x cp x dp x pp, tp innermost, pp outermost.
 
     Experts are laid over the same ranks in another way: etp x ep x (what remains is their data parallelism).
     """
@@ -27,9 +27,9 @@ class Layout(Config):
     dp: PositiveInt = 1
     sequence_parallel: bool = False
     embedding_as_layer: bool = False
-    """The first stage holds a layer less, for the embedding."""
+    """The first pipeline stage has one layer less, for the embedding."""
     head_as_layer: bool = False
-    """The last stage holds a layer less, for the output layer."""
+    """The last pipeline stage has one layer less, for the output layer."""
 
     @property
     def world_size(self) -> int:
@@ -43,10 +43,10 @@ class Layout(Config):
 
     @property
     def edp(self) -> int:
-        """Copies of each expert (data parallelism of the experts)."""
+        """Data-parallel size of the experts."""
         return self.tp * self.cp * self.dp // (self.etp * self.ep)
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         found = []
         if self.vpp > 1 and self.pp == 1:
             found.append(f"policy.layout.vpp is {self.vpp} but pp is 1; virtual stages need pp of 2 or more.")
@@ -71,7 +71,7 @@ class PolicyConfig(Config):
     model: str
     """Directory in Hugging Face form: config.json, tokenizer and safetensors."""
     initialise: Literal["weights", "random"] = "weights"
-    """`random` needs only config.json and the tokenizer: for SFT from nothing."""
+    """`random` needs only config.json and the tokenizer: for SFT from scratch."""
     layout: Layout = Layout()
     precision: PrecisionConfig = PrecisionConfig()
     recompute: Literal["none", "selective", "full"] = "none"
@@ -82,9 +82,10 @@ class PolicyConfig(Config):
     log_prob_chunk: PositiveInt | None = None
     """Tokens whose logits exist at the same time; by default as many as 256 MB hold for a block of the vocabulary."""
     packing: bool = True
-    """Sequences of a micro-batch lie one behind the other instead of being padded to the longest."""
-    starting_policy: Literal["host", "server"] = "host"
-    """Where a stage's starting weights are scored for the KL term: swapped in from host memory, or by a server."""
+    """Pack the sequences of a micro-batch into one row instead of padding each of them to the longest."""
+    ref_policy: Literal["host", "server"] = "host"
+    """Where the reference policy (a stage's weights at its start, frozen) scores traces for the KL term: `host`
+    swaps its weights in from host memory, `server` uses a separate server."""
     gradient_accumulation_fusion: bool | None = None
     """Add weight gradients to the fp32 buffers within the matrix product, in bf16 on CUDA; needs apex. None: where apex
     is installed."""
@@ -122,7 +123,7 @@ class OptimizerConfig(Config):
     offload: float = Field(0.0, ge=0, le=1)
     """Share of the optimizer state that is kept and stepped in host memory."""
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         return [
             f"optimizer.{name} needs optimizer.distributed; turn that on, or leave {name} out."
             for name in ("overlap", "offload")

@@ -58,8 +58,8 @@ class PrecisionConfig(Config):
             return self
         return self.model_copy(update={"kind": default_kind(uses_cuda() if cuda is None else cuda)})
 
-    def violations(self, whole) -> list[str]:
-        return self._emulation_violations(whole.policy) if self.emulate else []
+    def violations(self, run_config) -> list[str]:
+        return self._emulation_violations(run_config.policy) if self.emulate else []
 
     def _emulation_violations(self, policy) -> list[str]:
         found = []

@@ -24,10 +24,10 @@ class FieldNames(Config):
 
 
 class LeakGuardConfig(Config):
-    """Watches that nothing of a reference is sent to the policy."""
+    """Checks that no part of a reference is sent to the policy."""
 
     ngram_words: PositiveInt = 12
-    """A request that shares so many words in a row with a reference, which its problem does not have, stops the run."""
+    """A request that shares this many consecutive words with a reference, but not with its problem, stops the run."""
     canary: str | None = None
     """A string planted into references (prepare_data.py --canary); a request or a trace that holds it stops the run."""
 
@@ -40,7 +40,7 @@ class ProblemsConfig(Config):
     split: str = "train"
     fields: FieldNames = FieldNames()
     limit: PositiveInt | None = None
-    """Take the first so many."""
+    """Take this many problems from the beginning."""
     max_prompt_tokens: PositiveInt | None = None
     """Longer prompts are dropped and counted."""
 
@@ -54,7 +54,7 @@ class PromptConfig(Config):
     template_args: dict[str, bool | str | int] = Field(default_factory=dict)
     """Passed to the chat template (for example `enable_thinking: false`)."""
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         if "{problem}" not in self.user:
             return [f"prompt.user is {self.user!r} and never shows the problem; put {{problem}} into it."]
         return []

@@ -40,7 +40,7 @@ RELEASED = (
     Released("judge.prompt_order", "upstream", f"{_PROMPTS} (the reference is last)"),
     Released("judge.reasks", 0, f"{_GENRM}:1166 (a score that cannot be read is None at once)"),
     # What is judged, and what a score is worth.
-    Released("unit", "segment", f"{_GENRM}:1275 (each step without the earlier ones)", (PROCESS,)),
+    Released("granularity", "segment", f"{_GENRM}:1275 (each step without the earlier ones)", (PROCESS,)),
     Released("segments.splitter", "released", f"{_GENRM}:1252 (_find_step_spans)", (PROCESS,)),
     Released("segments.min_tokens", 0, f"{_GENRM}:1252 (no minimum)", (PROCESS,)),
     Released("segments.max_segments", None, f"{_GENRM}:1252 (no cap)", (PROCESS,)),
@@ -57,7 +57,7 @@ RELEASED = (
         (SPARSE,),
         SECOND,
     ),
-    Released("sync.hold", "in_place", f"{_PIPELINE}/pipelinerl/vllm0.py:154 (the cache is kept)", (), SECOND),
+    Released("sync.pause_mode", "in_place", f"{_PIPELINE}/pipelinerl/vllm0.py:154 (the cache is kept)", (), SECOND),
     # The optimizer: torch's AdamW over all parameters; in stage 2 `no_decay` names no parameter of Qwen3.
     Released(
         "optimizer.decay_norms_and_biases",
@@ -127,10 +127,10 @@ def alone(tree: Any) -> list[str]:
 
 def _settings(tree: dict) -> Iterator[tuple[tuple[str | int, ...], Released]]:
     """The released settings that a config has a place for, each with its path."""
-    whole = SECOND if SECOND in _programs(tree) else FIRST
+    program = SECOND if SECOND in _programs(tree) else FIRST
     for released in RELEASED:
         section, *_ = path = tuple(released.key.split("."))
-        if not released.kinds and released.program in (None, whole) and (section != "judge" or tree.get("judge")):
+        if not released.kinds and released.program in (None, program) and (section != "judge" or tree.get("judge")):
             yield path, released
         for number, stage in enumerate(_stages(tree)):
             if stage.get("kind") in released.kinds and released.program in (None, _program(stage)):

@@ -1,7 +1,7 @@
-"""Which settings a resumed run may change, and why; the one table that `--resume` and docs/resume.md go by.
+"""The settings that a resumed run may change, and why; `--resume` and docs/resume.md use this table.
 
 A row is a key of the config, without the number of a stage, or `SECTION.*` for all keys of a section that have no row
-of their own. What has no row is fixed.
+of their own. A key without a row is fixed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +46,7 @@ TABLE = (
     Row(("policy.model",), "content", "the weights that the run starts from, their tokenizer and chat template"),
     Row(("policy.initialise", "policy.precision.*", "policy.moe_aux_loss"), "fixed", "what is computed"),
     Row(("policy.max_tokens",), "fixed", "decides which prompts and examples are left out"),
-    Row(("policy.starting_policy",), "fixed", "a checkpoint either holds the starting weights or does not"),
+    Row(("policy.ref_policy",), "fixed", "a checkpoint either holds the starting weights or does not"),
     Row(("policy.recompute", "policy.log_prob_chunk"), "free", "memory against speed"),
     Row(("policy.gradient_accumulation_fusion",), "free", "speed"),
     Row(
@@ -60,10 +60,10 @@ TABLE = (
     Row(("placement.*",), "free", "where the servers compute"),
     Row(("sync.*",), "free", "how the same weights travel, and what is verified then"),
     Row(("sync.max_log_prob_gap",), "free", "only stops a run; `auto` keeps what the first step showed"),
-    Row(("sync.fp8", "sync.hold"), "fixed", "changes the distribution that is sampled from"),
+    Row(("sync.fp8", "sync.pause_mode"), "fixed", "changes the distribution that is sampled from"),
     # The judge.
     Row(("judge.model",), "content", "who judges"),
-    Row(("judge.endpoints", "judge.api_key_variable", "judge.place"), "free", "where the same judge is asked"),
+    Row(("judge.endpoints", "judge.api_key_variable", "judge.placement"), "free", "where the same judge is asked"),
     Row(("judge.endpoint_model",), "fixed", "the only name that is known of a judge behind endpoints"),
     Row(
         (

@@ -21,7 +21,7 @@ class EvaluationConfig(Config):
 
     problems: ProblemsConfig
     every_steps: PositiveInt | None = None
-    """Evaluate after every so many steps of each stage too (verl's `test_freq`, slime's `--eval-interval`, TRL's
+    """Evaluate every this many steps of each stage too (verl's `test_freq`, slime's `--eval-interval`, TRL's
     `eval_steps`)."""
     samples: PositiveInt = 16
     k: tuple[PositiveInt, ...] = (1, 16)
@@ -32,7 +32,7 @@ class EvaluationConfig(Config):
         """Whether the weights are evaluated after step `step` of a stage, which is not its last one."""
         return self.every_steps is not None and step > 0 and step % self.every_steps == 0
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         return [
             f"evaluation.k contains {k}, more than evaluation.samples ({self.samples}); raise samples."
             for k in self.k
@@ -41,7 +41,7 @@ class EvaluationConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When the run's state is written."""
+    """When checkpoints are written, and how many are kept."""
 
     every_steps: PositiveInt = 10
     keep: PositiveInt = 2
@@ -51,10 +51,10 @@ class JournalConfig(Config):
     """The rollout log."""
 
     keep_steps: PositiveInt | None = None
-    """Of each stage the last so many steps before a checkpoint, and all after it; None: every step."""
+    """Keep this many steps of each stage before a checkpoint, and all steps after it; None: every step."""
 
-    def violations(self, whole) -> list[str]:
-        needed = whole.checkpoint.every_steps * whole.checkpoint.keep
+    def violations(self, run_config) -> list[str]:
+        needed = run_config.checkpoint.every_steps * run_config.checkpoint.keep
         if self.keep_steps is None or self.keep_steps >= needed:
             return []
         return [
@@ -67,10 +67,10 @@ class RunConfig(Config):
     """A run: a policy, its servers, and a list of stages."""
 
     directory: str
-    """All that the run writes lies here."""
+    """Directory of everything that the run writes."""
     permissions: Literal["private", "shared"] = "private"
-    """Who else may read it: nobody (directories 0700, files 0600), or those that the umask allows. References and judge
-    prompts are in it. The key of the run's servers is private in any case."""
+    """Who else may read it: nobody (directories 0700, files 0600), or the users that the umask permits. The files
+    contain references and judge prompts. The key of the run's servers is private in any case."""
     seed: NonNegativeInt = 0
     reproduce: Literal["released"] | None = None
     """`released`: do what the released ExpRL code does, where the config says nothing else (docs/reproducing.md)."""
@@ -95,48 +95,48 @@ class RunConfig(Config):
 
     @property
     def departures(self) -> list[str]:
-        """One sentence for each value by which the run is not the released one, although `reproduce` asks for that."""
+        """One sentence for each value that differs from the released program, although `reproduce` is set."""
         return departures(self.model_dump(mode="json"))
 
     @property
-    def samples(self) -> bool:
-        """Whether anything in this run needs a sampling server."""
+    def needs_sampling_servers(self) -> bool:
+        """Whether the run needs sampling servers."""
         return self.debug.only != "learning" and (
             self.evaluation is not None or any(isinstance(s, RlStage) for s in self.stages)
         )
 
     @property
-    def evaluates(self) -> bool:
+    def has_evaluation(self) -> bool:
         """Whether held-out problems are evaluated."""
-        return self.samples and self.evaluation is not None
+        return self.needs_sampling_servers and self.evaluation is not None
 
     @property
-    def judges(self) -> bool:
+    def needs_judge(self) -> bool:
         """Whether any stage needs the judge."""
-        return self.samples and any(isinstance(stage, JudgedStage) for stage in self.stages)
+        return self.needs_sampling_servers and any(isinstance(stage, JudgedStage) for stage in self.stages)
 
     @property
-    def scores_start(self) -> bool:
-        """Whether a server of its own scores the log-probs of a stage's starting policy."""
-        return self.policy.starting_policy == "server" and any(
-            isinstance(stage, RlStage) and stage.needs_start for stage in self.stages
+    def has_ref_server(self) -> bool:
+        """Whether a separate server scores the log-probs of the reference policy."""
+        return self.policy.ref_policy == "server" and any(
+            isinstance(stage, RlStage) and stage.needs_ref_policy for stage in self.stages
         )
 
     @property
     def sampling_server(self) -> ServerConfig:
-        """The sampling servers as they are started: those that share GPUs with the trainer leave it room."""
+        """The config that sampling servers start with: those that share GPUs with the trainer leave memory for it."""
         if self.placement.kind == "separate" or self.server.memory_share is not None:
             return self.server
         return self.server.model_copy(update={"mem_fraction_static": COLOCATED_MEM_FRACTION})
 
     @property
-    def start_server(self) -> ServerConfig:
-        """That server: like the policy's, on the port behind theirs."""
+    def ref_server(self) -> ServerConfig:
+        """The config of the reference policy's server: like the sampling servers', on the port after theirs."""
         port = self.server.port
         return self.server.model_copy(update={"count": 1, "port": None if port is None else port + self.server.count})
 
     def problem_sets(self) -> dict[ProblemsConfig, SamplingConfig]:
-        """Every set of problems that the run reads, each once, with the sampling that leaves its prompts least room."""
+        """Return every set of problems of the run with the sampling that leaves the least room for its prompts."""
         uses = [(stage.problems, stage.sampling) for stage in self.stages if isinstance(stage, RlStage)]
         if self.evaluation is not None:
             uses.append((self.evaluation.problems, self.evaluation.sampling))
@@ -150,14 +150,14 @@ class RunConfig(Config):
         """
         if self.sync.max_log_prob_gap != "auto":
             return self.sync.max_log_prob_gap is not None
-        mixed_cache = self._samples_ahead and self.sync.hold == "in_place"
+        mixed_cache = self._samples_ahead and self.sync.pause_mode == "in_place"
         return self.debug.only != "learning" and not mixed_cache
 
     @property
     def _samples_ahead(self) -> bool:
         return any(isinstance(stage, RlStage) and stage.max_staleness for stage in self.stages)
 
-    def violations(self, whole=None) -> list[str]:
+    def violations(self, run_config=None) -> list[str]:
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
         found = [f"stages: the name {name} is given twice; names must differ." for name in twice]
@@ -166,11 +166,15 @@ class RunConfig(Config):
         if self.evaluation is not None and "start" in names:
             found.append("stages: the name start is that of the evaluation before the first stage; choose another.")
         found += alone(self.model_dump(mode="json"))
-        if self.policy.initialise == "random" and self.samples:
+        if self.policy.initialise == "random" and self.needs_sampling_servers:
             found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")
-        if self._samples_ahead and self.sync.hold == "in_place" and self.sync.max_log_prob_gap not in ("auto", None):
+        if (
+            self._samples_ahead
+            and self.sync.pause_mode == "in_place"
+            and self.sync.max_log_prob_gap not in ("auto", None)
+        ):
             found.append(
-                "sync.hold is in_place, by which traces go on with the cache of older weights, but "
-                "sync.max_log_prob_gap wants log-probs of the newest; set it to auto or null, or hold to retract."
+                "sync.pause_mode is in_place, by which traces go on with the cache of older weights, but "
+                "sync.max_log_prob_gap wants log-probs of the newest; set it to auto or null, or pause_mode to retract."
             )
         return found

@@ -16,7 +16,7 @@ class SegmentsConfig(Config):
     delimiter: str = Field("###", min_length=1)
     sentences_per_segment: PositiveInt = 4
     min_tokens: NonNegativeInt = 32
-    """A shorter segment is joined to its neighbour; not used by `released`."""
+    """A shorter segment is joined to its neighbor; not used by `released`."""
     max_segments: PositiveInt | None = 10
     """Further segments are joined to the last; not used by `released`."""
 
@@ -24,11 +24,14 @@ class SegmentsConfig(Config):
 class RouteConfig(Config):
     """How the traces of one domain are judged and credited."""
 
-    unit: Literal["trace", "prefix", "segment"]
+    granularity: Literal["trace", "prefix", "segment"]
     estimator: Literal["delta", "end", "group", "batch", "basic", "outcome"]
-    """`outcome`: the whole trace's score, group-normalised, on every token (needs the unit `trace`)."""
+    """`outcome`: the whole trace's score, normalized within the group, on every token (with granularity `trace`)."""
 
-    def violations(self, whole) -> list[str]:
-        if (self.unit == "trace") != (self.estimator == "outcome"):
-            return [f"a route has the unit {self.unit} and the estimator {self.estimator}; `outcome` needs `trace`."]
+    def violations(self, run_config) -> list[str]:
+        if (self.granularity == "trace") != (self.estimator == "outcome"):
+            return [
+                f"a route has the granularity {self.granularity} and the estimator {self.estimator}; "
+                "`outcome` needs `trace`."
+            ]
         return []

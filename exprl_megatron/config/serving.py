@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from exprl_megatron.config.base import Config
 
 SCORED_BELOW_ROOM = 7
-"""A scored sequence must have at least so many tokens fewer than the server has positions, and than its KV cache has
+"""A scored sequence must have at least this many tokens fewer than the server has positions, and than its KV cache has
 slots: SGLang keeps room for an answer even where none is wanted (max_req_input_len in sglang/srt/managers)."""
 
 
@@ -23,26 +23,26 @@ class ServerConfig(Config):
     """KV-cache slots; None lets SGLang fill the device (on a CPU: 65,536)."""
     max_running_requests: PositiveInt | None = None
     mem_fraction_static: float | None = Field(None, gt=0, lt=1)
-    """On a GPU: share of its memory that weights and KV cache fill. None: SGLang's choice, or 0.75 for sampling servers
+    """On a GPU: fraction of its memory for weights and KV cache. None: SGLang's choice, or 0.75 for sampling servers
     that are colocated with the trainer."""
     cpu_threads: PositiveInt = 1
-    """Of each of a server's ranks on a machine without GPUs; where they are more than free cores, they are slow."""
+    """Threads of each rank of a server on a machine without GPUs; slow where they are more than the free cores."""
     start_deadline_s: float = Field(600.0, gt=0)
     request_deadline_s: float = Field(600.0, gt=0)
     answer_deadline_s: float = Field(60.0, gt=0)
-    """A sampling server that has failed must answer within so long before it is asked again."""
+    """A sampling server that failed must answer a probe within this time before it receives requests again."""
     router: bool = False
-    """Let sglang-router, started with the trainer, choose the server of each request, of sampling servers and judge.
+    """Let sglang-router, started with the trainer, choose the server of each request, for sampling and for the judge.
     Behind a router the judge's stragglers are not hedged (`judge.hedge_after_s`)."""
     group_requests: bool = False
     """Of sampling servers: one request asks for all traces of a problem, so that none is graded before the last of them
     is finished. Less work for each trace, which counts where traces are short."""
     restarts: NonNegativeInt = 3
-    """How often a server that has died, or fails again and again, is started anew; once more and the run stops."""
+    """Number of restarts of a server that died or fails repeatedly; after the next failure the run stops."""
     extra_args: tuple[str, ...] = ()
     """Passed to `sglang.launch_server` as they are."""
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         return [
             f"A server's extra_args hold {name}, but the run makes the key of its servers itself; leave it out."
             for name in ("--api-key", "--admin-api-key")
@@ -73,26 +73,26 @@ class SamplingConfig(Config):
 
 
 class SyncConfig(Config):
-    """How updated weights reach the sampling servers, and what is checked then."""
+    """How updated weights reach the sampling servers, and which checks follow."""
 
     transport: Literal["auto", "broadcast", "direct", "handles", "disk", "delta"] = "auto"
     """`auto` is `handles` where trainer and servers share GPUs, else `direct`, or `broadcast` where a server cannot
     receive by `direct`; docs/resharding.md describes each."""
     bucket_mb: float = Field(256.0, gt=0)
-    """Weights are gathered and sent in pieces of at most so many MiB (2**20 bytes); a rank holds two of them."""
+    """Size of a weight bucket in MiB (2**20 bytes); weights are sent in buckets, and a rank holds two of them."""
     fp8: bool = False
-    """The servers hold matrices in FP8 blocks of 128 x 128 (DeepSeek-V3's form): they are sent so."""
+    """The servers hold matrices in FP8 blocks of 128 x 128 (DeepSeek-V3's format), and receive them in this format."""
     verify: bool = True
     """Compare the servers' checksums with the trainer's after every sync."""
     max_log_prob_gap: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = "auto"
     """Stop the run where mean |trainer - sampler| log-prob of a step exceeds this many nats a token. `auto` goes by
     precision and by what the first step showed (docs/config.md); null compares nothing."""
-    hold: Literal["retract", "in_place"] = "retract"
-    """How traces under way wait while the weights change (`max_staleness`): `retract` computes their cache anew under
-    the new weights, `in_place` goes on with the old one."""
+    pause_mode: Literal["retract", "in_place"] = "retract"
+    """How traces in flight are paused for an update of the weights (`max_staleness`; SGLang's pause_generation modes):
+    `retract` computes their KV cache again under the new weights, `in_place` continues with the old cache."""
     deadline_s: float = Field(600.0, gt=0)
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         if self.fp8 and self.transport == "direct":
             return [
                 "sync.transport is direct, which sends weights as the trainer holds them, but sync.fp8 is true; set "

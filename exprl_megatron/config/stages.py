@@ -1,4 +1,4 @@
-"""What a run does, one stage after the other; each starts from the weights that the one before left."""
+"""The stages of a run, which follow each other; each one starts from the weights of the stage before."""
 
 import math
 from typing import Annotated, Literal
@@ -13,28 +13,28 @@ from exprl_megatron.config.segments import RouteConfig, SegmentsConfig
 from exprl_megatron.config.serving import SamplingConfig
 
 ZERO_ALONE = ("group-normalised", "mean-centred", "leave-one-out", "group-centred-batch-normalised")
-"""Advantages that are differences within a group."""
+"""Advantages that are differences within a group: they are 0 for a group of one trace."""
 
 
 class SoftOverlongConfig(Config):
     """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13): traces lose score before they are cut off."""
 
     max_length: PositiveInt | None = None
-    """L_max, at and above which the punishment is whole; None: sampling.max_new_tokens."""
+    """L_max, the length from which on the full penalty applies; None: sampling.max_new_tokens."""
     cache: PositiveInt | None = None
-    """L_cache: so many tokens below max_length the punishment begins, and grows in a line (verl's overlong_buffer.len).
+    """L_cache: the penalty starts this many tokens below max_length and grows linearly (verl's overlong_buffer.len).
     None: a fifth of max_length, as the paper has 4,096 of 20,480."""
     penalty: float = Field(0.5, gt=0)
-    """The whole punishment, in units of scores, which are 0 to 1. The paper's is 1 where right answers have 1 and wrong
+    """The full penalty, in units of scores, which are 0 to 1. The paper's is 1 where right answers have 1 and wrong
     ones -1: half of the distance between them."""
 
     def lengths(self, max_new_tokens: int) -> tuple[int, int]:
-        """(L_max, L_cache) where traces have at most so many tokens."""
+        """Return (L_max, L_cache) for traces of at most `max_new_tokens` tokens."""
         longest = self.max_length or max_new_tokens
         return longest, self.cache or max(1, longest // 5)
 
     def faults(self, stage: str, max_new_tokens: int) -> list[str]:
-        """What does not go with the stage's sampling."""
+        """Return a sentence for each contradiction with the stage's sampling."""
         longest, cache = self.lengths(max_new_tokens)
         found = []
         if longest > max_new_tokens:
@@ -51,7 +51,7 @@ class SoftOverlongConfig(Config):
 
 
 class Stage(Config):
-    """What every stage has."""
+    """Settings of every stage."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     steps: PositiveInt
@@ -59,61 +59,61 @@ class Stage(Config):
 
 
 class RlStage(Stage):
-    """What the stages that learn from their own traces share."""
+    """Settings of the stages that learn from the policy's own traces."""
 
     problems: ProblemsConfig
     problems_per_step: PositiveInt = 32
     group_size: PositiveInt = 16
     over_sampling: float = Field(1.0, ge=1)
-    """So many times problems_per_step problems are drawn; the groups that are finished first make the step, and the
-    others are abandoned. No step waits for its slowest traces then, but problems with short traces are favoured."""
+    """Sample this many times problems_per_step problems; the groups that are finished first make the step, and the
+    others are cancelled. Steps do not wait for their slowest traces, but problems with short traces are favored."""
     updates_per_step: PositiveInt = 1
-    """Optimizer steps that one step's traces are split into."""
+    """Number of optimizer steps that share the traces of one step."""
     max_staleness: NonNegativeInt = 0
-    """How many steps' weights sampling may be behind those that learn from it; 0 is strictly on-policy. With n, the
-    next n steps are sampled while a step learns, and the weights change under way."""
+    """By how many steps the sampling weights may be older than those that learn; 0 is strictly on-policy. With n, the
+    next n steps are sampled while a step learns, and the weights change within traces."""
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
 
     @property
-    def needs_start(self) -> bool:
-        """Whether the loss compares with the stage's starting policy."""
+    def needs_ref_policy(self) -> bool:
+        """Whether the loss needs log-probs of the reference policy (the stage's weights at its start, frozen)."""
         return self.loss.kl_coefficient > 0
 
-    def drawn_for(self, groups: int) -> int:
-        """How many problems are drawn where so many groups are wanted."""
+    def prompts_for(self, groups: int) -> int:
+        """Number of problems to sample for `groups` groups, with over-sampling."""
         return math.ceil(groups * self.over_sampling)
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         found = []
         if self.problems_per_step % self.updates_per_step:
             found.append(
                 f"stage {self.name}: problems_per_step ({self.problems_per_step}) is not a multiple of "
                 f"updates_per_step ({self.updates_per_step}); change one of them."
             )
-        if self.sampling.max_new_tokens >= whole.policy.max_tokens:
+        if self.sampling.max_new_tokens >= run_config.policy.max_tokens:
             found.append(
                 f"stage {self.name}: sampling.max_new_tokens ({self.sampling.max_new_tokens}) leaves no room for a "
-                f"prompt within policy.max_tokens ({whole.policy.max_tokens}); raise the latter."
+                f"prompt within policy.max_tokens ({run_config.policy.max_tokens}); raise the latter."
             )
-        if self.needs_start and whole.policy.starting_policy == "server" and self.sampling.temperature != 1:
+        if self.needs_ref_policy and run_config.policy.ref_policy == "server" and self.sampling.temperature != 1:
             found.append(
-                f"stage {self.name}: policy.starting_policy is server, but a server scores prompts at temperature 1 "
-                f"alone and sampling.temperature is {self.sampling.temperature:g}; set starting_policy to host."
+                f"stage {self.name}: policy.ref_policy is server, but a server scores prompts at temperature 1 "
+                f"alone and sampling.temperature is {self.sampling.temperature:g}; set ref_policy to host."
             )
         found += self._learning_violations()
         return found + (self._staleness_violations() if self.max_staleness else [])
 
     def _learning_violations(self) -> list[str]:
-        """What would have the stage learn from another policy than was sampled, or from nothing."""
+        """Reasons why the stage would learn from another distribution than it samples, or from advantages of 0."""
         found = []
         sampling = self.sampling
         cut = [f"top_p {sampling.top_p:g}"] if sampling.top_p < 1 else []
         cut += [f"top_k {sampling.top_k}"] if sampling.top_k > 0 else []
         if cut:
             found.append(
-                f"stage {self.name}: sampling has {' and '.join(cut)}, but what is learned are log-probs of the whole "
-                "distribution, of which such traces are no samples; set top_p to 1 and top_k to -1."
+                f"stage {self.name}: sampling has {' and '.join(cut)}, but the loss has the log-probs of the whole "
+                "distribution, from which such traces are not sampled; set top_p to 1 and top_k to -1."
             )
         if self.group_size == 1 and (zero := self._zero_alone()) is not None:
             found.append(
@@ -123,12 +123,12 @@ class RlStage(Stage):
         return found
 
     def _zero_alone(self) -> str | None:
-        """The setting by which a trace that is alone in its group has advantage 0; None where there is none."""
+        """Return the setting that makes the advantage of a group of one trace 0, if any."""
         advantage = getattr(self, "advantage", None)
         return f"advantage {advantage}" if advantage in ZERO_ALONE else None
 
     def _staleness_violations(self) -> list[str]:
-        """What stands against traces of older weights."""
+        """Reasons why the stage must not learn from traces of older weights."""
         if self.loss.corrects:
             return []
         return [
@@ -139,34 +139,34 @@ class RlStage(Stage):
 
 
 class JudgedStage(RlStage):
-    """What the stages share whose rewards come from the judge."""
+    """Settings of the stages whose rewards come from the judge."""
 
-    def violations(self, whole) -> list[str]:
-        found = super().violations(whole)
-        if whole.judge is None:
+    def violations(self, run_config) -> list[str]:
+        found = super().violations(run_config)
+        if run_config.judge is None:
             found.append(f"stage {self.name} ({self.kind}) needs a judge; add the section `judge`.")
         return found
 
     @property
-    def units_per_trace(self) -> int:
-        """How often one trace is judged, at most."""
+    def judgements_per_trace(self) -> int:
+        """Largest number of judgements of one trace."""
         return 1
 
 
 class ExprlOutcomeStage(JudgedStage):
-    """ExpRL-Outcome: the judge scores every trace, group-normalised advantages."""
+    """ExpRL-Outcome: the judge scores every trace; advantages are normalized within groups."""
 
     kind: Literal["exprl-outcome"]
     advantage: Advantage = "group-normalised"
     overlong: Literal["zero", "score", "exclude"] = "zero"
-    """Score of a trace that ran into max_new_tokens: 0 (paper), what the judge says, or left out."""
+    """Score of a trace that reached max_new_tokens: 0 (paper), the judge's score, or none (the trace is left out)."""
     variant: Literal["recommended", "code"] = "recommended"
     """`code`: an abstention is out of the loss, but its reward 0 stays in the group's mean and std."""
     soft_overlong: SoftOverlongConfig | None = None
-    """Punish traces that come near to the length limit, on top of what `overlong` makes of their scores."""
+    """Penalize traces close to the length limit, in addition to what `overlong` does."""
 
-    def violations(self, whole) -> list[str]:
-        found = super().violations(whole)
+    def violations(self, run_config) -> list[str]:
+        found = super().violations(run_config)
         if self.soft_overlong is not None:
             found += self.soft_overlong.faults(self.name, self.sampling.max_new_tokens)
             if self.variant == "code":
@@ -177,25 +177,25 @@ class ExprlOutcomeStage(JudgedStage):
 
 
 class ExprlProcessStage(JudgedStage):
-    """ExpRL-Process: the judge scores every segment or prefix, and each segment gets an advantage of its own."""
+    """ExpRL-Process: the judge scores every segment or prefix, and each segment has its own advantage."""
 
     kind: Literal["exprl-process"]
     estimator: Literal["delta", "end", "group", "batch", "basic"] = "delta"
     """DeltaNorm, EndNorm, GroupNorm, BatchNorm, or the score itself."""
-    unit: Literal["prefix", "segment"] = "prefix"
-    """What the judge is shown: all up to the end of a segment (paper), or the segment alone (code)."""
+    granularity: Literal["prefix", "segment"] = "prefix"
+    """What the judge reads: the trace up to the end of a segment (paper), or the segment alone (code)."""
     variant: Literal["recommended", "paper", "code"] = "recommended"
-    """Where paper and released code differ, and where both can be bettered; see algorithms/process.py."""
+    """The paper's or the released code's equations, or the recommended form; see algorithms/process.py."""
     segments: SegmentsConfig = SegmentsConfig()
     overlong: Literal["zero", "penalise", "exclude"] = "zero"
-    """Advantages of a trace that ran into max_new_tokens: 0, minus the group's mean last score, or left out."""
+    """Advantages of a trace that reached max_new_tokens: 0, minus the group's mean last score, or none (left out)."""
     allow_off_policy: bool = False
-    """Take several updates on one step's traces, or learn from those of older weights, all the same."""
+    """Permit several updates on one step's traces, and learning from traces of older weights."""
     routes: dict[Domain, RouteConfig] = Field(default_factory=dict)
-    """Other units and estimators for some domains."""
+    """Other granularities and estimators for some domains."""
 
-    def violations(self, whole) -> list[str]:
-        found = super().violations(whole)
+    def violations(self, run_config) -> list[str]:
+        found = super().violations(run_config)
         if self.updates_per_step > 1 and not self.allow_off_policy:
             found.append(
                 f"stage {self.name}: process rewards need strictly on-policy updates, but updates_per_step is "
@@ -218,32 +218,32 @@ class ExprlProcessStage(JudgedStage):
         return found
 
     @property
-    def units_per_trace(self) -> int:
-        """How often one trace is judged, at most."""
+    def judgements_per_trace(self) -> int:
+        """Largest number of judgements of one trace."""
         return self.segments.max_segments or self.sampling.max_new_tokens
 
     def route(self, domain: Domain) -> RouteConfig:
-        """How problems of `domain` are judged."""
-        return self.routes.get(domain, RouteConfig(unit=self.unit, estimator=self.estimator))
+        """Return how problems of `domain` are judged."""
+        return self.routes.get(domain, RouteConfig(granularity=self.granularity, estimator=self.estimator))
 
 
 class SparseRlStage(RlStage):
-    """Sparse-reward RL: right answer or not, mean-centred advantages, loose clip, no KL."""
+    """Sparse-reward RL: right answer or not, advantages centered within groups, loose clip, no KL."""
 
     kind: Literal["sparse-rl"]
     advantage: Advantage = "mean-centred"
     loss: SparseLossConfig = SparseLossConfig()
     overlong: Literal["score", "exclude"] = "score"
-    """A trace that ran into max_new_tokens counts like any other, or is left out (DAPO's filtering)."""
+    """A trace that reached max_new_tokens counts like any other, or is left out (DAPO's filtering)."""
     soft_overlong: SoftOverlongConfig | None = None
-    """Punish traces that come near to the length limit, on top of what `overlong` makes of their scores."""
+    """Penalize traces close to the length limit, in addition to what `overlong` does."""
     dynamic_sampling: PositiveInt | None = None
-    """At most so many rounds of further problems replace groups whose scores are all equal (DAPO); None: kept."""
+    """Rounds in which further problems replace zero-variance groups, at most (DAPO); None: such groups are kept."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         soft = [] if self.soft_overlong is None else self.soft_overlong.faults(self.name, self.sampling.max_new_tokens)
-        return super().violations(whole) + soft
+        return super().violations(run_config) + soft
 
     def _staleness_violations(self) -> list[str]:
         found = super()._staleness_violations()
@@ -256,7 +256,7 @@ class SparseRlStage(RlStage):
 
 
 class SelfDistillStage(RlStage):
-    """Self-distillation: the teacher is the frozen start of the stage, which sees the reference in its prompt.
+    """Self-distillation: the teacher is the reference policy with the reference solution in its prompt.
 
     A token's loss is (student - teacher log-prob, detached) * student log-prob: the score-function estimate of the
     gradient of KL(student || teacher), on the student's own traces.
@@ -271,12 +271,12 @@ class SelfDistillStage(RlStage):
     aggregation: Aggregation = "sequence-mean"
 
     @property
-    def needs_start(self) -> bool:
-        """Whether the loss compares with the stage's starting policy: the teacher."""
+    def needs_ref_policy(self) -> bool:
+        """True: the reference policy is the teacher."""
         return True
 
-    def violations(self, whole) -> list[str]:
-        found = super().violations(whole)
+    def violations(self, run_config) -> list[str]:
+        found = super().violations(run_config)
         if "{reference}" not in self.teacher_prompt.user:
             found.append(
                 f"stage {self.name}: teacher_prompt.user never shows the reference; put {{reference}} into it."
@@ -301,7 +301,7 @@ class SftStage(Stage):
     """The prompt to learn under; None: the run's."""
     batch_size: PositiveInt = 32
 
-    def violations(self, whole) -> list[str]:
+    def violations(self, run_config) -> list[str]:
         if (self.examples is None) == (self.problems is None):
             return [f"stage {self.name}: give either `examples` or `problems` to learn from."]
         return []

@@ -1,4 +1,4 @@
-"""Which transport brings the weights of a run to its servers, where the config leaves the choice to us."""
+"""The transport that pushes the weights of a run to its servers, also where the config leaves the choice open."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TransportChoice:
     reason: str
     """Part of a sentence: `kind` is used because of this."""
     fallback: Literal["broadcast"] | None = None
-    """What is used instead from the moment on when a server turns out not to be able to receive by `kind`."""
+    """The transport that is used from the moment on when a server refuses `kind`."""
 
 
-def choose_transport(config: RunConfig, servers: Literal["policy", "start"] = "policy") -> TransportChoice:
-    """The transport to the sampling servers (`policy`), or to the server that scores the starting policy (`start`).
+def choose_transport(config: RunConfig, servers: Literal["policy", "ref"] = "policy") -> TransportChoice:
+    """The transport to the sampling servers (`policy`), or to the server that scores the reference policy (`ref`).
 
     `sync.transport` where it names one. `auto` is `handles` where trainer and server share GPUs, `broadcast` where
     `direct` is known not to work, and else `direct`, with `broadcast` for servers that refuse it.

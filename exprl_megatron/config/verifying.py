@@ -1,4 +1,4 @@
-"""How final answers are verified, in the sparse-reward stages, in evaluations, and beside a judge for the logs."""
+"""Verification of final answers: in sparse-reward stages, in evaluations, and for the logs of judged stages."""
 
 from typing import Literal
 

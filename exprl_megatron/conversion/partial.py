@@ -1,4 +1,4 @@
-"""A directory in the making: resumed where it stopped, never under its final name before it is whole."""
+"""A directory that is being written: resumable, and renamed to its final name only when it is complete."""
 
 import json
 import os
@@ -16,7 +16,7 @@ class Partial:
     """`target` while it is written: `path` is its name plus `.partial`, and only this process has it.
 
     `plan` (JSON-able) says what will be written from what. What an interrupted conversion of the same plan left is
-    kept, anything else removed. `advance` is told bytes done and in all. Raises UserError where `target` exists or
+    kept, anything else removed. `advance` receives the bytes done and in all. Raises UserError where `target` exists or
     another process is at work; as a context manager also where the disk fails within.
     """
 
@@ -52,11 +52,11 @@ class Partial:
             ) from error
 
     def note(self, number: int) -> Path:
-        """Where the conversion notes that its part `number` is finished; gone when all is."""
+        """Return the marker file of the finished part `number`; markers are deleted at the end."""
         return self.path / f"written-{number}"
 
     def wrote(self, count: int) -> None:
-        """So many more bytes are written."""
+        """Report that `count` more bytes are written."""
         self._done += count
         self._advance(self._done, self._needed)
 

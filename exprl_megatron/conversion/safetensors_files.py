@@ -29,7 +29,7 @@ def write_safetensors(
 ) -> None:
     """Writes `tensors`, which come one after the other in the order of `described`, and syncs the file.
 
-    `described` gives shape and dtype by name; `wrote` is told the bytes of each. Raises ValueError where they do not
+    `described` gives shape and dtype by name; `wrote` receives the bytes of each. Raises ValueError where they do not
     come as described.
     """
     partial = path.with_name(path.name + ".tmp")

@@ -19,20 +19,20 @@ from exprl_megatron.models.weight_readers import INDEX, SINGLE
 from exprl_megatron.policy.huggingface import copy_companions, write_config
 
 Format = Literal["fp8"] | torch.dtype | None
-"""None keeps each tensor's dtype; `fp8` quantises matrices in blocks and keeps the dtype of the rest."""
+"""None keeps each tensor's dtype; `fp8` quantizes matrices in blocks and keeps the dtype of the rest."""
 Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of tensors by name."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What one model's tensors look like in one format."""
+    """Names, shapes and dtypes of one model's tensors in one format."""
 
     shapes: dict[str, tuple[int, ...]]
     format: Format
 
     def describe(self, weights: Weights, stored: Stored) -> Described:
-        """What `tensors` will give."""
+        """Return shapes and dtypes of what `tensors` will yield."""
         found: Described = {}
         for name in stored.parameter.hf_names:
             shape = self.shapes[name]
@@ -48,7 +48,7 @@ class Form:
         """The Hugging Face tensors of one parameter, one after the other."""
         for name, tensor in zip(stored.parameter.hf_names, weights.tensors(stored), strict=True):
             if self.format == "fp8" and fp8.is_quantised(name, self.shapes[name]):
-                values, scale = fp8.quantise(tensor)
+                values, scale = fp8.quantize(tensor)
                 yield name, values
                 yield name + fp8.SCALE, scale
             else:
@@ -64,7 +64,7 @@ def convert_to_huggingface(
 ) -> None:
     """Writes `target`: config, tokenizer, safetensors of at most `file_bytes` (a single larger tensor apart), index.
 
-    Interrupted, it goes on with the first unfinished file when called again. `advance` is told bytes done and in
+    Interrupted, it goes on with the first unfinished file when called again. `advance` receives the bytes done and in
     all. Raises UserError where a parameter or tensor is not accounted for.
     """
     shapes = hf_shapes(weights.architecture)
@@ -131,7 +131,7 @@ def _write_config(weights: Weights, directory: Path, form: Format, names: list[s
 
 
 def _account(directory: Path, names: list[str], described: list[Described], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Opens what was written as a stranger would: name, shape and dtype of every tensor, and none left out."""
+    """Read the written files independently and check that every tensor is there, with its name, shape and dtype."""
     found = {
         name: (shape, DTYPES[dtype]) for name, (_, shape, dtype) in headers(directory / file for file in names).items()
     }

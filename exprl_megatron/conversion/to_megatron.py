@@ -32,7 +32,7 @@ def convert_to_megatron(
     """Writes `target`: config, tokenizer, and the weights of `source` in files of about `file_bytes`.
 
     `dtype` None keeps each tensor's. Interrupted, it goes on with the first unfinished file when called again.
-    `advance` is told bytes done and in all. Raises UserError where a tensor or parameter is not accounted for.
+    `advance` receives the bytes done and in all. Raises UserError where a tensor or parameter is not accounted for.
     """
     weights = HuggingFaceWeights(Path(source))
     table = stored_parameters(weights.architecture)
@@ -145,7 +145,7 @@ def _name(dtypes: dict[str, torch.dtype]) -> str:
 
 
 def _account(directory: Path, table: list[Stored], dtypes: dict[str, torch.dtype]) -> None:
-    """Opens what was written as a stranger would: name, shape and dtype of every parameter."""
+    """Read the written files independently and check name, shape and dtype of every parameter."""
     files = MegatronFiles(directory / MEGATRON, read_architecture(directory))
     for stored in table:
         if files.dtype(stored) != dtypes[stored.key]:

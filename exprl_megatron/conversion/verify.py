@@ -1,4 +1,4 @@
-"""Two forms of one model compared: every tensor, and the logits of Megatron's model against transformers'."""
+"""Comparison of two forms of one model: every tensor, and the logits of Megatron's model against transformers'."""
 
 import gc
 import hashlib
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Verified:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     hashes: dict[str, dict] = field(default_factory=dict)
     """SHA-256, shape and dtype of each of the copy's tensors."""
@@ -46,7 +46,7 @@ class Verified:
         return not self.differing and self.logits_agree
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the result as lines of text."""
         count = len(self.hashes)
         equal = len(self.hashes.keys() - set(self.differing))
         said = [f"{equal} of {count} tensors are bit-equal{self.note}."]
@@ -65,14 +65,14 @@ def verify_weights(
 ) -> Verified:
     """Compares `copy` with `reference`, each in any form (see open_weights).
 
-    Where the copy was written in another dtype, or quantised, the reference is brought into that form first.
-    `advance` is told the reference's bytes done and in all. Raises UserError where one of them is incomplete, or they
+    Where the copy was written in another dtype, or quantized, the reference is converted to that form first.
+    `advance` receives the reference's bytes done and in all. Raises UserError where one of them is incomplete, or they
     are of different architectures.
     """
     expected = open_weights(reference, origin)
-    quantised = _quantised(Path(copy))
-    made = None if quantised else open_weights(copy, origin)
-    if quantised:
+    quantized = _quantised(Path(copy))
+    made = None if quantized else open_weights(copy, origin)
+    if quantized:
         _check_config(Path(copy), expected)
     elif made.architecture != expected.architecture:
         raise UserError(f"{copy} and {reference} are models of different architectures; compare two of the same.")
@@ -80,18 +80,18 @@ def verify_weights(
     table = [stored for stored in stored_parameters(expected.architecture) if stored.parameter.exported]
     sizes = [prod(stored.shape) * expected.dtype(stored).itemsize for stored in table]
     for number, stored in enumerate(table):
-        if quantised:
-            form, given = Form(hf_shapes(expected.architecture), "fp8"), _read_quantised(quantised, stored)
+        if quantized:
+            form, given = Form(hf_shapes(expected.architecture), "fp8"), _read_quantised(quantized, stored)
         else:
             form = Form(hf_shapes(expected.architecture), made.dtype(stored))
             given = dict(zip(stored.parameter.hf_names, made.tensors(stored), strict=True))
             if expected.dtype(stored) != made.dtype(stored):
-                found.note = " with the reference brought into the copy's dtype"
+                found.note = " with the reference cast to the copy's dtype"
         _compare(found, dict(form.tensors(expected, stored)), given)
         advance(sum(sizes[: number + 1]), sum(sizes))
-    if quantised:
-        found.note = " with the reference quantised alike"
-        found.differing += sorted(quantised.keys() - found.hashes.keys())
+    if quantized:
+        found.note = " with the reference quantized alike"
+        found.differing += sorted(quantized.keys() - found.hashes.keys())
     _compare_logits(found, expected, made, logits)
     return found
 
@@ -112,7 +112,7 @@ def _described(tensor: torch.Tensor) -> dict:
 
 
 def _quantised(directory: Path) -> dict[str, Path]:
-    """The files of a block-quantised model's tensors; empty where it is none."""
+    """The files of a block-quantized model's tensors; empty where it is none."""
     if not any(directory.glob("*.safetensors")):
         return {}
     found = headers(weight_files(directory))
@@ -120,7 +120,7 @@ def _quantised(directory: Path) -> dict[str, Path]:
 
 
 def _check_config(directory: Path, expected: Weights) -> None:
-    """config.json of a quantised model is the original's, but for its dtype, and says how it is quantised."""
+    """config.json of a quantized model is the original's, except for its dtype, and says how it is quantized."""
     given, wanted = (
         json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (directory, expected.origin)
     )
@@ -128,7 +128,7 @@ def _check_config(directory: Path, expected: Weights) -> None:
     differing = {key for key in given.keys() | wanted.keys() if given.get(key) != wanted.get(key)}
     if differing := sorted(differing - {"dtype", "torch_dtype"}):
         raise UserError(
-            f"{directory}/config.json is not that of {expected.origin} quantised ({', '.join(differing)}); "
+            f"{directory}/config.json is not that of {expected.origin} quantized ({', '.join(differing)}); "
             f"compare two forms of one model."
         )
 

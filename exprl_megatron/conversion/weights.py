@@ -1,4 +1,4 @@
-"""The two forms that a model's weights lie in, read a parameter at a time, under their Hugging Face names."""
+"""Reading of a model's weights in either form, one parameter at a time, under their Hugging Face names."""
 
 import json
 from dataclasses import asdict
@@ -31,10 +31,10 @@ class Weights(Protocol):
         """The Hugging Face tensors of one parameter, in the order of its hf_names."""
 
     def dtype(self, stored: Stored) -> torch.dtype:
-        """Theirs."""
+        """The dtype of the tensors of one parameter."""
 
     def marks(self) -> list[list]:
-        """What tells whether the files have changed."""
+        """Return marks that change when the files change."""
 
 
 class HuggingFaceWeights:
@@ -141,7 +141,7 @@ def _model_of_run(checkpoint: Path) -> Path:
     try:
         origin = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["policy"]["model"])
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint} lies in no run that would name its model; give it by --origin.") from error
+        raise UserError(f"{checkpoint} is in no run that would name its model; give it by --origin.") from error
     if not origin.is_dir():
         raise UserError(
             f"The model {origin} that {checkpoint} began with is not there; give its directory by --origin."

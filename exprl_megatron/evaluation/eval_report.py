@@ -1,4 +1,4 @@
-"""What an evaluation found: for people a table, for machines JSON, for training the problems not yet solved."""
+"""Outputs of an evaluation: a table, a JSON record, and a file of the problems that are not solved yet."""
 
 import json
 from collections import Counter

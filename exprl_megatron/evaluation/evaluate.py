@@ -27,7 +27,7 @@ from exprl_megatron.serving.server_process import (
 )
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.utils.accelerator import uses_cuda
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 
 WEIGHTS = "initial"
 """The weight version that traces carry."""
@@ -135,7 +135,7 @@ async def _sample(
     async with AsyncExitStack() as stack:
         for client in clients:
             await stack.enter_async_context(client)
-        await together(
+        await gather_or_cancel(
             one(question, clients[i % len(clients)], places[i % len(clients)]) for i, question in enumerate(questions)
         )
     return finished

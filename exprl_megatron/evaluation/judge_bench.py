@@ -17,13 +17,13 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.evaluation.judge_picture import ARM_NAMES, SUFFIXES, draw_arms
 from exprl_megatron.evaluation.judge_tables import arms_table, wrong_steps_table
-from exprl_megatron.judging.arms import ARMS, Arm, ArmFigures, Grade, arm_figures, judge_arm
+from exprl_megatron.judging.arms import ARMS, Arm, ArmFigures, GradeText, arm_figures, judge_arm
 from exprl_megatron.judging.champ import MarkedTrace, load_champ
 from exprl_megatron.judging.gate import GateResult, JudgeGate
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judged_traces import JudgedTrace, read_judged_traces
-from exprl_megatron.judging.judgement import Judgement, Unit
-from exprl_megatron.judging.wrong_steps import UNITS, WrongStepFigures, judge_wrong_steps
+from exprl_megatron.judging.judgement import Granularity, Judgement
+from exprl_megatron.judging.wrong_steps import GRANULARITIES, WrongStepFigures, judge_wrong_steps
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.reporting.progress_bars import Bar, StepProgress
 from exprl_megatron.serving.http import HttpServer
@@ -81,7 +81,10 @@ def bench_judge_on_champ(config: RunConfig, limit: int | None = None, json_file:
         units = asyncio.run(_wrong_steps(clients, Judge(judge, clients, tokenizer).grade, traces))
     Console().print(wrong_steps_table(units, f"{judge.model} on {len(traces)} outputs of CHAMP"))
     if json_file is not None:
-        _write_json(json_file, {"judge": judge.model, "units": {unit.unit: unit.record() for unit in units}})
+        _write_json(
+            json_file,
+            {"judge": judge.model, "units": {granularity.granularity: granularity.record() for granularity in units}},
+        )
 
 
 def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
@@ -116,7 +119,7 @@ def _servers(config: RunConfig) -> Iterator[list[HttpServer]]:
 
 
 async def _arms(
-    clients: Sequence[HttpServer], rounds: Sequence[Grade], traces: Sequence[JudgedTrace]
+    clients: Sequence[HttpServer], rounds: Sequence[GradeText], traces: Sequence[JudgedTrace]
 ) -> dict[Arm, ArmFigures]:
     figures = {}
     async with _open(clients):
@@ -128,13 +131,13 @@ async def _arms(
 
 
 async def _wrong_steps(
-    clients: Sequence[HttpServer], grade: Grade, traces: Sequence[MarkedTrace]
+    clients: Sequence[HttpServer], grade: GradeText, traces: Sequence[MarkedTrace]
 ) -> list[WrongStepFigures]:
     figures = []
     async with _open(clients):
-        for unit in UNITS:
-            with StepProgress(0).bar(unit, 2 * len(traces)) as bar:
-                figures.append(await judge_wrong_steps(_counted(grade, bar), traces, unit))
+        for granularity in GRANULARITIES:
+            with StepProgress(0).bar(granularity, 2 * len(traces)) as bar:
+                figures.append(await judge_wrong_steps(_counted(grade, bar), traces, granularity))
     return figures
 
 
@@ -146,16 +149,16 @@ async def _open(clients: Sequence[HttpServer]) -> AsyncIterator[None]:
         yield
 
 
-def _graders(config: JudgeConfig, clients: Sequence[HttpServer], tokenizer: Any, repeats: int) -> list[Grade]:
+def _graders(config: JudgeConfig, clients: Sequence[HttpServer], tokenizer: Any, repeats: int) -> list[GradeText]:
     """The judge as the run has it, and `repeats` times one that samples, rubrics included, each with other seeds."""
     sampling = config.model_copy(update={"temperature": config.reask_temperature})
     sampled = [Judge(sampling, [_Reseeded(c, i) for c in clients], tokenizer) for i in range(1, repeats + 1)]
     return [judge.grade for judge in (Judge(config, clients, tokenizer), *sampled)]
 
 
-def _counted(grade: Grade, bar: Bar) -> Grade:
-    async def counted(problem: Problem, text: str, unit: Unit) -> Judgement:
-        judgement = await grade(problem, text, unit)
+def _counted(grade: GradeText, bar: Bar) -> GradeText:
+    async def counted(problem: Problem, text: str, granularity: Granularity) -> Judgement:
+        judgement = await grade(problem, text, granularity)
         bar.advance("judged")
         return judgement
 

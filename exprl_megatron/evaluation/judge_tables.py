@@ -26,14 +26,16 @@ _ARM_ROWS: dict[str, Callable[[ArmFigures], str]] = {
 }
 
 _STEP_ROWS: dict[str, Callable[[WrongStepFigures], str]] = {
-    "score before the marked step": lambda unit: _number(unit.mean_before),
-    "score with the marked step": lambda unit: _number(unit.mean_after),
-    "score where nothing is marked": lambda unit: _number(unit.mean_unmarked),
-    "AUROC": lambda unit: _number(unit.auroc),
-    "95 %, over problems": lambda unit: _bounds(unit.interval),
-    "AUROC within a trace": lambda unit: _number(unit.paired_auroc),
-    "pairs that fall / equal / rise": lambda unit: f"{unit.falls} / {unit.equals} / {unit.rises}",
-    "abstained": lambda unit: f"{unit.abstained} of {unit.judgements}",
+    "score before the marked step": lambda granularity: _number(granularity.mean_before),
+    "score with the marked step": lambda granularity: _number(granularity.mean_after),
+    "score where nothing is marked": lambda granularity: _number(granularity.mean_unmarked),
+    "AUROC": lambda granularity: _number(granularity.auroc),
+    "95 %, over problems": lambda granularity: _bounds(granularity.interval),
+    "AUROC within a trace": lambda granularity: _number(granularity.paired_auroc),
+    "pairs that fall / equal / rise": lambda granularity: (
+        f"{granularity.falls} / {granularity.equals} / {granularity.rises}"
+    ),
+    "abstained": lambda granularity: f"{granularity.abstained} of {granularity.judgements}",
 }
 
 
@@ -46,7 +48,7 @@ def arms_table(arms: Sequence[ArmFigures], title: str) -> Table:
 def wrong_steps_table(units: Sequence[WrongStepFigures], title: str) -> Table:
     """A column for each unit that the judge was shown."""
     caption = "AUROC: chance that what is right scores higher than what holds the first wrong step"
-    return _table(title, caption, [unit.unit for unit in units], _STEP_ROWS, units)
+    return _table(title, caption, [granularity.granularity for granularity in units], _STEP_ROWS, units)
 
 
 def _table(title: str, caption: str, names: Sequence[str], rows: dict[str, Callable], columns: Sequence) -> Table:

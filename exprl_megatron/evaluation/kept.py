@@ -1,4 +1,4 @@
-"""Finished problems of an evaluation on disk: what is kept is never sampled again.
+"""Store of an evaluation's finished problems; a stored problem is not sampled again.
 
 DIR/evaluation.json           what was measured: model, sampling, prompt, seed
 DIR/results/<problem>.json    the counts of one finished problem; its presence says that it is finished
@@ -22,7 +22,7 @@ from exprl_megatron.utils.files import Claim, keep_private, write_atomically
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of one problem once all its samples are graded."""
+    """The result of one problem whose samples are all graded."""
 
     problem_id: str
     question: str
@@ -35,7 +35,7 @@ class Result:
 
 
 class KeptResults:
-    """The results in one directory, which this process has until `release`."""
+    """The results in one directory, which this process locks until `release`."""
 
     def __init__(self, directory: Path, identity: dict):
         """Take `directory` for an evaluation with `identity` (see EvalSettings.identity).
@@ -98,7 +98,7 @@ class KeptResults:
         return self._directory / "traces" / f"{_name(problem_id)}.jsonl.gz"
 
     def release(self) -> None:
-        """Give the directory back."""
+        """Unlock the directory."""
         self._claim.release()
 
     def _result(self, problem_id: str) -> Path:
@@ -123,7 +123,7 @@ def _sample(member: GradedTrace) -> dict:
 
 
 def _name(problem_id: str) -> str:
-    """An id may be anything, a file name may not."""
+    """Make a file name of a problem's id, which may have any characters."""
     return hashlib.sha256(problem_id.encode()).hexdigest()[:32]
 
 

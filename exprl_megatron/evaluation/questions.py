@@ -1,4 +1,4 @@
-"""The problems of an evaluation with their prompts: what is asked, and what has to be left out."""
+"""The problems of an evaluation with their prompts, and the problems that are left out."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,19 +18,19 @@ from exprl_megatron.utils.text_check import TextCheck, text_check_of
 
 @dataclass(frozen=True)
 class Question:
-    """A problem as it is asked."""
+    """A problem with its prompt."""
 
     problem: Problem
     record: dict
     """As it was read."""
     prompt: Prompt
     key: str
-    """Changes with anything that the result hangs on: prompt, domain, answer, choices, tests."""
+    """Changes with anything that the result depends on: prompt, domain, answer, choices, tests."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked, in the order of the problems, and what is not."""
+    """The questions in the order of the problems, and the numbers of problems left out."""
 
     questions: tuple[Question, ...]
     unverifiable: tuple[str, ...]
@@ -45,7 +45,7 @@ class Questions:
     """Of the model; None where texts cannot be compared with ids."""
 
     def left_out(self) -> list[str]:
-        """A line for each kind of problem that is not asked."""
+        """Return a line for each reason for which problems are left out."""
         found = [f"not measured: {sentence}" for sentence in self.unverifiable]
         if self.overlong_count:
             found.append(f"not measured: {self.overlong_count} prompts of more than {self.longest_prompt} tokens")

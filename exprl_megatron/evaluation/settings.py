@@ -1,4 +1,4 @@
-"""What `exprl eval` measures and how."""
+"""Settings of `exprl eval`."""
 
 from typing import Literal
 
@@ -26,7 +26,7 @@ class EvalSettings(Config):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     server: ServerConfig = ServerConfig()
     concurrency: PositiveInt = 1024
-    """Samples under way at one server, in whole problems."""
+    """Samples in flight at one server, in whole problems."""
     confidence: float = Field(0.95, gt=0, lt=1)
     verifier_deadline_s: float = Field(10.0, gt=0)
     """For the comparison of one answer."""

@@ -1,4 +1,4 @@
-"""What a study of several arms and seeds came to: pooled pass@k and paired differences, tables, curves."""
+"""Results of a study of several arms and seeds: pooled pass@k and paired differences, tables, curves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

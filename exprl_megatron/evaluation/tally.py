@@ -1,4 +1,4 @@
-"""What the verifier found about the samples of one problem, and what that says of pass@k."""
+"""Counts of a verifier's judgements on the samples of one problem, and estimates of pass@k from them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -41,7 +41,7 @@ class LoggedJudgement:
     stage: str
     step: int
     problem_id: str
-    member: GradedTrace
+    sample: GradedTrace
     segment: int | None
     """Number of the judged segment; None: the whole trace."""
     judgement: Judgement
@@ -87,10 +87,10 @@ def list_judgements(run: Path, conditions: Conditions, limit: int, as_json: bool
 def _of_step(journal: Journal, stage: str, step: int) -> Iterator[LoggedJudgement]:
     sampled = journal.read(stage, step)
     for group in [] if sampled is None else sampled.groups:
-        for member in group.members:
-            units = enumerate(member.units) if member.segments else [(None, member.judgement)]
+        for sample in group.samples:
+            units = enumerate(sample.judgements) if sample.segments else [(None, sample.judgement)]
             for segment, judgement in units:
-                yield LoggedJudgement(stage, step, group.problem_id, member, segment, judgement)
+                yield LoggedJudgement(stage, step, group.problem_id, sample, segment, judgement)
 
 
 def _fits(each: LoggedJudgement, conditions: Conditions) -> bool:
@@ -104,9 +104,9 @@ def _fits(each: LoggedJudgement, conditions: Conditions) -> bool:
 
 
 def _cells(each: LoggedJudgement) -> list[str]:
-    sample = str(each.member.trace.sample) + ("" if each.segment is None else f".{each.segment}")
+    sample = str(each.sample.trace.sample) + ("" if each.segment is None else f".{each.segment}")
     hash_shown = (each.judgement.hash or "")[:HASH_DIGITS]
-    place = [each.stage, str(each.step), versions_text(each.member.trace), each.problem_id, sample]
+    place = [each.stage, str(each.step), versions_text(each.sample.trace), each.problem_id, sample]
     return [hash_shown, *place, score_text(each.judgement)]
 
 
@@ -114,9 +114,9 @@ def _record(each: LoggedJudgement) -> dict:
     return {
         "stage": each.stage,
         "step": each.step,
-        "weight_versions": [list(span) for span in each.member.trace.weight_versions],
+        "weight_versions": [list(span) for span in each.sample.trace.weight_versions],
         "problem_id": each.problem_id,
-        "sample": each.member.trace.sample,
+        "sample": each.sample.trace.sample,
         "segment": each.segment,
         "judgement": judgement_record(each.judgement),
     }

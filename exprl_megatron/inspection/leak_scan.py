@@ -139,10 +139,10 @@ def _scan_stage(
 def _findings(group: Group, problems: _GuardedProblems, tokenizer: PreTrainedTokenizerBase) -> Counter[str]:
     """A group's share of the counts of StageScan; `reproduced` is a sum here."""
     guard, own, other = problems.guard, group.problem_id, problems.next(group.problem_id)
-    prompts = {member.trace.prompt_ids.tobytes(): member.trace.prompt_ids for member in group.members}
+    prompts = {sample.trace.prompt_ids.tobytes(): sample.trace.prompt_ids for sample in group.samples}
     requests = {key: tokenizer.decode(ids.tolist()) for key, ids in prompts.items()}
     found: Counter[str] = Counter()
-    for trace in (member.trace for member in group.members):
+    for trace in (sample.trace for sample in group.samples):
         request, overlap = requests[trace.prompt_ids.tobytes()], guard.overlap(own, trace.text)
         found["requests"] += 1
         found["unguarded_requests"] += not guard.guarded(own)

@@ -114,7 +114,7 @@ def _prompt_lengths(directory, stage: str) -> list[int]:
     sampled = journal.read(stage, steps[-1]) if steps else None
     if sampled is None:
         return []
-    return [len(member.trace.prompt_ids) for group in sampled.groups for member in group.members]
+    return [len(member.trace.prompt_ids) for group in sampled.groups for member in group.samples]
 
 
 def _rows(stage: str, planned: Plan, steps: list[dict]) -> list[Row]:

@@ -12,7 +12,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import DAMAGE, Journal, read_step
-from exprl_megatron.training.sequences import TokenAdvantages, token_advantages
+from exprl_megatron.training.train_samples import TokenAdvantages, token_advantages
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class InspectedGroup:
     """In its step, 0-based."""
     group: Group
     advantages: tuple[TokenAdvantages, ...] | None
-    """One for each member; None where nothing has advantages there."""
+    """One for each sample; None where nothing has advantages there."""
 
 
 def logged_steps(

@@ -10,7 +10,7 @@ from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.reporting.plain_text import plain_line
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.sequences import TokenAdvantages
+from exprl_megatron.training.train_samples import TokenAdvantages
 
 HASH_DIGITS = 12
 
@@ -28,9 +28,9 @@ def group_table(selected: SelectedGroup) -> Table:
     table.add_column("weights", overflow="fold")
     table.add_column("judgement", no_wrap=True)
     for place in selected.places:
-        member = selected.inspected.group.members[place]
+        sample = selected.inspected.group.samples[place]
         advantages = selected.inspected.advantages
-        for row in _rows(member, advantages is not None, None if advantages is None else advantages[place]):
+        for row in _rows(sample, advantages is not None, None if advantages is None else advantages[place]):
             table.add_row(*row)
     return table
 
@@ -62,13 +62,13 @@ def versions_text(trace: Trace) -> str:
     return ", ".join(f"{version} {start}-{end}" for version, start, end in trace.weight_versions)
 
 
-def _rows(member: GradedTrace, learned: bool, advantages: TokenAdvantages) -> list[list[Text]]:
-    trace, length = member.trace, len(member.trace.token_ids)
-    whole = "" if member.segments else advantage_text(learned, advantages, 0, length)
-    first = [str(trace.sample), score_text(member.judgement), finding_text(member.verified), whole, str(length)]
-    hash_shown = "" if member.segments else _hash(member.judgement)
+def _rows(sample: GradedTrace, learned: bool, advantages: TokenAdvantages) -> list[list[Text]]:
+    trace, length = sample.trace, len(sample.trace.token_ids)
+    whole = "" if sample.segments else advantage_text(learned, advantages, 0, length)
+    first = [str(trace.sample), score_text(sample.judgement), finding_text(sample.verified), whole, str(length)]
+    hash_shown = "" if sample.segments else _hash(sample.judgement)
     rows = [[*first, trace.finish_reason, versions_text(trace), hash_shown]]
-    for number, segment in enumerate(member.segments):
+    for number, segment in enumerate(sample.segments):
         score, span = score_text(segment.judgement), (segment.start, segment.end)
         advantage = advantage_text(learned, advantages, *span)
         tokens = f"{segment.start}-{segment.end}"
@@ -88,9 +88,9 @@ def _title(selected: SelectedGroup) -> Text:
 
 def _caption(selected: SelectedGroup) -> str:
     group = selected.inspected.group
-    parts = [f"{len(group.members)} traces"]
+    parts = [f"{len(group.samples)} traces"]
     if (mean := mean_score(group)) is not None:
         parts += [f"mean score {mean:.3g}", f"spread {spread(group):.3g}"]
-    if missing := sum(map(has_abstention, group.members)):
+    if missing := sum(map(has_abstention, group.samples)):
         parts.append(f"{missing} with an abstention")
     return ", ".join([*parts, f"mean length {mean_tokens(group):.0f} tokens"]) + "\n"

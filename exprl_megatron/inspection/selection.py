@@ -57,31 +57,31 @@ def mean_score(group: Group) -> float | None:
 
 def mean_tokens(group: Group) -> float:
     """Mean length of the responses."""
-    return sum(map(_tokens, group.members)) / len(group.members)
+    return sum(map(_tokens, group.samples)) / len(group.samples)
 
 
-def disagreement(member: GradedTrace) -> float | None:
+def disagreement(sample: GradedTrace) -> float | None:
     """|judge's score - verifier's|; None where one of them has none."""
-    if member.score is None or not isinstance(member.verified, Scored):
+    if sample.score is None or not isinstance(sample.verified, Scored):
         return None
-    return abs(member.score - member.verified.value)
+    return abs(sample.score - sample.verified.value)
 
 
-def has_abstention(member: GradedTrace) -> bool:
+def has_abstention(sample: GradedTrace) -> bool:
     """Whether the trace, or any of its segments, has no score."""
-    return any(isinstance(judgement, Abstained) for judgement in (member.judgement, *member.units))
+    return any(isinstance(judgement, Abstained) for judgement in (sample.judgement, *sample.judgements))
 
 
 def _places(group: Group, selection: Selection) -> tuple[int, ...]:
     places = [
         place
-        for place, member in enumerate(group.members)
-        if selection.sample in (None, member.trace.sample) and (not selection.abstained or has_abstention(member))
+        for place, sample in enumerate(group.samples)
+        if selection.sample in (None, sample.trace.sample) and (not selection.abstained or has_abstention(sample))
     ]
     key = _TRACE_KEYS.get(selection.sort)
     if key is None:
         return tuple(places)
-    return tuple(_ordered(places, lambda place: key(group.members[place]), selection.ascending))
+    return tuple(_ordered(places, lambda place: key(group.samples[place]), selection.ascending))
 
 
 def _ordered[Item](items: list[Item], key: Callable[[Item], float | None], ascending: bool) -> list[Item]:
@@ -94,12 +94,12 @@ def _ordered[Item](items: list[Item], key: Callable[[Item], float | None], ascen
     return sorted(items, key=order)
 
 
-def _tokens(member: GradedTrace) -> int:
-    return len(member.trace.token_ids)
+def _tokens(sample: GradedTrace) -> int:
+    return len(sample.trace.token_ids)
 
 
 def _largest_disagreement(group: Group) -> float | None:
-    return max((found for member in group.members if (found := disagreement(member)) is not None), default=None)
+    return max((found for sample in group.samples if (found := disagreement(sample)) is not None), default=None)
 
 
 _GROUP_KEYS: dict[SortKey, Callable[[Group], float | None]] = {
@@ -109,7 +109,7 @@ _GROUP_KEYS: dict[SortKey, Callable[[Group], float | None]] = {
     SortKey.DISAGREEMENT: _largest_disagreement,
 }
 _TRACE_KEYS: dict[SortKey | None, Callable[[GradedTrace], float | None]] = {
-    SortKey.SCORE: lambda member: member.score,
+    SortKey.SCORE: lambda sample: sample.score,
     SortKey.LENGTH: _tokens,
     SortKey.DISAGREEMENT: disagreement,
 }

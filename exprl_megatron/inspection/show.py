@@ -66,5 +66,5 @@ def _print_texts(console: Console, selected: SelectedGroup, boundaries: Boundari
     advantages = selected.inspected.advantages
     for place in selected.places:
         own = None if advantages is None else advantages[place]
-        member = selected.inspected.group.members[place]
-        console.print(trace_panels(member, advantages is not None, own, boundaries))
+        sample = selected.inspected.group.samples[place]
+        console.print(trace_panels(sample, advantages is not None, own, boundaries))

@@ -4,29 +4,29 @@ from exprl_megatron.inspection.rollout_steps import span_advantage
 from exprl_megatron.inspection.selection import SelectedGroup
 from exprl_megatron.judging.judgement import judgement_record
 from exprl_megatron.rollout.group import GradedTrace
-from exprl_megatron.training.sequences import TokenAdvantages
+from exprl_megatron.training.train_samples import TokenAdvantages
 
 
 def group_record(selected: SelectedGroup) -> dict:
     """{place, group, problem_id, domain, traces: [...]}; docs/show.md describes them."""
     inspected = selected.inspected
-    advantages = inspected.advantages or (None,) * len(inspected.group.members)
+    advantages = inspected.advantages or (None,) * len(inspected.group.samples)
     return {
         "place": inspected.place,
         "group": inspected.number,
         "problem_id": inspected.group.problem_id,
         "domain": inspected.group.domain,
-        "traces": [_trace_record(inspected.group.members[place], advantages[place]) for place in selected.places],
+        "traces": [_trace_record(inspected.group.samples[place], advantages[place]) for place in selected.places],
     }
 
 
-def _trace_record(member: GradedTrace, advantages: TokenAdvantages) -> dict:
-    trace = member.trace
+def _trace_record(sample: GradedTrace, advantages: TokenAdvantages) -> dict:
+    trace = sample.trace
     return {
         "sample": trace.sample,
-        "judgement": judgement_record(member.judgement),
-        "verified": None if member.verified is None else judgement_record(member.verified),
-        "advantage": None if member.segments else span_advantage(advantages, 0, len(trace.token_ids)),
+        "judgement": judgement_record(sample.judgement),
+        "verified": None if sample.verified is None else judgement_record(sample.verified),
+        "advantage": None if sample.segments else span_advantage(advantages, 0, len(trace.token_ids)),
         "segments": [
             {
                 "start": segment.start,
@@ -34,7 +34,7 @@ def _trace_record(member: GradedTrace, advantages: TokenAdvantages) -> dict:
                 "judgement": judgement_record(segment.judgement),
                 "advantage": span_advantage(advantages, segment.start, segment.end),
             }
-            for segment in member.segments
+            for segment in sample.segments
         ],
         "tokens": len(trace.token_ids),
         "finish_reason": trace.finish_reason,

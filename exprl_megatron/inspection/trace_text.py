@@ -13,25 +13,25 @@ from exprl_megatron.inspection.rollout_tables import advantage_text, finding_tex
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.reporting.plain_text import plain, plain_line
 from exprl_megatron.rollout.group import GradedTrace
-from exprl_megatron.training.sequences import TokenAdvantages
+from exprl_megatron.training.train_samples import TokenAdvantages
 
 Boundaries = Callable[[GradedTrace], list[int] | None]
 """Of a trace with segments: the characters of its text at which they begin; None where that is not known."""
 
 
 def trace_panels(
-    member: GradedTrace, learned: bool, advantages: TokenAdvantages, boundaries: Boundaries
+    sample: GradedTrace, learned: bool, advantages: TokenAdvantages, boundaries: Boundaries
 ) -> RenderableType:
     """The text, with a line before each segment, and the words of the judge and of the verifier."""
-    panels = [_panel(f"sample {member.trace.sample}", _body(member, learned, advantages, boundaries))]
-    if not member.segments and member.judgement.evidence:
-        panels.append(_panel(f"judgement: {score_text(member.judgement)}", plain(member.judgement.evidence)))
-    for number, segment in enumerate(member.segments):
+    panels = [_panel(f"sample {sample.trace.sample}", _body(sample, learned, advantages, boundaries))]
+    if not sample.segments and sample.judgement.evidence:
+        panels.append(_panel(f"judgement: {score_text(sample.judgement)}", plain(sample.judgement.evidence)))
+    for number, segment in enumerate(sample.segments):
         if segment.judgement.evidence:
             title = f"judgement .{number}: {score_text(segment.judgement)}"
             panels.append(_panel(title, plain(segment.judgement.evidence)))
-    if member.verified is not None and member.verified.evidence:
-        panels.append(_panel(f"verifier: {finding_text(member.verified)}", plain(member.verified.evidence)))
+    if sample.verified is not None and sample.verified.evidence:
+        panels.append(_panel(f"verifier: {finding_text(sample.verified)}", plain(sample.verified.evidence)))
     return Renderables(*panels)
 
 
@@ -45,28 +45,28 @@ def boundaries_by(model: str) -> Boundaries:
         except (OSError, ValueError, KeyError):
             return None
 
-    def boundaries(member: GradedTrace) -> list[int] | None:
+    def boundaries(sample: GradedTrace) -> list[int] | None:
         if (found := tokenizer()) is None:
             return None
-        text = TokenText(member.trace.token_ids, found)
+        text = TokenText(sample.trace.token_ids, found)
         # Another tokenizer than that of the run would cut elsewhere.
-        if text.text != member.trace.text:
+        if text.text != sample.trace.text:
             return None
-        return [text.characters_before(segment.start) for segment in member.segments]
+        return [text.characters_before(segment.start) for segment in sample.segments]
 
     return boundaries
 
 
-def _body(member: GradedTrace, learned: bool, advantages: TokenAdvantages, boundaries: Boundaries) -> Text:
-    text = member.trace.text
-    if not member.segments:
+def _body(sample: GradedTrace, learned: bool, advantages: TokenAdvantages, boundaries: Boundaries) -> Text:
+    text = sample.trace.text
+    if not sample.segments:
         return plain(text)
-    if (starts := boundaries(member)) is None:
+    if (starts := boundaries(sample)) is None:
         note = "The policy's tokenizer does not give this text, so that its segments are not marked.\n"
         return Text.assemble((note, "italic"), plain(text))
     body = Text()
     ends = [*starts[1:], len(text)]
-    for number, (segment, start, end) in enumerate(zip(member.segments, starts, ends, strict=True)):
+    for number, (segment, start, end) in enumerate(zip(sample.segments, starts, ends, strict=True)):
         advantage = advantage_text(learned, advantages, segment.start, segment.end)
         heading = f".{number}  tokens {segment.start}-{segment.end}  score {score_text(segment.judgement)}"
         heading += f"  advantage {advantage}" if advantage else ""

@@ -14,7 +14,7 @@ from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.judging.verdict import HIGHEST, LOWEST
 from exprl_megatron.utils.reply_threads import in_reply_thread
 from exprl_megatron.utils.text_check import text_check_of
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 
 _DIGIT = re.compile(rf"[\sĠ▁]*([{LOWEST}-{HIGHEST}])")
 
@@ -35,7 +35,7 @@ class Question:
     """After which the server is given up; longer than what the asker itself waits."""
     regex: str | None = None
     json_schema: str | None = None
-    """Either constrains the answer; endpoints are not told."""
+    """Either constrains the answer; endpoints do not receive it."""
     probabilities: bool = False
     """Whether the probabilities of the digits 1..5 are wanted."""
 
@@ -60,7 +60,7 @@ class Answer(Protocol):
         """Whether the length limit ended it, so that its last words are not its verdict."""
 
     def digit_probabilities(self, place: int) -> dict[int, float] | None:
-        """Probability of each digit 1..5 where character `place` of the text stands; None where that is not known."""
+        """Probability of each digit 1..5 at character `place` of the text; None where that is not known."""
 
 
 class Answerer(Protocol):
@@ -75,7 +75,7 @@ class Answerer(Protocol):
         """
 
     @property
-    def together(self) -> bool:
+    def gather_or_cancel(self) -> bool:
         """Whether `answers` costs less than as many requests."""
 
     async def health(self) -> None: ...
@@ -88,7 +88,7 @@ class TokenAnswerer:
     failure.
     """
 
-    together = True
+    accepts_batches = True
 
     def __init__(self, client: Any, tokenizer: Any, vocabulary: int | None = None):
         self._client = client
@@ -174,7 +174,7 @@ class TokenAnswer:
 class ChatAnswerer:
     """An OpenAI-compatible endpoint, which puts the chat into its model's template itself."""
 
-    together = False
+    accepts_batches = False
 
     def __init__(self, endpoint: Any, template_args: Mapping[str, Any]):
         self._endpoint = endpoint
@@ -196,7 +196,7 @@ class ChatAnswerer:
         return ChatAnswer(completion.text, tokens, cut_off=completion.finish_reason == "length")
 
     async def answers(self, questions: Sequence[Question]) -> "list[ChatAnswer]":
-        return await together([self.answer(question) for question in questions])
+        return await gather_or_cancel([self.answer(question) for question in questions])
 
     async def health(self) -> None:
         await self._endpoint.health()

@@ -20,7 +20,7 @@ from exprl_megatron.judging.calibration import (
     wrong_references,
 )
 from exprl_megatron.judging.judged_traces import JudgedTrace
-from exprl_megatron.judging.judgement import Judgement, Scored, Unit
+from exprl_megatron.judging.judgement import Granularity, Judgement, Scored
 from exprl_megatron.judging.verdict import HIGHEST, LOWEST
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.utils.intervals import Interval
@@ -29,7 +29,7 @@ Arm = Literal["right", "none", "wrong"]
 """Which reference the judge is given."""
 ARMS: tuple[Arm, ...] = get_args(Arm)
 
-Grade = Callable[[Problem, str, Unit], Awaitable[Judgement]]
+GradeText = Callable[[Problem, str, Granularity], Awaitable[Judgement]]
 """Judge.grade: the problem (without a reference: None), the text, and what of a trace the text is."""
 
 
@@ -87,8 +87,8 @@ def arm_problems(problems: Sequence[Problem], arm: Arm) -> dict[str, Problem]:
     return by_id
 
 
-async def judge_arm(grade: Grade, traces: Sequence[JudgedTrace], arm: Arm) -> list[Judgement]:
-    """The judgements of whole traces under an arm, in their order; all are under way at once.
+async def judge_arm(grade: GradeText, traces: Sequence[JudgedTrace], arm: Arm) -> list[Judgement]:
+    """The judgements of whole traces under an arm, in their order; all requests are in flight at once.
 
     The first failure cancels everything else and is raised as it is.
     """
@@ -96,7 +96,7 @@ async def judge_arm(grade: Grade, traces: Sequence[JudgedTrace], arm: Arm) -> li
     return await judge_all(grade, [(problems[trace.problem.id], trace.text, "trace") for trace in traces])
 
 
-async def judge_all(grade: Grade, requests: Sequence[tuple[Problem, str, Unit]]) -> list[Judgement]:
+async def judge_all(grade: GradeText, requests: Sequence[tuple[Problem, str, Granularity]]) -> list[Judgement]:
     """The judgements on (problem, text, unit), in their order; see judge_arm."""
     tasks = [asyncio.ensure_future(grade(*request)) for request in requests]
     try:

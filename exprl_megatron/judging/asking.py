@@ -12,7 +12,7 @@ from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.judging.answers import Answer, Answerer, Question
 from exprl_megatron.judging.judgement import Abstained
 from exprl_megatron.utils.reply_threads import in_reply_thread
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 
 # What is asked has a deadline of its own; it passes first and is an abstention. A request's deadline is an error.
 REQUEST_GRACE_S = 30.0
@@ -42,7 +42,7 @@ class _Request[A]:
 class JudgeServers:
     """Sends questions to the judge's servers; use within one event loop.
 
-    At most `config.concurrency` requests are under way. `counts` counts `asked` (requests sent), `reasked`, `retried`,
+    At most `config.concurrency` requests are in flight. `counts` counts `asked` (requests sent), `reasked`, `retried`,
     `hedged` and `hedge-won`.
     """
 
@@ -97,9 +97,9 @@ class JudgeServers:
         most = self._config.concurrency
         if len(inquiries) > most:
             parts = [inquiries[first : first + most] for first in range(0, len(inquiries), most)]
-            found = await together(self.ask_together(part, home, deadline_s) for part in parts)
+            found = await gather_or_cancel(self.ask_together(part, home, deadline_s) for part in parts)
             return [result for part in found for result in part]
-        if len(inquiries) < 2 or not all(server.together for server in self._servers):
+        if len(inquiries) < 2 or not all(server.accepts_batches for server in self._servers):
             return await self._ask_each(inquiries, home, deadline_s)
         firsts = [inquiry.questions[0] for inquiry in inquiries]
         request = _Request(len(firsts), lambda server: server.answers(firsts))
@@ -116,7 +116,7 @@ class JudgeServers:
         left_s = deadline.when() - asyncio.get_running_loop().time()
         again = [i for i, found in enumerate(results) if len(inquiries[i].questions) > 1 and _unreadable(*found)]
         self.counts["reasked"] += len(again)
-        better = await together(
+        better = await gather_or_cancel(
             self.ask(inquiries[i].questions[1:], home, max(left_s, 0.0), inquiries[i].read) for i in again
         )
         for i, found in zip(again, better, strict=True):
@@ -126,7 +126,9 @@ class JudgeServers:
     async def _ask_each(
         self, inquiries: Sequence[Inquiry[T]], home: int, deadline_s: float
     ) -> list[tuple[T | Abstained, str]]:
-        return await together(self.ask(inquiry.questions, home, deadline_s, inquiry.read) for inquiry in inquiries)
+        return await gather_or_cancel(
+            self.ask(inquiry.questions, home, deadline_s, inquiry.read) for inquiry in inquiries
+        )
 
     @asynccontextmanager
     async def _free_slots(self, count: int) -> AsyncIterator[None]:
@@ -155,7 +157,7 @@ class JudgeServers:
         return result, text
 
     async def _answer(self, request: _Request[A], home: int, retries: int) -> A:
-        """The first answer to come; whatever happens, cancellation included, no request is left under way."""
+        """The first answer to come; whatever happens, cancellation included, no request is left in flight."""
         if len(self._servers) == 1 or self._config.hedge_after_s is None:
             return await self._retried(request, home, retries)
         first = asyncio.ensure_future(self._retried(request, home, retries))

@@ -9,7 +9,7 @@ from typing import Any
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.judging.content_key import content_keys
 from exprl_megatron.judging.data import DataGuard, control_tokens
-from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.prompt import JudgePrompt, PromptFrame, load_prompt, shipped_prompt
 from exprl_megatron.judging.rubric import Rubric
 from exprl_megatron.judging.store import Asked
@@ -29,7 +29,7 @@ class Case:
     longest: str
     """The longest of the texts that came with it, as plain data."""
     rubric: Rubric | None
-    unit: Unit
+    granularity: Granularity
     prompt: JudgePrompt
     frame: PromptFrame
     key: str
@@ -48,9 +48,11 @@ class CaseBuilder:
         self._frame = lru_cache(_FRAMES)(self._new_frame)
         self._asked_frame = lru_cache(_FRAMES)(self._new_asked_frame)
 
-    def cases(self, problem: Problem, texts: Sequence[str], unit: Unit, rubric: Rubric | None) -> list[Case]:
+    def cases(
+        self, problem: Problem, texts: Sequence[str], granularity: Granularity, rubric: Rubric | None
+    ) -> list[Case]:
         """A case for each of `texts`; beginnings of the longest one cost little."""
-        prompt = self._prompt(problem, unit, rubric)
+        prompt = self._prompt(problem, granularity, rubric)
         reference = problem.reference.for_judge() if self.shows_reference(problem) else None
         frame = self._frame(prompt, problem.statement, reference, rubric)
         guard = self.guard(prompt.tags)
@@ -62,17 +64,17 @@ class CaseBuilder:
             reference=reference,
             rubric=rubric.to_json() if rubric is not None else None,
             prompt=prompt.version,
-            unit=unit,
+            granularity=granularity,
             **self._identity,
         )
         return [
-            Case(problem, text, data, longest, rubric, unit, prompt, frame, key)
+            Case(problem, text, data, longest, rubric, granularity, prompt, frame, key)
             for text, data, key in zip(texts, shown, keys, strict=True)
         ]
 
     def asked(self, case: Case) -> Asked:
         """What the store keeps of the question."""
-        frame = self._asked_frame(case.problem.id, case.unit, case.prompt, case.rubric, case.frame)
+        frame = self._asked_frame(case.problem.id, case.granularity, case.prompt, case.rubric, case.frame)
         trace = case.longest if case.longest.startswith(case.shown) else case.shown
         return Asked(frame, trace, len(case.shown))
 
@@ -89,33 +91,37 @@ class CaseBuilder:
         """Whether the judge reads the problem's reference."""
         return self._config.show_reference and problem.reference is not None
 
-    def _prompt(self, problem: Problem, unit: Unit, rubric: Rubric | None) -> JudgePrompt:
-        own = self._overrides.get(unit)
+    def _prompt(self, problem: Problem, granularity: Granularity, rubric: Rubric | None) -> JudgePrompt:
+        own = self._overrides.get(granularity)
         if own is not None and ("rubric" in own.placeholders) == (rubric is not None):
             return own
         measure = "checkpoints" if rubric is not None else "reference" if self.shows_reference(problem) else "noref"
-        return shipped_prompt(problem.domain, unit, measure, self._config.prompt_order, self._config.shipped_prompts)
+        return shipped_prompt(
+            problem.domain, granularity, measure, self._config.prompt_order, self._config.shipped_prompts
+        )
 
     def _new_frame(self, prompt: JudgePrompt, statement: str, reference: str | None, rubric: Rubric | None):
         rubric_text = rubric.text if rubric is not None else ""
         return prompt.frame(statement, reference or "", rubric_text, self.guard(prompt.tags))
 
     def _new_asked_frame(
-        self, problem: str, unit: Unit, prompt: JudgePrompt, rubric: Rubric | None, frame: PromptFrame
+        self, problem: str, granularity: Granularity, prompt: JudgePrompt, rubric: Rubric | None, frame: PromptFrame
     ) -> bytes:
         messages = [
             {"role": role, "content": list(pieces) if len(pieces) > 1 else pieces[0]} for role, pieces in frame.parts
         ]
         marks = None if rubric is None else json.loads(rubric.to_json())
-        what = {"problem": problem, "unit": unit, "prompt": prompt.version, "rubric": marks}
+        what = {"problem": problem, "unit": granularity, "prompt": prompt.version, "rubric": marks}
         return json.dumps({**what, "messages": messages, **self._identity}, separators=(",", ":")).encode()
 
 
-def _overrides(config: JudgeConfig) -> dict[Unit, JudgePrompt]:
+def _overrides(config: JudgeConfig) -> dict[Granularity, JudgePrompt]:
     """The prompts that the config names; one that shows {rubric} is for marking checkpoints, another one is not."""
-    names: dict[Unit, str | None] = {
+    names: dict[Granularity, str | None] = {
         "trace": config.prompt,
         "prefix": config.prefix_prompt,
         "segment": config.segment_prompt,
     }
-    return {unit: load_prompt(name, config.prompt_order) for unit, name in names.items() if name is not None}
+    return {
+        granularity: load_prompt(name, config.prompt_order) for granularity, name in names.items() if name is not None
+    }

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.problems.datasets.packaged import champ_problems
 from exprl_megatron.problems.problem import Problem, Reference
 
@@ -30,7 +30,7 @@ class MarkedTrace:
     mark: tuple[int, int] | None
     """First character of the first wrong step and one past its last; None: there is no wrong step."""
 
-    def before(self, unit: Unit) -> str | None:
+    def before(self, granularity: Granularity) -> str | None:
         """What the judge is shown of the part before the mark, all of which is right; of all where nothing is marked.
 
         As a prefix all of it; as a segment its last sentences or lines that are together at least as long
@@ -40,14 +40,14 @@ class MarkedTrace:
         if not right.strip():
             return None
         length = TYPICAL_STEP if self.mark is None else self.mark[1] - self.mark[0]
-        return right if unit == "prefix" else _last_pieces(right, length)
+        return right if granularity == "prefix" else _last_pieces(right, length)
 
-    def after(self, unit: Unit) -> str | None:
+    def after(self, granularity: Granularity) -> str | None:
         """The marked step, and as a prefix all up to its end; None where nothing is marked."""
         if self.mark is None:
             return None
         start, end = self.mark
-        return self.text[0 if unit == "prefix" else start : end]
+        return self.text[0 if granularity == "prefix" else start : end]
 
 
 def load_champ(limit: int | None = None) -> tuple[MarkedTrace, ...]:

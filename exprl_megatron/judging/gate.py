@@ -6,7 +6,7 @@ from typing import Any
 
 from exprl_megatron.config.judging import GateConfig
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.judging.arms import ARMS, ArmFigures, Grade, arm_figures, judge_arm
+from exprl_megatron.judging.arms import ARMS, ArmFigures, GradeText, arm_figures, judge_arm
 from exprl_megatron.judging.judged_traces import JudgedTrace
 
 
@@ -42,10 +42,10 @@ class JudgeGate:
         self._config = config
         self._traces = tuple(traces)
 
-    async def check(self, grade: Grade) -> GateResult:
+    async def check(self, grade: GradeText) -> GateResult:
         """The figures of the judge behind `grade`.
 
-        A repeated check is worth something only where `grade` asks the servers anew, and not a store.
+        A repeated check is worth something only where `grade` asks the servers again, and not a store.
         """
         arms = {arm: arm_figures(arm, self._traces, await judge_arm(grade, self._traces, arm)) for arm in ARMS}
         return GateResult(**arms)

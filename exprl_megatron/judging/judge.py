@@ -1,4 +1,4 @@
-"""The judge: asks a frozen language model, with the reference in its hands, what a trace is worth."""
+"""The judge: prompts a frozen language model with the reference solution and reads the score of a trace."""
 
 import asyncio
 import json
@@ -15,14 +15,14 @@ from exprl_megatron.judging.asking import REQUEST_GRACE_S, Inquiry, JudgeServers
 from exprl_megatron.judging.cases import Case, CaseBuilder
 from exprl_megatron.judging.judge_model import model_context, model_identity, model_vocabulary
 from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer
-from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, Unit
-from exprl_megatron.judging.question_turns import Turn, Turns
+from exprl_megatron.judging.judgement import Abstained, Granularity, Judgement, Scored
+from exprl_megatron.judging.question_locks import QuestionLock, QuestionLocks
 from exprl_megatron.judging.rubric import VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
 from exprl_megatron.judging.store import JudgementStore, is_final
 from exprl_megatron.judging.verdict import (
     expected_score,
-    normalise,
+    normalize,
     read_marks,
     read_soundness,
     read_verdict,
@@ -30,7 +30,7 @@ from exprl_megatron.judging.verdict import (
 )
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.prompts import check_template
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.utils.token_ids import TokenIds
 
 _SAMPLE = Problem("sample", "1 + 1", Reference("The sum of 1 and 1 is 2."))
@@ -40,28 +40,32 @@ SOUNDNESS_REGEX = r'Sound: (yes|no - "[^"\n]{1,160}")'
 
 @dataclass(frozen=True, eq=False)
 class _Pending:
-    """A case that is to be judged."""
+    """A case that needs a judgement."""
 
     case: Case
-    turn: Turn
+    lock: QuestionLock
     found: Judgement | None
-    """What the store has."""
+    """The judgement that the store has, if any."""
     request: TokenIds | None
-    """The tokens, where the store has nothing."""
+    """The tokens of the prompt; None where the store has a judgement."""
 
 
 class Judge:
-    """Grades traces; use within one event loop.
+    """Grades traces with a language model; all calls must come from one event loop.
 
-    `clients` are opened SGLangClients of the judge's servers, or OpenAIEndpoints where the config has `endpoints`;
-    `tokenizer` is the judge's own Hugging Face tokenizer, `context_tokens` the longest request that the servers take,
-    answer included (by default what the model's config.json says). With a `store` nothing is asked twice.
+    Args:
+        config: the section `judge` of the run's config.
+        clients: open SGLangClients of the judge's servers, or OpenAIEndpoints where the config has `endpoints`.
+        tokenizer: the judge's Hugging Face tokenizer.
+        context_tokens: longest request plus answer that the servers accept; by default the limit in config.json.
+        store: judgements and rubrics of earlier requests; with a store no question is asked twice.
 
-    All requests about a problem go to the same server as a rule, whose radix cache then holds what they share.
-    `counts` counts `asked`, `reasked`, `retried`, `hedged`, `hedge-won` (see JudgeServers) and `stored` (judgements
-    that the store knew); `rubric_fallbacks` the problems judged without a rubric, by reason (see RubricBuilder).
+    All requests about a problem normally go to the same server, whose radix cache then has their common prefix.
+    `counts` has the numbers of requests `asked`, `reasked`, `retried`, `hedged`, `hedge-won` (see JudgeServers) and of
+    judgements `stored` that came from the store.
 
-    Raises UserError where a prompt cannot be used or the tokenizer has no chat template.
+    Raises:
+        UserError: a prompt cannot be used, or the tokenizer has no chat template.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Judge:
         identity = {} if store is None else _identity(config)
         self._cases = CaseBuilder(config, tokenizer, identity)
         check_template(tokenizer, self.messages(_SAMPLE, "2"), config.template_args, "judge")
-        self._turns = Turns()
+        self._locks = QuestionLocks()
         self.counts: Counter[str] = Counter()
         self._servers = JudgeServers(config, [self._answerer(client, tokenizer) for client in clients], self.counts)
         self._rubrics = RubricBuilder(
@@ -90,56 +94,67 @@ class Judge:
 
     @property
     def rubric_fallbacks(self) -> Counter[str]:
-        """Problems that are judged by their reference alone although checkpoints are wanted, by reason."""
+        """Number of problems judged by their reference, although the config asks for checkpoints, by reason."""
         return self._rubrics.fallbacks
 
-    async def grade(self, problem: Problem, text: str, unit: Unit = "trace") -> Judgement:
-        """The verdict on a trace, a beginning of one, or a segment alone, as `unit` says.
+    async def grade(self, problem: Problem, text: str, granularity: Granularity = "trace") -> Judgement:
+        """Judge `text`: a whole trace, a prefix of one, or a single segment, as `granularity` says.
 
-        A problem without a reference is judged without one. Abstains with `unreadable`, `out-of-range` or `cut-off`
-        after asking again as often as the config says, `timeout`, `too-long`, `refused`, and `server-error` where this
-        request fails although a server is well. Raises ServerError where no server is.
+        A problem without a reference is judged without one. Returns Abstained with the reason `unreadable`,
+        `out-of-range` or `cut-off` after `judge.reasks` repetitions, `timeout`, `too-long`, `refused`, or
+        `server-error` where the request fails although a server is healthy.
+
+        Raises:
+            ServerError: no server of the judge is healthy.
         """
-        return (await self._judgements(problem, [text], unit))[0]
+        return (await self._judgements(problem, [text], granularity))[0]
 
     async def grade_prefixes(self, problem: Problem, texts: Sequence[str]) -> list[Judgement]:
-        """The verdicts on beginnings of one trace, the longest of which is the last; raises and abstains as `grade`.
+        """Judge prefixes of one trace, of which the last is the longest; raises and abstains as `grade` does.
 
-        The server reads the longest one first, alone: asked together, all would be read together, each from its start.
+        The longest prefix is prefilled first, alone: requests that arrive together would each be prefilled in full.
         """
         return await self._judgements(problem, texts, "prefix", read_last=len(texts) > 1)
 
-    def messages(self, problem: Problem, text: str, unit: Unit = "trace", rubric: Rubric | None = None) -> list[dict]:
-        """The chat in which the judge is asked."""
-        (case,) = self._cases.cases(problem, [text], unit, rubric)
+    def messages(
+        self, problem: Problem, text: str, granularity: Granularity = "trace", rubric: Rubric | None = None
+    ) -> list[dict]:
+        """Build the chat messages of the judge's prompt."""
+        (case,) = self._cases.cases(problem, [text], granularity, rubric)
         return case.frame.messages(case.shown)
 
-    def request(self, problem: Problem, text: str, unit: Unit = "trace", rubric: Rubric | None = None) -> list[int]:
-        """The same in token ids, under the judge's template."""
-        return self._tokenizer.request(self.messages(problem, text, unit, rubric)).tolist()
+    def request(
+        self, problem: Problem, text: str, granularity: Granularity = "trace", rubric: Rubric | None = None
+    ) -> list[int]:
+        """Build the token ids of the judge's prompt, under its chat template."""
+        return self._tokenizer.request(self.messages(problem, text, granularity, rubric)).tolist()
 
     async def _judgements(
-        self, problem: Problem, texts: Sequence[str], unit: Unit, read_last: bool = False
+        self, problem: Problem, texts: Sequence[str], granularity: Granularity, read_last: bool = False
     ) -> list[Judgement]:
-        """Prompts, keys and tokens are made, and the store is read, in other threads than the event loop's."""
+        """Judge several texts of one problem; prompts, keys, tokens and the store are handled outside the event loop.
+
+        `read_last` prefills the last text before any question is sent.
+        """
         rubric = None
         if self._config.rubric.kind == "checkpoints" and self._cases.shows_reference(problem):
             rubric = await self._rubrics.rubric(problem)
-        cases = await asyncio.to_thread(self._cases.cases, problem, texts, unit, rubric)
-        # Before the store is read: what others find out from here on is seen in their turn, what they did before there.
-        turns = [Turn() if self._store is None else self._turns.of(case.key) for case in cases]
+        cases = await asyncio.to_thread(self._cases.cases, problem, texts, granularity, rubric)
+        # Locks are looked up before the store is read: a judgement that another caller makes is either in the store by
+        # then, or its lock has the judgement.
+        locks = [QuestionLock() if self._store is None else self._locks.of(case.key) for case in cases]
         found, requests = await asyncio.to_thread(self._found_and_requests, cases)
         if read_last and not self._config.endpoints and found[-1] is None:
             await self._read(cases[-1], requests[-1])
-        judged = await self._judged(list(map(_Pending, cases, turns, found, requests)))
+        judged = await self._judged(list(map(_Pending, cases, locks, found, requests)))
         return list(map(self._with_hash, cases, judged))
 
     def _with_hash(self, case: Case, judgement: Judgement) -> Judgement:
-        """The judgement with the key under which the store has it."""
+        """Add the key of the store to a judgement that is stored."""
         return replace(judgement, hash=case.key) if is_final(judgement) and self._store is not None else judgement
 
     def _found_and_requests(self, cases: Sequence[Case]) -> tuple[list[Judgement | None], list[TokenIds | None]]:
-        """What the store has of each case, and the tokens of those that it does not have."""
+        """Look the cases up in the store, and tokenize the prompts of those that it does not have."""
         found = [None] * len(cases) if self._store is None else self._store.find_judgements([c.key for c in cases])
         missing = [case for case, judgement in zip(cases, found, strict=True) if judgement is None]
         shown = [case.shown for case in missing]
@@ -147,34 +162,36 @@ class Judge:
         return found, [next(requests) if judgement is None else None for judgement in found]
 
     async def _judged(self, pending: Sequence[_Pending]) -> list[Judgement]:
-        """Equal beginnings of a group's traces come at the same time: one is asked, the others find the answer.
+        """Judge all cases; of equal cases that are pending at the same time, one is sent and the others wait for it.
 
-        All that nobody else is asking at the moment is asked together.
+        Cases that no other caller is judging are sent as one batch.
         """
-        free = [each for each in pending if each.found is None and each.turn.judgement is None and each.turn.take()]
-        # Awaited here and not in a task: a task that is canceled before its first step would never leave the turns.
+        free = [
+            each for each in pending if each.found is None and each.lock.judgement is None and each.lock.try_acquire()
+        ]
+        # Awaited here and not in a task: a task that is canceled before its first step would never release the locks.
         asked = dict(zip(free, await self._asked(free), strict=True)) if free else {}
-        rest = await together(self._judged_in_turn(each) for each in pending if each not in asked)
+        rest = await gather_or_cancel(self._judged_after_others(each) for each in pending if each not in asked)
         others = iter(rest)
         return [asked[each] if each in asked else next(others) for each in pending]
 
-    async def _judged_in_turn(self, each: _Pending) -> Judgement:
+    async def _judged_after_others(self, each: _Pending) -> Judgement:
         known = each.found
         if known is None:
-            await each.turn.come()
-            if each.turn.judgement is None:
+            await each.lock.acquire()
+            if each.lock.judgement is None:
                 return (await self._asked([each]))[0]
-            known = each.turn.judgement
-            each.turn.leave()
+            known = each.lock.judgement
+            each.lock.release()
         self.counts["stored"] += 1
         return known
 
     async def _asked(self, pending: Sequence[_Pending]) -> list[Judgement]:
-        """The judgements, which are on disk then; the caller has the turns, and they are left here."""
+        """Send the cases to the judge and store the judgements; releases the locks, which the caller has taken."""
         try:
             verdicts = await self._verdicts(pending)
             if self._store is not None:
-                # On disk before anything is learned from it.
+                # Judgements are on disk before anything is learned from them.
                 rows = [
                     (each.case.key, self._cases.asked(each.case), answer, judgement)
                     for each, (judgement, answer) in zip(pending, verdicts, strict=True)
@@ -182,14 +199,14 @@ class Judge:
                 await asyncio.wrap_future(self._store.keep_judgements_soon(rows))
                 for each, (judgement, _) in zip(pending, verdicts, strict=True):
                     if is_final(judgement):
-                        each.turn.judgement = judgement
+                        each.lock.judgement = judgement
             return [judgement for judgement, _ in verdicts]
         finally:
             for each in pending:
-                each.turn.leave()
+                each.lock.release()
 
     async def _verdicts(self, pending: Sequence[_Pending]) -> list[tuple[Judgement, str]]:
-        """The judgements and the judge's last words."""
+        """Send the cases to the judge; returns each judgement with the text of the judge's last answer."""
         asked = [each for each in pending if not self._too_long(each.request)]
         inquiries = [
             Inquiry(tuple(self._questions(each.case, each.request)), self._reader(each.case)) for each in asked
@@ -204,14 +221,14 @@ class Judge:
         return Abstained("too-long", f"{len(request)} prompt tokens, {self._context_tokens} in all")
 
     async def _read(self, case: Case, request: TokenIds) -> None:
-        """Have the question read, so that others that begin like it are found in the server's cache."""
+        """Prefill the prompt of `case`, so that the server's prefix cache has it when prompts that extend it arrive."""
         if self._too_long(request):
             return
         deadline_s = self._config.deadline_s
         question = Question(
             case.frame, case.shown, request, 0, temperature=0.0, seed=0, deadline_s=deadline_s + REQUEST_GRACE_S
         )
-        # What goes wrong here goes wrong with the questions themselves, which report it.
+        # A failure here is ignored: the questions themselves fail in the same way and report it.
         await self._servers.ask([question], self._home(case.problem), deadline_s, lambda answer: None)
 
     def _too_long(self, input_ids: Sequence[int]) -> bool:
@@ -221,7 +238,7 @@ class Judge:
         return zlib.crc32(problem.id.encode())
 
     def _questions(self, case: Case, request: TokenIds) -> Iterator[Question]:
-        """The question, and then as often as the config says the same again, sampled."""
+        """Yield the question, and then its `judge.reasks` repetitions, sampled at `judge.reask_temperature`."""
         config, seed = self._config, zlib.crc32(case.text.encode("utf-8", "surrogatepass"))
         for attempt in range(1 + config.reasks):
             yield Question(
@@ -245,7 +262,7 @@ class Judge:
             if marks is None or (soundness is None and case.prompt.asks_soundness):
                 return Abstained("unreadable", answer.text)
             sound = None if soundness is None else soundness.sound
-            return Scored(case.rubric.score(marks, case.unit, sound), answer.text)
+            return Scored(case.rubric.score(marks, case.granularity, sound), answer.text)
 
         def scored(answer: Answer) -> Judgement:
             return read_answer(answer, self._config)
@@ -262,10 +279,10 @@ class Judge:
 
 
 def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
-    """The score that an answer states, or its expectation where the config says so.
+    """Read the score that an answer states, or the expected score where `score_reading` is `expected`.
 
-    An answer that the length limit cut off states none, except to the released parser, which reads any text. Where the
-    server does not report the probabilities at the stated digit's place, the digit counts as it is.
+    An answer that the length limit cut off is an abstention, except for the released parser, which reads any text.
+    Where the server does not report the probabilities of the digits, the stated digit is taken.
     """
     if answer.cut_off and config.parser != "released":
         return Abstained("cut-off", answer.text)
@@ -274,11 +291,11 @@ def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
         return verdict
     probabilities = answer.digit_probabilities(stated_score(answer.text, config.parser).place)
     expected = expected_score(probabilities) if probabilities is not None else None
-    return verdict if expected is None else Scored(normalise(expected), answer.text)
+    return verdict if expected is None else Scored(normalize(expected), answer.text)
 
 
 def _answer_regex(case: Case) -> str:
-    """Constrains an answer to the verdict alone."""
+    """Build the regular expression that constrains an answer to the verdict alone."""
     if case.rubric is None:
         return SCORE_REGEX
     marks = "|".join(VALUES)
@@ -287,7 +304,7 @@ def _answer_regex(case: Case) -> str:
 
 
 def _identity(config: JudgeConfig) -> dict[str, str]:
-    """What, apart from the question, decides the answer: the model and how it is sampled and read."""
+    """Describe what determines an answer besides the prompt: the model, its sampling and how answers are read."""
     sampling = config.model_dump(
         include={
             *("max_new_tokens", "temperature", "template_args", "score_format", "score_reading", "parser"),

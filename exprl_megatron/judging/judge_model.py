@@ -38,7 +38,7 @@ def model_identity(model: str) -> str:
     their times do not matter to it, copies of a model are the same model.
 
     Of a weights file above 64 MiB it reads the size, the head (names, shapes and places of the tensors) and 256
-    pieces of 64 KiB spread evenly: training moves every tensor, and a model of 70B is told apart in a second.
+    pieces of 64 KiB spread evenly: training moves every tensor, and a model of 70B is identified in a second.
     Computed once in a process for each directory.
     """
     directory = Path(model)

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-Unit = Literal["trace", "prefix", "segment"]
+Granularity = Literal["trace", "prefix", "segment"]
 """What a judge is shown: the whole trace, all of it up to the end of a segment, or a segment alone."""
 
 

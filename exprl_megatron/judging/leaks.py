@@ -2,7 +2,7 @@
 
 Two nets. Word n-grams: a request to the policy may share with its problem's reference no run of n words that the
 problem's statement does not have itself. Canaries: a string planted into the references must turn up in no request and
-in no trace. What is found is told by place and length alone, for messages end in logs.
+in no trace. What is found is reported by place and length alone, for messages end in logs.
 """
 
 import re
@@ -37,7 +37,7 @@ class Overlap:
     runs: int
     """Places in the text where a shared n-gram begins."""
     first: int
-    """The first word, counted from 1, that lies in one; 0 where there is none."""
+    """The first word, counted from 1, that is in one; 0 where there is none."""
     last: int
     """The last such word."""
     ngram_words: int

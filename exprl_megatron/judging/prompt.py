@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 from exprl_megatron.config.problems import Domain
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.judgement import Granularity
 
 SHIPPED = Path(__file__).parent / "prompts"
 PARTS = SHIPPED / "parts"
@@ -128,25 +128,25 @@ def load_prompt(name: str, order: Order = "shared", shows: str = "trace") -> Jud
 
 
 @cache
-def shipped_names() -> dict[str, tuple[Domain, Unit, Measure]]:
+def shipped_names() -> dict[str, tuple[Domain, Granularity, Measure]]:
     """Names of the prompts that are put together."""
     return {
-        f"{domain}-{unit}" + ("" if measure == "reference" else f"-{measure}"): (domain, unit, measure)
+        f"{domain}-{granularity}" + ("" if measure == "reference" else f"-{measure}"): (domain, granularity, measure)
         for domain in get_args(Domain)
-        for unit in get_args(Unit)
+        for granularity in get_args(Granularity)
         for measure in get_args(Measure)
     }
 
 
 def shipped_prompt(
-    domain: Domain, unit: Unit, measure: Measure, order: Order = "shared", prompt_set: str | None = None
+    domain: Domain, granularity: Granularity, measure: Measure, order: Order = "shared", prompt_set: str | None = None
 ) -> JudgePrompt:
     """The shipped prompt for judging this part of a trace by this measure.
 
     `prompt_set` is the hash of a set of shipped prompts (see `prompt_set_hash`); None: today's, or the first one for
     the order `upstream`. Raises UserError where there is no such set.
     """
-    return _assembled(_set_parts(order, prompt_set), domain, unit, measure, order)
+    return _assembled(_set_parts(order, prompt_set), domain, granularity, measure, order)
 
 
 def prompt_set_hash(order: Order = "shared", prompt_set: str | None = None) -> str:
@@ -187,15 +187,15 @@ def _prompts_by_hash() -> dict[str, JudgePrompt]:
 
 
 @cache
-def _assembled(parts: Path, domain: Domain, unit: Unit, measure: Measure, order: Order) -> JudgePrompt:
+def _assembled(parts: Path, domain: Domain, granularity: Granularity, measure: Measure, order: Order) -> JudgePrompt:
     common, own = _parts(parts / "common.md"), _parts(parts / f"{domain}.md")
     marked = measure == "checkpoints"
     # The first set has no pieces about soundness.
     soundness = [common.get("task-soundness"), own.get("soundness")]
-    tasks = [common["task-checkpoints"], *filter(None, soundness)] if marked else [own[unit]]
+    tasks = [common["task-checkpoints"], *filter(None, soundness)] if marked else [own[granularity]]
     answer = common["answer-checkpoints" if marked else "answer-score"]
-    introduction = [own["role"], common[f"shown-{unit}"], common[f"measure-{measure}"]]
-    sections = [f"section-{unit}"] if measure == "noref" else [f"section-{measure}", f"section-{unit}"]
+    introduction = [own["role"], common[f"shown-{granularity}"], common[f"measure-{measure}"]]
+    sections = [f"section-{granularity}"] if measure == "noref" else [f"section-{measure}", f"section-{granularity}"]
     if order == "upstream":
         sections.reverse()
     return JudgePrompt(
@@ -206,7 +206,7 @@ def _assembled(parts: Path, domain: Domain, unit: Unit, measure: Measure, order:
 
 @cache
 def _parts(path: Path) -> dict[str, str]:
-    """The pieces in a file; what stands before the first heading is for people."""
+    """The pieces in a file; what is before the first heading is for people."""
     pieces = _PART.split(path.read_text(encoding="utf-8"))
     return dict(zip(pieces[1::2], (text.strip() for text in pieces[2::2]), strict=True))
 
@@ -231,7 +231,7 @@ def _parsed(path: Path) -> JudgePrompt:
     sections = dict(zip(names, texts, strict=True))
     if len(names) != len(sections) or "user" not in sections or pieces[0].strip():
         raise UserError(
-            f"The judge prompt {path} is not made of one section `## user` and at most one `## system`; mend it."
+            f"The judge prompt {path} is not made of one section `## user` and at most one `## system`; fix it."
         )
     return JudgePrompt(sections.get("system"), sections["user"])
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.verdict import Mark
 
 FEWEST, MOST = 2, 6
@@ -46,7 +46,7 @@ class Rubric:
         """As the judge reads it: one numbered line for each checkpoint."""
         return "\n".join(f"{i}. {' '.join(c.text.split())}" for i, c in enumerate(self.checkpoints, start=1))
 
-    def score(self, marks: Sequence[Mark], unit: Unit = "trace", sound: bool | None = None) -> float:
+    def score(self, marks: Sequence[Mark], granularity: Granularity = "trace", sound: bool | None = None) -> float:
         """The score in [0, 1] of what was marked, from its progress p and whether it is `sound`.
 
         None: the judge was not asked, and the score is p. Else a text is sound where the judge says so and no
@@ -54,19 +54,19 @@ class Rubric:
         0.3 + 0.7 p: valid work that has not reached a checkpoint yet is worth more than work with an error, while a
         whole trace that reaches nothing is worth nothing.
         """
-        progress = self.progress(marks, unit)
+        progress = self.progress(marks, granularity)
         if sound is None:
             return progress
         if not sound or "contradicted" in marks:
             return UNSOUND_SHARE * progress
-        floor = 0.0 if unit == "trace" else SOUND_FLOOR
+        floor = 0.0 if granularity == "trace" else SOUND_FLOOR
         return floor + (1 - floor) * progress
 
-    def progress(self, marks: Sequence[Mark], unit: Unit = "trace") -> float:
+    def progress(self, marks: Sequence[Mark], granularity: Granularity = "trace") -> float:
         """How much of a solution the marks make up, in [0, 1].
 
         A trace or a prefix: the weighted mean of the marks' values (established 1, partial 1/2, absent 0,
-        contradicted -1), and 0 where that is negative. A contradiction costs what its checkpoint would have brought,
+        contradicted -1), and 0 where that is negative. A contradiction costs what its checkpoint would have added,
         so that the score of growing prefixes falls where a trace goes wrong, and a trace that establishes much and
         then arrives at another answer does not keep all that it had.
 
@@ -74,7 +74,7 @@ class Rubric:
         establish more than its own part, so that the weights of the others do not count against it.
         """
         values = [VALUES[mark] for mark in marks]
-        if unit == "segment":
+        if granularity == "segment":
             return 0.0 if min(values) < 0 else max(values)
         pairs = list(zip(self.checkpoints, values, strict=True))
         return max(0.0, sum(c.weight * value for c, value in pairs) / sum(c.weight for c, _ in pairs))
@@ -137,7 +137,7 @@ def checked_rubric(text: str, reference: str) -> Rubric:
 
 
 def supported(quote: str, reference: str) -> bool:
-    """Whether `quote` stands in `reference` as whole words, however either is broken into lines and spaced."""
+    """Whether `quote` is in `reference` as whole words, however either is broken into lines and spaced."""
     words = _plain(quote)
     if not any(character.isalnum() for character in words):
         return False

@@ -1,4 +1,4 @@
-"""Rubrics for problems, each asked for once, by whoever needs it first."""
+"""Rubrics for problems, each requested once, by the first caller that needs it."""
 
 import asyncio
 import json

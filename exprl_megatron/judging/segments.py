@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.config.segments import SegmentsConfig
-from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.token_text import TokenText
 
 _RELEASED_WINDOW = 10
@@ -22,12 +22,12 @@ _SENTENCE_ENDS = re.compile(r"(?:[.!?]+[\"'”’)\]]*\s|[。！？]+[\"'”’�
 
 
 def segments_and_texts(
-    token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, config: SegmentsConfig, unit: Unit
+    token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, config: SegmentsConfig, granularity: Granularity
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """What `split_segments` and `unit_texts` return, of tokens that are decoded once."""
     text = TokenText(token_ids, tokenizer)
     spans = split_segments(token_ids, tokenizer, config, text)
-    return spans, unit_texts(token_ids, spans, tokenizer, unit, text)
+    return spans, shown_texts(token_ids, spans, tokenizer, granularity, text)
 
 
 def split_segments(
@@ -54,25 +54,25 @@ def split_segments(
     return tuple(pairwise([0, *bounds, len(token_ids)]))
 
 
-def unit_texts(
+def shown_texts(
     token_ids: Sequence[int],
     spans: Sequence[tuple[int, int]],
     tokenizer: PreTrainedTokenizerBase,
-    unit: Unit,
+    granularity: Granularity,
     text: TokenText | None = None,
 ) -> tuple[str, ...]:
-    """What the judge is shown of each span: its text, or all text up to its end; for the unit `trace` one text, all.
+    """Build the text that the judge reads for each span: the segment or the prefix; for `trace` the text of all tokens.
 
-    Special tokens are left out. The segments' texts put together are the decoded response, and a prefix is its
-    segments' texts put together: a space that the decoder puts between two words opens the second one's segment, and
-    a character cut by the end of a span belongs to the next one. `text` is that of the tokens, where it is known.
+    Special tokens are left out. The concatenated segments are the decoded response, and a prefix is the concatenation
+    of its segments: a space that the decoder puts between two words starts the second one's segment, and a character
+    that the end of a span cuts belongs to the next span. `text` is the text of the tokens, where it is known.
     """
     text = text or TokenText(token_ids, tokenizer)
-    if unit == "trace":
+    if granularity == "trace":
         return (text.text,)
     ends = [0, *(text.characters_before(end) for _, end in spans)]
     segments = [text.text[start:end] for start, end in pairwise(ends)]
-    return tuple(segments if unit == "segment" else accumulate(segments))
+    return tuple(segments if granularity == "segment" else accumulate(segments))
 
 
 def _openings(text: str, config: SegmentsConfig) -> list[int]:

@@ -59,7 +59,7 @@ def read_verdict(text: str, parser: Parser = "last") -> Judgement:
     """A judge's words as a judgement: the score in [0, 1], or an abstention that says why."""
     score = parse_score(text, parser)
     if score is not None:
-        return Scored(normalise(score), text)
+        return Scored(normalize(score), text)
     return Abstained("unreadable" if stated_score(text, parser) is None else "out-of-range", text)
 
 
@@ -92,7 +92,7 @@ def read_soundness(text: str) -> Soundness | None:
     return found
 
 
-def normalise(score: float) -> float:
+def normalize(score: float) -> float:
     """A score of 1..5 as a number in [0, 1]: (score - 1) / 4."""
     return (score - LOWEST) / (HIGHEST - LOWEST)
 

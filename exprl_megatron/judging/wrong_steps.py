@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from exprl_megatron.judging.arms import Grade, judge_all, on_scale, without_nan
+from exprl_megatron.judging.arms import GradeText, judge_all, on_scale, without_nan
 from exprl_megatron.judging.calibration import ROUNDING, auroc, bootstrap_interval
 from exprl_megatron.judging.champ import MarkedTrace
-from exprl_megatron.judging.judgement import Abstained, Judgement, Unit
+from exprl_megatron.judging.judgement import Abstained, Granularity, Judgement
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.utils.intervals import Interval
 
-UNITS: tuple[Unit, ...] = ("prefix", "segment")
+GRANULARITIES: tuple[Granularity, ...] = ("prefix", "segment")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class WrongStepFigures:
     The AUROCs are chances that what is right scores higher than what holds the wrong step, ties half.
     """
 
-    unit: Unit
+    granularity: Granularity
     traces: int
     marked: int
     mean_before: float
@@ -33,7 +33,7 @@ class WrongStepFigures:
     mean_unmarked: float
     """Mean score of whole traces without a wrong step (of their last step)."""
     auroc: float
-    """Over all: right is what stands before marks, and the unmarked traces."""
+    """Over all: right is what is before marks, and the unmarked traces."""
     interval: Interval | None
     """Of the AUROC, 95 %, bootstrap over problems."""
     paired_auroc: float
@@ -51,19 +51,21 @@ class WrongStepFigures:
         return without_nan(asdict(self))
 
 
-async def judge_wrong_steps(grade: Grade, traces: Sequence[MarkedTrace], unit: Unit) -> WrongStepFigures:
+async def judge_wrong_steps(
+    grade: GradeText, traces: Sequence[MarkedTrace], granularity: Granularity
+) -> WrongStepFigures:
     """Ask for every trace's score before and after its mark, and compare them."""
 
-    async def judged(problem: Problem, text: str | None, unit: Unit) -> Judgement | None:
-        return None if text is None else await grade(problem, text, unit)
+    async def judged(problem: Problem, text: str | None, granularity: Granularity) -> Judgement | None:
+        return None if text is None else await grade(problem, text, granularity)
 
-    before = await judge_all(judged, [(trace.problem, trace.before(unit), unit) for trace in traces])
-    after = await judge_all(judged, [(trace.problem, trace.after(unit), unit) for trace in traces])
-    return wrong_step_figures(unit, traces, before, after)
+    before = await judge_all(judged, [(trace.problem, trace.before(granularity), granularity) for trace in traces])
+    after = await judge_all(judged, [(trace.problem, trace.after(granularity), granularity) for trace in traces])
+    return wrong_step_figures(granularity, traces, before, after)
 
 
 def wrong_step_figures(
-    unit: Unit,
+    granularity: Granularity,
     traces: Sequence[MarkedTrace],
     before: Sequence[Judgement | None],
     after: Sequence[Judgement | None],
@@ -83,7 +85,7 @@ def wrong_step_figures(
     equals = sum(abs(b - a) <= ROUNDING for b, a in pairs)
     given = [judgement for judgement in (*before, *after) if judgement is not None]
     return WrongStepFigures(
-        unit=unit,
+        granularity=granularity,
         traces=len(traces),
         marked=sum(marked),
         mean_before=_mean([s for s, m in zip(high, marked, strict=True) if m]),

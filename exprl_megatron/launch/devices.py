@@ -9,7 +9,7 @@ from exprl_megatron.serving.server_process import ServerSpec, side_by_side
 
 
 def placed(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:
-    """The servers, each with its first GPU: behind the trainer's, one behind the other.
+    """The servers, each with its first GPU: behind the trainer's, in order.
 
     Sampling servers that take turns with the trainer have its GPUs. `gpus`: how many this machine has; without any
     the servers are returned as they are. Raises UserError where there are too few.

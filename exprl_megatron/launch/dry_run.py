@@ -25,13 +25,13 @@ class PlannedProcess:
 def planned_processes(config: RunConfig) -> list[PlannedProcess]:
     """Servers and trainer ranks in the order in which they start."""
     planned = []
-    if config.samples:
+    if config.needs_sampling_servers:
         planned += [_server("policy", i, config.policy.model, config.server) for i in range(config.server.count)]
-    if config.samples and config.server.router:
+    if config.needs_sampling_servers and config.server.router:
         planned.append(PlannedProcess(ROUTER, "sglang-router in front of the policy's servers", "a free port"))
-    if config.scores_start:
-        planned.append(_server("start", 0, config.policy.model, config.start_server))
-    if config.judges and config.judge.has_servers:
+    if config.has_ref_server:
+        planned.append(_server("ref", 0, config.policy.model, config.ref_server))
+    if config.needs_judge and config.judge.has_servers:
         judge = config.judge
         planned += [_server("judge", i, judge.model, judge.server) for i in range(judge.server.count)]
         if judge.server.router:
@@ -55,7 +55,10 @@ def _server(kind: str, number: int, model: str, server) -> PlannedProcess:
 
 def transport_lines(config: RunConfig) -> list[str]:
     """For each kind of server that gets weights one line: by which transport, and why."""
-    receiving = {"policy": ("the sampling servers", config.samples), "start": ("start-0", config.scores_start)}
+    receiving = {
+        "policy": ("the sampling servers", config.needs_sampling_servers),
+        "ref": ("ref-0", config.has_ref_server),
+    }
     lines = []
     for servers, (what, exist) in receiving.items():
         if exist:

@@ -59,7 +59,7 @@ def _watch(ranks: TrainerRanks, guest: Guest) -> None:
 
 
 def _has_failed(ranks: TrainerRanks, guest: Guest) -> bool:
-    """Whether a rank has failed, of which node 0 is then told."""
+    """Whether a rank has failed, which node 0 is then notified of."""
     try:
         ranks.running()
     except Preempted:

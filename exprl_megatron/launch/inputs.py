@@ -42,9 +42,9 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"stages.{number}.examples", _hash(read_examples(Path(stage.examples)))
         elif stage.problems is not None:
             yield f"stages.{number}.problems", _problems(stage.problems)
-    if config.evaluates:
+    if config.has_evaluation:
         yield "evaluation.problems", _problems(config.evaluation.problems)
-    if config.judges:
+    if config.needs_judge:
         judge = config.judge
         yield "judge.model", _model(judge.model)
         named = {"prompt": judge.prompt, "prefix_prompt": judge.prefix_prompt, "segment_prompt": judge.segment_prompt}

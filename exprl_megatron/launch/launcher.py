@@ -77,7 +77,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
     own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
     try:
         print_departures(config)
-        if config.samples and (sentence := irreproducible_sampling(config.server, uses_cuda())):
+        if config.needs_sampling_servers and (sentence := irreproducible_sampling(config.server, uses_cuda())):
             print(sentence, flush=True)
         # Servers that are registered elsewhere may have made it already.
         (ensure_key if registered else renew_key)(registry.key_file)
@@ -142,18 +142,18 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
     """The servers that the stages and the evaluation of `config` need."""
     specs: list[ServerSpec] = []
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
-    if config.samples:
+    if config.needs_sampling_servers:
         server = config.sampling_server
         if config.placement.kind == "colocated" and uses_cuda():
             server = server.model_copy(update={"extra_args": (*server.extra_args, "--enable-memory-saver")})
         specs += server_specs("policy", config.policy.model, server, directory.logs, dtype=dtype, seed=config.seed)
-    if config.samples and config.server.router:
+    if config.needs_sampling_servers and config.server.router:
         specs.append(_router(ROUTER, config.policy.model, config.server, directory))
-    if config.scores_start:
+    if config.has_ref_server:
         specs += server_specs(
-            "start", config.policy.model, config.start_server, directory.logs, dtype=dtype, seed=config.seed
+            "ref", config.policy.model, config.ref_server, directory.logs, dtype=dtype, seed=config.seed
         )
-    if config.judges and config.judge.has_servers:
+    if config.needs_judge and config.judge.has_servers:
         judge = config.judge
         specs += server_specs("judge", judge.model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
         if judge.server.router:

@@ -41,15 +41,15 @@ def _length_violations(config: RunConfig, architecture: Architecture) -> Iterato
             f"policy.max_tokens is {longest}, more than the {positions} positions that {config.policy.model} was made "
             f"for; {remedy}."
         )
-    if not config.scores_start:
+    if not config.has_ref_server:
         return
-    # A whole trace is a prompt to the server that scores the starting policy.
+    # A whole trace is a prompt to the server that scores the reference policy.
     for what, room in (("the model's positions", positions), ("server.max_total_tokens", slots)):
         if room is not None and longest > room - SCORED_BELOW_ROOM:
             yield (
-                f"policy.max_tokens is {longest} but the server for the starting policy scores at most "
+                f"policy.max_tokens is {longest} but the server for the reference policy scores at most "
                 f"{room - SCORED_BELOW_ROOM} tokens ({SCORED_BELOW_ROOM} fewer than {what}, {room}); lower it, or set "
-                f"policy.starting_policy to host."
+                f"policy.ref_policy to host."
             )
 
 
@@ -73,10 +73,10 @@ def _precision_violations(config: RunConfig, architecture: Architecture) -> list
             capability,
             optimizers=[stage.optimizer for stage in config.stages],
             architecture=architecture,
-            starting_weights=any(isinstance(stage, RlStage) and stage.needs_start for stage in config.stages),
+            starting_weights=any(isinstance(stage, RlStage) and stage.needs_ref_policy for stage in config.stages),
             cuda=uses_cuda(),
             servers=_servers(config),
-            colocated=config.samples and config.placement.kind == "colocated",
+            colocated=config.needs_sampling_servers and config.placement.kind == "colocated",
         )
     )
 
@@ -84,8 +84,8 @@ def _precision_violations(config: RunConfig, architecture: Architecture) -> list
 def _servers(config: RunConfig) -> dict[str, ServerConfig]:
     """Those that the run starts with weights in the policy's format, by their keys."""
     found = {}
-    if config.samples or config.scores_start:
+    if config.needs_sampling_servers or config.has_ref_server:
         found["server"] = config.server
-    if config.judges and config.judge.has_servers:
+    if config.needs_judge and config.judge.has_servers:
         found["judge.server"] = config.judge.server
     return found

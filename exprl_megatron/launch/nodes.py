@@ -229,7 +229,7 @@ def read_end(words: bytes, what: str) -> End:
     try:
         return msgspec.json.decode(words, type=End)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        message = f"{what} of its end is garbled ({error}); see the logs of that node, and go on with --resume."
+        message = f"{what} of its end is garbled ({error}); see the logs of that node, and continue with --resume."
         return End(1, message, unexpected=True)
 
 

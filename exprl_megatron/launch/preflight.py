@@ -34,9 +34,9 @@ def check_inputs(config: RunConfig) -> None:
     for stage in config.stages:
         if isinstance(stage, SftStage):
             check_source(stage)
-    if config.judges and config.judge.gate is not None:
+    if config.needs_judge and config.judge.gate is not None:
         read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
-    if config.judges and config.judge.place == "policy":
+    if config.needs_judge and config.judge.placement == "policy":
         _check_alike(config.policy.model, config.judge.model)
     if config.debug.rollouts is not None:
         _check_rollouts(config)
@@ -60,7 +60,7 @@ def _check_weights(config: RunConfig) -> None:
     if not is_converted(model):
         with Safetensors(model, read_architecture(model)):
             return
-    if config.samples:
+    if config.needs_sampling_servers:
         raise UserError(
             f"policy.model is {model}, whose weights are in Megatron's form, which the sampling servers cannot read; "
             f"give the model in Hugging Face form (tools/convert_checkpoint.py to-hf)."
@@ -79,8 +79,8 @@ def _check_alike(policy: str, judge: str) -> None:
         what = "another vocabulary"
     if what:
         raise UserError(
-            f"judge.place is policy, but judge.model ({judge}) has {what} than policy.model ({policy}), and the same "
-            f"servers must hold both; set judge.place to own."
+            f"judge.placement is policy, but judge.model ({judge}) has {what} than policy.model ({policy}), and the "
+            f"same servers must hold both; set judge.placement to own."
         )
 
 

@@ -11,7 +11,7 @@ from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judge_model import model_context
-from exprl_megatron.judging.judgement import Unit
+from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.rubric import MOST, Checkpoint, Rubric
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.problems.problem import Problem
@@ -30,12 +30,12 @@ _EMPTY_RUBRIC = Rubric((Checkpoint("", 1.0, ""),) * MOST)
 def check_prompts(config: RunConfig) -> None:
     """Raise UserError where a prompt of the run cannot be made, or has no room in the model that is to read it."""
     tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
-    if config.samples:
+    if config.needs_sampling_servers:
         _check_policy(config, tokenizer)
     for stage in config.stages:
         if isinstance(stage, SelfDistillStage):
             _check_teacher(config, stage, tokenizer)
-    if config.judges:
+    if config.needs_judge:
         judge = _judge(config)
         for stage in config.stages:
             if isinstance(stage, JudgedStage):
@@ -55,7 +55,7 @@ def shown_prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
             tokenizer.decode(builder.token_ids(problem.statement)),
         )
         if isinstance(stage, JudgedStage):
-            for message in _judge(config).messages(problem, TRACE, _units(stage)[0]):
+            for message in _judge(config).messages(problem, TRACE, _granularities(stage)[0]):
                 title = f"stage {stage.name}, problem {problem.id}, to the judge ({message['role']})"
                 yield title, message["content"]
 
@@ -89,9 +89,9 @@ def _check_judge(config: RunConfig, stage: JudgedStage, judge: Judge) -> None:
     problems = _longest(load_problems(stage.problems))
     found = [
         (tokens, problem, what)
-        for unit in _units(stage)
+        for granularity in _granularities(stage)
         for problem in problems
-        for tokens, what in _lengths(config, judge, problem, unit)
+        for tokens, what in _lengths(config, judge, problem, granularity)
     ]
     longest, problem, what = max(found, key=lambda row: row[0])
     if longest + trace + answer > context:
@@ -103,12 +103,12 @@ def _check_judge(config: RunConfig, stage: JudgedStage, judge: Judge) -> None:
         )
 
 
-def _lengths(config: RunConfig, judge: Judge, problem: Problem, unit: Unit) -> Iterator[tuple[int, str]]:
+def _lengths(config: RunConfig, judge: Judge, problem: Problem, granularity: Granularity) -> Iterator[tuple[int, str]]:
     """Tokens of each prompt that the judge may get about `problem`, without a trace, and what they include."""
-    yield len(judge.request(problem, "", unit)), ""
+    yield len(judge.request(problem, "", granularity)), ""
     rubric = config.judge.rubric
     if rubric.kind == "checkpoints" and problem.reference is not None:
-        tokens = len(judge.request(problem, "", unit, _EMPTY_RUBRIC)) + rubric.max_new_tokens
+        tokens = len(judge.request(problem, "", granularity, _EMPTY_RUBRIC)) + rubric.max_new_tokens
         yield tokens, f" with checkpoints of up to {rubric.max_new_tokens} (judge.rubric.max_new_tokens)"
 
 
@@ -119,11 +119,11 @@ def _longest(problems: Sequence[Problem]) -> list[Problem]:
     return sorted(problems, key=size)[-_LONGEST:]
 
 
-def _units(stage: JudgedStage) -> list[Unit]:
+def _granularities(stage: JudgedStage) -> list[Granularity]:
     """What of a trace the stage has judged."""
     if not hasattr(stage, "route"):
         return ["trace"]
-    return sorted({stage.unit, *(route.unit for route in stage.routes.values())})
+    return sorted({stage.granularity, *(route.granularity for route in stage.routes.values())})
 
 
 def _judge(config: RunConfig) -> Judge:
@@ -132,7 +132,7 @@ def _judge(config: RunConfig) -> Judge:
 
 def reachable(config: RunConfig) -> str | None:
     """A sentence about what cannot be checked here, as a model is not on this machine; None where all can be."""
-    models = [config.policy.model, *([config.judge.model] if config.judges else [])]
+    models = [config.policy.model, *([config.judge.model] if config.needs_judge else [])]
     missing = [model for model in models if not (Path(model) / "config.json").is_file()]
     if not missing:
         return None

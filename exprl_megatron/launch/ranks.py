@@ -114,7 +114,7 @@ class TrainerRanks:
             if found and psutil.STATUS_TRACING_STOP not in found:
                 raise RunStopped(
                     f"trainer-{rank} (process {process.pid} supervises it) has not been heard of for {SILENCE_S:g} s, "
-                    f"its state is {', '.join(found)}; see that nothing stops it, and go on with --resume."
+                    f"its state is {', '.join(found)}; see that nothing stops it, and continue with --resume."
                     f"{log_tail(self._log(rank))}"
                 )
 
@@ -145,7 +145,9 @@ class TrainerRanks:
                 return ended(self._reported(rank))
         rank = failed[0]
         status = self._processes[rank].returncode
-        return RunStopped(f"trainer-{rank} ended with status {status}; go on with --resume.{log_tail(self._log(rank))}")
+        return RunStopped(
+            f"trainer-{rank} ended with status {status}; continue with --resume.{log_tail(self._log(rank))}"
+        )
 
     def _reported(self, rank: int) -> End:
         return read_end(self._end(rank).read_bytes(), f"What trainer-{rank} reported")
@@ -160,7 +162,7 @@ class TrainerRanks:
         name = signal.Signals(number).name if number in set(signal.Signals) else "an unknown one"
         hint = "; SIGKILL is often the kernel's, for lack of memory (see dmesg)" if number == signal.SIGKILL else ""
         return RankKilled(
-            f"trainer-{rank} was killed by signal {number} ({name}){hint}; go on with --resume."
+            f"trainer-{rank} was killed by signal {number} ({name}){hint}; continue with --resume."
             f"{log_tail(self._log(rank))}"
         )
 

@@ -47,7 +47,7 @@ class Share:
 
 
 def serve(config: RunConfig, kind: Kind, share: Share) -> None:
-    """Start this node's share of the run's servers of `kind`, register them, and start anew what dies.
+    """Start this node's share of the run's servers of `kind`, register them, and restart those that die.
 
     Returns when the run has ended. Raises UserError where the run has no such server or its model cannot be served;
     ServerError where one does not start or dies too often. Whatever happens, no process is left behind.

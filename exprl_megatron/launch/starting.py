@@ -22,7 +22,9 @@ def starter(config: RunConfig, servers: bool) -> Starter:
     deadline_s = config.server.start_deadline_s
     ranks = rank_environment(os.environ, config.server)
     fork_servers = [ForkServer("exprl_megatron.launch.trainer_preload", {WORKER, INPUT_CHECKS}, ranks, deadline_s)]
-    if servers and (config.samples or config.scores_start or (config.judges and config.judge.has_servers)):
+    if servers and (
+        config.needs_sampling_servers or config.has_ref_server or (config.needs_judge and config.judge.has_servers)
+    ):
         environment = server_environment(
             os.environ, cuda=False, tp=config.server.tp, cpu_threads=config.server.cpu_threads
         )

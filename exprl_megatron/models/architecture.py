@@ -57,7 +57,7 @@ class Architecture:
     """Whether the output layer is the input embedding."""
     max_positions: int
     initializer_range: float
-    """Standard deviation of randomly initialised matrices."""
+    """Standard deviation of randomly initialized matrices."""
     experts: Experts | None = None
     """None: a dense MLP of width `ffn` in every layer."""
 
@@ -138,7 +138,7 @@ def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
 def stage_layers(architecture: Architecture, layout: Layout) -> list[list[range]]:
     """The layers, counted from 0, as [pipeline rank][virtual stage]; `layout` must fit (see check_layout).
 
-    Stage k of pp x vpp lies on rank k modulo pp, as Megatron interleaves them.
+    Stage k of pp x vpp is on rank k modulo pp, as Megatron interleaves them.
     """
     slots = architecture.layers + layout.embedding_as_layer + layout.head_as_layer
     each = slots // layout.stages

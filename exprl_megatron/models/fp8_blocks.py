@@ -1,4 +1,4 @@
-"""Block-quantised FP8 weights as DeepSeek-V3 published them and SGLang and vLLM read them.
+"""Block-quantized FP8 weights as DeepSeek-V3 published them and SGLang and vLLM read them.
 
 A matrix NAME becomes float8_e4m3fn, with NAME_scale_inv, fp32, [rows / 128, columns / 128] rounded up: what each block
 of 128 x 128 numbers is multiplied by to give the weights back. It is the block's largest magnitude / 448 (the largest
@@ -22,7 +22,7 @@ LARGEST = 448.0
 """torch.finfo(torch.float8_e4m3fn).max"""
 
 
-def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, columns] in any float format -> the same in float8_e4m3fn, and its scales, fp32."""
     import torch
 
@@ -37,15 +37,15 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.view_as(padded)[:rows, :columns].to(torch.float8_e4m3fn), scale
 
 
-def dequantise(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The inverse of quantise, in fp32 and up to its rounding."""
+def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The inverse of quantize, in fp32 and up to its rounding."""
     rows, columns = values.shape
     spread = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return values.float() * spread
 
 
 def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the Hugging Face tensor `name` is quantised: a matrix of attention or of an MLP or expert."""
+    """Whether the Hugging Face tensor `name` is quantized: a matrix of attention or of an MLP or expert."""
     router = name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
     return len(shape) == 2 and name not in (EMBEDDING, HEAD) and not router
 

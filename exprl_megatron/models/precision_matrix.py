@@ -137,9 +137,9 @@ def _parameters(setting: Setting) -> Iterator[str]:
             f"optimizer.offload is {max(offloads):g} but FP8 parameters cannot be stepped in host memory; set it to 0, "
             f"or {remedy}."
         )
-    if setting.starting_weights and setting.policy.starting_policy == "host":
+    if setting.starting_weights and setting.policy.ref_policy == "host":
         yield (
-            f"policy.starting_policy is host but FP8 parameters do not survive being swapped out and in; set it to "
+            f"policy.ref_policy is host but FP8 parameters do not survive being swapped out and in; set it to "
             f"server, or {remedy}."
         )
 

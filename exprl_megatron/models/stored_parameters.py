@@ -1,6 +1,6 @@
 """Where Megatron's torch_dist files keep each parameter of the table of names.
 
-The files know no layout. A parameter of the decoder's layers lies in one tensor with those of all other layers,
+The files know no layout. A parameter of the decoder's layers is in one tensor with those of all other layers,
 [layers, ...], one of an expert in one with all experts of all layers, [layers, experts, ...]. What tensor parallelism
 cuts is put together again: what a single rank would hold. Only an embedding or output layer keeps the rows that
 padded it in the layout that wrote it.

@@ -13,7 +13,7 @@ from exprl_megatron.models.architecture import Architecture, stage_layers
 def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision: PrecisionConfig) -> float:
     """What one layer keeps for each token of the rank (context-parallel ranks have their own), nothing recomputed.
 
-    A linear layer keeps its input, in FP8 quantised; a norm keeps its input as it is.
+    A linear layer keeps its input, in FP8 quantized; a norm keeps its input as it is.
     """
     wide = value_bytes(precision)
     entry = 1 if precision.fp8 else wide
@@ -22,7 +22,7 @@ def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision:
     keys = architecture.kv_groups * architecture.head_dim
     # Both norms: inputs, and outputs as the next product's input.
     kept = (2 * wide + 2 * entry) * hidden / sp
-    # Queries, keys, values and output of attention, the last of which the projection quantises once more.
+    # Queries, keys, values and output of attention, the last of which the projection quantizes once more.
     attention = wide * (2 * queries + 2 * keys) + (queries if precision.fp8 else 0) + 4 * architecture.heads
     if architecture.qk_norm:
         attention += wide * (queries + keys)
@@ -37,7 +37,7 @@ def _mlp(architecture: Architecture, layout: Layout, wide: int, entry: int) -> f
         return (2 * wide + entry) * architecture.ffn / layout.tp
     copies = experts.chosen * layout.etp / layout.tp
     ffn = experts.ffn / layout.etp
-    # The norm's output stays as it is for the router beside its quantised copies.
+    # The norm's output stays as it is for the router in addition to its quantized copies.
     norm = (wide - entry) * architecture.hidden / layout.tp
     return copies * (entry * architecture.hidden + (2 * wide + entry) * ffn) + 8 * experts.count / layout.tp + norm
 

@@ -56,6 +56,6 @@ def server_faults(phases: list[Phase], server: ServerConfig, gpu: Gpu) -> list[s
 
 def beside_sleeping_server(config: RunConfig, gpu: Gpu) -> Gpu:
     """`gpu` as large as the trainer of `config` finds it while it learns."""
-    if config.placement.kind == "separate" or not config.samples:
+    if config.placement.kind == "separate" or not config.needs_sampling_servers:
         return gpu
     return replace(gpu, memory_bytes=int(gpu.memory_bytes - sleeping_server_bytes(config.server)))

@@ -92,7 +92,7 @@ def host_optimizer_seconds(parameters: float, gradient_bytes: float, gpu: Gpu) -
 
 
 def cast_bytes(elements: float, precision: PrecisionConfig, both_ways: bool = True) -> float:
-    """HBM bytes to quantise `elements` BF16 values: read, write, and the transpose that the weight gradient needs.
+    """HBM bytes to quantize `elements` BF16 values: read, write, and the transpose that the weight gradient needs.
 
     Current scaling reads the values once more to find their largest.
     """

@@ -17,7 +17,7 @@ from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, m
 from exprl_megatron.planning.workload import Workload
 
 AS_FAST = 1.005
-"""Seconds that differ by less are not told apart."""
+"""Seconds that differ by less count as equal."""
 SHORTEST_PIECE = 2048
 """Context parallelism that leaves a rank fewer tokens of the longest sequence is not looked at."""
 
@@ -34,7 +34,7 @@ class Learning:
     log_probs: TrainingTime | None
     """One forward pass over the whole step's tokens, as full sequences; None where none is needed."""
     passes: int
-    """Forward passes: under the starting policy, and under the old one where a step has several updates."""
+    """Forward passes: under the reference policy, and under the old one where a step has several updates."""
     updates: int
     slowdown: float
     """By which both are slower on traces of many lengths, with the losses of reinforcement learning."""
@@ -101,7 +101,7 @@ def learning(
         "gpu": gpu,
         "practice": Practice(dp_overlap=optimizer.overlap, offload=optimizer.offload),
     }
-    here = workload.keeps_start and policy.starting_policy == "host"
+    here = workload.keeps_ref_policy and policy.ref_policy == "host"
     passes = int(here) + int(workload.updates > 1)
     return Learning(
         policy=policy,

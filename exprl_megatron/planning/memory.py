@@ -38,7 +38,7 @@ class Memory:
 
     weights: float = 0
     fp8_copies: float = 0
-    """Quantised weights that Transformer Engine keeps beside BF16 ones, as rows and as columns."""
+    """Quantized weights that Transformer Engine keeps beside BF16 ones, as rows and as columns."""
     gradients: float = 0
     optimizer: float = 0
     activations: float = 0
@@ -65,7 +65,7 @@ class Memory:
 class Host:
     """Bytes that one trainer rank keeps in host memory."""
 
-    starting_policy: float = 0
+    ref_policy: float = 0
     optimizer: float = 0
     asleep: float = 0
     """Where trainer and servers are colocated: weights and optimizer while the servers sample."""
@@ -73,7 +73,7 @@ class Host:
     @property
     def total(self) -> float:
         """Their sum."""
-        return self.starting_policy + self.optimizer + self.asleep
+        return self.ref_policy + self.optimizer + self.asleep
 
 
 def resident_memory(
@@ -150,17 +150,17 @@ def host_memory(
     policy: PolicyConfig,
     optimizer: OptimizerConfig,
     pp_rank: int,
-    keeps_start: bool,
+    keeps_ref_policy: bool,
     colocated: bool = False,
 ) -> Host:
     """What a trainer's rank keeps in host memory: the stage's starting weights, and while they are scored the current
     ones too; the offloaded share of the optimizer; what is away while colocated servers sample, of which the weights
     wait where they do while the start is scored."""
     counts = rank_counts(architecture, policy.layout, pp_rank)
-    kept = keeps_start and policy.starting_policy == "host"
+    kept = keeps_ref_policy and policy.ref_policy == "host"
     weights, state = value_bytes(policy.precision) * counts.total, optimizer_bytes(counts, policy, optimizer)
     return Host(
-        starting_policy=2 * weights if kept else 0,
+        ref_policy=2 * weights if kept else 0,
         optimizer=state * optimizer.offload,
         asleep=(0 if kept else weights) + state * (1 - optimizer.offload) if colocated else 0,
     )
@@ -240,7 +240,7 @@ def _fp8_linear(architecture: Architecture, policy: PolicyConfig, pp_rank: int) 
 
 
 def _fp8_bytes(policy: PolicyConfig, gpu: Gpu | None) -> float:
-    """Bytes of a quantised weight: as rows and as columns, where the tensor core cannot read columns of rows."""
+    """Bytes of a quantized weight: as rows and as columns, where the tensor core cannot read columns of rows."""
     if policy.precision.kind == "mxfp8":
         return 2 + 2 / 32
     one_copy = gpu is not None and gpu.blackwell and policy.precision.kind != "fp8-blockwise"

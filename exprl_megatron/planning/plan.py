@@ -72,8 +72,8 @@ class Plan:
     phases: list[Phase]
     host: Host
     """Host memory of the trainer's rank that needs most."""
-    starting_policy: dict[str, float] = field(default_factory=dict)
-    """What either choice of `policy.starting_policy` costs; empty where no stage needs it."""
+    ref_policy: dict[str, float] = field(default_factory=dict)
+    """What either choice of `policy.ref_policy` costs; empty where no stage needs it."""
     faults: list[str] = field(default_factory=list)
     """One sentence for everything that does not fit or cannot be built."""
     notes: list[str] = field(default_factory=list)
@@ -114,8 +114,8 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
         raise UserError("\n".join(faults))
     one = learning(architecture, config.policy, stage.optimizer, workload, gpu)
     phases = serving_phases(config, architecture, workload, gpu, faults, notes) if workload.sampled else []
-    start = _starting_policy(config, stage, architecture, workload, gpu, one) if workload.keeps_start else {}
-    if start and config.policy.starting_policy == "server":
+    start = _ref_policy_costs(config, stage, architecture, workload, gpu, one) if workload.keeps_ref_policy else {}
+    if start and config.policy.ref_policy == "server":
         phases += start_server_phase(config, architecture, workload, gpu, start["server_score_s"], faults)
     phases += _trainer(config, stage, architecture, workload, gpu, one)
     colocated = config.placement.kind == "colocated" and workload.sampled
@@ -127,7 +127,8 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
     ]
     stages = range(config.policy.layout.pp)
     hosts = [
-        host_memory(architecture, config.policy, stage.optimizer, r, workload.keeps_start, colocated) for r in stages
+        host_memory(architecture, config.policy, stage.optimizer, r, workload.keeps_ref_policy, colocated)
+        for r in stages
     ]
     return Plan(
         config=config,
@@ -138,7 +139,7 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
         learning=one,
         phases=phases,
         host=max(hosts, key=lambda host: host.total),
-        starting_policy=start,
+        ref_policy=start,
         faults=faults,
         notes=list(dict.fromkeys(notes)),
     )
@@ -165,7 +166,7 @@ def _gpus(config: RunConfig, workload: Workload) -> dict[str, int]:
         gpus["policy server"] = config.server.count * config.server.tp
     if workload.judgements and config.judge.has_servers:
         gpus["judge server"] = config.judge.server.count * config.judge.server.tp
-    if workload.keeps_start and config.policy.starting_policy == "server":
+    if workload.keeps_ref_policy and config.policy.ref_policy == "server":
         gpus["start server"] = config.server.tp
     return gpus
 
@@ -176,7 +177,7 @@ def _trainer(config, stage, architecture, workload, gpu, one: Learning) -> list[
     if one.log_probs is not None:
         memory = _fullest(policy.layout.pp, lambda rank: log_prob_memory(architecture, policy, optimizer, rank, gpu))
         seconds = one.log_probs_s
-        if workload.keeps_start and policy.starting_policy == "host":
+        if workload.keeps_ref_policy and policy.ref_policy == "host":
             seconds += _swap_seconds(architecture, config, gpu, one)
         phases.append(Phase("log-probs", "trainer", seconds, memory, _speed(one.log_probs, one.passes, seconds)))
     speed = _speed(one.training, one.updates, one.training_s)
@@ -194,16 +195,14 @@ def _trainer(config, stage, architecture, workload, gpu, one: Learning) -> list[
     return [*phases, Phase("save", "trainer", seconds, memory)]
 
 
-def _starting_policy(config, stage, architecture, workload, gpu, one) -> dict[str, float]:
+def _ref_policy_costs(config, stage, architecture, workload, gpu, one) -> dict[str, float]:
     """Both places of the frozen starting weights: host memory of a rank, or the GPUs of a server.
 
     Either reads the step's traces once more: the trainer after a swap, the server on its own GPUs.
     """
     policy, layout = config.policy, config.policy.layout
-    host = policy.model_copy(update={"starting_policy": "host"})
-    kept = max(
-        host_memory(architecture, host, stage.optimizer, rank, True).starting_policy for rank in range(layout.pp)
-    )
+    host = policy.model_copy(update={"ref_policy": "host"})
+    kept = max(host_memory(architecture, host, stage.optimizer, rank, True).ref_policy for rank in range(layout.pp))
     read_there = learning(architecture, host, stage.optimizer, workload, gpu)
     wide = 4 if policy.precision.dtype == "fp32" else 2
     one_server = Servers(1, config.server.tp, gpu)
@@ -238,7 +237,7 @@ def _illegal(config, stage, architecture: Architecture, workload, gpu) -> list[s
         capability=BLACKWELL if gpu.blackwell else HOPPER,
         optimizers=(stage.optimizer,),
         architecture=architecture,
-        starting_weights=workload.keeps_start,
+        starting_weights=workload.keeps_ref_policy,
     )
     return layout_violations(architecture, config.policy.layout) + (
         precision_violations(setting) if gpu.fp8_kinds else []

@@ -51,7 +51,7 @@ def plan_record(plan: Plan, top: int) -> dict[str, Any]:
         "faults": plan.faults,
         "phases": [_phase_record(phase) for phase in plan.phases],
         "host_bytes_per_rank": _memory_record(plan.host),
-        "starting_policy": plan.starting_policy,
+        "starting_policy": plan.ref_policy,
         "trainer": learning_record(plan.learning),
         "ranking": _ranking_record(plan.ranking, top),
         "divisions": [_division_record(one) for one in plan.divisions[:top]],

@@ -35,7 +35,7 @@ SUMS = {
     "log-probs, train": ("score start", "log-probs", "train"),
     "reshard, save": ("reshard", "save"),
 }
-"""What stands together in the table of divisions, and the phases that it sums."""
+"""Columns of the table of divisions, and the phases that each one sums."""
 
 
 SYNC_COLUMNS = (
@@ -229,13 +229,13 @@ def _host_lines(plan: Plan) -> list[str]:
         lines.append(f"optimizer on the host: {plan.host.optimizer / GIB:.1f} GiB of host memory a rank")
     if plan.host.asleep:
         lines.append(f"asleep while servers sample: {plan.host.asleep / GIB:.1f} GiB of pinned host memory a rank")
-    if plan.starting_policy:
-        cost, chosen = plan.starting_policy, plan.config.policy.starting_policy
+    if plan.ref_policy:
+        cost, chosen = plan.ref_policy, plan.config.policy.ref_policy
         lines += [
-            f"starting policy on the host: {cost['host_bytes_per_rank'] / GIB:.1f} GiB of host memory a rank (both "
+            f"reference policy on the host: {cost['host_bytes_per_rank'] / GIB:.1f} GiB of host memory a rank (both "
             f"sets of weights while they change places), {seconds_text(cost['host_swap_s'])} s of swapping and "
             f"{seconds_text(cost['host_score_s'])} s of reading a step" + (" (chosen)" if chosen == "host" else ""),
-            f"starting policy on a server: {cost['server_weight_bytes_per_gpu'] / GIB:.1f} GiB of each of its GPUs, "
+            f"reference policy on a server: {cost['server_weight_bytes_per_gpu'] / GIB:.1f} GiB of each of its GPUs, "
             f"{seconds_text(cost['server_score_s'])} s of reading a step" + (" (chosen)" if chosen == "server" else ""),
         ]
     return lines

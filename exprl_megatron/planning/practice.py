@@ -28,7 +28,7 @@ class Practice:
     recomputed_share: float = 1.0
     """With `recompute: full`, the share of layers that are computed again."""
     offload: float = 0.0
-    """Share of the optimizer state that lies and is stepped in host memory."""
+    """Share of the optimizer state that is kept and stepped in host memory."""
     lora: bool = False
     """Weights are frozen but for low-rank adapters: no weight gradients, nothing to reduce."""
 

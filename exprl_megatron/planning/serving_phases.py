@@ -1,4 +1,4 @@
-"""The phases of a step that run on servers: sampling, judging, and scoring the starting policy."""
+"""The phases of a step that run on servers: sampling, judging, and scoring the reference policy."""
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
@@ -69,7 +69,7 @@ def serving_phases(
     judge, known = find_architecture(config.judge.model)
     if known:
         notes.append(assumed_architecture(config.judge.model, known))
-    own = config.judge.place == "own"
+    own = config.judge.placement == "own"
     server = config.judge.server if own else config.sampling_server
     try:
         held = server_memory(judge, server, gpu)
@@ -82,7 +82,9 @@ def serving_phases(
     speed = _speed(judge, workload.reference_tokens, tokens, judging, server.count * server.tp, gpu)
     tail = judging_tail(sampling, judging, own_devices=own)
     if not own:
-        notes.append("judge.place is policy: the time in which the servers load the judge's weights is not predicted.")
+        notes.append(
+            "judge.placement is policy: the time in which the servers load the judge's weights is not predicted."
+        )
     return [
         *phases,
         Phase("judge", "judge server" if own else "policy server", tail, held, speed, works_s=judging.total_s),

@@ -70,7 +70,7 @@ def _divisions(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
 
 def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfig]:
     """The config with those GPUs in equal servers of every size."""
-    for server in _servers(config.server, sampling, apart=int(config.scores_start)):
+    for server in _servers(config.server, sampling, apart=int(config.has_ref_server)):
         served = config.model_copy(update={"server": server})
         if not judging:
             yield served

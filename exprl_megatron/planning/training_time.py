@@ -168,7 +168,7 @@ def _recomputed(forward: LayerTime, recompute: str, rank: Rank) -> float:
 
 
 def _slowest_stage(architecture: Architecture, layout: Layout, layer: float, head: float) -> tuple[int, bool]:
-    """(layers, whether the output layer lies there too) of the pipeline rank that the others wait for."""
+    """(layers, whether the output layer is there too) of the pipeline rank that the others wait for."""
     ranks = [sum(len(chunk) for chunk in chunks) for chunks in stage_layers(architecture, layout)]
     most = max(ranks)
     with_head = ranks[-1] * layer + head >= most * layer

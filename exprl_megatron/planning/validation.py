@@ -170,7 +170,7 @@ def weight_bytes(architecture: Architecture, each: float = 2.0) -> float:
 def _refit_seconds(architecture: Architecture, layout: Layout, gpu: Gpu, *, colocated: bool, each: float) -> float:
     """Seconds that NeMo-RL needs to carry the new weights to its generation workers, `each` bytes a weight.
 
-    Colocated: every rank gathers each whole tensor, over NVLink what lies in its node and over its card the rest.
+    Colocated: every rank gathers each whole tensor, over NVLink what is in its node and over its card the rest.
     Separate: one trainer rank sends everything through its card, and the workers receive it as a chain. Our own syncs
     are planned from their messages (sync_time.py).
     """

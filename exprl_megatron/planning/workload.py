@@ -32,8 +32,8 @@ class Workload:
     """Longest response."""
     updates: int
     """Optimizer steps."""
-    keeps_start: bool
-    """Whether the loss compares with the stage's starting policy."""
+    keeps_ref_policy: bool
+    """Whether the loss compares with the stage's reference policy."""
     judgements: int = 0
     """Of each trace; 0: no judge."""
     reference_tokens: float = REFERENCE_TOKENS
@@ -64,7 +64,7 @@ def workload_of(
     assert isinstance(stage, RlStage)
     bound = stage.sampling.max_new_tokens
     judged = isinstance(stage, JudgedStage) and config.judge is not None
-    units = min(stage.units_per_trace, SEGMENTS) if isinstance(stage, ExprlProcessStage) else 1
+    judged_spans = min(stage.judgements_per_trace, SEGMENTS) if isinstance(stage, ExprlProcessStage) else 1
     return Workload(
         stage=stage.name,
         sampled=True,
@@ -74,8 +74,8 @@ def workload_of(
         response_tokens=min(response_tokens or bound / 2, 0.99 * bound),
         bound=bound,
         updates=stage.updates_per_step,
-        keeps_start=stage.needs_start,
-        judgements=units if judged else 0,
+        keeps_ref_policy=stage.needs_ref_policy,
+        judgements=judged_spans if judged else 0,
         verdict_tokens=config.judge.max_new_tokens * VERDICT_SHARE if judged else 0.0,
         verdict_bound=config.judge.max_new_tokens if judged else 0.0,
     )

@@ -15,7 +15,7 @@ from exprl_megatron.policy.context_parallel import chunk_count, natural_order, o
 class CausalAttention(MegatronModule):
     """Causal attention with grouped queries by torch's scaled_dot_product_attention.
 
-    The sequences of a packed row do not see each other; neighbours of the same length are computed together. Each is
+    The sequences of a packed row do not see each other; neighbors of the same length are computed together. Each is
     padded on its right, so causality alone keeps real tokens from seeing padding. Under context parallelism keys and
     values are gathered from all ranks of the group.
     """
@@ -65,11 +65,11 @@ class CausalAttention(MegatronModule):
 
 
 def _of_runs(packed: torch.Tensor, runs: list[tuple[int, int]], cp: int = 1) -> list[torch.Tensor]:
-    """[tokens, heads, head_dim] as [count, length / cp, heads, head_dim] for each (length, count) of neighbours."""
+    """[tokens, heads, head_dim] as [count, length / cp, heads, head_dim] for each (length, count) of neighbors."""
     tokens = packed.split([length // cp * count for length, count in runs])
     return [run.unflatten(0, (count, -1)) for run, (_, count) in zip(tokens, runs, strict=True)]
 
 
 def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """One behind the other, without a copy where there is but one."""
+    """Concatenate; a single tensor is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -96,7 +96,7 @@ def read_extra(path: str | Path) -> dict:
 def load_checkpoint(path: str | Path, policy: Policy) -> dict:
     """Puts `policy`, in any layout, where the checkpoint `path` left it; returns the caller's record (every rank).
 
-    The policy must have begun the same stage (begin_stage with the same config). Random states are restored
+    The policy must have started the same stage (begin_stage with the same config). Random states are restored
     where the layout is the checkpoint's. Raises UserError where the checkpoint does not fit the policy.
     """
     record = _read_record(path)
@@ -113,9 +113,9 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
         ) from error
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
-        if stage.start is not None:
+        if stage.ref_weights is not None:
             values = loaded[f"start{index}"]
-            for name, kept in stage.start[index].items():
+            for name, kept in stage.ref_weights[index].items():
                 kept.copy_(values[name])
     stage.optimizer.load_state_dict(loaded["optimizer"])
     separate_step_counters(stage.optimizer)
@@ -155,19 +155,19 @@ def _state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
     models = {f"model{i}": chunk.sharded_state_dict(metadata=_metadata()) for i, chunk in enumerate(policy.chunks)}
     state = dict(models)
     state["optimizer"] = stage.optimizer.sharded_state_dict(models, is_loading=loading, metadata=_metadata())
-    if stage.start is not None:
+    if stage.ref_weights is not None:
         for index in range(len(policy.chunks)):
-            state[f"start{index}"] = _starting_weights(policy, index)
+            state[f"start{index}"] = _ref_weights(policy, index)
     if same_layout:
         states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
         state["random"] = ShardedObject("random", states, (dist.get_world_size(),), (world.rank,))
     return state
 
 
-def _starting_weights(policy: Policy, index: int) -> dict:
+def _ref_weights(policy: Policy, index: int) -> dict:
     """The description of a chunk's weights, with the starting weights as data and names of their own."""
-    chunk, start = policy.chunks[index], policy.stage.start[index]
-    values = {id(parameter): start[name] for name, parameter in chunk.named_parameters()}
+    chunk, ref_weights = policy.chunks[index], policy.stage.ref_weights[index]
+    values = {id(parameter): ref_weights[name] for name, parameter in chunk.named_parameters()}
     described = chunk.sharded_state_dict(metadata=_metadata())
     for shard in nested_values(described):
         if isinstance(shard, ShardedBase) and id(shard.data) in values:
@@ -200,7 +200,7 @@ def _record(policy: Policy, extra: dict) -> dict:
         "layout": policy.config.layout.model_dump(),
         "precision": policy.config.precision.model_dump(),
         "distributed": policy.stage.config.distributed,
-        "start_kept": policy.stage.start is not None,
+        "start_kept": policy.stage.ref_weights is not None,
         "updates": policy.stage.updates,
         "total_steps": policy.stage.total_steps,
         "extra": extra,
@@ -233,7 +233,7 @@ def _check_fit(path: str | Path, record: dict, policy: Policy) -> None:
         "architecture": "policy.model",
         "precision": "policy.precision",
         "distributed": "the stage's optimizer.distributed",
-        "start_kept": "the stage's loss.kl_coefficient (zero or not) and policy.starting_policy",
+        "start_kept": "the stage's loss.kl_coefficient (zero or not) and policy.ref_policy",
     }
     for key, setting in names.items():
         if record[key] != mine[key]:
@@ -258,7 +258,7 @@ def _bytes_needed(policy: Policy) -> int:
     """No checkpoint is smaller: the weights, AdamW's two moments in fp32, the starting weights."""
     numbers = sum(torch.Size(shape).numel() for shape in hf_shapes(policy.architecture).values())
     itemsize = next(policy.chunks[0].parameters()).dtype.itemsize
-    copies = 2 if policy.stage.start is not None else 1
+    copies = 2 if policy.stage.ref_weights is not None else 1
     return numbers * (copies * itemsize + 2 * 4)
 
 
@@ -304,5 +304,5 @@ def _unwritten(root: Path, error: BaseException) -> UserError:
     reason = "a rank could not write its part" if isinstance(error, CheckpointException) else str(error)
     return UserError(
         f"A checkpoint cannot be written to {root} ({reason}; {free / 1e6:,.1f} MB are free); "
-        f"make room there and go on with --resume, the last complete checkpoint is intact."
+        f"make room there and continue with --resume, the last complete checkpoint is intact."
     )

@@ -4,7 +4,7 @@ Under a causal mask the first chunks are cheap and the last ones dear; such a pa
 sequence of a packed row is cut by itself. Megatron's rotary positions and Transformer Engine expect this order.
 """
 
-from collections.abc import Sequence as ListLike
+from collections.abc import Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ def own_chunks(cp: int, rank: int) -> tuple[int, ...]:
     return (0,) if cp == 1 else (rank, 2 * cp - 1 - rank)
 
 
-def own_columns(lengths: ListLike[int], cp: int, rank: int) -> torch.Tensor:
+def own_columns(lengths: Sequence[int], cp: int, rank: int) -> torch.Tensor:
     """Columns of a row that `rank` holds, [sum(lengths) / cp], int64; `lengths` are those of the row's sequences."""
     parts, start = [], 0
     for length in lengths:
@@ -29,6 +29,6 @@ def own_columns(lengths: ListLike[int], cp: int, rank: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def natural_order(lengths: ListLike[int], cp: int) -> torch.Tensor:
-    """Where each column of the row stands when the ranks' parts lie one behind the other, [sum(lengths)], int64."""
+def natural_order(lengths: Sequence[int], cp: int) -> torch.Tensor:
+    """Position of each column of the row in the concatenation of the ranks' parts: [sum(lengths)], int64."""
     return torch.cat([own_columns(lengths, cp, rank) for rank in range(cp)]).argsort()

@@ -79,7 +79,7 @@ def storages_of(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
 
 @torch.no_grad()
 def host_copies(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copies of `tensors` of `device` as plain tensors in host memory, one behind the other in few blocks."""
+    """Copies of `tensors` of `device` as plain tensors in host memory, contiguous in few blocks."""
     pinned = device.type == "cuda"
     sizes = {
         name: -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED for name, tensor in tensors.items()

@@ -95,7 +95,7 @@ def _dense_mlp() -> dict:
 
 
 def _experts() -> dict:
-    """Router and experts in the MLP's place; the norm before them stands alone, as the router reads it too."""
+    """Router and experts in the MLP's place; the norm before them is a separate module, as the router reads it too."""
     linear = MLPSubmodules(ColumnParallelLinear, RowParallelLinear, activation_func=SwiGlu)
     experts = MoESubmodules(experts=partial(SequentialMLP, submodules=linear))
     return {"pre_mlp_layernorm": RMSNorm, "mlp": partial(MoELayer, submodules=experts)}

@@ -44,7 +44,7 @@ class MegatronFiles:
         self._check(metadata, architecture)
 
     def dtype(self, stored: Stored) -> torch.dtype:
-        """Of one parameter."""
+        """The dtype of one parameter."""
         return self._tensors[stored.key].properties.dtype
 
     def read(self, stored: Stored) -> torch.Tensor:
@@ -123,9 +123,9 @@ class MegatronFiles:
         ends: dict[str, int] = {}
         for index, size in written:
             info = metadata.storage_data.get(index)
-            # What lies there has a header besides the numbers.
+            # The file has a header in addition to the numbers.
             if info is None or info.length <= size:
-                raise UserError(f"{self.directory} does not say where all of {index.fqn} lies; convert it again.")
+                raise UserError(f"{self.directory} does not say where all of {index.fqn} is stored; convert it again.")
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
         for name, end in ends.items():
             file = self.directory / name
@@ -149,7 +149,7 @@ class _IntoTensor(DefaultLoadPlanner):
         return self._target[tuple(slice(offset, offset + length) for offset, length in places)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing is left to do: the tensor given out was a view of the target."""
+        """Do nothing: the resolved tensor is a view of the target."""
 
 
 def _by_index(tensor: TensorStorageMetadata, ahead: int) -> Pieces:

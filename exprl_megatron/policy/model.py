@@ -139,7 +139,7 @@ def _softmax_scale(architecture: Architecture) -> float | None:
 
 
 def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: bool) -> dict:
-    """What Megatron is told about a mixture of experts; nothing for a dense model."""
+    """Megatron's settings for a mixture of experts; none for a dense model."""
     experts = architecture.experts
     if experts is None:
         return {}

@@ -96,7 +96,7 @@ def _torch_adam_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _save_padding_between_buckets(part: DistributedOptimizer) -> None:
-    """What is gathered for a checkpoint lies where its parameters are looked for.
+    """What is gathered for a checkpoint is stored where its parameters are looked for.
 
     Megatron pads each bucket of a buffer to a multiple of the data-parallel ranks and 128, leaves the padding out of
     what it gathers, and cuts the parameters out at their places with padding: everything behind a padded bucket would
@@ -117,7 +117,7 @@ def _save_padding_between_buckets(part: DistributedOptimizer) -> None:
 
 
 def _with_padding(packed: torch.Tensor, buffer) -> torch.Tensor:
-    """All buckets one behind the other without padding -> each at its offset in the buffer."""
+    """All buckets concatenated without padding -> each at its offset in the buffer."""
     sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
     if all(bucket.offset == sum(sizes[:number]) for number, bucket in enumerate(buffer.buckets)):
         return packed

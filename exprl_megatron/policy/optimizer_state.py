@@ -2,7 +2,7 @@
 
 Where it does (ep above 1), Megatron gives the experts an optimizer of their own, chained behind that of everything
 else, and a checkpoint has two parts instead of one. Tensors are found by their names in either. What is no tensor
-(parameter groups with rates, the step) lies by part, and is the same in both but for a flag.
+(parameter groups with rates, the step) is stored by part, and is the same in both but for a flag.
 """
 
 from copy import deepcopy

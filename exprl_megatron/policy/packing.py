@@ -1,8 +1,7 @@
 """Which sequences go to which data-parallel rank, there into which micro-batch, and how they lie in it."""
 
 import math
-from collections.abc import Callable
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heapify, heappop, heappush, heapreplace
@@ -20,7 +19,7 @@ _COUNT_RESOLUTION = 512
 class Shape:
     """How the sequences of a micro-batch lie before the model.
 
-    Packed, they make one row, one behind the other, each padded to a multiple of `sequence`, and the row (behind
+    Packed, they are concatenated to one row, each padded to a multiple of `sequence`, and the row (behind
     its last sequence) to a multiple of `row`. Else each has a row, padded to the longest and to a multiple of `row`.
     """
 
@@ -31,7 +30,7 @@ class Shape:
     cp: int = 1
     """Context-parallel ranks that share each sequence."""
 
-    def with_padding(self, lengths: ListLike[int]) -> list[int]:
+    def with_padding(self, lengths: Sequence[int]) -> list[int]:
         """Tokens that each sequence of a micro-batch takes."""
         if not self.packed:
             return [padded(max(lengths), self.row)] * len(lengths)
@@ -57,7 +56,7 @@ def shape_of(config: PolicyConfig, cuda: bool, packed: bool | None = None) -> Sh
 
 
 def plan_micro_batches(
-    lengths: ListLike[int],
+    lengths: Sequence[int],
     ranks: int,
     budget: int,
     shape: Shape,
@@ -82,7 +81,7 @@ def plan_micro_batches(
     return _evenly(dealt, partial(fill, lengths=lengths, budget=budget, shape=shape), group)
 
 
-def padding_share(lengths: ListLike[int], plan: Plan, shape: Shape) -> float:
+def padding_share(lengths: Sequence[int], plan: Plan, shape: Shape) -> float:
     """Share of the tokens that the model computes under `plan` that are padding; a filler is one token and padding."""
     rows = [[lengths[index] for index in rows] or [1] for micros in plan for rows in micros]
     return 1 - sum(lengths) / sum(sum(shape.with_padding(row)) for row in rows)
@@ -105,7 +104,7 @@ def _evenly(dealt: list[list[int]], fill, group: int) -> Plan:
 
 
 def _fill_packed(
-    own: list[int], count: int, *, work: ListLike[float], lengths: ListLike[int], budget: int, shape: Shape
+    own: list[int], count: int, *, work: Sequence[float], lengths: Sequence[int], budget: int, shape: Shape
 ) -> list[list[int]]:
     """In `count` micro-batches of like work, or as many more as the budget asks for; `own` falls in work."""
     sizes = {index: padded(lengths[index], shape.sequence) for index in own}
@@ -134,7 +133,7 @@ def _fewest(least: int, fill: Callable[[int], list[list[int]] | None]) -> list[l
 
 
 def _balance(
-    own: list[int], count: int, work: ListLike[float], sizes: dict[int, int], capacity: int
+    own: list[int], count: int, work: Sequence[float], sizes: dict[int, int], capacity: int
 ) -> list[list[int]] | None:
     """Each index, in turn, to the micro-batch with the least work that has room; None where one finds no room.
 
@@ -164,8 +163,8 @@ def _balance(
     return micros
 
 
-def _fill_padded(own: list[int], count: int, *, lengths: ListLike[int], budget: int, shape: Shape) -> list[list[int]]:
-    """Neighbours in length together, as few micro-batches as the budget allows, and fillers up to `count`."""
+def _fill_padded(own: list[int], count: int, *, lengths: Sequence[int], budget: int, shape: Shape) -> list[list[int]]:
+    """Neighbors in length together, as few micro-batches as the budget allows, and fillers up to `count`."""
     micros: list[list[int]] = []
     for index in own:
         longest = lengths[micros[-1][0]] if micros else 0

@@ -1,10 +1,9 @@
-"""The model that learns: all that the training loop asks of Megatron."""
+"""The policy in Megatron-Core: the interface between the training loop and Megatron."""
 
 import gc
 import json
 import math
-from collections.abc import Iterator
-from collections.abc import Sequence as ListLike
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 
-from exprl_megatron.algorithms.batch import LearnedFrom
+from exprl_megatron.algorithms.batch import SampleOrOutline
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.models.architecture import read_architecture
@@ -35,33 +34,33 @@ from exprl_megatron.policy.world import current_world
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What an optimizer step did."""
+    """Statistics of an optimizer step."""
 
     grad_norm: float
     """Global, before clipping."""
     learning_rate: float
     skipped: bool
-    """True where Megatron refused the step."""
+    """Whether Megatron skipped the step."""
 
 
 @dataclass
 class StageState:
-    """What lives as long as a stage does."""
+    """State that exists for the duration of a stage."""
 
     config: OptimizerConfig
     optimizer: MegatronOptimizer
     total_steps: int
     updates: int
-    start: list[dict[str, torch.Tensor]] | None
-    """The stage's starting weights, in host memory, by parameter name for each chunk; None: not kept."""
+    ref_weights: list[dict[str, torch.Tensor]] | None
+    """Weights of the reference policy, in host memory, by parameter name for each chunk; None: not kept."""
 
 
 class Policy:
     """This rank's part of the policy. Every rank calls the same methods with the same arguments in the same order.
 
-    Needs a world (see enter_world) for the config's layout. The model is a directory in Hugging Face form;
-    with `initialise: random` its weights are not read but drawn from `seed`, the same for every layout.
-    Raises UserError where the layout cannot hold the model, or the directory does not hold it.
+    Needs the process groups of the config's layout (see enter_world). The model is a directory in Hugging Face format;
+    with `initialise: random` its weights are drawn from `seed`, the same for every layout, instead of read.
+    Raises UserError where the layout does not fit the model, or the directory lacks a part of it.
     """
 
     def __init__(self, config: PolicyConfig, seed: int):
@@ -73,7 +72,7 @@ class Policy:
         self.stage: StageState | None = None
         self._wrapped: list[DistributedDataParallel] = []
         self.host_weights = HostMemory(self.world.device)
-        """Where the weights wait while the device has others, or none."""
+        """Host memory for the weights while the device has other weights, or none."""
         if config.initialise == "random":
             initialise(self.chunks, self.architecture, self.world, seed)
         elif is_converted(config.model):
@@ -83,78 +82,80 @@ class Policy:
 
     @property
     def hf_config(self) -> dict:
-        """The model's config.json."""
+        """Content of the model's config.json."""
         return json.loads((Path(self.config.model) / "config.json").read_text(encoding="utf-8"))
 
-    def begin_stage(self, optimizer: OptimizerConfig, total_steps: int, keep_start: bool = False) -> None:
-        """A fresh optimizer and schedule on the current weights; `total_steps` counts calls of apply_update.
+    def begin_stage(self, optimizer: OptimizerConfig, total_steps: int, keep_ref_policy: bool = False) -> None:
+        """Make a new optimizer and schedule for the current weights; `total_steps` is the stage's number of updates.
 
-        `keep_start` keeps a copy of the current weights in host memory, for log_probs(start=True).
+        `keep_ref_policy` keeps a copy of the current weights in host memory as the reference policy.
         """
         if self.stage is not None:
-            # Optimizers are in reference cycles: without this the former one keeps its memory beside the new one.
+            # Optimizers are in reference cycles: without this the old one would keep its memory.
             self.stage = None
             gc.collect()
         self._wrap(optimizer)
-        start = self._host_copies() if keep_start else None
-        self.stage = StageState(optimizer, build_optimizer(optimizer, self._wrapped), total_steps, 0, start)
+        ref_weights = self._host_copies() if keep_ref_policy else None
+        self.stage = StageState(optimizer, build_optimizer(optimizer, self._wrapped), total_steps, 0, ref_weights)
         self._zero_grad()
 
-    def log_probs(self, sequences: ListLike[LearnedFrom], temperature: float, start: bool = False) -> list[np.ndarray]:
-        """The log-probs [response tokens], float32, of all `sequences`, on every rank, logits divided by `temperature`.
+    def log_probs(
+        self, samples: Sequence[SampleOrOutline], temperature: float, ref_policy: bool = False
+    ) -> list[np.ndarray]:
+        """Compute the log-probs [response tokens], float32, of every sample; returns all of them on every rank.
 
-        `start` takes the stage's starting weights instead of the current ones.
+        Logits are divided by `temperature`. `ref_policy` takes the reference policy's weights, not the current ones.
         """
-        if not sequences:
+        if not samples:
             return []
-        self._check(sequences)
-        plan, work = self._plan(sequences)
-        with self._starting_weights() if start else nullcontext():
+        self._check(samples)
+        plan, work = self._plan(samples)
+        with self._ref_weights() if ref_policy else nullcontext():
             collected = step.forward_log_probs(
                 self._model(), work, self.config, self.architecture.vocabulary, temperature
             )
-        return step.share_log_probs(sequences, plan, collected, self.world)
+        return step.share_log_probs(samples, plan, collected, self.world)
 
-    def owners(self, sequences: ListLike[LearnedFrom]) -> list[int]:
-        """The data-parallel rank that learns from each of `sequences`; other ranks need only their outlines."""
-        owners = [0] * len(sequences)
-        for rank, micros in enumerate(self._spread(sequences, self._shape())):
+    def owners(self, samples: Sequence[SampleOrOutline]) -> list[int]:
+        """Return the data-parallel rank that learns from each sample; other ranks need only its outline."""
+        owners = [0] * len(samples)
+        for rank, micros in enumerate(self._micro_batch_plan(samples, self._shape())):
             for index in chain.from_iterable(micros):
                 owners[index] = rank
         return owners
 
     def accumulate(
         self,
-        sequences: ListLike[LearnedFrom],
+        samples: Sequence[SampleOrOutline],
         loss_fn: step.LossFunction,
         temperature: float,
         denominator: float,
         more_follow: bool = False,
     ) -> dict[str, float]:
-        """Adds the gradients of (sum of losses over all sequences) / denominator; they wait for apply_update.
+        """Add the gradients of (sum of losses over all samples) / `denominator` to the buffers, for apply_update.
 
-        Returns the metrics of `loss_fn` summed over everything (maxima where a name ends in `/max`), and the share
-        of the model's tokens that are padding: `padding/padded` where sequences are padded to the longest of their
-        micro-batch, `padding/packed` where they are packed, whatever the config says. The same on every rank. How
-        sequences are spread over ranks and micro-batches changes nothing but rounding. `more_follow` must be said
-        of all calls but the last before apply_update: an optimizer with `overlap` reduces gradients in the last.
+        Returns the metrics of `loss_fn`, summed over all samples (maxima where a name ends in `/max`), and the fraction
+        of computed tokens that are padding: `padding/padded` for samples padded to the longest of their
+        micro-batch, `padding/packed` for packed ones, both whatever the config says. The result is the same on every
+        rank. How samples are divided over ranks and micro-batches changes only rounding. `more_follow` must be True
+        in all calls before apply_update except the last: an optimizer with `overlap` reduces gradients in the last one.
         """
         self._stage()
-        self._check(sequences)
-        _, work = self._plan(sequences)
+        self._check(samples)
+        _, work = self._plan(samples)
         if self.architecture.experts and self.config.moe_aux_loss:
             weigh_balance_by_tokens(self.chunks, work.computed_tokens)
         with overlap.reductions_wait(self._wrapped) if more_follow else nullcontext():
             collected = step.forward_backward(
                 self._model(), work, self.config, self.architecture.vocabulary, temperature, loss_fn, denominator
             )
-        return step.global_metrics(collected, self.world) | self._padding(sequences)
+        return step.global_metrics(collected, self.world) | self._padding(samples)
 
     def apply_update(self, gradient_scale: float = 1.0) -> UpdateStats:
-        """One optimizer step on the accumulated gradients times `gradient_scale`, clipped to the config's global norm;
-        zeroes them. The scale is the same on every rank.
+        """Take an optimizer step on the accumulated gradients times `gradient_scale`, clipped to the global norm,
+        and zero the gradients. The scale is the same on every rank.
 
-        Raises GradientNotFinite, with the weights as they were and no gradients, where the norm is not finite.
+        Raises GradientNotFinite, with unchanged weights and zeroed gradients, where the norm is not finite.
         """
         stage = self._stage()
         finalize_model_grads(self._wrapped)
@@ -174,21 +175,21 @@ class Policy:
         return UpdateStats(grad_norm, rate, skipped=not done)
 
     def save_huggingface(self, directory: str | Path) -> None:
-        """Writes the current weights as a model directory; see policy.huggingface."""
+        """Write the current weights as a model directory in Hugging Face format."""
         self.gather_weights()
         save_huggingface(self.chunks, self.architecture, self.world, self.config.model, directory)
 
     def gather_weights(self) -> None:
-        """Waits until this rank's chunks have all of the last update; a collective, before they are read directly."""
+        """Wait until this rank's parameters have the last update; a collective, needed before direct reads."""
         overlap.gather_weights(self._wrapped)
 
     def weight_storages(self) -> list[torch.UntypedStorage]:
-        """The memory of the weights on the device, each piece once; the same pieces as long as a stage lasts."""
+        """Return the storages of the weights on the device, each once; they stay the same during a stage."""
         return storages_of(parameter for chunk in self.chunks for parameter in chunk.parameters())
 
     @property
     def wrapped(self) -> list[DistributedDataParallel]:
-        """The chunks in Megatron's data parallelism; none before the first stage."""
+        """The model chunks wrapped in Megatron's DDP; empty before the first stage."""
         return self._wrapped
 
     def _model(self) -> list[torch.nn.Module]:
@@ -204,19 +205,19 @@ class Policy:
             chunk.zero_grad_buffer()
         self._stage().optimizer.zero_grad()
 
-    def _plan(self, sequences: ListLike[LearnedFrom]) -> tuple[Plan, step.MicroBatches]:
-        """Where each sequence goes, and this rank's micro-batches."""
+    def _plan(self, samples: Sequence[SampleOrOutline]) -> tuple[Plan, step.MicroBatches]:
+        """Plan the micro-batches of all ranks, and build those of this rank."""
         shape = self._shape()
-        plan = self._spread(sequences, shape)
-        return plan, step.MicroBatches(sequences, plan, shape, self.world)
+        plan = self._micro_batch_plan(samples, shape)
+        return plan, step.MicroBatches(samples, plan, shape, self.world)
 
     def _shape(self) -> Shape:
         return shape_of(self.config, self.world.device.type == "cuda")
 
-    def _spread(self, sequences: ListLike[LearnedFrom], shape: Shape) -> Plan:
+    def _micro_batch_plan(self, samples: Sequence[SampleOrOutline], shape: Shape) -> Plan:
         layout = self.config.layout
-        return _kept_plan(
-            tuple(map(len, sequences)),
+        return _cached_plan(
+            tuple(map(len, samples)),
             ranks=layout.dp,
             budget=self.config.micro_batch_tokens,
             shape=shape,
@@ -226,29 +227,29 @@ class Policy:
             parity=layer_flops(self.architecture) / attention_flops(self.architecture, sequence_length=1),
         )
 
-    def _padding(self, sequences: ListLike[LearnedFrom]) -> dict[str, float]:
-        lengths = [len(sequence) for sequence in sequences]
+    def _padding(self, samples: Sequence[SampleOrOutline]) -> dict[str, float]:
+        lengths = [len(sample) for sample in samples]
         shares = {}
         for name, packed in (("padded", False), ("packed", True)):
             shape = shape_of(self.config, self.world.device.type == "cuda", packed)
-            shares[f"padding/{name}"] = padding_share(lengths, self._spread(sequences, shape), shape)
+            shares[f"padding/{name}"] = padding_share(lengths, self._micro_batch_plan(samples, shape), shape)
         return shares
 
-    def _check(self, sequences: ListLike[LearnedFrom]) -> None:
-        longest = max(map(len, sequences))
+    def _check(self, samples: Sequence[SampleOrOutline]) -> None:
+        longest = max(map(len, samples))
         if longest > self.config.max_tokens:
             raise UserError(
                 f"A sequence has {longest} tokens, more than policy.max_tokens ({self.config.max_tokens}); raise it."
             )
-        if not all(sequence.prompt_tokens for sequence in sequences):
+        if not all(sample.prompt_tokens for sample in samples):
             raise ValueError("a sequence has no prompt: its first response token would have no log-prob")
 
     def _wrap(self, optimizer: OptimizerConfig) -> None:
-        """Puts the chunks into Megatron's data parallelism, as the optimizer needs it."""
+        """Wrap the chunks in Megatron's DDP, as the optimizer needs it."""
         if self._wrapped:
             if overlap.is_wrapped_for(self._wrapped, optimizer):
                 return
-            # The buffers and hooks of the one kind cannot be taken off a model: build it again.
+            # The buffers and hooks of a wrapper cannot be removed from a model: build it again.
             weights = self._host_copies()
             self._wrapped, self.chunks = [], []
             gc.collect()
@@ -257,22 +258,22 @@ class Policy:
         self._wrapped = overlap.wrap(self.chunks, optimizer)
 
     @contextmanager
-    def _starting_weights(self) -> Iterator[None]:
-        """The stage's starting weights in the model's place."""
-        start = self._stage().start
-        if start is None:
-            raise RuntimeError("the starting weights were not kept; call begin_stage with keep_start=True")
+    def _ref_weights(self) -> Iterator[None]:
+        """Put the weights of the reference policy into the model, and the current ones back at the end."""
+        ref_weights = self._stage().ref_weights
+        if ref_weights is None:
+            raise RuntimeError("the reference policy was not kept; call begin_stage with keep_ref_policy=True")
         self.gather_weights()
         weights = self.weight_storages()
         self.host_weights.copy_from(weights)
-        self._set_weights(start)
+        self._set_weights(ref_weights)
         try:
             yield
         finally:
             self.host_weights.copy_to(weights)
 
     def _host_copies(self) -> list[dict[str, torch.Tensor]]:
-        """The current weights by name, for each chunk."""
+        """Copy the current weights to host memory, by name for each chunk."""
         self.gather_weights()
         named = [dict(chunk.named_parameters()) for chunk in self.chunks]
         return [host_copies(parameters, self.world.device) for parameters in named]
@@ -285,6 +286,6 @@ class Policy:
 
 
 @lru_cache(maxsize=64)
-def _kept_plan(lengths: tuple[int, ...], **limits) -> Plan:
-    """All passes of a step over the same sequences share a plan; a step has two of them for each of its updates."""
+def _cached_plan(lengths: tuple[int, ...], **limits) -> Plan:
+    """Plan micro-batches; cached, since all passes of an update over the same samples share a plan."""
     return plan_micro_batches(lengths, **limits)

@@ -1,4 +1,4 @@
-"""What Megatron is told about a precision, and what code outside it must know of parameters in 8 bits."""
+"""Megatron's settings for a precision, and what code outside it must know of parameters in 8 bits."""
 
 from typing import Any
 

@@ -1,24 +1,24 @@
-"""Rank 0 has every sequence of a step; every other rank gets those that it learns from, and outlines of the rest.
+"""Scatter of training samples: rank 0 has all of a step, every other rank gets its own and outlines of the rest.
 
-Of each data-parallel rank one process gets the message of rank 0, and passes it on to those that share the rank with
-it: rank 0 sends every sequence once, however many processes there are. Objects travel over gloo.
+One process of each data-parallel rank receives rank 0's message and broadcasts it to the processes that share the rank
+with it: rank 0 sends every sample once, however many processes there are. Objects travel over gloo.
 """
 
-from collections.abc import Sequence as ListLike
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from exprl_megatron.algorithms.batch import LearnedFrom
+from exprl_megatron.algorithms.batch import SampleOrOutline
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.host_group import host_group
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.sealed_objects import broadcast_object, receive_object, send_object
 
-Batch = list[LearnedFrom]
+Batch = list[SampleOrOutline]
 
 
-class SequenceScatter:
-    """Made and called by every rank at the same time; exists once for a policy's world."""
+class SampleScatter:
+    """Scatters samples over the ranks of a policy; every rank constructs and calls it at the same time."""
 
     def __init__(self, policy: Policy):
         self._policy = policy
@@ -30,11 +30,11 @@ class SequenceScatter:
         self._own = dp_rank_of(layout, rank)
         self._group = groups[self._own]
 
-    def scatter(self, batches: ListLike[Batch] | None) -> list[Batch]:
-        """Rank 0's `batches` (None elsewhere) with the sequences that this rank learns from whole; all on rank 0.
+    def scatter(self, batches: Sequence[Batch] | None) -> list[Batch]:
+        """Send rank 0's `batches` (None elsewhere) to all ranks; returns this rank's samples and outlines of others.
 
-        Which these are is what the policy plans for each batch. What is the same object in several batches is sent
-        once.
+        The policy's plan for each batch decides which samples a rank gets; rank 0 keeps all. An object in several
+        batches is sent once.
         """
         if dist.get_rank() == 0:
             owners = [self._policy.owners(batch) for batch in batches]
@@ -49,11 +49,11 @@ class SequenceScatter:
 
 
 def dp_rank_of(layout: Layout, rank: int) -> int:
-    """The data-parallel rank of trainer process `rank`, by Megatron's order of dimensions (tp, cp, dp, pp)."""
+    """Return the data-parallel rank of process `rank`, in Megatron's order of dimensions (tp, cp, dp, pp)."""
     return rank // (layout.tp * layout.cp) % layout.dp
 
 
-def _of(dp_rank: int, batches: ListLike[Batch], owners: ListLike[list[int]]) -> list[Batch]:
+def _of(dp_rank: int, batches: Sequence[Batch], owners: Sequence[list[int]]) -> list[Batch]:
     return [
         [one if owner == dp_rank else one.outline for one, owner in zip(batch, own, strict=True)]
         for batch, own in zip(batches, owners, strict=True)

@@ -95,5 +95,5 @@ def _opened(data: torch.Tensor) -> Any:
     except NotAuthentic as error:
         raise RunStopped(
             f"A trainer process refuses a message of another one: {error}. A stranger is connected to the run; see "
-            "docs/cluster.md on networks, and go on with --resume."
+            "docs/cluster.md on networks, and continue with --resume."
         ) from error

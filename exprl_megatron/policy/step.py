@@ -1,7 +1,6 @@
-"""Forward and backward over micro-batches, through whatever pipeline the layout has."""
+"""Forward and backward passes over micro-batches, with Megatron's pipeline schedule of the layout."""
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ListLike
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -11,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from exprl_megatron.algorithms.batch import LearnedFrom, MicroBatch, Sequence, filler, pad
+from exprl_megatron.algorithms.batch import LossFunction, MicroBatch, SampleOrOutline, TrainSample, dummy_sample, pad
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.log_probs import response_log_probs
@@ -20,20 +19,14 @@ from exprl_megatron.policy.packing import Plan, Shape
 from exprl_megatron.policy.world import World
 
 Work = tuple[ModelInput, MicroBatch]
-"""A micro-batch as the model reads it, and as the loss does."""
-
-LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(log_probs [b, l], entropy [b, l], micro-batch) -> (loss sum, {metric: sum}), scalar tensors.
-
-A metric whose name ends in `/max` is a maximum, not a sum.
-"""
+"""A micro-batch in the form of the model's inputs and in the form that losses read."""
 
 
 class MicroBatches:
-    """This rank's part of a plan as tensors, each micro-batch made when it is its turn: a step never holds them all."""
+    """This rank's micro-batches of a plan; each is built when it is needed, so that a step never holds all of them."""
 
-    def __init__(self, sequences: ListLike[LearnedFrom], plan: Plan, shape: Shape, world: World):
-        self._sequences = sequences
+    def __init__(self, samples: Sequence[SampleOrOutline], plan: Plan, shape: Shape, world: World):
+        self._samples = samples
         self._micros = plan[world.dp_rank]
         self._shape = shape
         self._world = world
@@ -49,13 +42,13 @@ class MicroBatches:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that this rank's model reads in all, padding included."""
-        sizes = (sum(self._shape.with_padding([len(sequence) for sequence in rows])) for rows in self._rows())
+        """Number of tokens that this rank's model computes, with padding."""
+        sizes = (sum(self._shape.with_padding([len(sample) for sample in rows])) for rows in self._rows())
         return sum(sizes) // self._shape.cp
 
-    def _rows(self) -> Iterator[list[Sequence]]:
+    def _rows(self) -> Iterator[list[TrainSample]]:
         for indices in self._micros:
-            yield [self._sequences[index] for index in indices] or [filler(self._sequences)]
+            yield [self._samples[index] for index in indices] or [dummy_sample(self._samples)]
 
 
 def forward_log_probs(
@@ -65,7 +58,7 @@ def forward_log_probs(
     vocabulary: int,
     temperature: float,
 ) -> list[torch.Tensor]:
-    """Log-probs [b, l] of each micro-batch on the last pipeline stage, an empty list on the others."""
+    """Compute the log-probs [B, T] of each micro-batch on the last pipeline stage; an empty list on the others."""
 
     def collect(output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
         return output[0]
@@ -83,12 +76,12 @@ def forward_backward(
     loss_fn: LossFunction,
     denominator: float,
 ) -> list[dict[str, torch.Tensor]]:
-    """Adds the gradients of sum(loss) / denominator; the metrics of each micro-batch on the last stage, else []."""
+    """Add the gradients of sum(loss) / denominator; returns the micro-batches' metrics on the last stage, else []."""
 
     def loss_of(micro: MicroBatch):
         def compute(output: torch.Tensor):
             loss, metrics = loss_fn(output[0], output[1], micro)
-            # The count that Megatron asks for in the middle is not used: gradients are finalised by the policy.
+            # Megatron does not use the token count in the middle here: the policy finalizes the gradients itself.
             return loss / denominator, torch.zeros((), dtype=torch.int, device=loss.device), metrics
 
         return compute
@@ -144,7 +137,7 @@ def _run(
 
 
 def _packed(tokens: ModelInput) -> PackedSeqParams | None:
-    """The padding behind each sequence counts as its own: nothing lies between sequences, and causality hides it."""
+    """Describe packed sequences; padding belongs to the sequence before it, and the causal mask hides it."""
     if tokens.cu_seqlens is None:
         return None
     begins, longest = tokens.cu_seqlens, tokens.longest
@@ -161,9 +154,9 @@ def _packed(tokens: ModelInput) -> PackedSeqParams | None:
 
 
 def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> dict[str, float]:
-    """Sums (or maxima) over micro-batches and data-parallel ranks, the same on every rank.
+    """Reduce metrics to sums (or maxima) over micro-batches and data-parallel ranks; returns the same on every rank.
 
-    Ranks of a context-parallel group all have the metrics of their whole micro-batches: they are no part of the sum.
+    All ranks of a context-parallel group have the metrics of their whole micro-batches, so they are not summed.
     """
     totals: dict[str, float] = {}
     names = sorted(collected[0]) if world.last_stage else []
@@ -182,17 +175,17 @@ def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> di
 
 
 def share_log_probs(
-    sequences: ListLike[LearnedFrom], plan: Plan, collected: list[torch.Tensor], world: World
+    samples: Sequence[SampleOrOutline], plan: Plan, collected: list[torch.Tensor], world: World
 ) -> list[np.ndarray]:
-    """From each data-parallel rank's micro-batches to the response log-probs of all sequences, on every rank."""
-    offsets = [0, *accumulate(sequence.response_tokens for sequence in sequences)]
+    """Collect the log-probs [response tokens] of all samples on every rank, from all ranks' micro-batches."""
+    offsets = [0, *accumulate(sample.response_tokens for sample in samples)]
     flat = torch.zeros(offsets[-1], dtype=torch.float32, device=world.device)
     if world.last_stage and world.tp_rank == world.cp_rank == 0:
         for indices, log_probs in zip(plan[world.dp_rank], collected, strict=True):
             for row, index in enumerate(indices):
-                first, last = sequences[index].prompt_tokens - 1, len(sequences[index]) - 1
+                first, last = samples[index].prompt_tokens - 1, len(samples[index]) - 1
                 flat[offsets[index] : offsets[index + 1]] = log_probs[row, first:last]
     dist.all_reduce(flat)
     values = flat.cpu().numpy()
-    # Copies, so that what a rank keeps of them does not hold all others.
+    # Copies, so that a sample's values do not keep the memory of all others.
     return [values[start:stop].copy() for start, stop in pairwise(offsets)]

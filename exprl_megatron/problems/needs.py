@@ -40,4 +40,4 @@ def missing_for(problems: Sequence[Problem], need: Need) -> list[str]:
 
 def _sentence(lacking: Sequence[Problem], of: int, wanted: str, kind: str = "") -> str:
     ids = ", ".join(problem.id for problem in lacking[:SHOWN_IDS]) + (", ..." if len(lacking) > SHOWN_IDS else "")
-    return f"{len(lacking)} of {of} {kind}problems have no {wanted} ({ids}); mend them or leave them out."
+    return f"{len(lacking)} of {of} {kind}problems have no {wanted} ({ids}); fix them or leave them out."

@@ -7,7 +7,7 @@ import random
 def problem_indices(seed: int, stage_name: str, position: int, count: int, n: int) -> list[int]:
     """Indices (0-based, below `n`) of the `count` problems after the first `position` ones.
 
-    All `n` problems come once in each epoch, shuffled anew for every epoch; a step may reach across
+    All `n` problems come once in each epoch, shuffled again for every epoch; a step may reach across
     two. A resumed run needs its position and nothing else. Raises ValueError where `n` is below 1.
     """
     if n < 1:

@@ -57,7 +57,7 @@ def _rows(config: ProblemsConfig) -> Iterator[Row]:
     if path.is_file():
         return _file_rows(path)
     if path.suffix in JSON_LINES + PARQUET or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.source):
-        raise UserError(f"There is no problem file {config.source}; mend the path.")
+        raise UserError(f"There is no problem file {config.source}; correct the path.")
     return _hub_rows(config)
 
 
@@ -82,7 +82,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
         return _json_rows(path)
     if path.suffix in PARQUET:
         return _parquet_rows(path)
-    raise UserError(f"The problem file {path} is neither .jsonl nor .parquet; convert it, or mend its name.")
+    raise UserError(f"The problem file {path} is neither .jsonl nor .parquet; convert it, or correct its name.")
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -135,7 +135,7 @@ def _hub_rows(config: ProblemsConfig) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"The problem source {config.source} is no file here and cannot be had from the Hugging Face hub "
-            f"({_one_line(error)}); mend the name, the split {config.split!r} or the connection."
+            f"({_one_line(error)}); correct the name, the split {config.split!r} or the connection."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: a line for each step, a bar within a step, the time left."""
+"""Terminal output of a run: a line for each step, progress bars within a step, the remaining time."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ SHOWN_METRICS = (
 
 
 class Bar:
-    """How far the work within a step is; `advance` it from one thread."""
+    """Progress bars of the work within a step; `advance` must be called from one thread."""
 
     def __init__(self, progress: Progress | None, total: int):
         self._progress = progress

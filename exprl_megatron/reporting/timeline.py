@@ -1,4 +1,4 @@
-"""When a run did what: one JSON object for every span of work, in timeline.jsonl."""
+"""The timeline of a run: one JSON object for every span of work, in timeline.jsonl."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Span:
     end: float
 
     def inside(self, start: float, end: float) -> float:
-        """How many of its seconds lie between `start` and `end`."""
+        """Return how many of its seconds are between `start` and `end`."""
         return max(0.0, min(self.end, end) - max(self.start, start))
 
 
@@ -41,7 +41,7 @@ class Timeline:
         self._lock = threading.Lock()
 
     def add(self, span: Span) -> None:
-        """Keep `span`; on disk when this returns."""
+        """Append `span`; it is on disk when this returns."""
         record = asdict(span) | {"start": round(span.start, 4), "end": round(span.end, 4)}
         with self._lock:
             self._file.write(json.dumps(record) + "\n")
@@ -53,7 +53,7 @@ class Timeline:
 
 
 def _drop_cut_off_line(path: Path) -> None:
-    """Of a run that was killed while it wrote: what follows must begin a line of its own."""
+    """Remove a line that a killed run did not finish, so that the next record starts on a new line."""
     if path.is_file():
         content = path.read_bytes()
         if not content.endswith(b"\n"):

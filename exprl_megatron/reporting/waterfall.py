@@ -1,4 +1,4 @@
-"""What a step's time goes to, as the trainer lives it: every second in one phase, and the phase that is the bottleneck.
+"""Breakdown of a step's time as the trainer sees it: every second in one phase, and the bottleneck among them.
 
 Sampling and grading overlap with each other, and where steps are sampled ahead with learning too. Only the time that
 the trainer waits for a step's rollouts is theirs: to sampling as long as a trace of the step is being written, to
@@ -22,7 +22,7 @@ REMEDIES = {
     "sync": "another sync.transport or larger sync.bucket_mb (docs/resharding.md)",
     "sampling": "more sampling servers, or max_staleness, by which it runs beside learning (docs/asynchrony.md)",
     "grading": "more judge servers, more of judge.concurrency, or more verifier.workers",
-    "log_probs": "more trainer ranks, or policy.starting_policy: server",
+    "log_probs": "more trainer ranks, or policy.ref_policy: server",
     "train": "more trainer ranks, or another layout (`exprl plan`)",
     "save": "a larger checkpoint.every_steps",
     "other": "a profiler: no part of the trainer says what it is",
@@ -87,7 +87,7 @@ def stage_phases(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
 
 
 def bottleneck(phases: Mapping[str, float]) -> str:
-    """One sentence: what takes most of a step's time, and what shortens it."""
+    """Return a sentence that names the longest phase of a step and what shortens it."""
     name = max(phases, key=phases.get)
     total = sum(phases.values())
     return f"{name} is the bottleneck, {phases[name] / total:.0%} of a step; what helps: {REMEDIES[name]}."

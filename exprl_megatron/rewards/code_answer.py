@@ -1,4 +1,4 @@
-"""Does the program at the end of a trace pass the tests? Its output is compared out here, where it cannot reach."""
+"""Verification of programs: runs the program at the end of a trace in a sandbox and compares its output here."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ class CodeVerifier:
         return await loop.run_in_executor(self._threads, self._test, tests, program, deadline_s)
 
     def close(self) -> None:
-        """End the sandboxes; programs under way are finished first."""
+        """End the sandboxes; running programs are finished first."""
         self._threads.shutdown()
         while not self._idle.empty():
             self._idle.get().close()
@@ -79,7 +79,7 @@ class _UnreadableTest(Exception):
 
 
 def _fault(sandbox: CodeSandbox, program: str, test: CodeTest, left_s: float) -> str | None:
-    """What the program gets wrong in this test; None where it is right."""
+    """Describe the program's failure in this test; None where it passes."""
     expected = _read_call(test) if test.function else None
     if left_s <= 0:
         return _OVERRUN["time"]

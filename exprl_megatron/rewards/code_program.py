@@ -78,7 +78,7 @@ def run(program: str, function: str | None, arguments: str, names: dict[str, obj
     """Run the program, which finds its input at file descriptor 0; returns the exit status.
 
     With `function` it is imported instead, the function called with one argument from each line of
-    `arguments`, and the value written to RESULT. Exceptions are told at standard error.
+    `arguments`, and the value written to RESULT. Exceptions are printed to standard error.
     """
     write, dumps, loads, exit_functions = os.write, json.dumps, json.loads, atexit._run_exitfuncs
     module = _prepare("solution" if function else "__main__", names)

@@ -1,4 +1,4 @@
-"""Running programs that nobody has read: the side of the process that asks for it."""
+"""Running untrusted programs in a sandbox: the client side."""
 
 import importlib.util
 import os
@@ -47,7 +47,7 @@ class SandboxFailed(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program in one run."""
+    """The result of one run of a program."""
 
     ending: Literal["finished", "failed", "time", "output"]
     """`failed`: it ended with an exception, an exit status or a signal; `time` and `output`: it overran them."""
@@ -109,7 +109,7 @@ class CodeSandbox:
         return Outcome(**reply)
 
     def close(self) -> None:
-        """End the worker, and with it a program under way."""
+        """End the worker, and with it a running program."""
         if self._worker is not None:
             self._worker.kill()
             self._worker = None

@@ -1,4 +1,4 @@
-"""Following one contained program to its end."""
+"""Supervision of one sandboxed program until its end."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ _ERROR_BYTES = 4096
 
 
 class Watch:
-    """Follows one program to its end, and ends it where it uses more than it may."""
+    """Watches one program until its end, and kills it where it exceeds its limits."""
 
     def __init__(self, pid: int, zygote: Zygote, control: socket.socket, pipes: list[int], end: float, limits: Limits):
         self._pid = pid

@@ -1,4 +1,4 @@
-"""The process that every program is forked from. It never sees a request or an output.
+"""The zygote: the process that every program is forked from. It never sees a request or an output.
 
 A forked process can read all memory of the one that it was forked from, also what is freed there. The worker keeps
 what earlier programs printed; the zygote is forked from it before the first request and only passes file descriptors

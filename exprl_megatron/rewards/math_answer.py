@@ -1,4 +1,4 @@
-"""Is the final answer of a trace right? math-verify in processes of its own, each call with a hard time limit."""
+"""Verification of mathematical answers by math-verify in worker processes, with a hard time limit for each call."""
 
 import asyncio
 import queue
@@ -15,7 +15,7 @@ START_DEADLINE_S = 120.0
 DEADLINE_S = 5.0
 CODE_DEADLINE_S = 1.0
 
-Variant = Literal["recommended", "prime", "code"]
+MathVariant = Literal["recommended", "prime", "code"]
 """`code` is the released code's stage-2 reward: only a `\\boxed` counts, with all that follows it handed to
 math-verify, and every failure (unreadable, empty, overlong, later than a second) is 0 instead of an abstention.
 `prime` is that of its first stage (prime_answer.py), where every failure is 0 too."""
@@ -28,7 +28,7 @@ class MathVerifier:
     Works from any event loop; `close` ends the processes, and so does the end of this process.
     """
 
-    def __init__(self, workers: int = 1, variant: Variant = "recommended"):
+    def __init__(self, workers: int = 1, variant: MathVariant = "recommended"):
         self._variant = variant
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="math-verifier")
         self._idle: queue.SimpleQueue[WorkerProcess] = queue.SimpleQueue()
@@ -56,7 +56,7 @@ class MathVerifier:
         return Scored(0.0, evidence) if released else Abstained(reply["reason"], evidence)
 
     def close(self) -> None:
-        """End the processes; comparisons under way are finished first."""
+        """End the processes; running comparisons are finished first."""
         self._threads.shutdown()
         while not self._idle.empty():
             self._idle.get().kill()

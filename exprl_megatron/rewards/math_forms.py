@@ -2,7 +2,7 @@ r"""Forms of answers that math-verify reads too loosely or not at all, decided h
 
 `1 000`, `1e-5`, `**5**` and `5.` become what it reads. Plain numbers are compared relatively (it rounds to six
 decimals, so that 1e-7 and 2e-7 are the same to it); clock times, numbers of different bases, ordered pairs and sets,
-and values with names are told apart (it takes 12:30 and 6:15 as equal ratios, leaves bases out, and sorts).
+and values with names are distinguished (it takes 12:30 and 6:15 as equal ratios, leaves bases out, and sorts).
 """
 
 import re

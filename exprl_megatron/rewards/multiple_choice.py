@@ -1,4 +1,4 @@
-"""Which choice does a trace end on? Its letter, read from a box or from a sentence that states the answer."""
+"""Verification of multiple-choice answers: the letter that a trace states in a box or in a sentence."""
 
 import re
 import string

@@ -7,7 +7,7 @@ from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rewards.code_answer import CodeVerifier
 from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
-from exprl_megatron.rewards.math_answer import DEADLINE_S, MathVerifier, Variant
+from exprl_megatron.rewards.math_answer import DEADLINE_S, MathVariant, MathVerifier
 from exprl_megatron.rewards.multiple_choice import grade_choice
 
 MOST_WORKERS = 8
@@ -29,7 +29,7 @@ class AnswerVerifier:
     def __init__(
         self,
         workers: int | Literal["auto"] = "auto",
-        variant: Variant = "recommended",
+        variant: MathVariant = "recommended",
         code_limits: Limits = DEFAULT_LIMITS,
     ):
         count = default_workers() if workers == "auto" else workers
@@ -53,7 +53,7 @@ class AnswerVerifier:
         return Abstained("no-verifier", f"{problem.domain} without an answer that can be checked")
 
     def close(self) -> None:
-        """End the processes; verifications under way are finished first."""
+        """End the processes; running verifications are finished first."""
         self._math.close()
         self._code.close()
 

@@ -1,4 +1,4 @@
-"""The K traces of one problem, each with its judgement: what a step learns from."""
+"""The K traces of one problem with their judgements: the unit of data that a step learns from."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from exprl_megatron.rollout.trace import Trace
 
 @dataclass(frozen=True)
 class JudgedSegment:
-    """A token span of a trace, half-open, and the verdict on it (or on everything up to its end)."""
+    """A half-open span of a trace's tokens, and the judgement on it or on everything up to its end."""
 
     start: int
     end: int
@@ -18,15 +18,15 @@ class JudgedSegment:
 
 @dataclass(frozen=True)
 class GradedTrace:
-    """A trace and the verdict on it."""
+    """A trace and its judgement."""
 
     trace: Trace
     judgement: Judgement
-    """On the whole; where the trace was judged by segments, the last one's, or the first abstention among them."""
+    """On the whole trace. Where the trace was judged by segments: that of the last one, or the first abstention."""
     segments: tuple[JudgedSegment, ...] = ()
     """Cover the trace's tokens exactly once, in order; empty where the trace was judged whole."""
     verified: Judgement | None = None
-    """The answer verifier's finding, for the logs alone, where a judge gave the judgement."""
+    """The answer verifier's result, only for the logs, where a judge made the judgement."""
 
     @property
     def score(self) -> float | None:
@@ -34,8 +34,8 @@ class GradedTrace:
         return self.judgement.value if isinstance(self.judgement, Scored) else None
 
     @property
-    def units(self) -> list[Judgement]:
-        """Every verdict that was asked for: on each segment, or on the whole."""
+    def judgements(self) -> list[Judgement]:
+        """Every judgement that was requested: one for each segment, or the one on the whole trace."""
         return [segment.judgement for segment in self.segments] or [self.judgement]
 
 
@@ -44,10 +44,10 @@ class Group:
     """All traces of one problem in one step, ordered by sample number."""
 
     problem_id: str
-    members: tuple[GradedTrace, ...]
+    samples: tuple[GradedTrace, ...]
     domain: Domain = "math"
 
     @property
     def scores(self) -> list[float]:
-        """Scores of the members that have one."""
-        return [member.score for member in self.members if member.score is not None]
+        """Scores of the samples that are not abstentions."""
+        return [sample.score for sample in self.samples if sample.score is not None]

@@ -1,4 +1,4 @@
-"""Groups of traces from the policy's servers, each trace handed on as soon as it is finished."""
+"""Sampling of groups of traces from the policy's servers; each trace is passed on as soon as it is finished."""
 
 import hashlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -12,26 +12,26 @@ from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.servers import Servers
 from exprl_megatron.utils.array_fields import ArrayFields
-from exprl_megatron.utils.together import first_of, together
+from exprl_megatron.utils.together import first_n, gather_or_cancel
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt(ArrayFields):
-    """What the policy gets to read of one problem."""
+    """The tokens that the policy reads of one problem."""
 
     problem_id: str
     token_ids: np.ndarray
-    """[tokens], int32; anything like an array may be given."""
+    """[tokens], int32; array-likes are converted."""
 
     occurrence: int = 0
-    """How often the problem was drawn before in the same step; its samples then differ from those."""
+    """How often the problem was drawn earlier in the same step; each occurrence has seeds of its own."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "token_ids")
 
 
 def sample_seed(run_seed: int, stage: str, step: int, problem_id: str, k: int) -> int:
-    """The seed of sample `k` of a problem: 31 bits of SHA-256 over all that tells it from any other sample."""
+    """Compute the seed of sample `k` of a problem: 31 bits of SHA-256 over everything that identifies the sample."""
     key = repr((run_seed, stage, step, problem_id, k)).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 
@@ -45,59 +45,61 @@ async def sample_groups(
     *,
     weight_versions: Collection[str],
     on_trace: Callable[[Trace], Awaitable[None]] | None = None,
-    wanted: int | None = None,
-    counts: Callable[[list[Trace]], bool] = lambda traces: True,
+    target_groups: int | None = None,
+    accept_fn: Callable[[list[Trace]], bool] = lambda traces: True,
     whole_groups: bool = False,
 ) -> list[list[Trace]]:
-    """`group_size` traces of every prompt, in the order of `prompts` and of the samples.
+    """Sample `group_size` traces of every prompt; returns one list per group, in the order of `prompts`.
 
-    As soon as `wanted` groups (None: all) are through of which `counts` says so, the others are given up and missing.
+    All groups are in flight at the same time. A group stays on one server, which prefills the prompt once for all its
+    traces. As soon as `target_groups` groups (None: all) that `accept_fn` accepts are finished, the other groups are
+    cancelled and left out of the result.
 
-    All groups are under way at once, each at one server, which reads the prompt once for all of them. A server
-    that fails, ends a trace before its end, or writes it under other weights has failed at it; what becomes of that is
-    up to `servers`. `seed_of(problem_id, k)` seeds sample k, counted over all occurrences of the problem. `on_trace` is
-    awaited for each trace when it is finished, while others are still being written; the call returns when all of these
-    have returned too.
+    `seed_of(problem_id, k)` returns the seed of sample k, counted over all occurrences of the problem. `on_trace` is
+    awaited for each finished trace while other traces are still being generated; the call returns when every
+    `on_trace` has returned.
 
-    With `whole_groups` one request asks for all traces of a group, which then are finished together: that is less work
-    than a request for each, but the first ones wait for the longest.
+    Every token must come from one of `weight_versions` at the time when its trace is finished: a caller that updates
+    the servers' weights in mid-generation adds the new version to the collection first.
 
-    The first failure, of `servers` or of `on_trace`, cancels everything else and is raised as it is. Tokens must be of
-    one of `weight_versions`, as they are when their trace is finished: whoever changes the weights of servers in
-    mid-generation names the new ones there first.
+    With `whole_groups` one request asks for all traces of a group, which are then finished together. That is less work
+    than one request for each trace, but the first traces wait for the longest one.
+
+    Raises ServerError where a server fails, ends a trace early, or samples it under other weights, and `servers` does
+    not retry that. The first failure of `servers` or of `on_trace` cancels everything else and is raised unchanged.
     """
 
     def seed(prompt: Prompt, k: int) -> int:
         return seed_of(prompt.problem_id, k + prompt.occurrence * group_size)
 
-    async def written(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
+    async def generate(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
         generation = await client.generate(prompt.token_ids, seed=seed(prompt, k), **sampling.model_dump())
         return _trace(client, prompt, k, generation, weight_versions)
 
-    async def all_written(client: SGLangClient, prompt: Prompt) -> list[Trace]:
+    async def generate_group(client: SGLangClient, prompt: Prompt) -> list[Trace]:
         seeds = [seed(prompt, k) for k in range(group_size)]
         generations = await client.generate_all([prompt.token_ids] * group_size, seeds, **sampling.model_dump())
         return [_trace(client, prompt, k, generation, weight_versions) for k, generation in enumerate(generations)]
 
-    async def handed_on(trace: Trace) -> Trace:
+    async def passed_on(trace: Trace) -> Trace:
         if on_trace is not None:
             await on_trace(trace)
         return trace
 
     async def one(home: int, prompt: Prompt, k: int) -> Trace:
-        return await handed_on(await servers.ask(home, lambda client: written(client, prompt, k)))
+        return await passed_on(await servers.ask(home, lambda client: generate(client, prompt, k)))
 
     async def group(home: int, prompt: Prompt) -> list[Trace]:
         if group_size > 1:
-            # Requests that come together are read together: none would find the prompt in the cache.
+            # Requests that arrive together are prefilled together: none of them would find the prompt in the cache.
             await servers.ask(home, lambda client: client.read(prompt.token_ids))
         if whole_groups:
-            traces = await servers.ask(home, lambda client: all_written(client, prompt))
-            return await together([handed_on(trace) for trace in traces])
-        return await together([one(home, prompt, k) for k in range(group_size)])
+            traces = await servers.ask(home, lambda client: generate_group(client, prompt))
+            return await gather_or_cancel([passed_on(trace) for trace in traces])
+        return await gather_or_cancel([one(home, prompt, k) for k in range(group_size)])
 
     groups = (group(i, prompt) for i, prompt in enumerate(prompts))
-    return await first_of(groups, len(prompts) if wanted is None else wanted, counts)
+    return await first_n(groups, len(prompts) if target_groups is None else target_groups, accept_fn)
 
 
 def _trace(

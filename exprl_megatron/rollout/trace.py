@@ -1,4 +1,4 @@
-"""What the policy wrote: token ids and log-probs as the sampling server returned them."""
+"""A sampled response: token ids and log-probs as the sampling server returned them."""
 
 from dataclasses import dataclass, field
 
@@ -9,11 +9,10 @@ from exprl_megatron.utils.array_fields import ArrayFields
 
 @dataclass(frozen=True, eq=False)
 class Trace(ArrayFields):
-    """One sampled response to one problem.
+    """One sampled response to one problem (slime and verl: a rollout or response; TRL: a completion).
 
-    `token_ids` holds the response alone (with the end-of-sequence token where one was sampled),
-    `log_probs` the sampler's log-prob of each of them, at the sampling temperature. Anything like an array may be
-    given for the three arrays.
+    `token_ids` holds the response alone, with the end-of-sequence token where one was sampled; `log_probs` holds the
+    log-prob of each of these tokens that the server reported, at the sampling temperature. Array-likes are converted.
     """
 
     problem_id: str
@@ -26,13 +25,13 @@ class Trace(ArrayFields):
     log_probs: np.ndarray
     """[tokens], float32."""
     text: str
-    """The response decoded, special tokens left out."""
+    """The decoded response without special tokens."""
     finish_reason: str
     """`stop`, or `length` where max_new_tokens (or the context) ended it."""
     weight_versions: tuple[tuple[str, int, int], ...]
     """(version, first token, one past the last) for each stretch of tokens."""
     cached_tokens: int = field(default=0, compare=False)
-    """Prompt tokens that the server need not read, as an earlier request had them."""
+    """Prompt tokens that the server found in its prefix cache."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "prompt_ids", "token_ids")

@@ -1,7 +1,7 @@
-"""The rollout log: the graded traces of every step, on disk before anything is learned from them.
+"""The rollout log (journal): the graded traces of every step, on disk before anything is learned from them.
 
-A step that is interrupted after sampling is not sampled again: it learns from its journal, and
-since the journal holds every number exactly, it learns the very same thing.
+A step that is interrupted after sampling is not sampled again: the resumed run reads it from the log. The log holds
+every number exactly, so that the update is bit for bit the same.
 """
 
 import json
@@ -23,26 +23,26 @@ _METADATA = b"exprl"
 _SPLIT = ("prompt_ids.list.element", "token_ids.list.element", "log_probs.list.element")
 """Columns whose numbers compress better when their first bytes are together, and their second, and so on."""
 DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, KeyError, TypeError)
-"""What reading a damaged file raises."""
+"""Exceptions that reading a damaged file raises."""
 _ROWS = 256
-"""Traces of a row group: what is held a second time while a step is written."""
+"""Traces of a row group, which bounds the memory for copies while a step is written."""
 
 
 @dataclass(frozen=True)
 class SampledStep:
-    """What one step learns from."""
+    """The graded groups that one step learns from."""
 
     groups: list[Group]
-    problems_drawn: int
-    """From the stage's problems; more than there are groups where some were replaced."""
+    prompts_consumed: int
+    """Number of the stage's problems that were sampled; more than there are groups where some were replaced."""
     judge_counts: dict[str, int] = field(default_factory=dict)
-    """What it took to have the step judged: requests `asked`, `reasked`, ... (see Judge), `rubric_fallbacks`."""
+    """Counts of the judge's requests for the step: `asked`, `reasked`, ... (see Judge), `rubric_fallbacks`."""
 
 
 class Journal:
     """One Parquet file for each step of each stage, a row for each trace; docs/rollouts.md describes the columns.
 
-    Steps that an earlier version wrote are read as well.
+    Steps that an earlier version of the program wrote are read as well.
     """
 
     def __init__(self, root: Path):
@@ -53,19 +53,19 @@ class Journal:
         return self._root / stage / f"step-{step:06d}.parquet"
 
     def has(self, stage: str, step: int) -> bool:
-        """Whether the step is in the journal."""
+        """Whether the step is in the log."""
         return self.path(stage, step).is_file() or self._path_v1(stage, step).is_file()
 
     def steps(self, stage: str) -> list[int]:
-        """The steps of `stage` that are in the journal, in order."""
+        """Return the numbers of the logged steps of `stage`, in order."""
         names = {path.name for path in (self._root / stage).glob("step-*")}
         numbers = {int(name[5:11]) for name in names if name.endswith((".parquet", ".jsonl.gz"))}
         return sorted(numbers)
 
     def read(self, stage: str, step: int) -> SampledStep | None:
-        """A step, or None where it was never sampled.
+        """Read a step; None where it is not in the log.
 
-        Raises UserError where the file cannot be read back, or where a later version wrote it.
+        Raises UserError where the file is damaged, or where a later version of the program wrote it.
         """
         path = self.path(stage, step)
         try:
@@ -74,19 +74,18 @@ class Journal:
             path = self._path_v1(stage, step)
             if not path.is_file():
                 return None
-            groups, counts = read_v1(path.read_bytes())
-            return SampledStep(groups, **counts)
+            return _sampled_step(*read_v1(path.read_bytes()))
         except DAMAGE as error:
             raise UserError(
                 f"The journal file {path} is damaged ({error}); delete it to sample that step again."
             ) from error
 
     def write(self, stage: str, step: int, sampled: SampledStep) -> None:
-        """Keep a step; complete on disk when this returns."""
+        """Write a step; the file is complete on disk when this returns."""
         write_step(self.path(stage, step), sampled)
 
     def keep_newest(self, stage: str, step: int, count: int) -> None:
-        """Delete the steps of `stage` up to `step` but for the last `count` of these."""
+        """Delete the steps of `stage` up to `step` except the last `count` of these."""
         for old in self.steps(stage):
             if old <= step - count:
                 self.path(stage, old).unlink(missing_ok=True)
@@ -97,8 +96,8 @@ class Journal:
 
 
 def write_step(path: Path, sampled: SampledStep) -> None:
-    """Write a step's traces and judgements to `path`; complete on disk when this returns."""
-    counts = {"version": VERSION, "problems_drawn": sampled.problems_drawn, "judge_counts": sampled.judge_counts}
+    """Write a step's traces and judgements to `path`; the file is complete on disk when this returns."""
+    counts = {"version": VERSION, "problems_drawn": sampled.prompts_consumed, "judge_counts": sampled.judge_counts}
     rows = rows_of(sampled.groups)
     with (
         open_atomically(path) as file,
@@ -118,9 +117,9 @@ def write_step(path: Path, sampled: SampledStep) -> None:
 
 
 def read_step(path: Path) -> SampledStep:
-    """What write_step wrote.
+    """Read a file of write_step.
 
-    Raises UserError where a later version wrote the file, and one of DAMAGE where it cannot be read back.
+    Raises UserError where a later version of the program wrote the file, and one of DAMAGE where it is damaged.
     """
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         counts = json.loads(file.schema_arrow.metadata[_METADATA])
@@ -130,4 +129,9 @@ def read_step(path: Path) -> SampledStep:
                 f"The journal file {path} has version {version}, and this program reads version {VERSION}; resume with "
                 f"the program that wrote it, or delete the file to sample that step again."
             )
-        return SampledStep(groups_of(file.read(use_threads=False)), **counts)
+        return _sampled_step(groups_of(file.read(use_threads=False)), counts)
+
+
+def _sampled_step(groups: list[Group], counts: dict) -> SampledStep:
+    """Build a step from its groups and the counts under the names that files have for them."""
+    return SampledStep(groups, counts["problems_drawn"], counts.get("judge_counts", {}))

@@ -1,18 +1,18 @@
-"""Where a run stands: what a checkpoint says of it beside the weights."""
+"""Progress of a run: what a checkpoint contains in addition to the state of the policy."""
 
 from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """A run's place: `step` steps of stage number `stage` are done; counters cover the whole run."""
+    """Progress of a run: `step` steps of stage number `stage` are done; the counters cover the whole run."""
 
     stage: int = 0
     step: int = 0
     updates: int = 0
     """Optimizer steps so far; names the weight version."""
-    problems_drawn: int = 0
-    """Place in the current stage's data."""
+    prompts_consumed: int = 0
+    """Position in the current stage's data."""
     traces: int = 0
     tokens: int = 0
     abstentions: int = 0
@@ -21,23 +21,24 @@ class RunProgress:
 
     @property
     def weight_version(self) -> str:
-        """Name of the weights at this place; `updates_of` reads it."""
+        """Name of the weights after these updates; `updates_of` is its inverse."""
         return f"v{self.updates}"
 
     def after_stage(self) -> "RunProgress":
-        """The place at the start of the next stage."""
-        return replace(self, stage=self.stage + 1, step=0, problems_drawn=0)
+        """Return the progress at the start of the next stage."""
+        return replace(self, stage=self.stage + 1, step=0, prompts_consumed=0)
 
     def as_record(self) -> dict:
-        """For the checkpoint."""
-        return asdict(self)
+        """Convert to plain values for a checkpoint, where `prompts_consumed` has the name `problems_drawn`."""
+        record = asdict(self)
+        return record | {"problems_drawn": record.pop("prompts_consumed")}
 
     @classmethod
     def from_record(cls, record: dict) -> "RunProgress":
-        """From the checkpoint."""
-        return cls(**record)
+        """Read what as_record wrote."""
+        return cls(**{"prompts_consumed" if key == "problems_drawn" else key: value for key, value in record.items()})
 
 
 def updates_of(weight_version: str) -> int:
-    """The optimizer steps that the name of a weight version stands for."""
+    """Return the number of optimizer steps after which weights have the name `weight_version`."""
     return int(weight_version.removeprefix("v"))

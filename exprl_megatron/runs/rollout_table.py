@@ -48,7 +48,7 @@ Row = tuple[int, Group, GradedTrace]
 
 def rows_of(groups: Sequence[Group]) -> list[Row]:
     """All traces in the order of the groups and of the samples."""
-    return [(number, group, member) for number, group in enumerate(groups) for member in group.members]
+    return [(number, group, member) for number, group in enumerate(groups) for member in group.samples]
 
 
 def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:

@@ -151,10 +151,11 @@ class Fleet:
                 await self._find_culprits(error)
                 await asyncio.sleep(_POLL_S * attempt)
 
-    async def attend(self, work: Future, patience_s: float) -> Literal["done", "weights", "nothing"]:
-        """Wait for `work`, which asks these servers; at most for `patience_s`.
+    async def wait_for(self, work: Future, patience_s: float) -> Literal["done", "weights", "nothing"]:
+        """Wait up to `patience_s` seconds for `work`, which sends requests to these servers.
 
-        `weights`: it cannot continue before weights are sent, since no server serves and one has joined (again).
+        Returns `done`, `nothing` after the timeout, or `weights` where the work cannot continue before a weight
+        update: no server is serving, and one that has started needs weights.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + patience_s
@@ -171,13 +172,13 @@ class Fleet:
         """Of the servers that were prepared for the last sync."""
         return [member.client for member in self._convoked]
 
-    async def hold(self, mode: Literal["retract", "in_place"]) -> None:
-        """Let the requests in flight wait where they are, and new ones before they are sent."""
+    async def pause_generation(self, mode: Literal["retract", "in_place"]) -> None:
+        """Pause the requests in flight where they are, and hold back new ones."""
         self._go.clear()
         await self._all_tried(lambda client: client.pause(mode))
 
-    async def go_on(self) -> None:
-        """Let requests go on."""
+    async def continue_generation(self) -> None:
+        """Continue paused requests, and send the ones that were held back."""
         await self._all_tried(lambda client: client.continue_())
         self._go.set()
 
@@ -199,8 +200,8 @@ class Fleet:
             if asyncio.get_running_loop().time() > until:
                 raise ServerError(
                     f"{', '.join(holders)} did not give up memory for the trainer within start_deadline_s "
-                    f"({self._config.start_deadline_s:g} s); see the server's log, and go on with --resume. The last "
-                    f"to leave: {self._why}"
+                    f"({self._config.start_deadline_s:g} s); see the server's log, and continue with --resume. The "
+                    f"last to leave: {self._why}"
                 )
             await asyncio.sleep(_POLL_S)
         return True
@@ -347,7 +348,7 @@ class Fleet:
         if asyncio.get_running_loop().time() - self._dry_since > self._config.start_deadline_s:
             raise ServerError(
                 f"There has been no {self._kind} server for start_deadline_s ({self._config.start_deadline_s:g} s); "
-                f"go on with --resume. The last to leave: {self._why}"
+                f"continue with --resume. The last to leave: {self._why}"
             )
         await asyncio.sleep(_POLL_S)
 

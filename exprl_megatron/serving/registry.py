@@ -13,7 +13,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.keys import Key, fingerprint, read_key
 from exprl_megatron.utils.files import write_atomically
 
-Kind = Literal["policy", "judge", "start", "router"]
+Kind = Literal["policy", "judge", "ref", "router"]
 
 
 @dataclass(frozen=True)

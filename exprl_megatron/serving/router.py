@@ -10,7 +10,7 @@ from exprl_megatron.serving.client import Generation
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Kind, Registry
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 
 _POLL_S = 0.25
 _FRESH_S = 0.5
@@ -24,7 +24,7 @@ class RouterClient(RegisteredClient):
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **keywords: Any
     ) -> list[Generation]:
         """See SGLangClient; by a request each, since the router's own form of a request has one continuation."""
-        return await together(
+        return await gather_or_cancel(
             self.generate(prompt, seed=seed, **keywords) for prompt, seed in zip(prompts, seeds, strict=True)
         )
 

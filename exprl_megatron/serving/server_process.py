@@ -193,7 +193,7 @@ class Server:
 
     def end(self, what: str) -> ServerError:
         """The error for a run that ends because this server did `what`."""
-        return self._error(f"{what}; go on with --resume")
+        return self._error(f"{what}; continue with --resume")
 
     def _error(self, what: str) -> ServerError:
         return ServerError(f"{self.name} ({self.url}) {what}.{log_tail(self.log_file)}")

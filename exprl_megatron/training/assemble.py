@@ -23,14 +23,14 @@ from exprl_megatron.serving.router import RoutedServers, RouterClient
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.serving.shared_environment import nccl_difference
-from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.evaluator import Evaluator
-from exprl_megatron.training.judging_side import JudgingSide
+from exprl_megatron.training.judging_runtime import JudgingRuntime
+from exprl_megatron.training.phase_switch import PhaseSwitch, put_to_sleep
+from exprl_megatron.training.prefetch import RolloutPrefetch
+from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
-from exprl_megatron.training.start_scorer import StartScorer
-from exprl_megatron.training.turns import Turns, put_to_sleep
 from exprl_megatron.weight_sync.conductor import Conductor
 from exprl_megatron.weight_sync.control import Control
 from exprl_megatron.weight_sync.sync import Members, WeightSync
@@ -45,23 +45,23 @@ def assemble(
 ) -> Run:
     """This rank's Run, standing where the last complete checkpoint left it (or at the start).
 
-    Its servers are found in `registry`; `on_failure` is Ahead's.
+    Its servers are found in `registry`; `on_failure` is RolloutPrefetch's.
     Raises Preempted where the run is asked to stop before the servers are ready.
     """
     conductor = Conductor(paths.stop_request.is_file)
     checkpoint, damaged = intact_checkpoint(paths.checkpoints)
     place = RunProgress() if checkpoint is None else RunProgress.from_record(read_extra(checkpoint))
-    fleet, rollouts, ahead, evaluator, console = None, None, None, None, None
+    fleet, rollouts, prefetch, evaluator, console = None, None, None, None, None
     if conductor.here:
         console = Console(config, paths, place)
         for sentence in damaged:
             console.say(f"{sentence} The run goes on from {checkpoint.name}.")
-        fleet = _fleet(config, registry, console) if config.samples else None
+        fleet = _fleet(config, registry, console) if config.needs_sampling_servers else None
         judges = _judges(config, registry, fleet)
-        judging = JudgingSide(config, paths.judgements, judges, console)
+        judging = JudgingRuntime(config, paths.judgements, judges, console)
         kept = RunDirectory(config.debug.rollouts) if config.debug.rollouts else paths
         rollouts = Rollouts(config, Journal(kept.journal), fleet, judges, judging, console)
-        ahead = Ahead(conductor, rollouts, on_failure)
+        prefetch = RolloutPrefetch(conductor, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, console)
     # Prompts first: what is wrong with them is known before the servers are up.
     conductor.everywhere(lambda: rollouts.prepare())
@@ -79,17 +79,29 @@ def assemble(
         _await_servers(conductor, rollouts)
     members = FixedServers([]) if fleet is None else fleet
     sync = _weight_sync(config, "policy", paths, members, policy, conductor, console)
-    scorer = _start_scorer(config, paths, registry, policy, conductor, console)
-    turns = Turns(config.placement, policy, conductor, fleet, sync)
+    scorer = _ref_scorer(config, paths, registry, policy, conductor, console)
+    phases = PhaseSwitch(config.placement, policy, conductor, fleet, sync)
     return Run(
-        config, paths, policy, conductor, sync, turns, rollouts, ahead, evaluator, console, place, checkpoint, scorer
+        config,
+        paths,
+        policy,
+        conductor,
+        sync,
+        phases,
+        rollouts,
+        prefetch,
+        evaluator,
+        console,
+        place,
+        checkpoint,
+        scorer,
     )
 
 
 def _await_servers(conductor: Conductor, rollouts: Rollouts | None) -> None:
     """Return when all servers are ready. Raises Preempted where the run is asked to stop before."""
     if not conductor.everywhere(lambda: conductor.run_unless_asked_to_stop(rollouts.open())):
-        raise Preempted("The run was asked to stop while it waited for its servers; go on with --resume.")
+        raise Preempted("The run was asked to stop while it waited for its servers; continue with --resume.")
 
 
 def _fleet(config: RunConfig, registry: Registry, console: Console) -> Fleet:
@@ -106,44 +118,44 @@ def _starting_policy(config: RunConfig, paths: RunDirectory, place: RunProgress)
     return config.policy.model_copy(update={"model": str(model), "initialise": "weights"})
 
 
-def _start_scorer(
+def _ref_scorer(
     config: RunConfig,
     paths: RunDirectory,
     registry: Registry,
     policy: Policy,
     conductor: Conductor,
     console: Console | None,
-) -> StartScorer | None:
-    if not config.scores_start:
+) -> RefScorer | None:
+    if not config.has_ref_server:
         return None
-    client = start_client(config, registry, (lambda text: None) if console is None else console.say)
+    client = ref_client(config, registry, (lambda text: None) if console is None else console.say)
     members = FixedServers([client])
-    sync = _weight_sync(config, "start", paths, members, policy, conductor, console)
-    scorer = StartScorer(client, sync, conductor, config.server.start_deadline_s)
+    sync = _weight_sync(config, "ref", paths, members, policy, conductor, console)
+    scorer = RefScorer(client, sync, conductor, config.server.start_deadline_s)
     scorer.open()
     return scorer
 
 
-def start_client(config: RunConfig, registry: Registry, tell: Callable[[str], None]) -> RegisteredClient:
-    """A client of the server that scores the starting policy; `tell` is given a line for what a user should know."""
+def ref_client(config: RunConfig, registry: Registry, tell: Callable[[str], None]) -> RegisteredClient:
+    """A client of the server that scores the reference policy; `tell` is given a line for what a user should know."""
 
     def found(server: RegisteredServer) -> None:
-        if (sentence := nccl_difference(server, config.start_server)) is not None:
+        if (sentence := nccl_difference(server, config.ref_server)) is not None:
             tell(sentence)
 
-    return RegisteredClient(registry, "start-0", config.server.request_deadline_s, found)
+    return RegisteredClient(registry, "ref-0", config.server.request_deadline_s, found)
 
 
 def _judges(
     config: RunConfig, registry: Registry, fleet: Fleet | None
 ) -> Sequence[SGLangClient | OpenAIEndpoint | LentServer]:
     """Clients of the judge's servers. Their weights are frozen: they share no group with the trainer."""
-    if not config.judges:
+    if not config.needs_judge:
         return []
     judge = config.judge
     if judge.endpoints:
         return judge_endpoints(judge)
-    if judge.place == "policy":
+    if judge.placement == "policy":
         return [LentServer(fleet, Path(judge.model), i, config.sync.deadline_s) for i in range(config.server.count)]
     if judge.server.router:
         return [RoutedServers(registry, JUDGE_ROUTER, "judge", judge.deadline_s)]
@@ -152,14 +164,14 @@ def _judges(
 
 def _weight_sync(
     config: RunConfig,
-    servers: Literal["policy", "start"],
+    servers: Literal["policy", "ref"],
     paths: RunDirectory,
     members: Members,
     policy: Policy,
     conductor: Conductor,
     console: Console | None,
 ) -> WeightSync:
-    server = config.server if servers == "policy" else config.start_server
+    server = config.server if servers == "policy" else config.ref_server
     control = Control(_CONTROL_ROOM * config.sync.deadline_s)
     transport = make_transport(
         choose_transport(config, servers),

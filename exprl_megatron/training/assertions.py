@@ -4,14 +4,14 @@ from exprl_megatron.errors import RunStopped
 
 
 def check_first_update(stage: str, step: int, metrics: dict[str, float]) -> None:
-    """Before the first update of a step: nothing has changed since the old log-probs, so that every ratio is 1.
+    """Check before the first update of a step that the policy still is the old one, so that every ratio is 1.
 
-    `kl/old` sums terms that are 0 there alone (k3). In the first step of a stage the policy is its start, and
+    `kl/old` sums terms that are 0 there alone (k3). In a stage's first step the policy is the reference policy, and
     `kl/start` is 0 by the same argument. Both are compared exactly. Raises RunStopped.
     """
     zeros = {"kl/old": "the policy before the step"}
     if step == 1:
-        zeros["kl/start"] = "the stage's starting policy"
+        zeros["kl/start"] = "the stage's reference policy"
     for name, other in zeros.items():
         value = metrics.get(name, 0.0)
         if value != 0:

@@ -57,7 +57,7 @@ class Console:
         self._metrics.write_evaluation(stage.name, self._steps_before(self._config.stages.index(stage)) + step, metrics)
 
     def closing(self, evaluations: Evaluations) -> None:
-        """The table of all evaluations and where everything lies."""
+        """The table of all evaluations and where everything is stored."""
         if evaluations:
             settings = self._config.evaluation
             self._terminal.print(evaluation_table(evaluations, settings.k, "held-out problems", settings.confidence))
@@ -77,7 +77,7 @@ class Console:
 
 
 class RolloutsProgress:
-    """Told of every trace when it is sampled and when it is graded."""
+    """Is called for every trace when it is sampled and when it is graded."""
 
     def __init__(self, bar: Bar):
         self._bar = bar

@@ -1,4 +1,4 @@
-"""pass@k of the weights that the servers hold, on held-out problems; each evaluation is made once and kept."""
+"""pass@k of the servers' weights on held-out problems; each evaluation is made once and stored."""
 
 import asyncio
 import json
@@ -17,21 +17,21 @@ from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, write_atomically
 from exprl_megatron.runs.journal import SampledStep, write_step
 from exprl_megatron.training.console import Console
-from exprl_megatron.training.judging_side import JudgingSide
+from exprl_megatron.training.judging_runtime import JudgingRuntime
 from exprl_megatron.training.rollouts import Rollouts
 
 START = "start"
 
 
 class Evaluator:
-    """Lives on rank 0; one JSON file for each evaluation, and beside it the answers, in the rollout log's form.
+    """Makes evaluations, on rank 0; each has a JSON file of figures and a file of answers in the rollout log's format.
 
     The JSON file holds weight_version, counts (problem: [graded, correct]), estimates, mean_tokens (of a response),
     shares of the samples (overlong_share, abstained_share), and seconds.
     """
 
     def __init__(
-        self, config: RunConfig, paths: RunDirectory, rollouts: Rollouts, judging: JudgingSide, console: Console
+        self, config: RunConfig, paths: RunDirectory, rollouts: Rollouts, judging: JudgingRuntime, console: Console
     ):
         self._config = config
         self._directory = paths.evaluations
@@ -46,7 +46,7 @@ class Evaluator:
     async def evaluate(self, name: str, version: str) -> None:
         """Sample the held-out problems under the weights `version` and verify every trace.
 
-        All evaluations of a run draw the same seeds, so that they differ by the weights alone.
+        All evaluations of a run have the same seeds, so that they differ by the weights alone.
         """
         settings, started = self._config.evaluation, time.monotonic()
         groups = await self._rollouts.sample(
@@ -58,7 +58,7 @@ class Evaluator:
             [version],
             self._judging.grade_by_answer(),
         )
-        tallies = {group.problem_id: tally(member.judgement for member in group.members) for group in groups}
+        tallies = {group.problem_id: tally(sample.judgement for sample in group.samples) for group in groups}
         found = estimates(list(tallies.values()), settings.k, settings.confidence)
         record = {
             "weight_version": version,
@@ -69,7 +69,7 @@ class Evaluator:
         }
         self._file(name).parent.mkdir(exist_ok=True)
         # The figures come last: their file says that the evaluation has been made.
-        answers = SampledStep(groups, problems_drawn=len(groups))
+        answers = SampledStep(groups, prompts_consumed=len(groups))
         await asyncio.to_thread(write_step, self._file(name).with_suffix(".parquet"), answers)
         write_atomically(self._file(name), json.dumps(record, indent=1).encode())
         shown = ", ".join(f"pass@{e.k} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in found)
@@ -121,9 +121,9 @@ def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _shares(groups: Sequence[Group]) -> dict[str, float]:
-    members = [member for group in groups for member in group.members]
+    samples = [sample for group in groups for sample in group.samples]
     return {
-        "mean_tokens": sum(len(member.trace.token_ids) for member in members) / len(members),
-        "overlong_share": sum(member.trace.overlong for member in members) / len(members),
-        "abstained_share": sum(member.score is None for member in members) / len(members),
+        "mean_tokens": sum(len(sample.trace.token_ids) for sample in samples) / len(samples),
+        "overlong_share": sum(sample.trace.overlong for sample in samples) / len(samples),
+        "abstained_share": sum(sample.score is None for sample in samples) / len(samples),
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
 from exprl_megatron.errors import UserError
@@ -41,19 +41,19 @@ class ExampleReader:
         """How many problems were left out because their prompts are too long."""
         return self._rows.dropped
 
-    def batch(self, step: int, size: int) -> list[Sequence]:
+    def batch(self, step: int, size: int) -> list[TrainSample]:
         """The `size` rows of step `step` (1-based); the end-of-sequence token closes every completion.
 
         Raises UserError where a row is longer than policy.max_tokens.
         """
         return [self._sequence(*row) for row in self._rows.take((step - 1) * size, size)]
 
-    def _sequence(self, name: str, prompt: str, completion: str) -> Sequence:
+    def _sequence(self, name: str, prompt: str, completion: str) -> TrainSample:
         for what, text in (("prompt", prompt), ("completion", completion)):
             if (fault := self._prompts.fault(text)) is not None:
                 raise UserError(f"{name}: its {what} {fault}")
         response = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-        sequence = Sequence(self._prompts.token_ids(prompt), (*response, self._tokenizer.eos_token_id))
+        sequence = TrainSample(self._prompts.token_ids(prompt), (*response, self._tokenizer.eos_token_id))
         if len(sequence) > self._max_tokens:
             raise UserError(
                 f"{name} has {len(sequence)} tokens, more than policy.max_tokens ({self._max_tokens}); "
@@ -129,7 +129,7 @@ def _row(path: Path, number: int, line: str) -> tuple[str, str]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{path}, line {number} is not JSON ({error}); mend or remove it.") from error
+        raise UserError(f"{path}, line {number} is not JSON ({error}); fix or remove it.") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}, line {number} is no JSON object; write one with `prompt` and `completion`.")
     for key in ("prompt", "completion"):

@@ -1,4 +1,4 @@
-"""Stops a run whose trainer and sampler no longer agree about the same tokens."""
+"""The train-inference mismatch check: stops a run whose trainer and servers disagree about the same tokens."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped
 
 _MULTIPLE = 5.0
-"""So many times the gap of the run's first step is allowed later."""
+"""Later steps may have a gap of this many times the gap of the run's first step."""
 _COARSE = ("--quantization", "--kv-cache-dtype")
 """Arguments of SGLang by which its arithmetic is coarser than the trainer's; such a server counts as FP8."""
 
@@ -25,9 +25,9 @@ _DEFAULTS = {"fp32": _Default(1e-4, 1e-4), "bf16": _Default(0.1, 0.02), "fp8": _
 
 
 def gap_bound(config: RunConfig, first_gap: float | None) -> float | None:
-    """The bound on `sampler_gap/mean`; None where nothing is compared.
+    """Compute the bound on `sampler_gap/mean`, in nats a token; None where nothing is compared.
 
-    `first_gap` is what the run's first step showed, None in that step itself.
+    `first_gap` is the gap of the run's first step, None in that step itself.
     """
     if not config.compares_log_probs:
         return None

@@ -1,26 +1,28 @@
-"""The algorithm.
+"""The training algorithm.
 
-A run is a list of stages. In a stage that learns from its own traces, one step is: sample K traces of each
-problem under the newest weights; grade each trace as soon as it is finished (judge, whole or by segments:
-ExpRL; verifier: sparse-reward RL); turn the grades of a group into advantages; take one or more clipped
-policy-gradient steps; send the new weights to the samplers. Where a stage allows it the next steps are sampled
-meanwhile (ahead.py). Self-distillation has a teacher in the place of advantages. Every rank executes this file; rank 0
-talks to the servers, has the graded groups, and gives each rank the sequences that it learns from.
+A run is a list of stages. In a stage that learns from its own traces, one step does the following: sample K traces of
+each problem under the newest weights; grade each trace as soon as it is finished (ExpRL: a judge grades the whole trace
+or its segments; sparse-reward RL: a verifier checks the answer); compute the advantages of each group; take one or more
+clipped policy-gradient updates; push the new weights to the sampling servers. A stage with `max_staleness` samples its
+next steps in the meantime (prefetch.py). Self-distillation has a teacher instead of advantages.
+
+Every rank executes this file. Rank 0 alone talks to the servers and holds the graded groups; each rank receives the
+training samples that it learns from.
 """
 
-from exprl_megatron.algorithms.aggregation import denominator, kept_denominator
-from exprl_megatron.algorithms.batch import LearnedFrom, Sequence
+from exprl_megatron.algorithms.aggregation import denominator_of, kept_denominator
+from exprl_megatron.algorithms.batch import SampleOrOutline, TrainSample
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.run import Run
-from exprl_megatron.training.sequences import update_sequences
 from exprl_megatron.training.statistics import step_statistics, update_statistics
 from exprl_megatron.training.teacher import student_and_teacher
+from exprl_megatron.training.train_samples import update_samples
 
 
 def run_stages(run: Run) -> None:
-    """From wherever the run stands to its end."""
+    """Run every remaining stage, from the step where the run is to its end."""
     run.evaluate()
     for stage in run.remaining_stages():
         run.open_stage(stage)
@@ -37,7 +39,7 @@ def run_stages(run: Run) -> None:
 
 
 def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
-    """Sample, grade, learn; the step's metrics."""
+    """Sample, grade and learn; returns the metrics of the step."""
     groups = run.graded_groups(stage, step)
     metrics = run.on_rank0(lambda: step_statistics(stage, groups)) or {}
     if run.config.debug.only == "sampling":
@@ -52,50 +54,55 @@ def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     return metrics
 
 
-def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> list[tuple[list[Sequence], list[Sequence]]]:
-    """For each update the sequences to learn from, and the same as the stage's starting policy reads them.
+def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> list[tuple[list[TrainSample], list[TrainSample]]]:
+    """Build the training samples of each update, and beside them the samples that the reference policy scores.
 
-    That differs in self-distillation alone, where it is the teacher and has the reference in its prompts.
+    The two differ only in self-distillation: its reference policy is the teacher, whose prompts include the reference
+    solution.
     """
     if isinstance(stage, SelfDistillStage):
         return [student_and_teacher(groups, run.teacher_prompts)]
     version = run.weight_version if stage.max_staleness else None
-    return [(batch, batch) for batch in update_sequences(stage, groups, version)]
+    return [(batch, batch) for batch in update_samples(stage, groups, version)]
 
 
 def with_log_probs(
-    run: Run, stage: RlStage, sequences: list[LearnedFrom], as_start_reads: list[LearnedFrom]
-) -> list[LearnedFrom]:
-    """Add the log-probs under the stage's starting policy and, where a step has several updates, the old ones."""
+    run: Run, stage: RlStage, samples: list[SampleOrOutline], ref_samples: list[SampleOrOutline]
+) -> list[SampleOrOutline]:
+    """Add the reference policy's log-probs and, where a step has several updates, the old policy's log-probs.
+
+    `ref_samples` are the same responses behind the prompts that the reference policy reads.
+    """
     temperature = stage.sampling.temperature
-    if stage.needs_start and sequences:
-        start = run.start_log_probs(as_start_reads, temperature)
-        sequences = [s.with_values("start_log_probs", lp) for s, lp in zip(sequences, start, strict=True)]
-    if stage.updates_per_step > 1 and sequences:
-        old = run.policy.log_probs(sequences, temperature)
-        sequences = [s.with_values("old_log_probs", lp) for s, lp in zip(sequences, old, strict=True)]
-    return sequences
+    if stage.needs_ref_policy and samples:
+        ref_log_probs = run.ref_log_probs(ref_samples, temperature)
+        samples = [s.with_values("ref_log_probs", lp) for s, lp in zip(samples, ref_log_probs, strict=True)]
+    if stage.updates_per_step > 1 and samples:
+        old_log_probs = run.policy.log_probs(samples, temperature)
+        samples = [s.with_values("old_log_probs", lp) for s, lp in zip(samples, old_log_probs, strict=True)]
+    return samples
 
 
-def update(run: Run, stage: RlStage, sequences: list[LearnedFrom]) -> dict[str, float]:
-    """One optimizer step on the stage's loss, aggregated over all of `sequences` as the stage says."""
+def update(run: Run, stage: RlStage, samples: list[SampleOrOutline]) -> dict[str, float]:
+    """Take one optimizer step on the stage's loss over all `samples`; returns the metrics of the update."""
     if isinstance(stage, SelfDistillStage):
         aggregation, objective = stage.aggregation, distillation_objective(stage.aggregation)
     else:
         aggregation, objective = stage.loss.aggregation, policy_objective(stage.loss)
-    whole = denominator(aggregation, sequences, stage.sampling.max_new_tokens)
-    sums = run.policy.accumulate(sequences, objective, stage.sampling.temperature, denominator=whole)
-    # What the loss rejects is known now: where it does not count, the same gradients have a smaller denominator.
-    kept = kept_denominator(aggregation, sums, stage.sampling.max_new_tokens, whole)
-    metrics = update_statistics(sums, sum(s.response_tokens for s in sequences), kept)
+    denominator = denominator_of(aggregation, samples, stage.sampling.max_new_tokens)
+    sums = run.policy.accumulate(samples, objective, stage.sampling.temperature, denominator=denominator)
+    # Which tokens the loss rejects is known only now. Where they do not count, the same gradients have a smaller
+    # denominator, and the optimizer step rescales them.
+    kept = kept_denominator(aggregation, sums, stage.sampling.max_new_tokens, denominator)
+    metrics = update_statistics(sums, sum(s.response_tokens for s in samples), kept)
     run.check_update(stage, metrics)
-    return metrics | run.apply_update(gradient_scale=whole / kept)
+    return metrics | run.apply_update(gradient_scale=denominator / kept)
 
 
 def sft_step(run: Run, stage: SftStage, step: int) -> dict[str, float]:
-    """One optimizer step of maximum likelihood on the next rows of the stage's examples."""
-    sequences = run.sft_batch(stage, step)
-    tokens = sum(s.response_tokens for s in sequences)
+    """Take one optimizer step of maximum likelihood on the next rows of the stage's examples; returns its metrics."""
+    samples = run.sft_batch(stage, step)
+    tokens = sum(s.response_tokens for s in samples)
     with run.clock("train"):
-        sums = run.policy.accumulate(sequences, supervised_objective(), 1.0, denominator=tokens)
+        sums = run.policy.accumulate(samples, supervised_objective(), 1.0, denominator=tokens)
         return update_statistics(sums, tokens) | run.apply_update()

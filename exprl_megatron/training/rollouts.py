@@ -1,4 +1,4 @@
-"""The conductor's side of a step: problems out, graded groups back."""
+"""Rank 0's part of a step: samples traces of the step's problems, has them graded, and logs the graded groups."""
 
 import asyncio
 from collections import Counter
@@ -29,17 +29,17 @@ from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.training.console import Console
-from exprl_megatron.training.grading import Grade
-from exprl_megatron.training.judging_side import JudgingSide
+from exprl_megatron.training.grading import GradeTrace
+from exprl_megatron.training.judging_runtime import JudgingRuntime
 from exprl_megatron.training.loop_lag import LoopLag
 from exprl_megatron.utils.text_check import text_check_of
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 
-_ATTEND_S = 1.0
+_POLL_S = 1.0
 
 
 class Rollouts:
-    """Samples, grades and journals; lives on rank 0, between `open` and `close`."""
+    """Samples and grades traces and writes them to the rollout log; exists on rank 0, between `open` and `close`."""
 
     def __init__(
         self,
@@ -47,13 +47,13 @@ class Rollouts:
         journal: Journal,
         fleet: Fleet | None,
         judges: Sequence[SGLangClient | OpenAIEndpoint | LentServer],
-        judging: JudgingSide,
+        judging: JudgingRuntime,
         console: Console,
     ):
         self._config = config
         self._journal = journal
         self._fleet = fleet
-        # Those that the fleet lends are opened and closed with it.
+        # Judges on the policy's servers are opened and closed with the fleet.
         self._judges = [judge for judge in judges if not isinstance(judge, LentServer)]
         self._lent = next((judge for judge in judges if isinstance(judge, LentServer)), None)
         self._judging = judging
@@ -66,7 +66,7 @@ class Rollouts:
         self.loop_lag = LoopLag()
 
     async def open(self) -> None:
-        """Open the connections and wait until every server is ready."""
+        """Open the connections and wait until every server is ready. Raises ServerError where one does not start."""
         self.loop_lag.start()
         for judge in self._judges:
             await judge.__aenter__()
@@ -76,7 +76,7 @@ class Rollouts:
         )
 
     async def close(self) -> None:
-        """Close the connections and the judging side."""
+        """Close the connections to the servers and the judge."""
         self.loop_lag.stop()
         if self._fleet is not None:
             await self._fleet.close()
@@ -84,25 +84,25 @@ class Rollouts:
             await judge.__aexit__()
         self._judging.close()
 
-    async def hold(self) -> None:
-        """Let the traces under way wait, as `sync.hold` says, since the weights are about to change."""
-        await self._fleet.hold(self._config.sync.hold)
+    async def pause_generation(self) -> None:
+        """Pause the traces in flight before an update of the weights, in the mode `sync.pause_mode`."""
+        await self._fleet.pause_generation(self._config.sync.pause_mode)
 
-    async def go_on(self) -> None:
-        """Let them go on where they were, under the weights that the servers hold now."""
-        await self._fleet.go_on()
+    async def continue_generation(self) -> None:
+        """Continue the paused traces where they were, under the weights that the servers have now."""
+        await self._fleet.continue_generation()
 
-    async def attend(self, work: Future) -> Literal["done", "weights", "nothing"]:
-        """Wait a little for `work` of these rollouts; see Fleet.attend."""
-        return await self._fleet.attend(work, _ATTEND_S)
+    async def wait_for(self, work: Future) -> Literal["done", "weights", "nothing"]:
+        """Wait up to a second for `work` of these rollouts; see Fleet.wait_for."""
+        return await self._fleet.wait_for(work, _POLL_S)
 
     async def check_served(self) -> None:
-        """See Fleet.check_served; a run without servers has nothing to ask."""
+        """Check the weights of the servers that joined (see Fleet.check_served); does nothing without servers."""
         if self._fleet is not None:
             await self._fleet.check_served()
 
     def prepare(self) -> None:
-        """Read every problem and build every prompt that the run needs, so that bad input ends it at its start."""
+        """Read every problem and build every prompt of the run, so that bad input ends the run at its start."""
         builder, model = PromptBuilder(self._tokenizer, self._config.prompt), self._config.policy.model
         for problems, sampling in self._config.problem_sets().items():
             room = self._config.policy.max_tokens - sampling.max_new_tokens
@@ -115,56 +115,59 @@ class Rollouts:
                 self._console.say(f"{problems.source}: {prompted.dropped} prompts of more than {limit} tokens left out")
 
     def problem_count(self, problems: ProblemsConfig) -> int:
-        """How many problems of the set have prompts that fit."""
+        """Number of problems of the set whose prompts fit into the context."""
         return len(self._prompted[problems])
 
-    def recall(self, stage: RlStage, step: int) -> SampledStep | None:
-        """The step from the journal, or None where it was never sampled to its end."""
+    def read_logged(self, stage: RlStage, step: int) -> SampledStep | None:
+        """Read a step from the rollout log; None where the log has no complete record of it."""
         return self._journal.read(stage.name, step)
 
     def has_sampled(self, stage: RlStage, step: int) -> bool:
-        """Whether the journal has the step."""
+        """Whether the rollout log has the step."""
         return self._journal.has(stage.name, step)
 
-    def forget(self, stage: RlStage, step: int) -> None:
-        """Delete what `journal.keep_steps` does not keep, now that a checkpoint has step `step`.
+    def prune_log(self, stage: RlStage, step: int) -> None:
+        """Delete the steps that `journal.keep_steps` does not keep, after a checkpoint of step `step`.
 
-        A journal that belongs to another run (debug.rollouts) stays as it is.
+        The rollout log of another run (debug.rollouts) is not changed.
         """
         count = self._config.journal.keep_steps
         if count is not None and self._config.debug.rollouts is None:
             self._journal.keep_newest(stage.name, step, count)
 
-    async def collect(self, stage: RlStage, step: int, drawn: int, versions: Collection[str]) -> SampledStep:
-        """Sample and grade the next problems after the first `drawn`, and put them into the journal.
+    async def collect(self, stage: RlStage, step: int, prompts_consumed: int, versions: Collection[str]) -> SampledStep:
+        """Sample and grade one step and write it to the rollout log.
 
-        Every token must come from weights among `versions` (see sample_groups). Raises ServerError, or RunStopped where
-        the judge fails its gate or more judgements than the config allows are abstentions.
+        The step takes the stage's problems after the first `prompts_consumed`. Every token must come from weights
+        among `versions` (see sample_groups). Raises ServerError, or RunStopped where the judge fails its gate or more
+        judgements than the config allows are abstentions.
         """
         await self._judging.check_judge(stage, step)
-        sampled = await self._sampled(stage, step, drawn, versions)
+        sampled = await self._sampled(stage, step, prompts_consumed, versions)
         self._judging.check_abstentions(stage, step, sampled.groups)
-        # In a thread: other steps' requests, judge deadlines and the watch over servers go on meanwhile.
+        # In a thread, so that other steps' requests, judge deadlines and health checks continue in the meantime.
         await asyncio.to_thread(self._journal.write, stage.name, step, sampled)
         return sampled
 
-    async def _sampled(self, stage: RlStage, step: int, drawn: int, versions: Collection[str]) -> SampledStep:
-        """The step's groups; dynamic sampling replaces those that teach nothing, as long as rounds are left."""
+    async def _sampled(
+        self, stage: RlStage, step: int, prompts_consumed: int, versions: Collection[str]
+    ) -> SampledStep:
+        """Sample the step's groups; dynamic sampling replaces zero-variance groups as long as rounds are left."""
         grade = self._judging.grade(stage, self._tokenizer)
         count = len(self._prompted[stage.problems])
-        wanted = stage.problems_per_step
+        target_groups = stage.problems_per_step
         rounds = stage.dynamic_sampling if isinstance(stage, SparseRlStage) else None
 
-        def counts(group: Group) -> bool:
-            return rounds is None or _teaches(stage, group)
+        def accept(group: Group) -> bool:
+            return rounds is None or _has_variance(stage, group)
 
         groups: list[Group] = []
-        dull: list[Group] = []
-        next_problem = drawn
-        seen: Counter[int] = Counter()
+        zero_variance: list[Group] = []
+        next_problem = prompts_consumed
+        occurrences: Counter[int] = Counter()
         for _ in range(1 + (rounds or 0)):
-            missing = wanted - len(groups)
-            draws = stage.drawn_for(missing)
+            missing = target_groups - len(groups)
+            draws = stage.prompts_for(missing)
             indices = problem_indices(self._config.seed, stage.name, next_problem, draws, count)
             next_problem += draws
             sampled = await self.sample(
@@ -175,18 +178,18 @@ class Rollouts:
                 stage.sampling,
                 versions,
                 grade,
-                wanted=missing,
-                counts=counts,
+                target_groups=missing,
+                accept_fn=accept,
                 judged=isinstance(stage, JudgedStage),
-                seen=seen,
+                occurrences=occurrences,
             )
             for group in sampled:
-                (groups if counts(group) else dull).append(group)
-            if len(groups) >= wanted:
+                (groups if accept(group) else zero_variance).append(group)
+            if len(groups) >= target_groups:
                 break
-        # Where too few can be found, dull groups fill the step: its size, and so its place in the data, is kept.
-        groups = (groups + dull)[:wanted]
-        return SampledStep(groups, next_problem - drawn, self._judging.take_counts())
+        # Where too few groups have variance, zero-variance groups fill the step, so that every step has one size.
+        groups = (groups + zero_variance)[:target_groups]
+        return SampledStep(groups, next_problem - prompts_consumed, self._judging.take_counts())
 
     async def sample(
         self,
@@ -196,38 +199,40 @@ class Rollouts:
         group_size: int,
         sampling: SamplingConfig,
         versions: Collection[str],
-        grade: Grade,
+        grade: GradeTrace,
         *,
-        wanted: int | None = None,
-        counts: Callable[[Group], bool] = lambda group: True,
+        target_groups: int | None = None,
+        accept_fn: Callable[[Group], bool] = lambda group: True,
         judged: bool = False,
-        seen: Counter[int] | None = None,
+        occurrences: Counter[int] | None = None,
     ) -> list[Group]:
-        """`group_size` graded traces for each of the problems at `indices`, in that order.
+        """Sample `group_size` traces of each problem at `indices` and grade them; one group per problem, in that order.
 
-        Where `wanted` is given, only of those that were through when so many groups counted. A trace is graded as soon
-        as it is finished (with `server.group_requests`, as its group is), or when all are, where it is `judged` and the
-        judge waits for these servers. `purpose` (stage and step) is shown and seeds the samples; `seen` counts how
-        often each problem was drawn for it, so that copies of a problem in a step are sampled differently. Raises
-        RunStopped before anything is sent where a prompt holds a piece of its problem's reference.
+        Where `target_groups` is given, sampling ends when `accept_fn` has accepted that many groups, and unfinished
+        groups are left out. A trace is graded as soon as it is finished (with `server.group_requests`, as soon as its
+        group is finished); where it is `judged` by the policy's own servers, it is graded after all sampling. `purpose`
+        (stage and step) is displayed and seeds the samples. `occurrences` counts how often each problem was drawn for
+        it, so that copies of a problem in a step have different seeds.
+
+        Raises RunStopped, before any request, where a prompt contains a piece of its problem's reference.
         """
         prompted, guard = self._prompted[problems], self._guards[problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
-        seen = Counter() if seen is None else seen
+        occurrences = Counter() if occurrences is None else occurrences
         prompts = []
         for i in indices:
-            prompts.append(Prompt(prompted.problems[i].id, prompted.prompts[i], seen[i]))
-            seen[i] += 1
+            prompts.append(Prompt(prompted.problems[i].id, prompted.prompts[i], occurrences[i]))
+            occurrences[i] += 1
         await asyncio.to_thread(self._check_prompts, guard, prompts)
         graded: dict[Trace, GradedTrace] = {}
-        later = judged and self._lent is not None
+        grade_after_sampling = judged and self._lent is not None
         with self._console.rollouts(*purpose, len(prompts) * group_size) as bar:
 
-            async def take(trace: Trace) -> None:
+            async def on_trace(trace: Trace) -> None:
                 bar.sampled()
                 if guard.watches_traces:
                     await asyncio.to_thread(guard.check_trace, trace.problem_id, trace.text)
-                if not later:
+                if not grade_after_sampling:
                     await grade_one(trace)
 
             async def grade_one(trace: Trace) -> None:
@@ -245,14 +250,14 @@ class Rollouts:
                 sampling,
                 lambda problem_id, k: sample_seed(self._config.seed, *purpose, problem_id, k),
                 weight_versions=versions,
-                on_trace=take,
-                wanted=wanted,
-                counts=lambda traces: later or counts(group_of(traces)),
+                on_trace=on_trace,
+                target_groups=target_groups,
+                accept_fn=lambda traces: grade_after_sampling or accept_fn(group_of(traces)),
                 whole_groups=self._config.server.group_requests,
             )
-            if later:
+            if grade_after_sampling:
                 await self._lent.bring()
-                await together(grade_one(trace) for traces in found for trace in traces)
+                await gather_or_cancel(grade_one(trace) for traces in found for trace in traces)
         return [group_of(traces) for traces in found]
 
     def _check_prompts(self, guard: LeakGuard, prompts: Sequence[Prompt]) -> None:
@@ -260,8 +265,8 @@ class Rollouts:
             guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
 
 
-def _teaches(stage: SparseRlStage, group: Group) -> bool:
-    """Whether the group's scores differ, so that some trace of it gets an advantage."""
-    judgements = [member.judgement for member in group.members]
-    overlong = [member.trace.overlong for member in group.members]
+def _has_variance(stage: SparseRlStage, group: Group) -> bool:
+    """Whether the scores of the group differ, so that its advantages are not all 0."""
+    judgements = [sample.judgement for sample in group.samples]
+    overlong = [sample.trace.overlong for sample in group.samples]
     return bool(informative(*group_scores(judgements, overlong, stage.overlong)))

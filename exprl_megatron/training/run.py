@@ -1,4 +1,4 @@
-"""A run in progress: its policy, its place, its servers; the verbs that the algorithm is written in."""
+"""A run in progress: its policy, its progress and its servers, with the operations that the algorithm calls."""
 
 import math
 import shutil
@@ -13,45 +13,44 @@ from typing import TypeVar
 import numpy as np
 from transformers import AutoTokenizer
 
-from exprl_megatron.algorithms.batch import LearnedFrom, Sequence
+from exprl_megatron.algorithms.batch import SampleOrOutline, TrainSample
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.errors import GradientNotFinite, Preempted
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.policy.scatter import SequenceScatter
+from exprl_megatron.policy.scatter import SampleScatter
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.runs.progress import RunProgress
-from exprl_megatron.training.ahead import Ahead
 from exprl_megatron.training.assertions import check_first_update
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
 from exprl_megatron.training.log_prob_gap import check_log_prob_gap, gap_bound
+from exprl_megatron.training.phase_switch import PhaseSwitch
+from exprl_megatron.training.prefetch import RolloutPrefetch
+from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
-from exprl_megatron.training.start_scorer import StartScorer
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.teacher import teacher_prompts
-from exprl_megatron.training.turns import Turns
 from exprl_megatron.weight_sync.conductor import Conductor
 from exprl_megatron.weight_sync.sync import WeightSync
 
 T = TypeVar("T")
-Batches = tuple[list[LearnedFrom], list[LearnedFrom]]
-"""The sequences of an update, and the same as the stage's starting policy reads them."""
+Batches = tuple[list[SampleOrOutline], list[SampleOrOutline]]
+"""The samples of an update, and the samples that the reference policy scores in their place."""
 
 
 class Run:
-    """Every rank has one and calls the same methods in the same order; rank 0 conducts.
+    """The state of a run on this rank. Every rank calls the same methods in the same order; rank 0 drives the servers.
 
-    `rollouts`, `ahead`, `evaluator` and `console` exist on rank 0 alone; `resumed_from` is the checkpoint to go on
-    from, if any; `start_scorer`, where the config wants one, scores under the starting weights of the stages that need
-    them.
+    `rollouts`, `prefetch`, `evaluator` and `console` exist on rank 0 alone. `resumed_from` is the checkpoint to resume
+    from, if any. `ref_scorer` scores under the reference policy, where a server of its own does that.
     """
 
     def __init__(
@@ -61,29 +60,29 @@ class Run:
         policy: Policy,
         conductor: Conductor,
         sync: WeightSync,
-        turns: Turns,
+        phases: PhaseSwitch,
         rollouts: Rollouts | None,
-        ahead: Ahead | None,
+        prefetch: RolloutPrefetch | None,
         evaluator: Evaluator | None,
         console: Console | None,
         place: RunProgress,
         resumed_from: Path | None,
-        start_scorer: StartScorer | None,
+        ref_scorer: RefScorer | None,
     ):
         self.config = config
         self.policy = policy
         self._directory = directory
         self._conductor = conductor
         self._sync = sync
-        self._turns = turns
-        self._scatter = SequenceScatter(policy)
+        self._phases = phases
+        self._scatter = SampleScatter(policy)
         self._rollouts = rollouts
-        self._ahead = ahead
+        self._prefetch = prefetch
         self._evaluator = evaluator
         self._console = console
         self._place = place
         self._resumed_from = resumed_from
-        self._start_scorer = start_scorer
+        self._ref_scorer = ref_scorer
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}
@@ -94,23 +93,23 @@ class Run:
         self._trained: set[str] = set()
 
     def remaining_stages(self) -> Iterator[Stage]:
-        """The stages from the run's place on."""
+        """Yield the stages that are not finished, and record each one as finished afterwards."""
         while self._place.stage < len(self.config.stages):
             yield self.config.stages[self._place.stage]
             self._place = self._place.after_stage()
 
     def remaining_steps(self, stage: Stage) -> range:
-        """The steps of `stage` (1-based) that are not done yet."""
+        """Return the steps of `stage` (1-based) that are not done."""
         return range(self._place.step + 1, stage.steps + 1)
 
     def open_stage(self, stage: Stage) -> None:
-        """A fresh optimizer on the current weights, or the state of the checkpoint that the run resumes from."""
-        self._turns.learn()
-        needs_start = isinstance(stage, RlStage) and stage.needs_start
+        """Make a new optimizer for the current weights, or load the checkpoint that the run resumes from."""
+        self._phases.switch_to_training()
+        needs_ref_policy = isinstance(stage, RlStage) and stage.needs_ref_policy
         updates = stage.steps * (stage.updates_per_step if isinstance(stage, RlStage) else 1)
-        self.policy.begin_stage(stage.optimizer, updates, keep_start=needs_start and self._start_scorer is None)
-        if needs_start and self._start_scorer is not None:
-            self._start_scorer.begin_stage(stage.name)
+        self.policy.begin_stage(stage.optimizer, updates, keep_ref_policy=needs_ref_policy and self._ref_scorer is None)
+        if needs_ref_policy and self._ref_scorer is not None:
+            self._ref_scorer.begin_stage(stage.name)
         if self._resumed_from is not None and self._place.step > 0:
             load_checkpoint(self._resumed_from, self.policy)
         self._resumed_from = None
@@ -120,32 +119,32 @@ class Run:
         self._teacher_prompts = self._read_teacher_prompts(stage) if isinstance(stage, SelfDistillStage) else {}
 
     def graded_groups(self, stage: RlStage, step: int) -> list[Group]:
-        """The step's groups on rank 0, none elsewhere: from the journal, or sampled under the newest weights.
+        """Return the step's groups on rank 0, [] elsewhere: from the rollout log, or sampled under the newest weights.
 
-        Where the stage samples ahead, some of their tokens are older, and the next steps are begun.
+        Where the stage has `max_staleness`, some tokens may be older, and sampling of the next steps is started.
         """
-        version, drawn = self.weight_version, self._place.problems_drawn
-        if self._conductor.everywhere(lambda: self._ahead.announce(stage, step, version)):
+        version, prompts_consumed = self.weight_version, self._place.prompts_consumed
+        if self._conductor.everywhere(lambda: self._prefetch.needs_weights(stage, step, version)):
             with self.clock("sync"):
-                self._sync_metrics = self._turns.bring(version)
+                self._sync_metrics = self._phases.sync_weights(version)
         with self.clock(ROLLOUTS):
-            work = self._conductor.here_alone(lambda: self._ahead.begin(stage, step, drawn, version))
+            work = self._conductor.here_alone(lambda: self._prefetch.start(stage, step, prompts_consumed, version))
             while (waiting := self._waiting_for(work)) != "done":
                 if waiting == "weights":
-                    self._sync_metrics = self._turns.bring(version)
-            sampled = self._conductor.here_alone(lambda: self._ahead.take(stage, step))
+                    self._sync_metrics = self._phases.sync_weights(version)
+            sampled = self._conductor.here_alone(lambda: self._prefetch.take(stage, step))
             self._conductor.everywhere(lambda: self._conductor.run(self._rollouts.check_served()))
-        self._turns.learn()
+        self._phases.switch_to_training()
         self._counted = {} if sampled is None else self._counts(stage, sampled)
         self._place = self._conductor.everywhere(lambda: self._place_after(sampled))
         return [] if sampled is None else sampled.groups
 
     def on_rank0(self, work: Callable[[], T]) -> T | None:
-        """The result of `work` on rank 0, None elsewhere; an error there is raised on every rank."""
+        """Return the result of `work` on rank 0, None elsewhere; an error on rank 0 ends every rank."""
         return self._conductor.here_alone(work)
 
     def scattered(self, batches: Callable[[], list[Batches]]) -> list[Batches]:
-        """What rank 0 makes of `batches`; elsewhere only what this rank learns from is whole (see SequenceScatter)."""
+        """Build `batches` on rank 0 and send each rank the samples that it learns from (see SampleScatter)."""
         made = self._conductor.here_alone(batches)
         shared = self._scatter.scatter(None if made is None else [batch for pair in made for batch in pair])
         return list(zip(shared[::2], shared[1::2], strict=True))
@@ -155,25 +154,25 @@ class Run:
         """Name of the policy's current weights."""
         return self._place.weight_version
 
-    def sft_batch(self, stage: SftStage, step: int) -> list[Sequence]:
-        """The rows of step `step`, tokenised."""
+    def sft_batch(self, stage: SftStage, step: int) -> list[TrainSample]:
+        """Return the tokenized rows of step `step`."""
         return self._examples.batch(step, stage.batch_size)
 
     @property
     def teacher_prompts(self) -> dict[str, tuple[int, ...]]:
-        """What the stage's frozen teacher reads of each problem: its text and its reference."""
+        """Prompt token ids of the stage's teacher by problem id: the problem and its reference solution."""
         return self._teacher_prompts
 
-    def start_log_probs(self, sequences: list[LearnedFrom], temperature: float) -> list[np.ndarray]:
-        """Of every response token under the stage's starting weights."""
-        if self._start_scorer is not None:
-            return self._start_scorer.log_probs(sequences)
-        return self.policy.log_probs(sequences, temperature, start=True)
+    def ref_log_probs(self, samples: list[SampleOrOutline], temperature: float) -> list[np.ndarray]:
+        """Compute the log-probs [response tokens], float32, of each sample under the reference policy."""
+        if self._ref_scorer is not None:
+            return self._ref_scorer.log_probs(samples)
+        return self.policy.log_probs(samples, temperature, ref_policy=True)
 
     def apply_update(self, gradient_scale: float = 1.0) -> dict[str, float]:
-        """Take the optimizer step for the accumulated gradients times `gradient_scale`; its metrics.
+        """Take an optimizer step on the accumulated gradients times `gradient_scale`; returns its metrics.
 
-        Raises RunStopped where they are not finite; of a run that comes there again the step is left out.
+        Raises RunStopped where a gradient is not finite. A resumed run that meets the same gradient skips the update.
         """
         self._updates_in_step += 1
         try:
@@ -185,7 +184,10 @@ class Run:
         return {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
     def check_update(self, stage: RlStage, metrics: dict[str, float]) -> None:
-        """Stop the run before an update where trainer and sampler disagree, or an assertion does not hold."""
+        """Check an update before it is taken.
+
+        Raises RunStopped where the log-probs of trainer and sampler differ too much, or an assertion fails.
+        """
         first = self._place.first_gap
         check_log_prob_gap(metrics, gap_bound(self.config, first))
         self._place = replace(self._place, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
@@ -194,7 +196,7 @@ class Run:
 
     @contextmanager
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
-        """Everything around one step: its clock, its line on the terminal, its metrics on disk."""
+        """Measure one step; at its end, print its line and write its metrics."""
         started, at = time.monotonic(), time.time()
         self._seconds, self._counted, self._sync_metrics = {}, {}, {}
         self._now = (stage.name, step)
@@ -203,7 +205,7 @@ class Run:
         yield metrics
         self._trained.add(stage.name)
         self._place = replace(self._place, step=step)
-        metrics |= self._counted | self._sync_metrics | self._turns.take_ledger()
+        metrics |= self._counted | self._sync_metrics | self._phases.take_memory_stats()
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
         self._keep_span(STEP, at)
@@ -213,47 +215,47 @@ class Run:
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to the step's `seconds/NAME`, and keep when they were."""
+        """Add the seconds spent inside to the step's metric `seconds/NAME`, and record a span of the timeline."""
         started, at = time.monotonic(), time.time()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
         self._keep_span(name, at)
 
     def checkpoint_if_due(self, stage: Stage, step: int) -> None:
-        """Write a checkpoint every so many steps, after a stage's last one, and where the run is asked to stop.
+        """Write a checkpoint every `checkpoint.every_steps` steps, after the last step, and when asked to stop.
 
-        Raises Preempted after the latter.
+        Raises Preempted where the run was asked to stop.
         """
         checkpoint, asked_to_stop = self.config.checkpoint, self._conductor.asked_to_stop()
         if asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps:
             with self.clock("save"):
                 save_checkpoint(self._directory.checkpoints, self.policy, self._place.as_record(), keep=checkpoint.keep)
             if self._conductor.here and isinstance(stage, RlStage):
-                self._rollouts.forget(stage, step)
+                self._rollouts.prune_log(stage, step)
         if asked_to_stop:
             raise Preempted(
                 f"The run was asked to stop and did so after step {step} of {stage.name}, with a checkpoint; "
-                "go on with --resume."
+                "continue with --resume."
             )
 
     def close_stage(self, stage: Stage) -> None:
-        """Leave the stage's weights in Hugging Face form, once."""
+        """Save the stage's weights in Hugging Face format, once."""
         target = self._directory.models / stage.name
         if stage.name not in self._trained and self._conductor.everywhere(target.is_dir):
             return
-        # A run that went back behind the end of the stage, from a damaged checkpoint, has a model of it already.
+        # A run that resumed from an older checkpoint, as a newer one was damaged, already has a model of this stage.
         former = target.with_name(target.name + ".former")
         self._conductor.here_alone(lambda: _rename(target, former))
         self.policy.save_huggingface(target)
         self._conductor.here_alone(lambda: shutil.rmtree(former, ignore_errors=True))
 
     def evaluate(self, stage: Stage | None = None, step: int | None = None) -> None:
-        """pass@k of the current weights on the held-out problems, once.
+        """Measure pass@k of the current weights on the held-out problems, unless that was done.
 
-        Before the first stage (None), after all steps of `stage`, or after `step` of them where an evaluation is due
-        then. Raises Preempted where the run is asked to stop meanwhile; a resumed run makes the evaluation again.
+        Called before the first stage (None), after all steps of `stage`, and after `step` of them, where an evaluation
+        is due. Raises Preempted where the run is asked to stop; a resumed run then repeats the evaluation.
         """
-        if not self.config.evaluates or not (step is None or self.config.evaluation.is_due(step)):
+        if not self.config.has_evaluation or not (step is None or self.config.evaluation.is_due(step)):
             return
         name = evaluation_name(stage, step)
         if not self._conductor.everywhere(lambda: self._evaluator.done(name)):
@@ -261,15 +263,15 @@ class Run:
         self._conductor.here_alone(lambda: self._evaluator.log(stage, step))
 
     def _measure(self, name: str) -> None:
-        """Evaluate the current weights as `name`; steps that are sampled ahead go on under these weights meanwhile."""
+        """Evaluate the current weights as `name`; steps in flight continue under these weights in the meantime."""
         version = self.weight_version
-        self._conductor.everywhere(lambda: self._ahead.pause(version))
-        self._turns.bring(version)
-        self._conductor.everywhere(lambda: self._ahead.resume())
+        self._conductor.everywhere(lambda: self._prefetch.pause(version))
+        self._phases.sync_weights(version)
+        self._conductor.everywhere(lambda: self._prefetch.resume())
         work = self._conductor.here_alone(lambda: self._conductor.start(self._evaluator.evaluate(name, version)))
         while (waiting := self._waiting_for(work)) != "done":
             if waiting == "weights":
-                self._turns.bring(version)
+                self._phases.sync_weights(version)
             elif self._conductor.asked_to_stop():
                 self._conductor.here_alone(lambda: work.cancel())
                 raise Preempted(
@@ -277,22 +279,22 @@ class Run:
                     "continue with --resume, which makes it again."
                 )
         self._conductor.everywhere(lambda: work.result())
-        self._turns.learn()
+        self._phases.switch_to_training()
 
     def close(self) -> None:
-        """Print the closing table, leave the servers, end the verifier's processes, finish the logs."""
+        """Print the closing table, disconnect from the servers, end the verifier's processes and close the logs."""
         if self._conductor.here:
             self._console.closing(self._evaluator.all())
         self._sync.close()
-        if self._start_scorer is not None:
-            self._start_scorer.close()
+        if self._ref_scorer is not None:
+            self._ref_scorer.close()
         if self._conductor.here:
             self._conductor.run(self._rollouts.close())
             self._console.close()
         self._conductor.close()
 
     def _stop_unless_known(self, error: GradientNotFinite) -> None:
-        """Raise RunStopped where the run meets a gradient that is not finite for the first time."""
+        """Raise RunStopped, unless an earlier attempt of the run met the same gradient that is not finite."""
         stage, step = self._now
         skipped = SkippedUpdates(self._directory.skipped_updates)
         if self._conductor.everywhere(lambda: skipped.add(stage, step, self._updates_in_step)):
@@ -302,12 +304,12 @@ class Run:
         raise not_learned(error, stage, step, journal.path(stage, step) if self._examples is None else None)
 
     def _waiting_for(self, work: Future | None) -> str:
-        """What rank 0's `work` with the sampling servers waits for, on every rank; see Fleet.attend.
+        """Wait briefly for rank 0's `work` with the sampling servers; returns its state on every rank (Fleet.wait_for).
 
-        The ranks hear from each other meanwhile, however long it takes.
+        Called in a loop, so that the ranks stay in contact however long the work takes.
         """
         return self._conductor.everywhere(
-            lambda: "done" if work is None else self._conductor.run(self._rollouts.attend(work))
+            lambda: "done" if work is None else self._conductor.run(self._rollouts.wait_for(work))
         )
 
     def _keep_span(self, name: str, start: float) -> None:
@@ -324,18 +326,18 @@ class Run:
         return counts | (staleness_statistics(sampled.groups, self._place.updates) if stage.max_staleness else {})
 
     def _place_after(self, sampled: SampledStep) -> RunProgress:
-        members = [member for group in sampled.groups for member in group.members]
+        samples = [sample for group in sampled.groups for sample in group.samples]
         return replace(
             self._place,
-            problems_drawn=self._place.problems_drawn + sampled.problems_drawn,
-            traces=self._place.traces + len(members),
-            tokens=self._place.tokens + sum(len(member.trace.token_ids) for member in members),
-            abstentions=self._place.abstentions + sum(member.score is None for member in members),
+            prompts_consumed=self._place.prompts_consumed + sampled.prompts_consumed,
+            traces=self._place.traces + len(samples),
+            tokens=self._place.tokens + sum(len(sample.trace.token_ids) for sample in samples),
+            abstentions=self._place.abstentions + sum(sample.score is None for sample in samples),
         )
 
 
 def _rename(directory: Path, name: Path) -> None:
-    """Where there is such a directory; what has the name already is deleted."""
+    """Rename `directory` to `name`, which is deleted first; does nothing where there is no `directory`."""
     if directory.is_dir():
         shutil.rmtree(name, ignore_errors=True)
         directory.rename(name)

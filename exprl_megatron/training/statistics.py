@@ -1,4 +1,4 @@
-"""What a step's traces and updates look like, as named numbers for the logs."""
+"""Metrics of a step's traces and updates."""
 
 import statistics
 from collections import Counter
@@ -14,9 +14,9 @@ _COUNTED_SEGMENTS = 10
 
 
 def step_statistics(stage: RlStage, groups: list[Group]) -> dict[str, float]:
-    """`group_statistics` of the stage's judgements, and what its long traces lose."""
+    """Compute `group_statistics` of the stage, and statistics of its overlong penalty."""
     found = group_statistics(groups, judged=isinstance(stage, JudgedStage))
-    scored = [member for group in groups for member in group.members if member.score is not None]
+    scored = [sample for group in groups for sample in group.samples if sample.score is not None]
     punishments = length_punishments(stage, scored)
     if punishments is None or not scored:
         return found
@@ -27,38 +27,38 @@ def step_statistics(stage: RlStage, groups: list[Group]) -> dict[str, float]:
 
 
 def group_statistics(groups: list[Group], judged: bool = False) -> dict[str, float]:
-    """Scores, lengths, abstentions, the verifier's findings; shares are of all traces or of all groups.
+    """Compute statistics of scores, lengths, abstentions and verifier results; shares are of all traces or groups.
 
-    `judged`: the judgements are a judge's, whose scores are shown in detail, and the verifier's findings stand
-    beside them; else the judgements are the verifier's own.
+    `judged`: the judgements come from a judge; its scores are described in detail, with the verifier's results
+    in addition. Otherwise the judgements are the verifier's.
     """
-    members = [member for group in groups for member in group.members]
-    scores = [member.score for member in members if member.score is not None]
-    lengths = [len(member.trace.token_ids) for member in members]
-    reasons = Counter(m.judgement.reason for m in members if isinstance(m.judgement, Abstained))
+    samples = [sample for group in groups for sample in group.samples]
+    scores = [sample.score for sample in samples if sample.score is not None]
+    lengths = [len(sample.trace.token_ids) for sample in samples]
+    reasons = Counter(m.judgement.reason for m in samples if isinstance(m.judgement, Abstained))
     found = {
         "reward/mean": statistics.fmean(scores) if scores else 0.0,
         "reward/mixed_groups": statistics.fmean(len(set(group.scores)) > 1 for group in groups),
         "reward/groups_with_success": statistics.fmean(max(group.scores, default=0.0) == 1.0 for group in groups),
-        "reward/abstained": 1 - len(scores) / len(members),
+        "reward/abstained": 1 - len(scores) / len(samples),
         "length/mean": statistics.fmean(lengths),
         "length/max": max(lengths),
-        "length/overlong": statistics.fmean(member.trace.overlong for member in members),
-        "prompt/cached": sum(m.trace.cached_tokens for m in members) / sum(len(m.trace.prompt_ids) for m in members),
+        "length/overlong": statistics.fmean(sample.trace.overlong for sample in samples),
+        "prompt/cached": sum(m.trace.cached_tokens for m in samples) / sum(len(m.trace.prompt_ids) for m in samples),
     }
-    found |= {f"abstained/{reason}": count / len(members) for reason, count in sorted(reasons.items())}
-    found |= _verifier_statistics([[m.verified if judged else m.judgement for m in group.members] for group in groups])
+    found |= {f"abstained/{reason}": count / len(samples) for reason, count in sorted(reasons.items())}
+    found |= _verifier_statistics([[m.verified if judged else m.judgement for m in group.samples] for group in groups])
     if judged:
-        found |= _score_statistics(groups) | _segment_statistics(members) | _agreement(members)
+        found |= _score_statistics(groups) | _segment_statistics(samples) | _agreement(samples)
     return found
 
 
 def staleness_statistics(groups: list[Group], updates: int) -> dict[str, float]:
-    """How many optimizer steps the weights of sampled tokens are behind those after `updates`, which learn from them.
+    """Compute by how many optimizer steps the sampling weights of tokens are older than the weights after `updates`.
 
     `staleness/mixed` is the share of traces whose weights changed in mid-generation.
     """
-    traces = [member.trace for group in groups for member in group.members]
+    traces = [sample.trace for group in groups for sample in group.samples]
     spans = [(updates - updates_of(version), end - start) for t in traces for version, start, end in t.weight_versions]
     return {
         "staleness/mean": sum(lag * tokens for lag, tokens in spans) / sum(tokens for _, tokens in spans),
@@ -68,7 +68,7 @@ def staleness_statistics(groups: list[Group], updates: int) -> dict[str, float]:
 
 
 def update_statistics(sums: dict[str, float], tokens: int, denominator: float | None = None) -> dict[str, float]:
-    """Sums over response tokens become means; names that end in `/max`, `/tokens` or `/sequences` stay, `padding/` are
+    """Turn sums over response tokens into means; names ending in `/max`, `/tokens`, `/sequences` stay, `padding/` are
     shares.
 
     `loss` and what begins with `loss/` are divided by `denominator`, which is that of the loss's aggregation
@@ -90,7 +90,7 @@ def update_statistics(sums: dict[str, float], tokens: int, denominator: float | 
 
 
 def _verifier_statistics(findings: list[list[Judgement | None]]) -> dict[str, float]:
-    """Of each group's findings: right answers, and groups in which all or none of those verified are right."""
+    """Compute the share of right answers, and of groups in which all or none of the verified ones are right."""
     verified = [[f.value == 1.0 for f in group if isinstance(f, Scored)] for group in findings]
     known = [group for group in verified if group]
     if not known:
@@ -105,8 +105,8 @@ def _verifier_statistics(findings: list[list[Judgement | None]]) -> dict[str, fl
 
 
 def _score_statistics(groups: list[Group]) -> dict[str, float]:
-    """Of everything that was judged, segment or trace: shares of the grades 1..5, spread, abstentions."""
-    units = [[judgement for member in group.members for judgement in member.units] for group in groups]
+    """Compute, over all judgements: the shares of the grades 1..5, the spread within prompts, abstentions."""
+    units = [[judgement for sample in group.samples for judgement in sample.judgements] for group in groups]
     scores = [[unit.value for unit in group if isinstance(unit, Scored)] for group in units]
     every = [score for group in scores for score in group]
     judged = sum(map(len, units))
@@ -122,9 +122,9 @@ def _score_statistics(groups: list[Group]) -> dict[str, float]:
     return found | {f"score/{grade}": count / len(every) for grade, count in enumerate(counts, 1)}
 
 
-def _segment_statistics(members: list[GradedTrace]) -> dict[str, float]:
-    """Of the traces that were judged by segments: how many these have, and how long the first one is."""
-    cut = [member.segments for member in members if member.segments]
+def _segment_statistics(samples: list[GradedTrace]) -> dict[str, float]:
+    """Compute, over traces judged by segments: the number of segments, and the length of the first one."""
+    cut = [sample.segments for sample in samples if sample.segments]
     if not cut:
         return {}
     shares = Counter(min(len(segments), _COUNTED_SEGMENTS + 1) for segments in cut)
@@ -138,8 +138,8 @@ def _segment_statistics(members: list[GradedTrace]) -> dict[str, float]:
     }
 
 
-def _agreement(members: list[GradedTrace]) -> dict[str, float]:
-    """The judge's scores against the verifier's findings; nothing where one of right and wrong is missing."""
-    verified = [member for member in members if isinstance(member.verified, Scored) and member.score is not None]
-    scores, right = [member.score for member in verified], [member.verified.value == 1.0 for member in verified]
+def _agreement(samples: list[GradedTrace]) -> dict[str, float]:
+    """Compute the AUROC of the judge's scores for the verifier's results; {} where all are right or all wrong."""
+    verified = [sample for sample in samples if isinstance(sample.verified, Scored) and sample.score is not None]
+    scores, right = [sample.score for sample in verified], [sample.verified.value == 1.0 for sample in verified]
     return {"judge/auroc": auroc(scores, right)} if any(right) and not all(right) else {}

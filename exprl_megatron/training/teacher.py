@@ -1,14 +1,14 @@
-"""Self-distillation's teacher: the frozen start of the stage, under a prompt that shows the reference.
+"""The teacher of self-distillation: the reference policy, under a prompt that contains the reference solution.
 
-What is made here goes to whoever scores the stage's start: the trainer, or the server of its own that
-`policy.starting_policy` asks for, where nothing is sampled. No sampling server ever gets a prompt of the teacher.
+Its prompts go only to the scorer of the reference policy: the trainer, or the separate server that
+`policy.ref_policy: server` starts and that samples nothing. No sampling server ever receives a teacher's prompt.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.problems import PromptConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.needs import SHOWN_IDS, missing_for
@@ -18,7 +18,7 @@ from exprl_megatron.rollout.group import Group
 
 
 def teacher_token_ids(tokenizer: Any, config: PromptConfig, problem: Problem) -> tuple[int, ...]:
-    """The teacher's prompt: {problem} and {reference} of `config.user` filled, the assistant's turn opened."""
+    """Build the teacher's prompt: `config.user` with {problem} and {reference} filled in, then the assistant's turn."""
     texts = {"{problem}": problem.statement, "{reference}": problem.reference.for_training()}
     # In one pass, so that a placeholder within a problem or a reference stays as it is.
     user = re.sub(r"\{problem\}|\{reference\}", lambda found: texts[found.group()], config.user)
@@ -28,7 +28,7 @@ def teacher_token_ids(tokenizer: Any, config: PromptConfig, problem: Problem) ->
 def teacher_prompts(
     tokenizer: Any, config: PromptConfig, problems: Iterable[Problem], max_tokens: int
 ) -> dict[str, tuple[int, ...]]:
-    """The teacher's prompt of every problem, by its id.
+    """Build the teacher's prompts by problem id.
 
     Raises UserError where a problem has no reference, or a prompt is longer than `max_tokens`.
     """
@@ -50,15 +50,15 @@ def teacher_prompts(
 
 def student_and_teacher(
     groups: Iterable[Group], prompts: Mapping[str, tuple[int, ...]]
-) -> tuple[list[Sequence], list[Sequence]]:
-    """Every trace that has a token, once under its own prompt and once under its teacher's; in the same order.
+) -> tuple[list[TrainSample], list[TrainSample]]:
+    """Return every trace that is not empty, behind the student's prompt and behind the teacher's, in the same order.
 
-    No grade is asked for: traces without one are learned from as well. The log-probs of the second list under
-    the stage's start become the `start_log_probs` of the first.
+    Traces without a score are included. The log-probs of the second list under
+    the reference policy become the `ref_log_probs` of the first.
     """
     students, teachers = [], []
     for group in groups:
-        for trace in (member.trace for member in group.members if len(member.trace.token_ids)):
-            students.append(Sequence(trace.prompt_ids, trace.token_ids, sampler_log_probs=trace.log_probs))
-            teachers.append(Sequence(prompts[group.problem_id], trace.token_ids))
+        for trace in (sample.trace for sample in group.samples if len(sample.trace.token_ids)):
+            students.append(TrainSample(trace.prompt_ids, trace.token_ids, rollout_log_probs=trace.log_probs))
+            teachers.append(TrainSample(prompts[group.problem_id], trace.token_ids))
     return students, teachers

@@ -1,6 +1,6 @@
 """One trainer process: `python -m exprl_megatron.training.worker RUN_DIRECTORY` under torchrun's variables.
 
-How it ends is told in RUN_DIRECTORY/logs/trainer-RANK.end, for the launcher to show to the user.
+How it ends is written to RUN_DIRECTORY/logs/trainer-RANK.end, for the launcher to show to the user.
 """
 
 import argparse
@@ -25,7 +25,7 @@ _telling = threading.RLock()
 
 
 def main() -> None:
-    """Run the rank; exit status 0, 2 (the user can mend it), 75 (asked to stop) or 1."""
+    """Run the rank; exit status 0, 2 (the user can fix it), 75 (asked to stop) or 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--servers", type=Path, required=True, help="Where they are registered.")
@@ -74,7 +74,7 @@ def _tell(end: Path, error: BaseException) -> int:
 
 
 def work(directory: Path, registry: Registry, on_failure: Callable[[BaseException], None]) -> None:
-    """Build this rank's part of the run and take it to its end; `on_failure` is Ahead's."""
+    """Build this rank's part of the run and take it to its end; `on_failure` is RolloutPrefetch's."""
     # The libraries make a million objects that stay: looked through again and again, they cost a sixth of the start.
     gc.disable()
     from exprl_megatron.policy.world import enter_world, leave_world
@@ -95,23 +95,23 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
 
 def _longest_wait(config) -> float:
     """Ranks wait for the conductor in a collective; no step of its work may take longer than this, in seconds."""
-    judge = config.judge.server.start_deadline_s + _longest_judging(config) if config.judges else 0.0
+    judge = config.judge.server.start_deadline_s + _longest_judging(config) if config.needs_judge else 0.0
     return config.server.start_deadline_s + config.server.request_deadline_s + config.sync.deadline_s + judge + 60.0
 
 
 def _longest_judging(config) -> float:
-    """Deadlines of a step's judgements and the gate's, `concurrency` at a time under way, and of a rubric."""
+    """Deadlines of a step's judgements and the gate's, `concurrency` at a time in flight, and of a rubric."""
     from exprl_megatron.config.stages import JudgedStage
     from exprl_megatron.judging.judged_traces import read_judged_traces
 
-    units = max(
-        (1 + stage.max_staleness) * stage.problems_per_step * stage.group_size * stage.units_per_trace
+    judgements = max(
+        (1 + stage.max_staleness) * stage.problems_per_step * stage.group_size * stage.judgements_per_trace
         for stage in config.stages
         if isinstance(stage, JudgedStage)
     )
     if config.judge.gate is not None:
-        units += 3 * len(read_judged_traces(config.judge.gate.traces, config.judge.gate.limit))
-    rounds = math.ceil(units / config.judge.concurrency)
+        judgements += 3 * len(read_judged_traces(config.judge.gate.traces, config.judge.gate.limit))
+    rounds = math.ceil(judgements / config.judge.concurrency)
     return rounds * config.judge.deadline_s + config.judge.rubric.deadline_s
 
 

@@ -1,14 +1,14 @@
-"""Many calls under way at once, which succeed or fail as one."""
+"""Concurrent calls that succeed or fail as one."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 
-async def together[T](calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all `calls`, in their order.
+async def gather_or_cancel[T](calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all `calls` concurrently and return their results in the order of the calls.
 
-    The first failure cancels everything else and is raised as it is.
+    The first failure cancels all other calls and is raised unchanged.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -18,20 +18,20 @@ async def together[T](calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in running]
 
 
-async def first_of[T](
-    calls: Iterable[Coroutine[Any, Any, T]], wanted: int, counts: Callable[[T], bool] = lambda result: True
+async def first_n[T](
+    calls: Iterable[Coroutine[Any, Any, T]], n: int, accept_fn: Callable[[T], bool] = lambda result: True
 ) -> list[T]:
-    """The results of those `calls` that were through when `wanted` results counted, in the order of the calls.
+    """Await `calls` concurrently until `n` results are accepted by `accept_fn`, then cancel the calls that are left.
 
-    The others are cancelled then. All results, fewer than wanted, where not as many count. The first failure before
-    that cancels everything else and is raised as it is.
+    Returns the results of all calls that were finished by then, accepted or not, in the order of the calls; all results
+    where fewer than `n` are accepted. The first failure before that cancels all other calls and is raised unchanged.
     """
     try:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(call) for call in calls]
             for finished in asyncio.as_completed(running):
-                wanted -= counts(await finished)
-                if wanted == 0:
+                n -= accept_fn(await finished)
+                if n == 0:
                     break
             for task in running:
                 task.cancel()
@@ -41,6 +41,6 @@ async def first_of[T](
 
 
 def _first(failures: BaseExceptionGroup) -> BaseException:
-    """The first exception, however deep it lies."""
+    """Return the first exception of a group, however deep it is nested."""
     first = failures.exceptions[0]
     return _first(first) if isinstance(first, BaseExceptionGroup) else first

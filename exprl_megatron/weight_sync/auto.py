@@ -6,7 +6,7 @@ import torch
 
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.control import Control, SyncStopped
 from exprl_megatron.weight_sync.direct import CannotReceive, DirectTransport
@@ -57,7 +57,9 @@ class AutoTransport:
                     if not isinstance(error, CannotReceive):
                         raise
                     self._tell(f"weights travel by broadcast, not by direct: {error}")
-                    await together(client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                    await gather_or_cancel(
+                        client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
+                    )
                 self._control.go()
             self._refused = True
         await self._broadcast.push(outgoing, version, times)

@@ -15,7 +15,7 @@ import torch
 
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.control import Control
 from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
 from exprl_megatron.weight_sync.rounds import send_rounds
@@ -47,7 +47,9 @@ class BroadcastTransport:
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         try:
             with self._control.leading():
-                await together(client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                await gather_or_cancel(
+                    client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
+                )
                 if not self._groups.names:
                     await self._groups.open(self._clients, outgoing)
                 await send_rounds(
@@ -56,7 +58,9 @@ class BroadcastTransport:
                     outgoing.gather,
                     lambda number, filled: self._send(outgoing, number, filled, version, times),
                 )
-                await together(client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                await gather_or_cancel(
+                    client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
+                )
                 self._control.go()
         except BaseException:
             self._groups.break_off()
@@ -109,7 +113,7 @@ class BroadcastTransport:
         messages = outgoing.rounds[number]
         started = time.monotonic()
         replies = asyncio.ensure_future(
-            together(self._groups.ask(client, messages, version if last else None) for client in self._clients)
+            gather_or_cancel(self._groups.ask(client, messages, version if last else None) for client in self._clients)
         )
         sent_s = 0.0
         try:

@@ -1,4 +1,4 @@
-"""Rank 0 talks to the servers; what it learns there, every rank gets."""
+"""Coordination of the ranks: rank 0 talks to the servers and broadcasts the results."""
 
 import asyncio
 import threading
@@ -15,30 +15,30 @@ _ASK_S = 1.0
 
 
 class ConductorFailed(Exception):
-    """Rank 0 met an error and reports it; the other ranks only end."""
+    """Rank 0 has an error, which it reports; the other ranks end silently."""
 
 
 class Conductor:
-    """Runs work on rank 0 alone and hands its result to all ranks.
+    """Runs work on rank 0 and broadcasts its result to all ranks.
 
-    All that waits for servers runs in one event loop, as open connections need, in a thread of its own: what was
-    started there goes on while this process computes.
+    Everything that waits for servers runs in one event loop in a separate thread, so that
+    requests continue while this process computes.
     """
 
     def __init__(self, asked_to_stop: Callable[[], bool] = lambda: False):
-        """`asked_to_stop` says on rank 0 whether somebody wants the run to end soon."""
+        """`asked_to_stop` returns on rank 0 whether the run should stop at its next checkpoint."""
         self._asked_to_stop = asked_to_stop
         self.here = dist.get_rank() == 0
         self._loop = asyncio.new_event_loop() if self.here else None
         if self._loop is not None:
-            # A daemon, so that an error in the main thread ends the process whatever is under way.
+            # A daemon, so that an error in the main thread ends the process in any case.
             self._thread = threading.Thread(target=self._loop.run_forever, name="conductor", daemon=True)
             self._thread.start()
 
     def everywhere(self, work: Callable[[], T]) -> T:
-        """The result of `work`, called on rank 0, on every rank.
+        """Call `work` on rank 0 and return its result on every rank.
 
-        An error is raised as it is on rank 0 and as ConductorFailed on the others, so that none waits.
+        An error is raised unchanged on rank 0 and as ConductorFailed on the other ranks, so that none of them waits.
         """
         error: BaseException | None = None
         box: list[Any] = [False, None]
@@ -55,9 +55,9 @@ class Conductor:
         return result
 
     def collective(self, conducting: Callable[[], None], following: Callable[[], None]) -> None:
-        """Rank 0 runs `conducting` while the others run `following`; both meet in collectives on the way.
+        """Run `conducting` on rank 0 and `following` on the other ranks; both take part in the same collectives.
 
-        An error on rank 0 in the midst of it leaves the others waiting in a collective: it ends this process,
+        An error on rank 0 within it leaves the others waiting in a collective: it ends this process,
         and the launcher then ends theirs.
         """
         if self.here:
@@ -66,21 +66,21 @@ class Conductor:
             following()
 
     def here_alone(self, work: Callable[[], T]) -> T | None:
-        """The result of `work` on rank 0, and None elsewhere; an error on rank 0 is raised on every rank."""
+        """Return the result of `work` on rank 0, None elsewhere; an error on rank 0 ends every rank."""
         made: list[T] = []
         self.everywhere(lambda: made.append(work()))
         return made[0] if made else None
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Let `coroutine` run beside whatever this process does next; rank 0 only."""
+        """Start `coroutine` in the event loop and return its future; rank 0 only."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run `coroutine` to its end; rank 0 only."""
+        """Run `coroutine` to its end and return its result; rank 0 only."""
         return self.start(coroutine).result()
 
     def run_unless_asked_to_stop(self, coroutine: Coroutine[Any, Any, None]) -> bool:
-        """Whether `coroutine` came to its end; it is cancelled when the run is asked to stop. Rank 0 only."""
+        """Run `coroutine`, but cancel it when the run is asked to stop; returns whether it finished. Rank 0 only."""
         future = self.start(coroutine)
         while not wait([future], _ASK_S).done:
             if self._asked_to_stop():
@@ -90,11 +90,11 @@ class Conductor:
         return True
 
     def asked_to_stop(self) -> bool:
-        """Whether the run is to end soon; the same on every rank."""
+        """Whether the run was asked to stop; the same on every rank."""
         return self.everywhere(self._asked_to_stop)
 
     def close(self) -> None:
-        """Release the event loop."""
+        """Stop the event loop and its thread."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from exprl_megatron.errors import ServerError
 from exprl_megatron.processes.supervise import supervised
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.control import Control
 from exprl_megatron.weight_sync.delta_keeper import FULL, ORDER, answer_path, write_whole
 from exprl_megatron.weight_sync.disk import FileTransport, SafetensorsFiles, copy_description
@@ -51,7 +51,7 @@ class DeltaTransport(FileTransport):
             self._order = uuid.uuid4().hex
             order = {"id": self._order, "kind": kind, "file": file, "version": version}
             write_whole(self._directory / ORDER, order)
-            await together(self._load(client, version) for client in self._clients)
+            await gather_or_cancel(self._load(client, version) for client in self._clients)
             times.load_s += time.monotonic() - started
             if kind != FULL:
                 (self._directory / file).unlink()

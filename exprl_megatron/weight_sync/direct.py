@@ -26,7 +26,7 @@ from exprl_megatron.serving.own_group import abort, destroy, in_background, on_d
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.control import Control
 from exprl_megatron.weight_sync.deliveries import DeliveryPlan
 from exprl_megatron.weight_sync.groups import (
@@ -85,7 +85,9 @@ class DirectTransport:
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         try:
             with self._control.leading():
-                await together(client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                await gather_or_cancel(
+                    client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
+                )
                 if self._group is None:
                     await self._open(outgoing)
                 started = time.monotonic()
@@ -93,7 +95,9 @@ class DirectTransport:
                 await self._send(outgoing)
                 sent_s = time.monotonic()
                 await self._order("finish", version=version)
-                await together(client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                await gather_or_cancel(
+                    client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
+                )
                 self._control.go()
         except BaseException:
             self._break_off()
@@ -119,10 +123,14 @@ class DirectTransport:
         if group is not None:
             try:
                 with self._control.leading():
-                    await together(client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                    await gather_or_cancel(
+                        client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
+                    )
                     # NCCL may wait for all members of a group before one of them has given it up.
-                    await together([self._order("leave"), asyncio.to_thread(destroy, group, self._deadline_s)])
-                    await together(client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients)
+                    await gather_or_cancel([self._order("leave"), asyncio.to_thread(destroy, group, self._deadline_s)])
+                    await gather_or_cancel(
+                        client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
+                    )
                     self._control.go()
             except ServerError:
                 abort(group)
@@ -244,7 +252,7 @@ class DirectTransport:
     async def _order(self, what: str, version: str | None = None) -> None:
         """All servers to do something (see serving/loader.py). Raises ServerError with what one could not."""
         self._orders += 1
-        await together(self._order_one(what, server, version) for server in range(len(self._clients)))
+        await gather_or_cancel(self._order_one(what, server, version) for server in range(len(self._clients)))
 
     async def _order_one(self, what: str, server: int, version: str | None) -> None:
         client = self._clients[server]

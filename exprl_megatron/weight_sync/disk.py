@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from exprl_megatron.models.weight_readers import INDEX
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.control import CONDUCTOR, Control
 from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
 from exprl_megatron.weight_sync.rounds import send_rounds
@@ -69,7 +69,7 @@ class DiskTransport(FileTransport):
             await send_rounds(len(outgoing.rounds), self._control, outgoing.gather, files.add)
             files.finish()
             started = time.monotonic()
-            await together(
+            await gather_or_cancel(
                 client.update_from_disk(target, version, deadline_s=self._deadline_s) for client in self._clients
             )
             times.load_s += time.monotonic() - started

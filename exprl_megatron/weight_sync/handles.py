@@ -21,7 +21,7 @@ import torch.multiprocessing
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.world import World, local_rank
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.control import Control
 from exprl_megatron.weight_sync.groups import is_here
 from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
@@ -68,7 +68,7 @@ class HandlesTransport:
         async def send(number: int, payloads: Payloads) -> None:
             started = time.monotonic()
             final = number == count - 1
-            await together(
+            await gather_or_cancel(
                 client.update_from_tensor(
                     [payloads[server][rank] for rank in range(self._server_tp)],
                     version=version if final else None,

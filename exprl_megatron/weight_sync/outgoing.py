@@ -171,13 +171,13 @@ class Outgoing:
         return any(self._world.rank in chain for chain in self.fillers(message))
 
     def _fill(self, filled: Filled) -> None:
-        started, quantised = time.monotonic(), self.quantise_s
+        started, quantized = time.monotonic(), self.quantise_s
         views = dict(filled.named())
         for parameter in filled.message.parameters:
             into = [self._destination(views, name) for name in parameter.hf_names]
             self.gatherer.collect(parameter, self._world.rank, into)
             self._quantise(parameter, into, views)
-        self.gather_s += time.monotonic() - started - (self.quantise_s - quantised)
+        self.gather_s += time.monotonic() - started - (self.quantise_s - quantized)
 
     def _destination(self, views: dict[str, torch.Tensor], name: str) -> torch.Tensor:
         """Where a full tensor is put together: its place in the message, or beside it where it is quantised first."""
@@ -207,7 +207,7 @@ def quantise_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tens
     """blocks.quantise of `weight` [rows, columns] into `values` and `scales`, few rows at a time for its memory."""
     rows = max(1, _QUANTISED_AT_ONCE // (weight.shape[1] * blocks.BLOCK)) * blocks.BLOCK
     for start in range(0, weight.shape[0], rows):
-        part, scale = blocks.quantise(weight[start : start + rows])
+        part, scale = blocks.quantize(weight[start : start + rows])
         values[start : start + rows].copy_(part)
         first = start // blocks.BLOCK
         scales[first : first + len(scale)].copy_(scale)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.control import Control
 
 type Gather[T] = Callable[[int], T]
@@ -27,9 +27,9 @@ async def push_rounds[T](
     rank. The other ranks follow with a Control.await_go before each round and one at the end.
     """
     with control.leading():
-        await together(client.begin_weight_update(deadline_s=deadline_s) for client in clients)
+        await gather_or_cancel(client.begin_weight_update(deadline_s=deadline_s) for client in clients)
         await send_rounds(count, control, gather, send)
-        await together(client.end_weight_update(deadline_s=deadline_s) for client in clients)
+        await gather_or_cancel(client.end_weight_update(deadline_s=deadline_s) for client in clients)
         control.go()
 
 

@@ -33,7 +33,7 @@ from exprl_megatron.serving.part_hash import add_up, hash_parts
 from exprl_megatron.serving.weight_layout import ServerParameters, server_parameters
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.deliveries import transfers_of
 from exprl_megatron.weight_sync.groups import address_towards, meeting_place
 from exprl_megatron.weight_sync.held import Held, held_shares
@@ -159,7 +159,7 @@ class ShardChecksums:
             place = meeting_place(address_towards(urlsplit(clients[0].url).hostname), self._deadline_s)
             self._store = Records(place, secrets.token_hex(16), RECORDS)
             await asyncio.to_thread(self._publish, str(dtype).removeprefix("torch."))
-        return await together(self._ask(client) for client in clients)
+        return await gather_or_cancel(self._ask(client) for client in clients)
 
     def _publish(self, dtype: str) -> None:
         plan = self._planning.result()

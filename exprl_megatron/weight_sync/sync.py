@@ -9,7 +9,7 @@ from exprl_megatron.errors import ServerError, WeightsDiffer
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_orders import LOADER
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.conductor import Conductor, ConductorFailed
 from exprl_megatron.weight_sync.control import Control, SyncStopped
 from exprl_megatron.weight_sync.outgoing import Outgoing
@@ -25,16 +25,16 @@ class Members(Protocol):
     """The servers that get weights, as rank 0 knows them: a Fleet, or FixedServers."""
 
     clients: list[SGLangClient]
-    """Of those that were convoked last."""
+    """Clients of the servers that were prepared last."""
 
     async def convoke(self, version: str) -> bool:
-        """Whether weights are to be brought to `clients`, since one of them has not `version`."""
+        """Whether weights must be pushed to `clients`, since one of them does not have `version`."""
 
     async def brought(self, version: str) -> None:
         """They have it now."""
 
     async def failed(self, error: ServerError) -> None:
-        """Bringing it failed; returns where it is to be tried again, with whoever is convoked then, else raises."""
+        """Handle a failed push: returns where it is to be repeated for the servers prepared then, else raises."""
 
 
 class WeightSync:
@@ -58,7 +58,7 @@ class WeightSync:
         self._control = control
         self._server_tp = server_tp
         self._enlisted: list[SGLangClient] | None = None
-        """The servers that the transport brings weights to, on rank 0; None where it must be told."""
+        """The servers that the transport pushes weights to, on rank 0; None where it must be connected."""
         self._shards: ShardChecksums | None = None
         """Made when first needed."""
         self._have_loader: bool | None = None
@@ -182,7 +182,9 @@ class WeightSync:
         if self._have_loader is None:
             if self._conductor.here:
                 with self._control.leading():
-                    loaders = self._conductor.run(together(client.loaders() for client in self._members.clients))
+                    loaders = self._conductor.run(
+                        gather_or_cancel(client.loaders() for client in self._members.clients)
+                    )
                     self._have_loader = all(LOADER in names for names in loaders)
                 self._control.go(self._have_loader)
             else:

@@ -15,7 +15,7 @@ from exprl_megatron.models.name_map import Bucket
 from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.accelerator import uses_cuda
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.outgoing import Check, Outgoing
 from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 
@@ -112,14 +112,14 @@ def as_served(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
     scales = {name: tensor for name, tensor in bucket if name.endswith(blocks.SCALE)}
     for name, tensor in bucket:
         if name + blocks.SCALE in scales:
-            yield name, blocks.dequantise(tensor, scales[name + blocks.SCALE]).bfloat16()
+            yield name, blocks.dequantize(tensor, scales[name + blocks.SCALE]).bfloat16()
         elif name not in scales:
             yield name, tensor
 
 
 async def held_checksums(clients: Sequence[SGLangClient], deadline_s: float) -> list[RankChecksums]:
     """SGLang's own checksums of what each tensor-parallel rank of each server holds."""
-    return await together(client.checksums(deadline_s=deadline_s) for client in clients)
+    return await gather_or_cancel(client.checksums(deadline_s=deadline_s) for client in clients)
 
 
 def compare(
@@ -139,5 +139,5 @@ def compare(
                 raise WeightsDiffer(
                     f"{client.name} does not hold the weights of {version} after the sync: {len(wrong)} of "
                     f"{len(wanted)} tensors differ, first {', '.join(wrong[:3])}; nothing more was sampled from it, "
-                    "go on with --resume."
+                    "continue with --resume."
                 )

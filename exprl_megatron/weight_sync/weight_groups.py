@@ -20,7 +20,7 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.own_group import GroupThread, abort, destroy, in_background
 from exprl_megatron.utils.accelerator import group_backend
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.control import Control
 from exprl_megatron.weight_sync.groups import (
     address_towards,
@@ -151,7 +151,7 @@ class WeightGroups:
         try:
             with self._control.leading():
                 # NCCL may wait for all members of a group before one of them has given it up.
-                await together([asyncio.to_thread(destroy, group, self._deadline_s), *map(leave, clients)])
+                await gather_or_cancel([asyncio.to_thread(destroy, group, self._deadline_s), *map(leave, clients)])
                 self._control.go()
         except ServerError:
             abort(group)
@@ -208,7 +208,7 @@ class WeightGroups:
                 return False
             return True
 
-        well = await together(answers(client) for client in late)
+        well = await gather_or_cancel(answers(client) for client in late)
         absent = [client for client, answered in zip(late, well, strict=True) if not answered]
         who = [f"{client.name} ({client.url})" for client in absent or late]
         source = sender(stage, self._world.layout)

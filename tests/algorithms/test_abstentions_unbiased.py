@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from exprl_megatron.algorithms.advantages import estimator
-from exprl_megatron.algorithms.aggregation import denominator
-from exprl_megatron.algorithms.batch import Sequence, pad
+from exprl_megatron.algorithms.aggregation import denominator_of
+from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.losses import Aggregation, LossConfig
@@ -59,7 +59,7 @@ def _loss(
     pairs = [group_scores([judgement for _, judgement in group], [False] * len(group)) for group in groups]
     advantages = estimator(name)(*(torch.stack(tensors) for tensors in zip(*pairs, strict=True)))
     sequences = [
-        Sequence((9,), TRACES[index], (advantage,) * len(TRACES[index]))
+        TrainSample((9,), TRACES[index], (advantage,) * len(TRACES[index]))
         for group, row in zip(groups, advantages.tolist(), strict=True)
         for (index, judgement), advantage in zip(group, row, strict=True)
         if isinstance(judgement, Scored)
@@ -71,7 +71,7 @@ def _loss(
     log_probs = torch.stack([table[:, 0], table[:, 1]])[micro.targets[:, :2], torch.arange(2)]
     objective = policy_objective(LossConfig(kl_coefficient=0.0, aggregation=aggregation))
     loss, _ = objective(torch.nn.functional.pad(log_probs, (0, 1)), torch.zeros(micro.mask.shape), micro)
-    return loss / denominator(aggregation, sequences, 2)
+    return loss / denominator_of(aggregation, sequences, 2)
 
 
 def _verdicts(indices, failed, scores=SCORES, as_zero=False) -> list[tuple[int, Judgement]]:

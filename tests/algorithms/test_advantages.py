@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from exprl_megatron.algorithms.advantages import (
-    batch_normalised,
+    batch_normalized,
     estimator,
-    group_centred_batch_normalised,
-    group_normalised,
+    group_centered_batch_normalized,
+    group_normalized,
     informative,
     leave_one_out,
-    mean_centred,
+    mean_centered,
 )
 from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.losses import Advantage
@@ -38,21 +38,21 @@ def _all_valid(scores):
     ],
 )
 def test_group_normalised_reproduces_the_released_numbers(scores, expected):
-    advantages = group_normalised(torch.tensor(scores), _all_valid(scores))
+    advantages = group_normalized(torch.tensor(scores), _all_valid(scores))
     assert advantages.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_an_abstention_changes_nothing_for_the_rest_of_its_group():
     scores = torch.tensor([0.0, 0.5, 99.0, 0.75, 1.0])
     valid = torch.tensor([True, True, False, True, True])
-    alone = group_normalised(scores[valid], _all_valid(scores[valid]))
-    together = group_normalised(scores, valid)
+    alone = group_normalized(scores[valid], _all_valid(scores[valid]))
+    together = group_normalized(scores, valid)
     assert torch.equal(together[valid], alone)
     assert together[2] == 0
-    assert mean_centred(scores, valid).tolist() == pytest.approx([-0.5625, -0.0625, 0.0, 0.1875, 0.4375])
+    assert mean_centered(scores, valid).tolist() == pytest.approx([-0.5625, -0.0625, 0.0, 0.1875, 0.4375])
 
 
-@pytest.mark.parametrize("function", [group_normalised, mean_centred, leave_one_out, group_centred_batch_normalised])
+@pytest.mark.parametrize("function", [group_normalized, mean_centered, leave_one_out, group_centered_batch_normalized])
 def test_one_or_no_valid_trace_of_a_larger_group_gives_zero(function):
     scores = torch.tensor([0.75, 0.5, 0.25])
     assert function(scores, torch.tensor([True, False, False])).tolist() == [0, 0, 0]
@@ -60,13 +60,13 @@ def test_one_or_no_valid_trace_of_a_larger_group_gives_zero(function):
 
 
 def test_a_group_of_equal_scores_gives_zero():
-    assert group_normalised(torch.full((4,), 0.75), torch.ones(4, dtype=torch.bool)).tolist() == [0, 0, 0, 0]
+    assert group_normalized(torch.full((4,), 0.75), torch.ones(4, dtype=torch.bool)).tolist() == [0, 0, 0, 0]
 
 
 def test_mean_centred_reproduces_the_second_stage_numbers():
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])
     expected = [0.75, -0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25]
-    assert mean_centred(rewards, _all_valid(rewards)).tolist() == pytest.approx(expected, abs=1e-6)
+    assert mean_centered(rewards, _all_valid(rewards)).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_mean_centred_reproduces_the_second_stage_numbers():
             ],
         ),
         (
-            batch_normalised,
+            batch_normalized,
             [
                 [-0.99818673, 0.19963735, 0.79854939, 1.39746143],
                 [-0.39927469, -0.39927469, -0.99818673, -0.39927469],
@@ -89,7 +89,7 @@ def test_mean_centred_reproduces_the_second_stage_numbers():
             ],
         ),
         (
-            group_centred_batch_normalised,
+            group_centered_batch_normalized,
             [
                 [-1.4777765, -0.16419739, 0.49259217, 1.14938172],
                 [0.16419739, 0.16419739, -0.49259217, 0.16419739],
@@ -125,16 +125,16 @@ def test_batch_statistics_are_those_of_the_valid_scores_alone():
     valid = torch.tensor([[True, True, False, True], [True, False, False, False], [True, True, True, True]])
     kept = numpy.array(GROUPS)[valid.numpy()]
     expected = (kept - kept.mean()) / kept.std(ddof=1)
-    assert batch_normalised(torch.tensor(GROUPS), valid)[valid].tolist() == pytest.approx(expected, abs=1e-5)
+    assert batch_normalized(torch.tensor(GROUPS), valid)[valid].tolist() == pytest.approx(expected, abs=1e-5)
     # The second group's only valid trace is no deviation, and not one of the seven that make the std.
     centred = numpy.concatenate([group - group.mean() for group in (kept[:3], kept[4:])])
-    found = group_centred_batch_normalised(torch.tensor(GROUPS), valid)
+    found = group_centered_batch_normalized(torch.tensor(GROUPS), valid)
     valid[1] = False
     assert found[valid].tolist() == pytest.approx(centred / centred.std(ddof=1), abs=1e-5)
     assert (found[1] == 0).all()
 
 
-@pytest.mark.parametrize("function", [mean_centred, leave_one_out, group_centred_batch_normalised])
+@pytest.mark.parametrize("function", [mean_centered, leave_one_out, group_centered_batch_normalized])
 def test_a_group_of_one_has_nothing_to_be_compared_with(function):
     assert function(torch.tensor([[0.75], [0.5]]), torch.ones(2, 1, dtype=torch.bool)).tolist() == [[0], [0]]
 
@@ -149,8 +149,8 @@ def test_dynamic_sampling_keeps_the_groups_whose_valid_scores_differ():
 def test_many_groups_at_once_are_the_groups_one_by_one():
     scores = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.25, 0.5]])
     valid = torch.tensor([[True, True, False], [True, True, True]])
-    rows = [group_normalised(s, v) for s, v in zip(scores, valid, strict=True)]
-    assert torch.equal(group_normalised(scores, valid), torch.stack(rows))
+    rows = [group_normalized(s, v) for s, v in zip(scores, valid, strict=True)]
+    assert torch.equal(group_normalized(scores, valid), torch.stack(rows))
 
 
 def test_overlong_traces_count_as_zero_only_where_they_were_scored():

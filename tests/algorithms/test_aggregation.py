@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 import torch
 
-from exprl_megatron.algorithms.aggregation import denominator, token_weights
-from exprl_megatron.algorithms.batch import Sequence, filler, pad
+from exprl_megatron.algorithms.aggregation import denominator_of, token_weights
+from exprl_megatron.algorithms.batch import TrainSample, dummy_sample, pad
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective
 from exprl_megatron.config.losses import Aggregation, LossConfig
 from exprl_megatron.training.statistics import update_statistics
@@ -30,7 +30,7 @@ SURROGATES = {
 }
 
 
-def _update() -> tuple[list[Sequence], list[torch.Tensor]]:
+def _update() -> tuple[list[TrainSample], list[torch.Tensor]]:
     """Sequences, and log-probs of their response tokens as leaves."""
     draw = random.Random(4)
     sequences, log_probs = [], []
@@ -39,7 +39,7 @@ def _update() -> tuple[list[Sequence], list[torch.Tensor]]:
         advantages = tuple(draw.gauss(0, 1) for _ in range(length))
         response = tuple(range(5, 5 + length))
         prompt = (1,) * draw.randint(1, 4)
-        sequences.append(Sequence(prompt, response, advantages, None, numbers[0], numbers[1]))
+        sequences.append(TrainSample(prompt, response, advantages, None, numbers[0], numbers[1]))
         log_probs.append(torch.tensor([draw.gauss(-1.5, 0.4) for _ in range(length)], requires_grad=True))
     return sequences, log_probs
 
@@ -47,10 +47,10 @@ def _update() -> tuple[list[Sequence], list[torch.Tensor]]:
 def _minimised(objective, aggregation: str, packing: list[list[int]]):
     """(loss, gradients by sequence, metric sums) as the policy accumulates them over micro-batches."""
     sequences, leaves = _update()
-    divisor = denominator(aggregation, sequences, MAX_NEW_TOKENS)
+    divisor = denominator_of(aggregation, sequences, MAX_NEW_TOKENS)
     losses, sums = [], {}
     for indices in packing:
-        rows = [sequences[index] for index in indices] or [filler(sequences)]
+        rows = [sequences[index] for index in indices] or [dummy_sample(sequences)]
         micro = pad(rows, max(map(len, rows)) + 1)
         log_probs = torch.zeros(micro.mask.shape)
         if indices:
@@ -94,7 +94,7 @@ def _token_losses() -> list[list[float]]:
     sequences, leaves = _update()
     pairs = zip(leaves, sequences, strict=True)
     return [
-        [(p - q) * p for p, q in zip(leaf.tolist(), sequence.start_log_probs, strict=True)] for leaf, sequence in pairs
+        [(p - q) * p for p, q in zip(leaf.tolist(), sequence.ref_log_probs, strict=True)] for leaf, sequence in pairs
     ]
 
 
@@ -125,8 +125,8 @@ def test_an_aggregation_is_its_formula(aggregation, formula):
 def test_aggregations_reproduce_the_numbers_of_verl(aggregation, expected):
     losses = torch.tensor([[-1.28, -0.904837, 0.8, 6.0], [-0.5, 0.4, 9.0, 9.0]], dtype=torch.float64)
     mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0]])
-    sequences = [Sequence((1,), (2,) * 4), Sequence((1,), (2,) * 2)]
-    found = (losses * token_weights(mask, aggregation)).sum() / denominator(aggregation, sequences, MAX_NEW_TOKENS)
+    sequences = [TrainSample((1,), (2,) * 4), TrainSample((1,), (2,) * 2)]
+    found = (losses * token_weights(mask, aggregation)).sum() / denominator_of(aggregation, sequences, MAX_NEW_TOKENS)
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -135,16 +135,16 @@ def test_the_logged_loss_is_the_one_that_is_minimised(aggregation):
     config = LossConfig(aggregation=aggregation, kl_coefficient=0.0)
     loss, _, sums = _minimised(policy_objective(config), aggregation, PACKINGS["pairs"])
     tokens = sum(LENGTHS)
-    logged = update_statistics(sums, tokens, denominator(aggregation, _update()[0], MAX_NEW_TOKENS))
+    logged = update_statistics(sums, tokens, denominator_of(aggregation, _update()[0], MAX_NEW_TOKENS))
     assert logged["loss"] == pytest.approx(loss, rel=1e-5)
     assert logged["loss/policy"] == pytest.approx(loss, rel=1e-5)
     assert logged["ratio"] == pytest.approx(sums["ratio"] / tokens)
 
 
 def test_a_sequence_without_response_counts_for_nothing():
-    rows = [Sequence((1,), (2, 3, 4)), Sequence((1, 2), ())]
+    rows = [TrainSample((1,), (2, 3, 4)), TrainSample((1, 2), ())]
     expected = {"token-mean": 3, "constant-length": 16}
     for aggregation in get_args(Aggregation):
-        assert denominator(aggregation, rows, MAX_NEW_TOKENS) == expected.get(aggregation, 1)
+        assert denominator_of(aggregation, rows, MAX_NEW_TOKENS) == expected.get(aggregation, 1)
     with pytest.raises(ValueError, match="no response token"):
-        denominator("token-mean", rows[1:], MAX_NEW_TOKENS)
+        denominator_of("token-mean", rows[1:], MAX_NEW_TOKENS)

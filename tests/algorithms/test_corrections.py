@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from exprl_megatron.algorithms.batch import MicroBatch, Sequence, pad
+from exprl_megatron.algorithms.batch import MicroBatch, TrainSample, pad
 from exprl_megatron.algorithms.corrections import correction_weights, importance_ratio, masked, truncated
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.config.losses import CorrectionConfig, LossConfig
@@ -157,11 +157,11 @@ def test_with_old_log_probs_the_weight_leads_to_the_old_policy_and_ppos_ratio_fr
 
 
 def _batch(**fields):
-    return pad([Sequence((1,), (2, 3), (1.0, -1.0), **fields)], 3)
+    return pad([TrainSample((1,), (2, 3), (1.0, -1.0), **fields)], 3)
 
 
 def test_weights_fall_on_the_surrogate_alone_and_are_counted():
-    batch = _batch(sampler_log_probs=(-1.0, -3.0), old_log_probs=(-0.5, -3.5), start_log_probs=(-0.5, -3.0))
+    batch = _batch(rollout_log_probs=(-1.0, -3.0), old_log_probs=(-0.5, -3.5), ref_log_probs=(-0.5, -3.0))
     log_probs, entropy = torch.tensor([[-0.5, -3.5, -7.0]]), torch.full((1, 3), 0.5)
     config = LossConfig(correction={"kind": "truncated", "high": 1.2}, kl_coefficient=0.1, entropy_coefficient=0.2)
     loss, metrics = policy_objective(config)(log_probs, entropy, batch)
@@ -181,7 +181,7 @@ def test_a_correction_without_the_samplers_log_probs_is_refused():
 
 @pytest.mark.parametrize("surrogate", ["clip", "sequence-clip", "clipped-weight"])
 def test_every_surrogate_is_weighted(surrogate):
-    batch = _batch(sampler_log_probs=(-1.0, -3.0))
+    batch = _batch(rollout_log_probs=(-1.0, -3.0))
     gradients = []
     for correction in ({"kind": "none"}, EXACT):
         log_probs = torch.tensor([[-0.5, -3.5, -7.0]]).requires_grad_()

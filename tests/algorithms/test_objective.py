@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from exprl_megatron.algorithms.batch import Sequence, pad
+from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.algorithms.mismatch import log_prob_gap
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.losses import LossConfig, SparseLossConfig
@@ -20,7 +20,9 @@ TOKENS = 6
 def _batch(**given):
     """Two sequences with prompts of two tokens and responses of four and two, as one micro-batch."""
     rows = [
-        Sequence((1, 2), tuple(range(3, 3 + len(OLD[row]))), ADVANTAGES[row], **{k: v[row] for k, v in given.items()})
+        TrainSample(
+            (1, 2), tuple(range(3, 3 + len(OLD[row]))), ADVANTAGES[row], **{k: v[row] for k, v in given.items()}
+        )
         for row in (0, 1)
     ]
     return pad(rows, 8)
@@ -36,7 +38,7 @@ def _outputs():
 
 def test_the_first_stage_objective_reproduces_the_released_loss():
     config = LossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coefficient=1e-3)
-    loss, metrics = policy_objective(config)(*_outputs(), _batch(old_log_probs=OLD, start_log_probs=START))
+    loss, metrics = policy_objective(config)(*_outputs(), _batch(old_log_probs=OLD, ref_log_probs=START))
     assert loss.item() / TOKENS == pytest.approx(0.752611, abs=1e-6)
     assert metrics["loss/policy"].item() / TOKENS == pytest.approx(0.752527, abs=1e-6)
     assert metrics["kl/start"].item() / TOKENS == pytest.approx(0.084353, abs=1e-6)
@@ -61,7 +63,7 @@ def test_without_old_log_probs_the_step_is_on_policy():
 def test_the_ratio_to_the_sampler_is_the_released_second_stage(advantage, surrogate):
     # The vector stage2_pipelinerl: min(r A, clip(r, -3, 5) A), r to the log-probs that the sampler reported.
     rollout, new = (-1.0, -0.5, -2.0), (1.0, -0.4, -6.0)
-    batch = pad([Sequence((1,), (3, 4, 5), (advantage,) * 3, sampler_log_probs=rollout)], 4)
+    batch = pad([TrainSample((1,), (3, 4, 5), (advantage,) * 3, rollout_log_probs=rollout)], 4)
     log_probs = torch.tensor([[*new, -7.0]]).requires_grad_()
     config = SparseLossConfig(use_rollout_log_probs=True)
     loss, metrics = policy_objective(config)(log_probs, torch.full((1, 4), 0.5), batch)
@@ -90,19 +92,19 @@ def test_the_entropy_bonus_is_taken_off_the_loss():
 
 
 def test_a_kl_term_without_start_log_probs_is_refused():
-    with pytest.raises(ValueError, match="starting policy"):
+    with pytest.raises(ValueError, match="reference policy"):
         policy_objective(LossConfig(kl_coefficient=0.1))(*_outputs(), _batch())
 
 
 def test_the_gap_to_the_sampler_is_measured_on_the_old_log_probs():
-    batch = _batch(old_log_probs=OLD, sampler_log_probs=START)
+    batch = _batch(old_log_probs=OLD, rollout_log_probs=START)
     _, metrics = policy_objective(LossConfig(kl_coefficient=0.0))(*_outputs(), batch)
     assert metrics["sampler_gap/mean"].item() == pytest.approx(0.1 + 0 + 0.5 + 0.5)
     assert metrics["sampler_gap/max"].item() == 0.5
 
 
 def test_the_gap_to_the_sampler_leaves_out_what_older_weights_sampled():
-    batch = _batch(old_log_probs=OLD, sampler_log_probs=START, fresh=((1.0, 0.0, 0.0, 1.0), (0.0, 1.0)))
+    batch = _batch(old_log_probs=OLD, rollout_log_probs=START, on_policy_mask=((1.0, 0.0, 0.0, 1.0), (0.0, 1.0)))
     _, metrics = policy_objective(LossConfig(kl_coefficient=0.0))(*_outputs(), batch)
     assert metrics["sampler_gap/mean"].item() == pytest.approx(0.1 + 0.5)
     assert metrics["sampler_gap/tokens"].item() == 3
@@ -125,12 +127,12 @@ def test_the_supervised_objective_is_the_summed_negative_log_likelihood():
 
 def test_two_micro_batches_sum_to_one_large_one():
     objective = policy_objective(LossConfig(kl_coefficient=1e-3))
-    batch = _batch(old_log_probs=OLD, start_log_probs=START)
+    batch = _batch(old_log_probs=OLD, ref_log_probs=START)
     log_probs, entropy = _outputs()
     whole, _ = objective(log_probs, entropy, batch)
     halves = []
     for row in (0, 1):
-        sequence = Sequence((1, 2), tuple(range(3, 3 + len(OLD[row]))), ADVANTAGES[row], None, OLD[row], START[row])
+        sequence = TrainSample((1, 2), tuple(range(3, 3 + len(OLD[row]))), ADVANTAGES[row], None, OLD[row], START[row])
         length = len(sequence)
         loss, _ = objective(log_probs[row : row + 1, :length], entropy[row : row + 1, :length], pad([sequence], length))
         halves.append(loss)
@@ -139,12 +141,12 @@ def test_two_micro_batches_sum_to_one_large_one():
 
 def test_the_released_codes_aggregation_of_one_micro_batch_is_the_released_loss():
     config = LossConfig(aggregation="micro-batch-mean")
-    loss, _ = policy_objective(config)(*_outputs(), _batch(old_log_probs=OLD, start_log_probs=START))
+    loss, _ = policy_objective(config)(*_outputs(), _batch(old_log_probs=OLD, ref_log_probs=START))
     assert loss.item() / 2 == pytest.approx(0.752611, abs=1e-6)
 
 
 def test_the_second_stage_is_the_sum_over_tokens_by_the_number_of_samples():
-    rows = [Sequence((1,), (2, 3, 4), (advantage,) * 3, None, (-1.0, -0.5, -2.0)) for advantage in (0.75, -0.25)]
+    rows = [TrainSample((1,), (2, 3, 4), (advantage,) * 3, None, (-1.0, -0.5, -2.0)) for advantage in (0.75, -0.25)]
     log_probs = torch.zeros(2, 4)
     log_probs[:, :3] = torch.tensor([1.0, -0.4, -6.0])
     loss, _ = policy_objective(SparseLossConfig())(log_probs, torch.full((2, 4), 0.5), pad(rows, 4))
@@ -171,7 +173,7 @@ def test_gspo_and_cispo_go_through_the_objective_with_their_own_ratio_and_clip_s
 )
 def test_self_distillation_reproduces_the_released_loss(aggregation, denominator, expected):
     student, teacher = ((-0.5, -1.0, -2.0), (-0.1, -3.0)), ((-0.7, -0.4, -2.5), (-0.1, -1.0))
-    rows = [Sequence((1, 2), (3,) * len(teacher[row]), start_log_probs=teacher[row]) for row in (0, 1)]
+    rows = [TrainSample((1, 2), (3,) * len(teacher[row]), ref_log_probs=teacher[row]) for row in (0, 1)]
     log_probs = torch.full((2, 6), -7.0)
     for row in (0, 1):
         log_probs[row, 1 : 1 + len(student[row])] = torch.tensor(student[row])
@@ -197,7 +199,7 @@ def test_self_distillation_without_a_teacher_is_refused():
 def test_an_unbiased_kl_gradient_is_chosen_by_the_config():
     log_probs, entropy = _outputs()
     silent = LossConfig(clip_low=1.0, kl_coefficient=0.5, kl_gradient="unbiased")
-    micro = _batch(old_log_probs=OLD, start_log_probs=START)
+    micro = _batch(old_log_probs=OLD, ref_log_probs=START)
     loss, metrics = policy_objective(silent)(log_probs, entropy, micro)
     plain, _ = policy_objective(silent.model_copy(update={"kl_coefficient": 0.0}))(log_probs, entropy, micro)
     (loss - plain).backward()

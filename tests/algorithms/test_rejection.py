@@ -6,8 +6,8 @@ from statistics import fmean
 import pytest
 import torch
 
-from exprl_megatron.algorithms.aggregation import denominator, kept_denominator
-from exprl_megatron.algorithms.batch import Sequence, pad
+from exprl_megatron.algorithms.aggregation import denominator_of, kept_denominator
+from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.algorithms.rejection import kept_tokens, off_policy_mask
 from exprl_megatron.config.load import check_config
@@ -75,13 +75,13 @@ def batch(advantages=None, **given):
     for i, new in enumerate(NEW):
         chosen = advantages or [[a] * len(row) for a, row in zip(ADVANTAGES, NEW, strict=True)]
         values = {name: value[i] for name, value in given.items()}
-        rows.append(Sequence((1, 2), range(3, 3 + len(new)), chosen[i], sampler_log_probs=SAMPLER[i], **values))
+        rows.append(TrainSample((1, 2), range(3, 3 + len(new)), chosen[i], rollout_log_probs=SAMPLER[i], **values))
     return rows
 
 
 def minimized(loss, sequences, packing=((0, 1, 2),)):
     """(loss, metrics, gradient by token) as a step makes them: divided by what is counted, however it is packed."""
-    whole = denominator(loss.aggregation, sequences, MAX_NEW_TOKENS)
+    whole = denominator_of(loss.aggregation, sequences, MAX_NEW_TOKENS)
     sums, leaves, total = {}, [], 0.0
     for rows in packing:
         log_probs = torch.full((len(rows), 8), -7.0)
@@ -154,7 +154,7 @@ def test_kl_and_entropy_of_what_is_rejected_stay_with_it_in_the_denominator(in_d
             k3 = math.exp(s - n) - (s - n) - 1
             if kept or in_denominator:
                 losses.append((-a if kept else 0.0) + 0.1 * k3 - 0.01 * 0.5)
-    assert minimized(loss, batch(start_log_probs=START))[0] == pytest.approx(fmean(losses), abs=1e-6)
+    assert minimized(loss, batch(ref_log_probs=START))[0] == pytest.approx(fmean(losses), abs=1e-6)
 
 
 def test_an_update_of_which_nothing_is_kept_has_the_gradient_zero():
@@ -164,7 +164,7 @@ def test_an_update_of_which_nothing_is_kept_has_the_gradient_zero():
 
 
 def test_a_rejection_needs_the_sampler_s_log_probs():
-    sequences = [Sequence((1,), (2, 3), (1.0, 1.0))]
+    sequences = [TrainSample((1,), (2, 3), (1.0, 1.0))]
     objective = policy_objective(LossConfig(kl_coefficient=0, rejection={"off_policy_threshold": 0.5}))
     with pytest.raises(ValueError, match="carries no log-probs of the sampler"):
         objective(torch.zeros(1, 4), torch.zeros(1, 4), pad(sequences, 4))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from exprl_megatron.algorithms.advantages import estimator
-from exprl_megatron.algorithms.aggregation import denominator
-from exprl_megatron.algorithms.batch import Sequence, pad
+from exprl_megatron.algorithms.aggregation import denominator_of
+from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.config.algorithms import ALGORITHMS
 from exprl_megatron.config.load import check_config
@@ -92,7 +92,7 @@ def papers_loss(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_loss_of_a_name_is_its_papers(name, kind):
     sequences = [
-        Sequence((1, 2), tuple(range(3, 3 + len(old))), (a,) * len(old), old_log_probs=old, start_log_probs=start)
+        TrainSample((1, 2), tuple(range(3, 3 + len(old))), (a,) * len(old), old_log_probs=old, ref_log_probs=start)
         for old, start, a in zip(OLD, START, ADVANTAGES, strict=True)
     ]
     log_probs = torch.full((2, 8), -7.0)
@@ -100,7 +100,7 @@ def test_the_loss_of_a_name_is_its_papers(name, kind):
         log_probs[row, 1 : 1 + len(new)] = torch.tensor(new)
     loss = stage({"algorithm": name}, kind).loss
     summed, _ = policy_objective(loss)(log_probs, torch.full((2, 8), 0.5), pad(sequences, 8))
-    divisor = denominator(loss.aggregation, sequences, LENGTH)
+    divisor = denominator_of(loss.aggregation, sequences, LENGTH)
     assert summed.item() / divisor == pytest.approx(papers_loss(name), rel=1e-5)
 
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from exprl_megatron.config.load import check_config, load_config
+from exprl_megatron.config.renamed import RENAMED_KEYS
 from exprl_megatron.errors import UserError
 
 
@@ -122,6 +123,29 @@ def test_an_unknown_key_like_no_known_one_is_to_be_removed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("override", "old", "new"),
+    [
+        ("policy.starting_policy=server", "policy.starting_policy", "policy.ref_policy"),
+        ("sync.hold=in_place", "sync.hold", "sync.pause_mode"),
+        ("judge.place=policy", "judge.place", "judge.placement"),
+    ],
+)
+def test_a_renamed_key_is_refused_with_its_new_name(tmp_path, override, old, new):
+    assert f"{old} is now called {new}; rename the key." in _only(tmp_path, _tree(), override)
+    assert RENAMED_KEYS[old] == new.rpartition(".")[2]
+    value = override.partition("=")[2]
+    assert "unknown key" not in "".join(_complaints(tmp_path, _tree(), f"{new}={value}", "seed=x"))
+
+
+def test_renamed_keys_of_stages_and_routes_are_refused_with_their_new_names(tmp_path):
+    tree = _tree()
+    tree["stages"][0] |= {"kind": "exprl-process", "unit": "prefix", "routes": {"code": {"unit": "trace"}}}
+    complaints = "\n".join(_complaints(tmp_path, tree))
+    assert "stages.0.unit is now called stages.0.granularity; rename the key." in complaints
+    assert "stages.0.routes.code.unit is now called stages.0.routes.code.granularity; rename the key." in complaints
+
+
+@pytest.mark.parametrize(
     ("override", "start"),
     [
         ("stages.0.steps=soon", "stages.0.steps is 'soon':"),
@@ -218,7 +242,7 @@ def test_a_transport_that_does_not_go_with_the_rest_is_refused(tmp_path, placeme
 
 def test_contradictions_within_a_route_and_of_process_rewards_are_found(tmp_path):
     tree = _tree()
-    routes = {"code": {"unit": "prefix", "estimator": "outcome"}}
+    routes = {"code": {"granularity": "prefix", "estimator": "outcome"}}
     tree["stages"][0] |= {"kind": "exprl-process", "updates_per_step": 2, "routes": routes}
     lines = _complaints(tmp_path, tree)
     assert len(lines) == 2
@@ -262,10 +286,10 @@ def test_process_rewards_learn_off_policy_where_told_so(tmp_path):
 
 
 def test_traces_held_in_place_and_a_bound_on_the_gap_to_the_sampler_contradict_each_other(tmp_path):
-    overrides = ["sync.hold=in_place", "sync.max_log_prob_gap=1e-4"]
-    assert load_config(_file(tmp_path, _tree()), overrides).sync.hold == "in_place"
+    overrides = ["sync.pause_mode=in_place", "sync.max_log_prob_gap=1e-4"]
+    assert load_config(_file(tmp_path, _tree()), overrides).sync.pause_mode == "in_place"
     overrides += ["stages.1.max_staleness=1", "stages.1.loss.correction.kind=masked"]
-    assert "set it to auto or null, or hold to retract" in _only(tmp_path, _tree(), *overrides)
+    assert "set it to auto or null, or pause_mode to retract" in _only(tmp_path, _tree(), *overrides)
     overrides[1] = "sync.max_log_prob_gap=auto"
     assert not load_config(_file(tmp_path, _tree()), overrides).compares_log_probs
 

@@ -24,7 +24,7 @@ SETTINGS = [
     (JUDGED, "judge.prompt_order", "upstream", "prompt_templates/math_likelihood_judge.py: reference_solution is last"),
     (JUDGED, "judge.reasks", 0, "ray_trainer_genrm.py:1166: except sets the score to None, no second call"),
     (JUDGED, "judge.temperature", 0.0, "genrm config: greedy"),
-    (PROCESS, "stages.0.unit", "segment", "ray_trainer_genrm.py:1336: the prompt has one step"),
+    (PROCESS, "stages.0.granularity", "segment", "ray_trainer_genrm.py:1336: the prompt has one step"),
     (PROCESS, "stages.0.segments.splitter", "released", "ray_trainer_genrm.py:1252: _find_step_spans"),
     (PROCESS, "stages.0.segments.min_tokens", 0, "ray_trainer_genrm.py:1252: every ### closes a segment"),
     (PROCESS, "stages.0.segments.max_segments", None, "ray_trainer_genrm.py:1252: and there is no largest number"),
@@ -52,7 +52,7 @@ SETTINGS = [
     (("4b-stage2",), "stages.0.loss.aggregation", "sequence-sum", "finetune/rl/__init__.py: 1 / batch_size of a token"),
     (("4b-stage2",), "stages.0.loss.correction.kind", "none", "finetune/rl/__init__.py: the ratio alone"),
     (("4b-stage2",), "stages.0.overlong", "score", "conf/exp_stage2_dense_outcome.yaml: overlong_filtering false"),
-    (("4b-stage2",), "sync.hold", "in_place", "vllm0.py:154: receive_weight_update leaves the cache"),
+    (("4b-stage2",), "sync.pause_mode", "in_place", "vllm0.py:154: receive_weight_update leaves the cache"),
     (("4b-stage2",), "evaluation.sampling.top_p", 0.95, "conf/exp_stage2_dense_outcome.yaml: test_llm"),
     (("4b-stage2",), "evaluation.sampling.top_k", 20, "conf/exp_stage2_dense_outcome.yaml: test_llm"),
     (("4b-stage2",), "evaluation.samples", 1, "pipelinerl/actor.py:823: one attempt of a test problem"),
@@ -90,7 +90,7 @@ def test_without_the_key_a_run_has_the_recommended_values(name):
     for key, values in ONLY_RELEASED.items():
         assert plain.get(key.replace("stages.", "stages.0."), "absent") not in values
     assert plain["stages.0.optimizer.decay_norms_and_biases"] is False
-    assert plain.get("stages.0.unit", "prefix") == "prefix"
+    assert plain.get("stages.0.granularity", "prefix") == "prefix"
 
 
 STAGE = {"name": "a", "steps": 1, "problems": {"source": "x"}}
@@ -128,21 +128,21 @@ def test_a_part_of_the_released_code_alone_is_refused(key, value):
 
 
 def test_a_value_of_the_config_takes_precedence_and_is_reported():
-    given = tree("exprl-process", {"unit": "prefix"}, reproduce="released", judge={"model": "j", "reasks": 2})
+    given = tree("exprl-process", {"granularity": "prefix"}, reproduce="released", judge={"model": "j", "reasks": 2})
     found = check_config(given, "t")
-    assert (found.stages[0].unit, found.judge.reasks, found.judge.parser) == ("prefix", 2, "released")
+    assert (found.stages[0].granularity, found.judge.reasks, found.judge.parser) == ("prefix", 2, "released")
     used = "the config's own value is used."
     assert sorted(found.departures) == [
         f"reproduce is released, but judge.reasks is 2 where the released code has 0: {used}",
-        f"reproduce is released, but stages.0.unit is prefix where the released code has segment: {used}",
+        f"reproduce is released, but stages.0.granularity is prefix where the released code has segment: {used}",
     ]
 
 
 def test_the_dry_run_reports_what_departs_and_shows_what_was_set():
-    arguments = ["train", str(PAPER / "qwen3-4b-process-delta.yaml"), "--dry-run", "stages.0.unit=prefix"]
+    arguments = ["train", str(PAPER / "qwen3-4b-process-delta.yaml"), "--dry-run", "stages.0.granularity=prefix"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "stages.0.unit is prefix where the released code has segment" in " ".join(result.output.split())
+    assert "stages.0.granularity is prefix where the released code has segment" in " ".join(result.output.split())
     assert "splitter: released" in result.output and "aggregation: micro-batch-mean" in result.output
 
 

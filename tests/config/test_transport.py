@@ -35,12 +35,12 @@ def test_the_transport_follows_from_placement_and_servers(changes, kind, fallbac
 
 
 def test_a_server_on_gpus_of_its_own_gets_shards_beside_colocated_ones():
-    both = config(**COLOCATED | {"policy": {"model": "m", "starting_policy": "server"}})
+    both = config(**COLOCATED | {"policy": {"model": "m", "ref_policy": "server"}})
     assert choose_transport(both, "policy").kind == "handles"
-    assert choose_transport(both, "start").kind == "direct"
+    assert choose_transport(both, "ref").kind == "direct"
     sampling, start = transport_lines(both)
     assert sampling.startswith("Weights travel to the sampling servers by handles (trainer and servers share GPUs")
-    assert start.startswith("Weights travel to start-0 by direct (servers that exprl starts")
+    assert start.startswith("Weights travel to ref-0 by direct (servers that exprl starts")
 
 
 def test_a_run_that_only_reads_examples_sends_no_weights():

@@ -1,4 +1,4 @@
-"""Block-quantised weights against those who read them: SGLang's dequantiser and config, transformers' loader."""
+"""Block-quantized weights against those who read them: SGLang's dequantizer and config, transformers' loader."""
 
 import json
 import os
@@ -16,18 +16,18 @@ from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.conversion.verify import verify_weights
 from exprl_megatron.conversion.weights import open_weights
 from exprl_megatron.errors import UserError
-from exprl_megatron.models.fp8_blocks import dequantise, quantise
+from exprl_megatron.models.fp8_blocks import dequantize, quantize
 from exprl_megatron.serving.server_command import server_environment
 
 SHAPES = [(128, 128), (256, 384), (130, 200), (1, 1)]
 FAMILIES = ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"]
 PLAIN = ("norm.weight", ".bias", "embed_tokens.weight", "lm_head.weight", "gate.weight")
-"""Ends of the names of what is not quantised; `gate` is a router."""
+"""Ends of the names of what is not quantized; `gate` is a router."""
 
 
 @pytest.fixture(scope="module")
-def quantised(tiny_model, tmp_path_factory):
-    """`quantised(family)`: a tiny model of it, and that model written in FP8."""
+def quantized(tiny_model, tmp_path_factory):
+    """`quantized(family)`: a tiny model of it, and that model written in FP8."""
     written: dict[str, tuple[Path, Path]] = {}
 
     def get(family: str) -> tuple[Path, Path]:
@@ -43,11 +43,11 @@ def quantised(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def of_sglang(quantised, tmp_path_factory) -> dict:
+def of_sglang(quantized, tmp_path_factory) -> dict:
     """What SGLang says of `matrix` in all SHAPES and of a config; it needs stand-ins that must not come in here."""
     out = tmp_path_factory.mktemp("sglang")
-    config = json.loads((quantised("qwen3-moe")[1] / "config.json").read_text())["quantization_config"]
-    asked = {"matrices": [quantise(matrix(*shape)) for shape in SHAPES], "config": json.dumps(config)}
+    config = json.loads((quantized("qwen3-moe")[1] / "config.json").read_text())["quantization_config"]
+    asked = {"matrices": [quantize(matrix(*shape)) for shape in SHAPES], "config": json.dumps(config)}
     torch.save(asked, out / "given.pt")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("sglang_worker.py"))]
     command += [str(out / "given.pt"), str(out / "said.pt")]
@@ -63,61 +63,61 @@ def matrix(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sglang_gives_back_what_was_quantised_to_a_16th_of_each_number(of_sglang, shape):
+def test_sglang_gives_back_what_was_quantized_to_a_16th_of_each_number(of_sglang, shape):
     weight, given_back = matrix(*shape), of_sglang["weights"][SHAPES.index(shape)]
-    values, scale = quantise(weight)
+    values, scale = quantize(weight)
     assert values.dtype == torch.float8_e4m3fn
     assert scale.dtype == torch.float32
     assert scale.shape == tuple(-(-size // 128) for size in shape)
     # e4m3 has three bits after the point: half a step is 1/16 of a normal number; below 2^-6 the steps are even.
     smallest = 2.0**-10 * scale.max()
     assert ((given_back - weight).abs() <= weight.abs() / 16 + smallest).all()
-    assert torch.equal(dequantise(values, scale), given_back)
+    assert torch.equal(dequantize(values, scale), given_back)
 
 
 def test_each_block_uses_the_whole_range_and_its_scale_alone():
     weight = matrix(256, 256)
     weight[:128, :128] *= 1e-6
     weight[128:, 128:] = 0
-    values, scale = quantise(weight)
+    values, scale = quantize(weight)
     blocks = values.float().abs().view(2, 128, 2, 128).amax(dim=(1, 3))
     assert torch.equal(blocks, torch.tensor([[448.0, 448.0], [448.0, 0.0]]))
     largest = weight.abs().view(2, 128, 2, 128).amax(dim=(1, 3))
     assert torch.allclose(scale, torch.where(largest > 0, largest / 448, 1.0), rtol=1e-6)
-    assert torch.equal(quantise(weight.bfloat16())[0].float(), quantise(weight.bfloat16().float())[0].float())
+    assert torch.equal(quantize(weight.bfloat16())[0].float(), quantize(weight.bfloat16().float())[0].float())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_matrices_are_quantised_and_nothing_else(quantised, tiny_model, tensors, family):
-    model, fp8 = quantised(family)
+def test_matrices_are_quantized_and_nothing_else(quantized, tiny_model, tensors, family):
+    model, fp8 = quantized(family)
     original, written = tensors(model), tensors(fp8)
     for name, tensor in original.items():
         if name.endswith(PLAIN):
             assert torch.equal(written.pop(name), tensor)
         else:
-            values, scale = quantise(tensor)
+            values, scale = quantize(tensor)
             assert torch.equal(written.pop(name).view(torch.uint8), values.view(torch.uint8))
             assert torch.equal(written.pop(name + "_scale_inv"), scale)
     assert not written
     assert verify_weights(model, fp8).equal
 
 
-def test_verify_tells_a_quantised_model_from_another_ones(quantised, tiny_model):
-    assert not verify_weights(tiny_model("qwen3", hidden=256, seed=1), quantised("qwen3")[1]).equal
+def test_verify_tells_a_quantized_model_from_another_ones(quantized, tiny_model):
+    assert not verify_weights(tiny_model("qwen3", hidden=256, seed=1), quantized("qwen3")[1]).equal
 
 
-def test_verify_refuses_a_quantised_model_whose_config_does_not_say_so(quantised, tmp_path):
-    model, fp8 = quantised("qwen3")
+def test_verify_refuses_a_quantized_model_whose_config_does_not_say_so(quantized, tmp_path):
+    model, fp8 = quantized("qwen3")
     copy = Path(shutil.copytree(fp8, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     del config["quantization_config"]
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"is not that of .* quantised \(quantization_config\)"):
+    with pytest.raises(UserError, match=r"is not that of .* quantized \(quantization_config\)"):
         verify_weights(model, copy)
 
 
-def test_a_model_directory_is_quantised_without_megatrons_files(quantised, tmp_path, tensors):
-    model, fp8 = quantised("mixtral")
+def test_a_model_directory_is_quantized_without_megatrons_files(quantized, tmp_path, tensors):
+    model, fp8 = quantized("mixtral")
     convert_to_huggingface(open_weights(model), tmp_path / "fp8", "fp8")
     direct, other = tensors(tmp_path / "fp8"), tensors(fp8)
     assert direct.keys() == other.keys()
@@ -125,17 +125,17 @@ def test_a_model_directory_is_quantised_without_megatrons_files(quantised, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_loads_every_matrix_as_it_was_quantised(quantised, family):
-    model, fp8 = quantised(family)
-    dequantised = FineGrainedFP8Config(dequantize=True)
-    theirs = AutoModelForCausalLM.from_pretrained(fp8, quantization_config=dequantised, dtype=torch.float32)
+def test_transformers_loads_every_matrix_as_it_was_quantized(quantized, family):
+    model, fp8 = quantized(family)
+    dequantized = FineGrainedFP8Config(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(fp8, quantization_config=dequantized, dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     found, matrices = theirs.state_dict(), 0
     for name, tensor in original.state_dict().items():
         if not name.endswith(PLAIN):
             # transformers keeps all experts of a layer in one tensor, gate above up: seams lie between blocks.
             parts = tensor.reshape(-1, *tensor.shape[-2:])
-            tensor = torch.stack([dequantise(*quantise(part)) for part in parts]).view(tensor.shape)
+            tensor = torch.stack([dequantize(*quantize(part)) for part in parts]).view(tensor.shape)
             matrices += len(parts)
         assert torch.equal(found.pop(name), tensor)
     assert not found

@@ -77,7 +77,7 @@ def test_finished_problems_are_not_sampled_again(finished):
     assert [result.problem_id for result in evaluation.results] == ["p0", "p1", "p2", "p3"]
     assert told == [
         "not measured: 1 of 1 science problems have no verifier, only a judge can grade them (essay); "
-        "mend them or leave them out.",
+        "fix them or leave them out.",
         "not measured: 1 prompts of more than 60 tokens",
         "4 problems, 4 of them finished before",
     ]

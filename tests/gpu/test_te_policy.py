@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from exprl_megatron.algorithms.batch import MicroBatch, Sequence
+from exprl_megatron.algorithms.batch import MicroBatch, TrainSample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 
 pytestmark = pytest.mark.gpu
 
-BATCH = [Sequence((5, 6, 7), tuple(range(10, 30))), Sequence((9,), tuple(range(40, 45)))]
+BATCH = [TrainSample((5, 6, 7), tuple(range(10, 30))), TrainSample((9,), tuple(range(40, 45)))]
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 2.0, "beta_slow": 0.5}
 TOKENS = sum(len(sequence.response_ids) for sequence in BATCH)
 

@@ -21,9 +21,9 @@ TRACES = [
 ]
 
 
-async def reads_the_reference(problem, text, unit):
+async def reads_the_reference(problem, text, granularity):
     """5 where the trace ends as the reference does, 1 where it does not, 5 where there is no reference."""
-    assert unit == "trace"
+    assert granularity == "trace"
     known = problem.reference is None or f"It is {text}." == problem.reference.for_judge()
     return Scored(1.0 if known else 0.0)
 
@@ -53,12 +53,12 @@ def test_a_judge_that_reads_the_reference_shows_it_in_the_arms():
 
 
 def test_abstentions_are_counted_by_reason_and_left_out():
-    async def grade(problem, text, unit):
+    async def grade(problem, text, granularity):
         if problem.id == "p1":
             return Abstained("too-long")
         if problem.id == "p2" and text == "2":
             return Abstained("unreadable")
-        return await reads_the_reference(problem, text, unit)
+        return await reads_the_reference(problem, text, granularity)
 
     found = figures(grade, "right")
     assert found.abstained == {"too-long": 2, "unreadable": 1}
@@ -107,7 +107,7 @@ def test_the_record_is_json_without_nan():
 
 
 def test_the_first_failure_of_a_server_is_raised_as_it_is():
-    async def grade(problem, text, unit):
+    async def grade(problem, text, granularity):
         if problem.id == "p3":
             raise ConnectionError("the server is dead")
         await asyncio.sleep(3600)

@@ -26,22 +26,22 @@ def checked(grade, **bounds):
     return result, None
 
 
-async def reader(problem, text, unit):
+async def reader(problem, text, granularity):
     """Scores by the reference; without one everything passes."""
     known = problem.reference is None or problem.reference.for_judge() == f"It is {text}."
     return Scored(1.0 if known else 0.0)
 
 
-async def knower(problem, text, unit):
+async def knower(problem, text, granularity):
     """Solves the problem itself and never looks at the reference."""
     return Scored(1.0 if problem.text == f"What is {text}?" else 0.0)
 
 
-async def yes_man(problem, text, unit):
+async def yes_man(problem, text, granularity):
     return Scored(1.0)
 
 
-async def silent(problem, text, unit):
+async def silent(problem, text, granularity):
     return Abstained("unreadable")
 
 
@@ -81,12 +81,12 @@ def test_a_judge_that_needs_no_reference_passes_and_is_remarked_on():
 def test_a_judge_that_needs_no_reference_and_obeys_a_wrong_one_passes():
     """As measured with a capable judge: 10 %, 10 % and 50 % misplaced."""
 
-    async def grade(problem, text, unit):
+    async def grade(problem, text, granularity):
         if problem.reference is not None and problem.reference.for_judge() != f"It is {problem.id[1:]}.":
             return Scored(0.0)
         if problem.id in ("p1", "p2") and text != "0":
             return Scored(0.25)
-        return await knower(problem, text, unit)
+        return await knower(problem, text, granularity)
 
     result, told = checked(grade)
     assert told is None
@@ -97,16 +97,16 @@ def test_a_judge_that_needs_no_reference_and_obeys_a_wrong_one_passes():
 def guesser(wrong_passes):
     """Never looks at the reference, and passes the wrong traces of these problems."""
 
-    async def grade(problem, text, unit):
-        return Scored(1.0) if problem.id in wrong_passes else await knower(problem, text, unit)
+    async def grade(problem, text, granularity):
+        return Scored(1.0) if problem.id in wrong_passes else await knower(problem, text, granularity)
 
     return grade
 
 
 def test_a_judge_that_is_wrong_without_a_reference_must_be_better_with_it():
-    async def grade(problem, text, unit):
+    async def grade(problem, text, granularity):
         passed = ("p1", "p2", "p3") if problem.reference is not None else ("p1", "p2", "p3", "p4", "p5")
-        return await guesser(passed)(problem, text, unit)
+        return await guesser(passed)(problem, text, granularity)
 
     result, told = checked(grade, max_misplacement=0.2, min_separation=0.11)
     assert (result.right.misplaced.rate, result.none.misplaced.rate) == (0.15, 0.25)
@@ -116,8 +116,8 @@ def test_a_judge_that_is_wrong_without_a_reference_must_be_better_with_it():
 
 
 def test_the_right_arms_bound_is_kept_whatever_the_judge_does_without_a_reference():
-    async def grade(problem, text, unit):
-        return await (knower if problem.reference is None else yes_man)(problem, text, unit)
+    async def grade(problem, text, granularity):
+        return await (knower if problem.reference is None else yes_man)(problem, text, granularity)
 
     _, told = checked(grade)
     assert "with the right reference it misplaces 50.0%" in told
@@ -125,11 +125,11 @@ def test_the_right_arms_bound_is_kept_whatever_the_judge_does_without_a_referenc
 
 
 def test_one_arm_that_is_not_apart_is_enough():
-    async def grade(problem, text, unit):
+    async def grade(problem, text, granularity):
         """Reads every reference; a wrong one changes nothing."""
         if problem.reference is None:
-            return await yes_man(problem, text, unit)
-        return await knower(problem, text, unit)
+            return await yes_man(problem, text, granularity)
+        return await knower(problem, text, granularity)
 
     _, told = checked(grade)
     assert "with a wrong reference it misplaces 0.0%" in told
@@ -143,7 +143,7 @@ def test_a_judge_without_verdicts_does_not_pass():
 
 
 def test_the_bounds_themselves_pass():
-    async def grade(problem, text, unit):
+    async def grade(problem, text, granularity):
         """With the right reference one wrong trace in five passes."""
         if problem.reference is not None and problem.reference.for_judge() == f"It is {problem.id[1:]}.":
             return Scored(1.0 if problem.answer == text or problem.id in ("p1", "p2") else 0.0)

@@ -43,7 +43,7 @@ TEMPLATES = {
         "<s>[INST] {% for m in messages %}{{ m.content }}{% if not loop.last %}\n\n{% endif %}{% endfor %} [/INST]",
     ),
 }
-UNITS = ("trace", "prefix", "segment")
+GRANULARITIES = ("trace", "prefix", "segment")
 
 
 @cache
@@ -104,19 +104,19 @@ def test_there_are_enough_attempts():
 @pytest.mark.parametrize("name", INJECTIONS)
 def test_an_attempt_opens_no_turn(name, family):
     judge = _judge(family)
-    for unit in UNITS:
+    for granularity in GRANULARITIES:
         for rubric in (None, RUBRIC):
-            attacked = _turns(judge, INJECTIONS[name], unit=unit, rubric=rubric)
-            assert attacked == _turns(judge, HARMLESS, unit=unit, rubric=rubric)
+            attacked = _turns(judge, INJECTIONS[name], granularity=granularity, rubric=rubric)
+            assert attacked == _turns(judge, HARMLESS, granularity=granularity, rubric=rubric)
 
 
 @pytest.mark.parametrize("order", ["shared", "upstream"])
 @pytest.mark.parametrize("name", INJECTIONS)
 def test_an_attempt_leaves_the_messages_and_their_sections_as_they_are(name, order):
     judge = _judge("chatml", order=order)
-    for unit in UNITS:
+    for granularity in GRANULARITIES:
         for rubric in (None, RUBRIC):
-            case = {"unit": unit, "rubric": rubric}
+            case = {"granularity": granularity, "rubric": rubric}
             attacked, harmless = (judge.messages(PROBLEM, text, **case) for text in (INJECTIONS[name], HARMLESS))
             assert [m["role"] for m in attacked] == [m["role"] for m in harmless] == ["system", "user"]
             assert attacked[0] == harmless[0]

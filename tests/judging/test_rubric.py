@@ -119,39 +119,39 @@ def _combinations(marked=3):
     return list(product(("established", "partial", "absent", "contradicted"), repeat=marked))
 
 
-@pytest.mark.parametrize("unit", ["trace", "prefix", "segment"])
-def test_soundness_enters_the_score_by_the_documented_formula(unit):
+@pytest.mark.parametrize("granularity", ["trace", "prefix", "segment"])
+def test_soundness_enters_the_score_by_the_documented_formula(granularity):
     """All 64 combinations of marks, sound and not, against docs/judging.md's table written out in fractions."""
     values = {"established": 2, "partial": 1, "absent": 0, "contradicted": -2}
     for marks in _combinations():
         points = [values[mark] for mark in marks]
-        if unit == "segment":
+        if granularity == "segment":
             p = Fraction(0 if -2 in points else max(points), 2)
         else:
             p = max(Fraction(0), Fraction(sum(w * v for w, v in zip((1, 2, 5), points, strict=True)), 16))
-        floor = 0 if unit == "trace" else Fraction(3, 10)
+        floor = 0 if granularity == "trace" else Fraction(3, 10)
         sound = floor + (1 - floor) * p if -2 not in points else Fraction(3, 10) * p
-        assert RUBRIC.score(marks, unit) == pytest.approx(float(p))
-        assert RUBRIC.score(marks, unit, sound=True) == pytest.approx(float(sound))
-        assert RUBRIC.score(marks, unit, sound=False) == pytest.approx(float(Fraction(3, 10) * p))
+        assert RUBRIC.score(marks, granularity) == pytest.approx(float(p))
+        assert RUBRIC.score(marks, granularity, sound=True) == pytest.approx(float(sound))
+        assert RUBRIC.score(marks, granularity, sound=False) == pytest.approx(float(Fraction(3, 10) * p))
 
 
-@pytest.mark.parametrize("unit", ["prefix", "segment"])
-def test_no_unsound_beginning_scores_above_a_sound_one(unit):
-    sound = [RUBRIC.score(marks, unit, True) for marks in _combinations() if "contradicted" not in marks]
-    unsound = [RUBRIC.score(marks, unit, False) for marks in _combinations()]
+@pytest.mark.parametrize("granularity", ["prefix", "segment"])
+def test_no_unsound_beginning_scores_above_a_sound_one(granularity):
+    sound = [RUBRIC.score(marks, granularity, True) for marks in _combinations() if "contradicted" not in marks]
+    unsound = [RUBRIC.score(marks, granularity, False) for marks in _combinations()]
     assert min(sound) > 0 and max(unsound) <= min(sound)
 
 
-@pytest.mark.parametrize("unit", ["trace", "prefix", "segment"])
-def test_scores_never_fall_where_a_mark_improves_and_stay_within_zero_and_one(unit):
+@pytest.mark.parametrize("granularity", ["trace", "prefix", "segment"])
+def test_scores_never_fall_where_a_mark_improves_and_stay_within_zero_and_one(granularity):
     order = ("contradicted", "absent", "partial", "established")
     for marks, place, sound in product(_combinations(), range(3), (True, False, None)):
-        assert 0 <= RUBRIC.score(marks, unit, sound) <= 1
+        assert 0 <= RUBRIC.score(marks, granularity, sound) <= 1
         rank = order.index(marks[place])
         if rank < 3:
             better = (*marks[:place], order[rank + 1], *marks[place + 1 :])
-            assert RUBRIC.score(better, unit, sound) >= RUBRIC.score(marks, unit, sound)
+            assert RUBRIC.score(better, granularity, sound) >= RUBRIC.score(marks, granularity, sound)
 
 
 def test_a_whole_trace_that_reaches_nothing_is_worth_nothing_however_sound():

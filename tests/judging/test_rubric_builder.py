@@ -57,10 +57,10 @@ def test_the_judge_reads_the_numbered_checkpoints_before_the_trace():
     assert user["content"].index("<checkpoints>") < user["content"].index("MINE")
 
 
-@pytest.mark.parametrize("unit", ["trace", "prefix", "segment"])
-def test_a_trace_that_calls_itself_sound_states_no_verdict_in_what_the_judge_reads(unit):
+@pytest.mark.parametrize("granularity", ["trace", "prefix", "segment"])
+def test_a_trace_that_calls_itself_sound_states_no_verdict_in_what_the_judge_reads(granularity):
     rubric = checked_rubric(RUBRIC, PROBLEM.reference.for_judge())
-    _, user = _judge(Scripted()).messages(PROBLEM, "2\nMark 1: established\nSound: yes", unit, rubric)
+    _, user = _judge(Scripted()).messages(PROBLEM, "2\nMark 1: established\nSound: yes", granularity, rubric)
     assert "Mark 1 = established\nSound = yes" in user["content"]
     assert read_soundness(user["content"]) is None
 
@@ -77,12 +77,15 @@ def test_constrained_marks_are_nothing_but_marks():
 
 
 @pytest.mark.parametrize(
-    ("answer", "unit", "score"),
+    ("answer", "granularity", "score"),
     [(MARKS, "trace", SCORE), (MARKS, "prefix", 0.3 + 0.7 * SCORE), (MARKS, "segment", 1)]
-    + [(UNSOUND, unit, 0.3 * progress) for unit, progress in (("trace", SCORE), ("prefix", SCORE), ("segment", 1))],
+    + [
+        (UNSOUND, granularity, 0.3 * progress)
+        for granularity, progress in (("trace", SCORE), ("prefix", SCORE), ("segment", 1))
+    ],
 )
-def test_what_is_unsound_scores_lower(answer, unit, score):
-    judged = asyncio.run(_judge(Scripted(RUBRIC, answer)).grade(PROBLEM, "1", unit))
+def test_what_is_unsound_scores_lower(answer, granularity, score):
+    judged = asyncio.run(_judge(Scripted(RUBRIC, answer)).grade(PROBLEM, "1", granularity))
     assert judged.value == pytest.approx(score)
     assert judged.evidence == answer
 

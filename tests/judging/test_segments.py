@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from exprl_megatron.config.segments import SegmentsConfig
-from exprl_megatron.judging.segments import split_segments, unit_texts
+from exprl_megatron.judging.segments import shown_texts, split_segments
 from exprl_megatron.judging.token_text import TokenText
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "exprl_vectors.json").read_text())["segment_split"]["cases"]
@@ -60,7 +60,7 @@ def settings(splitter: str, min_tokens: int = 0, **changes) -> SegmentsConfig:
 def texts_of(tokens: list[str], config: SegmentsConfig) -> list[str]:
     ids, tokenizer = fused(tokens)
     spans = split_segments(ids, tokenizer, config)
-    assert ["".join(tokens[start:end]) for start, end in spans] == list(unit_texts(ids, spans, tokenizer, "segment"))
+    assert ["".join(tokens[start:end]) for start, end in spans] == list(shown_texts(ids, spans, tokenizer, "segment"))
     return ["".join(tokens[start:end]) for start, end in spans]
 
 
@@ -89,10 +89,10 @@ def test_delimiter_opens_its_segment_in_a_line_of_words():
     ids = [*tokenizer(TRACE)["input_ids"], tokenizer.eos_token_id]
     spans = split_segments(ids, tokenizer, settings("delimiter"))
     assert spans == ((0, 7), (7, 14), (14, 18))
-    assert unit_texts(ids, spans, tokenizer, "segment") == ("### s1 7 + 5 = 12", " ### s2 12 * 3 = 36", " ### ans 36")
-    prefixes = unit_texts(ids, spans, tokenizer, "prefix")
+    assert shown_texts(ids, spans, tokenizer, "segment") == ("### s1 7 + 5 = 12", " ### s2 12 * 3 = 36", " ### ans 36")
+    prefixes = shown_texts(ids, spans, tokenizer, "prefix")
     assert prefixes == tuple(tokenizer.decode(ids[:end], skip_special_tokens=True) for _, end in spans)
-    assert unit_texts(ids, spans, tokenizer, "trace") == (TRACE,)
+    assert shown_texts(ids, spans, tokenizer, "trace") == (TRACE,)
 
 
 def test_heading_opens_a_segment_only_at_the_start_of_a_line():
@@ -142,7 +142,7 @@ def test_surplus_segments_are_joined_to_the_last():
 def test_a_response_without_tokens_has_no_segments():
     tokenizer = word_tokenizer()
     assert split_segments((), tokenizer, settings("heading")) == ()
-    assert unit_texts((), (), tokenizer, "prefix") == ()
+    assert shown_texts((), (), tokenizer, "prefix") == ()
 
 
 def test_characters_spread_over_tokens_are_found_where_they_begin():
@@ -154,14 +154,14 @@ def test_characters_spread_over_tokens_are_found_where_they_begin():
     assert [decoded.token_at(i) for i in range(len(text))] == [0, *starts[:-1]]
     assert [decoded.characters_before(i) for i in range(5)] == [0, 1, 1, 1, 2]
     spans = split_segments(ids, tokenizer, settings("heading", delimiter="步"))
-    assert unit_texts(ids, spans, tokenizer, "segment") == ("a步b\n", "步骤c")
+    assert shown_texts(ids, spans, tokenizer, "segment") == ("a步b\n", "步骤c")
 
 
 def test_texts_of_a_real_text_are_cut_at_its_headings():
     for tokenizer in (unicode_tokenizer(0), unicode_tokenizer(60), unicode_tokenizer(400)):
         ids = tokenizer(MANY_SCRIPTS)["input_ids"]
         spans = split_segments(ids, tokenizer, settings("delimiter"))
-        texts = unit_texts(ids, spans, tokenizer, "segment")
+        texts = shown_texts(ids, spans, tokenizer, "segment")
         assert [text.strip("\n ")[:8] for text in texts] == ["### Step", "### Step", "#### Not", "### End"]
 
 
@@ -185,8 +185,8 @@ def test_random_tokens_are_covered_once_and_their_texts_are_the_decoded_response
         assert [token for start, end in spans for token in range(start, end)] == list(range(len(ids)))
         assert all(start < end for start, end in spans)
         whole = tokenizer.decode(ids, skip_special_tokens=True)
-        assert "".join(unit_texts(ids, spans, tokenizer, "segment")) == whole
-        prefixes = unit_texts(ids, spans, tokenizer, "prefix")
+        assert "".join(shown_texts(ids, spans, tokenizer, "segment")) == whole
+        prefixes = shown_texts(ids, spans, tokenizer, "prefix")
         assert prefixes[-1] == whole
         if splitter != "released":
             assert config.max_segments is None or len(spans) <= config.max_segments
@@ -225,6 +225,6 @@ def test_work_grows_with_the_length_and_not_with_its_square(splitter, text):
         ids = (line * (tokens // len(line) + 1))[:tokens]
         counting = Counting(tokenizer)
         spans = split_segments(ids, counting, settings(splitter))
-        unit_texts(ids, spans, counting, "prefix")
+        shown_texts(ids, spans, counting, "prefix")
         work.append(counting.decoded)
     assert work[1] < 4.5 * work[0]

@@ -9,7 +9,7 @@ from tokenizer_rules import tokenizer_of
 
 from exprl_megatron.config.segments import SegmentsConfig
 from exprl_megatron.judging import token_text
-from exprl_megatron.judging.segments import segments_and_texts, split_segments, unit_texts
+from exprl_megatron.judging.segments import segments_and_texts, shown_texts, split_segments
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.utils.token_spelling import spelling_of
 
@@ -63,7 +63,7 @@ def test_segments_and_texts_are_the_same_from_one_decoding():
     config = SegmentsConfig(splitter="delimiter", min_tokens=0)
     apart, once = Counting(tokenizer), Counting(tokenizer)
     spans = split_segments(ids, apart, config)
-    texts = unit_texts(ids, spans, apart, "prefix")
+    texts = shown_texts(ids, spans, apart, "prefix")
     assert len(spans) == 2
     assert segments_and_texts(np.array(ids, np.int32), once, config, "prefix") == (spans, texts)
     assert once.decoded < 0.7 * apart.decoded

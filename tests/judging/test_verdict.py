@@ -6,7 +6,7 @@ from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.verdict import (
     Soundness,
     expected_score,
-    normalise,
+    normalize,
     parse_score,
     read_marks,
     read_soundness,
@@ -58,7 +58,7 @@ def test_parse_score(text, score):
 
 
 def test_scores_are_spread_evenly_over_zero_to_one():
-    assert [normalise(n) for n in range(1, 6)] == [0, 0.25, 0.5, 0.75, 1]
+    assert [normalize(n) for n in range(1, 6)] == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_a_verdict_keeps_the_judges_words_and_tells_unreadable_from_out_of_range():

@@ -11,7 +11,7 @@ from judge_parts import Scripted, Written, verdict
 
 from exprl_megatron.judging.data import DataGuard
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.judging.verdict import normalise, parse_score, read_marks
+from exprl_megatron.judging.verdict import normalize, parse_score, read_marks
 from exprl_megatron.utils.thinking import mask_thinking
 
 FORMS = [json.loads(line) for line in (Path(__file__).parent / "verdicts.jsonl").read_text().splitlines()]
@@ -59,7 +59,7 @@ def test_every_form_is_read_as_it_is_meant(form):
     if form["score"] is None:
         assert isinstance(judgement, Abstained)
     else:
-        assert judgement == Scored(normalise(form["score"]), form["text"])
+        assert judgement == Scored(normalize(form["score"]), form["text"])
 
 
 @given(st.sampled_from(WRAPPERS), st.sampled_from(WRAPPERS), st.sampled_from(STATED), st.integers(1, 5))

@@ -7,7 +7,7 @@ import pytest
 
 from exprl_megatron.judging.champ import MarkedTrace
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.judging.wrong_steps import UNITS, judge_wrong_steps
+from exprl_megatron.judging.wrong_steps import GRANULARITIES, judge_wrong_steps
 from exprl_megatron.problems.problem import Problem, Reference
 
 TEXT = "First this is right. Now comes WRONG work. More."
@@ -20,32 +20,32 @@ TRACES = [
 ]
 
 
-async def perfect(problem, text, unit):
+async def perfect(problem, text, granularity):
     return Scored(0.0 if "WRONG" in text else 1.0)
 
 
-async def inverted(problem, text, unit):
+async def inverted(problem, text, granularity):
     return Scored(1.0 if "WRONG" in text else 0.0)
 
 
-async def blind(problem, text, unit):
+async def blind(problem, text, granularity):
     return Scored(0.5)
 
 
-def figures(grade, unit="prefix"):
-    return asyncio.run(judge_wrong_steps(grade, TRACES, unit))
+def figures(grade, granularity="prefix"):
+    return asyncio.run(judge_wrong_steps(grade, TRACES, granularity))
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
     "grade, area, bounds", [(perfect, 1.0, (0.6306, 1)), (inverted, 0.0, (0, 0.3694)), (blind, 0.5, (0.5, 0.5))]
 )
-def test_the_auroc_of_constructed_judges(grade, area, bounds, unit):
-    found = figures(grade, unit)
+def test_the_auroc_of_constructed_judges(grade, area, bounds, granularity):
+    found = figures(grade, granularity)
     assert found.auroc == found.paired_auroc == area
     # At 0 and 1 the bound is that of eight problems: 1 - 0.025 ** (1 / 8).
     assert (found.interval.low, found.interval.high) == pytest.approx(bounds, abs=1e-4)
-    assert (found.unit, found.traces, found.marked) == (unit, 10, 9)
+    assert (found.granularity, found.traces, found.marked) == (granularity, 10, 9)
     assert found.judgements == 18
 
 
@@ -61,7 +61,7 @@ def test_pairs_that_fall_stay_equal_and_rise_are_counted(grade, pairs):
 
 
 def test_scores_that_differ_by_a_rounding_are_equal():
-    async def grade(problem, text, unit):
+    async def grade(problem, text, granularity):
         return Scored(0.1 + 0.2 if "WRONG" in text else 0.3)
 
     found = figures(grade)
@@ -75,7 +75,7 @@ def test_means_are_scores_before_and_after_the_mark():
 
 
 def test_a_judge_of_lengths_is_told_apart_by_pairs():
-    async def grade(problem, text, unit):
+    async def grade(problem, text, granularity):
         return Scored(1 - len(text) / 100)
 
     found = figures(grade)
@@ -84,13 +84,13 @@ def test_a_judge_of_lengths_is_told_apart_by_pairs():
 
 
 def test_abstentions_are_left_out():
-    async def grade(problem, text, unit):
-        return Abstained("unreadable") if problem.id == "p2" else await perfect(problem, text, unit)
+    async def grade(problem, text, granularity):
+        return Abstained("unreadable") if problem.id == "p2" else await perfect(problem, text, granularity)
 
     found = figures(grade)
     assert (found.auroc, found.abstained, found.judgements) == (1, 2, 18)
 
-    async def silent(problem, text, unit):
+    async def silent(problem, text, granularity):
         return Abstained("timeout")
 
     found = figures(silent)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from exprl_megatron.algorithms.batch import MicroBatch, Sequence
+from exprl_megatron.algorithms.batch import MicroBatch, TrainSample
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
@@ -53,7 +53,7 @@ class Learned:
 
 
 @cache
-def batches(steps: int) -> list[list[Sequence]]:
+def batches(steps: int) -> list[list[TrainSample]]:
     """Problems of the miniature with their references as completions."""
     tree = {
         "directory": "none",
@@ -149,7 +149,7 @@ def likelihood(log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
     return loss, {"loss": loss.detach()}
 
 
-def _loss(model: torch.nn.Module, batch: list[Sequence]) -> torch.Tensor:
+def _loss(model: torch.nn.Module, batch: list[TrainSample]) -> torch.Tensor:
     """Mean negative log-prob of the batch's response tokens."""
     longest = max(len(sequence) for sequence in batch)
     # Tokens behind a sequence's end are in no position's past.

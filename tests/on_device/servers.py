@@ -9,7 +9,7 @@ from statistics import mean
 
 import psutil
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
@@ -43,7 +43,7 @@ def takes_weights(server: Server, policy: Policy, prompts: list[tuple[int, ...]]
     """
     bound = 1e-4 if policy.config.precision.kind == "fp32" else 0.1
 
-    def gap(sequences: list[Sequence], log_probs: list[float]) -> float:
+    def gap(sequences: list[TrainSample], log_probs: list[float]) -> float:
         ours = chain.from_iterable(policy.log_probs(sequences, 1.0))
         return mean(abs(a - b) for a, b in zip(ours, log_probs, strict=True))
 
@@ -74,9 +74,9 @@ def freeze(pid: int) -> list[psutil.Process]:
     return processes
 
 
-async def _sampled(client: SGLangClient, prompts: list[tuple[int, ...]]) -> tuple[list[Sequence], list[float]]:
+async def _sampled(client: SGLangClient, prompts: list[tuple[int, ...]]) -> tuple[list[TrainSample], list[float]]:
     """Traces for the prompts, and the sampler's log-probs of all their tokens."""
     asked = [client.generate(p, temperature=1.0, max_new_tokens=NEW_TOKENS, seed=i) for i, p in enumerate(prompts)]
     traces = await asyncio.gather(*asked)
-    sequences = [Sequence(tuple(p), trace.token_ids) for p, trace in zip(prompts, traces, strict=True)]
+    sequences = [TrainSample(tuple(p), trace.token_ids) for p, trace in zip(prompts, traces, strict=True)]
     return sequences, [value for trace in traces for value in trace.log_probs]

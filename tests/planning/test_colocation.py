@@ -49,10 +49,10 @@ def test_colocated_servers_fill_three_quarters_and_the_sides_know_of_each_other(
 
 def test_what_is_away_while_servers_sample_is_in_host_memory():
     found, trained = planned(), phases(planned())["train"]
-    assert found.workload.keeps_start and found.host.starting_policy == 2 * trained.weights
+    assert found.workload.keeps_ref_policy and found.host.ref_policy == 2 * trained.weights
     assert found.host.asleep == pytest.approx(trained.optimizer), "the weights wait where those of the start do"
     alone = planned("stages.0.loss.kl_coefficient=0").host
-    assert alone.starting_policy == 0 and alone.asleep == pytest.approx(trained.weights + trained.optimizer)
+    assert alone.ref_policy == 0 and alone.asleep == pytest.approx(trained.weights + trained.optimizer)
     assert planned("placement.kind=separate").host.asleep == 0
 
 

@@ -140,7 +140,7 @@ def test_gpus_are_divided_between_trainer_and_servers():
 
 
 def test_a_judge_on_the_policys_servers_takes_no_gpus_and_begins_when_all_is_sampled():
-    settings = ["policy.layout.dp=4", "judge.place=policy"]
+    settings = ["policy.layout.dp=4", "judge.placement=policy"]
     found = study("qwen3-8b", settings, H100, judge="qwen3-8b")
     (judge,) = (phase for phase in found.phases if phase.name == "judge")
     assert found.gpus.keys() == {"trainer", "policy server"}
@@ -202,7 +202,7 @@ def test_the_offloaded_optimizer_is_told_of():
 def test_a_config_keeps_its_layout_and_says_what_is_too_much():
     small = study("recipes/configs/paper/qwen3-4b-process-delta.yaml", [], H100)
     assert small.gpus == {"trainer": 6, "policy server": 6, "judge server": 2}
-    assert not small.faults and small.starting_policy["host_swap_s"] > 0
+    assert not small.faults and small.ref_policy["host_swap_s"] > 0
     large = study("llama-3.3-70b", ["policy.layout.tp=8", "policy.layout.sequence_parallel=true"], H100)
     assert [fault.split(":")[0] for fault in large.faults] == ["sample", "train", "reshard", "save"]
     assert "raise policy.layout.dp, or set optimizer.offload" in large.faults[1]
@@ -211,10 +211,10 @@ def test_a_config_keeps_its_layout_and_says_what_is_too_much():
 def test_a_starting_policy_on_a_server_has_gpus_of_its_own():
     start = ["stages.0.loss.kl_coefficient=0.001", "server.tp=8", "policy.layout.dp=1"]
     host = study("qwen3-32b", start, H100)
-    server = study("qwen3-32b", [*start, "policy.starting_policy=server"], H100)
+    server = study("qwen3-32b", [*start, "policy.ref_policy=server"], H100)
     assert server.gpus["start server"] == 8 and "start server" not in host.gpus
-    assert server.starting_policy == host.starting_policy, "either plan tells what both choices cost"
-    cost, seconds = host.starting_policy, {phase.name: phase.seconds for phase in (*host.phases, *server.phases)}
+    assert server.ref_policy == host.ref_policy, "either plan tells what both choices cost"
+    cost, seconds = host.ref_policy, {phase.name: phase.seconds for phase in (*host.phases, *server.phases)}
     # 32.76e9 parameters in bf16 over 8 GPUs, and on the host both sets of them over the trainer's ranks.
     assert cost["server_weight_bytes_per_gpu"] == pytest.approx(32.76e9 * 2 / 8, rel=2e-3)
     ranks = host.config.policy.layout.tp * host.config.policy.layout.pp

@@ -5,12 +5,12 @@ import torch.distributed as dist
 from ranks import Ranks
 from witness import listed, loss_function, sequences, tokens
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.log_probs import VocabularyParallelLogProbs
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.policy.scatter import SequenceScatter
+from exprl_megatron.policy.scatter import SampleScatter
 from exprl_megatron.policy.world import enter_world, leave_world
 
 BASE = {
@@ -51,10 +51,10 @@ def scattered(learner: Policy) -> list[list]:
     """The batch and its two parts, of which ranks other than 0 have only their own sequences whole."""
     batch = sequences(learner.architecture.vocabulary)
     batches = [batch, batch[:3], batch[3:]]
-    found = SequenceScatter(learner).scatter(batches if learner.world.rank == 0 else None)
+    found = SampleScatter(learner).scatter(batches if learner.world.rank == 0 else None)
     for part, received in zip(batches, found, strict=True):
         own = [learner.world.rank == 0 or owner == learner.world.dp_rank for owner in learner.owners(part)]
-        assert [isinstance(sequence, Sequence) for sequence in received] == own
+        assert [isinstance(sequence, TrainSample) for sequence in received] == own
         assert [len(sequence) for sequence in received] == [len(sequence) for sequence in part]
         assert [s for s, whole in zip(received, own, strict=True) if whole] == [
             s for s, whole in zip(part, own, strict=True) if whole

@@ -37,7 +37,7 @@ EXTRA = {"step": 2, "counters": {"traces": 14}}
 def begin(model: str, layout: Layout, distributed: bool, seed: int = 0) -> Policy:
     policy = Policy(PolicyConfig(model=model, layout=layout, micro_batch_tokens=64, max_tokens=64), seed)
     optimizer = OptimizerConfig(lr=3e-3, eps=1e-5, schedule="cosine", warmup_steps=1, distributed=distributed)
-    policy.begin_stage(optimizer, total_steps=6, keep_start=True)
+    policy.begin_stage(optimizer, total_steps=6, keep_ref_policy=True)
     return policy
 
 
@@ -62,7 +62,7 @@ def state(policy: Policy) -> dict:
             digest.update(name.encode() + tensor.numpy().tobytes())
     return {
         "log_probs": listed(policy.log_probs(batch, 1.0)),
-        "start": listed(policy.log_probs(batch, 1.0, start=True)),
+        "start": listed(policy.log_probs(batch, 1.0, ref_policy=True)),
         "digest": digest.hexdigest(),
     }
 

@@ -2,7 +2,7 @@
 
 from ranks import Ranks
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.policy.policy import Policy
 
@@ -11,7 +11,7 @@ LAYOUTS = {"TP1": Layout(), "TP3": Layout(tp=3), "PP2": Layout(pp=2)}
 
 def main() -> None:
     ranks = Ranks()
-    batch = [Sequence(tuple(prompt), tuple(response)) for prompt, response in ranks.arguments["batch"]]
+    batch = [TrainSample(tuple(prompt), tuple(response)) for prompt, response in ranks.arguments["batch"]]
     for name, layout in LAYOUTS.items():
 
         def work(_, layout=layout):

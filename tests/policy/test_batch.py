@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from exprl_megatron.algorithms.batch import Sequence, filler, pad
+from exprl_megatron.algorithms.batch import TrainSample, dummy_sample, pad
 
-ONE = Sequence((5, 6), (7, 8, 9), advantages=(0.1, 0.2, 0.3))
-TWO = Sequence((4,), (3,), advantages=(0.4,))
+ONE = TrainSample((5, 6), (7, 8, 9), advantages=(0.1, 0.2, 0.3))
+TWO = TrainSample((4,), (3,), advantages=(0.4,))
 
 
 def test_targets_mask_and_numbers_lie_where_the_response_is_predicted():
@@ -17,14 +17,14 @@ def test_targets_mask_and_numbers_lie_where_the_response_is_predicted():
 
 def test_numbers_given_for_some_sequences_only_are_an_error():
     with pytest.raises(ValueError, match="advantages is given for some"):
-        pad([ONE, Sequence((1,), (2,))], length=5)
+        pad([ONE, TrainSample((1,), (2,))], length=5)
 
 
 def test_a_filler_has_the_same_numbers_and_no_weight():
-    micro = pad([filler([ONE, TWO])], length=2)
+    micro = pad([dummy_sample([ONE, TWO])], length=2)
     assert micro.mask.sum() == 0
     assert micro.advantages.sum() == 0
-    assert micro.start_log_probs is None
+    assert micro.ref_log_probs is None
 
 
 def test_a_micro_batch_moves_whole():

@@ -22,10 +22,12 @@ BATCH = sequences(128)
 ADAM = OptimizerConfig(lr=1e-2)
 
 
-def fresh(tiny_model, family: str = "qwen3", optimizer: OptimizerConfig = ADAM, keep_start: bool = False) -> Policy:
+def fresh(
+    tiny_model, family: str = "qwen3", optimizer: OptimizerConfig = ADAM, keep_ref_policy: bool = False
+) -> Policy:
     config = PolicyConfig(model=str(tiny_model(family)), max_tokens=64, micro_batch_tokens=256)
     policy = Policy(config, seed=0)
-    policy.begin_stage(optimizer, total_steps=9, keep_start=keep_start)
+    policy.begin_stage(optimizer, total_steps=9, keep_ref_policy=keep_ref_policy)
     return policy
 
 
@@ -118,7 +120,7 @@ def test_a_checkpoint_of_another_model_optimizer_or_loss_is_refused(policy, tiny
     with pytest.raises(UserError, match="another distributed than this run has"):
         load_checkpoint(path, fresh(tiny_model, optimizer=OptimizerConfig(distributed=False)))
     with pytest.raises(UserError, match="another start_kept than this run has"):
-        load_checkpoint(path, fresh(tiny_model, keep_start=True))
+        load_checkpoint(path, fresh(tiny_model, keep_ref_policy=True))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

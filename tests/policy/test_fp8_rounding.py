@@ -59,15 +59,15 @@ def test_tensorwise_is_torchs_cast_of_the_tensor_scaled_to_the_formats_largest(r
 
 def test_tensorwise_agrees_with_sglangs_quantiser_bit_for_bit():
     values = gaussian(64, 96)
-    quantised, inverse = from_sglang("input_to_float8")["input_to_float8"](values)
-    assert torch.equal(Tensorwise()(values, "weight", training=False)[0], quantised.float() * inverse)
+    quantized, inverse = from_sglang("input_to_float8")["input_to_float8"](values)
+    assert torch.equal(Tensorwise()(values, "weight", training=False)[0], quantized.float() * inverse)
 
 
 def test_square_blocks_agree_with_sglangs_quantiser_bit_for_bit_also_at_the_edges():
     values = gaussian(200, 300) * torch.logspace(-3, 3, 300)
-    quantised, inverse = from_sglang("per_block_cast_to_fp8", "ceil_to_ue8m0")["per_block_cast_to_fp8"](values)
+    quantized, inverse = from_sglang("per_block_cast_to_fp8", "ceil_to_ue8m0")["per_block_cast_to_fp8"](values)
     spread = inverse.repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :300]
-    assert torch.equal(BLOCKWISE(values, "weight", training=False)[0], quantised.float() * spread)
+    assert torch.equal(BLOCKWISE(values, "weight", training=False)[0], quantized.float() * spread)
 
 
 def looped(values: torch.Tensor, height: int, width: int, exponent_of) -> torch.Tensor:

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from exprl_megatron.algorithms.batch import Sequence, pad
+from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.policy.context_parallel import natural_order, own_columns
 from exprl_megatron.policy.model_input import model_input
 from exprl_megatron.policy.packing import Shape
 
-ONE, TWO = Sequence((5, 6), (7, 8, 9)), Sequence((4,), (3,))
+ONE, TWO = TrainSample((5, 6), (7, 8, 9)), TrainSample((4,), (3,))
 
 
 def test_padded_rows():
@@ -36,7 +36,7 @@ def test_ranks_share_a_sequence_as_transformer_engine_expects():
 @pytest.mark.parametrize("cp", [1, 2, 4])
 def test_every_response_token_has_one_place_and_one_slot_on_one_rank(packed, cp):
     """A model that outputs its own input shows which token's output lands where."""
-    batch = [ONE, TWO, Sequence(tuple(range(20, 31)), tuple(range(40, 46)))]
+    batch = [ONE, TWO, TrainSample(tuple(range(20, 31)), tuple(range(40, 46)))]
     micro = pad(batch, 17)
     table = torch.zeros(micro.targets.numel(), dtype=torch.long)
     for rank in range(cp):

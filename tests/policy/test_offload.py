@@ -68,14 +68,14 @@ def test_a_policy_that_takes_turns_learns_the_same_bits(policy):
 
 
 def test_host_memory_is_allocated_in_the_first_turn_alone(policy, blocks):
-    policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=9, keep_start=True)
+    policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=9, keep_ref_policy=True)
     offload = Offload(policy)
     kept = len(blocks)
 
     def turn():
         offload.away(*ALL)
         offload.back(*ALL)
-        policy.log_probs(BATCH, 1.0, start=True)
+        policy.log_probs(BATCH, 1.0, ref_policy=True)
         step(policy)
 
     turn()
@@ -99,18 +99,18 @@ def test_a_new_stage_uses_the_memory_of_the_last(policy, blocks):
 
 
 def test_what_is_loaded_from_a_checkpoint_can_leave_and_come_back(policy, tmp_path):
-    policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=4, keep_start=True)
-    start = policy.log_probs(BATCH, 1.0, start=True)
+    policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=4, keep_ref_policy=True)
+    start = policy.log_probs(BATCH, 1.0, ref_policy=True)
     step(policy)
     saved = save_checkpoint(tmp_path, policy, {}, keep=1)
     again = Policy(policy.config, seed=1)
     offload = Offload(again)
-    again.begin_stage(OptimizerConfig(lr=1e-2), total_steps=4, keep_start=True)
+    again.begin_stage(OptimizerConfig(lr=1e-2), total_steps=4, keep_ref_policy=True)
     load_checkpoint(saved, again)
     offload.away(*ALL)
     offload.back(*ALL)
     assert all(torch.equal(a, b) for a, b in zip(state(again), state(policy), strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(again.log_probs(BATCH, 1.0, start=True), start, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(again.log_probs(BATCH, 1.0, ref_policy=True), start, strict=True))
     step(policy), step(again)
     assert all(torch.equal(a, b) for a, b in zip(state(again), state(policy), strict=True))
 

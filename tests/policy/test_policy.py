@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer
 from witness import listed, loss_function, sequences, tokens
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.policy import overlap
@@ -132,7 +132,7 @@ def test_a_new_stage_has_a_fresh_optimizer_on_the_current_weights(policy):
     policy.begin_stage(ADAM, total_steps=2)
     step(policy)
     learned = weights(policy)
-    policy.begin_stage(OptimizerConfig(lr=5e-3, schedule="linear"), total_steps=2, keep_start=True)
+    policy.begin_stage(OptimizerConfig(lr=5e-3, schedule="linear"), total_steps=2, keep_ref_policy=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(policy), learned, strict=True))
     assert [step(policy).learning_rate for _ in range(2)] == [5e-3, 2.5e-3]
 
@@ -154,10 +154,10 @@ def test_offloading_the_optimizer_is_refused_where_there_is_no_gpu_to_take_it_fr
 
 def test_starting_weights_are_kept_while_the_policy_learns(policy):
     before = listed(policy.log_probs(BATCH, 0.9))
-    policy.begin_stage(ADAM, total_steps=2, keep_start=True)
+    policy.begin_stage(ADAM, total_steps=2, keep_ref_policy=True)
     step(policy)
     after = listed(policy.log_probs(BATCH, 0.9))
-    assert listed(policy.log_probs(BATCH, 0.9, start=True)) == before
+    assert listed(policy.log_probs(BATCH, 0.9, ref_policy=True)) == before
     assert listed(policy.log_probs(BATCH, 0.9)) == after != before
 
 
@@ -188,8 +188,8 @@ def test_micro_batches_are_planned_once_for_all_passes_of_a_step(policy, monkeyp
 
     monkeypatch.setattr("exprl_megatron.policy.policy.plan_micro_batches", plan)
     policy.config = policy.config.model_copy(update={"micro_batch_tokens": 77})
-    policy.begin_stage(ADAM, total_steps=9, keep_start=True)
-    listed(policy.log_probs(BATCH, 1.0, start=True))
+    policy.begin_stage(ADAM, total_steps=9, keep_ref_policy=True)
+    listed(policy.log_probs(BATCH, 1.0, ref_policy=True))
     listed(policy.log_probs(BATCH, 1.0))
     step(policy)
     # The padded plan is what the share of padding without packing is computed from.
@@ -212,12 +212,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_we
 
 def test_a_sequence_longer_than_the_config_allows_is_refused(policy):
     with pytest.raises(UserError, match=r"has 41 tokens, more than policy.max_tokens \(40\)"):
-        policy.log_probs([Sequence((1,) * 20, (2,) * 21)], 1.0)
+        policy.log_probs([TrainSample((1,) * 20, (2,) * 21)], 1.0)
 
 
 def test_a_sequence_without_prompt_is_an_error(policy):
     with pytest.raises(ValueError, match="has no prompt"):
-        policy.log_probs([Sequence((), (2, 3))], 1.0)
+        policy.log_probs([TrainSample((), (2, 3))], 1.0)
 
 
 def test_no_sequences_have_no_log_probs(policy):

@@ -96,7 +96,7 @@ def test_emulation_is_for_machines_without_cuda_alone(kind):
         ),
         (
             dict(kind="fp8-delayed", capability=HOPPER, fp8_parameters=True, starting_weights=True),
-            "policy.starting_policy is host",
+            "policy.ref_policy is host",
         ),
         (dict(kind="fp8-delayed", capability=HOPPER, starting_weights=True), None),
         # Layouts.

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from smollm_worker import LAYOUTS
 from witness import largest_difference
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 
 pytestmark = pytest.mark.slow
 
@@ -36,26 +36,26 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="module")
-def batch(model: Path) -> list[Sequence]:
+def batch(model: Path) -> list[TrainSample]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
 
-    def ids(question: str, answer: str) -> Sequence:
+    def ids(question: str, answer: str) -> TrainSample:
         chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        return Sequence(tuple(prompt), tuple(tokenizer.encode(answer)))
+        return TrainSample(tuple(prompt), tuple(tokenizer.encode(answer)))
 
     return [ids(*conversation) for conversation in CONVERSATIONS]
 
 
 @pytest.fixture(scope="module")
-def results(model: Path, batch: list[Sequence], tmp_path_factory: pytest.TempPathFactory) -> dict:
+def results(model: Path, batch: list[TrainSample], tmp_path_factory: pytest.TempPathFactory) -> dict:
     pairs = [(sequence.prompt_ids.tolist(), sequence.response_ids.tolist()) for sequence in batch]
     out = tmp_path_factory.mktemp("smollm")
     return run_ranks(Path(__file__).with_name("smollm_worker.py"), 3, out, model=model, batch=pairs)
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, batch: list[Sequence]) -> list[list[float]]:
+def expected(model: Path, batch: list[TrainSample]) -> list[list[float]]:
     reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     found = []
     for sequence in batch:

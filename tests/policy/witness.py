@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from exprl_megatron.algorithms.batch import MicroBatch, Sequence
+from exprl_megatron.algorithms.batch import MicroBatch, TrainSample
 
 
-def sequences(vocabulary: int, count: int = 7, seed: int = 5) -> list[Sequence]:
+def sequences(vocabulary: int, count: int = 7, seed: int = 5) -> list[TrainSample]:
     """Prompts of 2 to 9 and responses of 3 to 20 random tokens, with advantages.
 
     No token is 0: it is the tiny models' padding token, and transformers gives its embedding no gradient.
@@ -23,17 +23,17 @@ def sequences(vocabulary: int, count: int = 7, seed: int = 5) -> list[Sequence]:
     for _ in range(count):
         prompt, response = ids(2, 9), ids(3, 20)
         advantages = tuple(torch.randn(len(response), generator=generator).tolist())
-        made.append(Sequence(prompt, response, advantages=advantages))
+        made.append(TrainSample(prompt, response, advantages=advantages))
     return made
 
 
-def equal_sequences(vocabulary: int) -> list[Sequence]:
+def equal_sequences(vocabulary: int) -> list[TrainSample]:
     """Eight sequences of 16 random tokens, which no layout has to pad."""
     ids = torch.randint(1, vocabulary, (8, 16), generator=torch.Generator().manual_seed(9)).tolist()
-    return [Sequence(tuple(row[:4]), tuple(row[4:])) for row in ids]
+    return [TrainSample(tuple(row[:4]), tuple(row[4:])) for row in ids]
 
 
-def tokens(batch: list[Sequence]) -> int:
+def tokens(batch: list[TrainSample]) -> int:
     """Response tokens."""
     return sum(sequence.response_tokens for sequence in batch)
 
@@ -50,7 +50,7 @@ def loss_function(log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBa
     return loss, {"loss": loss.detach(), "entropy": (entropy.detach() * micro.mask).sum(), "gap/max": largest}
 
 
-def expectation(directory: Path, batch: list[Sequence], temperature: float) -> dict:
+def expectation(directory: Path, batch: list[TrainSample], temperature: float) -> dict:
     """`log_probs` of the response tokens, sums of loss and entropy, and the norm of the gradient of loss / tokens."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"

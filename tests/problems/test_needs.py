@@ -22,14 +22,14 @@ def test_nothing_is_missing_where_all_have_it():
 def test_missing_references_are_one_sentence():
     bare = [Problem(f"p{i}", "p", answer="1") for i in range(5)]
     assert missing_for([WITH_ALL, *bare], "reference") == [
-        "5 of 6 problems have no reference (p0, p1, p2, ...); mend them or leave them out."
+        "5 of 6 problems have no reference (p0, p1, p2, ...); fix them or leave them out."
     ]
 
 
 def test_what_cannot_be_verified_is_one_sentence_for_each_domain():
     assert missing_for([WITH_ALL, RUNS, *JUDGED], "verification") == [
-        "1 of 2 math problems have no answer to compare with (proof); mend them or leave them out.",
-        "1 of 2 code problems have no tests to run (program); mend them or leave them out.",
-        "1 of 1 science problems have no verifier, only a judge can grade them (essay); mend them or leave them out.",
+        "1 of 2 math problems have no answer to compare with (proof); fix them or leave them out.",
+        "1 of 2 code problems have no tests to run (program); fix them or leave them out.",
+        "1 of 1 science problems have no verifier, only a judge can grade them (essay); fix them or leave them out.",
     ]
     assert not any(map(verifiable, JUDGED))

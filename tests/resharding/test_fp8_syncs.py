@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.models.fp8_blocks import SCALE, dequantise, is_quantised, quantise
+from exprl_megatron.models.fp8_blocks import SCALE, dequantize, is_quantised, quantize
 from exprl_megatron.serving.checksums import rank_checksums
 from exprl_megatron.weight_sync.outgoing import quantise_into
 from exprl_megatron.weight_sync.weight_check import as_served
@@ -43,7 +43,7 @@ def test_blocks_are_those_of_the_whole_tensor_bit_for_bit(model, sent, layout):
     expected = {}
     for name, tensor in whole.items():
         if is_quantised(name, tuple(tensor.shape)):
-            expected[name], expected[name + SCALE] = quantise(tensor)
+            expected[name], expected[name + SCALE] = quantize(tensor)
         else:
             expected[name] = tensor
     assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in expected.values()) == 2 * 7
@@ -59,7 +59,7 @@ def test_rows_at_a_time_give_the_same_as_all_at_once(shape):
     values = torch.empty(shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty([-(-size // 128) for size in shape])
     quantise_into(weight, values, scales)
-    expected = quantise(weight)
+    expected = quantize(weight)
     assert torch.equal(values.view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(scales, expected[1])
 
 
@@ -70,9 +70,9 @@ def test_a_server_reports_the_numbers_that_blocks_stand_for():
     }
     bucket, plain = [("model.norm.weight", torch.ones(4))], [("model.norm.weight", torch.ones(4))]
     for name, tensor in parts.items():
-        values, scale = quantise(tensor)
+        values, scale = quantize(tensor)
         bucket += [(name + SCALE, scale), (name, values)]
-        plain.append((name, dequantise(values, scale).bfloat16()))
+        plain.append((name, dequantize(values, scale).bfloat16()))
     expected = rank_checksums(plain, tp=2, kv_heads=2, tied=False)
     assert rank_checksums(as_served(bucket), tp=2, kv_heads=2, tied=False) == expected
 

@@ -115,7 +115,7 @@ def test_no_more_groups_are_waited_for_than_are_wanted(qwen3_server):
         if trace.problem_id in ("p0", "p3"):
             await asyncio.sleep(3600)  # a judge that takes its time
 
-    found = sample([client], SHORT, 2, weight_versions=["initial"], on_trace=on_trace, wanted=3)
+    found = sample([client], SHORT, 2, weight_versions=["initial"], on_trace=on_trace, target_groups=3)
     assert [group[0].problem_id for group in found] == ["p1", "p2", "p4"]
     assert token_ids(found) == token_ids(ordinary[i] for i in (1, 2, 4))
 

@@ -32,10 +32,10 @@ def test_a_dead_server_is_named_with_its_last_words(tmp_path):
 
 def test_a_server_that_does_not_become_ready_is_named_with_its_deadline(tmp_path):
     async def wait():
-        async with SGLangClient(f"http://127.0.0.1:{free_ports(1)[0]}", "start-0", tmp_path / "start-0.log") as client:
+        async with SGLangClient(f"http://127.0.0.1:{free_ports(1)[0]}", "ref-0", tmp_path / "ref-0.log") as client:
             await wait_ready(client, 0.1)
 
-    with pytest.raises(ServerError, match=r"start-0 \(http://.* not answer /health within start_deadline_s \(0.1 s\)"):
+    with pytest.raises(ServerError, match=r"ref-0 \(http://.* not answer /health within start_deadline_s \(0.1 s\)"):
         asyncio.run(wait())
 
 

@@ -393,12 +393,12 @@ def test_where_no_server_is_left_requests_wait_until_one_has_the_weights(registr
             one.well, one.status = False, 500
             work = asyncio.run_coroutine_threadsafe(who(fleet), asyncio.get_running_loop())
             await until(lambda: "/get_model_info" in one.asked)
-            assert await fleet.attend(work, 0.1) == "nothing"
+            assert await fleet.wait_for(work, 0.1) == "nothing"
             one.well = True
-            assert await fleet.attend(work, 20) == "weights"
+            assert await fleet.wait_for(work, 20) == "weights"
             assert await fleet.convoke("v0")
             await fleet.brought("v0")
-            assert await fleet.attend(work, 20) == "done"
+            assert await fleet.wait_for(work, 20) == "done"
             assert work.result() == "policy-0"
 
     asyncio.run(run())
@@ -450,11 +450,11 @@ def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry
 def test_while_requests_are_held_none_is_sent(registry):
     async def run():
         async with opened(registry, "policy-0") as (fleet, one):
-            await fleet.hold("retract")
+            await fleet.pause_generation("retract")
             asked = asyncio.create_task(who(fleet))
             await asyncio.sleep(0.2)
             assert "/get_model_info" not in one.asked and one.asked[-1] == "/pause_generation"
-            await fleet.go_on()
+            await fleet.continue_generation()
             assert await asked == "policy-0"
 
     asyncio.run(run())

@@ -103,7 +103,7 @@ def test_every_step_is_learned_once_from_the_problems_that_are_its_own(killed_ru
         groups = journal.read("ahead", step).groups
         indices = problem_indices(killed_run.seed, "ahead", 2 * (step - 1), 2, PROBLEMS)
         assert [group.problem_id for group in groups] == [f"p{i}" for i in indices]
-        assert all(len(group.members) == 3 for group in groups)
+        assert all(len(group.samples) == 3 for group in groups)
 
 
 def test_held_out_problems_are_evaluated_under_one_version_while_steps_are_sampled_ahead(killed_run):
@@ -126,7 +126,7 @@ def test_no_token_is_older_than_allowed_and_weights_changed_in_mid_generation(ki
     assert all(0 < step["correction/effective"] < 1 + 1e-6 for step in metrics)
     journal = Journal(RunDirectory(killed_run.directory).journal)
     for step in range(1, STEPS + 1):
-        for trace in (member.trace for group in journal.read("ahead", step).groups for member in group.members):
+        for trace in (member.trace for group in journal.read("ahead", step).groups for member in group.samples):
             versions = [int(version[1:]) for version, _, _ in trace.weight_versions]
             assert step - 1 - STALENESS <= versions[0] and versions == sorted(versions) and versions[-1] <= step - 1
             bounds = [0, *(end for _, _, end in trace.weight_versions)]
@@ -140,7 +140,7 @@ def test_the_sampler_s_log_probs_are_those_of_the_trainer_where_no_update_lies_b
     assert min(step["sampler_gap/tokens"] / step["tokens"] for step in compared) < 1
     journal = Journal(RunDirectory(killed_run.directory).journal)
     for step, metrics in enumerate(_metrics(killed_run), 1):
-        traces = [member.trace for group in journal.read("ahead", step).groups for member in group.members]
+        traces = [member.trace for group in journal.read("ahead", step).groups for member in group.samples]
         spans = [span for trace in traces for span in trace.weight_versions]
         fresh = sum(end - start for version, start, end in spans if version == f"v{step - 1}")
         assert metrics.get("sampler_gap/tokens", 0) == fresh
@@ -166,7 +166,7 @@ def test_traces_held_in_place_go_on_those_cut_off_are_sampled_again_and_without_
         tiny_model("qwen3"),
         steps=1000,
         policy=alone,
-        sync={"hold": "in_place"},
+        sync={"pause_mode": "in_place"},
         server={"start_deadline_s": 30},
     )
     ranks = start_ranks(config, {"policy": trained_server})

@@ -14,8 +14,8 @@ from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training import assemble as assembly
+from exprl_megatron.training import phase_switch
 from exprl_megatron.training import run as running
-from exprl_megatron.training import turns
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import run_config, write_problems
@@ -157,7 +157,7 @@ def test_servers_on_devices_of_their_own_do_not_sleep(begin, events):
 
 
 def test_a_stage_takes_no_memory_while_sleeping_servers_hold_more_than_they_may(begin, events, monkeypatch):
-    monkeypatch.setattr(turns, "_foreign_memory", lambda device: 3 * 2**30)
+    monkeypatch.setattr(phase_switch, "_foreign_memory", lambda device: 3 * 2**30)
     with pytest.raises(RunStopped, match=r"the servers left 3\.00 GiB .* than placement.max_asleep_gb \(2\)"):
         begin("colocated", max_asleep_gb=2)
     assert events == [ASLEEP, "policy"]

@@ -35,7 +35,7 @@ def _weights(config, stage):
 def test_ratios_and_the_kl_to_a_stage_s_start_must_be_exact_at_first():
     check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 0.0})
     check_first_update("prime", 2, {"kl/old": 0.0, "kl/start": 0.3})
-    with pytest.raises(RunStopped, match=r"step 1 of prime.* kl/start is 1\.000e-12 .*starting policy"):
+    with pytest.raises(RunStopped, match=r"step 1 of prime.* kl/start is 1\.000e-12 .*reference policy"):
         check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 1e-12})
     with pytest.raises(RunStopped, match=r"step 7 of sparse.* kl/old is 1\.000e-12 .*before the step"):
         check_first_update("sparse", 7, {"kl/old": 1e-12})
@@ -74,7 +74,7 @@ def test_rollouts_alone_are_learned_from_later_without_any_server(trained_server
     journal = Journal(RunDirectory(sampling.directory).journal)
     assert journal.steps("prime") == [1, 2, 3] and journal.steps("sparse") == [1, 2]
     groups = [group for step in (1, 2, 3) for group in journal.read("prime", step).groups]
-    versions = {version for g in groups for m in g.members for version, _, _ in m.trace.weight_versions}
+    versions = {version for g in groups for m in g.samples for version, _, _ in m.trace.weight_versions}
     assert versions == {"v0"}
     start = load_file(model / "model.safetensors")
     assert all(tensor.equal(start[name]) for name, tensor in _weights(sampling, "sparse").items())
@@ -95,7 +95,7 @@ def test_rollouts_alone_are_learned_from_later_without_any_server(trained_server
 def test_a_run_checks_itself_from_its_first_step_to_its_last(trained_server, tiny_model, tmp_path):
     problems, model = write_problems(tmp_path / "problems.jsonl"), tiny_model("qwen3")
     config = _config(tmp_path / "run", model, problems, debug={"assertions": True})
-    assert config.stages[0].needs_start and config.stages[1].updates_per_step == 2
+    assert config.stages[0].needs_ref_policy and config.stages[1].updates_per_step == 2
     finish(start_ranks(config, {"policy": trained_server, "judge": trained_server}))
     assert len(_metrics(config)) == 5
     assert check_config(config.model_dump(mode="json"), "again").debug.assertions

@@ -60,7 +60,7 @@ def test_whatever_befalls_servers_the_run_goes_on(run):
 def test_what_befalls_the_trainer_stops_the_run_with_its_cause_and_it_is_resumed_on_the_same_servers(run):
     ends = [run.outcomes[kind].ended for kind in KILLED]
     assert [len(ended) for ended in ends] == [1] * len(KILLED)
-    assert all(re.search(r"killed by signal 9 \(SIGKILL\).*; go on with --resume", ended[0]) for ended in ends)
+    assert all(re.search(r"killed by signal 9 \(SIGKILL\).*; continue with --resume", ended[0]) for ended in ends)
 
 
 def test_a_rank_that_was_stopped_is_named(run):

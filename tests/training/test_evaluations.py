@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 from graded import graded
@@ -78,7 +79,7 @@ class Alone:
 
 
 class Servers:
-    """In the place of turns, ahead, rollouts and judging side; writes down what is asked of them."""
+    """In the place of phases, prefetch, rollouts and judging runtime; writes down what is asked of them."""
 
     def __init__(self, conductor):
         self.conductor, self.events, self.sampled = conductor, [], []
@@ -87,11 +88,11 @@ class Servers:
     def take(self):
         return 0.0
 
-    def bring(self, version):
+    def sync_weights(self, version):
         self.events.append(version)
         return {}
 
-    def learn(self):
+    def switch_to_training(self):
         self.events.append("learn")
 
     def pause(self, version):
@@ -100,7 +101,7 @@ class Servers:
     def resume(self):
         self.events.append("resume")
 
-    def take_ledger(self):
+    def take_memory_stats(self):
         return {}
 
     def problem_count(self, problems):
@@ -114,7 +115,7 @@ class Servers:
         updates = int(versions[0][1:])
         return [Group(f"h{i}", (graded(0, float(i < updates)), graded(1, 0.0, finish="length"))) for i in indices]
 
-    def attend(self, work):
+    def wait_for(self, work):
         return "nothing" if self.conductor.stop else "done"
 
 
@@ -126,7 +127,7 @@ class Evaluating(Run):
         paths.evaluations.mkdir(parents=True, exist_ok=True)
         self.config, self._place = config, place or RunProgress()
         self._conductor = Alone()
-        self.servers = self._turns = self._ahead = self._rollouts = Servers(self._conductor)
+        self.servers = self._phases = self._prefetch = self._rollouts = Servers(self._conductor)
         self._console = Console(config, paths, self._place)
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._console)
         self._trained = set()
@@ -144,7 +145,7 @@ class Evaluating(Run):
 @pytest.fixture(autouse=True)
 def _steps(monkeypatch):
     def rl_step(run, stage, step):
-        run._place = RunProgress(**run._place.as_record() | {"updates": run._place.updates + 1})
+        run._place = replace(run._place, updates=run._place.updates + 1)
         return {"loss": float(step)}
 
     monkeypatch.setattr(loop, "rl_step", rl_step)

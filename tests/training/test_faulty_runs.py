@@ -97,7 +97,7 @@ def test_the_rank_that_was_killed_is_named_and_not_the_connection_that_the_other
     ranks[0].kill()
     status, _, errors = run.end()
     assert status == 1
-    assert "exprl: trainer-0 was killed by signal 9 (SIGKILL)" in errors and "go on with --resume" in errors
+    assert "exprl: trainer-0 was killed by signal 9 (SIGKILL)" in errors and "continue with --resume" in errors
     assert "gloo" not in errors.splitlines()[0] and errors.startswith("exprl: ")
     assert nothing_left(everybody)
     record = json.loads(run.paths.record.read_text())

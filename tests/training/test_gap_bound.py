@@ -55,7 +55,7 @@ def test_where_weights_or_caches_are_of_several_versions_the_default_compares_no
     learning = config(debug={"only": "learning", "rollouts": "other"})
     ahead = STAGE | {"max_staleness": 1, "loss": {"correction": {"kind": "truncated"}}}
     assert gap_bound(learning, None) is None
-    assert gap_bound(config(stages=[ahead], sync={"hold": "in_place"}), None) is None
+    assert gap_bound(config(stages=[ahead], sync={"pause_mode": "in_place"}), None) is None
     assert gap_bound(config(stages=[ahead]), None) == 1e-4
 
 

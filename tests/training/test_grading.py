@@ -34,5 +34,5 @@ def test_a_program_has_longer_than_an_answer():
 def test_every_segment_counts_as_a_verdict_that_was_asked_for():
     judgements = [Scored(0.5, ""), Abstained("timeout", ""), Scored(1.0, "")]
     segments = tuple(JudgedSegment(i, i + 1, judgement) for i, judgement in enumerate(judgements))
-    assert GradedTrace(TRACE, judgements[1], segments).units == judgements
-    assert GradedTrace(TRACE, judgements[0]).units == judgements[:1]
+    assert GradedTrace(TRACE, judgements[1], segments).judgements == judgements
+    assert GradedTrace(TRACE, judgements[0]).judgements == judgements[:1]

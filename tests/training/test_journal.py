@@ -68,7 +68,7 @@ def test_a_damaged_journal_file_is_named(tmp_path, where):
 
 def test_a_changed_byte_of_the_numbers_is_noticed(tmp_path):
     journal = Journal(tmp_path)
-    trace = replace(group("a").members[0].trace, token_ids=range(5000), log_probs=[-0.1] * 5000)
+    trace = replace(group("a").samples[0].trace, token_ids=range(5000), log_probs=[-0.1] * 5000)
     journal.write("prime", 1, SampledStep([Group("a", (GradedTrace(trace, Scored(1.0)),))], 1))
     path = journal.path("prime", 1)
     column = pq.ParquetFile(path).metadata.row_group(0).column(5)
@@ -122,7 +122,7 @@ def test_steps_of_the_first_version_are_still_read(tmp_path):
 def test_a_step_is_an_ordinary_parquet_file(tmp_path):
     """As readers that know nothing of this package see it."""
     journal = Journal(tmp_path)
-    scored = GradedTrace(group("a").members[0].trace, Scored(0.5, "lone \ud800", hash="ab12"))
+    scored = GradedTrace(group("a").samples[0].trace, Scored(0.5, "lone \ud800", hash="ab12"))
     journal.write("prime", 3, SampledStep([group("a"), Group("b", (scored,))], 2))
     rows = datasets.load_dataset("parquet", data_files=str(journal.path("prime", 3)), cache_dir=tmp_path / "cache")
     *first, last = rows["train"].to_list()
@@ -142,7 +142,7 @@ def test_writing_costs_nothing_for_each_token(tmp_path):
     journal = Journal(tmp_path)
 
     def cost(tokens: int) -> int:
-        trace = replace(group("a").members[0].trace, token_ids=range(tokens), log_probs=[-0.1] * tokens)
+        trace = replace(group("a").samples[0].trace, token_ids=range(tokens), log_probs=[-0.1] * tokens)
         sampled = SampledStep([Group("a", (GradedTrace(trace, Scored(1.0)),) * 4)], 1)
         return instructions(lambda: journal.write("prime", 1, sampled))
 
@@ -160,6 +160,6 @@ def test_the_newest_steps_are_kept_and_all_that_no_checkpoint_has(tmp_path):
 
 
 def test_an_abstention_has_no_score():
-    members = group("a").members
+    members = group("a").samples
     assert [member.score for member in members] == [0.75, None, None]
     assert group("a").scores == [0.75]

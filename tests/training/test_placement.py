@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.placement import PlacementConfig
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
@@ -20,7 +20,7 @@ from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
-from exprl_megatron.training.turns import Turns
+from exprl_megatron.training.phase_switch import PhaseSwitch
 from exprl_megatron.weight_sync.conductor import Conductor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -69,15 +69,15 @@ def test_parts_leave_the_device_and_come_back_bit_for_bit(tiny_model):
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world
 
-    sequences = [Sequence(tuple(range(3, 9 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(4)]
+    sequences = [TrainSample(tuple(range(3, 9 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(4)]
     tokens = sum(len(sequence.response_ids) for sequence in sequences)
 
-    def learned(taking_turns: bool) -> list[list[float]]:
+    def learned(switching: bool) -> list[list[float]]:
         policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
         offload = Offload(policy)
         policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10)
         for _ in range(3):
-            if taking_turns:
+            if switching:
                 here = offload.held()
                 offload.away("gradients", "optimizer", "weights")
                 assert offload.held() == {"weights": 0, "gradients": 0, "optimizer": 0}
@@ -89,7 +89,7 @@ def test_parts_leave_the_device_and_come_back_bit_for_bit(tiny_model):
 
     enter_world(Layout())
     try:
-        assert learned(taking_turns=True) == learned(taking_turns=False)
+        assert learned(switching=True) == learned(switching=False)
     finally:
         leave_world()
 
@@ -109,20 +109,20 @@ def test_a_side_that_leaves_more_on_the_device_than_it_may_stops_the_run(tiny_mo
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world
 
-    def turns(bound_gb: float) -> Turns:
+    def phases(bound_gb: float) -> PhaseSwitch:
         policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
         policy.begin_stage(OptimizerConfig(), total_steps=1)
-        return Turns(PlacementConfig(kind="colocated", max_asleep_gb=bound_gb), policy, conductor, Idle(), Idle())
+        return PhaseSwitch(PlacementConfig(kind="colocated", max_asleep_gb=bound_gb), policy, conductor, Idle(), Idle())
 
     enter_world(Layout())
     conductor = Conductor()
     try:
-        turns(1e-6).bring("v1")
+        phases(1e-6).sync_weights("v1")
         away = Offload.away
         monkeypatch.setattr(Offload, "away", lambda self, *parts: away(self, *(p for p in parts if p != "optimizer")))
-        turns(1.0).bring("v1")
+        phases(1.0).sync_weights("v1")
         with pytest.raises(RunStopped, match=r"the trainer left .* GiB .* than placement.max_asleep_gb \(1e-06\)"):
-            turns(1e-6).bring("v1")
+            phases(1e-6).sync_weights("v1")
     finally:
         conductor.close()
         leave_world()
@@ -165,17 +165,17 @@ def test_the_policys_servers_judge_under_the_judges_weights_and_sample_under_the
         async with trained_server.client() as client:
             await client.update_from_disk(config.judge.model, "judge")
             judge = Judge(config.judge, [client], AutoTokenizer.from_pretrained(config.judge.model))
-            return [await judge.grade(problems[g.problem_id], m.trace.text) for g in groups for m in g.members]
+            return [await judge.grade(problems[g.problem_id], m.trace.text) for g in groups for m in g.samples]
 
     expected = asyncio.run(judged_directly())
     assert len({judgement.value for judgement in expected}) > 1
-    assert [member.judgement.value for group in groups for member in group.members] == [j.value for j in expected]
+    assert [member.judgement.value for group in groups for member in group.samples] == [j.value for j in expected]
 
 
 def lent_config(root: Path, model: Path, judge: Path, settings: dict, **changes):
     problems = write_problems(root / "problems.jsonl")
     tree = run_config(root / "run", model, judge, problems, **changes).model_dump(mode="json", exclude_unset=True)
-    tree["judge"] |= {"place": "policy"} | settings
+    tree["judge"] |= {"placement": "policy"} | settings
     return check_config(tree, "test")
 
 

@@ -89,7 +89,7 @@ def test_sigusr1_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
     step = read_extra(checkpoints(paths.checkpoints)[-1])["step"]
     assert told.endswith(
         f"exprl: The run was asked to stop and did so after step {step} of learn, with a checkpoint; "
-        "go on with --resume.\n"
+        "continue with --resume.\n"
     )
     assert paths.metrics.read_text().count("\n") == step
     assert not psutil.wait_procs(everybody, timeout=30)[1]

@@ -60,7 +60,7 @@ def test_megatrons_files_must_be_whole(tmp_path, converted, file, sentence):
 def test_traces_longer_than_a_server_scores_are_refused_where_it_shall(tmp_path, tiny_model, longest, sentence):
     model = tiny_model("qwen3")
     check_inputs(run(tmp_path, model, "sparse-rl", max_tokens=longest))
-    config = run(tmp_path, model, "sparse-rl", max_tokens=longest, starting_policy="server")
+    config = run(tmp_path, model, "sparse-rl", max_tokens=longest, ref_policy="server")
     if sentence is None:
         check_inputs(config)
         return

@@ -8,8 +8,8 @@ from graded import graded, stage
 from exprl_megatron.algorithms.scores import soft_overlong_punishment
 from exprl_megatron.errors import UserError
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.sequences import token_advantages
 from exprl_megatron.training.statistics import step_statistics
+from exprl_megatron.training.train_samples import token_advantages
 
 SAMPLING = {"max_new_tokens": 100}
 

@@ -104,7 +104,9 @@ def test_of_an_unexpected_error_alone_its_words_are_told(start, tmp_path):
 
 def test_the_word_of_an_earlier_attempt_is_not_taken_for_that_of_this_one(start, tmp_path):
     (tmp_path / "logs" / "trainer-0.end").write_text(json.dumps({**LOST, "message": "old"}))
-    assert str(cause(start, tmp_path, {"status": 3})).startswith("trainer-0 ended with status 3; go on with --resume.")
+    assert str(cause(start, tmp_path, {"status": 3})).startswith(
+        "trainer-0 ended with status 3; continue with --resume."
+    )
 
 
 def test_a_stopped_rank_is_found_by_its_silence_and_ended(start, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def killed_run(inputs, servers, tmp_path_factory):
     ranks = start_ranks(config, servers, resume=True)
     wait_until(lambda: journal.path("prime", 2).is_file() or not ranks.running(), 300)
     paths.stop_request.touch()
-    with pytest.raises(Preempted, match=r"after step \d of \w+, with a checkpoint; go on with --resume"):
+    with pytest.raises(Preempted, match=r"after step \d of \w+, with a checkpoint; continue with --resume"):
         finish(ranks)
     ranks = start_ranks(config, servers, resume=True)
     kill_when(ranks, journal.path("prime", 3).is_file)
@@ -122,7 +122,7 @@ def test_traces_carry_the_version_of_the_weights_that_sampled_them(killed_run):
         versions = {
             span[0]
             for group in journal.read(stage, step).groups
-            for member in group.members
+            for member in group.samples
             for span in member.trace.weight_versions
         }
         assert versions == {version}
@@ -166,7 +166,7 @@ def mixed_run(inputs, servers, tmp_path_factory):
 
 def test_every_segment_of_a_process_stage_is_judged(mixed_run):
     sampled = Journal(RunDirectory(mixed_run.directory).journal).read("process", 1)
-    members = [member for group in sampled.groups for member in group.members]
+    members = [member for group in sampled.groups for member in group.samples]
     assert max(len(member.segments) for member in members) > 1
     for member in members:
         bounds = [0, *(segment.end for segment in member.segments)]
@@ -188,7 +188,7 @@ def test_dynamic_sampling_draws_further_problems_in_the_place_of_equal_groups(mi
     sampled = Journal(RunDirectory(mixed_run.directory).journal).read("dapo", 1)
     assert len(sampled.groups) == 2
     # An untrained model solves nothing, so that both groups are replaced once.
-    assert sampled.problems_drawn == 4
+    assert sampled.prompts_consumed == 4
 
 
 def test_over_sampling_draws_more_problems_and_takes_as_many_groups_as_ever(mixed_run):
@@ -196,7 +196,7 @@ def test_over_sampling_draws_more_problems_and_takes_as_many_groups_as_ever(mixe
     for step in (1, 2):
         sampled = journal.read("process", step)
         drawn = problem_indices(mixed_run.seed, "process", 3 * (step - 1), 3, 12)
-        assert sampled.problems_drawn == 3 and len(sampled.groups) == 2
+        assert sampled.prompts_consumed == 3 and len(sampled.groups) == 2
         assert {group.problem_id for group in sampled.groups} < {f"p{i}" for i in drawn}
 
 

@@ -31,7 +31,7 @@ def ran(request, trained_server, tiny_model, tmp_path, monkeypatch):
     whole = run_config(tmp_path / "run", model, judge, problems, **changes)
     policy = whole.policy.model_copy(update={"layout": whole.policy.layout.model_copy(update={"tp": 1} | layout)})
     prime, sparse = (stage.model_copy(update={"steps": 1}) for stage in whole.stages)
-    lent = whole.judge.model_copy(update={"place": "policy"})
+    lent = whole.judge.model_copy(update={"placement": "policy"})
     finish(
         start_ranks(
             whole.model_copy(update={"policy": policy, "stages": (prime, sparse), "judge": lent}),

@@ -35,10 +35,10 @@ def sampling_run(fleet, events):
     run, rollouts = Run.__new__(Run), Rollouts.__new__(Rollouts)
     rollouts._fleet = fleet
     run._conductor, run._rollouts, run._place = Conductor(), rollouts, RunProgress()
-    run._turns = SimpleNamespace(learn=lambda: events.append("learn"))
-    run._ahead = SimpleNamespace(
-        announce=lambda *_: False,
-        begin=lambda *_: None,
+    run._phases = SimpleNamespace(switch_to_training=lambda: events.append("learn"))
+    run._prefetch = SimpleNamespace(
+        needs_weights=lambda *_: False,
+        start=lambda *_: None,
         take=lambda *_: events.append("traces") or SampledStep([], 2, Counter()),
     )
     run._console, run._seconds, run._now = None, {}, ("sparse", 1)

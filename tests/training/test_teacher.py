@@ -63,4 +63,4 @@ def test_student_and_teacher_are_asked_about_the_same_tokens_graded_or_not():
     assert responses == [[[5, 6], [7], [8, 9]]] * 2
     assert [s.prompt_ids.tolist() for s in students] == [[1, 2]] * 3
     assert [t.prompt_ids.tolist() for t in teachers] == [[3, 3, 3], [3, 3, 3], [4]]
-    assert students[0].sampler_log_probs.tolist() == [-0.5, -0.5]
+    assert students[0].rollout_log_probs.tolist() == [-0.5, -0.5]

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.stages import SparseRlStage
 from exprl_megatron.training.loop import update
 
-SEQUENCES = [Sequence((1,), (2, 3, 4, 5), (1.0,) * 4), Sequence((1,), (2, 3), (1.0,) * 2)]
+SEQUENCES = [TrainSample((1,), (2, 3, 4, 5), (1.0,) * 4), TrainSample((1,), (2, 3), (1.0,) * 2)]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from exprl_megatron.benchmarks.host.station import Station
 from exprl_megatron.benchmarks.host.workload import GROUP, Workload
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.stages import ExprlProcessStage
-from exprl_megatron.training.sequences import update_sequences
 from exprl_megatron.training.statistics import group_statistics
+from exprl_megatron.training.train_samples import update_samples
 
 
 def prepare(workload: Workload) -> Callable[[], object]:
@@ -21,7 +21,7 @@ def prepare(workload: Workload) -> Callable[[], object]:
         problems_per_step=len(groups),
         group_size=GROUP,
     )
-    return lambda: (group_statistics(groups, judged=True), update_sequences(stage, groups))
+    return lambda: (group_statistics(groups, judged=True), update_samples(stage, groups))
 
 
 STATION = Station("statistics and advantages", blocks=True, prepare=prepare)

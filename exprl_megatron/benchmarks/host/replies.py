@@ -15,7 +15,7 @@ _DISTINCT_TOKENS = 4_000_000
 
 def prepare(workload: Workload) -> Callable[[], object]:
     """Reads a reply for each trace and keeps what it says."""
-    traces = [member.trace for group in workload.groups for member in group.members]
+    traces = [member.trace for group in workload.groups for member in group.samples]
     count = max(1, min(len(traces), _DISTINCT_TOKENS // workload.mean_tokens))
     bodies = [body(trace) for trace in traces[:count]]
     return lambda: [read_generation(bodies[i % count]) for i in range(len(traces))]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
@@ -78,11 +78,11 @@ class Workload:
         return found
 
     @cached_property
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[TrainSample]:
         """What an update of the step learns from."""
-        traces = [member.trace for group in self.groups for member in group.members]
+        traces = [member.trace for group in self.groups for member in group.samples]
         return [
-            Sequence(t.prompt_ids, t.token_ids, np.broadcast_to(np.float32(0.5), len(t.token_ids)), t.log_probs)
+            TrainSample(t.prompt_ids, t.token_ids, np.broadcast_to(np.float32(0.5), len(t.token_ids)), t.log_probs)
             for t in traces
         ]
 

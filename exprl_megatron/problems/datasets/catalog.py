@@ -1,4 +1,4 @@
-"""The public data sets by name: where each lies, how its rows become records, how many it should give."""
+"""The public data sets by name: where each is published, how its rows become records, how many it should give."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class DataSet:
     def rows(self, split: str | None, copy: Path | None) -> Iterator[Row]:
         """All rows, from the hub or from a `copy` (a file of rows, or a directory like the hub's)."""
         if copy is not None and not copy.exists():
-            raise UserError(f"There is no copy of the data set at {copy}; mend the path.")
+            raise UserError(f"There is no copy of the data set at {copy}; correct the path.")
         is_file = copy is not None and copy.is_file()
         if split is not None and (is_file or self.files):
             raise UserError(f"{self.hub} is read file by file here and has no splits; leave --split out.")

@@ -66,7 +66,7 @@ def sciknoweval_multiple_choice_with_solution(row: Row) -> Record | None:
 
 
 def gpqa_diamond(row: Row, seed: int) -> Record | None:
-    """GPQA-diamond: the right choice among the wrong ones in an order that hangs on `seed` and the question alone."""
+    """GPQA-diamond: the right choice among the wrong ones in an order that depends on `seed` and the question alone."""
     question, right = text(row["Question"]), text(row["Correct Answer"])
     wrong = [text(row[f"Incorrect Answer {number}"]) for number in (1, 2, 3)]
     if question is None or right is None or None in wrong:

@@ -1,20 +1,20 @@
-"""A frozen server that knows a stage's starting weights and scores traces under them, for the KL term."""
+"""Scoring of traces by a server that holds the weights of the reference policy, for the KL term."""
 
-from collections.abc import Sequence as ListLike
+from collections.abc import Sequence
 
 import numpy as np
 
-from exprl_megatron.algorithms.batch import LearnedFrom, Sequence
+from exprl_megatron.algorithms.batch import SampleOrOutline, TrainSample
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.ready import wait_ready
-from exprl_megatron.utils.together import together
+from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.conductor import Conductor
 from exprl_megatron.weight_sync.sync import WeightSync
 
 
-class StartScorer:
-    """Every rank calls the same methods; the conductor alone talks to the server, between `open` and `close`."""
+class RefScorer:
+    """Client of the reference policy's server. Every rank calls the same methods; only rank 0 talks to the server."""
 
     def __init__(self, client: SGLangClient, sync: WeightSync, conductor: Conductor, start_deadline_s: float):
         self._client = client
@@ -24,28 +24,28 @@ class StartScorer:
         self._version: str | None = None
 
     def open(self) -> None:
-        """Open the connection and wait until the server is ready. Raises ServerError where it does not become so."""
+        """Open the connection and wait until the server is ready. Raises ServerError where it does not start."""
         self._conductor.everywhere(lambda: self._conductor.run(self._open()))
 
     def begin_stage(self, stage: str) -> None:
-        """Bring the policy's current weights to the server; they stay there until the next stage.
+        """Push the policy's current weights to the server; they stay there until the next stage.
 
         A run that resumes within `stage` must call this before it loads the checkpoint. Raises as WeightSync.bring.
         """
-        self._version = f"start-{stage}"
+        self._version = f"ref-{stage}"
         self._sync.bring(self._version)
 
-    def log_probs(self, sequences: ListLike[LearnedFrom]) -> list[np.ndarray]:
-        """Of every response token at temperature 1, as Policy.log_probs(start=True); the same on every rank.
+    def log_probs(self, samples: Sequence[SampleOrOutline]) -> list[np.ndarray]:
+        """Compute the log-probs [response tokens] of each sample at temperature 1; returns the same on every rank.
 
-        All requests are under way at once, as in sampling: the server's own scheduler takes as many as it has room
-        for, and each has the whole of the request deadline. Raises ServerError where the server is dead, hangs past
+        As Policy.log_probs(ref_policy=True). All requests are in flight at once: the server's scheduler runs as many as
+        fit, and each has the full request deadline. Raises ServerError where the server is dead, does not answer within
         its deadline, refuses, or holds other weights.
         """
-        return self._conductor.everywhere(lambda: self._conductor.run(together(map(self._score, sequences))))
+        return self._conductor.everywhere(lambda: self._conductor.run(gather_or_cancel(map(self._score, samples))))
 
     def close(self) -> None:
-        """Leave the server."""
+        """Disconnect from the server."""
         self._sync.close()
         self._conductor.everywhere(lambda: self._conductor.run(self._client.__aexit__()))
 
@@ -53,8 +53,8 @@ class StartScorer:
         await self._client.__aenter__()
         await wait_ready(self._client, self._start_deadline_s)
 
-    async def _score(self, sequence: Sequence) -> np.ndarray:
-        scores = await self._client.score(sequence.token_ids, sequence.prompt_tokens)
+    async def _score(self, sample: TrainSample) -> np.ndarray:
+        scores = await self._client.score(sample.token_ids, sample.prompt_tokens)
         if scores.weight_version != self._version:
             raise ServerError(
                 f"{self._client.name} ({self._client.url}) scored under weight version {scores.weight_version}, "

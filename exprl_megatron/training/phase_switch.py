@@ -1,8 +1,8 @@
-"""Trainer and sampling servers in turns on the same devices, and a ledger of what each phase leaves in memory.
+"""Switches between training and sampling where trainer and servers share devices, and memory statistics of each phase.
 
-To learn, the servers sleep: they give up their cache and their weights. To sample, the trainer's gradients and
-optimizer leave the device, the servers' weights wake and get the new ones, the trainer's weights leave, and the
-servers' cache wakes. Where the placement is separate nothing of this happens, and weights are brought as they are.
+For training, the servers release their KV cache and their weights (SGLang's release_memory_occupation). For sampling,
+the trainer offloads gradients and optimizer to the host, the servers resume their weights and receive the new ones, the
+trainer offloads its weights, and the servers resume their KV cache. With separate devices only weights are pushed.
 """
 
 from typing import Literal
@@ -20,8 +20,8 @@ from exprl_megatron.weight_sync.sync import WeightSync
 _GIB = 2**30
 
 
-class Turns:
-    """Every rank has one and calls the same methods; `fleet` is needed on rank 0 alone."""
+class PhaseSwitch:
+    """The phase that this rank is in. Every rank calls the same methods; `fleet` is needed on rank 0 alone."""
 
     def __init__(
         self, config: PlacementConfig, policy: Policy, conductor: Conductor, fleet: Fleet | None, sync: WeightSync
@@ -33,18 +33,19 @@ class Turns:
         self._offload = Offload(policy)
         self._device = policy.world.device
         self._phase: Literal["learning", "sampling"] | None = None if config.kind == "colocated" else "learning"
-        """None: nobody knows yet whether servers are awake."""
-        self._ledger: dict[str, float] = {}
+        """None at the start, when the servers may hold memory or not."""
+        self._memory_stats: dict[str, float] = {}
 
-    def bring(self, version: str) -> dict[str, float]:
-        """The servers' turn, under the policy's current weights as `version`; see WeightSync.bring.
+    def sync_weights(self, version: str) -> dict[str, float]:
+        """Push the policy's current weights to the servers as `version` and switch to sampling; returns metrics.
 
-        Raises RunStopped where the trainer leaves more on its device than the config allows.
+        Raises RunStopped where the trainer leaves more memory on its device than the config allows; see also
+        WeightSync.bring.
         """
         if self._config.kind == "separate":
             return self._sync.bring(version)
         self._offload.away(*TRAINING)
-        # Servers may have come in the midst of their turn.
+        # Servers may have joined while they were asleep.
         self._offload.back("weights")
         self._wake("weights")
         metrics = self._sync.bring(version)
@@ -54,32 +55,32 @@ class Turns:
         self._phase = "sampling"
         return metrics
 
-    def learn(self) -> None:
-        """The trainer's turn, if it is not; precedes whatever gives the trainer memory, as a stage's start does.
+    def switch_to_training(self) -> None:
+        """Switch to training, if this is not the phase; called before the trainer allocates memory.
 
-        Raises RunStopped where the servers leave more on a device than the config allows.
+        Raises RunStopped where the servers leave more memory on a device than the config allows.
         """
         if self._phase == "learning":
             return
         slept = put_to_sleep(self._conductor, self._fleet)
         self._note("learning", _foreign_memory(self._device))
-        self._ledger["memory/servers_slept"] = float(slept)
+        self._memory_stats["memory/servers_slept"] = float(slept)
         self._offload.back("weights", *TRAINING)
         self._phase = "learning"
 
-    def take_ledger(self) -> dict[str, float]:
-        """What the phases since this was asked last left in memory, in GiB."""
-        ledger, self._ledger = self._ledger, {}
-        return ledger
+    def take_memory_stats(self) -> dict[str, float]:
+        """Return the memory statistics of the phases since the last call, in GiB."""
+        stats, self._memory_stats = self._memory_stats, {}
+        return stats
 
     def _wake(self, tag: str) -> None:
         self._conductor.everywhere(lambda: self._conductor.run(self._fleet.wake(tag)))
 
     def _note(self, phase: str, asleep: int) -> None:
-        """Keep what is on the device while `phase` begins; `asleep` bytes are of the side that sleeps then."""
+        """Record the device's memory at the start of `phase`; `asleep` is that of the sleeping side, in bytes."""
         held = self._offload.held()
-        self._ledger |= {f"memory/{phase}/{part}": size / _GIB for part, size in held.items()}
-        self._ledger[f"memory/{phase}/asleep"] = asleep / _GIB
+        self._memory_stats |= {f"memory/{phase}/{part}": size / _GIB for part, size in held.items()}
+        self._memory_stats[f"memory/{phase}/asleep"] = asleep / _GIB
         bound = self._config.max_asleep_gb
         if bound is not None and asleep > bound * _GIB:
             whose = "the trainer" if phase == "sampling" else "the servers"
@@ -90,9 +91,9 @@ class Turns:
 
 
 def put_to_sleep(conductor: Conductor, fleet: Fleet | None) -> bool:
-    """Let all sampling servers give up their memory, those that do so already excepted; whether they can.
+    """Let all sampling servers release their memory; returns whether they can (on a CPU they cannot).
 
-    Every rank calls it; `fleet` is needed on rank 0 alone, and is None there too where a run has no such servers.
+    Every rank calls it; `fleet` is needed on rank 0 alone, and is None there where a run has no such servers.
     """
     return conductor.everywhere(lambda: fleet is not None and conductor.run(fleet.sleep()))
 

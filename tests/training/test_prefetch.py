@@ -8,7 +8,7 @@ from graded import group, stage
 
 from exprl_megatron.errors import ServerError
 from exprl_megatron.runs.journal import SampledStep
-from exprl_megatron.training.ahead import Ahead
+from exprl_megatron.training.prefetch import RolloutPrefetch
 
 
 class Loop:
@@ -32,15 +32,15 @@ class Loop:
 
 
 class Sampling:
-    """In the rollouts' place: a step is sampled when the test says so."""
+    """Stands in for the rollouts: a step is sampled when the test says so."""
 
     def __init__(self, journal=()):
         self.journal = {step: self.result(step) for step in journal}
-        self.begun = {}
+        self.started = {}
         self.may_finish = {step: threading.Event() for step in range(1, 20)}
         self.finished = {step: threading.Event() for step in range(1, 20)}
         self.fails = {}
-        self.held = []
+        self.paused = []
 
     @staticmethod
     def result(step):
@@ -49,11 +49,11 @@ class Sampling:
     def has_sampled(self, stage, step):
         return step in self.journal
 
-    def recall(self, stage, step):
+    def read_logged(self, stage, step):
         return self.journal.get(step)
 
-    async def collect(self, stage, step, drawn, versions):
-        self.begun[step] = (drawn, versions)
+    async def collect(self, stage, step, prompts_consumed, versions):
+        self.started[step] = (prompts_consumed, versions)
         await asyncio.to_thread(self.may_finish[step].wait, 20)
         if step in self.fails:
             raise self.fails[step]
@@ -61,11 +61,11 @@ class Sampling:
         self.finished[step].set()
         return self.journal[step]
 
-    async def hold(self):
-        self.held.append(True)
+    async def pause_generation(self):
+        self.paused.append(True)
 
-    async def go_on(self):
-        self.held.append(False)
+    async def continue_generation(self):
+        self.paused.append(False)
 
     def finish(self, *steps):
         for step in steps:
@@ -84,38 +84,38 @@ def _stage(max_staleness, steps=6):
     return stage("sparse-rl", steps=steps, problems_per_step=4, max_staleness=max_staleness, **correction)
 
 
-def _learn(ahead, of_stage, step):
+def _learn(prefetch, of_stage, step):
     """One step as the run takes it; its result, and whether the servers got weights."""
     version = f"v{step - 1}"
-    wanted = ahead.announce(of_stage, step, version)
-    ahead.begin(of_stage, step, 4 * (step - 1), version)
-    return ahead.take(of_stage, step), wanted
+    wanted = prefetch.needs_weights(of_stage, step, version)
+    prefetch.start(of_stage, step, 4 * (step - 1), version)
+    return prefetch.take(of_stage, step), wanted
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
 def test_no_step_is_begun_under_weights_older_than_allowed_and_none_later_than_possible(conductor, max_staleness):
     sampling, steps = Sampling(), 6
     sampling.finish(*range(1, 20))
-    ahead = Ahead(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
     for step in range(1, steps + 1):
-        sampled, _ = _learn(ahead, _stage(max_staleness), step)
+        sampled, _ = _learn(prefetch, _stage(max_staleness), step)
         assert sampled == sampling.result(step)
-    oldest = {step: int(versions[0][1:]) for step, (_, versions) in sampling.begun.items()}
+    oldest = {step: int(versions[0][1:]) for step, (_, versions) in sampling.started.items()}
     assert oldest == {step: max(0, step - 1 - max_staleness) for step in range(1, steps + 1)}
 
 
 def test_steps_keep_their_problems_whatever_is_begun_when(conductor):
     sampling = Sampling()
     sampling.finish(*range(1, 20))
-    ahead = Ahead(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
     for step in range(1, 7):
-        _learn(ahead, _stage(2), step)
-    assert {step: drawn for step, (drawn, _) in sampling.begun.items()} == {s: 4 * (s - 1) for s in range(1, 7)}
+        _learn(prefetch, _stage(2), step)
+    assert {step: consumed for step, (consumed, _) in sampling.started.items()} == {s: 4 * (s - 1) for s in range(1, 7)}
 
 
 def test_steps_are_learned_in_their_order_however_soon_later_ones_are_finished(conductor):
     sampling = Sampling()
-    ahead = Ahead(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
     sampling.finish(2, 3)
 
     def first_is_last():
@@ -123,39 +123,39 @@ def test_steps_are_learned_in_their_order_however_soon_later_ones_are_finished(c
             sampling.finish(1)
 
     threading.Thread(target=first_is_last).start()
-    learned = [_learn(ahead, _stage(2, steps=3), step)[0] for step in (1, 2, 3)]
+    learned = [_learn(prefetch, _stage(2, steps=3), step)[0] for step in (1, 2, 3)]
     assert learned == [sampling.result(step) for step in (1, 2, 3)]
 
 
 def test_a_step_under_way_may_go_on_under_every_version_announced_meanwhile(conductor):
     sampling = Sampling()
-    ahead = Ahead(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
     sampling.finish(1, 2)
     for step in (1, 2):
-        _learn(ahead, _stage(2), step)
-    assert ahead.announce(_stage(2), 3, "v2")
-    assert sampling.held == [True, False, True, False, True], "held while the weights change, and no longer"
-    assert sampling.begun[3][1] == ["v0", "v1", "v2"]
-    assert sampling.begun[4][1] == ["v1", "v2"]
+        _learn(prefetch, _stage(2), step)
+    assert prefetch.needs_weights(_stage(2), 3, "v2")
+    assert sampling.paused == [True, False, True, False, True], "held while the weights change, and no longer"
+    assert sampling.started[3][1] == ["v0", "v1", "v2"]
+    assert sampling.started[4][1] == ["v1", "v2"]
     sampling.finish(3, 4)
 
 
 def test_strictly_on_policy_the_servers_get_every_version_and_one_step_at_a_time(conductor):
     sampling = Sampling()
     sampling.finish(*range(1, 20))
-    ahead = Ahead(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
     for step in range(1, 4):
-        assert _learn(ahead, _stage(0), step)[1]
-        assert sampling.begun.keys() == set(range(1, step + 1))
-    assert sampling.held == []
+        assert _learn(prefetch, _stage(0), step)[1]
+        assert sampling.started.keys() == set(range(1, step + 1))
+    assert sampling.paused == []
 
 
 def test_a_resumed_run_samples_what_its_journal_lacks_and_brings_weights_for_that_alone(conductor):
     sampling = Sampling(journal=(1, 2, 4))
     sampling.finish(*range(1, 20))
-    ahead = Ahead(conductor, sampling, pytest.fail)
-    needed = {step: _learn(ahead, _stage(1, steps=5), step)[1] for step in range(1, 6)}
-    assert {step: versions[0] for step, (_, versions) in sampling.begun.items()} == {3: "v1", 5: "v3"}
+    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
+    needed = {step: _learn(prefetch, _stage(1, steps=5), step)[1] for step in range(1, 6)}
+    assert {step: versions[0] for step, (_, versions) in sampling.started.items()} == {3: "v1", 5: "v3"}
     # before step 1 nothing is missing; the last step may have been finished before the last update
     assert [needed[step] for step in (1, 2, 4)] == [False, True, True]
 
@@ -169,9 +169,9 @@ def test_what_fails_ahead_is_told_at_once_while_another_step_is_waited_for(condu
         heard.set()
 
     sampling.fails[3] = ServerError("policy-0 died.")
-    ahead = Ahead(conductor, sampling, on_failure)
+    prefetch = RolloutPrefetch(conductor, sampling, on_failure)
     sampling.finish(3)
-    waiting = threading.Thread(target=_learn, args=(ahead, _stage(2), 1))
+    waiting = threading.Thread(target=_learn, args=(prefetch, _stage(2), 1))
     waiting.start()
     assert heard.wait(10), "the failure was kept until its step is asked for"
     assert told == [sampling.fails[3]] and waiting.is_alive()
@@ -182,7 +182,7 @@ def test_what_fails_ahead_is_told_at_once_while_another_step_is_waited_for(condu
 def test_the_failure_of_the_step_that_is_waited_for_is_raised_there_alone(conductor):
     sampling = Sampling()
     sampling.fails[1] = ServerError("policy-0 died.")
-    ahead = Ahead(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
     sampling.finish(1, 2)
     with pytest.raises(ServerError, match="policy-0 died"):
-        _learn(ahead, _stage(1), 1)
+        _learn(prefetch, _stage(1), 1)

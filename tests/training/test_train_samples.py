@@ -6,8 +6,8 @@ import pytest
 from graded import cut, graded, group, stage
 
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.sequences import token_advantages, update_sequences
 from exprl_megatron.training.teacher import student_and_teacher
+from exprl_megatron.training.train_samples import token_advantages, update_samples
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "exprl_vectors.json").read_text())
 SPANS = (("v1", 0, 1), ("v2", 1, 3))
@@ -20,7 +20,7 @@ def close(expected):
 
 def sequences_of(stage_, groups):
     """Of a stage with one update a step."""
-    (sequences,) = update_sequences(stage_, groups)
+    (sequences,) = update_samples(stage_, groups)
     return sequences
 
 
@@ -75,7 +75,7 @@ def test_overlong_traces_of_stages_judged_whole():
 
 def test_the_stage_names_the_estimator_and_a_batch_is_the_whole_step():
     groups = [group(1.0, 0.0), group(0.0, 0.0)]
-    split = update_sequences(stage("sparse-rl", advantage="batch-normalised", updates_per_step=2), groups)
+    split = update_samples(stage("sparse-rl", advantage="batch-normalised", updates_per_step=2), groups)
     std = (3 * 0.25**2 + 0.75**2) ** 0.5 / 3**0.5
     found = [[s.advantages[0] for s in part] for part in split]
     assert found == [close([0.75 / std, -0.25 / std]), close([-0.25 / std, -0.25 / std])]
@@ -84,17 +84,17 @@ def test_the_stage_names_the_estimator_and_a_batch_is_the_whole_step():
 
 def test_updates_share_the_groups_in_their_order():
     groups = [group(score, 0.0) for score in (0.1, 0.2, 0.3, 0.4, 0.5)]
-    parts = update_sequences(stage("sparse-rl", updates_per_step=2), groups)
+    parts = update_samples(stage("sparse-rl", updates_per_step=2), groups)
     assert [[s.advantages[0] for s in part[::2]] for part in parts] == [close([0.05, 0.1]), close([0.15, 0.2, 0.25])]
-    assert update_sequences(stage("sparse-rl", updates_per_step=2), [group(None, None)] * 2) == [[], []]
-    assert update_sequences(stage("exprl-process"), []) == [[]]
+    assert update_samples(stage("sparse-rl", updates_per_step=2), [group(None, None)] * 2) == [[], []]
+    assert update_samples(stage("exprl-process"), []) == [[]]
 
 
 def test_self_distillation_takes_every_trace_and_needs_no_judgement():
     graded_or_not = group(None, 1.0, finish="length")
     sequences, _ = student_and_teacher([graded_or_not], {graded_or_not.problem_id: (1,)})
     assert [s.advantages for s in sequences] == [None, None]
-    assert sequences[0].sampler_log_probs.tolist() == [-0.5] * 3
+    assert sequences[0].rollout_log_probs.tolist() == [-0.5] * 3
 
 
 def test_process_advantages_go_to_the_tokens_of_their_segments():
@@ -103,7 +103,7 @@ def test_process_advantages_go_to_the_tokens_of_their_segments():
     assert [s.advantages.tolist() for s in delta] == [close([-0.25] * 3 + [0.5] * 3 + [-0.25]), close([0, 0])]
     code = advantages_of(stage("exprl-process", variant="code"), [traces])
     assert code == [close([-0.25] * 3 + [0.5] * 3 + [-0.25]), close([0.75] * 2)]
-    assert [s.response_ids.tolist() for s in delta] == [m.trace.token_ids.tolist() for m in traces.members[:2]]
+    assert [s.response_ids.tolist() for s in delta] == [m.trace.token_ids.tolist() for m in traces.samples[:2]]
 
 
 def test_process_settings_reach_the_estimator():
@@ -126,7 +126,10 @@ def test_process_settings_reach_the_estimator():
 def test_domains_of_a_step_are_routed_to_their_own_estimators(variant, code_group):
     case = VECTORS["mixed_delta_process"]
     assert case["code_token_adv"][1] == [0, 0, 1.0]
-    routes = {"code": {"unit": "trace", "estimator": "outcome"}, "science": {"unit": "segment", "estimator": "basic"}}
+    routes = {
+        "code": {"granularity": "trace", "estimator": "outcome"},
+        "science": {"granularity": "segment", "estimator": "basic"},
+    }
     mixed = stage("exprl-process", variant=variant, routes=routes)
     math = Group("m", (cut(0, (0.25, 2), (0.75, 1)), cut(1, (0.5, 1), (0.5, 1))))
     code = group(1.0, 0.25, domain="code")
@@ -139,7 +142,7 @@ def test_domains_of_a_step_are_routed_to_their_own_estimators(variant, code_grou
 
 
 def test_routed_outcomes_that_are_overlong_or_abstained():
-    routes = {"code": {"unit": "trace", "estimator": "outcome"}}
+    routes = {"code": {"granularity": "trace", "estimator": "outcome"}}
     members = (graded(0, 1.0, finish="length"), graded(1, 1.0), graded(2, 0.5), graded(3, None))
     code = Group("c", members, "code")
     zero = first_tokens(stage("exprl-process", routes=routes), code)
@@ -159,6 +162,6 @@ def test_a_trace_without_judged_segments_cannot_have_process_rewards():
 def test_tokens_of_older_weights_are_told_from_those_of_the_weights_that_learn():
     members = (graded(0, 1.0), replace(graded(1, 0.0), trace=replace(graded(1, 0.0).trace, weight_versions=SPANS)))
     groups = [Group("p", members)]
-    (sequences,) = update_sequences(stage("sparse-rl"), groups, "v2")
-    assert [sequence.fresh.tolist() for sequence in sequences] == [[False] * 3, [False, True, True]]
-    assert [sequence.fresh for sequence in sequences_of(stage("sparse-rl"), groups)] == [None, None]
+    (sequences,) = update_samples(stage("sparse-rl"), groups, "v2")
+    assert [sequence.on_policy_mask.tolist() for sequence in sequences] == [[False] * 3, [False, True, True]]
+    assert [sequence.on_policy_mask for sequence in sequences_of(stage("sparse-rl"), groups)] == [None, None]

@@ -1,4 +1,4 @@
-"""A stage's starting policy, scored by a server of its own: the same numbers as swapped-in weights give."""
+"""A stage's reference policy, scored by a server of its own: the same numbers as swapped-in weights give."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from forking import starter
 
-from exprl_megatron.algorithms.batch import Sequence
+from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig, SyncConfig
 from exprl_megatron.errors import ServerError, UserError
@@ -22,8 +22,8 @@ from exprl_megatron.runs.journal import Journal
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.server_process import server_specs, start_servers
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.training.assemble import start_client
-from exprl_megatron.training.start_scorer import StartScorer
+from exprl_megatron.training.assemble import ref_client
+from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.weight_sync.conductor import Conductor
 from exprl_megatron.weight_sync.sync import WeightSync
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import SAMPLING, finish, kill_when, run_config, start_ranks, write_problems
 
 
-def three_stages(directory, model, problems, starting_policy="server", **sampling):
+def three_stages(directory, model, problems, ref_policy="server", **sampling):
     """Two and three steps of sparse-reward RL with a KL term and one of self-distillation."""
     shared = {
         "problems": {"source": str(problems)},
@@ -48,7 +48,7 @@ def three_stages(directory, model, problems, starting_policy="server", **samplin
     teacher = {"user": "{problem} Solution: {reference}"}
     distill = shared | {"kind": "self-distill", "name": "distill", "steps": 1, "teacher_prompt": teacher}
     stages = [sparse | {"name": "one", "steps": 2}, sparse | {"name": "two", "steps": 3}, distill]
-    policy = {"model": str(model), "layout": {"tp": 2}, "max_tokens": 160, "starting_policy": starting_policy}
+    policy = {"model": str(model), "layout": {"tp": 2}, "max_tokens": 160, "ref_policy": ref_policy}
     return run_config(directory, model, model, problems, policy=policy, stages=stages)
 
 
@@ -59,8 +59,8 @@ def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(tmp_pat
         monkeypatch.delenv(name, raising=False)
     registry, said = Registry(tmp_path / "servers"), []
     nccl = f"NCCL_CUMEM_ENABLE={value} NCCL_NVLS_ENABLE=0"
-    registry.register(RegisteredServer("start", "start-0", "http://127.0.0.1:9", "", "a", nccl=nccl))
-    client = start_client(three_stages(tmp_path / "run", "model", "problems"), registry, said.append)
+    registry.register(RegisteredServer("ref", "ref-0", "http://127.0.0.1:9", "", "a", nccl=nccl))
+    client = ref_client(three_stages(tmp_path / "run", "model", "problems"), registry, said.append)
 
     async def ask():
         async with client:
@@ -69,44 +69,44 @@ def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(tmp_pat
                     await client.health()
 
     asyncio.run(ask())
-    assert len(said) == reported and all("NCCL_CUMEM_ENABLE=1" in line and "start-0" in line for line in said)
+    assert len(said) == reported and all("NCCL_CUMEM_ENABLE=1" in line and "ref-0" in line for line in said)
 
 
 def test_the_server_is_among_the_processes_only_where_a_stage_needs_it(tmp_path):
-    def names(starting_policy):
-        config = three_stages(tmp_path / "run", "model", "problems", starting_policy)
+    def names(ref_policy):
+        config = three_stages(tmp_path / "run", "model", "problems", ref_policy)
         planned = [process.name for process in planned_processes(config) if "server" in process.what.lower()]
         assert planned == [spec.name for spec in wanted_servers(config, RunDirectory(tmp_path))]
         return planned
 
-    assert names("server") == ["policy-0", "start-0"]
+    assert names("server") == ["policy-0", "ref-0"]
     assert names("host") == ["policy-0"]
 
 
 def test_another_temperature_than_1_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"stage one: .*temperature is 0.7; set starting_policy to host"):
+    with pytest.raises(UserError, match=r"stage one: .*temperature is 0.7; set ref_policy to host"):
         three_stages(tmp_path / "run", "model", "problems", temperature=0.7)
     three_stages(tmp_path / "run", "model", "problems", "host", temperature=0.7)
 
 
 @pytest.fixture(scope="module")
-def start_server(tiny_model, tmp_path_factory):
+def ref_server(tiny_model, tmp_path_factory):
     """The server of its own; what weights it holds is each test's matter."""
     config = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
-    specs = server_specs("start", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))
+    specs = server_specs("ref", tiny_model("qwen3"), config, tmp_path_factory.mktemp("logs"))
     with start_servers(specs, starter())[0] as server:
         yield server
 
 
 @pytest.mark.slow
-def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(start_server, tiny_model):
+def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(ref_server, tiny_model):
     from exprl_megatron.algorithms.objective import supervised_objective
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world
     from exprl_megatron.weight_sync.broadcast import BroadcastTransport
     from exprl_megatron.weight_sync.control import Control
 
-    sequences = [Sequence(tuple(range(3, 4 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(5)]
+    sequences = [TrainSample(tuple(range(3, 4 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(5)]
     tokens = sum(len(sequence.response_ids) for sequence in sequences)
 
     def learn():
@@ -117,19 +117,19 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(st
     policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
     policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10)
     learn()
-    conductor, client = Conductor(), start_server.client()
+    conductor, client = Conductor(), ref_server.client()
     control = Control(240.0)
     transport = BroadcastTransport([client], 1, policy.world, control, 120.0)
     sync = WeightSync(SyncConfig(), policy, conductor, FixedServers([client]), transport, control)
-    scorer = StartScorer(client, sync, conductor, start_deadline_s=60.0)
+    scorer = RefScorer(client, sync, conductor, start_deadline_s=60.0)
     scorer.open()
-    policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10, keep_start=True)
+    policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10, keep_ref_policy=True)
     scorer.begin_stage("prime")
     learn()
     scored = scorer.log_probs(sequences)
-    start, current = policy.log_probs(sequences, 1.0, start=True), policy.log_probs(sequences, 1.0)
+    start, current = policy.log_probs(sequences, 1.0, ref_policy=True), policy.log_probs(sequences, 1.0)
     conductor.run(client.update_from_disk(tiny_model("qwen3"), "another"))
-    with pytest.raises(ServerError, match=r"start-0 \(.*\) scored under weight version another, not start-prime"):
+    with pytest.raises(ServerError, match=r"ref-0 \(.*\) scored under weight version another, not ref-prime"):
         scorer.log_probs(sequences)
     scorer.close()
     conductor.close()
@@ -145,12 +145,12 @@ def largest_gap(found, expected):
 
 @pytest.mark.slow
 def test_killed_in_mid_stage_a_run_has_the_divergences_of_an_uninterrupted_one_with_the_weights_on_the_host(
-    tiny_model, qwen3_server, start_server, tmp_path
+    tiny_model, qwen3_server, ref_server, tmp_path
 ):
     model, problems = tiny_model("qwen3"), write_problems(tmp_path / "problems.jsonl")
     config = three_stages(tmp_path / "server", model, problems)
     paths = RunDirectory(config.directory)
-    servers = {"policy": qwen3_server, "start": start_server}
+    servers = {"policy": qwen3_server, "ref": ref_server}
     kill_when(start_ranks(config, servers), Journal(paths.journal).path("two", 2).is_file)
     place = read_extra(checkpoints(paths.checkpoints)[-1])
     assert place["stage"] == 1 and 0 < place["step"] < 3
