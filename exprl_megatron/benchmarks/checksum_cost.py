@@ -31,7 +31,7 @@ def measure_checksums(
                 sync._have_loader = False
             before = _processor_s(trainer, servers)
             started = time.monotonic()
-            sync.bring(f"{layout}-{kind}-{time.monotonic_ns()}")
+            sync.push_weights(f"{layout}-{kind}-{time.monotonic_ns()}")
             wall_s = time.monotonic() - started
             # The first opens the groups.
             if number:

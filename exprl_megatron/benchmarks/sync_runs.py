@@ -144,7 +144,7 @@ def measure(
     for number in range(settings["repeats"] + 1):
         trainer.change()
         floors.append(0.0 if floor is None else floor.seconds(sizes))
-        syncs.append(sync.bring(f"{layout}-{time.monotonic_ns()}-{number}"))
+        syncs.append(sync.push_weights(f"{layout}-{time.monotonic_ns()}-{number}"))
     if floor is not None:
         floor.close()
     trainer.close(sync)

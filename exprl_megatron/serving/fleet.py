@@ -66,7 +66,7 @@ class Fleet:
         self._searching = asyncio.Lock()
         self._lending = asyncio.Lock()
         self._members: dict[str, Member] = {}
-        self._convoked: list[Member] = []
+        self._prepared: list[Member] = []
         self._version: str | None = None
         self._go = asyncio.Event()
         self._go.set()
@@ -170,7 +170,7 @@ class Fleet:
     @property
     def clients(self) -> list[SGLangClient]:
         """Of the servers that were prepared for the last sync."""
-        return [member.client for member in self._convoked]
+        return [member.client for member in self._prepared]
 
     async def pause_generation(self, mode: Literal["retract", "in_place"]) -> None:
         """Pause the requests in flight where they are, and hold back new ones."""
@@ -259,8 +259,8 @@ class Fleet:
         if replaced and not self._in("serving", "joining"):
             raise WeightsReplaced(f"{replaced[0]} No other server is left; find out who did it, then use --resume.")
 
-    async def convoke(self, version: str) -> bool:
-        """Whether weights are to be sent to `clients`, since one of them has not `version`.
+    async def prepare(self, version: str) -> bool:
+        """Whether weights must be pushed to `clients`, since one of them does not have `version`.
 
         Waits for a server where there is none. Raises ServerError where none comes within start_deadline_s.
         """
@@ -270,30 +270,30 @@ class Fleet:
             await self._next_change()
         if version == self._version and not self._in("joining"):
             return False
-        self._convoked = self._in("serving", "joining")
+        self._prepared = self._in("serving", "joining")
         return True
 
-    async def brought(self, version: str) -> None:
+    async def commit(self, version: str) -> None:
         """Record that the servers that were prepared hold `version`, as their answers show."""
         self._version = version
         self._unexplained = 0
-        for member in self._convoked:
+        for member in self._prepared:
             if member.state == "joining":
                 member.state = "serving"
         await self._route()
 
-    async def failed(self, error: ServerError) -> None:
-        """Bringing weights failed: who answers well, without the request in question, is joining, the others are out.
+    async def abort(self, error: ServerError) -> None:
+        """Handle a failed push: servers that answer a probe are joining again, the others are out.
 
-        Raises `error` where it happens again although all are well.
+        Raises `error` where the push fails again although all servers are healthy.
         """
         self._version = None
-        for member in self._convoked:
+        for member in self._prepared:
             if member.state != "out":
                 member.state = "joining"
                 member.release()
-        await asyncio.gather(*(self._take_over(member) for member in self._convoked if member.state == "joining"))
-        if all(member.state == "joining" for member in self._convoked):
+        await asyncio.gather(*(self._take_over(member) for member in self._prepared if member.state == "joining"))
+        if all(member.state == "joining" for member in self._prepared):
             self._unexplained += 1
             if self._unexplained > 1:
                 raise error

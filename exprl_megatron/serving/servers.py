@@ -25,14 +25,14 @@ class FixedServers:
         """What `call` returns for server number `home`, modulo their number; raises what it does."""
         return await call(self.clients[home % len(self.clients)])
 
-    async def convoke(self, version: str) -> bool:
-        """Whether weights are to be sent to `clients`, since they have not `version`."""
+    async def prepare(self, version: str) -> bool:
+        """Whether weights must be pushed to `clients`, since they do not have `version`."""
         return version != self._version
 
-    async def brought(self, version: str) -> None:
+    async def commit(self, version: str) -> None:
         """All hold `version`."""
         self._version = version
 
-    async def failed(self, error: ServerError) -> None:
+    async def abort(self, error: ServerError) -> None:
         """Raises `error`."""
         raise error

@@ -40,15 +40,15 @@ class PhaseSwitch:
         """Push the policy's current weights to the servers as `version` and switch to sampling; returns metrics.
 
         Raises RunStopped where the trainer leaves more memory on its device than the config allows; see also
-        WeightSync.bring.
+        WeightSync.push_weights.
         """
         if self._config.kind == "separate":
-            return self._sync.bring(version)
+            return self._sync.push_weights(version)
         self._offload.away(*TRAINING)
         # Servers may have joined while they were asleep.
         self._offload.back("weights")
         self._wake("weights")
-        metrics = self._sync.bring(version)
+        metrics = self._sync.push_weights(version)
         self._offload.away("weights")
         self._note("sampling", sum(self._offload.held().values()) if self._device.type == "cpu" else _own_memory())
         self._wake("kv_cache")

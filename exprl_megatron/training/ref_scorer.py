@@ -30,10 +30,11 @@ class RefScorer:
     def begin_stage(self, stage: str) -> None:
         """Push the policy's current weights to the server; they stay there until the next stage.
 
-        A run that resumes within `stage` must call this before it loads the checkpoint. Raises as WeightSync.bring.
+        A run that resumes within `stage` must call this before it loads the checkpoint. Raises what
+        WeightSync.push_weights raises.
         """
         self._version = f"ref-{stage}"
-        self._sync.bring(self._version)
+        self._sync.push_weights(self._version)
 
     def log_probs(self, samples: Sequence[SampleOrOutline]) -> list[np.ndarray]:
         """Compute the log-probs [response tokens] of each sample at temperature 1; returns the same on every rank.

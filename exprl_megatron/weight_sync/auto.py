@@ -38,9 +38,9 @@ class AutoTransport:
         self._refused = False
         """Whether one of these servers cannot receive by `direct`."""
 
-    def enlist(self, clients: Sequence[SGLangClient]) -> None:
-        self._direct.enlist(clients)
-        self._broadcast.enlist(clients)
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
+        self._direct.connect(clients)
+        self._broadcast.connect(clients)
         self._clients = list(clients)
         self._refused = False
 
@@ -53,14 +53,14 @@ class AutoTransport:
                 return await self._direct.push(outgoing, version, times)
             except BaseException as error:
                 # The other ranks have been stopped and wait for what comes next.
-                with self._control.leading():
+                with self._control.abort_on_error():
                     if not isinstance(error, CannotReceive):
                         raise
                     self._tell(f"weights travel by broadcast, not by direct: {error}")
                     await gather_or_cancel(
                         client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )
-                self._control.go()
+                self._control.signal()
             self._refused = True
         await self._broadcast.push(outgoing, version, times)
 
@@ -69,7 +69,7 @@ class AutoTransport:
             try:
                 return self._direct.follow(outgoing)
             except SyncStopped:
-                self._control.await_go()
+                self._control.wait_signal()
             self._refused = True
         self._broadcast.follow(outgoing)
 

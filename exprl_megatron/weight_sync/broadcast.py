@@ -1,9 +1,9 @@
-"""Weights by broadcast groups: gloo between CPU processes, NCCL between GPUs.
+"""Weight sync by broadcast: over gloo between CPU processes, over NCCL between GPUs (SGLang's `from_distributed`).
 
-Each pipeline stage's first rank has a group of its own with all servers (`/init_weights_update_group`), in which it is
-rank 0 and each server takes as many ranks as its tensor parallelism has. All senders fill their buckets side by side,
-the next ones while the last are sent; a server takes one bucket at a time, and all servers in the same order. A bucket
-goes as one piece of memory (SGLang's `flattened_bucket`).
+The first rank of each pipeline stage shares a process group with all servers (`/init_weights_update_group`). It is rank
+0 of this group, and each server has as many ranks as its tensor parallelism. All senders fill their buckets
+concurrently, the next ones while the previous ones are sent; a server receives one bucket at a time, and all servers
+receive them in the same order. A bucket is one contiguous buffer (SGLang's `flattened_bucket`).
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class BroadcastTransport:
         self._deadline_s = deadline_s
         self._groups = WeightGroups(server_tp, world, control, deadline_s)
 
-    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
         self._groups.break_off()
         self._clients = list(clients)
 
@@ -46,7 +46,7 @@ class BroadcastTransport:
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         try:
-            with self._control.leading():
+            with self._control.abort_on_error():
                 await gather_or_cancel(
                     client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
@@ -61,7 +61,7 @@ class BroadcastTransport:
                 await gather_or_cancel(
                     client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
-                self._control.go()
+                self._control.signal()
         except BaseException:
             self._groups.break_off()
             raise
@@ -82,24 +82,24 @@ class BroadcastTransport:
         self._groups.follow_close()
 
     def _follow_rounds(self, outgoing: Outgoing) -> None:
-        """Where a broadcast breaks this rank keeps step with the others until rank 0, which learns it, stops them."""
+        """Take part in every round; after a failed broadcast, wait for rank 0's abort: all ranks end together."""
         sent: dict[int, Future[float]] = {}
         broken: BaseException | None = None
         for number in range(len(outgoing.rounds)):
-            self._control.await_go()
-            # A server has answered for the round whose memory comes next, but one of its ranks may still be reading.
+            self._control.wait_signal()
+            # A server has answered for the round whose buffer is next, but one of its ranks may still be receiving.
             broken = broken or self._failure(sent.pop(number - 2, None))
             filled = outgoing.gather(number)
             if filled is not None and broken is None:
                 sent[number] = self._groups.send(filled)
-        self._control.await_go()
+        self._control.wait_signal()
         for one in sent.values():
             broken = broken or self._failure(one)
         if broken is not None:
             raise broken
 
     def _failure(self, sending: Future[float] | None) -> BaseException | None:
-        """What a broadcast failed of, once it is over or has had its time."""
+        """Wait for a broadcast up to the deadline and return its exception, if any."""
         try:
             return sending and sending.exception(self._deadline_s)
         except TimeoutError as error:
@@ -108,7 +108,7 @@ class BroadcastTransport:
     async def _send(
         self, outgoing: Outgoing, number: int, filled: Filled | None, version: str, times: SyncTimes
     ) -> None:
-        """All messages of a round to all servers."""
+        """Send all messages of a round to all servers, and add the times."""
         last = number == len(outgoing.rounds) - 1
         messages = outgoing.rounds[number]
         started = time.monotonic()
@@ -128,7 +128,7 @@ class BroadcastTransport:
         times.load_s += taken_s - sent_s
 
     async def _send_own(self, filled: Filled, replies: asyncio.Future) -> float:
-        """The time when rank 0's own message was sent; raises at once what a server replies that refuses to take it."""
+        """Send rank 0's own message; returns the time when it was sent. Raises a server's refusal at its arrival."""
         sending = asyncio.wrap_future(self._groups.send(filled))
         await asyncio.wait({sending, replies}, return_when=asyncio.FIRST_EXCEPTION)
         try:
@@ -136,7 +136,7 @@ class BroadcastTransport:
                 replies.result()
             return await sending
         except RuntimeError as error:
-            # The server's own reply says why, or its absence.
+            # The server's reply, or its absence, tells the cause.
             await asyncio.wait({replies}, timeout=CAUSE_S)
             if replies.done():
                 replies.result()

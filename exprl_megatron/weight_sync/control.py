@@ -1,7 +1,7 @@
-"""How rank 0 leads all ranks through a sync, so that a server's refusal ends every rank instead of leaving it waiting.
+"""Coordination of a sync by rank 0, so that a server's refusal ends every rank instead of leaving it in a collective.
 
-Before each round of collectives every rank waits here for rank 0's word, which is given only while all servers have
-answered well. The word goes through a group of its own, over gloo on the hosts, whatever the weights go through.
+Before each round of collectives every rank waits here for rank 0's signal, which is sent only while all servers have
+answered without an error. The signal has its own gloo group on the hosts, whatever the weights are sent by.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ CONDUCTOR = 0
 
 
 class SyncStopped(Exception):
-    """Rank 0 met an error in the midst of a sync and reports it; the other ranks only end."""
+    """Rank 0 met an error during a sync and reports it; the other ranks end silently."""
 
 
 class Control:
@@ -28,37 +28,37 @@ class Control:
 
     def __init__(self, deadline_s: float):
         self.here = dist.get_rank() == CONDUCTOR
-        """Whether this rank is the one that leads."""
+        """Whether this is rank 0, which sends the signals."""
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=deadline_s))
 
-    def go(self, word: Any = None) -> None:
-        """Let the others go on, and tell them `word`; rank 0 only."""
-        self._say((True, word))
+    def signal(self, payload: Any = None) -> None:
+        """Signal the other ranks to continue, with a payload; rank 0 only."""
+        self._broadcast((True, payload))
 
     @contextmanager
-    def leading(self) -> Iterator[None]:
-        """An error inside lets the others end, who wait for a word or soon will; rank 0 only."""
+    def abort_on_error(self) -> Iterator[None]:
+        """On an error inside the block, end the other ranks, which wait for a signal or soon will; rank 0 only."""
         try:
             yield
         except BaseException:
-            self._say((False, None))
+            self._broadcast((False, None))
             raise
 
-    def await_go(self) -> Any:
-        """The word with which rank 0 lets this rank go on. Raises SyncStopped where it does not."""
-        going, word = self._say(None)
-        if not going:
+    def wait_signal(self) -> Any:
+        """Wait for rank 0's signal and return its payload. Raises SyncStopped where rank 0 aborts."""
+        running, payload = self._broadcast(None)
+        if not running:
             raise SyncStopped
-        return word
+        return payload
 
     def collect(self, item: Any) -> list[Any] | None:
-        """Every rank's `item` in the order of ranks, on rank 0; None elsewhere. A collective."""
+        """Gather every rank's `item` in the order of ranks on rank 0; None elsewhere. A collective."""
         return gather_objects(item, CONDUCTOR, self._group)
 
     def close(self) -> None:
-        """Give the group up; a collective."""
+        """Destroy the group; a collective."""
         dist.destroy_process_group(self._group)
 
-    def _say(self, words: tuple[bool, Any] | None) -> tuple[bool, Any]:
-        """Rank 0's words, on every rank."""
-        return broadcast_object(words, CONDUCTOR, self._group)
+    def _broadcast(self, message: tuple[bool, Any] | None) -> tuple[bool, Any]:
+        """Broadcast rank 0's message to every rank."""
+        return broadcast_object(message, CONDUCTOR, self._group)

@@ -43,7 +43,7 @@ class DeltaTransport(FileTransport):
         self._keepers: list[subprocess.Popen] = []
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
-        with self._control.leading():
+        with self._control.abort_on_error():
             if self._order is None:
                 self._begin()
             kind, file = await self._write(outgoing, version, times)
@@ -55,10 +55,10 @@ class DeltaTransport(FileTransport):
             times.load_s += time.monotonic() - started
             if kind != FULL:
                 (self._directory / file).unlink()
-            self._control.go()
+            self._control.signal()
 
-    def enlist(self, clients: Sequence[SGLangClient]) -> None:
-        super().enlist(clients)
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
+        super().connect(clients)
         # All begin with full weights again.
         self._end_keepers()
         self._order = None

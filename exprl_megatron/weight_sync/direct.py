@@ -75,7 +75,7 @@ class DirectTransport:
         """Bytes to one server."""
         self._orders = 0
 
-    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
         self._break_off()
         self._clients = list(clients)
 
@@ -84,21 +84,21 @@ class DirectTransport:
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         try:
-            with self._control.leading():
+            with self._control.abort_on_error():
                 await gather_or_cancel(
                     client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
                 if self._group is None:
                     await self._open(outgoing)
                 started = time.monotonic()
-                self._control.go()
+                self._control.signal()
                 await self._send(outgoing)
                 sent_s = time.monotonic()
                 await self._order("finish", version=version)
                 await gather_or_cancel(
                     client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
-                self._control.go()
+                self._control.signal()
         except BaseException:
             self._break_off()
             raise
@@ -110,9 +110,9 @@ class DirectTransport:
         try:
             if self._group is None:
                 self._follow_open(outgoing)
-            self._control.await_go()
+            self._control.wait_signal()
             sending = self._begin_to_send(outgoing)
-            self._control.await_go()
+            self._control.wait_signal()
             sending.result()
         except BaseException:
             self._break_off()
@@ -122,7 +122,7 @@ class DirectTransport:
         group, self._group = self._group, None
         if group is not None:
             try:
-                with self._control.leading():
+                with self._control.abort_on_error():
                     await gather_or_cancel(
                         client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )
@@ -131,7 +131,7 @@ class DirectTransport:
                     await gather_or_cancel(
                         client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )
-                    self._control.go()
+                    self._control.signal()
             except ServerError:
                 abort(group)
                 raise
@@ -166,11 +166,11 @@ class DirectTransport:
         self._store.set("tensors", json.dumps(told))
         self._name = group_name(self._store.key)
         self._size = self._world.layout.world_size + self._server_tp * len(self._clients)
-        self._control.go((self._name, self._size, address, self._store.port))
+        self._control.signal((self._name, self._size, address, self._store.port))
         meeting = asyncio.wrap_future(self._meet(address, self._store.port))
         await self._join(meeting)
         packed, alike = self._reported(gatherer.shapes)
-        self._control.go((packed, alike))
+        self._control.signal((packed, alike))
         self._group = meeting.result()
         plan = await asyncio.to_thread(self._plan, outgoing, packed, alike)
         await asyncio.to_thread(_publish, plan, self._store)
@@ -214,9 +214,9 @@ class DirectTransport:
         ]
 
     def _follow_open(self, outgoing: Outgoing) -> None:
-        self._name, self._size, address, port = self._control.await_go()
+        self._name, self._size, address, port = self._control.wait_signal()
         meeting = self._meet(address, port)
-        packed, alike = self._control.await_go()
+        packed, alike = self._control.wait_signal()
         self._group = meeting.result(self._deadline_s)
         self._keep(self._plan(outgoing, packed, alike))
 

@@ -36,7 +36,7 @@ class FileTransport:
         self._control = control
         self._deadline_s = deadline_s
 
-    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
         self._clients = list(clients)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -45,9 +45,9 @@ class FileTransport:
 
     def follow(self, outgoing: Outgoing) -> None:
         for number in range(len(outgoing.rounds)):
-            self._control.await_go()
+            self._control.wait_signal()
             outgoing.gather(number)
-        self._control.await_go()
+        self._control.wait_signal()
 
     async def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -61,7 +61,7 @@ class DiskTransport(FileTransport):
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         target = self._directory / version
-        with self._control.leading():
+        with self._control.abort_on_error():
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
             copy_description(self._model, target)
@@ -74,7 +74,7 @@ class DiskTransport(FileTransport):
             )
             times.load_s += time.monotonic() - started
             shutil.rmtree(target)
-            self._control.go()
+            self._control.signal()
 
 
 class SafetensorsFiles:

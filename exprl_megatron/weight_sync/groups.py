@@ -98,7 +98,7 @@ def follow_destroy(group: dist.ProcessGroup | None, control: Control, deadline_s
     """
     destroying = None if group is None else begin_to_destroy(group)
     try:
-        control.await_go()
+        control.wait_signal()
     except SyncStopped:
         if group is not None:
             abort(group)

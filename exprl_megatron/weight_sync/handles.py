@@ -49,9 +49,9 @@ class HandlesTransport:
         self._world = world
         self._control = control
         self._deadline_s = deadline_s
-        self.enlist(clients)
+        self.connect(clients)
 
-    def enlist(self, clients: Sequence[SGLangClient]) -> None:
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
         self._clients = list(clients)
         self._sources, self.fillers = self._find_sources()
 
@@ -85,9 +85,9 @@ class HandlesTransport:
 
     def follow(self, outgoing: Outgoing) -> None:
         for number in range(len(outgoing.rounds)):
-            self._control.await_go()
+            self._control.wait_signal()
             self._gather(outgoing, number)
-        self._control.await_go()
+        self._control.wait_signal()
 
     async def close(self) -> None:
         return None
@@ -115,18 +115,18 @@ class HandlesTransport:
         """For each server the trainer rank that hands memory to each of its ranks; and these of each machine."""
         if self._control.here:
             places = [(urlsplit(client.url).hostname, client.first_gpu) for client in self._clients]
-            self._control.go(places)
+            self._control.signal(places)
         else:
-            places = self._control.await_go()
+            places = self._control.wait_signal()
         seen = self._control.collect(({host for host, _ in places if is_here(host)}, local_rank()))
         if not self._control.here:
-            return self._control.await_go()
-        with self._control.leading():
+            return self._control.wait_signal()
+        with self._control.abort_on_error():
             sources = [
                 self._sources_of(client, place, seen) for client, place in zip(self._clients, places, strict=True)
             ]
             found = sources, _chains([host for host, _ in places], sources)
-        self._control.go(found)
+        self._control.signal(found)
         return found
 
     def _sources_of(self, client: SGLangClient, place: Place, seen: list[tuple[set[str], int]]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The rounds of a sync as rank 0 leads them: the next bucket is gathered while the last one is sent."""
+"""Pipelining of a sync's rounds on rank 0: the next bucket is gathered while the previous one is sent."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -8,9 +8,9 @@ from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.control import Control
 
 type Gather[T] = Callable[[int], T]
-"""Rank 0's part in gathering a round, given its number; runs on a thread."""
+"""Rank 0's part in gathering round `number`; runs on a thread."""
 type Send[T] = Callable[[int, T], Coroutine]
-"""Brings a round, given its number and what was gathered of it, to all servers."""
+"""Sends round `number`, with what was gathered of it, to all servers."""
 
 
 async def push_rounds[T](
@@ -21,25 +21,25 @@ async def push_rounds[T](
     send: Send[T],
     deadline_s: float,
 ) -> None:
-    """Opens a weight update on all servers, sends `count` rounds, closes it; each server answers within `deadline_s`.
+    """Begin a weight update on all servers, send `count` rounds and end it; each server answers within `deadline_s`.
 
-    A round is gathered only after the servers have taken the one before the last: no more than two buckets exist on a
-    rank. The other ranks follow with a Control.await_go before each round and one at the end.
+    A round is gathered only after the servers have received the one before the last: at most two buckets exist on a
+    rank. The other ranks follow with a Control.wait_signal before each round and one at the end.
     """
-    with control.leading():
+    with control.abort_on_error():
         await gather_or_cancel(client.begin_weight_update(deadline_s=deadline_s) for client in clients)
         await send_rounds(count, control, gather, send)
         await gather_or_cancel(client.end_weight_update(deadline_s=deadline_s) for client in clients)
-        control.go()
+        control.signal()
 
 
 async def send_rounds[T](count: int, control: Control, gather: Gather[T], send: Send[T]) -> None:
-    """The rounds alone; see push_rounds."""
+    """Send the rounds only; see push_rounds."""
     loop = asyncio.get_running_loop()
     sending: asyncio.Task | None = None
     try:
         for number in range(count):
-            control.go()
+            control.signal()
             gathered = await loop.run_in_executor(None, gather, number)
             if sending is not None:
                 await sending

@@ -22,23 +22,23 @@ _MB = 2**20
 
 
 class Members(Protocol):
-    """The servers that get weights, as rank 0 knows them: a Fleet, or FixedServers."""
+    """The servers that receive weights, from rank 0's view: a Fleet, or FixedServers."""
 
     clients: list[SGLangClient]
     """Clients of the servers that were prepared last."""
 
-    async def convoke(self, version: str) -> bool:
+    async def prepare(self, version: str) -> bool:
         """Whether weights must be pushed to `clients`, since one of them does not have `version`."""
 
-    async def brought(self, version: str) -> None:
-        """They have it now."""
+    async def commit(self, version: str) -> None:
+        """Note that the prepared servers have `version` now."""
 
-    async def failed(self, error: ServerError) -> None:
+    async def abort(self, error: ServerError) -> None:
         """Handle a failed push: returns where it is to be repeated for the servers prepared then, else raises."""
 
 
 class WeightSync:
-    """Every rank calls `bring`; the conductor alone talks to servers, and it alone needs `members`."""
+    """Pushes the policy's weights to servers. Every rank calls it; only rank 0 talks to servers and needs `members`."""
 
     def __init__(
         self,
@@ -57,32 +57,32 @@ class WeightSync:
         self._transport = transport
         self._control = control
         self._server_tp = server_tp
-        self._enlisted: list[SGLangClient] | None = None
+        self._connected: list[SGLangClient] | None = None
         """The servers that the transport pushes weights to, on rank 0; None where it must be connected."""
         self._shards: ShardChecksums | None = None
-        """Made when first needed."""
+        """Created at the first use."""
         self._have_loader: bool | None = None
         """Whether all of these servers have exprl's loader; None: not asked yet."""
 
-    def bring(self, version: str) -> dict[str, float]:
-        """Make every server hold the policy's current weights as `version`, where it does not yet.
+    def push_weights(self, version: str) -> dict[str, float]:
+        """Push the policy's current weights as `version` to every server that does not have them.
 
-        Where a server fails meanwhile it is done again with those that are left, or have come. What the parts took, on
-        rank 0 (see SyncTimes); nothing where there was nothing to do, and on other ranks. Raises ServerError where no
-        server is left or all fail twice, WeightsDiffer where one afterwards holds other bytes than the trainer.
+        After the failure of a server the push is repeated for the servers that are left or have joined. Returns the
+        times of its parts on rank 0 (see SyncTimes), {} on other ranks and where no push was needed. Raises ServerError
+        where no server is left or all fail twice, WeightsDiffer where a server then has other bytes than the trainer.
         """
-        while (to_do := self._conductor.everywhere(lambda: self._conductor.run(self._convoked(version)))) != "nothing":
-            if to_do == "enlist":
-                self._enlist()
+        while (to_do := self._conductor.everywhere(lambda: self._conductor.run(self._prepare(version)))) != "nothing":
+            if to_do == "connect":
+                self._connect_transport()
             times, error = self._attempt(version)
-            if self._conductor.everywhere(lambda e=error: self._conductor.run(self._settled(version, e))):
+            if self._conductor.everywhere(lambda e=error: self._conductor.run(self._finish(version, e))):
                 return times.metrics() if self._conductor.here else {}
         return {}
 
     def close(self) -> None:
-        """Leave the groups that are shared with servers; every rank calls it.
+        """Leave the process groups that are shared with servers; every rank calls it.
 
-        A server that died after the last sync is left behind: the weights are needed nowhere any more.
+        The error of a server that died after the last sync is ignored: nothing needs the weights any more.
         """
 
         def leave() -> None:
@@ -106,19 +106,19 @@ class WeightSync:
             check=check and check.bucket_check,
         )
 
-    async def _convoked(self, version: str) -> str:
-        """`nothing` to be done, weights to be `push`ed, or first the transport's servers to be `enlist`ed."""
-        if not await self._members.convoke(version):
+    async def _prepare(self, version: str) -> str:
+        """`nothing` to be done, weights to be `push`ed, or first the transport's servers to be `connect`ed."""
+        if not await self._members.prepare(version):
             return "nothing"
-        return "push" if self._members.clients == self._enlisted else "enlist"
+        return "push" if self._members.clients == self._connected else "connect"
 
-    def _enlist(self) -> None:
+    def _connect_transport(self) -> None:
         clients = list(self._members.clients) if self._conductor.here else []
         try:
-            self._transport.enlist(clients)
+            self._transport.connect(clients)
         except SyncStopped as stopped:
             raise ConductorFailed from stopped
-        self._enlisted = clients
+        self._connected = clients
         self._have_loader = None
 
     def _attempt(self, version: str) -> tuple[SyncTimes, Exception | None]:
@@ -181,26 +181,26 @@ class WeightSync:
         """Whether all servers have exprl's loader; a collective. A request to another one's loader would end it."""
         if self._have_loader is None:
             if self._conductor.here:
-                with self._control.leading():
+                with self._control.abort_on_error():
                     loaders = self._conductor.run(
                         gather_or_cancel(client.loaders() for client in self._members.clients)
                     )
                     self._have_loader = all(LOADER in names for names in loaders)
-                self._control.go(self._have_loader)
+                self._control.signal(self._have_loader)
             else:
-                self._have_loader = self._control.await_go()
+                self._have_loader = self._control.wait_signal()
         return self._have_loader
 
-    async def _settled(self, version: str, error: Exception | None) -> bool:
+    async def _finish(self, version: str, error: Exception | None) -> bool:
         """Whether the servers hold `version`; raises `error` where another attempt is of no use."""
         if error is None:
-            await self._members.brought(version)
+            await self._members.commit(version)
             return True
         if not isinstance(error, ServerError) or isinstance(error, WeightsDiffer):
             raise error
-        await self._members.failed(error)
+        await self._members.abort(error)
         # What the transport shares with its servers may be broken.
-        self._enlisted = None
+        self._connected = None
         return False
 
     def _push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:

@@ -1,4 +1,4 @@
-"""What every way of bringing weights to the sampling servers has in common."""
+"""The interface of the transports, which push weights to the sampling servers."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
 
 
 class Transport(Protocol):
-    """Brings one version of the weights to all sampling servers. Every rank has one; rank 0 alone talks to servers."""
+    """Pushes a version of the weights to all sampling servers. Every rank has one; rank 0 alone talks to servers."""
 
     fillers: tuple[tuple[int, ...], ...] | None
-    """The ranks on which messages are wanted, those of a machine together (see Outgoing)."""
+    """The ranks that gather messages, grouped by machine (see Outgoing)."""
 
-    def enlist(self, clients: Sequence[SGLangClient]) -> None:
-        """From now on bring weights to these servers (needed on rank 0 alone); a collective.
+    def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Push weights to these servers from now on (needed on rank 0 alone); a collective.
 
-        What was shared with those before is given up, as it must be when a push has failed.
+        Resources that are shared with the servers before are released, as is necessary after a failed push.
         """
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Memory for a bucket, [nbytes] uint8, of the kind that this transport sends from."""
+        """Allocate a bucket, [nbytes] uint8, in the memory that this transport sends from."""
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         """Send all rounds of `outgoing`; when this returns, every server serves them as `version`. Rank 0 only.
 
-        Adds to `times` what sending and loading took. Raises ServerError where a server refuses, dies or hangs; the
-        ranks that follow then end with SyncStopped.
+        Adds the times of sending and loading to `times`. Raises ServerError where a server refuses, dies or hangs; the
+        other ranks then end with SyncStopped.
         """
 
     def follow(self, outgoing: Outgoing) -> None:
-        """The other ranks' part in push. Raises SyncStopped where rank 0 met an error."""
+        """Take part in a push on the other ranks. Raises SyncStopped where rank 0 has an error."""
 
     async def close(self) -> None:
-        """Leave the servers as they were found, apart from the weights; rank 0 only."""
+        """Release everything on the servers except the weights; rank 0 only."""
 
     def follow_close(self) -> None:
-        """The other ranks' part in close."""
+        """Take part in close on the other ranks."""

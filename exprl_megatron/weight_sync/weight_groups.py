@@ -76,7 +76,7 @@ class WeightGroups:
         self._size = 1 + self._server_tp * len(clients)
         host = urlsplit(clients[0].url).hostname
         place = self._open_place(host)
-        self._control.go((self.names, host, self._size))
+        self._control.signal((self.names, host, self._size))
         places = [place for place in self._control.collect(place) if place is not None]
         meeting = asyncio.wrap_future(self._meet(self.names[0], place))
         joining = {
@@ -85,7 +85,7 @@ class WeightGroups:
         await self._come(joining, {meeting}, 0)
         self._enter(meeting.result())
         for stage in range(self._world.layout.pp):
-            self._control.go()
+            self._control.signal()
             filled = await asyncio.to_thread(outgoing.gather_smallest, stage)
             own = set() if filled is None else {asyncio.wrap_future(self.send(filled))}
             message = outgoing.smallest[stage]
@@ -93,14 +93,14 @@ class WeightGroups:
 
     def follow_open(self, outgoing: Outgoing) -> None:
         """The other ranks' part in `open`."""
-        self.names, host, self._size = self._control.await_go()
+        self.names, host, self._size = self._control.wait_signal()
         place = self._open_place(host)
         self._control.collect(place)
         meeting = None
         if place is not None:
             meeting = self._meet(self.names[self._world.pp_rank], place)
         for stage in range(self._world.layout.pp):
-            self._control.await_go()
+            self._control.wait_signal()
             if meeting is not None and self._group is None:
                 # Rank 0 goes on when all servers have joined.
                 self._enter(meeting.result(self._deadline_s))
@@ -149,10 +149,10 @@ class WeightGroups:
                 await client.destroy_weights_group(name, deadline_s=self._deadline_s)
 
         try:
-            with self._control.leading():
+            with self._control.abort_on_error():
                 # NCCL may wait for all members of a group before one of them has given it up.
                 await gather_or_cancel([asyncio.to_thread(destroy, group, self._deadline_s), *map(leave, clients)])
-                self._control.go()
+                self._control.signal()
         except ServerError:
             abort(group)
             raise

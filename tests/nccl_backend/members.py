@@ -317,7 +317,7 @@ def product_objects(m: Member) -> list:
     dist.all_reduce(torch.zeros(1))
     conductor, control = Conductor(), Control(20.0)
     everywhere = conductor.everywhere(lambda: {"only": "rank 0"})
-    control.go("go") if m.first else control.await_go()
+    control.signal("go") if m.first else control.wait_signal()
     collected = control.collect(m.rank)
     shared = [from_rank(1, m.rank), of_all_ranks(m.rank)]
     conductor.close()

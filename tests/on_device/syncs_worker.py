@@ -39,11 +39,11 @@ class Succession(FixedServers):
         """Why each failed, and how long after the start of the sync."""
         self.began = 0.0
 
-    async def convoke(self, version: str) -> bool:
+    async def prepare(self, version: str) -> bool:
         self.began = time.monotonic()
-        return await super().convoke(version)
+        return await super().prepare(version)
 
-    async def failed(self, error: ServerError) -> None:
+    async def abort(self, error: ServerError) -> None:
         if not self._next:
             raise error
         self.failures.append({"error": str(error), "seconds": time.monotonic() - self.began})
@@ -122,7 +122,7 @@ def succession(world, arguments: dict, kind: str) -> dict:
             change(trainer.policy)
             if number == 3 and servers:
                 kill_during_sync(dying["pid"])
-            metrics.append(trainer.sync.bring(f"{kind}-{number}"))
+            metrics.append(trainer.sync.push_weights(f"{kind}-{number}"))
         found = {"metrics": metrics, "failures": trainer.members.failures}
         if servers:
             found["version"] = trainer.version()

@@ -112,11 +112,11 @@ def bring_all(world, arguments, target: str) -> dict:
     for kind in TRANSPORTS:
         made.append(syncs.sync(kind))
         change(syncs.policy)
-        measured[kind] = made[-1].bring(f"{kind}-{world.layout}")
-        assert made[-1].bring(f"{kind}-{world.layout}") == {}
+        measured[kind] = made[-1].push_weights(f"{kind}-{world.layout}")
+        assert made[-1].push_weights(f"{kind}-{world.layout}") == {}
     # The groups of the first stand still: a second sync goes through the same ones.
     change(syncs.policy)
-    measured["again"] = made[0].bring("again")
+    measured["again"] = made[0].push_weights("again")
     syncs.close(*made)
     return measured
 
@@ -167,7 +167,7 @@ def wrong_after_loading(world, arguments, target: str) -> list | None:
 
 def end_of(sync: WeightSync, version: str) -> str:
     try:
-        sync.bring(version)
+        sync.push_weights(version)
     except (ServerError, ConductorFailed) as error:
         return f"{type(error).__name__}: {error}"
     return "well"
@@ -213,8 +213,8 @@ def stopped_at(world, fails: int, count: int = 4) -> dict:
 
     def follow() -> None:
         for _ in range(count):
-            control.await_go()
-        control.await_go()
+            control.wait_signal()
+        control.wait_signal()
 
     ended = "well"
     try:
@@ -235,7 +235,7 @@ def handed_over(world, arguments, target: str) -> list[int] | None:
     sync = syncs.sync("handles")
     change(syncs.policy)
     with patch("exprl_megatron.weight_sync.handles._serialised", lambda filled: given.append(1) or _serialised(filled)):
-        sync.bring(f"handed over to {target}")
+        sync.push_weights(f"handed over to {target}")
     rounds = len(sync._outgoing(None).rounds)
     syncs.close(sync)
     return syncs.control.collect(len(given) / rounds)
@@ -252,7 +252,7 @@ def falls_back(world, arguments) -> list[str] | None:
             patched.enter_context(patch(f"exprl_megatron.{module}.LOADER", "another.loader"))
         for version in ("f1", "f2"):
             change(syncs.policy)
-            sync.bring(version)
+            sync.push_weights(version)
     syncs.close(sync)
     return TOLD
 
@@ -262,11 +262,11 @@ def refused(world, arguments) -> list[str] | None:
     servers, tp = arguments["targets"]["sacrificed"]
     syncs = Syncs(world, arguments["model"], servers, tp)
     sync = syncs.sync("broadcast")
-    sync.bring("v1")
+    sync.push_weights("v1")
     ended = "well"
     sync._transport._groups.names[1] = "another"
     try:
-        sync.bring("v2")
+        sync.push_weights("v2")
     except (ServerError, ConductorFailed) as error:
         ended = f"{type(error).__name__}: {error}"
     if syncs.conductor.here:
@@ -283,7 +283,7 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
     servers, tp = arguments["targets"][target]
     syncs = Syncs(world, arguments["model"], servers, tp)
     sync = syncs.sync(kind)
-    sync.bring("v1")
+    sync.push_weights("v1")
     owner, name = (sync._transport, "_order") if kind == "direct" else (sync._transport._groups, "ask")
     asking = getattr(owner, name)
 
@@ -295,7 +295,7 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
     ended, started = "well", time.monotonic()
     with patch.object(owner, name, after_a_death):
         try:
-            sync.bring("v2")
+            sync.push_weights("v2")
         except (ServerError, ConductorFailed) as error:
             ended = f"{type(error).__name__}: {error}"
     took_s = time.monotonic() - started
@@ -305,7 +305,7 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
             syncs.conductor.run(syncs.clients[0].take_over(deadline_s=20.0))
         change(syncs.policy)
         sync = syncs.sync(kind)
-        sync.bring("v3")
+        sync.push_weights("v3")
         syncs.close(sync)
     return syncs.control.collect((ended, took_s))
 

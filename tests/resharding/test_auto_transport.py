@@ -20,18 +20,18 @@ class Words:
     def __init__(self):
         self._words = Queue()
 
-    def go(self, word=None):
+    def signal(self, payload=None):
         self._words.put(True)
 
     @contextmanager
-    def leading(self):
+    def abort_on_error(self):
         try:
             yield
         except BaseException:
             self._words.put(False)
             raise
 
-    def await_go(self):
+    def wait_signal(self):
         if not self._words.get(timeout=5):
             raise SyncStopped
 
@@ -43,19 +43,19 @@ class Way:
         self._control = control
         self.clients = clients
 
-    def enlist(self, clients):
+    def connect(self, clients):
         self.clients = clients
 
     async def push(self, outgoing, version, times):
         DONE.append(("push", type(self).__name__))
-        with self._control.leading():
+        with self._control.abort_on_error():
             if self.error is not None:
                 raise self.error
-            self._control.go()
+            self._control.signal()
 
     def follow(self, outgoing):
         DONE.append(("follow", type(self).__name__))
-        self._control.await_go()
+        self._control.wait_signal()
 
 
 class Direct(Way):
@@ -116,7 +116,7 @@ def test_all_ranks_go_on_with_broadcasts_and_stay_there_until_other_servers_come
     assert sync(refusal) == (well, {"push": one, "follow": one})
     assert len(sync.said) == 1 and "policy-0" in sync.said[0]
     for rank in sync.ranks:
-        rank.enlist([Client()])
+        rank.connect([Client()])
     assert sync() == (well, {"push": ["Direct"], "follow": ["Direct"]})
 
 

@@ -24,13 +24,13 @@ class Control:
         self._seen = seen
         self.said = []
 
-    def go(self, word=None):
-        self.said.append(word)
+    def signal(self, payload=None):
+        self.said.append(payload)
 
     def collect(self, item):
         return self._seen
 
-    def leading(self):
+    def abort_on_error(self):
         return pytest.MonkeyPatch.context()
 
 
@@ -42,7 +42,7 @@ class Follower:
     def __init__(self, said):
         self._said = list(said)
 
-    def await_go(self):
+    def wait_signal(self):
         return self._said.pop(0)
 
     def collect(self, item):

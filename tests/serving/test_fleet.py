@@ -75,8 +75,8 @@ async def opened(registry, *names, tell=print, **config):
     fleet = Fleet(registry, ServerConfig(count=len(names), **CONFIG | config), tell=tell)
     try:
         await fleet.open()
-        assert await fleet.convoke("v0")
-        await fleet.brought("v0")
+        assert await fleet.prepare("v0")
+        await fleet.commit("v0")
         yield (fleet, *backends)
     finally:
         await fleet.close()
@@ -113,8 +113,8 @@ def test_each_request_has_a_home_and_a_version_is_brought_once(registry):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
             assert [await who(fleet, home) for home in range(4)] == ["policy-0", "policy-1"] * 2
-            assert not await fleet.convoke("v0")
-            assert await fleet.convoke("v1")
+            assert not await fleet.prepare("v0")
+            assert await fleet.prepare("v1")
 
     asyncio.run(run())
 
@@ -124,10 +124,10 @@ def test_servers_that_slept_have_lost_their_weights_and_get_the_same_version_aga
         async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
             assert await fleet.sleep()
             await fleet.wake("weights")
-            assert await fleet.convoke("v0") and names(fleet) == ["policy-0", "policy-1"]
-            await fleet.brought("v0")
+            assert await fleet.prepare("v0") and names(fleet) == ["policy-0", "policy-1"]
+            await fleet.commit("v0")
             await fleet.wake("kv_cache")
-            assert not await fleet.convoke("v0"), "they hold it until they sleep again"
+            assert not await fleet.prepare("v0"), "they hold it until they sleep again"
 
     asyncio.run(run())
 
@@ -167,11 +167,11 @@ def test_a_server_that_goes_to_sleep_while_the_others_wake_wakes_too_before_it_g
             registry.register(two.registered("b"))
             await until(lambda: slept(two) == 2)
             await fleet.wake("weights")
-            assert await fleet.convoke("v0") and names(fleet) == ["policy-0"]
+            assert await fleet.prepare("v0") and names(fleet) == ["policy-0"]
             two.slow["/release_memory_occupation"].set()
             await until(lambda: len(fleet._in("joining")) == 1)
             assert fleet._members["policy-1"].asleep == {"kv_cache"} and woken(two) == 1
-            await fleet.brought("v0")
+            await fleet.commit("v0")
             await fleet.wake("kv_cache")
             assert fleet._members["policy-1"].asleep == set() and woken(two) == 2
 
@@ -223,10 +223,10 @@ def test_where_the_last_server_dies_in_its_sleep_the_wait_for_it_begins_when_it_
             fleet._dry_since -= 1000
             await fleet.wake("weights")
             assert registry.starts_held("policy")
-            convoked = asyncio.create_task(fleet.convoke("v0"))
+            preparing = asyncio.create_task(fleet.prepare("v0"))
             await until(lambda: not registry.starts_held("policy"))
             registry.register(one.registered("b"))
-            assert await convoked and fleet._members["policy-0"].asleep == {"kv_cache"}
+            assert await preparing and fleet._members["policy-0"].asleep == {"kv_cache"}
 
     asyncio.run(run())
 
@@ -276,7 +276,7 @@ def test_lent_weights_are_held_once_and_until_others_are_brought(registry):
                 await fleet.lend(Path("judge"), "judge", 5.0)
             assert one.asked.count("/update_weights_from_disk") == 1
             assert [await who(fleet, home) for home in range(2)] == ["policy-0"] * 2
-            assert await fleet.convoke("v0")
+            assert await fleet.prepare("v0")
 
     asyncio.run(run())
 
@@ -301,9 +301,9 @@ def test_what_a_server_fails_at_another_does_and_it_gets_weights_before_it_is_as
             one.well, one.asked = True, []
             await until(lambda: "/continue_generation" in one.asked[1:])
             assert await who(fleet) == "policy-1"
-            assert await fleet.convoke("v0") and names(fleet) == ["policy-0", "policy-1"]
+            assert await fleet.prepare("v0") and names(fleet) == ["policy-0", "policy-1"]
             assert "/get_model_info" not in one.asked, "asked before it had the weights"
-            await fleet.brought("v0")
+            await fleet.commit("v0")
             assert await who(fleet) == "policy-0"
 
     asyncio.run(run())
@@ -382,7 +382,7 @@ def test_a_new_incarnation_and_a_new_server_get_weights_before_any_request(regis
             await until(lambda: one.asked.count("/pause_generation") == 2)
             assert await who(fleet) == await who(fleet, 1) == "policy-1"
             await asyncio.sleep(0.3)
-            assert await fleet.convoke("v0") and names(fleet) == ["policy-0", "policy-1", "policy-7"]
+            assert await fleet.prepare("v0") and names(fleet) == ["policy-0", "policy-1", "policy-7"]
 
     asyncio.run(run())
 
@@ -396,8 +396,8 @@ def test_where_no_server_is_left_requests_wait_until_one_has_the_weights(registr
             assert await fleet.wait_for(work, 0.1) == "nothing"
             one.well = True
             assert await fleet.wait_for(work, 20) == "weights"
-            assert await fleet.convoke("v0")
-            await fleet.brought("v0")
+            assert await fleet.prepare("v0")
+            await fleet.commit("v0")
             assert await fleet.wait_for(work, 20) == "done"
             assert work.result() == "policy-0"
 
@@ -434,8 +434,8 @@ def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry
 
             async def bring():
                 while True:
-                    if await fleet.convoke("v0"):
-                        await fleet.brought("v0")
+                    if await fleet.prepare("v0"):
+                        await fleet.commit("v0")
                     await asyncio.sleep(0.02)
 
             bringing = asyncio.create_task(bring())
@@ -465,13 +465,13 @@ def test_weights_that_did_not_arrive_are_brought_to_who_is_left_and_a_failure_wi
 ):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
-            assert await fleet.convoke("v1")
+            assert await fleet.prepare("v1")
             one.well, one.status = False, 500
-            await fleet.failed(ServerError("policy-0 broke."))
-            assert await fleet.convoke("v1") and names(fleet) == ["policy-1"]
-            await fleet.failed(ServerError("nobody knows."))
+            await fleet.abort(ServerError("policy-0 broke."))
+            assert await fleet.prepare("v1") and names(fleet) == ["policy-1"]
+            await fleet.abort(ServerError("nobody knows."))
             with pytest.raises(ServerError, match=r"nobody knows\."):
-                await fleet.failed(ServerError("nobody knows."))
+                await fleet.abort(ServerError("nobody knows."))
 
     asyncio.run(run())
 

@@ -299,8 +299,8 @@ def test_what_one_server_answers_with_garbage_another_is_asked_and_no_trace_is_m
             fleet.text_check = CHECK
             try:
                 await fleet.open()
-                assert await fleet.convoke("v0")
-                await fleet.brought("v0")
+                assert await fleet.prepare("v0")
+                await fleet.commit("v0")
                 asked = [Prompt("a", (1, 2)), Prompt("b", (1, 2))]
                 groups = await sample_groups(fleet, asked, 2, SAMPLING, lambda *_: 0, weight_versions=["v0"])
             finally:

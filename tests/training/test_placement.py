@@ -100,7 +100,7 @@ class Idle:
     async def wake(self, tag: str) -> None:
         return None
 
-    def bring(self, version: str) -> dict:
+    def push_weights(self, version: str) -> dict:
         return {}
 
 
