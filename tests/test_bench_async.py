@@ -1,13 +1,9 @@
 """tools/bench_async.py: what it runs, and what it makes of the steps of its runs."""
 
 import json
-import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_async
+import pytest
 
 
 def _records(seconds, staleness):

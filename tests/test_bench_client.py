@@ -1,15 +1,10 @@
 """tools/bench_client.py: both sides send the same load."""
 
 import asyncio
-import sys
-from pathlib import Path
 
-import pytest
-
-from exprl_megatron.benchmarks.client_load import Load, Place, Served, through_bench_serving, through_our_client
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_client
+import pytest
+from benchmarks.client_load import Load, Place, Served, through_bench_serving, through_our_client
 
 
 @pytest.mark.slow

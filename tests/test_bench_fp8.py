@@ -1,21 +1,17 @@
 """tools/bench_fp8.py without a GPU: it runs real layers, and says what was measured and what was not."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import bench_fp8
 import pytest
 import torch
+from benchmarks.layer_report import NVIDIA_SPEEDUP, known_gpu, measured_lines, predicted, throughput
+from benchmarks.layers import LayerFigures, Work, narrowed, speedups
+from benchmarks.peak_memory import extra_bytes
 
-from exprl_megatron.benchmarks.layer_report import NVIDIA_SPEEDUP, known_gpu, measured_lines, predicted, throughput
-from exprl_megatron.benchmarks.layers import LayerFigures, Work, narrowed, speedups
-from exprl_megatron.benchmarks.peak_memory import extra_bytes
 from exprl_megatron.planning.hardware import GPUS
 from exprl_megatron.planning.targets import find_architecture
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import bench_fp8
 
 LLAMA, _ = find_architecture("llama-3.1-70b")
 WORK = Work(replace(LLAMA, layers=4), shallow=2, sequence_length=8192, sequences=1)

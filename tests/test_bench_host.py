@@ -3,10 +3,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+from benchmarks.host.replies import body
+from benchmarks.host.station import measure, stations
+from benchmarks.host.workload import Workload
 
-from exprl_megatron.benchmarks.host.replies import body
-from exprl_megatron.benchmarks.host.station import measure, stations
-from exprl_megatron.benchmarks.host.workload import Workload
 from exprl_megatron.serving.generation import read_generation
 
 ROOT = Path(__file__).resolve().parent.parent

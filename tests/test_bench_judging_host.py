@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 sys.path.insert(0, str(Path(__file__).parent / "judging"))
 import bench_judging_host
+from benchmarks.host.station import measure, stations
+from benchmarks.host.workload import Workload
 from tokenizer_rules import tokenizer_of
-
-from exprl_megatron.benchmarks.host.station import measure, stations
-from exprl_megatron.benchmarks.host.workload import Workload
 
 
 def figures(tmp_path: Path, *arguments: str) -> dict:

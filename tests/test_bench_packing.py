@@ -1,13 +1,9 @@
 """tools/bench_packing.py: packed and padded steps do the same work, and the report says what padding each has."""
 
 import json
-import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_packing
+import pytest
 
 
 def test_both_ways_have_the_same_loss_and_gradient_and_the_shares_of_padding_stand_beside_the_ratio(

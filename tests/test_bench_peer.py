@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from benchmarks import peer_tasks
+from benchmarks.turns import Contestant, StepCost, step_cost
 
-from exprl_megatron.benchmarks import peer_tasks
-from exprl_megatron.benchmarks.turns import Contestant, StepCost, step_cost
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
 from exprl_megatron.reporting.timeline import Span

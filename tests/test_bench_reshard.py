@@ -2,21 +2,18 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
+import bench_reshard
 import pytest
 import torch
+from benchmarks.broadcast_floor import Floor
+from benchmarks.sync_runs import Measured, as_record, write_model
 from safetensors.torch import load_file
 
-from exprl_megatron.benchmarks.broadcast_floor import Floor
-from exprl_megatron.benchmarks.sync_runs import Measured, as_record, write_model
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.utils.ports import free_ports
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import bench_reshard
 
 
 @pytest.mark.parametrize(

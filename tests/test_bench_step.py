@@ -1,15 +1,10 @@
 """tools/bench_step.py: both steps do the same work, and the report names what was compared."""
 
 import json
-import sys
-from pathlib import Path
 
-import pytest
-
-from exprl_megatron.benchmarks.step_comparison import Comparison, compare_steps, make_sequences
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_step
+import pytest
+from benchmarks.step_comparison import Comparison, compare_steps, make_sequences
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 from aiohttp import ClientSession, web
+from benchmarks import strangers
+from benchmarks.chaos import FaultedRun
+from benchmarks.fault_proxy import FaultProxy
+from benchmarks.garbage import OF_BYTES, OF_FIELDS, OF_LOG_PROBS, garbled, made
+from benchmarks.learned import Replies
 
-from exprl_megatron.benchmarks import strangers
-from exprl_megatron.benchmarks.chaos import FaultedRun
-from exprl_megatron.benchmarks.fault_proxy import FaultProxy
-from exprl_megatron.benchmarks.garbage import OF_BYTES, OF_FIELDS, OF_LOG_PROBS, garbled, made
-from exprl_megatron.benchmarks.learned import Replies
 from exprl_megatron.config.load import load_config
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.processes.starter import Starter

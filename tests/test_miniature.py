@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 from statistics import fmean
 
+import chains
 import pytest
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig
 from exprl_megatron.judging.calibration import misplacement, wrong_references
 from exprl_megatron.judging.judgement import Scored
-from exprl_megatron.problems import chains
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.rewards.extraction import extract_answer

@@ -35,7 +35,7 @@ ALLOWED = {
     ("exprl_megatron/policy/sealed_objects.py", "pickle.loads"),
     # What this process wrote itself: notes on the parts of an unfinished conversion, and what a benchmark measures.
     ("exprl_megatron/conversion/to_megatron.py", "pickle.loads"),
-    ("exprl_megatron/benchmarks/host/scattering.py", "pickle.loads"),
+    ("tools/benchmarks/host/scattering.py", "pickle.loads"),
 }
 
 

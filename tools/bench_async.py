@@ -15,10 +15,11 @@ from pathlib import Path
 from random import Random
 from statistics import fmean
 
+import chains
+
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.launch.launcher import launch
-from exprl_megatron.problems import chains
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
 

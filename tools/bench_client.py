@@ -16,13 +16,14 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from exprl_megatron.benchmarks.client_load import (
+from benchmarks.client_load import (
     Load,
     Place,
     peak_of_in_flight,
     through_bench_serving,
     through_our_client,
 )
+
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from benchmarks.layer_report import known_gpu, measured_lines, predicted, predicted_lines, throughput
+from benchmarks.layers import Work, measure_layers, narrowed, policy_config
 
-from exprl_megatron.benchmarks.layer_report import known_gpu, measured_lines, predicted, predicted_lines, throughput
-from exprl_megatron.benchmarks.layers import Work, measure_layers, narrowed, policy_config
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import Kind
 from exprl_megatron.errors import UserError

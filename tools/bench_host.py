@@ -1,6 +1,6 @@
 """What the host does in a step beside the model: processor seconds and memory of each station, and how they grow.
 
-Every station and size is measured in a process of its own, with one thread. A module in exprl_megatron/benchmarks/host
+Every station and size is measured in a process of its own, with one thread. A module in tools/benchmarks/host
 that has a STATION is a row. `by traces` and `by length` are exponents of growth: of four times as many traces, and of
 traces that are eight times as long. The share is that of a 404 s step, the planner's for a 70B model and 2,048 traces.
 
@@ -14,9 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-
-from exprl_megatron.benchmarks.host.station import measured, stations
-from exprl_megatron.benchmarks.host.workload import Workload
+from benchmarks.host.station import measured, stations
+from benchmarks.host.workload import Workload
 
 SIZES = ("512x2000", "2048x2000", "2048x6000", "2048x16000")
 STEP_S = 404.0

@@ -25,9 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from exprl_megatron.benchmarks.judging_load import (
+from benchmarks.judging_load import (
     ANSWER,
     GROUP,
     JUDGE_DELAY_S,
@@ -38,6 +36,8 @@ from exprl_megatron.benchmarks.judging_load import (
     paced_server,
     reply,
 )
+from transformers import AutoTokenizer
+
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.judging.prompt import shipped_prompt

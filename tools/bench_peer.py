@@ -22,11 +22,11 @@ from pathlib import Path
 from statistics import median
 
 import yaml
+from benchmarks import peer_tasks
+from benchmarks.peer_tasks import Task
+from benchmarks.turns import Contestant, StepCost
 from prepare_smollm import prepare as prepare_smollm
 
-from exprl_megatron.benchmarks import peer_tasks
-from exprl_megatron.benchmarks.peer_tasks import Task
-from exprl_megatron.benchmarks.turns import Contestant, StepCost
 from exprl_megatron.errors import UserError
 from exprl_megatron.processes.interruption import end_on_signals
 from exprl_megatron.runs.directory import RunDirectory

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from exprl_megatron.benchmarks.broadcast_floor import receive
+from benchmarks.broadcast_floor import receive
+
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
@@ -103,7 +104,7 @@ def compare_checksums(args: argparse.Namespace) -> None:
 
 def layouts_and_servers(args: argparse.Namespace) -> Iterator[tuple[dict, Path]]:
     """What `run_layout` is given, and a directory for its files: each layout with each server, which runs meanwhile."""
-    from exprl_megatron.benchmarks.sync_runs import write_model
+    from benchmarks.sync_runs import write_model
 
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
@@ -118,7 +119,7 @@ def layouts_and_servers(args: argparse.Namespace) -> Iterator[tuple[dict, Path]]
 
 def plan(file: Path | None) -> None:
     """What planning a sync by direct costs at full size, as a Markdown table and, where asked for, as JSON."""
-    from exprl_megatron.benchmarks.direct_planning import CASES, measured
+    from benchmarks.direct_planning import CASES, measured
 
     records = []
     print("| model | trainer | servers | rank | messages it sends | CPU s | peak MB | kB from a server rank | to it |")
@@ -165,9 +166,8 @@ def run_layout(told: dict, room: Path) -> dict:
 def run_rank(told: dict) -> None:
     """One trainer process."""
     import torch
-
-    from exprl_megatron.benchmarks.checksum_cost import measure_checksums
-    from exprl_megatron.benchmarks.sync_runs import as_record, measure
+    from benchmarks.checksum_cost import measure_checksums
+    from benchmarks.sync_runs import as_record, measure
 
     torch.set_num_threads(1)
     sync = parsed(told["layout"]), Path(told["model"]), told["servers"], told["server_tp"]

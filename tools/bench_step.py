@@ -14,8 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-
-from exprl_megatron.benchmarks.step_comparison import (
+from benchmarks.step_comparison import (
     Comparison,
     compare_steps,
     make_sequences,
@@ -23,6 +22,7 @@ from exprl_megatron.benchmarks.step_comparison import (
     profile_table,
     vocabulary,
 )
+
 from exprl_megatron.policy.world import leave_world
 
 ROOT = Path(__file__).resolve().parent.parent

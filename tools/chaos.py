@@ -15,7 +15,8 @@ from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
-from exprl_megatron.benchmarks.chaos import FaultedRun, Outcome
+from benchmarks.chaos import FaultedRun, Outcome
+
 from exprl_megatron.config.load import load_config
 from exprl_megatron.utils.files import write_atomically
 

@@ -11,7 +11,7 @@
 
 No problem to train on or held out is in another file. Training takes minutes and is the project's own SFT
 stage (recipes/configs/miniature-*.yaml); interrupted, it goes on from its checkpoint when called again.
-The texts and the rules are those of `exprl_megatron.problems.chains`.
+The texts and the rules are those of `tools/chains.py`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
+import chains
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -28,7 +29,6 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.launch.launcher import launch
-from exprl_megatron.problems import chains
 from exprl_megatron.reporting.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

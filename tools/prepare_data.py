@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from problem_sets.catalog import HUB, Options, candidates, names
+
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.leaks import check_canary
-from exprl_megatron.problems.datasets.catalog import HUB, Options, candidates, names
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from ablation_tables import Arm, Evaluated, curves, results, tables
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.evaluation.study import Arm, Evaluated, curves, results, tables
 from exprl_megatron.reporting.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

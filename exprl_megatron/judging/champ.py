@@ -5,18 +5,34 @@ looked at. 96 outputs are without a mistake. Outputs are free text without steps
 to compare a marked one with is cut here.
 """
 
+import importlib.util
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Granularity
-from exprl_megatron.problems.datasets.packaged import champ_problems
 from exprl_megatron.problems.problem import Problem, Reference
 
 TYPICAL_STEP = 100
 """Characters: about the median of the marked steps."""
 _PIECE = re.compile(r"\S.*?(?:\n|\Z|(?<=[.!?:]) )", re.DOTALL)
+
+
+def champ_problems() -> dict[str, dict]:
+    """CHAMP's own records by name: problems, solutions, and outputs of models with the marks of annotators.
+
+    The file alone: the package builds everything it has, 19,000 conversations, when asked for anything. Raises
+    UserError where it is not installed.
+    """
+    package = importlib.util.find_spec("champ_dataset")
+    if package is None:
+        raise UserError("The package champ-dataset is not installed; run `pip install champ-dataset`.")
+    path = Path(package.submodule_search_locations[0]) / "dataset_files" / "v0.json"
+    return json.loads(path.read_text(encoding="utf-8"))["problems"]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from exprl_megatron.problems.chains import answer_text, chain_problem, problem_text, stated_answer
+from chains import answer_text, chain_problem, problem_text, stated_answer
 
 pytestmark = pytest.mark.slow
 

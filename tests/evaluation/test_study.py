@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scipy import stats
-
-from exprl_megatron.evaluation.study import (
+from ablation_tables import (
     SUCCESSES,
     Arm,
     Evaluated,
@@ -17,6 +15,7 @@ from exprl_megatron.evaluation.study import (
     results,
     tables,
 )
+from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 

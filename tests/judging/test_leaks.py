@@ -1,11 +1,11 @@
 from random import Random
 
+import chains
 import pytest
 
 from exprl_megatron.config.problems import LeakGuardConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.judging.leaks import LeakGuard
-from exprl_megatron.problems import chains
 from exprl_megatron.problems.problem import Problem, Reference
 
 CANARY = "EXPRL-CANARY-7f3a"

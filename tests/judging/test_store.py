@@ -12,11 +12,11 @@ import pytest
 from store_writer import key_of
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.judging.champ import champ_problems
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.prompt import shipped_prompt
 from exprl_megatron.judging.store import Asked, JudgementStore
-from exprl_megatron.problems.datasets.packaged import champ_problems
 
 WRITER = Path(__file__).parent / "store_writer.py"
 KEY = content_key("judgement", trace="a")

@@ -1,6 +1,7 @@
 """What is known to fit, and what is known not to: published runs, and arithmetic that leaves no choice."""
 
 import pytest
+from validate_planner import architecture_of, published_rows
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
@@ -10,7 +11,6 @@ from exprl_megatron.planning.memory import USABLE, training_memory
 from exprl_megatron.planning.plan_request import study
 from exprl_megatron.planning.targets import find_architecture
 from exprl_megatron.planning.training_time import micro_batches
-from exprl_megatron.planning.validation import architecture_of, published_rows
 
 PUBLISHED = published_rows()
 TIGHT = {("nemotron4-340b", 128), ("llama2-70b", 16)}

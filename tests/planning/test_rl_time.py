@@ -3,6 +3,7 @@
 from statistics import median
 
 import pytest
+from validate_planner import architecture_of, published_rows, step_comparisons, weight_bytes
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import GPUS
@@ -15,7 +16,6 @@ from exprl_megatron.planning.rl_time import (
     save_time,
 )
 from exprl_megatron.planning.serving_time import Lengths, Servers, iteration_seconds
-from exprl_megatron.planning.validation import architecture_of, published_rows, step_comparisons, weight_bytes
 
 MODELS = published_rows()["models"]
 LLAMA_8B, LLAMA_70B = architecture_of(MODELS["llama3-8b"]), architecture_of(MODELS["llama3-70b"])

@@ -3,6 +3,7 @@
 from statistics import median
 
 import pytest
+from validate_planner import architecture_of, comparisons, counted_flops, published_rows
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig
@@ -13,7 +14,6 @@ from exprl_megatron.planning.kernels import attention_seconds, product_rate
 from exprl_megatron.planning.links import exchange_seconds, ring_bandwidth
 from exprl_megatron.planning.practice import Practice
 from exprl_megatron.planning.training_time import log_prob_time, training_time
-from exprl_megatron.planning.validation import architecture_of, comparisons, counted_flops, published_rows
 
 MODELS = published_rows()["models"]
 LLAMA_70B = architecture_of(MODELS["llama3-70b"])

@@ -5,8 +5,8 @@ import types
 
 import pytest
 import torch
+from benchmarks.layers import Work, policy_config
 
-from exprl_megatron.benchmarks.layers import Work, policy_config
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.models.architecture import read_architecture

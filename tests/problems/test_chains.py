@@ -2,11 +2,11 @@ import itertools
 from collections import Counter
 from random import Random
 
+import chains
 import pytest
+from chains import Chain
 
 from exprl_megatron.judging.prompt import load_prompt
-from exprl_megatron.problems import chains
-from exprl_megatron.problems.chains import Chain
 
 CHAIN = Chain(7, (("+", 5), ("*", 3), ("-", 4), ("*", 4), ("-", 5)))
 REFERENCE = "s2 36 s4 28 ans 23"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+from problem_sets.catalog import HUB, Options, candidates, names
+from problem_sets.programs import pickled_text
+from problem_sets.record import text_id
 
 from exprl_megatron.config.problems import FieldNames
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.datasets.catalog import HUB, Options, candidates, names
-from exprl_megatron.problems.datasets.programs import pickled_text
-from exprl_megatron.problems.datasets.record import text_id
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.records import problem_of
 
@@ -275,7 +275,7 @@ def test_private_tests_that_are_not_a_pickled_string_are_not_unpickled(tmp_path,
 
 
 def test_tests_that_unpack_to_more_than_the_bound_are_refused(monkeypatch):
-    monkeypatch.setattr("exprl_megatron.problems.datasets.programs.LARGEST_TESTS", 10)
+    monkeypatch.setattr("problem_sets.programs.LARGEST_TESTS", 10)
     with pytest.raises(UserError, match="unpack to more than 10 bytes"):
         read("livecodebench-v5", "livecodebench")
 

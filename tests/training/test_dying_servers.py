@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from exprl_megatron.benchmarks.chaos import FaultedRun
+from benchmarks.chaos import FaultedRun
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import run_config, write_problems

@@ -2,7 +2,7 @@
 
     python tools/peer/trl_grpo.py TASK.json     (or under torchrun, one thread a process)
 
-TASK.json says what to train (see exprl_megatron/benchmarks/peer_tasks.py). The task's directory gets a timeline.jsonl
+TASK.json says what to train (see tools/benchmarks/peer_tasks.py). The task's directory gets a timeline.jsonl
 and a metrics.jsonl in the form of our runs. Rewards are plain Python: the last match of a pattern is the answer.
 """
 

@@ -18,10 +18,10 @@ import numpy as np
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.serving import SamplingConfig
+from exprl_megatron.judging.champ import champ_problems
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.judging.store import JudgementStore
-from exprl_megatron.problems.datasets.packaged import champ_problems
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
@@ -108,7 +108,7 @@ def paced_server(bodies: list[str], *options: str) -> Iterator[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(bodies, file)
         file.flush()
-        command = [sys.executable, "-m", "exprl_megatron.benchmarks.paced_server", file.name, *options]
+        command = [sys.executable, str(Path(__file__).with_name("paced_server.py")), file.name, *options]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             yield f"http://127.0.0.1:{int(process.stdout.readline())}"

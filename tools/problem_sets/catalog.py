@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.datasets import mathematics, packaged, programs, science
-from exprl_megatron.problems.datasets.loading import file_rows, hub_lines, hub_rows
-from exprl_megatron.problems.datasets.record import Record, Row
+from problem_sets import mathematics, packaged, programs, science
+from problem_sets.loading import file_rows, hub_lines, hub_rows
+from problem_sets.record import Record, Row
 
 LIVECODEBENCH = "livecodebench/code_generation_lite"
 SCIKNOWEVAL = "hicai-zju/SciKnowEval"

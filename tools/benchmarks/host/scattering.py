@@ -3,8 +3,8 @@
 import pickle
 from collections.abc import Callable
 
-from exprl_megatron.benchmarks.host.station import Station
-from exprl_megatron.benchmarks.host.workload import Workload
+from benchmarks.host.station import Station
+from benchmarks.host.workload import Workload
 
 
 def prepare(workload: Workload) -> Callable[[], object]:

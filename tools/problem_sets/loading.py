@@ -9,7 +9,7 @@ import datasets
 import pyarrow
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.datasets.record import Row
+from problem_sets.record import Row
 
 
 def hub_rows(name: str, split: str, config: str | None = None) -> Iterator[Row]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from exprl_megatron.benchmarks.host.station import Station
-from exprl_megatron.benchmarks.host.workload import Workload
+from benchmarks.host.station import Station
+from benchmarks.host.workload import Workload
 from exprl_megatron.policy.packing import Shape, plan_micro_batches
 
 SHAPE = Shape(packed=True, sequence=4, row=256, cp=2)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from exprl_megatron.benchmarks.host.planning import SHAPE
-from exprl_megatron.benchmarks.host.station import Station
-from exprl_megatron.benchmarks.host.workload import Workload
+from benchmarks.host.planning import SHAPE
+from benchmarks.host.station import Station
+from benchmarks.host.workload import Workload
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.packing import plan_micro_batches
 from exprl_megatron.policy.step import MicroBatches

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from exprl_megatron.problems import chains
+import chains
 
 PRIMED_ROWS, PRIMED_BATCH = 384, 64
 

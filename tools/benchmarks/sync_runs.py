@@ -9,7 +9,7 @@ from statistics import median
 
 from safetensors.torch import save_file
 
-from exprl_megatron.benchmarks.broadcast_floor import Floor
+from benchmarks.broadcast_floor import Floor
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.config.transport import TransportChoice

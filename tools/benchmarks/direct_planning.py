@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.host.station import memory
 from exprl_megatron import planning
-from exprl_megatron.benchmarks.host.station import memory
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture, read_architecture
 from exprl_megatron.models.name_map import hf_shapes

@@ -5,7 +5,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from exprl_megatron.problems.datasets.record import Record, Row, record, text, text_id
+from problem_sets.record import Record, Row, record, text, text_id
 
 MULTIPLE_CHOICE_TASKS = frozenset(
     {

@@ -9,8 +9,8 @@ from statistics import median
 
 import torch
 
+from benchmarks.plain_step import PlainStep, weighted_loss
 from exprl_megatron.algorithms.batch import TrainSample
-from exprl_megatron.benchmarks.plain_step import PlainStep, weighted_loss
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.policy.policy import Policy

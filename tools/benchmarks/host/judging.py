@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from exprl_megatron.benchmarks.host.station import Station
-from exprl_megatron.benchmarks.host.workload import Workload
-from exprl_megatron.benchmarks.judging_load import JUDGE_DELAY_S, Load, judged, paced_server
+from benchmarks.host.station import Station
+from benchmarks.host.workload import Workload
+from benchmarks.judging_load import JUDGE_DELAY_S, Load, judged, paced_server
 
 
 def prepare(workload: Workload) -> Callable[[], object]:

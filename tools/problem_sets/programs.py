@@ -7,7 +7,7 @@ import pickletools
 import zlib
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.datasets.record import Record, Row, record, text
+from problem_sets.record import Record, Row, record, text
 
 LARGEST_TESTS = 2**30
 """Bytes of one problem's decompressed tests."""

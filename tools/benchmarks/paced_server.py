@@ -1,6 +1,6 @@
 """Replies of /generate that are prepared and come when they are due: a server without a model, for benchmarks.
 
-    python -m exprl_megatron.benchmarks.paced_server BODIES [--over S [--replies N]] [--delay S]
+    python -m benchmarks.paced_server BODIES [--over S [--replies N]] [--delay S]
 
 BODIES is a JSON list of replies (JSON texts), given in turn. Reply i of N (default: as many as BODIES has) comes i / N
 of `--over` seconds after the first request, or `--delay` seconds after its own. A request for no tokens is answered at

@@ -2,7 +2,7 @@
 
 import re
 
-from exprl_megatron.problems.datasets.record import Record, Row, record, text, text_id
+from problem_sets.record import Record, Row, record, text, text_id
 
 _DAPO_FRAME = re.compile(
     r"\ASolve the following math problem step by step\..*?\n\n(?P<problem>.*?)"

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from exprl_megatron.benchmarks import strangers
-from exprl_megatron.benchmarks.fault_proxy import FaultProxy, Mode
-from exprl_megatron.benchmarks.garbage import garbled
-from exprl_megatron.benchmarks.learned import Replies, wrong_with
+from benchmarks import strangers
+from benchmarks.fault_proxy import FaultProxy, Mode
+from benchmarks.garbage import garbled
+from benchmarks.learned import Replies, wrong_with
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, ServerError
 from exprl_megatron.launch.launcher import wanted_servers

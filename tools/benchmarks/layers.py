@@ -8,9 +8,9 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from exprl_megatron.benchmarks.peak_memory import extra_bytes
-from exprl_megatron.benchmarks.plain_step import weighted_loss
-from exprl_megatron.benchmarks.step_comparison import make_sequences
+from benchmarks.peak_memory import extra_bytes
+from benchmarks.plain_step import weighted_loss
+from benchmarks.step_comparison import make_sequences
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import Kind, PrecisionConfig
 from exprl_megatron.errors import UserError

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from exprl_megatron.benchmarks.host.station import Station
-from exprl_megatron.benchmarks.host.workload import GROUP, Workload
+from benchmarks.host.station import Station
+from benchmarks.host.workload import GROUP, Workload
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.stages import ExprlProcessStage
 from exprl_megatron.training.statistics import group_statistics

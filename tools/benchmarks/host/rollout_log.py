@@ -4,8 +4,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from exprl_megatron.benchmarks.host.station import Station
-from exprl_megatron.benchmarks.host.workload import Workload
+from benchmarks.host.station import Station
+from benchmarks.host.workload import Workload
 from exprl_megatron.runs.journal import Journal, SampledStep
 
 

@@ -1,14 +1,11 @@
 """Data sets that installed packages carry: no network is needed."""
 
-import importlib.util
-import json
 import random
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from exprl_megatron.errors import UserError
-from exprl_megatron.problems.datasets.record import Record, record
+from exprl_megatron.judging.champ import champ_problems
+from problem_sets.record import Record, record
 
 CALCULATOR_NOTE = re.compile(r"<<[^>]*>>")
 IDLE_DRAWS = 50_000
@@ -47,19 +44,6 @@ def champ() -> Iterator[Record]:
             reference="\n".join(steps),
             answer=problem["_answer"],
         )
-
-
-def champ_problems() -> dict[str, dict]:
-    """CHAMP's own records by name: problems, solutions, and outputs of models with the marks of annotators.
-
-    The file alone: the package builds everything it has, 19,000 conversations, when asked for anything. Raises
-    UserError where it is not installed.
-    """
-    package = importlib.util.find_spec("champ_dataset")
-    if package is None:
-        raise UserError("The package champ-dataset is not installed; run `pip install champ-dataset`.")
-    path = Path(package.submodule_search_locations[0]) / "dataset_files" / "v0.json"
-    return json.loads(path.read_text(encoding="utf-8"))["problems"]
 
 
 def _gsm_templates() -> list:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from exprl_megatron.benchmarks.host.station import Station
-from exprl_megatron.benchmarks.host.workload import Workload
+from benchmarks.host.station import Station
+from benchmarks.host.workload import Workload
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.generation import read_generation
 

@@ -6,7 +6,7 @@ from statistics import median
 
 import psutil
 
-from exprl_megatron.benchmarks.sync_runs import Trainer
+from benchmarks.sync_runs import Trainer
 from exprl_megatron.config.policy import Layout
 
 KINDS = ("none", "shards", "whole")

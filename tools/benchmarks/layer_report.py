@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from statistics import median
 
-from exprl_megatron.benchmarks.layers import LayerFigures, Work, per_layer, speedups
+from benchmarks.layers import LayerFigures, Work, per_layer, speedups
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import Kind, PrecisionConfig
 from exprl_megatron.models.architecture import Architecture

@@ -1,4 +1,4 @@
-"""The models of training and step time beside published figures: `python -m exprl_megatron.planning.validation`."""
+"""The models of training and step time beside published figures: `python tools/validate_planner.py`."""
 
 import json
 from collections import defaultdict

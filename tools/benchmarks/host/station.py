@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import exprl_megatron.benchmarks.host as host
-from exprl_megatron.benchmarks.host.workload import Workload
+import benchmarks.host as host
+from benchmarks.host.workload import Workload
 
 
 @dataclass(frozen=True)
