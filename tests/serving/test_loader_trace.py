@@ -1,4 +1,4 @@
-"""What a loader's copies tell; that real servers are filled by it is shown in tests/resharding/test_transports.py."""
+"""What a loader's copies tell; that real servers are filled by it is shown in tests/weight_sync/test_transports.py."""
 
 import pytest
 import torch
