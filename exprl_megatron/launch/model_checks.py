@@ -6,7 +6,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SCORED_BELOW_ROOM, ServerConfig
 from exprl_megatron.config.stages import RlStage
 from exprl_megatron.errors import UserError
-from exprl_megatron.models.architecture import Architecture, layout_violations, read_architecture
+from exprl_megatron.models.architecture import Architecture, layout_violations, position_violations, read_architecture
 from exprl_megatron.models.precision_matrix import Setting, precision_violations
 from exprl_megatron.policy.gradient_fusion import fusion_violations
 from exprl_megatron.utils.accelerator import cuda_capability, uses_cuda
@@ -30,17 +30,7 @@ def model_violations(config: RunConfig) -> list[str]:
 def _length_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
     positions = architecture.max_positions
     longest, slots = config.policy.max_tokens, config.server.max_total_tokens
-    if longest > positions:
-        remedy = "lower it"
-        if longest <= architecture.stretched_positions:
-            remedy += (
-                f", or set max_position_embeddings in its config.json, which servers go by, to "
-                f"{architecture.stretched_positions}: YaRN stretches its positions as far"
-            )
-        yield (
-            f"policy.max_tokens is {longest}, more than the {positions} positions that {config.policy.model} was made "
-            f"for; {remedy}."
-        )
+    yield from position_violations(architecture, longest, config.policy.model)
     if not config.has_ref_server:
         return
     # A whole trace is a prompt to the server that scores the reference policy.

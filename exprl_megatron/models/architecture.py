@@ -135,6 +135,22 @@ def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
     return found
 
 
+def position_violations(architecture: Architecture, max_tokens: int, model: str) -> list[str]:
+    """The sentence for the user where `policy.max_tokens` is more than the positions of `model`, a directory."""
+    positions, stretched = architecture.max_positions, architecture.stretched_positions
+    if max_tokens <= positions:
+        return []
+    remedy = "lower it"
+    if max_tokens <= stretched:
+        remedy += (
+            f", or set max_position_embeddings in its config.json, which servers go by, to {stretched}: YaRN stretches "
+            f"its positions as far"
+        )
+    return [
+        f"policy.max_tokens is {max_tokens}, more than the {positions} positions that {model} was made for; {remedy}."
+    ]
+
+
 def stage_layers(architecture: Architecture, layout: Layout) -> list[list[range]]:
     """The layers, counted from 0, as [pipeline rank][virtual stage]; `layout` must fit (see check_layout).
 

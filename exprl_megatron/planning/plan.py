@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
-from exprl_megatron.models.architecture import Architecture, layout_violations
+from exprl_megatron.models.architecture import Architecture, layout_violations, position_violations
 from exprl_megatron.models.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
 from exprl_megatron.planning.colocation import beside_sleepers, beside_sleeping_server, server_faults
 from exprl_megatron.planning.hardware import GIB, Gpu
@@ -239,9 +239,11 @@ def _illegal(config, stage, architecture: Architecture, workload, gpu) -> list[s
         architecture=architecture,
         starting_weights=workload.keeps_ref_policy,
     )
-    return layout_violations(architecture, config.policy.layout) + (
-        precision_violations(setting) if gpu.fp8_kinds else []
-    )
+    return [
+        *layout_violations(architecture, config.policy.layout),
+        *position_violations(architecture, config.policy.max_tokens, config.policy.model),
+        *(precision_violations(setting) if gpu.fp8_kinds else []),
+    ]
 
 
 def _runs(config, gpu) -> bool:

@@ -232,6 +232,13 @@ def test_nothing_to_plan_is_one_sentence():
         study("qwen3-235b-a22b", [], H100, gpus=8, train_only=True)
 
 
+@pytest.mark.parametrize(("longest", "faults"), [(40960, 0), (40961, 1)])
+def test_traces_that_are_longer_than_the_model_has_positions_do_not_fit(longest, faults):
+    found = study("qwen3-8b", ["policy.layout.dp=8", f"policy.max_tokens={longest}"], GPUS["b200"], train_only=True)
+    assert [fault for fault in found.faults if "more than the 40960 positions" in fault] == found.faults
+    assert len(found.faults) == faults
+
+
 def test_the_command_prints_json():
     answer = CliRunner().invoke(app, ["plan", "qwen3-8b", "--gpus", "8", "--train-only", "--json", "--top", "2"])
     record = json.loads(answer.output)

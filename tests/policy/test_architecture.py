@@ -202,7 +202,7 @@ def test_the_number_of_key_value_heads_is_guessed_for_llama_alone(tmp_path, tree
         (MIXTRAL | {"sliding_window": 4096}, "has sliding_window 4096"),
     ],
 )
-def test_mixtures_that_are_not_supported_are_refused_by_name(tmp_path, tree, said):
+def test_settings_of_a_family_that_are_not_supported_are_refused_by_name(tmp_path, tree, said):
     with pytest.raises(UserError, match=said):
         read_architecture(written(tmp_path, tree))
 
