@@ -6,10 +6,14 @@ JOBS ?= 2
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup demo demo-smollm study chaos test test-fast test-te test-slurm test-gpu lint types ratchet lock lock-te lock-gpu miniature bench-peer lock-peer
+.PHONY: setup browser demo demo-smollm study chaos test test-fast test-te test-slurm test-gpu lint types ratchet lock lock-te lock-gpu miniature bench-peer lock-peer
 
 setup:
 	@tools/setup.sh
+
+# For the tests of the page that `exprl report` makes.
+browser: setup
+	@tools/setup_browser.sh
 
 demo: setup
 	.venv/bin/exprl train recipes/configs/demo.yaml directory=runs/demo-$(NOW)
@@ -27,10 +31,10 @@ chaos: setup
 	$(PYTEST) -m chaos
 	.venv/bin/python tools/chaos.py directory=runs/chaos-$(NOW)
 
-test: setup
+test: setup browser
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not chaos"
 
-test-fast: setup
+test-fast: setup browser
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slow"
 
 # In an environment of its own (.venv-te), with Transformer Engine and no GPU.

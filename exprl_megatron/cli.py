@@ -10,6 +10,7 @@ import typer
 
 from exprl_megatron.commands.eval_command import eval_command
 from exprl_megatron.commands.plan_command import plan_command
+from exprl_megatron.commands.report_command import report_command
 from exprl_megatron.commands.show_command import show_command
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
 from exprl_megatron.processes.interruption import Interrupted, end_on_signals
@@ -155,6 +156,7 @@ def judge_bench(
 app.command("eval")(eval_command)
 app.command("plan")(plan_command)
 app.command("show")(show_command)
+app.command("report")(report_command)
 
 
 @app.command()

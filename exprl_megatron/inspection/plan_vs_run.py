@@ -53,7 +53,7 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
 
     directory = RunDirectory(run)
     config = read_config(directory)
-    gpu, how = _device(config, gpu_name)
+    gpu, how = prediction_device(config, gpu_name)
     rows = compare_run(config, directory, gpu)
     if as_json:
         print(
@@ -130,7 +130,7 @@ def _rows(stage: str, planned: Plan, steps: list[dict]) -> list[Row]:
     return [*rows, Row(stage, "step", whole, median(step["seconds/step"] for step in steps))]
 
 
-def _device(config: RunConfig, name: str | None) -> tuple[Gpu, str]:
+def prediction_device(config: RunConfig, name: str | None) -> tuple[Gpu, str]:
     """The hardware to predict for, and a sentence about the prediction."""
     if name is None and config.policy.precision.dtype != "fp32":
         name = "h100"

@@ -12,7 +12,7 @@ from exprl_megatron.inspection.rollout_steps import InspectedGroup, evaluation_g
 from exprl_megatron.inspection.rollout_tables import group_table
 from exprl_megatron.inspection.selection import SelectedGroup, Selection, select
 from exprl_megatron.inspection.show_records import group_record
-from exprl_megatron.inspection.trace_text import Boundaries, boundaries_by, trace_panels
+from exprl_megatron.inspection.trace_text import Boundaries, PolicyTokenizer, trace_panels
 from exprl_megatron.runs.directory import RunDirectory, read_config
 
 
@@ -53,7 +53,7 @@ def _print(chosen: list[SelectedGroup], where: str, config: RunConfig, limit: in
         print(json.dumps({"groups": [group_record(each) for each in shown], "found": len(chosen)}, indent=2))
         return
     console = Console(highlight=False)
-    boundaries = boundaries_by(config.policy.model)
+    boundaries = PolicyTokenizer(config.policy.model).boundaries
     for each in shown:
         console.print(group_table(each))
         if text:

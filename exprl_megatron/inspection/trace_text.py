@@ -1,7 +1,7 @@
 """A trace's text with the boundaries of its segments."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cached_property
 
 from rich.console import Group as Renderables
 from rich.console import RenderableType
@@ -13,6 +13,7 @@ from exprl_megatron.inspection.rollout_tables import advantage_text, finding_tex
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.reporting.plain_text import plain, plain_line
 from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.train_samples import TokenAdvantages
 
 Boundaries = Callable[[GradedTrace], list[int] | None]
@@ -35,26 +36,36 @@ def trace_panels(
     return Renderables(*panels)
 
 
-def boundaries_by(model: str) -> Boundaries:
-    """By the tokenizer of the policy, which is loaded where it is needed."""
+class PolicyTokenizer:
+    """The tokenizer of a run's policy, loaded where it is first needed; a run can be read without it."""
 
-    @cache
-    def tokenizer() -> PreTrainedTokenizerBase | None:
+    def __init__(self, model: str):
+        self._model = model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """None where it is not there any more."""
         try:
-            return AutoTokenizer.from_pretrained(model)
+            return AutoTokenizer.from_pretrained(self._model)
         except (OSError, ValueError, KeyError):
             return None
 
-    def boundaries(sample: GradedTrace) -> list[int] | None:
-        if (found := tokenizer()) is None:
+    def characters_before(self, trace: Trace) -> Callable[[int], int] | None:
+        """How many characters of the trace's text its first so many tokens give; None where that is not known."""
+        if self.tokenizer is None:
             return None
-        text = TokenText(sample.trace.token_ids, found)
-        # Another tokenizer than that of the run would cut elsewhere.
-        if text.text != sample.trace.text:
+        text = TokenText(trace.token_ids, self.tokenizer)
+        lead = len(trace.text) - len(text.text)
+        # Another tokenizer than that of the run would cut elsewhere. A server decodes the response behind its prompt,
+        # so that the first word may have a space before it.
+        if lead < 0 or trace.text[:lead].strip() or trace.text[lead:] != text.text:
             return None
-        return [text.characters_before(segment.start) for segment in sample.segments]
+        return lambda tokens: lead + text.characters_before(tokens) if tokens else 0
 
-    return boundaries
+    def boundaries(self, sample: GradedTrace) -> list[int] | None:
+        """The characters of a trace's text at which its segments begin; None where that is not known."""
+        before = self.characters_before(sample.trace)
+        return None if before is None else [before(segment.start) for segment in sample.segments]
 
 
 def _body(sample: GradedTrace, learned: bool, advantages: TokenAdvantages, boundaries: Boundaries) -> Text:

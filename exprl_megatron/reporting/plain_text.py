@@ -1,4 +1,4 @@
-"""Text that models, judges and problem files contain, for a terminal."""
+"""Text that models, judges and problem files contain, for a terminal or a page."""
 
 from rich.text import Text
 
@@ -11,9 +11,15 @@ _SHOWN_AS = (
 )
 
 
+def shown(text: str) -> str:
+    """`text` with pictures of its control characters, and a sign for each character that reorders others or that
+    cannot be encoded; as long as `text`."""
+    return text.encode("utf-8", "replace").decode().translate(_SHOWN_AS)
+
+
 def plain(text: str, style: str = "") -> Text:
-    """`text` without markup, control characters (their pictures are shown), or what cannot be encoded."""
-    return Text(text.encode("utf-8", "replace").decode().translate(_SHOWN_AS), style)
+    """`text` as `shown` has it, without markup."""
+    return Text(shown(text), style)
 
 
 def plain_line(text: str, style: str = "") -> Text:

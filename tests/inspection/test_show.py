@@ -167,6 +167,18 @@ def test_the_text_is_printed_with_the_segments_boundaries(exprl, run):
     assert "weak" in lines and "strong" in lines
 
 
+def test_segments_are_marked_in_the_text_as_a_server_decodes_it_behind_a_prompt(exprl, run):
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    ids = tokenizer.encode("s1 6 + 3 = 9 s2 9 - 2 = 7", add_special_tokens=False)
+    text = " " + tokenizer.decode(ids)
+    traced = cut(0, 0.25, 1.0, lengths=(6, len(ids) - 6))
+    member_ = replace(traced, trace=replace(traced.trace, token_ids=ids, log_probs=(-0.5,) * len(ids), text=text))
+    log(run, "parts", 1, named("p", member_, cut(1, 0.5, 0.5)))
+    _, printed, _ = exprl(run, "--text", "--sample", 0)
+    assert "does not give this text" not in printed
+    assert " s1 6 + 3 = 9 " in printed and " s2 9 - 2 = 7" in printed and "s1 6 + 3 = 9 s2" not in printed
+
+
 def test_without_the_policys_tokenizer_the_text_is_printed_whole(exprl, run):
     log(run, "parts", 1, Group("p", (cut(0, 0.25, 1.0, text="not of these tokens"),)))
     _, printed, _ = exprl(run, "--text")

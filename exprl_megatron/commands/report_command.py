@@ -1,0 +1,43 @@
+"""`exprl report` on the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exprl_megatron.errors import UserError
+
+
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, which may be going on.")],
+    out: Annotated[Path | None, typer.Option(help="Write the page to this file, F.html.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve it on this machine instead, refreshed as steps come.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0: a free one.")] = 0,
+    without_references: Annotated[
+        bool,
+        typer.Option(
+            "--without-references",
+            help="Leave out references and all that quotes them: judge prompts, rubrics, words of judge and verifier.",
+        ),
+    ] = False,
+    max_mb: Annotated[float, typer.Option("--max-mb", min=1, help="Size of the file at most.")] = 20.0,
+) -> None:
+    """Make one self-contained page about runs: curves, traces, the judge's health, where the time goes."""
+    from exprl_megatron.inspection.report_page.page_model import PageReader
+
+    if (out is None) == (not serve):
+        raise UserError("Say where the page goes: give --out F.html, or --serve.")
+    reader = PageReader(runs, references=not without_references)
+    if serve:
+        from exprl_megatron.inspection.report_page.page_server import serve_page
+
+        serve_page(reader, port)
+        return
+    from exprl_megatron.inspection.report_page.page_file import write_page
+
+    model = write_page(out, reader, int(max_mb * 1e6))
+    kept, of = (sum(block.index.get(name, 0) for block in model.blocks) for name in ("kept", "traces"))
+    shown = "with references" if not without_references else "without references"
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {kept} of {of} traces with their texts, {shown}")

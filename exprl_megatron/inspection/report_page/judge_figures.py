@@ -1,0 +1,61 @@
+"""What the scores of a step say about its judge: histogram, agreement with the verifier, abstentions, lengths."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from exprl_megatron.inspection.rollout_steps import InspectedGroup
+from exprl_megatron.inspection.selection import disagreement
+from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.rollout.group import GradedTrace
+
+BINS = 10
+"""Of scores in [0, 1]; the last one has 1 itself too."""
+LENGTH_BINS = 12
+_DISAGREES = 0.5
+"""Judge and verifier disagree where their scores differ by more."""
+
+
+def judge_figures(groups: Sequence[InspectedGroup], most_tokens: int) -> dict[str, Any]:
+    """Figures of all traces of one step; lengths are in LENGTH_BINS equal bins up to `most_tokens`."""
+    members = [member for inspected in groups for member in inspected.group.members]
+    units = [unit for member in members for unit in member.units]
+    scores = np.array([unit.value for unit in units if isinstance(unit, Scored)])
+    reasons = Counter(shown(unit.reason) for unit in units if isinstance(unit, Abstained))
+    return {
+        "units": len(units),
+        "scores": np.histogram(scores, BINS, (0, 1))[0].tolist(),
+        "abstained": dict(sorted(reasons.items())),
+        "lengths": _lengths(members, most_tokens),
+        "agreement": _agreement(members),
+    }
+
+
+def _lengths(members: Sequence[GradedTrace], most_tokens: int) -> list[list[int]]:
+    """Counts of traces with a score, [LENGTH_BINS][BINS]."""
+    pairs = [(len(member.trace.token_ids), member.score) for member in members if member.score is not None]
+    tokens, scores = np.array(pairs, np.float64).reshape(-1, 2).T
+    counts, _, _ = np.histogram2d(tokens, scores, (LENGTH_BINS, BINS), ((0, most_tokens), (0, 1)))
+    return counts.astype(int).tolist()
+
+
+def _agreement(members: Sequence[GradedTrace]) -> dict[str, Any] | None:
+    """{compared, disagree, right, wrong}: the last two are the judge's mean scores of right and of wrong answers.
+
+    None where no trace has both a judge's score and a verifier's.
+    """
+    both = [member for member in members if disagreement(member) is not None]
+    if not both:
+        return None
+    by_finding = {
+        name: [member.score for member in both if (member.verified.value >= _DISAGREES) == right]
+        for name, right in (("right", True), ("wrong", False))
+    }
+    return {
+        "compared": len(both),
+        "disagree": sum(disagreement(member) > _DISAGREES for member in both),
+        **{name: round(float(np.mean(found)), 4) if found else None for name, found in by_finding.items()},
+    }

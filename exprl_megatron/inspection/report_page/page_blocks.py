@@ -1,0 +1,137 @@
+"""The texts of one step in so many bytes: which traces are in a page, and their packed form."""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from exprl_megatron.inspection.report_page.page_json import compact, packed
+from exprl_megatron.inspection.report_page.trace_records import TraceRecords
+from exprl_megatron.inspection.rollout_steps import InspectedGroup
+from exprl_megatron.inspection.selection import disagreement, has_abstention, spread
+
+_LARGEST_SHARE = 0.25
+"""Of a step's bytes that one group may take while others wait."""
+
+
+@dataclass(frozen=True)
+class PageBlock:
+    """The traces of one step, or of one evaluation, that a page shows."""
+
+    index: dict[str, Any]
+    """{traces, kept, groups, problems: of the groups in the page}: what the page reads before the block is opened."""
+    packed: str
+    """{groups: [{..., traces: [rows with texts]}]} as JSON, deflated by gzip, in base64."""
+
+
+class Room:
+    """Bytes of a page for so many blocks; what one leaves is shared by those after it."""
+
+    def __init__(self, total: int, blocks: int):
+        self._left, self._waiting = total, blocks
+
+    def share(self) -> int:
+        """Of the next block."""
+        return max(0, self._left) // max(1, self._waiting)
+
+    def spend(self, block: PageBlock) -> None:
+        """Count a block that was made."""
+        self._left -= len(block.packed)
+        self._waiting -= 1
+
+
+def pack(groups: Sequence[InspectedGroup], records: TraceRecords, most: int) -> PageBlock:
+    """The traces of a step that fit into about `most` bytes of a page.
+
+    What fails to agree with the verifier comes first, then what has no score, then the widest groups; within a group
+    likewise, then its best, its worst, and the others. A group of which a trace is in the page has the figures of all.
+    """
+    kept = _fitting(groups, records, most)
+    found = []
+    for position, inspected in enumerate(groups):
+        if position in kept:
+            rows = [records.row(inspected, place) for place in range(len(inspected.group.members))]
+            for place, texts in kept[position].items():
+                rows[place]["texts"] = texts
+            found.append(records.group(inspected) | {"traces": rows})
+    index = {
+        "traces": sum(len(inspected.group.members) for inspected in groups),
+        "kept": sum(map(len, kept.values())),
+        "groups": len(groups),
+        "problems": [record["problem"] for record in found],
+    }
+    return PageBlock(index, packed({"groups": found}))
+
+
+def _fitting(groups: Sequence[InspectedGroup], records: TraceRecords, most: int) -> dict[int, dict[int, dict]]:
+    """By the position of each group the texts of its traces that fit, by their places."""
+    order = sorted(range(len(groups)), key=lambda position: _interest(groups[position]), reverse=True)
+    meter, kept = _Meter(most), {}
+    postponed: list[tuple[int, list[int]]] = []
+    for position in order:
+        places, used = _places(groups[position]), 0
+        opening = meter.cost(records.group(groups[position]))
+        for number, place in enumerate(places):
+            texts = records.texts(groups[position], place)
+            cost = meter.cost(texts)
+            if used and used + cost > _LARGEST_SHARE * most:
+                postponed.append((position, places[number:]))
+                break
+            if not meter.take(cost + (0 if used else opening)):
+                return kept
+            used += cost
+            kept.setdefault(position, {})[place] = texts
+    for position, places in postponed:
+        for place in places:
+            texts = records.texts(groups[position], place)
+            if not meter.take(meter.cost(texts)):
+                return kept
+            kept[position][place] = texts
+    return kept
+
+
+class _Meter:
+    """How many bytes of a page records take; what was written before makes the next one shorter."""
+
+    def __init__(self, most: int):
+        self._left = most
+        self._stream = zlib.compressobj(6)
+
+    def cost(self, record: dict[str, Any]) -> int:
+        """Bytes in base64 that `record` adds."""
+        data = self._stream.compress(compact(record)) + self._stream.flush(zlib.Z_SYNC_FLUSH)
+        return len(data) * 4 // 3
+
+    def take(self, cost: int) -> bool:
+        """Whether so many bytes are left; they are spent then."""
+        if cost > self._left:
+            return False
+        self._left -= cost
+        return True
+
+
+def _interest(inspected: InspectedGroup) -> tuple[float, int, float]:
+    members = inspected.group.members
+    largest = max((found for member in members if (found := disagreement(member)) is not None), default=0.0)
+    return largest, sum(map(has_abstention, members)), spread(inspected.group) or 0.0
+
+
+def _places(inspected: InspectedGroup) -> list[int]:
+    """The places of a group's traces, the most interesting first."""
+    members = inspected.group.members
+    scored = [place for place, member in enumerate(members) if member.score is not None]
+    ends = {choose(scored, key=lambda place: members[place].score) for choose in (max, min) if scored}
+
+    def key(place: int) -> tuple:
+        member = members[place]
+        return -(disagreement(member) or 0.0), not has_abstention(member), place not in ends, place
+
+    return sorted(range(len(members)), key=key)
+
+
+def evenly(items: Sequence, count: int) -> list:
+    """At most `count` of `items`, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    last = len(items) - 1
+    return [items[round(number * last / (count - 1))] for number in range(count)]

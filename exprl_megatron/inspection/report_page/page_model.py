@@ -1,0 +1,93 @@
+"""All that a page holds, of one run or of several, in JSON's terms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from exprl_megatron.inspection.report_page.page_blocks import PageBlock, Room, evenly
+from exprl_megatron.inspection.report_page.page_json import embedded
+from exprl_megatron.inspection.report_page.run_figures import config_rows, run_names
+from exprl_megatron.inspection.report_page.run_pages import RunPages
+
+_PLACE_BYTES = 4000
+"""About what the figures of one step, and the index of its traces, take in the tree."""
+_MOST_POINTS = 2000
+"""Steps of all runs together that have points in the curves; more are sampled evenly."""
+
+
+@dataclass(frozen=True)
+class PageModel:
+    """What the page's program draws: `tree` at once, and the blocks of traces when they are opened."""
+
+    tree: dict[str, Any]
+    """{made, references, runs, config}; a place of a run names its block by its number."""
+    blocks: list[PageBlock]
+
+
+class PageReader:
+    """Reads runs, for one page or again and again for a page that is served.
+
+    Raises UserError where one of the directories holds no run.
+    """
+
+    def __init__(self, roots: Sequence[Path], references: bool):
+        self._references = references
+        names = run_names(roots)
+        self._runs = [RunPages(root, name, references) for root, name in zip(roots, names, strict=True)]
+        self._predicted: list[dict[str, Any]] | None = None
+
+    def stamp(self) -> tuple:
+        """Differs where a run has left something new."""
+        found = []
+        for run in self._runs:
+            directory = run.directory
+            for path in (directory.metrics, directory.timeline, directory.record, directory.evaluations):
+                found.append(path.stat().st_mtime_ns if path.exists() else 0)
+            found += [path.stat().st_mtime_ns for path in sorted(directory.journal.glob("*"))]
+        return tuple(found)
+
+    def model(self, page_bytes: int) -> PageModel:
+        """The page of what the runs have left so far, of about `page_bytes` as far as they are for traces."""
+        runs = [run.figures() for run in self._runs]
+        _thin_out(runs)
+        for run, predicted in zip(runs, self._predictions(), strict=True):
+            run["predicted"] = predicted
+        tree = {
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "references": self._references,
+            "runs": runs,
+            "config": config_rows([run.config for run in self._runs], not self._references),
+        }
+        places = [run.places() for run in self._runs]
+        count = sum(len(of_run) for of_run, _ in places)
+        room = Room(page_bytes - len(embedded(tree)) - _PLACE_BYTES * count, count)
+        blocks: list[PageBlock] = []
+        for pages, run, (of_run, steps) in zip(self._runs, runs, places, strict=True):
+            run["logged_steps"], run["places"] = steps, []
+            for what, block in pages.read(of_run, room.share):
+                run["places"].append(what | ({"block": len(blocks)} if block.packed else {}))
+                blocks.append(block)
+                room.spend(block)
+        return PageModel(tree, blocks)
+
+    def _predictions(self) -> list[dict[str, Any]]:
+        """Made once: they measure this machine where a run is one of a CPU."""
+        if self._predicted is None:
+            self._predicted = [run.predictions() for run in self._runs]
+        return self._predicted
+
+
+def _thin_out(runs: Sequence[dict[str, Any]]) -> None:
+    """Leave at most _MOST_POINTS steps in the curves of all runs together, and say so."""
+    most = max(100, _MOST_POINTS // len(runs))
+    for run in runs:
+        of_run = run["curves"]
+        count = len(of_run["steps"])
+        if count > most:
+            kept = evenly(range(count), most)
+            for name in ("steps", "stages", "wall"):
+                of_run[name] = [of_run[name][index] for index in kept]
+            of_run["metrics"] = {name: [v[index] for index in kept] for name, v in of_run["metrics"].items()}
+            of_run["of"] = count

@@ -1,0 +1,158 @@
+"""A run as a page shows it: figures of the whole, figures of the judge for each step, and blocks of traces."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exprl_megatron.config.problems import ProblemsConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.inspection.report_page.judge_figures import judge_figures
+from exprl_megatron.inspection.report_page.judge_words import JudgeWords
+from exprl_megatron.inspection.report_page.page_blocks import PageBlock, evenly, pack
+from exprl_megatron.inspection.report_page.run_figures import (
+    curves,
+    evaluation_names,
+    predictions,
+    record,
+    time_spent,
+)
+from exprl_megatron.inspection.report_page.trace_records import TraceRecords
+from exprl_megatron.inspection.rollout_steps import (
+    InspectedGroup,
+    evaluation_file,
+    evaluation_groups,
+    logged_groups,
+    logged_steps,
+)
+from exprl_megatron.inspection.trace_text import PolicyTokenizer
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.runs.directory import RunDirectory, read_config
+from exprl_megatron.runs.journal import Journal
+
+MOST_STEPS = 50
+"""Of a run whose traces are read; more are sampled evenly."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A step of the rollout log, or an evaluation."""
+
+    stage: str
+    """Of an evaluation its name."""
+    step: int | None
+    """None: an evaluation."""
+
+
+@dataclass(frozen=True)
+class _Read:
+    stamp: tuple[int, int]
+    """Of the file that was read: size and time of its last change."""
+    figures: dict[str, Any]
+    block: PageBlock
+
+
+class RunPages:
+    """Reads one run; what was read once is read again only where its file has changed.
+
+    Raises UserError where there is no run.
+    """
+
+    def __init__(self, root: Path, name: str, references: bool):
+        self.name = name
+        self.directory = RunDirectory(root)
+        self.config = read_config(self.directory)
+        self._references = references
+        self._tokenizer = PolicyTokenizer(self.config.policy.model)
+        self._read: dict[Place, _Read] = {}
+        self._loaded: dict[ProblemsConfig, dict[str, Problem]] = {}
+
+    def figures(self) -> dict[str, Any]:
+        """{name, directory, record, curves, time, stages} of the whole run."""
+        return {
+            "name": self.name,
+            "directory": shown(str(self.directory.root)),
+            "record": record(self.directory),
+            "curves": curves(self.directory),
+            "time": time_spent(self.directory),
+            "stages": [{"name": stage.name, "kind": stage.kind} for stage in self.config.stages],
+        }
+
+    def predictions(self) -> dict[str, Any]:
+        """The planner's seconds beside the run's."""
+        return predictions(self.config, self.directory)
+
+    def places(self) -> tuple[list[Place], int]:
+        """The steps and evaluations whose traces are shown, in the order of the run, and how many steps there are."""
+        try:
+            pairs = logged_steps(self.directory, self.config, None, None, every=True)
+        except UserError:
+            pairs = []
+        steps = [Place(stage, step) for stage, step in evenly(pairs, MOST_STEPS)]
+        evaluations = [Place(name, None) for name in evaluation_names(self.directory)]
+        return steps + evenly(evaluations, MOST_STEPS), len(pairs)
+
+    def read(self, places: Sequence[Place], most: Callable[[], int]) -> Iterator[tuple[dict[str, Any], PageBlock]]:
+        """For each place {stage, step, judge} with its index of traces, and the block.
+
+        `most` says, before each, how many bytes of the page its block may take. A file that cannot be read is named in
+        `fault` in the place of the rest.
+        """
+        with JudgeWords(self.directory.root) as words:
+            for place in places:
+                what = {"stage": shown(place.stage), "step": place.step}
+                try:
+                    read = self._place(place, words, most())
+                except UserError as error:
+                    yield what | {"fault": shown(str(error))}, PageBlock({}, "")
+                    continue
+                yield what | read.block.index | {"judge": read.figures}, read.block
+
+    def _place(self, place: Place, words: JudgeWords, most: int) -> _Read:
+        stamp = self._stamp(place)
+        known = self._read.get(place)
+        if known is not None and known.stamp == stamp:
+            return known
+        if place.step is None:
+            groups = list(evaluation_groups(self.directory, place.stage))
+            settings = self.config.evaluation
+        else:
+            groups = list(logged_groups(self.directory, self.config, place.stage, place.step))
+            (settings,) = (stage for stage in self.config.stages if stage.name == place.stage)
+        records = TraceRecords(self._tokenizer, self._problems(settings.problems), words.asked, self._references)
+        most_tokens = _most_tokens(groups, settings.sampling.max_new_tokens)
+        figures = judge_figures(groups, most_tokens) | {"most_tokens": most_tokens}
+        self._read[place] = _Read(stamp, figures, pack(groups, records, most))
+        return self._read[place]
+
+    def _stamp(self, place: Place) -> tuple[int, int]:
+        if place.step is None:
+            path = evaluation_file(self.directory, place.stage)
+        else:
+            path = Journal(self.directory.journal).path(place.stage, place.step)
+        if not path.is_file():
+            return 0, 0
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
+
+    def _problems(self, source: ProblemsConfig) -> dict[str, Problem]:
+        """By their ids; none where the file they came from is gone. What is on a hub is not fetched."""
+        if source not in self._loaded:
+            self._loaded[source] = {}
+            if Path(source.source).expanduser().exists():
+                self._loaded[source] = {problem.id: problem for problem in _problems_of(source)}
+        return self._loaded[source]
+
+
+def _problems_of(source: ProblemsConfig) -> list[Problem]:
+    try:
+        return load_problems(source)
+    except UserError:
+        return []
+
+
+def _most_tokens(groups: Sequence[InspectedGroup], limit: int) -> int:
+    """The upper end of a histogram of lengths: the limit, or the longest trace where it was raised meanwhile."""
+    return max([limit, *(len(m.trace.token_ids) for each in groups for m in each.group.members)])

@@ -1,0 +1,137 @@
+"""Groups of the rollout log as a page's trace browser reads them; all texts are made safe to display."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from exprl_megatron.inspection.rollout_steps import InspectedGroup, span_advantage
+from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, versions_text
+from exprl_megatron.inspection.trace_text import PolicyTokenizer
+from exprl_megatron.judging.judgement import Abstained, Judgement
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.training.sequences import TokenAdvantages
+
+Places = Callable[[int], int]
+"""How many characters of a trace's text its first so many tokens give."""
+Asked = Callable[[str | None], dict[str, Any] | None]
+"""Of a judgement's hash: what the judge was asked; see JudgeWords."""
+
+
+class TraceRecords:
+    """Makes records of groups; without references it leaves out every text that the judging side read or wrote."""
+
+    def __init__(
+        self,
+        tokenizer: PolicyTokenizer,
+        problems: Mapping[str, Problem],
+        asked: Asked,
+        references: bool,
+    ):
+        self._tokenizer = tokenizer
+        self._problems = problems
+        self._asked = asked
+        self._references = references
+
+    def group(self, inspected: InspectedGroup) -> dict[str, Any]:
+        """{number, problem, domain, prompt, reference, answer}; its traces are records of their own."""
+        group = inspected.group
+        problem = self._problems.get(group.problem_id)
+        record = {
+            "number": inspected.number,
+            "problem": shown(group.problem_id),
+            "domain": group.domain,
+            "prompt": self._prompt(group.members[0], problem),
+        }
+        if self._references and problem is not None:
+            reference = problem.reference
+            record["reference"] = None if reference is None else shown(reference.for_judge())
+            record["answer"] = None if problem.answer is None else shown(problem.answer)
+        return record
+
+    def row(self, inspected: InspectedGroup, place: int) -> dict[str, Any]:
+        """The figures of one trace, without any text."""
+        member = inspected.group.members[place]
+        learned = inspected.advantages is not None
+        advantages = inspected.advantages[place] if learned else None
+        tokens = len(member.trace.token_ids)
+        return {
+            "sample": member.trace.sample,
+            **_verdict(member.judgement),
+            "verified": None if member.verified is None else _verdict(member.verified),
+            "advantage": None if member.segments else _rounded(span_advantage(advantages, 0, tokens)),
+            "out": learned and advantages is None,
+            "tokens": tokens,
+            "finish": shown(member.trace.finish_reason),
+            "weights": shown(versions_text(member.trace)),
+            "hash": (member.judgement.hash or "")[:HASH_DIGITS],
+        }
+
+    def texts(self, inspected: InspectedGroup, place: int) -> dict[str, Any]:
+        """{segments, words, finding, tokens}: the response in the pieces that were judged, and who said what of it."""
+        member = inspected.group.members[place]
+        advantages = None if inspected.advantages is None else inspected.advantages[place]
+        places = self._tokenizer.characters_before(member.trace)
+        record = {"segments": self._segments(member, advantages, places), "tokens": _tokens(member, places)}
+        if member.segments and places is None:
+            record["uncut"] = True
+        if not member.segments:
+            record["judged"] = self._judged(member.judgement)
+        if self._references and member.verified is not None:
+            record["finding"] = shown(member.verified.evidence)
+        return record
+
+    def _segments(
+        self, member: GradedTrace, advantages: TokenAdvantages, places: Places | None
+    ) -> list[dict[str, Any]]:
+        text = member.trace.text
+        if not member.segments:
+            return [{"text": shown(text)}]
+        starts = [0] if places is None else [places(segment.start) for segment in member.segments]
+        texts = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+        texts += [""] * (len(member.segments) - len(texts))
+        return [
+            {
+                "text": shown(piece),
+                "tokens": [segment.start, segment.end],
+                **_verdict(segment.judgement),
+                "advantage": _rounded(span_advantage(advantages, segment.start, segment.end)),
+                "hash": (segment.judgement.hash or "")[:HASH_DIGITS],
+                "judged": self._judged(segment.judgement),
+            }
+            for piece, segment in zip(texts, member.segments, strict=True)
+        ]
+
+    def _judged(self, judgement: Judgement) -> dict[str, Any] | None:
+        """What was asked and said; nothing of it without references, which judges and verifiers quote."""
+        if not self._references:
+            return None
+        return {"words": shown(judgement.evidence), "asked": self._asked(judgement.hash)}
+
+    def _prompt(self, member: GradedTrace, problem: Problem | None) -> str | None:
+        """What the policy read; the problem's statement where its tokenizer is missing."""
+        if self._tokenizer.tokenizer is not None:
+            return shown(self._tokenizer.tokenizer.decode(member.trace.prompt_ids, skip_special_tokens=True))
+        return None if problem is None else shown(problem.statement)
+
+
+def _verdict(judgement: Judgement) -> dict[str, Any]:
+    if isinstance(judgement, Abstained):
+        return {"score": None, "reason": shown(judgement.reason)}
+    return {"score": _rounded(judgement.value)}
+
+
+def _tokens(member: GradedTrace, places: Places | None) -> dict[str, list] | None:
+    """{characters, log_probs}: of each token how many characters it adds, and its log-prob in thousandths of a nat."""
+    if places is None:
+        return None
+    count = len(member.trace.token_ids)
+    ends = [places(token) for token in range(1, count + 1)]
+    thousandths = np.rint(member.trace.log_probs.astype(np.float64) * 1000).astype(np.int64)
+    return {"characters": np.diff(ends, prepend=0).tolist(), "log_probs": thousandths.tolist()}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

@@ -1,0 +1,168 @@
+"""The page of `exprl report` in Chromium: what is shown, by mouse and keys, wide and narrow; that no request leaves."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+from report_runs import CANARY, FIRST, write_run
+
+from exprl_megatron.inspection.report_page.page_file import write_page
+from exprl_megatron.inspection.report_page.page_model import PageReader
+
+FIND = Path(__file__).parents[2] / "tools" / "find_browser.py"
+HOSTILE = "</script><script>hacked=1</script><img src=http://127.0.0.1:9/x onerror=hacked=2><b>bold</b>"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    spec = importlib.util.spec_from_file_location("find_browser", FIND)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with sync_playwright() as playwright:
+        path = module.find_browser(playwright)
+        assert path is not None, "there is no Chromium: run tools/setup_browser.sh"
+        # Chromium's own sandbox refuses root.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    runs = [
+        write_run(root / "first"),
+        write_run(root / "second", problem=HOSTILE, said=HOSTILE, learning_rate=2e-4),
+    ]
+    write_page(root / "page.html", PageReader(runs, references=True))
+    return root / "page.html"
+
+
+class _Tab:
+    """An opened page, with what it has asked for and complained of."""
+
+    def __init__(self, browser, file: Path, **context):
+        self.context = browser.new_context(reduced_motion="reduce", **context)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(120_000)
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.goto(file.as_uri())
+        self.page.wait_for_selector(".plot .main-svg")
+
+    def open(self, tab: str) -> None:
+        self.page.click(f"#tab-{tab}")
+
+    def texts(self, selector: str) -> list[str]:
+        return self.page.locator(selector).all_inner_texts()
+
+
+@pytest.fixture(scope="module")
+def wide(chromium, file):
+    tab = _Tab(chromium, file, viewport={"width": 1280, "height": 900}, color_scheme="light")
+    yield tab
+    tab.context.close()
+
+
+def test_every_tab_draws_and_neither_asks_for_anything_nor_complains(wide):
+    for tab, charts in (("curves", 4), ("judge", 3), ("time", 2)):
+        wide.open(tab)
+        wide.page.wait_for_function(f"document.querySelectorAll('.plot .main-svg').length >= {charts}")
+    assert [url for url in wide.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert wide.complaints == []
+
+
+def test_the_page_itself_forbids_requests(wide):
+    refused = "fetch('http://127.0.0.1:9/').then(() => 'sent', (error) => error.message)"
+    assert "Failed to fetch" in wide.page.evaluate(refused)
+    assert any("Content Security Policy" in text for text in wide.complaints)
+    wide.complaints.clear()
+    wide.requests.clear()
+
+
+def test_curves_of_both_runs_are_on_one_axis_with_stage_marks_and_can_be_hidden(wide):
+    wide.open("curves")
+    chart = wide.page.locator("figure:has(figcaption:text-is('reward/mean')) .plot")
+    chart.scroll_into_view_if_needed()
+    chart.locator(".main-svg").first.wait_for()
+    assert chart.evaluate("plot => plot.data.map((trace) => trace.y.length)") == [6, 6]
+    assert chart.evaluate("plot => plot.layout.annotations.map((mark) => mark.text)") == ["parts", "sparse"]
+    wide.page.uncheck("input[aria-label='show second']")
+    chart.locator(".main-svg").first.wait_for()
+    assert chart.evaluate("plot => plot.data.length") == 1
+    wide.page.check("input[aria-label='show second']")
+    wide.page.click("button:text-is('time')")
+    assert "0.0001" in wide.texts("table.config")[0] and "0.0002" in wide.texts("table.config")[0]
+
+
+def test_a_trace_is_colored_by_score_advantage_and_log_prob_and_says_what_was_asked(wide):
+    wide.open("traces")
+    wide.page.select_option("label:has-text('Run') select", "0")
+    wide.page.select_option("label:has-text('Step') select", "0")
+    wide.page.locator("button.trace").first.click()
+    shade = "spans => spans.map((span) => getComputedStyle(span).backgroundColor)"
+    segments = wide.page.locator(".segment")
+    assert FIRST in segments.first.inner_text()
+    by_score = segments.evaluate_all(shade)
+    wide.page.click("button:text-is('advantage')")
+    assert [text.split("\n")[0][:5] for text in segments.all_inner_texts()] == ["0 · −", "1 · +"]
+    assert segments.evaluate_all(shade) != by_score and len(set(by_score)) == 2
+    wide.page.click("button:text-is('log-prob')")
+    assert wide.page.locator(".token").count() > 8
+    wide.page.locator(".token").first.hover()
+    assert "log-prob -0.25" in wide.page.locator(".token").first.get_attribute("title")
+    wide.page.click("summary:has-text('segment 1')")
+    words = wide.page.locator("#judged-1").inner_text()
+    assert CANARY in words and "established" in words and "reaches the total" in words
+
+
+def test_the_keyboard_reaches_steps_and_traces(wide):
+    wide.open("traces")
+    wide.page.select_option("label:has-text('Step') select", "0")
+    wide.page.locator("button.trace").first.focus()
+    wide.page.keyboard.press("ArrowDown")
+    assert wide.page.locator("button.trace[aria-current=true]").inner_text().count("sample 1") == 1
+    wide.page.keyboard.press("]")
+    wide.page.wait_for_selector("article h2")
+    assert "parts, step 2" in wide.page.locator("article").inner_text()
+    wide.page.locator("#tab-traces").focus()
+    wide.page.keyboard.press("ArrowRight")
+    assert wide.page.locator("#tab-judge").get_attribute("aria-selected") == "true"
+
+
+def test_a_disagreement_opens_the_traces_on_which_judge_and_verifier_disagree(wide):
+    wide.open("judge")
+    wide.page.locator(".links button").first.click()
+    wide.page.wait_for_selector("article h2")
+    assert {text.split("\n")[-2] for text in wide.texts("button.trace")} == {"wrong"}
+
+
+def test_what_a_model_or_a_problem_says_stays_text(wide):
+    wide.open("traces")
+    wide.page.select_option("label:has-text('Run') select", "1")
+    wide.page.locator("button.trace").first.click()
+    assert HOSTILE in wide.page.locator("article h2").inner_text()
+    wide.page.evaluate("document.querySelectorAll('article details').forEach((each) => { each.open = true; })")
+    assert wide.page.locator("article").inner_text().count(HOSTILE) >= 2
+    assert wide.page.evaluate("typeof hacked") == "undefined"
+    assert wide.page.locator("main img, main b, main script").count() == 0
+    assert [url for url in wide.requests if url.startswith("http")] == []
+
+
+def test_a_narrow_dark_page_needs_no_sideways_scrolling(chromium, file):
+    tab = _Tab(chromium, file, viewport={"width": 400, "height": 800}, color_scheme="dark")
+    for name in ("curves", "traces", "judge", "time"):
+        tab.open(name)
+        tab.page.wait_for_selector("main > *")
+        assert tab.page.evaluate("document.documentElement.scrollWidth") == 400, name
+    background = "getComputedStyle(document.body).backgroundColor.match(/\\\\d+/g).map(Number)"
+    assert max(tab.page.evaluate(background)) < 60
+    tab.page.click("button:text-is('Dark or light')")
+    assert min(tab.page.evaluate(background)) > 200
+    assert tab.complaints == []
+    tab.context.close()
