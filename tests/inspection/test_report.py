@@ -9,12 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_runs import CANARY, FIRST, REFERENCE, SECOND, STEPS, write_run
+from report_runs import CANARY, FIRST, POLICY, REFERENCE, SECOND, STEPS, write_run
 
-from exprl_megatron.inspection.report_page.page_blocks import PageBlock, Room
+from exprl_megatron.inspection.report_page.page_blocks import PageBlock, Room, pack
 from exprl_megatron.inspection.report_page.page_file import write_page
 from exprl_megatron.inspection.report_page.page_model import PageReader
-from exprl_megatron.inspection.report_page.run_pages import RunPages
+from exprl_megatron.inspection.report_page.trace_records import TraceRecords
+from exprl_megatron.inspection.rollout_steps import logged_groups
+from exprl_megatron.inspection.trace_text import PolicyTokenizer
+from exprl_megatron.training.directory import RunDirectory, read_config
 
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=2><!-- {{7*7}} &amp; \u202e \x1b[2J '\"`"
 
@@ -162,10 +165,15 @@ def test_a_damaged_step_is_named_and_the_others_are_shown(page, tmp_path):
 
 
 def test_what_does_not_fit_is_left_out_and_counted_and_disagreements_come_first(runs):
-    pages = RunPages(runs[0], "first", references=True)
-    place, block = next(pages.read(pages.places()[0][:1], lambda: 400))
-    assert 0 < place["kept"] < place["traces"] == 4
-    (group, *_) = _opened(block.packed)["groups"]
+    directory = RunDirectory(runs[0])
+    groups = list(logged_groups(directory, read_config(directory), "parts", 1))
+    records = TraceRecords(PolicyTokenizer(str(POLICY)), {}, lambda key: None, references=True)
+    blocks = [pack(groups, records, most) for most in range(100, 1200, 20)]
+    kept = [block.index["kept"] for block in blocks]
+    assert kept == sorted(kept) and {kept[0], kept[-1]} == {0, 4} and len(set(kept)) > 2
+    assert {block.index["traces"] for block in blocks} == {4}
+    # A group of which one trace fits has the figures of both, and the text of the one with the disagreement.
+    (group,) = _opened(next(block for block in blocks if block.index["kept"] == 1).packed)["groups"]
     assert [("texts" in trace, trace["tokens"] > 0) for trace in group["traces"]] == [(False, True), (True, True)]
 
 

@@ -160,7 +160,7 @@ def test_a_narrow_dark_page_needs_no_sideways_scrolling(chromium, file):
         tab.open(name)
         tab.page.wait_for_selector("main > *")
         assert tab.page.evaluate("document.documentElement.scrollWidth") == 400, name
-    background = "getComputedStyle(document.body).backgroundColor.match(/\\\\d+/g).map(Number)"
+    background = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
     assert max(tab.page.evaluate(background)) < 60
     tab.page.click("button:text-is('Dark or light')")
     assert min(tab.page.evaluate(background)) > 200
