@@ -17,7 +17,7 @@ from exprl_megatron.inspection.report_page.page_model import PageReader
 from exprl_megatron.inspection.report_page.trace_records import TraceRecords
 from exprl_megatron.inspection.rollout_steps import logged_groups
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
-from exprl_megatron.training.directory import RunDirectory, read_config
+from exprl_megatron.runs.directory import RunDirectory, read_config
 
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror=hacked=2><!-- {{7*7}} &amp; \u202e \x1b[2J '\"`"
 
