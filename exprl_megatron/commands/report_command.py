@@ -30,7 +30,7 @@ def report_command(
     if (out is None) == (not serve):
         raise UserError("Say where the page goes: give --out F.html, or --serve.")
     reader = PageReader(runs, references=not without_references)
-    if serve:
+    if out is None:
         from exprl_megatron.inspection.report_page.page_server import serve_page
 
         serve_page(reader, port)

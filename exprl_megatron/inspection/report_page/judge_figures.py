@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from exprl_megatron.inspection.rollout_steps import InspectedGroup
-from exprl_megatron.inspection.selection import disagreement
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.reporting.plain_text import shown
 from exprl_megatron.rollout.group import GradedTrace
@@ -47,15 +46,17 @@ def _agreement(members: Sequence[GradedTrace]) -> dict[str, Any] | None:
 
     None where no trace has both a judge's score and a verifier's.
     """
-    both = [member for member in members if disagreement(member) is not None]
-    if not both:
+    pairs = [
+        (member.score, member.verified.value)
+        for member in members
+        if member.score is not None and isinstance(member.verified, Scored)
+    ]
+    if not pairs:
         return None
-    by_finding = {
-        name: [member.score for member in both if (member.verified.value >= _DISAGREES) == right]
-        for name, right in (("right", True), ("wrong", False))
-    }
+    score, verified = np.array(pairs).T
+    found = {"right": score[verified >= 0.5], "wrong": score[verified < 0.5]}
     return {
-        "compared": len(both),
-        "disagree": sum(disagreement(member) > _DISAGREES for member in both),
-        **{name: round(float(np.mean(found)), 4) if found else None for name, found in by_finding.items()},
+        "compared": len(pairs),
+        "disagree": int((np.abs(score - verified) > _DISAGREES).sum()),
+        **{name: round(float(of.mean()), 4) if len(of) else None for name, of in found.items()},
     }

@@ -17,6 +17,7 @@ class JudgeWords:
     """
 
     def __init__(self, run: Path):
+        self._store: JudgementStore | None
         try:
             self._store = JudgementStore(store_file(run, None))
         except UserError:

@@ -66,7 +66,8 @@ def pack(groups: Sequence[InspectedGroup], records: TraceRecords, most: int) -> 
 def _fitting(groups: Sequence[InspectedGroup], records: TraceRecords, most: int) -> dict[int, dict[int, dict]]:
     """By the position of each group the texts of its traces that fit, by their places."""
     order = sorted(range(len(groups)), key=lambda position: _interest(groups[position]), reverse=True)
-    meter, kept = _Meter(most), {}
+    meter = _Meter(most)
+    kept: dict[int, dict[int, dict]] = {}
     postponed: list[tuple[int, list[int]]] = []
     for position in order:
         places, used = _places(groups[position]), 0
@@ -119,8 +120,8 @@ def _interest(inspected: InspectedGroup) -> tuple[float, int, float]:
 def _places(inspected: InspectedGroup) -> list[int]:
     """The places of a group's traces, the most interesting first."""
     members = inspected.group.members
-    scored = [place for place, member in enumerate(members) if member.score is not None]
-    ends = {choose(scored, key=lambda place: members[place].score) for choose in (max, min) if scored}
+    scored = [(member.score, place) for place, member in enumerate(members) if member.score is not None]
+    ends = {max(scored)[1], min(scored)[1]} if scored else set()
 
     def key(place: int) -> tuple:
         member = members[place]

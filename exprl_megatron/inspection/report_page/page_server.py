@@ -1,6 +1,6 @@
 """The page of runs that are going on, served to this machine alone and refreshed as steps come; nothing can be changed.
 
-Whoever asks needs the token that is in the printed address, and has to name this machine as the host: a page of another
+A request needs the token that is in the printed address, and has to name this machine as the host: a page of another
 site whose name was made to mean this machine (DNS rebinding) does not.
 """
 
@@ -55,7 +55,7 @@ class PageServer:
     @web.middleware
     async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         name, _, port = request.headers.get("Host", "").rpartition(":")
-        if name not in _NAMES or port != str(request.transport.get_extra_info("sockname")[1]):
+        if name not in _NAMES or request.transport is None or port != str(request.get_extra_info("sockname")[1]):
             raise web.HTTPForbidden(text="This page is served to its own machine alone.", headers=_HEADERS)
         if not hmac.compare_digest(request.query.get("token", "").encode(), self._token.encode()):
             raise web.HTTPForbidden(text="Open the address that exprl report has printed.", headers=_HEADERS)

@@ -95,8 +95,8 @@ def config_rows(configs: Sequence[RunConfig], without_references: bool) -> list[
     keys = dict.fromkeys(key for values in flat for key in values)
     found = []
     for key in keys:
-        values = [shown(of_run.get(key, "")) for of_run in flat]
-        found.append({"key": shown(key), "values": values, "differs": len(set(values)) > 1})
+        texts = [shown(of_run.get(key, "")) for of_run in flat]
+        found.append({"key": shown(key), "values": texts, "differs": len(set(texts)) > 1})
     return found
 
 
@@ -133,9 +133,9 @@ def _spans(spans: Sequence[Span], stage: str, last: int) -> list[list]:
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
     """Each leaf as JSON by its dotted key; stages by their names."""
     if isinstance(tree, dict) and tree:
-        items = tree.items()
+        items = list(tree.items())
     elif isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
-        items = ((item["name"], item) for item in tree)
+        items = [(item["name"], item) for item in tree]
     else:
         return {prefix: tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False)}
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from exprl_megatron.config.problems import ProblemsConfig
+from exprl_megatron.config.stages import RlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.report_page.judge_figures import judge_figures
 from exprl_megatron.inspection.report_page.judge_words import JudgeWords
@@ -117,15 +118,22 @@ class RunPages:
             return known
         if place.step is None:
             groups = list(evaluation_groups(self.directory, place.stage))
-            settings = self.config.evaluation
         else:
             groups = list(logged_groups(self.directory, self.config, place.stage, place.step))
-            (settings,) = (stage for stage in self.config.stages if stage.name == place.stage)
-        records = TraceRecords(self._tokenizer, self._problems(settings.problems), words.asked, self._references)
-        most_tokens = _most_tokens(groups, settings.sampling.max_new_tokens)
+        problems, limit = self._settings(place)
+        records = TraceRecords(self._tokenizer, self._problems(problems), words.asked, self._references)
+        most_tokens = _most_tokens(groups, limit)
         figures = judge_figures(groups, most_tokens) | {"most_tokens": most_tokens}
         self._read[place] = _Read(stamp, figures, pack(groups, records, most))
         return self._read[place]
+
+    def _settings(self, place: Place) -> tuple[ProblemsConfig | None, int]:
+        """Where the problems come from, and how many tokens a response may have; nothing where config.yaml lacks it."""
+        if place.step is None:
+            found = [] if self.config.evaluation is None else [self.config.evaluation]
+        else:
+            found = [stage for stage in self.config.stages if stage.name == place.stage and isinstance(stage, RlStage)]
+        return next(((each.problems, each.sampling.max_new_tokens) for each in found), (None, 1))
 
     def _stamp(self, place: Place) -> tuple[int, int]:
         if place.step is None:
@@ -137,8 +145,10 @@ class RunPages:
         found = path.stat()
         return found.st_size, found.st_mtime_ns
 
-    def _problems(self, source: ProblemsConfig) -> dict[str, Problem]:
+    def _problems(self, source: ProblemsConfig | None) -> dict[str, Problem]:
         """By their ids; none where the file they came from is gone. What is on a hub is not fetched."""
+        if source is None:
+            return {}
         if source not in self._loaded:
             self._loaded[source] = {}
             if Path(source.source).expanduser().exists():

@@ -55,7 +55,7 @@ class TraceRecords:
         """The figures of one trace, without any text."""
         member = inspected.group.members[place]
         learned = inspected.advantages is not None
-        advantages = inspected.advantages[place] if learned else None
+        advantages = None if inspected.advantages is None else inspected.advantages[place]
         tokens = len(member.trace.token_ids)
         return {
             "sample": member.trace.sample,
@@ -74,7 +74,8 @@ class TraceRecords:
         member = inspected.group.members[place]
         advantages = None if inspected.advantages is None else inspected.advantages[place]
         places = self._tokenizer.characters_before(member.trace)
-        record = {"segments": self._segments(member, advantages, places), "tokens": _tokens(member, places)}
+        record: dict[str, Any] = {"segments": self._segments(member, advantages, places)}
+        record["tokens"] = _tokens(member, places)
         if member.segments and places is None:
             record["uncut"] = True
         if not member.segments:

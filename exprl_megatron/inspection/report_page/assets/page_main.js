@@ -53,7 +53,7 @@ function moveTab(event) {
   refresh(`tab-${state.tab}`);
 }
 
-// Draws the chosen tab anew; the element with the id `focused` keeps the keyboard.
+// Draws the chosen tab again; the element with the id `focused` keeps the keyboard.
 function refresh(focused) {
   forgetCharts();
   const cursor = focused && document.getElementById(focused)?.selectionStart;
