@@ -34,7 +34,7 @@ def write_run(root: Path, problem: str = "train-1", said: str = "well done", lea
         for step in range(1, STEPS + 1):
             groups = [_judged_group(problem, said, store, step), _judged_group("train-2", said, None, step)]
             Journal(root / "journal").write("parts", step, SampledStep(groups, 2))
-    right = [_member("train-2", sample, Scored(float(sample % 2), said)) for sample in range(2)]
+    right = [_graded("train-2", number, Scored(float(number % 2), said)) for number in range(2)]
     for step in range(1, STEPS + 1):
         Journal(root / "journal").write("sparse", step, SampledStep([Group("train-2", tuple(right))], 1))
     (root / "evaluations").mkdir()
@@ -88,40 +88,40 @@ def _judged_group(problem: str, said: str, store: JudgementStore | None, step: i
     """Judge and verifier agree on the first trace and not on the second, whose first segment has no score."""
     agreed = _cut(problem, 0, (Scored(0.25, said), Scored(1.0, said)), Scored(1.0, f"found {CANARY}-answer"))
     hacked = _cut(problem, 1, (Abstained("unreadable", said), Scored(0.75, said)), Scored(0.0, "no answer"))
-    members = [agreed, hacked]
+    samples = [agreed, hacked]
     if store is not None:
-        members[0] = _stored(agreed, said, store, step)
-    return Group(problem, tuple(members))
+        samples[0] = _stored(agreed, said, store, step)
+    return Group(problem, tuple(samples))
 
 
-def _stored(member: GradedTrace, said: str, store: JudgementStore, step: int) -> GradedTrace:
+def _stored(sample: GradedTrace, said: str, store: JudgementStore, step: int) -> GradedTrace:
     """The same with the last segment's judgement in the store, by a rubric."""
     rubric = Rubric((Checkpoint("reaches the total", 2.0, REFERENCE[:40]), Checkpoint("says it", 1.0, CANARY)))
     key = f"{step:064x}"
     asked = {"problem": "p", "unit": "prefix", "rubric": json.loads(rubric.to_json())}
     asked["messages"] = [{"role": "user", "content": f"The reference is: {REFERENCE}. {said}"}]
-    last = member.segments[-1]
+    last = sample.segments[-1]
     answer = f"Mark 1: established\nMark 2: absent\nas {CANARY} {said}"
     store.keep_judgement(key, asked, answer, replace(last.judgement, evidence=answer))
     judged = replace(last.judgement, evidence=answer, hash=key)
-    return replace(member, judgement=judged, segments=(*member.segments[:-1], replace(last, judgement=judged)))
+    return replace(sample, judgement=judged, segments=(*sample.segments[:-1], replace(last, judgement=judged)))
 
 
-def _cut(problem: str, sample: int, judgements: tuple, verified) -> GradedTrace:
+def _cut(problem: str, number: int, judgements: tuple, verified) -> GradedTrace:
     """FIRST and SECOND as a word-level tokenizer's server decodes them, each a segment."""
-    member = _member(problem, sample, judgements[-1])
+    sample = _graded(problem, number, judgements[-1])
     half = len(_tokenizer().encode(FIRST, add_special_tokens=False))
-    spans = ((0, half), (half, len(member.trace.token_ids)))
+    spans = ((0, half), (half, len(sample.trace.token_ids)))
     segments = tuple(JudgedSegment(*span, judgement) for span, judgement in zip(spans, judgements, strict=True))
-    return replace(member, segments=segments, verified=verified)
+    return replace(sample, segments=segments, verified=verified)
 
 
-def _member(problem: str, sample: int, judgement) -> GradedTrace:
+def _graded(problem: str, number: int, judgement) -> GradedTrace:
     tokenizer = _tokenizer()
     ids = tokenizer.encode(f"{FIRST} {SECOND}", add_special_tokens=False)
     log_probs = [-0.25 * (1 + place % 4) for place in range(len(ids))]
     prompt = tokenizer.encode("Q 6 s1 + 3 s2 - 2 A", add_special_tokens=False)
-    trace = Trace(problem, sample, prompt, ids, log_probs, " " + tokenizer.decode(ids), "stop", (("v0", 0, len(ids)),))
+    trace = Trace(problem, number, prompt, ids, log_probs, " " + tokenizer.decode(ids), "stop", (("v0", 0, len(ids)),))
     return GradedTrace(trace, judgement)
 
 

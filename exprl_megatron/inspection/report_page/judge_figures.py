@@ -20,36 +20,36 @@ _DISAGREES = 0.5
 
 def judge_figures(groups: Sequence[InspectedGroup], most_tokens: int) -> dict[str, Any]:
     """Figures of all traces of one step; lengths are in LENGTH_BINS equal bins up to `most_tokens`."""
-    members = [member for inspected in groups for member in inspected.group.members]
-    units = [unit for member in members for unit in member.units]
+    samples = [sample for inspected in groups for sample in inspected.group.samples]
+    units = [unit for sample in samples for unit in sample.judgements]
     scores = np.array([unit.value for unit in units if isinstance(unit, Scored)])
     reasons = Counter(shown(unit.reason) for unit in units if isinstance(unit, Abstained))
     return {
         "units": len(units),
         "scores": np.histogram(scores, BINS, (0, 1))[0].tolist(),
         "abstained": dict(sorted(reasons.items())),
-        "lengths": _lengths(members, most_tokens),
-        "agreement": _agreement(members),
+        "lengths": _lengths(samples, most_tokens),
+        "agreement": _agreement(samples),
     }
 
 
-def _lengths(members: Sequence[GradedTrace], most_tokens: int) -> list[list[int]]:
+def _lengths(samples: Sequence[GradedTrace], most_tokens: int) -> list[list[int]]:
     """Counts of traces with a score, [LENGTH_BINS][BINS]."""
-    pairs = [(len(member.trace.token_ids), member.score) for member in members if member.score is not None]
+    pairs = [(len(sample.trace.token_ids), sample.score) for sample in samples if sample.score is not None]
     tokens, scores = np.array(pairs, np.float64).reshape(-1, 2).T
     counts, _, _ = np.histogram2d(tokens, scores, (LENGTH_BINS, BINS), ((0, most_tokens), (0, 1)))
     return counts.astype(int).tolist()
 
 
-def _agreement(members: Sequence[GradedTrace]) -> dict[str, Any] | None:
+def _agreement(samples: Sequence[GradedTrace]) -> dict[str, Any] | None:
     """{compared, disagree, right, wrong}: the last two are the judge's mean scores of right and of wrong answers.
 
     None where no trace has both a judge's score and a verifier's.
     """
     pairs = [
-        (member.score, member.verified.value)
-        for member in members
-        if member.score is not None and isinstance(member.verified, Scored)
+        (sample.score, sample.verified.value)
+        for sample in samples
+        if sample.score is not None and isinstance(sample.verified, Scored)
     ]
     if not pairs:
         return None

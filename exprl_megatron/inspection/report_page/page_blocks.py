@@ -50,12 +50,12 @@ def pack(groups: Sequence[InspectedGroup], records: TraceRecords, most: int) -> 
     found = []
     for position, inspected in enumerate(groups):
         if position in kept:
-            rows = [records.row(inspected, place) for place in range(len(inspected.group.members))]
+            rows = [records.row(inspected, place) for place in range(len(inspected.group.samples))]
             for place, texts in kept[position].items():
                 rows[place]["texts"] = texts
             found.append(records.group(inspected) | {"traces": rows})
     index = {
-        "traces": sum(len(inspected.group.members) for inspected in groups),
+        "traces": sum(len(inspected.group.samples) for inspected in groups),
         "kept": sum(map(len, kept.values())),
         "groups": len(groups),
         "problems": [record["problem"] for record in found],
@@ -112,22 +112,22 @@ class _Meter:
 
 
 def _interest(inspected: InspectedGroup) -> tuple[float, int, float]:
-    members = inspected.group.members
-    largest = max((found for member in members if (found := disagreement(member)) is not None), default=0.0)
-    return largest, sum(map(has_abstention, members)), spread(inspected.group) or 0.0
+    samples = inspected.group.samples
+    largest = max((found for sample in samples if (found := disagreement(sample)) is not None), default=0.0)
+    return largest, sum(map(has_abstention, samples)), spread(inspected.group) or 0.0
 
 
 def _places(inspected: InspectedGroup) -> list[int]:
     """The places of a group's traces, the most interesting first."""
-    members = inspected.group.members
-    scored = [(member.score, place) for place, member in enumerate(members) if member.score is not None]
+    samples = inspected.group.samples
+    scored = [(sample.score, place) for place, sample in enumerate(samples) if sample.score is not None]
     ends = {max(scored)[1], min(scored)[1]} if scored else set()
 
     def key(place: int) -> tuple:
-        member = members[place]
-        return -(disagreement(member) or 0.0), not has_abstention(member), place not in ends, place
+        sample = samples[place]
+        return -(disagreement(sample) or 0.0), not has_abstention(sample), place not in ends, place
 
-    return sorted(range(len(members)), key=key)
+    return sorted(range(len(samples)), key=key)
 
 
 def evenly(items: Sequence, count: int) -> list:

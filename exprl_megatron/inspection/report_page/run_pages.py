@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from exprl_megatron.config.problems import ProblemsConfig
-from exprl_megatron.config.stages import RlStage
+from exprl_megatron.config.run import EvaluationConfig
+from exprl_megatron.config.stages import RlStage, Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.report_page.judge_figures import judge_figures
 from exprl_megatron.inspection.report_page.judge_words import JudgeWords
@@ -130,10 +131,12 @@ class RunPages:
     def _settings(self, place: Place) -> tuple[ProblemsConfig | None, int]:
         """Where the problems come from, and how many tokens a response may have; nothing where config.yaml lacks it."""
         if place.step is None:
-            found = [] if self.config.evaluation is None else [self.config.evaluation]
+            settings: EvaluationConfig | Stage | None = self.config.evaluation
         else:
-            found = [stage for stage in self.config.stages if stage.name == place.stage and isinstance(stage, RlStage)]
-        return next(((each.problems, each.sampling.max_new_tokens) for each in found), (None, 1))
+            settings = next(stage for stage in self.config.stages if stage.name == place.stage)
+        if isinstance(settings, EvaluationConfig | RlStage):
+            return settings.problems, settings.sampling.max_new_tokens
+        return None, 1
 
     def _stamp(self, place: Place) -> tuple[int, int]:
         if place.step is None:
@@ -165,4 +168,4 @@ def _problems_of(source: ProblemsConfig) -> list[Problem]:
 
 def _most_tokens(groups: Sequence[InspectedGroup], limit: int) -> int:
     """The upper end of a histogram of lengths: the limit, or the longest trace where it was raised meanwhile."""
-    return max([limit, *(len(m.trace.token_ids) for each in groups for m in each.group.members)])
+    return max([limit, *(len(m.trace.token_ids) for each in groups for m in each.group.samples)])

@@ -12,7 +12,7 @@ from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.reporting.plain_text import shown
 from exprl_megatron.rollout.group import GradedTrace
-from exprl_megatron.training.sequences import TokenAdvantages
+from exprl_megatron.training.train_samples import TokenAdvantages
 
 Places = Callable[[int], int]
 """How many characters of a trace's text its first so many tokens give."""
@@ -43,7 +43,7 @@ class TraceRecords:
             "number": inspected.number,
             "problem": shown(group.problem_id),
             "domain": group.domain,
-            "prompt": self._prompt(group.members[0], problem),
+            "prompt": self._prompt(group.samples[0], problem),
         }
         if self._references and problem is not None:
             reference = problem.reference
@@ -53,46 +53,46 @@ class TraceRecords:
 
     def row(self, inspected: InspectedGroup, place: int) -> dict[str, Any]:
         """The figures of one trace, without any text."""
-        member = inspected.group.members[place]
+        sample = inspected.group.samples[place]
         learned = inspected.advantages is not None
         advantages = None if inspected.advantages is None else inspected.advantages[place]
-        tokens = len(member.trace.token_ids)
+        tokens = len(sample.trace.token_ids)
         return {
-            "sample": member.trace.sample,
-            **_verdict(member.judgement),
-            "verified": None if member.verified is None else _verdict(member.verified),
-            "advantage": None if member.segments else _rounded(span_advantage(advantages, 0, tokens)),
+            "sample": sample.trace.sample,
+            **_verdict(sample.judgement),
+            "verified": None if sample.verified is None else _verdict(sample.verified),
+            "advantage": None if sample.segments else _rounded(span_advantage(advantages, 0, tokens)),
             "out": learned and advantages is None,
             "tokens": tokens,
-            "finish": shown(member.trace.finish_reason),
-            "weights": shown(versions_text(member.trace)),
-            "hash": (member.judgement.hash or "")[:HASH_DIGITS],
+            "finish": shown(sample.trace.finish_reason),
+            "weights": shown(versions_text(sample.trace)),
+            "hash": (sample.judgement.hash or "")[:HASH_DIGITS],
         }
 
     def texts(self, inspected: InspectedGroup, place: int) -> dict[str, Any]:
         """{segments, words, finding, tokens}: the response in the pieces that were judged, and who said what of it."""
-        member = inspected.group.members[place]
+        sample = inspected.group.samples[place]
         advantages = None if inspected.advantages is None else inspected.advantages[place]
-        places = self._tokenizer.characters_before(member.trace)
-        record: dict[str, Any] = {"segments": self._segments(member, advantages, places)}
-        record["tokens"] = _tokens(member, places)
-        if member.segments and places is None:
+        places = self._tokenizer.characters_before(sample.trace)
+        record: dict[str, Any] = {"segments": self._segments(sample, advantages, places)}
+        record["tokens"] = _tokens(sample, places)
+        if sample.segments and places is None:
             record["uncut"] = True
-        if not member.segments:
-            record["judged"] = self._judged(member.judgement)
-        if self._references and member.verified is not None:
-            record["finding"] = shown(member.verified.evidence)
+        if not sample.segments:
+            record["judged"] = self._judged(sample.judgement)
+        if self._references and sample.verified is not None:
+            record["finding"] = shown(sample.verified.evidence)
         return record
 
     def _segments(
-        self, member: GradedTrace, advantages: TokenAdvantages, places: Places | None
+        self, sample: GradedTrace, advantages: TokenAdvantages, places: Places | None
     ) -> list[dict[str, Any]]:
-        text = member.trace.text
-        if not member.segments:
+        text = sample.trace.text
+        if not sample.segments:
             return [{"text": shown(text)}]
-        starts = [0] if places is None else [places(segment.start) for segment in member.segments]
+        starts = [0] if places is None else [places(segment.start) for segment in sample.segments]
         texts = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
-        texts += [""] * (len(member.segments) - len(texts))
+        texts += [""] * (len(sample.segments) - len(texts))
         return [
             {
                 "text": shown(piece),
@@ -102,7 +102,7 @@ class TraceRecords:
                 "hash": (segment.judgement.hash or "")[:HASH_DIGITS],
                 "judged": self._judged(segment.judgement),
             }
-            for piece, segment in zip(texts, member.segments, strict=True)
+            for piece, segment in zip(texts, sample.segments, strict=True)
         ]
 
     def _judged(self, judgement: Judgement) -> dict[str, Any] | None:
@@ -111,10 +111,10 @@ class TraceRecords:
             return None
         return {"words": shown(judgement.evidence), "asked": self._asked(judgement.hash)}
 
-    def _prompt(self, member: GradedTrace, problem: Problem | None) -> str | None:
+    def _prompt(self, sample: GradedTrace, problem: Problem | None) -> str | None:
         """What the policy read; the problem's statement where its tokenizer is missing."""
         if self._tokenizer.tokenizer is not None:
-            return shown(self._tokenizer.tokenizer.decode(member.trace.prompt_ids, skip_special_tokens=True))
+            return shown(self._tokenizer.tokenizer.decode(sample.trace.prompt_ids, skip_special_tokens=True))
         return None if problem is None else shown(problem.statement)
 
 
@@ -124,13 +124,13 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
     return {"score": _rounded(judgement.value)}
 
 
-def _tokens(member: GradedTrace, places: Places | None) -> dict[str, list] | None:
+def _tokens(sample: GradedTrace, places: Places | None) -> dict[str, list] | None:
     """{characters, log_probs}: of each token how many characters it adds, and its log-prob in thousandths of a nat."""
     if places is None:
         return None
-    count = len(member.trace.token_ids)
+    count = len(sample.trace.token_ids)
     ends = [places(token) for token in range(1, count + 1)]
-    thousandths = np.rint(member.trace.log_probs.astype(np.float64) * 1000).astype(np.int64)
+    thousandths = np.rint(sample.trace.log_probs.astype(np.float64) * 1000).astype(np.int64)
     return {"characters": np.diff(ends, prepend=0).tolist(), "log_probs": thousandths.tolist()}
 
 
