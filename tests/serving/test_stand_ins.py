@@ -57,7 +57,7 @@ def test_the_hash_of_seeded_sampling_is_murmur3_of_seed_position_and_column(stan
     stand_in("sgl_kernel")
     seeds = torch.tensor([0, 1, 42, 2**31 - 1, 2**40 + 17, 2**63 - 1])
     positions = torch.tensor([0, 5, 2**31 - 1, 1000, 7, 3])
-    columns = torch.tensor([0, 1, 127, 151_935])
+    columns = torch.cat([torch.tensor([0, 1, 127, 151_935]), torch.arange(3, 152_000, 1999)])
     for given in (seeds.to(torch.uint64), seeds):
         hashed = torch.ops.sgl_kernel.murmur_hash32_cpu.default(given, positions, columns)
         assert hashed.dtype == torch.uint32
