@@ -1,7 +1,11 @@
 """What a rank imports; importing this does, in the fork server on a CPU (processes/fork_process.py)."""
 
-import exprl_megatron.launch.inputs
-import exprl_megatron.launch.preflight
-import exprl_megatron.policy.world
-import exprl_megatron.training.assemble
-import exprl_megatron.training.loop  # noqa: F401
+from exprl_megatron.utils.package_names import answer_quickly
+
+answer_quickly()
+
+import exprl_megatron.launch.inputs  # noqa: E402
+import exprl_megatron.launch.preflight  # noqa: E402
+import exprl_megatron.policy.world  # noqa: E402
+import exprl_megatron.training.assemble  # noqa: E402
+import exprl_megatron.training.loop  # noqa: E402, F401

@@ -1,7 +1,11 @@
 """What an SGLang server imports; importing this does, in the fork server on a CPU (processes/fork_process.py)."""
 
+from exprl_megatron.utils.package_names import answer_quickly
+
+answer_quickly()
+
 # The plugin has its hooks in place before SGLang's other modules come, as in keyed_server.
-from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins import load_plugins  # noqa: E402
 
 load_plugins()
 
