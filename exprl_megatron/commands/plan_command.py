@@ -48,6 +48,10 @@ def plan_command(
 
 
 def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, lengths, top, as_json) -> None:
+    """Print the plan.
+
+    More than 7 parameters: they are the options of the command.
+    """
     from rich.console import Console
 
     from exprl_megatron.planning.hardware import find_gpu

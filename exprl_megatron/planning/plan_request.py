@@ -29,6 +29,8 @@ def study(
 
     Then GPUs are divided between trainer and servers, unless `train_only`. `lengths`: mean tokens of a prompt and of a
     response. Raises UserError where there is nothing to plan or nothing fits.
+
+    More than 7 parameters: they are the options of `exprl plan`.
     """
     config, real = find_config(target, overrides, judge)
     if real and judge is not None:

@@ -95,6 +95,8 @@ def judging_time(
 
     Their prompts share `shared_tokens` (system, problem, rubric) and have `own_tokens` of a trace each; `cached`:
     the shared part is read once for each problem, else with every judgement.
+
+    More than 7 parameters: they are the variables of the formula.
     """
     requests = problems * judgements
     return serving_time(

@@ -67,6 +67,8 @@ def plan_sync(
     `colocated`: the trainer's nodes have equal shares of the servers, one behind the other, and each server's rank
     takes handles from the trainer rank on its GPU; else servers have nodes of their own, at most one server's ranks on
     each, and take broadcasts.
+
+    More than 7 parameters: they are the variables of the model of a sync.
     """
     staged = stage_messages(architecture, layout, dtype, bucket_bytes, fp8=fp8)
     chains = _chains(layout, gpu, servers, server_tp) if colocated else None

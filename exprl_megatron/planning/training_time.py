@@ -72,6 +72,8 @@ def training_time(
 
     `micro_batch_tokens` is the most that one data-parallel rank takes at a time, shared by its context-parallel
     ranks; tokens are spread evenly. Raises UserError for a precision that the GPU's tensor cores do not run.
+
+    More than 7 parameters: they are the variables of the formula.
     """
     check_precision(precision, gpu)
     batches = micro_batches(layout, global_tokens, micro_batch_tokens)
@@ -115,7 +117,10 @@ def log_prob_time(
     gpu: Gpu,
     practice: Practice = OURS,
 ) -> TrainingTime:
-    """Seconds of one forward pass over `global_tokens` tokens, as `training_time` without backward and optimizer."""
+    """Seconds of one forward pass over `global_tokens` tokens, as `training_time` without backward and optimizer.
+
+    More than 7 parameters: they are the variables of the formula.
+    """
     check_precision(precision, gpu)
     batches = micro_batches(layout, global_tokens, micro_batch_tokens)
     tokens = global_tokens / (batches * layout.dp * layout.cp)

@@ -53,6 +53,8 @@ def response_log_probs(
     vocabulary: rows without padding; chunk: tokens whose logits exist at the same time (None: TILE_BYTES decides).
     Differentiable in hidden and weight. Every context-parallel rank gets the whole result, and its gradient flows
     into the rank's own tokens: the sum of weight gradients over the group is that of one loss.
+
+    More than 7 parameters: the tensors and sizes of one fused operation.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     if sequence_parallel:
@@ -72,6 +74,10 @@ class VocabularyParallelLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, vocabulary, chunk, group):
+        """Log-probs and entropy of the targets.
+
+        More than 7 parameters: torch passes the inputs of an autograd function one by one.
+        """
         first = weight.shape[0] * group.rank()
         real = min(max(vocabulary - first, 0), weight.shape[0])
         tiles = _Tiles(weight, temperature, real, chunk)

@@ -67,6 +67,8 @@ async def sample_groups(
 
     Raises ServerError where a server fails, ends a trace early, or samples it under other weights, and `servers` does
     not retry that. The first failure of `servers` or of `on_trace` cancels everything else and is raised unchanged.
+
+    More than 7 parameters: the sampling, and what its caller wants of it while it continues.
     """
 
     def seed(prompt: Prompt, k: int) -> int:

@@ -79,6 +79,8 @@ class SGLangClient(HttpServer):
         is greedy. `regex` or `json_schema` (JSON text) constrains the text. The end-of-sequence token, where
         sampled, is among the tokens. `watched_ids` are tokens whose log-probs at every place are wanted.
         Without `log_probs` (and `watched_ids`) the reply is shorter and has none.
+
+        More than 7 parameters: they are the fields of SGLang's request.
         """
         params = {
             "temperature": temperature,
@@ -211,6 +213,8 @@ class SGLangClient(HttpServer):
         Names are Hugging Face's, dtypes as in `str(tensor.dtype)` without `torch.`. Give `version` and
         `flush_cache=True` with the last bucket. `flattened`: they come in one broadcast of their bytes, one behind the
         other without gaps; each must begin at a multiple of its numbers' size.
+
+        More than 7 parameters: they are the fields of SGLang's request.
         """
         request = {
             "names": list(names),

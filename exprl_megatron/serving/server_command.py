@@ -36,6 +36,8 @@ def server_command(
 
     On a CPU requests are sampled from their own seed. On CUDA SGLang honors it only with
     `--enable-deterministic-inference`, which costs speed and is left to `config.extra_args`; else from `seed`.
+
+    More than 7 parameters: each is an argument of the command.
     """
     command = [
         sys.executable,

@@ -30,7 +30,7 @@ from exprl_megatron.training.phase_switch import PhaseSwitch, put_to_sleep
 from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.training.rollouts import Rollouts
-from exprl_megatron.training.run import Run
+from exprl_megatron.training.run import RankZero, Run, ServerLinks
 from exprl_megatron.weight_sync.conductor import Conductor
 from exprl_megatron.weight_sync.control import Control
 from exprl_megatron.weight_sync.sync import Members, WeightSync
@@ -86,15 +86,9 @@ def assemble(
         paths,
         policy,
         conductor,
-        sync,
-        phases,
-        rollouts,
-        prefetch,
-        evaluator,
-        console,
-        place,
-        checkpoint,
-        scorer,
+        ServerLinks(sync, phases, scorer),
+        RankZero(rollouts, prefetch, evaluator, console),
+        (place, checkpoint),
     )
 
 

@@ -18,7 +18,7 @@ from exprl_megatron.runs.directory import RunDirectory, write_atomically
 from exprl_megatron.runs.journal import SampledStep, write_step
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.judging_runtime import JudgingRuntime
-from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.rollouts import Rollouts, SamplePlan
 
 START = "start"
 
@@ -49,15 +49,15 @@ class Evaluator:
         All evaluations of a run have the same seeds, so that they differ by the weights alone.
         """
         settings, started = self._config.evaluation, time.monotonic()
-        groups = await self._rollouts.sample(
+        plan = SamplePlan(
             ("evaluation", 0),
             settings.problems,
             range(self._rollouts.problem_count(settings.problems)),
             settings.samples,
             settings.sampling,
             [version],
-            self._judging.grade_by_answer(),
         )
+        groups = await self._rollouts.sample(plan, self._judging.grade_by_answer())
         tallies = {group.problem_id: tally(sample.judgement for sample in group.samples) for group in groups}
         found = estimates(list(tallies.values()), settings.k, settings.confidence)
         record = {

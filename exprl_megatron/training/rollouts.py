@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Literal
 
 from transformers import AutoTokenizer
@@ -36,6 +37,20 @@ from exprl_megatron.utils.text_check import text_check_of
 from exprl_megatron.utils.together import gather_or_cancel
 
 _POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """The traces to sample: `group_size` of each problem at `indices`."""
+
+    purpose: tuple[str, int]
+    """Stage and step, which are displayed and seed the samples."""
+    problems: ProblemsConfig
+    indices: Sequence[int]
+    group_size: int
+    sampling: SamplingConfig
+    versions: Collection[str]
+    """The weight versions that may sample them (see sample_groups)."""
 
 
 class Rollouts:
@@ -170,13 +185,9 @@ class Rollouts:
             draws = stage.prompts_for(missing)
             indices = problem_indices(self._config.seed, stage.name, next_problem, draws, count)
             next_problem += draws
+            purpose = (stage.name, step)
             sampled = await self.sample(
-                (stage.name, step),
-                stage.problems,
-                indices,
-                stage.group_size,
-                stage.sampling,
-                versions,
+                SamplePlan(purpose, stage.problems, indices, stage.group_size, stage.sampling, versions),
                 grade,
                 target_groups=missing,
                 accept_fn=accept,
@@ -193,12 +204,7 @@ class Rollouts:
 
     async def sample(
         self,
-        purpose: tuple[str, int],
-        problems: ProblemsConfig,
-        indices: Sequence[int],
-        group_size: int,
-        sampling: SamplingConfig,
-        versions: Collection[str],
+        plan: SamplePlan,
         grade: GradeTrace,
         *,
         target_groups: int | None = None,
@@ -206,27 +212,27 @@ class Rollouts:
         judged: bool = False,
         occurrences: Counter[int] | None = None,
     ) -> list[Group]:
-        """Sample `group_size` traces of each problem at `indices` and grade them; one group per problem, in that order.
+        """Sample the traces of `plan` and grade them; one group per problem, in the order of its indices.
 
         Where `target_groups` is given, sampling ends when `accept_fn` has accepted that many groups, and unfinished
         groups are left out. A trace is graded as soon as it is finished (with `server.group_requests`, as soon as its
-        group is finished); where it is `judged` by the policy's own servers, it is graded after all sampling. `purpose`
-        (stage and step) is displayed and seeds the samples. `occurrences` counts how often each problem was drawn for
-        it, so that copies of a problem in a step have different seeds.
+        group is finished); where it is `judged` by the policy's own servers, it is graded after all sampling.
+        `occurrences` counts how often each problem was drawn for the plan's purpose, so that copies of a problem in a
+        step have different seeds.
 
         Raises RunStopped, before any request, where a prompt contains a piece of its problem's reference.
         """
-        prompted, guard = self._prompted[problems], self._guards[problems]
-        by_id = {prompted.problems[i].id: prompted.problems[i] for i in indices}
+        prompted, guard = self._prompted[plan.problems], self._guards[plan.problems]
+        by_id = {prompted.problems[i].id: prompted.problems[i] for i in plan.indices}
         occurrences = Counter() if occurrences is None else occurrences
         prompts = []
-        for i in indices:
+        for i in plan.indices:
             prompts.append(Prompt(prompted.problems[i].id, prompted.prompts[i], occurrences[i]))
             occurrences[i] += 1
         await asyncio.to_thread(self._check_prompts, guard, prompts)
         graded: dict[Trace, GradedTrace] = {}
         grade_after_sampling = judged and self._lent is not None
-        with self._console.rollouts(*purpose, len(prompts) * group_size) as bar:
+        with self._console.rollouts(*plan.purpose, len(prompts) * plan.group_size) as bar:
 
             async def on_trace(trace: Trace) -> None:
                 bar.sampled()
@@ -246,10 +252,10 @@ class Rollouts:
             found = await sample_groups(
                 self._fleet,
                 prompts,
-                group_size,
-                sampling,
-                lambda problem_id, k: sample_seed(self._config.seed, *purpose, problem_id, k),
-                weight_versions=versions,
+                plan.group_size,
+                plan.sampling,
+                lambda problem_id, k: sample_seed(self._config.seed, *plan.purpose, problem_id, k),
+                weight_versions=plan.versions,
                 on_trace=on_trace,
                 target_groups=target_groups,
                 accept_fn=lambda traces: grade_after_sampling or accept_fn(group_of(traces)),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,11 +46,30 @@ Batches = tuple[list[SampleOrOutline], list[SampleOrOutline]]
 """The samples of an update, and the samples that the reference policy scores in their place."""
 
 
-class Run:
-    """The state of a run on this rank. Every rank calls the same methods in the same order; rank 0 drives the servers.
+@dataclass(frozen=True)
+class ServerLinks:
+    """How this rank's policy and the servers share weights and devices."""
 
-    `rollouts`, `prefetch`, `evaluator` and `console` exist on rank 0 alone. `resumed_from` is the checkpoint to resume
-    from, if any. `ref_scorer` scores under the reference policy, where a server of its own does that.
+    sync: WeightSync
+    phases: PhaseSwitch
+    ref_scorer: RefScorer | None
+    """Scores under the reference policy, where a server of its own does that."""
+
+
+@dataclass(frozen=True)
+class RankZero:
+    """The parts of a run that exist on rank 0 alone; None on the other ranks."""
+
+    rollouts: Rollouts | None = None
+    prefetch: RolloutPrefetch | None = None
+    evaluator: Evaluator | None = None
+    console: Console | None = None
+
+
+class Run:
+    """The state of a run on this rank.
+
+    Every rank calls the same methods in the same order; rank 0 drives the servers.
     """
 
     def __init__(
@@ -59,30 +78,24 @@ class Run:
         directory: RunDirectory,
         policy: Policy,
         conductor: Conductor,
-        sync: WeightSync,
-        phases: PhaseSwitch,
-        rollouts: Rollouts | None,
-        prefetch: RolloutPrefetch | None,
-        evaluator: Evaluator | None,
-        console: Console | None,
-        place: RunProgress,
-        resumed_from: Path | None,
-        ref_scorer: RefScorer | None,
+        servers: ServerLinks,
+        rank_zero: RankZero,
+        start: tuple[RunProgress, Path | None],
     ):
+        """`start` is the progress so far, and the checkpoint to resume from, if any."""
         self.config = config
         self.policy = policy
         self._directory = directory
         self._conductor = conductor
-        self._sync = sync
-        self._phases = phases
+        self._sync = servers.sync
+        self._phases = servers.phases
+        self._ref_scorer = servers.ref_scorer
         self._scatter = SampleScatter(policy)
-        self._rollouts = rollouts
-        self._prefetch = prefetch
-        self._evaluator = evaluator
-        self._console = console
-        self._place = place
-        self._resumed_from = resumed_from
-        self._ref_scorer = ref_scorer
+        self._rollouts = rank_zero.rollouts
+        self._prefetch = rank_zero.prefetch
+        self._evaluator = rank_zero.evaluator
+        self._console = rank_zero.console
+        self._place, self._resumed_from = start
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}

@@ -59,6 +59,7 @@ class Outgoing:
         allocate: Callable[[int], torch.Tensor] | None = None,
         check: Check | None = None,
     ):
+        """More than 7 parameters: the model, the buckets, and what the transport chooses about them."""
         self.gatherer = Gatherer(chunks, architecture, world)
         self.architecture = architecture
         self.bucket_bytes = bucket_bytes

@@ -35,6 +35,8 @@ def make_transport(
 
     Those that go by files write into `directory`, in the form of the model in `model`. `tell` is given a line when the
     choice's fallback is used.
+
+    More than 7 parameters: the sum of what the transports need, of which each takes a part.
     """
     kind = choice.kind
     if choice.fallback is not None:

@@ -110,8 +110,9 @@ class Servers:
     def grade_by_answer(self):
         return None
 
-    async def sample(self, purpose, problems, indices, samples, sampling, versions, grade):
-        self.sampled.append((purpose, problems.source, list(indices), samples, sampling, versions))
+    async def sample(self, plan, grade):
+        indices, versions = list(plan.indices), plan.versions
+        self.sampled.append((plan.purpose, plan.problems.source, indices, plan.group_size, plan.sampling, versions))
         updates = int(versions[0][1:])
         return [Group(f"h{i}", (graded(0, float(i < updates)), graded(1, 0.0, finish="length"))) for i in indices]
 
