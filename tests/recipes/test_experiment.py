@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.errors import UserError
+from exprl_megatron.processes.fork_server import ForkRequest, ForkServer
 from recipes import executors, llama3p3_70b, miniature, qwen3_4b
 from recipes.__main__ import app
 from recipes.executors import check_executor
@@ -33,10 +34,24 @@ def site(tmp_path):
     return tmp_path / "work"
 
 
-def recipes(site: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    inherited = os.environ | {"NEMORUN_HOME": str(site.parent / "home"), "PYTHONPATH": str(ROOT)} | environment
-    command = [sys.executable, "-m", "recipes", *arguments]
-    return subprocess.run(command, env=inherited, cwd=site, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    """`recipes(site, arguments...)`: `python -m recipes`, forked from a process that has imported NeMo-Run."""
+    home = tmp_path_factory.mktemp("home")
+    inherited = os.environ | {"NEMORUN_HOME": str(home), "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT}"}
+    server = ForkServer("recipes.__main__", {"recipes_in"}, inherited, 300)
+
+    def run(site: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "recipes_in", str(site), *arguments]
+        output, errors = home / "output", home / "errors"
+        with open(output, "w") as out, open(errors, "w") as err:
+            request = ForkRequest(command, inherited | environment, grace_s=None, name="recipes")
+            child = server.start(request, [out.fileno(), err.fileno()])
+        status = child.wait(300)
+        return subprocess.CompletedProcess(command, status, output.read_text(), errors.read_text())
+
+    yield run
+    server.close()
 
 
 def slurm_of_research(**changes) -> run.Config:
@@ -50,7 +65,7 @@ TWO_STAGES = ("exprl_then_sparse_rl", "--factory", "miniature", "--yes", "--name
 
 
 @pytest.mark.slow
-def test_both_stages_run_from_the_config_that_lies_in_their_directory(site):
+def test_both_stages_run_from_the_config_that_lies_in_their_directory(site, recipes):
     ended = recipes(site, *TWO_STAGES, "prime.stages[0].steps=3", "sparse.policy.layout.tp=1", FAIL="none")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     runs = [f"runs/miniature/{stage}" for stage in ("prime", "sparse")]
@@ -70,7 +85,7 @@ def test_both_stages_run_from_the_config_that_lies_in_their_directory(site):
 
 
 @pytest.mark.slow
-def test_a_first_stage_that_fails_keeps_the_second_from_starting_and_everybody_is_told(site):
+def test_a_first_stage_that_fails_keeps_the_second_from_starting_and_everybody_is_told(site, recipes):
     ended = recipes(site, *TWO_STAGES, FAIL="runs/miniature/prime")
     assert ended.returncode == 1
     assert "did not succeed (prime: FAILED, sparse: CANCELLED)" in " ".join((ended.stdout + ended.stderr).split())
@@ -84,7 +99,7 @@ def test_a_first_stage_that_fails_keeps_the_second_from_starting_and_everybody_i
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_does_not_tell_of_is_not_reported_as_well(site):
+def test_a_job_that_slurm_does_not_tell_of_is_not_reported_as_well(site, recipes):
     binaries = site / ".venv" / "bin"
     for name, body in (("sbatch", "echo 4711"), ("sacct", "exit 1")):
         (binaries / name).write_text(f"#!/bin/bash\n{body}\n")
