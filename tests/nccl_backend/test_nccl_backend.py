@@ -51,13 +51,13 @@ def test_collectives_batches_and_sends_bring_what_gloo_would(words):
 @scenario("first_operation")
 def test_the_first_operation_blocks_its_caller_until_all_have_come_and_later_ones_do_not(words):
     firsts, seconds = zip(*words, strict=True)
-    assert firsts[0] > 0.9 * LATE_S < firsts[2]
+    assert firsts[0] > 0.5 * LATE_S < firsts[2]
     assert max(seconds) < 0.5 * LATE_S
 
 
 @scenario("first_operation_of_a_pair")
 def test_so_does_the_first_send_between_two_ranks(words):
-    assert words[0] > 0.9 * LATE_S
+    assert words[0] > 0.5 * LATE_S
 
 
 @scenario("first_operation_without_end")
@@ -114,13 +114,13 @@ def test_two_members_on_one_device_are_refused(played, words):
 @scenario("destroyed_with_work")
 def test_destroying_with_work_under_way_waits_until_it_is_aborted(words):
     seconds, _, reason = words[0].partition(" s: ")
-    assert float(seconds) > 0.9 * LATE_S
+    assert float(seconds) > 0.5 * LATE_S
     assert reason.endswith("was aborted")
 
 
 @scenario("destroyed_side_by_side")
 def test_destroying_waits_for_the_other_members(words):
-    assert words[0] > 0.9 * LATE_S
+    assert words[0] > 0.5 * LATE_S
 
 
 @scenario("broken_member")

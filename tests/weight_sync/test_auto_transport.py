@@ -32,7 +32,7 @@ class Words:
             raise
 
     def wait_signal(self):
-        if not self._words.get(timeout=5):
+        if not self._words.get(timeout=60):
             raise SyncStopped
 
 
@@ -99,7 +99,7 @@ def sync(monkeypatch):
         other = Thread(target=guarded, args=("follower", lambda: follower.follow(None)))
         other.start()
         guarded("leader", lambda: asyncio.run(leader.push(None, "v1", None)))
-        other.join(timeout=10)
+        other.join(timeout=60)
         assert control._words.empty(), "each word was heard"
         return ends, {name: [way for who, way in DONE if who == name] for name in ("push", "follow")}
 

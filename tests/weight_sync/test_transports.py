@@ -226,7 +226,8 @@ def test_a_server_that_waits_for_one_that_died_is_free_at_once(client, policy, k
             await client.take_over(deadline_s=60)
             return time.monotonic() - started
 
-    assert asyncio.run(push()) < 10
+    # Of 60 s.
+    assert asyncio.run(push()) < 40
 
 
 class AbsentServer:
@@ -261,7 +262,8 @@ def test_a_member_that_never_comes_is_an_error_that_names_it_within_the_deadline
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"^absent \(http.*:9\) did not join the .* sync.deadline_s \(3 s\)"):
         asyncio.run(transport.push(outgoing(policy, transport), "v1", SyncTimes()))
-    assert time.monotonic() - started < 15
+    # Of the 120 s that ranks wait for each other.
+    assert time.monotonic() - started < 60
 
 
 def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):
@@ -280,7 +282,7 @@ def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):
             return time.monotonic() - started, (await client.info())["weight_version"]
 
     free_s, version = asyncio.run(push())
-    assert free_s < 10 and version == "v1"
+    assert free_s < 40 and version == "v1"
 
 
 def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monkeypatch):
