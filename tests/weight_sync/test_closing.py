@@ -62,11 +62,11 @@ class Words(Control):
         self._heard = list(heard)
         self.said = []
 
-    def _say(self, words):
+    def _broadcast(self, message):
         if self._heard:
             return self._heard.pop(0)
-        self.said.append(list(words))
-        return words
+        self.said.append(list(message))
+        return message
 
 
 class Conductor:
