@@ -114,8 +114,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return MicroBatch(**{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in given.items() if tensor is not None})
 
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -142,14 +142,15 @@ def pad(samples: Sequence[TrainSample], length: int, pad_id: int = 0) -> MicroBa
         for name, values in optional.items():
             values[row, first:last] = getattr(sample, name)
     tensors = {name: torch.from_numpy(values) for name, values in optional.items()}
-    return MicroBatch(
-        torch.from_numpy(targets), torch.from_numpy(mask), **{name: tensors.get(name) for name in PER_TOKEN}
-    )
+    advantages, rollout, old, ref, on_policy = (tensors.get(name) for name in PER_TOKEN)
+    return MicroBatch(torch.from_numpy(targets), torch.from_numpy(mask), advantages, rollout, old, ref, on_policy)
 
 
 def dummy_sample(samples: Sequence[SampleOrOutline]) -> TrainSample:
     """A sample without a response, with the same per-token fields as `samples`, that adds nothing to any sum."""
-    return TrainSample((0,), (), **{name: () for name in PER_TOKEN if _is_set(samples, name)})
+    none = np.empty(0)
+    given = {name: none for name in PER_TOKEN if _is_set(samples, name)}
+    return replace(TrainSample(np.zeros(1, np.int32), np.empty(0, np.int32)), **given)
 
 
 def _is_set(samples: Sequence[SampleOrOutline], name: str) -> bool:

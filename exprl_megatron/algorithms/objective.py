@@ -99,7 +99,13 @@ def supervised_objective() -> LossFunction:
 def _surrogate(
     config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute per token the policy's loss, its ratio, and 1.0 where the ratio was clipped: each [B, T]."""
+    """Compute per token the policy's loss, its ratio, and 1.0 where the ratio was clipped: each [B, T].
+
+    Raises:
+        ValueError: the micro-batch has no advantages.
+    """
+    if micro.advantages is None:
+        raise ValueError("the policy's loss needs advantages, but the batch carries none")
     if config.surrogate == "sequence-clip":
         ratio = sequence_ratio(log_probs, old, micro.mask)
     else:

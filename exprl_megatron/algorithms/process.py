@@ -41,6 +41,11 @@ class SegmentedTrace:
         """Whether every segment has a score."""
         return None not in self.scores
 
+    @property
+    def given_scores(self) -> tuple[float, ...]:
+        """The scores of the segments that have one: all of them where the trace is valid."""
+        return tuple(score for score in self.scores if score is not None)
+
 
 @dataclass(frozen=True)
 class Credit:
@@ -90,7 +95,7 @@ def mean_score(traces: Sequence[SegmentedTrace]) -> float:
     The baseline of GroupNorm, A_t = s_t - (1/K) sum_k (1/T_k) sum_t s_kt (equation 6), and over all groups
     that of BatchNorm.
     """
-    means = [fmean(trace.scores) for trace in traces if trace.valid and not trace.overlong]
+    means = [fmean(trace.given_scores) for trace in traces if trace.valid and not trace.overlong]
     return fmean(means) if means else 0.0
 
 
@@ -101,7 +106,7 @@ def _group_credits(
     variant: ProcessVariant,
     overlong: OverlongRule,
 ) -> list[Credit]:
-    last_scores = [trace.scores[-1] for trace in group if trace.valid]
+    last_scores = [trace.given_scores[-1] for trace in group if trace.valid]
     credits = []
     for trace in group:
         nothing = (0.0,) * len(trace.scores)
@@ -113,7 +118,7 @@ def _group_credits(
         elif estimator == "end" and len(nothing) == 1 and variant == "recommended":
             credits.append(Credit(nothing))
         else:
-            credits.append(Credit(_equation(trace.scores, baseline, estimator)))
+            credits.append(Credit(_equation(trace.given_scores, baseline, estimator)))
     return credits
 
 

@@ -21,8 +21,8 @@ def group_scores(
     rows = list(zip(judgements, overlong, strict=True))
     valid = [isinstance(judgement, Scored) and not (cut and overlong_rule == "exclude") for judgement, cut in rows]
     values = [
-        judgement.value if counts and not (cut and overlong_rule == "zero") else 0.0
-        for (judgement, cut), counts in zip(rows, valid, strict=True)
+        judgement.value if isinstance(judgement, Scored) and not (cut and overlong_rule != "score") else 0.0
+        for judgement, cut in rows
     ]
     return torch.tensor(values, dtype=torch.float64), torch.tensor(valid, dtype=torch.bool)
 

@@ -12,6 +12,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
 from exprl_megatron.config.algorithms import expand_algorithms
@@ -151,7 +152,7 @@ def _listing(origin: str, sentences: list[str]) -> str:
     return "\n".join(f"{origin}: {sentence}" for sentence in sentences)
 
 
-def _sentence(item: dict, tree: Any) -> str:
+def _sentence(item: ErrorDetails, tree: Any) -> str:
     """One pydantic finding as a sentence with key, value and remedy."""
     keys = _keys(item["loc"], tree)
     path = ".".join(map(str, keys))
@@ -170,7 +171,7 @@ def _sentence(item: dict, tree: Any) -> str:
     return f"{path} is {_shown(item['input'])}: {_lower(item['msg'])}; change the value."
 
 
-def _given(item: dict) -> str:
+def _given(item: ErrorDetails) -> str:
     tag = item.get("ctx", {}).get("tag")
     return "missing" if tag is None else f"{tag!r}"
 

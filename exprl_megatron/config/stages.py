@@ -141,6 +141,8 @@ class RlStage(Stage):
 class JudgedStage(RlStage):
     """Settings of the stages whose rewards come from the judge."""
 
+    kind: str
+
     def violations(self, run_config) -> list[str]:
         found = super().violations(run_config)
         if run_config.judge is None:

@@ -75,7 +75,7 @@ class Answerer(Protocol):
         """
 
     @property
-    def gather_or_cancel(self) -> bool:
+    def accepts_batches(self) -> bool:
         """Whether `answers` costs less than as many requests."""
 
     async def health(self) -> None: ...

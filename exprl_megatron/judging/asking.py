@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -97,8 +97,8 @@ class JudgeServers:
         most = self._config.concurrency
         if len(inquiries) > most:
             parts = [inquiries[first : first + most] for first in range(0, len(inquiries), most)]
-            found = await gather_or_cancel(self.ask_together(part, home, deadline_s) for part in parts)
-            return [result for part in found for result in part]
+            of_parts = await gather_or_cancel(self.ask_together(part, home, deadline_s) for part in parts)
+            return [result for part in of_parts for result in part]
         if len(inquiries) < 2 or not all(server.accepts_batches for server in self._servers):
             return await self._ask_each(inquiries, home, deadline_s)
         firsts = [inquiry.questions[0] for inquiry in inquiries]
@@ -113,7 +113,7 @@ class JudgeServers:
                 raise
             return [(_timeout(deadline_s), "")] * len(inquiries)
         results = await in_reply_thread(_all_read, inquiries, answers)
-        left_s = deadline.when() - asyncio.get_running_loop().time()
+        left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
         again = [i for i, found in enumerate(results) if len(inquiries[i].questions) > 1 and _unreadable(*found)]
         self.counts["reasked"] += len(again)
         better = await gather_or_cancel(
@@ -149,8 +149,7 @@ class JudgeServers:
     ) -> tuple[T | Abstained, str]:
         for number, question in enumerate(questions):
             self.counts["reasked"] += number > 0
-            request = _Request(1, lambda server, question=question: server.answer(question))
-            answer = await self._answer(request, home, self._config.retries)
+            answer = await self._answer(_single(question), home, self._config.retries)
             result, text = await in_reply_thread(_read, read, answer)
             if not isinstance(result, Abstained) or answer.refused:
                 break
@@ -161,7 +160,7 @@ class JudgeServers:
         if len(self._servers) == 1 or self._config.hedge_after_s is None:
             return await self._retried(request, home, retries)
         first = asyncio.ensure_future(self._retried(request, home, retries))
-        running = {first}
+        running: set[asyncio.Future[A]] = {first}
         try:
             await asyncio.wait(running, timeout=self._config.hedge_after_s)
             if not first.done():
@@ -178,7 +177,7 @@ class JudgeServers:
                 raise check
         return None in checks
 
-    async def _first_answer(self, request: _Request[A], first: asyncio.Future, running: set[asyncio.Future]) -> A:
+    async def _first_answer(self, request: _Request[A], first: asyncio.Future[A], running: set[asyncio.Future[A]]) -> A:
         pending = set(running)
         while pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -211,6 +210,10 @@ class JudgeServers:
         raise failure
 
 
+def _single(question: Question) -> _Request[Answer]:
+    return _Request(1, lambda server: server.answer(question))
+
+
 def _timeout(deadline_s: float) -> Abstained:
     return Abstained("timeout", f"no answer within {deadline_s:g} s")
 
@@ -228,7 +231,7 @@ def _read[T](read: Callable[[Answer], T | Abstained], answer: Answer) -> tuple[T
     return Abstained("refused", answer.text) if answer.refused else read(answer), answer.text
 
 
-async def _cancelled(tasks: set[asyncio.Future]) -> None:
+async def _cancelled(tasks: Collection[asyncio.Future[Any]]) -> None:
     """Cancel the tasks and return when they have ended; their errors are of no interest any more."""
     for task in tasks:
         task.cancel()

@@ -63,7 +63,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(mid_ranks(x), mid_ranks(y))[0, 1])
 
 
-def mid_ranks(values: Sequence[float]) -> np.ndarray:
+def mid_ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Ranks from 1, float64 [n]; equal values share the mean of theirs."""
     _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
@@ -73,7 +73,8 @@ def mid_ranks(values: Sequence[float]) -> np.ndarray:
 def histogram(scores: Sequence[float]) -> tuple[int, int, int, int, int]:
     """How many scores are nearest to 1, 2, 3, 4 and 5."""
     nearest = np.floor(np.asarray(scores, dtype=float) + 0.5).astype(int)
-    return tuple(int((nearest == score).sum()) for score in range(1, 6))
+    one, two, three, four, five = (int((nearest == score).sum()) for score in range(1, 6))
+    return one, two, three, four, five
 
 
 def agreement(repeats: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.judging.content_key import content_keys
 from exprl_megatron.judging.data import DataGuard, control_tokens
 from exprl_megatron.judging.judgement import Granularity
-from exprl_megatron.judging.prompt import JudgePrompt, PromptFrame, load_prompt, shipped_prompt
+from exprl_megatron.judging.prompt import JudgePrompt, Measure, PromptFrame, load_prompt, shipped_prompt
 from exprl_megatron.judging.rubric import Rubric
 from exprl_megatron.judging.store import Asked
 from exprl_megatron.problems.problem import Problem
@@ -53,7 +53,8 @@ class CaseBuilder:
     ) -> list[Case]:
         """A case for each of `texts`; beginnings of the longest one cost little."""
         prompt = self._prompt(problem, granularity, rubric)
-        reference = problem.reference.for_judge() if self.shows_reference(problem) else None
+        hidden = problem.reference if self._config.show_reference else None
+        reference = hidden.for_judge() if hidden is not None else None
         frame = self._frame(prompt, problem.statement, reference, rubric)
         guard = self.guard(prompt.tags)
         shown = guard.each(texts)
@@ -95,7 +96,9 @@ class CaseBuilder:
         own = self._overrides.get(granularity)
         if own is not None and ("rubric" in own.placeholders) == (rubric is not None):
             return own
-        measure = "checkpoints" if rubric is not None else "reference" if self.shows_reference(problem) else "noref"
+        measure: Measure = (
+            "checkpoints" if rubric is not None else "reference" if self.shows_reference(problem) else "noref"
+        )
         return shipped_prompt(
             problem.domain, granularity, measure, self._config.prompt_order, self._config.shipped_prompts
         )

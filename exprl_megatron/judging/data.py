@@ -111,6 +111,7 @@ class _Visible(dict):
     """For str.translate: what becomes of a character, worked out when it is first met."""
 
     def __missing__(self, code: int) -> int | None:
+        kept: int | None
         if code in _LINE_ENDS:
             kept = ord("\n")
         elif chr(code) in "\n\t":

@@ -49,6 +49,13 @@ class _Pending:
     request: TokenIds | None
     """The tokens of the prompt; None where the store has a judgement."""
 
+    @property
+    def tokens(self) -> TokenIds:
+        """The tokens of the prompt; ValueError where the store has a judgement."""
+        if self.request is None:
+            raise ValueError("a case that the store has is not asked")
+        return self.request
+
 
 class Judge:
     """Grades traces with a language model; all calls must come from one event loop.
@@ -144,8 +151,8 @@ class Judge:
         # then, or its lock has the judgement.
         locks = [QuestionLock() if self._store is None else self._locks.of(case.key) for case in cases]
         found, requests = await asyncio.to_thread(self._found_and_requests, cases)
-        if read_last and not self._config.endpoints and found[-1] is None:
-            await self._read(cases[-1], requests[-1])
+        if read_last and not self._config.endpoints and (last := requests[-1]) is not None:
+            await self._read(cases[-1], last)
         judged = await self._judged(list(map(_Pending, cases, locks, found, requests)))
         return list(map(self._with_hash, cases, judged))
 
@@ -155,7 +162,9 @@ class Judge:
 
     def _found_and_requests(self, cases: Sequence[Case]) -> tuple[list[Judgement | None], list[TokenIds | None]]:
         """Look the cases up in the store, and tokenize the prompts of those that it does not have."""
-        found = [None] * len(cases) if self._store is None else self._store.find_judgements([c.key for c in cases])
+        found: list[Judgement | None] = [None] * len(cases)
+        if self._store is not None:
+            found = list(self._store.find_judgements([case.key for case in cases]))
         missing = [case for case, judgement in zip(cases, found, strict=True) if judgement is None]
         shown = [case.shown for case in missing]
         requests = iter(self._tokenizer.requests(missing[0].frame, shown) if missing else ())
@@ -207,15 +216,13 @@ class Judge:
 
     async def _verdicts(self, pending: Sequence[_Pending]) -> list[tuple[Judgement, str]]:
         """Send the cases to the judge; returns each judgement with the text of the judge's last answer."""
-        asked = [each for each in pending if not self._too_long(each.request)]
-        inquiries = [
-            Inquiry(tuple(self._questions(each.case, each.request)), self._reader(each.case)) for each in asked
-        ]
+        asked = [each for each in pending if not self._too_long(each.tokens)]
+        inquiries = [Inquiry(tuple(self._questions(each.case, each.tokens)), self._reader(each.case)) for each in asked]
         home = self._home(pending[0].case.problem)
         found = dict(
             zip(asked, await self._servers.ask_together(inquiries, home, self._config.deadline_s), strict=True)
         )
-        return [found.get(each) or (self._abstained_too_long(each.request), "") for each in pending]
+        return [found.get(each) or (self._abstained_too_long(each.tokens), "") for each in pending]
 
     def _abstained_too_long(self, request: TokenIds) -> Abstained:
         return Abstained("too-long", f"{len(request)} prompt tokens, {self._context_tokens} in all")
@@ -254,20 +261,21 @@ class Judge:
             )
 
     def _reader(self, case: Case) -> Callable[[Answer], Judgement]:
+        rubric = case.rubric
+        if rubric is None:
+            return lambda answer: read_answer(answer, self._config)
+
         def marked(answer: Answer) -> Judgement:
             if answer.cut_off:
                 return Abstained("cut-off", answer.text)
-            marks = read_marks(answer.text, len(case.rubric.checkpoints))
+            marks = read_marks(answer.text, len(rubric.checkpoints))
             soundness = read_soundness(answer.text) if case.prompt.asks_soundness else None
             if marks is None or (soundness is None and case.prompt.asks_soundness):
                 return Abstained("unreadable", answer.text)
             sound = None if soundness is None else soundness.sound
-            return Scored(case.rubric.score(marks, case.granularity, sound), answer.text)
+            return Scored(rubric.score(marks, case.granularity, sound), answer.text)
 
-        def scored(answer: Answer) -> Judgement:
-            return read_answer(answer, self._config)
-
-        return scored if case.rubric is None else marked
+        return marked
 
     def _answerer(self, client: Any, tokenizer: Any) -> TokenAnswerer | ChatAnswerer:
         if self._config.endpoints:
@@ -286,10 +294,10 @@ def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
     """
     if answer.cut_off and config.parser != "released":
         return Abstained("cut-off", answer.text)
-    verdict = read_verdict(answer.text, config.parser)
-    if config.score_reading == "stated" or not isinstance(verdict, Scored):
+    verdict, stated = read_verdict(answer.text, config.parser), stated_score(answer.text, config.parser)
+    if config.score_reading == "stated" or stated is None or not isinstance(verdict, Scored):
         return verdict
-    probabilities = answer.digit_probabilities(stated_score(answer.text, config.parser).place)
+    probabilities = answer.digit_probabilities(stated.place)
     expected = expected_score(probabilities) if probabilities is not None else None
     return verdict if expected is None else Scored(normalize(expected), answer.text)
 

@@ -34,7 +34,9 @@ def read_judged_traces(path: str | Path, limit: int | None = None) -> tuple[Judg
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The judged traces {path} cannot be read ({error}); give a file of JSON lines.") from error
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()][:limit]
-    traces, faults, problems = [], [], {}
+    traces: list[JudgedTrace] = []
+    faults: list[str] = []
+    problems: dict[str, Problem] = {}
     for number, line in numbered:
         trace = _judged_trace(line)
         if isinstance(trace, list):

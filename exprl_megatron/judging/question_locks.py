@@ -23,13 +23,15 @@ class QuestionLock:
 
     def release(self) -> None:
         """Release the lock, so that another caller may ask."""
-        self._taken.set()
+        if self._taken is not None:
+            self._taken.set()
         self._taken = None
 
     async def acquire(self) -> None:
         """Wait until the caller has the lock."""
-        while not self.try_acquire():
+        while self._taken is not None:
             await self._taken.wait()
+        self.try_acquire()
 
 
 class QuestionLocks:

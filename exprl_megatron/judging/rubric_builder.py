@@ -70,6 +70,7 @@ class RubricBuilder:
 
     async def _found(self, problem: Problem, key: str) -> Rubric | None:
         """The rubric from the store, or a new one; whatever is final is remembered and stored."""
+        rubric: Rubric | Abstained
         kept = None if self._store is None else await asyncio.to_thread(self._store.find_rubric, key)
         if kept == _NO_RUBRIC:
             rubric = Abstained("failed-checks")
@@ -77,15 +78,16 @@ class RubricBuilder:
             rubric = checked_rubric(kept, self._reference(problem))
         else:
             rubric = await self._built(problem, key)
-        found = rubric if isinstance(rubric, Rubric) else None
-        if found is None:
-            self.fallbacks[rubric.reason] += 1
-        if found is not None or rubric.reason not in TRANSIENT:
-            self._known[key] = found
-        return found
+        if isinstance(rubric, Rubric):
+            self._known[key] = rubric
+            return rubric
+        self.fallbacks[rubric.reason] += 1
+        if rubric.reason not in TRANSIENT:
+            self._known[key] = None
+        return None
 
     async def _built(self, problem: Problem, key: str) -> Rubric | Abstained:
-        frame = self._prompt.frame(problem.statement, problem.reference.for_judge(), guard=self._guard)
+        frame = self._prompt.frame(problem.statement, _solution(problem), guard=self._guard)
         messages = frame.messages("")
         input_ids = await self._tokens(messages)
         if len(input_ids) + self._config.rubric.max_new_tokens > self._context_tokens:
@@ -123,14 +125,21 @@ class RubricBuilder:
 
     def _reference(self, problem: Problem) -> str:
         """As the builder reads it, and therefore quotes it."""
-        return self._guard(problem.reference.for_judge())
+        return self._guard(_solution(problem))
 
     def _key(self, problem: Problem) -> str:
         return content_key(
             "rubric",
             problem=problem.statement,
-            reference=problem.reference.for_judge(),
+            reference=_solution(problem),
             prompt=self._prompt.version,
             max_new_tokens=self._config.rubric.max_new_tokens,
             identity=json.dumps(self._identity, sort_keys=True),
         )
+
+
+def _solution(problem: Problem) -> str:
+    """The text of the problem's reference; ValueError where it has none, as a rubric is made from it."""
+    if problem.reference is None:
+        raise ValueError(f"a rubric needs a reference, but problem {problem.id!r} has none")
+    return problem.reference.for_judge()

@@ -10,7 +10,7 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,15 +233,17 @@ class JudgementStore:
         return Entry(key.hex(), asked.whole(), answer, created, judgement)
 
     def _judgement(self, frame, trace, _shown, answer, value, reason, evidence) -> tuple[str, Judgement]:
-        words, because = (
-            None if packed is None else _text(self._reader.texts.unpacked(packed, frame, trace))
-            for packed in (answer, evidence)
-        )
-        return words, self._verdict(value, reason, words if because is None else because)
+        words = _text(self._reader.texts.unpacked(answer, frame, trace))
+        because = words if evidence is None else _text(self._reader.texts.unpacked(evidence, frame, trace))
+        return words, self._verdict(value, reason, because)
 
     def _verdict(self, value: float | None, reason: str | None, evidence: str) -> Judgement:
         try:
-            return Abstained(reason, evidence) if reason is not None else Scored(value, evidence)
+            if reason is not None:
+                return Abstained(reason, evidence)
+            if value is None:
+                raise ValueError("a judgement has neither a score nor a reason")
+            return Scored(value, evidence)
         except (ValueError, TypeError) as error:
             raise unusable(self.path, error) from error
 
@@ -251,13 +253,17 @@ class JudgementStore:
             waiting, self._waiting = self._waiting, []
         try:
             with self._writer.lock:
-                self._writer.transact(lambda: [self._write(row) for rows, _ in waiting for row in rows])
+                self._writer.transact(lambda: self._write_all(row for rows, _ in waiting for row in rows))
         except BaseException as error:
             for _, written in waiting:
                 written.set_exception(error)
         else:
             for _, written in waiting:
                 written.set_result(None)
+
+    def _write_all(self, rows: Iterable[_Row]) -> None:
+        for row in rows:
+            self._write(row)
 
     def _write(self, row: _Row) -> None:
         texts, judgement = self._writer.texts, row.judgement

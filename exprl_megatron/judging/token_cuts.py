@@ -116,10 +116,11 @@ class Cuts:
 
 def safe_cuts(backend: Tokenizer) -> Cuts:
     """The cuts that are safe for this tokenizer."""
-    normalizer, splitter, model = (
+    normalizer, splitter = (
         json.loads(part.__getstate__()) if part is not None else None
-        for part in (backend.normalizer, backend.pre_tokenizer, backend.model)
+        for part in (backend.normalizer, backend.pre_tokenizer)
     )
+    model = json.loads(backend.model.__getstate__())
     if not _normalizer_is_local(normalizer) or not _splitter_is_local(splitter) or model.get("dropout"):
         return Cuts(())
     merges_apart = model["type"] == "BPE" and not any(_SPANS_WORDS.search(token) for token in model["vocab"])

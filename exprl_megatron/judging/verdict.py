@@ -4,7 +4,7 @@ what was marked is sound."""
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.judging.stated_scores import HIGHEST, LOWEST, StatedScore, stated_scores
@@ -71,9 +71,10 @@ def read_marks(text: str, checkpoints: int) -> tuple[Mark, ...] | None:
     found: dict[int, Mark] = {}
     text = mask_thinking(text)
     for match in sorted(_MARK.finditer(text), key=lambda match: not _quoted(text, match)):
-        found[int(match["checkpoint"])] = match["mark"].lower()
-    marks = tuple(found.get(number) for number in range(1, checkpoints + 1))
-    return None if None in marks else marks
+        word = match["mark"].lower()
+        found[int(match["checkpoint"])] = next(mark for mark in get_args(Mark) if mark == word)
+    numbers = range(1, checkpoints + 1)
+    return tuple(found[number] for number in numbers) if all(number in found for number in numbers) else None
 
 
 def read_soundness(text: str) -> Soundness | None:

@@ -55,13 +55,18 @@ async def judge_wrong_steps(
     grade: GradeText, traces: Sequence[MarkedTrace], granularity: Granularity
 ) -> WrongStepFigures:
     """Ask for every trace's score before and after its mark, and compare them."""
-
-    async def judged(problem: Problem, text: str | None, granularity: Granularity) -> Judgement | None:
-        return None if text is None else await grade(problem, text, granularity)
-
-    before = await judge_all(judged, [(trace.problem, trace.before(granularity), granularity) for trace in traces])
-    after = await judge_all(judged, [(trace.problem, trace.after(granularity), granularity) for trace in traces])
+    before = await _judged(grade, granularity, [(trace.problem, trace.before(granularity)) for trace in traces])
+    after = await _judged(grade, granularity, [(trace.problem, trace.after(granularity)) for trace in traces])
     return wrong_step_figures(granularity, traces, before, after)
+
+
+async def _judged(
+    grade: GradeText, granularity: Granularity, texts: Sequence[tuple[Problem, str | None]]
+) -> list[Judgement | None]:
+    """Return the judgements in the order of `texts`; None where there is no text."""
+    given = [(problem, text, granularity) for problem, text in texts if text is not None]
+    judgements = iter(await judge_all(grade, given))
+    return [None if text is None else next(judgements) for _, text in texts]
 
 
 def wrong_step_figures(

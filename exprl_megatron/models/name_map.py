@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.models.architecture import Architecture, stage_layers
+from exprl_megatron.models.architecture import Architecture, Experts, stage_layers
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +157,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         **_expert_shapes(architecture),
     }
     present = [hf_name for _, hf_names, _, _ in _layer(architecture, 1, False) for hf_name in hf_names]
-    shapes = {EMBEDDING: (architecture.vocabulary, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocabulary, hidden)}
     for index in range(architecture.layers):
         shapes |= {f"model.layers.{index}.{name}": layer[name] for name in present}
     shapes["model.norm.weight"] = (hidden,)
@@ -185,7 +185,7 @@ def _layer(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
         rows.append(("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Rule(), None))
     rows.append(("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Rule(split_dim=1), None))
     if architecture.experts is not None:
-        return rows + _expert_rows(architecture, ep, grouped)
+        return rows + _expert_rows(architecture, architecture.experts, ep, grouped)
     return [
         *rows,
         ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), Rule(), None),
@@ -194,15 +194,15 @@ def _layer(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
     ]
 
 
-def _expert_rows(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
+def _expert_rows(architecture: Architecture, experts: Experts, ep: int, grouped: bool) -> list[Row]:
     """The MLP of a layer of experts."""
     router, gate, up, down = _expert_names(architecture.family)
     rows: list[Row] = [
         ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), Rule(), None),
         ("mlp.router.weight", (router,), Rule(), None),
     ]
-    each = architecture.experts.count // ep
-    for expert in range(architecture.experts.count):
+    each = experts.count // ep
+    for expert in range(experts.count):
         ep_rank, local = divmod(expert, each)
         fc1, fc2 = (
             f"mlp.experts.{layer}.weight{local}" if grouped else f"mlp.experts.local_experts.{local}.{layer}.weight"
@@ -217,8 +217,10 @@ def _expert_names(family: str) -> tuple[str, str, str, str]:
     """Hugging Face names of router, gate, up and down, the expert's number left open."""
     if family == "mixtral":
         block = "block_sparse_moe"
-        return f"{block}.gate.weight", *(f"{block}.experts.{{}}.{w}.weight" for w in ("w1", "w3", "w2"))
-    return "mlp.gate.weight", *(f"mlp.experts.{{}}.{w}_proj.weight" for w in ("gate", "up", "down"))
+        gate, up, down = (f"{block}.experts.{{}}.{weight}.weight" for weight in ("w1", "w3", "w2"))
+        return f"{block}.gate.weight", gate, up, down
+    gate, up, down = (f"mlp.experts.{{}}.{weight}_proj.weight" for weight in ("gate", "up", "down"))
+    return "mlp.gate.weight", gate, up, down
 
 
 def _expert_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

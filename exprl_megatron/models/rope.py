@@ -182,15 +182,15 @@ def _attention_factors(rope: dict, factor: float) -> tuple[float, float]:
     def magnitude(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0
 
-    scales = [rope.get(name) for name in ("mscale", "mscale_all_dim")]
-    for name, scale in zip(("mscale", "mscale_all_dim"), scales, strict=True):
+    query, every = rope.get("mscale"), rope.get("mscale_all_dim")
+    for name, scale in (("mscale", query), ("mscale_all_dim", every)):
         if scale != 0 and scale is not None:
             _positive(name, scale)
-    both = magnitude(scales[0]) / magnitude(scales[1]) if None not in scales else None
+    both = magnitude(query) / magnitude(every) if query is not None and every is not None else None
     served = magnitude(1.0) if both is None else both
     if rope.get("attention_factor") is not None:
         return served, _positive("attention_factor", rope["attention_factor"])
-    return served, both if all(scales) else magnitude(1.0)
+    return served, both if both is not None and query and every else magnitude(1.0)
 
 
 def _original_length(rope: dict, tree: dict) -> int:
@@ -199,8 +199,8 @@ def _original_length(rope: dict, tree: dict) -> int:
     inside = rope.get(name)
     if name in tree and tree[name] != inside:
         raise _Unsupported(f"{name} {tree[name]} outside the rope settings and {inside} among them")
-    length = inside if inside is not None else tree.get("max_position_embeddings")
-    if _positive(name, length) != int(length):
+    length = _positive(name, inside if inside is not None else tree.get("max_position_embeddings"))
+    if length != int(length):
         raise _Unsupported(f"{name} {length}, which is no whole number")
     return int(length)
 

@@ -53,10 +53,12 @@ def stored_parameters(architecture: Architecture) -> list[Stored]:
 def _stored(parameter: Parameter, shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> Stored:
     parts = [shapes[name] for name in parameter.hf_names]
     shape = (sum(part[0] for part in parts), *parts[0][1:])
-    key, index, counts = parameter.name, (), ()
+    key = parameter.name
+    index: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
     if layer := _LAYER.fullmatch(key):
         key, index, counts = f"decoder.layers.{layer[2]}", (int(layer[1]),), (architecture.layers,)
-        if expert := _EXPERT.fullmatch(layer[2]):
+        if architecture.experts is not None and (expert := _EXPERT.fullmatch(layer[2])):
             key = f"decoder.layers.mlp.experts.experts.{expert[2]}"
             index, counts = (*index, int(expert[1])), (*counts, architecture.experts.count)
     return Stored(parameter, key, index, counts, shape)

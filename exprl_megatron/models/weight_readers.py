@@ -7,7 +7,7 @@ import math
 import zlib
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -32,7 +32,7 @@ class Safetensors:
     def __init__(self, directory: str | Path, architecture: Architecture):
         self._directory = Path(directory)
         self._stack = ExitStack()
-        self._files = {}
+        self._files: dict[str, Any] = {}
         with ExitStack() as opened:
             for path in weight_files(self._directory):
                 file = opened.enter_context(open_safetensors(path))

@@ -81,8 +81,7 @@ class RunDirectory:
     def _refuse_changes(self, config: RunConfig, contents: Mapping[str, str] | None) -> None:
         """Raise UserError where the run that is here would go on differently."""
         recorded = self._recorded_inputs() if contents is not None else None
-        keys = set() if recorded is None else recorded.keys() | contents.keys()
-        if others := sorted(key for key in keys if recorded.get(key) != contents.get(key)):
+        if recorded is not None and contents is not None and (others := _different(recorded, contents)):
             raise UserError(
                 f"The contents of {', '.join(others)} are others than when the run in {self.root} was started; "
                 f"{_earlier_prompts(others, recorded)}put them back, or start a new run in another directory."
@@ -111,6 +110,11 @@ class RunDirectory:
         return self.config.is_file() and any(
             file.stat().st_size for path in kept for file in (path, *path.rglob("*")) if file.is_file()
         )
+
+
+def _different(recorded: Mapping[str, str], contents: Mapping[str, str]) -> list[str]:
+    """Keys whose values are not the same in both, or that one of them lacks."""
+    return sorted(key for key in recorded.keys() | contents.keys() if recorded.get(key) != contents.get(key))
 
 
 def _earlier_prompts(keys: Sequence[str], recorded: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Frozen dataclasses that hold numpy arrays: what equality, hash and pickle mean for them."""
 
-from dataclasses import fields
+from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class ArrayFields:
         return hash(tuple(value for value in values if not isinstance(value, np.ndarray)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+        return type(self), tuple(getattr(self, field.name) for field in _fields(self))
 
     def _hold(self, dtype: type, *names: str) -> None:
         """Make each named field that is not None a read-only array [n] of `dtype`; one of that type is not copied."""
@@ -38,7 +38,7 @@ def read_only(values: Any, dtype: type) -> np.ndarray:
 
     Raises ValueError where it has another number of dimensions.
     """
-    array = np.asarray(values, dtype=dtype).view()
+    array: np.ndarray = np.asarray(values, dtype=dtype).view()
     if array.ndim != 1:
         raise ValueError(f"an array of {array.ndim} dimensions where one of one dimension is wanted")
     array.flags.writeable = False
@@ -46,7 +46,14 @@ def read_only(values: Any, dtype: type) -> np.ndarray:
 
 
 def _compared(self: ArrayFields) -> list[str]:
-    return [field.name for field in fields(self) if field.compare]
+    return [field.name for field in _fields(self) if field.compare]
+
+
+def _fields(self: ArrayFields) -> tuple[Field, ...]:
+    """Those of the dataclass that derives from this base; TypeError where it is not one."""
+    if not is_dataclass(self):
+        raise TypeError(f"{type(self).__name__} is not a dataclass")
+    return fields(self)
 
 
 def _same(a: Any, b: Any) -> bool:

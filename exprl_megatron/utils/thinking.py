@@ -57,9 +57,10 @@ def _tags(text: str) -> Iterator[re.Match]:
 
 def _tagged(text: str) -> list[tuple[int, int]]:
     """Spans outside of blocks."""
-    kept, start, thinks = [], 0, False
+    kept: list[tuple[int, int]] = []
+    start, thinks = 0, False
     for tag in _tags(text):
-        if tag.lastgroup.startswith("close"):
+        if (tag.lastgroup or "").startswith("close"):
             if not thinks:
                 # The prompt opened this block: all that came before it is thinking.
                 kept = []

@@ -33,7 +33,7 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._thread.start()
-        self._run(asyncio.ref_server(self._serve, LOCAL, port))
+        self._run(asyncio.start_server(self._serve, LOCAL, port))
 
     @property
     def mode(self) -> Mode:

@@ -59,7 +59,7 @@ class PacedReplies:
 async def _main(options: argparse.Namespace) -> None:
     bodies = [body.encode() for body in json.loads(options.bodies.read_text())]
     replies = PacedReplies(bodies, options.over, options.replies or len(bodies), options.delay)
-    server = await asyncio.ref_server(replies.serve, "127.0.0.1", 0, backlog=4096, limit=2**24)
+    server = await asyncio.start_server(replies.serve, "127.0.0.1", 0, backlog=4096, limit=2**24)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
