@@ -29,7 +29,7 @@ def champ_problems() -> dict[str, dict]:
     UserError where it is not installed.
     """
     package = importlib.util.find_spec("champ_dataset")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise UserError("The package champ-dataset is not installed; run `pip install champ-dataset`.")
     path = Path(package.submodule_search_locations[0]) / "dataset_files" / "v0.json"
     return json.loads(path.read_text(encoding="utf-8"))["problems"]
