@@ -14,6 +14,7 @@ import nemo_run as run
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.launch.dry_run import print_departures, print_prompts
+from exprl_megatron.launch.launcher import check_servers_of
 from exprl_megatron.launch.preflight import dry_run
 from exprl_megatron.models.architecture import layout_violations, read_architecture
 from exprl_megatron.utils.files import write_atomically
@@ -55,7 +56,7 @@ def submit(ctx: run.cli.RunContext, jobs: list[Job], site: Site, resume: bool) -
     site = _filled(site, executor)
     _check_layouts(jobs, site)
     if ctx.dryrun:
-        _check_starts(jobs, site)
+        _check_starts(jobs, site, here)
     with tempfile.TemporaryDirectory() as written, run.Experiment(ctx.name, enable_goodbye_message=False) as experiment:
         before = None
         for job in jobs:
@@ -124,14 +125,19 @@ def _check_layouts(jobs: list[Job], site: Site) -> None:
         raise UserError("\n".join(found))
 
 
-def _check_starts(jobs: list[Job], site: Site) -> None:
-    """Check what each job's start will check, and print its prompts, as far as its models can be read from here."""
+def _check_starts(jobs: list[Job], site: Site, here: bool) -> None:
+    """Check what each job's start will check, and print its prompts, as far as its models can be read from here.
+
+    GPUs and ports are those of this machine, and are checked where the jobs run `here`.
+    """
     if not Path(site.workdir).is_dir():
         return
     with contextlib.chdir(site.workdir):
         for job in jobs:
             print_departures(job.config)
             if (left_out := dry_run(job.config)) is None:
+                if here:
+                    check_servers_of(job.config)
                 print_prompts(job.config)
             else:
                 print(f"{job.name}: {left_out}", file=sys.stderr)

@@ -20,6 +20,13 @@ class SegmentsConfig(Config):
     max_segments: PositiveInt | None = 10
     """Further segments are joined to the last; not used by `released`."""
 
+    def most(self, tokens: int) -> int:
+        """How many segments a response of so many tokens can have."""
+        if self.splitter == "released":
+            return tokens
+        fitting = max(1, tokens // max(1, self.min_tokens))
+        return min(fitting, self.max_segments or fitting)
+
 
 class RouteConfig(Config):
     """How the traces of one domain are judged and credited."""

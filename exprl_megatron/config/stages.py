@@ -222,7 +222,7 @@ class ExprlProcessStage(JudgedStage):
     @property
     def judgements_per_trace(self) -> int:
         """Largest number of judgements of one trace."""
-        return self.segments.max_segments or self.sampling.max_new_tokens
+        return self.segments.most(self.sampling.max_new_tokens)
 
     def route(self, domain: Domain) -> RouteConfig:
         """Return how problems of `domain` are judged."""

@@ -42,9 +42,9 @@ _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 
 _SCORE = re.compile(STATEMENT, re.IGNORECASE)
 _SCORE_HEADING = re.compile(r"(?<=score)([*_`]*[ \t]*)(?=\n[\s*_=`\[($-]*\d)", re.IGNORECASE)
-_SOUNDNESS = re.compile(r"(sound(?:ness)?[*_\s]*)[:：](?=[\s*_\[(]*(?:yes|no))", re.IGNORECASE)
+_SOUNDNESS = re.compile(r"(sound(?:ness)?[*_\s]*)[:：](?=[\s*_\[(`\"'“‘]*(?:yes|no))", re.IGNORECASE)
 _MARK = re.compile(
-    r"(mark[*_\s]*\d+[*_]*\s*)[:：](?=[\s*_\[(]*(?:established|partial|absent|contradicted))", re.IGNORECASE
+    r"(mark[*_\s]*#?\d+[*_]*\s*)[:：](?=[\s*_\[(`\"'“‘]*(?:established|partial|absent|contradicted))", re.IGNORECASE
 )
 
 

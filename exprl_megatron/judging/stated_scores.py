@@ -22,14 +22,14 @@ _SPACE = r"[ \t]*"
 _SCALE = re.compile(r"(?:\d+\s*(?:-|–|—|to|and|through|\.\.+|/)\s*|out of\s+(?:a\s+)?|/\s*|max(?:imum)?\W*)(\d+)", re.I)
 _BRACKETED = r"\([^()\n]{0,80}\)|\[[^\[\]\n]{0,80}\]"
 _BARE_SCALE = r",?[ \t]*(?:(?:on|from|out|in|using|between)\b|/|\d)[^\n:：.!?]{0,25}\d(?:[ \t-]*(?:point )?scale)?"
-_OF_WHAT = r"(?:for|of|given|assigned|awarded|I|out)\b[^\n.:：!?\"]{0,60}"
+_OF_WHAT = r"(?:for|of|given|assigned|awarded|I|out|is)\b[^\n.:：!?\"]{0,60}"
 _LABEL = rf"(?P<label>{_BRACKETED}|{_BARE_SCALE})?{_SPACE}{_MARKS}{_SPACE}(?:{_OF_WHAT})?"
-_OPENING = r"(?:[\s*_`\"'\[({<$]|\\(?:boxed|text|textbf|mathbf|\[|\())*"
+_OPENING = r"(?:\n[ \t]*>|[\s*_`\"'“”‘’«»「\[({<$]|\\(?:boxed|text|textbf|mathbf|\[|\())*"
 STATEMENT = rf"score{_MARKS}{_SPACE}{_LABEL}{_MARKS}\s*[:：](?={_OPENING}[+\-−]?\d)"
 """Whatever is read as a statement with a colon, up to and with that."""
 _NUMBER = r"(?P<number>[+-]?\d+(?:\.\d+)?)"
 _WITH_COLON = re.compile(rf"{_MARKS}{_SPACE}{_LABEL}{_MARKS}{_SPACE}[:：]{_OPENING}{_NUMBER}", re.I | re.A)
-_WITH_TAG = re.compile(rf">\s*{_NUMBER}\s*</score>", re.I | re.A)
+_WITH_TAG = re.compile(rf">\s*{_NUMBER}(?=(?:\s*/\s*\d+)?\s*</score>)", re.I | re.A)
 _ALONE = r"(?=(?:\s*/\s*\d+)?[*_`\])$. \t]*(?:\n|</?\w|<\||$))"
 _HEADING = re.compile(
     rf"{_MARKS}{_SPACE}(?:{_BRACKETED})?{_MARKS}{_SPACE}#*\n[\s*_=-]*[*_`\[($]*{_NUMBER}{_ALONE}", re.I | re.A
@@ -42,20 +42,23 @@ _OTHER_SCALE = re.compile(
     re.I,
 )
 _SEVERAL = re.compile(
-    r"(?:[-–—~]|\.\.+|…|[ \t]*[+*^][ \t]*)\d|[ \t]*\\?%|[ \t]*percent\b"
+    r"(?:[-–—~]|\.\.+|…|[ \t]*(?:[+*^→⇒]|[-=]>)[ \t]*)\d|[⁰¹²³⁴-⁹]|[ \t]*\\?%|[ \t]*percent\b"
     # "3 or 4.", "1, 2, 3": numbers follow; "4, 2 steps are wrong": words do.
     r"|[ \t]*(?:-|–|—|,|;|\||to|or|and|through)[ \t]*\d+(?:\.\d+)?\s*(?:[^\w\s]|or\b|and\b|$)",
     re.I | re.M,
 )
-_LEGEND = re.compile(r"[ \t*_`)\]]*(?:=|[:：][ \t]*\w|(?:means|is for|stands for|for an?|if)\b)", re.I)
+_LEGEND = re.compile(
+    r"[ \t*_`)\]]*(?:=|[:：][ \t]*\w|(?:means|is for|stands for|for an?|if|would|needs?|requires?|is reserved)\b)", re.I
+)
 _OTHER_KIND = re.compile(
     r"\b(?:max(?:im(?:um|al))?|highest|best|perfect|full|top|possible|attainable|min(?:imum)?|lowest|worst|target|passing"
-    r"|threshold|previous|prior|expected|claimed|own|self|sub|step|partial|average|mean|example|sample|raw)[ \t_-]*$",
+    r"|threshold|previous|prior|expected|claimed|own|self|sub|step|partial|average|mean|example|sample|raw|preliminary"
+    r"|provisional|tentative|initial|f1|z)[ \t_-]*$",
     re.I,
 )
 _CONDITION = re.compile(
     r"^\W*(?:(?:but|and|so|then|even|only)\s+)*(?:if|had|were|unless|suppos\w+|assum\w+|for (?:example|instance)|e\.g"
-    r"|an example|imagine|whether|to (?:get|earn|deserve))\b",
+    r"|an example|imagine|whether|to (?:get|earn|deserve|reach|obtain|receive|achieve|merit))\b",
     re.I,
 )
 _DENIAL = re.compile(
@@ -85,7 +88,7 @@ class StatedScore:
     scale: int = HIGHEST
     """The highest score of the scale that it names, or else 5."""
     rank: tuple[bool, ...] = ()
-    """How sure it is that this is the verdict: it has the form that was asked for, is not quoted, begins its line."""
+    """How sure it is that this is the verdict: it has the form that was asked for, is not quoted, begins a sentence."""
 
 
 def stated_scores(text: str) -> Iterator[StatedScore]:
@@ -98,23 +101,26 @@ def stated_scores(text: str) -> Iterator[StatedScore]:
         if found is None or not _is_statement(before, after, found):
             continue
         quoted = before.rstrip(" \t*_")[-1:] in tuple(_QUOTES) and found.re is not _WITH_TAG
-        line = before.rpartition("\n")[2]
         yield StatedScore(
             value=float(found["number"]),
             place=word.end() + found.start("number"),
             scale=_scale(found, after),
-            rank=(found.re is not _ON_THE_LINE, not quoted, _FEW_WORDS.fullmatch(line) is not None),
+            rank=(found.re is not _ON_THE_LINE, not quoted, _FEW_WORDS.fullmatch(_clause(before)) is not None),
         )
 
 
 def _is_statement(before: str, after: str, found: re.Match) -> bool:
     """Whether the judge gives this score, instead of speaking of one."""
-    ends = list(_CLAUSE_END.finditer(before))
-    clause = before[ends[-1].end() if ends else 0 :]
-    rest = after[found.end() :]
+    clause, rest = _clause(before), after[found.end() :]
     if any(sign.search(clause) for sign in (_OTHER_KIND, _CONDITION, _DENIAL, _CLAIM, _VERB)):
         return False
     return not (_SEVERAL.match(rest) or _LEGEND.match(rest))
+
+
+def _clause(before: str) -> str:
+    """What stands between the last sentence's or line's end and the word."""
+    ends = list(_CLAUSE_END.finditer(before))
+    return before[ends[-1].end() if ends else 0 :]
 
 
 def _scale(found: re.Match, after: str) -> int:

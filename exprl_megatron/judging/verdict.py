@@ -14,16 +14,24 @@ Parser = Literal["last", "released"]
 Mark = Literal["established", "partial", "absent", "contradicted"]
 
 _MARK = re.compile(
-    r"(?<![a-z])mark[*_ \t]*(?P<checkpoint>\d+)[*_ \t]*:[\s*_\[(]*(?P<mark>established|partial|absent|contradicted)\b",
+    r"(?<![a-z])mark[*_ \t]*#?(?P<checkpoint>\d+)[*_ \t]*:[\s*_\[(`\"'“‘]*"
+    r"(?P<mark>established|partial|absent|contradicted)\b"
+    # "Mark 1: absent or partial" is no mark; "Mark 1: absent, Mark 2: partial" are two.
+    r"(?![*_`\"'”’) \t]*(?:[/|,→]|[-=]>|(?:or|and|to)\b)[*_`\"'“‘( \t]*(?:established|partial|absent|contradicted)\b)",
     re.IGNORECASE | re.ASCII,
 )
 # "Sound: no errors", "Sound: yes/no" and "Sound: yes, but ..." are not verdicts.
 _SOUND = re.compile(
-    r"^[-*_#>•` \t]*sound(?:ness)?[*_ \t]*[:：][\s*_\[(`]*(?P<sound>yes|no)\b[*_\])`. \t]*"
-    r"(?P<words>$|[-–—.:;,(\"'“‘«„「][^\n]*)",
+    r"^[-*_#>•|` \t]*(?:\d+[.)][*_` \t]*)?sound(?:ness)?[*_ \t]*[:：][\s*_\[(`\"'“‘]*(?P<sound>yes|no)\b"
+    r"[*_\])`\"'”’.✓✔✅✗✘❌ \t]*(?P<words>$|[-–—.:;,(<|\"'“‘«„「][^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
-_RESTRICTED = re.compile(r"[-–—.:;,( \t]*(?:but|except|apart|although|though|however|or|no)\b", re.IGNORECASE)
+_RESTRICTED = re.compile(
+    r"[-–—.:;,(| \t]*(?:(?:but|except\w*|apart|aside|save|barring|although|though|however|unless|if|provided|or)\b"
+    r"|no\b(?!(?:[ \t]+\w+){0,2}[ \t]+(?:errors?|mistakes?|flaws?|gaps?|issues?|problems?|false|invalid|wrong)\b)"
+    r"|with\b[^\n]*\b(?:exceptions?|errors?|mistakes?|flaws?|gaps?|slips?|caveats?|reservations?)\b)",
+    re.IGNORECASE,
+)
 _QUOTES = "\"'`“”‘’«»„「>"
 
 

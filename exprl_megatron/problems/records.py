@@ -21,7 +21,9 @@ NUMBERS_TOO = ("id", "answer")
 def record_of(line: str) -> dict[str, Any] | str:
     """A line of JSON as a record, or a sentence about why it is none."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_object)
+    except _GivenTwice as error:
+        return str(error)
     except (ValueError, RecursionError) as error:
         return f"this is not JSON ({error}); fix or delete the line."
     return _record(record)
@@ -30,10 +32,25 @@ def record_of(line: str) -> dict[str, Any] | str:
 def list_of(text: str) -> list[dict[str, Any] | str] | str:
     """The records of a JSON list, with a sentence for each that is none; or one about why there is no list."""
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=_object)
+    except _GivenTwice as error:
+        return str(error)
     except (ValueError, RecursionError) as error:
         return f"this is not a JSON list ({error}); fix it, or write one object a line."
     return [_record(record) for record in records]
+
+
+class _GivenTwice(Exception):
+    """An object of JSON has a key twice; json would take the last and say nothing."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _GivenTwice(f"the key {twice!r} is given twice in one object; leave one of them out.")
+    return made
 
 
 def _record(record: Any) -> dict[str, Any] | str:
@@ -99,7 +116,7 @@ class _Reader:
             self.faults.append(
                 f"the field {name!r} is empty; fill it or leave the {'problem' if needed else 'field'} out."
             )
-        elif (fault := _unencodable(value)) is not None:
+        elif (fault := unencodable(value)) is not None:
             self.faults.append(f"the field {name!r} {fault}")
         else:
             return value
@@ -129,7 +146,7 @@ class _Reader:
             return ()
         if len(value) > len(string.ascii_uppercase):
             self.faults.append(f"the field {name!r} has {len(value)} choices, more than there are letters; shorten it.")
-        self.faults += [f"the field {name!r}: a choice {fault}" for fault in map(_unencodable, value) if fault]
+        self.faults += [f"the field {name!r}: a choice {fault}" for fault in map(unencodable, value) if fault]
         return tuple(value)
 
     def tests(self) -> tuple[CodeTest, ...]:
@@ -162,7 +179,7 @@ def _test_fault(test: Any) -> str | None:
     for key in ("input", "output"):
         if not isinstance(test.get(key), str):
             return f"has no text {key!r}; add it."
-        if (fault := _unencodable(test[key])) is not None:
+        if (fault := unencodable(test[key])) is not None:
             return f"has a {key} that {fault}"
     function = test.get("function")
     if function is not None and not (isinstance(function, str) and function.isidentifier()):
@@ -196,7 +213,7 @@ def _contradictions(
     return found
 
 
-def _unencodable(text: str) -> str | None:
+def unencodable(text: str) -> str | None:
     """What is wrong with a text that has no form in UTF-8, which no tokenizer takes."""
     found = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
     return None if found is None else f"holds {found!a}, half of a character; write the character, or leave it out."

@@ -79,14 +79,17 @@ def _in_split(path: str, split: str) -> bool:
 
 def _file_rows(path: Path) -> Iterator[Row]:
     if path.suffix in JSON_LINES:
-        return _json_rows(path)
+        return json_rows(path, "problem file")
     if path.suffix in PARQUET:
         return _parquet_rows(path)
     raise UserError(f"The problem file {path} is neither .jsonl nor .parquet; convert it, or correct its name.")
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    """A record a line; or, in a file that begins with a bracket, a list of them. A byte-order mark is left out."""
+def json_rows(path: Path, what: str) -> Iterator[Row]:
+    """A record a line; or, in a file that begins with a bracket, a list of them. A byte-order mark is left out.
+
+    Raises UserError where the file, which is a `what`, is not UTF-8.
+    """
     # Not by `datasets`: it takes paths for patterns, does not name the line of a fault, and wants answers of one type.
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
@@ -100,7 +103,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 if line.strip():
                     yield f"{path} line {number}", record_of(line)
     except UnicodeDecodeError as error:
-        raise UserError(f"The problem file {path} is not UTF-8 text ({error}); convert it.") from error
+        raise UserError(f"The {what} {path} is not UTF-8 text ({error}); convert it.") from error
 
 
 def _json_list(path: Path, text: str) -> Iterator[Row]:

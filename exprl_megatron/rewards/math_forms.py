@@ -40,13 +40,14 @@ _WRAPPER = re.compile(
 _SPACING = r"\s|\\[,;:! ]|\\q?quad\b|[$`]|\*\*|__|~"
 _EDGES = re.compile(
     rf"^(?:{_SPACING}|\\(?:displaystyle|textstyle|bf|rm|approx)\b|\\[(\[]|[:=](?!=))+"
-    rf"|(?:{_SPACING}|\\[)\]]|(?<!\.)\.|[,;:!]|\\$)+$"
+    rf"|(?:{_SPACING}|\\[)\]]|(?<!\.)\.|[,;:]|(?<![\w)\]}}])!|\\$)+$"
 )
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\\[,;:! ]|~|\{,\}|[ '’\u00a0\u2009\u202f])\d{3})+(?!\d)")
 _E_NOTATION = re.compile(r"(?<![\w.\\^{])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,4})(?![\w.])")
 _POWER_OF_TEN = re.compile(
     r"([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?"
 )
+_MIXED = re.compile(r"(?P<sign>[+-]?)(?P<whole>\d+)\s+(?P<above>\d+)\s*/\s*(?P<below>\d+)")
 _PLAIN = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+|\d{1,3}(?:,\d{3})+(?:\.\d*)?)")
 _FRACTION = re.compile(
     r"([+-]?)\s*(?:\\[dt]?frac\s*\{\s*([+-]?\d+)\s*\}\s*\{\s*([+-]?\d+)\s*\}|\\[dt]?frac\s*(\d)\s*(\d)|(\d+)\s*/\s*(\d+))"
@@ -218,6 +219,9 @@ def _number(text: str) -> Fraction | None:
             return Fraction(Decimal(text.replace(",", "")))
         if (match := _POWER_OF_TEN.fullmatch(text)) and abs(int(match[2])) <= _LONGEST_EXPONENT:
             return Fraction(Decimal(match[1]).scaleb(int(match[2])))
+        if (match := _MIXED.fullmatch(text)) and int(match["above"]) < int(match["below"]):
+            value = int(match["whole"]) + Fraction(int(match["above"]), int(match["below"]))
+            return value * (-1 if match["sign"] == "-" else 1)
         if match := _FRACTION.fullmatch(text):
             above, below = [group for group in match.groups()[1:] if group]
             return Fraction(int(above), int(below)) * (-1 if match[1] == "-" else 1)

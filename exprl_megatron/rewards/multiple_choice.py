@@ -61,6 +61,7 @@ _SKIPPED = re.compile(
     re.IGNORECASE,
 )
 _FIRST = re.compile(_LETTER)
+_NAMED = re.compile(r"^(?:the )?(?:option|choice|letter)\s+", re.IGNORECASE)
 _ALONE = re.compile(_LETTER + r"\s*[).:]*")
 _SEPARATED = re.compile(r"\s*(?:,|;|/|&|\+|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*" + _LETTER)
 _RUN = re.compile(r"[A-Z]{2,}(?!\w)")
@@ -132,7 +133,7 @@ def _sure(text: str, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
 def _last_line(text: str, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
     """The last line, where it is a letter or a choice and nothing else, behind `####` or not."""
     line = text.rstrip().rpartition("\n")[2].lstrip(" #>-*_")
-    if _ALONE.fullmatch(_plain(line)) or len(_with_text(_without_letter(line), choices)) == 1:
+    if _ALONE.fullmatch(_NAMED.sub("", _plain(line))) or len(_with_text(_without_letter(line), choices)) == 1:
         yield 0, line
 
 

@@ -1,7 +1,7 @@
 """Prompt and completion pairs for supervised fine-tuning, from a file of them or from problems and their references."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -13,7 +13,8 @@ from exprl_megatron.problems.needs import missing_for
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, drop_overlong
-from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.problems.records import unencodable
+from exprl_megatron.problems.sources import json_rows, load_problems
 
 Row = tuple[str, str, str]
 """What to call it in an error, prompt, completion."""
@@ -115,24 +116,18 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
     """(prompt, completion) of every line; raises UserError naming the first bad line by number."""
     if not path.is_file():
         raise UserError(f"There is no file of examples {path}; give the path of a JSON-lines file.")
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                rows.append(_row(path, number, line))
+    rows = [_row(place, record) for place, record in json_rows(path, "file of examples")]
     if not rows:
         raise UserError(f"The file of examples {path} is empty; give it lines with `prompt` and `completion`.")
     return rows
 
 
-def _row(path: Path, number: int, line: str) -> tuple[str, str]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number} is not JSON ({error}); fix or remove it.") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{path}, line {number} is no JSON object; write one with `prompt` and `completion`.")
+def _row(place: str, record: dict[str, Any] | str) -> tuple[str, str]:
+    if isinstance(record, str):
+        raise UserError(f"{place}: {record}")
     for key in ("prompt", "completion"):
         if not isinstance(record.get(key), str):
-            raise UserError(f"{path}, line {number} has no text in `{key}`; add it.")
+            raise UserError(f"{place} has no text in `{key}`; add it.")
+        if fault := unencodable(record[key]):
+            raise UserError(f"{place}: the field {key!r} {fault}")
     return record["prompt"], record["completion"]

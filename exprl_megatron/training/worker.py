@@ -20,6 +20,8 @@ from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.utils.files import write_atomically
 
+_DAY_S = 24 * 3600.0
+
 _telling = threading.RLock()
 """Whichever thread fails first writes down how the rank ends, undisturbed."""
 
@@ -100,7 +102,10 @@ def _longest_wait(config) -> float:
 
 
 def _longest_judging(config) -> float:
-    """Deadlines of a step's judgements and the gate's, `concurrency` at a time in flight, and of a rubric."""
+    """Deadlines of a step's judgements and the gate's, `concurrency` at a time in flight, and of a rubric.
+
+    The judgements' are a day at most: where so many of them pass, abstentions stop the run.
+    """
     from exprl_megatron.config.stages import JudgedStage
     from exprl_megatron.judging.judged_traces import read_judged_traces
 
@@ -112,7 +117,8 @@ def _longest_judging(config) -> float:
     if config.judge.gate is not None:
         judgements += 3 * len(read_judged_traces(config.judge.gate.traces, config.judge.gate.limit))
     rounds = math.ceil(judgements / config.judge.concurrency)
-    return rounds * config.judge.deadline_s + config.judge.rubric.deadline_s
+    judging_s = min(rounds * config.judge.deadline_s, max(_DAY_S, config.judge.deadline_s))
+    return judging_s + config.judge.rubric.deadline_s
 
 
 if __name__ == "__main__":

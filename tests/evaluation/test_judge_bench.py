@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import threading
 import zlib
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from exprl_megatron import cli
+from exprl_megatron.judging.champ import load_champ
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "## user\nP {problem} R {reference} T {trace} E\n"
@@ -51,13 +53,41 @@ class ReadingJudge(BaseHTTPRequestHandler):
         """Nothing is written to the terminal."""
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ReadingJudge)
+class MarkingJudge(ReadingJudge):
+    """Draws rubrics from references; approves of a text, in the form that it is asked in, where it is in `approved`."""
+
+    approved = frozenset()
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        form, content = re.fullmatch(r"(\w+) (.*)", request["messages"][-1]["content"], re.DOTALL).groups()
+        if form == "Draw":
+            words = content.split()
+            points = [{"text": f"claim {i}", "weight": 1, "quote": words[i]} for i in (0, -1)]
+            answer = json.dumps({"checkpoints": points})
+        elif form == "Mark":
+            answer = f"Mark 1: absent\nMark 2: absent\nSound: {'yes' if content in self.approved else 'no'}"
+        else:
+            answer = f"Score: {4 if content in self.approved else 2}"
+        self._send({"choices": [{"message": {"content": answer}, "finish_reason": "stop"}]})
+
+
+def _serving(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    yield from _serving(ReadingJudge)
+
+
+@pytest.fixture(scope="module")
+def marking_endpoint():
+    yield from _serving(MarkingJudge)
 
 
 @pytest.fixture
@@ -164,6 +194,40 @@ def test_a_process_judge_is_scored_at_champs_first_wrong_steps(config, bench, ca
     shown = capsys.readouterr().out
     assert "AUROC within a trace" in shown
     assert "pairs that fall / equal / rise" in shown
+
+
+def test_both_forms_of_judging_prefixes_have_the_same_figures_at_champs_marks(
+    config, bench, marking_endpoint, tiny_model, monkeypatch, tmp_path
+):
+    pairs = [(t.before("prefix"), t.after("prefix")) for t in load_champ(8) if t.mark and t.before("prefix")]
+    assert len(pairs) > 4
+    # The first pair rises, the second is equal, all others fall.
+    approved = {pairs[0][1], *pairs[1], *(before for before, _ in pairs[2:])}
+    monkeypatch.setattr(MarkingJudge, "approved", approved)
+    judge = tmp_path / "long"
+    shutil.copytree(tiny_model("qwen3"), judge)
+    described = json.loads((judge / "config.json").read_text())
+    (judge / "config.json").write_text(json.dumps(described | {"max_position_embeddings": 16384}))
+    files = {"scale": "Scale {trace}", "marks": "Mark {trace}", "builder": "Draw {reference}"}
+    for name, text in files.items():
+        said = "## system\n{rubric} Sound: yes or no\n" if name == "marks" else ""
+        (tmp_path / f"{name}.md").write_text(f"{said}## user\n{text}")
+    config["judge"] |= {"endpoints": [marking_endpoint], "model": str(judge)}
+    found = {}
+    for kind, prompt in (("reference", "scale"), ("checkpoints", "marks")):
+        config["judge"] |= dict.fromkeys(("prefix_prompt", "segment_prompt"), str(tmp_path / f"{prompt}.md"))
+        config["judge"]["rubric"] = {"kind": kind, "prompt": str(tmp_path / "builder.md"), "max_new_tokens": 64}
+        assert not bench("--champ", "--limit", "8", "--json", str(tmp_path / "champ.json"))
+        found[kind] = json.loads((tmp_path / "champ.json").read_text())["units"]["prefix"]
+    for figures in found.values():
+        assert figures["abstained"] == 0
+        assert (figures["falls"], figures["equals"], figures["rises"]) == (len(pairs) - 2, 1, 1)
+        assert figures["paired_auroc"] == (len(pairs) - 1.5) / len(pairs)
+    assert found["reference"]["auroc"] == found["checkpoints"]["auroc"]
+    # Two of the texts with the wrong step are approved: 4 or else 2 points, and 0.3 or else 0 in [0, 1].
+    rest = len(pairs) - 2
+    assert found["reference"]["mean_after"] == pytest.approx((2 * 4 + rest * 2) / len(pairs))
+    assert found["checkpoints"]["mean_after"] == pytest.approx((2 * (1 + 4 * 0.3) + rest * 1) / len(pairs))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from exprl_megatron.judging.prompt import (
 
 FIRST_SET = "31c9d89a6ee6956b527c7621afe72bfd8b546ab09a21f10b15da5d716759549a"
 """Of what was shipped first, as runs of that time have it in their inputs.json."""
+SECOND_SET = "5033d29e40fb511073a0384ad39e35ae699bb036fd2d814d25b9f1b7abdaea7b"
+"""Of what was shipped before an answer in advance was told from a claim."""
 FIRST_VERSIONS = json.loads((Path(__file__).parent / "first_prompt_versions.json").read_text())
 DOMAINS = ("math", "multiple-choice", "science", "code")
 GRANULARITIES = ("trace", "prefix", "segment")
@@ -119,11 +121,12 @@ def test_the_earlier_rubric_builder_is_selected_by_its_hash():
 
 
 def test_sets_of_prompts_are_known_by_their_hash():
-    assert prompt_set_hash(prompt_set=FIRST_SET) == FIRST_SET != prompt_set_hash()
+    assert [prompt_set_hash(prompt_set=known) for known in (FIRST_SET, SECOND_SET)] == [FIRST_SET, SECOND_SET]
+    assert prompt_set_hash() not in (FIRST_SET, SECOND_SET)
     assert shipped_prompt("math", "trace", "noref", prompt_set=prompt_set_hash()) == load_prompt("math-trace-noref")
-    assert is_shipped_hash(FIRST_SET) and is_shipped_hash(prompt_set_hash())
+    assert all(map(is_shipped_hash, (FIRST_SET, SECOND_SET, prompt_set_hash())))
     assert not is_shipped_hash("0" * 64)
-    with pytest.raises(UserError, match=f"no set of shipped prompts with the hash 0000.*{FIRST_SET}"):
+    with pytest.raises(UserError, match=f"no set of shipped prompts with the hash 0000.*{FIRST_SET}, {SECOND_SET}"):
         shipped_prompt("math", "trace", "noref", prompt_set="0" * 64)
     with pytest.raises(UserError, match="no judge prompt '0000000000000000'"):
         load_prompt("0" * 16)
@@ -149,6 +152,20 @@ def test_the_scale_of_prefixes_gives_what_is_unsound_one_or_two_and_what_is_soun
     ] == [True] * 4
     assert "slip of the pen" in system
     assert "a first right" in system.replace("\n", " ")
+
+
+def test_the_set_before_is_selected_prompt_by_prompt():
+    for case in shipped_names().values():
+        earlier = shipped_prompt(*case, prompt_set=SECOND_SET)
+        assert load_prompt(earlier.version) == earlier
+    assert shipped_prompt("math", "prefix", "reference", prompt_set=SECOND_SET).version == "3547da5e074c2264"
+
+
+@pytest.mark.parametrize(("domain", "measure"), product(DOMAINS, MEASURES))
+def test_an_answer_in_advance_is_no_claim_of_a_prefix(domain, measure):
+    aim = "An answer that it gives in advance, with the argument for it still to come, is an aim and not yet a claim"
+    assert aim in _system(domain, "prefix", measure)
+    assert aim not in _system(domain, "trace", measure) + _system(domain, "segment", measure)
 
 
 @pytest.mark.parametrize(("domain", "measure"), product(DOMAINS, ("reference", "checkpoints")))

@@ -11,7 +11,7 @@ from judge_parts import Scripted, Written, verdict
 
 from exprl_megatron.judging.data import DataGuard
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.judging.verdict import normalize, parse_score, read_marks
+from exprl_megatron.judging.verdict import normalize, parse_score, read_marks, read_soundness
 from exprl_megatron.utils.thinking import mask_thinking
 
 FORMS = [json.loads(line) for line in (Path(__file__).parent / "verdicts.jsonl").read_text().splitlines()]
@@ -107,3 +107,47 @@ def test_marks_within_a_thinking_block_are_none():
 def test_no_form_within_a_quoted_trace_is_taken_for_the_judges_own(form):
     guard = DataGuard((), re.compile(r"<\|im_end\|>"))
     assert parse_score(f"Score: 1\n\nThe trace reads:\n{guard(mask_thinking(form['text']))}") == 1
+
+
+SOUND = [
+    *(
+        "Sound: yes (no errors)",
+        "1. Sound: yes",
+        'Sound: "yes"',
+        "Sound: yes ✓",
+        "| Sound: yes |",
+        "Sound: yes<|im_end|>",
+    ),
+    *("Sound: yes, no step is invalid", "Sound: yes - no mistakes", "## Sound: `yes`", "Sound: yes</answer>"),
+]
+UNSOUND = ['Sound: no ✗ "x = 3"', "Sound: “no” - x = 3", 'Sound: no<br>"x = 3"', '2) Sound: no - "x = 3"']
+RESTRICTED = [
+    *("Sound: yes | no", "Sound: yes, with one exception", "Sound: yes except line 2", "Sound: yes, unless x = 0"),
+    *("Sound: yes, with minor slips", "Sound: yes, save step 2", "Sound: yes, no", "Sound: mostly yes"),
+]
+
+
+@pytest.mark.parametrize("text", [*SOUND, *UNSOUND, *RESTRICTED])
+def test_soundness_is_read_as_it_is_meant_and_never_out_of_data(text):
+    found = read_soundness(f"Reasoning: it is clear.\n\nMark 1: absent\n{text}")
+    assert (None if found is None else found.sound) == (True if text in SOUND else False if text in UNSOUND else None)
+    assert read_soundness(DataGuard((), re.compile(r"<\|\w+\|>"), soundness=True)(text)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("Mark #1: established\nMark #2: absent", ("established", "absent")),
+        ("Mark 1: `absent`\nMark 2: “partial”", ("absent", "partial")),
+        ("Mark 1: absent, Mark 2: partial", ("absent", "partial")),
+        ("Mark 1: absent or partial\nMark 2: absent", None),
+        ("Mark 1: absent/partial\nMark 2: absent", None),
+        ("Mark 1: established -> partial\nMark 2: absent", None),
+        ("Mark 1: established, partial or absent?\nMark 2: absent", None),
+        ("Mark 1: **partial** (or absent)\nMark 2: absent", ("partial", "absent")),
+        ("Mark 1: established or absent?\nMark 1: absent\nMark 2: absent", ("absent", "absent")),
+    ],
+)
+def test_marks_are_read_as_they_are_meant_and_never_out_of_data(text, marks):
+    assert read_marks(text, 2) == marks
+    assert read_marks(DataGuard((), re.compile("(?!)"))(text), 2) is None

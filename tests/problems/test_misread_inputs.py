@@ -185,3 +185,9 @@ def test_a_text_of_unknown_tokens_is_refused(tokenizer, monkeypatch):
     builder = PromptBuilder(Unknown(), PromptConfig())
     assert "2 unknown tokens of 3" in builder.fault("? ? a")
     assert builder.fault("? a") is None
+
+
+@pytest.mark.parametrize("wrap", ["%s", "[%s]"])
+def test_a_key_that_is_given_twice_is_refused_and_not_read_as_the_last(tmp_path, wrap):
+    line = '{"id": "a", "problem": "1?", "answer": "2", "problem": "3?"}'
+    assert "the key 'problem' is given twice in one object" in _fault(tmp_path / "a.jsonl", wrap % line)

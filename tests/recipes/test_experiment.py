@@ -1,6 +1,7 @@
 """Experiments through NeMo-Run on this machine, with a stand-in for `exprl`, and what is refused before they start."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,29 @@ def test_a_layout_that_the_model_does_not_allow_is_refused_before_a_job_is_queue
     recipe.sparse.policy.layout.tp = 3
     with pytest.raises(UserError, match=r"^sparse: policy\.layout\.tp is 3, which does not divide the model's 4"):
         launch(recipe, dryrun=True)
+
+
+def test_a_dry_run_on_this_machine_refuses_too_few_gpus_and_a_port_in_use(monkeypatch, capsys):
+    """As `exprl train --dry-run` does; a Slurm job's machine is another one."""
+    recipe = miniature.exprl()
+    recipe.site.workdir = str(ROOT)
+    recipe.config.directory = "runs/never"
+    # What packs files asks for it.
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115 - closed with the test's process
+    with monkeypatch.context() as patched:
+        patched.setattr("exprl_megatron.launch.launcher.gpu_count", lambda: 1)
+        recipe.config.server.count = 2
+        with pytest.raises(UserError, match=r"of 1; make policy\.layout or the servers' count or tp smaller"):
+            launch(recipe, dryrun=True)
+        launch(recipe, slurm_of_research(), dryrun=True)
+        assert "sbatch" in capsys.readouterr().out
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        recipe.config.server.port = port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"Port {port}, configured for policy-0, is in use"):
+            launch(recipe, dryrun=True)
+    assert not (ROOT / "runs/never").exists()
 
 
 def test_words_of_the_command_line_are_taken_as_yaml_takes_them():

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
-from exprl_megatron.training.examples import ExampleReader, check_source
+from exprl_megatron.training.examples import ExampleReader, check_source, read_examples
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +133,31 @@ def test_a_source_is_checked_before_anything_is_started(model, problems, tmp_pat
         check_source(stage(examples=write(tmp_path / "bad.jsonl", [{"prompt": "p"}])))
     with pytest.raises(UserError, match="There is no problem file"):
         check_source(stage(problems={"source": str(tmp_path / "missing.jsonl")}))
+
+
+PAIR = json.dumps({"prompt": "p", "completion": "c"})
+
+
+@pytest.mark.parametrize("text", ["\ufeff" + PAIR, f"[{PAIR}]", f"\ufeff[{PAIR}]\n", PAIR + "\r\n\n"])
+def test_examples_are_read_like_problems(tmp_path, text):
+    path = tmp_path / "e [1].jsonl"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert read_examples(path) == [("p", "c")]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (PAIR.encode("utf-16"), "is not UTF-8 text"),
+        (b"[" * 100_000, "this is not a JSON list"),
+        (b'{"a": ' + b"[" * 100_000, "line 1: this is not JSON"),
+        (b'{"prompt": "p", "completion": "c", "prompt": "q"}', "line 1: the key 'prompt' is given twice"),
+        (b'{"prompt": "p", "completion": "\\ud800"}', "line 1: the field 'completion' holds"),
+        (b"[1]", "item 1: this is a JSON int"),
+    ],
+)
+def test_examples_that_cannot_be_used_are_refused_in_a_sentence(tmp_path, data, said):
+    path = tmp_path / "e.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        read_examples(path)

@@ -24,6 +24,13 @@ def test_the_punishment_is_that_of_trl():
     assert soft_overlong_punishment([80, 81, 90, 99, 100, 101], 100, 20).tolist() == [0, -0.05, -0.5, -0.95, -1, -1]
 
 
+def test_the_punishment_is_that_of_verl():
+    # verl 1dda039, reward_manager/dapo.py with max_resp_len 20480, overlong_buffer.len 4096, penalty_factor 1.0.
+    lengths = [1, 16384, 16385, 17000, 20000, 20479, 20480]
+    expected = [0, 0, -0.000244140625, -0.150390625, -0.8828125, -0.999755859375, -1]
+    assert soft_overlong_punishment(lengths, 20480, 4096).tolist() == expected
+
+
 def advantages(stage_, *members):
     (rows,) = token_advantages(stage_, [Group("p", members)])
     return [None if row is None else float(row[0]) for row in rows]
@@ -37,6 +44,17 @@ def test_dapo_has_the_advantages_of_its_paper():
     assert advantages(stage("sparse-rl", algorithm="dapo", sampling=SAMPLING), *members) == pytest.approx(
         expected, abs=1e-5
     )
+
+
+def test_dapo_has_the_advantages_of_verl_s_script():
+    """run_dapo_qwen2.5_32b.sh: rewards of 1 and -1 (reward_score/math_dapo.py), 4,096 of 20,480 tokens and a factor of
+    1. Here a sixteenth of all lengths."""
+    traces = [(1.0, 17408), (0.0, 20000), (1.0, 304), (0.0, 16384)]
+    members = [graded(i, score, tokens // 16) for i, (score, tokens) in enumerate(traces)]
+    rewards = [0.75, -1.8828125, 1.0, -1.0]
+    expected = [(reward - mean(rewards)) / stdev(rewards) for reward in rewards]
+    found = stage("sparse-rl", algorithm="dapo", sampling={"max_new_tokens": 20480 // 16})
+    assert advantages(found, *members) == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_abstention_is_not_punished_but_left_out():

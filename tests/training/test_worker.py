@@ -4,6 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.training.worker import _longest_wait
+
 # A rank whose main thread hangs, as in a collective, while something beside it fails.
 HANGING = """
 import sys, threading, time
@@ -67,3 +72,44 @@ def test_a_disk_that_is_full_is_one_sentence(tmp_path):
     assert done.returncode == told["status"] == 2
     assert told["message"].startswith(f"Cannot use {tmp_path} (No space left on device); make room there")
     assert "Traceback" not in done.stderr
+
+
+# With 8 x 4 traces, and 256 judgements of 300 s at a time: 2, 4, 2 and 128 rounds.
+@pytest.mark.parametrize(
+    ("segments", "judging_s"),
+    [
+        ({}, 2 * 300),
+        ({"max_segments": None}, 4 * 300),
+        ({"max_segments": 10, "min_tokens": 0}, 2 * 300),
+        ({"max_segments": None, "min_tokens": 0}, 128 * 300),
+    ],
+    ids=["default", "no cap", "no minimum", "neither"],
+)
+def test_ranks_wait_for_as_many_judgements_as_a_step_can_have(segments, judging_s):
+    found, without = _waits(segments, 1024)
+    assert found - without == pytest.approx(judging_s)
+
+
+@pytest.mark.parametrize(
+    ("segments", "changes"), [({"max_segments": None, "min_tokens": 0}, {}), ({}, {"reproduce": "released"})]
+)
+def test_ranks_wait_for_a_day_of_judging_at_most(segments, changes):
+    found, without = _waits(segments, 16384, **changes)
+    assert found - without == 24 * 3600
+
+
+def _waits(segments, tokens, **changes):
+    """The longest wait of a process stage, and that without the time of its judgements."""
+    tree = {
+        "directory": "d",
+        "policy": {"model": "m", "max_tokens": tokens + 512},
+        "judge": {"model": "j", "concurrency": 256, "deadline_s": 300},
+        "stages": [
+            {"kind": "exprl-process", "name": "a", "steps": 3, "problems": {"source": "x"}, "segments": segments}
+            | {"problems_per_step": 8, "group_size": 4, "sampling": {"max_new_tokens": tokens}}
+        ],
+    }
+    config = check_config(tree | changes, "test")
+    server, judge = config.server, config.judge
+    others = [server.start_deadline_s, server.request_deadline_s, config.sync.deadline_s, judge.server.start_deadline_s]
+    return _longest_wait(config), sum(others) + judge.rubric.deadline_s + 60
