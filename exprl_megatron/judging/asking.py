@@ -1,4 +1,8 @@
-"""Asking several judge servers: retries with backoff, hedging of stragglers, and nothing left running behind."""
+"""Asking several judge servers: retries with backoff, hedging of stragglers, and nothing left running behind.
+
+Why no retry library: each attempt goes to another server, may be hedged by a second request, is counted in the run's
+metrics, and shares one deadline with the others. A library would replace the pause between two attempts alone.
+"""
 
 import asyncio
 from collections import Counter

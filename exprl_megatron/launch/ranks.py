@@ -1,4 +1,7 @@
-"""The trainer's processes on this machine: started, watched, stopped, and asked how they ended."""
+"""The trainer's processes on this machine: started, watched, stopped, and asked how they ended.
+
+launch/nodes.py gives the reasons against torch.distributed.elastic.
+"""
 
 import os
 import signal

@@ -4,6 +4,10 @@ A server that has registered is *joining* until the current weights were sent to
 is *out*: what it was asked is asked of another server, and it joins again when it answers well, to get whatever weights
 are current then. One that fails several times in a row is restarted by its keeper; a new incarnation of a
 server is a new server to us.
+
+Why not sglang-router alone: it balances requests over servers, but knows neither which server holds which weights nor
+that one must not be asked before it has the current weights. With `server.router` it serves this class, which
+gives it the list of servers that may be asked.
 """
 
 import asyncio
