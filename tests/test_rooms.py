@@ -104,3 +104,8 @@ def test_what_a_model_is_can_be_imported_without_torch():
     code = f"import sys, {', '.join(names)}; print('torch' in sys.modules, 'megatron' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_tokenizers_are_loaded_in_one_place():
+    loading = [name for name, path in modules().items() if "AutoTokenizer" in path.read_text(encoding="utf-8")]
+    assert loading == ["models.tokenizer"]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from exprl_megatron.config.judging import GateConfig, JudgeConfig
 from exprl_megatron.config.run import RunConfig
@@ -24,6 +23,7 @@ from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judged_traces import JudgedTrace, read_judged_traces
 from exprl_megatron.judging.judgement import Granularity, Judgement
 from exprl_megatron.judging.wrong_steps import GRANULARITIES, WrongStepFigures, judge_wrong_steps
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.reporting.progress_bars import Bar, StepProgress
 from exprl_megatron.serving.http import HttpServer
@@ -94,7 +94,7 @@ def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
     model = config.judge.model
     if not (Path(model) / "config.json").is_file():
         raise UserError(f"{model}, the judge's model, has no config.json; give a directory in Hugging Face form.")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     Judge(config.judge, (), tokenizer)
     return config.judge, tokenizer
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.kept import question_key
 from exprl_megatron.evaluation.settings import EvalSettings
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.needs import missing_for, verifiable
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
@@ -65,7 +66,7 @@ def read_questions(settings: EvalSettings) -> Questions:
         raise UserError("\n".join(unverifiable))
     model = AutoConfig.from_pretrained(settings.model).get_text_config()
     longest = _longest_prompt(settings, model.max_position_embeddings)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = load_tokenizer(settings.model)
     builder = PromptBuilder(tokenizer, settings.prompt)
     prompted = drop_overlong(problems, builder, longest)
     check_vocabulary(settings.model, model.vocab_size, prompted.prompts)

@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import RlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.leaks import LeakGuard
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, read_config
@@ -161,7 +162,7 @@ def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             f"The policy's tokenizer in {config.policy.model} is gone; put it back, or scan from the directory "
             "that the run was started in."
         )
-    return AutoTokenizer.from_pretrained(config.policy.model)
+    return load_tokenizer(config.policy.model)
 
 
 def _table(scan: RunScan) -> Table:

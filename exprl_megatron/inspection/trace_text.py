@@ -7,10 +7,11 @@ from rich.console import Group as Renderables
 from rich.console import RenderableType
 from rich.panel import Panel
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.inspection.rollout_tables import advantage_text, finding_text, score_text
 from exprl_megatron.judging.token_text import TokenText
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.reporting.plain_text import plain, plain_line
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.trace import Trace
@@ -46,7 +47,7 @@ class PolicyTokenizer:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """None where it is not there any more."""
         try:
-            return AutoTokenizer.from_pretrained(self._model)
+            return load_tokenizer(self._model)
         except (OSError, ValueError, KeyError):
             return None
 

@@ -10,6 +10,7 @@ from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.launch.model_checks import model_violations
 from exprl_megatron.launch.prompt_checks import check_prompts, reachable
 from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.needs import Need, missing_for
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.runs.directory import RunDirectory
@@ -70,12 +71,10 @@ def _check_weights(config: RunConfig) -> None:
 
 def _check_alike(policy: str, judge: str) -> None:
     """Raise UserError where servers of `policy` cannot hold the weights of `judge`, or read and write its tokens."""
-    from transformers import AutoTokenizer
-
     what = None
     if read_architecture(policy) != read_architecture(judge):
         what = "another architecture"
-    elif len({tuple(sorted(AutoTokenizer.from_pretrained(m).get_vocab().items())) for m in (policy, judge)}) > 1:
+    elif len({tuple(sorted(load_tokenizer(m).get_vocab().items())) for m in (policy, judge)}) > 1:
         what = "another vocabulary"
     if what:
         raise UserError(

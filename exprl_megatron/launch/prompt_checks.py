@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
 from exprl_megatron.errors import UserError
@@ -14,6 +12,7 @@ from exprl_megatron.judging.judge_model import model_context
 from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.rubric import MOST, Checkpoint, Rubric
 from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
 from exprl_megatron.problems.records import refuse_faults
@@ -29,7 +28,7 @@ _EMPTY_RUBRIC = Rubric((Checkpoint("", 1.0, ""),) * MOST)
 
 def check_prompts(config: RunConfig) -> None:
     """Raise UserError where a prompt of the run cannot be made, or has no room in the model that is to read it."""
-    tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
+    tokenizer = load_tokenizer(config.policy.model)
     if config.needs_sampling_servers:
         _check_policy(config, tokenizer)
     for stage in config.stages:
@@ -44,7 +43,7 @@ def check_prompts(config: RunConfig) -> None:
 
 def shown_prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
     """For the first problem of each stage that samples: what is shown to whom, and the text."""
-    tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
+    tokenizer = load_tokenizer(config.policy.model)
     builder = PromptBuilder(tokenizer, config.prompt)
     for stage in config.stages:
         if not isinstance(stage, RlStage):
@@ -127,7 +126,7 @@ def _granularities(stage: JudgedStage) -> list[Granularity]:
 
 
 def _judge(config: RunConfig) -> Judge:
-    return Judge(config.judge, [], AutoTokenizer.from_pretrained(config.judge.model))
+    return Judge(config.judge, [], load_tokenizer(config.judge.model))
 
 
 def reachable(config: RunConfig) -> str | None:

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.needs import missing_for
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.problem import Problem
@@ -30,7 +29,7 @@ class ExampleReader:
 
     def __init__(self, config: RunConfig, stage: SftStage):
         self._max_tokens = config.policy.max_tokens
-        self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
+        self._tokenizer = load_tokenizer(config.policy.model)
         self._prompts = PromptBuilder(self._tokenizer, stage.prompt or config.prompt)
         if stage.problems is None:
             self._rows = FileRows(Path(stage.examples))

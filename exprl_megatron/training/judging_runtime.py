@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
 from exprl_megatron.config.verifying import VerifierConfig
@@ -16,6 +14,7 @@ from exprl_megatron.judging.gate import JudgeGate
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.judging.store import JudgementStore
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.rewards.containment import Limits
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import Group
@@ -39,7 +38,7 @@ class JudgingRuntime:
         if config.needs_judge:
             judge = config.judge
             kept = self._open.enter_context(JudgementStore(Path(judge.store) if judge.store else store))
-            tokenizer = AutoTokenizer.from_pretrained(judge.model)
+            tokenizer = load_tokenizer(judge.model)
             self._judge = Judge(judge, judges, tokenizer, store=kept)
             if judge.gate is not None:
                 self._gate = JudgeGate(judge.gate, read_judged_traces(judge.gate.traces, judge.gate.limit))

@@ -7,8 +7,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import AutoTokenizer
-
 from exprl_megatron.algorithms.advantages import informative
 from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.problems import ProblemsConfig
@@ -17,6 +15,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SparseRlStage
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_problems
@@ -73,7 +72,7 @@ class Rollouts:
         self._lent = next((judge for judge in judges if isinstance(judge, LentServer)), None)
         self._judging = judging
         self._console = console
-        self._tokenizer = AutoTokenizer.from_pretrained(config.policy.model)
+        self._tokenizer = load_tokenizer(config.policy.model)
         if fleet is not None and self._lent is None:
             fleet.text_check = text_check_of(self._tokenizer)
         self._prompted: dict[ProblemsConfig, PromptedProblems] = {}

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from exprl_megatron.algorithms.batch import SampleOrOutline, TrainSample
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.errors import GradientNotFinite, Preempted
+from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.scatter import SampleScatter
@@ -330,7 +330,7 @@ class Run:
             self._console.span(*self._now, name, start)
 
     def _read_teacher_prompts(self, stage: SelfDistillStage) -> dict[str, tuple[int, ...]]:
-        tokenizer = AutoTokenizer.from_pretrained(self.config.policy.model)
+        tokenizer = load_tokenizer(self.config.policy.model)
         room = self.config.policy.max_tokens - stage.sampling.max_new_tokens
         return teacher_prompts(tokenizer, stage.teacher_prompt, load_problems(stage.problems), room)
 
