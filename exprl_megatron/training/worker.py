@@ -38,7 +38,7 @@ def main() -> None:
 
 def guarded(directory: Path, servers: Path) -> int:
     """The exit status of this rank's work; errors are written where the launcher finds them."""
-    from exprl_megatron.weight_sync.conductor import ConductorFailed
+    from exprl_megatron.weight_sync.control import RankZeroFailed
 
     end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
 
@@ -50,7 +50,7 @@ def guarded(directory: Path, servers: Path) -> int:
 
     try:
         work(directory, Registry(servers), end_at_once)
-    except ConductorFailed:
+    except RankZeroFailed:
         return 1
     except BaseException as error:  # torch's failures in collectives are no subclasses of Exception
         return _tell(end, error)

@@ -8,7 +8,7 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
-from exprl_megatron.weight_sync.control import Control, SyncStopped
+from exprl_megatron.weight_sync.control import Control, RankZeroFailed
 from exprl_megatron.weight_sync.direct import CannotReceive, DirectTransport
 from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.timing import SyncTimes
@@ -68,7 +68,7 @@ class AutoTransport:
         if not self._refused:
             try:
                 return self._direct.follow(outgoing)
-            except SyncStopped:
+            except RankZeroFailed:
                 self._control.wait_signal()
             self._refused = True
         self._broadcast.follow(outgoing)

@@ -9,13 +9,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from exprl_megatron.policy.host_group import from_rank
+from exprl_megatron.weight_sync.control import RankZeroFailed
 
 T = TypeVar("T")
 _ASK_S = 1.0
-
-
-class ConductorFailed(Exception):
-    """Rank 0 has an error, which it reports; the other ranks end silently."""
 
 
 class Conductor:
@@ -38,7 +35,7 @@ class Conductor:
     def everywhere(self, work: Callable[[], T]) -> T:
         """Call `work` on rank 0 and return its result on every rank.
 
-        An error is raised unchanged on rank 0 and as ConductorFailed on the other ranks, so that none of them waits.
+        An error is raised unchanged on rank 0 and as RankZeroFailed on the other ranks, so that none of them waits.
         """
         error: BaseException | None = None
         box: list[Any] = [False, None]
@@ -51,7 +48,7 @@ class Conductor:
         if error is not None:
             raise error
         if not done:
-            raise ConductorFailed
+            raise RankZeroFailed
         return result
 
     def collective(self, conducting: Callable[[], None], following: Callable[[], None]) -> None:

@@ -16,8 +16,8 @@ from exprl_megatron.policy.sealed_objects import broadcast_object, gather_object
 CONDUCTOR = 0
 
 
-class SyncStopped(Exception):
-    """Rank 0 met an error during a sync and reports it; the other ranks end silently."""
+class RankZeroFailed(Exception):
+    """Rank 0 has an error, which it reports; the other ranks end silently."""
 
 
 class Control:
@@ -45,10 +45,10 @@ class Control:
             raise
 
     def wait_signal(self) -> Any:
-        """Wait for rank 0's signal and return its payload. Raises SyncStopped where rank 0 aborts."""
+        """Wait for rank 0's signal and return its payload. Raises RankZeroFailed where rank 0 aborts."""
         running, payload = self._broadcast(None)
         if not running:
-            raise SyncStopped
+            raise RankZeroFailed
         return payload
 
     def collect(self, item: Any) -> list[Any] | None:

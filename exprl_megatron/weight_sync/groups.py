@@ -19,7 +19,7 @@ from exprl_megatron.serving.own_group import abort, begin_to_destroy, on_device,
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import hidden_name
 from exprl_megatron.utils.keyed_store import listening_store, reached_store
-from exprl_megatron.weight_sync.control import Control, SyncStopped
+from exprl_megatron.weight_sync.control import Control, RankZeroFailed
 
 _POLL_S = 0.001
 
@@ -99,7 +99,7 @@ def follow_destroy(group: dist.ProcessGroup | None, control: Control, deadline_s
     destroying = None if group is None else begin_to_destroy(group)
     try:
         control.wait_signal()
-    except SyncStopped:
+    except RankZeroFailed:
         if group is not None:
             abort(group)
         return

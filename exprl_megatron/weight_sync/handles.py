@@ -39,7 +39,7 @@ Place = tuple[str, int]
 class HandlesTransport:
     """See Transport. Made by all ranks together; `clients` are needed on rank 0 alone.
 
-    Raises UserError on rank 0 (SyncStopped elsewhere) where a server's machine has no trainer rank.
+    Raises UserError on rank 0 (RankZeroFailed elsewhere) where a server's machine has no trainer rank.
     """
 
     def __init__(

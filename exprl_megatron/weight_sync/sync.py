@@ -10,8 +10,8 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.conductor import Conductor, ConductorFailed
-from exprl_megatron.weight_sync.control import Control, SyncStopped
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.control import Control, RankZeroFailed
 from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 from exprl_megatron.weight_sync.timing import SyncTimes
@@ -114,10 +114,7 @@ class WeightSync:
 
     def _connect_transport(self) -> None:
         clients = list(self._members.clients) if self._conductor.here else []
-        try:
-            self._transport.connect(clients)
-        except SyncStopped as stopped:
-            raise ConductorFailed from stopped
+        self._transport.connect(clients)
         self._connected = clients
         self._have_loader = None
 
@@ -133,7 +130,7 @@ class WeightSync:
                 lambda: self._push(outgoing, version, times), lambda: self._transport.follow(outgoing)
             )
             self._check(check, outgoing, version, times)
-        except SyncStopped:
+        except RankZeroFailed:
             return times, None
         except Exception as error:
             if not self._conductor.here:

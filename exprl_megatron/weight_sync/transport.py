@@ -33,11 +33,11 @@ class Transport(Protocol):
         """Send all rounds of `outgoing`; when this returns, every server serves them as `version`. Rank 0 only.
 
         Adds the times of sending and loading to `times`. Raises ServerError where a server refuses, dies or hangs; the
-        other ranks then end with SyncStopped.
+        other ranks then end with RankZeroFailed.
         """
 
     def follow(self, outgoing: Outgoing) -> None:
-        """Take part in a push on the other ranks. Raises SyncStopped where rank 0 has an error."""
+        """Take part in a push on the other ranks. Raises RankZeroFailed where rank 0 has an error."""
 
     async def close(self) -> None:
         """Release everything on the servers except the weights; rank 0 only."""

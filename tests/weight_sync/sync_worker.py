@@ -25,8 +25,8 @@ from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.utils.accelerator import GROUP_BACKEND
 from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
-from exprl_megatron.weight_sync.conductor import Conductor, ConductorFailed
-from exprl_megatron.weight_sync.control import Control, SyncStopped
+from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.control import Control, RankZeroFailed
 from exprl_megatron.weight_sync.direct import DirectTransport
 from exprl_megatron.weight_sync.handles import HandlesTransport, _serialised
 from exprl_megatron.weight_sync.outgoing import Outgoing
@@ -168,7 +168,7 @@ def wrong_after_loading(world, arguments, target: str) -> list | None:
 def end_of(sync: WeightSync, version: str) -> str:
     try:
         sync.push_weights(version)
-    except (ServerError, ConductorFailed) as error:
+    except (ServerError, RankZeroFailed) as error:
         return f"{type(error).__name__}: {error}"
     return "well"
 
@@ -222,7 +222,7 @@ def stopped_at(world, fails: int, count: int = 4) -> dict:
             asyncio.run(push_rounds(count, control, [], lambda number: None, send, 60.0))
         else:
             follow()
-    except (ServerError, SyncStopped) as error:
+    except (ServerError, RankZeroFailed) as error:
         ended = type(error).__name__
     ends = control.collect((ended, time.monotonic() - started))
     return {"ends": [end for end, _ in ends or []], "seconds": max(s for _, s in ends or [("", 0.0)])}
@@ -267,7 +267,7 @@ def refused(world, arguments) -> list[str] | None:
     sync._transport._groups.names[1] = "another"
     try:
         sync.push_weights("v2")
-    except (ServerError, ConductorFailed) as error:
+    except (ServerError, RankZeroFailed) as error:
         ended = f"{type(error).__name__}: {error}"
     if syncs.conductor.here:
         syncs.conductor.run(syncs.clients[0].__aexit__())
@@ -296,7 +296,7 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
     with patch.object(owner, name, after_a_death):
         try:
             sync.push_weights("v2")
-        except (ServerError, ConductorFailed) as error:
+        except (ServerError, RankZeroFailed) as error:
             ended = f"{type(error).__name__}: {error}"
     took_s = time.monotonic() - started
     syncs.clients = syncs.clients[:-1]

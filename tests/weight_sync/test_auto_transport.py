@@ -10,7 +10,7 @@ import pytest
 from exprl_megatron.errors import ServerError
 from exprl_megatron.weight_sync import auto
 from exprl_megatron.weight_sync.auto import AutoTransport
-from exprl_megatron.weight_sync.control import SyncStopped
+from exprl_megatron.weight_sync.control import RankZeroFailed
 from exprl_megatron.weight_sync.direct import CannotReceive
 
 
@@ -33,7 +33,7 @@ class Words:
 
     def wait_signal(self):
         if not self._words.get(timeout=60):
-            raise SyncStopped
+            raise RankZeroFailed
 
 
 class Way:
@@ -93,7 +93,7 @@ def sync(monkeypatch):
         def guarded(name, work):
             try:
                 work()
-            except (ServerError, SyncStopped) as stopped:
+            except (ServerError, RankZeroFailed) as stopped:
                 ends[name] = type(stopped).__name__
 
         other = Thread(target=guarded, args=("follower", lambda: follower.follow(None)))
@@ -121,7 +121,7 @@ def test_all_ranks_go_on_with_broadcasts_and_stay_there_until_other_servers_come
 
 
 def test_another_failure_ends_every_rank_and_is_tried_by_direct_again(sync):
-    ended = {"leader": "ServerError", "follower": "SyncStopped"}
+    ended = {"leader": "ServerError", "follower": "RankZeroFailed"}
     for _ in range(2):
         assert sync(ServerError("policy-0 died")) == (ended, {"push": ["Direct"], "follow": ["Direct"]})
     assert sync.said == []

@@ -79,13 +79,13 @@ def test_a_byte_that_changes_on_its_way_is_found_and_its_tensor_named(results, k
     (wrong, right), (followed, _) = results[f"wrong by {kind}"]
     assert wrong.startswith(f"WeightsDiffer: first does not hold the weights of {kind} wrong after the sync: 1 of ")
     assert "first model.layers.2.self_attn.o_proj.weight;" in wrong
-    assert followed.startswith("ConductorFailed") and right == "well"
+    assert followed.startswith("RankZeroFailed") and right == "well"
 
 
 def test_a_byte_that_changes_after_it_was_loaded_is_found_and_its_tensor_named(results):
     (wrong,), (followed,) = results["wrong after loading"]
     assert "does not hold the weights" in wrong and "first model.norm.weight;" in wrong
-    assert followed.startswith("ConductorFailed")
+    assert followed.startswith("RankZeroFailed")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_each_rank_of_a_server_opens_memory_of_its_own_gpu(results, layout, targ
 
 @pytest.mark.parametrize("fails", range(4))
 def test_whichever_round_is_refused_every_rank_ends_at_once(results, fails):
-    assert results[f"stopped at {fails}"]["ends"] == ["ServerError", "SyncStopped"]
+    assert results[f"stopped at {fails}"]["ends"] == ["ServerError", "RankZeroFailed"]
     assert results[f"stopped at {fails}"]["seconds"] < 20
 
 
@@ -129,12 +129,12 @@ def test_where_servers_refuse_shards_every_rank_goes_on_with_broadcasts(results)
 def test_a_server_that_left_one_stage_s_group_ends_every_rank_with_its_words(results):
     told, followed = results["refused"]
     assert told.startswith("RequestRefused: both")
-    assert followed.startswith("ConductorFailed")
+    assert followed.startswith("RankZeroFailed")
 
 
 @pytest.mark.parametrize(("kind", "name"), [("direct", "second"), ("broadcast", "first")])
 def test_a_server_that_dies_in_a_sync_ends_every_rank_with_its_name_and_frees_the_others(results, kind, name):
     (told, took_s), (followed, follower_s) = results[f"{kind} dies"]
     assert told.startswith(f"ServerError: {name} ") and "died or is not reachable" in told
-    assert followed.startswith("ConductorFailed")
+    assert followed.startswith("RankZeroFailed")
     assert max(took_s, follower_s) < 30
