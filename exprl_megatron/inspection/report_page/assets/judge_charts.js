@@ -1,4 +1,4 @@
-// Whether the judge can be trusted: scores over steps, agreement with the verifier, abstentions, lengths, the gate.
+// Whether the judge can be trusted: scores over steps, agreement with the verifier, abstentions, lengths.
 
 function judgeTab() {
   const found = shownRuns().map(([run, index]) => judgeOfRun(run, index));
@@ -54,8 +54,7 @@ function judgeOfRun(run, index) {
     el("div", { class: "grid" },
       chart("scores over steps (share of the step's judgements)", (color) => histogram(run, steps, color), { height: 240 }),
       chart("judgements without a score, by reason", () => abstentions(run, steps), { height: 240 }),
-      stages.map((stage) => chart(`length against score, ${stage} (traces)`, (color) => lengths(steps.filter((place) => place.stage === stage), color), { height: 240 }))),
-    gates(run));
+      stages.map((stage) => chart(`length against score, ${stage} (traces)`, (color) => lengths(steps.filter((place) => place.stage === stage), color), { height: 240 }))));
 }
 
 function ramp(color) {
@@ -108,13 +107,4 @@ function lengths(steps, color) {
     }],
     layout: { xaxis: { title: { text: "tokens" } }, yaxis: { title: { text: "score" }, range: [0, 1] } },
   };
-}
-
-function gates(run) {
-  const names = Object.keys(run.curves.metrics).filter((name) => name.startsWith("gate/"));
-  const rows = run.curves.steps.map((step, at) => [step, at])
-    .filter(([, at]) => names.some((name) => run.curves.metrics[name][at] !== null && run.curves.metrics[name][at] !== undefined))
-    .map(([step, at]) => [`${run.curves.stages[at]}, before step ${step}`, ...names.map((name) => number(run.curves.metrics[name][at]))]);
-  if (!rows.length) return note("No check of the judge by its gate is recorded for this run.");
-  return [el("h3", {}, "The judge's gate"), table(["when", ...names.map((name) => name.slice(5).replaceAll("_", " "))], rows, { label: "Gate results" })];
 }

@@ -1,4 +1,4 @@
-// Where the time goes: phases of every step, the waterfall, parts of the weight sync, memory, servers, the planner.
+// Where the time goes: phases of every step, the waterfall, parts of the weight sync, memory, the planner.
 
 function timeTab() {
   return shownRuns().map(([run, index]) => el("section", {},
@@ -81,7 +81,6 @@ function parts(run) {
     family(run, "weight sync, its parts", sync, "s"),
     family(run, "weight sync, throughput", ["sync/gb_per_s"], "GB/s"),
     family(run, "memory", of("memory/"), "GiB"),
-    family(run, "servers", of("servers/"), "servers"),
     family(run, "judge's requests", of("judge/").filter((name) => name !== "judge/auroc"), "requests"),
   ].filter(Boolean);
   return charts.length ? el("div", { class: "grid" }, charts) : null;
