@@ -118,7 +118,7 @@ def _is_statement(before: str, after: str, found: re.Match) -> bool:
 
 
 def _clause(before: str) -> str:
-    """What stands between the last sentence's or line's end and the word."""
+    """The text between the last sentence's or line's end and the word."""
     ends = list(_CLAUSE_END.finditer(before))
     return before[ends[-1].end() if ends else 0 :]
 

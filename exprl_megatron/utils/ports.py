@@ -3,7 +3,7 @@
 import os
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 # Below the ports that the kernel gives to outgoing connections: one of those may be taken while a server starts.
 _RANGE = range(20_000, 32_000)
@@ -23,7 +23,7 @@ def is_free(port: int, host: str = LOCAL) -> bool:
     return True
 
 
-def free_ports(count: int, taken: set[int] = frozenset()) -> list[int]:
+def free_ports(count: int, taken: Set[int] = frozenset()) -> list[int]:
     """`count` different ports on which nothing listens and which are not in `taken`.
 
     Raises OSError where there are not that many.

@@ -54,7 +54,7 @@ def model_of(server, source, shapes):
 
 
 def expected_of(tiny_model, family, layout, tp):
-    """What all ranks' shards say: checksums, what servers are told, and the models of a server's ranks."""
+    """What all ranks' shards say: checksums, what servers receive, and the models of a server's ranks."""
     architecture = architecture_of(tiny_model, family)
     source = Unlike(architecture, 3)
     held = shards(architecture, layout, source)
