@@ -14,7 +14,7 @@ from exprl_megatron.weight_sync.messages import Message, Slot
 from exprl_megatron.weight_sync.outgoing import Filled
 
 WORLD = SimpleNamespace(rank=0, pp_rank=0, layout=Layout(), device=torch.device("cpu"))
-CONTROL = SimpleNamespace(leading=nullcontext, go=lambda word=None: None, collect=lambda item: [item])
+CONTROL = SimpleNamespace(abort_on_error=nullcontext, signal=lambda payload=None: None, collect=lambda item: [item])
 """Rank 0 is the trainer's only rank."""
 
 
