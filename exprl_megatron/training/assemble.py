@@ -50,10 +50,10 @@ def assemble(
     """
     conductor = Conductor(paths.stop_request.is_file)
     checkpoint, damaged = intact_checkpoint(paths.checkpoints)
-    place = RunProgress() if checkpoint is None else RunProgress.from_record(read_extra(checkpoint))
+    progress = RunProgress() if checkpoint is None else RunProgress.from_record(read_extra(checkpoint))
     fleet, rollouts, prefetch, evaluator, console = None, None, None, None, None
     if conductor.here:
-        console = Console(config, paths, place)
+        console = Console(config, paths, progress)
         for sentence in damaged:
             console.say(f"{sentence} The run goes on from {checkpoint.name}.")
         fleet = _fleet(config, registry, console) if config.needs_sampling_servers else None
@@ -67,7 +67,7 @@ def assemble(
     conductor.everywhere(lambda: rollouts.prepare())
 
     def policy_on_device() -> Policy:
-        return Policy(_starting_policy(config, paths, place), config.seed)
+        return Policy(_starting_policy(config, paths, progress), config.seed)
 
     if config.placement.kind == "colocated":
         # A server takes what it finds free of its GPU, and its ranks must find the same: the trainer comes second.
@@ -88,7 +88,7 @@ def assemble(
         conductor,
         ServerLinks(sync, phases, scorer),
         RankZero(rollouts, prefetch, evaluator, console),
-        (place, checkpoint),
+        (progress, checkpoint),
     )
 
 
@@ -104,11 +104,11 @@ def _fleet(config: RunConfig, registry: Registry, console: Console) -> Fleet:
     return Fleet(registry, config.server, router=router, tell=console.say, vocabulary=vocabulary)
 
 
-def _starting_policy(config: RunConfig, paths: RunDirectory, place: RunProgress):
+def _starting_policy(config: RunConfig, paths: RunDirectory, progress: RunProgress):
     """The policy config whose weights the current stage starts from."""
-    if place.stage == 0:
+    if progress.stage == 0:
         return config.policy
-    model = paths.models / config.stages[place.stage - 1].name
+    model = paths.models / config.stages[progress.stage - 1].name
     return config.policy.model_copy(update={"model": str(model), "initialise": "weights"})
 
 

@@ -20,11 +20,11 @@ from exprl_megatron.runs.progress import RunProgress
 class Console:
     """Lives on rank 0; `place` is where the run goes on from."""
 
-    def __init__(self, config: RunConfig, paths: RunDirectory, place: RunProgress):
+    def __init__(self, config: RunConfig, paths: RunDirectory, progress: RunProgress):
         self._config = config
         self._paths = paths
         self._terminal = Terminal()
-        done = self._steps_before(place.stage) + place.step
+        done = self._steps_before(progress.stage) + progress.step
         self._progress = StepProgress(self._steps_before(len(config.stages)) - done, self._terminal)
         self._metrics = MetricsWriter(paths.metrics, paths.tensorboard, done)
         self._timeline = Timeline(paths.timeline)

@@ -95,7 +95,7 @@ class Run:
         self._prefetch = rank_zero.prefetch
         self._evaluator = rank_zero.evaluator
         self._console = rank_zero.console
-        self._place, self._resumed_from = start
+        self._progress, self._resumed_from = start
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}
@@ -107,13 +107,13 @@ class Run:
 
     def remaining_stages(self) -> Iterator[Stage]:
         """Yield the stages that are not finished, and record each one as finished afterwards."""
-        while self._place.stage < len(self.config.stages):
-            yield self.config.stages[self._place.stage]
-            self._place = self._place.after_stage()
+        while self._progress.stage < len(self.config.stages):
+            yield self.config.stages[self._progress.stage]
+            self._progress = self._progress.after_stage()
 
     def remaining_steps(self, stage: Stage) -> range:
         """Return the steps of `stage` (1-based) that are not done."""
-        return range(self._place.step + 1, stage.steps + 1)
+        return range(self._progress.step + 1, stage.steps + 1)
 
     def open_stage(self, stage: Stage) -> None:
         """Make a new optimizer for the current weights, or load the checkpoint that the run resumes from."""
@@ -123,7 +123,7 @@ class Run:
         self.policy.begin_stage(stage.optimizer, updates, keep_ref_policy=needs_ref_policy and self._ref_scorer is None)
         if needs_ref_policy and self._ref_scorer is not None:
             self._ref_scorer.begin_stage(stage.name)
-        if self._resumed_from is not None and self._place.step > 0:
+        if self._resumed_from is not None and self._progress.step > 0:
             load_checkpoint(self._resumed_from, self.policy)
         self._resumed_from = None
         self._examples = ExampleReader(self.config, stage) if isinstance(stage, SftStage) else None
@@ -136,7 +136,7 @@ class Run:
 
         Where the stage has `max_staleness`, some tokens may be older, and sampling of the next steps is started.
         """
-        version, prompts_consumed = self.weight_version, self._place.prompts_consumed
+        version, prompts_consumed = self.weight_version, self._progress.prompts_consumed
         if self._conductor.everywhere(lambda: self._prefetch.needs_weights(stage, step, version)):
             with self.clock("sync"):
                 self._sync_metrics = self._phases.sync_weights(version)
@@ -149,7 +149,7 @@ class Run:
             self._conductor.everywhere(lambda: self._conductor.run(self._rollouts.check_served()))
         self._phases.switch_to_training()
         self._counted = {} if sampled is None else self._counts(stage, sampled)
-        self._place = self._conductor.everywhere(lambda: self._place_after(sampled))
+        self._progress = self._conductor.everywhere(lambda: self._progress_after(sampled))
         return [] if sampled is None else sampled.groups
 
     def on_rank0(self, work: Callable[[], T]) -> T | None:
@@ -165,7 +165,7 @@ class Run:
     @property
     def weight_version(self) -> str:
         """Name of the policy's current weights."""
-        return self._place.weight_version
+        return self._progress.weight_version
 
     def sft_batch(self, stage: SftStage, step: int) -> list[TrainSample]:
         """Return the tokenized rows of step `step`."""
@@ -193,7 +193,7 @@ class Run:
         except GradientNotFinite as error:
             self._stop_unless_known(error)
             return {"grad_norm": math.nan, "update_skipped": 1.0}
-        self._place = replace(self._place, updates=self._place.updates + 1)
+        self._progress = replace(self._progress, updates=self._progress.updates + 1)
         return {"grad_norm": update.grad_norm, "learning_rate": update.learning_rate}
 
     def check_update(self, stage: RlStage, metrics: dict[str, float]) -> None:
@@ -201,11 +201,11 @@ class Run:
 
         Raises RunStopped where the log-probs of trainer and sampler differ too much, or an assertion fails.
         """
-        first = self._place.first_gap
+        first = self._progress.first_gap
         check_log_prob_gap(metrics, gap_bound(self.config, first))
-        self._place = replace(self._place, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
+        self._progress = replace(self._progress, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
         if self.config.debug.assertions and not self._updates_in_step:
-            check_first_update(stage.name, self._place.step + 1, metrics)
+            check_first_update(stage.name, self._progress.step + 1, metrics)
 
     @contextmanager
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
@@ -217,7 +217,7 @@ class Run:
         metrics: dict[str, float] = {}
         yield metrics
         self._trained.add(stage.name)
-        self._place = replace(self._place, step=step)
+        self._progress = replace(self._progress, step=step)
         metrics |= self._counted | self._sync_metrics | self._phases.take_memory_stats()
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
@@ -242,7 +242,9 @@ class Run:
         checkpoint, asked_to_stop = self.config.checkpoint, self._conductor.asked_to_stop()
         if asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps:
             with self.clock("save"):
-                save_checkpoint(self._directory.checkpoints, self.policy, self._place.as_record(), keep=checkpoint.keep)
+                save_checkpoint(
+                    self._directory.checkpoints, self.policy, self._progress.as_record(), keep=checkpoint.keep
+                )
             if self._conductor.here and isinstance(stage, RlStage):
                 self._rollouts.prune_log(stage, step)
         if asked_to_stop:
@@ -336,16 +338,16 @@ class Run:
 
     def _counts(self, stage: RlStage, sampled: SampledStep) -> dict[str, float]:
         counts = {f"judge/{name}": float(count) for name, count in sampled.judge_counts.items()}
-        return counts | (staleness_statistics(sampled.groups, self._place.updates) if stage.max_staleness else {})
+        return counts | (staleness_statistics(sampled.groups, self._progress.updates) if stage.max_staleness else {})
 
-    def _place_after(self, sampled: SampledStep) -> RunProgress:
+    def _progress_after(self, sampled: SampledStep) -> RunProgress:
         samples = [sample for group in sampled.groups for sample in group.samples]
         return replace(
-            self._place,
-            prompts_consumed=self._place.prompts_consumed + sampled.prompts_consumed,
-            traces=self._place.traces + len(samples),
-            tokens=self._place.tokens + sum(len(sample.trace.token_ids) for sample in samples),
-            abstentions=self._place.abstentions + sum(sample.score is None for sample in samples),
+            self._progress,
+            prompts_consumed=self._progress.prompts_consumed + sampled.prompts_consumed,
+            traces=self._progress.traces + len(samples),
+            tokens=self._progress.tokens + sum(len(sample.trace.token_ids) for sample in samples),
+            abstentions=self._progress.abstentions + sum(sample.score is None for sample in samples),
         )
 
 

@@ -40,7 +40,7 @@ def is_here(host: str) -> bool:
 def meeting_place(address: str, deadline_s: float, port: int = 0) -> dist.TCPStore:
     """Where the members of a group find each other: its `port` (0: any free one) of this machine's `address` alone.
 
-    Whoever still waits there gets an error when it is let go of; a group may need it as long as it lives.
+    A process that still waits there gets an error when it is released; a group may need it as long as it exists.
     """
     return listening_store(address, port, deadline_s)
 
@@ -92,7 +92,7 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> float:
 
 
 def follow_destroy(group: dist.ProcessGroup | None, control: Control, deadline_s: float) -> None:
-    """The other ranks' part where rank 0 gives a group up, in which nothing is under way; None: a rank without one.
+    """Destroy an idle group on the other ranks, as rank 0 does; None: a rank without one.
 
     NCCL may wait for all members. Where rank 0 says that they do not come this rank does not wait for them.
     """
@@ -108,7 +108,7 @@ def follow_destroy(group: dist.ProcessGroup | None, control: Control, deadline_s
 
 
 def break_off(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
-    """Give up a group in which something may be under way, as its number `rank`.
+    """Abort a group in which operations may be in progress, as its rank `rank`.
 
     Over gloo the members that wait for this one get an error at once. NCCL reports nothing to them: they end when their
     own timeout is over, or when they learn it in another way and break off too.

@@ -37,7 +37,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Message:
-    """Whole parameters whose Hugging Face tensors lie one behind the other in one piece of memory."""
+    """Whole parameters whose Hugging Face tensors are contiguous in one buffer."""
 
     stage: int
     """The pipeline stage that has the parameters."""
@@ -95,7 +95,7 @@ def beside_bytes(parameter: Parameter, shapes: dict[str, Shape], layout: Layout,
     """What the sender holds beside the message while it fills in this parameter.
 
     That is another rank's shard where its parts lie apart in the message, and with `fp8` the whole parameter before it
-    is quantised.
+    is quantized.
     """
     count = len(holders(parameter, layout))
     apart = any(not lands_whole(parameter, shapes, layout, index) for index in range(1, count))

@@ -90,7 +90,7 @@ def apply_delta(mirror: Mirror, path: Path) -> str:
     """Bring `mirror` to the version that the delta in `path` leads to; its name.
 
     Raises UserError where the delta starts from another version than the mirror has, and where a tensor then is not
-    what its checksum says: the mirror must then be made anew.
+    what its checksum says: the mirror must then be made again.
     """
     with open(path, "rb") as file:
         head = json.loads(file.readline())

@@ -42,7 +42,7 @@ class Outgoing:
 
     `fillers`: the ranks on each of which every message is wanted, one message a round, in chains: the first rank of a
     chain fills it, and each hands it on to the next; None: each pipeline stage's messages are filled on its first rank
-    alone, those of one round side by side. `fp8`: matrices are quantised in
+    alone, those of one round side by side. `fp8`: matrices are quantized in
     blocks. `allocate` gives the memory of a bucket of so many bytes; there are two, which rounds take in turn.
     `check`, if any, is called for every message, on the first rank that fills it, one after the other, on a thread.
     """
@@ -181,7 +181,7 @@ class Outgoing:
         self.gather_s += time.monotonic() - started - (self.quantise_s - quantized)
 
     def _destination(self, views: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        """Where a full tensor is put together: its place in the message, or beside it where it is quantised first."""
+        """Where a full tensor is assembled: its slot in the message, or a buffer where it is quantized first."""
         if name + blocks.SCALE not in views:
             return views[name]
         return torch.empty(views[name].shape, dtype=self.gatherer.dtype, device=self._world.device)
@@ -205,7 +205,7 @@ def hand_on(data: torch.Tensor, chain: Sequence[int], rank: int) -> None:
 
 
 def quantise_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
-    """blocks.quantise of `weight` [rows, columns] into `values` and `scales`, few rows at a time for its memory."""
+    """Quantize `weight` [rows, columns] into `values` and `scales`, few rows at a time to bound memory."""
     rows = max(1, _QUANTISED_AT_ONCE // (weight.shape[1] * blocks.BLOCK)) * blocks.BLOCK
     for start in range(0, weight.shape[0], rows):
         part, scale = blocks.quantize(weight[start : start + rows])

@@ -130,7 +130,7 @@ class WeightGroups:
             )
 
     def break_off(self) -> None:
-        """Give our side of the groups up, whatever is under way in them."""
+        """Abort our side of the groups, even while operations are in progress."""
         group = self._take_group()
         if group is not None:
             break_off(group, 0, self._size)
@@ -138,7 +138,7 @@ class WeightGroups:
         self._place = None
 
     async def close(self, clients: Sequence[SGLangClient]) -> None:
-        """Give the groups up, in which nothing is under way, where they are open; rank 0 only."""
+        """Destroy the groups, which must be idle, where they are open; rank 0 only."""
         if not self.names:
             return
         names, self._left = self.names, []

@@ -123,13 +123,13 @@ class Servers:
 class Evaluating(Run):
     """A run of one rank whose steps change nothing but the version of its weights."""
 
-    def __init__(self, config, place=None):
+    def __init__(self, config, progress=None):
         paths = RunDirectory(config.directory)
         paths.evaluations.mkdir(parents=True, exist_ok=True)
-        self.config, self._place = config, place or RunProgress()
+        self.config, self._progress = config, progress or RunProgress()
         self._conductor = Alone()
         self.servers = self._phases = self._prefetch = self._rollouts = Servers(self._conductor)
-        self._console = Console(config, paths, self._place)
+        self._console = Console(config, paths, self._progress)
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._console)
         self._trained = set()
 
@@ -146,7 +146,7 @@ class Evaluating(Run):
 @pytest.fixture(autouse=True)
 def _steps(monkeypatch):
     def rl_step(run, stage, step):
-        run._place = replace(run._place, updates=run._place.updates + 1)
+        run._progress = replace(run._progress, updates=run._progress.updates + 1)
         return {"loss": float(step)}
 
     monkeypatch.setattr(loop, "rl_step", rl_step)
@@ -239,7 +239,7 @@ def test_a_resumed_run_repeats_no_evaluation_and_makes_the_one_that_it_was_kille
 def test_a_run_that_is_asked_to_stop_in_an_evaluation_leaves_no_result_of_it(tmp_path):
     config = run_config(tmp_path / "run", every_steps=2)
     run = Evaluating(config)
-    run._place = RunProgress(stage=0, step=2, updates=2)
+    run._progress = RunProgress(stage=0, step=2, updates=2)
     run._conductor.stop = True
     with pytest.raises(Preempted, match=r"in the evaluation of prime/step-2; continue with --resume"):
         run.evaluate(config.stages[0], 2)

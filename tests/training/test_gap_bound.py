@@ -20,10 +20,10 @@ def config(precision="fp32", **changes):
     return check_config(tree | changes, "test")
 
 
-def run_at(place, **changes):
+def run_at(progress, **changes):
     """A run's part that compares log-probs."""
     run = Run.__new__(Run)
-    run.config, run._place, run._updates_in_step = config(**changes), place, 0
+    run.config, run._progress, run._updates_in_step = config(**changes), progress, 0
     return run
 
 
@@ -64,17 +64,17 @@ def test_the_first_step_is_compared_too_and_what_stops_the_run_is_not_remembered
     run = run_at(RunProgress())
     with pytest.raises(RunStopped, match=r"sync\.max_log_prob_gap \(1\.00e-04\)"):
         run.check_update(SimpleNamespace(name="sparse"), {"sampler_gap/mean": gap})
-    assert run._place.first_gap is None
+    assert run._progress.first_gap is None
 
 
 def test_what_the_first_step_showed_is_in_the_checkpoint_and_bounds_the_resumed_run():
     run = run_at(RunProgress(), precision="bf16")
     run.check_update(None, {})
-    assert run._place.first_gap is None, "a step without tokens to compare is not the first"
+    assert run._progress.first_gap is None, "a step without tokens to compare is not the first"
     for gap in (0.01, 0.04):
         run.check_update(None, {"sampler_gap/mean": gap})
-    place = RunProgress.from_record(json.loads(json.dumps(run._place.as_record())))
-    resumed = run_at(place, precision="bf16")
+    progress = RunProgress.from_record(json.loads(json.dumps(run._progress.as_record())))
+    resumed = run_at(progress, precision="bf16")
     resumed.check_update(None, {"sampler_gap/mean": 0.049})
     for gap in (0.051, math.nan):
         with pytest.raises(RunStopped):

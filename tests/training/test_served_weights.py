@@ -34,7 +34,7 @@ def sampling_run(fleet, events):
     """A run's part that gets a step's groups; `events` has what happened, in order."""
     run, rollouts = Run.__new__(Run), Rollouts.__new__(Rollouts)
     rollouts._fleet = fleet
-    run._conductor, run._rollouts, run._place = Conductor(), rollouts, RunProgress()
+    run._conductor, run._rollouts, run._progress = Conductor(), rollouts, RunProgress()
     run._phases = SimpleNamespace(switch_to_training=lambda: events.append("learn"))
     run._prefetch = SimpleNamespace(
         needs_weights=lambda *_: False,
