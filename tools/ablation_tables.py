@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exprl_megatron.evaluation.pass_at_k import Counts, pass_at_k
+from exprl_megatron.evaluation.pass_at_k import GradedCounts, pass_at_k
 from exprl_megatron.utils.intervals import DIFFERENCE_METHOD, METHOD, difference_bounds, mean_bounds
 
 STAGES = {"primed": "stage 1", "final": "stage 2"}
@@ -24,8 +24,8 @@ class Evaluated:
 
     arm: str
     seed: int
-    primed: Counts
-    final: Counts
+    primed: GradedCounts
+    final: GradedCounts
     steps: list[dict]
 
     def curve(self, stage: str, metric: str) -> list[float]:
@@ -42,7 +42,7 @@ class Arm:
     name: str
     runs: list[Evaluated]
 
-    def counts(self, which: str) -> list[Counts]:
+    def counts(self, which: str) -> list[GradedCounts]:
         """The evaluation `which` (of STAGES) of each run."""
         return [getattr(run, which) for run in self.runs]
 
@@ -64,7 +64,7 @@ class Pooled:
     """The mean of each seed."""
 
 
-def pooled_pass_at_k(counts: Sequence[Counts], k: int, confidence: float = 0.95) -> Pooled:
+def pooled_pass_at_k(counts: Sequence[GradedCounts], k: int, confidence: float = 0.95) -> Pooled:
     """pass@k over the problems of one evaluation for each seed.
 
     The interval (`intervals.mean_bounds`) covers the choice of problems and the luck of a run; with one seed, the
@@ -87,7 +87,7 @@ class Difference:
 
 
 def paired_difference(
-    first: Sequence[Counts], second: Sequence[Counts], k: int, confidence: float = 0.95
+    first: Sequence[GradedCounts], second: Sequence[GradedCounts], k: int, confidence: float = 0.95
 ) -> Difference:
     """pass@k of `first` less that of `second`, paired by problem; one evaluation for each seed of either.
 
@@ -100,14 +100,14 @@ def paired_difference(
     return Difference(mean, float(low), float(high), (len(first), len(second)))
 
 
-def _problems(counts: Sequence[Counts]) -> list[str]:
+def _problems(counts: Sequence[GradedCounts]) -> list[str]:
     problems = sorted(counts[0])
     if any(sorted(of_seed) != problems for of_seed in counts):
         raise ValueError("the seeds were evaluated on different problems, which cannot be pooled or paired")
     return problems
 
 
-def _values(counts: Sequence[Counts], problems: Sequence[str], k: int) -> np.ndarray:
+def _values(counts: Sequence[GradedCounts], problems: Sequence[str], k: int) -> np.ndarray:
     """pass@k, float64 [seeds, problems]."""
     return np.array([[pass_at_k(*of_seed[problem], k) for problem in problems] for of_seed in counts])
 

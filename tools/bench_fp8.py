@@ -24,7 +24,7 @@ from benchmarks.layer_report import known_gpu, measured_lines, predicted, predic
 from benchmarks.layers import Work, measure_layers, narrowed, policy_config
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.config.precision import Kind
+from exprl_megatron.config.precision import PrecisionKind
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.precision_matrix import Setting, precision_violations
 from exprl_megatron.planning.hardware import find_gpu
@@ -42,8 +42,10 @@ def run(args: argparse.Namespace) -> dict:
     """Measure, print on rank 0, and return all figures."""
     published, _ = find_architecture(NAMES.get(args.model, args.model))
     kinds, cuda = args.precision.split(","), uses_cuda()
-    if unknown := set(kinds) - set(get_args(Kind)):
-        raise UserError(f"--precision has {', '.join(sorted(unknown))}; choose from {', '.join(get_args(Kind))}.")
+    if unknown := set(kinds) - set(get_args(PrecisionKind)):
+        raise UserError(
+            f"--precision has {', '.join(sorted(unknown))}; choose from {', '.join(get_args(PrecisionKind))}."
+        )
     if not 1 <= args.layers // 2 < args.layers:
         raise UserError(f"--layers is {args.layers}; give 2 or more, as a layer's time comes from two depths.")
     shrink = args.shrink or (1 if cuda else CPU_SHRINK)
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> dict:
     }
 
 
-def check_precisions(work: Work, kinds: list[Kind], tp: int) -> None:
+def check_precisions(work: Work, kinds: list[PrecisionKind], tp: int) -> None:
     """Raises UserError where this machine's GPU cannot multiply so."""
     capability = torch.cuda.get_device_capability()
     settings = [Setting(policy_config(work, kind, tp), capability, architecture=work.architecture) for kind in kinds]

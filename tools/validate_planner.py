@@ -13,8 +13,8 @@ from exprl_megatron.models.flops import linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu, find_gpu
 from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
 from exprl_megatron.planning.practice import Practice
-from exprl_megatron.planning.rl_time import StepTime, sampling_time, step_time
-from exprl_megatron.planning.serving_time import Lengths, Servers
+from exprl_megatron.planning.rl_time import PlannedStepTime, sampling_time, step_time
+from exprl_megatron.planning.serving_time import Lengths, ServerHardware
 from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, training_time
 
 PUBLISHED = Path(__file__).with_name("published_throughput.json")
@@ -105,7 +105,7 @@ class StepComparison:
     """A published reinforcement-learning step and what the model says."""
 
     row: dict
-    time: StepTime
+    time: PlannedStepTime
 
     @property
     def error(self) -> float:
@@ -128,7 +128,7 @@ def compare_step(row: dict, models: dict) -> StepComparison:
     """One of NeMo-RL's steps beside the model's answer: half of the GPUs sample where the step is one off."""
     architecture, layout, gpu = architecture_of(models[row["model"]]), Layout(**row["layout"]), find_gpu(row["gpu"])
     off, fp8 = row["one_step_off"], row["precision"] != "bf16"
-    servers = Servers(
+    servers = ServerHardware(
         (row["gpus"] // 2 if off else row["gpus"]) // row["server_tp"],
         row["server_tp"],
         gpu,

@@ -25,7 +25,7 @@ from exprl_megatron.errors import UserError
 _TO_REFER_TO = "x-"
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|(^|_)(KEY|PASS|AUTH|PAT)S?($|_)", re.IGNORECASE)
 
-Check = Callable[[RunConfig], Iterable[str]]
+ConfigCheck = Callable[[RunConfig], Iterable[str]]
 """Checks of a config whose values are valid each by itself: returns one sentence for each contradiction."""
 
 
@@ -33,7 +33,9 @@ def _nothing(config: RunConfig) -> Iterable[str]:
     return ()
 
 
-def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = (), also: Check = _nothing) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: tuple[str, ...] | list[str] = (), also: ConfigCheck = _nothing
+) -> RunConfig:
     """Load the config of a run; its relative paths are relative to the working directory.
 
     `extends: FILE` puts the file over another one (its path is relative to the file); top-level keys that
@@ -44,7 +46,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] | list[str] = (), a
 
 
 def resolve_config(
-    tree: Container, overrides: tuple[str, ...] | list[str], path: str | Path, also: Check = _nothing
+    tree: Container, overrides: tuple[str, ...] | list[str], path: str | Path, also: ConfigCheck = _nothing
 ) -> RunConfig:
     """`tree` under the overrides, checked; errors name `path` as where it is from. Raises what load_config raises."""
     for override in overrides:
@@ -100,7 +102,7 @@ def _override(tree: Container, override: str, path: Path) -> None:
         raise UserError(f"The override {override!r} fits nowhere in {path}: {_one_line(error)}; fix it.") from error
 
 
-def check_config(tree: Any, origin: str, also: Check = _nothing) -> RunConfig:
+def check_config(tree: Any, origin: str, also: ConfigCheck = _nothing) -> RunConfig:
     """`tree` (plain dicts and lists) as a RunConfig; see load_config for what it raises."""
     tree, sentences = expand_algorithms(tree)
     if not sentences:
@@ -122,7 +124,7 @@ def _validated(tree: Any) -> RunConfig:
     return RunConfig.model_validate_json(json.dumps(tree), strict=True)
 
 
-def _all_sentences(error: ValidationError, tree: Any, also: Check) -> list[str]:
+def _all_sentences(error: ValidationError, tree: Any, also: ConfigCheck) -> list[str]:
     """What is wrong with keys and values, and, where only keys are unknown, how the rest contradicts itself."""
     sentences = [_sentence(item, tree) for item in error.errors()]
     if any(item["type"] != "extra_forbidden" for item in error.errors()):

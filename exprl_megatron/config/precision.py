@@ -7,10 +7,10 @@ from pydantic import Field, model_validator
 from exprl_megatron.config.base import Config
 from exprl_megatron.utils.accelerator import uses_cuda
 
-Kind = Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+PrecisionKind = Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
 
 
-def default_kind(cuda: bool) -> Kind:
+def default_kind(cuda: bool) -> PrecisionKind:
     """What `auto` is where trainer and servers run on CUDA, and where they do not."""
     return "bf16" if cuda else "fp32"
 
@@ -22,7 +22,7 @@ class PrecisionConfig(Config):
     operands in 8 bits.
     """
 
-    kind: Literal["auto", Kind] = "auto"
+    kind: Literal["auto", PrecisionKind] = "auto"
     """`auto` is bf16 on CUDA and fp32 on a CPU; a run records which."""
     fp8_parameters: bool = False
     """Keep the linear layers' weights in 8 bits only (the optimizer holds fp32 ones)."""

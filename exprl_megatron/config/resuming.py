@@ -25,7 +25,7 @@ WORDS: dict[Verdict, str] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ResumeRule:
     """One line of the table."""
 
     keys: tuple[str, ...]
@@ -34,38 +34,42 @@ class Row:
 
 
 TABLE = (
-    Row(("directory",), "free", "a run may be moved"),
-    Row(("permissions",), "free", "who may read its files"),
-    Row(("reproduce",), "fixed", "decides many settings"),
-    Row(("seed",), "fixed", "decides order, sampling and starting weights"),
-    Row(("checkpoint.*",), "free", "how often the state is written"),
-    Row(("journal.*",), "free", "how much is kept"),
-    Row(("debug.assertions",), "free", "only stops a run"),
-    Row(("debug.only", "debug.rollouts"), "fixed", "what the run does at all"),
+    ResumeRule(("directory",), "free", "a run may be moved"),
+    ResumeRule(("permissions",), "free", "who may read its files"),
+    ResumeRule(("reproduce",), "fixed", "decides many settings"),
+    ResumeRule(("seed",), "fixed", "decides order, sampling and starting weights"),
+    ResumeRule(("checkpoint.*",), "free", "how often the state is written"),
+    ResumeRule(("journal.*",), "free", "how much is kept"),
+    ResumeRule(("debug.assertions",), "free", "only stops a run"),
+    ResumeRule(("debug.only", "debug.rollouts"), "fixed", "what the run does at all"),
     # The policy.
-    Row(("policy.model",), "content", "the weights that the run starts from, their tokenizer and chat template"),
-    Row(("policy.initialise", "policy.precision.*", "policy.moe_aux_loss"), "fixed", "what is computed"),
-    Row(("policy.max_tokens",), "fixed", "decides which prompts and examples are left out"),
-    Row(("policy.ref_policy",), "fixed", "a checkpoint either holds the starting weights or does not"),
-    Row(("policy.recompute", "policy.log_prob_chunk"), "free", "memory against speed"),
-    Row(("policy.gradient_accumulation_fusion",), "free", "speed"),
-    Row(
+    ResumeRule(("policy.model",), "content", "the weights that the run starts from, their tokenizer and chat template"),
+    ResumeRule(("policy.initialise", "policy.precision.*", "policy.moe_aux_loss"), "fixed", "what is computed"),
+    ResumeRule(("policy.max_tokens",), "fixed", "decides which prompts and examples are left out"),
+    ResumeRule(("policy.ref_policy",), "fixed", "a checkpoint either holds the starting weights or does not"),
+    ResumeRule(("policy.recompute", "policy.log_prob_chunk"), "free", "memory against speed"),
+    ResumeRule(("policy.gradient_accumulation_fusion",), "free", "speed"),
+    ResumeRule(
         ("policy.layout.*", "policy.micro_batch_tokens", "policy.packing"),
         "batching",
         "how the work is divided; a checkpoint loads in any layout",
     ),
     # Servers.
-    Row(("server.*", "judge.server.*"), "free", "how many servers there are, where, and how long they are waited for"),
-    Row(("server.extra_args", "judge.server.extra_args"), "arguments", "may change the distribution of tokens"),
-    Row(("placement.*",), "free", "where the servers compute"),
-    Row(("sync.*",), "free", "how the same weights travel, and what is verified then"),
-    Row(("sync.max_log_prob_gap",), "free", "only stops a run; `auto` keeps what the first step showed"),
-    Row(("sync.fp8", "sync.pause_mode"), "fixed", "changes the distribution that is sampled from"),
+    ResumeRule(
+        ("server.*", "judge.server.*"), "free", "how many servers there are, where, and how long they are waited for"
+    ),
+    ResumeRule(("server.extra_args", "judge.server.extra_args"), "arguments", "may change the distribution of tokens"),
+    ResumeRule(("placement.*",), "free", "where the servers compute"),
+    ResumeRule(("sync.*",), "free", "how the same weights travel, and what is verified then"),
+    ResumeRule(("sync.max_log_prob_gap",), "free", "only stops a run; `auto` keeps what the first step showed"),
+    ResumeRule(("sync.fp8", "sync.pause_mode"), "fixed", "changes the distribution that is sampled from"),
     # The judge.
-    Row(("judge.model",), "content", "who judges"),
-    Row(("judge.endpoints", "judge.api_key_variable", "judge.placement"), "free", "where the same judge is asked"),
-    Row(("judge.endpoint_model",), "fixed", "the only name that is known of a judge behind endpoints"),
-    Row(
+    ResumeRule(("judge.model",), "content", "who judges"),
+    ResumeRule(
+        ("judge.endpoints", "judge.api_key_variable", "judge.placement"), "free", "where the same judge is asked"
+    ),
+    ResumeRule(("judge.endpoint_model",), "fixed", "the only name that is known of a judge behind endpoints"),
+    ResumeRule(
         (
             *("judge.prompt", "judge.prefix_prompt", "judge.segment_prompt", "judge.rubric.prompt"),
             "judge.shipped_prompts",
@@ -73,8 +77,8 @@ TABLE = (
         "content",
         "what the judge is asked",
     ),
-    Row(("judge.rubric.kind", "judge.rubric.max_new_tokens"), "fixed", "what a trace is measured against"),
-    Row(
+    ResumeRule(("judge.rubric.kind", "judge.rubric.max_new_tokens"), "fixed", "what a trace is measured against"),
+    ResumeRule(
         (
             *("judge.prompt_order", "judge.show_reference", "judge.template_args", "judge.max_new_tokens"),
             *("judge.temperature", "judge.score_format", "judge.score_reading", "judge.parser"),
@@ -83,7 +87,7 @@ TABLE = (
         "fixed",
         "how a trace gets its score",
     ),
-    Row(
+    ResumeRule(
         (
             *("judge.retries", "judge.retry_pause_s", "judge.hedge_after_s", "judge.concurrency", "judge.deadline_s"),
             "judge.rubric.deadline_s",
@@ -91,21 +95,21 @@ TABLE = (
         "free",
         "how long and how often the judge is asked for the same answer",
     ),
-    Row(("judge.max_abstention_rate", "judge.abstention_window", "judge.gate.*"), "free", "only stops a run"),
-    Row(("judge.store",), "free", "where answers are kept; they are found by everything that was asked"),
+    ResumeRule(("judge.max_abstention_rate", "judge.abstention_window", "judge.gate.*"), "free", "only stops a run"),
+    ResumeRule(("judge.store",), "free", "where answers are kept; they are found by everything that was asked"),
     # Verification.
-    Row(("verifier.workers",), "free", "speed"),
-    Row(
+    ResumeRule(("verifier.workers",), "free", "speed"),
+    ResumeRule(
         ("verifier.answer_deadline_s", "verifier.program_deadline_s", "verifier.test_deadline_s"),
         "free",
         "how long an answer is waited for",
     ),
-    Row(("verifier.variant",), "fixed", "what counts as right"),
+    ResumeRule(("verifier.variant",), "fixed", "what counts as right"),
     # What is learned.
-    Row(("prompt.*",), "fixed", "what the policy is asked"),
-    Row(("leak_guard.*",), "free", "only stops a run"),
-    Row(("stages.*",), "fixed", "what is learned, and from what"),
-    Row(
+    ResumeRule(("prompt.*",), "fixed", "what the policy is asked"),
+    ResumeRule(("leak_guard.*",), "free", "only stops a run"),
+    ResumeRule(("stages.*",), "fixed", "what is learned, and from what"),
+    ResumeRule(
         tuple(
             f"{place}.problems.{key}"
             for place in ("stages", "evaluation")
@@ -114,12 +118,12 @@ TABLE = (
         "content",
         "the problems, as they are read",
     ),
-    Row(("stages.examples",), "content", "the examples"),
-    Row(("stages.optimizer.overlap", "stages.optimizer.offload"), "free", "memory against speed"),
-    Row(("stages.optimizer.distributed",), "fixed", "the form of the optimizer's state in a checkpoint"),
-    Row(("stages.max_abstention_rate", "stages.allow_off_policy"), "free", "only stops or refuses a run"),
-    Row(("evaluation.every_steps",), "free", "how often the same is measured"),
-    Row(("evaluation.*",), "fixed", "the figures before and after the stages are compared with each other"),
+    ResumeRule(("stages.examples",), "content", "the examples"),
+    ResumeRule(("stages.optimizer.overlap", "stages.optimizer.offload"), "free", "memory against speed"),
+    ResumeRule(("stages.optimizer.distributed",), "fixed", "the form of the optimizer's state in a checkpoint"),
+    ResumeRule(("stages.max_abstention_rate", "stages.allow_off_policy"), "free", "only stops or refuses a run"),
+    ResumeRule(("evaluation.every_steps",), "free", "how often the same is measured"),
+    ResumeRule(("evaluation.*",), "fixed", "the figures before and after the stages are compared with each other"),
 )
 
 FREE_ARGUMENTS: Mapping[str, str] = {
@@ -155,7 +159,7 @@ FREE_ARGUMENTS: Mapping[str, str] = {
 """Arguments of SGLang that change memory, speed, deadlines or logs, and not what is sampled; with what they change."""
 
 
-def row_of(key: str) -> Row | None:
+def row_of(key: str) -> ResumeRule | None:
     """The row that speaks of `key` (see `plain`); the longest where several do."""
     rows = {name: row for row in TABLE for name in row.keys}
     if key in rows:
@@ -178,7 +182,7 @@ def refused_changes(old: RunConfig, new: RunConfig, same_contents: bool) -> list
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     for key in sorted(before.keys() | after.keys()):
         values = before.get(key), after.get(key)
-        row = row_of(plain(key)) or Row((), "fixed", "there is no row for it")
+        row = row_of(plain(key)) or ResumeRule((), "fixed", "there is no row for it")
         if values[0] != values[1] and not _allowed(row.verdict, values, (old, new), same_contents):
             refused.append(f"{key} ({row.reason})")
     return refused

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from exprl_megatron.config.run import RunConfig
 
-Transport = Literal["broadcast", "direct", "handles", "disk", "delta"]
+TransportKind = Literal["broadcast", "direct", "handles", "disk", "delta"]
 _LOADER_ARGUMENT = "--custom-weight-loader"
 
 
@@ -16,7 +16,7 @@ _LOADER_ARGUMENT = "--custom-weight-loader"
 class TransportChoice:
     """How weights travel to one kind of server."""
 
-    kind: Transport
+    kind: TransportKind
     reason: str
     """Part of a sentence: `kind` is used because of this."""
     fallback: Literal["broadcast"] | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.kept import KeptResults, Result
-from exprl_megatron.evaluation.questions import Question, Questions, read_questions
+from exprl_megatron.evaluation.questions import EvalQuestion, EvalQuestions, read_questions
 from exprl_megatron.evaluation.settings import EvalSettings
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Judgement
@@ -37,7 +37,7 @@ WEIGHTS = "initial"
 class Evaluation:
     """What was asked, and the result of each question in the same order."""
 
-    asked: Questions
+    asked: EvalQuestions
     results: tuple[Result, ...]
 
 
@@ -80,8 +80,8 @@ def evaluate(settings: EvalSettings, say: Callable[[str], None] = print) -> Eval
 def _measure(
     settings: EvalSettings,
     specs: Sequence[ServerSpec],
-    asked: Questions,
-    questions: Sequence[Question],
+    asked: EvalQuestions,
+    questions: Sequence[EvalQuestion],
     kept: KeptResults,
     say: Callable[[str], None],
 ) -> list[Result]:
@@ -98,7 +98,7 @@ def _measure(
             stop_servers(servers)
 
 
-def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[Question]) -> None:
+def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[EvalQuestion]) -> None:
     """Samples of programs are no use where none can be run."""
     problem = next((q.problem for q in questions if q.problem.domain == "code"), None)
     if problem is None:
@@ -114,7 +114,7 @@ def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[Question]) -> N
 async def _sample(
     settings: EvalSettings,
     clients: Sequence[SGLangClient],
-    questions: Sequence[Question],
+    questions: Sequence[EvalQuestion],
     verifier: AnswerVerifier,
     kept: KeptResults,
     say: Callable[[str], None],
@@ -124,7 +124,7 @@ async def _sample(
     places = [asyncio.Semaphore(at_once) for _ in clients]
     finished: list[Result] = []
 
-    async def one(question: Question, client: SGLangClient, place: asyncio.Semaphore) -> None:
+    async def one(question: EvalQuestion, client: SGLangClient, place: asyncio.Semaphore) -> None:
         async with place:
             members = await _graded(settings, client, question, verifier)
         result = await asyncio.to_thread(kept.keep, question.problem.id, question.key, members)
@@ -142,7 +142,7 @@ async def _sample(
 
 
 async def _graded(
-    settings: EvalSettings, client: SGLangClient, question: Question, verifier: AnswerVerifier
+    settings: EvalSettings, client: SGLangClient, question: EvalQuestion, verifier: AnswerVerifier
 ) -> list[GradedTrace]:
     """All samples of one problem, each verified as soon as it is finished; seeded as a run's evaluation is."""
     judgements: dict[int, Judgement] = {}

@@ -8,7 +8,7 @@ import numpy as np
 
 from exprl_megatron.utils.intervals import difference_bounds, mean_bounds
 
-Counts = Mapping[str, Sequence[int]]
+GradedCounts = Mapping[str, Sequence[int]]
 """Problem -> [graded samples, right ones]."""
 
 
@@ -48,7 +48,7 @@ def estimate_pass_at_k(counts: Sequence[Sequence[int]], k: int, confidence: floa
     return PassAtK(k, float(values.mean()), float(low), float(high), values.size)
 
 
-def estimate_gain(before: Counts, after: Counts, k: int, confidence: float = 0.95) -> PassAtK | None:
+def estimate_gain(before: GradedCounts, after: GradedCounts, k: int, confidence: float = 0.95) -> PassAtK | None:
     """Mean of pass@k `after` less `before`, paired by problem; None where no problem has `k` graded samples in both.
 
     The interval (`intervals.difference_bounds` with one seed a side) shows how much another choice of problems would

@@ -18,7 +18,7 @@ from exprl_megatron.utils.text_check import TextCheck, text_check_of
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalQuestion:
     """A problem with its prompt."""
 
     problem: Problem
@@ -30,10 +30,10 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalQuestions:
     """The questions in the order of the problems, and the numbers of problems left out."""
 
-    questions: tuple[Question, ...]
+    questions: tuple[EvalQuestion, ...]
     unverifiable: tuple[str, ...]
     """A sentence for each domain about problems that have nothing to verify with."""
     unverifiable_count: int
@@ -53,7 +53,7 @@ class Questions:
         return found
 
 
-def read_questions(settings: EvalSettings) -> Questions:
+def read_questions(settings: EvalSettings) -> EvalQuestions:
     """Read the problems and build their prompts with the model's own tokenizer.
 
     Raises UserError where the problems, the tokenizer or the model's context do not serve, or nothing is left.
@@ -71,10 +71,10 @@ def read_questions(settings: EvalSettings) -> Questions:
     prompted = drop_overlong(problems, builder, longest)
     check_vocabulary(settings.model, model.vocab_size, prompted.prompts)
     questions = [
-        Question(problem, records[problem.id], Prompt(problem.id, ids), _key(problem, ids))
+        EvalQuestion(problem, records[problem.id], Prompt(problem.id, ids), _key(problem, ids))
         for problem, ids in zip(prompted.problems, prompted.prompts, strict=True)
     ]
-    return Questions(
+    return EvalQuestions(
         tuple(questions),
         tuple(unverifiable),
         len(loaded) - len(problems),

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from exprl_megatron.evaluation.pass_at_k import Counts, PassAtK, estimate_gain, estimate_pass_at_k
+from exprl_megatron.evaluation.pass_at_k import GradedCounts, PassAtK, estimate_gain, estimate_pass_at_k
 from exprl_megatron.utils.intervals import DIFFERENCE_METHOD, METHOD
 
-Evaluations = Mapping[str, Counts]
+Evaluations = Mapping[str, GradedCounts]
 """Name of a model -> what its samples came to; in the order to be shown."""
 
 
@@ -28,14 +28,14 @@ def evaluation_table(evaluations: Evaluations, ks: Sequence[int], title: str, co
     table.add_column("model")
     for k in ks:
         table.add_column(f"pass@{k}", justify="right")
-    first: Counts | None = None
+    first: GradedCounts | None = None
     for name, counts in evaluations.items():
         table.add_row(name, *(_cell(counts, first, k, confidence) for k in ks))
         first = counts if first is None else first
     return table
 
 
-def _cell(counts: Counts, first: Counts | None, k: int, confidence: float) -> str:
+def _cell(counts: GradedCounts, first: GradedCounts | None, k: int, confidence: float) -> str:
     if all(graded < k for graded, _ in counts.values()):
         return "-"
     estimate = estimate_pass_at_k(list(counts.values()), k, confidence)

@@ -32,7 +32,7 @@ CLOCKS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedFigure:
     """One phase of one stage; None where a side knows nothing of it."""
 
     stage: str
@@ -77,7 +77,7 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
     console.print(how, markup=False, highlight=False, soft_wrap=True)
 
 
-def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[Row]:
+def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
     """Every stage that has run at least one step. Raises UserError where none has."""
     from exprl_megatron.reporting.metrics import read_metrics
 
@@ -117,17 +117,17 @@ def _prompt_lengths(directory, stage: str) -> list[int]:
     return [len(member.trace.prompt_ids) for group in sampled.groups for member in group.samples]
 
 
-def _rows(stage: str, planned: Plan, steps: list[dict]) -> list[Row]:
+def _rows(stage: str, planned: Plan, steps: list[dict]) -> list[ComparedFigure]:
     seconds = {phase.name: phase.seconds for phase in planned.phases}
     rows = []
     for name, parts in MEASURED.items():
         predicted = sum(seconds.get(part, 0.0) for part in parts)
         clocks = [step[CLOCKS[name]] for step in steps if step.get(CLOCKS[name])]
         if predicted or clocks:
-            rows.append(Row(stage, name, predicted or None, median(clocks) if clocks else None))
+            rows.append(ComparedFigure(stage, name, predicted or None, median(clocks) if clocks else None))
     # A checkpoint is written between steps.
     whole = sum(seconds.values()) - seconds["save"]
-    return [*rows, Row(stage, "step", whole, median(step["seconds/step"] for step in steps))]
+    return [*rows, ComparedFigure(stage, "step", whole, median(step["seconds/step"] for step in steps))]
 
 
 def prediction_device(config: RunConfig, name: str | None) -> tuple[Gpu, str]:

@@ -20,7 +20,7 @@ _DIGIT = re.compile(rf"[\sĠ▁]*([{LOWEST}-{HIGHEST}])")
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeQuestion:
     """One request to a judge."""
 
     frame: PromptFrame
@@ -66,9 +66,9 @@ class Answer(Protocol):
 class Answerer(Protocol):
     """One server; raises ServerError where it is dead, and RequestRefused where it does not take the question."""
 
-    async def answer(self, question: Question) -> Answer: ...
+    async def answer(self, question: JudgeQuestion) -> Answer: ...
 
-    async def answers(self, questions: Sequence[Question]) -> Sequence[Answer]:
+    async def answers(self, questions: Sequence[JudgeQuestion]) -> Sequence[Answer]:
         """The answers to questions that differ in what they show and in their seeds alone, by one request.
 
         It fails as a whole where one of them does.
@@ -97,11 +97,11 @@ class TokenAnswerer:
         self._text_check = text_check_of(tokenizer)
         self._digits = _digit_tokens(tokenizer)
 
-    async def answer(self, question: Question) -> "TokenAnswer":
+    async def answer(self, question: JudgeQuestion) -> "TokenAnswer":
         settings = self._settings(question)
         return self._answer(await self._client.generate(question.input_ids, seed=question.seed, **settings))
 
-    async def answers(self, questions: Sequence[Question]) -> "list[TokenAnswer]":
+    async def answers(self, questions: Sequence[JudgeQuestion]) -> "list[TokenAnswer]":
         settings = self._settings(questions[0])
         if any(self._settings(question) != settings for question in questions):
             raise ValueError("questions that are asked together have the same settings but for their seeds")
@@ -109,7 +109,7 @@ class TokenAnswerer:
         generations = await self._client.generate_all(prompts, seeds, **settings)
         return await in_reply_thread(lambda: [self._answer(written) for written in generations])
 
-    def _settings(self, question: Question) -> dict[str, Any]:
+    def _settings(self, question: JudgeQuestion) -> dict[str, Any]:
         """What is asked of a server beside the tokens and the seed."""
         return {
             "temperature": question.temperature,
@@ -180,7 +180,7 @@ class ChatAnswerer:
         self._endpoint = endpoint
         self._template_args = template_args
 
-    async def answer(self, question: Question) -> "ChatAnswer":
+    async def answer(self, question: JudgeQuestion) -> "ChatAnswer":
         completion = await self._endpoint.chat(
             question.messages,
             temperature=question.temperature,
@@ -195,7 +195,7 @@ class ChatAnswerer:
         tokens = tuple((token.text, token.alternatives) for token in completion.tokens)
         return ChatAnswer(completion.text, tokens, cut_off=completion.finish_reason == "length")
 
-    async def answers(self, questions: Sequence[Question]) -> "list[ChatAnswer]":
+    async def answers(self, questions: Sequence[JudgeQuestion]) -> "list[ChatAnswer]":
         return await gather_or_cancel([self.answer(question) for question in questions])
 
     async def health(self) -> None:

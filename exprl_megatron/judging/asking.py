@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import RequestRefused, ServerError
-from exprl_megatron.judging.answers import Answer, Answerer, Question
+from exprl_megatron.judging.answers import Answer, Answerer, JudgeQuestion
 from exprl_megatron.judging.judgement import Abstained
 from exprl_megatron.utils.reply_threads import in_reply_thread
 from exprl_megatron.utils.together import gather_or_cancel
@@ -31,7 +31,7 @@ A = TypeVar("A")
 class Inquiry[T]:
     """What is to be found out by one question, or by the next ones where its answer cannot be read."""
 
-    questions: Sequence[Question]
+    questions: Sequence[JudgeQuestion]
     read: Callable[[Answer], T | Abstained]
 
 
@@ -58,7 +58,7 @@ class JudgeServers:
         self._next_in_queue = asyncio.Lock()
 
     async def ask(
-        self, questions: Iterable[Question], home: int, deadline_s: float, read: Callable[[Answer], T | Abstained]
+        self, questions: Iterable[JudgeQuestion], home: int, deadline_s: float, read: Callable[[Answer], T | Abstained]
     ) -> tuple[T | Abstained, str]:
         """What `read` makes of the first answer that it can read, and the last answer's text.
 
@@ -149,7 +149,7 @@ class JudgeServers:
                 self._slots.release()
 
     async def _read_in_turn(
-        self, questions: Sequence[Question], home: int, read: Callable[[Answer], T | Abstained]
+        self, questions: Sequence[JudgeQuestion], home: int, read: Callable[[Answer], T | Abstained]
     ) -> tuple[T | Abstained, str]:
         for number, question in enumerate(questions):
             self.counts["reasked"] += number > 0
@@ -214,7 +214,7 @@ class JudgeServers:
         raise failure
 
 
-def _single(question: Question) -> _Request[Answer]:
+def _single(question: JudgeQuestion) -> _Request[Answer]:
     return _Request(1, lambda server: server.answer(question))
 
 

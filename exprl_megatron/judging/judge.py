@@ -10,7 +10,7 @@ from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.answers import Answer, ChatAnswerer, Question, TokenAnswerer
+from exprl_megatron.judging.answers import Answer, ChatAnswerer, JudgeQuestion, TokenAnswerer
 from exprl_megatron.judging.asking import REQUEST_GRACE_S, Inquiry, JudgeServers
 from exprl_megatron.judging.cases import Case, CaseBuilder
 from exprl_megatron.judging.judge_model import model_context, model_identity, model_vocabulary
@@ -232,7 +232,7 @@ class Judge:
         if self._too_long(request):
             return
         deadline_s = self._config.deadline_s
-        question = Question(
+        question = JudgeQuestion(
             case.frame, case.shown, request, 0, temperature=0.0, seed=0, deadline_s=deadline_s + REQUEST_GRACE_S
         )
         # A failure here is ignored: the questions themselves fail in the same way and report it.
@@ -244,11 +244,11 @@ class Judge:
     def _home(self, problem: Problem) -> int:
         return zlib.crc32(problem.id.encode())
 
-    def _questions(self, case: Case, request: TokenIds) -> Iterator[Question]:
+    def _questions(self, case: Case, request: TokenIds) -> Iterator[JudgeQuestion]:
         """Yield the question, and then its `judge.reasks` repetitions, sampled at `judge.reask_temperature`."""
         config, seed = self._config, zlib.crc32(case.text.encode("utf-8", "surrogatepass"))
         for attempt in range(1 + config.reasks):
-            yield Question(
+            yield JudgeQuestion(
                 frame=case.frame,
                 trace=case.shown,
                 input_ids=request,

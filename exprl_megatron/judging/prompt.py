@@ -30,7 +30,7 @@ PLACEHOLDERS = ("problem", "reference", "rubric", "trace")
 
 Measure = Literal["reference", "noref", "checkpoints"]
 """What a trace is measured against: the reference, the judge's own knowledge, or a rubric of checkpoints."""
-Order = Literal["shared", "upstream"]
+PromptOrder = Literal["shared", "upstream"]
 """Trace last, so that the requests about one problem begin alike; or the reference last, as in the released code, whose
 questions and scales the first set follows: by default this order takes the prompts of that set."""
 
@@ -103,7 +103,7 @@ class JudgePrompt:
         return f"{self.system or ''}\n{self.user}"
 
 
-def load_prompt(name: str, order: Order = "shared", shows: str = "trace") -> JudgePrompt:
+def load_prompt(name: str, order: PromptOrder = "shared", shows: str = "trace") -> JudgePrompt:
     """The prompt shipped under `name`, that whose content has this hash (`JudgePrompt.version`), or that in the file of
     this path.
 
@@ -139,7 +139,11 @@ def shipped_names() -> dict[str, tuple[Domain, Granularity, Measure]]:
 
 
 def shipped_prompt(
-    domain: Domain, granularity: Granularity, measure: Measure, order: Order = "shared", prompt_set: str | None = None
+    domain: Domain,
+    granularity: Granularity,
+    measure: Measure,
+    order: PromptOrder = "shared",
+    prompt_set: str | None = None,
 ) -> JudgePrompt:
     """The shipped prompt for judging this part of a trace by this measure.
 
@@ -149,7 +153,7 @@ def shipped_prompt(
     return _assembled(_set_parts(order, prompt_set), domain, granularity, measure, order)
 
 
-def prompt_set_hash(order: Order = "shared", prompt_set: str | None = None) -> str:
+def prompt_set_hash(order: PromptOrder = "shared", prompt_set: str | None = None) -> str:
     """SHA-256 (hex) over the versions of all prompts of a set, in the order `shared`; arguments as shipped_prompt."""
     return _set_hash(_set_parts(order, prompt_set))
 
@@ -159,7 +163,7 @@ def is_shipped_hash(content: str) -> bool:
     return content in _prompts_by_hash() or content in map(_set_hash, (*EARLIER, PARTS))
 
 
-def _set_parts(order: Order, prompt_set: str | None) -> Path:
+def _set_parts(order: PromptOrder, prompt_set: str | None) -> Path:
     """The directory of a set's pieces."""
     if prompt_set is None:
         return EARLIER[0] if order == "upstream" else PARTS
@@ -180,14 +184,16 @@ def _set_hash(parts: Path) -> str:
 @cache
 def _prompts_by_hash() -> dict[str, JudgePrompt]:
     """All prompts of all sets, in both orders, and the rubric builders, by version."""
-    sets = product((*EARLIER, PARTS), shipped_names().values(), get_args(Order))
+    sets = product((*EARLIER, PARTS), shipped_names().values(), get_args(PromptOrder))
     prompts = [_assembled(parts, *case, order) for parts, case, order in sets]
     prompts += [_parsed(path / "rubric-builder.md") for path in (*EARLIER, SHIPPED)]
     return {prompt.version: prompt for prompt in prompts}
 
 
 @cache
-def _assembled(parts: Path, domain: Domain, granularity: Granularity, measure: Measure, order: Order) -> JudgePrompt:
+def _assembled(
+    parts: Path, domain: Domain, granularity: Granularity, measure: Measure, order: PromptOrder
+) -> JudgePrompt:
     common, own = _parts(parts / "common.md"), _parts(parts / f"{domain}.md")
     marked = measure == "checkpoints"
     # The first set has no pieces about soundness.

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
-from exprl_megatron.judging.answers import Answer, Question
+from exprl_megatron.judging.answers import Answer, JudgeQuestion
 from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.data import DataGuard
@@ -109,10 +109,10 @@ class RubricBuilder:
             await asyncio.to_thread(self._store.keep_rubric, key, asked, answer, text)
         return rubric
 
-    def _questions(self, frame: PromptFrame, input_ids: Sequence[int], seed: int) -> Iterator[Question]:
+    def _questions(self, frame: PromptFrame, input_ids: Sequence[int], seed: int) -> Iterator[JudgeQuestion]:
         config = self._config
         for attempt in range(1 + config.reasks):
-            yield Question(
+            yield JudgeQuestion(
                 frame=frame,
                 trace="",
                 input_ids=input_ids,

@@ -9,14 +9,14 @@ import zstandard
 _LEVEL = 8
 _REMEMBERED = 64
 
-Run = Callable[..., list[tuple]]
+TextRun = Callable[..., list[tuple]]
 """Runs an SQL statement, with parameters, and returns its rows."""
 
 
 class StoredTexts:
     """The table `texts`, through one connection; for one thread at a time."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TextRun):
         self._run = run
         self._ids: OrderedDict[tuple[bytes, int | None], int] = OrderedDict()
         self._texts: OrderedDict[int, bytes] = OrderedDict()

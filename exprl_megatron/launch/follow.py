@@ -6,7 +6,7 @@ import time
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import Preempted, RunStopped, UserError
-from exprl_megatron.launch.nodes import Guest, Node
+from exprl_megatron.launch.nodes import Node, WorkerNode
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.launch.starting import starter
 from exprl_megatron.processes.starter import Starter
@@ -29,14 +29,14 @@ def follow(config: RunConfig, node: Node) -> None:
     if config.permissions == "private":
         os.umask(0o077)
     node.ranks(config.policy.layout.world_size)
-    guest = Guest(node, Registry(RunDirectory(config.directory).registry).key_file)
+    guest = WorkerNode(node, Registry(RunDirectory(config.directory).registry).key_file)
     with starter(config, servers=False) as start:
         if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):
             _run(config, node, guest, start)
     guest.part()
 
 
-def _run(config: RunConfig, node: Node, guest: Guest, start: Starter) -> None:
+def _run(config: RunConfig, node: Node, guest: WorkerNode, start: Starter) -> None:
     """Start the ranks, and end them when node 0 has ended."""
     directory = RunDirectory(config.directory)
     ranks = TrainerRanks(directory, config, directory.registry, node, start)
@@ -46,7 +46,7 @@ def _run(config: RunConfig, node: Node, guest: Guest, start: Starter) -> None:
         ranks.stop()
 
 
-def _watch(ranks: TrainerRanks, guest: Guest) -> None:
+def _watch(ranks: TrainerRanks, guest: WorkerNode) -> None:
     """Return when node 0 has ended, and the ranks have had time to end as well."""
     failed = False
     while not guest.over():
@@ -58,7 +58,7 @@ def _watch(ranks: TrainerRanks, guest: Guest) -> None:
         time.sleep(_POLL_S)
 
 
-def _has_failed(ranks: TrainerRanks, guest: Guest) -> bool:
+def _has_failed(ranks: TrainerRanks, guest: WorkerNode) -> bool:
     """Whether a rank has failed, which node 0 is then notified of."""
     try:
         ranks.running()

@@ -10,7 +10,7 @@ from exprl_megatron.errors import UserError, storage_sentence
 from exprl_megatron.launch.devices import placed
 from exprl_megatron.launch.dry_run import print_departures
 from exprl_megatron.launch.input_checks import checked_inputs
-from exprl_megatron.launch.nodes import Host, Node, RankFailed
+from exprl_megatron.launch.nodes import HeadNode, Node, RankFailed
 from exprl_megatron.launch.preemption import end_on_sigusr1, request_stop_on_sigusr1
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.launch.run_record import RunRecord
@@ -53,7 +53,7 @@ def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node
         if not registered:
             # Ranks and servers inherit it.
             os.environ.update(gloo_on_loopback(os.environ))
-        with Host(node, key_file) as host, starter(config, servers=not registered) as start:
+        with HeadNode(node, key_file) as host, starter(config, servers=not registered) as start:
             _conduct(config, resume, registered, node, host, start)
     except OSError as error:
         if (sentence := storage_sentence(error, config.directory)) is None:
@@ -61,7 +61,7 @@ def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node
         raise UserError(sentence) from error
 
 
-def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host: Host, start: Starter) -> None:
+def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host: HeadNode, start: Starter) -> None:
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
     wanted = wanted_servers(config, directory)
@@ -94,7 +94,7 @@ def _run(
     keeper: Keeper,
     registry: Registry,
     node: Node,
-    host: Host,
+    host: HeadNode,
     start: Starter,
 ) -> None:
     """Start servers and ranks, watch them, and end them all."""
@@ -117,7 +117,7 @@ def _run(
         registry.end()
 
 
-def _all_run(ranks: TrainerRanks, host: Host) -> bool:
+def _all_run(ranks: TrainerRanks, host: HeadNode) -> bool:
     """TrainerRanks.running, with what another node knows of the cause."""
     try:
         return ranks.running()

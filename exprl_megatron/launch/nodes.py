@@ -111,7 +111,7 @@ class _Words:
         return self._records.add(_GONE, one_more)
 
 
-class Host:
+class HeadNode:
     """Node 0's side; does nothing for a node that is alone. As a context it tells the others when this one ends."""
 
     def __init__(self, node: Node, key_file: Path):
@@ -156,7 +156,7 @@ class Host:
             time.sleep(0.1)
 
 
-class Guest:
+class WorkerNode:
     """The side of every other node."""
 
     def __init__(self, node: Node, key_file: Path):

@@ -11,7 +11,7 @@ from exprl_megatron.launch.model_checks import model_violations
 from exprl_megatron.launch.prompt_checks import check_prompts, reachable
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.tokenizer import load_tokenizer
-from exprl_megatron.problems.needs import Need, missing_for
+from exprl_megatron.problems.needs import ProblemNeed, missing_for
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
@@ -95,9 +95,9 @@ def _check_rollouts(config: RunConfig) -> None:
             )
 
 
-def needed(config: RunConfig) -> dict[ProblemsConfig, set[Need]]:
+def needed(config: RunConfig) -> dict[ProblemsConfig, set[ProblemNeed]]:
     """Every set of problems that is sampled from, with what its stages need of them."""
-    found: dict[ProblemsConfig, set[Need]] = {}
+    found: dict[ProblemsConfig, set[ProblemNeed]] = {}
     for stage in config.stages:
         if isinstance(stage, JudgedStage | SelfDistillStage):
             found.setdefault(stage.problems, set()).add("reference")

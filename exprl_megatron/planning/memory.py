@@ -9,7 +9,7 @@ from exprl_megatron.models.architecture import Architecture, padded_vocabulary, 
 from exprl_megatron.planning.activations import activation_bytes, value_bytes, working_bytes
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.parameters import (
-    Counts,
+    ParameterCounts,
     largest_tensor,
     layer_counts,
     model_parameters,
@@ -62,7 +62,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Host:
+class HostBytes:
     """Bytes that one trainer rank keeps in host memory."""
 
     ref_policy: float = 0
@@ -152,21 +152,21 @@ def host_memory(
     pp_rank: int,
     keeps_ref_policy: bool,
     colocated: bool = False,
-) -> Host:
+) -> HostBytes:
     """What a trainer's rank keeps in host memory: the stage's starting weights, and while they are scored the current
     ones too; the offloaded share of the optimizer; what is away while colocated servers sample, of which the weights
     wait where they do while the start is scored."""
     counts = rank_counts(architecture, policy.layout, pp_rank)
     kept = keeps_ref_policy and policy.ref_policy == "host"
     weights, state = value_bytes(policy.precision) * counts.total, optimizer_bytes(counts, policy, optimizer)
-    return Host(
+    return HostBytes(
         ref_policy=2 * weights if kept else 0,
         optimizer=state * optimizer.offload,
         asleep=(0 if kept else weights) + state * (1 - optimizer.offload) if colocated else 0,
     )
 
 
-def optimizer_bytes(counts: Counts, policy: PolicyConfig, optimizer: OptimizerConfig) -> float:
+def optimizer_bytes(counts: ParameterCounts, policy: PolicyConfig, optimizer: OptimizerConfig) -> float:
     """AdamW's two fp32 moments and, unless parameters are fp32, an fp32 copy of them; sharded where distributed."""
     layout = policy.layout
     each = 8 if policy.precision.dtype == "fp32" else 12

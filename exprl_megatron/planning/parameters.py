@@ -10,7 +10,7 @@ from exprl_megatron.models.name_map import hf_shapes, parameters
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Parameters of one rank. Ranks of one pipeline stage hold equally many."""
 
     dense: int = 0
@@ -24,24 +24,24 @@ class Counts:
         """All parameters of the rank."""
         return self.dense + self.experts
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(self.dense + other.dense, self.experts + other.experts, self.linear + other.linear)
+    def __add__(self, other: "ParameterCounts") -> "ParameterCounts":
+        return ParameterCounts(self.dense + other.dense, self.experts + other.experts, self.linear + other.linear)
 
-    def __mul__(self, times: int) -> "Counts":
-        return Counts(self.dense * times, self.experts * times, self.linear * times)
+    def __mul__(self, times: int) -> "ParameterCounts":
+        return ParameterCounts(self.dense * times, self.experts * times, self.linear * times)
 
 
-def rank_counts(architecture: Architecture, layout: Layout, pp_rank: int) -> Counts:
+def rank_counts(architecture: Architecture, layout: Layout, pp_rank: int) -> ParameterCounts:
     """The parameters of each rank in pipeline stage `pp_rank`; the layout must fit the architecture."""
     layers = sum(len(chunk) for chunk in stage_layers(architecture, layout)[pp_rank])
     return layer_counts(architecture, layout) * layers + _ends(architecture, layout, pp_rank)
 
 
-def layer_counts(architecture: Architecture, layout: Layout) -> Counts:
+def layer_counts(architecture: Architecture, layout: Layout) -> ParameterCounts:
     """A rank's parameters of one layer."""
     whole, cut, matrices, experts = _layer(architecture)
     linear = matrices // layout.tp
-    return Counts(whole + cut // layout.tp + linear, experts // (layout.ep * layout.etp), linear)
+    return ParameterCounts(whole + cut // layout.tp + linear, experts // (layout.ep * layout.etp), linear)
 
 
 def model_parameters(architecture: Architecture) -> int:
@@ -57,14 +57,14 @@ def largest_tensor(architecture: Architecture) -> int:
     return architecture.hidden * max(architecture.vocabulary, mlp, architecture.heads * architecture.head_dim)
 
 
-def _ends(architecture: Architecture, layout: Layout, pp_rank: int) -> Counts:
+def _ends(architecture: Architecture, layout: Layout, pp_rank: int) -> ParameterCounts:
     """Embedding, final norm and output layer (or the last stage's copy of a tied embedding)."""
     vocabulary = padded_vocabulary(architecture, layout.tp) // layout.tp * architecture.hidden
     count = vocabulary if pp_rank == 0 else 0
     if pp_rank == layout.pp - 1:
         count += architecture.hidden
         count += vocabulary if layout.pp > 1 or not architecture.tied else 0
-    return Counts(dense=count)
+    return ParameterCounts(dense=count)
 
 
 @cache

@@ -15,7 +15,7 @@ from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.layouts import Learning, Ranking, learning, rank_layouts
 from exprl_megatron.planning.memory import (
     USABLE,
-    Host,
+    HostBytes,
     Memory,
     host_memory,
     log_prob_memory,
@@ -26,7 +26,7 @@ from exprl_megatron.planning.parameters import model_parameters, rank_counts
 from exprl_megatron.planning.phases import Phase, Speed, speed_of
 from exprl_megatron.planning.rl_time import host_swap_time, save_time
 from exprl_megatron.planning.serving_phases import serving_phases, start_server_phase
-from exprl_megatron.planning.serving_time import Servers, prefill_seconds
+from exprl_megatron.planning.serving_time import ServerHardware, prefill_seconds
 from exprl_megatron.planning.sync_time import sync_plans, sync_seconds
 from exprl_megatron.planning.targets import assumed_architecture, find_architecture
 from exprl_megatron.planning.workload import Workload
@@ -70,7 +70,7 @@ class Plan:
     workload: Workload
     learning: Learning
     phases: list[Phase]
-    host: Host
+    host: HostBytes
     """Host memory of the trainer's rank that needs most."""
     ref_policy: dict[str, float] = field(default_factory=dict)
     """What either choice of `policy.ref_policy` costs; empty where no stage needs it."""
@@ -205,7 +205,7 @@ def _ref_policy_costs(config, stage, architecture, workload, gpu, one) -> dict[s
     kept = max(host_memory(architecture, host, stage.optimizer, rank, True).ref_policy for rank in range(layout.pp))
     read_there = learning(architecture, host, stage.optimizer, workload, gpu)
     wide = 4 if policy.precision.dtype == "fp32" else 2
-    one_server = Servers(1, config.server.tp, gpu)
+    one_server = ServerHardware(1, config.server.tp, gpu)
     return {
         "host_bytes_per_rank": kept,
         "host_swap_s": _swap_seconds(architecture, config, gpu, one),

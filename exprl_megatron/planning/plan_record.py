@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from exprl_megatron.planning.layouts import Learning, Ranking
-from exprl_megatron.planning.memory import USABLE, Host, Memory
+from exprl_megatron.planning.memory import USABLE, HostBytes, Memory
 from exprl_megatron.planning.overrides import overrides
 from exprl_megatron.planning.phases import Phase
 from exprl_megatron.planning.plan import Division, Plan
@@ -111,5 +111,5 @@ def _phase_record(phase: Phase) -> dict[str, Any]:
     return asdict(phase) | {"memory": _memory_record(phase.memory)}
 
 
-def _memory_record(memory: Memory | Host) -> dict[str, float]:
+def _memory_record(memory: Memory | HostBytes) -> dict[str, float]:
     return {f.name: getattr(memory, f.name) for f in fields(memory)} | {"total": memory.total}

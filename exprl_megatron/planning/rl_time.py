@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NVLINK_SHARE
-from exprl_megatron.planning.serving_time import Lengths, Servers, ServingTime, serving_time
+from exprl_megatron.planning.serving_time import Lengths, ServerHardware, ServingTime, serving_time
 from exprl_megatron.planning.training_time import TrainingTime
 
 RAGGED = 1.24
@@ -14,7 +14,7 @@ of reinforcement learning, against full sequences of pre-training."""
 
 
 @dataclass(frozen=True)
-class StepTime:
+class PlannedStepTime:
     """Seconds of one step's phases."""
 
     sampling_s: float
@@ -44,12 +44,12 @@ def step_time(
     reshard_s: float,
     save_s: float = 0.0,
     one_step_off: bool = False,
-) -> StepTime:
+) -> PlannedStepTime:
     """The step of these phases; `log_probs` has one forward pass for each policy that is scored by the trainer.
 
     `judging_s` is what judging adds to sampling (see `judging_tail`), `save_s` a checkpoint's share of a step.
     """
-    return StepTime(
+    return PlannedStepTime(
         sampling_s=sampling.total_s,
         judging_s=judging_s,
         log_probs_s=RAGGED * sum(one.total_s for one in log_probs),
@@ -62,7 +62,7 @@ def step_time(
 
 def sampling_time(
     architecture: Architecture,
-    servers: Servers,
+    servers: ServerHardware,
     *,
     problems: int,
     traces: int,
@@ -82,7 +82,7 @@ def sampling_time(
 
 def judging_time(
     architecture: Architecture,
-    servers: Servers,
+    servers: ServerHardware,
     *,
     problems: int,
     judgements: int,

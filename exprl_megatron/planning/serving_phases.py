@@ -9,12 +9,12 @@ from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.memory import server_memory
 from exprl_megatron.planning.phases import Phase, Speed, speed_of
 from exprl_megatron.planning.rl_time import judging_tail, judging_time, sampling_time
-from exprl_megatron.planning.serving_time import Lengths, Servers, ServingTime
+from exprl_megatron.planning.serving_time import Lengths, ServerHardware, ServingTime
 from exprl_megatron.planning.targets import assumed_architecture, find_architecture
 from exprl_megatron.planning.workload import Workload
 
 
-def sampling_seconds(architecture: Architecture, servers: Servers, workload: Workload) -> ServingTime:
+def sampling_seconds(architecture: Architecture, servers: ServerHardware, workload: Workload) -> ServingTime:
     """All of a step's traces."""
     return sampling_time(
         architecture,
@@ -26,7 +26,7 @@ def sampling_seconds(architecture: Architecture, servers: Servers, workload: Wor
     )
 
 
-def judging_seconds(judge: Architecture, servers: Servers, workload: Workload) -> ServingTime:
+def judging_seconds(judge: Architecture, servers: ServerHardware, workload: Workload) -> ServingTime:
     """All of a step's judgements."""
     return judging_time(
         judge,
@@ -39,10 +39,12 @@ def judging_seconds(judge: Architecture, servers: Servers, workload: Workload) -
     )
 
 
-def servers_of(architecture: Architecture, server: ServerConfig, gpu: Gpu) -> Servers:
+def servers_of(architecture: Architecture, server: ServerConfig, gpu: Gpu) -> ServerHardware:
     """The config's servers as the time model takes them. Raises UserError where the weights do not fit."""
     memory = server_memory(architecture, server, gpu)
-    return Servers(server.count, server.tp, gpu, memory_share=(memory.weights + memory.kv_cache) / gpu.memory_bytes)
+    return ServerHardware(
+        server.count, server.tp, gpu, memory_share=(memory.weights + memory.kv_cache) / gpu.memory_bytes
+    )
 
 
 def serving_phases(

@@ -20,7 +20,7 @@ _SLICES = 64
 
 
 @dataclass(frozen=True)
-class Servers:
+class ServerHardware:
     """Equal servers of one model."""
 
     count: int
@@ -102,7 +102,7 @@ class ServingTime:
 
 def serving_time(
     architecture: Architecture,
-    servers: Servers,
+    servers: ServerHardware,
     *,
     requests: int,
     prompt_tokens: float,
@@ -137,13 +137,13 @@ def serving_time(
     return ServingTime(prefill, decode, iterations, concurrent, each)
 
 
-def prefill_seconds(architecture: Architecture, servers: Servers, tokens: float, length: float) -> float:
+def prefill_seconds(architecture: Architecture, servers: ServerHardware, tokens: float, length: float) -> float:
     """Seconds in which one server reads `tokens` tokens of prompts `length` long."""
     flops = tokens * model_flops(architecture, length, training=False)
     return flops / (servers.tp * product_rate(servers.gpu, servers.kind))
 
 
-def iteration_seconds(architecture: Architecture, servers: Servers, batch: float, context: float) -> float:
+def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch: float, context: float) -> float:
     """Seconds in which one server adds a token to each of `batch` answers that stand at `context` tokens."""
     gpu, layers = servers.gpu, architecture.layers
     bandwidth = gpu.hbm_bytes_per_s * SHARES.traffic * servers.tp
@@ -157,12 +157,12 @@ def iteration_seconds(architecture: Architecture, servers: Servers, batch: float
     return max(weights / bandwidth, compute) + cache / bandwidth + fixed + _all_reduces(architecture, servers, batch)
 
 
-def cache_bytes(architecture: Architecture, servers: Servers) -> float:
+def cache_bytes(architecture: Architecture, servers: ServerHardware) -> float:
     """Bytes of KV cache of one token."""
     return 2 * architecture.layers * architecture.kv_groups * architecture.head_dim * servers.kv_bytes
 
 
-def _all_reduces(architecture: Architecture, servers: Servers, batch: float) -> float:
+def _all_reduces(architecture: Architecture, servers: ServerHardware, batch: float) -> float:
     if servers.tp == 1:
         return 0.0
     outside = servers.tp > servers.gpu.gpus_per_node
@@ -171,7 +171,7 @@ def _all_reduces(architecture: Architecture, servers: Servers, batch: float) -> 
     return 2 * architecture.layers * (_HOP_S[outside] + size / rate)
 
 
-def _room(architecture: Architecture, servers: Servers) -> float:
+def _room(architecture: Architecture, servers: ServerHardware) -> float:
     """Tokens that one server's KV cache holds."""
     dense, experts = linear_parameters(architecture)
     weights = (dense + experts) * architecture.layers * servers.weight_bytes

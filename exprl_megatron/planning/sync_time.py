@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.transport import Transport, choose_transport
+from exprl_megatron.config.transport import TransportKind, choose_transport
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.hardware import Gpu
 
@@ -24,7 +24,7 @@ class _Asked:
     architecture: Architecture
     layout: Layout
     gpu: Gpu
-    kind: Transport
+    kind: TransportKind
     dtype: str
     bucket_bytes: int
     servers: int
@@ -49,16 +49,16 @@ def sync_seconds(config: RunConfig, architecture: Architecture, gpu: Gpu) -> flo
     return _seconds(_asked(config, architecture, gpu, choose_transport(config).kind))
 
 
-def sync_plans(config: RunConfig, architecture: Architecture, gpu: Gpu) -> dict[Transport, SyncPlan]:
+def sync_plans(config: RunConfig, architecture: Architecture, gpu: Gpu) -> dict[TransportKind, SyncPlan]:
     """The plan of a sync by each transport that suits the run's placement, the run's own first."""
     chosen = choose_transport(config).kind
     asked = _asked(config, architecture, gpu, chosen)
-    kinds: tuple[Transport, ...] = ("handles",) if config.placement.kind == "colocated" else ("direct", "broadcast")
+    kinds: tuple[TransportKind, ...] = ("handles",) if config.placement.kind == "colocated" else ("direct", "broadcast")
     suited = sorted(kinds, key=lambda kind: kind != chosen)
     return {kind: replace(asked, kind=kind).plan() for kind in suited if kind != "direct" or not config.sync.fp8}
 
 
-def _asked(config: RunConfig, architecture: Architecture, gpu: Gpu, kind: Transport) -> _Asked:
+def _asked(config: RunConfig, architecture: Architecture, gpu: Gpu, kind: TransportKind) -> _Asked:
     return _Asked(
         architecture=architecture,
         layout=config.policy.layout,

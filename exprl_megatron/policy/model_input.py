@@ -8,7 +8,7 @@ import torch
 
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.policy.context_parallel import own_columns
-from exprl_megatron.policy.packing import Shape
+from exprl_megatron.policy.packing import PackingShape
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ModelInput:
         return replace(self, **tensors)
 
 
-def model_input(sequences: Sequence[TrainSample], length: int, shape: Shape, cp_rank: int = 0) -> ModelInput:
+def model_input(sequences: Sequence[TrainSample], length: int, shape: PackingShape, cp_rank: int = 0) -> ModelInput:
     """The input for `sequences` as `shape` lays them out; `length` is the micro-batch's, at least the longest's."""
     lengths = shape.with_padding([len(sequence) for sequence in sequences])
     begins = np.cumsum([0, *lengths])

@@ -13,8 +13,8 @@ import torch
 from exprl_megatron.policy.host_memory import HostMemory, storages_of
 from exprl_megatron.policy.policy import Policy
 
-Part = Literal["weights", "gradients", "optimizer"]
-TRAINING: tuple[Part, ...] = ("gradients", "optimizer")
+OffloadPart = Literal["weights", "gradients", "optimizer"]
+TRAINING: tuple[OffloadPart, ...] = ("gradients", "optimizer")
 """What only learning needs."""
 
 
@@ -27,14 +27,14 @@ class Offload:
     def __init__(self, policy: Policy):
         self._policy = policy
         self._cuda = policy.world.device.type == "cuda"
-        self._host: dict[Part, HostMemory] = {
+        self._host: dict[OffloadPart, HostMemory] = {
             "weights": policy.host_weights,
             "optimizer": HostMemory(policy.world.device),
         }
-        self._away: dict[Part, list[tuple[torch.UntypedStorage, int]]] = {}
+        self._away: dict[OffloadPart, list[tuple[torch.UntypedStorage, int]]] = {}
         """Of each part that is away its memory, emptied, and the sizes that it had; gradients come back as zeros."""
 
-    def away(self, *parts: Part) -> None:
+    def away(self, *parts: OffloadPart) -> None:
         """Free the device's memory of these parts; what is away already stays so."""
         for part in parts:
             if part in self._away:
@@ -53,7 +53,7 @@ class Offload:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
-    def back(self, *parts: Part) -> None:
+    def back(self, *parts: OffloadPart) -> None:
         """Have these parts on the device again, as they were."""
         for part in parts:
             away = self._away.pop(part, [])
@@ -65,12 +65,12 @@ class Offload:
                 for storage, _ in away:
                     storage.fill_(0)
 
-    def held(self) -> dict[Part, int]:
+    def held(self) -> dict[OffloadPart, int]:
         """Bytes on the device, of each part."""
-        parts: tuple[Part, ...] = ("weights", *TRAINING)
+        parts: tuple[OffloadPart, ...] = ("weights", *TRAINING)
         return {part: sum(storage.nbytes() for storage in self._storages(part)) for part in parts}
 
-    def _storages(self, part: Part) -> list[torch.UntypedStorage]:
+    def _storages(self, part: OffloadPart) -> list[torch.UntypedStorage]:
         """The part's pieces of memory on the device."""
         weights = self._policy.weight_storages()
         if part == "weights":

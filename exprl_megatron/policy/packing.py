@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 from exprl_megatron.config.policy import PolicyConfig
 
-Plan = list[list[list[int]]]
+MicroBatchPlan = list[list[list[int]]]
 """Indices of sequences as [data-parallel rank][micro-batch][row]; an empty micro-batch is filler."""
 
 _COUNT_RESOLUTION = 512
@@ -16,7 +16,7 @@ _COUNT_RESOLUTION = 512
 
 
 @dataclass(frozen=True)
-class Shape:
+class PackingShape:
     """How the sequences of a micro-batch lie before the model.
 
     Packed, they are concatenated to one row, each padded to a multiple of `sequence`, and the row (behind
@@ -39,7 +39,7 @@ class Shape:
         return sizes
 
 
-def shape_of(config: PolicyConfig, cuda: bool, packed: bool | None = None) -> Shape:
+def shape_of(config: PolicyConfig, cuda: bool, packed: bool | None = None) -> PackingShape:
     """The config's shape (or what it were with that `packed`), and all that asks for round lengths:
 
     * Context parallelism cuts each sequence into 2 x cp chunks.
@@ -52,17 +52,17 @@ def shape_of(config: PolicyConfig, cuda: bool, packed: bool | None = None) -> Sh
     tp = layout.tp if layout.sequence_parallel else 1
     part = math.lcm(tp * (128 if config.precision.fp8 else 1), 64 if cuda else 1)
     packed = config.packing if packed is None else packed
-    return Shape(packed, sequence, row=math.lcm(sequence, layout.cp * part), cp=layout.cp)
+    return PackingShape(packed, sequence, row=math.lcm(sequence, layout.cp * part), cp=layout.cp)
 
 
 def plan_micro_batches(
     lengths: Sequence[int],
     ranks: int,
     budget: int,
-    shape: Shape,
+    shape: PackingShape,
     group: int = 1,
     parity: float = math.inf,
-) -> Plan:
+) -> MicroBatchPlan:
     """Spreads sequences over ranks so that these get like work, and there over micro-batches.
 
     A micro-batch holds at most `budget` tokens with its padding (a single longer sequence makes a micro-batch of
@@ -81,7 +81,7 @@ def plan_micro_batches(
     return _evenly(dealt, partial(fill, lengths=lengths, budget=budget, shape=shape), group)
 
 
-def padding_share(lengths: Sequence[int], plan: Plan, shape: Shape) -> float:
+def padding_share(lengths: Sequence[int], plan: MicroBatchPlan, shape: PackingShape) -> float:
     """Share of the tokens that the model computes under `plan` that are padding; a filler is one token and padding."""
     rows = [[lengths[index] for index in rows] or [1] for micros in plan for rows in micros]
     return 1 - sum(lengths) / sum(sum(shape.with_padding(row)) for row in rows)
@@ -92,7 +92,7 @@ def padded(length: int, multiple: int) -> int:
     return math.ceil(length / multiple) * multiple
 
 
-def _evenly(dealt: list[list[int]], fill, group: int) -> Plan:
+def _evenly(dealt: list[list[int]], fill, group: int) -> MicroBatchPlan:
     """Each rank's indices in equally many micro-batches; fill(own, count) makes at least `count` of them."""
     count = 1
     while True:
@@ -104,7 +104,7 @@ def _evenly(dealt: list[list[int]], fill, group: int) -> Plan:
 
 
 def _fill_packed(
-    own: list[int], count: int, *, work: Sequence[float], lengths: Sequence[int], budget: int, shape: Shape
+    own: list[int], count: int, *, work: Sequence[float], lengths: Sequence[int], budget: int, shape: PackingShape
 ) -> list[list[int]]:
     """In `count` micro-batches of like work, or as many more as the budget asks for; `own` falls in work."""
     sizes = {index: padded(lengths[index], shape.sequence) for index in own}
@@ -163,7 +163,9 @@ def _balance(
     return micros
 
 
-def _fill_padded(own: list[int], count: int, *, lengths: Sequence[int], budget: int, shape: Shape) -> list[list[int]]:
+def _fill_padded(
+    own: list[int], count: int, *, lengths: Sequence[int], budget: int, shape: PackingShape
+) -> list[list[int]]:
     """Neighbors in length together, as few micro-batches as the budget allows, and fillers up to `count`."""
     micros: list[list[int]] = []
     for index in own:

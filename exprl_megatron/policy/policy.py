@@ -27,7 +27,7 @@ from exprl_megatron.policy.huggingface import initialise, load_huggingface, save
 from exprl_megatron.policy.megatron_loading import is_converted, load_converted
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
-from exprl_megatron.policy.packing import Plan, Shape, padding_share, plan_micro_batches, shape_of
+from exprl_megatron.policy.packing import MicroBatchPlan, PackingShape, padding_share, plan_micro_batches, shape_of
 from exprl_megatron.policy.schedule import learning_rate
 from exprl_megatron.policy.world import current_world
 
@@ -205,16 +205,16 @@ class Policy:
             chunk.zero_grad_buffer()
         self._stage().optimizer.zero_grad()
 
-    def _plan(self, samples: Sequence[SampleOrOutline]) -> tuple[Plan, step.MicroBatches]:
+    def _plan(self, samples: Sequence[SampleOrOutline]) -> tuple[MicroBatchPlan, step.MicroBatches]:
         """Plan the micro-batches of all ranks, and build those of this rank."""
         shape = self._shape()
         plan = self._micro_batch_plan(samples, shape)
         return plan, step.MicroBatches(samples, plan, shape, self.world)
 
-    def _shape(self) -> Shape:
+    def _shape(self) -> PackingShape:
         return shape_of(self.config, self.world.device.type == "cuda")
 
-    def _micro_batch_plan(self, samples: Sequence[SampleOrOutline], shape: Shape) -> Plan:
+    def _micro_batch_plan(self, samples: Sequence[SampleOrOutline], shape: PackingShape) -> MicroBatchPlan:
         layout = self.config.layout
         return _cached_plan(
             tuple(map(len, samples)),
@@ -286,6 +286,6 @@ class Policy:
 
 
 @lru_cache(maxsize=64)
-def _cached_plan(lengths: tuple[int, ...], **limits) -> Plan:
+def _cached_plan(lengths: tuple[int, ...], **limits) -> MicroBatchPlan:
     """Plan micro-batches; cached, since all passes of an update over the same samples share a plan."""
     return plan_micro_batches(lengths, **limits)

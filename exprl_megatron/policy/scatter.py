@@ -14,7 +14,7 @@ from exprl_megatron.policy.host_group import host_group
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.sealed_objects import broadcast_object, receive_object, send_object
 
-Batch = list[SampleOrOutline]
+SampleBatch = list[SampleOrOutline]
 
 
 class SampleScatter:
@@ -30,7 +30,7 @@ class SampleScatter:
         self._own = dp_rank_of(layout, rank)
         self._group = groups[self._own]
 
-    def scatter(self, batches: Sequence[Batch] | None) -> list[Batch]:
+    def scatter(self, batches: Sequence[SampleBatch] | None) -> list[SampleBatch]:
         """Send rank 0's `batches` (None elsewhere) to all ranks; returns this rank's samples and outlines of others.
 
         The policy's plan for each batch decides which samples a rank gets; rank 0 keeps all. An object in several
@@ -53,7 +53,7 @@ def dp_rank_of(layout: Layout, rank: int) -> int:
     return rank // (layout.tp * layout.cp) % layout.dp
 
 
-def _of(dp_rank: int, batches: Sequence[Batch], owners: Sequence[list[int]]) -> list[Batch]:
+def _of(dp_rank: int, batches: Sequence[SampleBatch], owners: Sequence[list[int]]) -> list[SampleBatch]:
     return [
         [one if owner == dp_rank else one.outline for one, owner in zip(batch, own, strict=True)]
         for batch, own in zip(batches, owners, strict=True)

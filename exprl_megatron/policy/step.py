@@ -15,17 +15,17 @@ from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.log_probs import response_log_probs
 from exprl_megatron.policy.model_input import ModelInput, model_input
-from exprl_megatron.policy.packing import Plan, Shape
+from exprl_megatron.policy.packing import MicroBatchPlan, PackingShape
 from exprl_megatron.policy.world import World
 
-Work = tuple[ModelInput, MicroBatch]
+PreparedMicroBatch = tuple[ModelInput, MicroBatch]
 """A micro-batch in the form of the model's inputs and in the form that losses read."""
 
 
 class MicroBatches:
     """This rank's micro-batches of a plan; each is built when it is needed, so that a step never holds all of them."""
 
-    def __init__(self, samples: Sequence[SampleOrOutline], plan: Plan, shape: Shape, world: World):
+    def __init__(self, samples: Sequence[SampleOrOutline], plan: MicroBatchPlan, shape: PackingShape, world: World):
         self._samples = samples
         self._micros = plan[world.dp_rank]
         self._shape = shape
@@ -34,7 +34,7 @@ class MicroBatches:
     def __len__(self) -> int:
         return len(self._micros)
 
-    def __iter__(self) -> Iterator[Work]:
+    def __iter__(self) -> Iterator[PreparedMicroBatch]:
         for rows in self._rows():
             length = max(map(len, rows))
             model = model_input(rows, length, self._shape, self._world.cp_rank)
@@ -53,7 +53,7 @@ class MicroBatches:
 
 def forward_log_probs(
     model: list[torch.nn.Module],
-    work: MicroBatches | list[Work],
+    work: MicroBatches | list[PreparedMicroBatch],
     config: PolicyConfig,
     vocabulary: int,
     temperature: float,
@@ -69,7 +69,7 @@ def forward_log_probs(
 
 def forward_backward(
     model: list[torch.nn.Module],
-    work: MicroBatches | list[Work],
+    work: MicroBatches | list[PreparedMicroBatch],
     config: PolicyConfig,
     vocabulary: int,
     temperature: float,
@@ -91,14 +91,14 @@ def forward_backward(
 
 def _run(
     model,
-    work: MicroBatches | list[Work],
+    work: MicroBatches | list[PreparedMicroBatch],
     config: PolicyConfig,
     vocabulary: int,
     temperature: float,
     on_output,
     forward_only,
 ):
-    def output_processor(*, hidden_states, output_layer, output_weight, context: Work, **_):
+    def output_processor(*, hidden_states, output_layer, output_weight, context: PreparedMicroBatch, **_):
         tokens, micro = context
         return response_log_probs(
             hidden_states,
@@ -175,7 +175,7 @@ def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> di
 
 
 def share_log_probs(
-    samples: Sequence[SampleOrOutline], plan: Plan, collected: list[torch.Tensor], world: World
+    samples: Sequence[SampleOrOutline], plan: MicroBatchPlan, collected: list[torch.Tensor], world: World
 ) -> list[np.ndarray]:
     """Collect the log-probs [response tokens] of all samples on every rank, from all ranks' micro-batches."""
     offsets = [0, *accumulate(sample.response_tokens for sample in samples)]

@@ -6,7 +6,7 @@ from typing import Literal
 from exprl_megatron.config.problems import Domain
 from exprl_megatron.problems.problem import Problem
 
-Need = Literal["reference", "verification"]
+ProblemNeed = Literal["reference", "verification"]
 """A reference (to judge by, to imitate, to distil from), or something that a verifier can compare with."""
 SHOWN_IDS = 3
 _VERIFIED_BY: dict[Domain, str] = {
@@ -24,7 +24,7 @@ def verifiable(problem: Problem) -> bool:
     return problem.domain != "science" and problem.answer is not None
 
 
-def missing_for(problems: Sequence[Problem], need: Need) -> list[str]:
+def missing_for(problems: Sequence[Problem], need: ProblemNeed) -> list[str]:
     """A sentence for each domain about the problems that lack `need`; empty where all have it."""
     if need == "reference":
         lacking = [problem for problem in problems if problem.reference is None]

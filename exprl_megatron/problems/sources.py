@@ -18,7 +18,7 @@ PARQUET = (".parquet",)
 _BATCH_ROWS = 1024
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
-Row = tuple[str, dict | str]
+SourceRow = tuple[str, dict | str]
 """Where a record is, and the record, or a sentence about why it could not be read."""
 
 
@@ -50,7 +50,7 @@ def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
     return found
 
 
-def _rows(config: ProblemsConfig) -> Iterator[Row]:
+def _rows(config: ProblemsConfig) -> Iterator[SourceRow]:
     path = Path(config.source).expanduser()
     if path.is_dir():
         return itertools.chain.from_iterable(_file_rows(file) for file in _files(path, config.split))
@@ -77,7 +77,7 @@ def _in_split(path: str, split: str) -> bool:
     return not named or split.lower() in named
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Path) -> Iterator[SourceRow]:
     if path.suffix in JSON_LINES:
         return json_rows(path, "problem file")
     if path.suffix in PARQUET:
@@ -85,7 +85,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     raise UserError(f"The problem file {path} is neither .jsonl nor .parquet; convert it, or correct its name.")
 
 
-def json_rows(path: Path, what: str) -> Iterator[Row]:
+def json_rows(path: Path, what: str) -> Iterator[SourceRow]:
     """A record a line; or, in a file that begins with a bracket, a list of them. A byte-order mark is left out.
 
     Raises UserError where the file, which is a `what`, is not UTF-8.
@@ -106,7 +106,7 @@ def json_rows(path: Path, what: str) -> Iterator[Row]:
         raise UserError(f"The {what} {path} is not UTF-8 text ({error}); convert it.") from error
 
 
-def _json_list(path: Path, text: str) -> Iterator[Row]:
+def _json_list(path: Path, text: str) -> Iterator[SourceRow]:
     records = list_of(text)
     if isinstance(records, str):
         yield str(path), records
@@ -115,7 +115,7 @@ def _json_list(path: Path, text: str) -> Iterator[Row]:
         yield f"{path} item {number}", record
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[SourceRow]:
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -127,7 +127,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"The problem file {path} cannot be read as Parquet ({error}); write it again.") from error
 
 
-def _hub_rows(config: ProblemsConfig) -> Iterator[Row]:
+def _hub_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
     # Not for files: it imports pandas and more, for half a second.
     import datasets
 

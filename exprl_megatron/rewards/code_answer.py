@@ -10,7 +10,7 @@ from decimal import Decimal, InvalidOperation
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.problems.problem import CodeTest
-from exprl_megatron.rewards.code_sandbox import CodeSandbox, NoSandbox, Outcome, SandboxFailed
+from exprl_megatron.rewards.code_sandbox import CodeSandbox, NoSandbox, ProgramOutcome, SandboxFailed
 from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
 from exprl_megatron.rewards.extraction import extract_program
 
@@ -94,7 +94,7 @@ def _fault(sandbox: CodeSandbox, program: str, test: CodeTest, left_s: float) ->
     return None if right else f"expected {_shorten(test.output)}, got {_shorten(outcome.output)}"
 
 
-def _settled(sandbox: CodeSandbox, program: str, test: CodeTest, wall_s: float) -> Outcome | None:
+def _settled(sandbox: CodeSandbox, program: str, test: CodeTest, wall_s: float) -> ProgramOutcome | None:
     """What became of the program; None where it is the program's fault that the sandbox failed. SandboxFailed."""
     try:
         return sandbox.run(program, test.input, test.function, wall_s)
@@ -147,7 +147,7 @@ def _same_value(output: str, expected: object) -> bool:
         return False
 
 
-def _last_line(outcome: Outcome) -> str:
+def _last_line(outcome: ProgramOutcome) -> str:
     lines = outcome.error.strip().splitlines()
     return _shorten(lines[-1]) if lines else "it ended without a word"
 

@@ -46,7 +46,7 @@ class SandboxFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramOutcome:
     """The result of one run of a program."""
 
     ending: Literal["finished", "failed", "time", "output"]
@@ -92,7 +92,7 @@ class CodeSandbox:
             raise NoSandbox(greeting["refused"])
         return greeting["layers"]
 
-    def run(self, program: str, text: str, function: str | None, wall_s: float) -> Outcome:
+    def run(self, program: str, text: str, function: str | None, wall_s: float) -> ProgramOutcome:
         """Run `program` on the input `text`, or call its `function` with one argument from each line of `text`.
 
         Past `wall_s` seconds it is killed. NoSandbox, SandboxFailed.
@@ -106,7 +106,7 @@ class CodeSandbox:
             raise SandboxFailed(str(error)) from error
         if "failure" in reply:
             raise SandboxFailed(reply["failure"])
-        return Outcome(**reply)
+        return ProgramOutcome(**reply)
 
     def close(self) -> None:
         """End the worker, and with it a running program."""

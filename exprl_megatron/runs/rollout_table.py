@@ -42,16 +42,16 @@ SCHEMA = pa.schema(
     ]
 )
 
-Row = tuple[int, Group, GradedTrace]
+TraceRow = tuple[int, Group, GradedTrace]
 """A trace, its group and the number of that in its step."""
 
 
-def rows_of(groups: Sequence[Group]) -> list[Row]:
+def rows_of(groups: Sequence[Group]) -> list[TraceRow]:
     """All traces in the order of the groups and of the samples."""
     return [(number, group, member) for number, group in enumerate(groups) for member in group.samples]
 
 
-def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
+def batch_of(rows: Sequence[TraceRow]) -> pa.RecordBatch:
     """The rows as a batch with the columns of SCHEMA."""
     members = [member for _, _, member in rows]
     traces = [member.trace for member in members]

@@ -10,7 +10,7 @@ from typing import Any
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
-from exprl_megatron.evaluation.pass_at_k import Counts
+from exprl_megatron.evaluation.pass_at_k import GradedCounts
 from exprl_megatron.evaluation.tally import estimates, tally
 from exprl_megatron.reporting.metrics import EVALUATION
 from exprl_megatron.rollout.group import Group
@@ -81,7 +81,7 @@ class Evaluator:
         steps = 0 if stage is None else stage.steps if step is None else step
         self._console.evaluated(stage, steps, evaluation_metrics(record))
 
-    def all(self) -> dict[str, Counts]:
+    def all(self) -> dict[str, GradedCounts]:
         """The counts of every evaluation made so far, in the order in which they are made."""
         names = [START, *(name for stage in self._config.stages for name in self._of_stage(stage))]
         return {name: self._read(name)["counts"] for name in names if self.done(name)}

@@ -15,7 +15,7 @@ from exprl_megatron.problems.prompts import PromptBuilder, drop_overlong
 from exprl_megatron.problems.records import unencodable
 from exprl_megatron.problems.sources import json_rows, load_problems
 
-Row = tuple[str, str, str]
+ExampleRow = tuple[str, str, str]
 """What to call it in an error, prompt, completion."""
 
 
@@ -70,7 +70,7 @@ class FileRows:
     def __init__(self, path: Path):
         self._rows = read_examples(path)
 
-    def take(self, first: int, count: int) -> list[Row]:
+    def take(self, first: int, count: int) -> list[ExampleRow]:
         """The `count` rows from the `first` (0-based) on."""
         places = [place % len(self._rows) for place in range(first, first + count)]
         return [(f"Example {place + 1}", *self._rows[place]) for place in places]
@@ -88,7 +88,7 @@ class ReferenceRows:
         self._problems, self.dropped = fitting.problems, fitting.dropped
         self._order = (seed, stage.name)
 
-    def take(self, first: int, count: int) -> list[Row]:
+    def take(self, first: int, count: int) -> list[ExampleRow]:
         """The `count` rows from the `first` (0-based) on."""
         places = problem_indices(*self._order, first, count, len(self._problems))
         problems = [self._problems[place] for place in places]

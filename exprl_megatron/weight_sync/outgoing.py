@@ -17,7 +17,7 @@ from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
 from exprl_megatron.weight_sync.messages import Message, Slot, rounds, smallest, stage_messages
 
-Check = Callable[[Bucket], None]
+BucketCheck = Callable[[Bucket], None]
 """What each bucket's tensors are looked at by: they are hashed."""
 _QUANTISED_AT_ONCE = 2**22
 _HANDED_ON = 2**24
@@ -57,7 +57,7 @@ class Outgoing:
         fillers: tuple[tuple[int, ...], ...] | None,
         fp8: bool = False,
         allocate: Callable[[int], torch.Tensor] | None = None,
-        check: Check | None = None,
+        check: BucketCheck | None = None,
     ):
         """More than 7 parameters: the model, the buckets, and what the transport chooses about them."""
         self.gatherer = Gatherer(chunks, architecture, world)

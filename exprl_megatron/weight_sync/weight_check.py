@@ -16,7 +16,7 @@ from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.outgoing import Check, Outgoing
+from exprl_megatron.weight_sync.outgoing import BucketCheck, Outgoing
 from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 
 RankChecksums = Sequence[Mapping[str, str]]
@@ -26,7 +26,7 @@ RankChecksums = Sequence[Mapping[str, str]]
 class WeightCheck(Protocol):
     """One sync's check. Every rank makes one before the push."""
 
-    bucket_check: Check | None
+    bucket_check: BucketCheck | None
     """What Outgoing calls for every message."""
 
     def begin(self, outgoing: Outgoing) -> None:

@@ -13,7 +13,7 @@ from judge_parts import Scripted, Written
 from test_judge_transport import FOUR, _in_order, _one, _run
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.judging.answers import Question, TokenAnswerer
+from exprl_megatron.judging.answers import JudgeQuestion, TokenAnswerer
 from exprl_megatron.judging.prompt import PromptFrame
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,7 +89,7 @@ def test_an_answer_whose_text_or_ids_are_not_the_models_is_the_servers_failure()
     tokenizer = tokenizer_of("qwen")
     ids = np.array(tokenizer("Score: 4", add_special_tokens=False)["input_ids"], np.int32)
     beyond = np.append(ids, 10_000).astype(np.int32)
-    question = Question(PromptFrame(()), "", (1, 2), 8, 0.0, 0, 60.0)
+    question = JudgeQuestion(PromptFrame(()), "", (1, 2), 8, 0.0, 0, 60.0)
 
     def answered(text, ids):
         client = Scripted(Written(text, token_ids=ids))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exprl_megatron.config.judging import JudgeConfig, RubricConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.judging.answers import Question, TokenAnswerer
+from exprl_megatron.judging.answers import JudgeQuestion, TokenAnswerer
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.prompt import PromptFrame
@@ -125,7 +125,7 @@ def test_the_probabilities_of_the_digits_are_those_of_transformers(with_judge, m
         server = TokenAnswerer(client, tokenizer)
         questions = [
             # Without a blank: this vocabulary has " 3" as one token, and no other digit so.
-            Question(
+            JudgeQuestion(
                 PromptFrame(()),
                 "",
                 judge.request(PROBLEM, text),

@@ -8,19 +8,19 @@ from validate_planner import architecture_of, published_rows, step_comparisons, 
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import GPUS
 from exprl_megatron.planning.rl_time import (
-    StepTime,
+    PlannedStepTime,
     host_swap_time,
     judging_tail,
     judging_time,
     sampling_time,
     save_time,
 )
-from exprl_megatron.planning.serving_time import Lengths, Servers, iteration_seconds
+from exprl_megatron.planning.serving_time import Lengths, ServerHardware, iteration_seconds
 
 MODELS = published_rows()["models"]
 LLAMA_8B, LLAMA_70B = architecture_of(MODELS["llama3-8b"]), architecture_of(MODELS["llama3-70b"])
 H100 = GPUS["h100"]
-SERVERS = Servers(8, 1, H100)
+SERVERS = ServerHardware(8, 1, H100)
 
 
 def sample(servers=SERVERS, problems=64, traces=16, mean=1000, bound=4096):
@@ -78,7 +78,7 @@ def test_the_number_of_iterations_is_the_longest_answer():
 
 
 def test_answers_that_do_not_fit_at_once_take_turns():
-    crowded = sample(Servers(1, 1, H100), problems=256)
+    crowded = sample(ServerHardware(1, 1, H100), problems=256)
     assert crowded.concurrent < crowded.requests
     turns, tail = 4096 * 1000 / crowded.concurrent, Lengths(1000, 4096).longest(4096) - 1000
     assert crowded.iterations == pytest.approx(turns + tail, rel=0.01)
@@ -86,7 +86,9 @@ def test_answers_that_do_not_fit_at_once_take_turns():
 
 def test_a_server_without_room_is_refused():
     with pytest.raises(UserError, match="weights do not fit"):
-        sampling_time(LLAMA_70B, Servers(8, 1, H100), problems=1, traces=1, prompt_tokens=10, answers=Lengths(10, 20))
+        sampling_time(
+            LLAMA_70B, ServerHardware(8, 1, H100), problems=1, traces=1, prompt_tokens=10, answers=Lengths(10, 20)
+        )
 
 
 def test_shared_prefixes_are_read_once():
@@ -103,8 +105,8 @@ def test_a_judge_on_its_own_devices_hides_behind_sampling():
 
 def test_one_step_off_takes_the_slower_side_and_the_new_weights():
     phases = {"sampling_s": 50.0, "judging_s": 5.0, "log_probs_s": 10.0, "training_s": 30.0, "reshard_s": 2.0}
-    assert StepTime(**phases).total_s == 97.0
-    assert StepTime(**phases, one_step_off=True).total_s == 57.0
+    assert PlannedStepTime(**phases).total_s == 97.0
+    assert PlannedStepTime(**phases, one_step_off=True).total_s == 57.0
 
 
 def test_weights_are_as_large_as_published():

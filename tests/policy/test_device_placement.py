@@ -31,7 +31,7 @@ from exprl_megatron.policy import log_probs
 from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of
 from exprl_megatron.policy.model_input import model_input
 from exprl_megatron.policy.offload import Offload
-from exprl_megatron.policy.packing import Shape, plan_micro_batches
+from exprl_megatron.policy.packing import PackingShape, plan_micro_batches
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.step import MicroBatches
 from exprl_megatron.policy.world import World
@@ -83,7 +83,9 @@ def micro_batch(mode: FakeTensorMode) -> MicroBatch:
     return MicroBatch(**{name: mode.from_tensor(tensor) for name, tensor in vars(made).items()}).to(CUDA)
 
 
-@pytest.mark.parametrize("shape", [Shape(False, row=64), Shape(True, row=64), Shape(True, 4, 128, cp=2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [PackingShape(False, row=64), PackingShape(True, row=64), PackingShape(True, 4, 128, cp=2)], ids=str
+)
 def test_a_step_s_inputs_are_on_the_gpu(gpu, shape):
     rows = scored()
     plan = plan_micro_batches([len(row) for row in rows], 1, 64, shape)
@@ -97,7 +99,7 @@ def response(mode: FakeTensorMode) -> dict[str, torch.Tensor]:
     """What the model's last layer hands over for one padded micro-batch."""
     with torch.utils._python_dispatch._disable_current_modes():
         length = max(map(len, SEQUENCES))
-        tokens = model_input(SEQUENCES, length, Shape(False))
+        tokens = model_input(SEQUENCES, length, PackingShape(False))
     hidden, width = (length, len(SEQUENCES), 16), (256, 16)
     indices = {name: mode.from_tensor(getattr(tokens, name)).to(CUDA) for name in ("places", "slots")}
     return indices | {

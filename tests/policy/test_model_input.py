@@ -4,20 +4,20 @@ import torch
 from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.policy.context_parallel import natural_order, own_columns
 from exprl_megatron.policy.model_input import model_input
-from exprl_megatron.policy.packing import Shape
+from exprl_megatron.policy.packing import PackingShape
 
 ONE, TWO = TrainSample((5, 6), (7, 8, 9)), TrainSample((4,), (3,))
 
 
 def test_padded_rows():
-    tokens = model_input([ONE, TWO], 5, Shape(packed=False, row=3))
+    tokens = model_input([ONE, TWO], 5, PackingShape(packed=False, row=3))
     assert tokens.input_ids.tolist() == [[5, 6, 7, 8, 9, 0], [4, 3, 0, 0, 0, 0]]
     assert tokens.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert tokens.cu_seqlens is None
 
 
 def test_packed_sequences_lie_one_behind_the_other_and_each_begins_at_position_0():
-    tokens = model_input([ONE, TWO], 5, Shape(packed=True, sequence=2, row=10))
+    tokens = model_input([ONE, TWO], 5, PackingShape(packed=True, sequence=2, row=10))
     assert tokens.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 4, 3, 0, 0]]
     assert tokens.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
     assert tokens.cu_seqlens.tolist() == [0, 6, 10]
@@ -40,7 +40,7 @@ def test_every_response_token_has_one_place_and_one_slot_on_one_rank(packed, cp)
     micro = pad(batch, 17)
     table = torch.zeros(micro.targets.numel(), dtype=torch.long)
     for rank in range(cp):
-        tokens = model_input(batch, 17, Shape(packed, sequence=2 * cp, row=4 * cp, cp=cp), rank)
+        tokens = model_input(batch, 17, PackingShape(packed, sequence=2 * cp, row=4 * cp, cp=cp), rank)
         assert tokens.input_ids.shape == tokens.position_ids.shape
         outputs = tokens.input_ids.T.flatten()
         assert (table[tokens.slots] == 0).all()
@@ -53,5 +53,5 @@ def test_every_response_token_has_one_place_and_one_slot_on_one_rank(packed, cp)
 
 
 def test_an_input_moves_whole():
-    moved = model_input([ONE], 5, Shape(packed=True)).to(torch.device("meta"))
+    moved = model_input([ONE], 5, PackingShape(packed=True)).to(torch.device("meta"))
     assert {t.device.type for t in (moved.input_ids, moved.places, moved.cu_seqlens)} == {"meta"}

@@ -5,10 +5,10 @@ import pytest
 from operations import instructions
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
-from exprl_megatron.policy.packing import Shape, padded, padding_share, plan_micro_batches, shape_of
+from exprl_megatron.policy.packing import PackingShape, padded, padding_share, plan_micro_batches, shape_of
 
-PADDED = Shape(packed=False)
-PACKED = Shape(packed=True)
+PADDED = PackingShape(packed=False)
+PACKED = PackingShape(packed=True)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -16,7 +16,7 @@ PACKED = Shape(packed=True)
 @pytest.mark.parametrize("group", [1, 4])
 def test_every_sequence_is_in_one_place_and_no_micro_batch_is_over_budget(packed, ranks, group):
     lengths = [random.Random(number).randint(1, 60) for number in range(50)]
-    shape = Shape(packed, sequence=4, row=8)
+    shape = PackingShape(packed, sequence=4, row=8)
     plan = plan_micro_batches(lengths, ranks, 100, shape, group, parity=40)
     assert sorted(i for micros in plan for rows in micros for i in rows) == list(range(50))
     assert len({len(micros) for micros in plan}) == 1
@@ -69,7 +69,7 @@ def long_tailed(count: int, seed: int = 0, sigma: float = 0.6, longest: int = 81
     return [min(longest, 64 + int(math.exp(draw.gauss(7.4, sigma)))) for _ in range(count)]
 
 
-def plain_packing(lengths: list[int], budget: int, shape: Shape, parity: float) -> list[list[int]]:
+def plain_packing(lengths: list[int], budget: int, shape: PackingShape, parity: float) -> list[list[int]]:
     """One rank's micro-batches by the definition: to the least loaded with room, with the first count that will do."""
     work = [length * (1 + length / parity) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda index: (-work[index], index))
@@ -92,7 +92,9 @@ def plain_packing(lengths: list[int], budget: int, shape: Shape, parity: float) 
         count += 1
 
 
-@pytest.mark.parametrize("shape", [Shape(True), Shape(True, sequence=4, row=256), Shape(True, sequence=6, row=3000)])
+@pytest.mark.parametrize(
+    "shape", [PackingShape(True), PackingShape(True, sequence=4, row=256), PackingShape(True, sequence=6, row=3000)]
+)
 @pytest.mark.parametrize(("sigma", "budget"), [(0.3, 8192), (0.6, 8192), (1.2, 8192), (0.6, 20480), (0.6, 2000)])
 def test_packing_is_that_of_its_definition(shape, sigma, budget):
     for seed in range(3):
@@ -101,7 +103,7 @@ def test_packing_is_that_of_its_definition(shape, sigma, budget):
         assert found == plain_packing(lengths, budget, shape, 1e5)
 
 
-@pytest.mark.parametrize(("ranks", "shape"), [(1, Shape(True, sequence=4, row=256)), (8, PADDED)])
+@pytest.mark.parametrize(("ranks", "shape"), [(1, PackingShape(True, sequence=4, row=256)), (8, PADDED)])
 def test_planning_grows_like_n_log_n(ranks, shape):
     # The search for the number of micro-batches has its full length from 512 of them on.
     few, many = 2048, 8192
@@ -125,14 +127,14 @@ def test_ranks_without_work_get_filler(shape):
 def test_share_of_padding_before_and_after():
     lengths = [9, 5, 2]
     plan = [[[0, 1, 2]]]
-    assert padding_share(lengths, plan, Shape(packed=False, row=2)) == pytest.approx(1 - 16 / 30)
-    assert padding_share(lengths, plan, Shape(packed=True, sequence=2, row=4)) == pytest.approx(1 - 16 / 20)
-    assert padding_share([3], [[[0]], [[]]], Shape(packed=True, sequence=4, row=4)) == pytest.approx(1 - 3 / 8)
+    assert padding_share(lengths, plan, PackingShape(packed=False, row=2)) == pytest.approx(1 - 16 / 30)
+    assert padding_share(lengths, plan, PackingShape(packed=True, sequence=2, row=4)) == pytest.approx(1 - 16 / 20)
+    assert padding_share([3], [[[0]], [[]]], PackingShape(packed=True, sequence=4, row=4)) == pytest.approx(1 - 3 / 8)
 
 
 def test_the_last_sequence_of_a_packed_row_takes_the_rows_padding():
-    assert Shape(packed=True, sequence=4, row=16).with_padding([3, 5]) == [4, 12]
-    assert Shape(packed=False, row=8).with_padding([3, 5]) == [8, 8]
+    assert PackingShape(packed=True, sequence=4, row=16).with_padding([3, 5]) == [4, 12]
+    assert PackingShape(packed=False, row=8).with_padding([3, 5]) == [8, 8]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.launch.nodes import Guest, Host, Node, ended, read_end
+from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode, ended, read_end
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
@@ -52,8 +52,8 @@ def launchers(tmp_path):
     key_file = tmp_path / "servers" / "key"
     ensure_key(key_file)
     (port,) = free_ports(1)
-    host = Host(Node.of(0, 2, f"127.0.0.1:{port}"), key_file)
-    guest = Guest(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
+    host = HeadNode(Node.of(0, 2, f"127.0.0.1:{port}"), key_file)
+    guest = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
     return host, guest, reached_store("127.0.0.1", port, 10.0)
 
 
@@ -102,8 +102,8 @@ def test_a_node_that_comes_before_the_key_waits_for_it_and_does_not_believe_in_a
     (port,) = free_ports(1)
     key_file, stale = tmp_path / "key", tmp_path / "stale"
     ensure_key(stale)
-    shared = Host(Node.of(0, 2, f"127.0.0.1:{port}"), stale)
-    guest = Guest(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
+    shared = HeadNode(Node.of(0, 2, f"127.0.0.1:{port}"), stale)
+    guest = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
     shared.begin()
     assert not guest._told("begin")
     ensure_key(key_file)

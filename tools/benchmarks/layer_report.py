@@ -5,7 +5,7 @@ from statistics import median
 
 from benchmarks.layers import LayerFigures, Work, per_layer, speedups
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.config.precision import Kind, PrecisionConfig
+from exprl_megatron.config.precision import PrecisionConfig, PrecisionKind
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.flops import model_flops
 from exprl_megatron.planning.hardware import GPUS, Gpu
@@ -19,7 +19,7 @@ NVIDIA_SPEEDUP = 1.40
 class Throughput:
     """Of forward and backward, without optimizer, bubble or data-parallel transfers."""
 
-    precision: Kind
+    precision: PrecisionKind
     layers: int
     seconds: float
     tokens_per_s_per_gpu: float
@@ -43,7 +43,7 @@ def throughput(figures: LayerFigures, work: Work, layers: int, tp: int, gpu: Gpu
     return _throughput(figures.precision, architecture, work, seconds, tp, gpu)
 
 
-def predicted(architecture: Architecture, kind: Kind, work: Work, tp: int, gpu: Gpu) -> Throughput:
+def predicted(architecture: Architecture, kind: PrecisionKind, work: Work, tp: int, gpu: Gpu) -> Throughput:
     """What the planner expects of one micro-batch of the whole `architecture` on `gpu`."""
     found = training_time(
         architecture,
@@ -59,7 +59,7 @@ def predicted(architecture: Architecture, kind: Kind, work: Work, tp: int, gpu: 
     return _throughput(kind, architecture, work, seconds, tp, gpu)
 
 
-def _throughput(kind: Kind, architecture: Architecture, work: Work, seconds: float, tp: int, gpu: Gpu | None):
+def _throughput(kind: PrecisionKind, architecture: Architecture, work: Work, seconds: float, tp: int, gpu: Gpu | None):
     rate = work.tokens / seconds / tp
     flops = model_flops(architecture, work.sequence_length) * rate
     name, peak = gpu.peak(kind) if gpu is not None else (None, None)
@@ -108,7 +108,7 @@ def speedup_lines(all_figures: list[LayerFigures], work: Work, full: int) -> lis
     return lines
 
 
-def predicted_lines(architecture: Architecture, kinds: list[Kind], work: Work, tp: int, gpu: Gpu) -> list[str]:
+def predicted_lines(architecture: Architecture, kinds: list[PrecisionKind], work: Work, tp: int, gpu: Gpu) -> list[str]:
     """The planner's figures for the published widths, at this depth and at the full one, each line marked."""
     lines = []
     for layers in (work.architecture.layers, architecture.layers):

@@ -12,7 +12,7 @@ from benchmarks.peak_memory import extra_bytes
 from benchmarks.plain_step import weighted_loss
 from benchmarks.step_comparison import make_sequences
 from exprl_megatron.config.policy import Layout, PolicyConfig
-from exprl_megatron.config.precision import Kind, PrecisionConfig
+from exprl_megatron.config.precision import PrecisionConfig, PrecisionKind
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.policy.model import build_chunks
@@ -44,7 +44,7 @@ class Work:
 class LayerFigures:
     """Seconds of forward and backward over the micro-batch, one entry a round; bytes on the device."""
 
-    precision: Kind
+    precision: PrecisionKind
     deep_s: tuple[float, ...]
     shallow_s: tuple[float, ...]
     peak_bytes: int
@@ -83,7 +83,7 @@ def narrowed(architecture: Architecture, factor: int, tp: int) -> Architecture:
     )
 
 
-def policy_config(work: Work, kind: Kind, tp: int) -> PolicyConfig:
+def policy_config(work: Work, kind: PrecisionKind, tp: int) -> PolicyConfig:
     """What a precision is measured with."""
     return PolicyConfig(
         model="random",
@@ -96,7 +96,7 @@ def policy_config(work: Work, kind: Kind, tp: int) -> PolicyConfig:
     )
 
 
-def measure_layers(work: Work, kinds: list[Kind], tp: int, rounds: int, world: World) -> list[LayerFigures]:
+def measure_layers(work: Work, kinds: list[PrecisionKind], tp: int, rounds: int, world: World) -> list[LayerFigures]:
     """Figures of each precision; they take turns within every round, after two steps of each to warm up.
 
     All weights are held at the same time, gradients of one precision at a time: those are the ordinary ones in the
@@ -131,7 +131,7 @@ def speedups(slow: LayerFigures, fast: LayerFigures, work: Work, layers: int) ->
     return median(ratios), ratios[0], ratios[-1]
 
 
-def _model(work: Work, kind: Kind, tp: int, world: World) -> tuple[torch.nn.Module, Callable[[], None]]:
+def _model(work: Work, kind: PrecisionKind, tp: int, world: World) -> tuple[torch.nn.Module, Callable[[], None]]:
     """A model in this precision, and its forward and backward pass."""
     config = policy_config(work, kind, tp)
     chunks = build_chunks(work.architecture, config, world)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from exprl_megatron.algorithms.batch import MicroBatch, TrainSample, pad
 from exprl_megatron.config.policy import OptimizerConfig
-from exprl_megatron.policy.packing import Shape, plan_micro_batches
+from exprl_megatron.policy.packing import PackingShape, plan_micro_batches
 
 
 class PlainStep:
@@ -33,7 +33,7 @@ class PlainStep:
     def step(self, sequences: Sequence[TrainSample], denominator: float) -> tuple[float, float]:
         """One optimizer step on sum(-advantage x log-prob) / denominator; that loss, and the gradient's norm."""
         lengths = [len(sequence) for sequence in sequences]
-        (micros,) = plan_micro_batches(lengths, ranks=1, budget=self._budget, shape=Shape(packed=False))
+        (micros,) = plan_micro_batches(lengths, ranks=1, budget=self._budget, shape=PackingShape(packed=False))
         total = 0.0
         for indices in micros:
             loss = self._loss([sequences[index] for index in indices]) / denominator

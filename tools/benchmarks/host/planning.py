@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from benchmarks.host.station import Station
 from benchmarks.host.workload import Workload
-from exprl_megatron.policy.packing import Shape, plan_micro_batches
+from exprl_megatron.policy.packing import PackingShape, plan_micro_batches
 
-SHAPE = Shape(packed=True, sequence=4, row=256, cp=2)
+SHAPE = PackingShape(packed=True, sequence=4, row=256, cp=2)
 """That of a 70B model with cp 2 on GPUs."""
 
 
