@@ -72,7 +72,7 @@ def wide(chromium, file):
 def test_every_tab_draws_and_neither_asks_for_anything_nor_complains(wide):
     for tab, charts in (("curves", 4), ("judge", 3), ("time", 2)):
         wide.open(tab)
-        wide.page.wait_for_function(f"document.querySelectorAll('.plot .main-svg').length >= {charts}")
+        wide.page.locator(".plot .main-svg").nth(charts - 1).wait_for(state="attached")
     assert [url for url in wide.requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert wide.complaints == []
 
