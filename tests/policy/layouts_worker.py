@@ -1,17 +1,23 @@
 """Run by test_layouts.py on four processes: the same work in many layouts."""
 
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
 import torch
 import torch.distributed as dist
 from ranks import Ranks
 from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.algorithms.batch import TrainSample
+from exprl_megatron.config.losses import LossConfig
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.log_probs import VocabularyParallelLogProbs
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.scatter import SampleScatter
 from exprl_megatron.policy.world import enter_world, leave_world
+from exprl_megatron.training.loop import update
 
 BASE = {
     "TP1": Layout(),
@@ -40,6 +46,16 @@ VARIANTS = {
     "TP1 all at once": (Layout(), {"micro_batch_tokens": 10_000, "log_prob_chunk": 1000}, {}),
     "DP2 one by one": (Layout(dp=2), {"micro_batch_tokens": 1, "log_prob_chunk": 1}, {}),
 }
+
+REJECTING = {
+    "TP1": Layout(),
+    "DP2": Layout(dp=2),
+    "TP2xDP2": Layout(tp=2, dp=2),
+    "PP2xDP2": Layout(pp=2, dp=2),
+    "TP2xPP2": Layout(tp=2, pp=2),
+}
+FAR = (1, 4)
+"""Of the batch, the sequences that another policy sampled than the one that learns."""
 
 
 def policy(model: str, layout: Layout, **settings) -> Policy:
@@ -89,6 +105,33 @@ def learn(model: str, layout: Layout, settings: dict, optimizer: dict, export=No
     return result
 
 
+def learn_rejecting(model: str, layout: Layout, kept_alone: bool = False) -> dict:
+    """Two updates with overlapped reduction, in which FAR leaves the denominator; or of the others alone."""
+    learner = policy(model, layout)
+    vocabulary = learner.architecture.vocabulary
+    near = -math.log(vocabulary)
+    batch = [
+        replace(s, rollout_log_probs=(-0.5 if i in FAR else near,) * s.response_tokens)
+        for i, s in enumerate(sequences(vocabulary))
+        if not (kept_alone and i in FAR)
+    ]
+    learner.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5, overlap=True), total_steps=2)
+    rejection = {} if kept_alone else {"level": "geometric", "low": 0.06, "high": 50, "in_denominator": False}
+    loss = LossConfig(kl_coefficient=0, entropy_coefficient=0.01, rejection=rejection)
+    stage = SimpleNamespace(loss=loss, sampling=SimpleNamespace(max_new_tokens=20, temperature=0.7))
+    run = SimpleNamespace(
+        policy=learner,
+        check_update=lambda stage, metrics: None,
+        apply_update=lambda gradient_scale: {
+            "scale": gradient_scale,
+            "grad_norm": learner.apply_update(gradient_scale).grad_norm,
+        },
+    )
+    updates = [update(run, stage, batch) for _ in range(2)]
+    named = [{name: found[name] for name in ("loss", "grad_norm", "scale")} for found in updates]
+    return {"updates": named, "learned": listed(learner.log_probs(batch, 0.7))}
+
+
 def gradients_of_log_probs(world) -> dict[str, float]:
     """Largest differences from autograd on the undivided vocabulary of 11 (the last of 12 rows is padding)."""
     generator = torch.Generator().manual_seed(0)
@@ -128,6 +171,9 @@ def main() -> None:
     for name, (layout, settings, optimizer) in VARIANTS.items():
         work = lambda _, v=(layout, settings, optimizer): learn(models["qwen3"], *v)  # noqa: E731
         ranks.within(layout, work, f"qwen3 {name}")
+    for name, layout in REJECTING.items():
+        ranks.within(layout, lambda _, la=layout: learn_rejecting(models["qwen3"], la), f"rejecting {name}")
+    ranks.within(Layout(), lambda _: learn_rejecting(models["qwen3"], Layout(), kept_alone=True), "kept alone")
     for name, layout in BASE.items():
 
         def fresh(_, layout=layout):

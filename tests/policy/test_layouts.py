@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts_worker import BASE, FEW, MORE, VARIANTS
+from layouts_worker import BASE, FAR, FEW, MORE, REJECTING, VARIANTS
 from ranks import run_ranks
 from safetensors.torch import load_file
 from witness import expectation, largest_difference, sequences
@@ -63,6 +63,24 @@ def test_two_steps_do_not_depend_on_layout_packing_recomputation_or_optimizer_sh
     for name in ("loss", "entropy", "grad_norm", "second", "second_grad_norm"):
         assert result[name] == pytest.approx(reference[name], rel=1e-5), name
     assert largest_difference(result["learned"], reference["learned"]) <= 1e-4
+
+
+@pytest.mark.parametrize("layout", REJECTING)
+def test_sequences_that_leave_the_denominator_are_as_if_they_had_not_been_sampled(results, layout):
+    found, alone = results[f"rejecting {layout}"], results["kept alone"]
+    tokens = [sample.response_tokens for sample in sequences(VOCABULARY)]
+    scale = sum(tokens) / sum(n for i, n in enumerate(tokens) if i not in FAR)
+    assert found["updates"][0]["scale"] == pytest.approx(scale) and scale > 1.2
+    for name in ("loss", "grad_norm"):
+        assert found["updates"][0][name] == pytest.approx(alone["updates"][0][name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("layout", list(REJECTING)[1:])
+def test_updates_without_rejected_sequences_do_not_depend_on_the_layout(results, layout):
+    found, expected = results[f"rejecting {layout}"], results["rejecting TP1"]
+    for mine, theirs in zip(found["updates"], expected["updates"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert largest_difference(found["learned"], expected["learned"]) <= 1e-4
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
