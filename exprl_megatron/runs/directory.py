@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from exprl_megatron.config.load import check_config
+from exprl_megatron.config.renamed import with_new_names
 from exprl_megatron.config.resuming import refused_changes
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
@@ -124,7 +125,11 @@ def _earlier_prompts(keys: Sequence[str], recorded: Mapping[str, str]) -> str:
 
 
 def read_config(directory: RunDirectory) -> RunConfig:
-    """The resolved config that the run's directory holds; UserError where there is none."""
+    """Return the resolved config that the run's directory holds, which an earlier version may have written.
+
+    Raises UserError where there is none.
+    """
     if not directory.config.is_file():
         raise UserError(f"There is no run in {directory.root}; give the directory of one.")
-    return check_config(yaml.safe_load(directory.config.read_text()), str(directory.config))
+    tree = with_new_names(yaml.safe_load(directory.config.read_text()))
+    return check_config(tree, str(directory.config))

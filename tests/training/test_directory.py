@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
@@ -44,6 +45,30 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
 def test_resuming_needs_a_run(tmp_path):
     with pytest.raises(UserError, match="no run in"):
         RunDirectory(tmp_path / "new").claim(config(tmp_path / "new"), resume=True)
+
+
+def test_a_run_of_an_earlier_version_is_read_and_resumed_under_todays_names_of_keys(tmp_path):
+    sampled = {"steps": 3, "problems": {"source": "p.jsonl"}, "problems_per_step": 2, "group_size": 2}
+    routes = {"math": {"granularity": "segment", "estimator": "delta"}}
+    stage = sampled | {"kind": "exprl-process", "name": "a", "granularity": "prefix", "routes": routes}
+    now = {"judge": {"model": "j", "placement": "own"}, "sync": {"pause_mode": "retract"}, "stages": [stage]}
+    now["policy"] = {"model": "m", "ref_policy": "host"}
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(directory.root, **now), resume=False).release()
+    directory.metrics.write_text('{"step": 1}\n')
+    before, tree = read_config(directory), yaml.safe_load(directory.config.read_text())
+    (stage,) = tree["stages"]
+    for section, key, old in [
+        (tree["policy"], "ref_policy", "starting_policy"),
+        (tree["sync"], "pause_mode", "hold"),
+        (tree["judge"], "placement", "place"),
+        (stage, "granularity", "unit"),
+        (stage["routes"]["math"], "granularity", "unit"),
+    ]:
+        section[old] = section.pop(key)
+    directory.config.write_text(yaml.safe_dump(tree))
+    assert read_config(directory) == before
+    directory.claim(config(directory.root, **now), resume=True).release()
 
 
 def test_resuming_with_another_config_names_the_changed_keys(tmp_path):
