@@ -113,6 +113,11 @@ class JudgeConfig(Config):
                 "judge.show_reference is false, but judge.rubric.kind is checkpoints, which are drawn from the "
                 "reference; change one of them."
             )
+        if self.server.group_requests:
+            found.append(
+                "judge.server.group_requests is true, but traces are sampled by the policy's servers alone; set "
+                "server.group_requests."
+            )
         if self.placement == "policy" and run_config.needs_judge:
             found += _shared_server_violations(self, run_config)
         return found

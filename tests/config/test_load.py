@@ -122,6 +122,11 @@ def test_an_unknown_key_like_no_known_one_is_to_be_removed(tmp_path):
     assert "unknown key policy.zzzz; remove it." in _only(tmp_path, _tree(), "policy.zzzz=1")
 
 
+def test_a_group_s_requests_are_a_matter_of_the_policys_servers(tmp_path):
+    assert "set server.group_requests." in _only(tmp_path, _tree(), "judge.server.group_requests=true")
+    assert load_config(_file(tmp_path, _tree()), ["server.group_requests=true"]).server.group_requests
+
+
 @pytest.mark.parametrize(
     ("override", "old", "new"),
     [
