@@ -1,6 +1,7 @@
 """docs/status.md: every path has a row, and every claim names a test of the suite that it claims."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -180,7 +181,8 @@ def test_the_tests_that_are_named_are_collected():
     named = {reference for reference in named if not reference.startswith("te/")}
     files = sorted({f"tests/{reference.partition('::')[0]}" for reference in named})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     collected = {line.partition("[")[0].removeprefix("tests/") for line in done.stdout.splitlines()}
     assert sorted(named - collected) == [], done.stdout[-2000:]
 

@@ -144,10 +144,12 @@ def test_where_the_libraries_cannot_be_imported_processes_are_started_and_it_is_
 
 def test_a_fork_server_that_dies_is_replaced_by_starting(tmp_path, capfd):
     server = ForkServer("preloaded", {"forked_program"}, ENVIRONMENT, 60)
+    others = set(psutil.Process().children())
     with Starter([server]) as starter:
         first = start(starter, tmp_path / "first", "wait")
         ready(tmp_path / "first")
-        (process,) = (p for p in psutil.Process().children() if "exprl_megatron.processes.fork_process" in p.cmdline())
+        started = set(psutil.Process().children()) - others
+        (process,) = (p for p in started if "exprl_megatron.processes.fork_process" in p.cmdline())
         process.kill()
         assert start(starter, tmp_path / "second", "fail").wait() == 1
         assert first.poll() is None
