@@ -143,8 +143,8 @@ def test_where_the_libraries_cannot_be_imported_processes_are_started_and_it_is_
 
 
 def test_a_fork_server_that_dies_is_replaced_by_starting(tmp_path, capfd):
-    server = ForkServer("preloaded", {"forked_program"}, ENVIRONMENT, 60)
     others = set(psutil.Process().children())
+    server = ForkServer("preloaded", {"forked_program"}, ENVIRONMENT, 60)
     with Starter([server]) as starter:
         first = start(starter, tmp_path / "first", "wait")
         ready(tmp_path / "first")
