@@ -134,6 +134,8 @@ def test_a_trace_cut_off_by_the_server_is_an_error(qwen3_server):
 
     async def on_trace(trace):
         await client.pause("abort")
+        # A request that the server has not received yet would wait for this.
+        await client.continue_()
 
     try:
         with pytest.raises(ServerError, match=r"ended sample \d+ of problem p\d with 'abort'"):
