@@ -80,7 +80,7 @@ def tiny_model(tmp_path_factory):
 
     Tests must not write into it.
     """
-    from tiny_models import write_tiny_model
+    from helpers.tiny_models import write_tiny_model
 
     written: dict[str, Path] = {}
 
@@ -107,8 +107,8 @@ def qwen3_server(tiny_model, tmp_path_factory, nccl_records):
 
     It joins groups over gloo, and over the test backend with NCCL's behavior.
     """
-    from forking import starter
-    from under_nccl import knows_backend
+    from helpers.forking import starter
+    from helpers.under_nccl import knows_backend
 
     from exprl_megatron.config.serving import ServerConfig
     from exprl_megatron.serving.server_process import ServerSpec, start_servers
@@ -129,7 +129,7 @@ def collectives(request, nccl_records):
     if request.param == "gloo":
         yield request.param
         return
-    from under_nccl import faults, uses_backend
+    from helpers.under_nccl import faults, uses_backend
 
     before = faults(nccl_records)
     with pytest.MonkeyPatch.context() as patch:

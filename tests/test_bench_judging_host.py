@@ -1,16 +1,13 @@
 """tools/bench_judging_host.py at a size at which it shows nothing but that it runs."""
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "judging"))
 import bench_judging_host
+import pytest
 from benchmarks.host.station import measure, stations
 from benchmarks.host.workload import Workload
-from tokenizer_rules import tokenizer_of
+from helpers.tokenizer_rules import tokenizer_of
 
 
 def figures(tmp_path: Path, *arguments: str) -> dict:

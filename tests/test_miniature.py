@@ -43,7 +43,7 @@ def maker():
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """The base policy and the judge, served side by side."""
-    from forking import starter
+    from helpers.forking import starter
 
     from exprl_megatron.serving.server_process import server_specs, start_servers, stop_servers
 

@@ -107,7 +107,6 @@ def all_paths() -> set[str]:
     stages = re.findall(r"^FROM \S+ AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     bases = re.findall(r"^FROM (\w+) AS|from=(\w+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     images = set(stages) - {name for pair in bases for name in pair}
-    sys.path.insert(0, str(ROOT / "tools"))
     import convert_checkpoint
 
     return (

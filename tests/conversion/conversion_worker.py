@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch.distributed as dist
-from mbridge_witness import refill
-from ranks import Ranks
+from helpers.mbridge_witness import refill
+from helpers.ranks import Ranks
 from safetensors.torch import save_file
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig

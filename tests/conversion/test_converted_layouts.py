@@ -3,19 +3,16 @@
 mbridge, which shares no code with this project, fills the same models from the original files.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
+from conversion_worker import OF_FAMILY
+from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
 from exprl_megatron.conversion.to_hf import convert_to_huggingface
 from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.conversion.weights import open_weights
-
-sys.path.append(str(Path(__file__).parents[1] / "policy"))
-from conversion_worker import OF_FAMILY
-from ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 

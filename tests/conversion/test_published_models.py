@@ -1,7 +1,6 @@
 """Models of 32 to 235 billion parameters, walked on the meta device: every rank of their recipes' layouts."""
 
 import gc
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.recipe_layouts import RECIPES
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from exprl_megatron import planning
@@ -18,9 +18,6 @@ from exprl_megatron.models.architecture import padded_vocabulary, read_architect
 from exprl_megatron.models.name_map import Vocabulary, hf_shapes, parameters
 from exprl_megatron.models.stored_parameters import stored_parameters
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
-
-sys.path.append(str(Path(__file__).parents[1] / "te"))
-from recipe_layouts import RECIPES
 
 pytestmark = pytest.mark.slow
 

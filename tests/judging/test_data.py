@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.tokenizer_rules import tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_rules import tokenizer_of
 
 from exprl_megatron.judging import data
 from exprl_megatron.judging.data import DataGuard, control_tokens

@@ -3,21 +3,17 @@
 import asyncio
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty_server import FaultyServer, endpoint, sglang_client
-from judge_parts import Scripted, Written
+from helpers.faulty_server import FaultyServer, endpoint, sglang_client
+from helpers.judge_parts import Scripted, Written
+from helpers.tokenizer_rules import tokenizer_of
 from test_judge_transport import FOUR, _in_order, _one, _run
 
 from exprl_megatron.errors import ServerError
 from exprl_megatron.judging.answers import JudgeQuestion, TokenAnswerer
 from exprl_megatron.judging.prompt import PromptFrame
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tokenizer_rules import tokenizer_of
 
 RAW = {
     "HTML": b"<html>502</html>",

@@ -8,7 +8,18 @@ import json
 import math
 
 import pytest
-from judge_parts import PROBLEM, PROMPT, UNKNOWN, WORDS, Scripted, Written, make_judge, verdict, word_tokenizer, words
+from helpers.judge_parts import (
+    PROBLEM,
+    PROMPT,
+    UNKNOWN,
+    WORDS,
+    Scripted,
+    Written,
+    make_judge,
+    verdict,
+    word_tokenizer,
+    words,
+)
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import RequestRefused, ServerError, UserError

@@ -7,7 +7,7 @@ import math
 import jsonschema
 import pytest
 import torch
-from judge_parts import PROMPT
+from helpers.judge_parts import PROMPT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from exprl_megatron.config.judging import JudgeConfig, RubricConfig

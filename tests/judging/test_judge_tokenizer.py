@@ -1,9 +1,9 @@
 """Questions whose parts are tokenized once have the tokens that the tokenizer gives each of them as a whole."""
 
 import pytest
+from helpers.tokenizer_rules import CUTTABLE, TEXT, UNCUTTABLE, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_rules import CUTTABLE, TEXT, UNCUTTABLE, tokenizer_of
 
 from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer, common_prefix
 from exprl_megatron.judging.prompt import shipped_prompt

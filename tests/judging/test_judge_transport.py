@@ -6,8 +6,8 @@ import zlib
 from contextlib import AsyncExitStack
 
 import pytest
-from faulty_server import FaultyServer, endpoint, listening, sglang_client
-from judge_parts import PROBLEM, make_judge
+from helpers.faulty_server import FaultyServer, endpoint, listening, sglang_client
+from helpers.judge_parts import PROBLEM, make_judge
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import ServerError, UserError

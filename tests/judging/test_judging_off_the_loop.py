@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from judge_parts import PROBLEM, Scripted
-from tokenizer_rules import TEXT, tokenizer_of
+from helpers.judge_parts import PROBLEM, Scripted
+from helpers.tokenizer_rules import TEXT, tokenizer_of
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.load import check_config

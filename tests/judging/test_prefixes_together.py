@@ -5,8 +5,8 @@ import zlib
 from contextlib import AsyncExitStack
 
 import pytest
-from faulty_server import VERDICT, FaultyServer, endpoint, listening, sglang_client
-from judge_parts import PROBLEM, PROMPT, Scripted, make_judge
+from helpers.faulty_server import VERDICT, FaultyServer, endpoint, listening, sglang_client
+from helpers.judge_parts import PROBLEM, PROMPT, Scripted, make_judge
 
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.store import JudgementStore

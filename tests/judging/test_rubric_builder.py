@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from judge_parts import PROBLEM, Scripted, make_judge
+from helpers.judge_parts import PROBLEM, Scripted, make_judge
 
 from exprl_megatron.config.judging import RubricConfig
 from exprl_megatron.errors import RequestRefused, ServerError, UserError

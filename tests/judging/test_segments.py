@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from tiny_models import tiny_tokenizer
+from helpers.tiny_models import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

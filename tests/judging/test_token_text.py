@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from helpers.tokenizer_rules import tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_segments import MANY_SCRIPTS, word_tokenizer
-from tokenizer_rules import tokenizer_of
 
 from exprl_megatron.config.segments import SegmentsConfig
 from exprl_megatron.judging import token_text

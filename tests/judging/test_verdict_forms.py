@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.judge_parts import Scripted, Written, verdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_parts import Scripted, Written, verdict
 
 from exprl_megatron.judging.data import DataGuard
 from exprl_megatron.judging.judgement import Abstained, Scored

@@ -1,12 +1,12 @@
 """The miniature learning its training problems' solutions, in any precision and layout, and a reference for it."""
 
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
+from helpers.ranks import run_ranks
 
 from exprl_megatron.algorithms.batch import MicroBatch, TrainSample
 from exprl_megatron.config.load import check_config
@@ -18,9 +18,6 @@ from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.training.examples import ExampleReader
 from exprl_megatron.utils.accelerator import uses_cuda
 from on_device.compared import Compared, at_least, near
-
-sys.path.append(str(Path(__file__).parents[1] / "policy"))
-from ranks import run_ranks
 
 MINIATURE = Path(__file__).parents[2] / "recipes" / "miniature"
 MODEL = MINIATURE / "policy"

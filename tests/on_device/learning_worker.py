@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from ranks import Ranks
+from helpers.ranks import Ranks
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.precision import PrecisionConfig

@@ -1,11 +1,11 @@
 """Syncs by `broadcast` and `direct` from the trainer's processes to servers that come, hang and die."""
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
+from helpers.ranks import run_ranks
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
@@ -13,9 +13,6 @@ from exprl_megatron.launch.ranks import rank_environment
 from exprl_megatron.serving.server_process import Server
 from exprl_megatron.utils.accelerator import uses_cuda
 from on_device.compared import Compared, at_most, equal
-
-sys.path.append(str(Path(__file__).parents[1] / "policy"))
-from ranks import run_ranks
 
 TRANSPORTS = ("broadcast", "direct")
 ALIKE = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")

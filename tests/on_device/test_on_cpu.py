@@ -4,8 +4,8 @@ from functools import cache
 
 import pytest
 import torch
-from forking import starter
-from under_nccl import connected, faults, knows_backend
+from helpers.forking import starter
+from helpers.under_nccl import connected, faults, knows_backend
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig

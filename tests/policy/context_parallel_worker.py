@@ -1,7 +1,7 @@
 """Run by test_context_parallel.py on four processes: the same work packed, padded, and cut by context parallelism."""
 
-from layouts_worker import learn
-from ranks import Ranks
+from helpers.layout_learning import learn
+from helpers.ranks import Ranks
 
 from exprl_megatron.config.policy import Layout
 

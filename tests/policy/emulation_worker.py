@@ -2,10 +2,10 @@
 
 import torch
 import torch.distributed as dist
-from layouts_worker import learn
+from helpers.layout_learning import learn
+from helpers.ranks import Ranks
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
-from ranks import Ranks
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig

@@ -2,8 +2,8 @@
 
 import hashlib
 
-from ranks import Ranks
-from witness import listed, loss_function, sequences, tokens
+from helpers.ranks import Ranks
+from helpers.witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.policy.checkpoint import intact_checkpoint, load_checkpoint, save_checkpoint

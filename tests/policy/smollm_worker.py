@@ -1,6 +1,6 @@
 """Run by test_smollm.py on three processes: log-probs of real text under real weights."""
 
-from ranks import Ranks
+from helpers.ranks import Ranks
 
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, PolicyConfig

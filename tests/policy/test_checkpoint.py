@@ -10,7 +10,7 @@ from random import Random
 import psutil
 import pytest
 import torch
-from witness import loss_function, sequences, tokens
+from helpers.witness import loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError

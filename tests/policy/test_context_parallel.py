@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from context_parallel_worker import LAYOUTS, OTHERS
-from ranks import run_ranks
+from helpers.ranks import run_ranks
+from helpers.witness import expectation, largest_difference, sequences
 from safetensors.torch import load_file
-from witness import expectation, largest_difference, sequences
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.witness import sequences
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from witness import sequences
 
 from exprl_megatron.algorithms import aggregation
 from exprl_megatron.algorithms.batch import PER_TOKEN, MicroBatch, pad

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from emulation_worker import KINDS
-from ranks import run_ranks
-from witness import largest_difference, listed, loss_function, sequences, tokens
+from helpers.ranks import run_ranks
+from helpers.witness import largest_difference, listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig

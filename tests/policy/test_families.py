@@ -1,7 +1,7 @@
 """Every family in one process, packed and padded, against transformers; test_layouts.py has more layouts."""
 
 import pytest
-from witness import expectation, largest_difference, listed, loss_function, sequences, tokens
+from helpers.witness import expectation, largest_difference, listed, loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.policy.policy import Policy

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import run_ranks
+from helpers.witness import expectation, largest_difference, sequences
 from layouts_worker import BASE, FAR, FEW, MORE, REJECTING, VARIANTS
-from ranks import run_ranks
 from safetensors.torch import load_file
-from witness import expectation, largest_difference, sequences
 
 pytestmark = pytest.mark.slow
 

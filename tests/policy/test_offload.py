@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from witness import loss_function, sequences, tokens
+from helpers.witness import loss_function, sequences, tokens
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig

@@ -2,7 +2,7 @@ import math
 import random
 
 import pytest
-from operations import instructions
+from helpers.operations import instructions
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.policy.packing import PackingShape, padded, padding_share, plan_micro_batches, shape_of

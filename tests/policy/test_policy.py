@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
+from helpers.witness import listed, loss_function, sequences, tokens
 from transformers import AutoModelForCausalLM, Trainer
-from witness import listed, loss_function, sequences, tokens
 
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from helpers.ranks import run_ranks
+from helpers.witness import largest_difference
 from resharding_worker import EXTRA, KINDS
-from witness import largest_difference
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import transformers
+from helpers.witness import largest_difference, listed, sequences
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from witness import largest_difference, listed, sequences
 
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.models.architecture import read_architecture

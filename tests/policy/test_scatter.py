@@ -3,8 +3,8 @@
 import pickle
 
 import pytest
+from helpers.witness import loss_function, sequences, tokens
 from megatron.core.parallel_state import RankGenerator
-from witness import loss_function, sequences, tokens
 
 from exprl_megatron.algorithms.batch import TrainSample, dummy_sample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig

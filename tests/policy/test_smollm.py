@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from ranks import run_ranks
+from helpers.ranks import run_ranks
+from helpers.witness import largest_difference
 from smollm_worker import LAYOUTS
-from witness import largest_difference
 
 from exprl_megatron.algorithms.batch import TrainSample
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from helpers.ranks import run_ranks
+from helpers.witness import expectation, gradient_norm_of_balance, largest_difference, sequences
 from safetensors.torch import load_file
 from wide_layouts_worker import BALANCE, BALANCED, CASES
-from witness import expectation, gradient_norm_of_balance, largest_difference, sequences
 
 pytestmark = pytest.mark.slow
 

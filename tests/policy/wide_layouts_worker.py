@@ -1,9 +1,9 @@
 """Run by test_wide_layouts.py on eight processes: experts, uneven pipelines, overlap, context parallelism with all."""
 
 import torch
-from layouts_worker import learn, policy
-from ranks import Ranks
-from witness import equal_sequences
+from helpers.layout_learning import learn, policy
+from helpers.ranks import Ranks
+from helpers.witness import equal_sequences
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig
 from exprl_megatron.policy import overlap

@@ -117,14 +117,12 @@ def test_the_list_of_processes_shows_the_command(starter, tmp_path):
 @pytest.mark.parametrize("supervised", [True, False])
 def test_kill_9_of_the_launcher_ends_all(tmp_path, supervised):
     program = f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
 from test_fork_server import *
 starter = Starter([ForkServer("preloaded", {{"forked_program"}}, ENVIRONMENT, 60)])
 start(starter, {str(tmp_path / "log")!r}, "wait", grace_s={5.0 if supervised else None})
 time.sleep(600)
 """
-    launcher = subprocess.Popen([sys.executable, "-c", program])
+    launcher = subprocess.Popen([sys.executable, "-c", program], env=ENVIRONMENT)
     ready(tmp_path / "log")
     family = psutil.Process(launcher.pid).children(recursive=True)
     # The fork server, the program, and its supervisor.

@@ -103,7 +103,6 @@ def test_the_guide_shows_the_dry_run_as_it_is():
 
 if __name__ == "__main__":
     os.environ["HF_TOKEN"] = "secret"
-    sys.path.insert(0, str(ROOT))
     for case in CASES:
         with tempfile.TemporaryDirectory() as directory:
             (GOLDEN / f"{case}.txt").write_text(printed(case, Path(directory) / "home"))

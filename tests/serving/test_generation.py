@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from operations import instructions
+from helpers.operations import instructions
 
 from exprl_megatron.serving.generation import Asked, read_generation, read_scores
 

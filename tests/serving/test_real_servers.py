@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from forking import starter
+from helpers.forking import starter
+from helpers.tiny_models import write_tiny_model
 from safetensors.torch import load_file
-from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.serving import SCORED_BELOW_ROOM, ServerConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from fake_cuda import pretend_gpu
-from recipe_layouts import RECIPES
+from helpers.recipe_layouts import RECIPES
 
 PRECISION, FILE = sys.argv[1], Path(sys.argv[2])
 pretend_gpu((10, 0) if PRECISION == "mxfp8" else (9, 0))

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from recipe_layouts import RECIPES
+from helpers.recipe_layouts import RECIPES
 
 # The first test of a precision waits until all its models are built.
 pytestmark = pytest.mark.timeout(3600)

@@ -4,13 +4,12 @@ import asyncio
 import filecmp
 import json
 import shutil
-import sys
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
+from helpers.runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
 
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.problems.order import problem_indices
@@ -18,9 +17,6 @@ from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.serving.registry import Registry
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
 
 pytestmark = pytest.mark.slow
 

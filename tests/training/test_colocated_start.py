@@ -1,12 +1,11 @@
 """Colocated: when servers sleep and when the trainer takes memory, at a run's start and when it is resumed."""
 
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from helpers.runs import run_config, write_problems
 
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.policy.policy import Policy
@@ -16,9 +15,6 @@ from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.training import assemble as assembly
 from exprl_megatron.training import phase_switch
 from exprl_megatron.training import run as running
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import run_config, write_problems
 
 ASLEEP = "/release_memory_occupation"
 ORDER = [ASLEEP, "policy", "stage"]

@@ -1,10 +1,9 @@
 """Rollouts alone, learning alone from what was kept, and a run that checks itself."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from helpers.runs import finish, run_config, start_ranks, write_problems
 from safetensors.torch import load_file
 
 from exprl_megatron.config.load import check_config
@@ -13,9 +12,6 @@ from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.assertions import check_first_update
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, run_config, start_ranks, write_problems
 
 
 def _config(directory, model, problems, judge=None, **changes):

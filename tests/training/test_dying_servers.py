@@ -1,14 +1,10 @@
 """A run on real servers behind a router and proxies, to which everything happens once that can happen to it."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from benchmarks.chaos import FaultedRun
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import run_config, write_problems
+from helpers.runs import run_config, write_problems
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 DEADLINE_S = 900

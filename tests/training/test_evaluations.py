@@ -7,7 +7,7 @@ import stat
 from dataclasses import replace
 
 import pytest
-from graded import graded
+from helpers.graded import graded
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from exprl_megatron.config.load import check_config

@@ -1,19 +1,15 @@
 """A policy of experts, learned expert-parallel in Megatron and sampled by SGLang."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-from forking import starter
+from helpers.forking import starter
+from helpers.runs import SAMPLING, finish, run_config, start_ranks, write_problems
 from safetensors.torch import load_file
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import SAMPLING, finish, run_config, start_ranks, write_problems
 
 pytestmark = pytest.mark.slow
 

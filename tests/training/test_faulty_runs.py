@@ -12,13 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from helpers.runs import command_words, wait_until
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.runs.directory import RunDirectory
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import command_words, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -2,11 +2,10 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import finish, run_config, start_ranks, write_problems
 from safetensors.torch import load_file
 
 from exprl_megatron.judging.judgement import Abstained, Scored
@@ -14,9 +13,6 @@ from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, run_config, start_ranks, write_problems
 
 pytestmark = pytest.mark.slow
 

@@ -4,10 +4,10 @@ import asyncio
 import filecmp
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.runs import finish, run_config, start_ranks, write_problems
 from transformers import AutoTokenizer
 
 from exprl_megatron.algorithms.batch import TrainSample
@@ -22,9 +22,6 @@ from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.phase_switch import PhaseSwitch
 from exprl_megatron.weight_sync.conductor import Conductor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, run_config, start_ranks, write_problems
 
 COLOCATED = {"placement": {"kind": "colocated"}, "sync": {"transport": "handles", "max_log_prob_gap": 1e-4}}
 

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 import pytest
-from graded import group, stage
+from helpers.graded import group, stage
 
 from exprl_megatron.errors import ServerError
 from exprl_megatron.runs.journal import SampledStep

@@ -3,7 +3,7 @@
 from statistics import mean, stdev
 
 import pytest
-from graded import graded, stage
+from helpers.graded import graded, stage
 
 from exprl_megatron.algorithms.scores import soft_overlong_punishment
 from exprl_megatron.errors import UserError

@@ -3,11 +3,10 @@
 import asyncio
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-from forking import starter
+from helpers.forking import starter
+from helpers.runs import SAMPLING, finish, kill_when, run_config, start_ranks, write_problems
 
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
@@ -26,9 +25,6 @@ from exprl_megatron.training.assemble import ref_client
 from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.weight_sync.conductor import Conductor
 from exprl_megatron.weight_sync.sync import WeightSync
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import SAMPLING, finish, kill_when, run_config, start_ranks, write_problems
 
 
 def three_stages(directory, model, problems, ref_policy="server", **sampling):

@@ -5,11 +5,11 @@ import itertools
 import json
 import shutil
 import sqlite3
-import sys
 from pathlib import Path
 
 import pytest
-from forking import starter
+from helpers.forking import starter
+from helpers.runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,9 +20,6 @@ from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.serving.server_process import server_specs, start_servers
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
 
 pytestmark = pytest.mark.slow
 

@@ -1,14 +1,10 @@
 """Whole runs whose groups behave as NCCL's do: nothing hangs, and no object of ours is sent over them."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, run_config, start_ranks, write_problems
-from under_nccl import connected, faults, uses_backend
+from helpers.runs import finish, run_config, start_ranks, write_problems
+from helpers.under_nccl import connected, faults, uses_backend
 
 from exprl_megatron.runs.directory import RunDirectory
 

@@ -10,12 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from helpers.runs import run_config, wait_until, write_problems
 
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.registry import Registry
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import run_config, wait_until, write_problems
 
 pytestmark = pytest.mark.slow
 

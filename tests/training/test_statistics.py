@@ -2,7 +2,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from graded import cut, graded, group
+from helpers.graded import cut, graded, group
 
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.judging.judgement import Abstained

@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from graded import cut, graded, group, stage
+from helpers.graded import cut, graded, group, stage
 
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.teacher import student_and_teacher

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from helpers.ranks import Ranks
 from safetensors.torch import save_file
 
 from exprl_megatron.config.policy import Layout, PolicyConfig

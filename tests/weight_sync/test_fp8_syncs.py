@@ -1,10 +1,10 @@
 """Weights for FP8 servers are quantised while they are gathered: as if the whole tensor had been, from every layout."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
 from exprl_megatron.errors import UserError
@@ -12,9 +12,6 @@ from exprl_megatron.models.fp8_blocks import SCALE, dequantize, is_quantised, qu
 from exprl_megatron.serving.checksums import rank_checksums
 from exprl_megatron.weight_sync.outgoing import quantise_into
 from exprl_megatron.weight_sync.weight_check import as_served
-
-sys.path.append(str(Path(__file__).parents[1] / "policy"))
-from ranks import run_ranks
 
 LAYOUTS = ("TP1", "TP2", "TP4", "TP2xPP2")
 

@@ -1,18 +1,15 @@
 """Weights of a policy in several layouts reach several servers, and servers of two ranks; refusals end every rank."""
 
-import sys
 from pathlib import Path
 
 import pytest
-from forking import starter
+from helpers.forking import starter
+from helpers.ranks import run_ranks
+from helpers.under_nccl import faults, knows_backend
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
-
-sys.path.append(str(Path(__file__).parents[1] / "policy"))
-from ranks import run_ranks
-from under_nccl import faults, knows_backend
 
 pytestmark = pytest.mark.slow
 TARGETS = ("two", "tp2")

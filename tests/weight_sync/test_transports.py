@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forking import starter
+from helpers.forking import starter
 from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.policy import PolicyConfig

@@ -5,11 +5,11 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from helpers.runs import wait_until
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
@@ -20,9 +20,6 @@ from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.processes.supervise import supervised
 from exprl_megatron.runs.directory import RunDirectory
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import wait_until
 
 LOST = {"status": 1, "message": "trainer 1 failed: RuntimeError: Connection closed by peer", "unexpected": True}
 ENDS = """

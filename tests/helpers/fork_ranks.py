@@ -1,4 +1,4 @@
-"""torchrun's part for tests: `python -m fork_ranks PROCESSES SCRIPT OUT` forks every rank of one process.
+"""torchrun's part for tests: `python -m helpers.fork_ranks PROCESSES SCRIPT OUT` forks every rank of one process.
 
 That process has their libraries and is itself forked (see forking).
 """
@@ -45,7 +45,6 @@ def fork(rank: int, script: str, out: str) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     sys.argv = [script, out]
-    sys.path.insert(0, os.path.dirname(script))
     status = 1
     try:
         runpy.run_path(script, run_name="__main__")

@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 import pytest
-from operations import instructions
+from helpers.operations import instructions
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Abstained, Scored

@@ -12,7 +12,7 @@ import pytest
 from exprl_megatron.errors import UserError
 from exprl_megatron.utils import accelerator
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU_ENVIRONMENT, GPU_ENVIRONMENT = (), ("transformer_engine", "sgl_kernel")
 
 # Torch sees a GPU as CUDA does: unless CUDA_VISIBLE_DEVICES is set and empty.

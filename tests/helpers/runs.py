@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from forking import starter
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
@@ -15,6 +14,7 @@ from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.server_process import Server
+from helpers.forking import starter
 
 SAMPLING = {"temperature": 1.0, "max_new_tokens": 24}
 

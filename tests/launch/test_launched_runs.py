@@ -7,11 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from helpers.runs import command_words, run_config, wait_until, write_problems
 
 from exprl_megatron.runs.directory import RunDirectory
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import command_words, run_config, wait_until, write_problems
 
 pytestmark = pytest.mark.slow
 

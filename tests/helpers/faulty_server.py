@@ -5,10 +5,10 @@ from collections import Counter
 from contextlib import asynccontextmanager
 
 from aiohttp import web
-from judge_parts import UNKNOWN
 
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
+from helpers.judge_parts import UNKNOWN
 
 VERDICT = "Score: 4"
 

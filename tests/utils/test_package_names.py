@@ -8,7 +8,7 @@ import pytest
 
 from exprl_megatron.utils import package_names
 
-ROOT = Path(__file__).parents[1] / "exprl_megatron"
+ROOT = Path(__file__).parents[2] / "exprl_megatron"
 
 
 def test_the_answer_for_this_environment_is_that_of_python():

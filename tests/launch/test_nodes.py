@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from helpers.runs import command_words, run_config, wait_until, write_problems
 
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode, ended, read_end
@@ -17,9 +18,6 @@ from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.utils.keyed_store import reached_store
 from exprl_megatron.utils.ports import free_ports
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import command_words, run_config, wait_until, write_problems
 
 STEPS = 6
 

@@ -16,9 +16,9 @@ from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.server_command import SERVER, server_environment
 from exprl_megatron.utils.accelerator import uses_cuda
 
-RANKS = "fork_ranks"
-"""The program that runs a test's script in several ranks (tests/policy/fork_ranks.py)."""
-_HERE = Path(__file__).parent
+RANKS = "helpers.fork_ranks"
+"""The program that runs a test's script in several ranks (see fork_ranks)."""
+_TESTS = Path(__file__).parents[1]
 _DEADLINE_S = 600.0
 
 
@@ -51,14 +51,12 @@ def starter() -> Starter:
     """
     if uses_cuda():
         return Starter()
-    backend = _HERE / "nccl_backend"
+    backend = _TESTS / "nccl_backend"
     ranks = rank_environment(os.environ, ServerConfig())
     servers = server_environment(os.environ, cuda=False)
     return Starter(
         [
-            _WhenAsked(
-                "exprl_megatron.launch.trainer_preload", {WORKER, RANKS}, ranks, [_HERE / "policy", _HERE, backend]
-            ),
+            _WhenAsked("exprl_megatron.launch.trainer_preload", {WORKER, RANKS}, ranks, [_TESTS, backend]),
             _WhenAsked("exprl_megatron.serving.server_preload", {SERVER}, servers, [backend]),
         ]
     )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_tokenizer
+from helpers.tiny_models import tiny_tokenizer
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.problems import ProblemsConfig, PromptConfig

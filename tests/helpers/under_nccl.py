@@ -1,16 +1,13 @@
 """Processes under the test backend with NCCL's behavior (tests/nccl_backend): their environment and their records."""
 
 import os
-import sys
 from pathlib import Path
 
 from exprl_megatron.utils.accelerator import GROUP_BACKEND
 
-BACKEND = Path(__file__).parent / "nccl_backend"
+BACKEND = Path(__file__).parents[1] / "nccl_backend"
 PATIENCE_S = 25.0
 """A process that would hang under NCCL raises after so long, and says where."""
-
-sys.path.append(str(BACKEND))
 
 
 def knows_backend(records: Path, patience_s: float = PATIENCE_S) -> dict[str, str]:

@@ -1,17 +1,12 @@
 """A text is that of its ids, as SGLang's detokenizer writes it; anything else is not."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+from helpers.tokenizer_rules import tokenizer_of
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from exprl_megatron.utils.text_check import text_check_of
-
-sys.path.insert(0, str(Path(__file__).parent / "judging"))
-from tokenizer_rules import tokenizer_of
 
 TEXT = "Let x = 3. Then 步骤 🙂, é so it isn't 4 .\n\nScore: 5"
 

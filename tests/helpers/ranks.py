@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-from forking import RANKS, starter
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.policy.world import World, enter_world, leave_world
 from exprl_megatron.utils.accelerator import group_backend
+from helpers.forking import RANKS, starter
 
 
 def run_ranks(
@@ -32,9 +32,8 @@ def run_ranks(
     (out / "arguments.json").write_text(json.dumps(arguments, default=str))
     torchrun_module = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
     program = [*(torchrun_module if torchrun else [RANKS]), str(processes), str(script), str(out)]
-    here = Path(__file__).parent
     variables = os.environ | (environment or {}) | {"OMP_NUM_THREADS": "1"}
-    paths = [str(here), str(here.parent), variables.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[1]), variables.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     with open(out / "log", "w") as log:
         process = starter().start("ranks", [sys.executable, "-m", *program], variables, log, log)

@@ -6,21 +6,18 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import psutil
 import pytest
 import torch.distributed as dist
 import yaml
+from helpers.runs import wait_until
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.policy.checkpoint import read_extra
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.weight_sync.conductor import Conductor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from runs import wait_until
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from exprl_megatron.utils.intervals import boundary_margin, difference_bounds, m
 
 @pytest.fixture(scope="module")
 def simulation():
-    file = Path(__file__).parents[1] / "tools" / "interval_coverage.py"
+    file = Path(__file__).parents[2] / "tools" / "interval_coverage.py"
     spec = importlib.util.spec_from_file_location("interval_coverage", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

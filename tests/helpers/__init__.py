@@ -1,0 +1,1 @@
+"""What tests of several directories share: small models, runs, judges, ranks and servers."""
