@@ -42,7 +42,8 @@ def build(precision: str) -> dict:
     with TemporaryDirectory() as directory:
         file = Path(directory) / "found.json"
         command = [sys.executable, "-W", "ignore", HERE / "build_recipes.py", precision, file]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(file.read_text(encoding="utf-8"))
 
