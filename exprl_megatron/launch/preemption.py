@@ -18,7 +18,7 @@ def end_on_sigusr1() -> None:
 
 
 def request_stop_on_sigusr1(request: Path) -> None:
-    """From now on SIGUSR1 makes the file `request`, which Conductor.asked_to_stop sees."""
+    """From now on SIGUSR1 makes the file `request`, which RankCoordinator.asked_to_stop sees."""
     signal.signal(signal.SIGUSR1, lambda *_: request.touch())
 
 

@@ -31,13 +31,12 @@ from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import RankZero, Run, ServerLinks
-from exprl_megatron.weight_sync.conductor import Conductor
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import Members, WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
 
-_CONTROL_ROOM = 2.0
-"""Ranks wait for rank 0's word longer than rank 0 waits for a server, by this factor."""
+_SIGNAL_ROOM = 2.0
+"""Ranks wait for rank 0's signal longer than rank 0 waits for a server, by this factor."""
 
 
 def assemble(
@@ -48,11 +47,11 @@ def assemble(
     Its servers are found in `registry`; `on_failure` is RolloutPrefetch's.
     Raises Preempted where the run is asked to stop before the servers are ready.
     """
-    conductor = Conductor(paths.stop_request.is_file)
+    coordinator = RankCoordinator(_SIGNAL_ROOM * config.sync.deadline_s, paths.stop_request.is_file)
     checkpoint, damaged = intact_checkpoint(paths.checkpoints)
     progress = RunProgress() if checkpoint is None else RunProgress.from_record(read_extra(checkpoint))
     fleet, rollouts, prefetch, evaluator, console = None, None, None, None, None
-    if conductor.here:
+    if coordinator.is_rank0:
         console = Console(config, paths, progress)
         for sentence in damaged:
             console.say(f"{sentence} The run goes on from {checkpoint.name}.")
@@ -61,40 +60,40 @@ def assemble(
         judging = JudgingRuntime(config, paths.judgements, judges, console)
         kept = RunDirectory(config.debug.rollouts) if config.debug.rollouts else paths
         rollouts = Rollouts(config, Journal(kept.journal), fleet, judges, judging, console)
-        prefetch = RolloutPrefetch(conductor, rollouts, on_failure)
+        prefetch = RolloutPrefetch(coordinator, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, console)
     # Prompts first: what is wrong with them is known before the servers are up.
-    conductor.everywhere(lambda: rollouts.prepare())
+    coordinator.broadcast_from_rank0(lambda: rollouts.prepare())
 
     def policy_on_device() -> Policy:
         return Policy(_starting_policy(config, paths, progress), config.seed)
 
     if config.placement.kind == "colocated":
         # A server takes what it finds free of its GPU, and its ranks must find the same: the trainer comes second.
-        _await_servers(conductor, rollouts)
-        put_to_sleep(conductor, fleet)
+        _await_servers(coordinator, rollouts)
+        put_to_sleep(coordinator, fleet)
         policy = policy_on_device()
     else:
         policy = policy_on_device()
-        _await_servers(conductor, rollouts)
+        _await_servers(coordinator, rollouts)
     members = FixedServers([]) if fleet is None else fleet
-    sync = _weight_sync(config, "policy", paths, members, policy, conductor, console)
-    scorer = _ref_scorer(config, paths, registry, policy, conductor, console)
-    phases = PhaseSwitch(config.placement, policy, conductor, fleet, sync)
+    sync = _weight_sync(config, "policy", paths, members, policy, coordinator, console)
+    scorer = _ref_scorer(config, paths, registry, policy, coordinator, console)
+    phases = PhaseSwitch(config.placement, policy, coordinator, fleet, sync)
     return Run(
         config,
         paths,
         policy,
-        conductor,
+        coordinator,
         ServerLinks(sync, phases, scorer),
         RankZero(rollouts, prefetch, evaluator, console),
         (progress, checkpoint),
     )
 
 
-def _await_servers(conductor: Conductor, rollouts: Rollouts | None) -> None:
+def _await_servers(coordinator: RankCoordinator, rollouts: Rollouts | None) -> None:
     """Return when all servers are ready. Raises Preempted where the run is asked to stop before."""
-    if not conductor.everywhere(lambda: conductor.run_unless_asked_to_stop(rollouts.open())):
+    if not coordinator.broadcast_from_rank0(lambda: coordinator.run_unless_asked_to_stop(rollouts.open())):
         raise Preempted("The run was asked to stop while it waited for its servers; continue with --resume.")
 
 
@@ -117,15 +116,15 @@ def _ref_scorer(
     paths: RunDirectory,
     registry: Registry,
     policy: Policy,
-    conductor: Conductor,
+    coordinator: RankCoordinator,
     console: Console | None,
 ) -> RefScorer | None:
     if not config.has_ref_server:
         return None
     client = ref_client(config, registry, (lambda text: None) if console is None else console.say)
     members = FixedServers([client])
-    sync = _weight_sync(config, "ref", paths, members, policy, conductor, console)
-    scorer = RefScorer(client, sync, conductor, config.server.start_deadline_s)
+    sync = _weight_sync(config, "ref", paths, members, policy, coordinator, console)
+    scorer = RefScorer(client, sync, coordinator, config.server.start_deadline_s)
     scorer.open()
     return scorer
 
@@ -162,20 +161,19 @@ def _weight_sync(
     paths: RunDirectory,
     members: Members,
     policy: Policy,
-    conductor: Conductor,
+    coordinator: RankCoordinator,
     console: Console | None,
 ) -> WeightSync:
     server = config.server if servers == "policy" else config.ref_server
-    control = Control(_CONTROL_ROOM * config.sync.deadline_s)
     transport = make_transport(
         choose_transport(config, servers),
         [],
         server.tp,
         policy.world,
-        control,
+        coordinator,
         config.sync.deadline_s,
         directory=paths.sync / servers,
         model=Path(config.policy.model),
         **({} if console is None else {"tell": console.say}),
     )
-    return WeightSync(config.sync, policy, conductor, members, transport, control, server.tp)
+    return WeightSync(config.sync, policy, coordinator, members, transport, server.tp)

@@ -1,4 +1,4 @@
-"""How long the conductor's event loop was kept from its work, as a metric of every step.
+"""How long the coordinator's event loop was kept from its work, as a metric of every step.
 
 While the loop is busy with one thing, requests, judge deadlines and the watch over servers wait. What takes long is
 done in threads, of which there are few: each may keep the interpreter's lock for some milliseconds.

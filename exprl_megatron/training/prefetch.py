@@ -15,7 +15,7 @@ from typing import NamedTuple
 from exprl_megatron.config.stages import RlStage
 from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.training.rollouts import Rollouts
-from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 
 
 class InFlightStep(NamedTuple):
@@ -34,8 +34,8 @@ class RolloutPrefetch:
     alone.
     """
 
-    def __init__(self, conductor: Conductor, rollouts: Rollouts, on_failure: Callable[[BaseException], None]):
-        self._conductor = conductor
+    def __init__(self, coordinator: RankCoordinator, rollouts: Rollouts, on_failure: Callable[[BaseException], None]):
+        self._coordinator = coordinator
         self._rollouts = rollouts
         self._on_failure = on_failure
         self._in_flight: dict[int, InFlightStep] = {}
@@ -53,7 +53,7 @@ class RolloutPrefetch:
             return False
         if stage.max_staleness:
             # Also if nothing is in flight: a run that was killed may have left the servers paused.
-            self._conductor.run(self._rollouts.pause_generation())
+            self._coordinator.run(self._rollouts.pause_generation())
             self._paused = True
         return True
 
@@ -63,13 +63,13 @@ class RolloutPrefetch:
         Their tokens may be of this version from then on, as after `needs_weights`.
         """
         if self._allow_version(version):
-            self._conductor.run(self._rollouts.pause_generation())
+            self._coordinator.run(self._rollouts.pause_generation())
             self._paused = True
 
     def resume(self) -> None:
         """Continue the paused traces under the weights that the servers have now."""
         if self._paused:
-            self._conductor.run(self._rollouts.continue_generation())
+            self._coordinator.run(self._rollouts.continue_generation())
             self._paused = False
 
     def start(self, stage: RlStage, step: int, prompts_consumed: int, version: str) -> Future[SampledStep] | None:
@@ -82,7 +82,7 @@ class RolloutPrefetch:
         for missing in self._missing(stage, step):
             versions = [version]
             first = prompts_consumed + (missing - step) * stage.prompts_for(stage.problems_per_step)
-            sampled = self._conductor.start(self._rollouts.collect(stage, missing, first, versions))
+            sampled = self._coordinator.start(self._rollouts.collect(stage, missing, first, versions))
             self._in_flight[missing] = InFlightStep(sampled, versions)
             sampled.add_done_callback(partial(self._report, missing))
         self._awaited = step

@@ -9,23 +9,23 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 
 
 class RefScorer:
     """Client of the reference policy's server. Every rank calls the same methods; only rank 0 talks to the server."""
 
-    def __init__(self, client: SGLangClient, sync: WeightSync, conductor: Conductor, start_deadline_s: float):
+    def __init__(self, client: SGLangClient, sync: WeightSync, coordinator: RankCoordinator, start_deadline_s: float):
         self._client = client
         self._sync = sync
-        self._conductor = conductor
+        self._coordinator = coordinator
         self._start_deadline_s = start_deadline_s
         self._version: str | None = None
 
     def open(self) -> None:
         """Open the connection and wait until the server is ready. Raises ServerError where it does not start."""
-        self._conductor.everywhere(lambda: self._conductor.run(self._open()))
+        self._coordinator.broadcast_run(lambda: self._open())
 
     def begin_stage(self, stage: str) -> None:
         """Push the policy's current weights to the server; they stay there until the next stage.
@@ -43,12 +43,12 @@ class RefScorer:
         fit, and each has the full request deadline. Raises ServerError where the server is dead, does not answer within
         its deadline, refuses, or holds other weights.
         """
-        return self._conductor.everywhere(lambda: self._conductor.run(gather_or_cancel(map(self._score, samples))))
+        return self._coordinator.broadcast_run(lambda: gather_or_cancel(map(self._score, samples)))
 
     def close(self) -> None:
         """Disconnect from the server."""
         self._sync.close()
-        self._conductor.everywhere(lambda: self._conductor.run(self._client.__aexit__()))
+        self._coordinator.broadcast_run(lambda: self._client.__aexit__())
 
     async def _open(self) -> None:
         await self._client.__aenter__()

@@ -38,7 +38,7 @@ from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.teacher import teacher_prompts
-from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class Run:
         config: RunConfig,
         directory: RunDirectory,
         policy: Policy,
-        conductor: Conductor,
+        coordinator: RankCoordinator,
         servers: ServerLinks,
         rank_zero: RankZero,
         start: tuple[RunProgress, Path | None],
@@ -86,7 +86,7 @@ class Run:
         self.config = config
         self.policy = policy
         self._directory = directory
-        self._conductor = conductor
+        self._coordinator = coordinator
         self._sync = servers.sync
         self._phases = servers.phases
         self._ref_scorer = servers.ref_scorer
@@ -137,28 +137,28 @@ class Run:
         Where the stage has `max_staleness`, some tokens may be older, and sampling of the next steps is started.
         """
         version, prompts_consumed = self.weight_version, self._progress.prompts_consumed
-        if self._conductor.everywhere(lambda: self._prefetch.needs_weights(stage, step, version)):
+        if self._coordinator.broadcast_from_rank0(lambda: self._prefetch.needs_weights(stage, step, version)):
             with self.clock("sync"):
                 self._sync_metrics = self._phases.sync_weights(version)
         with self.clock(ROLLOUTS):
-            work = self._conductor.here_alone(lambda: self._prefetch.start(stage, step, prompts_consumed, version))
+            work = self._coordinator.on_rank0(lambda: self._prefetch.start(stage, step, prompts_consumed, version))
             while (waiting := self._waiting_for(work)) != "done":
                 if waiting == "weights":
                     self._sync_metrics = self._phases.sync_weights(version)
-            sampled = self._conductor.here_alone(lambda: self._prefetch.take(stage, step))
-            self._conductor.everywhere(lambda: self._conductor.run(self._rollouts.check_served()))
+            sampled = self._coordinator.on_rank0(lambda: self._prefetch.take(stage, step))
+            self._coordinator.broadcast_run(lambda: self._rollouts.check_served())
         self._phases.switch_to_training()
         self._counted = {} if sampled is None else self._counts(stage, sampled)
-        self._progress = self._conductor.everywhere(lambda: self._progress_after(sampled))
+        self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress_after(sampled))
         return [] if sampled is None else sampled.groups
 
     def on_rank0(self, work: Callable[[], T]) -> T | None:
         """Return the result of `work` on rank 0, None elsewhere; an error on rank 0 ends every rank."""
-        return self._conductor.here_alone(work)
+        return self._coordinator.on_rank0(work)
 
     def scattered(self, batches: Callable[[], list[Batches]]) -> list[Batches]:
         """Build `batches` on rank 0 and send each rank the samples that it learns from (see SampleScatter)."""
-        made = self._conductor.here_alone(batches)
+        made = self._coordinator.on_rank0(batches)
         shared = self._scatter.scatter(None if made is None else [batch for pair in made for batch in pair])
         return list(zip(shared[::2], shared[1::2], strict=True))
 
@@ -239,13 +239,13 @@ class Run:
 
         Raises Preempted where the run was asked to stop.
         """
-        checkpoint, asked_to_stop = self.config.checkpoint, self._conductor.asked_to_stop()
+        checkpoint, asked_to_stop = self.config.checkpoint, self._coordinator.asked_to_stop()
         if asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps:
             with self.clock("save"):
                 save_checkpoint(
                     self._directory.checkpoints, self.policy, self._progress.as_record(), keep=checkpoint.keep
                 )
-            if self._conductor.here and isinstance(stage, RlStage):
+            if self._coordinator.is_rank0 and isinstance(stage, RlStage):
                 self._rollouts.prune_log(stage, step)
         if asked_to_stop:
             raise Preempted(
@@ -256,13 +256,13 @@ class Run:
     def close_stage(self, stage: Stage) -> None:
         """Save the stage's weights in Hugging Face format, once."""
         target = self._directory.models / stage.name
-        if stage.name not in self._trained and self._conductor.everywhere(target.is_dir):
+        if stage.name not in self._trained and self._coordinator.broadcast_from_rank0(target.is_dir):
             return
         # A run that resumed from an older checkpoint, as a newer one was damaged, already has a model of this stage.
         former = target.with_name(target.name + ".former")
-        self._conductor.here_alone(lambda: _rename(target, former))
+        self._coordinator.on_rank0(lambda: _rename(target, former))
         self.policy.save_huggingface(target)
-        self._conductor.here_alone(lambda: shutil.rmtree(former, ignore_errors=True))
+        self._coordinator.on_rank0(lambda: shutil.rmtree(former, ignore_errors=True))
 
     def evaluate(self, stage: Stage | None = None, step: int | None = None) -> None:
         """Measure pass@k of the current weights on the held-out problems, unless that was done.
@@ -273,47 +273,47 @@ class Run:
         if not self.config.has_evaluation or not (step is None or self.config.evaluation.is_due(step)):
             return
         name = evaluation_name(stage, step)
-        if not self._conductor.everywhere(lambda: self._evaluator.done(name)):
+        if not self._coordinator.broadcast_from_rank0(lambda: self._evaluator.done(name)):
             self._measure(name)
-        self._conductor.here_alone(lambda: self._evaluator.log(stage, step))
+        self._coordinator.on_rank0(lambda: self._evaluator.log(stage, step))
 
     def _measure(self, name: str) -> None:
         """Evaluate the current weights as `name`; steps in flight continue under these weights in the meantime."""
         version = self.weight_version
-        self._conductor.everywhere(lambda: self._prefetch.pause(version))
+        self._coordinator.broadcast_from_rank0(lambda: self._prefetch.pause(version))
         self._phases.sync_weights(version)
-        self._conductor.everywhere(lambda: self._prefetch.resume())
-        work = self._conductor.here_alone(lambda: self._conductor.start(self._evaluator.evaluate(name, version)))
+        self._coordinator.broadcast_from_rank0(lambda: self._prefetch.resume())
+        work = self._coordinator.on_rank0(lambda: self._coordinator.start(self._evaluator.evaluate(name, version)))
         while (waiting := self._waiting_for(work)) != "done":
             if waiting == "weights":
                 self._phases.sync_weights(version)
-            elif self._conductor.asked_to_stop():
-                self._conductor.here_alone(lambda: work.cancel())
+            elif self._coordinator.asked_to_stop():
+                self._coordinator.on_rank0(lambda: work.cancel())
                 raise Preempted(
                     f"The run was asked to stop and did so in the evaluation of {name}; "
                     "continue with --resume, which makes it again."
                 )
-        self._conductor.everywhere(lambda: work.result())
+        self._coordinator.broadcast_from_rank0(lambda: work.result())
         self._phases.switch_to_training()
 
     def close(self) -> None:
         """Print the closing table, disconnect from the servers, end the verifier's processes and close the logs."""
-        if self._conductor.here:
+        if self._coordinator.is_rank0:
             self._console.closing(self._evaluator.all())
         self._sync.close()
         if self._ref_scorer is not None:
             self._ref_scorer.close()
-        if self._conductor.here:
-            self._conductor.run(self._rollouts.close())
+        if self._coordinator.is_rank0:
+            self._coordinator.run(self._rollouts.close())
             self._console.close()
-        self._conductor.close()
+        self._coordinator.close()
 
     def _stop_unless_known(self, error: GradientNotFinite) -> None:
         """Raise RunStopped, unless an earlier attempt of the run met the same gradient that is not finite."""
         stage, step = self._now
         skipped = SkippedUpdates(self._directory.skipped_updates)
-        if self._conductor.everywhere(lambda: skipped.add(stage, step, self._updates_in_step)):
-            self._conductor.here_alone(lambda: self._console.say(f"{error} again; step {step} of {stage} is left out"))
+        if self._coordinator.broadcast_from_rank0(lambda: skipped.add(stage, step, self._updates_in_step)):
+            self._coordinator.on_rank0(lambda: self._console.say(f"{error} again; step {step} of {stage} is left out"))
             return
         journal = Journal(RunDirectory(self.config.debug.rollouts or self._directory.root).journal)
         raise not_learned(error, stage, step, journal.path(stage, step) if self._examples is None else None)
@@ -323,8 +323,8 @@ class Run:
 
         Called in a loop, so that the ranks stay in contact however long the work takes.
         """
-        return self._conductor.everywhere(
-            lambda: "done" if work is None else self._conductor.run(self._rollouts.wait_for(work))
+        return self._coordinator.broadcast_from_rank0(
+            lambda: "done" if work is None else self._coordinator.run(self._rollouts.wait_for(work))
         )
 
     def _keep_span(self, name: str, start: float) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
 
 def guarded(directory: Path, servers: Path) -> int:
     """The exit status of this rank's work; errors are written where the launcher finds them."""
-    from exprl_megatron.weight_sync.control import RankZeroFailed
+    from exprl_megatron.weight_sync.coordinator import RankZeroFailed
 
     end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
 
@@ -96,7 +96,7 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
 
 
 def _longest_wait(config) -> float:
-    """Ranks wait for the conductor in a collective; no step of its work may take longer than this, in seconds."""
+    """The longest that rank 0 may work while the other ranks wait for it in a collective, in seconds."""
     judge = config.judge.server.start_deadline_s + _longest_judging(config) if config.needs_judge else 0.0
     return config.server.start_deadline_s + config.server.request_deadline_s + config.sync.deadline_s + judge + 60.0
 

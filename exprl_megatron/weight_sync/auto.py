@@ -8,7 +8,7 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
-from exprl_megatron.weight_sync.control import Control, RankZeroFailed
+from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 from exprl_megatron.weight_sync.direct import CannotReceive, DirectTransport
 from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.timing import SyncTimes
@@ -24,15 +24,15 @@ class AutoTransport:
         clients: Sequence[SGLangClient],
         server_tp: int,
         world: World,
-        control: Control,
+        coordinator: RankCoordinator,
         deadline_s: float,
         *,
         tell: Callable[[str], None],
     ):
-        self._control = control
+        self._coordinator = coordinator
         self._tell = tell
-        self._direct = DirectTransport(clients, server_tp, world, control, deadline_s)
-        self._broadcast = BroadcastTransport(clients, server_tp, world, control, deadline_s)
+        self._direct = DirectTransport(clients, server_tp, world, coordinator, deadline_s)
+        self._broadcast = BroadcastTransport(clients, server_tp, world, coordinator, deadline_s)
         self._clients = list(clients)
         self._deadline_s = deadline_s
         self._refused = False
@@ -53,14 +53,14 @@ class AutoTransport:
                 return await self._direct.push(outgoing, version, times)
             except BaseException as error:
                 # The other ranks have been stopped and wait for what comes next.
-                with self._control.abort_on_error():
+                with self._coordinator.abort_on_error():
                     if not isinstance(error, CannotReceive):
                         raise
                     self._tell(f"weights travel by broadcast, not by direct: {error}")
                     await gather_or_cancel(
                         client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )
-                self._control.signal()
+                self._coordinator.signal()
             self._refused = True
         await self._broadcast.push(outgoing, version, times)
 
@@ -69,7 +69,7 @@ class AutoTransport:
             try:
                 return self._direct.follow(outgoing)
             except RankZeroFailed:
-                self._control.wait_signal()
+                self._coordinator.wait_signal()
             self._refused = True
         self._broadcast.follow(outgoing)
 

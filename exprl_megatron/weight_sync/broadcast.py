@@ -16,7 +16,7 @@ import torch
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
 from exprl_megatron.weight_sync.rounds import send_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
@@ -29,13 +29,18 @@ class BroadcastTransport:
     fillers = None
 
     def __init__(
-        self, clients: Sequence[SGLangClient], server_tp: int, world: World, control: Control, deadline_s: float
+        self,
+        clients: Sequence[SGLangClient],
+        server_tp: int,
+        world: World,
+        coordinator: RankCoordinator,
+        deadline_s: float,
     ):
         self._clients = clients
         self._world = world
-        self._control = control
+        self._coordinator = coordinator
         self._deadline_s = deadline_s
-        self._groups = WeightGroups(server_tp, world, control, deadline_s)
+        self._groups = WeightGroups(server_tp, world, coordinator, deadline_s)
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         self._groups.break_off()
@@ -46,7 +51,7 @@ class BroadcastTransport:
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         try:
-            with self._control.abort_on_error():
+            with self._coordinator.abort_on_error():
                 await gather_or_cancel(
                     client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
@@ -54,14 +59,14 @@ class BroadcastTransport:
                     await self._groups.open(self._clients, outgoing)
                 await send_rounds(
                     len(outgoing.rounds),
-                    self._control,
+                    self._coordinator,
                     outgoing.gather,
                     lambda number, filled: self._send(outgoing, number, filled, version, times),
                 )
                 await gather_or_cancel(
                     client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
-                self._control.signal()
+                self._coordinator.signal()
         except BaseException:
             self._groups.break_off()
             raise
@@ -86,13 +91,13 @@ class BroadcastTransport:
         sent: dict[int, Future[float]] = {}
         broken: BaseException | None = None
         for number in range(len(outgoing.rounds)):
-            self._control.wait_signal()
+            self._coordinator.wait_signal()
             # A server has answered for the round whose buffer is next, but one of its ranks may still be receiving.
             broken = broken or self._failure(sent.pop(number - 2, None))
             filled = outgoing.gather(number)
             if filled is not None and broken is None:
                 sent[number] = self._groups.send(filled)
-        self._control.wait_signal()
+        self._coordinator.wait_signal()
         for one in sent.values():
             broken = broken or self._failure(one)
         if broken is not None:

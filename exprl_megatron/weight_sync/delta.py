@@ -20,7 +20,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.processes.supervise import supervised
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.delta_keeper import FULL, ORDER, answer_path, write_whole
 from exprl_megatron.weight_sync.disk import FileTransport, SafetensorsFiles, copy_description
 from exprl_megatron.weight_sync.groups import is_here
@@ -36,14 +36,19 @@ class DeltaTransport(FileTransport):
     """See Transport: what changed, for keepers that hold the rest."""
 
     def __init__(
-        self, clients: Sequence[SGLangClient], directory: Path, model: Path, control: Control, deadline_s: float
+        self,
+        clients: Sequence[SGLangClient],
+        directory: Path,
+        model: Path,
+        coordinator: RankCoordinator,
+        deadline_s: float,
     ):
-        super().__init__(clients, directory, model, control, deadline_s)
+        super().__init__(clients, directory, model, coordinator, deadline_s)
         self._order: str | None = None
         self._keepers: list[subprocess.Popen] = []
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
-        with self._control.abort_on_error():
+        with self._coordinator.abort_on_error():
             if self._order is None:
                 self._begin()
             kind, file = await self._write(outgoing, version, times)
@@ -55,7 +60,7 @@ class DeltaTransport(FileTransport):
             times.load_s += time.monotonic() - started
             if kind != FULL:
                 (self._directory / file).unlink()
-            self._control.signal()
+            self._coordinator.signal()
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         super().connect(clients)
@@ -93,7 +98,7 @@ class DeltaTransport(FileTransport):
             full.mkdir()
             copy_description(self._model, full)
             files = SafetensorsFiles(full, times)
-            await send_rounds(count, self._control, outgoing.gather, files.add)
+            await send_rounds(count, self._coordinator, outgoing.gather, files.add)
             files.finish()
             (full / VERSION).write_text(version)
             return FULL, FULL
@@ -104,7 +109,7 @@ class DeltaTransport(FileTransport):
             await asyncio.to_thread(writer.add, filled.named())
             times.send_s += time.monotonic() - started
 
-        await send_rounds(count, self._control, outgoing.gather, add)
+        await send_rounds(count, self._coordinator, outgoing.gather, add)
         times.moved += writer.finish()
         return "delta", f"{version}.delta"
 

@@ -27,7 +27,7 @@ from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.deliveries import DeliveryPlan
 from exprl_megatron.weight_sync.groups import (
     address_towards,
@@ -56,12 +56,17 @@ class DirectTransport:
     fillers = None
 
     def __init__(
-        self, clients: Sequence[SGLangClient], server_tp: int, world: World, control: Control, deadline_s: float
+        self,
+        clients: Sequence[SGLangClient],
+        server_tp: int,
+        world: World,
+        coordinator: RankCoordinator,
+        deadline_s: float,
     ):
         self._clients = list(clients)
         self._server_tp = server_tp
         self._world = world
-        self._control = control
+        self._coordinator = coordinator
         self._deadline_s = deadline_s
         self._store: Records | None = None
         """In which all members meet; the servers have its key from their orders."""
@@ -84,21 +89,21 @@ class DirectTransport:
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         try:
-            with self._control.abort_on_error():
+            with self._coordinator.abort_on_error():
                 await gather_or_cancel(
                     client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
                 if self._group is None:
                     await self._open(outgoing)
                 started = time.monotonic()
-                self._control.signal()
+                self._coordinator.signal()
                 await self._send(outgoing)
                 sent_s = time.monotonic()
                 await self._order("finish", version=version)
                 await gather_or_cancel(
                     client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
-                self._control.signal()
+                self._coordinator.signal()
         except BaseException:
             self._break_off()
             raise
@@ -110,9 +115,9 @@ class DirectTransport:
         try:
             if self._group is None:
                 self._follow_open(outgoing)
-            self._control.wait_signal()
+            self._coordinator.wait_signal()
             sending = self._begin_to_send(outgoing)
-            self._control.wait_signal()
+            self._coordinator.wait_signal()
             sending.result()
         except BaseException:
             self._break_off()
@@ -122,7 +127,7 @@ class DirectTransport:
         group, self._group = self._group, None
         if group is not None:
             try:
-                with self._control.abort_on_error():
+                with self._coordinator.abort_on_error():
                     await gather_or_cancel(
                         client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )
@@ -131,7 +136,7 @@ class DirectTransport:
                     await gather_or_cancel(
                         client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )
-                    self._control.signal()
+                    self._coordinator.signal()
             except ServerError:
                 abort(group)
                 raise
@@ -140,7 +145,7 @@ class DirectTransport:
     def follow_close(self) -> None:
         group, self._group = self._group, None
         if group is not None:
-            follow_destroy(group, self._control, self._deadline_s)
+            follow_destroy(group, self._coordinator, self._deadline_s)
 
     def _break_off(self) -> None:
         """Let servers go that wait for what is not sent any more, or for the others in a group that does not form."""
@@ -166,11 +171,11 @@ class DirectTransport:
         self._store.set("tensors", json.dumps(told))
         self._name = group_name(self._store.key)
         self._size = self._world.layout.world_size + self._server_tp * len(self._clients)
-        self._control.signal((self._name, self._size, address, self._store.port))
+        self._coordinator.signal((self._name, self._size, address, self._store.port))
         meeting = asyncio.wrap_future(self._meet(address, self._store.port))
         await self._join(meeting)
         packed, alike = self._reported(gatherer.shapes)
-        self._control.signal((packed, alike))
+        self._coordinator.signal((packed, alike))
         self._group = meeting.result()
         plan = await asyncio.to_thread(self._plan, outgoing, packed, alike)
         await asyncio.to_thread(_publish, plan, self._store)
@@ -214,9 +219,9 @@ class DirectTransport:
         ]
 
     def _follow_open(self, outgoing: Outgoing) -> None:
-        self._name, self._size, address, port = self._control.wait_signal()
+        self._name, self._size, address, port = self._coordinator.wait_signal()
         meeting = self._meet(address, port)
-        packed, alike = self._control.wait_signal()
+        packed, alike = self._coordinator.wait_signal()
         self._group = meeting.result(self._deadline_s)
         self._keep(self._plan(outgoing, packed, alike))
 
@@ -242,7 +247,7 @@ class DirectTransport:
 
     def _keep(self, plan: DeliveryPlan) -> None:
         self._sending = Sending(plan, self._world)
-        self._moved = plan.nbytes // len(self._clients) if self._control.here else 0
+        self._moved = plan.nbytes // len(self._clients) if self._coordinator.is_rank0 else 0
 
     def _ranks(self, server: int) -> range:
         """A server's ranks in the group."""

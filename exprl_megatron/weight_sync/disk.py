@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from exprl_megatron.models.weight_readers import INDEX
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.control import CONDUCTOR, Control
+from exprl_megatron.weight_sync.coordinator import RANK_ZERO, RankCoordinator
 from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
 from exprl_megatron.weight_sync.rounds import send_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
@@ -25,15 +25,20 @@ class FileTransport:
     `model` is the directory whose config and tokenizer the weights belong to; `clients` are needed on rank 0 alone.
     """
 
-    fillers = ((CONDUCTOR,),)
+    fillers = ((RANK_ZERO,),)
 
     def __init__(
-        self, clients: Sequence[SGLangClient], directory: Path, model: Path, control: Control, deadline_s: float
+        self,
+        clients: Sequence[SGLangClient],
+        directory: Path,
+        model: Path,
+        coordinator: RankCoordinator,
+        deadline_s: float,
     ):
         self._clients = clients
         self._directory = directory
         self._model = model
-        self._control = control
+        self._coordinator = coordinator
         self._deadline_s = deadline_s
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
@@ -45,9 +50,9 @@ class FileTransport:
 
     def follow(self, outgoing: Outgoing) -> None:
         for number in range(len(outgoing.rounds)):
-            self._control.wait_signal()
+            self._coordinator.wait_signal()
             outgoing.gather(number)
-        self._control.wait_signal()
+        self._coordinator.wait_signal()
 
     async def close(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -61,12 +66,12 @@ class DiskTransport(FileTransport):
 
     async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         target = self._directory / version
-        with self._control.abort_on_error():
+        with self._coordinator.abort_on_error():
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
             copy_description(self._model, target)
             files = SafetensorsFiles(target, times)
-            await send_rounds(len(outgoing.rounds), self._control, outgoing.gather, files.add)
+            await send_rounds(len(outgoing.rounds), self._coordinator, outgoing.gather, files.add)
             files.finish()
             started = time.monotonic()
             await gather_or_cancel(
@@ -74,7 +79,7 @@ class DiskTransport(FileTransport):
             )
             times.load_s += time.monotonic() - started
             shutil.rmtree(target)
-            self._control.signal()
+            self._coordinator.signal()
 
 
 class SafetensorsFiles:

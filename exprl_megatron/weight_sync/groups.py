@@ -19,7 +19,7 @@ from exprl_megatron.serving.own_group import abort, begin_to_destroy, on_device,
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import hidden_name
 from exprl_megatron.utils.keyed_store import listening_store, reached_store
-from exprl_megatron.weight_sync.control import Control, RankZeroFailed
+from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 
 _POLL_S = 0.001
 
@@ -91,14 +91,14 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> float:
         return time.monotonic()
 
 
-def follow_destroy(group: dist.ProcessGroup | None, control: Control, deadline_s: float) -> None:
+def follow_destroy(group: dist.ProcessGroup | None, coordinator: RankCoordinator, deadline_s: float) -> None:
     """Destroy an idle group on the other ranks, as rank 0 does; None: a rank without one.
 
     NCCL may wait for all members. Where rank 0 says that they do not come this rank does not wait for them.
     """
     destroying = None if group is None else begin_to_destroy(group)
     try:
-        control.wait_signal()
+        coordinator.wait_signal()
     except RankZeroFailed:
         if group is not None:
             abort(group)

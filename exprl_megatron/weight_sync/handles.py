@@ -22,7 +22,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.policy.world import World, local_rank
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.groups import is_here
 from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
 from exprl_megatron.weight_sync.rounds import push_rounds
@@ -43,11 +43,16 @@ class HandlesTransport:
     """
 
     def __init__(
-        self, clients: Sequence[SGLangClient], server_tp: int, world: World, control: Control, deadline_s: float
+        self,
+        clients: Sequence[SGLangClient],
+        server_tp: int,
+        world: World,
+        coordinator: RankCoordinator,
+        deadline_s: float,
     ):
         self._server_tp = server_tp
         self._world = world
-        self._control = control
+        self._coordinator = coordinator
         self._deadline_s = deadline_s
         self.connect(clients)
 
@@ -80,14 +85,19 @@ class HandlesTransport:
             times.load_s += time.monotonic() - started
 
         await push_rounds(
-            count, self._control, self._clients, lambda number: self._gather(outgoing, number), send, self._deadline_s
+            count,
+            self._coordinator,
+            self._clients,
+            lambda number: self._gather(outgoing, number),
+            send,
+            self._deadline_s,
         )
 
     def follow(self, outgoing: Outgoing) -> None:
         for number in range(len(outgoing.rounds)):
-            self._control.wait_signal()
+            self._coordinator.wait_signal()
             self._gather(outgoing, number)
-        self._control.wait_signal()
+        self._coordinator.wait_signal()
 
     async def close(self) -> None:
         return None
@@ -103,7 +113,7 @@ class HandlesTransport:
             for server, sources in enumerate(self._sources):
                 # Each opens a handle of its own: their counts of who still reads must not mix.
                 own[server] = {i: _serialised(filled) for i, rank in enumerate(sources) if rank == self._world.rank}
-        given = self._control.collect(own)
+        given = self._coordinator.collect(own)
         if given is None:
             return None
         return {
@@ -113,20 +123,20 @@ class HandlesTransport:
 
     def _find_sources(self) -> tuple[list[list[int]], Chains]:
         """For each server the trainer rank that hands memory to each of its ranks; and these of each machine."""
-        if self._control.here:
+        if self._coordinator.is_rank0:
             places = [(urlsplit(client.url).hostname, client.first_gpu) for client in self._clients]
-            self._control.signal(places)
+            self._coordinator.signal(places)
         else:
-            places = self._control.wait_signal()
-        seen = self._control.collect(({host for host, _ in places if is_here(host)}, local_rank()))
-        if not self._control.here:
-            return self._control.wait_signal()
-        with self._control.abort_on_error():
+            places = self._coordinator.wait_signal()
+        seen = self._coordinator.collect(({host for host, _ in places if is_here(host)}, local_rank()))
+        if not self._coordinator.is_rank0:
+            return self._coordinator.wait_signal()
+        with self._coordinator.abort_on_error():
             sources = [
                 self._sources_of(client, place, seen) for client, place in zip(self._clients, places, strict=True)
             ]
             found = sources, _chains([host for host, _ in places], sources)
-        self._control.signal(found)
+        self._coordinator.signal(found)
         return found
 
     def _sources_of(self, client: SGLangClient, place: Place, seen: list[tuple[set[str], int]]) -> list[int]:

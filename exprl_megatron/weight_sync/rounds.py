@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 
 type Gather[T] = Callable[[int], T]
 """Rank 0's part in gathering round `number`; runs on a thread."""
@@ -15,7 +15,7 @@ type Send[T] = Callable[[int, T], Coroutine]
 
 async def push_rounds[T](
     count: int,
-    control: Control,
+    coordinator: RankCoordinator,
     clients: Sequence[SGLangClient],
     gather: Gather[T],
     send: Send[T],
@@ -24,22 +24,22 @@ async def push_rounds[T](
     """Begin a weight update on all servers, send `count` rounds and end it; each server answers within `deadline_s`.
 
     A round is gathered only after the servers have received the one before the last: at most two buckets exist on a
-    rank. The other ranks follow with a Control.wait_signal before each round and one at the end.
+    rank. The other ranks follow with a RankCoordinator.wait_signal before each round and one at the end.
     """
-    with control.abort_on_error():
+    with coordinator.abort_on_error():
         await gather_or_cancel(client.begin_weight_update(deadline_s=deadline_s) for client in clients)
-        await send_rounds(count, control, gather, send)
+        await send_rounds(count, coordinator, gather, send)
         await gather_or_cancel(client.end_weight_update(deadline_s=deadline_s) for client in clients)
-        control.signal()
+        coordinator.signal()
 
 
-async def send_rounds[T](count: int, control: Control, gather: Gather[T], send: Send[T]) -> None:
+async def send_rounds[T](count: int, coordinator: RankCoordinator, gather: Gather[T], send: Send[T]) -> None:
     """Send the rounds only; see push_rounds."""
     loop = asyncio.get_running_loop()
     sending: asyncio.Task | None = None
     try:
         for number in range(count):
-            control.signal()
+            coordinator.signal()
             gathered = await loop.run_in_executor(None, gather, number)
             if sending is not None:
                 await sending

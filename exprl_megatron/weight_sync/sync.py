@@ -10,8 +10,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.conductor import Conductor
-from exprl_megatron.weight_sync.control import Control, RankZeroFailed
+from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 from exprl_megatron.weight_sync.timing import SyncTimes
@@ -44,18 +43,16 @@ class WeightSync:
         self,
         config: SyncConfig,
         policy: Policy,
-        conductor: Conductor,
+        coordinator: RankCoordinator,
         members: Members,
         transport: Transport,
-        control: Control,
         server_tp: int = 1,
     ):
         self._config = config
         self._policy = policy
-        self._conductor = conductor
+        self._coordinator = coordinator
         self._members = members
         self._transport = transport
-        self._control = control
         self._server_tp = server_tp
         self._connected: list[SGLangClient] | None = None
         """The servers that the transport pushes weights to, on rank 0; None where it must be connected."""
@@ -71,12 +68,12 @@ class WeightSync:
         times of its parts on rank 0 (see SyncTimes), {} on other ranks and where no push was needed. Raises ServerError
         where no server is left or all fail twice, WeightsDiffer where a server then has other bytes than the trainer.
         """
-        while (to_do := self._conductor.everywhere(lambda: self._conductor.run(self._prepare(version)))) != "nothing":
+        while (to_do := self._coordinator.broadcast_run(lambda: self._prepare(version))) != "nothing":
             if to_do == "connect":
                 self._connect_transport()
             times, error = self._attempt(version)
-            if self._conductor.everywhere(lambda e=error: self._conductor.run(self._finish(version, e))):
-                return times.metrics() if self._conductor.here else {}
+            if self._coordinator.broadcast_run(lambda e=error: self._finish(version, e)):
+                return times.metrics() if self._coordinator.is_rank0 else {}
         return {}
 
     def close(self) -> None:
@@ -87,9 +84,9 @@ class WeightSync:
 
         def leave() -> None:
             with suppress(ServerError):
-                self._conductor.run(self._transport.close())
+                self._coordinator.run(self._transport.close())
 
-        self._conductor.collective(leave, self._transport.follow_close)
+        self._coordinator.run_collective(leave, self._transport.follow_close)
 
     def _outgoing(self, check: WeightCheck | None) -> Outgoing:
         """The policy's current weights; `check` sees what this rank fills of them."""
@@ -113,7 +110,7 @@ class WeightSync:
         return "push" if self._members.clients == self._connected else "connect"
 
     def _connect_transport(self) -> None:
-        clients = list(self._members.clients) if self._conductor.here else []
+        clients = list(self._members.clients) if self._coordinator.is_rank0 else []
         self._transport.connect(clients)
         self._connected = clients
         self._have_loader = None
@@ -126,14 +123,14 @@ class WeightSync:
         try:
             if check is not None:
                 check.begin(outgoing)
-            self._conductor.collective(
+            self._coordinator.run_collective(
                 lambda: self._push(outgoing, version, times), lambda: self._transport.follow(outgoing)
             )
             self._check(check, outgoing, version, times)
         except RankZeroFailed:
             return times, None
         except Exception as error:
-            if not self._conductor.here:
+            if not self._coordinator.is_rank0:
                 raise
             return times, error
         finally:
@@ -161,11 +158,11 @@ class WeightSync:
             check = self._new_check()
             outgoing = self._outgoing(check)
         if check is not None:
-            if self._conductor.here:
+            if self._coordinator.is_rank0:
                 # Servers compute theirs while the trainer does.
-                asking = self._conductor.start(check.held(self._members.clients))
+                asking = self._coordinator.start(check.held(self._members.clients))
             own = check.own(outgoing)
-        found = self._control.collect((outgoing.gather_s, outgoing.quantise_s, own))
+        found = self._coordinator.collect((outgoing.gather_s, outgoing.quantise_s, own))
         if found is None:
             return
         gathering, quantising, parts = zip(*found, strict=True)
@@ -177,16 +174,12 @@ class WeightSync:
     def _servers_have_loader(self) -> bool:
         """Whether all servers have exprl's loader; a collective. A request to another one's loader would end it."""
         if self._have_loader is None:
-            if self._conductor.here:
-                with self._control.abort_on_error():
-                    loaders = self._conductor.run(
-                        gather_or_cancel(client.loaders() for client in self._members.clients)
-                    )
-                    self._have_loader = all(LOADER in names for names in loaders)
-                self._control.signal(self._have_loader)
-            else:
-                self._have_loader = self._control.wait_signal()
+            self._have_loader = self._coordinator.broadcast_run(lambda: self._ask_for_loader())
         return self._have_loader
+
+    async def _ask_for_loader(self) -> bool:
+        loaders = await gather_or_cancel(client.loaders() for client in self._members.clients)
+        return all(LOADER in names for names in loaders)
 
     async def _finish(self, version: str, error: Exception | None) -> bool:
         """Whether the servers hold `version`; raises `error` where another attempt is of no use."""
@@ -202,5 +195,5 @@ class WeightSync:
 
     def _push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
         started = time.monotonic()
-        self._conductor.run(self._transport.push(outgoing, version, times))
+        self._coordinator.run(self._transport.push(outgoing, version, times))
         times.push_s = time.monotonic() - started

@@ -8,7 +8,7 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.delta import DeltaTransport
 from exprl_megatron.weight_sync.direct import DirectTransport
 from exprl_megatron.weight_sync.disk import DiskTransport
@@ -24,7 +24,7 @@ def make_transport(
     clients: Sequence[SGLangClient],
     server_tp: int,
     world: World,
-    control: Control,
+    coordinator: RankCoordinator,
     deadline_s: float,
     *,
     directory: Path,
@@ -40,7 +40,7 @@ def make_transport(
     """
     kind = choice.kind
     if choice.fallback is not None:
-        return AutoTransport(clients, server_tp, world, control, deadline_s, tell=tell)
+        return AutoTransport(clients, server_tp, world, coordinator, deadline_s, tell=tell)
     if kind in _BY_FILES:
-        return _BY_FILES[kind](clients, directory, model, control, deadline_s)
-    return _BY_MEMORY[kind](clients, server_tp, world, control, deadline_s)
+        return _BY_FILES[kind](clients, directory, model, coordinator, deadline_s)
+    return _BY_MEMORY[kind](clients, server_tp, world, coordinator, deadline_s)

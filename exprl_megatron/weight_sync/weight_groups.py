@@ -21,7 +21,7 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.own_group import GroupThread, abort, destroy, in_background
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.groups import (
     address_towards,
     break_off,
@@ -41,12 +41,12 @@ CAUSE_S = 5.0
 class WeightGroups:
     """Every rank has one. `server_tp` is the tensor parallelism of each server: it has as many ranks of each group."""
 
-    def __init__(self, server_tp: int, world: World, control: Control, deadline_s: float):
+    def __init__(self, server_tp: int, world: World, coordinator: RankCoordinator, deadline_s: float):
         self.names: list[str] = []
         """Of the stages' groups, which servers know them by; empty where they are not open."""
         self._server_tp = server_tp
         self._world = world
-        self._control = control
+        self._coordinator = coordinator
         self._deadline_s = deadline_s
         self._size = 0
         """Of each group."""
@@ -76,8 +76,8 @@ class WeightGroups:
         self._size = 1 + self._server_tp * len(clients)
         host = urlsplit(clients[0].url).hostname
         place = self._open_place(host)
-        self._control.signal((self.names, host, self._size))
-        places = [place for place in self._control.collect(place) if place is not None]
+        self._coordinator.signal((self.names, host, self._size))
+        places = [place for place in self._coordinator.collect(place) if place is not None]
         meeting = asyncio.wrap_future(self._meet(self.names[0], place))
         joining = {
             client: self._join_server(client, 1 + i * self._server_tp, places) for i, client in enumerate(clients)
@@ -85,7 +85,7 @@ class WeightGroups:
         await self._come(joining, {meeting}, 0)
         self._enter(meeting.result())
         for stage in range(self._world.layout.pp):
-            self._control.signal()
+            self._coordinator.signal()
             filled = await asyncio.to_thread(outgoing.gather_smallest, stage)
             own = set() if filled is None else {asyncio.wrap_future(self.send(filled))}
             message = outgoing.smallest[stage]
@@ -93,14 +93,14 @@ class WeightGroups:
 
     def follow_open(self, outgoing: Outgoing) -> None:
         """The other ranks' part in `open`."""
-        self.names, host, self._size = self._control.wait_signal()
+        self.names, host, self._size = self._coordinator.wait_signal()
         place = self._open_place(host)
-        self._control.collect(place)
+        self._coordinator.collect(place)
         meeting = None
         if place is not None:
             meeting = self._meet(self.names[self._world.pp_rank], place)
         for stage in range(self._world.layout.pp):
-            self._control.wait_signal()
+            self._coordinator.wait_signal()
             if meeting is not None and self._group is None:
                 # Rank 0 goes on when all servers have joined.
                 self._enter(meeting.result(self._deadline_s))
@@ -149,10 +149,10 @@ class WeightGroups:
                 await client.destroy_weights_group(name, deadline_s=self._deadline_s)
 
         try:
-            with self._control.abort_on_error():
+            with self._coordinator.abort_on_error():
                 # NCCL may wait for all members of a group before one of them has given it up.
                 await gather_or_cancel([asyncio.to_thread(destroy, group, self._deadline_s), *map(leave, clients)])
-                self._control.signal()
+                self._coordinator.signal()
         except ServerError:
             abort(group)
             raise
@@ -162,7 +162,7 @@ class WeightGroups:
     def follow_close(self) -> None:
         """The other ranks' part in `close`."""
         if self.names:
-            follow_destroy(self._take_group(), self._control, self._deadline_s)
+            follow_destroy(self._take_group(), self._coordinator, self._deadline_s)
             self._place = None
 
     def _take_group(self) -> dist.ProcessGroup | None:

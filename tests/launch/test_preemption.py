@@ -17,25 +17,25 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.policy.checkpoint import read_extra
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 
 
 @pytest.fixture
 def asked():
-    """Whether the conductor's run is asked to stop."""
+    """Whether the coordinator's run is asked to stop."""
     return threading.Event()
 
 
 @pytest.fixture
-def conductor(asked):
+def coordinator(asked):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    conductor = Conductor(asked.is_set)
-    yield conductor
-    conductor.close()
+    coordinator = RankCoordinator(60.0, asked.is_set)
+    yield coordinator
+    coordinator.close()
     dist.destroy_process_group()
 
 
-def test_a_long_wait_is_given_up_when_the_run_is_asked_to_stop(conductor, asked):
+def test_a_long_wait_is_given_up_when_the_run_is_asked_to_stop(coordinator, asked):
     ended = []
 
     async def forever():
@@ -46,20 +46,20 @@ def test_a_long_wait_is_given_up_when_the_run_is_asked_to_stop(conductor, asked)
             ended.append("cancelled")
             raise
 
-    assert not conductor.run_unless_asked_to_stop(forever())
-    conductor.run(asyncio.sleep(0))
+    assert not coordinator.run_unless_asked_to_stop(forever())
+    coordinator.run(asyncio.sleep(0))
     assert ended == ["cancelled"]
-    assert conductor.asked_to_stop()
+    assert coordinator.asked_to_stop()
 
 
-def test_what_comes_to_its_end_counts_and_what_fails_raises(conductor):
+def test_what_comes_to_its_end_counts_and_what_fails_raises(coordinator):
     async def fail():
         raise TimeoutError("no answer")
 
-    assert conductor.run_unless_asked_to_stop(asyncio.sleep(0))
+    assert coordinator.run_unless_asked_to_stop(asyncio.sleep(0))
     with pytest.raises(TimeoutError, match="no answer"):
-        conductor.run_unless_asked_to_stop(fail())
-    assert not conductor.asked_to_stop()
+        coordinator.run_unless_asked_to_stop(fail())
+    assert not coordinator.asked_to_stop()
 
 
 @pytest.mark.slow

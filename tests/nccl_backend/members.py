@@ -24,8 +24,7 @@ from remote_server import CONTROL, WORLD, Asker, outgoing, serve
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
 from exprl_megatron.serving.own_group import GroupThread, destroy
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
-from exprl_megatron.weight_sync.conductor import Conductor
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.groups import break_off, broadcast
 from exprl_megatron.weight_sync.timing import SyncTimes
 
@@ -315,12 +314,12 @@ def product_objects(m: Member) -> list:
     dist.destroy_process_group()
     dist.init_process_group("nccl_like", store=m.store("again"), rank=m.rank, world_size=m.size)
     dist.all_reduce(torch.zeros(1))
-    conductor, control = Conductor(), Control(20.0)
-    everywhere = conductor.everywhere(lambda: {"only": "rank 0"})
-    control.signal("go") if m.first else control.wait_signal()
-    collected = control.collect(m.rank)
+    coordinator = RankCoordinator(20.0)
+    everywhere = coordinator.broadcast_from_rank0(lambda: {"only": "rank 0"})
+    coordinator.signal("go") if m.first else coordinator.wait_signal()
+    collected = coordinator.collect(m.rank)
     shared = [from_rank(1, m.rank), of_all_ranks(m.rank)]
-    conductor.close()
+    coordinator.close()
     return [everywhere, collected, shared]
 
 

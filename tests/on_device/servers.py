@@ -14,7 +14,7 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.server_process import Server, ServerSpec
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.disk import DiskTransport
 from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.timing import SyncTimes
@@ -51,7 +51,9 @@ def takes_weights(server: Server, policy: Policy, prompts: list[tuple[int, ...]]
         async with server.client() as client:
             before = gap(*await _sampled(client, prompts))
             # Through files, as NCCL has no group of two processes on one GPU.
-            transport = DiskTransport([client], scratch, Path(policy.config.model), Control(240.0), deadline_s=120)
+            transport = DiskTransport(
+                [client], scratch, Path(policy.config.model), RankCoordinator(240.0), deadline_s=120
+            )
             outgoing = Outgoing(policy.chunks, policy.architecture, policy.world, 2**20, fillers=transport.fillers)
             await transport.push(outgoing, "policy", SyncTimes())
             after = gap(*await _sampled(client, prompts))

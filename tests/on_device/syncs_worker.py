@@ -19,8 +19,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.weight_sync.conductor import Conductor
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
 from on_device.servers import freeze
@@ -84,28 +83,28 @@ class Trainer:
         deadline_s, model = arguments["deadline_s"], Path(arguments["model"])
         precision = PrecisionConfig(kind=arguments["precision"])
         self.policy = Policy(PolicyConfig(model=str(model), layout=world.layout, precision=precision), seed=0)
-        self.conductor, control = Conductor(), Control(4 * deadline_s)
+        self.coordinator = RankCoordinator(4 * deadline_s)
         self.clients = [
             SGLangClient(one["url"], one["name"], deadline_s=deadline_s, headers=authorization(one.get("key_file")))
             for one in servers
         ]
         for client in self.clients:
-            self.conductor.run(client.__aenter__())
+            self.coordinator.run(client.__aenter__())
         self.members, choice = Succession(self.clients), TransportChoice(kind, "the test names it")
-        transport = make_transport(choice, [], 1, world, control, deadline_s, directory=model, model=model)
+        transport = make_transport(choice, [], 1, world, self.coordinator, deadline_s, directory=model, model=model)
         config = SyncConfig(transport=kind, bucket_mb=BUCKET_MB, deadline_s=deadline_s)
-        self.sync = WeightSync(config, self.policy, self.conductor, self.members, transport, control, 1)
+        self.sync = WeightSync(config, self.policy, self.coordinator, self.members, transport, 1)
 
     def version(self) -> str:
         """What the server that is left says that it holds; rank 0 only."""
         (client,) = self.members.clients
-        return self.conductor.run(client.info())["weight_version"]
+        return self.coordinator.run(client.info())["weight_version"]
 
     def close(self) -> None:
         self.sync.close()
         for client in self.clients:
-            self.conductor.run(client.__aexit__())
-        self.conductor.close()
+            self.coordinator.run(client.__aexit__())
+        self.coordinator.close()
 
 
 def succession(world, arguments: dict, kind: str) -> dict:

@@ -56,17 +56,20 @@ class Work:
 
 
 class Alone:
-    """The conductor of one rank without servers."""
+    """The coordinator of one rank without servers."""
 
-    here = True
+    is_rank0 = True
 
     def __init__(self):
         self.stop = False
 
-    def everywhere(self, work):
+    def broadcast_from_rank0(self, work):
         return work()
 
-    here_alone = everywhere
+    on_rank0 = broadcast_from_rank0
+
+    def broadcast_run(self, start):
+        return self.run(start())
 
     def start(self, coroutine):
         return Work(coroutine, self.stop)
@@ -81,8 +84,8 @@ class Alone:
 class Servers:
     """In the place of phases, prefetch, rollouts and judging runtime; writes down what is asked of them."""
 
-    def __init__(self, conductor):
-        self.conductor, self.events, self.sampled = conductor, [], []
+    def __init__(self, coordinator):
+        self.coordinator, self.events, self.sampled = coordinator, [], []
         self.loop_lag = self
 
     def take(self):
@@ -117,7 +120,7 @@ class Servers:
         return [Group(f"h{i}", (graded(0, float(i < updates)), graded(1, 0.0, finish="length"))) for i in indices]
 
     def wait_for(self, work):
-        return "nothing" if self.conductor.stop else "done"
+        return "nothing" if self.coordinator.stop else "done"
 
 
 class Evaluating(Run):
@@ -127,8 +130,8 @@ class Evaluating(Run):
         paths = RunDirectory(config.directory)
         paths.evaluations.mkdir(parents=True, exist_ok=True)
         self.config, self._progress = config, progress or RunProgress()
-        self._conductor = Alone()
-        self.servers = self._phases = self._prefetch = self._rollouts = Servers(self._conductor)
+        self._coordinator = Alone()
+        self.servers = self._phases = self._prefetch = self._rollouts = Servers(self._coordinator)
         self._console = Console(config, paths, self._progress)
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._console)
         self._trained = set()
@@ -240,7 +243,7 @@ def test_a_run_that_is_asked_to_stop_in_an_evaluation_leaves_no_result_of_it(tmp
     config = run_config(tmp_path / "run", every_steps=2)
     run = Evaluating(config)
     run._progress = RunProgress(stage=0, step=2, updates=2)
-    run._conductor.stop = True
+    run._coordinator.stop = True
     with pytest.raises(Preempted, match=r"in the evaluation of prime/step-2; continue with --resume"):
         run.evaluate(config.stages[0], 2)
     assert not run._evaluator.done("prime/step-2")

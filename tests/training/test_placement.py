@@ -21,7 +21,7 @@ from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.phase_switch import PhaseSwitch
-from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 
 COLOCATED = {"placement": {"kind": "colocated"}, "sync": {"transport": "handles", "max_log_prob_gap": 1e-4}}
 
@@ -109,10 +109,12 @@ def test_a_side_that_leaves_more_on_the_device_than_it_may_stops_the_run(tiny_mo
     def phases(bound_gb: float) -> PhaseSwitch:
         policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
         policy.begin_stage(OptimizerConfig(), total_steps=1)
-        return PhaseSwitch(PlacementConfig(kind="colocated", max_asleep_gb=bound_gb), policy, conductor, Idle(), Idle())
+        return PhaseSwitch(
+            PlacementConfig(kind="colocated", max_asleep_gb=bound_gb), policy, coordinator, Idle(), Idle()
+        )
 
     enter_world(Layout())
-    conductor = Conductor()
+    coordinator = RankCoordinator(60.0)
     try:
         phases(1e-6).sync_weights("v1")
         away = Offload.away
@@ -121,7 +123,7 @@ def test_a_side_that_leaves_more_on_the_device_than_it_may_stops_the_run(tiny_mo
         with pytest.raises(RunStopped, match=r"the trainer left .* GiB .* than placement.max_asleep_gb \(1e-06\)"):
             phases(1e-6).sync_weights("v1")
     finally:
-        conductor.close()
+        coordinator.close()
         leave_world()
 
 

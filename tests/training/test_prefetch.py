@@ -12,7 +12,7 @@ from exprl_megatron.training.prefetch import RolloutPrefetch
 
 
 class Loop:
-    """The part of the conductor that sampling ahead needs: an event loop in a thread."""
+    """The part of the coordinator that sampling ahead needs: an event loop in a thread."""
 
     def __init__(self):
         self.loop = asyncio.new_event_loop()
@@ -73,7 +73,7 @@ class Sampling:
 
 
 @pytest.fixture
-def conductor():
+def coordinator():
     loop = Loop()
     yield loop
     loop.close()
@@ -93,10 +93,10 @@ def _learn(prefetch, of_stage, step):
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 4])
-def test_no_step_is_begun_under_weights_older_than_allowed_and_none_later_than_possible(conductor, max_staleness):
+def test_no_step_is_begun_under_weights_older_than_allowed_and_none_later_than_possible(coordinator, max_staleness):
     sampling, steps = Sampling(), 6
     sampling.finish(*range(1, 20))
-    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
     for step in range(1, steps + 1):
         sampled, _ = _learn(prefetch, _stage(max_staleness), step)
         assert sampled == sampling.result(step)
@@ -104,18 +104,18 @@ def test_no_step_is_begun_under_weights_older_than_allowed_and_none_later_than_p
     assert oldest == {step: max(0, step - 1 - max_staleness) for step in range(1, steps + 1)}
 
 
-def test_steps_keep_their_problems_whatever_is_begun_when(conductor):
+def test_steps_keep_their_problems_whatever_is_begun_when(coordinator):
     sampling = Sampling()
     sampling.finish(*range(1, 20))
-    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
     for step in range(1, 7):
         _learn(prefetch, _stage(2), step)
     assert {step: consumed for step, (consumed, _) in sampling.started.items()} == {s: 4 * (s - 1) for s in range(1, 7)}
 
 
-def test_steps_are_learned_in_their_order_however_soon_later_ones_are_finished(conductor):
+def test_steps_are_learned_in_their_order_however_soon_later_ones_are_finished(coordinator):
     sampling = Sampling()
-    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
     sampling.finish(2, 3)
 
     def first_is_last():
@@ -127,9 +127,9 @@ def test_steps_are_learned_in_their_order_however_soon_later_ones_are_finished(c
     assert learned == [sampling.result(step) for step in (1, 2, 3)]
 
 
-def test_a_step_under_way_may_go_on_under_every_version_announced_meanwhile(conductor):
+def test_a_step_under_way_may_go_on_under_every_version_announced_meanwhile(coordinator):
     sampling = Sampling()
-    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
     sampling.finish(1, 2)
     for step in (1, 2):
         _learn(prefetch, _stage(2), step)
@@ -140,27 +140,27 @@ def test_a_step_under_way_may_go_on_under_every_version_announced_meanwhile(cond
     sampling.finish(3, 4)
 
 
-def test_strictly_on_policy_the_servers_get_every_version_and_one_step_at_a_time(conductor):
+def test_strictly_on_policy_the_servers_get_every_version_and_one_step_at_a_time(coordinator):
     sampling = Sampling()
     sampling.finish(*range(1, 20))
-    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
     for step in range(1, 4):
         assert _learn(prefetch, _stage(0), step)[1]
         assert sampling.started.keys() == set(range(1, step + 1))
     assert sampling.paused == []
 
 
-def test_a_resumed_run_samples_what_its_journal_lacks_and_brings_weights_for_that_alone(conductor):
+def test_a_resumed_run_samples_what_its_journal_lacks_and_brings_weights_for_that_alone(coordinator):
     sampling = Sampling(journal=(1, 2, 4))
     sampling.finish(*range(1, 20))
-    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
     needed = {step: _learn(prefetch, _stage(1, steps=5), step)[1] for step in range(1, 6)}
     assert {step: versions[0] for step, (_, versions) in sampling.started.items()} == {3: "v1", 5: "v3"}
     # before step 1 nothing is missing; the last step may have been finished before the last update
     assert [needed[step] for step in (1, 2, 4)] == [False, True, True]
 
 
-def test_what_fails_ahead_is_told_at_once_while_another_step_is_waited_for(conductor):
+def test_what_fails_ahead_is_told_at_once_while_another_step_is_waited_for(coordinator):
     sampling, told = Sampling(), []
     heard = threading.Event()
 
@@ -169,7 +169,7 @@ def test_what_fails_ahead_is_told_at_once_while_another_step_is_waited_for(condu
         heard.set()
 
     sampling.fails[3] = ServerError("policy-0 died.")
-    prefetch = RolloutPrefetch(conductor, sampling, on_failure)
+    prefetch = RolloutPrefetch(coordinator, sampling, on_failure)
     sampling.finish(3)
     waiting = threading.Thread(target=_learn, args=(prefetch, _stage(2), 1))
     waiting.start()
@@ -179,10 +179,10 @@ def test_what_fails_ahead_is_told_at_once_while_another_step_is_waited_for(condu
     waiting.join()
 
 
-def test_the_failure_of_the_step_that_is_waited_for_is_raised_there_alone(conductor):
+def test_the_failure_of_the_step_that_is_waited_for_is_raised_there_alone(coordinator):
     sampling = Sampling()
     sampling.fails[1] = ServerError("policy-0 died.")
-    prefetch = RolloutPrefetch(conductor, sampling, pytest.fail)
+    prefetch = RolloutPrefetch(coordinator, sampling, pytest.fail)
     sampling.finish(1, 2)
     with pytest.raises(ServerError, match="policy-0 died"):
         _learn(prefetch, _stage(1), 1)

@@ -23,7 +23,7 @@ from exprl_megatron.serving.server_process import server_specs, start_servers
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.training.assemble import ref_client
 from exprl_megatron.training.ref_scorer import RefScorer
-from exprl_megatron.weight_sync.conductor import Conductor
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 
 
@@ -100,7 +100,6 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(re
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world
     from exprl_megatron.weight_sync.broadcast import BroadcastTransport
-    from exprl_megatron.weight_sync.control import Control
 
     sequences = [TrainSample(tuple(range(3, 4 + i)), tuple(range(90, 60 - 5 * i, -1))) for i in range(5)]
     tokens = sum(len(sequence.response_ids) for sequence in sequences)
@@ -113,22 +112,21 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(re
     policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
     policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10)
     learn()
-    conductor, client = Conductor(), ref_server.client()
-    control = Control(240.0)
-    transport = BroadcastTransport([client], 1, policy.world, control, 120.0)
-    sync = WeightSync(SyncConfig(), policy, conductor, FixedServers([client]), transport, control)
-    scorer = RefScorer(client, sync, conductor, start_deadline_s=60.0)
+    coordinator, client = RankCoordinator(240.0), ref_server.client()
+    transport = BroadcastTransport([client], 1, policy.world, coordinator, 120.0)
+    sync = WeightSync(SyncConfig(), policy, coordinator, FixedServers([client]), transport)
+    scorer = RefScorer(client, sync, coordinator, start_deadline_s=60.0)
     scorer.open()
     policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10, keep_ref_policy=True)
     scorer.begin_stage("prime")
     learn()
     scored = scorer.log_probs(sequences)
     start, current = policy.log_probs(sequences, 1.0, ref_policy=True), policy.log_probs(sequences, 1.0)
-    conductor.run(client.update_from_disk(tiny_model("qwen3"), "another"))
+    coordinator.run(client.update_from_disk(tiny_model("qwen3"), "another"))
     with pytest.raises(ServerError, match=r"ref-0 \(.*\) scored under weight version another, not ref-prime"):
         scorer.log_probs(sequences)
     scorer.close()
-    conductor.close()
+    coordinator.close()
     leave_world()
     assert largest_gap(scored, start) < 1e-4
     assert largest_gap(current, start) > 1e-2

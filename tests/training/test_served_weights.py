@@ -16,15 +16,18 @@ from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 
 
-class Conductor:
-    """That of a run of one rank."""
+class Alone:
+    """The coordinator of a run of one rank."""
 
-    here = True
+    is_rank0 = True
 
-    def everywhere(self, work):
+    def broadcast_from_rank0(self, work):
         return work()
 
-    here_alone = everywhere
+    on_rank0 = broadcast_from_rank0
+
+    def broadcast_run(self, start):
+        return self.run(start())
 
     def run(self, coroutine):
         return asyncio.run(coroutine)
@@ -34,7 +37,7 @@ def sampling_run(fleet, events):
     """A run's part that gets a step's groups; `events` has what happened, in order."""
     run, rollouts = Run.__new__(Run), Rollouts.__new__(Rollouts)
     rollouts._fleet = fleet
-    run._conductor, run._rollouts, run._progress = Conductor(), rollouts, RunProgress()
+    run._coordinator, run._rollouts, run._progress = Alone(), rollouts, RunProgress()
     run._phases = SimpleNamespace(switch_to_training=lambda: events.append("learn"))
     run._prefetch = SimpleNamespace(
         needs_weights=lambda *_: False,

@@ -25,8 +25,7 @@ from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.utils.accelerator import GROUP_BACKEND
 from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
-from exprl_megatron.weight_sync.conductor import Conductor
-from exprl_megatron.weight_sync.control import Control, RankZeroFailed
+from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 from exprl_megatron.weight_sync.direct import DirectTransport
 from exprl_megatron.weight_sync.handles import HandlesTransport, _serialised
 from exprl_megatron.weight_sync.outgoing import Outgoing
@@ -62,32 +61,30 @@ class Syncs:
 
     def __init__(self, world, model: str, servers: list[dict], tp: int):
         self.policy = Policy(PolicyConfig(model=model, layout=world.layout), seed=0)
-        self.conductor, self.control = Conductor(), Control(120.0)
+        self.coordinator = RankCoordinator(120.0)
         self.clients = [client_of(server) for server in servers] if world.rank == 0 else []
         self.tp = tp
         for client in self.clients:
-            self.conductor.run(client.__aenter__())
+            self.coordinator.run(client.__aenter__())
 
     def sync(self, kind: str, **settings) -> WeightSync:
         made = TRANSPORTS.get(kind) or partial(AutoTransport, tell=TOLD.append)
-        transport = made(self.clients, self.tp, self.policy.world, self.control, 60.0)
+        transport = made(self.clients, self.tp, self.policy.world, self.coordinator, 60.0)
         config = SyncConfig(bucket_mb=BUCKET_MB, **settings)
-        return WeightSync(
-            config, self.policy, self.conductor, FixedServers(self.clients), transport, self.control, self.tp
-        )
+        return WeightSync(config, self.policy, self.coordinator, FixedServers(self.clients), transport, self.tp)
 
     def by(self, transport) -> WeightSync:
         config = SyncConfig(bucket_mb=BUCKET_MB)
         members = FixedServers(self.clients)
-        return WeightSync(config, self.policy, self.conductor, members, transport, self.control, self.tp)
+        return WeightSync(config, self.policy, self.coordinator, members, transport, self.tp)
 
     def close(self, *syncs: WeightSync) -> None:
         for sync in syncs:
             sync.close()
-        if self.conductor.here:
+        if self.coordinator.is_rank0:
             for client in self.clients:
-                self.conductor.run(client.__aexit__())
-        self.conductor.close()
+                self.coordinator.run(client.__aexit__())
+        self.coordinator.close()
 
 
 def client_of(server: dict) -> SGLangClient:
@@ -130,7 +127,7 @@ def wrong_bytes(world, arguments, target: str, kind: str, directory: Path) -> li
         syncs.clients,
         tp,
         syncs.policy.world,
-        syncs.control,
+        syncs.coordinator,
         60.0,
         directory=directory / kind,
         model=Path(arguments["model"]),
@@ -140,7 +137,7 @@ def wrong_bytes(world, arguments, target: str, kind: str, directory: Path) -> li
         ends.append(end_of(sync, f"{kind} wrong"))
     ends.append(end_of(sync, f"{kind} right"))
     syncs.close(sync)
-    return syncs.control.collect(ends)
+    return syncs.coordinator.collect(ends)
 
 
 def wrong_after_loading(world, arguments, target: str) -> list | None:
@@ -162,7 +159,7 @@ def wrong_after_loading(world, arguments, target: str) -> list | None:
     with patch.object(sync._transport, "push", push_and_change):
         ends = [end_of(sync, "changed")]
     syncs.close(sync)
-    return syncs.control.collect(ends)
+    return syncs.coordinator.collect(ends)
 
 
 def end_of(sync: WeightSync, version: str) -> str:
@@ -204,7 +201,7 @@ def wrong_in_shards():
 
 def stopped_at(world, fails: int, count: int = 4) -> dict:
     """Rounds whose `fails`-th send is refused: how each rank ends, and after how many seconds."""
-    control = Control(60.0)
+    coordinator = RankCoordinator(60.0)
     started = time.monotonic()
 
     async def send(number: int, _) -> None:
@@ -213,18 +210,18 @@ def stopped_at(world, fails: int, count: int = 4) -> dict:
 
     def follow() -> None:
         for _ in range(count):
-            control.wait_signal()
-        control.wait_signal()
+            coordinator.wait_signal()
+        coordinator.wait_signal()
 
     ended = "well"
     try:
-        if control.here:
-            asyncio.run(push_rounds(count, control, [], lambda number: None, send, 60.0))
+        if coordinator.is_rank0:
+            asyncio.run(push_rounds(count, coordinator, [], lambda number: None, send, 60.0))
         else:
             follow()
     except (ServerError, RankZeroFailed) as error:
         ended = type(error).__name__
-    ends = control.collect((ended, time.monotonic() - started))
+    ends = coordinator.collect((ended, time.monotonic() - started))
     return {"ends": [end for end, _ in ends or []], "seconds": max(s for _, s in ends or [("", 0.0)])}
 
 
@@ -238,7 +235,7 @@ def handed_over(world, arguments, target: str) -> list[int] | None:
         sync.push_weights(f"handed over to {target}")
     rounds = len(sync._outgoing(None).rounds)
     syncs.close(sync)
-    return syncs.control.collect(len(given) / rounds)
+    return syncs.coordinator.collect(len(given) / rounds)
 
 
 def falls_back(world, arguments) -> list[str] | None:
@@ -269,10 +266,10 @@ def refused(world, arguments) -> list[str] | None:
         sync.push_weights("v2")
     except (ServerError, RankZeroFailed) as error:
         ended = f"{type(error).__name__}: {error}"
-    if syncs.conductor.here:
-        syncs.conductor.run(syncs.clients[0].__aexit__())
-    syncs.conductor.close()
-    return syncs.control.collect(ended)
+    if syncs.coordinator.is_rank0:
+        syncs.coordinator.run(syncs.clients[0].__aexit__())
+    syncs.coordinator.close()
+    return syncs.coordinator.collect(ended)
 
 
 def dies(world, arguments, kind: str, target: str) -> list | None:
@@ -301,13 +298,13 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
     took_s = time.monotonic() - started
     syncs.clients = syncs.clients[:-1]
     if len(servers) > 1:
-        if syncs.conductor.here:
-            syncs.conductor.run(syncs.clients[0].take_over(deadline_s=20.0))
+        if syncs.coordinator.is_rank0:
+            syncs.coordinator.run(syncs.clients[0].take_over(deadline_s=20.0))
         change(syncs.policy)
         sync = syncs.sync(kind)
         sync.push_weights("v3")
         syncs.close(sync)
-    return syncs.control.collect((ended, took_s))
+    return syncs.coordinator.collect((ended, took_s))
 
 
 def filled_twice(world, arguments) -> bool:

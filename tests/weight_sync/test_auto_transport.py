@@ -10,12 +10,12 @@ import pytest
 from exprl_megatron.errors import ServerError
 from exprl_megatron.weight_sync import auto
 from exprl_megatron.weight_sync.auto import AutoTransport
-from exprl_megatron.weight_sync.control import RankZeroFailed
+from exprl_megatron.weight_sync.coordinator import RankZeroFailed
 from exprl_megatron.weight_sync.direct import CannotReceive
 
 
 class Words:
-    """Control of two ranks in two threads."""
+    """The coordinator of two ranks in two threads."""
 
     def __init__(self):
         self._words = Queue()
@@ -39,8 +39,8 @@ class Words:
 class Way:
     """A transport that sends nothing, or fails; notes what each rank does by it."""
 
-    def __init__(self, clients, server_tp, world, control, deadline_s):
-        self._control = control
+    def __init__(self, clients, server_tp, world, coordinator, deadline_s):
+        self._coordinator = coordinator
         self.clients = clients
 
     def connect(self, clients):
@@ -48,14 +48,14 @@ class Way:
 
     async def push(self, outgoing, version, times):
         DONE.append(("push", type(self).__name__))
-        with self._control.abort_on_error():
+        with self._coordinator.abort_on_error():
             if self.error is not None:
                 raise self.error
-            self._control.signal()
+            self._coordinator.signal()
 
     def follow(self, outgoing):
         DONE.append(("follow", type(self).__name__))
-        self._control.wait_signal()
+        self._coordinator.wait_signal()
 
 
 class Direct(Way):
@@ -82,8 +82,8 @@ def sync(monkeypatch):
     monkeypatch.setattr(auto, "DirectTransport", Direct)
     monkeypatch.setattr(auto, "BroadcastTransport", Broadcast)
     Client.ended = 0
-    control, said = Words(), []
-    leader, follower = (AutoTransport([Client()], 1, None, control, 1.0, tell=said.append) for _ in range(2))
+    coordinator, said = Words(), []
+    leader, follower = (AutoTransport([Client()], 1, None, coordinator, 1.0, tell=said.append) for _ in range(2))
 
     def once(error=None):
         DONE.clear()
@@ -100,7 +100,7 @@ def sync(monkeypatch):
         other.start()
         guarded("leader", lambda: asyncio.run(leader.push(None, "v1", None)))
         other.join(timeout=60)
-        assert control._words.empty(), "each word was heard"
+        assert coordinator._words.empty(), "each word was heard"
         return ends, {name: [way for who, way in DONE if who == name] for name in ("push", "follow")}
 
     once.ranks, once.said = (leader, follower), said

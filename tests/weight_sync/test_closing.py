@@ -9,7 +9,7 @@ import pytest
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving import own_group
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.direct import DirectTransport
 from exprl_megatron.weight_sync.sync import WeightSync
 from exprl_megatron.weight_sync.weight_groups import WeightGroups
@@ -55,36 +55,26 @@ class Well:
     begin_weight_update = end_weight_update = destroy_weights_group = obey
 
 
-class Words(Control):
-    """Rank 0's words, as it says them or as the others hear them."""
+class Signals(RankCoordinator):
+    """Rank 0's signals, as it sends them or as the others receive them, with an event loop for each request."""
 
-    def __init__(self, *heard):
+    def __init__(self, *heard, is_rank0=True):
         self._heard = list(heard)
         self.said = []
+        self.is_rank0 = is_rank0
 
-    def _broadcast(self, message):
+    def _broadcast_signal(self, message):
         if self._heard:
             return self._heard.pop(0)
         self.said.append(list(message))
         return message
 
-
-class Conductor:
-    def __init__(self, here):
-        self.here = here
-
-    def collective(self, conducting, following):
-        if self.here:
-            conducting()
-        else:
-            following()
-
     def run(self, coroutine):
         return asyncio.run(coroutine)
 
 
-def direct_with(group, server, control):
-    transport = DirectTransport([server], 1, None, control, DEADLINE_S)
+def direct_with(group, server, coordinator):
+    transport = DirectTransport([server], 1, None, coordinator, DEADLINE_S)
     transport._group = group
 
     async def ordered(what, version=None):
@@ -94,8 +84,8 @@ def direct_with(group, server, control):
     return transport
 
 
-def broadcasts_with(group, server, control):
-    members = WeightGroups(1, None, control, DEADLINE_S)
+def broadcasts_with(group, server, coordinator):
+    members = WeightGroups(1, None, coordinator, DEADLINE_S)
     members.names, members._group, members._thread = ["group"], group, SimpleNamespace(stop=lambda: None)
     return SimpleNamespace(close=lambda: members.close([server]), follow_close=members.follow_close)
 
@@ -105,12 +95,12 @@ TRANSPORTS = pytest.mark.parametrize("made", [direct_with, broadcasts_with])
 
 @pytest.fixture
 def close(monkeypatch):
-    """`close(made, group, server, control, here)`: the end of a run on rank 0, or on another rank."""
+    """`close(made, group, server, coordinator)`: the end of a run on the coordinator's rank."""
     monkeypatch.setattr(own_group.dist, "destroy_process_group", lambda group: group.free.wait(DEADLINE_S))
     monkeypatch.setattr(own_group.dist, "get_backend", lambda group: "nccl")
 
-    def close(made, group, server, control, here):
-        sync = WeightSync(SyncConfig(), None, Conductor(here), None, made(group, server, control), None)
+    def close(made, group, server, coordinator):
+        sync = WeightSync(SyncConfig(), None, coordinator, None, made(group, server, coordinator))
         own_group.in_background("close", sync.close).result(RETURN_S)
 
     return close
@@ -118,43 +108,43 @@ def close(monkeypatch):
 
 @TRANSPORTS
 def test_a_run_whose_server_died_after_the_last_sync_ends_well_and_aborts_the_group(close, made):
-    group, control = Group(others_leave=False), Words()
-    close(made, group, Gone(), control, here=True)
+    group, coordinator = Group(others_leave=False), Signals()
+    close(made, group, Gone(), coordinator)
     assert group.aborted.is_set(), "what waits for the server is freed"
-    assert control.said == [STOP]
+    assert coordinator.said == [STOP]
 
 
 @TRANSPORTS
 def test_the_other_ranks_do_not_wait_for_a_server_that_rank_0_knows_to_be_dead(close, made):
     group = Group(others_leave=False)
-    close(made, group, None, Words(STOP), here=False)
+    close(made, group, None, Signals(STOP, is_rank0=False))
     assert group.aborted.is_set()
 
 
 @TRANSPORTS
-@pytest.mark.parametrize("here", [True, False])
-def test_a_group_that_all_give_up_is_not_aborted(close, made, here):
-    group, control = Group(others_leave=True), Words(*([] if here else [GO]))
-    close(made, group, Well(), control, here)
+@pytest.mark.parametrize("is_rank0", [True, False])
+def test_a_group_that_all_give_up_is_not_aborted(close, made, is_rank0):
+    group, coordinator = Group(others_leave=True), Signals(*([] if is_rank0 else [GO]), is_rank0=is_rank0)
+    close(made, group, Well(), coordinator)
     assert not group.aborted.is_set()
-    assert control.said == ([GO] if here else [])
+    assert coordinator.said == ([GO] if is_rank0 else [])
 
 
 @TRANSPORTS
 def test_a_rank_without_a_group_hears_nothing_where_none_is_open(close, made):
-    control = Words()
-    sync = made(None, Well(), control)
+    coordinator = Signals()
+    sync = made(None, Well(), coordinator)
     if made is broadcasts_with:
         sync.follow_close.__self__.names = []
     sync.follow_close()
     asyncio.run(sync.close())
-    assert control.said == []
+    assert coordinator.said == []
 
 
 def test_a_pipeline_stage_s_other_ranks_hear_that_the_groups_are_given_up():
-    control = Words(STOP)
-    broadcasts_with(None, None, control).follow_close()
-    assert not control._heard, "rank 0's words reach all ranks, those without a group too"
+    coordinator = Signals(STOP, is_rank0=False)
+    broadcasts_with(None, None, coordinator).follow_close()
+    assert not coordinator._heard, "rank 0's words reach all ranks, those without a group too"
 
 
 def test_another_fault_at_the_end_is_raised():
@@ -162,6 +152,4 @@ def test_another_fault_at_the_end_is_raised():
         raise ValueError("a fault of ours")
 
     with pytest.raises(ValueError, match="of ours"):
-        WeightSync(
-            SyncConfig(), None, Conductor(True), None, SimpleNamespace(close=close, follow_close=None), None
-        ).close()
+        WeightSync(SyncConfig(), None, Signals(), None, SimpleNamespace(close=close, follow_close=None)).close()

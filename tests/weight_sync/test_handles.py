@@ -15,10 +15,10 @@ def hosts(monkeypatch):
 HERE, THERE = "10.0.0.1", "10.0.0.2"
 
 
-class Control:
+class Leader:
     """Rank 0 of the ranks whose places `seen` has."""
 
-    here = True
+    is_rank0 = True
 
     def __init__(self, seen):
         self._seen = seen
@@ -37,7 +37,7 @@ class Control:
 class Follower:
     """Another rank, which hears what rank 0 said."""
 
-    here = False
+    is_rank0 = False
 
     def __init__(self, said):
         self._said = list(said)
@@ -55,9 +55,9 @@ def transport(seen, *servers, tp):
         client = SGLangClient(f"http://{host}:1", f"policy-{number}")
         client.first_gpu = gpu
         clients.append(client)
-    control = Control(seen)
-    made = HandlesTransport(clients, tp, None, control, 1.0)
-    other = HandlesTransport([], tp, None, Follower(control.said), 1.0)
+    coordinator = Leader(seen)
+    made = HandlesTransport(clients, tp, None, coordinator, 1.0)
+    other = HandlesTransport([], tp, None, Follower(coordinator.said), 1.0)
     assert (other._sources, other.fillers) == (made._sources, made.fillers), "all ranks must fill the same"
     return made._sources, made.fillers
 

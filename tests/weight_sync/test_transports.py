@@ -22,7 +22,7 @@ from exprl_megatron.serving.loader_orders import LOADER
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
 from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.direct import CannotReceive, DirectTransport
 from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.timing import SyncTimes
@@ -98,9 +98,9 @@ def tensors(policy):
 
 
 def transport_called(name, client, policy, other, tmp_path):
-    control, directory = Control(120.0), tmp_path / "sync"
+    coordinator, directory = RankCoordinator(120.0), tmp_path / "sync"
     choice = TransportChoice("direct", "", "broadcast") if name == "auto" else TransportChoice(name, "")
-    return make_transport(choice, [client], 1, policy.world, control, 60, directory=directory, model=other)
+    return make_transport(choice, [client], 1, policy.world, coordinator, 60, directory=directory, model=other)
 
 
 @pytest.mark.parametrize("name", ["auto", "broadcast", "direct", "handles", "disk", "delta"])
@@ -160,7 +160,7 @@ def test_a_server_that_holds_other_weights_is_found_out_by_name(client, policy):
 
 def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path, monkeypatch):
     async def push_to_another_group(client):
-        transport = BroadcastTransport([client], 1, policy.world, Control(60.0), deadline_s=20)
+        transport = BroadcastTransport([client], 1, policy.world, RankCoordinator(60.0), deadline_s=20)
         async with client:
             await transport.push(outgoing(policy, transport), "v1", SyncTimes())
             # The server is in no such group.
@@ -177,8 +177,8 @@ def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path, monk
 
 
 def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, policy):
-    control = Control(120.0)
-    wrong, right = (DirectTransport([client], 1, policy.world, control, deadline_s=60) for _ in range(2))
+    coordinator = RankCoordinator(120.0)
+    wrong, right = (DirectTransport([client], 1, policy.world, coordinator, deadline_s=60) for _ in range(2))
     asked = outgoing(policy, wrong)
     # The server's model has no such tensor, nor one of such a shape.
     asked.gatherer.shapes = asked.gatherer.shapes | {"model.norm.weight": (3,)}
@@ -216,7 +216,7 @@ class DyingServer:
 
 @pytest.mark.parametrize("kind", [BroadcastTransport, DirectTransport])
 def test_a_server_that_waits_for_one_that_died_is_free_at_once(client, policy, kind):
-    transport = kind([client, DyingServer()], 1, policy.world, Control(120.0), deadline_s=60)
+    transport = kind([client, DyingServer()], 1, policy.world, RankCoordinator(120.0), deadline_s=60)
 
     async def push():
         async with client:
@@ -258,7 +258,7 @@ def test_a_member_that_never_comes_is_an_error_that_names_it_within_the_deadline
     # The thread that connects the group stays blocked, as it does over NCCL.
     monkeypatch.setenv("NCCL_LIKE_PATIENCE_S", "")
     monkeypatch.setattr("exprl_megatron.weight_sync.weight_groups.CAUSE_S", 1.0)
-    transport = kind([AbsentServer()], 1, policy.world, Control(120.0), deadline_s=3)
+    transport = kind([AbsentServer()], 1, policy.world, RankCoordinator(120.0), deadline_s=3)
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"^absent \(http.*:9\) did not join the .* sync.deadline_s \(3 s\)"):
         asyncio.run(transport.push(outgoing(policy, transport), "v1", SyncTimes()))
@@ -267,7 +267,7 @@ def test_a_member_that_never_comes_is_an_error_that_names_it_within_the_deadline
 
 
 def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):
-    transport = DirectTransport([client], 1, policy.world, Control(120.0), deadline_s=60)
+    transport = DirectTransport([client], 1, policy.world, RankCoordinator(120.0), deadline_s=60)
     failed = Future()
     failed.set_exception(RuntimeError("connection lost"))
 
@@ -287,7 +287,7 @@ def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):
 
 def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monkeypatch):
     monkeypatch.setattr("exprl_megatron.weight_sync.direct.LOADER", "another.loader")
-    transport = DirectTransport([client], 1, policy.world, Control(120.0), deadline_s=60)
+    transport = DirectTransport([client], 1, policy.world, RankCoordinator(120.0), deadline_s=60)
 
     async def push():
         async with client:
@@ -303,7 +303,7 @@ def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monk
 @pytest.mark.parametrize("refusal", ["another loader", "a loader that cannot be followed"])
 def test_a_server_that_cannot_receive_shards_gets_broadcasts(client, policy, other, monkeypatch, refusal):
     said = []
-    transport = AutoTransport([client], 1, policy.world, Control(120.0), 60, tell=said.append)
+    transport = AutoTransport([client], 1, policy.world, RankCoordinator(120.0), 60, tell=said.append)
     leaving = outgoing(policy, transport)
     if refusal == "another loader":
         monkeypatch.setattr("exprl_megatron.weight_sync.direct.LOADER", "another.loader")

@@ -47,7 +47,7 @@ def measure_checksums(
 
 def _processor_s(trainer: Trainer, servers: list[dict]) -> float:
     """Processor seconds of all processes of both sides until now, on rank 0; a collective."""
-    own = trainer.control.collect(time.process_time())
+    own = trainer.coordinator.collect(time.process_time())
     if own is None:
         return 0.0
     processes = [process for server in servers for process in psutil.Process(server["pid"]).children(recursive=True)]

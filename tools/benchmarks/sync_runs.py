@@ -21,8 +21,7 @@ from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.servers import FixedServers
-from exprl_megatron.weight_sync.conductor import Conductor
-from exprl_megatron.weight_sync.control import Control
+from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.messages import stage_messages
 from exprl_megatron.weight_sync.sync import WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
@@ -90,7 +89,7 @@ class Trainer:
     def __init__(self, layout: Layout, model: Path, servers: list[dict], server_tp: int, settings: dict):
         self.world = enter_world(layout, timeout_s=_DEADLINE_S)
         self.policy = Policy(PolicyConfig(model=str(model), precision="bf16", layout=layout), seed=0)
-        self.conductor, self.control = Conductor(), Control(2 * _DEADLINE_S)
+        self.coordinator = RankCoordinator(2 * _DEADLINE_S)
         self._server_tp, self._bucket_mb = server_tp, settings["bucket_mb"]
         found = servers if self.world.rank == 0 else []
         self._clients = [
@@ -98,13 +97,13 @@ class Trainer:
             for s in found
         ]
         for client in self._clients:
-            self.conductor.run(client.__aenter__())
+            self.coordinator.run(client.__aenter__())
         self._transport = make_transport(
             TransportChoice(settings["transport"], "measured"),
             self._clients,
             server_tp,
             self.policy.world,
-            self.control,
+            self.coordinator,
             _DEADLINE_S,
             directory=model.parent / "sync",
             model=model,
@@ -114,7 +113,7 @@ class Trainer:
         """Syncs of this trainer."""
         config = SyncConfig(bucket_mb=self._bucket_mb, verify=verify)
         members = FixedServers(self._clients)
-        return WeightSync(config, self.policy, self.conductor, members, self._transport, self.control, self._server_tp)
+        return WeightSync(config, self.policy, self.coordinator, members, self._transport, self._server_tp)
 
     def change(self) -> None:
         """Other weights than before, so that a sync that brought nothing would be found out."""
@@ -126,8 +125,8 @@ class Trainer:
         """Leave servers and world; `sync` is any of this trainer's."""
         sync.close()
         for client in self._clients:
-            self.conductor.run(client.__aexit__())
-        self.conductor.close()
+            self.coordinator.run(client.__aexit__())
+        self.coordinator.close()
         leave_world()
 
 
