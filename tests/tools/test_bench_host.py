@@ -9,7 +9,7 @@ from benchmarks.host.workload import Workload
 
 from exprl_megatron.serving.generation import read_generation
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", [name for name in stations() if name != "judging by prefixes"])

@@ -17,7 +17,7 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
 from exprl_megatron.reporting.timeline import Span
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRAINER = """
 import json, subprocess, sys, time
 worker = "import sys, time, json\\n" + '''

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "slurm_local.sh"
+SCRIPT = Path(__file__).parents[2] / "tools" / "slurm_local.sh"
 TOOLS = ("bash", "cat", "dirname", "id", "paste", "realpath", "tail")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.problems.sources import load_problems
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "tests" / "data" / "rows"
 
 
