@@ -164,7 +164,7 @@ def weight_bytes(architecture: Architecture, each: float = 2.0) -> float:
     """Bytes of the model's matrices at `each` bytes, embedding and output layer in BF16."""
     dense, experts = linear_parameters(architecture)
     vocabulary = architecture.vocabulary * architecture.hidden * (1 if architecture.tied else 2)
-    return (dense + experts) * architecture.layers * each + vocabulary * 2.0
+    return (dense + experts) * each + vocabulary * 2.0
 
 
 def _refit_seconds(architecture: Architecture, layout: Layout, gpu: Gpu, *, colocated: bool, each: float) -> float:

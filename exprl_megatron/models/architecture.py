@@ -2,13 +2,15 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.rope import Rope, RopeScaling, YarnScaling, read_rope
+from exprl_megatron.models.unsupported import unsupported
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -24,7 +26,7 @@ _WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in every layer's MLP: a linear router with softmax, SwiGLU experts, none shared."""
+    """A mixture of experts in the place of layers' MLPs: a linear router, SwiGLU experts."""
 
     count: int
     chosen: int
@@ -33,11 +35,23 @@ class Experts:
     """Width of one expert."""
     normalised: bool
     """Whether the chosen experts' weights are made to sum to 1."""
+    dense_layers: int = 0
+    """Layers at the model's beginning that have a dense MLP instead."""
+    shared_ffn: int = 0
+    """Width of the expert that every token goes to in addition; 0: there is none."""
+    sigmoid: bool = False
+    """Whether the router takes a sigmoid of each logit, and adds a stored bias for the choice alone (DeepSeek-V3's way,
+    arXiv 2412.19437, section 2.1.2); else softmax."""
+    scaling: float = 1.0
+    """What the chosen experts' weights are multiplied by at last."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder: RMSNorm before attention and before a SwiGLU MLP (or experts), rotary positions, grouped queries."""
+    """A decoder: RMSNorm before attention and before a SwiGLU MLP (or experts), rotary positions, grouped queries.
+
+    Functions of one layer take the architecture of a model whose layers are all like it (see `of_layer`).
+    """
 
     family: str
     """One of the values of FAMILIES."""
@@ -60,6 +74,25 @@ class Architecture:
     """Standard deviation of randomly initialized matrices."""
     experts: Experts | None = None
     """None: a dense MLP of width `ffn` in every layer."""
+    rotary_share: float = 1.0
+    """Share of a head's dimensions, the first ones, that turn with the position."""
+    left_out: tuple[str, ...] = ()
+    """Prefixes of the names of tensors that a policy has no use for, as those of multi-token prediction: they are not
+    loaded, and an exported model has them as the original has."""
+
+    def of_layer(self, layer: int) -> "Architecture":
+        """The model all of whose layers are like layer number `layer`, counted from 0."""
+        if self.experts is None or not self.experts.dense_layers:
+            return self
+        experts = replace(self.experts, dense_layers=0) if layer >= self.experts.dense_layers else None
+        return replace(self, experts=experts)
+
+    def kinds(self, layers: Iterable[int] | None = None) -> dict["Architecture", int]:
+        """What `of_layer` gives for `layers` (None: for all), and for how many of them."""
+        numbers = range(self.layers) if layers is None else list(layers)
+        dense = sum(layer < self.experts.dense_layers for layer in numbers) if self.experts else 0
+        counts = {self.of_layer(0): dense, self.of_layer(self.layers - 1): len(numbers) - dense}
+        return {kind: count for kind, count in counts.items() if count}
 
     @property
     def attention_factor(self) -> float:
@@ -93,9 +126,8 @@ def read_architecture(directory: str | Path) -> Architecture:
             f"{path} describes the architecture {names[0]}, which is not supported; the nearest supported one is "
             f"{_nearest(names[0], tree)}, and docs/models.md lists all and tells how one is added."
         )
-    unsupported = _unsupported(tree)
-    if unsupported:
-        raise UserError(f"{path} has {unsupported}, which is not supported; choose another model.")
+    if (setting := unsupported(tree)) is not None:
+        raise UserError(f"{path} has {setting}, which is not supported; choose another model.")
     try:
         return _architecture(FAMILIES[names[0]], tree, read_rope(tree, str(path)))
     except KeyError as error:
@@ -115,7 +147,7 @@ def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
     for what, count in (
         ("attention heads", architecture.heads),
         ("KV groups", architecture.kv_groups),
-        *([] if architecture.experts else [("MLP columns", architecture.ffn)]),
+        *_mlp_columns(architecture),
     ):
         if count % layout.tp:
             found.append(
@@ -178,6 +210,13 @@ def check_layout(architecture: Architecture, layout: Layout) -> None:
         raise UserError("\n".join(found))
 
 
+def _mlp_columns(architecture: Architecture) -> list[tuple[str, int]]:
+    """What of layers' MLPs tensor parallelism divides, and how many there are."""
+    kinds = [kind.experts for kind in architecture.kinds()]
+    found = [("MLP columns", architecture.ffn)] if None in kinds else []
+    return found + [("shared expert's columns", e.shared_ffn) for e in kinds if e is not None and e.shared_ffn]
+
+
 def _expert_violations(experts: Experts | None, layout: Layout) -> list[str]:
     if experts is None:
         sizes = [("ep", layout.ep), ("etp", layout.etp)]
@@ -205,36 +244,8 @@ def _expert_violations(experts: Experts | None, layout: Layout) -> list[str]:
 
 def _divisors(architecture: Architecture) -> str:
     """The tensor-parallel sizes that fit."""
-    counts = (architecture.heads, architecture.kv_groups, *(() if architecture.experts else (architecture.ffn,)))
+    counts = (architecture.heads, architecture.kv_groups, *(count for _, count in _mlp_columns(architecture)))
     return ", ".join(str(n) for n in range(1, architecture.kv_groups + 1) if not any(count % n for count in counts))
-
-
-def _unsupported(tree: dict) -> str | None:
-    if tree.get("hidden_act", "silu") != "silu":
-        return f"hidden_act {tree['hidden_act']}"
-    if tree.get("use_sliding_window"):
-        return "use_sliding_window"
-    if tree["architectures"][0] in ("MixtralForCausalLM", "MistralForCausalLM") and tree.get("sliding_window"):
-        return f"sliding_window {tree['sliding_window']}"
-    if tree["architectures"][0] == "MistralForCausalLM" and "sliding_window" not in tree:
-        return "no sliding_window, which means a window of 4096 tokens"
-    if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
-        return "dense layers between its layers of experts"
-    normalised = tree["architectures"][0] == "MixtralForCausalLM" or tree.get("norm_topk_prob")
-    if tree.get("num_experts_per_tok") == 1 and normalised:
-        return "one expert for each token, whose weight is always 1"
-    if tree.get("mlp_bias"):
-        return "mlp_bias"
-    if tree["architectures"][0] == "SeedOssForCausalLM":
-        if not tree.get("attention_bias", True):
-            return "attention_bias false"
-        if tree.get("attention_out_bias"):
-            return "attention_out_bias"
-    elif tree["architectures"][0] != "Qwen2ForCausalLM" and tree.get("attention_bias"):
-        return "attention_bias"
-    if tree.get("quantization_config"):
-        return "quantization_config"
-    return None
 
 
 def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:

@@ -1,5 +1,6 @@
 """The products of a model: which matrices a rank multiplies for a micro-batch, and how many operations that is."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from exprl_megatron.models.architecture import Architecture
@@ -35,16 +36,28 @@ def attention_gemms(architecture: Architecture, tokens: float, tp: int) -> tuple
     return Gemm(tokens, both / tp, architecture.hidden), Gemm(tokens, architecture.hidden, width / tp)
 
 
-def mlp_gemms(architecture: Architecture, tokens: float, tp: int, ep: int, etp: int) -> tuple[Gemm, Gemm]:
+def mlp_gemms(architecture: Architecture, tokens: float, tp: int, ep: int, etp: int) -> tuple[Gemm, ...]:
     """A rank's MLP: gate and up together, then down; of experts one product each, tokens spread evenly."""
     if architecture.experts is None:
-        ffn = architecture.ffn / tp
-        return Gemm(tokens, 2 * ffn, architecture.hidden), Gemm(tokens, architecture.hidden, ffn)
+        return _swiglu_gemms(tokens, architecture.ffn / tp, architecture.hidden)
+    return (
+        *routed_gemms(architecture, tokens, tp, ep, etp),
+        *_swiglu_gemms(tokens, architecture.experts.shared_ffn / tp, architecture.hidden),
+    )
+
+
+def routed_gemms(architecture: Architecture, tokens: float, tp: int, ep: int, etp: int) -> tuple[Gemm, ...]:
+    """The products of the experts that a router chooses from; none without."""
     experts = architecture.experts
+    if experts is None:
+        return ()
     local = experts.count / ep
     rows = tokens / tp * experts.chosen * etp / local
-    ffn = experts.ffn / etp
-    return Gemm(rows, 2 * ffn, architecture.hidden, local), Gemm(rows, architecture.hidden, ffn, local)
+    return _swiglu_gemms(rows, experts.ffn / etp, architecture.hidden, local)
+
+
+def _swiglu_gemms(rows: float, ffn: float, hidden: int, copies: float = 1.0) -> tuple[Gemm, ...]:
+    return (Gemm(rows, 2 * ffn, hidden, copies), Gemm(rows, hidden, ffn, copies)) if ffn else ()
 
 
 def router_gemm(architecture: Architecture, tokens: float, tp: int) -> Gemm:
@@ -65,8 +78,13 @@ def attention_flops(architecture: Architecture, sequence_length: float) -> float
 
 def layer_flops(architecture: Architecture) -> float:
     """Operations of a layer's linear products, forward, per token."""
-    gemms = attention_gemms(architecture, 1, 1) + mlp_gemms(architecture, 1, 1, 1, 1)
+    gemms = (*attention_gemms(architecture, 1, 1), *mlp_gemms(architecture, 1, 1, 1, 1))
     return sum(gemm.flops for gemm in gemms) + router_gemm(architecture, 1, 1).flops
+
+
+def linear_flops(architecture: Architecture) -> float:
+    """Operations of all layers' linear products, forward, per token."""
+    return sum(count * layer_flops(kind) for kind, count in architecture.kinds().items())
 
 
 def model_flops(architecture: Architecture, sequence_length: float, training: bool = True) -> float:
@@ -74,15 +92,18 @@ def model_flops(architecture: Architecture, sequence_length: float, training: bo
 
     The embedding is a look-up and counts nothing; a training step is three times the forward pass.
     """
-    layer = layer_flops(architecture) + attention_flops(architecture, sequence_length)
-    forward = architecture.layers * layer + head_gemm(architecture, 1, 1).flops
+    attention = architecture.layers * attention_flops(architecture, sequence_length)
+    forward = linear_flops(architecture) + attention + head_gemm(architecture, 1, 1).flops
     return forward * (3.0 if training else 1.0)
 
 
-def linear_parameters(architecture: Architecture) -> tuple[float, float]:
-    """Parameters of a layer's matrices: (what every rank of a replica shares out, the experts)."""
-    dense = sum(gemm.n * gemm.k for gemm in attention_gemms(architecture, 1, 1))
-    mlp = sum(gemm.n * gemm.k * gemm.copies for gemm in mlp_gemms(architecture, 1, 1, 1, 1))
-    if architecture.experts is None:
-        return dense + mlp, 0.0
-    return dense + architecture.experts.count * architecture.hidden, mlp
+def linear_parameters(architecture: Architecture, layers: Iterable[int] | None = None) -> tuple[float, float]:
+    """Parameters of the matrices of `layers`, None: of all: (what every rank of a replica shares out, the experts)."""
+    found = [0.0, 0.0]
+    for kind, count in architecture.kinds(layers).items():
+        routed = sum(gemm.n * gemm.k * gemm.copies for gemm in routed_gemms(kind, 1, 1, 1, 1))
+        gemms = (*attention_gemms(kind, 1, 1), *mlp_gemms(kind, 1, 1, 1, 1))
+        router = router_gemm(kind, 1, 1)
+        found[0] += count * (sum(gemm.n * gemm.k * gemm.copies for gemm in gemms) - routed + router.n * router.k)
+        found[1] += count * routed
+    return found[0], found[1]

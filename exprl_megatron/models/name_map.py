@@ -123,7 +123,7 @@ def parameters(architecture: Architecture, layout: Layout, grouped: bool = False
     places = [(layers, pp, chunk) for pp, chunks in enumerate(stages) for chunk, layers in enumerate(chunks)]
     for layers, pp_rank, chunk in sorted(places, key=lambda place: place[0].start):
         for local, layer in enumerate(layers):
-            for name, hf_names, rule, ep_rank in _layer(architecture, layout.ep, grouped):
+            for name, hf_names, rule, ep_rank in _layer(architecture.of_layer(layer), layout.ep, grouped):
                 hf_full = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)
                 full = f"decoder.layers.{local}.{name}"
                 table.append(Parameter(pp_rank, chunk, full, hf_full, rule, ep_rank=ep_rank))
@@ -137,9 +137,23 @@ def parameters(architecture: Architecture, layout: Layout, grouped: bool = False
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model in Hugging Face form, in the order of export."""
+    hidden = architecture.hidden
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocabulary, hidden)}
+    layers = {kind: _layer_shapes(kind) for kind in architecture.kinds()}
+    for index in range(architecture.layers):
+        layer = layers[architecture.of_layer(index)]
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not architecture.tied:
+        shapes[HEAD] = (architecture.vocabulary, hidden)
+    return shapes
+
+
+def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer, in the order of export."""
     hidden, ffn = architecture.hidden, architecture.ffn
     query, key = architecture.heads * architecture.head_dim, architecture.kv_groups * architecture.head_dim
-    layer: dict[str, tuple[int, ...]] = {
+    known: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "self_attn.q_proj.weight": (query, hidden),
         "self_attn.k_proj.weight": (key, hidden),
@@ -156,14 +170,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj.weight": (hidden, ffn),
         **_expert_shapes(architecture),
     }
-    present = [hf_name for _, hf_names, _, _ in _layer(architecture, 1, False) for hf_name in hf_names]
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocabulary, hidden)}
-    for index in range(architecture.layers):
-        shapes |= {f"model.layers.{index}.{name}": layer[name] for name in present}
-    shapes["model.norm.weight"] = (hidden,)
-    if not architecture.tied:
-        shapes[HEAD] = (architecture.vocabulary, hidden)
-    return shapes
+    return {name: known[name] for _, hf_names, _, _ in _layer(architecture, 1, False) for name in hf_names}
 
 
 Row = tuple[str, tuple[str, ...], Rule, int | None]

@@ -192,16 +192,18 @@ def _sharded_sizes(architecture: Architecture, policy: PolicyConfig) -> list[tup
     """(what, how many, ranks that share them, the setting): the lengths of the linear layers' products."""
     layout, heads = policy.layout, architecture.heads * architecture.head_dim
     qkv = heads + 2 * architecture.kv_groups * architecture.head_dim
-    experts = architecture.experts
-    columns = (
-        ("MLP columns", architecture.ffn, layout.tp, "tp")
-        if experts is None
-        else ("expert columns", experts.ffn, layout.etp, "etp")
-    )
+    columns: list[tuple[str, int, int, str]] = []
+    for experts in (kind.experts for kind in architecture.kinds()):
+        if experts is None:
+            columns.append(("MLP columns", architecture.ffn, layout.tp, "tp"))
+            continue
+        columns.append(("expert columns", experts.ffn, layout.etp, "etp"))
+        if experts.shared_ffn:
+            columns.append(("shared expert's columns", experts.shared_ffn, layout.tp, "tp"))
     return [
         ("query columns", heads, layout.tp, "tp"),
         ("query, key and value columns", qkv, layout.tp, "tp"),
-        columns,
+        *columns,
     ]
 
 

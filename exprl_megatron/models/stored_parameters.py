@@ -1,7 +1,8 @@
 """Where Megatron's torch_dist files keep each parameter of the table of names.
 
 The files know no layout. A parameter of the decoder's layers is in one tensor with those of all other layers,
-[layers, ...], one of an expert in one with all experts of all layers, [layers, experts, ...]. What tensor parallelism
+[layers, ...], one of an expert in one with all experts of all layers, [layers, experts, ...]; where layers differ, each
+layer has tensors of its own, without the first dimension. What tensor parallelism
 cuts is put together again: what a single rank would hold. Only an embedding or output layer keeps the rows that
 padded it in the layout that wrote it.
 """
@@ -57,8 +58,13 @@ def _stored(parameter: Parameter, shapes: dict[str, tuple[int, ...]], architectu
     index: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
     if layer := _LAYER.fullmatch(key):
-        key, index, counts = f"decoder.layers.{layer[2]}", (int(layer[1]),), (architecture.layers,)
+        prefix = "decoder.layers."
+        if len(architecture.kinds()) > 1:
+            prefix += f"{layer[1]}."
+        else:
+            index, counts = (int(layer[1]),), (architecture.layers,)
+        key = prefix + layer[2]
         if architecture.experts is not None and (expert := _EXPERT.fullmatch(layer[2])):
-            key = f"decoder.layers.mlp.experts.experts.{expert[2]}"
+            key = f"{prefix}mlp.experts.experts.{expert[2]}"
             index, counts = (*index, int(expert[1])), (*counts, architecture.experts.count)
     return Stored(parameter, key, index, counts, shape)

@@ -5,6 +5,8 @@ here the layer has RMSNorm, SwiGLU or experts, grouped queries, no dropout, and 
 keys, values, output and one fp32 number per token and head).
 """
 
+from itertools import chain
+
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.models.architecture import Architecture, stage_layers
@@ -31,7 +33,10 @@ def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision:
 
 
 def _mlp(architecture: Architecture, layout: Layout, wide: int, entry: int) -> float:
-    """SwiGLU's input, twice as wide, and its output; before experts their tokens' copies, the router's fp32 scores."""
+    """SwiGLU's input, twice as wide, and its output; before experts their tokens' copies, the router's fp32 scores.
+
+    The shared expert's input is the router's.
+    """
     experts = architecture.experts
     if experts is None:
         return (2 * wide + entry) * architecture.ffn / layout.tp
@@ -39,7 +44,9 @@ def _mlp(architecture: Architecture, layout: Layout, wide: int, entry: int) -> f
     ffn = experts.ffn / layout.etp
     # The norm's output stays as it is for the router in addition to its quantized copies.
     norm = (wide - entry) * architecture.hidden / layout.tp
-    return copies * (entry * architecture.hidden + (2 * wide + entry) * ffn) + 8 * experts.count / layout.tp + norm
+    shared = (2 * wide + entry) * experts.shared_ffn / layout.tp
+    routed = copies * (entry * architecture.hidden + (2 * wide + entry) * ffn)
+    return routed + shared + 8 * experts.count / layout.tp + norm
 
 
 def activation_bytes(
@@ -50,15 +57,16 @@ def activation_bytes(
     tokens = policy.micro_batch_tokens / layout.cp
     wide = value_bytes(policy.precision)
     sp = layout.tp if layout.sequence_parallel else 1
-    each = layer_bytes_per_token(architecture, layout, policy.precision)
-    layers = sum(len(chunk) for chunk in stage_layers(architecture, layout)[pp_rank]) / layout.vpp
-    flying = chunks_in_flight(layout, pp_rank, micro_batches)
+    kinds = architecture.kinds(chain(*stage_layers(architecture, layout)[pp_rank]))
+    each = {kind: layer_bytes_per_token(kind, layout, policy.precision) for kind in kinds}
+    # Of the layers of one chunk.
+    flying = chunks_in_flight(layout, pp_rank, micro_batches) / layout.vpp
     if policy.recompute == "full":
         # Each layer's input, and whole the one layer whose backward pass runs.
-        kept = flying * layers * wide * architecture.hidden / sp + each
+        kept = flying * sum(kinds.values()) * wide * architecture.hidden / sp + max(each.values())
     else:
         statistics = 4 * architecture.heads / layout.tp if policy.recompute == "selective" else 0
-        kept = flying * layers * (each - statistics)
+        kept = flying * sum(count * (each[kind] - statistics) for kind, count in kinds.items())
     if pp_rank == layout.pp - 1:
         # The final norm's input and output.
         kept += 2 * wide * architecture.hidden / sp
@@ -85,11 +93,19 @@ def working_bytes(architecture: Architecture, policy: PolicyConfig, backward: bo
     layout = policy.layout
     tokens = policy.micro_batch_tokens / layout.cp
     wide = value_bytes(policy.precision)
-    experts = architecture.experts
-    rows = experts.chosen * layout.etp / layout.tp if experts else 1
-    ffn = experts.ffn / layout.etp if experts else architecture.ffn / layout.tp
     gathered = (2 if backward else 1) * architecture.hidden
-    return tokens * wide * (gathered + rows * (architecture.hidden + 3 * ffn))
+    return tokens * wide * (gathered + max(_widest(kind, layout) for kind in architecture.kinds()))
+
+
+def _widest(architecture: Architecture, layout: Layout) -> float:
+    """Numbers for each token in the intermediates of a layer's MLP, the shared expert's output while others run."""
+    experts, hidden = architecture.experts, architecture.hidden
+    if experts is None:
+        return hidden + 3 * architecture.ffn / layout.tp
+    routed = experts.chosen * layout.etp / layout.tp * (hidden + 3 * experts.ffn / layout.etp)
+    if not experts.shared_ffn:
+        return routed
+    return hidden + max(routed, 3 * experts.shared_ffn / layout.tp)
 
 
 def value_bytes(precision: PrecisionConfig) -> int:

@@ -18,6 +18,7 @@ class Rank:
     """Everything that decides how long one rank works on one layer."""
 
     architecture: Architecture
+    """Of a model whose layers are all like this one."""
     layout: Layout
     precision: PrecisionConfig
     sequence_length: float
@@ -72,6 +73,9 @@ class LayerTime:
         return LayerTime(*(getattr(self, f.name) * count for f in fields(self)))
 
 
+NO_TIME = LayerTime(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
 def forward_layer(rank: Rank) -> LayerTime:
     """Seconds of a layer's forward pass."""
     gemm = sum(_product(rank, g) for g in _gemms(rank)) + _router(rank, 1)
@@ -81,7 +85,7 @@ def forward_layer(rank: Rank) -> LayerTime:
         gemm=gemm,
         attention=attention,
         memory=memory,
-        tp=_tensor_parallel(rank, gathers=4 if rank.architecture.experts is None else 2, beside=gemm),
+        tp=_tensor_parallel(rank, gathers=4 if _gathers_mlp(rank) else 2, beside=gemm),
         cp=_context_parallel(rank, attention, times=1),
         ep=_expert_parallel(rank, gemm + attention),
     )
@@ -98,16 +102,22 @@ def backward_layer(rank: Rank) -> LayerTime:
         gemm=gemm,
         attention=attention,
         memory=traffic_seconds(_backward_bytes(rank), rank.gpu) + _kernels(rank, backward=True) * KERNEL_GAP,
-        tp=_tensor_parallel(rank, gathers if rank.architecture.experts is None else gathers // 2, beside=gemm),
+        tp=_tensor_parallel(rank, gathers if _gathers_mlp(rank) else gathers // 2, beside=gemm),
         cp=_context_parallel(rank, attention, times=2),
         ep=_expert_parallel(rank, gemm + attention),
     )
 
 
+def _gathers_mlp(rank: Rank) -> bool:
+    """Whether an MLP that all tokens pass is divided by tensor parallelism."""
+    return rank.architecture.experts is None or rank.architecture.experts.shared_ffn > 0
+
+
 def _gemms(rank: Rank):
     layout = rank.layout
-    return attention_gemms(rank.architecture, rank.tokens, layout.tp) + mlp_gemms(
-        rank.architecture, rank.tokens, layout.tp, layout.ep, layout.etp
+    return (
+        *attention_gemms(rank.architecture, rank.tokens, layout.tp),
+        *mlp_gemms(rank.architecture, rank.tokens, layout.tp, layout.ep, layout.etp),
     )
 
 
@@ -137,10 +147,11 @@ def _forward_bytes(rank: Rank) -> float:
     architecture, layout = rank.architecture, rank.layout
     heads = (architecture.heads + 2 * architecture.kv_groups) * architecture.head_dim / layout.tp
     between = 10 * rank.sharded_tokens * architecture.hidden
-    inside = rank.tokens * 2 * heads + rank.rows * 3 * _ffn(rank)
+    inside = rank.tokens * 2 * heads + 3 * _activated(rank)
     casts = cast_bytes(
         rank.tokens * (architecture.hidden + architecture.heads * architecture.head_dim / layout.tp)
-        + rank.rows * (architecture.hidden + _ffn(rank)),
+        + rank.rows * architecture.hidden
+        + _activated(rank),
         rank.precision,
     )
     return rank.width * (between + inside + _permuted(rank)) + casts
@@ -151,9 +162,10 @@ def _backward_bytes(rank: Rank) -> float:
     architecture, layout = rank.architecture, rank.layout
     heads = (architecture.heads + 2 * architecture.kv_groups) * architecture.head_dim / layout.tp
     between = 12 * rank.sharded_tokens * architecture.hidden
-    inside = rank.tokens * 2 * heads + rank.rows * 5 * _ffn(rank)
+    inside = rank.tokens * 2 * heads + 5 * _activated(rank)
     casts = cast_bytes(
-        rank.tokens * (heads + architecture.hidden) + rank.rows * (2 * _ffn(rank) + architecture.hidden), rank.precision
+        rank.tokens * (heads + architecture.hidden) + rank.rows * architecture.hidden + 2 * _activated(rank),
+        rank.precision,
     )
     return rank.width * (between + inside + _permuted(rank)) + casts
 
@@ -164,7 +176,8 @@ def _kernels(rank: Rank, backward: bool) -> float:
     count = (24 if backward else 12) + 4 * casts
     if rank.architecture.experts is None:
         return count
-    local = rank.architecture.experts.count / rank.layout.ep
+    experts = rank.architecture.experts
+    local = experts.count / rank.layout.ep + (experts.shared_ffn > 0)
     return count + 20 + local * ((4 if backward else 2) + 2 * casts)
 
 
@@ -173,9 +186,12 @@ def _permuted(rank: Rank) -> float:
     return 7.0 * rank.rows * rank.architecture.hidden if rank.architecture.experts else 0.0
 
 
-def _ffn(rank: Rank) -> float:
-    experts = rank.architecture.experts
-    return experts.ffn / rank.layout.etp if experts else rank.architecture.ffn / rank.layout.tp
+def _activated(rank: Rank) -> float:
+    """Numbers that the activation functions of a layer give."""
+    experts, layout = rank.architecture.experts, rank.layout
+    if experts is None:
+        return rank.rows * rank.architecture.ffn / layout.tp
+    return rank.rows * experts.ffn / layout.etp + rank.tokens * experts.shared_ffn / layout.tp
 
 
 def _tensor_parallel(rank: Rank, gathers: int, beside: float) -> float:

@@ -234,9 +234,9 @@ def _fp8_linear(architecture: Architecture, policy: PolicyConfig, pp_rank: int) 
         return 0
     ends = policy.precision.first_last_bf16
     inner = range(ends, architecture.layers - ends)
-    layers = sum(layer in inner for chunk in stage_layers(architecture, policy.layout)[pp_rank] for layer in chunk)
-    each = layer_counts(architecture, policy.layout)
-    return layers * (each.linear + each.experts)
+    layers = [n for chunk in stage_layers(architecture, policy.layout)[pp_rank] for n in chunk if n in inner]
+    each = {kind: layer_counts(kind, policy.layout) for kind in architecture.kinds(layers)}
+    return sum(count * (each[k].linear + each[k].experts) for k, count in architecture.kinds(layers).items())
 
 
 def _fp8_bytes(policy: PolicyConfig, gpu: Gpu | None) -> float:
@@ -256,8 +256,16 @@ def groups(layout: Layout) -> int:
 def _largest_gradient(architecture: Architecture, policy: PolicyConfig, last: bool) -> float:
     """One weight's gradient in the model's own format, before it is added to the fp32 sum."""
     layout = policy.layout
-    experts = architecture.experts
-    matrix = 2 * architecture.hidden * (experts.ffn / layout.etp if experts else architecture.ffn / layout.tp)
+    widest = max(_mlp_width(kind, layout) for kind in architecture.kinds())
+    matrix = 2 * architecture.hidden * widest
     vocabulary = padded_vocabulary(architecture, layout.tp) / layout.tp * architecture.hidden
     # The output layer's is counted with the logits; the embedding's comes when activations are gone.
     return value_bytes(policy.precision) * (matrix if last else max(matrix, vocabulary if layout.pp == 1 else matrix))
+
+
+def _mlp_width(architecture: Architecture, layout: Layout) -> float:
+    """Columns of a rank's widest MLP in a layer."""
+    experts = architecture.experts
+    if experts is None:
+        return architecture.ffn / layout.tp
+    return max(experts.ffn / layout.etp, experts.shared_ffn / layout.tp)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from math import prod
 
 from exprl_megatron.config.policy import Layout
@@ -33,12 +34,14 @@ class ParameterCounts:
 
 def rank_counts(architecture: Architecture, layout: Layout, pp_rank: int) -> ParameterCounts:
     """The parameters of each rank in pipeline stage `pp_rank`; the layout must fit the architecture."""
-    layers = sum(len(chunk) for chunk in stage_layers(architecture, layout)[pp_rank])
-    return layer_counts(architecture, layout) * layers + _ends(architecture, layout, pp_rank)
+    found = _ends(architecture, layout, pp_rank)
+    for kind, count in architecture.kinds(chain(*stage_layers(architecture, layout)[pp_rank])).items():
+        found += layer_counts(kind, layout) * count
+    return found
 
 
 def layer_counts(architecture: Architecture, layout: Layout) -> ParameterCounts:
-    """A rank's parameters of one layer."""
+    """A rank's parameters of one layer, one of those of a model whose layers are all alike."""
     whole, cut, matrices, experts = _layer(architecture)
     linear = matrices // layout.tp
     return ParameterCounts(whole + cut // layout.tp + linear, experts // (layout.ep * layout.etp), linear)
@@ -46,15 +49,21 @@ def layer_counts(architecture: Architecture, layout: Layout) -> ParameterCounts:
 
 def model_parameters(architecture: Architecture) -> int:
     """Parameters of the whole model in Hugging Face form."""
-    whole, cut, matrices, experts = _layer(architecture)
+    layers = sum(count * sum(_layer(kind)) for kind, count in architecture.kinds().items())
     vocabulary = architecture.vocabulary * architecture.hidden * (1 if architecture.tied else 2)
-    return (whole + cut + matrices + experts) * architecture.layers + vocabulary + architecture.hidden
+    return layers + vocabulary + architecture.hidden
 
 
 def largest_tensor(architecture: Architecture) -> int:
     """Elements of the largest tensor in Hugging Face form."""
-    mlp = architecture.experts.ffn if architecture.experts else architecture.ffn
-    return architecture.hidden * max(architecture.vocabulary, mlp, architecture.heads * architecture.head_dim)
+    mlps = [width for kind in architecture.kinds() for width in _mlp_widths(kind)]
+    return architecture.hidden * max(architecture.vocabulary, *mlps, architecture.heads * architecture.head_dim)
+
+
+def _mlp_widths(architecture: Architecture) -> list[int]:
+    """Of a layer's MLP, or of each of its experts and of the shared one."""
+    experts = architecture.experts
+    return [architecture.ffn] if experts is None else [experts.ffn, experts.shared_ffn]
 
 
 def _ends(architecture: Architecture, layout: Layout, pp_rank: int) -> ParameterCounts:

@@ -6,7 +6,7 @@ from math import exp, log
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.flops import layer_flops, linear_parameters, model_flops
+from exprl_megatron.models.flops import linear_flops, linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.kernels import KERNEL_GAP, SHARES, product_rate
 from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
@@ -150,8 +150,8 @@ def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch
     dense, experts = linear_parameters(architecture)
     if architecture.experts:
         experts *= 1 - (1 - architecture.experts.chosen / architecture.experts.count) ** batch
-    weights = (dense + experts) * layers * servers.weight_bytes + architecture.vocabulary * architecture.hidden * 2.0
-    compute = batch * layers * layer_flops(architecture) / (servers.tp * product_rate(gpu, servers.kind))
+    weights = (dense + experts) * servers.weight_bytes + architecture.vocabulary * architecture.hidden * 2.0
+    compute = batch * linear_flops(architecture) / (servers.tp * product_rate(gpu, servers.kind))
     cache = batch * context * cache_bytes(architecture, servers)
     fixed = ITERATION_S + layers * _KERNELS * KERNEL_GAP
     return max(weights / bandwidth, compute) + cache / bandwidth + fixed + _all_reduces(architecture, servers, batch)
@@ -174,7 +174,7 @@ def _all_reduces(architecture: Architecture, servers: ServerHardware, batch: flo
 def _room(architecture: Architecture, servers: ServerHardware) -> float:
     """Tokens that one server's KV cache holds."""
     dense, experts = linear_parameters(architecture)
-    weights = (dense + experts) * architecture.layers * servers.weight_bytes
+    weights = (dense + experts) * servers.weight_bytes
     weights += 2 * architecture.vocabulary * architecture.hidden * 2.0
     free = servers.tp * servers.gpu.memory_bytes * servers.memory_share - weights
     if free <= 0:

@@ -1,6 +1,7 @@
 """Seconds of a training step, and of a pass for log-probs, from the layout: docs/time_model.md explains each term."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from math import ceil
 
 from exprl_megatron.config.policy import Layout
@@ -10,7 +11,7 @@ from exprl_megatron.models.architecture import Architecture, stage_layers
 from exprl_megatron.models.flops import head_gemm, linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.kernels import gemm_seconds, host_optimizer_seconds, traffic_seconds
-from exprl_megatron.planning.layer_time import LayerTime, Rank, backward_layer, forward_layer
+from exprl_megatron.planning.layer_time import NO_TIME, LayerTime, Rank, backward_layer, forward_layer
 from exprl_megatron.planning.links import exposed, ring_seconds, send_seconds
 from exprl_megatron.planning.practice import OURS, Practice
 
@@ -79,12 +80,9 @@ def training_time(
     batches = micro_batches(layout, global_tokens, micro_batch_tokens)
     tokens = global_tokens / (batches * layout.dp * layout.cp)
     rank = Rank(architecture, layout, precision, sequence_length, tokens, gpu, practice)
-    forward, backward = forward_layer(rank), backward_layer(rank)
-    again = _recomputed(forward, recompute, rank)
-    layers, with_head = _slowest_stage(architecture, layout, forward.total + backward.total + again, _head(rank, True))
-    head = _head(rank, True) if with_head else 0.0
-    stage_backward = (backward.total + again) * layers
-    both = (forward + backward) * (layers * batches)
+    stage = _slowest_stage(rank, _head(rank, True), recompute)
+    stage_backward = stage.backward.total + stage.again
+    both = (stage.forward + stage.backward) * batches
     peak_name, peak = gpu.peak(precision.kind)
     return TrainingTime(
         gemm_s=both.gemm,
@@ -92,12 +90,12 @@ def training_time(
         tp_comm_s=both.tp,
         cp_comm_s=both.cp,
         ep_comm_s=both.ep,
-        pp_s=_pipeline(rank, forward.total * layers, stage_backward, batches),
-        dp_comm_s=_data_parallel(rank, layers, forward.total * layers, stage_backward, batches),
-        recompute_s=again * layers * batches,
-        head_s=head * batches,
+        pp_s=_pipeline(rank, stage.forward.total, stage_backward, batches),
+        dp_comm_s=_data_parallel(rank, stage.layers, stage.forward.total, stage_backward, batches),
+        recompute_s=stage.again * batches,
+        head_s=stage.head * batches,
         memory_bound_s=both.memory,
-        optimizer_s=_optimizer(rank, layers),
+        optimizer_s=_optimizer(rank, stage.layers),
         tokens=global_tokens,
         gpus=layout.world_size,
         flops=model_flops(architecture, sequence_length) * global_tokens,
@@ -125,10 +123,8 @@ def log_prob_time(
     batches = micro_batches(layout, global_tokens, micro_batch_tokens)
     tokens = global_tokens / (batches * layout.dp * layout.cp)
     rank = Rank(architecture, layout, precision, sequence_length, tokens, gpu, practice)
-    forward = forward_layer(rank)
-    head = _head(rank, False)
-    layers, with_head = _slowest_stage(architecture, layout, forward.total, head)
-    every = forward * (layers * batches)
+    stage = _slowest_stage(rank, _head(rank, False))
+    every = stage.forward * batches
     peak_name, peak = gpu.peak(precision.kind)
     return TrainingTime(
         gemm_s=every.gemm,
@@ -136,10 +132,10 @@ def log_prob_time(
         tp_comm_s=every.tp,
         cp_comm_s=every.cp,
         ep_comm_s=every.ep,
-        pp_s=_pipeline(rank, forward.total * layers, 0.0, batches),
+        pp_s=_pipeline(rank, stage.forward.total, 0.0, batches),
         dp_comm_s=0.0,
         recompute_s=0.0,
-        head_s=(head if with_head else 0.0) * batches,
+        head_s=stage.head * batches,
         memory_bound_s=every.memory,
         optimizer_s=0.0,
         tokens=global_tokens,
@@ -172,12 +168,41 @@ def _recomputed(forward: LayerTime, recompute: str, rank: Rank) -> float:
     return forward.total * (rank.practice.recomputed_share if recompute == "full" else 0.0)
 
 
-def _slowest_stage(architecture: Architecture, layout: Layout, layer: float, head: float) -> tuple[int, bool]:
-    """(layers, whether the output layer is there too) of the pipeline rank that the others wait for."""
-    ranks = [sum(len(chunk) for chunk in chunks) for chunks in stage_layers(architecture, layout)]
-    most = max(ranks)
-    with_head = ranks[-1] * layer + head >= most * layer
-    return (ranks[-1] if with_head else most), with_head
+@dataclass(frozen=True)
+class _Stage:
+    """Seconds of one micro-batch in all layers of a pipeline rank."""
+
+    layers: list[int]
+    forward: LayerTime
+    backward: LayerTime
+    again: float
+    head: float
+    """Of the output layer, where it is there."""
+
+    @property
+    def total(self) -> float:
+        return self.forward.total + self.backward.total + self.again + self.head
+
+
+def _slowest_stage(rank: Rank, head: float, recompute: str | None = None) -> _Stage:
+    """The pipeline rank that the others wait for, the last one of equals; `recompute` None: only the forward pass."""
+    layout, costs = rank.layout, {}
+    for kind in rank.architecture.kinds():
+        alike = replace(rank, architecture=kind)
+        forward = forward_layer(alike)
+        backward, again = NO_TIME, 0.0
+        if recompute is not None:
+            backward, again = backward_layer(alike), _recomputed(forward, recompute, alike)
+        costs[kind] = forward, backward, again
+    stages = []
+    for pp_rank, chunks in enumerate(stage_layers(rank.architecture, layout)):
+        layers = list(chain(*chunks))
+        forward, backward, again = NO_TIME, NO_TIME, 0.0
+        for kind, count in rank.architecture.kinds(layers).items():
+            one = costs[kind]
+            forward, backward, again = forward + one[0] * count, backward + one[1] * count, again + one[2] * count
+        stages.append(_Stage(layers, forward, backward, again, head if pp_rank == layout.pp - 1 else 0.0))
+    return max(reversed(stages), key=lambda stage: stage.total)
 
 
 def _head(rank: Rank, training: bool) -> float:
@@ -216,15 +241,15 @@ def _pipeline(rank: Rank, forward: float, backward: float, batches: int) -> floa
     return (layout.pp - 1) / layout.vpp * (forward + backward) + sends * (batches + layout.pp - 1)
 
 
-def _parameters(rank: Rank, layers: int) -> tuple[float, float]:
+def _parameters(rank: Rank, layers: list[int]) -> tuple[float, float]:
     """Parameters on this rank: (shared out over dp x cp, shared out over the experts' data parallelism)."""
     layout, architecture = rank.layout, rank.architecture
-    dense, experts = linear_parameters(architecture)
+    dense, experts = linear_parameters(architecture, layers)
     vocabulary = architecture.vocabulary * architecture.hidden * (1 if layout.pp > 1 or architecture.tied else 2)
-    return (dense * layers + vocabulary) / layout.tp, experts * layers / (layout.ep * layout.etp)
+    return (dense + vocabulary) / layout.tp, experts / (layout.ep * layout.etp)
 
 
-def _data_parallel(rank: Rank, layers: int, forward: float, backward: float, batches: int) -> float:
+def _data_parallel(rank: Rank, layers: list[int], forward: float, backward: float, batches: int) -> float:
     """Exposed reduction of gradients and gathering of parameters; with FSDP once and twice for each micro-batch."""
     layout, gpu, practice = rank.layout, rank.gpu, rank.practice
     if practice.lora:
@@ -248,7 +273,7 @@ def _data_parallel(rank: Rank, layers: int, forward: float, backward: float, bat
     return total
 
 
-def _optimizer(rank: Rank, layers: int) -> float:
+def _optimizer(rank: Rank, layers: list[int]) -> float:
     """Adam's pass over its shard: fp32 weight and two moments in and out, gradient read twice (norm), BF16 out."""
     if rank.practice.lora:
         return 0.0

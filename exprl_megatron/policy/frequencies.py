@@ -9,8 +9,9 @@ from exprl_megatron.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 
 def rope_frequencies(architecture: Architecture) -> torch.Tensor:
-    """Angle of a head's pairs of dimensions per position, [head_dim / 2], fp32, stretched as the architecture says."""
-    exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
+    """Angle of a head's pairs of turning dimensions per position, [pairs], fp32, stretched as the architecture says."""
+    turning = int(architecture.head_dim * architecture.rotary_share)
+    exponents = torch.arange(0, turning, 2, dtype=torch.float32) / turning
     frequencies = 1.0 / architecture.rope_base**exponents
     match architecture.rope_scaling:
         case None:

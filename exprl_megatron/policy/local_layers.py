@@ -18,7 +18,7 @@ class RotationTable(RotaryEmbedding):
         return tuple(packed_seq_params.cu_seqlens_q.diff().tolist())
 
     def get_emb(self, max_seq_len: int | tuple[int, ...], offset: int = 0) -> torch.Tensor:
-        """[tokens, 1, 1, 2 x head_dim], fp32: each sequence begins at position 0.
+        """[tokens, 1, 1, 2 x turning dimensions], fp32: each sequence begins at position 0.
 
         Of a packed row the tokens that this context-parallel rank holds; of padded rows all, `forward` cuts them.
         """

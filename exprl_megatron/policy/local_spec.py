@@ -4,6 +4,7 @@ Parameters bear the names that Transformer Engine's layers have, so that loading
 know one set of names for both.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -64,10 +66,14 @@ class NormColumnParallelLinear(PlainProduct, ColumnParallelLinear):
         return super().forward(normed, *args, **kwargs)
 
 
-def local_block(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
-    """`layers` decoder layers and the final norm (which Megatron builds on the last stage alone)."""
+def local_block(config: TransformerConfig, with_experts: Sequence[bool]) -> TransformerBlockSubmodules:
+    """Decoder layers with experts or without, and the final norm (which Megatron builds on the last stage alone)."""
+    return TransformerBlockSubmodules(layer_specs=[_layer(config, e) for e in with_experts], layer_norm=RMSNorm)
+
+
+def _layer(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
     qk_norm = RMSNorm if config.qk_layernorm else None
-    layer = ModuleSpec(
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
@@ -82,11 +88,10 @@ def local_block(config: TransformerConfig, layers: int) -> TransformerBlockSubmo
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            **(_dense_mlp() if config.num_moe_experts is None else _experts()),
+            **(_experts() if with_experts else _dense_mlp()),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
 
 
 def _dense_mlp() -> dict:
@@ -97,5 +102,7 @@ def _dense_mlp() -> dict:
 def _experts() -> dict:
     """Router and experts in the MLP's place; the norm before them is a separate module, as the router reads it too."""
     linear = MLPSubmodules(ColumnParallelLinear, RowParallelLinear, activation_func=SwiGlu)
-    experts = MoESubmodules(experts=partial(SequentialMLP, submodules=linear))
+    experts = MoESubmodules(
+        experts=partial(SequentialMLP, submodules=linear), shared_experts=partial(SharedExpertMLP, submodules=linear)
+    )
     return {"pre_mlp_layernorm": RMSNorm, "mlp": partial(MoELayer, submodules=experts)}

@@ -12,7 +12,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.models.architecture import Architecture, check_layout, padded_vocabulary, stage_layers
+from exprl_megatron.models.architecture import Architecture, Experts, check_layout, padded_vocabulary, stage_layers
 from exprl_megatron.policy.emulation import emulate_fp8
 from exprl_megatron.policy.frequencies import rope_frequencies
 from exprl_megatron.policy.gradient_fusion import fuses_gradients
@@ -154,6 +154,32 @@ def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: boo
         "moe_aux_loss_coeff": config.moe_aux_loss,
         "moe_grouped_gemm": cuda,
         "moe_permute_fusion": cuda,
+        **_unlike_layers(architecture),
+        **_sigmoid_router(experts),
+    }
+
+
+def _unlike_layers(architecture: Architecture) -> dict:
+    """Which layers have experts, where not all have, and the expert that all tokens go to."""
+    experts = architecture.experts
+    found: dict = {}
+    if experts.dense_layers:
+        found["moe_layer_freq"] = [int(layer >= experts.dense_layers) for layer in range(architecture.layers)]
+    if experts.shared_ffn:
+        found["moe_shared_expert_intermediate_size"] = experts.shared_ffn
+    return found
+
+
+def _sigmoid_router(experts: Experts) -> dict:
+    """A sigmoid with a bias for the choice, which stays as it was loaded: the servers' choice rests on it too."""
+    if not experts.sigmoid:
+        return {}
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": True,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": experts.scaling,
     }
 
 
@@ -166,7 +192,8 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
     if world.device.type == "cuda":
         block = get_gpt_decoder_block_spec(megatron, use_transformer_engine=True, vp_stage=stage)
     else:
-        block = local_block(megatron, len(stage_layers(architecture, layout)[world.pp_rank][stage or 0]))
+        layers = stage_layers(architecture, layout)[world.pp_rank][stage or 0]
+        block = local_block(megatron, [architecture.of_layer(layer).experts is not None for layer in layers])
     chunk = GPTModel(
         megatron,
         block,
@@ -177,10 +204,13 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
         rotary_base=architecture.rope_base,
+        rotary_percent=architecture.rotary_share,
         vp_stage=stage,
     )
     if world.device.type != "cuda":
-        chunk.rotary_pos_emb = RotationTable(architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=True)
+        chunk.rotary_pos_emb = RotationTable(
+            architecture.head_dim, rotary_percent=architecture.rotary_share, use_cpu_initialization=True
+        )
     if config.precision.emulate:
         emulate_fp8(chunk, config.precision)
     chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(place)

@@ -1,14 +1,15 @@
 """Rotary positions in three passes over memory, where Megatron looks for Transformer Engine's kernel on CUDA.
 
 A head's vector is two halves, (x1, x2); the angle a of its position and frequency turns it to
-(x1 cos a - x2 sin a, x2 cos a + x1 sin a). Its gradient is turned back by the same angle.
+(x1 cos a - x2 sin a, x2 cos a + x1 sin a). Its gradient is turned back by the same angle. Where only the first
+dimensions of a head turn, the vector is those, and the rest stays.
 """
 
 import torch
 
 
 def rotation_table(angles: torch.Tensor) -> torch.Tensor:
-    """[positions, head_dim / 2] -> [positions, 1, 1, 2 x head_dim]: what the halves (x1, x2) and (x2, x1) are times."""
+    """[positions, pairs] -> [positions, 1, 1, 4 x pairs]: what the halves (x1, x2) and (x2, x1) are multiplied by."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos, -sin, sin), dim=-1)[:, None, None]
 
@@ -35,5 +36,9 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
+    turning = cos.shape[-1]
+    if turning < states.shape[-1]:
+        turned = _turned(states[..., :turning], cos, sin, direction)
+        return torch.cat((turned, states[..., turning:]), dim=-1)
     first, second = states.chunk(2, dim=-1)
     return (states * cos).addcmul_(torch.cat((second, first), dim=-1), sin, value=direction)
