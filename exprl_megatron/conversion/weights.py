@@ -1,7 +1,6 @@
 """Reading of a model's weights in either form, one parameter at a time, under their Hugging Face names."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from exprl_megatron.conversion.safetensors_files import DTYPES, headers, read_te
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, read_architecture
 from exprl_megatron.models.name_map import EMBEDDING, HEAD
+from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.models.stored_parameters import Stored
 from exprl_megatron.models.weight_readers import Safetensors, weight_files
 from exprl_megatron.policy.megatron_files import MEGATRON, MegatronFiles
@@ -154,9 +154,7 @@ def _check_same_model(checkpoint: Path, origin: Path) -> None:
         recorded = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["architecture"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{checkpoint}/state.json is damaged ({error}); choose another checkpoint.") from error
-    described = json.loads(json.dumps(asdict(read_architecture(origin))))
-    differing = sorted(key for key in recorded if recorded[key] != described.get(key))
-    if differing:
+    if differing := differing_fields(recorded, read_architecture(origin)):
         raise UserError(
             f"{origin} describes another model than {checkpoint} holds ({', '.join(differing)}); "
             f"give the run's own by --origin."

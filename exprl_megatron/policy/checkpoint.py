@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.name_map import hf_shapes
+from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.policy import checkpoint_files as files
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
 from exprl_megatron.policy.optimizer import separate_step_counters
@@ -236,7 +237,7 @@ def _check_fit(path: str | Path, record: dict, policy: Policy) -> None:
         "start_kept": "the stage's loss.kl_coefficient (zero or not) and policy.ref_policy",
     }
     for key, setting in names.items():
-        if record[key] != mine[key]:
+        if differing_fields(record[key], policy.architecture) if key == "architecture" else record[key] != mine[key]:
             raise UserError(f"{path} was written with another {key} than this run has; set {setting} as it was then.")
 
 

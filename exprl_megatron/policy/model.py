@@ -154,17 +154,16 @@ def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: boo
         "moe_aux_loss_coeff": config.moe_aux_loss,
         "moe_grouped_gemm": cuda,
         "moe_permute_fusion": cuda,
-        **_unlike_layers(architecture),
+        **_unlike_layers(architecture.layers, experts),
         **_sigmoid_router(experts),
     }
 
 
-def _unlike_layers(architecture: Architecture) -> dict:
-    """Which layers have experts, where not all have, and the expert that all tokens go to."""
-    experts = architecture.experts
+def _unlike_layers(layers: int, experts: Experts) -> dict:
+    """Which of the `layers` have experts, where not all have, and the expert that all tokens go to."""
     found: dict = {}
     if experts.dense_layers:
-        found["moe_layer_freq"] = [int(layer >= experts.dense_layers) for layer in range(architecture.layers)]
+        found["moe_layer_freq"] = [int(layer >= experts.dense_layers) for layer in range(layers)]
     if experts.shared_ffn:
         found["moe_shared_expert_intermediate_size"] = experts.shared_ffn
     return found
