@@ -6,7 +6,7 @@ JOBS ?= 2
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 NOW := $(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: setup browser demo demo-smollm study chaos test test-fast test-te test-slurm test-gpu lint types ratchet lock lock-te lock-gpu miniature bench-peer lock-peer
+.PHONY: setup browser demo demo-smollm study chaos test test-fast test-te test-slurm test-gpu lint types ratchet docs reference lock lock-te lock-gpu miniature bench-peer lock-peer
 
 setup:
 	@tools/setup.sh
@@ -69,6 +69,14 @@ types: setup
 ratchet: setup
 	.venv/bin/python tools/lint_words.py --update
 	.venv/bin/python tools/lint_types.py --update
+
+# The documentation as a site: build/docs/index.html. A warning, such as a broken link, is an error.
+docs: setup
+	.venv/bin/python -m sphinx -q -b html -W --keep-going docs build/docs
+
+# docs/config_keys.md, from the classes of the config.
+reference: setup
+	.venv/bin/python tools/make_reference.py
 
 miniature: setup
 	.venv/bin/python tools/make_miniature.py

@@ -16,7 +16,9 @@ class RubricConfig(Config):
     prompt: str = "rubric-builder"
     """How checkpoints are asked for: `rubric-builder`, the hash of an earlier version of it, or a prompt file."""
     max_new_tokens: PositiveInt = 2048
+    """Longest rubric in tokens."""
     deadline_s: float = Field(300.0, gt=0)
+    """Seconds that the request for a rubric may take."""
 
 
 class GateConfig(Config):
@@ -68,7 +70,9 @@ class JudgeConfig(Config):
     template_args: dict[str, bool | str | int] = Field(default_factory=dict)
     """Passed to the judge's chat template (for example `enable_thinking: false`)."""
     max_new_tokens: PositiveInt = 2048
+    """Longest answer of the judge in tokens."""
     temperature: float = Field(0.0, ge=0)
+    """Temperature of the first question."""
     score_format: Literal["free", "constrained"] = "free"
     """`constrained` makes the server write nothing but `Score: 1..5`."""
     score_reading: Literal["stated", "expected"] = "stated"
@@ -78,17 +82,21 @@ class JudgeConfig(Config):
     reasks: NonNegativeInt = 1
     """Times an unreadable verdict is asked for again, sampled at `reask_temperature`."""
     reask_temperature: float = Field(0.3, gt=0)
+    """Temperature of the questions that follow an answer that cannot be read."""
     retries: NonNegativeInt = 3
     """Times a request is sent again after a transport error, each after twice the pause."""
     retry_pause_s: float = Field(0.5, gt=0)
+    """Seconds before the first retry; the pause doubles from one retry to the next."""
     hedge_after_s: float | None = Field(None, gt=0)
     """Seconds after which a request without an answer is sent to a second server too; the first answer counts."""
     concurrency: PositiveInt = 256
+    """Questions that are open at the same time."""
     deadline_s: float = Field(300.0, gt=0)
     """Deadline of one judgement with its repetitions, in seconds; later it is an abstention."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
     """A larger share of abstentions among the last `abstention_window` judgements stops the run."""
     abstention_window: PositiveInt = 512
+    """Number of latest judgements over which the share of abstentions is taken."""
     store: str | None = None
     """SQLite file of rubrics and judgements; None: `judgements.sqlite` in the run's directory."""
     gate: GateConfig | None = None

@@ -30,9 +30,11 @@ class CorrectionConfig(Config):
     kind: Literal["none", "truncated", "masked"] = "none"
     """`truncated` (TIS): the importance ratio up to `high`; `masked` (IcePop): 0 outside of `low` to `high`."""
     level: RatioLevel = "token"
+    """Whether a weight is that of a token, of a sequence (product of its tokens' ratios) or of their geometric mean."""
     low: float = Field(0.5, ge=0, le=1)
     """Used by `masked` alone."""
     high: float = Field(2.0, ge=1)
+    """Upper bound of the weights."""
 
 
 class RejectionConfig(Config):
@@ -42,7 +44,9 @@ class RejectionConfig(Config):
     """Leave out the tokens, or the whole sequences, whose importance ratio is outside of `low` to `high` (verl's
     `rollout_rs`, slime's `rs_level`). It need not be the level of `correction`."""
     low: float = Field(0.5, ge=0, le=1)
+    """Ratios below this are rejected."""
     high: float = Field(2.0, ge=1)
+    """Ratios above this are rejected."""
     off_policy_threshold: float | None = Field(None, gt=0)
     """DeepSeek-V3.2's off-policy sequence mask (TRL's `off_policy_mask_threshold`, slime's `--opsm-delta`): tokens with
     a negative advantage are left out of sequences whose mean log(sampling policy / policy) is more than this, in nats a
@@ -69,11 +73,14 @@ class LossConfig(Config):
     dual_clip: float | None = Field(3.0, gt=1)
     """Upper bound of the loss where the advantage is negative, in units of the advantage."""
     kl_coefficient: float = Field(1e-3, ge=0)
+    """Weight of the KL divergence from the reference policy; 0: there is none."""
     kl_gradient: Literal["k3", "unbiased"] = "k3"
     """Gradient of the KL term: that of the k3 estimate, in expectation of KL(reference || policy) (as released), or an
     unbiased one of KL(policy || reference)."""
     entropy_coefficient: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus."""
     aggregation: Aggregation = "token-mean"
+    """How the losses of tokens become one number (docs/algorithms.md)."""
     correction: CorrectionConfig = CorrectionConfig()
     """Weights of the surrogate alone, not of the KL term or the entropy bonus."""
     rejection: RejectionConfig = RejectionConfig()

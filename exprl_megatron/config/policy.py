@@ -15,7 +15,9 @@ class Layout(Config):
     """
 
     tp: PositiveInt = 1
+    """Tensor-parallel size: ranks that share each layer's matrices."""
     pp: PositiveInt = 1
+    """Pipeline-parallel size: groups of ranks that share the layers."""
     vpp: PositiveInt = 1
     """Virtual pipeline stages for each rank; 1 is the plain pipeline."""
     cp: PositiveInt = 1
@@ -25,7 +27,9 @@ class Layout(Config):
     etp: PositiveInt = 1
     """Ranks that share one expert's matrices."""
     dp: PositiveInt = 1
+    """Data-parallel size: copies of the policy, each of which takes a part of the batch."""
     sequence_parallel: bool = False
+    """Split norms and dropout over the tensor-parallel ranks by tokens, as Megatron's option of that name does."""
     embedding_as_layer: bool = False
     """The first pipeline stage has one layer less, for the embedding."""
     head_as_layer: bool = False
@@ -75,6 +79,7 @@ class PolicyConfig(Config):
     layout: Layout = Layout()
     precision: PrecisionConfig = PrecisionConfig()
     recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that are computed again in the backward pass: none, those of the attention core, or all layers."""
     max_tokens: PositiveInt = 2048
     """Longest sequence, prompt and response together."""
     micro_batch_tokens: PositiveInt = 8192
@@ -101,21 +106,27 @@ class OptimizerConfig(Config):
     """AdamW and its learning-rate schedule; the defaults are the paper's."""
 
     lr: float = Field(1e-6, gt=0)
+    """Learning rate after the warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """The learning rate after the warm-up: constant, or a decay to `min_lr_ratio`."""
     warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps with a linearly growing learning rate."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Where a decaying schedule would be one step after the last, as a share of `lr`: no step has the rate 0."""
     warmup_from_zero: bool = False
     """Step s (from 0) of a warm-up has s / warmup_steps of the rate instead of (s + 1) / warmup_steps: the schedules of
     transformers, verl and Megatron, whose first step learns nothing."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the moving averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """What is added to the root of the second moment."""
     weight_decay: float = Field(0.01, ge=0)
     """Of matrices alone; see `decay_norms_and_biases`."""
     decay_norms_and_biases: bool = False
     """Let vectors (norms, biases) decay like matrices, as verl's FSDP backend does; Megatron and transformers' Trainer
     leave them out."""
     clip_grad_norm: float = Field(1.0, gt=0)
+    """Largest norm of the whole gradient."""
     distributed: bool = True
     """Shard the optimizer state over data-parallel ranks."""
     overlap: bool = False

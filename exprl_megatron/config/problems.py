@@ -14,13 +14,21 @@ class FieldNames(Config):
     """Names of a record's fields in the source; all but the first two may be missing from a record."""
 
     id: str = "id"
+    """Unique name of the problem."""
     problem: str = "problem"
+    """Text of the problem."""
     reference: str = "reference"
+    """Reference solution, hidden from the policy."""
     answer: str = "answer"
+    """Final answer that the verifier compares with."""
     domain: str = "domain"
+    """`math`, `multiple-choice`, `science` or `code`."""
     choices: str = "choices"
+    """Answers to choose from."""
     tests: str = "tests"
+    """Tests of a program."""
     source: str = "source"
+    """Data set that the problem is from."""
 
 
 class LeakGuardConfig(Config):
@@ -38,6 +46,7 @@ class ProblemsConfig(Config):
     source: str
     """A JSON-lines or Parquet file, a directory of them, or a hub name."""
     split: str = "train"
+    """Split of a data set of the hub."""
     fields: FieldNames = FieldNames()
     limit: PositiveInt | None = None
     """Take this many problems from the beginning."""
@@ -49,6 +58,7 @@ class PromptConfig(Config):
     """The chat that the policy gets: an optional system message and the problem's text."""
 
     system: str | None = None
+    """System message; null: none."""
     user: str = "{problem}"
     """Template of the user message; `{problem}` is its only placeholder."""
     template_args: dict[str, bool | str | int] = Field(default_factory=dict)

@@ -24,9 +24,12 @@ class EvaluationConfig(Config):
     """Evaluate every this many steps of each stage too (verl's `test_freq`, slime's `--eval-interval`, TRL's
     `eval_steps`)."""
     samples: PositiveInt = 16
+    """Traces of each problem."""
     k: tuple[PositiveInt, ...] = (1, 16)
+    """Which pass@k are reported; none may exceed `samples`."""
     sampling: SamplingConfig = SamplingConfig()
     confidence: float = Field(0.95, gt=0, lt=1)
+    """Coverage of the intervals beside each pass@k."""
 
     def is_due(self, step: int) -> bool:
         """Whether the weights are evaluated after step `step` of a stage, which is not its last one."""
@@ -44,7 +47,9 @@ class CheckpointConfig(Config):
     """When checkpoints are written, and how many are kept."""
 
     every_steps: PositiveInt = 10
+    """Steps of a stage between two checkpoints; each stage's last step has one too."""
     keep: PositiveInt = 2
+    """Number of checkpoints that are kept, the latest ones."""
 
 
 class JournalConfig(Config):
@@ -72,6 +77,7 @@ class RunConfig(Config):
     """Who else may read it: nobody (directories 0700, files 0600), or the users that the umask permits. The files
     contain references and judge prompts. The key of the run's servers is private in any case."""
     seed: NonNegativeInt = 0
+    """What all randomness of the run comes from: order of the problems, samples, initial weights."""
     reproduce: Literal["released"] | None = None
     """`released`: do what the released ExpRL code does, where the config says nothing else (docs/reproducing.md)."""
     policy: PolicyConfig
@@ -83,6 +89,7 @@ class RunConfig(Config):
     verifier: VerifierConfig = VerifierConfig()
     sync: SyncConfig = SyncConfig()
     stages: tuple[AnyStage, ...]
+    """The stages in their order; `kind` selects what a stage does."""
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()

@@ -14,7 +14,9 @@ class SegmentsConfig(Config):
     """Before a line that begins with the delimiter; before the delimiter anywhere; at an empty line; every
     `sentences_per_segment` sentences; or, set by `reproduce: released`, after a token that ends in the delimiter."""
     delimiter: str = Field("###", min_length=1)
+    """What opens a segment, for the splitters `heading`, `delimiter` and `released`."""
     sentences_per_segment: PositiveInt = 4
+    """For the splitter `sentences`."""
     min_tokens: NonNegativeInt = 32
     """A shorter segment is joined to its neighbor; not used by `released`."""
     max_segments: PositiveInt | None = 10
@@ -32,6 +34,7 @@ class RouteConfig(Config):
     """How the traces of one domain are judged and credited."""
 
     granularity: Literal["trace", "prefix", "segment"]
+    """What one question to the judge shows: the whole trace, a prefix of it, or a segment."""
     estimator: Literal["delta", "end", "group", "batch", "basic", "outcome"]
     """`outcome`: the whole trace's score, normalized within the group, on every token (with granularity `trace`)."""
 

@@ -16,19 +16,24 @@ class ServerConfig(Config):
     """One kind of SGLang server (policy or judge)."""
 
     count: PositiveInt = 1
+    """Number of servers."""
     tp: PositiveInt = 1
+    """Tensor-parallel size of each server."""
     port: int | None = Field(None, ge=1024, le=65535)
     """First port; server i takes port + i. None picks free ones."""
     max_total_tokens: PositiveInt | None = None
     """KV-cache slots; None lets SGLang fill the device (on a CPU: 65,536)."""
     max_running_requests: PositiveInt | None = None
+    """Requests that a server decodes together; null: as SGLang decides."""
     mem_fraction_static: float | None = Field(None, gt=0, lt=1)
     """On a GPU: fraction of its memory for weights and KV cache. None: SGLang's choice, or 0.75 for sampling servers
     that are colocated with the trainer."""
     cpu_threads: PositiveInt = 1
     """Threads of each rank of a server on a machine without GPUs; slow where they are more than the free cores."""
     start_deadline_s: float = Field(600.0, gt=0)
+    """Seconds that a server may take until it answers."""
     request_deadline_s: float = Field(600.0, gt=0)
+    """Seconds that a request may take before another server is asked."""
     answer_deadline_s: float = Field(60.0, gt=0)
     """A sampling server that failed must answer a probe within this time before it receives requests again."""
     router: bool = False
@@ -66,10 +71,15 @@ class SamplingConfig(Config):
     """How traces are sampled."""
 
     temperature: float = Field(1.0, gt=0)
+    """Divisor of the logits."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Share of the probability that tokens are sampled from."""
     top_k: int = -1
+    """Number of tokens that are sampled from; -1: all."""
     max_new_tokens: PositiveInt = 1024
+    """Longest response in tokens."""
     stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a response, in addition to the model's own."""
 
 
 class SyncConfig(Config):
@@ -91,6 +101,7 @@ class SyncConfig(Config):
     """How traces in flight are paused for an update of the weights (`max_staleness`; SGLang's pause_generation modes):
     `retract` computes their KV cache again under the new weights, `in_place` continues with the old cache."""
     deadline_s: float = Field(600.0, gt=0)
+    """Seconds that a weight sync may take."""
 
     def violations(self, run_config) -> list[str]:
         if self.fp8 and self.transport == "direct":

@@ -54,7 +54,9 @@ class Stage(Config):
     """Settings of every stage."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    """Names the stage's directories, metrics and weights."""
     steps: PositiveInt
+    """Number of steps."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -63,7 +65,9 @@ class RlStage(Stage):
 
     problems: ProblemsConfig
     problems_per_step: PositiveInt = 32
+    """Problems whose traces make one step."""
     group_size: PositiveInt = 16
+    """Traces of each problem."""
     over_sampling: float = Field(1.0, ge=1)
     """Sample this many times problems_per_step problems; the groups that are finished first make the step, and the
     others are cancelled. Steps do not wait for their slowest traces, but problems with short traces are favored."""
@@ -142,6 +146,7 @@ class JudgedStage(RlStage):
     """Settings of the stages whose rewards come from the judge."""
 
     kind: str
+    """`exprl-outcome` or `exprl-process`."""
 
     def violations(self, run_config) -> list[str]:
         found = super().violations(run_config)
@@ -159,7 +164,9 @@ class ExprlOutcomeStage(JudgedStage):
     """ExpRL-Outcome: the judge scores every trace; advantages are normalized within groups."""
 
     kind: Literal["exprl-outcome"]
+    """The judge scores whole traces."""
     advantage: Advantage = "group-normalised"
+    """How a group's scores become advantages (docs/algorithms.md)."""
     overlong: Literal["zero", "score", "exclude"] = "zero"
     """Score of a trace that reached max_new_tokens: 0 (paper), the judge's score, or none (the trace is left out)."""
     variant: Literal["recommended", "code"] = "recommended"
@@ -182,6 +189,7 @@ class ExprlProcessStage(JudgedStage):
     """ExpRL-Process: the judge scores every segment or prefix, and each segment has its own advantage."""
 
     kind: Literal["exprl-process"]
+    """The judge scores every segment or prefix of a trace."""
     estimator: Literal["delta", "end", "group", "batch", "basic"] = "delta"
     """DeltaNorm, EndNorm, GroupNorm, BatchNorm, or the score itself."""
     granularity: Literal["prefix", "segment"] = "prefix"
@@ -233,7 +241,9 @@ class SparseRlStage(RlStage):
     """Sparse-reward RL: right answer or not, advantages centered within groups, loose clip, no KL."""
 
     kind: Literal["sparse-rl"]
+    """A verifier says whether the final answer is right."""
     advantage: Advantage = "mean-centred"
+    """How a group's scores become advantages (docs/algorithms.md)."""
     loss: SparseLossConfig = SparseLossConfig()
     overlong: Literal["score", "exclude"] = "score"
     """A trace that reached max_new_tokens counts like any other, or is left out (DAPO's filtering)."""
@@ -242,6 +252,7 @@ class SparseRlStage(RlStage):
     dynamic_sampling: PositiveInt | None = None
     """Rounds in which further problems replace zero-variance groups, at most (DAPO); None: such groups are kept."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
+    """Largest share of a step's traces that the verifier may abstain on; a larger one stops the run."""
 
     def violations(self, run_config) -> list[str]:
         soft = [] if self.soft_overlong is None else self.soft_overlong.faults(self.name, self.sampling.max_new_tokens)
@@ -265,12 +276,14 @@ class SelfDistillStage(RlStage):
     """
 
     kind: Literal["self-distill"]
+    """The policy with the reference in its prompt teaches the policy without it."""
     teacher_prompt: PromptConfig = PromptConfig(
         user="{problem}\n\nThis is a solution to the problem:\n{reference}\n\n"
         "After understanding it, solve the problem in your own way."
     )
     """`user` shows {problem} and {reference}."""
     aggregation: Aggregation = "sequence-mean"
+    """How the losses of tokens become one number (docs/algorithms.md)."""
 
     @property
     def needs_ref_policy(self) -> bool:
@@ -295,6 +308,7 @@ class SftStage(Stage):
     """Supervised fine-tuning on prompt and completion pairs, in the order of the file, or on problems' references."""
 
     kind: Literal["sft"]
+    """Supervised fine-tuning on completions."""
     examples: str | None = None
     """JSON lines with `prompt` and `completion`."""
     problems: ProblemsConfig | None = None
@@ -302,6 +316,7 @@ class SftStage(Stage):
     prompt: PromptConfig | None = None
     """The prompt to learn under; None: the run's."""
     batch_size: PositiveInt = 32
+    """Examples in one step."""
 
     def violations(self, run_config) -> list[str]:
         if (self.examples is None) == (self.problems is None):

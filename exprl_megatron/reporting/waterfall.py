@@ -16,7 +16,7 @@ from exprl_megatron.reporting.timeline import GRADING, ROLLOUTS, SAMPLING, STEP,
 
 PHASES = ("sync", "sampling", "grading", "log_probs", "train", "save", "other")
 """`other` is what no span covers: statistics, packing, the journal."""
-_COLOURS = dict(zip(PHASES, ("#577590", "#2a9d8f", "#e9c46a", "#8ab17d", "#e76f51", "#b5838d", "#cccccc"), strict=True))
+_COLORS = dict(zip(PHASES, ("#577590", "#2a9d8f", "#e9c46a", "#8ab17d", "#e76f51", "#b5838d", "#cccccc"), strict=True))
 
 REMEDIES = {
     "sync": "another sync.transport or larger sync.bucket_mb (docs/resharding.md)",
@@ -104,32 +104,75 @@ def waterfall_table(phases: Mapping[str, float], title: str) -> Table:
 
 
 def draw_timeline(spans: Sequence[Span], title: str, path: Path) -> None:
-    """Write the picture: a lane for the trainer, one for sampling, one for grading, over seconds."""
-    lanes = {"grading": 0, "sampling": 1}
+    """Write the picture: lanes for trainer, sampling and grading over seconds, steps numbered at their beginnings.
+
+    Dark grading is what the trainer waited for, as in the table; pale grading went on beside sampling.
+    """
     first = min(span.start for span in spans)
     # Seldom wanted, and slow to import.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    seen = set()
-    for span in spans:
-        if span.name in (STEP, ROLLOUTS):
-            continue
-        lane, alone = lanes.get(span.name, 2), span.name not in lanes
-        label = span.name if span.name not in seen else None
-        seen.add(span.name)
+    for bar in bars(spans):
+        shifted = [(start - first, end - start) for start, end in bar.ranges]
         axes.broken_barh(
-            [(span.start - first, span.end - span.start)],
-            (lane - 0.35, 0.7),
-            color=_COLOURS[span.name],
-            alpha=1.0 if alone else 0.6,
-            label=label,
+            shifted,
+            (bar.lane - 0.35, 0.7),
+            color=_COLORS[bar.name],
+            alpha=1.0 if bar.waited_for else 0.35,
+            linewidth=0,
+            label=bar.label,
         )
-    axes.set(xlabel="s", yticks=range(3), title=title)
+    for span in spans:
+        if span.name == STEP:
+            axes.axvline(span.start - first, color="#888888", linewidth=0.6, linestyle=":")
+            axes.annotate(str(span.step), (span.start - first, 2.42), fontsize=7, color="#555555")
+    axes.set(xlabel="s", yticks=range(3), ylim=(-0.5, 2.7), title=title)
     axes.set_yticklabels(["grading", "sampling", "trainer"])
-    axes.legend(frameon=False, ncols=len(seen), fontsize=7, loc="upper right")
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    order = sorted(named, key=lambda label: PHASES.index(label.split(",")[0]))
+    figure.legend([named[label] for label in order], order, frameon=False, fontsize=8, loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is drawn in one color: where spans of a name begin and end, in the timeline's seconds."""
+
+    name: str
+    lane: int
+    """0 grading, 1 sampling, 2 the trainer's phases."""
+    ranges: list[tuple[float, float]]
+    waited_for: bool = True
+    """False for grading as a whole; what of it the trainer waited for is a bar of its own."""
+
+    @property
+    def label(self) -> str:
+        """The legend's words."""
+        if self.name != GRADING:
+            return self.name
+        return "grading, waited for" if self.waited_for else "grading, beside sampling"
+
+
+def bars(spans: Sequence[Span]) -> list[Bar]:
+    """The picture's bars; a later one is drawn over an earlier one, so short ones come last."""
+    of_name: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    written: dict[tuple[str, int], float] = {}
+    for span in spans:
+        if span.name not in (STEP, ROLLOUTS):
+            of_name[span.name].append((span.start, span.end))
+        if span.name == SAMPLING:
+            written[span.stage, span.step] = max(span.end, written.get((span.stage, span.step), span.end))
+    waited = [
+        (max(span.start, written.get((span.stage, span.step), span.start)), span.end)
+        for span in spans
+        if span.name == GRADING
+    ]
+    lanes = {GRADING: 0, SAMPLING: 1}
+    drawn = [Bar(name, lanes.get(name, 2), ranges, name != GRADING) for name, ranges in of_name.items()]
+    drawn.append(Bar(GRADING, 0, [(start, end) for start, end in waited if end > start]))
+    return sorted(drawn, key=lambda bar: -max((end - start for start, end in bar.ranges), default=0.0))

@@ -7,7 +7,7 @@ import pytest
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.run_waterfall import show_waterfall
 from exprl_megatron.reporting.timeline import Span, Timeline, read_timeline
-from exprl_megatron.reporting.waterfall import bottleneck, draw_timeline, mean_phases, stage_phases, step_times
+from exprl_megatron.reporting.waterfall import bars, bottleneck, draw_timeline, mean_phases, stage_phases, step_times
 
 
 def _step(number, start, *, sampled, graded, rollouts, train, end, save=0.0):
@@ -103,3 +103,11 @@ def test_lanes_are_drawn_for_trainer_sampling_and_grading(tmp_path):
     spans = _step(1, 0.0, sampled=(0.0, 6.0), graded=(2.0, 9.0), rollouts=9.0, train=12.0, end=13.0)
     draw_timeline(spans, "a step", tmp_path / "new" / "steps.png")
     assert (tmp_path / "new" / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_grading_that_is_drawn_as_waited_for_is_that_of_the_table():
+    spans = _step(1, 0.0, sampled=(0.0, 6.0), graded=(2.0, 9.0), rollouts=9.0, train=12.0, end=13.0)
+    grading = [bar for bar in bars(spans) if bar.name == "grading"]
+    assert [(bar.waited_for, bar.ranges) for bar in grading] == [(False, [(2.0, 9.0)]), (True, [(6.0, 9.0)])]
+    assert mean_phases(step_times(spans))["grading"] == 3.0
+    assert {bar.name: bar.lane for bar in bars(spans)} == {"grading": 0, "sampling": 1, "train": 2}
