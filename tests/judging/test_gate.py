@@ -92,6 +92,7 @@ def test_a_judge_that_needs_no_reference_and_obeys_a_wrong_one_passes():
     assert told is None
     rates = [result.metrics()[f"misplacement_{arm}"] for arm in ("right", "none", "wrong")]
     assert rates == [0.1, 0.1, 0.5]
+    assert result.metrics()["separation"] == 0, "the smaller of the two differences"
 
 
 def guesser(wrong_passes):

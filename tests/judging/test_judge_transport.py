@@ -109,6 +109,7 @@ def test_a_straggler_is_hedged_and_the_loser_is_cancelled():
     judgement, counts = _run(_in_order(home, other), one_and_settled, hedge_after_s=0.1)
     assert judgement == FOUR
     assert home.counts["abandoned"] == 1
+    assert (home.counts["requests"], other.counts["requests"]) == (1, 1), "the hedge goes to the other server"
     assert (counts["hedged"], counts["hedge-won"], counts["asked"]) == (1, 1, 2)
 
 

@@ -140,5 +140,8 @@ def test_the_effective_share_of_weighted_tokens_is_kishs():
     # weights 2, 1, 1, 0: (mean 1) ** 2 / (mean of squares 1.5)
     found = update_statistics({"correction/weight": 4.0, "correction/squared": 6.0}, tokens=4)
     assert found == {"correction/weight": 1.0, "correction/effective": pytest.approx(2 / 3), "tokens": 4}
+    # weights 4, 2, 2, 0: twice as large and as unequal as before
+    doubled = update_statistics({"correction/weight": 8.0, "correction/squared": 24.0}, tokens=4)
+    assert doubled["correction/effective"] == pytest.approx(2 / 3)
     nothing = update_statistics({"correction/weight": 0.0, "correction/squared": 0.0}, tokens=4)
     assert nothing["correction/effective"] == 0

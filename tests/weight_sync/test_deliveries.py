@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from loaded_shards import CASES, architecture_of, shards
+from helpers.loaded_shards import CASES, architecture_of, shards
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.name_map import hf_shapes

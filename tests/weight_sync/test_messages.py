@@ -10,7 +10,7 @@ from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.name_map import hf_shapes, parameters
-from exprl_megatron.models.shards import ITEMSIZE, holders, shard_shape
+from exprl_megatron.models.shards import ITEMSIZE, copies, holders, shard_shape
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.sync_broadcast import plan_sync
 from exprl_megatron.planning.sync_p2p import plan_direct
@@ -59,35 +59,51 @@ def test_a_message_s_tensors_lie_side_by_side_and_aligned(tiny_model, fp8):
         assert torch.equal(torch.cat(parts).long(), data)
 
 
+def test_scales_in_fp32_are_aligned_behind_matrices_of_an_odd_number_of_bytes(tiny_model):
+    architecture = replace(read_architecture(tiny_model("llama")), hidden=65, ffn=131, layers=2)
+    (messages,) = stage_messages(architecture, Layout(), "bfloat16", 50_000, fp8=True)
+    slots = [slot for message in messages for slot in message.slots]
+    assert any(slot.dtype == "float8_e4m3fn" and slot.nbytes % 4 for slot in slots)
+    assert all(slot.start % ITEMSIZE[slot.dtype] == 0 for slot in slots)
+
+
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
         pytest.param("qwen3", Layout(tp=2, pp=2, dp=2, cp=2), marks=pytest.mark.slow),
         pytest.param("qwen3-moe", EXPERT_LAYOUT, marks=pytest.mark.slow),
-        ("mixtral", Layout(dp=4, ep=2, pp=2)),
+        ("mixtral", Layout(dp=2, ep=2, pp=2)),
+        ("qwen3-moe", Layout(tp=2, dp=2, ep=2, sequence_parallel=True)),
+        ("qwen3-moe", Layout(dp=4, ep=2, etp=2)),
     ],
 )
-def test_holders_are_the_first_copies_by_megatron_s_own_groups(tiny_model, family, layout):
+def test_holders_and_their_copies_are_those_of_megatron_s_own_groups(tiny_model, family, layout):
     from megatron.core import parallel_state
 
     architecture = replace(read_architecture(tiny_model(family)), layers=2)
     table = [entry for entry in parameters(architecture, layout) if entry.exported]
-    expected: dict[tuple, dict[int, int]] = {}
+    expected: dict[int, dict[int, list[int]]] = {}
     for rank in range(layout.world_size):
         with pretend_world(layout, rank) as world:
             for number, entry in enumerate(table):
                 if entry.pp_rank != world.pp_rank:
                     continue
+                if entry.ep_rank not in (None, world.ep_rank):
+                    continue
+                shard = world.tp_rank if entry.ep_rank is None else world.etp_rank
+                first = parallel_state.get_expert_data_parallel_rank() == 0
                 if entry.ep_rank is None:
-                    first, shard = world.dp_rank == world.cp_rank == 0, world.tp_rank
-                    first &= entry.rule.split_dim is not None or shard == 0
-                else:
-                    first = parallel_state.get_expert_data_parallel_rank() == 0 and world.ep_rank == entry.ep_rank
-                    shard = world.etp_rank
-                if first:
-                    expected.setdefault(number, {})[shard] = rank
+                    first = world.dp_rank == world.cp_rank == 0
+                found = expected.setdefault(number, {}).setdefault(shard, [])
+                assert first == (not found), "ranks come in the order of their copies"
+                found.append(rank)
     for number, entry in enumerate(table):
-        assert dict(enumerate(holders(entry, layout))) == expected[number], entry.name
+        ranks = [expected[number][shard] for shard in sorted(expected[number])]
+        if entry.ep_rank is None and entry.rule.split_dim is None:
+            assert holders(entry, layout) == (ranks[0][0],), entry.name
+            continue
+        assert holders(entry, layout) == tuple(first for first, *_ in ranks), entry.name
+        assert [list(copies(entry, rank, layout)) for rank in holders(entry, layout)] == ranks, entry.name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""A trace is taken only where every token of it was sampled under weights that the caller allows."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from exprl_megatron.config.serving import SamplingConfig
+from exprl_megatron.errors import ServerError
+from exprl_megatron.rollout.sampler import Prompt, sample_groups
+
+
+class Server:
+    """Writes two tokens, under the weights that it is made with."""
+
+    name, url = "policy-0", "http://nowhere"
+
+    def __init__(self, spans, finish="stop", cached=0):
+        self.spans, self.finish, self.cached = spans, finish, cached
+
+    async def ask(self, home, request):
+        return await request(self)
+
+    async def generate(self, token_ids, seed, **sampling):
+        return SimpleNamespace(
+            token_ids=(5, 6),
+            log_probs=(-1.0, -2.0),
+            text="two",
+            finish_reason=self.finish,
+            weight_versions=self.spans,
+            cached_tokens=self.cached,
+        )
+
+
+def sampled(server, *versions):
+    prompts = [Prompt("p", (1, 2, 3))]
+    ((trace,),) = asyncio.run(
+        sample_groups(server, prompts, 1, SamplingConfig(), lambda problem, k: 0, weight_versions=versions)
+    )
+    return trace
+
+
+MIXED = (("v1", 0, 1), ("v2", 1, 2))
+
+
+def test_a_trace_keeps_what_the_server_said_of_each_token():
+    trace = sampled(Server(MIXED, cached=9), "v1", "v2", "v3")
+    assert (trace.weight_versions, trace.token_ids.tolist(), trace.log_probs.tolist()) == (MIXED, [5, 6], [-1.0, -2.0])
+    assert (trace.problem_id, trace.sample, trace.prompt_ids.tolist()) == ("p", 0, [1, 2, 3])
+    assert trace.cached_tokens == 3, "no more than the prompt has"
+
+
+@pytest.mark.parametrize(
+    ("spans", "allowed", "named"),
+    [
+        (MIXED, ("v2",), "v1, v2, not v2"),
+        (MIXED, ("v1",), "v1, v2, not v1"),
+        ((("v3", 0, 2),), ("v1", "v2"), "v3, not v1 or v2"),
+        ((), ("v1",), "none, not v1"),
+    ],
+)
+def test_one_token_of_other_weights_or_of_unknown_ones_is_refused(spans, allowed, named):
+    with pytest.raises(ServerError, match=f"policy-0 .* wrote sample 0 of problem p under weight version {named}"):
+        sampled(Server(spans), *allowed)
+
+
+def test_a_trace_that_the_server_ended_early_is_refused():
+    with pytest.raises(ServerError, match="ended sample 0 of problem p with 'abort' after 2 tokens"):
+        sampled(Server(MIXED, finish="abort"), "v1", "v2")
