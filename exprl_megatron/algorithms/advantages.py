@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from exprl_megatron.config.losses import Advantage
+from exprl_megatron.plugins.calling import Plugin, described
 
 STD_EPSILON = 1e-6
 
@@ -18,9 +18,13 @@ AdvantageFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(scores [G, K], valid [G, K]) -> advantages [G, K], float64."""
 
 
-def estimator(name: Advantage) -> AdvantageFn:
-    """Return the advantage function of a config's `advantage`."""
-    return _ESTIMATORS[name]
+def estimator(name: str) -> AdvantageFn:
+    """Return the advantage function of a config's `advantage`: a built-in one, or the user's.
+
+    Raises PluginError where the user's cannot be loaded; the function raises it where theirs fails, or returns
+    something else than finite advantages of the shape of the scores.
+    """
+    return _ESTIMATORS[name] if name in _ESTIMATORS else _own_estimator(Plugin.load("advantage", name))
 
 
 def group_normalized(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -87,6 +91,23 @@ def _scaled(deviation: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Divide deviations [..., K] by the std of the `count` valid ones."""
     variance = deviation.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
     return deviation / (variance.sqrt() + STD_EPSILON)
+
+
+def _own_estimator(plugin: Plugin) -> AdvantageFn:
+    plugin.check_arguments(("scores", "valid"))
+
+    def advantages(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        found = plugin(scores.clone(), valid.clone())
+        if not isinstance(found, torch.Tensor) or found.shape != scores.shape:
+            raise plugin.failure(
+                f"returned {described(found)} instead of a tensor of the shape {tuple(scores.shape)} of scores"
+            )
+        cleared = _cleared(found.detach().double(), valid)
+        if not cleared.isfinite().all():
+            raise plugin.failure(f"returned an advantage that is not finite for the scores {scores.tolist()}")
+        return cleared
+
+    return advantages
 
 
 def _cleared(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -11,17 +11,10 @@ import torch
 from exprl_megatron.algorithms.aggregation import token_weights
 from exprl_megatron.algorithms.batch import LossFunction, MicroBatch
 from exprl_megatron.algorithms.corrections import correction_weights
-from exprl_megatron.algorithms.losses import (
-    clipped_policy_loss,
-    clipped_weight_loss,
-    distillation_loss,
-    k3_divergence,
-    probability_ratio,
-    sequence_ratio,
-    unbiased_divergence,
-)
+from exprl_megatron.algorithms.losses import distillation_loss, k3_divergence, unbiased_divergence
 from exprl_megatron.algorithms.mismatch import log_prob_gap
 from exprl_megatron.algorithms.rejection import kept_tokens
+from exprl_megatron.algorithms.surrogates import surrogate
 from exprl_megatron.config.losses import Aggregation, LossConfig
 
 
@@ -40,7 +33,7 @@ def policy_objective(config: LossConfig) -> LossFunction:
     def loss_function(log_probs, entropy, micro):
         trained = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
         old = _rollout_log_probs(micro) if config.use_rollout_log_probs else trained
-        policy, ratio, clipped = _surrogate(config, log_probs, old, micro)
+        policy, ratio, clipped = surrogate(config, log_probs, old, micro)
         terms = {"entropy": entropy, "ratio": ratio, "clip_share": clipped, "kl/old": k3_divergence(log_probs, trained)}
         kept, found = torch.ones_like(micro.mask), {}
         if config.correction.kind != "none":
@@ -94,29 +87,6 @@ def supervised_objective() -> LossFunction:
         return loss, {"loss": loss.detach()} | _sums({"entropy": entropy}, micro)
 
     return loss_function
-
-
-def _surrogate(
-    config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute per token the policy's loss, its ratio, and 1.0 where the ratio was clipped: each [B, T].
-
-    Raises:
-        ValueError: the micro-batch has no advantages.
-    """
-    if micro.advantages is None:
-        raise ValueError("the policy's loss needs advantages, but the batch carries none")
-    if config.surrogate == "sequence-clip":
-        ratio = sequence_ratio(log_probs, old, micro.mask)
-    else:
-        ratio = probability_ratio(log_probs, old)
-    if config.surrogate == "clipped-weight":
-        loss, clipped = clipped_weight_loss(log_probs, ratio, micro.advantages, config.clip_low, config.clip_high)
-    else:
-        loss, clipped = clipped_policy_loss(
-            ratio, micro.advantages, config.clip_low, config.clip_high, config.dual_clip
-        )
-    return loss, ratio, clipped
 
 
 def _ref_divergence(

@@ -1,16 +1,20 @@
 """The loss of a policy-gradient update."""
 
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from exprl_megatron.config.base import Config
+from exprl_megatron.config.plugin_path import PluginPath, choice_or_plugin
 
 Advantage = Literal[
     "group-normalised", "mean-centred", "leave-one-out", "batch-normalised", "group-centred-batch-normalised"
 ]
 """Advantage of a trace from its score: GRPO, Dr. GRPO and ExpRL's stage 2, RLOO, REINFORCE++ and its baseline
 variant."""
+
+AdvantageOrPlugin = Annotated[Advantage | PluginPath, choice_or_plugin(get_args(Advantage))]
+"""One of the built-in ones, or a function of your own (docs/extending.md)."""
 
 Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum", "constant-length", "micro-batch-mean"]
 """Aggregation of token losses. Over all sequences of the update: `token-mean` (DAPO), `sequence-mean` the mean
@@ -61,11 +65,16 @@ class RejectionConfig(Config):
         return self.level != "none" or self.off_policy_threshold is not None
 
 
+Surrogate = Literal["clip", "sequence-clip", "clipped-weight"]
+"""The policy's loss of each token."""
+
+
 class LossConfig(Config):
     """Clipped policy gradient with an optional KL term to the stage's reference policy."""
 
-    surrogate: Literal["clip", "sequence-clip", "clipped-weight"] = "clip"
-    """PPO's clip of token ratios; GSPO's of sequence ratios; CISPO's detached clipped weight."""
+    surrogate: Annotated[Surrogate | PluginPath, choice_or_plugin(get_args(Surrogate))] = "clip"
+    """PPO's clip of token ratios; GSPO's of sequence ratios; CISPO's detached clipped weight; or a function of your own
+    (docs/extending.md)."""
     clip_low: float = Field(0.2, gt=0)
     """Ratios count down to 1 - clip_low; from 1 on there is no lower bound (as CISPO has it). GSPO's paper: 3e-4."""
     clip_high: float = Field(0.28, gt=0)

@@ -1,13 +1,16 @@
 """Where problems come from and how they are put to the policy."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from exprl_megatron.config.base import Config
 
-Domain = Literal["math", "multiple-choice", "science", "code"]
-"""What kind of answer a problem wants; decides its verifier and its judge prompts."""
+BuiltInDomain = Literal["math", "multiple-choice", "science", "code"]
+"""The domains that have a verifier (except `science`) and judge prompts."""
+Domain = str
+"""What kind of answer a problem needs; decides its verifier and its judge prompts. A domain that is not built in is
+one of `problems.domains`."""
 
 
 class FieldNames(Config):
@@ -50,6 +53,8 @@ class ProblemsConfig(Config):
     fields: FieldNames = FieldNames()
     limit: PositiveInt | None = None
     """Take this many problems from the beginning."""
+    domains: tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], ...] = ()
+    """Domains of your own that its records may have (docs/extending.md)."""
     max_prompt_tokens: PositiveInt | None = None
     """Longer prompts are dropped and counted."""
 

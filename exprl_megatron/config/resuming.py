@@ -37,6 +37,7 @@ TABLE = (
     ResumeRule(("directory",), "free", "a run may be moved"),
     ResumeRule(("permissions",), "free", "who may read its files"),
     ResumeRule(("reproduce",), "fixed", "decides many settings"),
+    ResumeRule(("plugin_path",), "free", "where modules of your own are found"),
     ResumeRule(("seed",), "fixed", "decides order, sampling and starting weights"),
     ResumeRule(("checkpoint.*",), "free", "how often the state is written"),
     ResumeRule(("journal.*",), "free", "how much is kept"),
@@ -104,7 +105,7 @@ TABLE = (
         "free",
         "how long an answer is waited for",
     ),
-    ResumeRule(("verifier.variant",), "fixed", "what counts as right"),
+    ResumeRule(("verifier.variant", "verifier.domains.*"), "fixed", "what counts as right"),
     # What is learned.
     ResumeRule(("prompt.*",), "fixed", "what the policy is asked"),
     ResumeRule(("leak_guard.*",), "free", "only stops a run"),
@@ -113,7 +114,7 @@ TABLE = (
         tuple(
             f"{place}.problems.{key}"
             for place in ("stages", "evaluation")
-            for key in ("source", "split", "fields.*", "limit")
+            for key in ("source", "split", "fields.*", "limit", "domains")
         ),
         "content",
         "the problems, as they are read",

@@ -1,6 +1,6 @@
 """The whole configuration of a run."""
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -9,7 +9,7 @@ from exprl_megatron.config.debug import DebugConfig
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.placement import COLOCATED_MEM_FRACTION, PlacementConfig
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig, PromptConfig
+from exprl_megatron.config.problems import BuiltInDomain, LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.reproduction import alone, departures
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
 from exprl_megatron.config.stages import AnyStage, JudgedStage, RlStage
@@ -81,6 +81,9 @@ class RunConfig(Config):
     reproduce: Literal["released"] | None = None
     """`released`: do what the released ExpRL code does, where the config says nothing else (docs/reproducing.md)."""
     policy: PolicyConfig
+    plugin_path: tuple[str, ...] = ()
+    """Directories in which modules of your own are searched, after the working directory and before the Python path
+    (docs/extending.md)."""
     prompt: PromptConfig = PromptConfig()
     leak_guard: LeakGuardConfig = LeakGuardConfig()
     server: ServerConfig = ServerConfig()
@@ -164,6 +167,12 @@ class RunConfig(Config):
     def _samples_ahead(self) -> bool:
         return any(isinstance(stage, RlStage) and stage.max_staleness for stage in self.stages)
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that problems of this run may have: the built-in ones, and those of its `problems` sections."""
+        own = {domain for problems in self.problem_sets() for domain in problems.domains}
+        return (*get_args(BuiltInDomain), *sorted(own))
+
     def violations(self, run_config=None) -> list[str]:
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -172,6 +181,11 @@ class RunConfig(Config):
             found.append("stages is empty; list at least one stage.")
         if self.evaluation is not None and "start" in names:
             found.append("stages: the name start is that of the evaluation before the first stage; choose another.")
+        found += [
+            f"verifier.domains has the domain {domain!r}, which is not one of {', '.join(self.domains)}; correct it, "
+            "or add it to problems.domains."
+            for domain in sorted(self.verifier.domains.keys() - {*self.domains})
+        ]
         found += alone(self.model_dump(mode="json"))
         if self.policy.initialise == "random" and self.needs_sampling_servers:
             found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")

@@ -1,14 +1,15 @@
 """The stages of a run, which follow each other; each one starts from the weights of the stage before."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from exprl_megatron.config.base import Config
-from exprl_megatron.config.losses import Advantage, Aggregation, LossConfig, SparseLossConfig
+from exprl_megatron.config.losses import AdvantageOrPlugin, Aggregation, LossConfig, SparseLossConfig
 from exprl_megatron.config.policy import OptimizerConfig
-from exprl_megatron.config.problems import Domain, ProblemsConfig, PromptConfig
+from exprl_megatron.config.problems import BuiltInDomain, Domain, ProblemsConfig, PromptConfig
+from exprl_megatron.config.reward import RewardTermConfig, reward_faults
 from exprl_megatron.config.segments import RouteConfig, SegmentsConfig
 from exprl_megatron.config.serving import SamplingConfig
 
@@ -165,7 +166,7 @@ class ExprlOutcomeStage(JudgedStage):
 
     kind: Literal["exprl-outcome"]
     """The judge scores whole traces."""
-    advantage: Advantage = "group-normalised"
+    advantage: AdvantageOrPlugin = "group-normalised"
     """How a group's scores become advantages (docs/algorithms.md)."""
     overlong: Literal["zero", "score", "exclude"] = "zero"
     """Score of a trace that reached max_new_tokens: 0 (paper), the judge's score, or none (the trace is left out)."""
@@ -173,9 +174,15 @@ class ExprlOutcomeStage(JudgedStage):
     """`code`: an abstention is out of the loss, but its reward 0 stays in the group's mean and std."""
     soft_overlong: SoftOverlongConfig | None = None
     """Penalize traces close to the length limit, in addition to what `overlong` does."""
+    reward: tuple[RewardTermConfig, ...] = ()
+    """Terms of the reward; () is the score alone. What `overlong` does to a score it does to the term `judge`."""
 
     def violations(self, run_config) -> list[str]:
-        found = super().violations(run_config)
+        found = super().violations(run_config) + reward_faults(self.name, self.reward, judged=True)
+        if self.reward and self.variant == "code":
+            found.append(
+                f"stage {self.name}: variant is code, but the released code has no reward terms; remove reward."
+            )
         if self.soft_overlong is not None:
             found += self.soft_overlong.faults(self.name, self.sampling.max_new_tokens)
             if self.variant == "code":
@@ -211,6 +218,12 @@ class ExprlProcessStage(JudgedStage):
                 f"stage {self.name}: process rewards need strictly on-policy updates, but updates_per_step is "
                 f"{self.updates_per_step}; set it to 1, or allow_off_policy to true."
             )
+        for domain in sorted(self.routes.keys() - {*get_args(BuiltInDomain), *self.problems.domains}):
+            found.append(
+                f"stage {self.name}: routes has the domain {domain!r}, which is not one of "
+                f"{', '.join((*get_args(BuiltInDomain), *self.problems.domains))}; correct it, or add it to "
+                "problems.domains."
+            )
         if self.overlong != "zero" and self.variant != "recommended":
             found.append(
                 f"stage {self.name}: overlong is {self.overlong}, but the variant {self.variant} says itself what "
@@ -242,21 +255,28 @@ class SparseRlStage(RlStage):
 
     kind: Literal["sparse-rl"]
     """A verifier says whether the final answer is right."""
-    advantage: Advantage = "mean-centred"
+    advantage: AdvantageOrPlugin = "mean-centred"
     """How a group's scores become advantages (docs/algorithms.md)."""
     loss: SparseLossConfig = SparseLossConfig()
     overlong: Literal["score", "exclude"] = "score"
     """A trace that reached max_new_tokens counts like any other, or is left out (DAPO's filtering)."""
     soft_overlong: SoftOverlongConfig | None = None
     """Penalize traces close to the length limit, in addition to what `overlong` does."""
+    reward: tuple[RewardTermConfig, ...] = ()
+    """Terms of the reward; () is the verifier's score alone."""
     dynamic_sampling: PositiveInt | None = None
     """Rounds in which further problems replace zero-variance groups, at most (DAPO); None: such groups are kept."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
     """Largest share of a step's traces that the verifier may abstain on; a larger one stops the run."""
 
+    @property
+    def verifies(self) -> bool:
+        """Whether the reward depends on the answer verifier."""
+        return not self.reward or any(term.term == "verifier" for term in self.reward)
+
     def violations(self, run_config) -> list[str]:
         soft = [] if self.soft_overlong is None else self.soft_overlong.faults(self.name, self.sampling.max_new_tokens)
-        return super().violations(run_config) + soft
+        return super().violations(run_config) + soft + reward_faults(self.name, self.reward, judged=False)
 
     def _staleness_violations(self) -> list[str]:
         found = super()._staleness_violations()

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from exprl_megatron.config.base import Config
+from exprl_megatron.config.plugin_path import PluginPath
 from exprl_megatron.config.problems import Domain
 
 
@@ -17,12 +18,17 @@ class VerifierConfig(Config):
     """How mathematical answers are verified; `prime` and `code`, which `reproduce: released` sets, are the verifiers of
     the released first and second stage."""
     answer_deadline_s: float = Field(5.0, gt=0)
-    """For the comparison of one answer."""
+    """For the comparison of one answer, and for one call of a verifier of your own."""
     program_deadline_s: float = Field(60.0, gt=0)
     """For all tests of one program."""
     test_deadline_s: float = Field(12.0, gt=0)
     """For one test of a program, by the clock; its CPU time is bounded besides."""
 
+    domains: dict[str, PluginPath] = Field(default_factory=dict)
+    """Verifiers of your own by domain: (problem, trace) -> Scored | Abstained, async or not (docs/extending.md). One
+    for a built-in domain replaces the built-in verifier."""
+
     def deadline_s(self, domain: Domain) -> float:
         """For one trace of a problem of `domain`."""
-        return self.program_deadline_s if domain == "code" else self.answer_deadline_s
+        built_in = domain not in self.domains
+        return self.program_deadline_s if domain == "code" and built_in else self.answer_deadline_s

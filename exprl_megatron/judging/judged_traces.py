@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from exprl_megatron.config.problems import Domain
+from exprl_megatron.config.problems import BuiltInDomain
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.records import record_of, refuse_faults
@@ -89,8 +89,8 @@ def _faults(record: dict[str, Any]) -> Iterator[str]:
         yield f"the field 'correct' is {record.get('correct')!r}; write true or false."
     if not isinstance(record.get("answer", ""), str | None):
         yield f"the field 'answer' is {record['answer']!r}, not text; write it as text."
-    if record.get("domain", "math") not in get_args(Domain):
-        yield f"the field 'domain' is {record['domain']!r}; write one of {', '.join(get_args(Domain))}."
+    if record.get("domain", "math") not in get_args(BuiltInDomain):
+        yield f"the field 'domain' is {record['domain']!r}; write one of {', '.join(get_args(BuiltInDomain))}."
     choices = record.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         yield f"the field 'choices' is {choices!r}; write a list of texts."

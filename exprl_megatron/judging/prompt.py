@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
-from exprl_megatron.config.problems import Domain
+from exprl_megatron.config.problems import BuiltInDomain
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Granularity
 
@@ -128,18 +128,18 @@ def load_prompt(name: str, order: PromptOrder = "shared", shows: str = "trace") 
 
 
 @cache
-def shipped_names() -> dict[str, tuple[Domain, Granularity, Measure]]:
+def shipped_names() -> dict[str, tuple[BuiltInDomain, Granularity, Measure]]:
     """Names of the prompts that are put together."""
     return {
         f"{domain}-{granularity}" + ("" if measure == "reference" else f"-{measure}"): (domain, granularity, measure)
-        for domain in get_args(Domain)
+        for domain in get_args(BuiltInDomain)
         for granularity in get_args(Granularity)
         for measure in get_args(Measure)
     }
 
 
 def shipped_prompt(
-    domain: Domain,
+    domain: BuiltInDomain,
     granularity: Granularity,
     measure: Measure,
     order: PromptOrder = "shared",
@@ -192,7 +192,7 @@ def _prompts_by_hash() -> dict[str, JudgePrompt]:
 
 @cache
 def _assembled(
-    parts: Path, domain: Domain, granularity: Granularity, measure: Measure, order: PromptOrder
+    parts: Path, domain: BuiltInDomain, granularity: Granularity, measure: Measure, order: PromptOrder
 ) -> JudgePrompt:
     common, own = _parts(parts / "common.md"), _parts(parts / f"{domain}.md")
     marked = measure == "checkpoints"

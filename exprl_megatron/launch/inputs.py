@@ -18,6 +18,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.prompt import load_prompt, prompt_set_hash
+from exprl_megatron.launch.plugin_checks import plugin_hashes
 from exprl_megatron.policy.megatron_files import MEGATRON
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.sources import load_problems
@@ -37,6 +38,7 @@ def input_contents(config: RunConfig) -> dict[str, str]:
 
 def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "policy.model", _model(config.policy.model)
+    yield from plugin_hashes(config).items()
     for number, stage in enumerate(config.stages):
         if isinstance(stage, SftStage) and stage.examples is not None:
             yield f"stages.{number}.examples", _hash(read_examples(Path(stage.examples)))

@@ -1,7 +1,9 @@
 """Starts a run's processes side by side, watches them, and ends them all when one ends."""
 
 import os
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from exprl_megatron.config.run import RunConfig
@@ -17,7 +19,7 @@ from exprl_megatron.launch.run_record import RunRecord
 from exprl_megatron.launch.starting import starter
 from exprl_megatron.processes.interruption import Interrupted
 from exprl_megatron.processes.starter import Starter
-from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.directory import PLUGINS, RunDirectory
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key, renew_key
 from exprl_megatron.serving.registry import Registry
@@ -69,6 +71,7 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         contents = checked_inputs(config, start)
         if not registered:
             wanted = placed_servers(wanted, config)
+        changed = directory.changed_plugins(contents) if resume else []
         claim = directory.claim(config, resume, contents)
     except (UserError, OSError, Interrupted):
         if registered and not Claim.is_held(directory.root):
@@ -77,15 +80,22 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
     own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
     try:
         print_departures(config)
+        for sentence in changed:
+            print(f"exprl: {sentence}", file=sys.stderr, flush=True)
         if config.needs_sampling_servers and (sentence := irreproducible_sampling(config.server, uses_cuda())):
             print(sentence, flush=True)
         # Servers that are registered elsewhere may have made it already.
         (ensure_key if registered else renew_key)(registry.key_file)
-        with RunRecord(directory.record):
+        with RunRecord(directory.record, _plugins(contents)):
             _run(config, directory, Keeper(own, registry, start), registry, node, host, start)
     finally:
         registry.key_file.unlink(missing_ok=True)
         claim.release()
+
+
+def _plugins(contents: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of the user's own code, by its path."""
+    return {key.removeprefix(PLUGINS): value for key, value in contents.items() if key.startswith(PLUGINS)}
 
 
 def _run(

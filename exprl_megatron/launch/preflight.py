@@ -8,9 +8,11 @@ from exprl_megatron.config.stages import JudgedStage, SelfDistillStage, SftStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.launch.model_checks import model_violations
+from exprl_megatron.launch.plugin_checks import check_plugin_code, check_plugins_on_problems
 from exprl_megatron.launch.prompt_checks import check_prompts, reachable
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.tokenizer import load_tokenizer
+from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.problems.needs import ProblemNeed, missing_for
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.runs.directory import RunDirectory
@@ -20,7 +22,12 @@ from exprl_megatron.utils.accelerator import half_installed
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Raise UserError where the environment, the model, the layout, the problems or the examples cannot be used."""
+    """Raise UserError where the environment, the model, the layout, the problems or the examples cannot be used.
+
+    The user's own functions are called on small inputs; PluginError where one fails.
+    """
+    use_plugin_path(config.plugin_path)
+    check_plugin_code(config)
     if found := half_installed():
         raise UserError(found)
     if found := model_violations(config):
@@ -29,9 +36,12 @@ def check_inputs(config: RunConfig) -> None:
         _check_weights(config)
     for problems, needs in needed(config).items():
         loaded = load_problems(problems)
-        lacking = [sentence for need in sorted(needs) for sentence in missing_for(loaded, need)]
+        lacking = [
+            sentence for need in sorted(needs) for sentence in missing_for(loaded, need, config.verifier.domains)
+        ]
         if lacking:
             raise UserError("\n".join(f"{problems.source}: {sentence}" for sentence in lacking))
+    check_plugins_on_problems(config)
     for stage in config.stages:
         if isinstance(stage, SftStage):
             check_source(stage)
@@ -46,6 +56,8 @@ def check_inputs(config: RunConfig) -> None:
 
 def dry_run(config: RunConfig) -> str | None:
     """Check what a start would check; where a model is not on this machine, a sentence that says what was not."""
+    use_plugin_path(config.plugin_path)
+    check_plugin_code(config)
     left_out = reachable(config)
     if left_out is None:
         check_inputs(config)
@@ -101,7 +113,7 @@ def needed(config: RunConfig) -> dict[ProblemsConfig, set[ProblemNeed]]:
     for stage in config.stages:
         if isinstance(stage, JudgedStage | SelfDistillStage):
             found.setdefault(stage.problems, set()).add("reference")
-        if isinstance(stage, SparseRlStage):
+        if isinstance(stage, SparseRlStage) and stage.verifies:
             found.setdefault(stage.problems, set()).add("verification")
     if config.evaluation is not None:
         found.setdefault(config.evaluation.problems, set()).add("verification")

@@ -4,8 +4,10 @@ import json
 import shlex
 import socket
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from exprl_megatron.errors import exit_status
@@ -20,7 +22,8 @@ class RunRecord:
     `exit` is {status, message}; it stays null where the process was killed.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, plugins: Mapping[str, str] = MappingProxyType({})):
+        """`plugins` has the SHA-256 of the source of the user's own code, by its path."""
         self._path = path
         build = this_build()
         self._record = {
@@ -34,6 +37,7 @@ class RunRecord:
             "end": None,
             "exit": None,
             "packages": package_versions(),
+            "plugins": dict(plugins),
             "earlier": _earlier(path),
         }
 

@@ -1,6 +1,6 @@
 """What a stage needs of its problems, and which problems lack it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from exprl_megatron.config.problems import Domain
@@ -18,22 +18,26 @@ _VERIFIED_BY: dict[Domain, str] = {
 
 
 def verifiable(problem: Problem) -> bool:
-    """Whether the answer verifier can tell right from wrong (`rewards.verifier.AnswerVerifier`)."""
+    """Whether the built-in verifier can check the problem's answer (`rewards.verifier.AnswerVerifier`)."""
     if problem.domain == "code":
         return bool(problem.tests)
-    return problem.domain != "science" and problem.answer is not None
+    return problem.domain in ("math", "multiple-choice") and problem.answer is not None
 
 
-def missing_for(problems: Sequence[Problem], need: ProblemNeed) -> list[str]:
-    """A sentence for each domain about the problems that lack `need`; empty where all have it."""
+def missing_for(problems: Sequence[Problem], need: ProblemNeed, own_verifiers: Collection[str] = ()) -> list[str]:
+    """Return a sentence for each domain about the problems that lack `need`; none where all have it.
+
+    Problems of the domains `own_verifiers` have a verifier of the user, which may not need an answer.
+    """
     if need == "reference":
         lacking = [problem for problem in problems if problem.reference is None]
         return [_sentence(lacking, len(problems), "reference")] if lacking else []
     found = []
-    for domain, wanted in _VERIFIED_BY.items():
+    for domain in dict.fromkeys([*_VERIFIED_BY, *(problem.domain for problem in problems)]):
         members = [problem for problem in problems if problem.domain == domain]
         lacking = [problem for problem in members if not verifiable(problem)]
-        if lacking:
+        if lacking and domain not in own_verifiers:
+            wanted = _VERIFIED_BY.get(domain, "verifier in verifier.domains")
             found.append(_sentence(lacking, len(members), wanted, f"{domain} "))
     return found
 

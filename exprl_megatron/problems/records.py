@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, get_args
 
-from exprl_megatron.config.problems import Domain, FieldNames
+from exprl_megatron.config.problems import BuiltInDomain, Domain, FieldNames
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import CodeTest, Problem, Reference
 
-DOMAINS = get_args(Domain)
+DOMAINS: tuple[str, ...] = get_args(BuiltInDomain)
 SHOWN_FAULTS = 10
 OPTIONAL_TEXTS = ("reference", "answer", "source")
 NUMBERS_TOO = ("id", "answer")
@@ -66,13 +66,14 @@ def refuse_faults(faults: Sequence[str]) -> None:
         raise UserError("\n".join([*faults[:SHOWN_FAULTS], *([f"... and {rest} more faults."] if rest > 0 else [])]))
 
 
-def problem_of(record: dict[str, Any], fields: FieldNames) -> Problem | list[str]:
-    """The record as a Problem, or a sentence for each thing that is wrong with it.
+def problem_of(record: dict[str, Any], fields: FieldNames, domains: Sequence[str] = ()) -> Problem | list[str]:
+    """Convert a record to a Problem, or return a sentence for each thing that is wrong with it.
 
+    `domains` are allowed in addition to the built-in ones.
     Only the id and the problem must be there; any other field may be missing or null. `choices` is a list of text,
     `tests` a list of {"input": text, "output": text} with an optional "function".
     """
-    reader = _Reader(record, fields)
+    reader = _Reader(record, fields, domains)
     texts = {role: reader.text(role, needed=role in ("id", "problem")) for role in ("id", "problem", *OPTIONAL_TEXTS)}
     domain = reader.domain()
     choices, tests = reader.choices(), reader.tests()
@@ -95,8 +96,9 @@ def problem_of(record: dict[str, Any], fields: FieldNames) -> Problem | list[str
 class _Reader:
     """Takes the fields of one record one by one and collects what is wrong with them."""
 
-    def __init__(self, record: dict[str, Any], fields: FieldNames):
+    def __init__(self, record: dict[str, Any], fields: FieldNames, domains: Sequence[str]):
         self._record = record
+        self._domains = (*DOMAINS, *domains)
         self._fields = fields
         self.faults: list[str] = []
 
@@ -133,8 +135,11 @@ class _Reader:
         name, value = self._field("domain")
         if value is None:
             return "math"
-        if value not in DOMAINS:
-            self.faults.append(f"the field {name!r} is {value!r}; use one of {', '.join(DOMAINS)}.")
+        if value not in self._domains:
+            self.faults.append(
+                f"the field {name!r} is {value!r}; use one of {', '.join(self._domains)}, or name it in "
+                "problems.domains."
+            )
         return value
 
     def choices(self) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
     """The same problems, each with the record that it was read from."""
     found, faults, seen = [], [], {}
     for place, record in itertools.islice(_rows(config), config.limit):
-        problem = [record] if isinstance(record, str) else problem_of(record, config.fields)
+        problem = [record] if isinstance(record, str) else problem_of(record, config.fields, config.domains)
         if isinstance(problem, list):
             faults += [f"{place}: {sentence}" for sentence in problem]
             continue

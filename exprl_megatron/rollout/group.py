@@ -17,6 +17,20 @@ class JudgedSegment:
 
 
 @dataclass(frozen=True)
+class RewardTerm:
+    """One term of a trace's reward."""
+
+    name: str
+    source: str
+    """`judge`, `verifier`, `length`, or the path of the user's function."""
+    weight: float
+    value: float | None
+    """Before it is weighted; None: whatever computes it abstained."""
+    evidence: str = ""
+    """What it is based on; of an abstention its reason comes first."""
+
+
+@dataclass(frozen=True)
 class GradedTrace:
     """A trace and its judgement."""
 
@@ -26,7 +40,20 @@ class GradedTrace:
     segments: tuple[JudgedSegment, ...] = ()
     """Cover the trace's tokens exactly once, in order; empty where the trace was judged whole."""
     verified: Judgement | None = None
-    """The answer verifier's result, only for the logs, where a judge made the judgement."""
+    """The answer verifier's result where a judge made the judgement."""
+    terms: tuple[RewardTerm, ...] = ()
+    """Of a reward that is a mixture; empty where the reward is the score."""
+
+    @property
+    def reward(self) -> float | None:
+        """What the policy learns from: the weighted sum of the terms, or the score; None where any of them is missing.
+
+        Without what a stage takes off for length.
+        """
+        if not self.terms:
+            return self.score
+        found = [term.weight * term.value for term in self.terms if term.value is not None]
+        return sum(found) if len(found) == len(self.terms) else None
 
     @property
     def score(self) -> float | None:
@@ -46,6 +73,11 @@ class Group:
     problem_id: str
     samples: tuple[GradedTrace, ...]
     domain: Domain = "math"
+
+    @property
+    def rewards(self) -> list[float]:
+        """Rewards of the samples that have one."""
+        return [sample.reward for sample in self.samples if sample.reward is not None]
 
     @property
     def scores(self) -> list[float]:

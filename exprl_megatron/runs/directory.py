@@ -15,6 +15,9 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.prompt import is_shipped_hash
 from exprl_megatron.utils.files import Claim, keep_private, write_atomically
 
+PLUGINS = "plugins."
+"""Begins the keys of inputs.json that have hashes of the user's own code."""
+
 
 class RunDirectory:
     """The paths of one run, and the claim on its directory."""
@@ -79,6 +82,16 @@ class RunDirectory:
             raise
         return claim
 
+    def changed_plugins(self, contents: Mapping[str, str]) -> list[str]:
+        """Return a sentence for each plugin whose source is not that of the run that is here."""
+        recorded = self._recorded_inputs() or {}
+        return [
+            f"The source of {key.removeprefix(PLUGINS)} has changed since the run in {self.root} last started "
+            f"(SHA-256 {recorded[key][:12]}, now {contents[key][:12]}); the steps that follow use the new one."
+            for key in sorted(recorded.keys() & contents.keys())
+            if key.startswith(PLUGINS) and recorded[key] != contents[key]
+        ]
+
     def _refuse_changes(self, config: RunConfig, contents: Mapping[str, str] | None) -> None:
         """Raise UserError where the run that is here would go on differently."""
         recorded = self._recorded_inputs() if contents is not None else None
@@ -114,8 +127,9 @@ class RunDirectory:
 
 
 def _different(recorded: Mapping[str, str], contents: Mapping[str, str]) -> list[str]:
-    """Keys whose values are not the same in both, or that one of them lacks."""
-    return sorted(key for key in recorded.keys() | contents.keys() if recorded.get(key) != contents.get(key))
+    """Keys whose values are not the same in both, or that one of them lacks; sources of plugins may change."""
+    keys = {key for key in recorded.keys() | contents.keys() if not key.startswith(PLUGINS)}
+    return sorted(key for key in keys if recorded.get(key) != contents.get(key))
 
 
 def _earlier_prompts(keys: Sequence[str], recorded: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
-from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
+from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm
 from exprl_megatron.rollout.trace import Trace
 
 _JUDGEMENT = (
@@ -20,6 +20,13 @@ _JUDGEMENT = (
     pa.field("reason", pa.string()),
     pa.field("evidence", pa.string()),
     pa.field("hash", pa.string()),
+)
+_TERM = (
+    pa.field("name", pa.string()),
+    pa.field("source", pa.string()),
+    pa.field("weight", pa.float64()),
+    pa.field("value", pa.float64()),
+    pa.field("evidence", pa.string()),
 )
 _SPAN = (pa.field("start", pa.int32()), pa.field("end", pa.int32()))
 
@@ -39,6 +46,7 @@ SCHEMA = pa.schema(
         ("judgement", pa.struct(_JUDGEMENT)),
         ("segments", pa.list_(pa.struct([*_SPAN, *_JUDGEMENT]))),
         ("verified", pa.struct(_JUDGEMENT)),
+        ("terms", pa.list_(pa.struct(_TERM))),
     ]
 )
 
@@ -70,6 +78,7 @@ def batch_of(rows: Sequence[TraceRow]) -> pa.RecordBatch:
         "judgement": _judgements([member.judgement for member in members]),
         "segments": _nested([member.segments for member in members], _segments),
         "verified": _judgements([member.verified for member in members]),
+        "terms": _nested([member.terms for member in members], _terms),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
@@ -129,6 +138,17 @@ def _segments(segments: list[JudgedSegment]) -> pa.StructArray:
     return pa.StructArray.from_arrays(columns, fields=[*_SPAN, *_JUDGEMENT])
 
 
+def _terms(terms: list[RewardTerm]) -> pa.StructArray:
+    columns = [
+        _texts(term.name for term in terms),
+        _texts(term.source for term in terms),
+        pa.array([term.weight for term in terms], pa.float64()),
+        pa.array([term.value for term in terms], pa.float64()),
+        _texts(term.evidence for term in terms),
+    ]
+    return pa.StructArray.from_arrays(columns, fields=list(_TERM))
+
+
 def _judgements(judgements: list[Judgement | None]) -> pa.StructArray:
     missing = pa.array([judgement is None for judgement in judgements])
     return pa.StructArray.from_arrays(_judgement_columns(judgements), fields=list(_JUDGEMENT), mask=missing)
@@ -155,7 +175,9 @@ def _member(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> GradedTrace:
     )
     segments = (JudgedSegment(item["start"], item["end"], _judgement(item)) for item in row["segments"])
     verified = None if row["verified"] is None else _judgement(row["verified"])
-    return GradedTrace(trace, _judgement(row["judgement"]), tuple(segments), verified)
+    # Logs of earlier versions have no terms.
+    terms = tuple(RewardTerm(**term) for term in row.get("terms") or ())
+    return GradedTrace(trace, _judgement(row["judgement"]), tuple(segments), verified, terms)
 
 
 def _judgement(record: dict[str, Any]) -> Judgement:

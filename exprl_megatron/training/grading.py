@@ -1,10 +1,12 @@
 """Grading of finished traces: by the judge (whole or by segments), or by the answer verifier."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
-from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, RlStage
+from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, RlStage, SparseRlStage
 from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.judgement import Abstained, Granularity, Judgement
 from exprl_megatron.judging.segments import segments_and_texts
@@ -12,6 +14,7 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import GradedTrace, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.training.own_rewards import OwnFunction, reward_terms
 
 GradeTrace = Callable[[Problem, Trace], Awaitable[GradedTrace]]
 
@@ -36,10 +39,35 @@ def grade_of(stage: RlStage, judge: TextGrader | None, by_answer: GradeTrace, to
     return by_answer
 
 
-def verified(verifier: AnswerVerifier, config: VerifierConfig) -> GradeTrace:
-    """Return a function that grades by the final answer: 1 where it is right, else 0."""
+def with_terms(
+    stage: ExprlOutcomeStage | SparseRlStage, grade_trace: GradeTrace, own: Mapping[str, OwnFunction]
+) -> GradeTrace:
+    """Return a function that grades as `grade_trace` does and adds the terms of the stage's reward.
+
+    `own` has the user's functions by the names of their terms.
+    """
 
     async def grade(problem: Problem, trace: Trace) -> GradedTrace:
+        graded = await grade_trace(problem, trace)
+        judged = isinstance(stage, ExprlOutcomeStage)
+        found = {"judge": graded.judgement, "verifier": graded.verified if judged else graded.judgement}
+        terms = await reward_terms(stage.reward, own, found, problem, trace, stage.sampling.max_new_tokens)
+        return replace(graded, terms=terms)
+
+    return grade
+
+
+def verified(
+    verifier: AnswerVerifier, config: VerifierConfig, own: Mapping[str, OwnFunction] = MappingProxyType({})
+) -> GradeTrace:
+    """Return a function that grades by the final answer: 1 where it is right, else 0.
+
+    `own` has the user's verifiers by domain.
+    """
+
+    async def grade(problem: Problem, trace: Trace) -> GradedTrace:
+        if problem.domain in own:
+            return GradedTrace(trace, await own[problem.domain].verify(problem, trace))
         return GradedTrace(trace, await verifier.verify(problem, trace.text, config.deadline_s(problem.domain)))
 
     return grade

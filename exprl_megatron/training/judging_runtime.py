@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
+from exprl_megatron.config.stages import ExprlOutcomeStage, JudgedStage, RlStage, SelfDistillStage, SparseRlStage
 from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.abstentions import AbstentionWindow
 from exprl_megatron.judging.gate import JudgeGate
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judged_traces import read_judged_traces
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.judging.store import JudgementStore
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.rewards.containment import Limits
 from exprl_megatron.rewards.verifier import AnswerVerifier
-from exprl_megatron.rollout.group import Group
+from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.training.console import Console
-from exprl_megatron.training.grading import GradeTrace, grade_of, verified
+from exprl_megatron.training.grading import GradeTrace, grade_of, verified, with_terms
+from exprl_megatron.training.own_rewards import own_terms, own_verifiers
 
 
 class JudgingRuntime:
@@ -30,6 +32,12 @@ class JudgingRuntime:
         self._console = console
         self._open = ExitStack()
         self._verifier = self._open.enter_context(_verifier(config.verifier)) if config.needs_sampling_servers else None
+        self._own_verifiers = own_verifiers(config.verifier, console.say)
+        self._own_terms = {
+            stage.name: own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, console.say)
+            for stage in config.stages
+            if isinstance(stage, ExprlOutcomeStage | SparseRlStage)
+        }
         self._judge: Judge | None = None
         self._uncached_judge: Judge | None = None
         self._gate: JudgeGate | None = None
@@ -47,11 +55,14 @@ class JudgingRuntime:
 
     def grade(self, stage: RlStage, policy_tokenizer: Any) -> GradeTrace:
         """Return the function that grades the traces of `stage`."""
-        return grade_of(stage, self._judge, self.grade_by_answer(), policy_tokenizer)
+        grade = grade_of(stage, self._judge, self.grade_by_answer(), policy_tokenizer)
+        if isinstance(stage, ExprlOutcomeStage | SparseRlStage) and stage.reward:
+            return with_terms(stage, grade, self._own_terms[stage.name])
+        return grade
 
     def grade_by_answer(self) -> GradeTrace:
         """Return the function that grades traces by their final answer, as evaluations do."""
-        return verified(self._verifier, self._config.verifier)
+        return verified(self._verifier, self._config.verifier, self._own_verifiers)
 
     async def check_judge(self, stage: RlStage, step: int) -> None:
         """Check the judge against its gate, where that is due before this step. Raises RunStopped where it fails."""
@@ -71,7 +82,7 @@ class JudgingRuntime:
             return  # learns without grades
         judged = isinstance(stage, JudgedStage)
         rate = self._config.judge.max_abstention_rate if judged else stage.max_abstention_rate
-        judgements = [judgement for group in groups for sample in group.samples for judgement in sample.judgements]
+        judgements = [judgement for group in groups for sample in group.samples for judgement in _outcomes(sample)]
         size = self._config.judge.abstention_window if judged else len(judgements)
         window = self._windows.setdefault(stage.name, AbstentionWindow(rate, size))
         window.add(judgements, f"stage {stage.name}, step {step}")
@@ -91,6 +102,14 @@ class JudgingRuntime:
     def close(self) -> None:
         """End the verifier's processes and close the store."""
         self._open.close()
+
+
+def _outcomes(sample: GradedTrace) -> list[Judgement]:
+    """The judgements of a trace; of one whose reward is a mixture, whether all its terms have a value."""
+    if not sample.terms:
+        return sample.judgements
+    missing = [f"{term.name}: {term.evidence}" for term in sample.terms if term.value is None]
+    return [Abstained("reward-term", missing[0])] if missing else [Scored(1.0)]
 
 
 def _verifier(config: VerifierConfig) -> AnswerVerifier:

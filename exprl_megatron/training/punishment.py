@@ -1,12 +1,38 @@
-"""What long traces lose of their scores, where their stage punishes them."""
+"""The rewards of a group's traces, and what long traces lose of them, where their stage punishes them."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
-from exprl_megatron.algorithms.scores import soft_overlong_punishment
+from exprl_megatron.algorithms.scores import group_scores, soft_overlong_punishment
 from exprl_megatron.config.stages import RlStage
-from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.rollout.group import GradedTrace, Group
+
+JUDGE = "judge"
+
+
+def rewards_of(group: Group, overlong: Literal["zero", "score", "exclude"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute rewards [K] (float64, 0 where there is none) and their validity [K] (bool); see group_scores.
+
+    Of a mixture every term must have a value. The rule `zero` is about the judge's score alone: the other terms of an
+    overlong trace stay, so that a penalty is not lost with the score.
+    """
+    cut = [sample.trace.overlong for sample in group.samples]
+    scores, valid = group_scores([sample.judgement for sample in group.samples], cut, overlong)
+    for place, sample in enumerate(group.samples):
+        if sample.terms:
+            reward = _mixed(sample, zeroed=cut[place] and overlong == "zero")
+            counts = reward is not None and not (cut[place] and overlong == "exclude")
+            valid[place], scores[place] = counts, reward if counts else 0.0
+    return scores, valid
+
+
+def _mixed(sample: GradedTrace, zeroed: bool) -> float | None:
+    """The reward of a mixture; where `zeroed`, the judge's score counts as 0."""
+    if sample.reward is None or not zeroed:
+        return sample.reward
+    return sum(term.weight * term.value for term in sample.terms if term.source != JUDGE and term.value is not None)
 
 
 def length_punishments(stage: RlStage, samples: Sequence[GradedTrace]) -> torch.Tensor | None:

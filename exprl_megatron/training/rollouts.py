@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from exprl_megatron.algorithms.advantages import informative
-from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
@@ -32,6 +31,7 @@ from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import GradeTrace
 from exprl_megatron.training.judging_runtime import JudgingRuntime
 from exprl_megatron.training.loop_lag import LoopLag
+from exprl_megatron.training.punishment import rewards_of
 from exprl_megatron.utils.text_check import text_check_of
 from exprl_megatron.utils.together import gather_or_cancel
 
@@ -271,7 +271,5 @@ class Rollouts:
 
 
 def _has_variance(stage: SparseRlStage, group: Group) -> bool:
-    """Whether the scores of the group differ, so that its advantages are not all 0."""
-    judgements = [sample.judgement for sample in group.samples]
-    overlong = [sample.trace.overlong for sample in group.samples]
-    return bool(informative(*group_scores(judgements, overlong, stage.overlong)))
+    """Whether the rewards of the group differ, so that its advantages are not all 0."""
+    return bool(informative(*rewards_of(group, stage.overlong)))

@@ -347,7 +347,7 @@ class Run:
             prompts_consumed=self._progress.prompts_consumed + sampled.prompts_consumed,
             traces=self._progress.traces + len(samples),
             tokens=self._progress.tokens + sum(len(sample.trace.token_ids) for sample in samples),
-            abstentions=self._progress.abstentions + sum(sample.score is None for sample in samples),
+            abstentions=self._progress.abstentions + sum(sample.reward is None for sample in samples),
         )
 
 

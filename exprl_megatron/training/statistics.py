@@ -33,14 +33,14 @@ def group_statistics(groups: list[Group], judged: bool = False) -> dict[str, flo
     in addition. Otherwise the judgements are the verifier's.
     """
     samples = [sample for group in groups for sample in group.samples]
-    scores = [sample.score for sample in samples if sample.score is not None]
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
     lengths = [len(sample.trace.token_ids) for sample in samples]
     reasons = Counter(m.judgement.reason for m in samples if isinstance(m.judgement, Abstained))
     found = {
-        "reward/mean": statistics.fmean(scores) if scores else 0.0,
-        "reward/mixed_groups": statistics.fmean(len(set(group.scores)) > 1 for group in groups),
+        "reward/mean": statistics.fmean(rewards) if rewards else 0.0,
+        "reward/mixed_groups": statistics.fmean(len(set(group.rewards)) > 1 for group in groups),
         "reward/groups_with_success": statistics.fmean(max(group.scores, default=0.0) == 1.0 for group in groups),
-        "reward/abstained": 1 - len(scores) / len(samples),
+        "reward/abstained": 1 - len(rewards) / len(samples),
         "length/mean": statistics.fmean(lengths),
         "length/max": max(lengths),
         "length/overlong": statistics.fmean(sample.trace.overlong for sample in samples),
@@ -48,6 +48,7 @@ def group_statistics(groups: list[Group], judged: bool = False) -> dict[str, flo
     }
     found |= {f"abstained/{reason}": count / len(samples) for reason, count in sorted(reasons.items())}
     found |= _verifier_statistics([[m.verified if judged else m.judgement for m in group.samples] for group in groups])
+    found |= _term_statistics(samples)
     if judged:
         found |= _score_statistics(groups) | _segment_statistics(samples) | _agreement(samples)
     return found
@@ -102,6 +103,15 @@ def _verifier_statistics(findings: list[list[Judgement | None]]) -> dict[str, fl
         "verifier/all_right_groups": statistics.fmean(all(group) for group in known),
         "verifier/all_wrong_groups": statistics.fmean(not any(group) for group in known),
     }
+
+
+def _term_statistics(samples: list[GradedTrace]) -> dict[str, float]:
+    """Compute the mean of each term of a reward that is a mixture, before it is weighted; {} for a bare score."""
+    values: dict[str, list[float]] = {}
+    for term in (term for sample in samples for term in sample.terms):
+        if term.value is not None:
+            values.setdefault(f"reward/term/{term.name}", []).append(term.value)
+    return {name: statistics.fmean(of_term) for name, of_term in values.items()}
 
 
 def _score_statistics(groups: list[Group]) -> dict[str, float]:

@@ -9,11 +9,10 @@ import torch
 from exprl_megatron.algorithms.advantages import estimator, group_normalized
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.algorithms.process import SegmentedTrace, process_credits
-from exprl_megatron.algorithms.scores import group_scores
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
-from exprl_megatron.training.punishment import length_punishments
+from exprl_megatron.training.punishment import length_punishments, rewards_of
 
 GradedStage = ExprlOutcomeStage | ExprlProcessStage | SparseRlStage
 """Stages that learn from scores; self-distillation has a teacher instead."""
@@ -114,11 +113,8 @@ def _segmented(sample: GradedTrace) -> SegmentedTrace:
 
 
 def _scores(groups: list[Group], overlong: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute scores and validity [G, K] of traces judged whole."""
-    pairs = [
-        group_scores([m.judgement for m in group.samples], [m.trace.overlong for m in group.samples], overlong)
-        for group in groups
-    ]
+    """Compute rewards and validity [G, K] of traces judged whole."""
+    pairs = [rewards_of(group, overlong) for group in groups]
     return torch.stack([scores for scores, _ in pairs]), torch.stack([valid for _, valid in pairs])
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
+from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.processes.heartbeat import beat
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
@@ -62,6 +63,9 @@ def _tell(end: Path, error: BaseException) -> int:
     status, message, unexpected = exit_status(error), str(error), False
     if (sentence := storage_sentence(error, end.parent.parent)) is not None:
         message = sentence
+    elif isinstance(error, PluginError):
+        # The sentence names one line; the log has the others.
+        traceback.print_exception(error)
     elif not isinstance(error, UserError | ServerError | RunStopped | Preempted):
         traceback.print_exception(error)
         message, unexpected = f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}", True
@@ -79,6 +83,7 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     """Build this rank's part of the run and take it to its end; `on_failure` is RolloutPrefetch's."""
     # The libraries make a million objects that stay: looked through again and again, they cost a sixth of the start.
     gc.disable()
+    from exprl_megatron.plugins.loading import use_plugin_path
     from exprl_megatron.policy.world import enter_world, leave_world
     from exprl_megatron.runs.directory import RunDirectory, read_config
     from exprl_megatron.training.assemble import assemble
@@ -88,6 +93,7 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     gc.enable()
     paths = RunDirectory(directory)
     config = read_config(paths)
+    use_plugin_path(config.plugin_path)
     enter_world(config.policy.layout, config.seed, _longest_wait(config), key=read_key(registry.key_file))
     run = assemble(config, paths, registry, on_failure)
     run_stages(run)

@@ -1,0 +1,85 @@
+"""The policy's loss of each token: a built-in surrogate, or the user's (docs/extending.md)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from exprl_megatron.algorithms.batch import MicroBatch
+from exprl_megatron.algorithms.losses import (
+    clipped_policy_loss,
+    clipped_weight_loss,
+    probability_ratio,
+    sequence_ratio,
+)
+from exprl_megatron.config.losses import LossConfig
+from exprl_megatron.plugins.calling import Plugin, described
+
+BUILT_IN = ("clip", "sequence-clip", "clipped-weight")
+
+
+@dataclass(frozen=True)
+class SurrogateBatch:
+    """What a surrogate reads of a micro-batch. All tensors are [B, T], float32, one row for each trace.
+
+    Values outside of the response, where `mask` is 0, have no meaning and do not count.
+    """
+
+    log_probs: torch.Tensor
+    """Of the sampled tokens under the policy that learns, with its gradient."""
+    old_log_probs: torch.Tensor
+    """Under the policy before the step's updates (the sampler's with `use_rollout_log_probs`), without a gradient."""
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    """1.0 for each token of the response."""
+    clip_low: float
+    clip_high: float
+    """`loss.clip_low` and `loss.clip_high` of the stage."""
+
+
+def surrogate(
+    config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute per token the policy's loss, its ratio, and 1.0 where the ratio was clipped: each [B, T].
+
+    Raises:
+        ValueError: the micro-batch has no advantages.
+        PluginError: the user's surrogate failed, or returned something else than a loss for each token.
+    """
+    if micro.advantages is None:
+        raise ValueError("the policy's loss needs advantages, but the batch carries none")
+    if config.surrogate not in BUILT_IN:
+        loss = own_surrogate(config.surrogate, _batch(config, log_probs, old, micro))
+        return loss, probability_ratio(log_probs, old), torch.zeros_like(loss)
+    if config.surrogate == "sequence-clip":
+        ratio = sequence_ratio(log_probs, old, micro.mask)
+    else:
+        ratio = probability_ratio(log_probs, old)
+    if config.surrogate == "clipped-weight":
+        loss, clipped = clipped_weight_loss(log_probs, ratio, micro.advantages, config.clip_low, config.clip_high)
+    else:
+        loss, clipped = clipped_policy_loss(
+            ratio, micro.advantages, config.clip_low, config.clip_high, config.dual_clip
+        )
+    return loss, ratio, clipped
+
+
+def own_surrogate(path: str, batch: SurrogateBatch) -> torch.Tensor:
+    """Compute the loss of each token [B, T] by the user's function; 0 outside of the responses.
+
+    Raises:
+        PluginError: it failed, or returned no tensor [B, T] that has a gradient.
+    """
+    plugin = Plugin.load("loss.surrogate", path)
+    plugin.check_arguments(("batch",))
+    loss = plugin(batch)
+    shape = tuple(batch.log_probs.shape)
+    if not isinstance(loss, torch.Tensor) or tuple(loss.shape) != shape:
+        raise plugin.failure(f"returned {described(loss)} instead of a tensor of the shape {shape} of log_probs")
+    if batch.log_probs.requires_grad and not loss.requires_grad:
+        raise plugin.failure("returned a loss without a gradient; compute it from batch.log_probs")
+    return torch.where(batch.mask > 0, loss, torch.zeros_like(loss))
+
+
+def _batch(config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch) -> SurrogateBatch:
+    assert micro.advantages is not None
+    return SurrogateBatch(log_probs, old.detach(), micro.advantages, micro.mask, config.clip_low, config.clip_high)

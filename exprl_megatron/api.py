@@ -1,0 +1,60 @@
+"""What code of your own may rely on (docs/extending.md); nothing else of the package is promised to plugins.
+
+`API_VERSION` grows by one when a name, a field or a signature here changes in a way that existing code notices; the
+changelog says how. Fields with a default may be added without that.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
+from exprl_megatron.plugins.failures import PluginError
+from exprl_megatron.problems.problem import CodeTest, Problem, Reference
+from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm
+from exprl_megatron.rollout.trace import Trace
+
+if TYPE_CHECKING:
+    import torch
+
+    from exprl_megatron.algorithms.surrogates import SurrogateBatch
+
+API_VERSION = 1
+
+Verifier = Callable[[Problem, Trace], Judgement | Awaitable[Judgement]]
+"""`verifier.domains.NAME`: is the trace's answer right?"""
+RewardFunction = Callable[[Problem, Trace], "float | Judgement | Awaitable[float | Judgement]"]
+"""`reward.N.term` of a stage: a number, or Abstained where there is none."""
+Estimator = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""`advantage` of a stage: (rewards [G, K] float64, valid [G, K] bool) -> advantages [G, K]."""
+Surrogate = Callable[["SurrogateBatch"], "torch.Tensor"]
+"""`loss.surrogate` of a stage: the policy's loss of each token [B, T]."""
+
+__all__ = [
+    "API_VERSION",
+    "Abstained",
+    "CodeTest",
+    "Estimator",
+    "GradedTrace",
+    "Group",
+    "JudgedSegment",
+    "Judgement",
+    "PluginError",
+    "Problem",
+    "Reference",
+    "RewardFunction",
+    "RewardTerm",
+    "Scored",
+    "Surrogate",
+    "SurrogateBatch",
+    "Trace",
+    "Verifier",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import SurrogateBatch when it is used: a verifier does not need torch."""
+    if name == "SurrogateBatch":
+        from exprl_megatron.algorithms.surrogates import SurrogateBatch
+
+        return SurrogateBatch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,130 @@
+"""The user's own functions in a config: loaded, called once on small inputs, and hashed, before anything is started.
+
+What fails here would fail in the run: an import, a signature, a result of another type, an exception on an empty trace.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from typing import get_args
+
+from exprl_megatron.config.losses import Advantage, Surrogate
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage, SparseRlStage
+from exprl_megatron.judging.judgement import Abstained
+from exprl_megatron.plugins.calling import Plugin
+from exprl_megatron.plugins.failures import PluginError
+from exprl_megatron.plugins.loading import plugin_source
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.training.own_rewards import OwnFunction, own_terms, own_verifiers
+
+ScoredStage = ExprlOutcomeStage | SparseRlStage
+FAILURES = ("verifier-error", "verifier-timeout")
+
+
+def plugins_of(config: RunConfig) -> dict[str, str]:
+    """Return the plugins of a config: the path of each by the key that names it."""
+    return dict(_plugins(config))
+
+
+def _plugins(config: RunConfig) -> Iterator[tuple[str, str]]:
+    yield from ((f"verifier.domains.{domain}", path) for domain, path in config.verifier.domains.items())
+    for number, stage in enumerate(config.stages):
+        if isinstance(stage, ScoredStage):
+            yield from ((f"stages.{number}.reward.{i}.term", t.term) for i, t in enumerate(stage.reward) if t.is_own)
+            if stage.advantage not in get_args(Advantage):
+                yield f"stages.{number}.advantage", stage.advantage
+        if isinstance(stage, RlStage) and stage.loss.surrogate not in get_args(Surrogate):
+            yield f"stages.{number}.loss.surrogate", stage.loss.surrogate
+
+
+def plugin_hashes(config: RunConfig) -> dict[str, str]:
+    """Return the hash of the source of each plugin, under `plugins.PATH`. Raises PluginError."""
+    return {f"plugins.{path}": plugin_source(path).sha256 for path in sorted({*plugins_of(config).values()})}
+
+
+def check_plugin_code(config: RunConfig) -> None:
+    """Load every plugin, and try those that need no problem.
+
+    Raises:
+        PluginError: one cannot be loaded, takes other arguments, fails, or returns what it must not.
+    """
+    for key, path in plugins_of(config).items():
+        Plugin.load(key, path)
+    own_verifiers(config.verifier, _silent)
+    for stage in config.stages:
+        if isinstance(stage, ScoredStage):
+            own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent)
+            if stage.advantage not in get_args(Advantage):
+                _try_estimator(stage)
+        if isinstance(stage, RlStage) and stage.loss.surrogate not in get_args(Surrogate):
+            _try_surrogate(stage)
+
+
+def check_plugins_on_problems(config: RunConfig) -> None:
+    """Call every verifier and reward term of the user with the first problem that it is for, and an empty trace.
+
+    Raises:
+        PluginError: one raises an exception, gives no answer in time, or returns what it must not.
+    """
+    verifiers = own_verifiers(config.verifier, _silent)
+    for problems in config.problem_sets() if verifiers else ():
+        first: dict[str, Problem] = {}
+        for problem in load_problems(problems):
+            first.setdefault(problem.domain, problem)
+        for domain, problem in first.items():
+            if domain in verifiers:
+                asyncio.run(_try(verifiers[domain], problem, verdict=True))
+    for stage in config.stages:
+        if isinstance(stage, ScoredStage) and any(term.is_own for term in stage.reward):
+            problem = load_problems(stage.problems.model_copy(update={"limit": 1}))[0]
+            for term in own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent).values():
+                asyncio.run(_try(term, problem, verdict=False))
+
+
+async def _try(own: OwnFunction, problem: Problem, verdict: bool) -> None:
+    trace = Trace(problem.id, 0, (0,), (0,), (0.0,), "", "stop", ())
+    if verdict:
+        judgement = await own.verify(problem, trace)
+        failed = judgement.evidence if isinstance(judgement, Abstained) and judgement.reason in FAILURES else None
+    else:
+        value, evidence = await own.value(problem, trace)
+        failed = evidence if value is None and evidence.startswith(FAILURES) else None
+    if failed is not None:
+        raise PluginError(
+            f"{own.plugin.key}: {own.plugin.path} was called with problem {problem.id} and an empty trace, which a "
+            f"policy may write, and gave no result: {failed}"
+        )
+
+
+def _try_estimator(stage: ScoredStage) -> None:
+    import torch
+
+    from exprl_megatron.algorithms.advantages import estimator
+
+    scores = torch.linspace(0, 1, 2 * stage.group_size, dtype=torch.float64).view(2, stage.group_size)
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    for count in (0, 1, 2 * stage.group_size):
+        # Nothing abstains, one trace does, and all do.
+        valid.view(-1)[:count] = False
+        estimator(stage.advantage)(scores, valid)
+
+
+def _try_surrogate(stage: RlStage) -> None:
+    import torch
+
+    from exprl_megatron.algorithms.surrogates import SurrogateBatch, own_surrogate
+
+    log_probs = torch.tensor([[-1.0, -0.5, 0.0], [-2.0, -0.1, -0.2]], requires_grad=True)
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    advantages = mask * torch.tensor([[1.0], [-1.0]])
+    loss = stage.loss
+    own_surrogate(
+        loss.surrogate,
+        SurrogateBatch(log_probs, log_probs.detach() - 0.1, advantages, mask, loss.clip_low, loss.clip_high),
+    ).sum().backward()
+
+
+def _silent(text: str) -> None:
+    """Trials report their failures as errors."""

@@ -1,0 +1,38 @@
+"""What is said of a plugin that fails: one sentence with the user's file and line."""
+
+import inspect
+import sysconfig
+import traceback
+from pathlib import Path
+
+from exprl_megatron.errors import UserError
+
+_PACKAGE = str(Path(__file__).parents[1])
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+class PluginError(UserError):
+    """The user's own code cannot be loaded, failed, or returned what it must not; names its file and line."""
+
+
+def place_of_error(error: BaseException, function: object = None) -> str:
+    """`FILE, line N, in NAME: Type: message` of the innermost frame in the user's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, "<"))]
+    users = [frame for frame in own if not frame.filename.startswith(_LIBRARIES)]
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
+    # A plugin of an installed package is in a library's directory itself.
+    innermost = next(iter([*users[::-1], *own[::-1]]), None)
+    if innermost is None:
+        return f"{place_of_function(function)}: {said}"
+    return f"{innermost.filename}, line {innermost.lineno}, in {innermost.name}: {said}"
+
+
+def place_of_function(function: object) -> str:
+    """`FILE, line N` of the definition of a function, a class, or of the class of an instance."""
+    defined = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    try:
+        file = inspect.getsourcefile(defined)
+        return f"{file}, line {inspect.getsourcelines(defined)[1]}"
+    except (TypeError, OSError):
+        return repr(function)

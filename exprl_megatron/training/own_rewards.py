@@ -1,0 +1,139 @@
+"""Verifiers and reward terms of the user: how they are called, and what their failures become.
+
+An exception or a missed deadline is an abstention, as of every verifier. A result of another type than is documented is
+an error of the program and stops the run.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from exprl_megatron.config.reward import RewardTermConfig
+from exprl_megatron.config.verifying import VerifierConfig
+from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
+from exprl_megatron.plugins.calling import Plugin, described
+from exprl_megatron.plugins.failures import PluginError, place_of_error
+from exprl_megatron.problems.problem import Problem
+from exprl_megatron.rollout.group import RewardTerm
+from exprl_megatron.rollout.trace import Trace
+
+ARGUMENTS = ("problem", "trace")
+_THREADS = 16
+"""Calls of a function that is not async which run at the same time, at most."""
+_TASKS = 256
+"""The same of an async one."""
+
+
+class OwnFunction:
+    """A function (problem, trace) of the user; all calls must come from one event loop.
+
+    `say` gets a line for the first failure at each place of the user's code.
+    """
+
+    def __init__(self, plugin: Plugin, deadline_s: float, say: Callable[[str], None] = lambda text: None):
+        plugin.check_arguments(ARGUMENTS)
+        self.plugin = plugin
+        self._deadline_s = deadline_s
+        self._say = say
+        self._said: set[str] = set()
+        self._free = asyncio.Semaphore(_TASKS if plugin.is_async else _THREADS)
+
+    async def verify(self, problem: Problem, trace: Trace) -> Judgement:
+        """Return the function's verdict; abstains with `verifier-timeout` or `verifier-error` where it has none.
+
+        Raises:
+            PluginError: it returned neither Scored nor Abstained.
+        """
+        found = await self._result(problem, trace)
+        if not isinstance(found, Scored | Abstained):
+            raise self.plugin.failure(f"returned {described(found)} instead of Scored or Abstained")
+        return found
+
+    async def value(self, problem: Problem, trace: Trace) -> tuple[float | None, str]:
+        """Return the function's number and its evidence; None, and why, where it abstained or failed.
+
+        Raises:
+            PluginError: it returned no finite number, and neither Scored nor Abstained.
+        """
+        found = await self._result(problem, trace)
+        if isinstance(found, Scored | Abstained):
+            return _value_of(found)
+        try:
+            value = float(found)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            shown = f"{found!r}" if isinstance(found, float) else described(found)
+            raise self.plugin.failure(f"returned {shown} instead of a finite number, Scored or Abstained")
+        return value, ""
+
+    async def _result(self, problem: Problem, trace: Trace) -> Any:
+        try:
+            async with self._free:
+                return await asyncio.wait_for(self.plugin.ask(problem, trace), self._deadline_s)
+        except PluginError:
+            raise
+        except TimeoutError:
+            place = self.plugin.failure(f"gave no answer within {self._deadline_s:g} s")
+            return self._abstained("verifier-timeout", str(place))
+        except Exception as error:
+            what = f"{self.plugin.path} failed at {place_of_error(error, self.plugin.function)}"
+            return self._abstained("verifier-error", what)
+
+    def _abstained(self, reason: str, what: str) -> Abstained:
+        place = what.partition(": ")[0]
+        if place not in self._said:
+            self._said.add(place)
+            self._say(f"{what}; such traces are abstentions, which verifier.answer_deadline_s and the code decide")
+        return Abstained(reason, what)
+
+
+def own_verifiers(config: VerifierConfig, say: Callable[[str], None]) -> dict[str, OwnFunction]:
+    """Load the verifiers of `verifier.domains`, by domain. Raises PluginError."""
+    return {
+        domain: OwnFunction(Plugin.load(f"verifier.domains.{domain}", path), config.deadline_s(domain), say)
+        for domain, path in config.domains.items()
+    }
+
+
+def own_terms(
+    stage: str, terms: tuple[RewardTermConfig, ...], deadline_s: float, say: Callable[[str], None]
+) -> dict[str, OwnFunction]:
+    """Load the functions among the terms of a stage's reward, by the name of the term. Raises PluginError."""
+    return {
+        term.shown_name: OwnFunction(Plugin.load(f"reward of stage {stage}", term.term), deadline_s, say)
+        for term in terms
+        if term.is_own
+    }
+
+
+async def reward_terms(
+    terms: tuple[RewardTermConfig, ...],
+    own: Mapping[str, OwnFunction],
+    judgements: Mapping[str, Judgement | None],
+    problem: Problem,
+    trace: Trace,
+    max_tokens: int,
+) -> tuple[RewardTerm, ...]:
+    """Compute every term of the reward of `trace`; `judgements` are those of `judge` and `verifier`."""
+
+    async def term_of(term: RewardTermConfig) -> RewardTerm:
+        if term.term == "length":
+            value: float | None = len(trace.token_ids) / max_tokens
+            evidence = ""
+        elif term.is_own:
+            value, evidence = await own[term.shown_name].value(problem, trace)
+        else:
+            value, evidence = _value_of(judgements.get(term.term))
+        return RewardTerm(term.shown_name, term.term, term.weight, value, evidence)
+
+    return tuple(await asyncio.gather(*map(term_of, terms)))
+
+
+def _value_of(judgement: Judgement | None) -> tuple[float | None, str]:
+    if judgement is None:
+        return None, "not verified"
+    if isinstance(judgement, Scored):
+        return judgement.value, ""
+    return None, f"{judgement.reason}: {judgement.evidence}"
