@@ -139,7 +139,7 @@ def shipped_names() -> dict[str, tuple[BuiltInDomain, Granularity, Measure]]:
 
 
 def shipped_prompt(
-    domain: BuiltInDomain,
+    domain: str,
     granularity: Granularity,
     measure: Measure,
     order: PromptOrder = "shared",
@@ -148,8 +148,15 @@ def shipped_prompt(
     """The shipped prompt for judging this part of a trace by this measure.
 
     `prompt_set` is the hash of a set of shipped prompts (see `prompt_set_hash`); None: today's, or the first one for
-    the order `upstream`. Raises UserError where there is no such set.
+    the order `upstream`. Raises UserError where there is no such set, or the domain is not built in.
     """
+    if domain not in get_args(BuiltInDomain):
+        setting = {"trace": "judge.prompt", "prefix": "judge.prefix_prompt", "segment": "judge.segment_prompt"}
+        what = "that shows {rubric}" if measure == "checkpoints" else "without {rubric}"
+        raise UserError(
+            f"No shipped judge prompt is for the domain {domain!r}; set {setting[granularity]} to a prompt file of "
+            f"your own {what} (docs/extending.md)."
+        )
     return _assembled(_set_parts(order, prompt_set), domain, granularity, measure, order)
 
 
@@ -191,9 +198,7 @@ def _prompts_by_hash() -> dict[str, JudgePrompt]:
 
 
 @cache
-def _assembled(
-    parts: Path, domain: BuiltInDomain, granularity: Granularity, measure: Measure, order: PromptOrder
-) -> JudgePrompt:
+def _assembled(parts: Path, domain: str, granularity: Granularity, measure: Measure, order: PromptOrder) -> JudgePrompt:
     common, own = _parts(parts / "common.md"), _parts(parts / f"{domain}.md")
     marked = measure == "checkpoints"
     # The first set has no pieces about soundness.

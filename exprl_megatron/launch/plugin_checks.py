@@ -13,7 +13,7 @@ from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage, SparseRlSta
 from exprl_megatron.judging.judgement import Abstained
 from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
-from exprl_megatron.plugins.loading import plugin_source
+from exprl_megatron.plugins.loading import plugin_source, use_plugin_path
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.trace import Trace
@@ -41,6 +41,7 @@ def _plugins(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def plugin_hashes(config: RunConfig) -> dict[str, str]:
     """Return the hash of the source of each plugin, under `plugins.PATH`. Raises PluginError."""
+    use_plugin_path(config.plugin_path)
     return {f"plugins.{path}": plugin_source(path).sha256 for path in sorted({*plugins_of(config).values()})}
 
 

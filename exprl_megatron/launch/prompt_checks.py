@@ -112,10 +112,13 @@ def _lengths(config: RunConfig, judge: Judge, problem: Problem, granularity: Gra
 
 
 def _longest(problems: Sequence[Problem]) -> list[Problem]:
+    """The longest problems, and one of each domain, whose prompts may differ."""
+
     def size(problem: Problem) -> int:
         return len(problem.statement) + (0 if problem.reference is None else len(problem.reference.for_judge()))
 
-    return sorted(problems, key=size)[-_LONGEST:]
+    of_domains = {problem.domain: problem for problem in problems}
+    return [*sorted(problems, key=size)[-_LONGEST:], *of_domains.values()]
 
 
 def _granularities(stage: JudgedStage) -> list[Granularity]:

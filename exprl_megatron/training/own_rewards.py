@@ -7,6 +7,7 @@ an error of the program and stops the run.
 import asyncio
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 from exprl_megatron.config.reward import RewardTermConfig
@@ -71,7 +72,8 @@ class OwnFunction:
     async def _result(self, problem: Problem, trace: Trace) -> Any:
         try:
             async with self._free:
-                return await asyncio.wait_for(self.plugin.ask(problem, trace), self._deadline_s)
+                # Copies: what the function does to them reaches neither later prompts nor what is learned from.
+                return await asyncio.wait_for(self.plugin.ask(copy(problem), copy(trace)), self._deadline_s)
         except PluginError:
             raise
         except TimeoutError:

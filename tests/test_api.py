@@ -1,0 +1,121 @@
+"""The contract with code of the user: names, fields and signatures of `exprl_megatron.api`.
+
+A change here that existing plugins notice raises API_VERSION and is in the changelog; a new field with a default is
+added below and raises nothing.
+"""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from exprl_megatron import api
+
+ROOT = Path(__file__).parents[1]
+FIELDS = {
+    "Abstained": ["reason: str", "evidence: str = ''", "hash: str | None = None"],
+    "CodeTest": ["input: str", "output: str", "function: str | None = None"],
+    "GradedTrace": [
+        "trace: Trace",
+        "judgement: Scored | Abstained",
+        "segments: tuple[JudgedSegment, ...] = ()",
+        "verified: Scored | Abstained | None = None",
+        "terms: tuple[RewardTerm, ...] = ()",
+    ],
+    "Group": ["problem_id: str", "samples: tuple[GradedTrace, ...]", "domain: str = 'math'"],
+    "JudgedSegment": ["start: int", "end: int", "judgement: Scored | Abstained"],
+    "Problem": [
+        "id: str",
+        "text: str",
+        "reference: Reference | None = None",
+        "answer: str | None = None",
+        "domain: str = 'math'",
+        "choices: tuple[str, ...] = ()",
+        "tests: tuple[CodeTest, ...] = ()",
+        "source: str = ''",
+    ],
+    "RewardTerm": ["name: str", "source: str", "weight: float", "value: float | None", "evidence: str = ''"],
+    "Scored": ["value: float", "evidence: str = ''", "hash: str | None = None"],
+    "SurrogateBatch": [
+        "log_probs: Tensor",
+        "old_log_probs: Tensor",
+        "advantages: Tensor",
+        "mask: Tensor",
+        "clip_low: float",
+        "clip_high: float",
+    ],
+    "Trace": [
+        "problem_id: str",
+        "sample: int",
+        "prompt_ids: ndarray",
+        "token_ids: ndarray",
+        "log_probs: ndarray",
+        "text: str",
+        "finish_reason: str",
+        "weight_versions: tuple[tuple[str, int, int], ...]",
+        "cached_tokens: int = 0",
+    ],
+}
+MEMBERS = {
+    "GradedTrace": {"reward", "score", "judgements"},
+    "Group": {"rewards", "scores"},
+    "Problem": {"statement"},
+    "Reference": {"for_judge", "for_training"},
+    "Trace": {"overlong"},
+}
+ALIASES = {
+    "Estimator": "Callable[[ForwardRef('torch.Tensor'), ForwardRef('torch.Tensor')], ForwardRef('torch.Tensor')]",
+    "Judgement": "Scored | Abstained",
+    "RewardFunction": "Callable[[Problem, Trace], ForwardRef('float | Judgement | Awaitable[float | Judgement]')]",
+    "Surrogate": "Callable[[ForwardRef('SurrogateBatch')], ForwardRef('torch.Tensor')]",
+    "Verifier": "Callable[[Problem, Trace], Scored | Abstained | Awaitable[Scored | Abstained]]",
+}
+
+
+def plain(annotation: object) -> str:
+    """An annotation without the modules of its names."""
+    text = annotation if isinstance(annotation, str) else None
+    if text is None:
+        text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
+    return re.sub(r"\b[a-z_]+(\.[a-z_]+)*\.(?=[A-Z]|nda|tor)", "", text)
+
+
+def described(field: dataclasses.Field) -> str:
+    default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+    return f"{field.name}: {plain(field.type)}{default}"
+
+
+def test_the_names_are_those_of_this_version():
+    assert api.API_VERSION == 1
+    assert sorted(api.__all__) == sorted([*FIELDS, *ALIASES, "API_VERSION", "PluginError", "Reference"])
+    assert all(hasattr(api, name) for name in api.__all__)
+
+
+def test_the_fields_of_every_class_are_those_of_this_version():
+    found = {name: [described(field) for field in dataclasses.fields(getattr(api, name))] for name in FIELDS}
+    assert found == FIELDS
+
+
+def test_the_members_that_plugins_may_call_are_there():
+    for name, members in MEMBERS.items():
+        assert members <= set(dir(getattr(api, name))), name
+
+
+def test_the_signatures_of_plugins_are_those_of_this_version():
+    assert {name: plain(str(getattr(api, name)).replace("typing.", "")) for name in ALIASES} == ALIASES
+
+
+def test_every_class_and_kind_of_plugin_is_documented():
+    source = (ROOT / "exprl_megatron" / "api.py").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    assert all(getattr(api, name).__doc__ for name in FIELDS)
+    assert all(re.search(rf'^{name} = .*\n"""', source, re.MULTILINE) for name in ALIASES if name != "Judgement")
+    assert [name for name in api.__all__ if f"`{name}`" not in page] == []
+
+
+def test_a_verifier_can_be_written_without_torch():
+    code = "import sys; from exprl_megatron.api import Problem, Scored, Trace; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

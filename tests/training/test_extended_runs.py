@@ -1,0 +1,80 @@
+"""A run on real servers whose verifier, rewards, estimator and loss are those of examples/own_rewards.yaml."""
+
+import json
+import math
+
+import pytest
+from helpers.runs import finish, start_ranks
+
+from exprl_megatron.config.load import load_config
+from exprl_megatron.launch.preflight import check_inputs
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import Journal
+
+CONFIG = "examples/own_rewards.yaml"
+
+
+def overridden(directory, model, problems) -> list[str]:
+    """The example with tiny models, on problems of which half have a domain of their own."""
+    return [
+        f"directory={directory}",
+        f"policy.model={model}",
+        "policy.layout={}",
+        f"judge={{model: {model}, prompt: miniature, score_format: constrained, max_new_tokens: 12}}",
+        "verifier.domains.measured=examples.verifiers:Counter",
+        "evaluation=null",
+        "sync.max_log_prob_gap=1e-4",
+        f"stages.0.problems={{source: {problems}, domains: [measured]}}",
+        "stages.0.steps=2",
+        "stages.0.problems_per_step=4",
+        "stages.0.group_size=3",
+        "stages.0.sampling.max_new_tokens=24",
+        "stages.0.overlong=score",
+    ]
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    domains = ("math", "measured")
+    records = [
+        {"id": f"p{i}", "problem": f"What is {i} plus 1?", "reference": f"It is {i + 1}.", "answer": f"{i + 1}"}
+        | {"domain": domains[i % 2]}
+        for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_the_example_as_it_is_passes_the_checks_of_a_start():
+    check_inputs(load_config(CONFIG))
+
+
+@pytest.mark.slow
+def test_a_run_learns_from_rewards_of_the_users_own(trained_server, tiny_model, problems, tmp_path):
+    model = tiny_model("qwen3")
+    config = load_config(CONFIG, overridden(tmp_path / "run", model, problems))
+    finish(start_ranks(config, {"policy": trained_server, "judge": trained_server}))
+    paths = RunDirectory(config.directory)
+    metrics = [json.loads(line)["metrics"] for line in paths.metrics.read_text().splitlines()]
+    assert len(metrics) == 2
+    evidence = set()
+    for step in (1, 2):
+        groups = Journal(paths.journal).read("prime", step).groups
+        samples = [sample for group in groups for sample in group.samples]
+        rewards = []
+        for sample in samples:
+            values = {term.name: term.value for term in sample.terms}
+            assert list(values) == ["judge", "verifier", "repeated_lines", "length"]
+            assert values["judge"] == sample.score and values["verifier"] == sample.verified.value
+            assert values["length"] == len(sample.trace.token_ids) / 24
+            weights = (1.0, 0.5, -0.2, -0.1)
+            rewards.append(sum(w * v for w, v in zip(weights, values.values(), strict=True)))
+            evidence.add(sample.verified.evidence.split()[-1])
+        assert [sample.reward for sample in samples] == pytest.approx(rewards)
+        found = metrics[step - 1]
+        assert found["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
+        assert found["reward/term/length"] > 0
+        assert math.isfinite(found["grad_norm"]) and found["grad_norm"] > 0
+    # Both verifiers were asked: one counts words, the other compares numbers.
+    assert "words" in evidence and len(evidence) > 1
