@@ -66,10 +66,10 @@ MEMBERS = {
     "Trace": {"overlong"},
 }
 ALIASES = {
-    "Estimator": "Callable[[ForwardRef('torch.Tensor'), ForwardRef('torch.Tensor')], ForwardRef('torch.Tensor')]",
+    "Estimator": "Callable[['Tensor', 'Tensor'], 'Tensor']",
     "Judgement": "Scored | Abstained",
-    "RewardFunction": "Callable[[Problem, Trace], ForwardRef('float | Judgement | Awaitable[float | Judgement]')]",
-    "Surrogate": "Callable[[ForwardRef('SurrogateBatch')], ForwardRef('torch.Tensor')]",
+    "RewardFunction": "Callable[[Problem, Trace], 'float | Judgement | Awaitable[float | Judgement]']",
+    "Surrogate": "Callable[['SurrogateBatch'], 'Tensor']",
     "Verifier": "Callable[[Problem, Trace], Scored | Abstained | Awaitable[Scored | Abstained]]",
 }
 

@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Iterator
 from typing import get_args
 
+import numpy as np
+
 from exprl_megatron.config.losses import Advantage, Surrogate
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage, SparseRlStage
@@ -85,7 +87,7 @@ def check_plugins_on_problems(config: RunConfig) -> None:
 
 
 async def _try(own: OwnFunction, problem: Problem, verdict: bool) -> None:
-    trace = Trace(problem.id, 0, (0,), (0,), (0.0,), "", "stop", ())
+    trace = Trace(problem.id, 0, np.zeros(1), np.zeros(1), np.zeros(1), "", "stop", ())
     if verdict:
         judgement = await own.verify(problem, trace)
         failed = judgement.evidence if isinstance(judgement, Abstained) and judgement.reason in FAILURES else None

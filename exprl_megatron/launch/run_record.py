@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 from exprl_megatron.errors import exit_status
 from exprl_megatron.processes.interruption import Interrupted
@@ -26,7 +26,7 @@ class RunRecord:
         """`plugins` has the SHA-256 of the source of the user's own code, by its path."""
         self._path = path
         build = this_build()
-        self._record = {
+        self._record: dict[str, Any] = {
             "version": build.version,
             "commit": build.commit,
             "modified": build.modified,

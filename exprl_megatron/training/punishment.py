@@ -10,9 +10,10 @@ from exprl_megatron.config.stages import RlStage
 from exprl_megatron.rollout.group import GradedTrace, Group
 
 JUDGE = "judge"
+OverlongRule = Literal["zero", "score", "exclude"]
 
 
-def rewards_of(group: Group, overlong: Literal["zero", "score", "exclude"]) -> tuple[torch.Tensor, torch.Tensor]:
+def rewards_of(group: Group, overlong: OverlongRule) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute rewards [K] (float64, 0 where there is none) and their validity [K] (bool); see group_scores.
 
     Of a mixture every term must have a value. The rule `zero` is about the judge's score alone: the other terms of an
@@ -24,7 +25,7 @@ def rewards_of(group: Group, overlong: Literal["zero", "score", "exclude"]) -> t
         if sample.terms:
             reward = _mixed(sample, zeroed=cut[place] and overlong == "zero")
             counts = reward is not None and not (cut[place] and overlong == "exclude")
-            valid[place], scores[place] = counts, reward if counts else 0.0
+            valid[place], scores[place] = counts, (reward or 0.0) if counts else 0.0
     return scores, valid
 
 

@@ -12,7 +12,7 @@ from exprl_megatron.algorithms.process import SegmentedTrace, process_credits
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
-from exprl_megatron.training.punishment import length_punishments, rewards_of
+from exprl_megatron.training.punishment import OverlongRule, length_punishments, rewards_of
 
 GradedStage = ExprlOutcomeStage | ExprlProcessStage | SparseRlStage
 """Stages that learn from scores; self-distillation has a teacher instead."""
@@ -112,7 +112,7 @@ def _segmented(sample: GradedTrace) -> SegmentedTrace:
     )
 
 
-def _scores(groups: list[Group], overlong: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _scores(groups: list[Group], overlong: OverlongRule) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute rewards and validity [G, K] of traces judged whole."""
     pairs = [rewards_of(group, overlong) for group in groups]
     return torch.stack([scores for scores, _ in pairs]), torch.stack([valid for _, valid in pairs])
