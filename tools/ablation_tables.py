@@ -157,6 +157,10 @@ def tables(arms: Sequence[Arm], ablations: Sequence[str]) -> str:
         "The ablations, beside what they change:",
         _table(others, _ABLATION_COLUMNS),
         _differences(others),
+        "pass@1 of these tables after both stages:\n\n![pass@1 of every arm with its interval](study/pass.svg)",
+        "The share of groups with a success by the verifier over the steps of both stages; a line is the mean of the "
+        "seeds, and its shade reaches from the lowest to the highest seed. `process` is under `process-bonus`, whose "
+        "curves are the same:",
         f"![Curves of both stages](study/curves.svg)\n\nFinished runs: {sum(len(arm.runs) for arm in arms)}.",
     ]
     return "\n\n".join(part for part in parts if part)

@@ -1,7 +1,8 @@
 """Runs the study of recipes/configs/study.yaml and tells what came out: `python tools/study.py [run|report]`.
 
 `run` makes every arm with every seed, a few at a time, goes on where it stopped, and then reports. `report` reads
-what is finished and writes <directory>/results.json, docs/study/curves.svg, and the tables into docs/study.md.
+what is finished and writes <directory>/results.json, docs/study/curves.svg and pass.svg, and the tables into
+docs/study.md.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import yaml
 from ablation_tables import Arm, Evaluated, curves, results, tables
+from study_picture import draw, read_tables
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "recipes" / "configs" / "study.yaml"
 DOCUMENT = ROOT / "docs" / "study.md"
 CURVES = ROOT / "docs" / "study" / "curves.svg"
+PASS = ROOT / "docs" / "study" / "pass.svg"
 BEGIN, END = "<!-- results: written by tools/study.py -->", "<!-- end of results -->"
 
 
@@ -99,6 +102,7 @@ def report(study: dict, runs: list[StudyRun]) -> None:
     curves(arms, CURVES)
     text = tables(arms, tuple(study["ablations"]))
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    draw(read_tables(text), PASS)
     DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
     print(text)
 

@@ -16,6 +16,7 @@ from ablation_tables import (
     tables,
 )
 from scipy import stats
+from study_picture import Measured, draw, read_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,3 +122,21 @@ def test_every_arm_draws_as_many_samples_as_any_other(study):
         assert (sparse.kind, sparse.steps) == ("sparse-rl", 10)
         drawn[one.arm] = sum(s.steps * s.problems_per_step * s.group_size for s in prime if s.kind != "sft")
     assert {samples for arm, samples in drawn.items() if arm not in ("base", "sft")} == {12 * 16 * 16}
+
+
+def test_the_picture_of_pass_at_1_has_the_cells_of_both_tables_once(tmp_path):
+    page = (
+        "| arm | seeds | stage 1 pass@1 | stage 2 pass@1 |\n| --- | --- | --- | --- |\n"
+        "| sft | 3 | 0.0 [0.0, 2.8] | - |\n| process | 3 | 60.7 [47.2, 73.1] | 95.3 [87.2, 99.0] |\n\n"
+        "| difference | seeds | stage 1 pass@1 | stage 2 pass@1 |\n"
+        "| process - sft | 3, 3 | +60.7 [+50.6, +70.7] | - |\n\n"
+        "| arm | seeds | x | stage 1 pass@1 |\n| process | 3 | - | 60.7 [47.2, 73.1] |\n"
+    )
+    measured = read_tables(page)
+    assert measured == [
+        Measured("sft", "stage 1 pass@1", 0.0, 0.0, 2.8),
+        Measured("process", "stage 1 pass@1", 60.7, 47.2, 73.1),
+        Measured("process", "stage 2 pass@1", 95.3, 87.2, 99.0),
+    ]
+    draw(measured, tmp_path / "pass.svg")
+    assert (tmp_path / "pass.svg").read_text().startswith("<?xml")
