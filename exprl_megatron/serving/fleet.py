@@ -77,6 +77,7 @@ class Fleet:
         self._why = "none has registered"
         self._dry_since = 0.0
         self._unexplained = 0
+        self._lost = 0
         self._memory = FleetMemory(registry, kind)
         self._watching: asyncio.Task | None = None
 
@@ -99,6 +100,14 @@ class Fleet:
                     f"start_deadline_s ({self._config.start_deadline_s:g} s), but {here} did; last: {self._why}"
                 )
             await asyncio.sleep(_POLL_S)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return how many servers answer requests now, and how often one was lost since the last call.
+
+        A server is lost where it fails a request or a check, and where it is no longer registered.
+        """
+        lost, self._lost = self._lost, 0
+        return {"servers/serving": float(len(self._in("serving"))), "servers/lost": float(lost)}
 
     async def close(self) -> None:
         """Leave all servers."""
@@ -389,6 +398,7 @@ class Fleet:
                 self._why = f"{name} ({member.server.url}) is not registered any more"
                 self._tell(self._why)
                 del self._members[name]
+                self._lost += member.state != "out"
                 member.state = "out"
                 member.release()
                 await member.client.__aexit__()
@@ -445,6 +455,7 @@ class Fleet:
             return
         self._why = why
         self._tell(f"{member.server.name} is out: {_first_line(why)}")
+        self._lost += member.state != "out"
         member.state = "out"
         member.failures += 1
         pause_s = min(2.0 ** (member.failures - 1), _LONGEST_PAUSE_S)

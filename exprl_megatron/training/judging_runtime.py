@@ -43,6 +43,7 @@ class JudgingRuntime:
         self._gate: JudgeGate | None = None
         self._windows: dict[str, AbstentionWindow] = {}
         self._counted: Counter[str] = Counter()
+        self._gate_metrics: dict[tuple[str, int], dict[str, float]] = {}
         if config.needs_judge:
             judge = config.judge
             kept = self._open.enter_context(JudgementStore(Path(judge.store) if judge.store else store))
@@ -72,9 +73,15 @@ class JudgingRuntime:
         first = next(s.name for s in self._config.stages if isinstance(s, JudgedStage))
         if (stage.name, step) == (first, 1) or (every is not None and (step - 1) % every == 0):
             result = await self._gate.check(self._uncached_judge.grade)
-            figures = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics().items())
+            metrics = result.metrics()
+            self._gate_metrics[stage.name, step] = {f"gate/{name}": value for name, value in metrics.items()}
+            figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             self._console.say(f"the judge before step {step} of {stage.name}: {figures}")
             self._gate.require(result, f"stage {stage.name}, before step {step}")
+
+    def take_gate_metrics(self, stage: str, step: int) -> dict[str, float]:
+        """Return the figures of the gate before this step; {} where it was not checked."""
+        return self._gate_metrics.pop((stage, step), {})
 
     def check_abstentions(self, stage: RlStage, step: int, groups: Sequence[Group]) -> None:
         """Raise RunStopped where too many of the latest judgements are abstentions."""

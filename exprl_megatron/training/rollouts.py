@@ -128,6 +128,12 @@ class Rollouts:
             if prompted.dropped:
                 self._console.say(f"{problems.source}: {prompted.dropped} prompts of more than {limit} tokens left out")
 
+    def take_metrics(self, stage: str, step: int) -> dict[str, float]:
+        """Return `gate/*` of a step whose judge was checked, and `servers/*` and `loop/*` since the last call."""
+        servers = {} if self._fleet is None else self._fleet.take_metrics()
+        lag = {"loop/lag_max_s": self.loop_lag.take()}
+        return self._judging.take_gate_metrics(stage, step) | servers | lag
+
     def problem_count(self, problems: ProblemsConfig) -> int:
         """Number of problems of the set whose prompts fit into the context."""
         return len(self._prompted[problems])

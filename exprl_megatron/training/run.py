@@ -139,12 +139,12 @@ class Run:
         version, prompts_consumed = self.weight_version, self._progress.prompts_consumed
         if self._coordinator.broadcast_from_rank0(lambda: self._prefetch.needs_weights(stage, step, version)):
             with self.clock("sync"):
-                self._sync_metrics = self._phases.sync_weights(version)
+                self._sync_weights(version)
         with self.clock(ROLLOUTS):
             work = self._coordinator.on_rank0(lambda: self._prefetch.start(stage, step, prompts_consumed, version))
             while (waiting := self._waiting_for(work)) != "done":
                 if waiting == "weights":
-                    self._sync_metrics = self._phases.sync_weights(version)
+                    self._sync_weights(version)
             sampled = self._coordinator.on_rank0(lambda: self._prefetch.take(stage, step))
             self._coordinator.broadcast_run(lambda: self._rollouts.check_served())
         self._phases.switch_to_training()
@@ -211,7 +211,7 @@ class Run:
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
         """Measure one step; at its end, print its line and write its metrics."""
         started, at = time.monotonic(), time.time()
-        self._seconds, self._counted, self._sync_metrics = {}, {}, {}
+        self._seconds, self._counted = {}, {}
         self._now = (stage.name, step)
         self._updates_in_step = 0
         metrics: dict[str, float] = {}
@@ -219,11 +219,12 @@ class Run:
         self._trained.add(stage.name)
         self._progress = replace(self._progress, step=step)
         metrics |= self._counted | self._sync_metrics | self._phases.take_memory_stats()
+        self._sync_metrics = {}
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
         self._keep_span(STEP, at)
         if self._console is not None:
-            metrics["loop/lag_max_s"] = self._rollouts.loop_lag.take()
+            metrics |= self._rollouts.take_metrics(stage.name, step)
             self._console.step_done(stage, step, metrics)
 
     @contextmanager
@@ -277,16 +278,24 @@ class Run:
             self._measure(name)
         self._coordinator.on_rank0(lambda: self._evaluator.log(stage, step))
 
+    def _sync_weights(self, version: str) -> None:
+        """Send the policy's weights to the servers that lack them.
+
+        Its metrics are those of the step in progress, or of the next one where the sync is for an evaluation. A sync
+        that has nothing to send, since the servers have the version, has no metrics.
+        """
+        self._sync_metrics = self._phases.sync_weights(version) or self._sync_metrics
+
     def _measure(self, name: str) -> None:
         """Evaluate the current weights as `name`; steps in flight continue under these weights in the meantime."""
         version = self.weight_version
         self._coordinator.broadcast_from_rank0(lambda: self._prefetch.pause(version))
-        self._phases.sync_weights(version)
+        self._sync_weights(version)
         self._coordinator.broadcast_from_rank0(lambda: self._prefetch.resume())
         work = self._coordinator.on_rank0(lambda: self._coordinator.start(self._evaluator.evaluate(name, version)))
         while (waiting := self._waiting_for(work)) != "done":
             if waiting == "weights":
-                self._phases.sync_weights(version)
+                self._sync_weights(version)
             elif self._coordinator.asked_to_stop():
                 self._coordinator.on_rank0(lambda: work.cancel())
                 raise Preempted(

@@ -298,6 +298,7 @@ def test_what_a_server_fails_at_another_does_and_it_gets_weights_before_it_is_as
         async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
             one.well, one.status = False, status
             assert await who(fleet) == "policy-1"
+            assert fleet.take_metrics() == {"servers/serving": 1.0, "servers/lost": 1.0}
             one.well, one.asked = True, []
             await until(lambda: "/continue_generation" in one.asked[1:])
             assert await who(fleet) == "policy-1"
@@ -305,6 +306,7 @@ def test_what_a_server_fails_at_another_does_and_it_gets_weights_before_it_is_as
             assert "/get_model_info" not in one.asked, "asked before it had the weights"
             await fleet.commit("v0")
             assert await who(fleet) == "policy-0"
+            assert fleet.take_metrics() == {"servers/serving": 2.0, "servers/lost": 0.0}
 
     asyncio.run(run())
 

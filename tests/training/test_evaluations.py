@@ -86,14 +86,16 @@ class Servers:
 
     def __init__(self, coordinator):
         self.coordinator, self.events, self.sampled = coordinator, [], []
-        self.loop_lag = self
+        self.version = None
 
-    def take(self):
-        return 0.0
+    def take_metrics(self, stage, step):
+        return {"loop/lag_max_s": 0.0}
 
     def sync_weights(self, version):
+        """As for the weight sync: a version that the servers have is not sent, and has no metrics."""
         self.events.append(version)
-        return {}
+        sent, self.version = version != self.version, version
+        return {"sync/seconds": float(version[1:])} if sent else {}
 
     def switch_to_training(self):
         self.events.append("learn")
@@ -135,6 +137,7 @@ class Evaluating(Run):
         self._console = Console(config, paths, self._progress)
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._console)
         self._trained = set()
+        self._sync_metrics = {}
 
     def open_stage(self, stage):
         pass
@@ -174,6 +177,12 @@ def test_weights_are_evaluated_every_n_steps_of_each_stage_and_at_its_end_under_
     assert run.servers.sampled[0][1:4] == ("h", [0, 1, 2], 2)
     # Steps that are sampled ahead wait while the weights change, and go on before the evaluation is made.
     assert run.servers.events[4:9] == ["pause v2", "v2", "resume", "learn", "pause v4"]
+
+
+def test_a_sync_for_an_evaluation_is_in_the_metrics_of_the_step_that_follows_it(tmp_path):
+    config = run_config(tmp_path / "run", every_steps=2)
+    evaluated(Evaluating(config))
+    assert figures(config, "sync/seconds") == {1: 0.0, 3: 2.0, 5: 4.0, 6: 5.0}
 
 
 def test_without_an_interval_weights_are_evaluated_around_the_stages_alone(tmp_path):

@@ -50,6 +50,7 @@ def config(every_steps=None, **judge):
 def runtime(of_config, gate=None):
     made = JudgingRuntime.__new__(JudgingRuntime)
     made._config, made._gate, made._windows, made._open = of_config, gate, {}, ExitStack()
+    made._gate_metrics = {}
     made._judge = SimpleNamespace(grade="with the store")
     made._uncached_judge = SimpleNamespace(grade="without a store")
     made.said = []
@@ -87,6 +88,15 @@ def test_a_judge_that_fails_its_gate_stops_the_run_with_its_figures_said():
     with pytest.raises(RunStopped, match="stage prime, before step 1: the judge did not pass its gate"):
         asyncio.run(made.check_judge(made._config.stages[1], 1))
     assert made.said == ["the judge before step 1 of prime: auroc 0.500"]
+
+
+def test_the_figures_of_the_gate_are_metrics_of_the_step_before_which_it_was_checked_once():
+    made = runtime(config(every_steps=2), Gate())
+    prime = made._config.stages[1]
+    for step in (1, 2, 3):
+        asyncio.run(made.check_judge(prime, step))
+    taken = [made.take_gate_metrics("prime", step) for step in (1, 2, 3, 3)]
+    assert taken == [{"gate/auroc": 0.5}, {}, {"gate/auroc": 0.5}, {}]
 
 
 def test_a_run_without_a_gate_checks_nothing():
