@@ -424,6 +424,23 @@ def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_
     asyncio.run(run())
 
 
+def test_a_server_that_fails_now_and_then_and_answers_in_between_is_not_started_again(registry, impatient):
+    async def run():
+        async with opened(registry, "policy-0") as (fleet, one):
+            for _ in range(4):
+                one.well, one.status = False, 500
+                asked = asyncio.create_task(who(fleet))
+                await until(lambda: not fleet.serves)
+                one.well = True
+                await until(lambda: fleet._in("joining"))
+                assert await fleet.prepare("v0")
+                await fleet.commit("v0")
+                assert await asked == "policy-0"
+            assert registry.restart_asked("policy-0") is None
+
+    asyncio.run(run())
+
+
 def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry, impatient):
     async def run():
         async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
