@@ -1,0 +1,256 @@
+"""What a run asks of its policy, its servers and its log, and what it knows afterwards; all of these are scripted."""
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers.graded import graded
+
+from exprl_megatron.config.load import check_config
+from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
+from exprl_megatron.rollout.group import Group
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.journal import SampledStep
+from exprl_megatron.runs.progress import RunProgress
+from exprl_megatron.training import run as module
+from exprl_megatron.training.run import Run
+
+
+class Alone:
+    """The coordinator of a run of one rank."""
+
+    is_rank0 = True
+
+    def __init__(self):
+        self.stop = False
+
+    def broadcast_from_rank0(self, work):
+        return work()
+
+    on_rank0 = broadcast_from_rank0
+
+    def broadcast_run(self, start):
+        return asyncio.run(start())
+
+    def run(self, coroutine):
+        return asyncio.run(coroutine)
+
+    def asked_to_stop(self):
+        return self.stop
+
+
+class Parts:
+    """In the place of policy, phases, prefetch, rollouts and the reference's scorer; keeps what is asked of them."""
+
+    def __init__(self, sampled=None, missing=True, waits=()):
+        self.events, self.sampled, self.missing, self.waits = [], sampled, missing, list(waits)
+        self.norm = 1.0
+
+    def begin_stage(self, *arguments, keep_ref_policy=None):
+        if keep_ref_policy is None:
+            self.events.append(f"push ref of {arguments[0]}")
+        else:
+            self.events.append(("begin", arguments[1], keep_ref_policy))
+
+    def apply_update(self, gradient_scale):
+        self.events.append(("update", gradient_scale))
+        if self.norm is None:
+            raise GradientNotFinite("The gradient norm of update 1 is nan")
+        return SimpleNamespace(grad_norm=self.norm, learning_rate=0.5)
+
+    def log_probs(self, samples, *how, **more):
+        self.events.append(("log-probs", how, more))
+        return [np.zeros(1)] * len(samples)
+
+    def sync_weights(self, version):
+        self.events.append(f"sync {version}")
+        return {"sync/seconds": 1.0}
+
+    def switch_to_training(self):
+        self.events.append("train")
+
+    def needs_weights(self, stage, step, version):
+        return self.missing
+
+    def start(self, stage, step, prompts_consumed, version):
+        self.events.append(("start", step, prompts_consumed, version))
+        return "work"
+
+    def take(self, stage, step):
+        self.events.append(("take", step))
+        return self.sampled
+
+    async def wait_for(self, work):
+        return self.waits.pop(0) if self.waits else "done"
+
+    async def check_served(self):
+        self.events.append("check served")
+
+    def prune_log(self, stage, step):
+        self.events.append(("prune", step))
+
+
+def config(directory, *stages, **changes):
+    shared = {"kind": "sparse-rl", "problems": {"source": "p"}, "steps": 4, "problems_per_step": 2}
+    tree = {"directory": str(directory), "policy": {"model": "m"}, "stages": [shared | stage for stage in stages]}
+    return check_config(tree | changes, "test")
+
+
+def run_of(of_config, parts, progress=None, checkpoint=None, scorer=None):
+    """A run between two stages, with `parts` in all places."""
+    made = Run.__new__(Run)
+    made.config, made.policy, made._directory = of_config, parts, RunDirectory(of_config.directory)
+    made._coordinator = Alone()
+    made._phases = made._prefetch = made._rollouts = parts
+    made._ref_scorer, made._console, made._evaluator = scorer, None, None
+    made._progress, made._resumed_from = progress or RunProgress(), checkpoint
+    made._examples, made._teacher_prompts, made._trained = None, {}, set()
+    made._seconds, made._counted, made._sync_metrics = {}, {}, {}
+    made._updates_in_step, made._now = 0, (of_config.stages[0].name, 1)
+    return made
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The checkpoints that were loaded, among the events of the parts."""
+    monkeypatch.setattr(module, "load_checkpoint", lambda path, policy: policy.events.append(f"load {path}"))
+
+
+KL = {"loss": {"kl_coefficient": 0.1}}
+
+
+def test_a_stage_has_as_many_updates_as_its_steps_take_and_keeps_the_reference_policy_where_the_loss_needs_it(
+    tmp_path, loaded
+):
+    of_config = config(tmp_path, {"name": "a", "updates_per_step": 2}, {"name": "b"} | KL)
+    parts = Parts()
+    made = run_of(of_config, parts)
+    for stage in of_config.stages:
+        made.open_stage(stage)
+    assert parts.events == ["train", ("begin", 8, False), "train", ("begin", 4, True)]
+
+
+def test_a_server_of_its_own_gets_the_reference_policy_before_a_checkpoint_is_loaded(tmp_path, loaded):
+    of_config, parts = config(tmp_path, {"name": "b"} | KL), Parts()
+    run_of(of_config, parts, RunProgress(step=1), "checkpoint-1", scorer=parts).open_stage(of_config.stages[0])
+    assert parts.events == ["train", ("begin", 4, False), "push ref of b", "load checkpoint-1"]
+
+
+@pytest.mark.parametrize(("step", "loads"), [(0, False), (1, True), (3, True)])
+def test_a_checkpoint_is_loaded_once_and_only_within_its_stage(tmp_path, loaded, step, loads):
+    of_config, parts = config(tmp_path, {"name": "a"}, {"name": "b"}), Parts()
+    made = run_of(of_config, parts, RunProgress(step=step), "checkpoint-1")
+    for stage in of_config.stages:
+        made.open_stage(stage)
+    assert parts.events.count("load checkpoint-1") == loads
+    assert parts.events[-1] == ("begin", 4, False), "the second stage begins with the first one's weights"
+
+
+def test_what_is_left_of_a_run_begins_behind_what_is_done(tmp_path):
+    of_config = config(tmp_path, {"name": "a"}, {"name": "b"}, {"name": "c"})
+    made = run_of(of_config, Parts(), RunProgress(stage=1, step=2, prompts_consumed=4, traces=9))
+    left = [(stage.name, list(made.remaining_steps(stage))) for stage in made.remaining_stages()]
+    assert left == [("b", [3, 4]), ("c", [1, 2, 3, 4])]
+    assert made._progress == RunProgress(stage=3, traces=9)
+
+
+def _sampled():
+    one = graded(0, 1.0, tokens=3)
+    return SampledStep([Group("p", (one, graded(1, None, tokens=5)))], 2, Counter(asked=3))
+
+
+def test_groups_are_sampled_under_the_newest_weights_and_the_servers_are_checked_before_the_trainer_goes_on(tmp_path):
+    of_config, parts = config(tmp_path, {"name": "a"}), Parts(_sampled())
+    made = run_of(of_config, parts, RunProgress(step=2, updates=7, prompts_consumed=6, traces=1, tokens=10))
+    groups = made.graded_groups(of_config.stages[0], 3)
+    assert parts.events == ["sync v7", ("start", 3, 6, "v7"), ("take", 3), "check served", "train"]
+    assert groups == parts.sampled.groups
+    assert made._progress == RunProgress(0, 2, 7, prompts_consumed=8, traces=3, tokens=18, abstentions=1)
+    assert made._counted == {"judge/asked": 3.0} and made._sync_metrics == {"sync/seconds": 1.0}
+
+
+def test_where_the_log_has_the_step_no_weights_are_sent(tmp_path):
+    of_config, parts = config(tmp_path, {"name": "a"}), Parts(_sampled(), missing=False)
+    run_of(of_config, parts).graded_groups(of_config.stages[0], 1)
+    assert parts.events == [("start", 1, 0, "v0"), ("take", 1), "check served", "train"]
+
+
+def test_servers_that_come_while_the_step_is_awaited_get_the_same_weights(tmp_path):
+    of_config = config(tmp_path, {"name": "a"})
+    parts = Parts(_sampled(), waits=["nothing", "weights", "nothing"])
+    run_of(of_config, parts, RunProgress(updates=5)).graded_groups(of_config.stages[0], 1)
+    assert parts.events[:4] == ["sync v5", ("start", 1, 0, "v5"), "sync v5", ("take", 1)]
+
+
+def test_an_update_counts_once_it_is_taken_and_names_the_next_version(tmp_path):
+    made = run_of(config(tmp_path, {"name": "a"}), Parts())
+    assert made.apply_update(0.5) == {"grad_norm": 1.0, "learning_rate": 0.5}
+    assert made.policy.events == [("update", 0.5)]
+    assert (made.weight_version, made._updates_in_step) == ("v1", 1)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_once_and_is_then_left_out_without_a_new_version(tmp_path):
+    parts = Parts()
+    parts.norm = None
+    (tmp_path / "run").mkdir()
+    of_config = config(tmp_path / "run", {"name": "a"})
+    with pytest.raises(RunStopped, match="in step 1 of a; the weights are as they were"):
+        run_of(of_config, parts).apply_update()
+    again = run_of(of_config, parts)
+    again._console = SimpleNamespace(say=parts.events.append)
+    assert again.apply_update()["update_skipped"] == 1.0
+    assert again.weight_version == "v0"
+    assert parts.events[-1] == "The gradient norm of update 1 is nan again; step 1 of a is left out"
+
+
+def test_the_reference_policy_scores_at_the_samples_temperature_and_by_its_server_where_there_is_one(tmp_path):
+    parts, scorer = Parts(), Parts()
+    made = run_of(config(tmp_path, {"name": "a"}), parts)
+    made.ref_log_probs(["sample"], 0.7)
+    assert parts.events == [("log-probs", (0.7,), {"ref_policy": True})]
+    made._ref_scorer = scorer
+    made.ref_log_probs(["sample"], 1.0)
+    assert len(parts.events) == 1 and scorer.events == [("log-probs", (), {})]
+
+
+def test_samples_and_those_that_the_reference_policy_scores_are_scattered_side_by_side(tmp_path):
+    made = run_of(config(tmp_path, {"name": "a"}), Parts())
+    sent = []
+    made._scatter = SimpleNamespace(scatter=lambda batches: sent.extend(batches) or [f"{b} here" for b in batches])
+    found = made.scattered(lambda: [("one", "one's ref"), ("two", "two's ref")])
+    assert sent == ["one", "one's ref", "two", "two's ref"]
+    assert found == [("one here", "one's ref here"), ("two here", "two's ref here")]
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """Checkpoints that were written, among the events of the parts."""
+
+    def save(root, policy, record, keep):
+        policy.events.append(("save", record["step"], keep))
+
+    monkeypatch.setattr(module, "save_checkpoint", save)
+
+
+def test_checkpoints_are_written_every_n_steps_and_after_the_last_and_the_log_is_pruned_only_afterwards(
+    tmp_path, saved
+):
+    of_config = config(tmp_path, {"name": "a", "steps": 5}, checkpoint={"every_steps": 2, "keep": 3})
+    parts = Parts()
+    made = run_of(of_config, parts)
+    for step in range(1, 6):
+        made._progress = RunProgress(step=step)
+        made.checkpoint_if_due(of_config.stages[0], step)
+    due = [("save", step, 3) for step in (2, 4, 5)]
+    assert parts.events == [event for _, step, keep in due for event in (("save", step, keep), ("prune", step))]
+
+
+def test_a_run_that_is_asked_to_stop_writes_one_first(tmp_path, saved):
+    of_config, parts = config(tmp_path, {"name": "a"}, checkpoint={"every_steps": 10}), Parts()
+    made = run_of(of_config, parts, RunProgress(step=2))
+    made._coordinator.stop = True
+    with pytest.raises(Preempted, match="after step 2 of a, with a checkpoint; continue with --resume"):
+        made.checkpoint_if_due(of_config.stages[0], 2)
+    assert parts.events == [("save", 2, 2), ("prune", 2)]
