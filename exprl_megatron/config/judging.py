@@ -40,12 +40,16 @@ class GateConfig(Config):
 class JudgeConfig(Config):
     """A frozen language model that grades traces with the reference solution in its prompt."""
 
-    model: str
-    """Directory in Hugging Face form; its tokenizer and template are used even where `endpoints` serve it."""
+    model: str | None = None
+    """Directory in Hugging Face form; its tokenizer and template are used even where `endpoints` serve it. None: a
+    closed API behind `endpoints`, whose prompts cannot be counted in tokens here (docs/extending.md)."""
     endpoints: tuple[str, ...] = ()
     """Base URLs of OpenAI-compatible servers (`http://host:port/v1`); with none the run starts its own servers."""
     endpoint_model: str = "default"
     """The model's name there."""
+    endpoint_args: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
+    """Fields of each request to the endpoints, in addition to the usual ones or in their place; null leaves one out
+    (for example `{max_tokens: null, max_completion_tokens: 2048, temperature: null}`)."""
     api_key_variable: str | None = None
     """Environment variable that holds the endpoints' key."""
     prompt: str | None = None
@@ -106,12 +110,37 @@ class JudgeConfig(Config):
     server: ServerConfig = ServerConfig()
 
     @property
+    def served_model(self) -> str:
+        """The directory of the model that servers of the run load; ValueError for a closed API, which has none."""
+        if self.model is None:
+            raise ValueError("a judge behind a closed API has no model of its own")
+        return self.model
+
+    @property
+    def shown_name(self) -> str:
+        """What the judge is called in tables and errors."""
+        return self.model or self.endpoint_model
+
+    @property
     def has_servers(self) -> bool:
         """Whether the run starts servers for the judge."""
         return not self.endpoints and self.placement == "own"
 
     def violations(self, run_config) -> list[str]:
         found = []
+        if self.model is None and not self.endpoints:
+            found.append("judge.model is missing; set it, or name the endpoints of an API (judge.endpoints).")
+        if self.model is None and self.endpoints and self.endpoint_model == "default":
+            found.append(
+                "judge.model is missing and judge.endpoint_model is default; set endpoint_model to the API's name of "
+                "the model, which distinguishes its judgements from those of others."
+            )
+        if self.endpoint_args and not self.endpoints:
+            found.append("judge.endpoint_args is set, but there are no judge.endpoints; remove it.")
+        found += [
+            f"judge.endpoint_args has {name!r}, which the judge decides itself; remove it."
+            for name in sorted(self.endpoint_args.keys() & {"messages", "model", "n", "stream"})
+        ]
         if self.endpoints and self.score_format == "constrained":
             found.append(
                 "judge.score_format is constrained, but nothing constrains what judge.endpoints write; set it to free."

@@ -69,7 +69,9 @@ TABLE = (
     ResumeRule(
         ("judge.endpoints", "judge.api_key_variable", "judge.placement"), "free", "where the same judge is asked"
     ),
-    ResumeRule(("judge.endpoint_model",), "fixed", "the only name that is known of a judge behind endpoints"),
+    ResumeRule(
+        ("judge.endpoint_model", "judge.endpoint_args"), "fixed", "all that is known of a judge behind endpoints"
+    ),
     ResumeRule(
         (
             *("judge.prompt", "judge.prefix_prompt", "judge.segment_prompt", "judge.rubric.prompt"),

@@ -56,7 +56,7 @@ def bench_judge(
     traces = read_judged_traces(source, limit or (judge.gate.limit if judge.gate and not traces_file else None))
     with _servers(config) as clients:
         arms = asyncio.run(_arms(clients, _graders(judge, clients, tokenizer, repeats), traces))
-    title = f"{judge.model} on {len(traces)} traces of {len({trace.problem.id for trace in traces})} problems"
+    title = f"{judge.shown_name} on {len(traces)} traces of {len({trace.problem.id for trace in traces})} problems"
     gate = judge.gate and _gate_record(judge.gate.model_copy(update={"traces": str(source)}), traces, arms)
     console = Console()
     console.print(arms_table(list(arms.values()), title))
@@ -65,7 +65,7 @@ def bench_judge(
         console.print(f"gate: {': '.join(says)}", markup=False, highlight=False, soft_wrap=True)
     if json_file is not None:
         record = {arm: figures.record() for arm, figures in arms.items()}
-        _write_json(json_file, {"judge": judge.model, "traces": str(source), "arms": record, "gate": gate})
+        _write_json(json_file, {"judge": judge.shown_name, "traces": str(source), "arms": record, "gate": gate})
     if picture is not None:
         draw_arms(list(arms.values()), title, picture)
 
@@ -79,11 +79,14 @@ def bench_judge_on_champ(config: RunConfig, limit: int | None = None, json_file:
     traces = load_champ(limit)
     with _servers(config) as clients:
         units = asyncio.run(_wrong_steps(clients, Judge(judge, clients, tokenizer).grade, traces))
-    Console().print(wrong_steps_table(units, f"{judge.model} on {len(traces)} outputs of CHAMP"))
+    Console().print(wrong_steps_table(units, f"{judge.shown_name} on {len(traces)} outputs of CHAMP"))
     if json_file is not None:
         _write_json(
             json_file,
-            {"judge": judge.model, "units": {granularity.granularity: granularity.record() for granularity in units}},
+            {
+                "judge": judge.shown_name,
+                "units": {granularity.granularity: granularity.record() for granularity in units},
+            },
         )
 
 
@@ -92,6 +95,9 @@ def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
     if config.judge is None:
         raise UserError("The config has no judge; add the section `judge`.")
     model = config.judge.model
+    if model is None:
+        Judge(config.judge, (), None)
+        return config.judge, None
     if not (Path(model) / "config.json").is_file():
         raise UserError(f"{model}, the judge's model, has no config.json; give a directory in Hugging Face form.")
     tokenizer = load_tokenizer(model)
@@ -108,7 +114,7 @@ def _servers(config: RunConfig) -> Iterator[list[HttpServer]]:
     logs = Path(tempfile.mkdtemp(prefix="exprl-judge-bench-"))
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
     servers = start_servers(
-        server_specs("judge", config.judge.model, config.judge.server, logs, dtype=dtype, seed=config.seed)
+        server_specs("judge", config.judge.served_model, config.judge.server, logs, dtype=dtype, seed=config.seed)
     )
     try:
         yield [server.client() for server in servers]

@@ -98,8 +98,10 @@ def seen(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
-def control_tokens(tokenizer: Any) -> re.Pattern:
-    """Matches the control tokens of the usual chat templates and of this tokenizer, where they stand in plain text."""
+def control_tokens(tokenizer: Any | None) -> re.Pattern:
+    """Match the control tokens of the usual chat templates and of this tokenizer, if there is one, in plain text."""
+    if tokenizer is None:
+        return re.compile(_CONTROL)
     added = tokenizer.added_tokens_decoder.values()
     names = {token.content for token in added if token.special or _MARKUP.fullmatch(token.content)}
     names |= set(tokenizer.all_special_tokens)

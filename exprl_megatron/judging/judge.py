@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from exprl_megatron.judging.question_locks import QuestionLock, QuestionLocks
 from exprl_megatron.judging.rubric import VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
 from exprl_megatron.judging.store import JudgementStore, is_final
+from exprl_megatron.judging.uncounted import UncountedPrompts
 from exprl_megatron.judging.verdict import (
     expected_score,
     normalize,
@@ -63,7 +65,7 @@ class Judge:
     Args:
         config: the section `judge` of the run's config.
         clients: open SGLangClients of the judge's servers, or OpenAIEndpoints where the config has `endpoints`.
-        tokenizer: the judge's Hugging Face tokenizer.
+        tokenizer: the judge's Hugging Face tokenizer; None for a closed API, which counts tokens itself.
         context_tokens: longest request plus answer that the servers accept; by default the limit in config.json.
         store: judgements and rubrics of earlier requests; with a store no question is asked twice.
 
@@ -83,15 +85,20 @@ class Judge:
         context_tokens: int | None = None,
         store: JudgementStore | None = None,
     ):
-        if not tokenizer.chat_template:
+        if tokenizer is not None and not tokenizer.chat_template:
             raise UserError(f"The judge's tokenizer in {config.model} has no chat template; add one to it.")
         self._config = config
-        self._tokenizer = JudgeTokenizer(tokenizer, config.template_args)
-        self._context_tokens = context_tokens or model_context(config.model)
+        self._tokenizer: JudgeTokenizer | UncountedPrompts
+        if tokenizer is None:
+            self._tokenizer, self._context_tokens = UncountedPrompts(), sys.maxsize
+        else:
+            self._tokenizer = JudgeTokenizer(tokenizer, config.template_args)
+            self._context_tokens = context_tokens or model_context(config.served_model)
         self._store = store
         identity = {} if store is None else _identity(config)
         self._cases = CaseBuilder(config, tokenizer, identity)
-        check_template(tokenizer, self.messages(_SAMPLE, "2"), config.template_args, "judge")
+        if tokenizer is not None:
+            check_template(tokenizer, self.messages(_SAMPLE, "2"), config.template_args, "judge")
         self._locks = QuestionLocks()
         self.counts: Counter[str] = Counter()
         self._servers = JudgeServers(config, [self._answerer(client, tokenizer) for client in clients], self.counts)
@@ -280,7 +287,7 @@ class Judge:
     def _answerer(self, client: Any, tokenizer: Any) -> TokenAnswerer | ChatAnswerer:
         if self._config.endpoints:
             return ChatAnswerer(client, self._config.template_args)
-        return TokenAnswerer(client, tokenizer, model_vocabulary(self._config.model))
+        return TokenAnswerer(client, tokenizer, model_vocabulary(self._config.served_model))
 
     async def _tokens(self, messages: Sequence[dict]) -> TokenIds:
         return await asyncio.to_thread(self._tokenizer.request, messages)
@@ -319,5 +326,9 @@ def _identity(config: JudgeConfig) -> dict[str, str]:
             *("reasks", "reask_temperature"),
         }
     )
-    model = f"{config.endpoint_model} {model_identity(config.model)}" if config.endpoints else None
-    return {"judge": model or model_identity(config.model), "sampling": json.dumps(sampling, sort_keys=True)}
+    if config.endpoint_args:
+        sampling["endpoint_args"] = config.endpoint_args
+    judge = "" if config.model is None else model_identity(config.model)
+    if config.endpoints:
+        judge = f"{config.endpoint_model} {judge}".rstrip()
+    return {"judge": judge, "sampling": json.dumps(sampling, sort_keys=True)}

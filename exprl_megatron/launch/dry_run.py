@@ -33,7 +33,7 @@ def planned_processes(config: RunConfig) -> list[PlannedProcess]:
         planned.append(_server("ref", 0, config.policy.model, config.ref_server))
     if config.needs_judge and config.judge.has_servers:
         judge = config.judge
-        planned += [_server("judge", i, judge.model, judge.server) for i in range(judge.server.count)]
+        planned += [_server("judge", i, judge.served_model, judge.server) for i in range(judge.server.count)]
         if judge.server.router:
             planned.append(PlannedProcess(JUDGE_ROUTER, "sglang-router in front of the judge's servers", "a free port"))
     layout = config.policy.layout

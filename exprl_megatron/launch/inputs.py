@@ -48,7 +48,8 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "evaluation.problems", _problems(config.evaluation.problems)
     if config.needs_judge:
         judge = config.judge
-        yield "judge.model", _model(judge.model)
+        if judge.model is not None:
+            yield "judge.model", _model(judge.model)
         named = {"prompt": judge.prompt, "prefix_prompt": judge.prefix_prompt, "segment_prompt": judge.segment_prompt}
         for key, name in named.items():
             if name is not None:

@@ -165,9 +165,9 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
         )
     if config.needs_judge and config.judge.has_servers:
         judge = config.judge
-        specs += server_specs("judge", judge.model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
+        specs += server_specs("judge", judge.served_model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
         if judge.server.router:
-            specs.append(_router(JUDGE_ROUTER, judge.model, judge.server, directory))
+            specs.append(_router(JUDGE_ROUTER, judge.served_model, judge.server, directory))
     return specs
 
 

@@ -38,7 +38,10 @@ def check_prompts(config: RunConfig) -> None:
         judge = _judge(config)
         for stage in config.stages:
             if isinstance(stage, JudgedStage):
-                _check_judge(config, stage, judge)
+                if config.judge.model is None:
+                    _make_prompts(stage, judge)
+                else:
+                    _check_judge(config, stage, judge)
 
 
 def shown_prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -83,7 +86,7 @@ def _check_judge(config: RunConfig, stage: JudgedStage, judge: Judge) -> None:
     With checkpoints both prompts are counted: that with the longest rubric, and that with the reference, which a
     problem gets whose rubric cannot be made.
     """
-    context, answer = model_context(config.judge.model), config.judge.max_new_tokens
+    context, answer = model_context(config.judge.served_model), config.judge.max_new_tokens
     trace = stage.sampling.max_new_tokens
     problems = _longest(load_problems(stage.problems))
     found = [
@@ -100,6 +103,13 @@ def _check_judge(config: RunConfig, stage: JudgedStage, judge: Judge) -> None:
             f"(sampling.max_new_tokens) and its answer up to {answer} (judge.max_new_tokens); lower these, or "
             "take a judge with more context."
         )
+
+
+def _make_prompts(stage: JudgedStage, judge: Judge) -> None:
+    """Raise UserError where a prompt to a closed API cannot be made; the API alone can say that one is too long."""
+    for problem in _longest(load_problems(stage.problems)):
+        for granularity in _granularities(stage):
+            judge.messages(problem, "", granularity)
 
 
 def _lengths(config: RunConfig, judge: Judge, problem: Problem, granularity: Granularity) -> Iterator[tuple[int, str]]:
@@ -129,12 +139,13 @@ def _granularities(stage: JudgedStage) -> list[Granularity]:
 
 
 def _judge(config: RunConfig) -> Judge:
-    return Judge(config.judge, [], load_tokenizer(config.judge.model))
+    model = config.judge.model
+    return Judge(config.judge, [], None if model is None else load_tokenizer(model))
 
 
 def reachable(config: RunConfig) -> str | None:
     """A sentence about what cannot be checked here, as a model is not on this machine; None where all can be."""
-    models = [config.policy.model, *([config.judge.model] if config.needs_judge else [])]
+    models = [config.policy.model, *([config.judge.model] if config.needs_judge and config.judge.model else [])]
     missing = [model for model in models if not (Path(model) / "config.json").is_file()]
     if not missing:
         return None

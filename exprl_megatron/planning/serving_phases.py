@@ -68,9 +68,9 @@ def serving_phases(
     if config.judge.endpoints:
         notes.append("judge.endpoints judge: their time is not predicted.")
         return phases
-    judge, known = find_architecture(config.judge.model)
+    judge, known = find_architecture(config.judge.served_model)
     if known:
-        notes.append(assumed_architecture(config.judge.model, known))
+        notes.append(assumed_architecture(config.judge.served_model, known))
     own = config.judge.placement == "own"
     server = config.judge.server if own else config.sampling_server
     try:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -73,13 +74,24 @@ class _Reply(msgspec.Struct):
 class OpenAIEndpoint(HttpServer):
     """Speaks to one OpenAI-compatible server; use as `async with endpoint:` within one event loop at a time.
 
-    `url` ends in `/v1` as a rule; `model` is the name of the model there. Raises what HttpServer does.
+    `url` ends in `/v1` as a rule; `model` is the name of the model there. `arguments` are fields of each request, in
+    addition to the usual ones or in their place; None leaves a field out. Raises what HttpServer does.
     """
 
-    def __init__(self, url: str, model: str, name: str, *, api_key: str | None = None, deadline_s: float = 600.0):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        name: str,
+        *,
+        api_key: str | None = None,
+        deadline_s: float = 600.0,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ):
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         super().__init__(url, name, deadline_s=deadline_s, headers=headers)
         self.model = model
+        self._arguments = dict(arguments)
 
     async def chat(
         self,
@@ -104,6 +116,7 @@ class OpenAIEndpoint(HttpServer):
             request |= {"logprobs": True, "top_logprobs": TOP_LOG_PROBS}
         if template_args:
             request["chat_template_kwargs"] = dict(template_args)
+        request = {name: value for name, value in (request | self._arguments).items() if value is not None}
         limit = _FRAME_BYTES + max_new_tokens * _TOKEN_BYTES
         return self._read(_CHAT, _completion, await self._post(_CHAT, request, deadline_s, limit))
 
@@ -124,7 +137,14 @@ def judge_endpoints(config: JudgeConfig) -> list[OpenAIEndpoint]:
             f"judge.api_key_variable is {variable}, but there is no such environment variable; set it to the key."
         )
     return [
-        OpenAIEndpoint(url, config.endpoint_model, f"judge-{i}", api_key=key, deadline_s=config.deadline_s)
+        OpenAIEndpoint(
+            url,
+            config.endpoint_model,
+            f"judge-{i}",
+            api_key=key,
+            deadline_s=config.deadline_s,
+            arguments=config.endpoint_args,
+        )
         for i, url in enumerate(config.endpoints)
     ]
 

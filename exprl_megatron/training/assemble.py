@@ -149,7 +149,9 @@ def _judges(
     if judge.endpoints:
         return judge_endpoints(judge)
     if judge.placement == "policy":
-        return [LentServer(fleet, Path(judge.model), i, config.sync.deadline_s) for i in range(config.server.count)]
+        return [
+            LentServer(fleet, Path(judge.served_model), i, config.sync.deadline_s) for i in range(config.server.count)
+        ]
     if judge.server.router:
         return [RoutedServers(registry, JUDGE_ROUTER, "judge", judge.deadline_s)]
     return [RegisteredClient(registry, f"judge-{i}", judge.deadline_s) for i in range(judge.server.count)]

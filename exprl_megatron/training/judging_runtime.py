@@ -47,7 +47,7 @@ class JudgingRuntime:
         if config.needs_judge:
             judge = config.judge
             kept = self._open.enter_context(JudgementStore(Path(judge.store) if judge.store else store))
-            tokenizer = load_tokenizer(judge.model)
+            tokenizer = None if judge.model is None else load_tokenizer(judge.model)
             self._judge = Judge(judge, judges, tokenizer, store=kept)
             if judge.gate is not None:
                 self._gate = JudgeGate(judge.gate, read_judged_traces(judge.gate.traces, judge.gate.limit))

@@ -277,3 +277,9 @@ def test_the_miniatures_judge_passes_its_gate_on_a_real_server(monkeypatch, caps
     assert right["consistency"]["agreement"] >= 0.8
     assert record["gate"]["passed"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_judge_behind_a_closed_api_needs_no_model_directory(config, bench, capsys):
+    config["judge"] |= {"model": None, "endpoint_model": "big-1"}
+    assert bench("--repeats", "0") == 0
+    assert "big-1 on 13 traces of 6 problems" in " ".join(capsys.readouterr().out.split())
