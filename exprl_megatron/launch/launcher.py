@@ -80,8 +80,8 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
     own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
     try:
         print_departures(config)
-        for sentence in changed:
-            print(f"exprl: {sentence}", file=sys.stderr, flush=True)
+        for change in changed:
+            print(f"exprl: {change}", file=sys.stderr, flush=True)
         if config.needs_sampling_servers and (sentence := irreproducible_sampling(config.server, uses_cuda())):
             print(sentence, flush=True)
         # Servers that are registered elsewhere may have made it already.

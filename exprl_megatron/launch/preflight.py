@@ -48,7 +48,7 @@ def check_inputs(config: RunConfig) -> None:
     if config.needs_judge and config.judge.gate is not None:
         read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
     if config.needs_judge and config.judge.placement == "policy":
-        _check_alike(config.policy.model, config.judge.model)
+        _check_alike(config.policy.model, config.judge.served_model)
     if config.debug.rollouts is not None:
         _check_rollouts(config)
     check_prompts(config)

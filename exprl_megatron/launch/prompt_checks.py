@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
 from exprl_megatron.errors import UserError
@@ -34,8 +35,8 @@ def check_prompts(config: RunConfig) -> None:
     for stage in config.stages:
         if isinstance(stage, SelfDistillStage):
             _check_teacher(config, stage, tokenizer)
-    if config.needs_judge:
-        judge = _judge(config)
+    if config.judge is not None and config.needs_judge:
+        judge = _judge(config.judge)
         for stage in config.stages:
             if isinstance(stage, JudgedStage):
                 if config.judge.model is None:
@@ -56,8 +57,8 @@ def shown_prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
             f"stage {stage.name}, problem {problem.id}, to the policy",
             tokenizer.decode(builder.token_ids(problem.statement)),
         )
-        if isinstance(stage, JudgedStage):
-            for message in _judge(config).messages(problem, TRACE, _granularities(stage)[0]):
+        if isinstance(stage, JudgedStage) and config.judge is not None:
+            for message in _judge(config.judge).messages(problem, TRACE, _granularities(stage)[0]):
                 title = f"stage {stage.name}, problem {problem.id}, to the judge ({message['role']})"
                 yield title, message["content"]
 
@@ -138,14 +139,15 @@ def _granularities(stage: JudgedStage) -> list[Granularity]:
     return sorted({stage.granularity, *(route.granularity for route in stage.routes.values())})
 
 
-def _judge(config: RunConfig) -> Judge:
-    model = config.judge.model
-    return Judge(config.judge, [], None if model is None else load_tokenizer(model))
+def _judge(config: JudgeConfig) -> Judge:
+    model = config.model
+    return Judge(config, [], None if model is None else load_tokenizer(model))
 
 
 def reachable(config: RunConfig) -> str | None:
     """A sentence about what cannot be checked here, as a model is not on this machine; None where all can be."""
-    models = [config.policy.model, *([config.judge.model] if config.needs_judge and config.judge.model else [])]
+    judge = config.judge.model if config.judge is not None and config.needs_judge else None
+    models = [config.policy.model, *([] if judge is None else [judge])]
     missing = [model for model in models if not (Path(model) / "config.json").is_file()]
     if not missing:
         return None
