@@ -15,6 +15,13 @@ def version() -> str:
     raise RuntimeError("exprl_megatron/__init__.py does not set __version__; set it to the version as a string.")
 
 
+TRACKERS = {
+    "tensorboard": [],
+    "wandb": ["wandb>=0.31"],
+    "mlflow": ["mlflow-skinny>=3.17"],
+    "trackio": ["trackio>=0.43"],
+}
+
 setup(
     name="exprl-megatron",
     version=version(),
@@ -73,7 +80,10 @@ setup(
             "champ-dataset==1.0.0",
             "natsort",
         ],
+        # Each of the config's `trackers` by its name; TensorBoard is always there.
+        **TRACKERS,
         "dev": [
+            *(package for packages in TRACKERS.values() for package in packages),
             "mbridge==0.15.1",
             "furo",
             "hypothesis",

@@ -41,6 +41,7 @@ TABLE = (
     ResumeRule(("seed",), "fixed", "decides order, sampling and starting weights"),
     ResumeRule(("checkpoint.*",), "free", "how often the state is written"),
     ResumeRule(("journal.*",), "free", "how much is kept"),
+    ResumeRule(("trackers", "tracking.*"), "free", "where metrics are shown"),
     ResumeRule(("debug.assertions",), "free", "only stops a run"),
     ResumeRule(("debug.only", "debug.rollouts"), "fixed", "what the run does at all"),
     # The policy.

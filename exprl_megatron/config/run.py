@@ -13,6 +13,7 @@ from exprl_megatron.config.problems import BuiltInDomain, LeakGuardConfig, Probl
 from exprl_megatron.config.reproduction import alone, departures
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
 from exprl_megatron.config.stages import AnyStage, JudgedStage, RlStage
+from exprl_megatron.config.tracking import TrackerName, TrackingConfig
 from exprl_megatron.config.verifying import VerifierConfig
 
 
@@ -96,6 +97,9 @@ class RunConfig(Config):
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where metrics go beside `metrics.jsonl`; each needs the extra of its name."""
+    tracking: TrackingConfig = TrackingConfig()
     debug: DebugConfig = DebugConfig()
 
     def with_precision(self, cuda: bool | None = None) -> Self:
@@ -114,6 +118,11 @@ class RunConfig(Config):
         return self.debug.only != "learning" and (
             self.evaluation is not None or any(isinstance(s, RlStage) for s in self.stages)
         )
+
+    @property
+    def learns(self) -> bool:
+        """Whether any weight changes; if not, there are no checkpoints and models, and one evaluation says all."""
+        return self.debug.only != "sampling"
 
     @property
     def has_evaluation(self) -> bool:
@@ -186,6 +195,8 @@ class RunConfig(Config):
             "or add it to problems.domains."
             for domain in sorted(self.verifier.domains.keys() - {*self.domains})
         ]
+        if len(set(self.trackers)) < len(self.trackers):
+            found.append("trackers has a name twice; list each tracker once.")
         found += alone(self.model_dump(mode="json"))
         if self.policy.initialise == "random" and self.needs_sampling_servers:
             found.append("policy.initialise is random, but servers need weights to start with; train by SFT first.")

@@ -19,6 +19,7 @@ from exprl_megatron.launch.run_record import RunRecord
 from exprl_megatron.launch.starting import starter
 from exprl_megatron.processes.interruption import Interrupted
 from exprl_megatron.processes.starter import Starter
+from exprl_megatron.reporting.run_log import STARTED, RunLog, command_started
 from exprl_megatron.runs.directory import PLUGINS, RunDirectory
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key, renew_key
@@ -47,6 +48,10 @@ def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node
     """
     node = node or Node()
     node.ranks(config.policy.layout.world_size)
+    # The ranks' lines count from here too.
+    os.environ[STARTED] = str(command_started())
+    log = RunLog()
+    log.say(f"checking {config.directory}: models, problems and prompts")
     key_file = Registry(RunDirectory(config.directory).registry).key_file
     try:
         if node.nodes > 1:
@@ -56,14 +61,16 @@ def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node
             # Ranks and servers inherit it.
             os.environ.update(gloo_on_loopback(os.environ))
         with HeadNode(node, key_file) as host, starter(config, servers=not registered) as start:
-            _conduct(config, resume, registered, node, host, start)
+            _conduct(config, resume, registered, node, host, start, log)
     except OSError as error:
         if (sentence := storage_sentence(error, config.directory)) is None:
             raise
         raise UserError(sentence) from error
 
 
-def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host: HeadNode, start: Starter) -> None:
+def _conduct(
+    config: RunConfig, resume: bool, registered: bool, node: Node, host: HeadNode, start: Starter, log: RunLog
+) -> None:
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
     wanted = wanted_servers(config, directory)
@@ -79,15 +86,16 @@ def _conduct(config: RunConfig, resume: bool, registered: bool, node: Node, host
         raise
     own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
     try:
+        log.keep(directory.run_log)
         print_departures(config)
         for change in changed:
             print(f"exprl: {change}", file=sys.stderr, flush=True)
         if config.needs_sampling_servers and (sentence := irreproducible_sampling(config.server, uses_cuda())):
-            print(sentence, flush=True)
+            log.say(sentence)
         # Servers that are registered elsewhere may have made it already.
         (ensure_key if registered else renew_key)(registry.key_file)
         with RunRecord(directory.record, _plugins(contents)):
-            _run(config, directory, Keeper(own, registry, start), registry, node, host, start)
+            _run(config, Keeper(own, registry, start, log.say), node, host, start, log)
     finally:
         registry.key_file.unlink(missing_ok=True)
         claim.release()
@@ -98,23 +106,19 @@ def _plugins(contents: Mapping[str, str]) -> dict[str, str]:
     return {key.removeprefix(PLUGINS): value for key, value in contents.items() if key.startswith(PLUGINS)}
 
 
-def _run(
-    config: RunConfig,
-    directory: RunDirectory,
-    keeper: Keeper,
-    registry: Registry,
-    node: Node,
-    host: HeadNode,
-    start: Starter,
-) -> None:
+def _run(config: RunConfig, keeper: Keeper, node: Node, host: HeadNode, start: Starter, log: RunLog) -> None:
     """Start servers and ranks, watch them, and end them all."""
+    directory = RunDirectory(config.directory)
+    registry = Registry(directory.registry)
     end_on_sigusr1()
     ranks: TrainerRanks | None = None
     try:
         registry.begin()
+        log.say(f"{_starting(keeper)}; logs in {directory.logs}")
         keeper.start()
         request_stop_on_sigusr1(directory.stop_request)
         host.begin()
+        log.say(_ranks_sentence(len(node.ranks(config.policy.layout.world_size)), node))
         ranks = TrainerRanks(directory, config, directory.registry, node, start)
         while _all_run(ranks, host):
             host.check()
@@ -125,6 +129,19 @@ def _run(
             ranks.stop()
         keeper.stop()
         registry.end()
+
+
+def _starting(keeper: Keeper) -> str:
+    """What is started here: `starting policy-0, policy-1 (MODEL), judge-0 (MODEL)`."""
+    by_model: dict[str, list[str]] = {}
+    for spec in keeper.specs:
+        by_model.setdefault(str(spec.model), []).append(spec.name)
+    named = ", ".join(f"{', '.join(names)} ({model})" for model, names in by_model.items())
+    return f"starting {named}" if named else "starting no server here"
+
+
+def _ranks_sentence(here: int, node: Node) -> str:
+    return f"starting {here} trainer process{'es' if here > 1 else ''}{' on this node' if node.nodes > 1 else ''}"
 
 
 def _all_run(ranks: TrainerRanks, host: HeadNode) -> bool:

@@ -15,6 +15,7 @@ from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.problems.needs import ProblemNeed, missing_for
 from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.reporting.trackers import missing_packages
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.examples import check_source
@@ -30,7 +31,7 @@ def check_inputs(config: RunConfig) -> None:
     check_plugin_code(config)
     if found := half_installed():
         raise UserError(found)
-    if found := model_violations(config):
+    if found := [*missing_packages(config.trackers), *model_violations(config)]:
         raise UserError("\n".join(found))
     if config.policy.initialise == "weights":
         _check_weights(config)

@@ -10,6 +10,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.launch.launcher import wanted_servers
 from exprl_megatron.launch.preemption import ignore_sigusr1
+from exprl_megatron.reporting.run_log import RunLog
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.registry import Kind, Registry
@@ -64,7 +65,7 @@ def serve(config: RunConfig, kind: Kind, share: Share) -> None:
     # Beside the registrations, since the run may not have its directory yet.
     own = [replace(spec, host=this_host(), log_dir=registry.directory) for spec in side_by_side(share.of(specs))]
     ignore_sigusr1()
-    keeper = Keeper(own, registry)
+    keeper = Keeper(own, registry, report=RunLog().say)
     try:
         keeper.start()
         while registry.ending() in (None, earlier):

@@ -7,5 +7,6 @@ answer_quickly()
 import exprl_megatron.launch.inputs  # noqa: E402
 import exprl_megatron.launch.preflight  # noqa: E402
 import exprl_megatron.policy.world  # noqa: E402
+import exprl_megatron.reporting.tensorboard_tracker  # noqa: E402
 import exprl_megatron.training.assemble  # noqa: E402
 import exprl_megatron.training.loop  # noqa: E402, F401

@@ -1,6 +1,7 @@
-"""A run's metrics: one JSON object a step in metrics.jsonl, and the same in TensorBoard.
+"""A run's metrics: one JSON object a step in metrics.jsonl, and the same in every tracker.
 
-An evaluation of the weights after a step is one more object with that step's number (0: before the first step).
+An evaluation of the weights after a step is one more object with that step's number (0: before the first step). Its
+tags in a tracker have the stage in front (reporting/tags.py); in metrics.jsonl it is a field of the record.
 """
 
 import json
@@ -9,35 +10,32 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from exprl_megatron.errors import UserError
-
-EVALUATION = "evaluation/"
-"""The names of an evaluation's metrics begin so."""
+from exprl_megatron.reporting.tags import EVALUATION, tag
+from exprl_megatron.reporting.trackers import SampleTable, Trackers
 
 
 class MetricsWriter:
-    """Appends to `jsonl` and to TensorBoard's files in `tensorboard`; one process alone may hold it.
+    """Appends to `jsonl` and passes on to `trackers`; one process alone may hold it.
 
     `resumed_step` is the last step that the resumed run has behind it (0 for a new run), counted over
-    all stages. Records of later steps, written before the interruption, are taken out of both, so that
+    all stages. Records of later steps, written before the interruption, are taken out, so that
     no step is there twice. Raises UserError where `jsonl` is damaged anywhere but in its last line.
     """
 
-    def __init__(self, jsonl: Path, tensorboard: Path, resumed_step: int = 0):
+    def __init__(self, jsonl: Path, trackers: Trackers, resumed_step: int = 0):
         jsonl.parent.mkdir(parents=True, exist_ok=True)
         kept = _truncate(jsonl, resumed_step)
         # Seconds go on from the interrupted run's: they are time spent on the run, not the time of day.
         self._evaluated = {record["step"] for record in kept if _is_evaluated(record)}
         self._started = time.monotonic() - (kept[-1]["wall_s"] if kept else 0.0)
         self._file = open(jsonl, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer is
-        self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
+        self._trackers = trackers
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Record a step; `step` counts over all stages, from 1. On disk when this returns.
+        """Record a step; `step` counts over all stages, from 1. In metrics.jsonl when this returns.
 
-        A number that is not finite becomes null in metrics.jsonl, which has no other word for it.
+        A number that is not finite becomes null there, which has no other word for it.
         """
         record = {
             "stage": stage,
@@ -47,9 +45,11 @@ class MetricsWriter:
         }
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        self._trackers.log(step, {tag(stage, name): value for name, value in metrics.items()})
+
+    def write_table(self, step: int, table: SampleTable) -> None:
+        """Pass a table of traces on to the trackers."""
+        self._trackers.log_table(step, table)
 
     def write_evaluation(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record the evaluation of the weights after `step`, unless it is recorded; names begin with EVALUATION."""
@@ -57,10 +57,10 @@ class MetricsWriter:
             self._evaluated.add(step)
             self.write(stage, step, metrics)
 
-    def close(self) -> None:
-        """Close both."""
+    def close(self, deadline_s: float | None = None) -> None:
+        """Close the file and the trackers, which have `deadline_s` seconds for it (None: as long as they have)."""
         self._file.close()
-        self._board.close()
+        self._trackers.close(*([] if deadline_s is None else [deadline_s]))
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -1,22 +1,18 @@
 """Terminal output of a run: a line for each step, progress bars within a step, the remaining time."""
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-SHOWN_METRICS = (
-    "reward/mean",
-    "reward/groups_with_success",
-    "loss",
-    "kl/start",
-    "entropy",
-    "length/mean",
-    "reward/abstained",
-    "grad_norm",
-)
+from exprl_megatron.reporting.run_log import RunLog, duration
+from exprl_megatron.reporting.step_line import WIDTH, step_line
+
+_STAMP = len("[12:34:56] ")
+_NAME = 20
+"""Longer names of stages are cut in a step's line."""
 
 
 class Bar:
@@ -37,18 +33,23 @@ class Bar:
 
 
 class StepProgress:
-    """Writes to `console`; on anything but a terminal the bars are left out and lines stay plain.
+    """Writes to `console`, and its lines to `log` too; without a terminal there are no bars and lines stay plain.
 
     `steps` is how many steps this process has before it, over all stages; the time left is the mean
-    time of the steps done so far, times those that remain.
+    time of the steps done so far, times those that remain. `started` is when the run's command started (seconds since
+    the epoch).
     """
 
-    def __init__(self, steps: int, console: Console | None = None):
+    def __init__(
+        self, steps: int, console: Console | None = None, log: Path | None = None, started: float | None = None
+    ):
         self._console = console or Console()
+        self._log = RunLog(started, self._print)
+        if log is not None:
+            self._log.keep(log)
         self._steps = steps
         self._done = 0
         self._seconds = 0.0
-        self._began = time.monotonic()
         self._shown = False
 
     @contextmanager
@@ -70,18 +71,13 @@ class StepProgress:
         self._done += 1
         self._seconds += seconds
         left = self._seconds / self._done * max(0, self._steps - self._done)
-        shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN_METRICS if name in metrics]
-        parts = [f"{stage} {step}/{of}", *shown, f"{seconds:.1f} s", f"{duration(left)} left"]
-        self.say(" | ".join(parts))
+        end = f"{seconds:.{1 if seconds < 100 else 0}f} s, {duration(left)} left"
+        name = stage if len(stage) <= _NAME else f"{stage[: _NAME - 2]}.."
+        self.say(step_line(f"{name} {step}/{of}", metrics, end, WIDTH - _STAMP))
 
     def say(self, text: str) -> None:
-        """One line, with the time since the start of this process's work."""
-        stamp = duration(time.monotonic() - self._began)
-        self._console.print(f"[{stamp}] {text}", markup=False, highlight=False, soft_wrap=True)
+        """One line, with the time since the start of the command."""
+        self._log.say(text)
 
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -29,6 +29,7 @@ class RunDirectory:
         self.inputs = self.root / "inputs.json"
         self.skipped_updates = self.root / "skipped_updates.json"
         self.logs = self.root / "logs"
+        self.run_log = self.logs / "run.log"
         self.journal = self.root / "journal"
         self.checkpoints = self.root / "checkpoints"
         self.models = self.root / "models"

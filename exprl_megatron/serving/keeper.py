@@ -1,7 +1,8 @@
 """Keeps servers running: registers each when it is ready and restarts one that has died."""
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from exprl_megatron.processes.starter import Starter
@@ -12,9 +13,20 @@ from exprl_megatron.utils.cuda_environment import shared_text
 
 
 class Keeper:
-    """The servers of `specs` in `registry`, from `start` to `stop`; `tend` is to be called several times a second."""
+    """The servers of `specs` in `registry`, from `start` to `stop`; `tend` is to be called several times a second.
 
-    def __init__(self, specs: Sequence[ServerSpec], registry: Registry, starter: Starter | None = None):
+    `report` is given a line when a server is ready, and when one is started again.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ServerSpec],
+        registry: Registry,
+        starter: Starter | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ):
+        self._report = report
+        self._started: dict[str, float] = {}
         self._starter = starter or Starter()
         self._specs = [replace(spec, key_file=registry.key_file) for spec in specs]
         self._registry = registry
@@ -28,7 +40,13 @@ class Keeper:
         for spec in self._specs:
             # An earlier attempt may have left it.
             self._registry.withdraw(spec.name)
+        self._started = dict.fromkeys(self._restarts, time.monotonic())
         self._servers = {server.name: server for server in launch_servers(self._specs, self._starter)}
+
+    @property
+    def specs(self) -> Sequence[ServerSpec]:
+        """What it keeps running."""
+        return self._specs
 
     def server(self, name: str) -> Server:
         """The server of that name as it is now."""
@@ -51,6 +69,7 @@ class Keeper:
             elif not server.registered and server.ready():
                 self._registry.register(self._registration(spec, server))
                 server.registered = True
+                self._report(f"{spec.name} is ready after {time.monotonic() - self._started[spec.name]:.1f} s")
 
     def stop(self) -> None:
         """End all servers and withdraw them."""
@@ -63,6 +82,7 @@ class Keeper:
         if self._restarts[spec.name] == spec.config.restarts:
             raise server.end(f"{why} and has been restarted {spec.config.restarts} times (restarts of its config)")
         self._restarts[spec.name] += 1
+        self._report(f"{spec.name} {why}; restart {self._restarts[spec.name]} of {spec.config.restarts}")
         server.stop()
         self._waiting.add(spec.name)
         self._start_if_allowed(spec)
@@ -70,6 +90,7 @@ class Keeper:
     def _start_if_allowed(self, spec: ServerSpec) -> None:
         if self._registry.begin_start(spec.name):
             self._waiting.discard(spec.name)
+            self._started[spec.name] = time.monotonic()
             (self._servers[spec.name],) = launch_servers([spec], self._starter)
 
     def _registration(self, spec: ServerSpec, server: Server) -> RegisteredServer:

@@ -1,5 +1,7 @@
 """What `debug.assertions` checks before an optimizer step, beside checksums of syncs and the sampler's log-probs."""
 
+from dataclasses import dataclass
+
 from exprl_megatron.errors import RunStopped
 
 
@@ -20,3 +22,41 @@ def check_first_update(stage: str, step: int, metrics: dict[str, float]) -> None
                 f"nats a token and not 0, so the same tokens have other log-probs under {other}; nothing was learned "
                 "from this step. Look for kernels or batches that differ between scoring and learning."
             )
+
+
+@dataclass
+class AssertionCounts:
+    """What was compared since the start of this command, for the sentence at its end."""
+
+    syncs: int = 0
+    """Weight syncs whose checksums were compared."""
+    gaps: int = 0
+    """Updates before which log-probs of trainer and sampler were compared."""
+    largest_gap: float = 0.0
+    """The largest mean gap of an update, nats a token."""
+    first_updates: int = 0
+    """Updates before which `kl/old` had to be 0."""
+    stage_starts: int = 0
+    """Updates before which `kl/start` had to be 0."""
+
+    def synced(self, metrics: dict[str, float]) -> None:
+        """Count a sync by its metrics; one that had nothing to do has none."""
+        self.syncs += bool(metrics)
+
+    def updated(self, step: int, metrics: dict[str, float], first_in_step: bool) -> None:
+        """Count what was compared before an update in `step` of its stage."""
+        if (gap := metrics.get("sampler_gap/mean")) is not None:
+            self.gaps += 1
+            self.largest_gap = max(self.largest_gap, gap)
+        if first_in_step:
+            self.first_updates += "kl/old" in metrics
+            self.stage_starts += step == 1 and "kl/start" in metrics
+
+    def sentence(self) -> str:
+        """What was compared, in one sentence."""
+        return (
+            f"debug.assertions: nothing differed in {self.syncs} weight syncs (checksums of every tensor), before "
+            f"{self.gaps} updates (log-probs of trainer and sampler, at most {self.largest_gap:.1e} nats apart), in "
+            f"{self.first_updates} first updates of a step (kl/old exactly 0) and {self.stage_starts} of a stage "
+            "(kl/start exactly 0)."
+        )

@@ -1,7 +1,7 @@
-"""What a run tells people and machines: lines and bars, metrics on disk, the closing table."""
+"""What a run reports to people and machines: lines and bars, metrics on disk and in trackers, the closing table."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console as Terminal
@@ -11,22 +11,29 @@ from exprl_megatron.config.stages import Stage
 from exprl_megatron.evaluation.table import Evaluations, evaluation_table
 from exprl_megatron.reporting.metrics import MetricsWriter
 from exprl_megatron.reporting.progress_bars import Bar, StepProgress
+from exprl_megatron.reporting.run_log import command_started
 from exprl_megatron.reporting.timeline import GRADING, SAMPLING, Span, Timeline, read_timeline
+from exprl_megatron.reporting.trackers import TrackedRun, Trackers
 from exprl_megatron.reporting.waterfall import bottleneck, stage_phases
+from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.progress import RunProgress
+from exprl_megatron.training.sample_table import sample_table
 
 
 class Console:
-    """Lives on rank 0; `place` is where the run goes on from."""
+    """Exists on rank 0; `progress` is where the run continues from."""
 
     def __init__(self, config: RunConfig, paths: RunDirectory, progress: RunProgress):
         self._config = config
         self._paths = paths
+        self._closed = False
         self._terminal = Terminal()
         done = self._steps_before(progress.stage) + progress.step
-        self._progress = StepProgress(self._steps_before(len(config.stages)) - done, self._terminal)
-        self._metrics = MetricsWriter(paths.metrics, paths.tensorboard, done)
+        self._progress = StepProgress(
+            self._steps_before(len(config.stages)) - done, self._terminal, paths.run_log, command_started()
+        )
+        self._metrics = MetricsWriter(paths.metrics, Trackers(config.trackers, self._tracked(done), self.say), done)
         self._timeline = Timeline(paths.timeline)
 
     def say(self, text: str) -> None:
@@ -51,6 +58,13 @@ class Console:
         self._metrics.write(stage.name, self._steps_before(self._config.stages.index(stage)) + step, metrics)
         self._progress.step_done(stage.name, step, stage.steps, metrics, metrics["seconds/step"])
 
+    def sampled(self, stage: Stage, step: int, groups: Sequence[Group], problem_of: Callable[[str], str]) -> None:
+        """Some traces of a step in the trackers; `problem_of` returns the text of a problem for its id."""
+        count = self._config.tracking.sample_traces
+        if count and groups and self._config.trackers:
+            place = self._steps_before(self._config.stages.index(stage)) + step
+            self._metrics.write_table(place, sample_table(stage.name, groups, problem_of, count))
+
     def evaluated(self, stage: Stage | None, step: int, metrics: dict[str, float]) -> None:
         """The evaluation of the weights after `step` steps of `stage` (None: before the first stage) in the metrics."""
         stage = self._config.stages[0] if stage is None else stage
@@ -64,13 +78,32 @@ class Console:
         paths = self._paths
         for stage, phases in stage_phases(read_timeline(paths.timeline)).items():
             self.say(f"{stage}: {bottleneck(phases)}")
+        if not self._config.learns:
+            self.say(
+                f"rollouts: {paths.journal} (debug.only is sampling: nothing was learned, and no model is written)"
+            )
+            return
         self.say(f"models: {paths.models}  checkpoints: {paths.checkpoints}  metrics: {paths.metrics}")
-        self.say(f"curves: tensorboard --logdir {paths.tensorboard}")
+        if "tensorboard" in self._config.trackers:
+            self.say(f"curves: tensorboard --logdir {paths.tensorboard}")
+        self.say(f"look at it: exprl show {paths.root}; exprl report {paths.root} --out report.html")
 
-    def close(self) -> None:
-        """Finish the files."""
-        self._metrics.close()
-        self._timeline.close()
+    def close(self, deadline_s: float | None = None) -> None:
+        """Finish the files and the trackers, which have `deadline_s` for it (None: their own)."""
+        if not self._closed:
+            self._closed = True
+            self._metrics.close(deadline_s)
+            self._timeline.close()
+
+    def _tracked(self, resumed_step: int) -> TrackedRun:
+        tracking = self._config.tracking
+        return TrackedRun(
+            self._paths.root,
+            tracking.project,
+            tracking.name or self._paths.root.resolve().name,
+            self._config.model_dump(mode="json"),
+            resumed_step,
+        )
 
     def _steps_before(self, stage: int) -> int:
         return sum(s.steps for s in self._config.stages[:stage])

@@ -12,7 +12,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
 from exprl_megatron.evaluation.pass_at_k import GradedCounts
 from exprl_megatron.evaluation.tally import estimates, tally
-from exprl_megatron.reporting.metrics import EVALUATION
+from exprl_megatron.reporting.tags import EVALUATION
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, write_atomically
 from exprl_megatron.runs.journal import SampledStep, write_step

@@ -138,6 +138,11 @@ class Rollouts:
         """Number of problems of the set whose prompts fit into the context."""
         return len(self._prompted[problems])
 
+    def problem_texts(self, stage: RlStage) -> Callable[[str], str]:
+        """Return a function from a problem's id to its text; the empty text where the stage has no such problem."""
+        problems = self._prompted[stage.problems].problems
+        return lambda problem_id: next((p.statement for p in problems if p.id == problem_id), "")
+
     def read_logged(self, stage: RlStage, step: int) -> SampledStep | None:
         """Read a step from the rollout log; None where the log has no complete record of it."""
         return self._journal.read(stage.name, step)

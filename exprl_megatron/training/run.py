@@ -14,7 +14,7 @@ import numpy as np
 
 from exprl_megatron.algorithms.batch import SampleOrOutline, TrainSample
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage, Stage
+from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.errors import GradientNotFinite, Preempted
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
@@ -26,7 +26,7 @@ from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.runs.progress import RunProgress
-from exprl_megatron.training.assertions import check_first_update
+from exprl_megatron.training.assertions import AssertionCounts, check_first_update
 from exprl_megatron.training.console import Console
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
@@ -104,6 +104,7 @@ class Run:
         self._updates_in_step = 0
         self._now = ("", 0)
         self._trained: set[str] = set()
+        self._asserted = AssertionCounts()
 
     def remaining_stages(self) -> Iterator[Stage]:
         """Yield the stages that are not finished, and record each one as finished afterwards."""
@@ -149,6 +150,8 @@ class Run:
             self._coordinator.broadcast_run(lambda: self._rollouts.check_served())
         self._phases.switch_to_training()
         self._counted = {} if sampled is None else self._counts(stage, sampled)
+        if sampled is not None:
+            self._console.sampled(stage, step, sampled.groups, self._rollouts.problem_texts(stage))
         self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress_after(sampled))
         return [] if sampled is None else sampled.groups
 
@@ -206,6 +209,7 @@ class Run:
         self._progress = replace(self._progress, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
         if self.config.debug.assertions and not self._updates_in_step:
             check_first_update(stage.name, self._progress.step + 1, metrics)
+        self._asserted.updated(self._progress.step + 1, metrics, first_in_step=not self._updates_in_step)
 
     @contextmanager
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
@@ -238,10 +242,12 @@ class Run:
     def checkpoint_if_due(self, stage: Stage, step: int) -> None:
         """Write a checkpoint every `checkpoint.every_steps` steps, after the last step, and when asked to stop.
 
+        Where nothing is learned there is none: a resumed run reads its steps from the rollout log.
         Raises Preempted where the run was asked to stop.
         """
         checkpoint, asked_to_stop = self.config.checkpoint, self._coordinator.asked_to_stop()
-        if asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps:
+        due = asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps
+        if due and self.config.learns:
             with self.clock("save"):
                 save_checkpoint(
                     self._directory.checkpoints, self.policy, self._progress.as_record(), keep=checkpoint.keep
@@ -250,12 +256,14 @@ class Run:
                 self._rollouts.prune_log(stage, step)
         if asked_to_stop:
             raise Preempted(
-                f"The run was asked to stop and did so after step {step} of {stage.name}, with a checkpoint; "
-                "continue with --resume."
+                f"The run was asked to stop and did so after step {step} of {stage.name}"
+                f"{', with a checkpoint' if self.config.learns else ''}; continue with --resume."
             )
 
     def close_stage(self, stage: Stage) -> None:
-        """Save the stage's weights in Hugging Face format, once."""
+        """Save the stage's weights in Hugging Face format, once, if the run learns: copies would look like results."""
+        if not self.config.learns:
+            return
         target = self._directory.models / stage.name
         if stage.name not in self._trained and self._coordinator.broadcast_from_rank0(target.is_dir):
             return
@@ -273,6 +281,9 @@ class Run:
         """
         if not self.config.has_evaluation or not (step is None or self.config.evaluation.is_due(step)):
             return
+        if stage is not None and not self.config.learns:
+            # The weights are those of the start.
+            return
         name = evaluation_name(stage, step)
         if not self._coordinator.broadcast_from_rank0(lambda: self._evaluator.done(name)):
             self._measure(name)
@@ -284,7 +295,9 @@ class Run:
         Its metrics are those of the step in progress, or of the next one where the sync is for an evaluation. A sync
         that has nothing to send, since the servers have the version, has no metrics.
         """
-        self._sync_metrics = self._phases.sync_weights(version) or self._sync_metrics
+        metrics = self._phases.sync_weights(version)
+        self._asserted.synced(metrics)
+        self._sync_metrics = metrics or self._sync_metrics
 
     def _measure(self, name: str) -> None:
         """Evaluate the current weights as `name`; steps in flight continue under these weights in the meantime."""
@@ -305,10 +318,17 @@ class Run:
         self._coordinator.broadcast_from_rank0(lambda: work.result())
         self._phases.switch_to_training()
 
+    def close_logs(self, deadline_s: float) -> None:
+        """Close logs and trackers of a run that ended early, within about `deadline_s`."""
+        if self._console is not None:
+            self._console.close(deadline_s)
+
     def close(self) -> None:
         """Print the closing table, disconnect from the servers, end the verifier's processes and close the logs."""
         if self._coordinator.is_rank0:
             self._console.closing(self._evaluator.all())
+            if self.config.debug.assertions:
+                self._console.say(self._asserted.sentence())
         self._sync.close()
         if self._ref_scorer is not None:
             self._ref_scorer.close()
@@ -346,7 +366,8 @@ class Run:
         return teacher_prompts(tokenizer, stage.teacher_prompt, load_problems(stage.problems), room)
 
     def _counts(self, stage: RlStage, sampled: SampledStep) -> dict[str, float]:
-        counts = {f"judge/{name}": float(count) for name, count in sampled.judge_counts.items()}
+        judged = isinstance(stage, JudgedStage)
+        counts = {f"judge/{name}": float(count) for name, count in sampled.judge_counts.items()} if judged else {}
         return counts | (staleness_statistics(sampled.groups, self._progress.updates) if stage.max_staleness else {})
 
     def _progress_after(self, sampled: SampledStep) -> RunProgress:

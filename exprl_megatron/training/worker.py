@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
@@ -22,6 +23,7 @@ from exprl_megatron.serving.registry import Registry
 from exprl_megatron.utils.files import write_atomically
 
 _DAY_S = 24 * 3600.0
+_CLOSE_LOGS_S = 1.5
 
 _telling = threading.RLock()
 """Whichever thread fails first writes down how the rank ends, undisturbed."""
@@ -42,6 +44,8 @@ def guarded(directory: Path, servers: Path) -> int:
     from exprl_megatron.weight_sync.coordinator import RankZeroFailed
 
     end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
+    # Closed after the end is written: the launcher waits only briefly for a rank that knows the cause.
+    logs = ExitStack()
 
     def end_at_once(error: BaseException) -> None:
         """For what fails beside the main thread, which may wait in a collective; all that must last is on disk."""
@@ -49,12 +53,13 @@ def guarded(directory: Path, servers: Path) -> int:
             sys.stdout.flush()
             os._exit(_tell(end, error))
 
-    try:
-        work(directory, Registry(servers), end_at_once)
-    except RankZeroFailed:
-        return 1
-    except BaseException as error:  # torch's failures in collectives are no subclasses of Exception
-        return _tell(end, error)
+    with logs:
+        try:
+            work(directory, Registry(servers), end_at_once, logs)
+        except RankZeroFailed:
+            return 1
+        except BaseException as error:  # torch's failures in collectives are no subclasses of Exception
+            return _tell(end, error)
     return 0
 
 
@@ -79,8 +84,11 @@ def _tell(end: Path, error: BaseException) -> int:
     return status
 
 
-def work(directory: Path, registry: Registry, on_failure: Callable[[BaseException], None]) -> None:
-    """Build this rank's part of the run and take it to its end; `on_failure` is RolloutPrefetch's."""
+def work(directory: Path, registry: Registry, on_failure: Callable[[BaseException], None], logs: ExitStack) -> None:
+    """Build this rank's part of the run and take it to its end; `on_failure` is RolloutPrefetch's.
+
+    `logs` closes the run's logs when it is closed.
+    """
     # The libraries make a million objects that stay: looked through again and again, they cost a sixth of the start.
     gc.disable()
     from exprl_megatron.plugins.loading import use_plugin_path
@@ -96,6 +104,7 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     use_plugin_path(config.plugin_path)
     enter_world(config.policy.layout, config.seed, _longest_wait(config), key=read_key(registry.key_file))
     run = assemble(config, paths, registry, on_failure)
+    logs.callback(run.close_logs, _CLOSE_LOGS_S)
     run_stages(run)
     run.close()
     leave_world()

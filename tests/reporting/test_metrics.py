@@ -7,10 +7,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.reporting.metrics import MetricsWriter, read_metrics
+from exprl_megatron.reporting.trackers import TrackedRun, Trackers
 
 
 def _writer(tmp_path, resumed_step=0):
-    return MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", resumed_step)
+    run = TrackedRun(tmp_path, "tests", "run", {}, resumed_step)
+    return MetricsWriter(tmp_path / "metrics.jsonl", Trackers(["tensorboard"], run, pytest.fail), resumed_step)
 
 
 def _write(tmp_path, steps, resumed_step=0, offset=0.0):
@@ -27,7 +29,7 @@ def test_a_step_is_a_record_and_a_point(tmp_path):
         ("priming", 2, {"loss": 2.0, "reward/mean": 0.5}),
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
+    assert [(e.step, e.value) for e in board.Scalars("priming/update/loss")] == [(1, 1.0), (2, 2.0)]
 
 
 def test_after_a_resume_no_step_is_there_twice(tmp_path):
@@ -38,7 +40,13 @@ def test_after_a_resume_no_step_is_there_twice(tmp_path):
     seconds = [r["wall_s"] for r in records]
     assert seconds == sorted(seconds)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1), (2, 2), (3, 3.25), (4, 4.25), (5, 5.25)]
+    assert [(e.step, e.value) for e in board.Scalars("priming/update/loss")] == [
+        (1, 1),
+        (2, 2),
+        (3, 3.25),
+        (4, 4.25),
+        (5, 5.25),
+    ]
 
 
 def test_an_evaluation_is_in_the_record_and_at_the_point_of_its_step_once(tmp_path):

@@ -1,6 +1,7 @@
 """Rollouts alone, learning alone from what was kept, and a run that checks itself."""
 
 import json
+import re
 
 import pytest
 from helpers.runs import finish, run_config, start_ranks, write_problems
@@ -73,7 +74,8 @@ def test_rollouts_alone_are_learned_from_later_without_any_server(trained_server
     versions = {version for g in groups for m in g.samples for version, _, _ in m.trace.weight_versions}
     assert versions == {"v0"}
     start = load_file(model / "model.safetensors")
-    assert all(tensor.equal(start[name]) for name, tensor in _weights(sampling, "sparse").items())
+    paths = RunDirectory(sampling.directory)
+    assert not any(path.is_file() for kept in (paths.models, paths.checkpoints) for path in kept.rglob("*")), "copies"
 
     learned = []
     for name in ("learned", "again"):
@@ -94,4 +96,10 @@ def test_a_run_checks_itself_from_its_first_step_to_its_last(trained_server, tin
     assert config.stages[0].needs_ref_policy and config.stages[1].updates_per_step == 2
     finish(start_ranks(config, {"policy": trained_server, "judge": trained_server}))
     assert len(_metrics(config)) == 5
+    said = RunDirectory(config.directory).run_log.read_text().splitlines()[-1]
+    assert re.search(
+        r"debug\.assertions: nothing differed in 5 weight syncs .*, before 7 updates .*, at most \d.*e-0\d nats "
+        r"apart\), in 5 first updates of a step .* and 1 of a stage",
+        said,
+    )
     assert check_config(config.model_dump(mode="json"), "again").debug.assertions

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import Preempted
 from exprl_megatron.problems.order import problem_indices
+from exprl_megatron.reporting.metric_names import undocumented
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
@@ -176,6 +177,7 @@ def test_every_kind_of_stage_learns_and_logs_what_it_did(mixed_run):
     assert [record["stage"] for record in records] == ["process", "process", "distill", "dapo", "sft"]
     logged = {"segments/mean", "kl/start", "clip_share", "entropy", "padding/padded", "padding/packed"}
     assert logged <= records[0]["metrics"].keys()
+    assert not undocumented(name for record in records for name in record["metrics"]), "docs/metrics.md lacks them"
     weights = [load_file(paths.models / name / "model.safetensors") for name in ("process", "distill", "sft")]
     for before, after in itertools.pairwise(weights):
         assert any(not before[name].equal(after[name]) for name in before)

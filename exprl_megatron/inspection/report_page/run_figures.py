@@ -7,8 +7,9 @@ from typing import Any
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.reporting.metrics import EVALUATION, read_metrics
+from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.reporting.tags import EVALUATION
 from exprl_megatron.reporting.timeline import ROLLOUTS, STEP, Span, read_timeline
 from exprl_megatron.reporting.waterfall import PHASES, REMEDIES, bottleneck, mean_phases, step_times
 from exprl_megatron.runs.directory import RunDirectory

@@ -1,0 +1,44 @@
+"""trackio, in TRACKIO_DIR on this machine, or where trackio's own variables say."""
+
+import uuid
+from collections.abc import Mapping
+
+import trackio
+
+from exprl_megatron.reporting.tracker_ids import store_id, stored_id
+from exprl_megatron.reporting.trackers import SampleTable, TrackedRun
+
+
+class TrackioTracker:
+    """A run is found again by its name, so that a new run gets a name that no other run has."""
+
+    def __init__(self, run: TrackedRun):
+        name = stored_id(run.directory, "trackio") or f"{run.name}-{uuid.uuid4().hex[:6]}"
+        self._run = trackio.init(
+            project=run.project,
+            name=name,
+            config=dict(run.config),
+            resume="allow",
+            embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
+        )
+        store_id(run.directory, "trackio", name)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def log_table(self, step: int, table: SampleTable) -> None:
+        # Slow to import, and only for tables.
+        import pandas
+
+        frame = pandas.DataFrame(list(table.rows), columns=list(table.columns))
+        self._run.log({table.name: trackio.Table(dataframe=frame)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_run(run: TrackedRun) -> TrackioTracker:
+    """Open the tracker."""
+    return TrackioTracker(run)
