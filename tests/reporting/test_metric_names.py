@@ -12,7 +12,7 @@ from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.weight_sync.timing import SyncTimes
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("training", "algorithms", "weight_sync", "evaluation", "policy", "judging")
+PACKAGES = ("training", "algorithms", "serving", "weight_sync", "evaluation", "policy", "judging")
 _NAME = re.compile(r"[a-z_]+(/[a-z0-9_@\-*]+)+")
 NOT_METRICS = {"common_state/shard_0_1", "needs/*", "deliveries/*", "*/*", "correction/squared", "application/json"}
 """Keys of a store, a file, a media type, and a sum from which a metric is made."""
@@ -50,6 +50,7 @@ def test_every_name_in_the_code_is_on_the_page(names):
         # A checkpoint is written after the step's metrics.
         "seconds/*": _found("training", r'clock\("(\w+)"\)') - {"save"} | {ROLLOUTS, STEP},
         "padding/*": {"padded", "packed"},
+        "gate/*": {"misplacement_right", "separation", "auroc", "abstained"},
     }
     assert {"asked", "hedge-won"} <= put_in["judge/*"] and {"train", "sync"} <= put_in["seconds/*"]
     filled = {name.replace("*", part) for name in names for part in put_in.get(name, {"1"})}
