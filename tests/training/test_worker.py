@@ -16,7 +16,7 @@ from pathlib import Path
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.training import worker
 
-def work(directory, servers, on_failure):
+def work(directory, servers, on_failure, logs):
     print("step 1 done")
     threading.Thread(target=on_failure, args=(eval(sys.argv[2]),)).start()
     time.sleep(300)
@@ -32,7 +32,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 from exprl_megatron.training import worker
 
-def work(directory, servers, on_failure):
+def work(directory, servers, on_failure, logs):
     raise eval(sys.argv[2])
 
 worker.work = work
