@@ -38,6 +38,7 @@ def report_command(
     from exprl_megatron.inspection.report_page.page_file import write_page
 
     model = write_page(out, reader, int(max_mb * 1e6))
-    kept, of = (sum(block.index.get(name, 0) for block in model.blocks) for name in ("kept", "traces"))
+    places = [place for run in model.tree["runs"] for place in run["places"]]
+    kept, of = (sum(place.get(name, 0) for place in places) for name in ("kept", "traces"))
     shown = "with references" if not without_references else "without references"
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {kept} of {of} traces with their texts, {shown}")

@@ -44,8 +44,8 @@ class _Page(HTMLParser):
     def model(self) -> dict:
         return json.loads(self.data["model"])
 
-    def block(self, number: int) -> dict:
-        return _opened(self.data[f"block-{number}"])
+    def block(self, key: str) -> dict:
+        return _opened(self.data[f"block-{key}"])
 
 
 def _opened(packed: str) -> dict:
@@ -145,13 +145,14 @@ def test_a_page_with_references_is_its_owners_alone(first):
 def test_no_text_of_a_run_is_markup_or_can_reorder_what_is_shown(page, tmp_path):
     run = write_run(tmp_path / HOSTILE.replace("/", ""), problem=HOSTILE, said=f"{HOSTILE} \ud800")
     made = page(run)
-    # The data, the blocks, the plotting library and the page's program.
-    assert sum(tag == "script" for tag, _ in made.elements) == 1 + 2 * STEPS + 1 + 2
+    keys = {place["block"] for each in made.model["runs"] for place in each["places"]}
+    # The data, the blocks (steps with the same traces share one), the plotting library and the page's program.
+    assert sum(tag == "script" for tag, _ in made.elements) == 1 + len(keys) + 2
     assert not {tag for tag, _ in made.elements} & {"img", "iframe", "object", "embed", "base"}
     assert not [name for _, attributes in made.elements for name in attributes if name.startswith("on")]
-    group = made.block(0)["groups"][0]
+    group = made.block(made.model["runs"][0]["places"][0]["block"])["groups"][0]
     assert group["problem"] == HOSTILE.replace("\u202e", "\ufffd").replace("\x1b", "\u241b")
-    text = json.dumps(made.model) + json.dumps(made.block(0))
+    text = json.dumps(made.model) + json.dumps(made.block(made.model["runs"][0]["places"][0]["block"]))
     assert "hacked=2" in text
     assert not [sign for sign in ("\\u202e", "\\u001b", '"\\ud') if sign in text]
 

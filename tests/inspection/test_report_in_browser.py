@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,7 @@ def file(tmp_path_factory):
 class _Tab:
     """An opened page, with what it has asked for and complained of."""
 
-    def __init__(self, browser, file: Path, **context):
+    def __init__(self, browser, file: Path | str, **context):
         self.context = browser.new_context(reduced_motion="reduce", **context)
         self.page = self.context.new_page()
         self.page.set_default_timeout(120_000)
@@ -52,7 +54,7 @@ class _Tab:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.goto(file.as_uri())
+        self.page.goto(file if isinstance(file, str) else file.as_uri())
         self.page.wait_for_selector(".plot .main-svg")
 
     def open(self, tab: str) -> None:
@@ -165,4 +167,31 @@ def test_a_narrow_dark_page_needs_no_sideways_scrolling(chromium, file):
     tab.page.click("button:text-is('Dark or light')")
     assert min(tab.page.evaluate(background)) > 200
     assert tab.complaints == []
+    tab.context.close()
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The address of a served page of one run, and the run's directory."""
+    run = write_run(tmp_path / "run")
+    last = run / "journal" / "sparse" / "step-000003.parquet"
+    kept = last.rename(tmp_path / "kept")
+    command = [sys.executable, "-m", "exprl_megatron.cli", "report", run, "--serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        yield server.stdout.readline().split()[0], kept, last
+        server.terminate()
+
+
+def test_a_served_page_shows_a_step_that_the_run_leaves_while_it_is_open(chromium, served):
+    address, kept, last = served
+    tab = _Tab(chromium, address, viewport={"width": 1280, "height": 900})
+    tab.open("traces")
+    steps = tab.page.locator("label:has-text('Step') select option")
+    assert not any("sparse, step 3" in text for text in steps.all_inner_texts())
+    kept.rename(last)
+    steps.filter(has_text="sparse, step 3").wait_for(state="attached")
+    tab.page.select_option("label:has-text('Step') select", label=steps.filter(has_text="sparse, step 3").inner_text())
+    tab.page.wait_for_selector("button.trace")
+    assert tab.complaints == []
+    assert {url.split("/")[2] for url in tab.requests} == {address.split("/")[2]}, "only its own server is asked"
     tab.context.close()

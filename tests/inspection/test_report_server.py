@@ -35,7 +35,7 @@ def asked(written, tmp_path):
     return ask
 
 
-@pytest.mark.parametrize("path", ["/", "/stamp", "/model", "/block/0", "/elsewhere"])
+@pytest.mark.parametrize("path", ["/", "/stamp", "/model", f"/block/{16 * '0'}", "/elsewhere"])
 @pytest.mark.parametrize("token", [None, "", "token-of-the-pagE", "tök", TOKEN + "x"])
 def test_nobody_gets_an_answer_without_the_token(asked, path, token):
     async def then(client):
@@ -68,9 +68,12 @@ def test_nothing_can_be_changed(asked, method):
 def test_the_page_its_model_and_its_blocks_are_served_under_a_policy_that_allows_its_own_server_alone(asked):
     async def then(client):
         found = []
-        for path in ("/", "/model", "/block/0"):
+        for path in ("/", "/model"):
             async with client.get(path, params={"token": TOKEN}) as answer:
                 found.append((answer.status, answer.headers, await answer.read()))
+        key = json.loads(found[1][2])["runs"][0]["places"][0]["block"]
+        async with client.get(f"/block/{key}", params={"token": TOKEN}) as answer:
+            found.append((answer.status, answer.headers, await answer.read()))
         return found
 
     (page_status, headers, page), (_, _, model), (_, _, block) = asked(then)
@@ -99,3 +102,27 @@ def test_a_step_that_a_run_leaves_meanwhile_is_in_the_next_answer(asked, written
 
     (first_stamp, first), (second_stamp, second) = asked(then, run)
     assert (first, second) == (6, 7) and first_stamp != second_stamp
+
+
+def test_a_window_of_an_earlier_model_gets_no_other_steps_traces_under_the_name_that_it_knows(asked, written, tmp_path):
+    run, other = tmp_path / "run", write_run(tmp_path / "other", problem="another problem")
+    shutil.copytree(written, run)
+
+    async def block_of_first_place(client):
+        async with client.get("/model", params={"token": TOKEN}) as answer:
+            return (await answer.json())["runs"][0]["places"][0]["block"]
+
+    async def status(client, key):
+        async with client.get(f"/block/{key}", params={"token": TOKEN}) as answer:
+            return answer.status
+
+    async def then(client):
+        known = await block_of_first_place(client)
+        for path in sorted((other / "journal").rglob("*.parquet")):
+            replaced = run / path.relative_to(other)
+            replaced.unlink()
+            shutil.copy(path, replaced)
+        today = await block_of_first_place(client)
+        return known == today, await status(client, known), await status(client, today)
+
+    assert asked(then, run) == (False, 404, 200)

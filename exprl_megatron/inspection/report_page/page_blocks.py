@@ -1,5 +1,6 @@
 """The texts of one step in so many bytes: which traces are in a page, and their packed form."""
 
+import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ class PageBlock:
     """{traces, kept, groups, problems: of the groups in the page}: what the page reads before the block is opened."""
     packed: str
     """{groups: [{..., traces: [rows with texts]}]} as JSON, deflated by gzip, in base64."""
+
+    @property
+    def key(self) -> str:
+        """The block's name, by its content: a window never gets another step's traces under it."""
+        return hashlib.sha256(self.packed.encode()).hexdigest()[:16]
 
 
 class Room:

@@ -50,7 +50,7 @@ def render(model: PageModel, live: bool = False) -> bytes:
         style=(ASSETS / "page.css").read_text(),
         scripts=scripts,
         model=embedded(model.tree),
-        blocks=[] if live else list(enumerate(model.blocks)),
+        blocks={} if live else model.blocks,
         live=live,
         title=", ".join(run["name"] for run in model.tree["runs"]),
     )

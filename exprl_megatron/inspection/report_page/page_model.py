@@ -22,8 +22,9 @@ class PageModel:
     """What the page's program draws: `tree` at once, and the blocks of traces when they are opened."""
 
     tree: dict[str, Any]
-    """{made, references, runs, config}; a place of a run names its block by its number."""
-    blocks: list[PageBlock]
+    """{made, references, runs, config}; a place of a run names its block by its key."""
+    blocks: dict[str, PageBlock]
+    """By key."""
 
 
 class PageReader:
@@ -63,12 +64,13 @@ class PageReader:
         places = [run.places() for run in self._runs]
         count = sum(len(of_run) for of_run, _ in places)
         room = Room(page_bytes - len(embedded(tree)) - _PLACE_BYTES * count, count)
-        blocks: list[PageBlock] = []
+        blocks: dict[str, PageBlock] = {}
         for pages, run, (of_run, steps) in zip(self._runs, runs, places, strict=True):
             run["logged_steps"], run["places"] = steps, []
             for what, block in pages.read(of_run, room.share):
-                run["places"].append(what | ({"block": len(blocks)} if block.packed else {}))
-                blocks.append(block)
+                run["places"].append(what | ({"block": block.key} if block.packed else {}))
+                if block.packed:
+                    blocks[block.key] = block
                 room.spend(block)
         return PageModel(tree, blocks)
 

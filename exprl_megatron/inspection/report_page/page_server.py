@@ -30,7 +30,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class PageServer:
-    """Answers GET /, /stamp, /model and /block/N of one reader's runs."""
+    """Answers GET /, /stamp, /model and /block/KEY of one reader's runs."""
 
     def __init__(self, reader: PageReader, token: str):
         self._reader = reader
@@ -47,7 +47,7 @@ class PageServer:
                 web.get("/", self._page),
                 web.get("/stamp", self._say_stamp),
                 web.get("/model", self._say_model),
-                web.get(r"/block/{number:\d{1,9}}", self._say_block),
+                web.get(r"/block/{key:[0-9a-f]{16}}", self._say_block),
             ]
         )
         return application
@@ -84,11 +84,11 @@ class PageServer:
         return web.Response(text=embedded((await self._newest()).tree), content_type="application/json")
 
     async def _say_block(self, request: web.Request) -> web.Response:
-        number = int(request.match_info["number"])
-        if self._model is None or number >= len(self._model.blocks):
+        block = None if self._model is None else self._model.blocks.get(request.match_info["key"])
+        if block is None:
             raise web.HTTPNotFound(headers=_HEADERS)
         # Not as an encoding of the transfer: the page's program unpacks it, as it does in a file.
-        return web.Response(body=block_bytes(self._model.blocks[number]), content_type="application/gzip")
+        return web.Response(body=block_bytes(block), content_type="application/gzip")
 
 
 def serve_page(reader: PageReader, port: int) -> None:

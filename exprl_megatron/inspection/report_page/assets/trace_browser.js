@@ -30,17 +30,19 @@ function advantagesOf(row) {
   return [row.advantage, ...found].filter((value) => value !== null && value !== undefined);
 }
 
-async function openBlock(number) {
-  if (!openedBlocks.has(number)) openedBlocks.set(number, readBlock(number));
-  return openedBlocks.get(number);
+async function openBlock(key) {
+  if (!openedBlocks.has(key)) openedBlocks.set(key, readBlock(key));
+  return openedBlocks.get(key);
 }
 
-async function readBlock(number) {
+async function readBlock(key) {
   let stream;
   if (LIVE) {
-    stream = (await fetch(`block/${number}${location.search}`)).body;
+    const answer = await fetch(`block/${key}${location.search}`);
+    if (!answer.ok) throw new Error(`the server has no block ${key} any more`);
+    stream = answer.body;
   } else {
-    const text = document.getElementById(`block-${number}`).textContent;
+    const text = document.getElementById(`block-${key}`).textContent;
     const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
     stream = new Blob([bytes]).stream();
   }
@@ -56,7 +58,10 @@ function traceTab() {
   const list = el("div", { class: "list" }, note("opening …"));
   const detail = el("article", { class: "detail", id: "trace", tabindex: "-1", "aria-live": "polite" });
   if (place.fault) list.replaceChildren(note(place.fault));
-  else openBlock(place.block).then((groups) => fillTraces(run, place, groups, list, detail));
+  else
+    openBlock(place.block)
+      .then((groups) => fillTraces(run, place, groups, list, detail))
+      .catch(() => list.replaceChildren(note("This step has just changed; the page shows it in a few seconds.")));
   return [traceControls(run, places), howMany(run, place), el("div", { class: "browser" }, list, detail)];
 }
 
