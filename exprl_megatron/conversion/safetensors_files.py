@@ -3,12 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from exprl_megatron.errors import UserError
 from exprl_megatron.models.weight_readers import open_safetensors
 
 _NAMES = {
@@ -19,11 +20,13 @@ _NAMES = {
 }
 """torch dtype -> what the format calls it (https://github.com/huggingface/safetensors, section Format)."""
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of tensors by name."""
 
 
 def write_safetensors(
     path: Path,
-    described: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    described: Described,
     tensors: Iterable[tuple[str, torch.Tensor]],
     wrote: Callable[[int], None],
 ) -> None:
@@ -58,6 +61,23 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
     """One tensor; the file's mapping into memory lives no longer than it."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
+
+
+def copied(path: Path, described: Described, sources: Mapping[str, Path], wrote: Callable[[int], None]) -> None:
+    """Writes into `path` the tensors of `described`, each as it is in its file in `sources`."""
+    write_safetensors(path, described, ((name, read_tensor(sources[name], name)) for name in described), wrote)
+
+
+def describe(sources: Mapping[str, Path]) -> Described:
+    """Shape and dtype of tensors by name, each from its file in `sources`.
+
+    Raises UserError for a dtype that is not known.
+    """
+    found = headers(set(sources.values()))
+    for name in sources:
+        if found[name][2] not in DTYPES:
+            raise UserError(f"{found[name][0]}: tensor {name} has dtype {found[name][2]}, which cannot be copied.")
+    return {name: (found[name][1], DTYPES[found[name][2]]) for name in sources}
 
 
 def headers(paths: Iterable[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:

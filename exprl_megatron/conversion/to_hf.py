@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 
 from exprl_megatron.conversion.partial import Partial
-from exprl_megatron.conversion.safetensors_files import DTYPES, headers, write_safetensors
+from exprl_megatron.conversion.safetensors_files import DTYPES, Described, copied, describe, headers, write_safetensors
 from exprl_megatron.conversion.weights import Weights
 from exprl_megatron.errors import UserError
 from exprl_megatron.models import fp8_blocks as fp8
+from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.stored_parameters import Stored, stored_parameters
 from exprl_megatron.models.weight_readers import INDEX, SINGLE
@@ -20,8 +21,6 @@ from exprl_megatron.policy.huggingface import copy_companions, write_config
 
 Format = Literal["fp8"] | torch.dtype | None
 """None keeps each tensor's dtype; `fp8` quantizes matrices in blocks and keeps the dtype of the rest."""
-Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class Form:
                 found[name] = shape, torch.float8_e4m3fn
                 found[name + fp8.SCALE] = tuple(-(-size // fp8.BLOCK) for size in shape), torch.float32
             else:
-                dtype = self.format if isinstance(self.format, torch.dtype) else weights.dtype(stored)
-                found[name] = shape, dtype
+                found[name] = shape, self._cast(stored) or weights.dtype(stored)
         return found
 
     def tensors(self, weights: Weights, stored: Stored) -> Iterator[tuple[str, torch.Tensor]]:
@@ -52,7 +50,11 @@ class Form:
                 yield name, values
                 yield name + fp8.SCALE, scale
             else:
-                yield name, tensor.to(self.format) if isinstance(self.format, torch.dtype) else tensor
+                yield name, tensor.to(self._cast(stored) or tensor.dtype)
+
+    def _cast(self, stored: Stored) -> torch.dtype | None:
+        """What a parameter is cast to, if it is; buffers keep their dtype."""
+        return self.format if isinstance(self.format, torch.dtype) and not stored.parameter.is_buffer else None
 
 
 def convert_to_huggingface(
@@ -73,22 +75,28 @@ def convert_to_huggingface(
         fp8.check_quantisable([stored.parameter for stored in table], shapes, weights.architecture)
     made = Form(shapes, form)
     files = _cut(weights, table, made, file_bytes)
-    described = [_described(weights, file, made) for file in files]
+    sources = left_out_tensors(weights.origin, weights.architecture)
+    left_out = describe(sources)
+    copies = _cut_described(left_out, file_bytes)
+    described = [_described(weights, file, made) for file in files] + copies
     sizes = [sum(map(_bytes, file.values())) for file in described]
-    names = [SINGLE] if len(files) == 1 else [_name(number, len(files)) for number in range(len(files))]
+    names = [SINGLE] if len(described) == 1 else [_name(number, len(described)) for number in range(len(described))]
     plan = {"to": "huggingface", "source": weights.marks(), "format": str(form), "file_bytes": file_bytes}
     with Partial(Path(target), plan, sum(sizes), advance) as partial:
-        for number, (name, file) in enumerate(zip(names, files, strict=True)):
+        for number, name in enumerate(names):
             if (partial.path / name).is_file():
                 partial.wrote(sizes[number])
-                continue
-            tensors = (entry for stored in file for entry in made.tensors(weights, stored))
-            write_safetensors(partial.path / name, described[number], tensors, partial.wrote)
-        if len(files) > 1:
+            elif number < len(files):
+                tensors = (entry for stored in files[number] for entry in made.tensors(weights, stored))
+                write_safetensors(partial.path / name, described[number], tensors, partial.wrote)
+            else:
+                copied(partial.path / name, described[number], sources, partial.wrote)
+        if len(names) > 1:
             _write_index(partial.path / INDEX, dict(zip(names, described, strict=True)), sum(sizes))
-        _write_config(weights, partial.path, form, list(shapes), table)
+        every = shapes | {name: shape for name, (shape, _) in left_out.items()}
+        _write_config(weights, partial.path, form, fp8.quantisation_config(list(shapes), list(left_out)), table)
         copy_companions(weights.origin, partial.path)
-        partial.finish(lambda: _account(partial.path, names, described, shapes))
+        partial.finish(lambda: _account(partial.path, names, described, every))
 
 
 def _cut(weights: Weights, table: list[Stored], form: Form, file_bytes: int) -> list[list[Stored]]:
@@ -100,6 +108,19 @@ def _cut(weights: Weights, table: list[Stored], form: Form, file_bytes: int) -> 
             filled = 0
         files[-1].append(stored)
         filled += size
+    return files
+
+
+def _cut_described(described: Described, file_bytes: int) -> list[Described]:
+    """Of tensors that are copied: what goes into each file."""
+    files: list[Described] = []
+    filled = 0
+    for name, entry in described.items():
+        if not files or filled + _bytes(entry) > file_bytes:
+            files.append({})
+            filled = 0
+        files[-1][name] = entry
+        filled += _bytes(entry)
     return files
 
 
@@ -124,9 +145,10 @@ def _write_index(path: Path, files: dict[str, Described], total: int) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _write_config(weights: Weights, directory: Path, form: Format, names: list[str], table: list[Stored]) -> None:
+def _write_config(weights: Weights, directory: Path, form: Format, quantized: dict, table: list[Stored]) -> None:
+    """`quantized`: the config of quantization where the form is FP8."""
     dtype = form if isinstance(form, torch.dtype) else weights.dtype(table[0])
-    changes = {"quantization_config": fp8.quantisation_config(names)} if form == "fp8" else {}
+    changes = {"quantization_config": quantized} if form == "fp8" else {}
     write_config(weights.origin, directory, str(dtype).removeprefix("torch."), **changes)
 
 

@@ -13,9 +13,11 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.storage import WriteResult
 
 from exprl_megatron.conversion.partial import Partial
+from exprl_megatron.conversion.safetensors_files import Described, copied, describe, headers
 from exprl_megatron.conversion.weights import HuggingFaceWeights
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.left_out import LEFT_OUT, left_out_tensors
 from exprl_megatron.models.stored_parameters import Stored, stored_parameters
 from exprl_megatron.policy.huggingface import copy_companions, write_config
 from exprl_megatron.policy.megatron_files import COMMON, MEGATRON, MegatronFiles
@@ -39,8 +41,11 @@ def convert_to_megatron(
     dtypes = _dtypes(weights, table, dtype)
     files = _cut(table, dtypes, file_bytes)
     sizes = [sum(_size(stored, dtypes) for stored in file) for file in files]
+    sources = left_out_tensors(source, weights.architecture)
+    left_out = describe(sources)
+    copied_bytes = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in left_out.values())
     plan = {"to": MEGATRON, "source": weights.marks(), "dtype": str(dtype), "file_bytes": file_bytes}
-    with Partial(Path(target), plan, sum(sizes), advance) as partial:
+    with Partial(Path(target), plan, sum(sizes) + copied_bytes, advance) as partial:
         writer = FileSystemWriter(partial.path / MEGATRON)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         plans = [_plan(file, dtypes) for file in files]
@@ -57,10 +62,14 @@ def convert_to_megatron(
                 write_atomically(done, pickle.dumps(written))
             results.append(pickle.loads(done.read_bytes()))
         writer.finish(metadata, results)
+        if (partial.path / LEFT_OUT).is_file():
+            partial.wrote(copied_bytes)
+        elif left_out:
+            copied(partial.path / LEFT_OUT, left_out, sources, partial.wrote)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial.path / MEGATRON))
         write_config(weights.origin, partial.path, _name(dtypes))
         copy_companions(weights.origin, partial.path)
-        partial.finish(lambda: _account(partial.path, table, dtypes))
+        partial.finish(lambda: _account(partial.path, table, dtypes, left_out))
 
 
 class _FromHuggingFace(DefaultSavePlanner):
@@ -114,7 +123,7 @@ def _dtypes(weights: HuggingFaceWeights, table: list[Stored], dtype: torch.dtype
     """Of each of Megatron's tensors, which hold all layers in one."""
     found: dict[str, torch.dtype] = {}
     for stored in table:
-        wanted = dtype or weights.dtype(stored)
+        wanted = weights.dtype(stored) if dtype is None or stored.parameter.is_buffer else dtype
         if found.setdefault(stored.key, wanted) != wanted:
             raise UserError(
                 f"{weights.origin}: {stored.parameter.hf_names[0]} is {wanted}, other layers' are {found[stored.key]}; "
@@ -144,8 +153,10 @@ def _name(dtypes: dict[str, torch.dtype]) -> str:
     return str(dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
 
 
-def _account(directory: Path, table: list[Stored], dtypes: dict[str, torch.dtype]) -> None:
+def _account(directory: Path, table: list[Stored], dtypes: dict[str, torch.dtype], left_out: Described) -> None:
     """Read the written files independently and check name, shape and dtype of every parameter."""
+    if left_out and describe(dict.fromkeys(headers([directory / LEFT_OUT]), directory / LEFT_OUT)) != left_out:
+        raise UserError(f"{directory / LEFT_OUT} was not written as it should have been; convert again.")
     files = MegatronFiles(directory / MEGATRON, read_architecture(directory))
     for stored in table:
         if files.dtype(stored) != dtypes[stored.key]:

@@ -17,6 +17,7 @@ from exprl_megatron.conversion.to_hf import Form
 from exprl_megatron.conversion.weights import HuggingFaceWeights, MegatronWeights, Weights, open_weights
 from exprl_megatron.errors import UserError
 from exprl_megatron.models import fp8_blocks as fp8
+from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.stored_parameters import Stored, stored_parameters
 from exprl_megatron.models.weight_readers import weight_files
@@ -89,6 +90,9 @@ def verify_weights(
                 found.note = " with the reference cast to the copy's dtype"
         _compare(found, dict(form.tensors(expected, stored)), given)
         advance(sum(sizes[: number + 1]), sum(sizes))
+    pairs = [left_out_tensors(path, expected.architecture) for path in (expected.origin, made.origin if made else copy)]
+    for name in sorted(pairs[0].keys() | pairs[1].keys()):
+        _compare(found, *({name: read_tensor(files[name], name)} if name in files else {} for files in pairs))
     if quantized:
         found.note = " with the reference quantized alike"
         found.differing += sorted(quantized.keys() - found.hashes.keys())
@@ -124,7 +128,9 @@ def _check_config(directory: Path, expected: Weights) -> None:
     given, wanted = (
         json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (directory, expected.origin)
     )
-    wanted["quantization_config"] = fp8.quantisation_config(list(hf_shapes(expected.architecture)))
+    wanted["quantization_config"] = fp8.quantisation_config(
+        list(hf_shapes(expected.architecture)), list(left_out_tensors(expected.origin, expected.architecture))
+    )
     differing = {key for key in given.keys() | wanted.keys() if given.get(key) != wanted.get(key)}
     if differing := sorted(differing - {"dtype", "torch_dtype"}):
         raise UserError(

@@ -11,6 +11,7 @@ from exprl_megatron.conversion.partial import file_marks
 from exprl_megatron.conversion.safetensors_files import DTYPES, headers, read_tensor
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, read_architecture
+from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import EMBEDDING, HEAD
 from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.models.stored_parameters import Stored
@@ -104,7 +105,8 @@ class MegatronWeights:
 
     def marks(self) -> list[list]:
         """See Weights."""
-        return file_marks([path for path in self.files.directory.iterdir() if path.is_file()])
+        beside = set(left_out_tensors(self.origin, self.architecture).values())
+        return file_marks([*beside, *(path for path in self.files.directory.iterdir() if path.is_file())])
 
 
 def open_weights(path: Path, origin: Path | None = None) -> Weights:

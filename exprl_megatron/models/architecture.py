@@ -20,8 +20,9 @@ FAMILIES = {
     "MixtralForCausalLM": "mixtral",
     "MistralForCausalLM": "mistral",
     "SeedOssForCausalLM": "seed-oss",
+    "Glm4MoeForCausalLM": "glm4-moe",
 }
-_WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
+_WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,15 @@ def read_architecture(directory: str | Path) -> Architecture:
     if (setting := unsupported(tree)) is not None:
         raise UserError(f"{path} has {setting}, which is not supported; choose another model.")
     try:
-        return _architecture(FAMILIES[names[0]], tree, read_rope(tree, str(path)))
+        found = _architecture(FAMILIES[names[0]], tree, read_rope(tree, str(path)))
     except KeyError as error:
         raise UserError(f"{path} lacks {error}; fetch the model again.") from error
+    if found.head_dim * found.rotary_share % 2:
+        raise UserError(
+            f"{path} has partial_rotary_factor {found.rotary_share} of heads of {found.head_dim} dimensions, which do "
+            f"not turn in pairs; choose another model."
+        )
+    return found
 
 
 def _nearest(name: str, tree: dict) -> str:
@@ -250,6 +257,7 @@ def _divisors(architecture: Architecture) -> str:
 
 def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
     heads = tree["num_attention_heads"]
+    glm = family == "glm4-moe"
     return Architecture(
         family=family,
         layers=tree["num_hidden_layers"],
@@ -263,12 +271,14 @@ def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
         norm_eps=tree["rms_norm_eps"],
         rope_base=rope.base,
         rope_scaling=rope.scaling,
-        qk_norm=family in ("qwen3", "qwen3-moe"),
-        qkv_bias=family in ("qwen2", "seed-oss"),
+        qk_norm=family in ("qwen3", "qwen3-moe") or (glm and tree.get("use_qk_norm", False)),
+        qkv_bias=family in ("qwen2", "seed-oss") or (glm and tree.get("attention_bias", False)),
         tied=tree.get("tie_word_embeddings", False),
         max_positions=tree.get("max_position_embeddings", 2048),
         initializer_range=tree.get("initializer_range", 0.02),
         experts=_experts(family, tree),
+        rotary_share=rope.share,
+        left_out=_left_out(tree) if glm else (),
     )
 
 
@@ -283,4 +293,22 @@ def _experts(family: str, tree: dict) -> Experts | None:
         )
     if family == "mixtral":
         return Experts(tree["num_local_experts"], tree["num_experts_per_tok"], tree["intermediate_size"], True)
+    if family == "glm4-moe":
+        return Experts(
+            count=tree["n_routed_experts"],
+            chosen=tree["num_experts_per_tok"],
+            ffn=tree["moe_intermediate_size"],
+            normalised=True,
+            dense_layers=tree.get("first_k_dense_replace", 1),
+            shared_ffn=tree["moe_intermediate_size"],
+            sigmoid=True,
+            scaling=tree.get("routed_scaling_factor", 1.0),
+        )
     return None
+
+
+def _left_out(tree: dict) -> tuple[str, ...]:
+    """Layers of multi-token prediction are stored behind the others."""
+    # transformers 5 writes the second name, published checkpoints have the first.
+    count = tree.get("num_nextn_predict_layers", tree.get("num_mtp_layers", 1))
+    return tuple(f"model.layers.{tree['num_hidden_layers'] + index}." for index in range(count))

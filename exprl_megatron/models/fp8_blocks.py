@@ -50,9 +50,10 @@ def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name not in (EMBEDDING, HEAD) and not router
 
 
-def quantisation_config(names: list[str]) -> dict:
-    """`quantization_config` of config.json; `names` are all of the model's tensors."""
+def quantisation_config(names: list[str], left_out: list[str] | None = None) -> dict:
+    """`quantization_config` of config.json; `names` are all of the model's tensors but those that are `left_out`."""
     kept = [name.removesuffix(".weight") for name in names if name == HEAD or name.endswith("gate.weight")]
+    kept += [name.removesuffix(".weight") for name in left_out or () if name.endswith(".weight")]
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

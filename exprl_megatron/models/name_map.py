@@ -20,6 +20,10 @@ type Bucket = list[tuple[str, torch.Tensor]]
 """Full tensors under their Hugging Face names."""
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+ROUTER_BIAS = ".mlp.gate.e_score_correction_bias"
+"""End of the name of the bias that a sigmoid router adds for the choice: fp32, whatever the rest of the model is in."""
+_BUFFERS = ("mlp.router.expert_bias",)
+"""Ends of Megatron's names for what is no parameter: without gradient and optimizer state, fp32 in every precision."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,19 @@ class Vocabulary(Rule):
         return (_joined(shards)[: self.rows],)
 
 
+def is_buffer(name: str) -> bool:
+    """Whether Megatron's `name` is of a buffer that belongs to the model's weights."""
+    return name.endswith(_BUFFERS)
+
+
+def dtype_of(name: str, dtype: str) -> str:
+    """What the Hugging Face tensor `name` is kept in where the model is in `dtype` (a torch dtype's name)."""
+    return "float32" if name.endswith(ROUTER_BIAS) else dtype
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter: where it lives, what it is called there, and what it is made of."""
+    """One Megatron parameter, or buffer: where it lives, what it is called there, and what it is made of."""
 
     pp_rank: int
     chunk: int
@@ -109,6 +123,11 @@ class Parameter:
     ep_rank: int | None = None
     """The expert-parallel rank that has this expert, whose rule then cuts over expert-tensor-parallel ranks; None:
     no expert, on every rank of the stage and cut over tensor-parallel ranks."""
+
+    @property
+    def is_buffer(self) -> bool:
+        """See is_buffer."""
+        return is_buffer(self.name)
 
 
 def parameters(architecture: Architecture, layout: Layout, grouped: bool = False) -> list[Parameter]:
@@ -208,6 +227,8 @@ def _expert_rows(architecture: Architecture, experts: Experts, ep: int, grouped:
         ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), Rule(), None),
         ("mlp.router.weight", (router,), Rule(), None),
     ]
+    if experts.sigmoid:
+        rows.append(("mlp.router.expert_bias", (ROUTER_BIAS.removeprefix("."),), Rule(), None))
     each = experts.count // ep
     for expert in range(experts.count):
         ep_rank, local = divmod(expert, each)
@@ -217,6 +238,10 @@ def _expert_rows(architecture: Architecture, experts: Experts, ep: int, grouped:
         )
         rows.append((fc1, (gate.format(expert), up.format(expert)), GateUp(), ep_rank))
         rows.append((fc2, (down.format(expert),), Rule(split_dim=1), ep_rank))
+    if experts.shared_ffn:
+        gate, up, down = (f"mlp.shared_experts.{x}_proj.weight" for x in ("gate", "up", "down"))
+        rows.append(("mlp.shared_experts.linear_fc1.weight", (gate, up), GateUp(), None))
+        rows.append(("mlp.shared_experts.linear_fc2.weight", (down,), Rule(split_dim=1), None))
     return rows
 
 
@@ -239,6 +264,11 @@ def _expert_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     for expert in range(experts.count):
         shapes |= {name.format(expert): (experts.ffn, hidden) for name in (gate, up)}
         shapes[down.format(expert)] = (hidden, experts.ffn)
+    if experts.sigmoid:
+        shapes[ROUTER_BIAS.removeprefix(".")] = (experts.count,)
+    if experts.shared_ffn:
+        shapes |= {f"mlp.shared_experts.{x}_proj.weight": (experts.shared_ffn, hidden) for x in ("gate", "up")}
+        shapes["mlp.shared_experts.down_proj.weight"] = (hidden, experts.shared_ffn)
     return shapes
 
 

@@ -52,6 +52,8 @@ class Rope:
 
     base: float
     scaling: RopeScaling | None
+    share: float = 1.0
+    """Of a head's dimensions those that turn, the first ones."""
 
 
 _FIELDS: dict[str, tuple[set[str], set[str]]] = {
@@ -75,6 +77,8 @@ _FIELDS: dict[str, tuple[set[str], set[str]]] = {
 _COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 _DEFAULT_BASE = {"MixtralForCausalLM": 1e6}
 """Where a config.json without `rope_theta` does not mean 10,000, as transformers reads it."""
+_DEFAULT_SHARE = {"Glm4MoeForCausalLM": 0.5}
+"""Architectures that may turn a share of each head, and the share where config.json does not say."""
 _UNSCALED = {"MixtralForCausalLM": "Mixtral"}
 """Architectures that SGLang serves without any scaling, and with a whole base, whatever config.json says."""
 
@@ -101,9 +105,7 @@ def _rope(tree: dict) -> Rope:
     if not all(isinstance(section, dict) for section in sections):
         raise _Unsupported("rope settings that are no table")
     name = (tree.get("architectures") or [""])[0]
-    for settings in (*sections, tree):
-        if settings.get("partial_rotary_factor", 1) != 1:
-            raise _Unsupported(f"partial_rotary_factor {settings['partial_rotary_factor']}")
+    share = _share([settings for settings in (*sections, tree) if "partial_rotary_factor" in settings], name)
     scalings = [_scaling(section, tree) for section in sections]
     if len({(kind, scaling) for kind, scaling in scalings}) > 1:
         raise _Unsupported("rope_parameters and rope_scaling that contradict each other")
@@ -113,11 +115,24 @@ def _rope(tree: dict) -> Rope:
     (base,) = bases or {_DEFAULT_BASE.get(name, 10000.0)}
     if _positive("rope_theta", base) <= 1:
         raise _Unsupported(f"rope_theta {base}, which is not above 1")
-    rope = Rope(base, scalings[0][1] if scalings else None)
+    rope = Rope(base, scalings[0][1] if scalings else None, share)
+    if name in _DEFAULT_SHARE and rope.scaling is not None:
+        raise _Unsupported(f"rope type {scalings[0][0]} where a share of each head turns")
     if name in _UNSCALED and (rope.scaling is not None or rope.base != int(rope.base)):
         what = f"rope type {scalings[0][0]}" if rope.scaling else f"rope_theta {rope.base:g}"
         raise _Unsupported(f"{what} on {_UNSCALED[name]}, which SGLang serves as if it were not there")
     return rope
+
+
+def _share(settings: list[dict], name: str) -> float:
+    """The share of a head that turns, of the `settings` that say so."""
+    shares = {section["partial_rotary_factor"] for section in settings} or {_DEFAULT_SHARE.get(name, 1.0)}
+    if len(shares) > 1:
+        raise _Unsupported(f"more than one partial_rotary_factor ({', '.join(map(str, sorted(shares)))})")
+    (share,) = shares
+    if share != 1 and (name not in _DEFAULT_SHARE or _positive("partial_rotary_factor", share) > 1):
+        raise _Unsupported(f"partial_rotary_factor {share}")
+    return share
 
 
 def _scaling(rope: dict, tree: dict) -> tuple[str, RopeScaling | None]:

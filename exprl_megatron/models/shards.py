@@ -4,10 +4,19 @@ import math
 from collections.abc import Callable, Iterable
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.models.name_map import Parameter
+from exprl_megatron.models.name_map import Parameter, dtype_of
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 Shape = tuple[int, ...]
+
+
+def in_words(shapes: dict[str, Shape], dtype: str) -> dict[str, Shape]:
+    """`shapes` where every tensor's memory is seen as numbers of `dtype`: vectors that are kept in fp32 are longer."""
+    found = {}
+    for name, shape in shapes.items():
+        words = ITEMSIZE[dtype_of(name, dtype)] // ITEMSIZE[dtype]
+        found[name] = shape if words == 1 else (words * shape[0],)
+    return found
 
 
 def cut_into(

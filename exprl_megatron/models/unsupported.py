@@ -11,6 +11,8 @@ def unsupported(tree: dict) -> str | None:
         return f"sliding_window {tree['sliding_window']}"
     if tree["architectures"][0] == "MistralForCausalLM" and "sliding_window" not in tree:
         return "no sliding_window, which means a window of 4096 tokens"
+    if tree["architectures"][0] == "Glm4MoeForCausalLM" and (setting := _of_glm(tree)) is not None:
+        return setting
     if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
         return "dense layers between its layers of experts"
     normalised = tree["architectures"][0] == "MixtralForCausalLM" or tree.get("norm_topk_prob")
@@ -23,8 +25,27 @@ def unsupported(tree: dict) -> str | None:
             return "attention_bias false"
         if tree.get("attention_out_bias"):
             return "attention_out_bias"
-    elif tree["architectures"][0] != "Qwen2ForCausalLM" and tree.get("attention_bias"):
+    elif tree["architectures"][0] not in ("Qwen2ForCausalLM", "Glm4MoeForCausalLM") and tree.get("attention_bias"):
         return "attention_bias"
     if tree.get("quantization_config"):
         return "quantization_config"
+    return None
+
+
+def _of_glm(tree: dict) -> str | None:
+    """Of GLM-4.5 and its successors, whose router Megatron computes in one of its ways alone."""
+    if not tree.get("norm_topk_prob", True):
+        return "norm_topk_prob false, where Megatron's sigmoid router always makes weights sum to 1"
+    if tree.get("n_group", 1) != 1 or tree.get("topk_group", 1) != 1:
+        return f"n_group {tree.get('n_group', 1)} and topk_group {tree.get('topk_group', 1)}"
+    if tree.get("num_experts_per_tok", 8) == 1:
+        return "one expert for each token, whose weight is always 1"
+    if tree.get("n_shared_experts", 1) != 1:
+        return f"n_shared_experts {tree['n_shared_experts']}"
+    if not 0 <= tree.get("first_k_dense_replace", 1) < tree.get("num_hidden_layers", 46):
+        return f"first_k_dense_replace {tree.get('first_k_dense_replace', 1)}, which leaves no layer with experts"
+    if not 0 < tree.get("routed_scaling_factor", 1.0) < float("inf"):
+        return f"routed_scaling_factor {tree['routed_scaling_factor']}"
+    if tree.get("tie_word_embeddings"):
+        return "tie_word_embeddings, which SGLang does not know of this model"
     return None

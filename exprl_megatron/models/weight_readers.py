@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes
+from exprl_megatron.models.name_map import EMBEDDING, HEAD, ROUTER_BIAS, hf_shapes
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_JOINED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 
 
 class Safetensors:
@@ -60,7 +61,17 @@ class Safetensors:
         if architecture.tied and HEAD in self._files:
             # Some writers store the tied output layer a second time.
             shapes[HEAD] = shapes[EMBEDDING]
-        given = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")}
+        given = {
+            name
+            for name in self._files
+            if not name.endswith("rotary_emb.inv_freq") and not is_left_out(name, architecture)
+        }
+        joined = sorted(name for name in given if name.endswith(_JOINED_EXPERTS))
+        if joined:
+            raise UserError(
+                f"{self._directory} has all experts of a layer in one tensor ({joined[0]}), which SGLang does not "
+                f"read; write the model with save_pretrained of transformers, which has a tensor for each."
+            )
         for what, names in (("lacks", shapes.keys() - given), ("has the unknown", given - shapes.keys())):
             if names:
                 raise UserError(
@@ -74,6 +85,11 @@ class Safetensors:
                     f"{self._directory}: tensor {name} has shape {found}, config.json says {shape}; "
                     f"use weights that fit its config.json."
                 )
+
+
+def is_left_out(name: str, architecture: Architecture) -> bool:
+    """Whether the tensor `name` belongs to what a policy of this architecture is without."""
+    return name.startswith(architecture.left_out) if architecture.left_out else False
 
 
 class Random:
@@ -100,7 +116,7 @@ class Random:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             whole = torch.ones(shape)
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ROUTER_BIAS)):
             whole = torch.zeros(shape)
         else:
             # torch's CPU generator looks at 32 bits of a seed only.

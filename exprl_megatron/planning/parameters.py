@@ -83,7 +83,7 @@ def _layer(architecture: Architecture) -> tuple[int, int, int, int]:
     shapes = hf_shapes(one)
     whole = cut = matrices = experts = 0
     for entry in parameters(one, Layout()):
-        if not entry.name.startswith("decoder.layers."):
+        if not entry.name.startswith("decoder.layers.") or entry.is_buffer:
             continue
         sizes = [shapes[name] for name in entry.hf_names]
         count = sum(map(prod, sizes))

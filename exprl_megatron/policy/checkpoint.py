@@ -36,6 +36,7 @@ from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.policy import checkpoint_files as files
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
+from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.optimizer import separate_step_counters
 from exprl_megatron.policy.optimizer_state import divided_like, parts
 from exprl_megatron.policy.policy import Policy
@@ -168,7 +169,7 @@ def _state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
 def _ref_weights(policy: Policy, index: int) -> dict:
     """The description of a chunk's weights, with the starting weights as data and names of their own."""
     chunk, ref_weights = policy.chunks[index], policy.stage.ref_weights[index]
-    values = {id(parameter): ref_weights[name] for name, parameter in chunk.named_parameters()}
+    values = {id(weight): ref_weights[name] for name, weight in named_weights(chunk)}
     described = chunk.sharded_state_dict(metadata=_metadata())
     for shard in nested_values(described):
         if isinstance(shard, ShardedBase) and id(shard.data) in values:

@@ -7,8 +7,9 @@ import torch.distributed as dist
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import Bucket, Parameter, hf_shapes, parameters
+from exprl_megatron.models.name_map import Bucket, Parameter, dtype_of, hf_shapes, parameters
 from exprl_megatron.models.shards import cut_into, holders, lands_whole, shard_shape
+from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.precision import plain
 from exprl_megatron.policy.world import World
 
@@ -17,12 +18,17 @@ class Gatherer:
     """Joins parameters of this rank's unwrapped model chunks with the other ranks' shards, on a rank of choice."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World):
-        self._local = [dict(chunk.named_parameters()) for chunk in chunks]
+        self._local = [dict(named_weights(chunk)) for chunk in chunks]
         self._world = world
         self._scratch = torch.empty(0, device=world.device)
         self.shapes = hf_shapes(architecture)
         """Of all Hugging Face tensors."""
+        # Of parameters; buffers come after them.
         self.dtype = next(iter(self._local[0].values())).dtype
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What the Hugging Face tensor `name` is gathered in."""
+        return getattr(torch, dtype_of(name, str(self.dtype).removeprefix("torch.")))
 
     @torch.no_grad()
     def collect(self, parameter: Parameter, root: int, into: Sequence[torch.Tensor] | None) -> None:
@@ -42,7 +48,7 @@ class Gatherer:
             dist.send(self.own(parameter).contiguous(), dst=root)
 
     def own(self, parameter: Parameter) -> torch.Tensor:
-        """This rank's shard, which it must hold, in numbers of `dtype`."""
+        """This rank's shard, which it must hold, in numbers of its tensors' dtype."""
         return plain(self._local[parameter.chunk][parameter.name].detach())
 
     def _receive(self, parameter: Parameter, rank: int, into: Sequence[torch.Tensor], index: int) -> None:
@@ -88,8 +94,10 @@ def gather_buckets(
         for parameter in bucket:
             into = None
             if world.rank == 0:
-                shapes = [gatherer.shapes[name] for name in parameter.hf_names]
-                into = [torch.empty(shape, dtype=gatherer.dtype, device=world.device) for shape in shapes]
+                into = [
+                    torch.empty(gatherer.shapes[name], dtype=gatherer.dtype_of(name), device=world.device)
+                    for name in parameter.hf_names
+                ]
                 gathered.extend(zip(parameter.hf_names, into, strict=True))
             gatherer.collect(parameter, 0, into)
         yield gathered

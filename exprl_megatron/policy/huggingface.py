@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, parameters
-from exprl_megatron.models.weight_readers import INDEX, SINGLE, Random, Safetensors, read_part
+from exprl_megatron.models.weight_readers import INDEX, SINGLE, Random, Safetensors, open_safetensors, read_part
 from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.host_group import from_rank
+from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.precision import set_parameter
 from exprl_megatron.policy.world import World
 
@@ -63,8 +65,9 @@ def save_huggingface(
 ) -> None:
     """Writes the model as `directory`: safetensors (several with an index above `shard_bytes`), config, tokenizer.
 
-    A collective; config and tokenizer files are taken from `origin`. The directory appears, complete, by one
-    rename, and is refused where it exists. Raises UserError on every rank where it cannot be written.
+    A collective; config, tokenizer files and the tensors that a policy is without are taken from `origin`. The
+    directory appears, complete, by one rename, and is refused where it exists. Raises UserError on every rank where it
+    cannot be written.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".tmp")
@@ -74,8 +77,9 @@ def save_huggingface(
         problem[0] = _attempt(_begin, directory, partial)
     for bucket in gather_buckets(chunks, architecture, world, shard_bytes):
         if world.rank == 0 and problem[0] is None:
-            problem[0] = _attempt(_write_shard, partial, len(written), bucket)
-            written.append({name: tensor.nbytes for name, tensor in bucket})
+            problem[0] = _attempt(_add_shard, partial, written, bucket)
+    if world.rank == 0 and problem[0] is None:
+        problem[0] = _attempt(_copy_left_out, left_out_tensors(origin, architecture), partial, written, shard_bytes)
     if world.rank == 0 and problem[0] is None:
         problem[0] = _attempt(_finish, directory, partial, Path(origin), written, _dtype(chunks))
     if world.rank == 0 and problem[0] is not None and partial.exists():
@@ -103,7 +107,7 @@ def _fill(
     chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, source: Safetensors | Random
 ) -> None:
     shapes, layout = hf_shapes(architecture), world.layout
-    empty = {(index, name): p for index, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+    empty = {(index, name): p for index, chunk in enumerate(chunks) for name, p in named_weights(chunk)}
     for entry in parameters(architecture, layout, grouped=world.device.type == "cuda"):
         if entry.pp_rank != world.pp_rank or entry.ep_rank not in (None, world.ep_rank):
             continue
@@ -152,6 +156,25 @@ def _begin(directory: Path, partial: Path) -> None:
 def _write_shard(partial: Path, number: int, bucket: list[tuple[str, torch.Tensor]]) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in bucket}
     save_file(tensors, partial / f"shard-{number}", metadata={"format": "pt"})
+
+
+def _copy_left_out(found: dict[str, Path], partial: Path, written: list[dict[str, int]], shard_bytes: int) -> None:
+    """Adds shards with the tensors of `found`, each with the file that it is in."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    for name, path in found.items():
+        with open_safetensors(path) as file:
+            tensor = file.get_tensor(name)
+        if bucket and sum(held.nbytes for _, held in bucket) + tensor.nbytes > shard_bytes:
+            _add_shard(partial, written, bucket)
+            bucket = []
+        bucket.append((name, tensor))
+    if bucket:
+        _add_shard(partial, written, bucket)
+
+
+def _add_shard(partial: Path, written: list[dict[str, int]], bucket: list[tuple[str, torch.Tensor]]) -> None:
+    _write_shard(partial, len(written), bucket)
+    written.append({name: tensor.nbytes for name, tensor in bucket})
 
 
 def _finish(directory: Path, partial: Path, origin: Path, written: list[dict[str, int]], dtype: str) -> None:

@@ -9,6 +9,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.policy.megatron_files import MEGATRON, MegatronFiles
+from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.precision import set_parameter
 
 
@@ -44,5 +45,5 @@ def load_files(chunks: Sequence[torch.nn.Module], files: Path) -> None:
     }
     loaded = dist_checkpointing.load(weights, str(files))
     for index, chunk in enumerate(chunks):
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in named_weights(chunk):
             set_parameter(parameter, loaded[f"model{index}"][name])

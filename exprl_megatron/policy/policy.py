@@ -26,6 +26,7 @@ from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_
 from exprl_megatron.policy.huggingface import initialise, load_huggingface, save_huggingface
 from exprl_megatron.policy.megatron_loading import is_converted, load_converted
 from exprl_megatron.policy.model import build_chunks
+from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.optimizer import build_optimizer, set_rates
 from exprl_megatron.policy.packing import MicroBatchPlan, PackingShape, padding_share, plan_micro_batches, shape_of
 from exprl_megatron.policy.schedule import learning_rate
@@ -276,14 +277,14 @@ class Policy:
     def _host_copies(self) -> list[dict[str, torch.Tensor]]:
         """Copy the current weights to host memory, by name for each chunk."""
         self.gather_weights()
-        named = [dict(chunk.named_parameters()) for chunk in self.chunks]
+        named = [dict(named_weights(chunk)) for chunk in self.chunks]
         return [host_copies(parameters, self.world.device) for parameters in named]
 
     @torch.no_grad()
     def _set_weights(self, weights: list[dict[str, torch.Tensor]]) -> None:
         for chunk, values in zip(self.chunks, weights, strict=True):
-            for name, parameter in chunk.named_parameters():
-                parameter.copy_(values[name], non_blocking=self.world.device.type == "cuda")
+            for name, weight in named_weights(chunk):
+                weight.copy_(values[name], non_blocking=self.world.device.type == "cuda")
 
 
 @lru_cache(maxsize=64)

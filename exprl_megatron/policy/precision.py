@@ -49,8 +49,8 @@ def plain(parameter: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def set_parameter(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Sets a parameter to `value` (of its shape), rounding where the parameter is in 8 bits.
+def set_parameter(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Sets a parameter, or buffer, to `value` (of its shape), rounding where the parameter is in 8 bits.
 
     Such a parameter remembers, until an optimizer asks, what it was before it was rounded: the optimizer's fp32
     weights start from that, so it has to be set too.

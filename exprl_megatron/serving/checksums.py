@@ -12,7 +12,7 @@ import torch
 
 from exprl_megatron.serving.sharding import Device, rank_cut
 from exprl_megatron.serving.weight_hash import Sha256, WeightHash, WordHash
-from exprl_megatron.serving.weight_layout import FUSED, OF_EXPERTS, ServerPart, server_part
+from exprl_megatron.serving.weight_layout import FUSED, OF_EXPERTS, ServerPart, served_dtype, server_part
 
 
 @dataclass
@@ -33,8 +33,8 @@ class ServerChecksums:
 
     Tensors may come in any order, on any device; parts of a fused parameter are kept until it is complete, and those
     of experts until all ahead of them are there. `kv_heads`: the model's; where `tp` is more, ranks share them.
-    `experts`: in a layer. `tied`: the model has tie_word_embeddings, so that an `lm_head.weight` is left out. `dtype`:
-    the server's, where the tensors have another.
+    `experts`: in a layer; `sigmoid_router`: see served_dtype. `tied`: the model has tie_word_embeddings, so that an
+    `lm_head.weight` is left out. `dtype`: the server's, where the tensors have another.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class ServerChecksums:
         tp: int = 1,
         kv_heads: int = 1,
         experts: int = 0,
+        sigmoid_router: bool = False,
         tied: bool,
         dtype: torch.dtype | None = None,
         server: Device = "cpu",
     ):
-        self._tp, self._kv_heads, self._experts = tp, kv_heads, experts
+        self._tp, self._kv_heads, self._experts, self._sigmoid_router = tp, kv_heads, experts, sigmoid_router
         self._tied, self._dtype, self._server = tied, dtype, server
         self._found: tuple[dict[str, str], ...] = tuple({} for _ in range(tp))
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
@@ -56,7 +57,8 @@ class ServerChecksums:
     def add(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take some of the weights; the caller may reuse their memory when this returns."""
         for name, tensor in named_tensors:
-            tensor = tensor.detach().to(dtype=self._dtype or tensor.dtype)
+            kind = str(self._dtype or tensor.dtype).removeprefix("torch.")
+            tensor = tensor.detach().to(getattr(torch, served_dtype(name, kind, self._sigmoid_router)))
             part = server_part(name)
             if part.of_experts:
                 self._add_expert(part, tensor)

@@ -146,7 +146,8 @@ class _Member:
         told = json.loads(self._records.get("tensors"))
         self._dtype = getattr(torch, told["dtype"])
         try:
-            self._places = trace(model, told["shapes"], self._dtype)
+            others = {name: getattr(torch, dtype) for name, dtype in told["dtypes"].items()}
+            self._places = trace(model, told["shapes"], self._dtype, others)
         except Exception as error:  # whatever stops the trace, a broadcast calls the same loader without it
             raise ValueError(f"{error}; {NOT_FOLLOWED}") from error
         self._needs = needs_table([place.need for place in self._places], list(told["shapes"]))

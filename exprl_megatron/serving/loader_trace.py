@@ -25,20 +25,31 @@ class Place:
     """Of its first number in the parameter's memory."""
     size: tuple[int, int]
     stride: tuple[int, int]
+    words: torch.dtype | None = None
+    """Where the parameter's memory is seen as numbers of another dtype: which. Offset, size and stride are of these."""
 
     def view(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[rows, columns], of the parameter as it is now."""
-        return torch.as_strided(parameters[self.parameter].data, self.size, self.stride, self.offset)
+        data = parameters[self.parameter].data
+        seen = data if self.words is None else data.view(self.words)
+        return torch.as_strided(seen, self.size, self.stride, self.offset)
 
 
-def trace(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[Place]:
+def trace(
+    model: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    others: Mapping[str, torch.dtype] | None = None,
+) -> list[Place]:
     """The places of all tensors of `shapes` in `model`, whose parameters stay as they are but for what is padding.
 
-    `dtype` is what will be sent. Raises ValueError where the loader does more with a tensor than to copy parts of it
-    into parameters.
+    `dtype` is what will be sent. Vectors of `others` have these wider dtypes, and their memory is sent as words of
+    `dtype`. Raises ValueError where the loader does more with a tensor than to copy parts of it into parameters, and
+    where the model keeps one of `others` in another dtype.
     """
-    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    noted = _Noted(model, tensors)
+    kinds = others or {}
+    tensors = {name: torch.empty(shape, dtype=kinds.get(name, dtype), device="meta") for name, shape in shapes.items()}
+    noted = _Noted(model, tensors, dtype)
     try:
         with noted, torch.no_grad():
             model.load_weights(list(tensors.items()))
@@ -50,8 +61,9 @@ def trace(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: 
 class _Noted(TorchDispatchMode):
     """Notes the copies out of `tensors` into parameters of `model`; anything else is done."""
 
-    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype):
         super().__init__()
+        self._dtype = dtype
         self.places: list[Place] = []
         self._tensors = tensors
         self._names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
@@ -78,7 +90,19 @@ class _Noted(TorchDispatchMode):
             raise ValueError(f"{name or 'a changed tensor'} does not go into a parameter as it is")
         row, rows, column, columns = _rectangle(name, part, self._tensors[name])
         stride = (into.stride(0), into.stride(1) if into.dim() == 2 else 1)
-        return Place(Need(name, row, rows, column, columns), parameter, into.storage_offset(), (rows, columns), stride)
+        place = Place(Need(name, row, rows, column, columns), parameter, into.storage_offset(), (rows, columns), stride)
+        kind = self._tensors[name].dtype
+        if kind == self._dtype:
+            return place
+        if into.dtype != kind or into.dim() != 1 or into.stride(0) != 1:
+            raise ValueError(f"{name} is a vector of {kind}, and the model keeps it otherwise")
+        return _in_words(place, kind.itemsize // self._dtype.itemsize, self._dtype)
+
+
+def _in_words(place: Place, count: int, words: torch.dtype) -> Place:
+    """A vector's place where each of its numbers is `count` words."""
+    need = Need(place.need.name, count * place.need.row, count * place.need.rows, 0, 1)
+    return Place(need, place.parameter, count * place.offset, (need.rows, 1), (1, 1), words)
 
 
 def _rectangle(name: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int]:

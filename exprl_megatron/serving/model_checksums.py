@@ -4,7 +4,7 @@ The parts are the trainer's, which hashes the same ones where its ranks hold the
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -18,8 +18,8 @@ class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the trainer expects one rank's parameters to be, but for their numbers."""
 
     shapes: dict[str, tuple[int, ...]]
-    dtype: str
-    """As in `str(tensor.dtype)` without `torch.`."""
+    dtypes: dict[str, list[int]]
+    """As in `str(tensor.dtype)` without `torch.`: the parameters that have each, by their place in `shapes`."""
     parts: bytes
     """RECTANGLE, packed by `pack_needs`: of the parameters by their place in `shapes`; together they cover each."""
 
@@ -33,14 +33,20 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Why there are none."""
 
 
-def pack_expected(shapes: Mapping[str, tuple[int, ...]], dtype: str, parts: np.ndarray) -> bytes:
-    """The trainer's side of `checksums`. Raises ValueError where `parts` do not cover the parameters."""
+def pack_expected(shapes: Mapping[str, tuple[int, ...]], dtypes: Sequence[str], parts: np.ndarray) -> bytes:
+    """The trainer's side of `checksums`; `dtypes` as `shapes`.
+
+    Raises ValueError where `parts` do not cover the parameters.
+    """
     counts = np.zeros(len(shapes), dtype=np.int64)
     np.add.at(counts, parts["of"], parts["rows"].astype(np.int64) * parts["columns"])
     for (name, shape), count in zip(shapes.items(), counts.tolist(), strict=True):
         if count != math.prod(shape):
             raise ValueError(f"the parts of {name}, of shape {list(shape)}, have {count} numbers")
-    return msgspec.msgpack.encode(Expected(dict(shapes), dtype, pack_needs(parts)))
+    places: dict[str, list[int]] = {}
+    for place, dtype in enumerate(dtypes):
+        places.setdefault(dtype, []).append(place)
+    return msgspec.msgpack.encode(Expected(dict(shapes), places, pack_needs(parts)))
 
 
 @torch.no_grad()
@@ -52,14 +58,15 @@ def checksums(held: Mapping[str, torch.Tensor], expected: bytes) -> dict[str, st
     wanted = msgspec.msgpack.decode(expected, type=Expected)
     grids = {name: (math.prod(shape[:-1]), shape[-1]) if shape[1:] else shape for name, shape in wanted.shapes.items()}
     parts = unpack_needs(wanted.parts, grids)
+    names = list(wanted.shapes)
+    dtypes = {names[place]: dtype for dtype, places in wanted.dtypes.items() for place in places}
     found = {}
     for name, tensor in held.items():
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         if name not in wanted.shapes:
             found[name] = "not expected"
-        elif (shape, dtype) != (wanted.shapes[name], wanted.dtype):
+        elif (shape, dtype) != (wanted.shapes[name], dtypes.get(name)):
             found[name] = f"{dtype} {list(shape)}"
-    names = list(wanted.shapes)
     able = [number for number, name in enumerate(names) if name in held and name not in found]
     parts = parts[np.isin(parts["of"], able)]
     grid = {number: as_grid(held[names[number]]) for number in able}

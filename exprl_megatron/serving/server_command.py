@@ -1,5 +1,6 @@
 """The command line and environment of one SGLang server: all that differs between CPU and CUDA is decided here."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,7 @@ def server_command(
     command += ["--custom-weight-loader", LOADER]
     max_total_tokens = config.max_total_tokens
     if cuda:
-        command += ["--base-gpu-id", str(first_gpu)]
+        command += ["--base-gpu-id", str(first_gpu), *_cuda_arguments_of(model)]
         if config.mem_fraction_static is not None:
             command += ["--mem-fraction-static", f"{config.mem_fraction_static:g}"]
     else:
@@ -66,6 +67,16 @@ def server_command(
     if config.max_running_requests is not None:
         command += ["--max-running-requests", str(config.max_running_requests)]
     return [*command, *config.extra_args]
+
+
+def _cuda_arguments_of(model: Path) -> list[str]:
+    """What a server of this model needs so that its parameters are those that the policy sends.
+
+    On CUDA alone SGLang stores GLM-4.5's shared expert as one more of the experts that a router chooses from.
+    """
+    config = model / "config.json"
+    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    return ["--disable-shared-experts-fusion"] if names == ["Glm4MoeForCausalLM"] else []
 
 
 def irreproducible_sampling(config: ServerConfig, cuda: bool) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from exprl_megatron.models.name_map import dtype_of
 from exprl_megatron.serving.delivery_tables import RECTANGLE, areas
 from exprl_megatron.serving.sharding import Cut, Device, rank_cut
 
@@ -22,6 +23,15 @@ _FUSED_BY = {part: fused for fused, parts in FUSED.items() for part in parts}
 _EXPERTS_BY = {part: name for name, parts in OF_EXPERTS.items() for part in parts}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def served_dtype(name: str, dtype: str, sigmoid_router: bool) -> str:
+    """What a server whose model is in `dtype` keeps the parameter `name` in; both are torch dtypes' names.
+
+    SGLang 0.5.23 keeps a sigmoid router's weight and bias in fp32 (Glm4MoeGate).
+    """
+    router = sigmoid_router and name.endswith(".mlp.gate.weight")
+    return "float32" if router else dtype_of(name, dtype)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.errors import ServerError, UserError
-from exprl_megatron.models.shards import Shape
+from exprl_megatron.models.name_map import dtype_of
+from exprl_megatron.models.shards import Shape, in_words
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.delivery_tables import pack_deliveries, unpack_needs
@@ -167,14 +168,16 @@ class DirectTransport:
         address = address_towards(urlsplit(self._clients[0].url).hostname)
         self._store = Records(meeting_place(address, self._deadline_s), secrets.token_hex(16), RECORDS)
         gatherer = outgoing.gatherer
-        told = {"dtype": _word(gatherer.dtype), "shapes": gatherer.shapes}
+        word = _word(gatherer.dtype)
+        others = {name: kind for name in gatherer.shapes if (kind := dtype_of(name, word)) != word}
+        told = {"dtype": word, "shapes": gatherer.shapes, "dtypes": others}
         self._store.set("tensors", json.dumps(told))
         self._name = group_name(self._store.key)
         self._size = self._world.layout.world_size + self._server_tp * len(self._clients)
         self._coordinator.signal((self._name, self._size, address, self._store.port))
         meeting = asyncio.wrap_future(self._meet(address, self._store.port))
         await self._join(meeting)
-        packed, alike = self._reported(gatherer.shapes)
+        packed, alike = self._reported(in_words(gatherer.shapes, word))
         self._coordinator.signal((packed, alike))
         self._group = meeting.result()
         plan = await asyncio.to_thread(self._plan, outgoing, packed, alike)
@@ -240,10 +243,12 @@ class DirectTransport:
     def _plan(self, outgoing: Outgoing, packed: list[bytes], alike: list[list[int]]) -> DeliveryPlan:
         """Who sends what; the arguments are as `_reported` returns them."""
         gatherer, layout = outgoing.gatherer, self._world.layout
-        tables = [unpack_needs(table, gatherer.shapes) for table in packed]
+        word = _word(gatherer.dtype)
+        shapes = in_words(gatherer.shapes, word)
+        tables = [unpack_needs(table, shapes) for table in packed]
         needs = [[tables[which] for which in server] for server in alike]
-        held = held_shares(outgoing.architecture, layout, self._world.device.type == "cuda")
-        return DeliveryPlan(needs, held, layout, _word(gatherer.dtype), outgoing.bucket_bytes)
+        held = held_shares(outgoing.architecture, layout, self._world.device.type == "cuda", word)
+        return DeliveryPlan(needs, held, layout, word, outgoing.bucket_bytes)
 
     def _keep(self, plan: DeliveryPlan) -> None:
         self._sending = Sending(plan, self._world)

@@ -14,7 +14,7 @@ import torch
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import Parameter, Rule, hf_shapes, parameters
-from exprl_megatron.models.shards import Shape, copies, holders, shard_shape
+from exprl_megatron.models.shards import Shape, copies, holders, in_words, shard_shape
 
 SHARE = np.dtype(
     [(field, np.int32) for field in ("tensor", "row", "rows", "column", "columns", "holding", "parameter", "local_row")]
@@ -41,9 +41,14 @@ class Held:
     """int64 [tensors + 1]: where each tensor's shares begin, and the end of the last one's."""
 
 
-def held_shares(architecture: Architecture, layout: Layout, grouped: bool = False) -> Held:
-    """What makes up each exported Hugging Face tensor. `grouped` is as in names.parameters."""
+def held_shares(architecture: Architecture, layout: Layout, grouped: bool = False, words: str | None = None) -> Held:
+    """What makes up each exported Hugging Face tensor. `grouped` is as in names.parameters.
+
+    `words`: the tensors' memory is seen as numbers of this dtype (see shards.in_words); None: as their own.
+    """
     shapes = hf_shapes(architecture)
+    if words is not None:
+        shapes = in_words(shapes, words)
     numbers = {name: number for number, name in enumerate(shapes)}
     table = tuple(parameter for parameter in parameters(architecture, layout, grouped) if parameter.exported)
     places: dict[tuple, np.ndarray] = {}

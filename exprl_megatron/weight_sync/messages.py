@@ -14,7 +14,7 @@ from itertools import zip_longest
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models import fp8_blocks as blocks
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import Parameter, hf_shapes, parameters
+from exprl_megatron.models.name_map import Parameter, dtype_of, hf_shapes, parameters
 from exprl_megatron.models.shards import ITEMSIZE, Shape, cut_into, holders, lands_whole, shard_shape
 
 
@@ -127,5 +127,5 @@ def _sent(parameter: Parameter, shapes: dict[str, Shape], dtype: str, fp8: bool)
             found.append((name, "float8_e4m3fn", shape))
             found.append((name + blocks.SCALE, "float32", tuple(-(-size // blocks.BLOCK) for size in shape)))
         else:
-            found.append((name, dtype, shape))
+            found.append((name, dtype_of(name, dtype), shape))
     return found

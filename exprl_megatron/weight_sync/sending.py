@@ -48,6 +48,8 @@ class Sending:
         cuts = []
         for part in delivery.parts:
             own = gatherer.own(self._parameters[part.of])
+            if own.dtype != gatherer.dtype:
+                own = own.view(gatherer.dtype)
             rows = own if own.dim() == 2 else own.view(-1, 1)
             cuts.append(rows.narrow(0, part.row, part.rows).narrow(1, part.column, part.columns))
         return cuts

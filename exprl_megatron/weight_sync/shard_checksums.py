@@ -21,7 +21,7 @@ import xxhash
 
 from exprl_megatron.errors import ServerError
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import hf_shapes
+from exprl_megatron.models.name_map import Parameter, hf_shapes
 from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
@@ -30,7 +30,7 @@ from exprl_megatron.serving.loader_orders import LOADER, RECORDS
 from exprl_megatron.serving.model_checksums import Report, as_grid, cut, pack_expected, written
 from exprl_megatron.serving.own_group import in_background, on_device
 from exprl_megatron.serving.part_hash import add_up, hash_parts
-from exprl_megatron.serving.weight_layout import ServerParameters, server_parameters
+from exprl_megatron.serving.weight_layout import ServerParameters, served_dtype, server_parameters
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
 from exprl_megatron.utils.together import gather_or_cancel
@@ -57,6 +57,8 @@ class ChecksumPlan:
     padding: np.ndarray
     """RECTANGLE: parts that are zero, of which rank 0 answers for all; `padding_numbers` as `numbers`."""
     padding_numbers: np.ndarray
+    sigmoid_router: bool
+    """Of the model; see served_dtype."""
 
     @property
     def count(self) -> int:
@@ -98,6 +100,7 @@ def plan_checksums(architecture: Architecture, world: World, server_tp: int) -> 
         padding_numbers=np.concatenate(
             [server.padding["of"] + start for server, start in zip(servers, firsts, strict=True)]
         ),
+        sigmoid_router=architecture.experts is not None and architecture.experts.sigmoid,
     )
 
 
@@ -164,7 +167,8 @@ class ShardChecksums:
     def _publish(self, dtype: str) -> None:
         plan = self._planning.result()
         for server, parts in zip(plan.servers, plan.parts, strict=True):
-            packed = pack_expected(server.shapes, dtype, parts)
+            dtypes = [served_dtype(name, dtype, plan.sigmoid_router) for name in server.shapes]
+            packed = pack_expected(server.shapes, dtypes, parts)
             self._expected.append(f"expected {xxhash.xxh3_128_hexdigest(packed)}")
             self._store.set(self._expected[-1], packed)
 
@@ -206,7 +210,7 @@ def _own_parts(plan: ChecksumPlan, gatherer: Gatherer) -> Iterator[tuple[Part, t
     number, grid = -1, None
     for place, source in zip(plan.places.tolist(), plan.sources.tolist(), strict=True):
         if source[0] != number:
-            number, grid = source[0], as_grid(gatherer.own(plan.held.parameters[source[0]]))
+            number, grid = source[0], as_grid(_as_served(plan, gatherer, plan.held.parameters[source[0]]))
         yield Part(*place), cut(grid, Part(*source))
 
 
@@ -218,3 +222,10 @@ def _placed(wanted: np.ndarray, places: np.ndarray) -> np.ndarray:
     placed["row"] += within["row"]
     placed["column"] += within["column"]
     return placed
+
+
+def _as_served(plan: ChecksumPlan, gatherer: Gatherer, parameter: Parameter) -> torch.Tensor:
+    """This rank's shard in the dtype in which servers keep its tensors."""
+    own = gatherer.own(parameter)
+    kind = served_dtype(parameter.hf_names[0], str(own.dtype).removeprefix("torch."), plan.sigmoid_router)
+    return own.to(getattr(torch, kind))

@@ -82,6 +82,7 @@ class WholeCheck:
             tp=server_tp,
             kv_heads=architecture.kv_groups,
             experts=architecture.experts.count if architecture.experts else 0,
+            sigmoid_router=architecture.experts is not None and architecture.experts.sigmoid,
             tied=architecture.tied,
             server="cuda" if uses_cuda() else "cpu",
         )

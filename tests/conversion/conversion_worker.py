@@ -27,6 +27,7 @@ OF_FAMILY = {
     "qwen3": LAYOUTS,
     "qwen3-moe": {"PP2xVPP2": LAYOUTS["PP2xVPP2"], **EXPERTS},
     "mixtral": {"TP1": Layout(), **EXPERTS},
+    "glm4-moe": {"PP2xVPP2": LAYOUTS["PP2xVPP2"], "TP2xPP2xEP2+SP": EXPERTS["TP2xPP2xEP2+SP"]},
 }
 
 

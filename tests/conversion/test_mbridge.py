@@ -29,7 +29,9 @@ def check_names(directory: Path, kind: str | None = None) -> None:
     assert {name for entry in table for name in entry.hf_names} == hf_shapes(architecture).keys()
 
 
-@pytest.mark.parametrize("name", ["llama-3.3-70b", "qwen2.5-72b", "qwen3-32b", "qwen3-235b-a22b"])
+@pytest.mark.parametrize(
+    "name", ["llama-3.3-70b", "qwen2.5-72b", "qwen3-32b", "qwen3-235b-a22b", "glm-4.5-air", "glm-4.5"]
+)
 def test_every_parameter_of_a_published_model_is_made_of_the_tensors_that_mbridge_names(name):
     check_names(ARCHITECTURES / name)
 

@@ -15,15 +15,22 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from exprl_megatron import planning
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.models.architecture import padded_vocabulary, read_architecture
-from exprl_megatron.models.name_map import Vocabulary, hf_shapes, parameters
+from exprl_megatron.models.name_map import Vocabulary, hf_shapes, is_buffer, parameters
 from exprl_megatron.models.stored_parameters import stored_parameters
 from exprl_megatron.policy.meta import meta_chunks, pretend_world
+from exprl_megatron.policy.named_weights import named_weights
 
 pytestmark = pytest.mark.slow
 
-NUMBERS = {"llama-3.3-70b": 70.6, "qwen2.5-72b": 72.7, "qwen3-32b": 32.8, "qwen3-235b-a22b": 235.1}
+NUMBERS = {
+    "llama-3.3-70b": 70.6,
+    "qwen2.5-72b": 72.7,
+    "qwen3-32b": 32.8,
+    "qwen3-235b-a22b": 235.1,
+    "glm-4.5-air": 106.9,
+}
 """Billions, as published in the model cards."""
-RANKS = {"llama-3.3-70b": 16, "qwen2.5-72b": 16, "qwen3-32b": 8, "qwen3-235b-a22b": 256}
+RANKS = {"llama-3.3-70b": 16, "qwen2.5-72b": 16, "qwen3-32b": 8, "qwen3-235b-a22b": 256, "glm-4.5-air": 32}
 """Of a recipe those that differ in more than the data."""
 
 
@@ -61,13 +68,14 @@ def walked(request) -> Iterator[tuple[str, Walked]]:
 def look_at_rank(chunks: list, world, found: Walked) -> None:
     found.ranks += 1
     for index, chunk in enumerate(chunks):
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in named_weights(chunk):
             expert = ".experts." in name
             place = (world.pp_rank, index, name, world.ep_rank if expert else None)
             cut = world.etp_rank if expert else world.tp_rank
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
             earlier = found.held.setdefault(place, {}).setdefault(cut, empty)
-            assert (earlier.shape, earlier.dtype) == (parameter.shape, torch.bfloat16)
+            dtype = torch.float32 if is_buffer(name) else torch.bfloat16
+            assert (earlier.shape, earlier.dtype) == (parameter.shape, dtype)
         for value in chunk.sharded_state_dict(metadata={"singleton_local_shards": False}).values():
             for shard in shards_of(value):
                 shape = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)

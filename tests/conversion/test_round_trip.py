@@ -29,6 +29,7 @@ FAMILIES = {
     "mixtral": {},
     "mistral": {},
     "seed-oss": {"vocab_size": 107},
+    "glm4-moe": {"vocab_size": 107, "mtp": True},
 }
 YARN = {
     "rope_type": "yarn",
@@ -73,8 +74,9 @@ def test_stretched_positions_come_back_with_every_setting(tiny_model, tmp_path, 
     assert read_architecture(tmp_path / "back") == read_architecture(model)
 
 
-def test_a_policy_in_one_process_loads_a_converted_directory(tiny_model, tmp_path, world, tensors, same):
-    model = tiny_model("qwen3", vocab_size=107)
+@pytest.mark.parametrize("family", ["qwen3", "glm4-moe"])
+def test_a_policy_in_one_process_loads_a_converted_directory(tiny_model, tmp_path, world, tensors, same, family):
+    model = tiny_model(family, **FAMILIES[family])
     convert_to_megatron(model, tmp_path / "megatron")
     Policy(PolicyConfig(model=str(tmp_path / "megatron")), seed=0).save_huggingface(tmp_path / "saved")
     assert same(tensors(tmp_path / "saved"), tensors(model))
@@ -90,6 +92,38 @@ def test_bf16_is_torchs_rounding_and_returns_bit_equal(tiny_model, tmp_path, ten
     assert verify_weights(model, tmp_path / "back", logits="no").equal
     convert_to_huggingface(open_weights(tmp_path / "megatron"), tmp_path / "wide", torch.float32)
     assert same(tensors(tmp_path / "wide"), {name: tensor.float() for name, tensor in rounded.items()})
+
+
+def test_a_model_in_bf16_keeps_the_bias_of_its_router_and_what_is_copied_through(
+    tiny_model, tmp_path, world, tensors, same
+):
+    model = tiny_model("glm4-moe", mtp=True)
+    convert_to_megatron(model, tmp_path / "megatron", dtype=torch.bfloat16)
+    convert_to_huggingface(open_weights(tmp_path / "megatron"), tmp_path / "back")
+    expected = {
+        name: tensor if name.startswith("model.layers.2.") or name.endswith("_bias") else tensor.bfloat16()
+        for name, tensor in tensors(model).items()
+    }
+    assert same(tensors(tmp_path / "back"), expected)
+    convert_to_huggingface(open_weights(model), tmp_path / "cast", torch.bfloat16)
+    assert same(tensors(tmp_path / "cast"), expected)
+    assert verify_weights(model, tmp_path / "back", logits="no").equal
+    policy = Policy(PolicyConfig(model=str(tmp_path / "megatron"), precision="bf16"), seed=0)
+    policy.save_huggingface(tmp_path / "saved")
+    assert same(tensors(tmp_path / "saved"), expected)
+
+
+def test_a_tensor_that_was_copied_through_wrong_is_found(tiny_model, tmp_path, tensors):
+    model = copied(tiny_model("glm4-moe", mtp=True), tmp_path / "model")
+    convert_to_megatron(model, tmp_path / "megatron")
+    convert_to_huggingface(open_weights(tmp_path / "megatron"), tmp_path / "back")
+    wrong = "model.layers.2.eh_proj.weight"
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    file = tmp_path / "back" / index["weight_map"][wrong]
+    weights = load_file(file)
+    weights[wrong][0, 0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert verify_weights(model, tmp_path / "back", logits="no").differing == [wrong]
 
 
 def test_a_tied_output_layer_that_is_stored_twice_is_written_once(tiny_model, tmp_path, tensors):

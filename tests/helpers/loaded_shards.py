@@ -17,6 +17,7 @@ CASES = [
     ("mistral", Layout(pp=2, vpp=2, dp=2), 4),
     ("qwen3-moe", EXPERTS, 2),
     ("mixtral", Layout(dp=4, ep=2, pp=2), 1),
+    ("glm4-moe", EXPERTS, 2),
 ]
 """Family, the trainer's layout, ranks of a server."""
 

@@ -16,4 +16,14 @@ RECIPES = {
         embedding_as_layer=True,
         head_as_layer=True,
     ),
+    "glm-4.5-air": Layout(
+        tp=2,
+        pp=4,
+        vpp=3,
+        ep=8,
+        dp=4,
+        sequence_parallel=True,
+        embedding_as_layer=True,
+        head_as_layer=True,
+    ),
 }

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -18,7 +20,7 @@ from transformers import (
     SeedOssConfig,
 )
 
-Architecture = Literal["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss"]
+Architecture = Literal["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe"]
 CONFIGS = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
@@ -27,6 +29,7 @@ CONFIGS = {
     "mixtral": MixtralConfig,
     "mistral": MistralConfig,
     "seed-oss": SeedOssConfig,
+    "glm4-moe": Glm4MoeConfig,
 }
 OWN_SETTINGS = {
     "mistral": {"sliding_window": None},
@@ -34,6 +37,16 @@ OWN_SETTINGS = {
     "seed-oss": {"head_dim": 24},
     "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "glm4-moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
 }
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -59,6 +72,7 @@ def write_tiny_model(
     seed: int = 0,
     published_form: bool = True,
     rope: dict | None = None,
+    mtp: bool = False,
     **settings,
 ) -> Path:
     """Write config, float32 weights and tokenizer into `directory` and return it.
@@ -92,11 +106,29 @@ def write_tiny_model(
     for name, parameter in model.named_parameters():
         mean, deviation = (1.0, 0.3) if "norm" in name else (0.0, 0.5 if name.endswith("bias") else 0.15)
         torch.nn.init.normal_(parameter.data, mean, deviation)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, 0.0, 0.3)
     model.save_pretrained(directory)
+    if mtp:
+        _add_prediction_layer(directory / "model.safetensors", layers)
     tokenizer.save_pretrained(directory)
     if published_form:
         _write_published_form(directory / "config.json")
     return directory
+
+
+def _add_prediction_layer(path: Path, layers: int) -> None:
+    """Store a layer of multi-token prediction behind the others, as GLM-4.5's published checkpoints do."""
+    weights = load_file(path)
+    last, added = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    extra = {name.replace(last, added): t.clone() + 0.01 for name, t in weights.items() if name.startswith(last)}
+    hidden = weights["model.norm.weight"]
+    extra |= {f"{added}{name}.weight": hidden + 0.1 for name in ("enorm", "hnorm", "shared_head.norm")}
+    extra[f"{added}eh_proj.weight"] = torch.randn(len(hidden), 2 * len(hidden))
+    extra[f"{added}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+    extra[f"{added}shared_head.head.weight"] = weights["lm_head.weight"].clone()
+    save_file(weights | extra, path, metadata={"format": "pt"})
 
 
 def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -135,6 +167,8 @@ def _write_published_form(path: Path) -> None:
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     config["torch_dtype"] = config.pop("dtype")
     if "Qwen3MoeForCausalLM" in config["architectures"]:

@@ -236,7 +236,8 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, said):
 @pytest.mark.parametrize(
     ("name", "more", "nearest"),
     [
-        ("Glm4MoeForCausalLM", {"n_routed_experts": 128}, "Qwen3MoeForCausalLM"),
+        ("Glm4MoeLiteForCausalLM", {"n_routed_experts": 128}, "Glm4MoeForCausalLM"),
+        ("Qwen3NextForCausalLM", {"num_experts": 512}, "Qwen3MoeForCausalLM"),
         ("Qwen3_5ForConditionalGeneration", {}, "Qwen3ForCausalLM"),
         ("Ministral3ForCausalLM", {}, "MistralForCausalLM"),
         ("LlamaBidirectionalModel", {}, "LlamaForCausalLM"),

@@ -17,18 +17,18 @@ from exprl_megatron.models.name_map import (
 )
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss")
+TIED_OR_NOT = [(family, tied) for family in FAMILIES for tied in (False, True)] + [("glm4-moe", False)]
+"""SGLang does not tie GLM-4.5's embeddings."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "tied"), TIED_OR_NOT)
 def test_names_and_shapes_are_those_that_transformers_writes(tiny_model, family, tied):
     directory = tiny_model(family, tied=tied)
     theirs = {name: tuple(tensor.shape) for name, tensor in load_file(directory / "model.safetensors").items()}
     assert hf_shapes(read_architecture(directory)) == theirs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "tied"), TIED_OR_NOT)
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(pp=2, vpp=2), Layout(tp=2, pp=4)])
 def test_every_tensor_is_exported_once_in_the_order_of_the_model(tiny_model, family, tied, layout):
     architecture = replace(read_architecture(tiny_model(family, tied=tied)), layers=4)
@@ -40,14 +40,14 @@ def test_every_tensor_is_exported_once_in_the_order_of_the_model(tiny_model, fam
     assert [e.name for e in copies] == (["output_layer.weight"] if tied and layout.pp > 1 else [])
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "glm4-moe"])
 def test_each_expert_lives_on_one_expert_parallel_rank_under_its_number_there(tiny_model, family):
     architecture = read_architecture(tiny_model(family))
     layout = Layout(dp=2, ep=2)
     names = {
         (entry.ep_rank, name.removeprefix("decoder.layers.1.mlp.experts."), entry.hf_names[-1].split("experts.")[1][0])
         for entry in parameters(architecture, layout)
-        if "linear_fc2" in (name := entry.name) and name.startswith("decoder.layers.1.")
+        if "linear_fc2" in (name := entry.name) and name.startswith("decoder.layers.1.mlp.experts.")
     }
     assert names == {(e // 2, f"local_experts.{e % 2}.linear_fc2.weight", str(e)) for e in range(4)}
     grouped = {entry.name for entry in parameters(architecture, layout, grouped=True) if entry.ep_rank == 1}

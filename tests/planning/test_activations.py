@@ -71,6 +71,17 @@ def test_experts_keep_between_the_formula_and_twice_that():
     assert planned < measured < 2 * planned
 
 
+def test_a_shared_expert_keeps_what_a_dense_mlp_of_its_width_does_but_for_its_input():
+    experts = replace(find_architecture("qwen3-30b-a3b")[0].experts, count=8, chosen=2, ffn=32)
+    plain = [replace(tiny("qwen3-30b-a3b", layers), experts=experts) for layers in (1, 3)]
+    shared = [replace(one, experts=replace(experts, shared_ffn=48)) for one in plain]
+    # Both have the same router, so chance is the same too.
+    measured = ((saved_bytes(shared[1]) - saved_bytes(shared[0])) - (saved_bytes(plain[1]) - saved_bytes(plain[0]))) / 2
+    planned = [layer_bytes_per_token(one[0], Layout(), PrecisionConfig()) for one in (plain, shared)]
+    # SwiGLU's input and output, and on a CPU the activated gate.
+    assert measured / TOKENS == planned[1] - planned[0] + 4 * 48
+
+
 @pytest.mark.parametrize("tp", [1, 4])
 def test_a_layer_without_gate_and_dropout_is_the_papers(tp):
     """arXiv 2205.05198, section 4: 34 s b h / t with sequence parallelism and attention recomputed, of which dropout's

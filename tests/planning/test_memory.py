@@ -36,6 +36,10 @@ def slow(*values):
         ("qwen3-30b-a3b", Layout(tp=4, pp=2, ep=8, etp=2, dp=4, sequence_parallel=True)),
         slow("qwen3-235b-a22b", Layout(pp=8, vpp=4, ep=32, dp=32, embedding_as_layer=True, head_as_layer=True)),
         ("seed-oss-36b", Layout(tp=8, pp=4, sequence_parallel=True)),
+        (
+            "glm-4.5-air",
+            Layout(tp=2, pp=4, ep=32, dp=16, sequence_parallel=True, embedding_as_layer=True, head_as_layer=True),
+        ),
         ("mixtral-8x7b", Layout(tp=2, pp=2, ep=4, etp=1, dp=2, sequence_parallel=True)),
     ],
     ids=lambda value: value if isinstance(value, str) else f"tp{value.tp}pp{value.pp}vpp{value.vpp}ep{value.ep}",

@@ -16,8 +16,9 @@ MODELS = {
     "qwen3-moe": LINEAR,
     "mistral": YARN,
     "seed-oss": LINEAR,
+    "glm4-moe": None,
 }
-"""Rotary settings, so that each family is seen with stretched positions (SGLang serves Mixtral without)."""
+"""Rotary settings, so that each family is seen with stretched positions (which Mixtral and GLM-4.5 have not)."""
 BATCH = sequences(128)
 
 

@@ -13,7 +13,7 @@ from wide_layouts_worker import BALANCE, BALANCED, CASES
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 107
-LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7}
+LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4}
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ EXPERTS = {
     "TP2xPP2xDP2xEP2xETP2+SP": Layout(tp=2, pp=2, dp=2, ep=2, etp=2, **SP),
     "TP2xCP2xDP2xEP4xETP2+SP": Layout(tp=2, cp=2, dp=2, ep=4, etp=2, **SP),
 }
+UNLIKE = {name: EXPERTS[name] for name in ("TP1", "PP2", "EP2", "TP2+SP", "PP2xVPP2xEP2", "TP2xDP2xEP2xETP2+SP")}
+"""Of a model with a dense layer, a shared expert in the others, and a bias in their routers."""
 UNEVEN = {
     "TP1": Layout(),
     "PP2 embedding as layer": Layout(pp=2, embedding_as_layer=True),
@@ -45,7 +47,7 @@ UNEVEN = {
 """Of a model with seven layers."""
 CASES = {
     f"{family} {name}": (family, layout, {}, {})
-    for family, layouts in (("qwen3", DENSE), ("qwen3-moe", EXPERTS), ("mixtral", UNEVEN))
+    for family, layouts in (("qwen3", DENSE), ("qwen3-moe", EXPERTS), ("mixtral", UNEVEN), ("glm4-moe", UNLIKE))
     for name, layout in layouts.items()
 } | {
     "qwen3 DP2 overlap": ("qwen3", Layout(dp=2), {}, {"overlap": True}),
@@ -54,6 +56,7 @@ CASES = {
     "qwen3-moe EP2xDP4 overlap": ("qwen3-moe", EXPERTS["EP2xDP4"], {}, {"overlap": True}),
     "qwen3-moe EP2 recompute full": ("qwen3-moe", EXPERTS["EP2"], {"recompute": "full"}, {}),
     "qwen3-moe EP2 not distributed": ("qwen3-moe", EXPERTS["EP2"], {}, {"distributed": False}),
+    "glm4-moe PP2 recompute full": ("glm4-moe", EXPERTS["PP2"], {"recompute": "full"}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
 BALANCED = ("TP1", "PP2", "EP2", "CP2xEP2", "TP2xEP2+SP", "TP2xDP2xEP2xETP2+SP")

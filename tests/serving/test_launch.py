@@ -1,5 +1,6 @@
 """Starting, watching and ending servers: ports, bad input, failures, and no orphans."""
 
+import json
 import os
 import signal
 import socket
@@ -170,6 +171,16 @@ def test_flags_for_a_cpu_are_absent_on_cuda():
         assert command[-2:] == ["--chunked-prefill-size", "512"]
         assert command[command.index("--tp-size") + 1] == "2"
         assert command[command.index("--max-running-requests") + 1] == "64"
+
+
+@pytest.mark.parametrize(("name", "apart"), [("Glm4MoeForCausalLM", True), ("Qwen3MoeForCausalLM", False)])
+def test_a_shared_expert_stays_apart_on_cuda(tmp_path, name, apart):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+    settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0"}
+    flag = "--disable-shared-experts-fusion"
+    assert (flag in server_command(tmp_path, ServerConfig(), cuda=True, **settings)) is apart
+    # SGLang does not fuse it on a CPU.
+    assert flag not in server_command(tmp_path, ServerConfig(), cuda=False, **settings)
 
 
 def test_servers_on_one_machine_have_gpus_of_their_own(tmp_path):

@@ -142,7 +142,9 @@ def test_trainer_and_server_agree_on_checksums_through_orders_of_one_key(monkeyp
     model = torch.nn.Linear(3, 2, bias=False)
     parts = np.array([(0, 0, 2, 0, 3)], dtype=RECTANGLE)
     planned = Future()
-    planned.set_result(SimpleNamespace(servers=[SimpleNamespace(shapes={"weight": (2, 3)})], parts=[parts]))
+    planned.set_result(
+        SimpleNamespace(servers=[SimpleNamespace(shapes={"weight": (2, 3)})], parts=[parts], sigmoid_router=False)
+    )
     sums = ShardChecksums(None, None, 1, 10.0)
     sums._planning = planned
     held = sums.held([InProcess(model, loader.load)], torch.float32)
@@ -151,6 +153,6 @@ def test_trainer_and_server_agree_on_checksums_through_orders_of_one_key(monkeyp
             asyncio.run(held)
         return
     ((found,),) = asyncio.run(held)
-    assert found == checksums({"weight": model.weight}, pack_expected({"weight": (2, 3)}, "float32", parts))
+    assert found == checksums({"weight": model.weight}, pack_expected({"weight": (2, 3)}, ["float32"], parts))
     # A second time: what was expected is remembered.
     assert asyncio.run(sums.held([InProcess(model, loader.load)], torch.float32)) == [(found,)]

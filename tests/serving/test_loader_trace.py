@@ -67,6 +67,42 @@ def test_places_are_filled_as_the_loader_fills_them():
         assert torch.equal(parameter, expected)
 
 
+class WithBias(torch.nn.Module):
+    """A router as SGLang has it in a model of bf16, and a layer of that model."""
+
+    def __init__(self, bias=torch.float32):
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.full((4, 3), 7.0))
+        self.bias = torch.nn.Parameter(torch.full((8,), 7.0, dtype=bias))
+        self.norm = torch.nn.Parameter(torch.full((3,), 7.0, dtype=torch.bfloat16))
+
+    def load_weights(self, tensors):
+        for name, tensor in tensors:
+            parameter = getattr(self, name).data
+            (parameter[2:6] if name == "bias" else parameter).copy_(tensor)
+
+
+def test_a_vector_of_a_wider_dtype_is_sent_as_words_and_every_bit_arrives():
+    shapes, model = {"gate": (4, 3), "bias": (4,), "norm": (3,)}, WithBias()
+    places = trace(model, shapes, torch.bfloat16, {"bias": torch.float32})
+    assert [place.need for place in places] == [
+        Need("gate", 0, 4, 0, 3),
+        Need("bias", 0, 8, 0, 1),
+        Need("norm", 0, 3, 0, 1),
+    ]
+    sent = torch.randn(4) * 1.0001
+    views = [place.view(dict(model.named_parameters())) for place in places]
+    assert [view.dtype for view in views] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    views[1].copy_(sent.view(torch.bfloat16).view(-1, 1))
+    assert torch.equal(model.bias[2:6], sent)
+    assert torch.equal(model.bias[[0, 1, 6, 7]], torch.full((4,), 7.0))
+
+
+def test_a_vector_that_the_model_keeps_in_another_dtype_cannot_be_sent_as_words():
+    with pytest.raises(ValueError, match=r"bias is a vector of torch\.float32, and the model keeps it otherwise"):
+        trace(WithBias(torch.bfloat16), {"bias": (4,)}, torch.bfloat16, {"bias": torch.float32})
+
+
 @pytest.mark.parametrize(
     ("load", "message"),
     [

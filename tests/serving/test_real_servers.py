@@ -1,4 +1,4 @@
-"""Models of six families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
+"""Models of seven families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
 
 import asyncio
 import os
@@ -38,6 +38,8 @@ MODELS = {
     "qwen3-moe": {"vocab_size": 128, "tied": False, "rope": {"rope_type": "linear", "factor": 4.0}},
     "seed-oss": {"vocab_size": 131, "tied": False},
     "mistral": {"vocab_size": 128, "tied": False},
+    # With a layer of multi-token prediction, which servers leave out.
+    "glm4-moe": {"vocab_size": 131, "tied": False, "mtp": True},
 }
 EXPERTS = 4
 PROMPT = list(range(3, 100))
@@ -134,6 +136,7 @@ def test_the_longest_sequence_that_is_scored(servers):
 @pytest.mark.parametrize("name", MODELS)
 def test_checksums_are_computed_from_hugging_face_tensors(servers, tiny_model, name):
     weights = load_file(tiny_model(name, **MODELS[name]) / "model.safetensors")
+    weights = {key: tensor for key, tensor in weights.items() if not key.startswith("model.layers.2.")}
     (held,) = on(servers[name], lambda client: client.checksums())
     ours = checksums(weights.items(), tied=MODELS[name]["tied"], experts=EXPERTS)
     assert differing(held, ours) == []

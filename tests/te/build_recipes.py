@@ -32,9 +32,10 @@ from exprl_megatron.models.architecture import (  # noqa: E402
     padded_vocabulary,
     read_architecture,
 )
-from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, parameters  # noqa: E402
+from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, is_buffer, parameters  # noqa: E402
 from exprl_megatron.models.stored_parameters import stored_parameters  # noqa: E402
 from exprl_megatron.policy.meta import meta_chunks, pretend_world  # noqa: E402
+from exprl_megatron.policy.named_weights import named_weights  # noqa: E402
 
 Shapes = dict[tuple[int, str], tuple[int, ...]]
 BF16_LAYERS = 0 if PRECISION in ("bf16", "fp8-delayed") else 1
@@ -94,22 +95,26 @@ def by_the_table(architecture: Architecture, config: PolicyConfig) -> dict[tuple
 
 def check(chunks: list[GPTModel], expected: Shapes) -> list[str]:
     wrong = []
-    found = {(i, name): parameter for i, chunk in enumerate(chunks) for name, parameter in chunk.named_parameters()}
+    found = {(i, name): weight for i, chunk in enumerate(chunks) for name, weight in named_weights(chunk)}
     if {place: tuple(parameter.shape) for place, parameter in found.items()} != expected:
         wrong.append(f"names or shapes differ from the table's: {sorted(expected.keys() ^ found.keys())[:4]}")
     if {parameter.device.type for parameter in found.values()} != {"meta"}:
         wrong.append("a parameter is not on the meta device")
-    if {parameter.dtype for parameter in found.values()} != {torch.bfloat16}:
+    if {weight.dtype for (_, name), weight in found.items() if not is_buffer(name)} != {torch.bfloat16}:
         wrong.append("a parameter is not nominally bf16")
+    if not {weight.dtype for (_, name), weight in found.items() if is_buffer(name)} <= {torch.float32}:
+        wrong.append("a buffer is not in fp32")
     for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
         mlp = layer.mlp.experts if hasattr(layer.mlp, "experts") else layer.mlp
         modules = (layer.self_attention.linear_qkv, layer.self_attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
         modules += (layer.self_attention.core_attention,)
+        if (shared := getattr(layer.mlp, "shared_experts", None)) is not None:
+            modules += (shared.linear_fc1, shared.linear_fc2)
         if not all(type(module).__name__.startswith("TE") for module in modules):
             wrong.append(f"layer {layer.layer_number} has modules that are not Transformer Engine's")
     for index, chunk in enumerate(chunks):
         covered = {name for name, value in sharded(chunk).items()}
-        missing = {name for name, _ in chunk.named_parameters()} - covered
+        missing = {name for name, _ in named_weights(chunk)} - covered
         if missing:
             wrong.append(f"the sharded state dict of chunk {index} lacks {sorted(missing)[:4]}")
     return wrong

@@ -64,7 +64,10 @@ def expected_of(tiny_model, family, layout, tp):
         for rank, plan in enumerate(plans)
     ]
     plan = plans[0]
-    told = [pack_expected(s.shapes, "float32", parts) for s, parts in zip(plan.servers, plan.parts, strict=True)]
+    told = [
+        pack_expected(s.shapes, ["float32"] * len(s.shapes), parts)
+        for s, parts in zip(plan.servers, plan.parts, strict=True)
+    ]
     return as_checksums(plan, sums), told, [model_of(s, source, hf_shapes(architecture)) for s in plan.servers]
 
 
@@ -153,7 +156,7 @@ def test_parts_that_leave_something_out_are_refused(tiny_model):
     (server,), (parts,) = plan.servers, plan.parts
     name = list(server.shapes)[parts[-1]["of"]]
     with pytest.raises(ValueError, match=rf"the parts of {name}, of shape .*, have \d+ numbers"):
-        pack_expected(server.shapes, "float32", parts[:-1])
+        pack_expected(server.shapes, ["float32"] * len(server.shapes), parts[:-1])
 
 
 def test_what_a_trainer_of_another_version_says_is_refused(tiny_model):
