@@ -2,6 +2,7 @@
 
 from recipes import (
     executors,
+    glm4p5_air,
     llama3p3_70b,
     miniature,
     qwen2p5_72b,
@@ -21,6 +22,7 @@ _MODULES = (
     llama3p3_70b,
     qwen2p5_72b,
     qwen3_235b_a22b,
+    glm4p5_air,
 )
 MODELS = {module.NAME: module for module in _MODULES}
 EXECUTORS = (executors.local, executors.slurm, executors.slurm_over_ssh)

@@ -14,7 +14,7 @@ from recipes.trees import changed
 _STEP = {"problems_per_step": 128, "group_size": 16, "updates_per_step": 1, "sampling": {"max_new_tokens": 4096}}
 _LENGTHS = {"max_tokens": 8192, "micro_batch_tokens": 8192}
 """A prompt of up to 4,096 tokens with the longest answer; a micro-batch holds one such trace, or several shorter."""
-_TEMPLATE_ARGS = {"models/Qwen3-32B": {"enable_thinking": False}}
+_TEMPLATE_ARGS = {name: {"enable_thinking": False} for name in ("models/Qwen3-32B", "models/GLM-4.5-Air")}
 """Of models that think aloud unless they are instructed not to."""
 
 

@@ -44,7 +44,7 @@ def test_a_record_of_an_earlier_version_is_of_the_same_model(tiny_model):
         ({"unknown": 1}, "unknown"),
     ],
 )
-def test_a_record_of_another_model_is_told_apart_by_the_field(tiny_model, change, name):
+def test_a_record_of_another_model_differs_in_the_field(tiny_model, change, name):
     assert differing_fields(FORMER | change, read_architecture(tiny_model("qwen3-moe"))) == [name]
 
 

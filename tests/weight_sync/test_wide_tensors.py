@@ -11,7 +11,7 @@ from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
-from exprl_megatron.serving.checksums import rank_checksums
+from exprl_megatron.serving.checksums import ServerChecksums
 from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
 from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
@@ -66,8 +66,9 @@ def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(serv
                 assert sync.push_weights(version)["sync/gb"] > 0
                 buckets = gather_buckets(policy.chunks, policy.architecture, policy.world, 2**30)
                 tensors = [pair for bucket in buckets for pair in bucket]
-                expected = rank_checksums(tensors, tp=TP, kv_heads=2, experts=4, sigmoid_router=True, tied=False)
-                assert coordinator.run(client.checksums()) == expected, kind
+                expected = ServerChecksums(tp=TP, kv_heads=2, experts=4, sigmoid_router=True, tied=False)
+                expected.add(tensors)
+                assert coordinator.run(client.checksums()) == expected.result(), kind
             sync.close()
     finally:
         coordinator.run(client.__aexit__(None, None, None))
