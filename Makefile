@@ -34,7 +34,7 @@ chaos: setup
 test: setup browser
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not chaos"
 
-test-fast: setup browser
+test-fast: setup
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not gpu and not slow"
 
 # In an environment of its own (.venv-te), with Transformer Engine and no GPU.

@@ -14,6 +14,7 @@ from exprl_megatron.inspection.report_page.page_file import write_page
 from exprl_megatron.inspection.report_page.page_model import PageReader
 
 FIND = Path(__file__).parents[2] / "tools" / "find_browser.py"
+pytestmark = pytest.mark.slow
 HOSTILE = "</script><script>hacked=1</script><img src=http://127.0.0.1:9/x onerror=hacked=2><b>bold</b>"
 
 
