@@ -18,6 +18,7 @@ import torch
 
 from exprl_megatron.policy.rotation import rotate_packed_row, rotate_rows
 from exprl_megatron.utils.accelerator import settle
+from exprl_megatron.utils.gloo_device import share_gloo_device
 
 CPU = torch.device("cpu")
 PREFIX = "megatron.core."
@@ -286,6 +287,7 @@ def install() -> bool:
     if any(name.startswith(PREFIX) for name in sys.modules):
         raise RuntimeError("megatron.core was imported before exprl_megatron.policy; import the latter first.")
     sys.meta_path.insert(0, _Importer())
+    share_gloo_device()
     for missing in ("Transformer Engine and Apex are not", "Apex is not"):
         # Said by half a dozen modules at import; on a CPU neither has a use.
         warnings.filterwarnings("ignore", message=f"{missing} installed")

@@ -1,5 +1,7 @@
 """Two pieces of a decoder layer as a machine without CUDA computes them quickest; what they compute is Megatron's."""
 
+from collections.abc import Iterator
+
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -30,7 +32,10 @@ class RotationTable(RotaryEmbedding):
 
 
 class SwiGlu(torch.nn.Module):
-    """silu(gate) * up, where [..., 2 x ffn] holds both halves, whose gradient is written in one piece."""
+    """silu(gate) * up, where [..., 2 x ffn] holds both halves, a block of rows at a time.
+
+    A block stays in the processor's cache between the operations, and nothing but the input is kept for the gradient.
+    """
 
     def __init__(self, config=None):
         super().__init__()
@@ -40,20 +45,33 @@ class SwiGlu(torch.nn.Module):
         return _SwiGlu.apply(hidden)
 
 
+BLOCK = 2**17
+"""Numbers of a block of rows in both halves (512 KiB in fp32)."""
+
+
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = hidden.chunk(2, dim=-1)
-        activated = torch.nn.functional.silu(gate)
-        ctx.save_for_backward(hidden, activated)
-        return activated * up
+        ctx.save_for_backward(hidden)
+        result = hidden.new_empty(*hidden.shape[:-1], hidden.shape[-1] // 2)
+        for rows, of_rows in _blocks(hidden, result):
+            gate, up = rows.chunk(2, dim=-1)
+            torch.mul(torch.nn.functional.silu(gate), up, out=of_rows)
+        return result
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        hidden, activated = ctx.saved_tensors
-        gate, up = hidden.chunk(2, dim=-1)
-        found = torch.empty_like(hidden)
-        of_gate, of_up = found.chunk(2, dim=-1)
-        torch.mul(grad, activated, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
-        return found
+        (hidden,) = ctx.saved_tensors
+        result = hidden.new_empty(hidden.shape)
+        for rows, grad_rows, of_rows in _blocks(hidden, grad, result):
+            gate, up = rows.chunk(2, dim=-1)
+            of_gate, of_up = of_rows.chunk(2, dim=-1)
+            torch.mul(grad_rows, torch.nn.functional.silu(gate), out=of_up)
+            torch.ops.aten.silu_backward.grad_input(grad_rows * up, gate, grad_input=of_gate)
+        return result
+
+
+def _blocks(hidden: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of `hidden` and of `others`, block after block; of a contiguous tensor they are views."""
+    rows = max(1, BLOCK // hidden.shape[-1])
+    return zip(*(tensor.flatten(0, -2).split(rows) for tensor in (hidden, *others)), strict=True)

@@ -20,7 +20,9 @@ from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.processes.heartbeat import beat
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
+from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.files import write_atomically
+from exprl_megatron.utils.freed_memory import keep_freed_memory
 
 _DAY_S = 24 * 3600.0
 _CLOSE_LOGS_S = 1.5
@@ -97,6 +99,8 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     from exprl_megatron.training.assemble import assemble
     from exprl_megatron.training.loop import run_stages
 
+    if not uses_cuda():
+        keep_freed_memory()
     gc.freeze()
     gc.enable()
     paths = RunDirectory(directory)

@@ -93,3 +93,13 @@ def test_tensor_types_are_named_after_cuda_only_inside_the_wrapped_functions():
     with pytest.raises(AttributeError):
         inside(None)
     assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+def test_groups_share_a_gloo_device_once_megatron_is_imported():
+    code = """
+import exprl_megatron.policy
+import megatron.core
+from torch.distributed.distributed_c10d import Backend
+print(Backend._plugins["GLOO"].creator_fn.__module__)
+"""
+    assert run(code) == "exprl_megatron.utils.gloo_device"

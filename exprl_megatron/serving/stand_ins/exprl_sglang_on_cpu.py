@@ -14,6 +14,9 @@ def activate() -> None:
     from sglang.srt.arg_groups import choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from exprl_megatron.utils.gloo_device import share_gloo_device
+
+    share_gloo_device()
     choices.add_deterministic_attention_backend_choices(["torch_native"])
     choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     HookRegistry.register(
