@@ -25,7 +25,7 @@ def share_gloo_device() -> None:
 
 
 def _group(settings, _: object) -> ProcessGroupGloo:
-    """What torch's own function for gloo makes, with the shared devices."""
+    """What torch's own _create_gloo_process_group makes, with the shared devices."""
     timeout: timedelta = settings.timeout
     options = ProcessGroupGloo._Options()
     options._devices = _devices(os.getpid(), os.environ.get(_INTERFACES, ""))
