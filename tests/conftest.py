@@ -150,7 +150,7 @@ def trained_server(qwen3_server, tiny_model):
     async def restore():
         async with qwen3_server.client() as client:
             # A run may have ended while it held requests.
-            await client.take_over(deadline_s=60)
+            await client.reset(deadline_s=60)
             await client.update_from_disk(tiny_model("qwen3"), "initial")
 
     asyncio.run(restore())

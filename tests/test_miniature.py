@@ -24,7 +24,7 @@ from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.rewards.extraction import extract_answer
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 
 ROOT = Path(__file__).parents[1]
 MINIATURE = ROOT / "recipes" / "miniature"
@@ -140,7 +140,7 @@ async def sampled(server, records: list[dict], samples: int) -> list[list[Trace]
     async with server.client() as client:
         version = (await client.info())["weight_version"]
         return await sample_groups(
-            FixedServers([client]),
+            StaticPool([client]),
             prompts,
             samples,
             SamplingConfig(max_new_tokens=64),

@@ -21,7 +21,7 @@ from exprl_megatron.config.serving import SamplingConfig, ServerConfig
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 
 MODEL = Path(__file__).resolve().parent.parent / "recipes" / "miniature" / "policy"
 VOCABULARY = 64
@@ -42,7 +42,7 @@ async def sampled(client: SGLangClient, prompts: Sequence[Prompt], group_size: i
     sampling = SamplingConfig(max_new_tokens=new_tokens)
     started = time.perf_counter()
     groups = await sample_groups(
-        FixedServers([client]), prompts, group_size, sampling, lambda problem, k: k, weight_versions=["initial"]
+        StaticPool([client]), prompts, group_size, sampling, lambda problem, k: k, weight_versions=["initial"]
     )
     seconds = time.perf_counter() - started
     ahead = sum(len(prompt.token_ids) for prompt in prompts) if group_size > 1 else 0

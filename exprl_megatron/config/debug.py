@@ -15,7 +15,7 @@ class DebugConfig(Config):
     rollouts: str | None = None
     """The directory of the run whose steps are learned from."""
     assertions: bool = False
-    """Stop the run where an invariant is violated (`exprl train --assert`; see training/assertions.py)."""
+    """Stop the run where an invariant is violated (`exprl train --assert`; see training/first_update.py)."""
 
     def violations(self, run_config) -> list[str]:
         found = []

@@ -25,7 +25,7 @@ from exprl_megatron.serving.server_process import (
     start_servers,
     stop_servers,
 )
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.together import gather_or_cancel
 
@@ -153,7 +153,7 @@ async def _graded(
         judgements[trace.sample] = await verifier.verify(question.problem, trace.text, deadline_s)
 
     (traces,) = await sample_groups(
-        FixedServers([client]),
+        StaticPool([client]),
         [question.prompt],
         settings.samples,
         settings.sampling,

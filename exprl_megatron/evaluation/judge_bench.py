@@ -26,7 +26,7 @@ from exprl_megatron.judging.wrong_steps import GRANULARITIES, WrongStepFigures, 
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.reporting.progress_bars import Bar, StepProgress
-from exprl_megatron.serving.http import HttpServer
+from exprl_megatron.serving.http_client import HttpClient
 from exprl_megatron.serving.openai_endpoint import judge_endpoints
 from exprl_megatron.serving.server_process import SERVED_DTYPES, server_specs, start_servers, stop_servers
 
@@ -106,7 +106,7 @@ def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
 
 
 @contextmanager
-def _servers(config: RunConfig) -> Iterator[list[HttpServer]]:
+def _servers(config: RunConfig) -> Iterator[list[HttpClient]]:
     """Clients of the judge's endpoints, or of servers that run as long as the block does."""
     if config.judge.endpoints:
         yield judge_endpoints(config.judge)
@@ -125,7 +125,7 @@ def _servers(config: RunConfig) -> Iterator[list[HttpServer]]:
 
 
 async def _arms(
-    clients: Sequence[HttpServer], rounds: Sequence[GradeText], traces: Sequence[JudgedTrace]
+    clients: Sequence[HttpClient], rounds: Sequence[GradeText], traces: Sequence[JudgedTrace]
 ) -> dict[Arm, ArmFigures]:
     figures = {}
     async with _open(clients):
@@ -137,7 +137,7 @@ async def _arms(
 
 
 async def _wrong_steps(
-    clients: Sequence[HttpServer], grade: GradeText, traces: Sequence[MarkedTrace]
+    clients: Sequence[HttpClient], grade: GradeText, traces: Sequence[MarkedTrace]
 ) -> list[WrongStepFigures]:
     figures = []
     async with _open(clients):
@@ -148,14 +148,14 @@ async def _wrong_steps(
 
 
 @asynccontextmanager
-async def _open(clients: Sequence[HttpServer]) -> AsyncIterator[None]:
+async def _open(clients: Sequence[HttpClient]) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         for client in clients:
             await stack.enter_async_context(client)
         yield
 
 
-def _graders(config: JudgeConfig, clients: Sequence[HttpServer], tokenizer: Any, repeats: int) -> list[GradeText]:
+def _graders(config: JudgeConfig, clients: Sequence[HttpClient], tokenizer: Any, repeats: int) -> list[GradeText]:
     """The judge as the run has it, and `repeats` times one that samples, rubrics included, each with other seeds."""
     sampling = config.model_copy(update={"temperature": config.reask_temperature})
     sampled = [Judge(sampling, [_Reseeded(c, i) for c in clients], tokenizer) for i in range(1, repeats + 1)]
@@ -174,7 +174,7 @@ def _counted(grade: GradeText, bar: Bar) -> GradeText:
 class _Reseeded:
     """A client that sends every question with another seed than it was given."""
 
-    def __init__(self, client: HttpServer, shift: int):
+    def __init__(self, client: HttpClient, shift: int):
         self._client = client
         self._shift = shift * _SEED_STEP
 

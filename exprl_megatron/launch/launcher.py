@@ -21,7 +21,6 @@ from exprl_megatron.processes.interruption import Interrupted
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.reporting.run_log import STARTED, RunLog, command_started
 from exprl_megatron.runs.directory import PLUGINS, RunDirectory
-from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key, renew_key
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER, RouterSpec
@@ -32,6 +31,7 @@ from exprl_megatron.serving.server_process import (
     check_servers,
     server_specs,
 )
+from exprl_megatron.serving.server_supervisor import ServerSupervisor
 from exprl_megatron.utils.accelerator import gpu_count, uses_cuda
 from exprl_megatron.utils.files import Claim
 from exprl_megatron.utils.ports import gloo_on_loopback
@@ -95,7 +95,7 @@ def _conduct(
         # Servers that are registered elsewhere may have made it already.
         (ensure_key if registered else renew_key)(registry.key_file)
         with RunRecord(directory.record, _plugins(contents)):
-            _run(config, Keeper(own, registry, start, log.say), node, host, start, log)
+            _run(config, ServerSupervisor(own, registry, start, log.say), node, host, start, log)
     finally:
         registry.key_file.unlink(missing_ok=True)
         claim.release()
@@ -106,7 +106,9 @@ def _plugins(contents: Mapping[str, str]) -> dict[str, str]:
     return {key.removeprefix(PLUGINS): value for key, value in contents.items() if key.startswith(PLUGINS)}
 
 
-def _run(config: RunConfig, keeper: Keeper, node: Node, host: HeadNode, start: Starter, log: RunLog) -> None:
+def _run(
+    config: RunConfig, supervisor: ServerSupervisor, node: Node, host: HeadNode, start: Starter, log: RunLog
+) -> None:
     """Start servers and ranks, watch them, and end them all."""
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
@@ -114,27 +116,27 @@ def _run(config: RunConfig, keeper: Keeper, node: Node, host: HeadNode, start: S
     ranks: TrainerRanks | None = None
     try:
         registry.begin()
-        log.say(f"{_starting(keeper)}; logs in {directory.logs}")
-        keeper.start()
+        log.say(f"{_starting(supervisor)}; logs in {directory.logs}")
+        supervisor.start()
         request_stop_on_sigusr1(directory.stop_request)
         host.begin()
         log.say(_ranks_sentence(len(node.ranks(config.policy.layout.world_size)), node))
         ranks = TrainerRanks(directory, config, directory.registry, node, start)
         while _all_run(ranks, host):
             host.check()
-            keeper.tend()
+            supervisor.poll()
             time.sleep(_POLL_S)
     finally:
         if ranks is not None:
             ranks.stop()
-        keeper.stop()
+        supervisor.stop()
         registry.end()
 
 
-def _starting(keeper: Keeper) -> str:
+def _starting(supervisor: ServerSupervisor) -> str:
     """What is started here: `starting policy-0, policy-1 (MODEL), judge-0 (MODEL)`."""
     by_model: dict[str, list[str]] = {}
-    for spec in keeper.specs:
+    for spec in supervisor.specs:
         by_model.setdefault(str(spec.model), []).append(spec.name)
     named = ", ".join(f"{', '.join(names)} ({model})" for model, names in by_model.items())
     return f"starting {named}" if named else "starting no server here"

@@ -12,9 +12,9 @@ from exprl_megatron.launch.launcher import wanted_servers
 from exprl_megatron.launch.preemption import ignore_sigusr1
 from exprl_megatron.reporting.run_log import RunLog
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.registry import Kind, Registry
 from exprl_megatron.serving.server_process import ServerSpec, side_by_side
+from exprl_megatron.serving.server_supervisor import ServerSupervisor
 from exprl_megatron.utils.files import keep_private
 from exprl_megatron.utils.ports import this_host
 
@@ -65,11 +65,11 @@ def serve(config: RunConfig, kind: Kind, share: Share) -> None:
     # Beside the registrations, since the run may not have its directory yet.
     own = [replace(spec, host=this_host(), log_dir=registry.directory) for spec in side_by_side(share.of(specs))]
     ignore_sigusr1()
-    keeper = Keeper(own, registry, report=RunLog().say)
+    supervisor = ServerSupervisor(own, registry, report=RunLog().say)
     try:
-        keeper.start()
+        supervisor.start()
         while registry.ending() in (None, earlier):
-            keeper.tend()
+            supervisor.poll()
             time.sleep(_POLL_S)
     finally:
-        keeper.stop()
+        supervisor.stop()

@@ -1,4 +1,4 @@
-"""What a sync by `direct` would send at any size, over which links, and how long: computed from its deliveries.
+"""What a sync by `direct` would send at any size, over which links, and how long: computed from its transfers.
 
 Every rank of trainer and servers has a network card; all links work at once, each at the share of its rate that NCCL
 reaches.
@@ -15,10 +15,10 @@ from exprl_megatron.models.shards import ITEMSIZE
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NIC_SHARE
 from exprl_megatron.planning.sync_broadcast import MESSAGE_S, TENSOR_S, SyncPlan, shard_bytes
-from exprl_megatron.serving.delivery_tables import Deliveries, needs_table
 from exprl_megatron.serving.sharding import server_needs
-from exprl_megatron.weight_sync.deliveries import DeliveryPlan, Volumes
-from exprl_megatron.weight_sync.held import Held, held_shares
+from exprl_megatron.serving.transfer_tables import RankTransfers, needs_table
+from exprl_megatron.weight_sync.p2p_schedule import TransferPlan, Volumes
+from exprl_megatron.weight_sync.shard_table import ShardTable, shard_table
 
 _REQUESTS = 4
 """Of a sync to a server: begin, receive, finish, end."""
@@ -35,7 +35,7 @@ def plan_direct(
     server_tp: int,
 ) -> SyncPlan:
     """The plan of a sync to `servers` servers of `server_tp` ranks on nodes of their own."""
-    plan = _deliveries(architecture, layout, dtype, bucket_bytes, servers, server_tp)
+    plan = _transfers(architecture, layout, dtype, bucket_bytes, servers, server_tp)
     volumes = plan.volumes()
     cards = {f"trainer {rank} out": size for rank, size in sorted(volumes.sent.items())}
     for target, size in volumes.received.items():
@@ -66,19 +66,19 @@ def direct_seconds(
     server_tp: int,
 ) -> float:
     """`plan_direct`'s seconds alone, which do not depend on how parts are put into messages."""
-    return _seconds(_deliveries(architecture, layout, dtype, bucket_bytes, servers, server_tp).volumes(), gpu)
+    return _seconds(_transfers(architecture, layout, dtype, bucket_bytes, servers, server_tp).volumes(), gpu)
 
 
-def _deliveries(
+def _transfers(
     architecture: Architecture, layout: Layout, dtype: str, bucket_bytes: int, servers: int, server_tp: int
-) -> DeliveryPlan:
+) -> TransferPlan:
     needs = [_needs(architecture, server_tp)] * servers
-    return DeliveryPlan(needs, _held(architecture, layout), layout, dtype, bucket_bytes)
+    return TransferPlan(needs, _held(architecture, layout), layout, dtype, bucket_bytes)
 
 
 @lru_cache(maxsize=2)
-def _held(architecture: Architecture, layout: Layout) -> Held:
-    return held_shares(architecture, layout)
+def _held(architecture: Architecture, layout: Layout) -> ShardTable:
+    return shard_table(architecture, layout)
 
 
 @lru_cache(maxsize=4)
@@ -95,7 +95,7 @@ def _seconds(volumes: Volumes, gpu: Gpu) -> float:
     return transfer_s + _REQUESTS * MESSAGE_S + max(volumes.parts.values()) * TENSOR_S
 
 
-def _beside(sent: Deliveries, held: Held) -> int:
+def _beside(sent: RankTransfers, held: ShardTable) -> int:
     """Numbers of the two rounds that a sender may have to put together beside its shard."""
     if not len(sent.messages):
         return 0

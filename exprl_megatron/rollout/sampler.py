@@ -10,7 +10,7 @@ from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
-from exprl_megatron.serving.servers import Servers
+from exprl_megatron.serving.static_pool import SamplingServers
 from exprl_megatron.utils.array_fields import ArrayFields
 from exprl_megatron.utils.together import first_n, gather_or_cancel
 
@@ -37,7 +37,7 @@ def sample_seed(run_seed: int, stage: str, step: int, problem_id: str, k: int) -
 
 
 async def sample_groups(
-    servers: Servers,
+    servers: SamplingServers,
     prompts: Sequence[Prompt],
     group_size: int,
     sampling: SamplingConfig,

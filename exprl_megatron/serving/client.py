@@ -17,45 +17,45 @@ from exprl_megatron.serving.generation import (
     read_scores,
     reply_limit,
 )
-from exprl_megatron.serving.http import REPLY_LIMIT, HttpServer
-from exprl_megatron.serving.loader_orders import OrderNumbers, payload, signed
+from exprl_megatron.serving.http_client import REPLY_LIMIT, HttpClient
+from exprl_megatron.serving.loader_commands import CommandNumbers, payload, signed
 from exprl_megatron.utils.reply_threads import in_reply_thread
 from exprl_megatron.utils.text_check import TextCheck
 from exprl_megatron.utils.token_ids import TokenIds
 
 _CHECKSUMS_LIMIT = 256 * 2**20
 """Bytes; some 150 for each tensor of each tensor-parallel rank."""
-_order_numbers = OrderNumbers()
+_command_numbers = CommandNumbers()
 _LONG_REPLY = 2**14
 """Bytes from which on a reply is read in a thread; a shorter one costs less than the way there and back."""
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What a server says of the weights that it serves."""
+    """The weights that a server says it serves."""
 
     weight_version: str
     model_path: str
     """Where it last loaded weights from a disk: at its start, or by `update_from_disk`."""
 
 
-class SGLangClient(HttpServer):
-    """Speaks to one server; use as `async with client:` within one event loop at a time.
+class SGLangClient(HttpClient):
+    """Client of one SGLang server; use as `async with client:` within one event loop at a time.
 
-    Every call raises ServerError where the server is dead, hangs past the deadline, or refuses.
+    Every call raises ServerError where the server is dead, exceeds the deadline, or refuses.
     """
 
     first_gpu = 0
-    """Of its machine, the first GPU that the server takes; its other ranks have the next ones."""
+    """Index of the server's first GPU on its machine; its other ranks have the next ones."""
     vocabulary: int | None = None
-    """How many token ids the model has; a reply with another id is refused. None: any id is taken."""
+    """The number of token ids of the model; a reply with a larger id is refused. None: any id is accepted."""
     text_check: TextCheck | None = None
-    """Of the model; a reply whose text is not that of its ids is refused. None: any text is taken."""
+    """The model's check that a reply's text is that of its token ids. None: any text is accepted."""
     source: str | None = None
-    """The `model_path` that the server has from our own orders, once `take_over` has been through."""
+    """The `model_path` that the server has from our own requests; known after `reset`."""
     _start: int | None = None
-    """What identifies this start of the server, once it was asked: the seed, see `server_seed`."""
+    """Identifies this start of the server, after it has been requested: the seed, see `server_seed`."""
     _in_place = False
-    """Whether requests are held with their cache: SGLang refuses to empty it then, so that updates leave it."""
+    """Whether paused requests keep their cache; SGLang then refuses to flush it, so weight updates do not flush it."""
 
     async def generate(
         self,
@@ -186,15 +186,15 @@ class SGLangClient(HttpServer):
             "group_name": group,
             "backend": backend,
         }
-        await self._order("/init_weights_update_group", request, deadline_s)
+        await self._command("/init_weights_update_group", request, deadline_s)
 
     async def destroy_weights_group(self, group: str, *, deadline_s: float | None = None) -> None:
         """Leave the broadcast group."""
-        await self._order("/destroy_weights_update_group", {"group_name": group}, deadline_s)
+        await self._command("/destroy_weights_update_group", {"group_name": group}, deadline_s)
 
     async def begin_weight_update(self, *, deadline_s: float | None = None) -> None:
         """Open a weight update; without it `update_from_distributed` is refused."""
-        await self._order("/begin_weight_update", {}, deadline_s)
+        await self._command("/begin_weight_update", {}, deadline_s)
 
     async def update_from_distributed(
         self,
@@ -227,7 +227,7 @@ class SGLangClient(HttpServer):
             request["weight_version"] = version
         if flattened:
             request["load_format"] = "flattened_bucket"
-        await self._order("/update_weights_from_distributed", request, deadline_s)
+        await self._command("/update_weights_from_distributed", request, deadline_s)
 
     async def update_from_tensor(
         self,
@@ -243,24 +243,24 @@ class SGLangClient(HttpServer):
         `payloads`, one for each tensor-parallel rank, are base64 of what `multiprocessing`'s pickler makes of a list of
         (Hugging Face name, tensor). Give `version` and `flush_cache=True` with the last bucket. `loader`: the function,
         one of the server's `--custom-weight-loader`, that is called with the list; the server dies where it is none.
-        Then `payloads` are orders to it (see serving/loader.py), which get the authentication code of our key here.
+        Then `payloads` are commands to it (see serving/loader.py), which are signed here with our key.
         """
         if loader is not None:
             if self._start is None:
                 await self.loaders()
-            number = _order_numbers.next()
-            payloads = [payload(signed(order, self._key, self._start, number)) for order in payloads]
+            number = _command_numbers.next()
+            payloads = [payload(signed(command, self._key, self._start, number)) for command in payloads]
         request: dict[str, Any] = {"serialized_named_tensors": list(payloads)}
         request["flush_cache"] = flush_cache and not self._in_place
         if loader is not None:
             request["load_format"] = loader
         if version is not None:
             request["weight_version"] = version
-        await self._order("/update_weights_from_tensor", request, deadline_s)
+        await self._command("/update_weights_from_tensor", request, deadline_s)
 
     async def end_weight_update(self, *, deadline_s: float | None = None) -> None:
         """Close the weight update."""
-        await self._order("/end_weight_update", {}, deadline_s)
+        await self._command("/end_weight_update", {}, deadline_s)
 
     async def update_from_disk(self, directory: str | Path, version: str, *, deadline_s: float | None = None) -> None:
         """Load the safetensors in `directory` (same architecture) and empty the cache."""
@@ -271,7 +271,7 @@ class SGLangClient(HttpServer):
             "weight_version": version,
             "flush_cache": not self._in_place,
         }
-        await self._order("/update_weights_from_disk", request, deadline_s)
+        await self._command("/update_weights_from_disk", request, deadline_s)
         self.source = str(directory)
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
@@ -287,11 +287,11 @@ class SGLangClient(HttpServer):
         await self._post("/continue_generation", {})
         self._in_place = False
 
-    async def take_over(self, *, deadline_s: float) -> None:
+    async def reset(self, *, deadline_s: float) -> None:
         """End what an earlier caller may have left in flight: held and running requests, an open weight update."""
         await self._post("/continue_generation", {}, deadline_s)
         try:
-            await self._order("/end_weight_update", {}, deadline_s)
+            await self._command("/end_weight_update", {}, deadline_s)
         except RequestRefused as refusal:
             if "no weight-update session is open" not in refusal.said:
                 raise
@@ -320,7 +320,7 @@ class SGLangClient(HttpServer):
 
         `serving.checksums` computes the same from Hugging Face-named tensors.
         """
-        reply = await self._order("/weights_checker", {"action": "checksum"}, deadline_s, _CHECKSUMS_LIMIT)
+        reply = await self._command("/weights_checker", {"action": "checksum"}, deadline_s, _CHECKSUMS_LIMIT)
         return self._read("/weights_checker", lambda r: tuple(dict(rank["checksums"]) for rank in r["ranks"]), reply)
 
     async def health(self, *, deadline_s: float = 10.0) -> None:
@@ -333,14 +333,14 @@ class SGLangClient(HttpServer):
         return self._read("/model_info", lambda body: msgspec.convert(body, Served), reply)
 
     async def check_served(self, version: str | None, *, deadline_s: float | None = None) -> None:
-        """Raise WeightsReplaced where it serves another version, or weights loaded from elsewhere than we ordered."""
+        """Raise WeightsReplaced where it serves another version, or weights loaded from elsewhere than we requested."""
         served = await self.served(deadline_s=deadline_s)
         held = {"weight_version": served.weight_version, "model_path": served.model_path}
         ours = {"weight_version": version, "model_path": self.source}
         if other := [name for name in held if held[name] != ours[name]]:
             raise WeightsReplaced(
                 f"{self.name} ({self.url}) serves weights of {other[0]} {held[other[0]][:200]!r}, not "
-                f"{ours[other[0]]!r} as this run ordered: somebody else has changed them."
+                f"{ours[other[0]]!r} as this run requested: another client has changed them."
             )
 
     async def info(self, *, deadline_s: float | None = None) -> dict[str, Any]:
@@ -358,7 +358,9 @@ class SGLangClient(HttpServer):
         """What requests show; empty where the server wants none."""
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
-    async def _order(self, path: str, request: dict, deadline_s: float | None = None, limit: int = REPLY_LIMIT) -> dict:
+    async def _command(
+        self, path: str, request: dict, deadline_s: float | None = None, limit: int = REPLY_LIMIT
+    ) -> dict:
         reply = await self._post(path, request, deadline_s, limit)
         if not isinstance(reply, dict) or reply.get("success") is not True:
             raise self._error(path, f"refused: {str(reply)[:2000]}")

@@ -1,7 +1,7 @@
 """Runs in SGLang's processes: receives weights from the trainer's ranks straight into the model's parameters.
 
-An order without the key's code is logged and has no effect (see OrderGate). One that fails is reported to the trainer
-through its store, and logged: an exception would end the server.
+A command without a valid authentication code is logged and has no effect (see CommandGate). A command that fails is
+reported to the trainer through its store, and logged: an exception would end the server.
 """
 
 import json
@@ -20,19 +20,19 @@ from sglang.srt.runtime_context import get_device, get_server_args
 from sglang.srt.utils.common import init_custom_process_group
 from sglang.srt.utils.weight_checker import _is_skip_weight_check
 
-from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
-from exprl_megatron.serving.delivery_tables import (
-    Deliveries,
-    Delivery,
-    Part,
-    needs_table,
-    pack_needs,
-    unpack_deliveries,
-)
-from exprl_megatron.serving.loader_orders import BROKEN_OFF, NOT_FOLLOWED, RECORDS, OrderGate, OrderRefused
+from exprl_megatron.serving.loader_commands import ABORTED, NOT_FOLLOWED, RECORDS, CommandGate, CommandRefused
 from exprl_megatron.serving.loader_trace import trace
 from exprl_megatron.serving.model_checksums import Report, checksums
-from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
+from exprl_megatron.serving.process_groups import abort, destroy, in_background, on_device
+from exprl_megatron.serving.staging_buffers import StagingBuffers, run_rounds
+from exprl_megatron.serving.transfer_tables import (
+    RankTransfers,
+    Slice,
+    Transfer,
+    needs_table,
+    pack_needs,
+    unpack_transfers,
+)
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records, reached_store
 
@@ -40,100 +40,100 @@ _log = logging.getLogger(__name__)
 _CONNECT_S = 30.0
 _WATCH_S = 0.2
 _member: "_Member | None" = None
-_gate: OrderGate | None = None
+_gate: CommandGate | None = None
 _expected: tuple[str, bytes] = ("", b"")
-"""What the trainer expects our parameters to be, under its name in the trainer's store."""
+"""Name and content of the record in the trainer's store that describes the parameters it expects."""
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """SGLang's custom weight loader: carries out the order that stands for the only tensor's name.
+    """SGLang's custom weight loader: executes the command that is passed as the name of the only tensor.
 
-    `join` makes this rank a member of the trainer's group in the place of any before, and tells what it holds;
-    `receive` fills the parameters; `leave` ends the membership; `finish` does nothing: the update that carries it gives
-    the weights their version. `checksums` reports those of the parameters, of members and others alike.
+    `join` makes this rank a member of the trainer's group in place of any former group, and reports the slices that it
+    needs; `receive` fills the parameters; `leave` ends the membership; `finish` does nothing: the request that carries
+    it sets the version of the weights. `checksums` reports the parameters' checksums; it needs no membership.
     """
     global _member, _gate
     if _gate is None:
-        _gate = OrderGate(get_server_args().api_key, get_device().random_seed)
+        _gate = CommandGate(get_server_args().api_key, get_device().random_seed)
     try:
-        order = _gate.admit(named_tensors[0][0])
-    except OrderRefused as refusal:
-        _log.error("an order to the weight loader is refused: %s", refusal)
+        command = _gate.admit(named_tensors[0][0])
+    except CommandRefused as refusal:
+        _log.error("a command to the weight loader is refused: %s", refusal)
         return
-    if order["do"] == "checksums":
-        return _report_checksums(model, order)
-    said = ""
+    if command["do"] == "checksums":
+        return _report_checksums(model, command)
+    error_text = ""
     try:
-        if order["do"] == "join":
+        if command["do"] == "join":
             former, _member = _member, None
             if former is not None:
                 former.break_off()
-            _member = _Member(order)
+            _member = _Member(command)
             _member.join(model)
-        elif order["do"] == "receive":
+        elif command["do"] == "receive":
             _member.receive()
-        elif order["do"] == "leave":
+        elif command["do"] == "leave":
             _member.leave()
     except Exception as error:  # SGLang's process would end with it
-        _log.exception("the order to %s weights failed", order["do"])
-        said = f"{type(error).__name__}: {error}"
+        _log.exception("the command to %s weights failed", command["do"])
+        error_text = f"{type(error).__name__}: {error}"
     if _member is not None:
-        _member.answer(order["answer"], said)
+        _member.answer(command["answer"], error_text)
 
 
-def _report_checksums(model: torch.nn.Module, order: dict[str, Any]) -> None:
-    """Puts what the parameters' checksums are, or why there are none, into the trainer's store."""
+def _report_checksums(model: torch.nn.Module, command: dict[str, Any]) -> None:
+    """Write the parameters' checksums, or the error, to the trainer's store."""
     global _expected
     try:
-        records = _records(order)
+        records = _records(command)
         try:
-            if _expected[0] != order["expected"]:
-                _expected = order["expected"], records.get(order["expected"])
+            if _expected[0] != command["expected"]:
+                _expected = command["expected"], records.get(command["expected"])
             report = Report(checksums(_compared(model), _expected[1]))
         except Exception as error:  # SGLang's process would end with it
             _log.exception("the checksums of the weights failed")
             report = Report(error=f"{type(error).__name__}: {error}")
-        _put(records, order["answer"], msgspec.msgpack.encode(report))
+        _put(records, command["answer"], msgspec.msgpack.encode(report))
     except (RuntimeError, NotAuthentic):
         _log.exception("the trainer cannot be informed")
 
 
 def _compared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What of the model SGLang's own check of weights compares: all but buffers that follow from the config."""
+    """The tensors that SGLang's own weight checker compares: all but buffers that are derived from the config."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor for name, tensor in tensors if not _is_skip_weight_check(name, tensor)}
 
 
-def _connection(order: dict[str, Any]) -> dist.TCPStore:
-    """To the trainer's store. A call that waits there keeps others that use the same connection waiting."""
-    # The trainer waits for us: it is there at once or not at all.
-    return reached_store(order["address"], order["port"], min(_CONNECT_S, order["deadline_s"]))
+def _connection(command: dict[str, Any]) -> dist.TCPStore:
+    """Connect to the trainer's store. A call that waits blocks other calls on the same connection."""
+    # The trainer waits for this rank: its store can be reached immediately or not at all.
+    return reached_store(command["address"], command["port"], min(_CONNECT_S, command["deadline_s"]))
 
 
-def _records(order: dict[str, Any]) -> Records:
-    """What trainer and servers write there, on a connection of its own."""
-    return Records(_connection(order), order["secret"], RECORDS)
+def _records(command: dict[str, Any]) -> Records:
+    """The records that trainer and servers share, on a connection of its own."""
+    return Records(_connection(command), command["secret"], RECORDS)
 
 
 def _put(records: Records, name: str, value: str | bytes) -> None:
     records.set(name, value)
-    # A set is not acknowledged; without a reply, the trainer could look before another rank's answer is there.
+    # A set is not acknowledged; without a reply, the trainer could read before another rank's answer is written.
     records.get(name)
 
 
 class _Member:
-    """This rank among those of one trainer and all its servers."""
+    """This rank's membership in the group of one trainer and all its servers."""
 
-    def __init__(self, order: dict[str, Any]):
-        self._order = order
-        self._records = _records(order)
-        self._rank = order["rank"]
+    def __init__(self, command: dict[str, Any]):
+        self._command = command
+        self._records = _records(command)
+        self._rank = command["rank"]
         self._group: dist.ProcessGroup | None = None
-        self._deliveries: Deliveries | None = None
+        self._transfers: RankTransfers | None = None
         self._broken = threading.Event()
 
     def answer(self, to: str, said: str) -> None:
-        """What became of an order, "" if all is well; in vain where the trainer is gone."""
+        """What became of an command, "" if all is well; in vain where the trainer is gone."""
         try:
             _put(self._records, f"{to}/{self._rank}", said)
         except (RuntimeError, NotAuthentic):
@@ -162,15 +162,15 @@ class _Member:
 
     def _joined(self) -> dist.ProcessGroup:
         """The group, connected by its first operation."""
-        order = self._order
+        command = self._command
         with on_device(self._device):
             group = init_custom_process_group(
-                backend=order["backend"],
-                store=dist.PrefixStore(order["group"], _connection(order)),
-                world_size=order["world_size"],
+                backend=command["backend"],
+                store=dist.PrefixStore(command["group"], _connection(command)),
+                world_size=command["world_size"],
                 rank=self._rank,
-                group_name=order["group"],
-                timeout=timedelta(seconds=order["timeout_s"]),
+                group_name=command["group"],
+                timeout=timedelta(seconds=command["timeout_s"]),
             )
             dist.all_reduce(torch.zeros(1, device=self._device), group=group)
             return group
@@ -179,7 +179,7 @@ class _Member:
         """Give the group up while the others do."""
         group, self._group = self._group, None
         if group is not None:
-            destroy(group, self._order["deadline_s"])
+            destroy(group, self._command["deadline_s"])
 
     def break_off(self) -> None:
         """Give the group up, whatever is in flight in it."""
@@ -191,12 +191,12 @@ class _Member:
     @contextmanager
     def _while_wanted(self) -> Iterator[None]:
         """Break the group off as soon as the trainer does, or is gone. Raises RuntimeError then, at the end."""
-        done, records = threading.Event(), _records(self._order)
+        done, records = threading.Event(), _records(self._command)
 
         def watch() -> None:
             while not done.wait(_WATCH_S):
                 try:
-                    given_up = records.has(BROKEN_OFF)
+                    given_up = records.has(ABORTED)
                 except RuntimeError:
                     given_up = True
                 if given_up:
@@ -215,30 +215,30 @@ class _Member:
     @torch.no_grad()
     def receive(self) -> None:
         """One version of the weights."""
-        if self._deliveries is None:
-            self._deliveries = unpack_deliveries(self._records.get(f"deliveries/{self._rank}"), self._needs)
+        if self._transfers is None:
+            self._transfers = unpack_transfers(self._records.get(f"transfers/{self._rank}"), self._needs)
         parameters = dict(self._model.named_parameters())
         views = [place.view(parameters) for place in self._places]
-        lanes = Lanes(self._dtype, self._device)
+        buffers = StagingBuffers(self._dtype, self._device)
         copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-        def begin(lane: int, deliveries: list[Delivery]) -> list[dist.P2POp]:
-            wanted = [[_cut(views[part.of], part) for part in delivery.parts] for delivery in deliveries]
-            pieces, copies[lane] = lanes.take(lane, wanted)
+        def begin(slot: int, transfers: list[Transfer]) -> list[dist.P2POp]:
+            wanted = [[_cut(views[part.of], part) for part in transfer.parts] for transfer in transfers]
+            pieces, copies[slot] = buffers.take(slot, wanted)
             return [
-                dist.P2POp(dist.irecv, piece, group=self._group, group_peer=delivery.peer)
-                for piece, delivery in zip(pieces, deliveries, strict=True)
+                dist.P2POp(dist.irecv, piece, group=self._group, group_peer=transfer.peer)
+                for piece, transfer in zip(pieces, transfers, strict=True)
             ]
 
-        def end(lane: int) -> None:
-            for part, arrived in copies[lane]:
+        def end(slot: int) -> None:
+            for part, arrived in copies[slot]:
                 part.copy_(arrived)
 
         with self._while_wanted():
-            in_rounds(self._deliveries.rounds(), begin, end)
+            run_rounds(self._transfers.rounds(), begin, end)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
 
 
-def _cut(view: torch.Tensor, part: Part) -> torch.Tensor:
+def _cut(view: torch.Tensor, part: Slice) -> torch.Tensor:
     return view.narrow(0, part.row, part.rows).narrow(1, part.column, part.columns)

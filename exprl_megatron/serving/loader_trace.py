@@ -12,14 +12,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from exprl_megatron.serving.loader_orders import Need
+from exprl_megatron.serving.loader_commands import RequiredSlice
 
 
 @dataclass(frozen=True)
 class Place:
     """A part of a parameter, and what belongs there."""
 
-    need: Need
+    need: RequiredSlice
     parameter: str
     offset: int
     """Of its first number in the parameter's memory."""
@@ -90,7 +90,9 @@ class _Noted(TorchDispatchMode):
             raise ValueError(f"{name or 'a changed tensor'} does not go into a parameter as it is")
         row, rows, column, columns = _rectangle(name, part, self._tensors[name])
         stride = (into.stride(0), into.stride(1) if into.dim() == 2 else 1)
-        place = Place(Need(name, row, rows, column, columns), parameter, into.storage_offset(), (rows, columns), stride)
+        place = Place(
+            RequiredSlice(name, row, rows, column, columns), parameter, into.storage_offset(), (rows, columns), stride
+        )
         kind = self._tensors[name].dtype
         if kind == self._dtype:
             return place
@@ -101,7 +103,7 @@ class _Noted(TorchDispatchMode):
 
 def _in_words(place: Place, count: int, words: torch.dtype) -> Place:
     """A vector's place where each of its numbers is `count` words."""
-    need = Need(place.need.name, count * place.need.row, count * place.need.rows, 0, 1)
+    need = RequiredSlice(place.need.name, count * place.need.row, count * place.need.rows, 0, 1)
     return Place(need, place.parameter, count * place.offset, (need.rows, 1), (1, 1), words)
 
 

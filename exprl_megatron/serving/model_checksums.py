@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 import torch
 
-from exprl_megatron.serving.delivery_tables import Part, pack_needs, unpack_needs
 from exprl_megatron.serving.part_hash import add_up, hash_parts
+from exprl_megatron.serving.transfer_tables import Slice, pack_needs, unpack_needs
 
 
 class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,7 +70,7 @@ def checksums(held: Mapping[str, torch.Tensor], expected: bytes) -> dict[str, st
     able = [number for number, name in enumerate(names) if name in held and name not in found]
     parts = parts[np.isin(parts["of"], able)]
     grid = {number: as_grid(held[names[number]]) for number in able}
-    hashes = hash_parts((Part(*part), cut(grid[part[0]], Part(*part))) for part in parts.tolist())
+    hashes = hash_parts((Slice(*part), cut(grid[part[0]], Slice(*part))) for part in parts.tolist())
     sums = add_up(parts["of"], hashes, len(names))
     return found | {names[number]: written(sums[number]) for number in able}
 
@@ -80,7 +80,7 @@ def as_grid(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
 
 
-def cut(grid: torch.Tensor, part: Part) -> torch.Tensor:
+def cut(grid: torch.Tensor, part: Slice) -> torch.Tensor:
     """A rectangle of it."""
     return grid.narrow(0, part.row, part.rows).narrow(1, part.column, part.columns)
 

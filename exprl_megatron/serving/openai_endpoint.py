@@ -11,7 +11,7 @@ import msgspec
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.serving.generation import LOG_PROB_ROUNDING
-from exprl_megatron.serving.http import HttpServer
+from exprl_megatron.serving.http_client import HttpClient
 
 TOP_LOG_PROBS = 20
 """As many as the interface allows."""
@@ -71,11 +71,11 @@ class _Reply(msgspec.Struct):
     usage: Any = None
 
 
-class OpenAIEndpoint(HttpServer):
+class OpenAIEndpoint(HttpClient):
     """Speaks to one OpenAI-compatible server; use as `async with endpoint:` within one event loop at a time.
 
     `url` ends in `/v1` as a rule; `model` is the name of the model there. `arguments` are fields of each request, in
-    addition to the usual ones or in their place; None leaves a field out. Raises what HttpServer does.
+    addition to the usual ones or in their place; None leaves a field out. Raises what HttpClient does.
     """
 
     def __init__(

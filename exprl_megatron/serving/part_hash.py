@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import xxhash
 
-from exprl_megatron.serving.delivery_tables import Part
 from exprl_megatron.serving.tensor_bytes import tensor_bytes
+from exprl_megatron.serving.transfer_tables import Slice
 
 _TILE = 4096
 """Words."""
@@ -27,7 +27,7 @@ _MASK = 2**64 - 1
 _PLACED = struct.Struct("<5iQ")
 
 
-def hash_parts(parts: Iterable[tuple[Part, torch.Tensor]]) -> np.ndarray:
+def hash_parts(parts: Iterable[tuple[Slice, torch.Tensor]]) -> np.ndarray:
     """uint64 [parts]: of each part's place in a server's parameter and of its bytes.
 
     A part is [rows, columns], of any strides, all on one device; each is looked at once, in order.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.http import REPLY_LIMIT
+from exprl_megatron.serving.http_client import REPLY_LIMIT
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 
 _FRESH_S = 0.5

@@ -1,7 +1,10 @@
 """The servers of a run, each in a file of a directory that all of the run's machines see.
 
-The keeper of servers writes a server's file when it is ready and removes it when it is not; clients that send requests
-read them. A server that was restarted has the same name and another incarnation.
+The supervisor writes a server's file when the server is ready and removes it when it has ended; clients read the files.
+A restarted server has the same name and another `instance_id`.
+
+Why not etcd or torch's TCPStore: a run already needs a shared directory, which survives the processes on every machine
+and which a user can read.
 """
 
 import json
@@ -26,7 +29,7 @@ class RegisteredServer:
     url: str
     log_file: str
     """On the machine that the server runs on."""
-    incarnation: str
+    instance_id: str
     """Differs from start to start of the same server."""
     run: str = ""
     """Which run it belongs to: the fingerprint of the run's key, which is in the registry's `key`."""
@@ -35,7 +38,7 @@ class RegisteredServer:
     first_gpu: int = 0
     """Of its machine."""
     nccl: str = ""
-    """Its NCCL variables that the trainer must share, as cuda_environment writes them; empty where nobody said."""
+    """The NCCL variables that the trainer must share, as cuda_environment writes them; empty where unknown."""
 
 
 class Registry:
@@ -50,22 +53,22 @@ class Registry:
         self._complained: set[str] = set()
 
     def register(self, server: RegisteredServer) -> None:
-        """Make the server known; replaces an earlier incarnation."""
+        """Register the server; replaces the registration of an earlier instance."""
         write_atomically(self._file(server.name), json.dumps(asdict(server)).encode())
         self._start(server.name).unlink(missing_ok=True)
 
     def withdraw(self, name: str) -> None:
-        """Make the server unknown; does nothing where it is."""
+        """Remove the server's registration, if there is one."""
         self._file(name).unlink(missing_ok=True)
         self._wish(name).unlink(missing_ok=True)
         self._start(name).unlink(missing_ok=True)
 
     def find(self, name: str) -> RegisteredServer | None:
-        """The server of that name, if it is registered; what cannot be taken for one is skipped, see `complaints`."""
+        """The server of that name, if it is registered; invalid files are skipped, see `complaints`."""
         file = self._file(name)
         try:
             text = file.read_text()
-            # One that is removed while it is read may be seen empty.
+            # A file that is removed while it is read may appear empty.
             server = RegisteredServer(**json.loads(text)) if text else None
             self._check(server, name)
         except FileNotFoundError:
@@ -91,7 +94,7 @@ class Registry:
         return {} if key is None else {"Authorization": f"Bearer {key}"}
 
     def _check(self, server: RegisteredServer | None, name: str) -> None:
-        """Raise ValueError where somebody else put it there: who knows the key knows its fingerprint."""
+        """Raise ValueError where another party wrote the file: only holders of the key know its fingerprint."""
         if server is None:
             return
         fields = asdict(server)
@@ -116,22 +119,22 @@ class Registry:
         return [server for server in found if server is not None]
 
     def ask_restart(self, server: RegisteredServer) -> None:
-        """Ask the server's keeper to restart it, since this incarnation of it is of no use."""
-        write_atomically(self._wish(server.name), server.incarnation.encode())
+        """Ask the server's supervisor to restart it, since this instance keeps failing."""
+        write_atomically(self._wish(server.name), server.instance_id.encode())
 
     def restart_asked(self, name: str) -> str | None:
-        """The incarnation of the server that is to be restarted, if any."""
+        """The `instance_id` of the server that should be restarted, if any."""
         try:
             return self._wish(name).read_text()
         except FileNotFoundError:
             return None
 
     def end(self) -> None:
-        """Tell the servers' keeper that the run has ended."""
+        """Inform the servers' supervisor that the run has ended."""
         write_atomically(self._ended, b"")
 
     def ending(self) -> int | None:
-        """When the run was last said to have ended (nanoseconds of that file's clock), or None."""
+        """When the run was last marked as ended (nanoseconds of that file's clock), or None."""
         try:
             return self._ended.stat().st_mtime_ns
         except FileNotFoundError:
@@ -142,15 +145,15 @@ class Registry:
         self._ended.unlink(missing_ok=True)
 
     def hold_starts(self, kind: Kind) -> None:
-        """Ask the keepers of servers of `kind` to start none: the trainer uses their devices."""
+        """Ask the supervisors to start no servers of `kind`: the trainer uses their devices."""
         write_atomically(self._hold(kind), b"")
 
     def allow_starts(self, kind: Kind) -> None:
-        """Let servers of `kind` start; does nothing where they may."""
+        """Let servers of `kind` start again."""
         self._hold(kind).unlink(missing_ok=True)
 
     def starts_held(self, kind: Kind) -> bool:
-        """Whether no server of `kind` is to start."""
+        """Whether servers of `kind` must not start."""
         return self._hold(kind).is_file()
 
     def begin_start(self, name: str) -> bool:

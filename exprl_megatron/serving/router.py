@@ -1,4 +1,4 @@
-"""Routers in front of a run's servers: how they learn which servers to ask."""
+"""Clients of sglang-router in front of a run's servers, which give it the list of servers."""
 
 import asyncio
 import math
@@ -14,24 +14,24 @@ from exprl_megatron.utils.together import gather_or_cancel
 
 _POLL_S = 0.25
 _FRESH_S = 0.5
-_SILENT_S = 5.0
+_RETRY_S = 5.0
 
 
 class RouterClient(RegisteredClient):
-    """Sends requests to whichever server the router chooses."""
+    """Sends requests through the router, which chooses the server."""
 
     async def generate_all(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **keywords: Any
     ) -> list[Generation]:
-        """See SGLangClient; by a request each, since the router's own form of a request has one continuation."""
+        """See SGLangClient. Sends one request per prompt, since the router's request form has one continuation."""
         return await gather_or_cancel(
             self.generate(prompt, seed=seed, **keywords) for prompt, seed in zip(prompts, seeds, strict=True)
         )
 
     async def route_to(self, urls: Collection[str], deadline_s: float) -> None:
-        """Return when the router's workers are these, and all of them are healthy to it.
+        """Make `urls` the router's workers; returns when the router finds all of them healthy.
 
-        Raises ServerError where that is not so within `deadline_s`, in which the router may have to be restarted.
+        Raises ServerError where it does not within `deadline_s`, which includes the time of a router's restart.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + deadline_s
@@ -47,7 +47,7 @@ class RouterClient(RegisteredClient):
             await asyncio.sleep(_POLL_S)
 
     async def _routed(self, urls: set[str]) -> bool:
-        """Whether it is as wanted already; else what is missing or too much is changed."""
+        """Whether the router has these workers already; adds missing workers and removes others."""
         reply = await self._request("GET", "/workers", None, None)
         workers = self._read("/workers", lambda r: {w["url"]: (w["id"], w["is_healthy"]) for w in r["workers"]}, reply)
         for url in workers.keys() - urls:
@@ -57,57 +57,58 @@ class RouterClient(RegisteredClient):
         return workers.keys() == urls and all(healthy for _, healthy in workers.values())
 
     def _key_of(self, url: str) -> dict[str, str]:
-        """What the router needs to ask the server at `url`."""
+        """The key that the router needs for the server at `url`."""
         server = next((server for server in self._registry.all() if server.url == url), None)
         key = None if server is None else self._registry.key(server)
         return {} if key is None else {"api_key": str(key)}
 
 
-class RoutedServers(RouterClient):
-    """All servers of one kind as if they were one: the router gets the list of those that answer.
+class RoutedClient(RouterClient):
+    """A client of all servers of one kind through the router, which receives the list of servers that answer.
 
-    It gets a new list when others register, when a request fails, and every few seconds while one does not answer.
+    The list is renewed when servers register, when a request fails, and every few seconds while a server does not
+    answer.
     """
 
     def __init__(self, registry: Registry, name: str, kind: Kind, deadline_s: float):
         super().__init__(registry, name, deadline_s)
         self._kind = kind
-        self._told: set[str] | None = None
-        """The registered servers in the router's last list; None where it is to get a new one."""
-        self._look_at = 0.0
-        self._tell_at = math.inf
-        self._telling = asyncio.Lock()
+        self._listed: set[str] | None = None
+        """URLs of the registered servers at the last update of the router; None where it needs a new one."""
+        self._next_look = 0.0
+        self._next_update = math.inf
+        self._updating = asyncio.Lock()
 
     async def generate(self, *args: Any, **keywords: Any) -> Generation:
-        """See SGLangClient; raises ServerError where no server of the kind answers, too."""
-        await self._tell(self.deadline_s)
+        """See SGLangClient. Also raises ServerError where no server of the kind answers."""
+        await self._update_router(self.deadline_s)
         try:
             return await super().generate(*args, **keywords)
         except RequestRefused:
             raise
         except ServerError:
-            self._told = None
+            self._listed = None
             raise
 
     async def health(self, *, deadline_s: float = 10.0) -> None:
-        """Return where a server of the kind answers and the router asks it, else raise."""
-        self._told = None
-        await self._tell(deadline_s)
+        """Return if a server of the kind answers and the router uses it. Raises ServerError otherwise."""
+        self._listed = None
+        await self._update_router(deadline_s)
 
-    async def _tell(self, deadline_s: float) -> None:
-        """Let the router ask the registered servers that answer, and no other."""
+    async def _update_router(self, deadline_s: float) -> None:
+        """Make the registered servers that answer the router's workers."""
         loop = asyncio.get_running_loop()
-        async with self._telling:
-            if self._told is not None and loop.time() < self._look_at:
+        async with self._updating:
+            if self._listed is not None and loop.time() < self._next_look:
                 return
             servers = await asyncio.to_thread(self._registry.all)
             urls = {server.url for server in servers if server.kind == self._kind}
-            if urls != self._told or loop.time() >= self._tell_at:
+            if urls != self._listed or loop.time() >= self._next_update:
                 answers = await asyncio.gather(*(asyncio.to_thread(healthy, url) for url in urls))
-                well = {url for url, answer in zip(urls, answers, strict=True) if answer}
-                if not well:
+                healthy_urls = {url for url, answer in zip(urls, answers, strict=True) if answer}
+                if not healthy_urls:
                     raise self._error("/generate", f"none of {len(urls)} registered {self._kind} servers answers")
-                await self.route_to(well, deadline_s)
-                self._told = urls
-                self._tell_at = math.inf if well == urls else loop.time() + _SILENT_S
-            self._look_at = loop.time() + _FRESH_S
+                await self.route_to(healthy_urls, deadline_s)
+                self._listed = urls
+                self._next_update = math.inf if healthy_urls == urls else loop.time() + _RETRY_S
+            self._next_look = loop.time() + _FRESH_S

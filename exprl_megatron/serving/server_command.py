@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.serving.loader_orders import LOADER
+from exprl_megatron.serving.loader_commands import LOADER
 from exprl_megatron.utils import accelerator
 from exprl_megatron.utils.cuda_environment import DETERMINISTIC, is_deterministic, shared_variables
 from exprl_megatron.utils.ports import LOCAL

@@ -105,13 +105,13 @@ def server_specs(
     return side_by_side(specs)
 
 
-def server_seed(run_seed: int, name: str, incarnation: str) -> int:
+def server_seed(run_seed: int, name: str, instance_id: str) -> int:
     """What a start of a server draws from for requests whose own seed it does not use: 31 bits of SHA-256.
 
     With one seed for all, servers would draw the same noise for different prompts, and a server that is started again
     would repeat what it drew before.
     """
-    key = repr((run_seed, name, incarnation)).encode()
+    key = repr((run_seed, name, instance_id)).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
 
 
@@ -127,16 +127,16 @@ def side_by_side(specs: Sequence[ServerSpec], first_gpu: int = 0) -> list[Server
 class Server:
     """A started server; `with server:` stops it at the end."""
 
-    def __init__(self, spec: ServerSpec, incarnation: str, url: str, log_file: Path, process: Child):
+    def __init__(self, spec: ServerSpec, instance_id: str, url: str, log_file: Path, process: Child):
         self.name = spec.name
         self.url = url
         self.log_file = log_file
         self.key_file = _key_file(spec)
-        self.incarnation = incarnation
+        self.instance_id = instance_id
         """Tells this start of the server from every other one."""
         self.first_gpu = spec.first_gpu
         self.registered = False
-        """Whether its keeper has made it known."""
+        """Whether its supervisor has registered it."""
         self._config = spec.config
         self._process = process
         self._started = time.monotonic()
@@ -249,8 +249,8 @@ def _launch(spec: ServerSpec, port: int, starter: Starter) -> Server:
     spec.log_dir.mkdir(parents=True, exist_ok=True)
     log_file = spec.log_dir / f"{spec.name}.log"
     ensure_key(_key_file(spec))
-    incarnation = uuid.uuid4().hex[:8]
-    spec = replace(spec, seed=server_seed(spec.seed, spec.name, incarnation))
+    instance_id = uuid.uuid4().hex[:8]
+    spec = replace(spec, seed=server_seed(spec.seed, spec.name, instance_id))
     environment = server_environment(
         os.environ,
         cuda=uses_cuda(),
@@ -269,7 +269,7 @@ def _launch(spec: ServerSpec, port: int, starter: Starter) -> Server:
             log,
             grace_s=_CUDA_GRACE_S if uses_cuda() else 0.0,
         )
-    return Server(spec, incarnation, f"http://{spec.host or LOCAL}:{port}", log_file, process)
+    return Server(spec, instance_id, f"http://{spec.host or LOCAL}:{port}", log_file, process)
 
 
 def _address(spec: ServerSpec) -> str:

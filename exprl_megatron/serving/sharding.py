@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from exprl_megatron.serving.loader_orders import Need
+from exprl_megatron.serving.loader_commands import RequiredSlice
 
 Device = Literal["cpu", "cuda"]
 """What a server runs on."""
@@ -53,7 +53,7 @@ def rank_cut(module: str, shape: tuple[int, ...], rank: int, tp: int, kv_heads: 
     return Cut(dim, start, count, size - count)
 
 
-def server_needs(shapes: Mapping[str, tuple[int, ...]], tp: int, kv_heads: int) -> list[list[Need]]:
+def server_needs(shapes: Mapping[str, tuple[int, ...]], tp: int, kv_heads: int) -> list[list[RequiredSlice]]:
     """What each rank of a server on CUDA holds of the tensors of `shapes`, without asking one."""
     return [
         [
@@ -64,11 +64,11 @@ def server_needs(shapes: Mapping[str, tuple[int, ...]], tp: int, kv_heads: int) 
     ]
 
 
-def _need(name: str, shape: tuple[int, ...], cut: Cut | None) -> Need:
+def _need(name: str, shape: tuple[int, ...], cut: Cut | None) -> RequiredSlice:
     extents = [(0, size) for size in (*shape, 1)[:2]]
     if cut is not None:
         extents[cut.dim] = (cut.start, cut.count)
-    return Need(name, *extents[0], *extents[1])
+    return RequiredSlice(name, *extents[0], *extents[1])
 
 
 def _up(size: int, multiple: int) -> int:

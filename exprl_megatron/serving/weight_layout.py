@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from exprl_megatron.models.name_map import dtype_of
-from exprl_megatron.serving.delivery_tables import RECTANGLE, areas
 from exprl_megatron.serving.sharding import Cut, Device, rank_cut
+from exprl_megatron.serving.transfer_tables import RECTANGLE, areas
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Dense parameters that are joined, and their parts in order."""

@@ -1,9 +1,10 @@
-"""Puts a run together: the policy at its place, and on rank 0 all that talks to servers and people."""
+"""Assembles a run: the policy on its device, and on rank 0 the clients of the servers and the log."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import choose_transport
 from exprl_megatron.errors import Preempted
@@ -14,16 +15,15 @@ from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.fleet import Fleet
-from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint, judge_endpoints
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.router import RoutedServers, RouterClient
+from exprl_megatron.serving.router import RoutedClient, RouterClient
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.server_pool import ServerPool
 from exprl_megatron.serving.shared_environment import nccl_difference
-from exprl_megatron.training.console import Console
+from exprl_megatron.serving.shared_judge import SharedJudgeClient
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.judging_runtime import JudgingRuntime
 from exprl_megatron.training.phase_switch import PhaseSwitch, put_to_sleep
@@ -31,6 +31,7 @@ from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import RankZero, Run, ServerLinks
+from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import Members, WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
@@ -42,51 +43,51 @@ _SIGNAL_ROOM = 2.0
 def assemble(
     config: RunConfig, paths: RunDirectory, registry: Registry, on_failure: Callable[[BaseException], None]
 ) -> Run:
-    """This rank's Run, standing where the last complete checkpoint left it (or at the start).
+    """Return this rank's Run with the progress of the last complete checkpoint (or at the start).
 
-    Its servers are found in `registry`; `on_failure` is RolloutPrefetch's.
+    Its servers are found in `registry`; `on_failure` is passed to RolloutPrefetch.
     Raises Preempted where the run is asked to stop before the servers are ready.
     """
     coordinator = RankCoordinator(_SIGNAL_ROOM * config.sync.deadline_s, paths.stop_request.is_file)
     checkpoint, damaged = intact_checkpoint(paths.checkpoints)
     progress = RunProgress() if checkpoint is None else RunProgress.from_record(read_extra(checkpoint))
-    fleet, rollouts, prefetch, evaluator, console = None, None, None, None, None
+    pool, rollouts, prefetch, evaluator, logger = None, None, None, None, None
     if coordinator.is_rank0:
-        console = Console(config, paths, progress)
+        logger = RunLogger(config, paths, progress)
         for sentence in damaged:
-            console.say(f"{sentence} The run goes on from {checkpoint.name}.")
-        fleet = _fleet(config, registry, console) if config.needs_sampling_servers else None
-        judges = _judges(config, registry, fleet)
-        judging = JudgingRuntime(config, paths.judgements, judges, console)
+            logger.log(f"{sentence} The run continues from {checkpoint.name}.")
+        pool = _pool(config, registry, logger) if config.needs_sampling_servers else None
+        judges = _judges(config, registry, pool)
+        judging = JudgingRuntime(config, paths.judgements, judges, logger)
         kept = RunDirectory(config.debug.rollouts) if config.debug.rollouts else paths
-        rollouts = Rollouts(config, Journal(kept.journal), fleet, judges, judging, console)
+        rollouts = Rollouts(config, Journal(kept.journal), pool, judges, judging, logger)
         prefetch = RolloutPrefetch(coordinator, rollouts, on_failure)
-        evaluator = Evaluator(config, paths, rollouts, judging, console)
-    # Prompts first: what is wrong with them is known before the servers are up.
+        evaluator = Evaluator(config, paths, rollouts, judging, logger)
+    # Prompts first: their errors are known before the servers are ready.
     coordinator.broadcast_from_rank0(lambda: rollouts.prepare())
 
     def policy_on_device() -> Policy:
-        return Policy(_starting_policy(config, paths, progress), config.seed)
+        return Policy(_initial_policy(config, paths, progress), config.seed)
 
     if config.placement.kind == "colocated":
-        # A server takes what it finds free of its GPU, and its ranks must find the same: the trainer comes second.
+        # A server allocates what is free on its GPU, which must be the same on all its GPUs: the trainer comes second.
         _await_servers(coordinator, rollouts)
-        put_to_sleep(coordinator, fleet)
+        put_to_sleep(coordinator, pool)
         policy = policy_on_device()
     else:
         policy = policy_on_device()
         _await_servers(coordinator, rollouts)
-    members = FixedServers([]) if fleet is None else fleet
-    sync = _weight_sync(config, "policy", paths, members, policy, coordinator, console)
-    scorer = _ref_scorer(config, paths, registry, policy, coordinator, console)
-    phases = PhaseSwitch(config.placement, policy, coordinator, fleet, sync)
+    members = StaticPool([]) if pool is None else pool
+    sync = _weight_sync(config, "policy", paths, members, policy, coordinator, logger)
+    scorer = _ref_scorer(config, paths, registry, policy, coordinator, logger)
+    phases = PhaseSwitch(config.placement, policy, coordinator, pool, sync)
     return Run(
         config,
         paths,
         policy,
         coordinator,
         ServerLinks(sync, phases, scorer),
-        RankZero(rollouts, prefetch, evaluator, console),
+        RankZero(rollouts, prefetch, evaluator, logger),
         (progress, checkpoint),
     )
 
@@ -97,14 +98,14 @@ def _await_servers(coordinator: RankCoordinator, rollouts: Rollouts | None) -> N
         raise Preempted("The run was asked to stop while it waited for its servers; continue with --resume.")
 
 
-def _fleet(config: RunConfig, registry: Registry, console: Console) -> Fleet:
+def _pool(config: RunConfig, registry: Registry, logger: RunLogger) -> ServerPool:
     router = RouterClient(registry, ROUTER, config.server.request_deadline_s) if config.server.router else None
     vocabulary = read_architecture(config.policy.model).vocabulary
-    return Fleet(registry, config.server, router=router, tell=console.say, vocabulary=vocabulary)
+    return ServerPool(registry, config.server, router=router, log=logger.log, vocabulary=vocabulary)
 
 
-def _starting_policy(config: RunConfig, paths: RunDirectory, progress: RunProgress):
-    """The policy config whose weights the current stage starts from."""
+def _initial_policy(config: RunConfig, paths: RunDirectory, progress: RunProgress) -> PolicyConfig:
+    """Return the policy config with the weights that the current stage starts from."""
     if progress.stage == 0:
         return config.policy
     model = paths.models / config.stages[progress.stage - 1].name
@@ -117,32 +118,32 @@ def _ref_scorer(
     registry: Registry,
     policy: Policy,
     coordinator: RankCoordinator,
-    console: Console | None,
+    logger: RunLogger | None,
 ) -> RefScorer | None:
     if not config.has_ref_server:
         return None
-    client = ref_client(config, registry, (lambda text: None) if console is None else console.say)
-    members = FixedServers([client])
-    sync = _weight_sync(config, "ref", paths, members, policy, coordinator, console)
+    client = ref_client(config, registry, (lambda text: None) if logger is None else logger.log)
+    members = StaticPool([client])
+    sync = _weight_sync(config, "ref", paths, members, policy, coordinator, logger)
     scorer = RefScorer(client, sync, coordinator, config.server.start_deadline_s)
     scorer.open()
     return scorer
 
 
-def ref_client(config: RunConfig, registry: Registry, tell: Callable[[str], None]) -> RegisteredClient:
-    """A client of the server that scores the reference policy; `tell` is given a line for what a user should know."""
+def ref_client(config: RunConfig, registry: Registry, log: Callable[[str], None]) -> RegisteredClient:
+    """Return a client of the server that scores the reference policy; `log` receives lines for the user."""
 
     def found(server: RegisteredServer) -> None:
         if (sentence := nccl_difference(server, config.ref_server)) is not None:
-            tell(sentence)
+            log(sentence)
 
     return RegisteredClient(registry, "ref-0", config.server.request_deadline_s, found)
 
 
 def _judges(
-    config: RunConfig, registry: Registry, fleet: Fleet | None
-) -> Sequence[SGLangClient | OpenAIEndpoint | LentServer]:
-    """Clients of the judge's servers. Their weights are frozen: they share no group with the trainer."""
+    config: RunConfig, registry: Registry, pool: ServerPool | None
+) -> Sequence[SGLangClient | OpenAIEndpoint | SharedJudgeClient]:
+    """Return clients of the judge's servers, which have frozen weights and share no group with the trainer."""
     if not config.needs_judge:
         return []
     judge = config.judge
@@ -150,10 +151,11 @@ def _judges(
         return judge_endpoints(judge)
     if judge.placement == "policy":
         return [
-            LentServer(fleet, Path(judge.served_model), i, config.sync.deadline_s) for i in range(config.server.count)
+            SharedJudgeClient(pool, Path(judge.served_model), i, config.sync.deadline_s)
+            for i in range(config.server.count)
         ]
     if judge.server.router:
-        return [RoutedServers(registry, JUDGE_ROUTER, "judge", judge.deadline_s)]
+        return [RoutedClient(registry, JUDGE_ROUTER, "judge", judge.deadline_s)]
     return [RegisteredClient(registry, f"judge-{i}", judge.deadline_s) for i in range(judge.server.count)]
 
 
@@ -164,7 +166,7 @@ def _weight_sync(
     members: Members,
     policy: Policy,
     coordinator: RankCoordinator,
-    console: Console | None,
+    logger: RunLogger | None,
 ) -> WeightSync:
     server = config.server if servers == "policy" else config.ref_server
     transport = make_transport(
@@ -176,6 +178,6 @@ def _weight_sync(
         config.sync.deadline_s,
         directory=paths.sync / servers,
         model=Path(config.policy.model),
-        **({} if console is None else {"tell": console.say}),
+        **({} if logger is None else {"log": logger.log}),
     )
     return WeightSync(config.sync, policy, coordinator, members, transport, server.tp)

@@ -16,9 +16,9 @@ from exprl_megatron.reporting.tags import EVALUATION
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, write_atomically
 from exprl_megatron.runs.journal import SampledStep, write_step
-from exprl_megatron.training.console import Console
 from exprl_megatron.training.judging_runtime import JudgingRuntime
 from exprl_megatron.training.rollouts import Rollouts, SamplePlan
+from exprl_megatron.training.run_logger import RunLogger
 
 START = "start"
 
@@ -31,13 +31,13 @@ class Evaluator:
     """
 
     def __init__(
-        self, config: RunConfig, paths: RunDirectory, rollouts: Rollouts, judging: JudgingRuntime, console: Console
+        self, config: RunConfig, paths: RunDirectory, rollouts: Rollouts, judging: JudgingRuntime, logger: RunLogger
     ):
         self._config = config
         self._directory = paths.evaluations
         self._rollouts = rollouts
         self._judging = judging
-        self._console = console
+        self._logger = logger
 
     def done(self, name: str) -> bool:
         """Whether the evaluation `name` (see evaluation_name) has been made."""
@@ -73,13 +73,13 @@ class Evaluator:
         await asyncio.to_thread(write_step, self._file(name).with_suffix(".parquet"), answers)
         write_atomically(self._file(name), json.dumps(record, indent=1).encode())
         shown = ", ".join(f"pass@{e.k} {e.mean:.1%} [{e.low:.1%}, {e.high:.1%}]" for e in found)
-        self._console.say(f"evaluation of {name}: {shown}")
+        self._logger.log(f"evaluation of {name}: {shown}")
 
     def log(self, stage: Stage | None, step: int | None) -> None:
         """Record an evaluation that has been made in the run's metrics, once; arguments as for its name."""
         record = self._read(evaluation_name(stage, step))
         steps = 0 if stage is None else stage.steps if step is None else step
-        self._console.evaluated(stage, steps, evaluation_metrics(record))
+        self._logger.evaluated(stage, steps, evaluation_metrics(record))
 
     def all(self) -> dict[str, GradedCounts]:
         """The counts of every evaluation made so far, in the order in which they are made."""

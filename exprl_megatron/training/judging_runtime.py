@@ -19,22 +19,22 @@ from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.rewards.containment import Limits
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import GradedTrace, Group
-from exprl_megatron.training.console import Console
 from exprl_megatron.training.grading import GradeTrace, grade_of, verified, with_terms
 from exprl_megatron.training.own_rewards import own_terms, own_verifiers
+from exprl_megatron.training.run_logger import RunLogger
 
 
 class JudgingRuntime:
     """The judge and the verifier of a run, on rank 0; `judges` are the clients of the judge's servers."""
 
-    def __init__(self, config: RunConfig, store: Path, judges: Sequence[Any], console: Console):
+    def __init__(self, config: RunConfig, store: Path, judges: Sequence[Any], logger: RunLogger):
         self._config = config
-        self._console = console
+        self._logger = logger
         self._open = ExitStack()
         self._verifier = self._open.enter_context(_verifier(config.verifier)) if config.needs_sampling_servers else None
-        self._own_verifiers = own_verifiers(config.verifier, console.say)
+        self._own_verifiers = own_verifiers(config.verifier, logger.log)
         self._own_terms = {
-            stage.name: own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, console.say)
+            stage.name: own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, logger.log)
             for stage in config.stages
             if isinstance(stage, ExprlOutcomeStage | SparseRlStage)
         }
@@ -76,7 +76,7 @@ class JudgingRuntime:
             metrics = result.metrics()
             self._gate_metrics[stage.name, step] = {f"gate/{name}": value for name, value in metrics.items()}
             figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            self._console.say(f"the judge before step {step} of {stage.name}: {figures}")
+            self._logger.log(f"the judge before step {step} of {stage.name}: {figures}")
             self._gate.require(result, f"stage {stage.name}, before step {step}")
 
     def take_gate_metrics(self, stage: str, step: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from exprl_megatron.config.placement import PlacementConfig
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.policy.offload import TRAINING, Offload
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.serving.fleet import Fleet
+from exprl_megatron.serving.server_pool import ServerPool
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 
@@ -21,19 +21,19 @@ _GIB = 2**30
 
 
 class PhaseSwitch:
-    """The phase that this rank is in. Every rank calls the same methods; `fleet` is needed on rank 0 alone."""
+    """The phase that this rank is in. Every rank calls the same methods; `pool` is needed on rank 0 alone."""
 
     def __init__(
         self,
         config: PlacementConfig,
         policy: Policy,
         coordinator: RankCoordinator,
-        fleet: Fleet | None,
+        pool: ServerPool | None,
         sync: WeightSync,
     ):
         self._config = config
         self._coordinator = coordinator
-        self._fleet = fleet
+        self._pool = pool
         self._sync = sync
         self._offload = Offload(policy)
         self._device = policy.world.device
@@ -67,7 +67,7 @@ class PhaseSwitch:
         """
         if self._phase == "learning":
             return
-        slept = put_to_sleep(self._coordinator, self._fleet)
+        slept = put_to_sleep(self._coordinator, self._pool)
         self._note("learning", _foreign_memory(self._device))
         self._memory_stats["memory/servers_slept"] = float(slept)
         self._offload.back("weights", *TRAINING)
@@ -79,7 +79,7 @@ class PhaseSwitch:
         return stats
 
     def _wake(self, tag: str) -> None:
-        self._coordinator.broadcast_run(lambda: self._fleet.wake(tag))
+        self._coordinator.broadcast_run(lambda: self._pool.wake(tag))
 
     def _note(self, phase: str, asleep: int) -> None:
         """Record the device's memory at the start of `phase`; `asleep` is that of the sleeping side, in bytes."""
@@ -95,12 +95,12 @@ class PhaseSwitch:
             )
 
 
-def put_to_sleep(coordinator: RankCoordinator, fleet: Fleet | None) -> bool:
+def put_to_sleep(coordinator: RankCoordinator, pool: ServerPool | None) -> bool:
     """Let all sampling servers release their memory; returns whether they can (on a CPU they cannot).
 
-    Every rank calls it; `fleet` is needed on rank 0 alone, and is None there where a run has no such servers.
+    Every rank calls it; `pool` is needed on rank 0 alone, and is None there where a run has no such servers.
     """
-    return coordinator.broadcast_from_rank0(lambda: fleet is not None and coordinator.run(fleet.sleep()))
+    return coordinator.broadcast_from_rank0(lambda: pool is not None and coordinator.run(pool.sleep()))
 
 
 def _own_memory() -> int:

@@ -23,15 +23,15 @@ from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.fleet import Fleet
-from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.ready import wait_ready
-from exprl_megatron.training.console import Console
+from exprl_megatron.serving.server_pool import ServerPool
+from exprl_megatron.serving.shared_judge import SharedJudgeClient
 from exprl_megatron.training.grading import GradeTrace
 from exprl_megatron.training.judging_runtime import JudgingRuntime
 from exprl_megatron.training.loop_lag import LoopLag
-from exprl_megatron.training.punishment import rewards_of
+from exprl_megatron.training.run_logger import RunLogger
+from exprl_megatron.training.sample_rewards import rewards_of
 from exprl_megatron.utils.text_check import text_check_of
 from exprl_megatron.utils.together import gather_or_cancel
 
@@ -59,22 +59,22 @@ class Rollouts:
         self,
         config: RunConfig,
         journal: Journal,
-        fleet: Fleet | None,
-        judges: Sequence[SGLangClient | OpenAIEndpoint | LentServer],
+        pool: ServerPool | None,
+        judges: Sequence[SGLangClient | OpenAIEndpoint | SharedJudgeClient],
         judging: JudgingRuntime,
-        console: Console,
+        logger: RunLogger,
     ):
         self._config = config
         self._journal = journal
-        self._fleet = fleet
-        # Judges on the policy's servers are opened and closed with the fleet.
-        self._judges = [judge for judge in judges if not isinstance(judge, LentServer)]
-        self._lent = next((judge for judge in judges if isinstance(judge, LentServer)), None)
+        self._pool = pool
+        # Judges on the policy's servers are opened and closed with the pool.
+        self._judges = [judge for judge in judges if not isinstance(judge, SharedJudgeClient)]
+        self._shared_judge = next((judge for judge in judges if isinstance(judge, SharedJudgeClient)), None)
         self._judging = judging
-        self._console = console
+        self._logger = logger
         self._tokenizer = load_tokenizer(config.policy.model)
-        if fleet is not None and self._lent is None:
-            fleet.text_check = text_check_of(self._tokenizer)
+        if pool is not None and self._shared_judge is None:
+            pool.text_check = text_check_of(self._tokenizer)
         self._prompted: dict[ProblemsConfig, PromptedProblems] = {}
         self._guards: dict[ProblemsConfig, LeakGuard] = {}
         self.loop_lag = LoopLag()
@@ -85,35 +85,35 @@ class Rollouts:
         for judge in self._judges:
             await judge.__aenter__()
         await asyncio.gather(
-            *([] if self._fleet is None else [self._fleet.open()]),
+            *([] if self._pool is None else [self._pool.open()]),
             *(wait_ready(client, self._config.judge.server.start_deadline_s) for client in self._judges),
         )
 
     async def close(self) -> None:
         """Close the connections to the servers and the judge."""
         self.loop_lag.stop()
-        if self._fleet is not None:
-            await self._fleet.close()
+        if self._pool is not None:
+            await self._pool.close()
         for judge in self._judges:
             await judge.__aexit__()
         self._judging.close()
 
     async def pause_generation(self) -> None:
         """Pause the traces in flight before an update of the weights, in the mode `sync.pause_mode`."""
-        await self._fleet.pause_generation(self._config.sync.pause_mode)
+        await self._pool.pause_generation(self._config.sync.pause_mode)
 
     async def continue_generation(self) -> None:
         """Continue the paused traces where they were, under the weights that the servers have now."""
-        await self._fleet.continue_generation()
+        await self._pool.continue_generation()
 
     async def wait_for(self, work: Future) -> Literal["done", "weights", "nothing"]:
-        """Wait up to a second for `work` of these rollouts; see Fleet.wait_for."""
-        return await self._fleet.wait_for(work, _POLL_S)
+        """Wait up to a second for `work` of these rollouts; see ServerPool.wait_for."""
+        return await self._pool.wait_for(work, _POLL_S)
 
     async def check_served(self) -> None:
-        """Check the weights of the servers that joined (see Fleet.check_served); does nothing without servers."""
-        if self._fleet is not None:
-            await self._fleet.check_served()
+        """Check the weights of the servers that joined (see ServerPool.check_served); does nothing without servers."""
+        if self._pool is not None:
+            await self._pool.check_served()
 
     def prepare(self) -> None:
         """Read every problem and build every prompt of the run, so that bad input ends the run at its start."""
@@ -126,7 +126,7 @@ class Rollouts:
             self._prompted[problems] = prompted
             self._guards[problems] = LeakGuard(self._config.leak_guard, prompted.problems)
             if prompted.dropped:
-                self._console.say(f"{problems.source}: {prompted.dropped} prompts of more than {limit} tokens left out")
+                self._logger.log(f"{problems.source}: {prompted.dropped} prompts of more than {limit} tokens left out")
 
     def take_metrics(self, stage: str, step: int) -> dict[str, float]:
         """Return `gate/*` of a step whose judge was checked, and `servers/*` and `loop/*` since the last call."""
@@ -241,8 +241,8 @@ class Rollouts:
             occurrences[i] += 1
         await asyncio.to_thread(self._check_prompts, guard, prompts)
         graded: dict[Trace, GradedTrace] = {}
-        grade_after_sampling = judged and self._lent is not None
-        with self._console.rollouts(*plan.purpose, len(prompts) * plan.group_size) as bar:
+        grade_after_sampling = judged and self._shared_judge is not None
+        with self._logger.rollouts(*plan.purpose, len(prompts) * plan.group_size) as bar:
 
             async def on_trace(trace: Trace) -> None:
                 bar.sampled()
@@ -260,7 +260,7 @@ class Rollouts:
                 return Group(problem.id, tuple(graded[trace] for trace in traces), problem.domain)
 
             found = await sample_groups(
-                self._fleet,
+                self._pool,
                 prompts,
                 plan.group_size,
                 plan.sampling,
@@ -272,7 +272,7 @@ class Rollouts:
                 whole_groups=self._config.server.group_requests,
             )
             if grade_after_sampling:
-                await self._lent.bring()
+                await self._shared_judge.load_weights()
                 await gather_or_cancel(grade_one(trace) for traces in found for trace in traces)
         return [group_of(traces) for traces in found]
 

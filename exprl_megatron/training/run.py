@@ -26,15 +26,15 @@ from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.runs.progress import RunProgress
-from exprl_megatron.training.assertions import AssertionCounts, check_first_update
-from exprl_megatron.training.console import Console
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
+from exprl_megatron.training.first_update import AssertionCounts, check_first_update
 from exprl_megatron.training.log_prob_gap import check_log_prob_gap, gap_bound
 from exprl_megatron.training.phase_switch import PhaseSwitch
 from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.training.rollouts import Rollouts
+from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.teacher import teacher_prompts
@@ -63,7 +63,7 @@ class RankZero:
     rollouts: Rollouts | None = None
     prefetch: RolloutPrefetch | None = None
     evaluator: Evaluator | None = None
-    console: Console | None = None
+    logger: RunLogger | None = None
 
 
 class Run:
@@ -94,7 +94,7 @@ class Run:
         self._rollouts = rank_zero.rollouts
         self._prefetch = rank_zero.prefetch
         self._evaluator = rank_zero.evaluator
-        self._console = rank_zero.console
+        self._logger = rank_zero.logger
         self._progress, self._resumed_from = start
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
@@ -128,8 +128,8 @@ class Run:
             load_checkpoint(self._resumed_from, self.policy)
         self._resumed_from = None
         self._examples = ExampleReader(self.config, stage) if isinstance(stage, SftStage) else None
-        if self._examples is not None and self._console is not None and self._examples.dropped:
-            self._console.say(f"{stage.name}: {self._examples.dropped} examples are too long and left out")
+        if self._examples is not None and self._logger is not None and self._examples.dropped:
+            self._logger.log(f"{stage.name}: {self._examples.dropped} examples are too long and left out")
         self._teacher_prompts = self._read_teacher_prompts(stage) if isinstance(stage, SelfDistillStage) else {}
 
     def graded_groups(self, stage: RlStage, step: int) -> list[Group]:
@@ -227,9 +227,9 @@ class Run:
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
         self._keep_span(STEP, at)
-        if self._console is not None:
+        if self._logger is not None:
             metrics |= self._rollouts.take_metrics(stage.name, step)
-            self._console.step_done(stage, step, metrics)
+            self._logger.step_done(stage, step, metrics)
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -326,15 +326,15 @@ class Run:
     def close(self) -> None:
         """Print the closing table, disconnect from the servers, end the verifier's processes and close the logs."""
         if self._coordinator.is_rank0:
-            self._console.closing(self._evaluator.all())
+            self._logger.closing(self._evaluator.all())
             if self.config.debug.assertions:
-                self._console.say(self._asserted.sentence())
+                self._logger.log(self._asserted.sentence())
         self._sync.close()
         if self._ref_scorer is not None:
             self._ref_scorer.close()
         if self._coordinator.is_rank0:
             self._coordinator.run(self._rollouts.close())
-            self._console.close()
+            self._logger.close()
         self._coordinator.close()
 
     def _stop_unless_known(self, error: GradientNotFinite) -> None:
@@ -342,13 +342,13 @@ class Run:
         stage, step = self._now
         skipped = SkippedUpdates(self._directory.skipped_updates)
         if self._coordinator.broadcast_from_rank0(lambda: skipped.add(stage, step, self._updates_in_step)):
-            self._coordinator.on_rank0(lambda: self._console.say(f"{error} again; step {step} of {stage} is left out"))
+            self._coordinator.on_rank0(lambda: self._logger.log(f"{error} again; step {step} of {stage} is left out"))
             return
         journal = Journal(RunDirectory(self.config.debug.rollouts or self._directory.root).journal)
         raise not_learned(error, stage, step, journal.path(stage, step) if self._examples is None else None)
 
     def _waiting_for(self, work: Future | None) -> str:
-        """Wait briefly for rank 0's `work` with the sampling servers; returns its state on every rank (Fleet.wait_for).
+        """Wait briefly for rank 0's `work` with the servers; returns its state on every rank (see ServerPool.wait_for).
 
         Called in a loop, so that the ranks stay in contact however long the work takes.
         """
@@ -357,8 +357,8 @@ class Run:
         )
 
     def _keep_span(self, name: str, start: float) -> None:
-        if self._console is not None:
-            self._console.span(*self._now, name, start)
+        if self._logger is not None:
+            self._logger.span(*self._now, name, start)
 
     def _read_teacher_prompts(self, stage: SelfDistillStage) -> dict[str, tuple[int, ...]]:
         tokenizer = load_tokenizer(self.config.policy.model)

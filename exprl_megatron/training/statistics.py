@@ -8,7 +8,7 @@ from exprl_megatron.judging.calibration import auroc, histogram
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.runs.progress import updates_of
-from exprl_megatron.training.punishment import length_punishments
+from exprl_megatron.training.sample_rewards import overlong_penalties
 
 _COUNTED_SEGMENTS = 10
 
@@ -17,7 +17,7 @@ def step_statistics(stage: RlStage, groups: list[Group]) -> dict[str, float]:
     """Compute `group_statistics` of the stage, and statistics of its overlong penalty."""
     found = group_statistics(groups, judged=isinstance(stage, JudgedStage))
     scored = [sample for group in groups for sample in group.samples if sample.score is not None]
-    punishments = length_punishments(stage, scored)
+    punishments = overlong_penalties(stage, scored)
     if punishments is None or not scored:
         return found
     return found | {

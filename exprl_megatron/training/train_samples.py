@@ -12,7 +12,7 @@ from exprl_megatron.algorithms.process import SegmentedTrace, process_credits
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
-from exprl_megatron.training.punishment import OverlongRule, length_punishments, rewards_of
+from exprl_megatron.training.sample_rewards import OverlongRule, overlong_penalties, rewards_of
 
 GradedStage = ExprlOutcomeStage | ExprlProcessStage | SparseRlStage
 """Stages that learn from scores; self-distillation has a teacher instead."""
@@ -63,7 +63,7 @@ def token_advantages(stage: GradedStage, groups: list[Group]) -> list[list[Token
 def _trace_advantages(stage: ExprlOutcomeStage | SparseRlStage, groups: list[Group]) -> list[list[TokenAdvantages]]:
     scores, valid = _scores(groups, stage.overlong)
     if stage.soft_overlong is not None:
-        punishments = torch.stack([length_punishments(stage, group.samples) for group in groups])
+        punishments = torch.stack([overlong_penalties(stage, group.samples) for group in groups])
         scores = torch.where(valid, scores + punishments, scores)
     counted = valid
     if isinstance(stage, ExprlOutcomeStage) and stage.variant == "code":

@@ -1,6 +1,6 @@
 """One trainer process: `python -m exprl_megatron.training.worker RUN_DIRECTORY` under torchrun's variables.
 
-How it ends is written to RUN_DIRECTORY/logs/trainer-RANK.end, for the launcher to show to the user.
+The rank's end is written to RUN_DIRECTORY/logs/trainer-RANK.end, for the launcher to show to the user.
 """
 
 import argparse
@@ -27,22 +27,22 @@ from exprl_megatron.utils.freed_memory import keep_freed_memory
 _DAY_S = 24 * 3600.0
 _CLOSE_LOGS_S = 1.5
 
-_telling = threading.RLock()
-"""Whichever thread fails first writes down how the rank ends, undisturbed."""
+_end_lock = threading.RLock()
+"""The thread that fails first writes the rank's end alone."""
 
 
 def main() -> None:
     """Run the rank; exit status 0, 2 (the user can fix it), 75 (asked to stop) or 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--servers", type=Path, required=True, help="Where they are registered.")
+    parser.add_argument("--servers", type=Path, required=True, help="Directory in which the servers are registered.")
     arguments = parser.parse_args()
     beat()
     sys.exit(guarded(arguments.directory, arguments.servers))
 
 
 def guarded(directory: Path, servers: Path) -> int:
-    """The exit status of this rank's work; errors are written where the launcher finds them."""
+    """Run the rank and return its exit status; errors are written to the rank's `.end` file."""
     from exprl_megatron.weight_sync.coordinator import RankZeroFailed
 
     end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
@@ -50,10 +50,10 @@ def guarded(directory: Path, servers: Path) -> int:
     logs = ExitStack()
 
     def end_at_once(error: BaseException) -> None:
-        """For what fails beside the main thread, which may wait in a collective; all that must last is on disk."""
-        with _telling:
+        """End the process from any thread, while the main one may wait in a collective; all data is on disk."""
+        with _end_lock:
             sys.stdout.flush()
-            os._exit(_tell(end, error))
+            os._exit(_write_end(end, error))
 
     with logs:
         try:
@@ -61,12 +61,12 @@ def guarded(directory: Path, servers: Path) -> int:
         except RankZeroFailed:
             return 1
         except BaseException as error:  # torch's failures in collectives are no subclasses of Exception
-            return _tell(end, error)
+            return _write_end(end, error)
     return 0
 
 
-def _tell(end: Path, error: BaseException) -> int:
-    """Write down how the rank ends; its exit status."""
+def _write_end(end: Path, error: BaseException) -> int:
+    """Write how the rank ends; returns its exit status."""
     status, message, unexpected = exit_status(error), str(error), False
     if (sentence := storage_sentence(error, end.parent.parent)) is not None:
         message = sentence
@@ -76,12 +76,12 @@ def _tell(end: Path, error: BaseException) -> int:
     elif not isinstance(error, UserError | ServerError | RunStopped | Preempted):
         traceback.print_exception(error)
         message, unexpected = f"trainer {os.environ['RANK']} failed: {type(error).__name__}: {error}", True
-    with _telling:
+    with _end_lock:
         try:
-            # Another node's launcher may read it at any time.
+            # Another node's launcher may read the file at any time.
             write_atomically(end, json.dumps({"status": status, "message": message, "unexpected": unexpected}).encode())
         except OSError:
-            # On a full disk the log, which was open before, may still take it.
+            # On a full disk the log, which is open already, may still accept it.
             print(message, file=sys.stderr)
     return status
 
@@ -121,9 +121,9 @@ def _longest_wait(config) -> float:
 
 
 def _longest_judging(config) -> float:
-    """Deadlines of a step's judgements and the gate's, `concurrency` at a time in flight, and of a rubric.
+    """Sum of the deadlines of a step's judgements, the gate's and a rubric's, with `concurrency` requests in flight.
 
-    The judgements' are a day at most: where so many of them pass, abstentions stop the run.
+    At most a day for the judgements: before that many deadlines pass, abstentions stop the run.
     """
     from exprl_megatron.config.stages import JudgedStage
     from exprl_megatron.judging.judged_traces import read_judged_traces

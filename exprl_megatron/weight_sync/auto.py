@@ -1,4 +1,4 @@
-"""Weights by `direct`, or by `broadcast` while one of the servers cannot receive by `direct`."""
+"""Weight sync by `direct`, or by `broadcast` while a server cannot receive by `direct`."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ from exprl_megatron.weight_sync.timing import SyncTimes
 
 
 class AutoTransport:
-    """See Transport; `tell` is given a line, once for each set of servers, when `broadcast` is used and why."""
+    """See Transport. `log` receives a line, once for each set of servers, when `broadcast` is used, with the reason."""
 
     fillers = None
 
@@ -27,10 +27,10 @@ class AutoTransport:
         coordinator: RankCoordinator,
         deadline_s: float,
         *,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self._coordinator = coordinator
-        self._tell = tell
+        self._log = log
         self._direct = DirectTransport(clients, server_tp, world, coordinator, deadline_s)
         self._broadcast = BroadcastTransport(clients, server_tp, world, coordinator, deadline_s)
         self._clients = list(clients)
@@ -52,11 +52,11 @@ class AutoTransport:
             try:
                 return await self._direct.push(outgoing, version, times)
             except BaseException as error:
-                # The other ranks have been stopped and wait for what comes next.
+                # The other ranks have been aborted and wait for the next signal.
                 with self._coordinator.abort_on_error():
                     if not isinstance(error, CannotReceive):
                         raise
-                    self._tell(f"weights travel by broadcast, not by direct: {error}")
+                    self._log(f"weights travel by broadcast, not by direct: {error}")
                     await gather_or_cancel(
                         client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )

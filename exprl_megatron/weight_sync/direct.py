@@ -21,15 +21,14 @@ from exprl_megatron.models.name_map import dtype_of
 from exprl_megatron.models.shards import Shape, in_words
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.delivery_tables import pack_deliveries, unpack_needs
-from exprl_megatron.serving.loader_orders import BROKEN_OFF, LOADER, NOT_FOLLOWED, RECORDS
-from exprl_megatron.serving.own_group import abort, destroy, in_background, on_device
+from exprl_megatron.serving.loader_commands import ABORTED, LOADER, NOT_FOLLOWED, RECORDS
+from exprl_megatron.serving.process_groups import abort, destroy, in_background, on_device
+from exprl_megatron.serving.transfer_tables import pack_transfers, unpack_needs
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
-from exprl_megatron.weight_sync.deliveries import DeliveryPlan
 from exprl_megatron.weight_sync.groups import (
     address_towards,
     break_off,
@@ -39,9 +38,10 @@ from exprl_megatron.weight_sync.groups import (
     meeting_place,
     timeout_s,
 )
-from exprl_megatron.weight_sync.held import held_shares
 from exprl_megatron.weight_sync.outgoing import Outgoing
-from exprl_megatron.weight_sync.sending import Sending
+from exprl_megatron.weight_sync.p2p_schedule import TransferPlan
+from exprl_megatron.weight_sync.p2p_sender import P2PSender
+from exprl_megatron.weight_sync.shard_table import shard_table
 from exprl_megatron.weight_sync.timing import SyncTimes
 
 _CAUSE_S = 5.0
@@ -70,16 +70,16 @@ class DirectTransport:
         self._coordinator = coordinator
         self._deadline_s = deadline_s
         self._store: Records | None = None
-        """In which all members meet; the servers have its key from their orders."""
+        """In which all members meet; the servers have its key from their commands."""
         self._name = ""
         self._size = 0
         """Of the group."""
         self._group: dist.ProcessGroup | None = None
-        self._sending: Sending | None = None
+        self._sending: P2PSender | None = None
         """Once it is planned."""
         self._moved = 0
         """Bytes to one server."""
-        self._orders = 0
+        self._commands = 0
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         self._break_off()
@@ -100,7 +100,7 @@ class DirectTransport:
                 self._coordinator.signal()
                 await self._send(outgoing)
                 sent_s = time.monotonic()
-                await self._order("finish", version=version)
+                await self._command("finish", version=version)
                 await gather_or_cancel(
                     client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
@@ -133,7 +133,9 @@ class DirectTransport:
                         client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )
                     # NCCL may wait for all members of a group before one of them has given it up.
-                    await gather_or_cancel([self._order("leave"), asyncio.to_thread(destroy, group, self._deadline_s)])
+                    await gather_or_cancel(
+                        [self._command("leave"), asyncio.to_thread(destroy, group, self._deadline_s)]
+                    )
                     await gather_or_cancel(
                         client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                     )
@@ -152,7 +154,7 @@ class DirectTransport:
         """Let servers go that wait for what is not sent any more, or for the others in a group that does not form."""
         group, self._group = self._group, None
         if self._store is not None:
-            self._store.set(BROKEN_OFF, "")
+            self._store.set(ABORTED, "")
         if group is not None:
             break_off(group, self._world.rank, self._size)
         self._store = None
@@ -240,18 +242,18 @@ class DirectTransport:
 
         return in_background(self._name, work)
 
-    def _plan(self, outgoing: Outgoing, packed: list[bytes], alike: list[list[int]]) -> DeliveryPlan:
+    def _plan(self, outgoing: Outgoing, packed: list[bytes], alike: list[list[int]]) -> TransferPlan:
         """Who sends what; the arguments are as `_reported` returns them."""
         gatherer, layout = outgoing.gatherer, self._world.layout
         word = _word(gatherer.dtype)
         shapes = in_words(gatherer.shapes, word)
         tables = [unpack_needs(table, shapes) for table in packed]
         needs = [[tables[which] for which in server] for server in alike]
-        held = held_shares(outgoing.architecture, layout, self._world.device.type == "cuda", word)
-        return DeliveryPlan(needs, held, layout, word, outgoing.bucket_bytes)
+        held = shard_table(outgoing.architecture, layout, self._world.device.type == "cuda", word)
+        return TransferPlan(needs, held, layout, word, outgoing.bucket_bytes)
 
-    def _keep(self, plan: DeliveryPlan) -> None:
-        self._sending = Sending(plan, self._world)
+    def _keep(self, plan: TransferPlan) -> None:
+        self._sending = P2PSender(plan, self._world)
         self._moved = plan.nbytes // len(self._clients) if self._coordinator.is_rank0 else 0
 
     def _ranks(self, server: int) -> range:
@@ -259,16 +261,16 @@ class DirectTransport:
         first = self._world.layout.world_size + server * self._server_tp
         return range(first, first + self._server_tp)
 
-    async def _order(self, what: str, version: str | None = None) -> None:
+    async def _command(self, what: str, version: str | None = None) -> None:
         """All servers to do something (see serving/loader.py). Raises ServerError with what one could not."""
-        self._orders += 1
-        await gather_or_cancel(self._order_one(what, server, version) for server in range(len(self._clients)))
+        self._commands += 1
+        await gather_or_cancel(self._command_one(what, server, version) for server in range(len(self._clients)))
 
-    async def _order_one(self, what: str, server: int, version: str | None) -> None:
+    async def _command_one(self, what: str, server: int, version: str | None) -> None:
         client = self._clients[server]
-        order = {
+        command = {
             "do": what,
-            "answer": f"answer {self._orders}",
+            "answer": f"answer {self._commands}",
             "group": self._name,
             "secret": self._store.key,
             "backend": group_backend(),
@@ -279,21 +281,21 @@ class DirectTransport:
             "timeout_s": timeout_s(self._deadline_s),
         }
         await client.update_from_tensor(
-            [order | {"rank": rank} for rank in self._ranks(server)],
+            [command | {"rank": rank} for rank in self._ranks(server)],
             version=version,
             flush_cache=version is not None,
             loader=LOADER,
             deadline_s=self._deadline_s,
         )
         for rank in self._ranks(server):
-            said = self._said(f"{order['answer']}/{rank}")
+            said = self._said(f"{command['answer']}/{rank}")
             if NOT_FOLLOWED in said:
                 raise CannotReceive(f"{client.name} ({client.url}) could not {what} weights: {said}.")
             if said:
                 raise ServerError(f"{client.name} ({client.url}) could not {what} weights: {said}; see its log.")
 
     def _said(self, answer: str) -> str:
-        """A server's rank's answer to an order; "" is well."""
+        """A server's rank's answer to an command; "" is well."""
         if self._store is None:
             return "the group was broken off"
         try:
@@ -306,7 +308,7 @@ class DirectTransport:
 
     async def _both(self, own: asyncio.Future, what: str) -> None:
         """Return when our side and the servers are through. What a server says is the cause, where both fail."""
-        servers = asyncio.ensure_future(self._order(what))
+        servers = asyncio.ensure_future(self._command(what))
         # Nobody may look at it any more.
         own.add_done_callback(lambda future: future.cancelled() or future.exception())
         try:
@@ -327,10 +329,10 @@ class DirectTransport:
         return self._sending.begin(outgoing.gatherer, self._group)
 
 
-def _publish(plan: DeliveryPlan, store: Records) -> None:
+def _publish(plan: TransferPlan, store: Records) -> None:
     """Tells each server rank what it is going to receive."""
     for rank in plan.targets:
-        store.set(f"deliveries/{rank}", pack_deliveries(plan.receives(rank)))
+        store.set(f"transfers/{rank}", pack_transfers(plan.receives(rank)))
 
 
 def _word(dtype: torch.dtype) -> str:

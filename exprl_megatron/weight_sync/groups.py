@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from exprl_megatron.serving.own_group import abort, begin_to_destroy, on_device, wait_destroyed
+from exprl_megatron.serving.process_groups import abort, begin_to_destroy, on_device, wait_destroyed
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import hidden_name
 from exprl_megatron.utils.keyed_store import listening_store, reached_store

@@ -25,18 +25,18 @@ from exprl_megatron.models.name_map import Parameter, hf_shapes
 from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.delivery_tables import RECTANGLE, Part
-from exprl_megatron.serving.loader_orders import LOADER, RECORDS
+from exprl_megatron.serving.loader_commands import LOADER, RECORDS
 from exprl_megatron.serving.model_checksums import Report, as_grid, cut, pack_expected, written
-from exprl_megatron.serving.own_group import in_background, on_device
 from exprl_megatron.serving.part_hash import add_up, hash_parts
+from exprl_megatron.serving.process_groups import in_background, on_device
+from exprl_megatron.serving.transfer_tables import RECTANGLE, Slice
 from exprl_megatron.serving.weight_layout import ServerParameters, served_dtype, server_parameters
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.deliveries import transfers_of
 from exprl_megatron.weight_sync.groups import address_towards, meeting_place
-from exprl_megatron.weight_sync.held import Held, held_shares
+from exprl_megatron.weight_sync.p2p_schedule import shard_sources
+from exprl_megatron.weight_sync.shard_table import ShardTable, shard_table
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ChecksumPlan:
     """Of each rank of a server."""
     parts: list[np.ndarray]
     """RECTANGLE: all parts of their parameters."""
-    held: Held
+    held: ShardTable
     numbers: np.ndarray
     """int64 [own parts]: of the parameter, over all ranks of a server."""
     places: np.ndarray
@@ -69,22 +69,22 @@ class ChecksumPlan:
 def plan_checksums(architecture: Architecture, world: World, server_tp: int) -> ChecksumPlan:
     """The plan of this rank. Copies of a shard share its parts."""
     layout, cuda = world.layout, world.device.type == "cuda"
-    held = held_shares(architecture, layout, cuda)
+    held = shard_table(architecture, layout, cuda)
     servers = server_parameters(
         hf_shapes(architecture), tp=server_tp, kv_heads=architecture.kv_groups, server="cuda" if cuda else "cpu"
     )
     every, numbers, places, sources, first = [], [], [], [], 0
     for server in servers:
-        transfers = transfers_of(server.needs, held)
-        placed = _placed(transfers.wanted, server.places)
+        found = shard_sources(server.needs, held)
+        placed = _placed(found.at_target, server.places)
         every.append(np.concatenate([placed, server.padding]))
-        for stretch, holding in enumerate(transfers.holdings):
+        for group, holding in enumerate(found.holdings):
             if world.rank in holding:
-                rows = transfers.rows(stretch)
+                rows = found.rows(group)
                 mine = slice(rows.start + holding.index(world.rank), rows.stop, len(holding))
                 numbers.append(placed["of"][mine] + np.int64(first))
                 places.append(placed[mine])
-                sources.append(transfers.sources[mine])
+                sources.append(found.at_source[mine])
         first += len(server.shapes)
     source = np.concatenate([*sources, np.empty(0, RECTANGLE)])
     order = np.argsort(source["of"], kind="stable")
@@ -109,7 +109,7 @@ def own_sums(plan: ChecksumPlan, gatherer: Gatherer, world: World) -> np.ndarray
     sums = add_up(plan.numbers, hash_parts(_own_parts(plan, gatherer)), plan.count)
     if world.rank == 0:
         zeros = (
-            (Part(*place), torch.zeros(place[2], place[4], dtype=gatherer.dtype, device=world.device))
+            (Slice(*place), torch.zeros(place[2], place[4], dtype=gatherer.dtype, device=world.device))
             for place in plan.padding.tolist()
         )
         sums += add_up(plan.padding_numbers, hash_parts(zeros), plan.count)
@@ -181,13 +181,13 @@ class ShardChecksums:
             "secret": self._store.key,
             "deadline_s": self._deadline_s,
         }
-        orders = [
+        commands = [
             common | {"expected": expected, "answer": answer}
             for expected, answer in zip(self._expected, answers, strict=True)
         ]
         await client.begin_weight_update(deadline_s=self._deadline_s)
         await client.update_from_tensor(
-            orders, version=None, flush_cache=False, loader=LOADER, deadline_s=self._deadline_s
+            commands, version=None, flush_cache=False, loader=LOADER, deadline_s=self._deadline_s
         )
         await client.end_weight_update(deadline_s=self._deadline_s)
         return tuple(self._reported(client, answer) for answer in answers)
@@ -206,12 +206,12 @@ class ShardChecksums:
         raise ServerError(f"{client.name} ({client.url}) could not say what weights it holds: {said}; see its log.")
 
 
-def _own_parts(plan: ChecksumPlan, gatherer: Gatherer) -> Iterator[tuple[Part, torch.Tensor]]:
+def _own_parts(plan: ChecksumPlan, gatherer: Gatherer) -> Iterator[tuple[Slice, torch.Tensor]]:
     number, grid = -1, None
     for place, source in zip(plan.places.tolist(), plan.sources.tolist(), strict=True):
         if source[0] != number:
             number, grid = source[0], as_grid(_as_served(plan, gatherer, plan.held.parameters[source[0]]))
-        yield Part(*place), cut(grid, Part(*source))
+        yield Slice(*place), cut(grid, Slice(*source))
 
 
 def _placed(wanted: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError, WeightsDiffer
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.loader_orders import LOADER
+from exprl_megatron.serving.loader_commands import LOADER
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 from exprl_megatron.weight_sync.outgoing import Outgoing
@@ -21,7 +21,7 @@ _MB = 2**20
 
 
 class Members(Protocol):
-    """The servers that receive weights, from rank 0's view: a Fleet, or FixedServers."""
+    """The servers that receive weights, from rank 0's view: a ServerPool, or StaticPool."""
 
     clients: list[SGLangClient]
     """Clients of the servers that were prepared last."""

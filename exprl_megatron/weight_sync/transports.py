@@ -1,4 +1,4 @@
-"""Makes the transport that was chosen for a run."""
+"""Creates the transport that was chosen for a run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,18 +29,18 @@ def make_transport(
     *,
     directory: Path,
     model: Path,
-    tell: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Transport:
-    """The transport of `choice`.
+    """Create the transport of `choice`.
 
-    Those that go by files write into `directory`, in the form of the model in `model`. `tell` is given a line when the
+    Transports through files write to `directory`, in the format of the model in `model`. `log` receives a line when the
     choice's fallback is used.
 
-    More than 7 parameters: the sum of what the transports need, of which each takes a part.
+    More than 7 parameters: each transport needs some of them.
     """
     kind = choice.kind
     if choice.fallback is not None:
-        return AutoTransport(clients, server_tp, world, coordinator, deadline_s, tell=tell)
+        return AutoTransport(clients, server_tp, world, coordinator, deadline_s, log=log)
     if kind in _BY_FILES:
         return _BY_FILES[kind](clients, directory, model, coordinator, deadline_s)
     return _BY_MEMORY[kind](clients, server_tp, world, coordinator, deadline_s)

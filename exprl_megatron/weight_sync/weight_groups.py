@@ -18,7 +18,7 @@ from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.models.shards import sender
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.own_group import GroupThread, abort, destroy, in_background
+from exprl_megatron.serving.process_groups import GroupThread, abort, destroy, in_background
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator

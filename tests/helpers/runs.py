@@ -78,7 +78,7 @@ def start_ranks(config: RunConfig, servers: dict[str, Server], resume: bool = Fa
     run = fingerprint(read_key(registry.key_file))
     for kind, server in servers.items():
         log, key = str(server.log_file), str(server.key_file)
-        registry.register(RegisteredServer(kind, f"{kind}-0", server.url, log, server.incarnation, run, key))
+        registry.register(RegisteredServer(kind, f"{kind}-0", server.url, log, server.instance_id, run, key))
     return TrainerRanks(directory, config, directory.registry, starter=starter())
 
 

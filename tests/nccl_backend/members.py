@@ -22,7 +22,7 @@ from nccl_like.records import PATIENCE, Hang
 from remote_server import CONTROL, WORLD, Asker, outgoing, serve
 
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
-from exprl_megatron.serving.own_group import GroupThread, destroy
+from exprl_megatron.serving.process_groups import GroupThread, destroy
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.groups import break_off, broadcast

@@ -18,7 +18,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
@@ -28,7 +28,7 @@ BUCKET_MB = 0.25
 KILL_AFTER_S = 1.0
 
 
-class Succession(FixedServers):
+class Succession(StaticPool):
     """One server at a time: the next takes the place of one that a sync failed at."""
 
     def __init__(self, clients: list[SGLangClient]):

@@ -10,7 +10,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 
 PROMPTS = [Prompt(f"p{i}", tuple(range(3 + i, 23 + i))) for i in range(5)]
 # A quarter of the vocabulary stops a trace: some have one token, some dozens.
@@ -49,7 +49,7 @@ def sample(clients, sampling, group_size, **settings):
             for client in clients:
                 await client.__aenter__()
             try:
-                return await sample_groups(FixedServers(clients), PROMPTS, group_size, sampling, seed_of, **settings)
+                return await sample_groups(StaticPool(clients), PROMPTS, group_size, sampling, seed_of, **settings)
             finally:
                 for client in clients:
                     await client.__aexit__()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 
 from exprl_megatron.serving import delivery_rounds
-from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 
 
 class Work:

@@ -15,9 +15,9 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.serving import client, generation
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.fleet import Fleet
 from exprl_megatron.serving.generation import reply_limit
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.server_pool import ServerPool
 from exprl_megatron.utils.text_check import TextCheck
 
 VOCABULARY, ASKED = 100, 10
@@ -295,16 +295,16 @@ def test_what_one_server_answers_with_garbage_another_is_asked_and_no_trace_is_m
         async with listening(bad, good):
             for i, server in enumerate((bad, good)):
                 registry.register(RegisteredServer("policy", f"policy-{i}", server.url, "", "a"))
-            fleet = Fleet(registry, ServerConfig(count=2), tell=told.append, vocabulary=VOCABULARY)
-            fleet.text_check = CHECK
+            pool = ServerPool(registry, ServerConfig(count=2), log=told.append, vocabulary=VOCABULARY)
+            pool.text_check = CHECK
             try:
-                await fleet.open()
-                assert await fleet.prepare("v0")
-                await fleet.commit("v0")
+                await pool.open()
+                assert await pool.prepare("v0")
+                await pool.commit("v0")
                 asked = [Prompt("a", (1, 2)), Prompt("b", (1, 2))]
-                groups = await sample_groups(fleet, asked, 2, SAMPLING, lambda *_: 0, weight_versions=["v0"])
+                groups = await sample_groups(pool, asked, 2, SAMPLING, lambda *_: 0, weight_versions=["v0"])
             finally:
-                await fleet.close()
+                await pool.close()
         return groups, told
 
     groups, told = asyncio.run(run())

@@ -16,7 +16,7 @@ import pytest
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import Key, authorization, ensure_key, read_key, renew_key
-from exprl_megatron.serving.loader_orders import LOADER, payload, signed
+from exprl_megatron.serving.loader_commands import LOADER, payload, signed
 from exprl_megatron.utils.ports import EVERYWHERE, interface
 
 # What somebody on the same machine could do to servers without a key, and what must be closed to them.

@@ -214,8 +214,8 @@ def test_servers_draw_from_different_seeds_and_from_new_ones_after_each_start(ti
     seeds = [int(command[command.index("--random-seed") + 1]) for command, _ in started]
     assert len(seeds) == 12 and len(set(seeds)) == 12
     assert all(0 <= seed < 2**31 for seed in seeds)
-    # The incarnation that a keeper registers is the one that was seeded.
-    assert seeds == [server_seed(0, server.name, server.incarnation) for server in servers]
+    # The instance_id that a supervisor registers is the one that was seeded.
+    assert seeds == [server_seed(0, server.name, server.instance_id) for server in servers]
 
 
 def test_a_started_server_has_the_nccl_variables_of_its_own_size_and_arguments(tiny_model, tmp_path, started):

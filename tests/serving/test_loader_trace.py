@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exprl_megatron.serving.loader_orders import Need
+from exprl_megatron.serving.loader_commands import RequiredSlice
 from exprl_megatron.serving.loader_trace import trace
 
 SHAPES = {"q": (4, 3), "k": (2, 3), "down": (3, 8), "norm": (3,), "words": (5, 3)}
@@ -42,11 +42,11 @@ def test_every_copy_is_noted_and_none_is_done():
     model = Model()
     places = trace(model, SHAPES, torch.float32)
     assert [place.need for place in places] == [
-        Need("q", 2, 2, 0, 3),
-        Need("k", 1, 1, 0, 3),
-        Need("down", 0, 3, 4, 4),
-        Need("norm", 0, 3, 0, 1),
-        Need("words", 4, 1, 0, 3),
+        RequiredSlice("q", 2, 2, 0, 3),
+        RequiredSlice("k", 1, 1, 0, 3),
+        RequiredSlice("down", 0, 3, 4, 4),
+        RequiredSlice("norm", 0, 3, 0, 1),
+        RequiredSlice("words", 4, 1, 0, 3),
     ]
     assert all((parameter == 7).all() for parameter in (model.qk, model.down, model.norm, model.words[:1]))
 
@@ -86,9 +86,9 @@ def test_a_vector_of_a_wider_dtype_is_sent_as_words_and_every_bit_arrives():
     shapes, model = {"gate": (4, 3), "bias": (4,), "norm": (3,)}, WithBias()
     places = trace(model, shapes, torch.bfloat16, {"bias": torch.float32})
     assert [place.need for place in places] == [
-        Need("gate", 0, 4, 0, 3),
-        Need("bias", 0, 8, 0, 1),
-        Need("norm", 0, 3, 0, 1),
+        RequiredSlice("gate", 0, 4, 0, 3),
+        RequiredSlice("bias", 0, 8, 0, 1),
+        RequiredSlice("norm", 0, 3, 0, 1),
     ]
     sent = torch.randn(4) * 1.0001
     views = [place.view(dict(model.named_parameters())) for place in places]

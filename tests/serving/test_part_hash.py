@@ -6,8 +6,8 @@ import torch
 import xxhash
 
 import exprl_megatron.serving.part_hash as part_hash
-from exprl_megatron.serving.delivery_tables import Part
 from exprl_megatron.serving.part_hash import hash_parts, word_hash
+from exprl_megatron.serving.transfer_tables import Slice
 
 MASK = 2**64 - 1
 
@@ -46,7 +46,7 @@ def test_changes_that_keep_sums_are_found(hashed, dtype, monkeypatch):
     if hashed == "words":
         monkeypatch.setattr(part_hash, "_byte_hash", lambda numbers: int(word_hash(numbers)))
     numbers = torch.randn(96, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
-    place = Part(0, 0, 96, 0, 512)
+    place = Slice(0, 0, 96, 0, 512)
 
     def changed(change):
         other = numbers.clone()
@@ -76,7 +76,7 @@ def test_changes_that_keep_sums_are_found(hashed, dtype, monkeypatch):
 
 def test_a_part_s_place_is_in_its_hash_and_strides_are_not():
     numbers = torch.randn(40, 30)
-    places = [Part(0, 0, 40, 0, 30), Part(0, 0, 30, 0, 40), Part(0, 1, 40, 0, 30), Part(0, 0, 40, 1, 30)]
+    places = [Slice(0, 0, 40, 0, 30), Slice(0, 0, 30, 0, 40), Slice(0, 1, 40, 0, 30), Slice(0, 0, 40, 1, 30)]
     hashes = hash_parts([(place, numbers) for place in places])
     assert len(set(hashes.tolist())) == len(places)
     wider = torch.cat([numbers, torch.zeros(40, 2)], dim=1)
@@ -85,8 +85,8 @@ def test_a_part_s_place_is_in_its_hash_and_strides_are_not():
 
 def test_a_large_part_with_gaps_is_hashed_piece_by_piece(monkeypatch):
     numbers = torch.randn(50, 33)
-    whole = hash_parts([(Part(0, 0, 50, 0, 33), numbers)])
+    whole = hash_parts([(Slice(0, 0, 50, 0, 33), numbers)])
     monkeypatch.setattr(part_hash, "_COPIED_BYTES", 300)
     gaps = torch.zeros(50, 40)
     gaps[:, :33] = numbers
-    assert hash_parts([(Part(0, 0, 50, 0, 33), gaps[:, :33])]) == whole
+    assert hash_parts([(Slice(0, 0, 50, 0, 33), gaps[:, :33])]) == whole

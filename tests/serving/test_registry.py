@@ -1,4 +1,4 @@
-"""Servers as files that keepers write and runs read, and whose share of them a node keeps."""
+"""Servers as files that supervisors write and runs read, and whose share of them a node keeps."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from exprl_megatron.serving.server_process import server_specs
 
 
 def server(name="policy-0", **changes):
-    known = {"kind": "policy", "name": name, "url": "http://127.0.0.1:9", "log_file": "l", "incarnation": "a"}
+    known = {"kind": "policy", "name": name, "url": "http://127.0.0.1:9", "log_file": "l", "instance_id": "a"}
     return RegisteredServer(**known | changes)
 
 
@@ -25,10 +25,10 @@ def test_a_server_is_known_from_its_registration_to_its_withdrawal(tmp_path):
     registry.withdraw("policy-0")
     registry.register(server("policy-1"))
     registry.register(server())
-    registry.register(server(incarnation="b"))
-    assert Registry(tmp_path / "servers").all() == [server(incarnation="b"), server("policy-1")]
+    registry.register(server(instance_id="b"))
+    assert Registry(tmp_path / "servers").all() == [server(instance_id="b"), server("policy-1")]
     registry.withdraw("policy-1")
-    assert registry.all() == [server(incarnation="b")]
+    assert registry.all() == [server(instance_id="b")]
 
 
 def test_the_wish_to_start_a_server_anew_is_for_one_incarnation_of_it(tmp_path):
@@ -36,7 +36,7 @@ def test_the_wish_to_start_a_server_anew_is_for_one_incarnation_of_it(tmp_path):
     assert registry.restart_asked("policy-0") is None
     registry.register(server())
     registry.ask_restart(server())
-    assert registry.restart_asked("policy-0") == server().incarnation
+    assert registry.restart_asked("policy-0") == server().instance_id
     assert registry.all() == [server()]
     registry.withdraw("policy-0")
     assert registry.restart_asked("policy-0") is None

@@ -10,7 +10,7 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.serving.router import RoutedServers
+from exprl_megatron.serving.router import RoutedClient
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, RouterSpec
 from exprl_megatron.serving.server_process import start_servers
 from exprl_megatron.utils.ports import free_ports
@@ -50,7 +50,7 @@ def test_answers_come_from_the_registered_servers_that_answer(registry, qwen3_se
     registry.register(judge(1, qwen3_server.url, qwen3_server.key_file))
 
     async def ask():
-        async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed, qwen3_server.client() as direct:
+        async with RoutedClient(registry, JUDGE_ROUTER, "judge", 60) as routed, qwen3_server.client() as direct:
             await routed.health()
             return [await sampled(routed) for _ in range(3)], await sampled(direct)
 
@@ -63,7 +63,7 @@ def test_without_a_server_that_answers_the_error_says_so(registry):
     registry.register(judge(0, f"http://127.0.0.1:{dead}"))
 
     async def ask():
-        async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed:
+        async with RoutedClient(registry, JUDGE_ROUTER, "judge", 60) as routed:
             with pytest.raises(ServerError, match="none of 1 registered judge servers answers"):
                 await routed.health()
             with pytest.raises(ServerError, match="none of 1 registered judge servers answers"):
@@ -74,7 +74,7 @@ def test_without_a_server_that_answers_the_error_says_so(registry):
 
 def test_a_server_that_registers_later_is_asked_from_then_on(registry, qwen3_server):
     async def ask():
-        async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed:
+        async with RoutedClient(registry, JUDGE_ROUTER, "judge", 60) as routed:
             with pytest.raises(ServerError, match="none of 0 registered"):
                 await sampled(routed)
             registry.register(judge(0, qwen3_server.url, qwen3_server.key_file))
@@ -93,7 +93,7 @@ def test_a_router_takes_no_request_without_the_runs_key(router, registry, qwen3_
                 return reply.status
 
     async def ask():
-        async with RoutedServers(registry, JUDGE_ROUTER, "judge", 60) as routed:
+        async with RoutedClient(registry, JUDGE_ROUTER, "judge", 60) as routed:
             await routed.health()
             generate = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}}
             return [

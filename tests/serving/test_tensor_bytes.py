@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from exprl_megatron.serving.delivery_tables import Part
 from exprl_megatron.serving.part_hash import hash_parts
 from exprl_megatron.serving.tensor_bytes import tensor_bytes
+from exprl_megatron.serving.transfer_tables import Slice
 from exprl_megatron.serving.weight_hash import Sha256
-from exprl_megatron.weight_sync.mirror import DeltaWriter
+from exprl_megatron.weight_sync.base_snapshot import DeltaWriter
 
 
 class _Unwritten:
@@ -34,8 +34,8 @@ def test_they_are_those_that_numpy_sees(dtype):
     "read",
     [
         lambda tensor: bytes(tensor_bytes(tensor)),
-        lambda tensor: hash_parts([(Part(0, 0, 4, 0, 8), tensor)]),
-        lambda tensor: hash_parts([(Part(0, 0, 4, 0, 4), tensor[:, :4])]),
+        lambda tensor: hash_parts([(Slice(0, 0, 4, 0, 8), tensor)]),
+        lambda tensor: hash_parts([(Slice(0, 0, 4, 0, 4), tensor[:, :4])]),
         lambda tensor: Sha256().update(tensor.view(torch.uint8)),
         lambda tensor: DeltaWriter(_Unwritten(tensor), None, "v2").add([("w", tensor)]),
     ],

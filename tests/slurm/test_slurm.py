@@ -120,7 +120,7 @@ def test_the_two_stages_run_as_heterogeneous_jobs_with_servers_and_trainer_on_no
 
 
 def test_a_dead_sampling_server_is_started_anew_and_the_run_goes_on(experiment):
-    assert experiment.anew.incarnation != experiment.killed.incarnation
+    assert experiment.anew.instance_id != experiment.killed.instance_id
     assert steps_done(experiment.root / "sparse") == 5
 
 

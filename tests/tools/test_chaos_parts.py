@@ -44,7 +44,7 @@ def test_every_kind_of_garbage_is_refused(kind):
     garbage = made(kind, reply())
     with pytest.raises((ValueError, RecursionError)):
         if len(garbage) > reply_limit(8):
-            raise ValueError("HttpServer reads no more than the limit")
+            raise ValueError("HttpClient reads no more than the limit")
         read_generation(garbage, ASKED)
 
 

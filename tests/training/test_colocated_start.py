@@ -21,7 +21,7 @@ ORDER = [ASLEEP, "policy", "stage"]
 
 
 class Answering(BaseHTTPRequestHandler):
-    """A server as the fleet sees it, which notes what it is asked to do with its memory."""
+    """A server as the pool sees it, which notes what it is asked to do with its memory."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
@@ -51,7 +51,7 @@ class Answering(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """A server on the trainer's GPU; everybody believes that there is one."""
-    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
+    monkeypatch.setattr("exprl_megatron.serving.server_pool.uses_cuda", lambda: True)
     made = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
     made.events, made.tags = [], []
     threading.Thread(target=made.serve_forever, daemon=True).start()

@@ -12,7 +12,7 @@ from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
-from exprl_megatron.training.assertions import check_first_update
+from exprl_megatron.training.first_update import check_first_update
 
 
 def _config(directory, model, problems, judge=None, **changes):

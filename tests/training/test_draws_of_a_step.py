@@ -34,12 +34,12 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
 
     whole._guards = {stage.problems: SimpleNamespace(check_request=note_thread)}
     whole._tokenizer = SimpleNamespace(decode=note_thread)
-    whole._console = SimpleNamespace(rollouts=lambda *shown: nullcontext())
+    whole._logger = SimpleNamespace(rollouts=lambda *shown: nullcontext())
     whole._judging = SimpleNamespace(grade=lambda *how: None, take_counts=dict)
-    whole._fleet = whole._lent = None
+    whole._pool = whole._shared_judge = None
     asked = []
 
-    async def nothing_found(fleet, prompts, *further, whole_groups, **named):
+    async def nothing_found(pool, prompts, *further, whole_groups, **named):
         assert whole_groups == by_groups
         asked.extend((prompt.problem_id, prompt.occurrence) for prompt in prompts)
         return []

@@ -19,9 +19,9 @@ from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import read_step
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training import evaluator, loop
-from exprl_megatron.training.console import Console
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.run import Run
+from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.utils.files import keep_private
 
 SAMPLING = {"temperature": 0.6, "top_p": 0.9, "top_k": 5, "max_new_tokens": 7}
@@ -134,8 +134,8 @@ class Evaluating(Run):
         self.config, self._progress = config, progress or RunProgress()
         self._coordinator = Alone()
         self.servers = self._phases = self._prefetch = self._rollouts = Servers(self._coordinator)
-        self._console = Console(config, paths, self._progress)
-        self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._console)
+        self._logger = RunLogger(config, paths, self._progress)
+        self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._logger)
         self._trained = set()
         self._sync_metrics = {}
 
@@ -160,7 +160,7 @@ def _steps(monkeypatch):
 
 def evaluated(run):
     loop.run_stages(run)
-    run._console.close()
+    run._logger.close()
     return [(purpose, versions[0]) for purpose, *_, versions in run.servers.sampled]
 
 

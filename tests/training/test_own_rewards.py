@@ -18,7 +18,7 @@ from exprl_megatron.rollout.group import GradedTrace, Group, RewardTerm
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.grading import verified, with_terms
 from exprl_megatron.training.own_rewards import own_terms, own_verifiers
-from exprl_megatron.training.punishment import rewards_of
+from exprl_megatron.training.sample_rewards import rewards_of
 from exprl_megatron.training.statistics import group_statistics
 from exprl_megatron.training.train_samples import token_advantages
 

@@ -20,7 +20,7 @@ from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.server_process import server_specs, start_servers
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.training.assemble import ref_client
 from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
@@ -114,7 +114,7 @@ def test_the_server_s_log_probs_are_those_of_the_weights_at_the_stage_s_begin(re
     learn()
     coordinator, client = RankCoordinator(240.0), ref_server.client()
     transport = BroadcastTransport([client], 1, policy.world, coordinator, 120.0)
-    sync = WeightSync(SyncConfig(), policy, coordinator, FixedServers([client]), transport)
+    sync = WeightSync(SyncConfig(), policy, coordinator, StaticPool([client]), transport)
     scorer = RefScorer(client, sync, coordinator, start_deadline_s=60.0)
     scorer.open()
     policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10, keep_ref_policy=True)

@@ -66,7 +66,7 @@ def test_a_dead_server_is_started_anew_and_registered_anew_and_sigterm_ends_all(
         os.kill(_server_process(serving), signal.SIGKILL)
         wait_until(lambda: registry.all() not in ([], [first]) or serving.poll() is not None, 900)
         (second,) = registry.all()
-        assert second.name == first.name and second.incarnation != first.incarnation
+        assert second.name == first.name and second.instance_id != first.instance_id
         family = psutil.Process(serving.pid).children(recursive=True)
         serving.terminate()
         serving.communicate(timeout=300)

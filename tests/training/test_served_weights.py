@@ -11,7 +11,7 @@ from exprl_megatron.config.load import load_config
 from exprl_megatron.errors import WeightsReplaced
 from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.runs.progress import RunProgress
-from exprl_megatron.serving.lent import LentServer
+from exprl_megatron.serving.shared_judge import SharedJudgeClient
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import Run
 
@@ -33,10 +33,10 @@ class Alone:
         return asyncio.run(coroutine)
 
 
-def sampling_run(fleet, events):
+def sampling_run(pool, events):
     """A run's part that gets a step's groups; `events` has what happened, in order."""
     run, rollouts = Run.__new__(Run), Rollouts.__new__(Rollouts)
-    rollouts._fleet = fleet
+    rollouts._pool = pool
     run._coordinator, run._rollouts, run._progress = Alone(), rollouts, RunProgress()
     run._phases = SimpleNamespace(switch_to_training=lambda: events.append("learn"))
     run._prefetch = SimpleNamespace(
@@ -44,7 +44,7 @@ def sampling_run(fleet, events):
         start=lambda *_: None,
         take=lambda *_: events.append("traces") or SampledStep([], 2, Counter()),
     )
-    run._console, run._seconds, run._now = None, {}, ("sparse", 1)
+    run._logger, run._seconds, run._now = None, {}, ("sparse", 1)
     return run
 
 
@@ -78,7 +78,7 @@ def test_nothing_is_learned_where_no_server_has_our_weights_and_a_run_without_se
 def test_texts_of_samples_are_compared_with_their_ids(place, compared):
     """Servers that also judge may have another tokenizer's texts meanwhile."""
     config = load_config(Path("recipes/configs/demo.yaml"))
-    fleet = SimpleNamespace(text_check=None)
-    judges = [] if place == "own" else [LentServer(fleet, Path("judge"), 0, 1.0)]
-    Rollouts(config, None, fleet, judges, None, None)
-    assert (fleet.text_check is not None) == compared
+    pool = SimpleNamespace(text_check=None)
+    judges = [] if place == "own" else [SharedJudgeClient(pool, Path("judge"), 0, 1.0)]
+    Rollouts(config, None, pool, judges, None, None)
+    assert (pool.text_check is not None) == compared

@@ -5,7 +5,7 @@ import json
 import msgspec
 import pytest
 
-from exprl_megatron.serving.http import _json
+from exprl_megatron.serving.http_client import _json
 from exprl_megatron.utils.token_ids import TokenIds, TokenPart
 
 

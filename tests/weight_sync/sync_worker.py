@@ -21,7 +21,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.utils.accelerator import GROUP_BACKEND
 from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
@@ -29,8 +29,8 @@ from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFail
 from exprl_megatron.weight_sync.direct import DirectTransport
 from exprl_megatron.weight_sync.handles import HandlesTransport, _serialised
 from exprl_megatron.weight_sync.outgoing import Outgoing
+from exprl_megatron.weight_sync.p2p_sender import P2PSender
 from exprl_megatron.weight_sync.rounds import push_rounds
-from exprl_megatron.weight_sync.sending import Sending
 from exprl_megatron.weight_sync.sync import WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
 
@@ -68,14 +68,14 @@ class Syncs:
             self.coordinator.run(client.__aenter__())
 
     def sync(self, kind: str, **settings) -> WeightSync:
-        made = TRANSPORTS.get(kind) or partial(AutoTransport, tell=TOLD.append)
+        made = TRANSPORTS.get(kind) or partial(AutoTransport, log=TOLD.append)
         transport = made(self.clients, self.tp, self.policy.world, self.coordinator, 60.0)
         config = SyncConfig(bucket_mb=BUCKET_MB, **settings)
-        return WeightSync(config, self.policy, self.coordinator, FixedServers(self.clients), transport, self.tp)
+        return WeightSync(config, self.policy, self.coordinator, StaticPool(self.clients), transport, self.tp)
 
     def by(self, transport) -> WeightSync:
         config = SyncConfig(bucket_mb=BUCKET_MB)
-        members = FixedServers(self.clients)
+        members = StaticPool(self.clients)
         return WeightSync(config, self.policy, self.coordinator, members, transport, self.tp)
 
     def close(self, *syncs: WeightSync) -> None:
@@ -186,17 +186,17 @@ def wrong_in_messages():
 
 def wrong_in_shards():
     """One byte of CHANGED's parameter changes in what a rank sends of it."""
-    cuts = Sending._cuts
+    cuts = P2PSender._cuts
 
-    def changed(self, gatherer, delivery):
-        found = cuts(self, gatherer, delivery)
-        for place, part in enumerate(delivery.parts):
+    def changed(self, gatherer, transfer):
+        found = cuts(self, gatherer, transfer)
+        for place, part in enumerate(transfer.parts):
             if CHANGED in self._parameters[part.of].hf_names:
                 found[place] = found[place].clone()
                 found[place].view(-1).view(torch.uint8)[5] ^= 1
         return found
 
-    return patch.object(Sending, "_cuts", changed)
+    return patch.object(P2PSender, "_cuts", changed)
 
 
 def stopped_at(world, fails: int, count: int = 4) -> dict:
@@ -281,13 +281,13 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
     syncs = Syncs(world, arguments["model"], servers, tp)
     sync = syncs.sync(kind)
     sync.push_weights("v1")
-    owner, name = (sync._transport, "_order") if kind == "direct" else (sync._transport._groups, "ask")
+    owner, name = (sync._transport, "_command") if kind == "direct" else (sync._transport._groups, "ask")
     asking = getattr(owner, name)
 
-    async def after_a_death(*order, **settings):
+    async def after_a_death(*command, **settings):
         for process in psutil.Process(servers[-1]["pid"]).children(recursive=True):
             process.kill()
-        return await asking(*order, **settings)
+        return await asking(*command, **settings)
 
     ended, started = "well", time.monotonic()
     with patch.object(owner, name, after_a_death):
@@ -299,7 +299,7 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
     syncs.clients = syncs.clients[:-1]
     if len(servers) > 1:
         if syncs.coordinator.is_rank0:
-            syncs.coordinator.run(syncs.clients[0].take_over(deadline_s=20.0))
+            syncs.coordinator.run(syncs.clients[0].reset(deadline_s=20.0))
         change(syncs.policy)
         sync = syncs.sync(kind)
         sync.push_weights("v3")

@@ -83,7 +83,7 @@ def sync(monkeypatch):
     monkeypatch.setattr(auto, "BroadcastTransport", Broadcast)
     Client.ended = 0
     coordinator, said = Words(), []
-    leader, follower = (AutoTransport([Client()], 1, None, coordinator, 1.0, tell=said.append) for _ in range(2))
+    leader, follower = (AutoTransport([Client()], 1, None, coordinator, 1.0, log=said.append) for _ in range(2))
 
     def once(error=None):
         DONE.clear()

@@ -8,7 +8,7 @@ import pytest
 
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.serving import own_group
+from exprl_megatron.serving import process_groups
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.direct import DirectTransport
 from exprl_megatron.weight_sync.sync import WeightSync
@@ -77,10 +77,10 @@ def direct_with(group, server, coordinator):
     transport = DirectTransport([server], 1, None, coordinator, DEADLINE_S)
     transport._group = group
 
-    async def ordered(what, version=None):
+    async def commanded(what, version=None):
         return None
 
-    transport._order = ordered
+    transport._command = commanded
     return transport
 
 
@@ -96,12 +96,12 @@ TRANSPORTS = pytest.mark.parametrize("made", [direct_with, broadcasts_with])
 @pytest.fixture
 def close(monkeypatch):
     """`close(made, group, server, coordinator)`: the end of a run on the coordinator's rank."""
-    monkeypatch.setattr(own_group.dist, "destroy_process_group", lambda group: group.free.wait(DEADLINE_S))
-    monkeypatch.setattr(own_group.dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(process_groups.dist, "destroy_process_group", lambda group: group.free.wait(DEADLINE_S))
+    monkeypatch.setattr(process_groups.dist, "get_backend", lambda group: "nccl")
 
     def close(made, group, server, coordinator):
         sync = WeightSync(SyncConfig(), None, coordinator, None, made(group, server, coordinator))
-        own_group.in_background("close", sync.close).result(RETURN_S)
+        process_groups.in_background("close", sync.close).result(RETURN_S)
 
     return close
 

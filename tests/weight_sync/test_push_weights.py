@@ -4,10 +4,10 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from exprl_megatron.serving.servers import FixedServers
 
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError, WeightsDiffer
-from exprl_megatron.serving.servers import FixedServers
 from exprl_megatron.weight_sync import sync as module
 from exprl_megatron.weight_sync.sync import WeightSync
 

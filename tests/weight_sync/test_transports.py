@@ -18,7 +18,7 @@ from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.checksums import checksums
-from exprl_megatron.serving.loader_orders import LOADER
+from exprl_megatron.serving.loader_commands import LOADER
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
 from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
@@ -56,7 +56,7 @@ def client(qwen3_server, tiny_model):
 
     async def restore():
         async with qwen3_server.client() as client:
-            await client.take_over(deadline_s=60)
+            await client.reset(deadline_s=60)
             await client.update_from_disk(tiny_model("qwen3"), "initial")
 
     asyncio.run(restore())
@@ -187,7 +187,7 @@ def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, 
         async with client:
             with pytest.raises(CannotReceive, match=r"policy-0 .*could not join weights: .*; set sync\.transport to b"):
                 await wrong.push(asked, "v1", SyncTimes())
-            await client.take_over(deadline_s=60)
+            await client.reset(deadline_s=60)
             await right.push(outgoing(policy, right), "v2", SyncTimes())
             held, info = await client.checksums(), await client.info()
             await right.close()
@@ -223,7 +223,7 @@ def test_a_server_that_waits_for_one_that_died_is_free_at_once(client, policy, k
             with pytest.raises(ServerError, match="dying is dead"):
                 await transport.push(outgoing(policy, transport), "v1", SyncTimes())
             started = time.monotonic()
-            await client.take_over(deadline_s=60)
+            await client.reset(deadline_s=60)
             return time.monotonic() - started
 
     # Of 60 s.
@@ -278,7 +278,7 @@ def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):
             with pytest.raises(ServerError, match=r"policy-0 .*could not receive weights"):
                 await transport.push(outgoing(policy, transport), "v2", SyncTimes())
             started = time.monotonic()
-            await client.take_over(deadline_s=60)
+            await client.reset(deadline_s=60)
             return time.monotonic() - started, (await client.info())["weight_version"]
 
     free_s, version = asyncio.run(push())
@@ -294,7 +294,7 @@ def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monk
             try:
                 await transport.push(outgoing(policy, transport), "v1", SyncTimes())
             finally:
-                await client.take_over(deadline_s=60)
+                await client.reset(deadline_s=60)
 
     with pytest.raises(UserError, match=r"policy-0 .* was started without --custom-weight-loader another\.loader"):
         asyncio.run(push())
@@ -303,7 +303,7 @@ def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monk
 @pytest.mark.parametrize("refusal", ["another loader", "a loader that cannot be followed"])
 def test_a_server_that_cannot_receive_shards_gets_broadcasts(client, policy, other, monkeypatch, refusal):
     said = []
-    transport = AutoTransport([client], 1, policy.world, RankCoordinator(120.0), 60, tell=said.append)
+    transport = AutoTransport([client], 1, policy.world, RankCoordinator(120.0), 60, log=said.append)
     leaving = outgoing(policy, transport)
     if refusal == "another loader":
         monkeypatch.setattr("exprl_megatron.weight_sync.direct.LOADER", "another.loader")

@@ -13,7 +13,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.checksums import ServerChecksums
 from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
@@ -59,7 +59,7 @@ def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(serv
                 choice, [client], TP, policy.world, coordinator, 60.0,
                 directory=tmp_path / kind, model=policy.config.model,
             )  # fmt: skip
-            sync = WeightSync(SyncConfig(bucket_mb=0.04), policy, coordinator, FixedServers([client]), transport, TP)
+            sync = WeightSync(SyncConfig(bucket_mb=0.04), policy, coordinator, StaticPool([client]), transport, TP)
             for version in (f"{kind}-1", f"{kind}-2"):
                 change(policy)
                 # Raises where the checksums of shards, by the project's loader, differ.

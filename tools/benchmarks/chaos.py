@@ -24,10 +24,10 @@ from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.policy.checkpoint_files import DAMAGED, checkpoints
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import authorization
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
+from exprl_megatron.serving.server_supervisor import ServerSupervisor
 
 _POLL_S = 0.1
 _OF_A_SYNC = "POST /update_weights_from"
@@ -103,7 +103,7 @@ class FaultedRun:
         self._random = random.Random(seed)
         self._claim = self.paths.claim(config, resume=False)
         self._specs = wanted_servers(config, self.paths)
-        self.keeper = Keeper(self._specs, self.registry)
+        self.supervisor = ServerSupervisor(self._specs, self.registry)
         self._ranks: TrainerRanks | None = None
         judge, routed = config.judge.server, config.server.router
         self.kinds: dict[str, Callable[[], None]] = {
@@ -129,13 +129,13 @@ class FaultedRun:
         }
 
     def __enter__(self) -> "FaultedRun":
-        self.keeper.start()
+        self.supervisor.start()
         self._begin()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._ranks.stop()
-        self.keeper.stop()
+        self.supervisor.stop()
         for proxy in self.registry.proxies.values():
             proxy.close()
         self._claim.release()
@@ -151,7 +151,7 @@ class FaultedRun:
         """
         deadline = time.monotonic() + deadline_s
         while not condition():
-            self.keeper.tend()
+            self.supervisor.poll()
             try:
                 if not self._ranks.running():
                     return
@@ -204,7 +204,7 @@ class FaultedRun:
 
     def _kill(self, name: str) -> None:
         """kill -9 of a server, not of its supervisor; nothing where it is down already."""
-        server = self.keeper.server(name)
+        server = self.supervisor.server(name)
         for process in psutil.Process(server.pid).children() if server.alive() else []:
             process.kill()
         self._over = True
@@ -290,7 +290,7 @@ class FaultedRun:
         host, port = self.registry.proxies[name].target
         routes = strangers.ROUTER if name in (ROUTER, JUDGE_ROUTER) else strangers.SERVER
         self._over = True
-        if self.keeper.server(name).registered:
+        if self.supervisor.server(name).registered:
             answered = asyncio.run(strangers.let_in(f"http://{host}:{port}", routes))
             self._found += [f"{name} did as somebody without a key asked: {answer}" for answer in answered]
 

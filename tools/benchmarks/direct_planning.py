@@ -11,10 +11,10 @@ from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture, read_architecture
 from exprl_megatron.models.name_map import hf_shapes
-from exprl_megatron.serving.delivery_tables import needs_table, pack_deliveries, pack_needs, unpack_needs
 from exprl_megatron.serving.sharding import server_needs
-from exprl_megatron.weight_sync.deliveries import DeliveryPlan
-from exprl_megatron.weight_sync.held import held_shares
+from exprl_megatron.serving.transfer_tables import needs_table, pack_needs, pack_transfers, unpack_needs
+from exprl_megatron.weight_sync.p2p_schedule import TransferPlan
+from exprl_megatron.weight_sync.shard_table import shard_table
 
 _BUCKET_BYTES = 2**28
 
@@ -84,10 +84,10 @@ def _measure(case: Case, rank: int, packed: list[bytes]) -> PlanCost:
     Path("/proc/self/clear_refs").write_text("5")
     before, started = memory("VmRSS"), time.process_time()
     needs = [[unpack_needs(table, shapes) for table in packed]] * case.servers
-    held = held_shares(architecture, case.layout)
-    plan = DeliveryPlan(needs, held, case.layout, "bfloat16", _BUCKET_BYTES)
+    held = shard_table(architecture, case.layout)
+    plan = TransferPlan(needs, held, case.layout, "bfloat16", _BUCKET_BYTES)
     sends = plan.sends(rank)
-    orders = [pack_deliveries(plan.receives(target)) for target in plan.targets] if rank == 0 else []
+    orders = [pack_transfers(plan.receives(target)) for target in plan.targets] if rank == 0 else []
     seconds = time.process_time() - started
     peak = memory("VmHWM") - before
     return PlanCost(

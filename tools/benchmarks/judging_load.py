@@ -27,7 +27,7 @@ from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.training.grading import GradeTrace, grade_of
 from exprl_megatron.training.loop_lag import LoopLag
 from exprl_megatron.utils.text_check import text_check_of
@@ -152,7 +152,7 @@ async def sampled(load: Load, policy: SGLangClient, grade: GradeTrace) -> list[G
         graded.append(await grade(problems[trace.problem_id], trace))
 
     await sample_groups(
-        FixedServers([policy]),
+        StaticPool([policy]),
         [Prompt(problem.id, [1] * 256) for problem in load.problems[:-1]],
         GROUP,
         SamplingConfig(max_new_tokens=load.longest),

@@ -20,7 +20,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.keys import authorization
-from exprl_megatron.serving.servers import FixedServers
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.messages import stage_messages
 from exprl_megatron.weight_sync.sync import WeightSync
@@ -112,7 +112,7 @@ class Trainer:
     def sync(self, verify: bool) -> WeightSync:
         """Syncs of this trainer."""
         config = SyncConfig(bucket_mb=self._bucket_mb, verify=verify)
-        members = FixedServers(self._clients)
+        members = StaticPool(self._clients)
         return WeightSync(config, self.policy, self.coordinator, members, self._transport, self._server_tp)
 
     def change(self) -> None:

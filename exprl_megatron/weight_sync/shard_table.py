@@ -1,6 +1,7 @@
-"""Which rectangles of which Hugging Face tensors each trainer rank has in its parameters, as one table.
+"""A table of the trainer's shards: which rectangles of which Hugging Face tensors each rank has in its parameters.
 
-Parameters that are cut alike, as all experts are, are worked out once and repeated. Pure arithmetic, as in messages.py.
+Parameters that are cut identically, such as all experts, are computed once and repeated. Pure arithmetic, as in
+messages.py.
 """
 
 from collections import defaultdict
@@ -16,35 +17,37 @@ from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import Parameter, Rule, hf_shapes, parameters
 from exprl_megatron.models.shards import Shape, copies, holders, in_words, shard_shape
 
-SHARE = np.dtype(
+SHARD = np.dtype(
     [(field, np.int32) for field in ("tensor", "row", "rows", "column", "columns", "holding", "parameter", "local_row")]
 )
-"""A rectangle of a tensor (a vector counts as one column), the holding and the parameter that it is in, and its first
-row there. The parameter's rows are as long as the rectangle's."""
+"""A rectangle of a tensor (a vector counts as one column), its holding, its parameter, and its first row in the
+parameter, whose rows are as long as the rectangle's."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """All trainer ranks' shares of all exported tensors."""
+class ShardTable:
+    """All trainer ranks' shards of all exported tensors, as arrays."""
 
     tensors: tuple[str, ...]
-    """Hugging Face names, by the numbers in the table."""
+    """Hugging Face names, indexed by the numbers in the table."""
     parameters: tuple[Parameter, ...]
     """By the numbers in the table."""
     widths: np.ndarray
     """int32 [parameters]: length of a row of each on a rank."""
     holdings: tuple[range, ...]
-    """Ranks that have the same shares, by the numbers in the table."""
-    shares: np.ndarray
-    """SHARE [shares], sorted by tensor."""
+    """Ranks that have the same shards (data-parallel copies), indexed by the numbers in the table."""
+    shards: np.ndarray
+    """SHARD [shards], sorted by tensor."""
     starts: np.ndarray
-    """int64 [tensors + 1]: where each tensor's shares begin, and the end of the last one's."""
+    """int64 [tensors + 1]: the first row of each tensor's shards, and the end of the last one's."""
 
 
-def held_shares(architecture: Architecture, layout: Layout, grouped: bool = False, words: str | None = None) -> Held:
-    """What makes up each exported Hugging Face tensor. `grouped` is as in names.parameters.
+def shard_table(
+    architecture: Architecture, layout: Layout, grouped: bool = False, words: str | None = None
+) -> ShardTable:
+    """Build the table for a model and a layout. `grouped` is as in name_map.parameters.
 
-    `words`: the tensors' memory is seen as numbers of this dtype (see shards.in_words); None: as their own.
+    `words`: view the tensors' memory as elements of this dtype (see shards.in_words); None: of their own dtype.
     """
     shapes = hf_shapes(architecture)
     if words is not None:
@@ -63,24 +66,24 @@ def held_shares(architecture: Architecture, layout: Layout, grouped: bool = Fals
             holdings += ranges
         key = (parameter.rule, tuple(shapes[name] for name in parameter.hf_names), len(places[place]))
         alike[key].append((number, [numbers[name] for name in parameter.hf_names], places[place]))
-    shares = np.concatenate([_repeated(table[rows[0][0]], rows, shapes, layout) for rows in alike.values()])
-    shares = shares[np.argsort(shares["tensor"], kind="stable")]
+    shards = np.concatenate([_repeated(table[rows[0][0]], rows, shapes, layout) for rows in alike.values()])
+    shards = shards[np.argsort(shards["tensor"], kind="stable")]
     widths = np.empty(len(table), dtype=np.int32)
     for rows in alike.values():
         widths[[number for number, _, _ in rows]] = (*shard_shape(table[rows[0][0]], shapes, layout), 1)[1]
-    starts = np.searchsorted(shares["tensor"], np.arange(len(shapes) + 1))
+    starts = np.searchsorted(shards["tensor"], np.arange(len(shapes) + 1))
     merged, same = _merged(holdings)
-    shares["holding"] = same[shares["holding"]]
-    return Held(tuple(shapes), table, widths, merged, shares, starts)
+    shards["holding"] = same[shards["holding"]]
+    return ShardTable(tuple(shapes), table, widths, merged, shards, starts)
 
 
 def _repeated(
     first: Parameter, rows: list[tuple[int, list[int], np.ndarray]], shapes: dict[str, Shape], layout: Layout
 ) -> np.ndarray:
-    """SHARE of parameters cut as `first` is; of each its number, its tensors' and the holdings of its shards."""
+    """SHARD rows of parameters that are cut as `first` is; `rows` has each one's number, tensors and holdings."""
     pattern = np.array(list(_pattern(first, shapes, layout)), dtype=np.int32)
     tensors = np.array([tensors for _, tensors, _ in rows], dtype=np.int32)
-    found = np.empty((len(rows), len(pattern)), dtype=SHARE)
+    found = np.empty((len(rows), len(pattern)), dtype=SHARD)
     found["tensor"] = tensors[:, pattern[:, 0]]
     found["holding"] = np.stack([place for _, _, place in rows])[:, pattern[:, 1]]
     found["parameter"] = np.array([number for number, _, _ in rows])[:, None]
@@ -108,12 +111,12 @@ def _pattern(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) -> 
 
 @lru_cache(maxsize=64)
 def _runs(rule: Rule, rows: int) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
-    """Of a parameter of so many rows, for each part how many rows it has, and where they are in the parameter.
+    """For each part of a parameter with `rows` rows: its number of rows, and where they are in the parameter.
 
-    That is (row of the part, length, row of the parameter) of each stretch of rows that follow one another in both.
+    Each run is (row of the part, length, row of the parameter), of rows that are contiguous in both.
     """
     found = []
-    # Rules move whole rows: where they put the rows' numbers is where rows go.
+    # Rules move whole rows, so applying one to row numbers shows where rows go.
     for part in rule.parts(torch.arange(rows)[:, None]):
         at = part[:, 0].numpy()
         starts = np.append(0, np.flatnonzero(np.diff(at) != 1) + 1)
@@ -123,7 +126,7 @@ def _runs(rule: Rule, rows: int) -> tuple[tuple[int, tuple[tuple[int, int, int],
 
 
 def _merged(holdings: list[range]) -> tuple[tuple[range, ...], np.ndarray]:
-    """Each holding once, and by which number those of `holdings` are then called."""
+    """Return the distinct holdings, and the index of each of `holdings` among them."""
     numbers: dict[range, int] = {}
     same = np.array([numbers.setdefault(holding, len(numbers)) for holding in holdings], dtype=np.int32)
     return tuple(numbers), same

@@ -21,7 +21,7 @@ from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training.sample_table import sample_table
 
 
-class Console:
+class RunLogger:
     """Exists on rank 0; `progress` is where the run continues from."""
 
     def __init__(self, config: RunConfig, paths: RunDirectory, progress: RunProgress):
@@ -36,17 +36,17 @@ class Console:
         self._metrics = MetricsWriter(paths.metrics, Trackers(config.trackers, self._tracked(done), self.say), done)
         self._timeline = Timeline(paths.timeline)
 
-    def say(self, text: str) -> None:
-        """One line."""
+    def log(self, text: str) -> None:
+        """Print one line."""
         self._progress.say(text)
 
     def span(self, stage: str, step: int, name: str, start: float) -> None:
-        """Keep that `name` took from `start` (seconds since the epoch) until now."""
+        """Record that `name` took from `start` (seconds since the epoch) until now."""
         self._timeline.add(Span(stage, step, name, start, time.time()))
 
     @contextmanager
     def rollouts(self, stage: str, step: int, traces: int) -> Iterator["RolloutsProgress"]:
-        """Shows how many of so many traces are sampled and graded, and keeps how long that took."""
+        """Show how many of `traces` traces are sampled and graded, and record the spans of both."""
         with self._progress.bar(f"{stage} {step}", traces) as bar:
             progress = RolloutsProgress(bar)
             yield progress
@@ -54,7 +54,7 @@ class Console:
             self._timeline.add(span)
 
     def step_done(self, stage: Stage, step: int, metrics: dict[str, float]) -> None:
-        """A finished step's line and its metrics."""
+        """Print a finished step's line and write its metrics."""
         self._metrics.write(stage.name, self._steps_before(self._config.stages.index(stage)) + step, metrics)
         self._progress.step_done(stage.name, step, stage.steps, metrics, metrics["seconds/step"])
 
@@ -66,27 +66,27 @@ class Console:
             self._metrics.write_table(place, sample_table(stage.name, groups, problem_of, count))
 
     def evaluated(self, stage: Stage | None, step: int, metrics: dict[str, float]) -> None:
-        """The evaluation of the weights after `step` steps of `stage` (None: before the first stage) in the metrics."""
+        """Write the evaluation of the weights after `step` steps of `stage` (None: before the first stage)."""
         stage = self._config.stages[0] if stage is None else stage
         self._metrics.write_evaluation(stage.name, self._steps_before(self._config.stages.index(stage)) + step, metrics)
 
     def closing(self, evaluations: Evaluations) -> None:
-        """The table of all evaluations and where everything is stored."""
+        """Print the table of all evaluations and where everything is stored."""
         if evaluations:
             settings = self._config.evaluation
             self._terminal.print(evaluation_table(evaluations, settings.k, "held-out problems", settings.confidence))
         paths = self._paths
         for stage, phases in stage_phases(read_timeline(paths.timeline)).items():
-            self.say(f"{stage}: {bottleneck(phases)}")
+            self.log(f"{stage}: {bottleneck(phases)}")
         if not self._config.learns:
-            self.say(
+            self.log(
                 f"rollouts: {paths.journal} (debug.only is sampling: nothing was learned, and no model is written)"
             )
             return
-        self.say(f"models: {paths.models}  checkpoints: {paths.checkpoints}  metrics: {paths.metrics}")
+        self.log(f"models: {paths.models}  checkpoints: {paths.checkpoints}  metrics: {paths.metrics}")
         if "tensorboard" in self._config.trackers:
-            self.say(f"curves: tensorboard --logdir {paths.tensorboard}")
-        self.say(f"look at it: exprl show {paths.root}; exprl report {paths.root} --out report.html")
+            self.log(f"curves: tensorboard --logdir {paths.tensorboard}")
+        self.log(f"look at it: exprl show {paths.root}; exprl report {paths.root} --out report.html")
 
     def close(self, deadline_s: float | None = None) -> None:
         """Finish the files and the trackers, which have `deadline_s` for it (None: their own)."""
@@ -110,7 +110,7 @@ class Console:
 
 
 class RolloutsProgress:
-    """Is called for every trace when it is sampled and when it is graded."""
+    """Counts traces as they are sampled and graded."""
 
     def __init__(self, bar: Bar):
         self._bar = bar
@@ -119,17 +119,17 @@ class RolloutsProgress:
         self._graded: list[float] = []
 
     def sampled(self) -> None:
-        """One more trace is finished."""
+        """Count a finished trace."""
         self._bar.advance("sampled")
         self._sampled.append(time.time())
 
     def graded(self) -> None:
-        """One more trace has its grade, or its abstention."""
+        """Count a graded trace; an abstention counts too."""
         self._bar.advance("graded")
         self._graded.append(time.time())
 
     def spans(self, stage: str, step: int) -> list[Span]:
-        """When traces were being written, and when they were being graded."""
+        """The times during which traces were sampled and graded."""
         return [
             Span(stage, step, SAMPLING, self._began, self._sampled[-1]),
             Span(stage, step, GRADING, self._sampled[0], self._graded[-1]),

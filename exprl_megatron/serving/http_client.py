@@ -1,4 +1,8 @@
-"""One server reached over HTTP and JSON: its session, its deadlines, and what its failures are called."""
+"""An HTTP and JSON client of one server: session, deadlines, and typed errors.
+
+aiohttp does the HTTP. Written here: replies of limited size, refusal of repeated JSON fields, and errors that name the
+server and quote its log.
+"""
 
 import json
 import resource
@@ -13,26 +17,26 @@ from exprl_megatron.errors import RequestRefused, ServerError
 from exprl_megatron.processes.log_tail import log_tail
 
 CONNECT_S = 30.0
-"""A server that does not even take the connection within this time is given up."""
+"""Seconds within which a server must accept a connection."""
 REPLY_LIMIT = 16 * 2**20
-"""Bytes of a reply, where the caller does not know better."""
+"""Default for the maximum bytes of a reply."""
 _JSON = {"Content-Type": "application/json"}
 _UNCOMPRESSED = {"Accept-Encoding": "identity"}
 _REFUSALS = (400, 413, 422)
 _OPEN_FILES = 65_536
 _SHOWN = 300
-"""Characters of a reply that an error shows."""
+"""Characters of a reply that an error message quotes."""
 
 
 class _RepeatedField(Exception):
-    """A JSON object has a field twice: which of both counts is anybody's guess."""
+    """A JSON object has a field twice, so its value is ambiguous."""
 
 
-class HttpServer:
-    """Speaks to one server; use as `async with client:` within one event loop at a time.
+class HttpClient:
+    """Client of one server; use as `async with client:` within one event loop at a time.
 
-    Every call raises ServerError where the server is dead, hangs past the deadline, or refuses; RequestRefused, which
-    is one, where it is this request that it does not take (HTTP 400, 413, 422).
+    Every call raises ServerError where the server is dead, exceeds the deadline, or refuses; RequestRefused, a
+    subclass, where the server rejects this request (HTTP 400, 413, 422).
     """
 
     def __init__(
@@ -52,9 +56,9 @@ class HttpServer:
 
     async def __aenter__(self) -> Self:
         _allow_many_connections()
-        # SGLang closes a connection idle for 5 s; one that we reuse just then would look like a dead server.
+        # SGLang closes a connection after 5 idle seconds; reusing it at that moment would look like a dead server.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        # What is compressed could be of any size once it is unpacked.
+        # A compressed reply could have any size after decompression.
         self._session = aiohttp.ClientSession(connector=connector, auto_decompress=False)
         return self
 
@@ -71,7 +75,7 @@ class HttpServer:
     async def _request(
         self, method: str, path: str, body: dict | None, deadline_s: float | None, limit: int = REPLY_LIMIT
     ) -> Any:
-        """The decoded JSON (or text) of the answer; every failure becomes a ServerError."""
+        """Return the decoded JSON (or text) of the reply; every failure becomes a ServerError."""
         reply = await self._exchange(method, path, body, deadline_s, limit)
         try:
             return json.loads(reply, object_pairs_hook=_without_repeats)
@@ -85,7 +89,7 @@ class HttpServer:
     async def _exchange(
         self, method: str, path: str, body: dict | None, deadline_s: float | None, limit: int = REPLY_LIMIT
     ) -> bytes:
-        """The body of the answer, of at most `limit` bytes; every failure becomes a ServerError."""
+        """Return the body of the reply, of at most `limit` bytes; every failure becomes a ServerError."""
         if self._session is None:
             raise RuntimeError(f"the client of {self.name} is not open; use `async with client:`")
         deadline_s = self.deadline_s if deadline_s is None else deadline_s
@@ -108,10 +112,10 @@ class HttpServer:
         return reply
 
     async def _body(self, path: str, response: aiohttp.ClientResponse, limit: int) -> bytes:
-        """Stops reading at `limit`; the connection is closed then."""
+        """Read the body; stops at `limit` bytes and closes the connection."""
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
-            raise self._error(path, f"answered in Content-Encoding {encoding[:40]}, which was not asked for")
+            raise self._error(path, f"answered in Content-Encoding {encoding[:40]}, which was not requested")
         pieces, size = [], 0
         async for piece in response.content.iter_any():
             size += len(piece)
@@ -132,7 +136,7 @@ class HttpServer:
 
 
 def _json(body: dict) -> bytes:
-    """Token ids by the tens of thousands, quickly; texts that are no Unicode as Python's own module writes them."""
+    """Encode with msgspec, which is fast for many token ids; text with lone surrogates with Python's own module."""
     try:
         return msgspec.json.encode(body)
     except UnicodeEncodeError:
@@ -148,7 +152,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _message(text: str) -> str:
-    """The server's own words out of an error body."""
+    """The error message in the body of a reply."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
@@ -161,7 +165,7 @@ def _message(text: str) -> str:
 
 
 def _allow_many_connections() -> None:
-    """A step's requests are all in flight together, each with a socket of its own."""
+    """Raise the limit of open files: all requests of a step are in flight together, each with its own socket."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""How a process holds a group that tensors go through, under the rules of NCCL: threads that may block, and its end."""
+"""Process groups for tensors under NCCL's rules: the threads that call them, and how they are destroyed or aborted."""
 
 import queue
 import threading
@@ -13,7 +13,7 @@ _ABORT_S = 10.0
 
 
 def in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
-    """Begin `work` on a thread that does not keep the process from ending."""
+    """Start `work` on a daemon thread."""
     future: Future[T] = Future()
     threading.Thread(target=_settle, args=(future, work), name=name, daemon=True).start()
     return future
@@ -22,8 +22,8 @@ def in_background[T](name: str, work: Callable[[], T]) -> Future[T]:
 class GroupThread:
     """The one thread that calls a group's operations, in order.
 
-    The first of them connects an NCCL group: it blocks its caller until every member has come, without a timeout. So no
-    other thread may call it. A thread that is blocked for ever does not keep the process from ending.
+    The first of them connects an NCCL group: it blocks its caller until every member has called it, without a timeout.
+    So no other thread may call it. The thread is a daemon: blocked forever, it does not keep the process from ending.
     """
 
     def __init__(self, name: str):
@@ -31,13 +31,13 @@ class GroupThread:
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def submit[T](self, work: Callable[[], T]) -> Future[T]:
-        """Call `work` after what was submitted before."""
+        """Call `work` after all work submitted before."""
         future: Future[T] = Future()
         self._calls.put((future, work))
         return future
 
     def stop(self) -> None:
-        """End the thread after what was submitted; does not wait."""
+        """End the thread after the submitted work; does not wait."""
         self._calls.put(None)
 
     def _run(self) -> None:
@@ -51,17 +51,17 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 
 def destroy(group: dist.ProcessGroup, deadline_s: float) -> None:
-    """Give up a group that works, while the other members do: NCCL waits for them. After `deadline_s` break it off."""
+    """Destroy an idle group together with its other members, for which NCCL waits; abort it after `deadline_s`."""
     wait_destroyed(group, begin_to_destroy(group), deadline_s)
 
 
 def begin_to_destroy(group: dist.ProcessGroup) -> Future[None]:
-    """Begin to give up a group that works."""
+    """Start to destroy an idle group."""
     return in_background("destroy", lambda: dist.destroy_process_group(group))
 
 
 def wait_destroyed(group: dist.ProcessGroup, destroying: Future[None], deadline_s: float) -> None:
-    """Return when the group is given up; after `deadline_s` break it off."""
+    """Return when the group is destroyed; abort it after `deadline_s`."""
     try:
         destroying.result(deadline_s)
     except TimeoutError:
@@ -69,15 +69,15 @@ def wait_destroyed(group: dist.ProcessGroup, destroying: Future[None], deadline_
 
 
 def abort(group: dist.ProcessGroup) -> None:
-    """Give up a group in which an operation may be in flight; over NCCL it fails here, and the others do not notice."""
+    """Abort a group with operations in flight; over NCCL they fail on this rank, and other members do not notice."""
 
     def work() -> None:
-        # Destroying waits for what is in flight. Gloo has no abort, and does not wait.
+        # Destroying waits for operations in flight. Gloo has no abort, and does not wait.
         if dist.get_backend(group) != "gloo":
             group.abort()
         dist.destroy_process_group(group)
 
-    # A thread that is blocked in the group's first operation may hold this one up; then both are left behind.
+    # A thread that is blocked in the group's first operation may block this one; then both are abandoned.
     wait([in_background("abort", work)], _ABORT_S)
 
 

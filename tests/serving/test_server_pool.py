@@ -11,12 +11,12 @@ from aiohttp import web
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, WeightsReplaced
-from exprl_megatron.serving.fleet import Fleet
-from exprl_megatron.serving.keeper import Keeper
 from exprl_megatron.serving.keys import ensure_key
-from exprl_megatron.serving.lent import LENT, LentServer
 from exprl_megatron.serving.registry import RegisteredServer, Registry
+from exprl_megatron.serving.server_pool import ServerPool
 from exprl_megatron.serving.server_process import ServerSpec
+from exprl_megatron.serving.server_supervisor import ServerSupervisor
+from exprl_megatron.serving.shared_judge import JUDGE_VERSION, SharedJudgeClient
 
 CONFIG = {"start_deadline_s": 20, "request_deadline_s": 20, "answer_deadline_s": 2}
 
@@ -55,13 +55,13 @@ class Backend:
         meta["weight_versions"] = [{"version": self.version, "start": 0, "end": 1}]
         return {"text": self.name, "output_ids": [7], "meta_info": meta}
 
-    def registered(self, incarnation="a"):
-        return RegisteredServer("policy", self.name, self.url, "", incarnation)
+    def registered(self, instance_id="a"):
+        return RegisteredServer("policy", self.name, self.url, "", instance_id)
 
 
 @asynccontextmanager
-async def opened(registry, *names, tell=print, **config):
-    """A fleet of two as a rule, and the servers behind it, which have registered and got the weights `v0`."""
+async def opened(registry, *names, log=print, **config):
+    """A pool of two as a rule, and the servers behind it, which have registered and got the weights `v0`."""
     backends, runners = [Backend(name) for name in names], []
     for backend in backends:
         app = web.Application()
@@ -72,20 +72,20 @@ async def opened(registry, *names, tell=print, **config):
         backend.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         runners.append(runner)
         registry.register(backend.registered())
-    fleet = Fleet(registry, ServerConfig(count=len(names), **CONFIG | config), tell=tell)
+    pool = ServerPool(registry, ServerConfig(count=len(names), **CONFIG | config), log=log)
     try:
-        await fleet.open()
-        assert await fleet.prepare("v0")
-        await fleet.commit("v0")
-        yield (fleet, *backends)
+        await pool.open()
+        assert await pool.prepare("v0")
+        await pool.commit("v0")
+        yield (pool, *backends)
     finally:
-        await fleet.close()
+        await pool.close()
         for runner in runners:
             await runner.cleanup()
 
 
-async def who(fleet, home=0):
-    return (await fleet.ask(home, lambda client: client.info()))["name"]
+async def who(pool, home=0):
+    return (await pool.ask(home, lambda client: client.info()))["name"]
 
 
 async def until(condition):
@@ -94,8 +94,8 @@ async def until(condition):
             await asyncio.sleep(0.02)
 
 
-def names(fleet):
-    return [client.name for client in fleet.clients]
+def names(pool):
+    return [client.name for client in pool.clients]
 
 
 @pytest.fixture
@@ -106,28 +106,28 @@ def registry(tmp_path):
 @pytest.fixture
 def can_sleep(monkeypatch):
     """Servers give up their memory, as they can on CUDA."""
-    monkeypatch.setattr("exprl_megatron.serving.fleet.uses_cuda", lambda: True)
+    monkeypatch.setattr("exprl_megatron.serving.server_pool.uses_cuda", lambda: True)
 
 
 def test_each_request_has_a_home_and_a_version_is_brought_once(registry):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
-            assert [await who(fleet, home) for home in range(4)] == ["policy-0", "policy-1"] * 2
-            assert not await fleet.prepare("v0")
-            assert await fleet.prepare("v1")
+        async with opened(registry, "policy-0", "policy-1") as (pool, *_):
+            assert [await who(pool, home) for home in range(4)] == ["policy-0", "policy-1"] * 2
+            assert not await pool.prepare("v0")
+            assert await pool.prepare("v1")
 
     asyncio.run(run())
 
 
 def test_servers_that_slept_have_lost_their_weights_and_get_the_same_version_again(registry, can_sleep):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
-            assert await fleet.sleep()
-            await fleet.wake("weights")
-            assert await fleet.prepare("v0") and names(fleet) == ["policy-0", "policy-1"]
-            await fleet.commit("v0")
-            await fleet.wake("kv_cache")
-            assert not await fleet.prepare("v0"), "they hold it until they sleep again"
+        async with opened(registry, "policy-0", "policy-1") as (pool, *_):
+            assert await pool.sleep()
+            await pool.wake("weights")
+            assert await pool.prepare("v0") and names(pool) == ["policy-0", "policy-1"]
+            await pool.commit("v0")
+            await pool.wake("kv_cache")
+            assert not await pool.prepare("v0"), "they hold it until they sleep again"
 
     asyncio.run(run())
 
@@ -138,18 +138,18 @@ def slept(backend):
 
 def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wakes_with_them(registry, can_sleep):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
-            await fleet.sleep()
+        async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
+            await pool.sleep()
             registry.register(two.registered("b"))
-            await until(lambda: len(fleet._in("joining")) == 1)
+            await until(lambda: len(pool._in("joining")) == 1)
             assert (slept(one), slept(two)) == (1, 2)
-            await fleet.sleep()
+            await pool.sleep()
             assert (slept(one), slept(two)) == (1, 2), "SGLang dies where memory is given up twice"
             for tag in ("weights", "kv_cache"):
-                await fleet.wake(tag)
+                await pool.wake(tag)
             assert two.asked.count("/resume_memory_occupation") == 2
             registry.register(one.registered("b"))
-            await until(lambda: len(fleet._in("joining")) == 2)
+            await until(lambda: len(pool._in("joining")) == 2)
             assert slept(one) == 1, "the others are awake"
 
     asyncio.run(run())
@@ -161,30 +161,30 @@ def woken(backend):
 
 def test_a_server_that_goes_to_sleep_while_the_others_wake_wakes_too_before_it_gets_weights(registry, can_sleep):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, _, two):
-            await fleet.sleep()
+        async with opened(registry, "policy-0", "policy-1") as (pool, _, two):
+            await pool.sleep()
             two.slow["/release_memory_occupation"] = asyncio.Event()
             registry.register(two.registered("b"))
             await until(lambda: slept(two) == 2)
-            await fleet.wake("weights")
-            assert await fleet.prepare("v0") and names(fleet) == ["policy-0"]
+            await pool.wake("weights")
+            assert await pool.prepare("v0") and names(pool) == ["policy-0"]
             two.slow["/release_memory_occupation"].set()
-            await until(lambda: len(fleet._in("joining")) == 1)
-            assert fleet._members["policy-1"].asleep == {"kv_cache"} and woken(two) == 1
-            await fleet.commit("v0")
-            await fleet.wake("kv_cache")
-            assert fleet._members["policy-1"].asleep == set() and woken(two) == 2
+            await until(lambda: len(pool._in("joining")) == 1)
+            assert pool._members["policy-1"].asleep == {"kv_cache"} and woken(two) == 1
+            await pool.commit("v0")
+            await pool.wake("kv_cache")
+            assert pool._members["policy-1"].asleep == set() and woken(two) == 2
 
     asyncio.run(run())
 
 
 def test_the_trainer_does_not_take_memory_before_every_server_has_given_its_up_and_none_starts(registry, can_sleep):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
+        async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
             one.well, one.status = False, 500
-            assert await who(fleet) == "policy-1"
+            assert await who(pool) == "policy-1"
             assert registry.begin_start("policy-2")
-            sleeping = asyncio.create_task(fleet.sleep())
+            sleeping = asyncio.create_task(pool.sleep())
             await until(lambda: slept(two))
             one.well = True
             await until(lambda: slept(one))
@@ -192,12 +192,12 @@ def test_the_trainer_does_not_take_memory_before_every_server_has_given_its_up_a
             assert not sleeping.done(), "policy-2 may take memory at any time"
             registry.register(RegisteredServer("policy", "policy-2", two.url, "", "c"))
             assert await sleeping
-            assert all(member.asleep == {"kv_cache", "weights"} for member in fleet._members.values())
+            assert all(member.asleep == {"kv_cache", "weights"} for member in pool._members.values())
             assert not registry.begin_start("policy-1") and registry.starting("policy") == []
             assert registry.begin_start("judge-0"), "it has devices of its own"
-            await fleet.wake("weights")
+            await pool.wake("weights")
             assert not registry.begin_start("policy-1"), "the trainer's weights are still there"
-            await fleet.wake("kv_cache")
+            await pool.wake("kv_cache")
             assert registry.begin_start("policy-1")
 
     asyncio.run(run())
@@ -205,10 +205,10 @@ def test_the_trainer_does_not_take_memory_before_every_server_has_given_its_up_a
 
 def test_a_server_that_does_not_give_up_its_memory_ends_the_run_and_is_named(registry, can_sleep):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
+        async with opened(registry, "policy-0", "policy-1") as (pool, one, _):
             one.well, one.status = False, 500
-            fleet._config = ServerConfig(start_deadline_s=1)
-            await fleet.sleep()
+            pool._config = ServerConfig(start_deadline_s=1)
+            await pool.sleep()
 
     with pytest.raises(ServerError, match=r"^policy-0 did not give up memory for the trainer within .* \(1 s\)"):
         asyncio.run(run())
@@ -216,17 +216,17 @@ def test_a_server_that_does_not_give_up_its_memory_ends_the_run_and_is_named(reg
 
 def test_where_the_last_server_dies_in_its_sleep_the_wait_for_it_begins_when_it_may_start(registry, can_sleep):
     async def run():
-        async with opened(registry, "policy-0") as (fleet, one):
-            await fleet.sleep()
+        async with opened(registry, "policy-0") as (pool, one):
+            await pool.sleep()
             registry.withdraw("policy-0")
-            await until(lambda: not fleet._members)
-            fleet._dry_since -= 1000
-            await fleet.wake("weights")
+            await until(lambda: not pool._members)
+            pool._dry_since -= 1000
+            await pool.wake("weights")
             assert registry.starts_held("policy")
-            preparing = asyncio.create_task(fleet.prepare("v0"))
+            preparing = asyncio.create_task(pool.prepare("v0"))
             await until(lambda: not registry.starts_held("policy"))
             registry.register(one.registered("b"))
-            assert await preparing and fleet._members["policy-0"].asleep == {"kv_cache"}
+            assert await preparing and pool._members["policy-0"].asleep == {"kv_cache"}
 
     asyncio.run(run())
 
@@ -246,21 +246,21 @@ def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(registr
     monkeypatch.setattr("exprl_megatron.serving.shared_environment.uses_cuda", lambda: True)
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     server = SimpleNamespace(
-        name="policy-0", url="http://there:1", log_file="", incarnation="a", key_file=registry.key_file, first_gpu=0
+        name="policy-0", url="http://there:1", log_file="", instance_id="a", key_file=registry.key_file, first_gpu=0
     )
     ensure_key(registry.key_file)
     spec = ServerSpec("policy-0", Path("model"), ServerConfig(), Path("logs"))
     with monkeypatch.context() as there:
         if exported:
             there.setenv("NCCL_CUMEM_ENABLE", exported)
-        registered = Keeper([spec], registry)._registration(spec, server)
+        registered = ServerSupervisor([spec], registry)._registration(spec, server)
     said = []
 
     async def run():
-        fleet = Fleet(registry, ServerConfig(), tell=said.append)
-        await fleet._follow({"policy-0": registered})
-        await fleet._follow({"policy-0": registered})
-        for member in fleet._members.values():
+        pool = ServerPool(registry, ServerConfig(), log=said.append)
+        await pool._follow({"policy-0": registered})
+        await pool._follow({"policy-0": registered})
+        for member in pool._members.values():
             await member.client.__aexit__()
 
     asyncio.run(run())
@@ -270,24 +270,24 @@ def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(registr
 
 def test_lent_weights_are_held_once_and_until_others_are_brought(registry):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
+        async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
             two.well, two.status = False, 500
             for _ in range(2):
-                await fleet.lend(Path("judge"), "judge", 5.0)
+                await pool.load_judge_weights(Path("judge"), "judge", 5.0)
             assert one.asked.count("/update_weights_from_disk") == 1
-            assert [await who(fleet, home) for home in range(2)] == ["policy-0"] * 2
-            assert await fleet.prepare("v0")
+            assert [await who(pool, home) for home in range(2)] == ["policy-0"] * 2
+            assert await pool.prepare("v0")
 
     asyncio.run(run())
 
 
 def test_a_server_that_has_others_than_the_lent_weights_does_not_judge(registry):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, _, two):
-            two.version = LENT
-            lent = LentServer(fleet, Path("judge"), 0, 5.0)
+        async with opened(registry, "policy-0", "policy-1") as (pool, _, two):
+            two.version = JUDGE_VERSION
+            lent = SharedJudgeClient(pool, Path("judge"), 0, 5.0)
             assert (await lent.generate([1], temperature=0.0, max_new_tokens=1, seed=0)).text == "policy-1"
-            assert [await who(fleet, home) for home in range(2)] == ["policy-1"] * 2
+            assert [await who(pool, home) for home in range(2)] == ["policy-1"] * 2
 
     asyncio.run(run())
 
@@ -295,18 +295,18 @@ def test_a_server_that_has_others_than_the_lent_weights_does_not_judge(registry)
 @pytest.mark.parametrize("status", [500, 503])
 def test_what_a_server_fails_at_another_does_and_it_gets_weights_before_it_is_asked_again(registry, status):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
+        async with opened(registry, "policy-0", "policy-1") as (pool, one, _):
             one.well, one.status = False, status
-            assert await who(fleet) == "policy-1"
-            assert fleet.take_metrics() == {"servers/serving": 1.0, "servers/lost": 1.0}
+            assert await who(pool) == "policy-1"
+            assert pool.take_metrics() == {"servers/serving": 1.0, "servers/lost": 1.0}
             one.well, one.asked = True, []
             await until(lambda: "/continue_generation" in one.asked[1:])
-            assert await who(fleet) == "policy-1"
-            assert await fleet.prepare("v0") and names(fleet) == ["policy-0", "policy-1"]
+            assert await who(pool) == "policy-1"
+            assert await pool.prepare("v0") and names(pool) == ["policy-0", "policy-1"]
             assert "/get_model_info" not in one.asked, "asked before it had the weights"
-            await fleet.commit("v0")
-            assert await who(fleet) == "policy-0"
-            assert fleet.take_metrics() == {"servers/serving": 2.0, "servers/lost": 0.0}
+            await pool.commit("v0")
+            assert await who(pool) == "policy-0"
+            assert pool.take_metrics() == {"servers/serving": 2.0, "servers/lost": 0.0}
 
     asyncio.run(run())
 
@@ -324,14 +324,14 @@ def test_a_server_whose_weights_somebody_else_replaced_is_named_and_asked_no_mor
 
     async def run():
         told = []
-        async with opened(registry, "policy-0", "policy-1", tell=told.append) as (fleet, one, two):
-            await fleet.check_served()
-            assert not told and [await who(fleet, home) for home in range(2)] == ["policy-0", "policy-1"]
+        async with opened(registry, "policy-0", "policy-1", log=told.append) as (pool, one, two):
+            await pool.check_served()
+            assert not told and [await who(pool, home) for home in range(2)] == ["policy-0", "policy-1"]
             vars(one).update(changed)
             counts = [one.asked.count("/model_info"), two.asked.count("/model_info")]
-            await fleet.check_served()
+            await pool.check_served()
             assert [one.asked.count("/model_info"), two.asked.count("/model_info")] == [count + 1 for count in counts]
-            assert [await who(fleet, home) for home in range(2)] == ["policy-1"] * 2
+            assert [await who(pool, home) for home in range(2)] == ["policy-1"] * 2
         return told
 
     (line,) = asyncio.run(run())
@@ -340,9 +340,9 @@ def test_a_server_whose_weights_somebody_else_replaced_is_named_and_asked_no_mor
 
 def test_where_every_server_s_weights_were_replaced_the_run_stops(registry):
     async def run():
-        async with opened(registry, "policy-0") as (fleet, one):
+        async with opened(registry, "policy-0") as (pool, one):
             one.version = "v9"
-            await fleet.check_served()
+            await pool.check_served()
 
     with pytest.raises(WeightsReplaced, match=r"policy-0 .*weight_version 'v9', not 'v0'.* No other server is left"):
         asyncio.run(run())
@@ -350,23 +350,23 @@ def test_where_every_server_s_weights_were_replaced_the_run_stops(registry):
 
 def test_weights_that_we_ordered_from_a_disk_are_ours_and_a_server_that_died_is_no_reason_to_stop(registry):
     async def run():
-        async with opened(registry, "policy-0") as (fleet, one):
-            await fleet.lend(Path("judge"), LENT, 5.0)
-            one.version, one.model_path = LENT, "judge"
-            await fleet.check_served()
-            assert await who(fleet) == "policy-0"
+        async with opened(registry, "policy-0") as (pool, one):
+            await pool.load_judge_weights(Path("judge"), JUDGE_VERSION, 5.0)
+            one.version, one.model_path = JUDGE_VERSION, "judge"
+            await pool.check_served()
+            assert await who(pool) == "policy-0"
             one.well, one.status = False, 500
-            await fleet.check_served()
-            assert not fleet.serves
+            await pool.check_served()
+            assert not pool.serves
 
     asyncio.run(run())
 
 
 def test_requests_at_a_server_that_is_withdrawn_go_to_another_at_once(registry):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
+        async with opened(registry, "policy-0", "policy-1") as (pool, one, _):
             one.well = False
-            asked = asyncio.create_task(who(fleet))
+            asked = asyncio.create_task(who(pool))
             await until(lambda: one.asked.count("/get_model_info") == 1)
             registry.withdraw("policy-0")
             assert await asked == "policy-1"
@@ -376,31 +376,31 @@ def test_requests_at_a_server_that_is_withdrawn_go_to_another_at_once(registry):
 
 def test_a_new_incarnation_and_a_new_server_get_weights_before_any_request(registry):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, one, two):
+        async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
             registry.register(one.registered("b"))
             newcomer = RegisteredServer("policy", "policy-7", two.url, "", "c")
             registry.register(newcomer)
             await until(lambda: two.asked.count("/end_weight_update") == 2)
             await until(lambda: one.asked.count("/pause_generation") == 2)
-            assert await who(fleet) == await who(fleet, 1) == "policy-1"
+            assert await who(pool) == await who(pool, 1) == "policy-1"
             await asyncio.sleep(0.3)
-            assert await fleet.prepare("v0") and names(fleet) == ["policy-0", "policy-1", "policy-7"]
+            assert await pool.prepare("v0") and names(pool) == ["policy-0", "policy-1", "policy-7"]
 
     asyncio.run(run())
 
 
 def test_where_no_server_is_left_requests_wait_until_one_has_the_weights(registry):
     async def run():
-        async with opened(registry, "policy-0") as (fleet, one):
+        async with opened(registry, "policy-0") as (pool, one):
             one.well, one.status = False, 500
-            work = asyncio.run_coroutine_threadsafe(who(fleet), asyncio.get_running_loop())
+            work = asyncio.run_coroutine_threadsafe(who(pool), asyncio.get_running_loop())
             await until(lambda: "/get_model_info" in one.asked)
-            assert await fleet.wait_for(work, 0.1) == "nothing"
+            assert await pool.wait_for(work, 0.1) == "nothing"
             one.well = True
-            assert await fleet.wait_for(work, 20) == "weights"
-            assert await fleet.prepare("v0")
-            await fleet.commit("v0")
-            assert await fleet.wait_for(work, 20) == "done"
+            assert await pool.wait_for(work, 20) == "weights"
+            assert await pool.prepare("v0")
+            await pool.commit("v0")
+            assert await pool.wait_for(work, 20) == "done"
             assert work.result() == "policy-0"
 
     asyncio.run(run())
@@ -408,17 +408,17 @@ def test_where_no_server_is_left_requests_wait_until_one_has_the_weights(registr
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A fleet that tries again almost at once."""
-    monkeypatch.setattr("exprl_megatron.serving.fleet._LONGEST_PAUSE_S", 0.02)
-    monkeypatch.setattr("exprl_megatron.serving.fleet._POLL_S", 0.01)
+    """A pool that tries again almost at once."""
+    monkeypatch.setattr("exprl_megatron.serving.server_pool._LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr("exprl_megatron.serving.server_pool._POLL_S", 0.01)
 
 
 def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_an_error(registry, impatient):
     async def run():
-        async with opened(registry, "policy-0", start_deadline_s=4) as (fleet, one):
+        async with opened(registry, "policy-0", start_deadline_s=4) as (pool, one):
             one.well, one.status = False, 500
             with pytest.raises(ServerError, match=r"no policy server for start_deadline_s \(4 s\); .*HTTP 500"):
-                await who(fleet)
+                await who(pool)
             assert registry.restart_asked("policy-0") == "a"
 
     asyncio.run(run())
@@ -443,7 +443,7 @@ def test_a_server_that_fails_now_and_then_and_answers_in_between_is_not_started_
 
 def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry, impatient):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, *_):
+        async with opened(registry, "policy-0", "policy-1") as (pool, *_):
             failures = 0
 
             async def fail(client):
@@ -451,16 +451,16 @@ def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry
                 failures += 1
                 raise ServerError(f"poison {failures}")
 
-            async def bring():
+            async def load_weights():
                 while True:
-                    if await fleet.prepare("v0"):
-                        await fleet.commit("v0")
+                    if await pool.prepare("v0"):
+                        await pool.commit("v0")
                     await asyncio.sleep(0.02)
 
-            bringing = asyncio.create_task(bring())
+            bringing = asyncio.create_task(load_weights())
             with pytest.raises(ServerError, match="poison 10"):
                 async with asyncio.timeout(120):
-                    await fleet.ask(0, fail)
+                    await pool.ask(0, fail)
             bringing.cancel()
 
     asyncio.run(run())
@@ -468,12 +468,12 @@ def test_a_request_that_every_server_fails_at_is_an_error_after_a_while(registry
 
 def test_while_requests_are_held_none_is_sent(registry):
     async def run():
-        async with opened(registry, "policy-0") as (fleet, one):
-            await fleet.pause_generation("retract")
-            asked = asyncio.create_task(who(fleet))
+        async with opened(registry, "policy-0") as (pool, one):
+            await pool.pause_generation("retract")
+            asked = asyncio.create_task(who(pool))
             await asyncio.sleep(0.2)
             assert "/get_model_info" not in one.asked and one.asked[-1] == "/pause_generation"
-            await fleet.continue_generation()
+            await pool.continue_generation()
             assert await asked == "policy-0"
 
     asyncio.run(run())
@@ -483,14 +483,14 @@ def test_weights_that_did_not_arrive_are_brought_to_who_is_left_and_a_failure_wi
     registry,
 ):
     async def run():
-        async with opened(registry, "policy-0", "policy-1") as (fleet, one, _):
-            assert await fleet.prepare("v1")
+        async with opened(registry, "policy-0", "policy-1") as (pool, one, _):
+            assert await pool.prepare("v1")
             one.well, one.status = False, 500
-            await fleet.abort(ServerError("policy-0 broke."))
-            assert await fleet.prepare("v1") and names(fleet) == ["policy-1"]
-            await fleet.abort(ServerError("nobody knows."))
+            await pool.abort(ServerError("policy-0 broke."))
+            assert await pool.prepare("v1") and names(pool) == ["policy-1"]
+            await pool.abort(ServerError("nobody knows."))
             with pytest.raises(ServerError, match=r"nobody knows\."):
-                await fleet.abort(ServerError("nobody knows."))
+                await pool.abort(ServerError("nobody knows."))
 
     asyncio.run(run())
 
@@ -498,11 +498,11 @@ def test_weights_that_did_not_arrive_are_brought_to_who_is_left_and_a_failure_wi
 def test_a_registration_that_cannot_be_read_is_told_once_and_others_are_seen_all_the_same(registry):
     async def run():
         told = []
-        async with opened(registry, "policy-0", tell=told.append) as (fleet, one):
+        async with opened(registry, "policy-0", log=told.append) as (pool, one):
             (registry.directory / "policy-5.json").write_text("{")
             await until(lambda: told)
             registry.register(RegisteredServer("policy", "policy-1", one.url, "", "b"))
-            await until(lambda: len(fleet._members) == 2)
+            await until(lambda: len(pool._members) == 2)
             return told
 
     told = asyncio.run(run())
@@ -511,10 +511,10 @@ def test_a_registration_that_cannot_be_read_is_told_once_and_others_are_seen_all
 
 def test_a_watch_that_died_is_heard_of_at_the_next_request_though_servers_serve(registry, monkeypatch):
     async def run():
-        async with opened(registry, "policy-0") as (fleet, _):
+        async with opened(registry, "policy-0") as (pool, _):
             monkeypatch.setattr(registry, "all", lambda: 1 / 0)
-            await until(fleet._watching.done)
-            await who(fleet)
+            await until(pool._watching.done)
+            await who(pool)
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(run())

@@ -1,4 +1,4 @@
-"""A full copy of the weights on disk that deltas keep up to date: the trainer's, and one on each server's machine.
+"""A full copy of the weights on disk that deltas update: the trainer's, and one on each server's machine.
 
 A delta is one file: a line of JSON with the version it leads to, the version it starts from, and for each changed
 tensor its SHA-256 afterwards and how many bytes follow; then these bytes, the exclusive or of old and new compressed
@@ -22,7 +22,7 @@ VERSION = "version.txt"
 _LEVEL = 1
 
 
-class Mirror:
+class BaseSnapshot:
     """The safetensors in `directory`, by tensor; they are overwritten in place."""
 
     def __init__(self, directory: Path):
@@ -54,57 +54,57 @@ class Mirror:
 
 
 class DeltaWriter:
-    """Writes what differs from a mirror, bucket by bucket, and brings the mirror along."""
+    """Writes the differences from a snapshot, bucket by bucket, and updates the snapshot."""
 
-    def __init__(self, mirror: Mirror, path: Path, version: str):
-        self._mirror = mirror
+    def __init__(self, snapshot: BaseSnapshot, path: Path, version: str):
+        self._snapshot = snapshot
         self._path = path
-        self._head: dict = {"version": version, "base": mirror.version, "tensors": []}
+        self._head: dict = {"version": version, "base": snapshot.version, "tensors": []}
         self._blobs: list[bytes] = []
 
     def add(self, bucket: Bucket) -> None:
-        """What changed in a bucket's tensors."""
+        """Add the changes of a bucket's tensors."""
         for name, tensor in bucket:
             new = numpy.frombuffer(tensor_bytes(tensor.detach().cpu().contiguous()), numpy.uint8)
-            difference = numpy.bitwise_xor(self._mirror.read(name), new)
+            difference = numpy.bitwise_xor(self._snapshot.read(name), new)
             if difference.any():
                 blob = zstandard.ZstdCompressor(_LEVEL).compress(difference.data)
-                told = {"name": name, "bytes": len(blob), "sha256": hashlib.sha256(new.data).hexdigest()}
-                self._head["tensors"].append(told)
+                entry = {"name": name, "bytes": len(blob), "sha256": hashlib.sha256(new.data).hexdigest()}
+                self._head["tensors"].append(entry)
                 self._blobs.append(blob)
-                self._mirror.write(name, new)
+                self._snapshot.write(name, new)
 
     def finish(self) -> int:
-        """Write the file, complete by one rename; its size in bytes."""
+        """Write the file atomically; returns its size in bytes."""
         partial = self._path.with_suffix(".partial")
         with open(partial, "wb") as file:
             file.write(json.dumps(self._head).encode() + b"\n")
             file.writelines(self._blobs)
         size = partial.stat().st_size
         partial.rename(self._path)
-        self._mirror.version = self._head["version"]
+        self._snapshot.version = self._head["version"]
         return size
 
 
-def apply_delta(mirror: Mirror, path: Path) -> str:
-    """Bring `mirror` to the version that the delta in `path` leads to; its name.
+def apply_delta(snapshot: BaseSnapshot, path: Path) -> str:
+    """Apply the delta in `path` to `snapshot`; returns the name of the new version.
 
-    Raises UserError where the delta starts from another version than the mirror has, and where a tensor then is not
-    what its checksum says: the mirror must then be made again.
+    Raises UserError where the delta starts from another version than the snapshot has, and where a tensor does not
+    match its checksum afterwards: the snapshot must then be written again.
     """
     with open(path, "rb") as file:
         head = json.loads(file.readline())
-        if head["base"] != mirror.version:
+        if head["base"] != snapshot.version:
             raise UserError(
-                f"{path} leads from version {head['base']}, but the mirror has {mirror.version}; delete the mirror."
+                f"{path} starts from version {head['base']}, but the snapshot has {snapshot.version}; delete it."
             )
-        for told in head["tensors"]:
-            difference = zstandard.ZstdDecompressor().decompress(file.read(told["bytes"]))
-            new = numpy.bitwise_xor(mirror.read(told["name"]), numpy.frombuffer(difference, numpy.uint8))
-            if hashlib.sha256(new.data).hexdigest() != told["sha256"]:
-                raise UserError(f"{path}: tensor {told['name']} is not what its checksum says; delete the mirror.")
-            mirror.write(told["name"], new)
-    mirror.version = head["version"]
+        for entry in head["tensors"]:
+            difference = zstandard.ZstdDecompressor().decompress(file.read(entry["bytes"]))
+            new = numpy.bitwise_xor(snapshot.read(entry["name"]), numpy.frombuffer(difference, numpy.uint8))
+            if hashlib.sha256(new.data).hexdigest() != entry["sha256"]:
+                raise UserError(f"{path}: tensor {entry['name']} does not match its checksum; delete the snapshot.")
+            snapshot.write(entry["name"], new)
+    snapshot.version = head["version"]
     return head["version"]
 
 
@@ -114,7 +114,7 @@ def _places(directory: Path) -> Iterator[tuple[str, tuple[Path, int, int]]]:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        for name, told in header.items():
+        for name, entry in header.items():
             if name != "__metadata__":
-                start, stop = told["data_offsets"]
+                start, stop = entry["data_offsets"]
                 yield name, (path, 8 + length + start, stop - start)

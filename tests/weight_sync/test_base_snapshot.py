@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.weight_sync.delta_keeper import obey
-from exprl_megatron.weight_sync.mirror import DeltaWriter, Mirror, apply_delta
+from exprl_megatron.weight_sync.base_snapshot import BaseSnapshot, DeltaWriter, apply_delta
+from exprl_megatron.weight_sync.delta_agent import apply_request
 
 SHAPES = {"a.weight": (300, 200), "b.weight": (1000,), "c.weight": (64, 64)}
 
@@ -27,7 +27,7 @@ def mirrors(old, tmp_path) -> tuple[Path, Path]:
     trainer.mkdir()
     save_file({"a.weight": old["a.weight"]}, trainer / "model-1.safetensors")
     save_file({name: old[name] for name in ("b.weight", "c.weight")}, trainer / "model-2.safetensors")
-    Mirror(trainer).version = "v1"
+    BaseSnapshot(trainer).version = "v1"
     shutil.copytree(trainer, server)
     return trainer, server
 
@@ -42,7 +42,7 @@ def learned(old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def written(trainer: Path, new: dict[str, torch.Tensor], version: str = "v2") -> tuple[Path, int]:
     path = trainer.parent / f"{version}.delta"
-    writer = DeltaWriter(Mirror(trainer), path, version)
+    writer = DeltaWriter(BaseSnapshot(trainer), path, version)
     writer.add(list(new.items()))
     return path, writer.finish()
 
@@ -55,7 +55,9 @@ def test_a_delta_brings_a_copy_to_the_same_bytes(mirrors, old):
     trainer, server = mirrors
     new = learned(old)
     path, size = written(trainer, new)
-    assert apply_delta(Mirror(server), path) == Mirror(server).version == Mirror(trainer).version == "v2"
+    assert (
+        apply_delta(BaseSnapshot(server), path) == BaseSnapshot(server).version == BaseSnapshot(trainer).version == "v2"
+    )
     for directory in mirrors:
         assert all(torch.equal(held(directory)[name], new[name]) for name in new)
     # One number in fifty changed: 2 % of the bytes, and where they are.
@@ -67,27 +69,27 @@ def test_one_that_starts_from_another_version_is_refused(mirrors, old):
     trainer, server = mirrors
     written(trainer, learned(old))
     path, _ = written(trainer, old, "v3")
-    with pytest.raises(UserError, match="leads from version v2, but the mirror has v1; delete the mirror"):
-        apply_delta(Mirror(server), path)
+    with pytest.raises(UserError, match="starts from version v2, but the snapshot has v1; delete it"):
+        apply_delta(BaseSnapshot(server), path)
     assert all(torch.equal(held(server)[name], old[name]) for name in old)
 
 
 def test_a_copy_that_differs_is_found_out_by_checksum(mirrors, old):
     trainer, server = mirrors
     path, _ = written(trainer, learned(old))
-    mirror = Mirror(server)
+    mirror = BaseSnapshot(server)
     spoilt = mirror.read("b.weight")
     spoilt[7] ^= 1
     mirror.write("b.weight", spoilt)
-    with pytest.raises(UserError, match=r"tensor b\.weight is not what its checksum says; delete the mirror"):
-        apply_delta(Mirror(server), path)
+    with pytest.raises(UserError, match=r"tensor b\.weight does not match its checksum; delete the snapshot"):
+        apply_delta(BaseSnapshot(server), path)
 
 
 def test_a_keeper_makes_its_copy_anew_when_told_so(mirrors, old):
     trainer, server = mirrors
     (server / "left-over.safetensors").write_bytes(b"")
-    obey({"kind": "full", "file": "trainer"}, trainer.parent, server)
+    apply_request({"kind": "full", "file": "trainer"}, trainer.parent, server)
     assert {path.name for path in server.iterdir()} == {path.name for path in trainer.iterdir()}
     path, _ = written(trainer, learned(old))
-    obey({"kind": "delta", "file": path.name}, trainer.parent, server)
+    apply_request({"kind": "delta", "file": path.name}, trainer.parent, server)
     assert all(torch.equal(held(server)[name], tensor) for name, tensor in learned(old).items())

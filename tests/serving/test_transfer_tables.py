@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exprl_megatron.serving.delivery_tables import (
+from exprl_megatron.serving.transfer_tables import (
     MESSAGE,
     RECTANGLE,
-    Deliveries,
-    Delivery,
-    pack_deliveries,
+    RankTransfers,
+    Transfer,
     pack_needs,
-    unpack_deliveries,
+    pack_transfers,
     unpack_needs,
+    unpack_transfers,
 )
 
 SHAPES = {"words": (100, 8), "norm": (8,)}
 NEEDS = np.array([(0, 50, 50, 0, 8), (1, 0, 8, 0, 1)], dtype=RECTANGLE)
-TWO_ROUNDS = Deliveries(
+TWO_ROUNDS = RankTransfers(
     np.array([(0, 3, 1), (0, 1, 2), (4, 3, 1)], dtype=MESSAGE),
     np.array([(0, 0, 20, 0, 8), (0, 20, 5, 0, 8), (1, 0, 8, 0, 1), (0, 25, 25, 0, 8)], dtype=RECTANGLE),
 )
@@ -30,21 +30,21 @@ def test_needs_are_read_as_they_were_packed():
 
 
 def test_deliveries_are_read_as_they_were_packed():
-    read = unpack_deliveries(pack_deliveries(TWO_ROUNDS), NEEDS)
+    read = unpack_transfers(pack_transfers(TWO_ROUNDS), NEEDS)
     assert read.messages.tolist() == TWO_ROUNDS.messages.tolist()
     assert read.parts.tolist() == TWO_ROUNDS.parts.tolist()
 
 
 def test_rounds_have_their_messages_and_messages_their_parts():
     assert list(TWO_ROUNDS.rounds()) == [
-        [Delivery(3, ((0, 0, 20, 0, 8),)), Delivery(1, ((0, 20, 5, 0, 8), (1, 0, 8, 0, 1)))],
-        [Delivery(3, ((0, 25, 25, 0, 8),))],
+        [Transfer(3, ((0, 0, 20, 0, 8),)), Transfer(1, ((0, 20, 5, 0, 8), (1, 0, 8, 0, 1)))],
+        [Transfer(3, ((0, 25, 25, 0, 8),))],
     ]
     assert TWO_ROUNDS.counts().tolist() == [160, 48, 200]
 
 
 def test_a_rank_that_sends_nothing_has_no_rounds():
-    assert list(Deliveries(np.empty(0, MESSAGE), np.empty(0, RECTANGLE)).rounds()) == []
+    assert list(RankTransfers(np.empty(0, MESSAGE), np.empty(0, RECTANGLE)).rounds()) == []
 
 
 @given(st.lists(st.tuples(*[st.integers(-(2**31), 2**31 - 1)] * 5)))
@@ -72,7 +72,7 @@ def test_the_experts_of_a_large_model_take_less_than_a_byte_each():
 
 
 def wrong(field, value):
-    made = msgspec.msgpack.decode(pack_deliveries(TWO_ROUNDS))
+    made = msgspec.msgpack.decode(pack_transfers(TWO_ROUNDS))
     table, column = field
     made[table]["columns"][column] = value
     return msgspec.msgpack.encode(made)
@@ -85,11 +85,11 @@ def wrong(field, value):
         (pack_needs(NEEDS), "cannot be read"),
         (wrong(("parts", "row"), b"not compressed"), "column row .* is damaged"),
         (wrong(("parts", "other"), b""), "expected columns of, row, rows, column, columns"),
-        (pack_deliveries(Deliveries(TWO_ROUNDS.messages[:2], TWO_ROUNDS.parts)), "do not fit their parts"),
-        (pack_deliveries(Deliveries(TWO_ROUNDS.messages[::-1], TWO_ROUNDS.parts)), "do not fit their parts"),
-        (pack_deliveries(Deliveries(TWO_ROUNDS.messages[:1], NEEDS[:1])), r"Part\(of=0, row=50.* is outside"),
+        (pack_transfers(RankTransfers(TWO_ROUNDS.messages[:2], TWO_ROUNDS.parts)), "do not fit their parts"),
+        (pack_transfers(RankTransfers(TWO_ROUNDS.messages[::-1], TWO_ROUNDS.parts)), "do not fit their parts"),
+        (pack_transfers(RankTransfers(TWO_ROUNDS.messages[:1], NEEDS[:1])), r"Slice\(of=0, row=50.* is outside"),
     ],
 )
 def test_deliveries_that_a_rank_cannot_receive_are_refused(packed, message):
     with pytest.raises(ValueError, match=message):
-        unpack_deliveries(packed, NEEDS)
+        unpack_transfers(packed, NEEDS)

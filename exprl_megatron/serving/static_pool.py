@@ -1,4 +1,4 @@
-"""What sampling needs of servers, and servers that are always the same."""
+"""The interface of a pool of sampling servers, and a pool whose servers never change."""
 
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
@@ -7,22 +7,22 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 
 
-class Servers(Protocol):
-    """What sampling needs of servers."""
+class SamplingServers(Protocol):
+    """A pool that sends a call to one of its servers."""
 
     async def ask[T](self, home: int, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
-        """See Fleet.ask."""
+        """See ServerPool.ask."""
 
 
-class FixedServers:
-    """Servers that are always the same, each open already; what one of them fails at is an error."""
+class StaticPool:
+    """A pool of servers that never change, whose clients are open already; a failure of one is raised."""
 
     def __init__(self, clients: Sequence[SGLangClient]):
         self.clients = list(clients)
         self._version: str | None = None
 
     async def ask[T](self, home: int, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
-        """What `call` returns for server number `home`, modulo their number; raises what it does."""
+        """Return the result of `call` for server number `home`, modulo their number; raises what `call` raises."""
         return await call(self.clients[home % len(self.clients)])
 
     async def prepare(self, version: str) -> bool:
@@ -30,7 +30,7 @@ class FixedServers:
         return version != self._version
 
     async def commit(self, version: str) -> None:
-        """All hold `version`."""
+        """Record that all servers hold `version`."""
         self._version = version
 
     async def abort(self, error: ServerError) -> None:

@@ -1,7 +1,7 @@
-"""Tables of rectangles and of messages, as both ends of a direct sync keep them and send them to each other.
+"""Tables of slices and messages that trainer and servers exchange for a direct sync.
 
-A large mixture of experts has a million rectangles: they are rows of numpy arrays, and become Python objects only for
-the round that is in flight.
+A large mixture of experts has a million slices: they are rows of numpy arrays, and become Python objects only for the
+round that is in flight.
 """
 
 import zlib
@@ -12,17 +12,17 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from exprl_megatron.serving.loader_orders import Need
+from exprl_megatron.serving.loader_commands import RequiredSlice
 
 RECTANGLE = np.dtype([(field, np.int32) for field in ("of", "row", "rows", "column", "columns")])
-"""`of`: number of the tensor, parameter or need that it is a part of."""
+"""A rectangle; `of` is the number of the tensor, parameter or required slice that it is a part of."""
 MESSAGE = np.dtype([(field, np.int32) for field in ("round", "peer", "parts")])
-"""`peer`: rank of the other end; `parts`: number of rectangles."""
+"""A message; `peer` is the rank of the other end, `parts` the number of its rectangles."""
 
 _REMEDY = "run trainer and servers with the same version of exprl"
 
 
-class Part(NamedTuple):
+class Slice(NamedTuple):
     """A rectangle, as in RECTANGLE."""
 
     of: int
@@ -32,25 +32,25 @@ class Part(NamedTuple):
     columns: int
 
 
-class Delivery(NamedTuple):
-    """One message between a trainer's rank and a server's: its parts, row by row, contiguous."""
+class Transfer(NamedTuple):
+    """One message between a trainer's rank and a server's: its slices, contiguous, row by row."""
 
     peer: int
     """Rank of the other end, in the group of all trainer and server ranks."""
-    parts: tuple[Part, ...]
+    parts: tuple[Slice, ...]
 
 
 @dataclass(frozen=True)
-class Deliveries:
-    """What one rank sends, or what it receives, in the order in which it takes part."""
+class RankTransfers:
+    """All messages that one rank sends, or that it receives, in order."""
 
     messages: np.ndarray
     """MESSAGE [messages], sorted by round."""
     parts: np.ndarray
-    """RECTANGLE [parts]: of the sender's parameters or of the receiver's needs, message by message."""
+    """RECTANGLE [parts]: of the sender's parameters or of the receiver's required slices, message by message."""
 
-    def rounds(self) -> Iterator[list[Delivery]]:
-        """The messages of each round that has any."""
+    def rounds(self) -> Iterator[list[Transfer]]:
+        """Yield the messages of each round that has any."""
         ends = np.cumsum(self.messages["parts"])
         cuts = np.flatnonzero(np.diff(self.messages["round"])) + 1
         for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(self.messages)], strict=True):
@@ -58,37 +58,37 @@ class Deliveries:
             made = []
             for _, peer, count in self.messages[first:last].tolist():
                 parts = self.parts[start : start + count].tolist()
-                made.append(Delivery(peer, tuple(Part(*part) for part in parts)))
+                made.append(Transfer(peer, tuple(Slice(*part) for part in parts)))
                 start += count
             if made:
                 yield made
 
     def counts(self) -> np.ndarray:
-        """Numbers in each message, int64."""
+        """Elements of each message, int64 [messages]."""
         ends = np.append(0, np.cumsum(areas(self.parts)))
         after = np.cumsum(self.messages["parts"])
         return ends[after] - ends[after - self.messages["parts"]]
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Rows of int32; of each column the differences from row to row, which repeat, compressed."""
+    """A table of int32: for each column its differences from row to row, which repeat, compressed by zlib."""
 
     rows: int
     columns: dict[str, bytes]
 
 
-class _Deliveries(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _RankTransfers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     messages: _Table
     parts: _Table
 
 
 def areas(rectangles: np.ndarray) -> np.ndarray:
-    """Numbers in each rectangle, int64."""
+    """Elements of each rectangle, int64 [rectangles]."""
     return rectangles["rows"].astype(np.int64) * rectangles["columns"]
 
 
-def needs_table(needs: Sequence[Need], tensors: Sequence[str]) -> np.ndarray:
-    """`needs` as RECTANGLE, by the place of their tensor in `tensors`. Raises ValueError for a tensor without one."""
+def needs_table(needs: Sequence[RequiredSlice], tensors: Sequence[str]) -> np.ndarray:
+    """Convert `needs` to a RECTANGLE table, with indices in `tensors`. Raises ValueError for an unknown tensor."""
     places = {name: place for place, name in enumerate(tensors)}
     unknown = next((need.name for need in needs if need.name not in places), None)
     if unknown is not None:
@@ -97,7 +97,7 @@ def needs_table(needs: Sequence[Need], tensors: Sequence[str]) -> np.ndarray:
 
 
 def pack_needs(needs: np.ndarray) -> bytes:
-    """What a server's rank reports to the trainer."""
+    """Encode the slices that a server's rank needs, for the trainer."""
     return msgspec.msgpack.encode(_packed(needs))
 
 
@@ -108,15 +108,15 @@ def unpack_needs(packed: bytes, shapes: Mapping[str, tuple[int, ...]]) -> np.nda
     return needs
 
 
-def pack_deliveries(deliveries: Deliveries) -> bytes:
-    """What the trainer sends to a server's rank."""
-    return msgspec.msgpack.encode(_Deliveries(_packed(deliveries.messages), _packed(deliveries.parts)))
+def pack_transfers(transfers: RankTransfers) -> bytes:
+    """Encode the transfers to a server's rank."""
+    return msgspec.msgpack.encode(_RankTransfers(_packed(transfers.messages), _packed(transfers.parts)))
 
 
-def unpack_deliveries(packed: bytes, needs: np.ndarray) -> Deliveries:
-    """The inverse of pack_deliveries, checked against what the rank needs. Raises ValueError where it does not fit."""
-    read = _decoded(packed, _Deliveries)
-    made = Deliveries(_unpacked(read.messages, MESSAGE), _unpacked(read.parts, RECTANGLE))
+def unpack_transfers(packed: bytes, needs: np.ndarray) -> RankTransfers:
+    """The inverse of pack_transfers, checked against the rank's `needs`. Raises ValueError where it does not fit."""
+    read = _decoded(packed, _RankTransfers)
+    made = RankTransfers(_unpacked(read.messages, MESSAGE), _unpacked(read.parts, RECTANGLE))
     rounds, counts = made.messages["round"], made.messages["parts"]
     if (np.diff(rounds) < 0).any() or (counts < 1).any() or counts.sum(dtype=np.int64) != len(made.parts):
         raise ValueError(f"the messages of a sync do not fit their parts; {_REMEDY}")
@@ -125,7 +125,7 @@ def unpack_deliveries(packed: bytes, needs: np.ndarray) -> Deliveries:
 
 
 def _check_within(rectangles: np.ndarray, shapes: np.ndarray) -> None:
-    """`shapes`: [things, 2]."""
+    """Raise ValueError for a rectangle outside the thing that it is a part of; `shapes`: [things, 2]."""
     of = rectangles["of"]
     known = (of >= 0) & (of < len(shapes))
     fits = known.copy()
@@ -134,7 +134,7 @@ def _check_within(rectangles: np.ndarray, shapes: np.ndarray) -> None:
         first, count = rectangles[start].astype(np.int64), rectangles[size].astype(np.int64)
         fits[known] &= ((first >= 0) & (count > 0))[known] & ((first + count)[known] <= shapes[of[known], dim])
     if not fits.all():
-        wrong = Part(*rectangles[int(np.argmin(fits))].tolist())
+        wrong = Slice(*rectangles[int(np.argmin(fits))].tolist())
         raise ValueError(f"{wrong} is outside what it is a part of; {_REMEDY}")
 
 

@@ -1,4 +1,4 @@
-"""The rewards of a group's traces, and what long traces lose of them, where their stage punishes them."""
+"""The rewards of a group's traces, and DAPO's soft overlong punishment (arXiv 2503.14476, equation 13)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -36,8 +36,8 @@ def _mixed(sample: GradedTrace, zeroed: bool) -> float | None:
     return sum(term.weight * term.value for term in sample.terms if term.source != JUDGE and term.value is not None)
 
 
-def length_punishments(stage: RlStage, samples: Sequence[GradedTrace]) -> torch.Tensor | None:
-    """[K], float64, at most 0, to be added to the samples' scores; None where `stage` punishes no length.
+def overlong_penalties(stage: RlStage, samples: Sequence[GradedTrace]) -> torch.Tensor | None:
+    """Return [K], float64, at most 0, to be added to the samples' scores; None where `stage` has no `soft_overlong`.
 
     An abstention has no score that it could be added to.
     """

@@ -1,4 +1,8 @@
-"""Keeps servers running: registers each when it is ready and restarts one that has died."""
+"""Supervises servers: registers each when it is ready and restarts a server that has died.
+
+Why not supervisord or torch.distributed.elastic: a restart depends on the run (servers may not start while the trainer
+uses their GPUs, and a run may ask for a restart), and elastic restarts all workers together.
+"""
 
 import os
 import time
@@ -12,10 +16,10 @@ from exprl_megatron.serving.server_process import Server, ServerSpec, launch_ser
 from exprl_megatron.utils.cuda_environment import shared_text
 
 
-class Keeper:
-    """The servers of `specs` in `registry`, from `start` to `stop`; `tend` is to be called several times a second.
+class ServerSupervisor:
+    """Supervises the servers of `specs` in `registry` from `start` to `stop`; call `poll` several times a second.
 
-    `report` is given a line when a server is ready, and when one is started again.
+    `report` receives a line when a server is ready, and when one is restarted.
     """
 
     def __init__(
@@ -33,12 +37,12 @@ class Keeper:
         self._servers: dict[str, Server] = {}
         self._restarts = dict.fromkeys((spec.name for spec in specs), 0)
         self._waiting: set[str] = set()
-        """Servers that have ended and start again as soon as they may."""
+        """Servers that have ended and will start again as soon as they are allowed to."""
 
     def start(self) -> None:
         """Start all servers and return at once. Raises UserError as launch_servers does."""
         for spec in self._specs:
-            # An earlier attempt may have left it.
+            # An earlier attempt may have left its registration.
             self._registry.withdraw(spec.name)
         self._started = dict.fromkeys(self._restarts, time.monotonic())
         self._servers = {server.name: server for server in launch_servers(self._specs, self._starter)}
@@ -49,35 +53,35 @@ class Keeper:
         return self._specs
 
     def server(self, name: str) -> Server:
-        """The server of that name as it is now."""
+        """The current process of the server of that name."""
         return self._servers[name]
 
-    def tend(self) -> None:
+    def poll(self) -> None:
         """Register servers that have become ready; restart those that have died or that a run asked to restart.
 
         Raises ServerError where a server dies before it was ever ready, is not ready within its start_deadline_s, or
-        would have to be restarted more often than `restarts` of its config allows.
+        would be restarted more often than `restarts` of its config allows.
         """
         for spec in self._specs:
             server = self._servers[spec.name]
             if spec.name in self._waiting:
                 self._start_if_allowed(spec)
             elif not server.alive() and (server.registered or self._restarts[spec.name]):
-                self._start_anew(spec, server, "died")
-            elif server.registered and self._registry.restart_asked(spec.name) == server.incarnation:
-                self._start_anew(spec, server, "fails again and again")
+                self._restart(spec, server, "died")
+            elif server.registered and self._registry.restart_asked(spec.name) == server.instance_id:
+                self._restart(spec, server, "fails again and again")
             elif not server.registered and server.ready():
                 self._registry.register(self._registration(spec, server))
                 server.registered = True
                 self._report(f"{spec.name} is ready after {time.monotonic() - self._started[spec.name]:.1f} s")
 
     def stop(self) -> None:
-        """End all servers and withdraw them."""
+        """Stop all servers and remove their registrations."""
         for name in self._servers:
             self._registry.withdraw(name)
         stop_servers(list(self._servers.values()))
 
-    def _start_anew(self, spec: ServerSpec, server: Server, why: str) -> None:
+    def _restart(self, spec: ServerSpec, server: Server, why: str) -> None:
         self._registry.withdraw(spec.name)
         if self._restarts[spec.name] == spec.config.restarts:
             raise server.end(f"{why} and has been restarted {spec.config.restarts} times (restarts of its config)")
@@ -99,7 +103,7 @@ class Keeper:
             name=server.name,
             url=server.url,
             log_file=str(server.log_file),
-            incarnation=server.incarnation,
+            instance_id=server.instance_id,
             run=fingerprint(read_key(server.key_file)),
             first_gpu=server.first_gpu,
             nccl=shared_text(os.environ, spec.config.extra_args, spec.config.tp),

@@ -1,4 +1,4 @@
-"""Which orders a server's weight loader carries out: those of the run's key, once, and no others."""
+"""Which commands a server's weight loader carries out: those of the run's key, once, and no others."""
 
 import asyncio
 import base64
@@ -15,10 +15,10 @@ import torch
 
 from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.delivery_tables import RECTANGLE
-from exprl_megatron.serving.loader_orders import LOADER, OrderGate, OrderNumbers, OrderRefused, signed
+from exprl_megatron.serving.loader_commands import LOADER, CommandGate, CommandNumbers, CommandRefused, signed
 from exprl_megatron.serving.model_checksums import checksums, pack_expected
 from exprl_megatron.serving.server_command import STAND_INS
+from exprl_megatron.serving.transfer_tables import RECTANGLE
 
 START = 41
 STOOD_IN = ("torchvision", "sgl_kernel")
@@ -41,7 +41,7 @@ ORDER = {"do": "join", "address": "10.0.0.1", "port": 2000, "group": "weights-1"
 
 
 def test_an_order_with_the_key_s_code_is_read_as_it_was_given():
-    gate = OrderGate("key", START)
+    gate = CommandGate("key", START)
     for number in (5, 6, 900):
         assert gate.admit(signed(ORDER, "key", START, number)) == ORDER | {"start": START, "number": number}
 
@@ -49,10 +49,10 @@ def test_an_order_with_the_key_s_code_is_read_as_it_was_given():
 @pytest.mark.parametrize("field", [*ORDER, "start", "number"])
 def test_an_order_of_which_any_field_was_changed_is_refused(field):
     code, _, text = signed(ORDER, "key", START, 7).partition(" ")
-    order = json.loads(text)
-    order[field] = "127.0.0.1" if isinstance(order[field], str) else order[field] + 1
-    with pytest.raises(OrderRefused, match="no authentication code of this server's key"):
-        OrderGate("key", START).admit(f"{code} {json.dumps(order)}")
+    command = json.loads(text)
+    command[field] = "127.0.0.1" if isinstance(command[field], str) else command[field] + 1
+    with pytest.raises(CommandRefused, match="no authentication code of this server's key"):
+        CommandGate("key", START).admit(f"{code} {json.dumps(command)}")
 
 
 @pytest.mark.parametrize(
@@ -72,46 +72,46 @@ def test_an_order_of_which_any_field_was_changed_is_refused(field):
     ],
 )
 def test_an_order_without_the_key_s_code_is_refused(text):
-    with pytest.raises(OrderRefused, match="no authentication code of this server's key"):
-        OrderGate("key", START).admit(text)
+    with pytest.raises(CommandRefused, match="no authentication code of this server's key"):
+        CommandGate("key", START).admit(text)
 
 
 def test_an_order_is_carried_out_once_and_none_that_is_older_than_another():
-    gate = OrderGate("key", START)
+    gate = CommandGate("key", START)
     first, second = (signed(ORDER, "key", START, number) for number in (7, 8))
     gate.admit(second)
     for seen in (second, first):
-        with pytest.raises(OrderRefused, match="was given before"):
+        with pytest.raises(CommandRefused, match="was given before"):
             gate.admit(seen)
 
 
 def test_an_order_for_the_server_before_it_was_started_again_is_refused():
     seen = signed(ORDER, "key", START, 7)
-    OrderGate("key", START).admit(seen)
-    with pytest.raises(OrderRefused, match="another start"):
-        OrderGate("key", START + 1).admit(seen)
+    CommandGate("key", START).admit(seen)
+    with pytest.raises(CommandRefused, match="another start"):
+        CommandGate("key", START + 1).admit(seen)
 
 
 @pytest.mark.parametrize("key", [None, ""])
 def test_a_server_without_a_key_takes_no_orders(key):
-    with pytest.raises(OrderRefused, match="has no key"):
-        OrderGate(key, START).admit(signed(ORDER, "", START, 7))
+    with pytest.raises(CommandRefused, match="has no key"):
+        CommandGate(key, START).admit(signed(ORDER, "", START, 7))
 
 
 def test_numbers_rise_also_where_the_clock_goes_back(monkeypatch):
     times = iter([100, 100, 50, 200])
     monkeypatch.setattr("time.time_ns", lambda: next(times))
-    numbers = OrderNumbers()
+    numbers = CommandNumbers()
     assert [numbers.next() for _ in range(4)] == [100, 101, 102, 200]
 
 
 def test_the_loader_connects_to_nobody_whose_order_lacks_the_code(monkeypatch, loader):
-    """What an attacker did who could reach `/update_weights_from_tensor`: a listener of their own in an order."""
-    monkeypatch.setattr(loader, "_gate", OrderGate("key", START), raising=False)
+    """What an attacker did who could reach `/update_weights_from_tensor`: a listener of their own in an command."""
+    monkeypatch.setattr(loader, "_gate", CommandGate("key", START), raising=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        order = {**ORDER, "address": "127.0.0.1", "port": port, "answer": "a", "deadline_s": 0.5, "secret": "s"}
-        for text in (json.dumps(order), signed(order, "guessed", START, 7)):
+        command = {**ORDER, "address": "127.0.0.1", "port": port, "answer": "a", "deadline_s": 0.5, "secret": "s"}
+        for text in (json.dumps(command), signed(command, "guessed", START, 7)):
             loader.load(torch.nn.Linear(1, 1), [(text, torch.empty(0))])
         listener.settimeout(0.0)
         with pytest.raises(BlockingIOError):
@@ -138,7 +138,7 @@ class InProcess(SGLangClient):
 def test_trainer_and_server_agree_on_checksums_through_orders_of_one_key(monkeypatch, loader, key):
     from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 
-    monkeypatch.setattr(loader, "_gate", OrderGate(key, START))
+    monkeypatch.setattr(loader, "_gate", CommandGate(key, START))
     model = torch.nn.Linear(3, 2, bias=False)
     parts = np.array([(0, 0, 2, 0, 3)], dtype=RECTANGLE)
     planned = Future()

@@ -1,4 +1,4 @@
-"""Direct deliveries: carried out by hand on shards as loading cuts them, they bring every server rank what it holds."""
+"""Direct transfers: carried out by hand on shards as loading cuts them, they bring every server rank what it holds."""
 
 import sys
 from collections import defaultdict, deque
@@ -12,11 +12,11 @@ from helpers.loaded_shards import CASES, architecture_of, shards
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.weight_readers import Random
-from exprl_megatron.serving.delivery_tables import needs_table
-from exprl_megatron.serving.loader_orders import Need
+from exprl_megatron.serving.loader_commands import RequiredSlice
 from exprl_megatron.serving.sharding import server_needs
-from exprl_megatron.weight_sync.deliveries import DeliveryPlan
-from exprl_megatron.weight_sync.held import held_shares
+from exprl_megatron.serving.transfer_tables import needs_table
+from exprl_megatron.weight_sync.p2p_schedule import TransferPlan
+from exprl_megatron.weight_sync.shard_table import shard_table
 
 BUDGET = 20_000
 
@@ -26,16 +26,16 @@ def rectangle(tensor, row, rows, column, columns):
 
 
 def plan_of(needs, architecture, layout, dtype, bucket):
-    """`needs`: Need by Need, of each server and rank; tables of ranks that are alike are one object."""
-    held = held_shares(architecture, layout)
+    """`needs`: required slices, of each server and rank; equal tables of ranks are one object."""
+    held = shard_table(architecture, layout)
     tables = {id(rank): needs_table(rank, held.tensors) for server in needs for rank in server}
-    return DeliveryPlan([[tables[id(rank)] for rank in server] for server in needs], held, layout, dtype, bucket)
+    return TransferPlan([[tables[id(rank)] for rank in server] for server in needs], held, layout, dtype, bucket)
 
 
-def numbered_rounds(deliveries):
+def numbered_rounds(transfers):
     """(round, message) of each."""
-    rounds = np.unique(deliveries.messages["round"]).tolist()
-    return [(r, message) for r, sent in zip(rounds, deliveries.rounds(), strict=True) for message in sent]
+    rounds = np.unique(transfers.messages["round"]).tolist()
+    return [(r, message) for r, sent in zip(rounds, transfers.rounds(), strict=True) for message in sent]
 
 
 @pytest.mark.parametrize(("family", "layout", "tp"), CASES)
@@ -102,10 +102,10 @@ def test_small_parts_share_a_message_and_large_ones_have_their_own(tiny_model):
     architecture = architecture_of(tiny_model, "qwen3")
     needs = [server_needs(hf_shapes(architecture), 1, architecture.kv_groups)]
     plan = plan_of(needs, architecture, Layout(), "bfloat16", 2**30)
-    (deliveries,) = plan.receives(1).rounds()
-    (small,) = (delivery for delivery in deliveries if len(delivery.parts) > 1)
+    (transfers,) = plan.receives(1).rounds()
+    (small,) = (transfer for transfer in transfers if len(transfer.parts) > 1)
     assert all(2 * part.rows * part.columns < 2**16 for part in small.parts)
-    large = [delivery.parts[0] for delivery in deliveries if delivery is not small]
+    large = [transfer.parts[0] for transfer in transfers if transfer is not small]
     assert all(2 * part.rows * part.columns >= 2**16 for part in large)
 
 
@@ -119,7 +119,9 @@ def test_servers_are_sent_to_by_different_copies(tiny_model):
     assert senders == {0: {0, 1}, 1: {2, 3}, 2: {0, 1}}
 
 
-@pytest.mark.parametrize("need", [Need("model.norm.weight", 0, 65, 0, 1), Need("model.other.weight", 0, 1, 0, 1)])
+@pytest.mark.parametrize(
+    "need", [RequiredSlice("model.norm.weight", 0, 65, 0, 1), RequiredSlice("model.other.weight", 0, 1, 0, 1)]
+)
 def test_what_nobody_holds_is_refused(tiny_model, need):
     architecture, layout = architecture_of(tiny_model, "qwen3"), Layout()
     with pytest.raises(ValueError, match=need.name):
@@ -147,12 +149,12 @@ def test_experts_are_planned_together_and_not_one_by_one(tiny_model):
     many = replace(few, experts=replace(few.experts, count=16 * few.experts.count))
     layout, counted = Layout(dp=2, ep=2), []
     for architecture in (few, many):
-        held = held_shares(architecture, layout)
+        held = shard_table(architecture, layout)
         ranks = server_needs(hf_shapes(architecture), 2, architecture.kv_groups)
         needs = [[needs_table(rank, held.tensors) for rank in ranks]]
 
         def work(needs=needs, held=held):
-            plan = DeliveryPlan(needs, held, layout, "float32", 2**40)
+            plan = TransferPlan(needs, held, layout, "float32", 2**40)
             return plan.sends(1), plan.receives(2)
 
         counted.append(calls(work))
