@@ -1,10 +1,10 @@
-"""Two rounds of deliveries are in flight, each in staging memory of its own, which is taken again only afterwards."""
+"""Two rounds of transfers are in flight, each in staging memory of its own, which is taken again only afterwards."""
 
 import pytest
 import torch
-from exprl_megatron.serving.delivery_rounds import Lanes, in_rounds
 
-from exprl_megatron.serving import delivery_rounds
+from exprl_megatron.serving import staging_buffers
+from exprl_megatron.serving.staging_buffers import StagingBuffers, run_rounds
 
 
 class Work:
@@ -21,14 +21,14 @@ def carried_out(monkeypatch, count):
     """What happens in so many rounds of two operations each, in order."""
     events = []
     monkeypatch.setattr(
-        delivery_rounds.dist, "batch_isend_irecv", lambda operations: [Work(events, number) for number in operations]
+        staging_buffers.dist, "batch_isend_irecv", lambda operations: [Work(events, number) for number in operations]
     )
 
-    def begin(lane, together):
-        events.append(("begin", lane, together[0]))
+    def begin(slot, together):
+        events.append(("begin", slot, together[0]))
         return together * 2
 
-    in_rounds(([number] for number in range(count)), begin, lambda lane: events.append(("end", lane)))
+    run_rounds(([number] for number in range(count)), begin, lambda slot: events.append(("end", slot)))
     return events
 
 
@@ -52,14 +52,14 @@ def test_a_lane_is_taken_again_only_after_the_round_in_it_has_ended_and_two_roun
     assert most == 2 and in_flight == {}
 
 
-def lanes(dtype=torch.float32):
-    return Lanes(dtype, torch.device("cpu"))
+def buffers(dtype=torch.float32):
+    return StagingBuffers(dtype, torch.device("cpu"))
 
 
 def test_parts_that_are_not_one_piece_are_staged_one_after_the_other():
     matrix = torch.arange(12.0).view(3, 4)
     of_two, of_columns = [matrix[0], matrix[2]], [matrix[:, :2]]
-    pieces, copies = lanes().take(0, [of_two, of_columns])
+    pieces, copies = buffers().take(0, [of_two, of_columns])
     for part, place in copies:
         place.copy_(part)
     assert [piece.tolist() for piece in pieces] == [[0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 4, 5, 8, 9]]
@@ -68,18 +68,18 @@ def test_parts_that_are_not_one_piece_are_staged_one_after_the_other():
 
 def test_one_contiguous_part_is_sent_from_where_it_is():
     matrix = torch.arange(12.0).view(3, 4)
-    (piece,), copies = lanes().take(0, [[matrix[1:]]])
+    (piece,), copies = buffers().take(0, [[matrix[1:]]])
     assert piece.data_ptr() == matrix[1:].data_ptr() and copies == []
 
 
 def test_a_part_of_another_dtype_is_staged_in_the_lanes():
-    (piece,), ((part, place),) = lanes(torch.bfloat16).take(0, [[torch.ones(4)]])
+    (piece,), ((part, place),) = buffers(torch.bfloat16).take(0, [[torch.ones(4)]])
     place.copy_(part)
     assert piece.dtype == torch.bfloat16 and piece.tolist() == [1.0] * 4
 
 
 def test_lanes_share_no_memory_and_each_has_its_own_again():
-    staging, part = lanes(), torch.ones(4, 4)[:, :3]
+    staging, part = buffers(), torch.ones(4, 4)[:, :3]
     (first,), _ = staging.take(0, [[part]])
     (second,), _ = staging.take(1, [[part]])
     (third,), _ = staging.take(0, [[part[:2]]])
