@@ -4,10 +4,10 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from exprl_megatron.serving.servers import FixedServers
 
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError, WeightsDiffer
+from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.weight_sync import sync as module
 from exprl_megatron.weight_sync.sync import WeightSync
 
@@ -205,7 +205,7 @@ def test_without_the_check_nothing_is_asked(sync_of):
 
 def test_fixed_servers_are_given_a_version_once():
     async def run():
-        servers = FixedServers(["one"])
+        servers = StaticPool(["one"])
         assert await servers.prepare("v1")
         assert await servers.prepare("v1"), "nothing was pushed yet"
         await servers.commit("v1")
