@@ -309,4 +309,4 @@ def test_what_one_server_answers_with_garbage_another_is_asked_and_no_trace_is_m
 
     groups, told = asyncio.run(run())
     assert [[trace.token_ids.tolist() for trace in group] for group in groups] == [[[5, 6, 7]] * 2] * 2
-    assert bad.sampled and any(line.startswith("policy-0 is out: policy-0 (http://") for line in told)
+    assert bad.sampled and any(line.startswith("policy-0 is unhealthy: policy-0 (http://") for line in told)

@@ -81,7 +81,7 @@ def test_an_order_is_carried_out_once_and_none_that_is_older_than_another():
     first, second = (signed(ORDER, "key", START, number) for number in (7, 8))
     gate.admit(second)
     for seen in (second, first):
-        with pytest.raises(CommandRefused, match="was given before"):
+        with pytest.raises(CommandRefused, match="was executed before"):
             gate.admit(seen)
 
 

@@ -164,7 +164,7 @@ def test_orders_to_a_loader_are_signed_for_this_start_of_the_server_and_no_two_a
 
 def test_a_client_that_takes_a_server_over_ends_what_another_left_there_and_knows_where_its_weights_are_from():
     async def call(client):
-        await client.take_over(deadline_s=1)
+        await client.reset(deadline_s=1)
         assert client.source == "m"
 
     refusal = RequestRefused("refused", "no weight-update session is open")
@@ -180,7 +180,7 @@ def test_a_client_that_takes_a_server_over_ends_what_another_left_there_and_know
 
 def test_another_refusal_while_taking_over_is_an_error():
     with pytest.raises(RequestRefused):
-        sent(lambda c: c.take_over(deadline_s=1), end_weight_update=RequestRefused("refused", "busy"))
+        sent(lambda c: c.reset(deadline_s=1), end_weight_update=RequestRefused("refused", "busy"))
 
 
 @pytest.mark.parametrize(

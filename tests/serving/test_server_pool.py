@@ -141,7 +141,7 @@ def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wake
         async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
             await pool.sleep()
             registry.register(two.registered("b"))
-            await until(lambda: len(pool._in("joining")) == 1)
+            await until(lambda: len(pool._in_state("pending")) == 1)
             assert (slept(one), slept(two)) == (1, 2)
             await pool.sleep()
             assert (slept(one), slept(two)) == (1, 2), "SGLang dies where memory is given up twice"
@@ -149,7 +149,7 @@ def test_a_server_that_joins_while_the_others_sleep_is_put_to_sleep_too_and_wake
                 await pool.wake(tag)
             assert two.asked.count("/resume_memory_occupation") == 2
             registry.register(one.registered("b"))
-            await until(lambda: len(pool._in("joining")) == 2)
+            await until(lambda: len(pool._in_state("pending")) == 2)
             assert slept(one) == 1, "the others are awake"
 
     asyncio.run(run())
@@ -169,11 +169,11 @@ def test_a_server_that_goes_to_sleep_while_the_others_wake_wakes_too_before_it_g
             await pool.wake("weights")
             assert await pool.prepare("v0") and names(pool) == ["policy-0"]
             two.slow["/release_memory_occupation"].set()
-            await until(lambda: len(pool._in("joining")) == 1)
-            assert pool._members["policy-1"].asleep == {"kv_cache"} and woken(two) == 1
+            await until(lambda: len(pool._in_state("pending")) == 1)
+            assert pool._replicas["policy-1"].asleep == {"kv_cache"} and woken(two) == 1
             await pool.commit("v0")
             await pool.wake("kv_cache")
-            assert pool._members["policy-1"].asleep == set() and woken(two) == 2
+            assert pool._replicas["policy-1"].asleep == set() and woken(two) == 2
 
     asyncio.run(run())
 
@@ -192,7 +192,7 @@ def test_the_trainer_does_not_take_memory_before_every_server_has_given_its_up_a
             assert not sleeping.done(), "policy-2 may take memory at any time"
             registry.register(RegisteredServer("policy", "policy-2", two.url, "", "c"))
             assert await sleeping
-            assert all(member.asleep == {"kv_cache", "weights"} for member in pool._members.values())
+            assert all(replica.asleep == {"kv_cache", "weights"} for replica in pool._replicas.values())
             assert not registry.begin_start("policy-1") and registry.starting("policy") == []
             assert registry.begin_start("judge-0"), "it has devices of its own"
             await pool.wake("weights")
@@ -210,7 +210,7 @@ def test_a_server_that_does_not_give_up_its_memory_ends_the_run_and_is_named(reg
             pool._config = ServerConfig(start_deadline_s=1)
             await pool.sleep()
 
-    with pytest.raises(ServerError, match=r"^policy-0 did not give up memory for the trainer within .* \(1 s\)"):
+    with pytest.raises(ServerError, match=r"^policy-0 did not release memory for the trainer within .* \(1 s\)"):
         asyncio.run(run())
 
 
@@ -219,14 +219,14 @@ def test_where_the_last_server_dies_in_its_sleep_the_wait_for_it_begins_when_it_
         async with opened(registry, "policy-0") as (pool, one):
             await pool.sleep()
             registry.withdraw("policy-0")
-            await until(lambda: not pool._members)
-            pool._dry_since -= 1000
+            await until(lambda: not pool._replicas)
+            pool._no_server_since -= 1000
             await pool.wake("weights")
             assert registry.starts_held("policy")
             preparing = asyncio.create_task(pool.prepare("v0"))
             await until(lambda: not registry.starts_held("policy"))
             registry.register(one.registered("b"))
-            assert await preparing and pool._members["policy-0"].asleep == {"kv_cache"}
+            assert await preparing and pool._replicas["policy-0"].asleep == {"kv_cache"}
 
     asyncio.run(run())
 
@@ -258,10 +258,10 @@ def test_a_server_whose_nccl_variables_are_not_the_trainer_s_is_reported(registr
 
     async def run():
         pool = ServerPool(registry, ServerConfig(), log=said.append)
-        await pool._follow({"policy-0": registered})
-        await pool._follow({"policy-0": registered})
-        for member in pool._members.values():
-            await member.client.__aexit__()
+        await pool._follow_registry({"policy-0": registered})
+        await pool._follow_registry({"policy-0": registered})
+        for replica in pool._replicas.values():
+            await replica.client.__aexit__()
 
     asyncio.run(run())
     assert len(said) == reported
@@ -335,7 +335,7 @@ def test_a_server_whose_weights_somebody_else_replaced_is_named_and_asked_no_mor
         return told
 
     (line,) = asyncio.run(run())
-    assert line.startswith("policy-0 is out: ") and re.search(message, line)
+    assert line.startswith("policy-0 is unhealthy: ") and re.search(message, line)
 
 
 def test_where_every_server_s_weights_were_replaced_the_run_stops(registry):
@@ -357,7 +357,7 @@ def test_weights_that_we_ordered_from_a_disk_are_ours_and_a_server_that_died_is_
             assert await who(pool) == "policy-0"
             one.well, one.status = False, 500
             await pool.check_served()
-            assert not pool.serves
+            assert not pool.has_healthy
 
     asyncio.run(run())
 
@@ -426,15 +426,15 @@ def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_
 
 def test_a_server_that_fails_now_and_then_and_answers_in_between_is_not_started_again(registry, impatient):
     async def run():
-        async with opened(registry, "policy-0") as (fleet, one):
+        async with opened(registry, "policy-0") as (pool, one):
             for _ in range(4):
                 one.well, one.status = False, 500
-                asked = asyncio.create_task(who(fleet))
-                await until(lambda: not fleet.serves)
+                asked = asyncio.create_task(who(pool))
+                await until(lambda: not pool.has_healthy)
                 one.well = True
-                await until(lambda: fleet._in("joining"))
-                assert await fleet.prepare("v0")
-                await fleet.commit("v0")
+                await until(lambda: pool._in_state("pending"))
+                assert await pool.prepare("v0")
+                await pool.commit("v0")
                 assert await asked == "policy-0"
             assert registry.restart_asked("policy-0") is None
 
@@ -502,7 +502,7 @@ def test_a_registration_that_cannot_be_read_is_told_once_and_others_are_seen_all
             (registry.directory / "policy-5.json").write_text("{")
             await until(lambda: told)
             registry.register(RegisteredServer("policy", "policy-1", one.url, "", "b"))
-            await until(lambda: len(pool._members) == 2)
+            await until(lambda: len(pool._replicas) == 2)
             return told
 
     told = asyncio.run(run())
@@ -513,7 +513,7 @@ def test_a_watch_that_died_is_heard_of_at_the_next_request_though_servers_serve(
     async def run():
         async with opened(registry, "policy-0") as (pool, _):
             monkeypatch.setattr(registry, "all", lambda: 1 / 0)
-            await until(pool._watching.done)
+            await until(pool._watcher.done)
             await who(pool)
 
     with pytest.raises(ZeroDivisionError):
