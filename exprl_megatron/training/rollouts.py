@@ -130,7 +130,7 @@ class Rollouts:
 
     def take_metrics(self, stage: str, step: int) -> dict[str, float]:
         """Return `gate/*` of a step whose judge was checked, and `servers/*` and `loop/*` since the last call."""
-        servers = {} if self._fleet is None else self._fleet.take_metrics()
+        servers = {} if self._pool is None else self._pool.take_metrics()
         lag = {"loop/lag_max_s": self.loop_lag.take()}
         return self._judging.take_gate_metrics(stage, step) | servers | lag
 

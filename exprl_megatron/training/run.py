@@ -151,7 +151,7 @@ class Run:
         self._phases.switch_to_training()
         self._counted = {} if sampled is None else self._counts(stage, sampled)
         if sampled is not None:
-            self._console.sampled(stage, step, sampled.groups, self._rollouts.problem_texts(stage))
+            self._logger.sampled(stage, step, sampled.groups, self._rollouts.problem_texts(stage))
         self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress_after(sampled))
         return [] if sampled is None else sampled.groups
 
@@ -320,8 +320,8 @@ class Run:
 
     def close_logs(self, deadline_s: float) -> None:
         """Close logs and trackers of a run that ended early, within about `deadline_s`."""
-        if self._console is not None:
-            self._console.close(deadline_s)
+        if self._logger is not None:
+            self._logger.close(deadline_s)
 
     def close(self) -> None:
         """Print the closing table, disconnect from the servers, end the verifier's processes and close the logs."""

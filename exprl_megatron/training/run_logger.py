@@ -33,7 +33,7 @@ class RunLogger:
         self._progress = StepProgress(
             self._steps_before(len(config.stages)) - done, self._terminal, paths.run_log, command_started()
         )
-        self._metrics = MetricsWriter(paths.metrics, Trackers(config.trackers, self._tracked(done), self.say), done)
+        self._metrics = MetricsWriter(paths.metrics, Trackers(config.trackers, self._tracked(done), self.log), done)
         self._timeline = Timeline(paths.timeline)
 
     def log(self, text: str) -> None:

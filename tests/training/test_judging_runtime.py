@@ -54,7 +54,7 @@ def runtime(of_config, gate=None):
     made._judge = SimpleNamespace(grade="with the store")
     made._uncached_judge = SimpleNamespace(grade="without a store")
     made.said = []
-    made._console = SimpleNamespace(say=made.said.append)
+    made._logger = SimpleNamespace(log=made.said.append)
     return made
 
 

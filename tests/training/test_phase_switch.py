@@ -53,7 +53,7 @@ def switch_of():
     def make(kind):
         parts, made = Parts(), PhaseSwitch.__new__(PhaseSwitch)
         made._config, made._coordinator = PlacementConfig(kind=kind), Alone()
-        made._fleet = made._sync = made._offload = parts
+        made._pool = made._sync = made._offload = parts
         made._device, made._memory_stats = torch.device("cpu"), {}
         made._phase = None if kind == "colocated" else "learning"
         return made, parts.events

@@ -104,7 +104,7 @@ def run_of(of_config, parts, progress=None, checkpoint=None, scorer=None):
     made.config, made.policy, made._directory = of_config, parts, RunDirectory(of_config.directory)
     made._coordinator = Alone()
     made._phases = made._prefetch = made._rollouts = parts
-    made._ref_scorer, made._console, made._evaluator = scorer, None, None
+    made._ref_scorer, made._logger, made._evaluator = scorer, None, None
     made._progress, made._resumed_from = progress or RunProgress(), checkpoint
     made._examples, made._teacher_prompts, made._trained = None, {}, set()
     made._seconds, made._counted, made._sync_metrics = {}, {}, {}
@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_once_and_is_then_left_out_w
     with pytest.raises(RunStopped, match="in step 1 of a; the weights are as they were"):
         run_of(of_config, parts).apply_update()
     again = run_of(of_config, parts)
-    again._console = SimpleNamespace(say=parts.events.append)
+    again._logger = SimpleNamespace(log=parts.events.append)
     assert again.apply_update()["update_skipped"] == 1.0
     assert again.weight_version == "v0"
     assert parts.events[-1] == "The gradient norm of update 1 is nan again; step 1 of a is left out"

@@ -25,7 +25,7 @@ PROBLEMS = tuple(Problem(f"p{i}", f"What is {i}?", Reference(SECRET)) for i in r
 
 
 class Servers:
-    """In the place of a fleet and of its clients: answers each request after some pauses, and keeps what it was asked.
+    """In the place of a pool and of its clients: answers each request after some pauses, and keeps what it was asked.
 
     `scores` is what the traces of a problem are worth, `says` what they read, `slow` how many pauses they take.
     """
@@ -51,7 +51,7 @@ class Servers:
         self.events.append(f"ask all {prompts[0][0]}")
         return [self._written() for _ in seeds]
 
-    async def bring(self):
+    async def load_weights(self):
         self.events.append("judge's weights")
 
     def _written(self):
@@ -113,11 +113,11 @@ def rollouts(of_stage, events, *, judging=None, servers=None, lent=False, prompt
     """Rollouts of PROBLEMS, each of which has the prompt (number,); `prompts` are their texts with the template."""
     made = Rollouts.__new__(Rollouts)
     made._config = SimpleNamespace(seed=3, server=ServerConfig(group_requests=by_groups))
-    made._fleet = servers or Servers(events)
-    made._lent = made._fleet if lent else None
+    made._pool = servers or Servers(events)
+    made._shared_judge = made._pool if lent else None
     made._judging = judging or Judging(events)
     made._journal = Log(events)
-    made._console = SimpleNamespace(rollouts=_bar)
+    made._logger = SimpleNamespace(rollouts=_bar)
     texts = prompts or {}
     made._tokenizer = SimpleNamespace(decode=lambda ids: texts.get(ids[0], PROBLEMS[ids[0]].text))
     made._prompted = {of_stage.problems: PromptedProblems(PROBLEMS, tuple((i,) for i in range(6)), 0)}
