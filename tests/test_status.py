@@ -25,6 +25,7 @@ LEVELS = ("CPU", "NCCL-like", "meta", "read", "never")
 SIZES = (
     "policy.precision.first_last_bf16",
     "policy.moe_aux_loss",
+    "policy.router_replay",
     "stages.optimizer.offload",
     "stages.max_staleness",
     "server.tp",

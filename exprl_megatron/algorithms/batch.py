@@ -8,13 +8,15 @@ import numpy as np
 import torch
 
 from exprl_megatron.utils.array_fields import ArrayFields
+from exprl_megatron.utils.held_experts import held_experts
 
 
 @dataclass(frozen=True, eq=False)
 class TrainSample(ArrayFields):
     """A prompt and its response, with one value per response token for each input of the loss.
 
-    Every array except `prompt_ids` has the length of the response; None means that the loss does not use it.
+    Every array except `prompt_ids` and `routed_experts` has the length of the response; None means that the loss does
+    not use it.
     Array-likes are accepted and converted. Raises ValueError where a per-token array has another length.
     """
 
@@ -33,11 +35,15 @@ class TrainSample(ArrayFields):
     on_policy_mask: np.ndarray | None = None
     """[response tokens], bool: True where the current weights sampled the token, False where older ones did. None: the
     current weights sampled every token."""
+    routed_experts: np.ndarray | None = None
+    """[tokens - 1, layers, top_k], uint8 or int16: the experts that the sampling server chose for each token, which the
+    trainer then uses (router replay). None: the trainer's routers choose."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "prompt_ids", "response_ids")
         self._hold(np.float32, "advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs")
         self._hold(np.bool_, "on_policy_mask")
+        object.__setattr__(self, "routed_experts", held_experts(self.routed_experts, len(self)))
         for name in PER_TOKEN:
             value = getattr(self, name)
             if value is not None and len(value) != self.response_tokens:
@@ -69,7 +75,14 @@ class TrainSample(ArrayFields):
     @property
     def outline(self) -> "SampleOutline":
         """The part of the sample that ranks need which do not learn from it."""
-        return SampleOutline(self.prompt_tokens, self.response_tokens, self.token_fields)
+        return SampleOutline(
+            self.prompt_tokens, self.response_tokens, self.token_fields, has_routed_experts=self.has_routed_experts
+        )
+
+    @property
+    def has_routed_experts(self) -> bool:
+        """Whether the sampling server's choice of experts is known."""
+        return self.routed_experts is not None
 
     def with_values(self, name: str, values: np.ndarray) -> Self:
         """A copy in which the per-token array `name` is `values` [response tokens]."""
@@ -83,6 +96,7 @@ class SampleOutline:
     prompt_tokens: int
     response_tokens: int
     token_fields: frozenset[str]
+    has_routed_experts: bool = False
 
     def __len__(self) -> int:
         return self.prompt_tokens + self.response_tokens
@@ -151,6 +165,14 @@ def dummy_sample(samples: Sequence[SampleOrOutline]) -> TrainSample:
     none = np.empty(0)
     given = {name: none for name in PER_TOKEN if _is_set(samples, name)}
     return replace(TrainSample(np.zeros(1, np.int32), np.empty(0, np.int32)), **given)
+
+
+def replays_routing(samples: Sequence[SampleOrOutline]) -> bool:
+    """Whether the samples have the sampling server's choice of experts. Raises ValueError where only some have it."""
+    present = [sample.has_routed_experts for sample in samples]
+    if any(present) and not all(present):
+        raise ValueError("routed_experts is given for some samples of a batch and missing for others")
+    return any(present)
 
 
 def _is_set(samples: Sequence[SampleOrOutline], name: str) -> bool:

@@ -100,6 +100,9 @@ class PolicyConfig(Config):
     The loss is taken of each micro-batch, padding included, and averaged over a step's tokens: other than the
     policy's own loss it depends on which sequences share a micro-batch.
     """
+    router_replay: bool | None = None
+    """Of a mixture of experts: the trainer uses the experts that the sampling server chose for each token (R3). None:
+    where the model has experts and the servers return their choice; a run records which."""
 
 
 class OptimizerConfig(Config):

@@ -46,7 +46,11 @@ TABLE = (
     ResumeRule(("debug.only", "debug.rollouts"), "fixed", "what the run does at all"),
     # The policy.
     ResumeRule(("policy.model",), "content", "the weights that the run starts from, their tokenizer and chat template"),
-    ResumeRule(("policy.initialise", "policy.precision.*", "policy.moe_aux_loss"), "fixed", "what is computed"),
+    ResumeRule(
+        ("policy.initialise", "policy.precision.*", "policy.moe_aux_loss", "policy.router_replay"),
+        "fixed",
+        "what is computed",
+    ),
     ResumeRule(("policy.max_tokens",), "fixed", "decides which prompts and examples are left out"),
     ResumeRule(("policy.ref_policy",), "fixed", "a checkpoint either holds the starting weights or does not"),
     ResumeRule(("policy.recompute", "policy.log_prob_chunk"), "free", "memory against speed"),

@@ -1,6 +1,6 @@
 """The whole configuration of a run."""
 
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -11,7 +11,7 @@ from exprl_megatron.config.placement import COLOCATED_MEM_FRACTION, PlacementCon
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import BuiltInDomain, LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.reproduction import alone, departures
-from exprl_megatron.config.serving import SamplingConfig, ServerConfig, SyncConfig
+from exprl_megatron.config.serving import RETURN_ROUTED_EXPERTS, SamplingConfig, ServerConfig, SyncConfig
 from exprl_megatron.config.stages import AnyStage, JudgedStage, RlStage
 from exprl_megatron.config.tracking import TrackerName, TrackingConfig
 from exprl_megatron.config.verifying import VerifierConfig
@@ -143,10 +143,14 @@ class RunConfig(Config):
 
     @property
     def sampling_server(self) -> ServerConfig:
-        """The config that sampling servers start with: those that share GPUs with the trainer leave memory for it."""
-        if self.placement.kind == "separate" or self.server.memory_share is not None:
-            return self.server
-        return self.server.model_copy(update={"mem_fraction_static": COLOCATED_MEM_FRACTION})
+        """The config that sampling servers start with: those that share GPUs with the trainer leave memory for it, and
+        with `policy.router_replay` they return the experts that they choose."""
+        changes: dict[str, Any] = {}
+        if self.policy.router_replay:
+            changes["extra_args"] = (*self.server.extra_args, RETURN_ROUTED_EXPERTS)
+        if self.placement.kind == "colocated" and self.server.memory_share is None:
+            changes["mem_fraction_static"] = COLOCATED_MEM_FRACTION
+        return self.server.model_copy(update=changes)
 
     @property
     def ref_server(self) -> ServerConfig:

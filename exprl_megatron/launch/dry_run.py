@@ -10,6 +10,7 @@ from rich.table import Table
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.transport import choose_transport
+from exprl_megatron.models.routing import with_router_replay
 from exprl_megatron.serving.router_spec import JUDGE_ROUTER, ROUTER
 
 
@@ -69,7 +70,7 @@ def transport_lines(config: RunConfig) -> list[str]:
 
 def print_plan(config: RunConfig) -> None:
     """Print the config as a run on this machine would record it, the processes, and how weights travel to servers."""
-    config = config.with_precision()
+    config = with_router_replay(config.with_precision())
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     table = Table("process", "what", "where")
     for process in planned_processes(config):

@@ -17,6 +17,7 @@ from exprl_megatron.launch.preemption import end_on_sigusr1, request_stop_on_sig
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.launch.run_record import RunRecord
 from exprl_megatron.launch.starting import starter
+from exprl_megatron.models.routing import with_router_replay
 from exprl_megatron.processes.interruption import Interrupted
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.reporting.run_log import STARTED, RunLog, command_started
@@ -172,7 +173,7 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
     specs: list[ServerSpec] = []
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
     if config.needs_sampling_servers:
-        server = config.sampling_server
+        server = with_router_replay(config).sampling_server
         if config.placement.kind == "colocated" and uses_cuda():
             server = server.model_copy(update={"extra_args": (*server.extra_args, "--enable-memory-saver")})
         specs += server_specs("policy", config.policy.model, server, directory.logs, dtype=dtype, seed=config.seed)

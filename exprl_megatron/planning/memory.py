@@ -3,9 +3,11 @@
 from dataclasses import dataclass, fields
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, padded_vocabulary, stage_layers
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.planning.activations import activation_bytes, value_bytes, working_bytes
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.parameters import (
@@ -164,6 +166,14 @@ def host_memory(
         optimizer=state * optimizer.offload,
         asleep=(0 if kept else weights) + state * (1 - optimizer.offload) if colocated else 0,
     )
+
+
+def routed_experts_bytes(architecture: Architecture, config: RunConfig, tokens: float) -> float:
+    """What rank 0 holds of the experts that servers chose for `tokens` (router replay), in host memory."""
+    routing = Routing.of(architecture)
+    if routing is None or config.policy.router_replay is False or config.server.router:
+        return 0.0
+    return tokens * routing.token_bytes
 
 
 def optimizer_bytes(counts: ParameterCounts, policy: PolicyConfig, optimizer: OptimizerConfig) -> float:

@@ -21,6 +21,7 @@ from exprl_megatron.planning.memory import (
     log_prob_memory,
     reshard_memory,
     resident_memory,
+    routed_experts_bytes,
 )
 from exprl_megatron.planning.parameters import model_parameters, rank_counts
 from exprl_megatron.planning.phases import Phase, Speed, speed_of
@@ -72,6 +73,8 @@ class Plan:
     phases: list[Phase]
     host: HostBytes
     """Host memory of the trainer's rank that needs most."""
+    routed_experts: float = 0.0
+    """Bytes of rank 0's host memory for the experts that servers chose for the tokens of a step."""
     ref_policy: dict[str, float] = field(default_factory=dict)
     """What either choice of `policy.ref_policy` costs; empty where no stage needs it."""
     faults: list[str] = field(default_factory=list)
@@ -139,6 +142,7 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
         learning=one,
         phases=phases,
         host=max(hosts, key=lambda host: host.total),
+        routed_experts=routed_experts_bytes(architecture, config, workload.tokens) if workload.sampled else 0.0,
         ref_policy=start,
         faults=faults,
         notes=list(dict.fromkeys(notes)),

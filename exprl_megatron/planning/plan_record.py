@@ -51,6 +51,7 @@ def plan_record(plan: Plan, top: int) -> dict[str, Any]:
         "faults": plan.faults,
         "phases": [_phase_record(phase) for phase in plan.phases],
         "host_bytes_per_rank": _memory_record(plan.host),
+        "routed_experts_bytes": plan.routed_experts,
         "starting_policy": plan.ref_policy,
         "trainer": learning_record(plan.learning),
         "ranking": _ranking_record(plan.ranking, top),

@@ -229,6 +229,11 @@ def _host_lines(plan: Plan) -> list[str]:
         lines.append(f"optimizer on the host: {plan.host.optimizer / GIB:.1f} GiB of host memory a rank")
     if plan.host.asleep:
         lines.append(f"asleep while servers sample: {plan.host.asleep / GIB:.1f} GiB of pinned host memory a rank")
+    if plan.routed_experts:
+        lines.append(
+            f"router replay: {plan.routed_experts / GIB:.1f} GiB of rank 0's host memory, the experts that servers "
+            f"chose for a step's tokens"
+        )
     if plan.ref_policy:
         cost, chosen = plan.ref_policy, plan.config.policy.ref_policy
         lines += [

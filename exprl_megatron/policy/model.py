@@ -19,6 +19,7 @@ from exprl_megatron.policy.gradient_fusion import fuses_gradients
 from exprl_megatron.policy.local_layers import RotationTable
 from exprl_megatron.policy.local_spec import local_block
 from exprl_megatron.policy.precision import fp8_settings
+from exprl_megatron.policy.router_replay import forget_routers
 from exprl_megatron.policy.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +43,9 @@ def build_chunks(
     check_layout(architecture, config.layout)
     stages = [stage if config.layout.vpp > 1 else None for stage in range(config.layout.vpp)]
     with torch.device("meta") if meta else nullcontext():
-        return [_chunk(architecture, config, world, stage, meta) for stage in stages]
+        chunks = [_chunk(architecture, config, world, stage, meta) for stage in stages]
+    forget_routers()
+    return chunks
 
 
 def transformer_config(architecture: Architecture, config: PolicyConfig, device: torch.device) -> TransformerConfig:
@@ -154,6 +157,8 @@ def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: boo
         "moe_aux_loss_coeff": config.moe_aux_loss,
         "moe_grouped_gemm": cuda,
         "moe_permute_fusion": cuda,
+        # moe_router_fusion, which is off by default, would go past it without a word.
+        "moe_enable_routing_replay": config.router_replay is not False,
         **_unlike_layers(architecture.layers, experts),
         **_sigmoid_router(experts),
     }

@@ -31,6 +31,8 @@ class ModelInput:
     """[sequences + 1], int32: where each sequence begins in the packed row of all ranks, and its end; None: padded."""
     longest: int
     """Tokens of the longest sequence, with its padding."""
+    routed_experts: torch.Tensor | None = None
+    """What the routers take (see routed_rows); None: they choose."""
 
     def to(self, device: torch.device) -> "ModelInput":
         """The same on `device`."""

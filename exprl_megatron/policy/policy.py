@@ -15,11 +15,12 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 
-from exprl_megatron.algorithms.batch import SampleOrOutline
+from exprl_megatron.algorithms.batch import SampleOrOutline, replays_routing
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.flops import attention_flops, linear_flops
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.balance import weigh_balance_by_tokens
 from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of
@@ -105,12 +106,13 @@ class Policy:
     ) -> list[np.ndarray]:
         """Compute the log-probs [response tokens], float32, of every sample; returns all of them on every rank.
 
-        Logits are divided by `temperature`. `ref_policy` takes the reference policy's weights, not the current ones.
+        Logits are divided by `temperature`. `ref_policy` takes the reference policy's weights, not the current ones,
+        and its routers choose: what the sampling server chose is the current policy's.
         """
         if not samples:
             return []
         self._check(samples)
-        plan, work = self._plan(samples)
+        plan, work = self._plan(samples, replay=not ref_policy)
         with self._ref_weights() if ref_policy else nullcontext():
             collected = step.forward_log_probs(
                 self._model(), work, self.config, self.architecture.vocabulary, temperature
@@ -143,7 +145,7 @@ class Policy:
         """
         self._stage()
         self._check(samples)
-        _, work = self._plan(samples)
+        _, work = self._plan(samples, replay=True)
         if self.architecture.experts and self.config.moe_aux_loss:
             weigh_balance_by_tokens(self.chunks, work.computed_tokens)
         with overlap.reductions_wait(self._wrapped) if more_follow else nullcontext():
@@ -206,11 +208,16 @@ class Policy:
             chunk.zero_grad_buffer()
         self._stage().optimizer.zero_grad()
 
-    def _plan(self, samples: Sequence[SampleOrOutline]) -> tuple[MicroBatchPlan, step.MicroBatches]:
-        """Plan the micro-batches of all ranks, and build those of this rank."""
+    def _plan(self, samples: Sequence[SampleOrOutline], replay: bool) -> tuple[MicroBatchPlan, step.MicroBatches]:
+        """Plan the micro-batches of all ranks, and build those of this rank.
+
+        `replay`: with the experts that the samples carry, if they do and the config does not say otherwise.
+        """
         shape = self._shape()
         plan = self._micro_batch_plan(samples, shape)
-        return plan, step.MicroBatches(samples, plan, shape, self.world)
+        replay = replay and self.config.router_replay is not False and replays_routing(samples)
+        routing = Routing.of(self.architecture) if replay else None
+        return plan, step.MicroBatches(samples, plan, shape, self.world, routing)
 
     def _shape(self) -> PackingShape:
         return shape_of(self.config, self.world.device.type == "cuda")

@@ -1,6 +1,8 @@
 """Forward and backward passes over micro-batches, with Megatron's pipeline schedule of the layout."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -12,10 +14,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from exprl_megatron.algorithms.batch import LossFunction, MicroBatch, SampleOrOutline, TrainSample, dummy_sample, pad
 from exprl_megatron.config.policy import PolicyConfig
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.log_probs import response_log_probs
 from exprl_megatron.policy.model_input import ModelInput, model_input
 from exprl_megatron.policy.packing import MicroBatchPlan, PackingShape
+from exprl_megatron.policy.routed_rows import routed_rows
+from exprl_megatron.policy.router_replay import Replay
 from exprl_megatron.policy.world import World
 
 PreparedMicroBatch = tuple[ModelInput, MicroBatch]
@@ -23,13 +28,24 @@ PreparedMicroBatch = tuple[ModelInput, MicroBatch]
 
 
 class MicroBatches:
-    """This rank's micro-batches of a plan; each is built when it is needed, so that a step never holds all of them."""
+    """This rank's micro-batches of a plan; each is built when it is needed, so that a step never holds all of them.
 
-    def __init__(self, samples: Sequence[SampleOrOutline], plan: MicroBatchPlan, shape: PackingShape, world: World):
+    Where `routing` is given, the routers take the experts that the samples carry.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[SampleOrOutline],
+        plan: MicroBatchPlan,
+        shape: PackingShape,
+        world: World,
+        routing: Routing | None = None,
+    ):
         self._samples = samples
         self._micros = plan[world.dp_rank]
         self._shape = shape
         self._world = world
+        self._routing = routing
 
     def __len__(self) -> int:
         return len(self._micros)
@@ -38,7 +54,14 @@ class MicroBatches:
         for rows in self._rows():
             length = max(map(len, rows))
             model = model_input(rows, length, self._shape, self._world.cp_rank)
+            if self._routing is not None:
+                model = replace(model, routed_experts=routed_rows(rows, self._shape, self._routing, self._world))
             yield model.to(self._world.device), pad(rows, length).to(self._world.device)
+
+    @property
+    def replays(self) -> bool:
+        """Whether the routers take the samples' experts."""
+        return self._routing is not None
 
     @property
     def computed_tokens(self) -> int:
@@ -112,28 +135,37 @@ def _run(
             sequence_parallel=config.layout.sequence_parallel,
         )
 
+    # Of what `recompute` knows, only `full` runs routers again.
+    replays = isinstance(work, MicroBatches) and work.replays
+    replay = Replay(model, not forward_only and config.recompute == "full") if replays else None
+
     def forward_step(iterator, chunk):
         tokens, micro = next(iterator)
-        output = chunk(
-            tokens.input_ids,
-            tokens.position_ids,
-            None,
-            packed_seq_params=_packed(tokens),
-            output_processor=output_processor,
-            output_processor_context=(tokens, micro),
-        )
+        with nullcontext() if replay is None else replay.forward(chunk, tokens.routed_experts):
+            output = chunk(
+                tokens.input_ids,
+                tokens.position_ids,
+                None,
+                packed_seq_params=_packed(tokens),
+                output_processor=output_processor,
+                output_processor_context=(tokens, micro),
+            )
         return output, on_output(micro)
 
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(work) for _ in model],
-        model=model,
-        num_microbatches=len(work),
-        seq_length=config.max_tokens,
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    try:
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(work) for _ in model],
+            model=model,
+            num_microbatches=len(work),
+            seq_length=config.max_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+    finally:
+        if replay is not None:
+            replay.end()
 
 
 def _packed(tokens: ModelInput) -> PackedSeqParams | None:

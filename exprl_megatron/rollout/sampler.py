@@ -8,6 +8,7 @@ import numpy as np
 
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.static_pool import SamplingServers
@@ -48,6 +49,7 @@ async def sample_groups(
     target_groups: int | None = None,
     accept_fn: Callable[[list[Trace]], bool] = lambda traces: True,
     whole_groups: bool = False,
+    routing: Routing | None = None,
 ) -> list[list[Trace]]:
     """Sample `group_size` traces of every prompt; returns one list per group, in the order of `prompts`.
 
@@ -63,7 +65,8 @@ async def sample_groups(
     the servers' weights in mid-generation adds the new version to the collection first.
 
     With `whole_groups` one request asks for all traces of a group, which are then finished together. That is less work
-    than one request for each trace, but the first traces wait for the longest one.
+    than one request for each trace, but the first traces wait for the longest one. `routing` is the model's where the
+    traces shall hold the experts that the server chose.
 
     Raises ServerError where a server fails, ends a trace early, or samples it under other weights, and `servers` does
     not retry that. The first failure of `servers` or of `on_trace` cancels everything else and is raised unchanged.
@@ -71,16 +74,18 @@ async def sample_groups(
     More than 7 parameters: the sampling, and what its caller wants of it while it continues.
     """
 
+    asked = sampling.model_dump() | ({} if routing is None else {"routing": routing})
+
     def seed(prompt: Prompt, k: int) -> int:
         return seed_of(prompt.problem_id, k + prompt.occurrence * group_size)
 
     async def generate(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
-        generation = await client.generate(prompt.token_ids, seed=seed(prompt, k), **sampling.model_dump())
+        generation = await client.generate(prompt.token_ids, seed=seed(prompt, k), **asked)
         return _trace(client, prompt, k, generation, weight_versions)
 
     async def generate_group(client: SGLangClient, prompt: Prompt) -> list[Trace]:
         seeds = [seed(prompt, k) for k in range(group_size)]
-        generations = await client.generate_all([prompt.token_ids] * group_size, seeds, **sampling.model_dump())
+        generations = await client.generate_all([prompt.token_ids] * group_size, seeds, **asked)
         return [_trace(client, prompt, k, generation, weight_versions) for k, generation in enumerate(generations)]
 
     async def passed_on(trace: Trace) -> Trace:
@@ -118,6 +123,12 @@ def _trace(
             f"{client.name} ({client.url}) wrote sample {k} of problem {prompt.problem_id} under weight version "
             f"{', '.join(sorted(versions)) or 'none'}, not {' or '.join(weight_versions)}."
         )
+    tokens = len(prompt.token_ids) + len(generation.token_ids)
+    if generation.routed_experts is not None and len(generation.routed_experts) != tokens - 1:
+        raise ServerError(
+            f"{client.name} ({client.url}) returned the experts of {len(generation.routed_experts)} tokens for sample "
+            f"{k} of problem {prompt.problem_id}, whose {tokens} tokens have {tokens - 1}."
+        )
     return Trace(
         problem_id=prompt.problem_id,
         sample=k,
@@ -128,4 +139,5 @@ def _trace(
         finish_reason=generation.finish_reason,
         weight_versions=generation.weight_versions,
         cached_tokens=min(generation.cached_tokens, len(prompt.token_ids)),
+        routed_experts=generation.routed_experts,
     )

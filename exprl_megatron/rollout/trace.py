@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from exprl_megatron.utils.array_fields import ArrayFields
+from exprl_megatron.utils.held_experts import held_experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +33,15 @@ class Trace(ArrayFields):
     """(version, first token, one past the last) for each stretch of tokens."""
     cached_tokens: int = field(default=0, compare=False)
     """Prompt tokens that the server found in its prefix cache."""
+    routed_experts: np.ndarray | None = None
+    """[prompt tokens + tokens - 1, layers, top_k], uint8 or int16: the experts that the server chose (router replay).
+    None: not asked for."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "prompt_ids", "token_ids")
         self._hold(np.float32, "log_probs")
+        tokens = len(self.prompt_ids) + len(self.token_ids)
+        object.__setattr__(self, "routed_experts", held_experts(self.routed_experts, tokens))
 
     @property
     def overlong(self) -> bool:

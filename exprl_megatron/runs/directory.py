@@ -13,6 +13,7 @@ from exprl_megatron.config.resuming import refused_changes
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.prompt import is_shipped_hash
+from exprl_megatron.models.routing import with_router_replay
 from exprl_megatron.utils.files import Claim, keep_private, write_atomically
 
 PLUGINS = "plugins."
@@ -50,8 +51,8 @@ class RunDirectory:
         where `resume` finds none, or one that learns something else (see config/resuming.py) or from other contents,
         or where a live process has it. A run that ended before it had anything to keep does not count.
         """
-        config = config.with_precision()
         known, begun = self.config.is_file(), self._holds_work()
+        config = self._resolved(config, begun)
         if begun and not resume:
             raise UserError(
                 f"The directory {self.root} already holds a run; "
@@ -93,6 +94,17 @@ class RunDirectory:
             if key.startswith(PLUGINS) and recorded[key] != contents[key]
         ]
 
+    def _resolved(self, config: RunConfig, begun: bool) -> RunConfig:
+        """`config` with all that is decided where a run starts; one that is resumed continues as it was."""
+        if begun and config.policy.router_replay is None:
+            config = _with_replay(config, self._started_config().policy.router_replay)
+        return with_router_replay(config.with_precision())
+
+    def _started_config(self) -> RunConfig:
+        """What the run here was started with. One of a version without router replay continues without it."""
+        config = read_config(self)
+        return _with_replay(config, config.policy.router_replay or False)
+
     def _refuse_changes(self, config: RunConfig, contents: Mapping[str, str] | None) -> None:
         """Raise UserError where the run that is here would go on differently."""
         recorded = self._recorded_inputs() if contents is not None else None
@@ -101,7 +113,7 @@ class RunDirectory:
                 f"The contents of {', '.join(others)} are others than when the run in {self.root} was started; "
                 f"{_earlier_prompts(others, recorded)}put them back, or start a new run in another directory."
             )
-        if changed := refused_changes(read_config(self), config, same_contents=recorded is not None):
+        if changed := refused_changes(self._started_config(), config, same_contents=recorded is not None):
             raise UserError(
                 f"The run in {self.root} was started with other values of {', '.join(changed)}; "
                 "resume it with its own config, or start a new run in another directory. docs/resume.md lists what may "
@@ -125,6 +137,10 @@ class RunDirectory:
         return self.config.is_file() and any(
             file.stat().st_size for path in kept for file in (path, *path.rglob("*")) if file.is_file()
         )
+
+
+def _with_replay(config: RunConfig, replay: bool | None) -> RunConfig:
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"router_replay": replay})})
 
 
 def _different(recorded: Mapping[str, str], contents: Mapping[str, str]) -> list[str]:

@@ -6,6 +6,7 @@ every number exactly, so that the update is bit for bit the same.
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +19,16 @@ from exprl_megatron.runs.journal_v1 import read_v1
 from exprl_megatron.runs.rollout_table import SCHEMA, batch_of, groups_of, rows_of
 from exprl_megatron.utils.files import open_atomically
 
-VERSION = 2
+VERSION = 3
+_READ = (2, 3)
+"""The versions of files that are read; 2 has no column `routed_experts`."""
 _METADATA = b"exprl"
 _SPLIT = ("prompt_ids.list.element", "token_ids.list.element", "log_probs.list.element")
 """Columns whose numbers compress better when their first bytes are together, and their second, and so on."""
 DAMAGE = (OSError, EOFError, zlib.error, pa.ArrowException, ValueError, KeyError, TypeError)
 """Exceptions that reading a damaged file raises."""
-_ROWS = 256
-"""Traces of a row group, which bounds the memory for copies while a step is written."""
+_ROWS, _EXPERT_BYTES = 256, 2**28
+"""Traces of a row group, and bytes of experts in one, which bound the memory for copies while a step is written."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,9 @@ def write_step(path: Path, sampled: SampledStep) -> None:
             write_page_checksum=True,
         ) as writer,
     ):
-        for start in range(0, len(rows), _ROWS):
-            writer.write_batch(batch_of(rows[start : start + _ROWS]))
+        count = _rows_of_a_group(sampled.groups)
+        for start in range(0, len(rows), count):
+            writer.write_batch(batch_of(rows[start : start + count]))
 
 
 def read_step(path: Path) -> SampledStep:
@@ -124,12 +128,18 @@ def read_step(path: Path) -> SampledStep:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         counts = json.loads(file.schema_arrow.metadata[_METADATA])
         version = counts.pop("version")
-        if version != VERSION:
+        if version not in _READ:
             raise UserError(
                 f"The journal file {path} has version {version}, and this program reads version {VERSION}; resume with "
                 f"the program that wrote it, or delete the file to sample that step again."
             )
         return _sampled_step(groups_of(file.read(use_threads=False)), counts)
+
+
+def _rows_of_a_group(groups: Sequence[Group]) -> int:
+    experts = (member.trace.routed_experts for group in groups for member in group.samples)
+    largest = max((array.nbytes for array in experts if array is not None), default=0)
+    return max(1, min(_ROWS, _EXPERT_BYTES // max(largest, 1)))
 
 
 def _sampled_step(groups: list[Group], counts: dict) -> SampledStep:

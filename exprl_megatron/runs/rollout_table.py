@@ -29,6 +29,14 @@ _TERM = (
     pa.field("evidence", pa.string()),
 )
 _SPAN = (pa.field("start", pa.int32()), pa.field("end", pa.int32()))
+_EXPERTS = (
+    pa.field("layers", pa.int16()),
+    pa.field("top_k", pa.int16()),
+    pa.field("id_bytes", pa.int8()),
+    pa.field("ids", pa.large_binary()),
+)
+"""`ids` is the array [prompt and response tokens - 1, layers, top_k] row by row: uint8, or little-endian int16."""
+_ID_TYPES: dict[int, np.dtype] = {1: np.dtype(np.uint8), 2: np.dtype("<i2")}
 
 SCHEMA = pa.schema(
     [
@@ -47,6 +55,7 @@ SCHEMA = pa.schema(
         ("segments", pa.list_(pa.struct([*_SPAN, *_JUDGEMENT]))),
         ("verified", pa.struct(_JUDGEMENT)),
         ("terms", pa.list_(pa.struct(_TERM))),
+        ("routed_experts", pa.struct(_EXPERTS)),
     ]
 )
 
@@ -79,6 +88,7 @@ def batch_of(rows: Sequence[TraceRow]) -> pa.RecordBatch:
         "segments": _nested([member.segments for member in members], _segments),
         "verified": _judgements([member.verified for member in members]),
         "terms": _nested([member.terms for member in members], _terms),
+        "routed_experts": _experts([trace.routed_experts for trace in traces]),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
@@ -89,12 +99,14 @@ def groups_of(table: pa.Table) -> list[Group]:
     arrays = {name: _slices(table[name]) for name in ("prompt_ids", "token_ids", "log_probs")}
     if not all(np.isfinite(log_probs).all() for log_probs in arrays["log_probs"]):
         raise ValueError("log_probs has a number that is not finite")
-    others = table.drop_columns(list(arrays)).to_pylist()
+    experts = _read_experts(table)
+    others = table.select([name for name in table.column_names if name not in (*arrays, "routed_experts")]).to_pylist()
     members: dict[int, list[GradedTrace]] = {}
     first: dict[int, dict] = {}
     for index, row in enumerate(others):
         first.setdefault(row["group"], row)
-        own = {name: slices[index] for name, slices in arrays.items()}
+        own: dict[str, Any] = {name: slices[index] for name, slices in arrays.items()}
+        own["routed_experts"] = experts[index]
         members.setdefault(row["group"], []).append(_member(row, own))
     return [Group(row["problem_id"], tuple(members[number]), row["domain"]) for number, row in first.items()]
 
@@ -109,6 +121,36 @@ def _slices(column: pa.ChunkedArray) -> list[np.ndarray]:
     lists = column.combine_chunks()
     offsets, values = lists.offsets.to_numpy().tolist(), lists.values.to_numpy()
     return [values[start:end] for start, end in pairwise(offsets)]
+
+
+def _experts(arrays: Sequence[np.ndarray | None]) -> pa.StructArray:
+    known = [array for array in arrays if array is not None]
+    if not known:
+        return pa.nulls(len(arrays), pa.struct(_EXPERTS))
+    # Neither a shape nor ids where there are none.
+    layers, top_k, id_bytes = (
+        [0 if array is None else size(array) for array in arrays]
+        for size in (lambda a: a.shape[1], lambda a: a.shape[2], lambda a: a.itemsize)
+    )
+    ids = [b"" if array is None else array.astype(_ID_TYPES[array.itemsize], copy=False).tobytes() for array in arrays]
+    columns = [
+        pa.array(column, field.type) for column, field in zip((layers, top_k, id_bytes, ids), _EXPERTS, strict=True)
+    ]
+    return pa.StructArray.from_arrays(columns, fields=list(_EXPERTS), mask=pa.array([a is None for a in arrays]))
+
+
+def _read_experts(table: pa.Table) -> list[np.ndarray | None]:
+    """Of each row; None where it has none, as in a file of version 2."""
+    if "routed_experts" not in table.column_names:
+        return [None] * len(table)
+    return [_ids_of(cell) for cell in table["routed_experts"]]
+
+
+def _ids_of(cell: pa.StructScalar) -> np.ndarray | None:
+    if not cell.is_valid:
+        return None
+    layers, top_k, id_bytes = (cell[name].as_py() for name in ("layers", "top_k", "id_bytes"))
+    return np.frombuffer(cell["ids"].as_buffer(), _ID_TYPES[id_bytes]).reshape(-1, layers, top_k)
 
 
 def _texts(texts: Iterable[str | None]) -> pa.Array:
@@ -163,7 +205,7 @@ def _judgement_columns(judgements: Sequence[Judgement | None]) -> list[pa.Array]
     ]
 
 
-def _member(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> GradedTrace:
+def _member(row: dict[str, Any], arrays: dict[str, Any]) -> GradedTrace:
     trace = Trace(
         problem_id=row["problem_id"],
         sample=row["sample"],

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from exprl_megatron.errors import RequestRefused, WeightsReplaced
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.generation import (
     Asked,
     Generation,
@@ -19,6 +20,7 @@ from exprl_megatron.serving.generation import (
 )
 from exprl_megatron.serving.http_client import REPLY_LIMIT, HttpClient
 from exprl_megatron.serving.loader_commands import CommandNumbers, payload, signed
+from exprl_megatron.serving.routed_experts import sent_bytes
 from exprl_megatron.utils.reply_threads import in_reply_thread
 from exprl_megatron.utils.text_check import TextCheck
 from exprl_megatron.utils.token_ids import TokenIds
@@ -71,6 +73,7 @@ class SGLangClient(HttpClient):
         json_schema: str | None = None,
         watched_ids: Sequence[int] = (),
         log_probs: bool = True,
+        routing: Routing | None = None,
         deadline_s: float | None = None,
     ) -> Generation:
         """Continue `input_ids`; the same seed gives the same tokens under the same weights.
@@ -78,7 +81,8 @@ class SGLangClient(HttpClient):
         The keywords are the fields of SamplingConfig, so `**sampling.model_dump()` fits. Temperature 0
         is greedy. `regex` or `json_schema` (JSON text) constrains the text. The end-of-sequence token, where
         sampled, is among the tokens. `watched_ids` are tokens whose log-probs at every place are wanted.
-        Without `log_probs` (and `watched_ids`) the reply is shorter and has none.
+        Without `log_probs` (and `watched_ids`) the reply is shorter and has none. `routing` is that of the model where
+        the chosen experts are wanted, which a server returns that has `--enable-return-routed-experts`.
 
         More than 7 parameters: they are the fields of SGLang's request.
         """
@@ -94,11 +98,12 @@ class SGLangClient(HttpClient):
             params["regex"] = regex
         if json_schema is not None:
             params["json_schema"] = json_schema
-        asked = self._asked(max_new_tokens, log_probs, watched_ids)
+        asked = self._asked(max_new_tokens, log_probs, watched_ids, routing)
         request = {"input_ids": _listed(input_ids), "sampling_params": params, "return_logprob": asked.log_probs}
+        request |= _experts_wanted(asked)
         if watched_ids:
             request["token_ids_logprob"] = list(watched_ids)
-        limit = reply_limit(max_new_tokens, len(watched_ids))
+        limit = _limit(asked, len(input_ids), max_new_tokens)
         reply = await self._exchange("POST", "/generate", request, deadline_s, limit)
         return await self._read_reply("/generate", lambda body: read_generation(body, asked), reply)
 
@@ -110,6 +115,7 @@ class SGLangClient(HttpClient):
         max_new_tokens: int,
         watched_ids: Sequence[int] = (),
         log_probs: bool = True,
+        routing: Routing | None = None,
         deadline_s: float | None = None,
         **sampling: Any,
     ) -> list[Generation]:
@@ -118,22 +124,25 @@ class SGLangClient(HttpClient):
         The reply comes when all continuations are written. One that the server refuses, or an unreadable one, fails the
         whole request: ask for each alone then.
         """
-        asked = self._asked(max_new_tokens, log_probs, watched_ids)
+        asked = self._asked(max_new_tokens, log_probs, watched_ids, routing)
         params = {"max_new_tokens": max_new_tokens} | {k: v for k, v in sampling.items() if v is not None}
         request: dict[str, Any] = {
             "input_ids": [_listed(prompt) for prompt in prompts],
             "sampling_params": [params | {"sampling_seed": seed} for seed in seeds],
             "return_logprob": asked.log_probs,
         }
+        request |= _experts_wanted(asked)
         if watched_ids:
             request["token_ids_logprob"] = [list(watched_ids)] * len(prompts)
-        limit = len(prompts) * reply_limit(max_new_tokens, len(watched_ids))
+        limit = sum(_limit(asked, len(prompt), max_new_tokens) for prompt in prompts)
         reply = await self._exchange("POST", "/generate", request, deadline_s, limit)
         return await self._read_reply("/generate", lambda body: read_generations(body, asked, len(prompts)), reply)
 
-    def _asked(self, max_new_tokens: int, log_probs: bool, watched_ids: Sequence[int]) -> Asked:
+    def _asked(
+        self, max_new_tokens: int, log_probs: bool, watched_ids: Sequence[int], routing: Routing | None
+    ) -> Asked:
         log_probs = log_probs or bool(watched_ids)
-        return Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check)
+        return Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check, routing)
 
     async def _read_reply[T](self, path: str, parse: Callable[[bytes], T], reply: bytes) -> T:
         """A long reply is read in a thread: the event loop goes on meanwhile."""
@@ -365,6 +374,16 @@ class SGLangClient(HttpClient):
         if not isinstance(reply, dict) or reply.get("success") is not True:
             raise self._error(path, f"refused: {str(reply)[:2000]}")
         return reply
+
+
+def _experts_wanted(asked: Asked) -> dict[str, bool]:
+    return {} if asked.routing is None else {"return_routed_experts": True}
+
+
+def _limit(asked: Asked, prompt_tokens: int, new_tokens: int) -> int:
+    """Bytes that the reply to one prompt may have."""
+    experts = 0 if asked.routing is None else sent_bytes(prompt_tokens + new_tokens, asked.routing)
+    return reply_limit(new_tokens, len(asked.watched_ids)) + experts
 
 
 def _listed(token_ids: Sequence[int] | np.ndarray) -> list[int] | msgspec.Raw:

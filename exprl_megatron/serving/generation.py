@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from exprl_megatron.models.routing import Routing
+from exprl_megatron.serving.routed_experts import read_routed_experts
 from exprl_megatron.utils.text_check import TextCheck
 
 _OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
@@ -45,6 +47,8 @@ class Generation:
     """Prompt tokens that the radix cache already held."""
     watched_log_probs: tuple[tuple[float, ...], ...] = ()
     """At the place of each output token the log-probs of `watched_ids`, in that order; empty where none were asked."""
+    routed_experts: np.ndarray | None = None
+    """[prompt + output tokens - 1, layers, top_k], uint8 or int16: which experts the server chose; None: not asked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +71,8 @@ class Asked:
     watched_ids: tuple[int, ...] = ()
     text_check: TextCheck | None = None
     """Of the model; None: any text is taken."""
+    routing: Routing | None = None
+    """The shape of the choice of experts that was asked for, if any was."""
 
 
 _ANYTHING = Asked()
@@ -90,6 +96,8 @@ class _Meta(msgspec.Struct):
     weight_version: str | None = None
     weight_versions: list[_Span] | None = None
     output_token_ids_logprobs: list[list[tuple[float, int, str | None]]] | None = None
+    # JSON has it in base64.
+    routed_experts: bytes | None = None
 
 
 class _Reply(msgspec.Struct):
@@ -146,6 +154,9 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
     watched = (meta.output_token_ids_logprobs or ()) if asked.watched_ids else ()
     if asked.watched_ids and meta.finish_reason.type != "abort":
         _check_watched(watched, len(token_ids), asked.watched_ids)
+    experts = None
+    if asked.routing is not None and meta.finish_reason.type != "abort":
+        experts = read_routed_experts(meta.routed_experts, meta.prompt_tokens + len(token_ids), asked.routing)
     return Generation(
         token_ids=token_ids,
         log_probs=log_probs,
@@ -155,6 +166,7 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
         prompt_tokens=meta.prompt_tokens,
         cached_tokens=meta.cached_tokens,
         watched_log_probs=tuple(tuple(log_prob for log_prob, _, _ in entries) for entries in watched),
+        routed_experts=experts,
     )
 
 

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from exprl_megatron.errors import RunStopped
 
 
-def check_first_update(stage: str, step: int, metrics: dict[str, float]) -> None:
+def check_first_update(stage: str, step: int, metrics: dict[str, float], replays_routing: bool = False) -> None:
     """Check before the first update of a step that the policy still is the old one, so that every ratio is 1.
 
     `kl/old` sums terms that are 0 there alone (k3). In a stage's first step the policy is the reference policy, and
-    `kl/start` is 0 by the same argument. Both are compared exactly. Raises RunStopped.
+    `kl/start` is 0 by the same argument, unless the policy `replays_routing`, where the reference policy's routers
+    choose for themselves. Both are compared exactly. Raises RunStopped.
     """
     zeros = {"kl/old": "the policy before the step"}
-    if step == 1:
+    if step == 1 and not replays_routing:
         zeros["kl/start"] = "the stage's reference policy"
     for name, other in zeros.items():
         value = metrics.get(name, 0.0)
@@ -43,14 +44,14 @@ class AssertionCounts:
         """Count a sync by its metrics; one that had nothing to do has none."""
         self.syncs += bool(metrics)
 
-    def updated(self, step: int, metrics: dict[str, float], first_in_step: bool) -> None:
+    def updated(self, step: int, metrics: dict[str, float], first_in_step: bool, replays_routing: bool = False) -> None:
         """Count what was compared before an update in `step` of its stage."""
         if (gap := metrics.get("sampler_gap/mean")) is not None:
             self.gaps += 1
             self.largest_gap = max(self.largest_gap, gap)
         if first_in_step:
             self.first_updates += "kl/old" in metrics
-            self.stage_starts += step == 1 and "kl/start" in metrics
+            self.stage_starts += step == 1 and "kl/start" in metrics and not replays_routing
 
     def sentence(self) -> str:
         """What was compared, in one sentence."""

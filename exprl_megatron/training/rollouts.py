@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from exprl_megatron.algorithms.advantages import informative
@@ -12,8 +13,10 @@ from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SparseRlStage
+from exprl_megatron.errors import UserError
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, check_vocabulary, drop_overlong
@@ -50,6 +53,8 @@ class SamplePlan:
     sampling: SamplingConfig
     versions: Collection[str]
     """The weight versions that may sample them (see sample_groups)."""
+    routing: Routing | None = None
+    """Of the policy, where the experts that the servers choose are wanted."""
 
 
 class Rollouts:
@@ -75,6 +80,8 @@ class Rollouts:
         self._tokenizer = load_tokenizer(config.policy.model)
         if pool is not None and self._shared_judge is None:
             pool.text_check = text_check_of(self._tokenizer)
+        replays = config.policy.router_replay
+        self._routing = Routing.of(read_architecture(config.policy.model)) if replays else None
         self._prompted: dict[ProblemsConfig, PromptedProblems] = {}
         self._guards: dict[ProblemsConfig, LeakGuard] = {}
         self.loop_lag = LoopLag()
@@ -144,8 +151,14 @@ class Rollouts:
         return lambda problem_id: next((p.statement for p in problems if p.id == problem_id), "")
 
     def read_logged(self, stage: RlStage, step: int) -> SampledStep | None:
-        """Read a step from the rollout log; None where the log has no complete record of it."""
-        return self._journal.read(stage.name, step)
+        """Read a step from the rollout log; None where the log has no complete record of it.
+
+        Raises UserError where the trainer shall use the experts that servers chose and the log does not have them.
+        """
+        sampled = self._journal.read(stage.name, step)
+        if sampled is not None and self._routing is not None:
+            _check_routed(sampled, self._journal.path(stage.name, step))
+        return sampled
 
     def has_sampled(self, stage: RlStage, step: int) -> bool:
         """Whether the rollout log has the step."""
@@ -197,7 +210,7 @@ class Rollouts:
             next_problem += draws
             purpose = (stage.name, step)
             sampled = await self.sample(
-                SamplePlan(purpose, stage.problems, indices, stage.group_size, stage.sampling, versions),
+                SamplePlan(purpose, stage.problems, indices, stage.group_size, stage.sampling, versions, self._routing),
                 grade,
                 target_groups=missing,
                 accept_fn=accept,
@@ -270,6 +283,7 @@ class Rollouts:
                 target_groups=target_groups,
                 accept_fn=lambda traces: grade_after_sampling or accept_fn(group_of(traces)),
                 whole_groups=self._config.server.group_requests,
+                routing=plan.routing,
             )
             if grade_after_sampling:
                 await self._shared_judge.load_weights()
@@ -279,6 +293,15 @@ class Rollouts:
     def _check_prompts(self, guard: LeakGuard, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
+
+
+def _check_routed(sampled: SampledStep, path: Path) -> None:
+    members = (member for group in sampled.groups for member in group.samples)
+    if any(member.trace.routed_experts is None for member in members):
+        raise UserError(
+            f"The journal file {path} has no routed experts: it was sampled without policy.router_replay; set that to "
+            f"false, or sample again."
+        )
 
 
 def _has_variance(stage: SparseRlStage, group: Group) -> bool:

@@ -207,9 +207,10 @@ class Run:
         first = self._progress.first_gap
         check_log_prob_gap(metrics, gap_bound(self.config, first))
         self._progress = replace(self._progress, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
-        if self.config.debug.assertions and not self._updates_in_step:
-            check_first_update(stage.name, self._progress.step + 1, metrics)
-        self._asserted.updated(self._progress.step + 1, metrics, first_in_step=not self._updates_in_step)
+        replays, first_in_step = bool(self.config.policy.router_replay), not self._updates_in_step
+        if self.config.debug.assertions and first_in_step:
+            check_first_update(stage.name, self._progress.step + 1, metrics, replays)
+        self._asserted.updated(self._progress.step + 1, metrics, first_in_step, replays)
 
     @contextmanager
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:

@@ -59,6 +59,13 @@ def student_and_teacher(
     students, teachers = [], []
     for group in groups:
         for trace in (sample.trace for sample in group.samples if len(sample.trace.token_ids)):
-            students.append(TrainSample(trace.prompt_ids, trace.token_ids, rollout_log_probs=trace.log_probs))
+            students.append(
+                TrainSample(
+                    trace.prompt_ids,
+                    trace.token_ids,
+                    rollout_log_probs=trace.log_probs,
+                    routed_experts=trace.routed_experts,
+                )
+            )
             teachers.append(TrainSample(prompts[group.problem_id], trace.token_ids))
     return students, teachers

@@ -142,5 +142,10 @@ def _train_sample(sample: GradedTrace, advantages: np.ndarray, version: str | No
         spans = [(v == version, end - start) for v, start, end in trace.weight_versions]
         on_policy_mask = np.repeat([is_current for is_current, _ in spans], [tokens for _, tokens in spans])
     return TrainSample(
-        trace.prompt_ids, trace.token_ids, advantages, rollout_log_probs=trace.log_probs, on_policy_mask=on_policy_mask
+        trace.prompt_ids,
+        trace.token_ids,
+        advantages,
+        rollout_log_probs=trace.log_probs,
+        on_policy_mask=on_policy_mask,
+        routed_experts=trace.routed_experts,
     )

@@ -1,7 +1,9 @@
 """Random sequences, a loss, and what transformers with autograd makes of them: the independent witness."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -33,6 +35,14 @@ def equal_sequences(vocabulary: int) -> list[TrainSample]:
     return [TrainSample(tuple(row[:4]), tuple(row[4:])) for row in ids]
 
 
+def with_experts(batch: list[TrainSample], layers: int, experts: int, top_k: int, seed: int = 7) -> list[TrainSample]:
+    """The same with experts for each token and layer that no router chose."""
+    draw = np.random.default_rng(seed)
+    shapes = [(len(sample) - 1, layers, experts) for sample in batch]
+    drawn = [draw.permuted(np.broadcast_to(np.arange(experts, dtype=np.uint8), shape), axis=2) for shape in shapes]
+    return [replace(sample, routed_experts=rows[..., :top_k]) for sample, rows in zip(batch, drawn, strict=True)]
+
+
 def tokens(batch: list[TrainSample]) -> int:
     """Response tokens."""
     return sum(sequence.response_tokens for sequence in batch)
@@ -51,14 +61,20 @@ def loss_function(log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBa
 
 
 def expectation(directory: Path, batch: list[TrainSample], temperature: float) -> dict:
-    """`log_probs` of the response tokens, sums of loss and entropy, and the norm of the gradient of loss / tokens."""
+    """`log_probs` of the response tokens, sums of loss and entropy, and the norm of the gradient of loss / tokens.
+
+    Of sequences with `routed_experts` under these experts, weighted as the model's own router weights them.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
     log_probs, losses, entropies = [], [], []
     for sequence in batch:
         ids = torch.tensor([sequence.token_ids.tolist()])
+        hooks = [] if sequence.routed_experts is None else _route(model, sequence.routed_experts)
         logits = model(ids).logits[0].float() / temperature
+        for hook in hooks:
+            hook.remove()
         table = logits[len(sequence.prompt_ids) - 1 : -1].log_softmax(-1)
         chosen = table.gather(1, torch.tensor(sequence.response_ids.tolist())[:, None])[:, 0]
         entropy = -(table.exp() * table).sum(-1)
@@ -74,6 +90,24 @@ def expectation(directory: Path, batch: list[TrainSample], temperature: float) -
         "gap/max": max(abs(value) for row in log_probs for value in row),
         "grad_norm": squares**0.5,
     }
+
+
+def _route(model: torch.nn.Module, experts: np.ndarray) -> list:
+    """Let each layer's softmax router choose `experts` [tokens - 1, layers, top_k]; the last token's are any."""
+    rows = torch.tensor(experts).long()
+    rows = torch.cat([rows, rows[-1:]])
+
+    def routed(gate, chosen: torch.Tensor):
+        def hook(module, inputs, output):
+            logits = output[0]
+            scores = logits.float().softmax(-1).gather(1, chosen)
+            if getattr(gate, "norm_topk_prob", True):
+                scores = scores / scores.sum(-1, keepdim=True)
+            return logits, scores, chosen
+
+        return gate.register_forward_hook(hook)
+
+    return [routed(layer.mlp.gate, rows[:, number]) for number, layer in enumerate(model.model.layers)]
 
 
 def largest_difference(ours: list[list[float]], theirs: list[list[float]]) -> float:

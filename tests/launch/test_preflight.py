@@ -8,8 +8,10 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.errors import UserError
+from exprl_megatron.launch.launcher import wanted_servers
 from exprl_megatron.launch.model_checks import model_violations
 from exprl_megatron.launch.preflight import check_inputs
+from exprl_megatron.runs.directory import RunDirectory
 
 
 @pytest.fixture
@@ -100,6 +102,36 @@ def test_sglangs_fused_rotation_is_refused_for_experts_with_stretched_positions(
     assert [sentence.split(",")[0] for sentence in found] == [
         "server.extra_args hold --enable-fused-qk-norm-rope"
     ] * refused
+
+
+@pytest.mark.parametrize(
+    ("family", "router", "sentence"),
+    [
+        ("mixtral", False, None),
+        ("qwen3-moe", False, None),
+        ("qwen3", False, r"^policy.router_replay is true, but \S+ has no experts; set it to false, or leave it out.$"),
+        ("qwen3-moe", True, r"^policy.router_replay is true, but sglang-router \(server.router\) forwards no request "),
+    ],
+)
+def test_routing_is_replayed_where_there_is_some_and_the_servers_return_it(
+    tmp_path, tiny_model, family, router, sentence
+):
+    config = run(tmp_path, tiny_model(family), "sparse-rl", router_replay=True)
+    config = config.model_copy(update={"server": config.server.model_copy(update={"router": router})})
+    found = model_violations(config)
+    assert len(found) == (sentence is not None) and all(re.search(sentence, each) for each in found)
+    undecided = config.policy.model_copy(update={"router_replay": None})
+    assert model_violations(config.model_copy(update={"policy": undecided})) == []
+
+
+@pytest.mark.parametrize(("family", "returned"), [("mixtral", 1), ("qwen3", 0)])
+def test_sampling_servers_of_a_mixture_alone_return_their_choice(tmp_path, tiny_model, family, returned):
+    config = run(tmp_path, tiny_model(family), "sparse-rl")
+    servers = wanted_servers(config, RunDirectory(tmp_path / "run"))
+    assert [spec.name for spec in servers] == ["policy-0"]
+    assert servers[0].command(1).count("--enable-return-routed-experts") == returned
+    off = config.model_copy(update={"policy": config.policy.model_copy(update={"router_replay": False})})
+    assert "--enable-return-routed-experts" not in wanted_servers(off, RunDirectory(tmp_path))[0].command(1)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,18 @@ def test_every_kind_of_memory_has_its_column():
     assert train["memory"]["total"] == max(first["total"], last["total"])
 
 
+@pytest.mark.parametrize(
+    ("model", "replay", "token_bytes"),
+    [("qwen3-30b-a3b", "true", 48 * 8), ("qwen3-30b-a3b", "false", 0), ("qwen3-8b", "null", 0)],
+)
+def test_the_experts_of_a_step_are_counted_in_rank_0_s_memory(model, replay, token_bytes):
+    found = study(model, [f"policy.router_replay={replay}", "policy.layout.dp=16"], H100)
+    assert found.routed_experts == token_bytes * found.workload.tokens
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_plan(found, console, top=1)
+    assert ("router replay:" in console.export_text()) == bool(token_bytes)
+
+
 def test_a_precision_that_the_gpu_lacks_is_the_reason_given():
     with pytest.raises(UserError, match="mxfp8, which H100 SXM does not run"):
         study("llama-3.3-70b", ["policy.precision=mxfp8"], H100, gpus=64)

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.witness import expectation, gradient_norm_of_balance, largest_difference, sequences
+from helpers.witness import expectation, gradient_norm_of_balance, largest_difference, sequences, with_experts
 from safetensors.torch import load_file
-from wide_layouts_worker import BALANCE, BALANCED, CASES
+from wide_layouts_worker import BALANCE, BALANCED, CASES, LAYERS, REPLAYED
 
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 107
-LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4}
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +72,15 @@ def test_weights_come_out_bit_equal_to_what_went_in(results, models, out, case):
 def test_the_load_balancing_loss_has_the_same_gradient_in_every_layout(results, models, layout):
     witness = gradient_norm_of_balance(models["qwen3-moe"], VOCABULARY, BALANCE)
     assert results[f"balance {layout}"] == pytest.approx(witness, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", REPLAYED)
+def test_replayed_experts_are_used_in_every_layout_and_when_layers_are_computed_again(results, models, case):
+    family = REPLAYED[case][0]
+    batch = with_experts(sequences(VOCABULARY), LAYERS[family], experts=4, top_k=2)
+    result, witness = results[f"replay {case}"], expectation(models[family], batch, 0.7)
+    assert largest_difference(result["log_probs"], witness["log_probs"]) <= 1e-4
+    for name in ("loss", "grad_norm"):
+        assert result[name] == pytest.approx(witness[name], rel=2e-5), name
+    for name in ("second_loss", "second_grad_norm"):
+        assert result[name] == pytest.approx(results[f"replay {family} TP1"][name], rel=1e-5), name

@@ -3,10 +3,11 @@
 import torch
 from helpers.layout_learning import learn, policy
 from helpers.ranks import Ranks
-from helpers.witness import equal_sequences
+from helpers.witness import equal_sequences, listed, loss_function, sequences, tokens, with_experts
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig
 from exprl_megatron.policy import overlap
+from exprl_megatron.policy.scatter import SampleScatter
 
 SP = {"sequence_parallel": True}
 DENSE = {
@@ -59,6 +60,20 @@ CASES = {
     "glm4-moe PP2 recompute full": ("glm4-moe", EXPERTS["PP2"], {"recompute": "full"}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
+FULL = {"recompute": "full"}
+REPLAYED = {
+    "qwen3-moe TP1": ("qwen3-moe", Layout(), {}),
+    "qwen3-moe PP2 recompute full": ("qwen3-moe", Layout(pp=2), FULL),
+    "qwen3-moe PP2xVPP2xEP2 recompute full": ("qwen3-moe", EXPERTS["PP2xVPP2xEP2"], FULL),
+    "qwen3-moe EP2": ("qwen3-moe", EXPERTS["EP2"], {}),
+    "qwen3-moe TP2xEP2+SP padded": ("qwen3-moe", EXPERTS["TP2xEP2+SP"], {"packing": False}),
+    "qwen3-moe CP2xEP2": ("qwen3-moe", EXPERTS["CP2xEP2"], {}),
+    "qwen3-moe TP2xCP2xDP2xEP4xETP2+SP": ("qwen3-moe", EXPERTS["TP2xCP2xDP2xEP4xETP2+SP"], FULL),
+    "mixtral TP1": ("mixtral", Layout(), {}),
+    "mixtral PP3 both as layers": ("mixtral", UNEVEN["PP3 both as layers"], FULL),
+}
+"""With experts that no router chose: the model, the layout and settings of the policy."""
+LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4}
 BALANCED = ("TP1", "PP2", "EP2", "CP2xEP2", "TP2xEP2+SP", "TP2xDP2xEP2xETP2+SP")
 BALANCE = 0.3
 """Weight of the router's load-balancing loss."""
@@ -76,6 +91,20 @@ def gradient_of_balance(model: str, layout: Layout) -> float:
     return learner.apply_update().grad_norm
 
 
+def learn_replaying(model: str, layout: Layout, settings: dict, layers: int) -> dict:
+    """Log-probs and two updates with given experts, of several micro-batches each."""
+    learner = policy(model, layout, micro_batch_tokens=32, **settings)
+    whole = sequences(learner.architecture.vocabulary)
+    batches = [with_experts(whole, layers, experts=4, top_k=2)] if learner.world.rank == 0 else None
+    (batch,) = SampleScatter(learner).scatter(batches)
+    result: dict = {"log_probs": listed(learner.log_probs(batch, 0.7))}
+    learner.begin_stage(OptimizerConfig(lr=1e-2, eps=1e-5), total_steps=2)
+    for name in ("", "second_"):
+        result[f"{name}loss"] = learner.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
+        result[f"{name}grad_norm"] = learner.apply_update().grad_norm
+    return result
+
+
 def main() -> None:
     torch.set_num_threads(1)
     # Several buckets even of a tiny model.
@@ -90,6 +119,9 @@ def main() -> None:
             ),
             name,
         )
+    for name, (family, layout, settings) in REPLAYED.items():
+        arguments = (models[family], layout, settings, LAYERS[family])
+        ranks.within(layout, lambda _, a=arguments: learn_replaying(*a), f"replay {name}")
     for name in BALANCED:
         layout = EXPERTS[name]
         ranks.within(layout, lambda _, la=layout: gradient_of_balance(models["qwen3-moe"], la), f"balance {name}")

@@ -42,6 +42,7 @@ class Server:
             finish_reason="stop",
             weight_versions=((self.version, 0, 1),),
             cached_tokens=0,
+            routed_experts=None,
         )
 
 

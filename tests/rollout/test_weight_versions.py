@@ -3,10 +3,12 @@
 import asyncio
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.rollout.sampler import Prompt, sample_groups
 
 
@@ -29,18 +31,43 @@ class Server:
             finish_reason=self.finish,
             weight_versions=self.spans,
             cached_tokens=self.cached,
+            routed_experts=None,
         )
 
 
-def sampled(server, *versions):
+def sampled(server, *versions, routing=None):
     prompts = [Prompt("p", (1, 2, 3))]
     ((trace,),) = asyncio.run(
-        sample_groups(server, prompts, 1, SamplingConfig(), lambda problem, k: 0, weight_versions=versions)
+        sample_groups(
+            server, prompts, 1, SamplingConfig(), lambda problem, k: 0, weight_versions=versions, routing=routing
+        )
     )
     return trace
 
 
 MIXED = (("v1", 0, 1), ("v2", 1, 2))
+ROUTING = Routing(layers=1, top_k=2, experts=3)
+
+
+class Routed(Server):
+    """Returns the experts of so many tokens too, where they are asked for."""
+
+    def __init__(self, rows):
+        super().__init__((("v1", 0, 2),))
+        self.experts = np.tile(np.array([[[2, 1]]], np.uint8), (rows, 1, 1))
+
+    async def generate(self, token_ids, seed, routing=None, **sampling):
+        generation = await super().generate(token_ids, seed)
+        generation.routed_experts = None if routing is None else self.experts
+        return generation
+
+
+def test_a_trace_keeps_the_experts_of_all_tokens_but_the_last_where_they_are_asked_for():
+    assert sampled(Routed(4), "v1").routed_experts is None
+    assert sampled(Routed(4), "v1", routing=ROUTING).routed_experts.tolist() == [[[2, 1]]] * 4
+    for rows in (3, 5):
+        with pytest.raises(ServerError, match=rf"returned the experts of {rows} tokens for sample 0 .*5 tokens have 4"):
+            sampled(Routed(rows), "v1", routing=ROUTING)
 
 
 def test_a_trace_keeps_what_the_server_said_of_each_token():

@@ -161,6 +161,35 @@ def test_a_run_of_a_cpu_is_not_resumed_on_cuda_in_another_precision(tmp_path, mo
     assert read_config(directory).policy.precision.dtype == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("family", "router", "replays"), [("mixtral", False, True), ("mixtral", True, False), ("qwen3", False, False)]
+)
+def test_a_run_records_whether_it_replays_routing_and_resumes_with_it(tmp_path, tiny_model, family, router, replays):
+    model, server = str(tiny_model(family)), {"router": router}
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(directory.root, policy={"model": model}, server=server), resume=False).release()
+    directory.metrics.write_text('{"step": 1}\n')
+    assert read_config(directory).policy.router_replay is replays
+    for settings in ({}, {"router_replay": replays}):
+        again = config(directory.root, policy={"model": model} | settings, server=server)
+        directory.claim(again, resume=True).release()
+    with pytest.raises(UserError, match=r"other values of policy\.router_replay \(what is computed\)"):
+        directory.claim(config(directory.root, policy={"model": model, "router_replay": not replays}), resume=True)
+
+
+def test_a_run_of_a_version_that_did_not_replay_routing_goes_on_without(tmp_path, tiny_model):
+    policy = {"model": str(tiny_model("mixtral"))}
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(directory.root, policy=policy), resume=False).release()
+    directory.metrics.write_text('{"step": 1}\n')
+    tree = yaml.safe_load(directory.config.read_text())
+    assert tree["policy"].pop("router_replay") is True
+    for settings in ({}, {"router_replay": False}):
+        directory.config.write_text(yaml.safe_dump(tree))
+        directory.claim(config(directory.root, policy=policy | settings), resume=True).release()
+        assert read_config(directory).policy.router_replay is False
+
+
 @pytest.fixture
 def umask():
     """The usual one, and afterwards that of before."""

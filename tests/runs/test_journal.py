@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers.operations import instructions
@@ -102,10 +103,10 @@ def test_a_score_that_is_none_is_a_damaged_file(tmp_path, place):
 
 def test_a_file_of_a_later_version_is_refused_by_its_number(tmp_path, monkeypatch):
     journal = Journal(tmp_path)
-    monkeypatch.setattr("exprl_megatron.runs.journal.VERSION", 3)
+    monkeypatch.setattr("exprl_megatron.runs.journal.VERSION", 4)
     journal.write("prime", 1, step("a"))
     monkeypatch.undo()
-    with pytest.raises(UserError, match="has version 3, and this program reads version 2; resume with the program"):
+    with pytest.raises(UserError, match="has version 4, and this program reads version 3; resume with the program"):
         journal.read("prime", 1)
 
 
@@ -117,6 +118,40 @@ def test_steps_of_the_first_version_are_still_read(tmp_path):
     journal.write("prime", 4, step("c"))
     assert journal.read("prime", 3) == step("a", "b")
     assert journal.steps("prime") == [3, 4] and journal.has("prime", 3)
+
+
+@pytest.mark.parametrize(("dtype", "experts"), [(np.uint8, 256), (np.int16, 512)])
+def test_the_experts_of_each_token_come_back_bit_for_bit_and_compactly(tmp_path, dtype, experts):
+    journal, draw = Journal(tmp_path), np.random.default_rng(0)
+
+    def routed(problem_id: str, tokens: int) -> GradedTrace:
+        rows = draw.integers(0, experts, (tokens + 1, 12, 4)).astype(dtype)
+        trace = group(problem_id).samples[0].trace
+        ids, log_probs = np.arange(tokens), np.zeros(tokens)
+        return GradedTrace(replace(trace, token_ids=ids, log_probs=log_probs, routed_experts=rows), Scored(1.0))
+
+    sampled = SampledStep(
+        [Group("a", (routed("a", 900), routed("a", 3))), Group("b", (routed("b", 0), *group("b").samples))], 1
+    )
+    journal.write("prime", 1, sampled)
+    read = journal.read("prime", 1)
+    assert read == sampled and read.groups[0].samples[0].trace.routed_experts.dtype == dtype
+    assert read.groups[1].samples[1].trace.routed_experts is None
+    assert journal.path("prime", 1).stat().st_size < 20_000 + 905 * 48 * np.dtype(dtype).itemsize
+    row = pq.read_table(journal.path("prime", 1))["routed_experts"][1].as_py()
+    expected = sampled.groups[0].samples[1].trace.routed_experts
+    assert np.frombuffer(row.pop("ids"), dtype).reshape(4, 12, 4).tolist() == expected.tolist()
+    assert row == {"layers": 12, "top_k": 4, "id_bytes": np.dtype(dtype).itemsize}
+
+
+def test_a_file_of_the_version_before_is_read_without_experts(tmp_path, monkeypatch):
+    journal = Journal(tmp_path)
+    journal.write("prime", 1, step("a", "b"))
+    path = journal.path("prime", 1)
+    table = pq.read_table(path).drop_columns(["routed_experts"])
+    metadata = {b"exprl": table.schema.metadata[b"exprl"].replace(b'"version": 3', b'"version": 2')}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert journal.read("prime", 1) == step("a", "b")
 
 
 def test_a_step_is_an_ordinary_parquet_file(tmp_path):

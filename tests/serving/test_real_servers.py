@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.serving import SCORED_BELOW_ROOM, ServerConfig
 from exprl_megatron.errors import ServerError
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.checksums import checksums, differing
 from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
 
@@ -49,12 +50,16 @@ PROMPT = list(range(3, 100))
 def servers(tiny_model, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
     specs = [
-        ServerSpec(f"{name}-0", tiny_model(name, **settings), ServerConfig(request_deadline_s=60), logs)
-        for name, settings in MODELS.items()
+        ServerSpec(f"{name}-0", tiny_model(name, **settings), _config(name), logs) for name, settings in MODELS.items()
     ]
     started = start_servers(specs, starter())
     yield dict(zip(MODELS, started, strict=True))
     stop_servers(started)
+
+
+def _config(name):
+    returned = ("--enable-return-routed-experts",) if name == "qwen3-moe" else ()
+    return ServerConfig(request_deadline_s=60, extra_args=returned)
 
 
 def on(server, ask):
@@ -83,6 +88,70 @@ def sampled(server, count=4, temperature=0.7):
         )
 
     return on(server, ask)
+
+
+def chosen_by_transformers(directory, prompt, generation) -> list:
+    """[tokens - 1][layers][top_k]: the sorted experts of prompt and response."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        ids = torch.tensor([[*prompt, *generation.token_ids]])
+        logits = model(ids, output_router_logits=True).router_logits
+    return torch.stack([table.topk(2).indices for table in logits], dim=1)[:-1].sort().values.tolist()
+
+
+def returned(generation) -> list:
+    return torch.tensor(generation.routed_experts).sort().values.tolist()
+
+
+ROUTING = Routing(layers=2, top_k=2, experts=EXPERTS)
+
+
+def test_the_experts_returned_are_those_that_transformers_chooses(servers, tiny_model):
+    """For one request, for several by one, and where the cache had the prompt from a request that wanted none."""
+
+    async def ask(client):
+        await client.read(PROMPT)
+        one = await client.generate(PROMPT, temperature=1.0, max_new_tokens=30, seed=1, routing=ROUTING)
+        prompts = [PROMPT[5:40], PROMPT[:97]]
+        several = await client.generate_all(prompts, [2, 3], temperature=1.0, max_new_tokens=20, routing=ROUTING)
+        plain = await client.generate(PROMPT, temperature=1.0, max_new_tokens=5, seed=4)
+        return zip([PROMPT, *prompts, PROMPT], [one, *several, plain], strict=True)
+
+    *routed, (_, plain) = on(servers["qwen3-moe"], ask)
+    assert plain.routed_experts is None and routed[0][1].cached_tokens > 90
+    for prompt, generation in routed:
+        directory = tiny_model("qwen3-moe", **MODELS["qwen3-moe"])
+        assert returned(generation) == chosen_by_transformers(directory, prompt, generation)
+
+
+def test_after_an_update_the_experts_of_all_tokens_are_those_of_the_new_weights(servers, tiny_model, tmp_path):
+    """Of a prompt that was in the cache, and of a trace that was held: its cache is computed again."""
+    original = tiny_model("qwen3-moe", **MODELS["qwen3-moe"])
+    other = write_tiny_model(tmp_path / "other", "qwen3-moe", **MODELS["qwen3-moe"], seed=5)
+    settings = {"temperature": 1.0, "seed": 1, "routing": ROUTING}
+
+    async def ask(client):
+        long = client.generate(PROMPT[:3], max_new_tokens=900, regex="[a-z ]{2000}", **settings)
+        running = asyncio.create_task(long)
+        await client.generate(PROMPT, max_new_tokens=20, **settings)
+        await client.pause("retract")
+        await client.update_from_disk(other, "other")
+        await client.continue_()
+        again = await client.generate(PROMPT, max_new_tokens=20, **settings)
+        held = await running
+        await client.update_from_disk(original, "initial")
+        return again, held
+
+    again, held = on(servers["qwen3-moe"], ask)
+    assert returned(again) == chosen_by_transformers(other, PROMPT, again)
+    assert [version for version, _, _ in held.weight_versions] == ["initial", "other"]
+    assert returned(held) == chosen_by_transformers(other, PROMPT[:3], held)
+
+
+def test_a_server_that_was_not_started_to_return_experts_is_asked_for_them_in_vain(servers):
+    ask = lambda client: client.generate(PROMPT, temperature=1.0, max_new_tokens=3, seed=1, routing=ROUTING)  # noqa: E731
+    with pytest.raises(ServerError, match="routed_experts is missing; a server returns it with --enable-return-routed"):
+        on(servers["qwen3"], ask)
 
 
 def largest_gap(directory, generations, temperature=0.7):

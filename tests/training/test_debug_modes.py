@@ -2,17 +2,23 @@
 
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers.runs import finish, run_config, start_ranks, write_problems
 from safetensors.torch import load_file
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.launch.preflight import check_inputs
+from exprl_megatron.rollout.group import GradedTrace, Group
+from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.runs.journal import Journal
+from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.training.first_update import check_first_update
+from exprl_megatron.training.rollouts import Rollouts
 
 
 def _config(directory, model, problems, judge=None, **changes):
@@ -32,6 +38,10 @@ def _weights(config, stage):
 def test_ratios_and_the_kl_to_a_stage_s_start_must_be_exact_at_first():
     check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 0.0})
     check_first_update("prime", 2, {"kl/old": 0.0, "kl/start": 0.3})
+    # The reference policy's routers choose for themselves: the servers' choice may differ where two experts are equal.
+    check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 1e-12}, replays_routing=True)
+    with pytest.raises(RunStopped, match="kl/old"):
+        check_first_update("prime", 1, {"kl/old": 1e-12}, replays_routing=True)
     with pytest.raises(RunStopped, match=r"step 1 of prime.* kl/start is 1\.000e-12 .*reference policy"):
         check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 1e-12})
     with pytest.raises(RunStopped, match=r"step 7 of sparse.* kl/old is 1\.000e-12 .*before the step"):
@@ -50,6 +60,26 @@ def test_what_keeps_a_run_from_checking_itself_is_refused(tiny_model, tmp_path):
         )
     assert "sync.verify is false" in str(refused.value)
     assert "max_log_prob_gap (null) gives no bound" in str(refused.value)
+
+
+def test_a_log_without_experts_is_not_learned_from_where_they_are_to_be_replayed(tiny_model, tmp_path):
+    problems, model = write_problems(tmp_path / "problems.jsonl"), tiny_model("mixtral")
+    journal = Journal(tmp_path / "journal")
+    trace = Trace("p1", 0, (1, 2), (3,), (-0.5,), "x", "stop", (("v0", 0, 1),))
+    for step, experts in ((1, None), (2, np.zeros((2, 2, 2), np.uint8))):
+        graded = GradedTrace(replace(trace, routed_experts=experts), Scored(1.0))
+        journal.write("prime", step, SampledStep([Group("p1", (graded,))], 1))
+    read = {}
+    for replays in (True, False):
+        policy = {"model": str(model), "max_tokens": 160, "router_replay": replays}
+        config = _config(tmp_path / "run", model, problems, policy=policy)
+        rollouts = Rollouts(config, journal, None, [], None, None)
+        read[replays] = lambda step, r=rollouts, stage=config.stages[0]: r.read_logged(stage, step)
+    with pytest.raises(UserError, match=r"step-000001\.parquet has no routed experts: it was sampled without"):
+        read[True](1)
+    (group,) = read[True](2).groups
+    assert group.samples[0].trace.routed_experts.shape == (2, 2, 2)
+    assert read[False](1).groups and read[True](3) is None
 
 
 def test_learning_alone_needs_every_step_that_it_learns_from(tiny_model, tmp_path):

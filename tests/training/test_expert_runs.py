@@ -8,7 +8,8 @@ from helpers.runs import SAMPLING, finish, run_config, start_ranks, write_proble
 from safetensors.torch import load_file
 
 from exprl_megatron.config.serving import ServerConfig
-from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory, read_config
+from exprl_megatron.runs.journal import Journal
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
 
 pytestmark = pytest.mark.slow
@@ -33,14 +34,22 @@ def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(ti
     config = run_config(
         tmp_path / "run", model, model, problems, policy=policy, stages=[stage], sync={"transport": transport}
     )
-    server = ServerConfig(request_deadline_s=120, max_total_tokens=16384)
+    server = ServerConfig(
+        request_deadline_s=120, max_total_tokens=16384, extra_args=("--enable-return-routed-experts",)
+    )
     with start_servers([ServerSpec("policy-0", model, server, tmp_path)], starter())[0] as started:
         finish(start_ranks(config, {"policy": started}))
     paths = RunDirectory(config.directory)
+    assert read_config(paths).policy.router_replay, "the default for a mixture"
+    for step in (1, 2, 3):
+        (*groups,) = Journal(paths.journal).read("distill", step).groups
+        traces = [member.trace for group in groups for member in group.samples]
+        assert all(len({*ids}) == 2 for trace in traces for row in trace.routed_experts.tolist() for ids in row)
     before, after = (load_file(path / "model.safetensors") for path in (model, paths.models / "distill"))
     experts = [name for name in before if ".experts." in name]
     assert experts and not any(before[name].equal(after[name]) for name in experts)
     steps = [json.loads(line)["metrics"] for line in paths.metrics.read_text().splitlines()]
     assert len(steps) == 3
-    # Each sync compared the checksums of all experts; were they not the trainer's, the log-probs would differ too.
+    # Each sync compared the checksums of all experts; were they not the trainer's, or did the trainer take experts for
+    # other tokens than the server, the log-probs would differ too.
     assert all(step["sync/check"] > 0 and step["sampler_gap/max"] <= 1e-4 for step in steps)

@@ -39,6 +39,18 @@ def activate() -> None:
         HookType.AROUND,
     )
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork, HookType.AFTER)
+    HookRegistry.register("sglang.srt.state_capturer.base.BaseHostCache.__init__", _plain_memory, HookType.BEFORE)
+
+
+def _plain_memory(*_, **__) -> None:
+    """SGLang registers the memory for routed experts with CUDA, whatever the device: the server would die of it."""
+    from sglang.srt.mem_cache.pool_host import common
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = _allocate
+
+
+def _allocate(dims, dtype, device, pin_memory, allocator, registration_granularity_bytes=None):
+    return allocator.allocate(dims, dtype=dtype, device=device)
 
 
 def _fork(*_) -> None:

@@ -1,0 +1,75 @@
+"""Which experts a mixture sends its tokens to: the shape of that choice, and the numbers that hold it."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.models.architecture import Architecture, read_architecture
+
+_NARROW = 256
+"""So many experts have ids of one byte."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The shape of the experts that a model's routers choose for one token: [layers, top_k] of `experts`."""
+
+    layers: int
+    """All of the model's."""
+    top_k: int
+    experts: int
+    dense_layers: int = 0
+    """Of these the first ones, which have no experts and so any ids."""
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self | None:
+        """That of `architecture`; None for a dense model."""
+        experts = architecture.experts
+        if experts is None:
+            return None
+        return cls(architecture.layers, experts.chosen, experts.count, experts.dense_layers)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What ids are stored in: uint8 where that holds all, else int16."""
+        return np.dtype(np.uint8 if self.experts <= _NARROW else np.int16)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the experts of one token."""
+        return self.layers * self.top_k * self.dtype.itemsize
+
+
+def with_router_replay(config: RunConfig) -> RunConfig:
+    """`config` with `policy.router_replay: null` replaced: on where the model has experts and its servers return them.
+
+    The same where the model cannot be read here, which the checks of a start say. sglang-router forwards no request for
+    experts: what it does not know of a request it leaves out.
+    """
+    if config.policy.router_replay is not None:
+        return config
+    try:
+        mixture = Routing.of(read_architecture(config.policy.model)) is not None
+    except UserError:
+        return config
+    policy = config.policy.model_copy(update={"router_replay": mixture and not config.server.router})
+    return config.model_copy(update={"policy": policy})
+
+
+def replay_violations(config: RunConfig, architecture: Architecture) -> list[str]:
+    """The sentence for the user where the routers of `architecture` cannot replay what the servers chose."""
+    if not config.policy.router_replay:
+        return []
+    if Routing.of(architecture) is None:
+        return [
+            f"policy.router_replay is true, but {config.policy.model} has no experts; set it to false, or leave it out."
+        ]
+    if config.server.router and config.needs_sampling_servers:
+        return [
+            "policy.router_replay is true, but sglang-router (server.router) forwards no request for the experts that "
+            "a server chose; set one of them to false."
+        ]
+    return []
