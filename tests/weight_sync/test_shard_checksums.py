@@ -16,8 +16,10 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.serving.checksums import differing, rank_checksums
 from exprl_megatron.serving.model_checksums import Expected, checksums, pack_expected
 from exprl_megatron.serving.weight_hash import Sha256
-from exprl_megatron.serving.weight_layout import server_parameters
+from exprl_megatron.serving.weight_layout import served_dtype, server_parameters
 from exprl_megatron.weight_sync.shard_checksums import as_checksums, own_sums, plan_checksums
+
+GATE = ("weight", "e_score_correction_bias")
 
 
 class Unlike(Random):
@@ -174,3 +176,28 @@ def test_copies_of_a_shard_share_its_parts(tiny_model):
     four = [plan_checksums(architecture, rank_of(Layout(dp=4), rank), 1) for rank in range(4)]
     assert sum(len(plan.places) for plan in four) == len(one.places)
     assert max(len(plan.places) for plan in four) <= len(one.places) // 4 + 1
+
+
+def test_a_router_that_servers_keep_wider_than_the_policy_has_the_checksum_of_its_wider_numbers(tiny_model):
+    architecture = architecture_of(tiny_model, "glm4-moe")
+    source, layout = Unlike(architecture, 3), Layout()
+    held = {
+        parameter: tensor if parameter.is_buffer else tensor.bfloat16()
+        for parameter, tensor in shards(architecture, layout, source)[0].items()
+    }
+    plan = plan_checksums(architecture, rank_of(layout, 0), 1)
+    gatherer = SimpleNamespace(own=held.__getitem__, dtype=torch.bfloat16)
+    (wanted,) = as_checksums(plan, [own_sums(plan, gatherer, rank_of(layout, 0))])
+    (server,) = plan.servers
+    dtypes = [served_dtype(name, "bfloat16", sigmoid_router=True) for name in server.shapes]
+    wide = [name for name, dtype in zip(server.shapes, dtypes, strict=True) if dtype == "float32"]
+    gates = [f"model.layers.{layer}.mlp.gate.{part}" for layer in (1, 2, 3) for part in GATE]
+    assert sorted(wide) == sorted(gates)
+    model = {
+        name: tensor if name.endswith(GATE[1]) else tensor.bfloat16().float() if name in gates else tensor.bfloat16()
+        for name, tensor in model_of(server, source, hf_shapes(architecture)).items()
+    }
+    told = pack_expected(server.shapes, dtypes, plan.parts[0])
+    assert differing(checksums(model, told), wanted) == []
+    narrow = model | {gates[0]: model[gates[0]].bfloat16()}
+    assert differing(checksums(narrow, told), wanted) == [gates[0]]

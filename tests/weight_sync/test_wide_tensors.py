@@ -1,5 +1,7 @@
 """A model in bf16 with tensors that stay in fp32: GLM-4.5's router, whose weight servers keep in fp32 as well."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.forking import starter
@@ -57,7 +59,7 @@ def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(serv
             choice = TransportChoice(kind, "")
             transport = make_transport(
                 choice, [client], TP, policy.world, coordinator, 60.0,
-                directory=tmp_path / kind, model=policy.config.model,
+                directory=tmp_path / kind, model=Path(policy.config.model),
             )  # fmt: skip
             sync = WeightSync(SyncConfig(bucket_mb=0.04), policy, coordinator, StaticPool([client]), transport, TP)
             for version in (f"{kind}-1", f"{kind}-2"):
