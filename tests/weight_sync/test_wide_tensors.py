@@ -62,7 +62,8 @@ def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(serv
                 directory=tmp_path / kind, model=Path(policy.config.model),
             )  # fmt: skip
             sync = WeightSync(SyncConfig(bucket_mb=0.04), policy, coordinator, StaticPool([client]), transport, TP)
-            for version in (f"{kind}-1", f"{kind}-2"):
+            # The first delta is all weights.
+            for version in (f"{kind}-1", f"{kind}-2")[: 2 if kind == "delta" else 1]:
                 change(policy)
                 # Raises where the checksums of shards, by the project's loader, differ.
                 assert sync.push_weights(version)["sync/gb"] > 0
