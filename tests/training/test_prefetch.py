@@ -186,3 +186,21 @@ def test_the_failure_of_the_step_that_is_waited_for_is_raised_there_alone(coordi
     sampling.finish(1, 2)
     with pytest.raises(ServerError, match="policy-0 died"):
         _learn(prefetch, _stage(1), 1)
+
+
+def test_with_over_sampling_the_next_steps_begin_behind_all_problems_that_are_drawn(coordinator):
+    ahead = stage(
+        "sparse-rl",
+        problems_per_step=4,
+        over_sampling=1.5,
+        max_staleness=2,
+        loss={"correction": {"kind": "truncated"}},
+    )
+    rollouts = Sampling()
+    prefetch = RolloutPrefetch(coordinator, rollouts, lambda error: None)
+    prefetch.start(ahead, 1, 10, "v0")
+    rollouts.finish(1, 2, 3)
+    assert prefetch.take(ahead, 1) == rollouts.result(1)
+    for step in (2, 3):
+        prefetch.take(ahead, step)
+    assert {step: drawn for step, (drawn, _) in rollouts.started.items()} == {1: 10, 2: 16, 3: 22}

@@ -165,3 +165,25 @@ def test_tokens_of_older_weights_are_told_from_those_of_the_weights_that_learn()
     (sequences,) = update_samples(stage("sparse-rl"), groups, "v2")
     assert [sequence.on_policy_mask.tolist() for sequence in sequences] == [[False] * 3, [False, True, True]]
     assert [sequence.on_policy_mask for sequence in sequences_of(stage("sparse-rl"), groups)] == [None, None]
+
+
+def test_every_sample_has_what_the_server_reported_and_no_mask_where_all_tokens_are_of_the_newest_weights():
+    first, second = sequences_of(stage("sparse-rl"), [group(1.0, 0.0, tokens=4)])
+    for sample in (first, second):
+        assert (sample.prompt_ids.tolist(), sample.response_ids.tolist()) == ([1], [10, 11, 12, 13])
+        assert sample.rollout_log_probs.tolist() == [-0.5] * 4
+        assert sample.on_policy_mask is None and sample.old_log_probs is None and sample.ref_log_probs is None
+
+
+def test_groups_of_several_routes_keep_their_places():
+    """Groups of two estimators alternate; each has the advantages that it has alone."""
+    routed = stage("exprl-process", routes={"science": {"granularity": "trace", "estimator": "outcome"}})
+    groups = [
+        Group("p", (cut(0, (0.0, 1), (1.0, 2)), cut(1, (0.5, 2), (0.25, 1)))),
+        group(1.0, 0.0, domain="science"),
+        Group("p", (cut(0, (0.75, 1), (0.0, 2)), cut(1, (0.0, 2), (0.5, 1)))),
+        group(0.0, 0.5, domain="science"),
+    ]
+    together = [[row.tolist() for row in rows] for rows in token_advantages(routed, groups)]
+    assert together == [[row.tolist() for row in token_advantages(routed, [one])[0]] for one in groups]
+    assert len({str(rows) for rows in together}) == 4, "the groups can be told apart"
