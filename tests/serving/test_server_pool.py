@@ -98,6 +98,12 @@ def names(pool):
     return [client.name for client in pool.clients]
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """The fleet looks at its registry and at its servers a dozen times as often as in a run."""
+    monkeypatch.setattr("exprl_megatron.serving.fleet._POLL_S", 0.02)
+
+
 @pytest.fixture
 def registry(tmp_path):
     return Registry(tmp_path / "servers")
