@@ -100,8 +100,8 @@ def names(pool):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """The fleet looks at its registry and at its servers a dozen times as often as in a run."""
-    monkeypatch.setattr("exprl_megatron.serving.fleet._POLL_S", 0.02)
+    """The pool looks at its registry and at its servers a dozen times as often as in a run."""
+    monkeypatch.setattr("exprl_megatron.serving.server_pool._POLL_S", 0.02)
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from pathlib import Path
 from exprl_megatron.config.load import check_config
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.progress import RunProgress
-from exprl_megatron.serving.lent import LentServer
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.registered_client import RegisteredClient
 from exprl_megatron.serving.registry import Registry
-from exprl_megatron.serving.router import RoutedServers
-from exprl_megatron.training.assemble import _judges, _starting_policy
+from exprl_megatron.serving.router import RoutedClient
+from exprl_megatron.serving.shared_judge import SharedJudgeClient
+from exprl_megatron.training.assemble import _initial_policy, _judges
 
 
 def config(directory, kinds=("exprl-outcome", "sparse-rl"), **changes):
@@ -27,8 +27,8 @@ def config(directory, kinds=("exprl-outcome", "sparse-rl"), **changes):
 
 def test_a_stage_starts_from_the_model_that_the_stage_before_it_left(tmp_path):
     made, paths = config(tmp_path), RunDirectory(tmp_path)
-    assert _starting_policy(made, paths, RunProgress(stage=0, step=3)) == made.policy
-    second = _starting_policy(made, paths, RunProgress(stage=1))
+    assert _initial_policy(made, paths, RunProgress(stage=0, step=3)) == made.policy
+    second = _initial_policy(made, paths, RunProgress(stage=1))
     assert second == made.policy.model_copy(update={"model": str(paths.models / "stage-0")})
 
 
@@ -36,13 +36,13 @@ def test_a_model_that_was_drawn_at_random_is_read_from_the_second_stage_on(tmp_p
     sft = {"kind": "sft", "examples": "e.jsonl", "steps": 1}
     stages = [sft | {"name": "a"}, sft | {"name": "b"}]
     made = config(tmp_path, policy={"model": "first", "initialise": "random"}, stages=stages, judge=None)
-    assert _starting_policy(made, RunDirectory(tmp_path), RunProgress()).initialise == "random"
-    assert _starting_policy(made, RunDirectory(tmp_path), RunProgress(stage=1)).initialise == "weights"
+    assert _initial_policy(made, RunDirectory(tmp_path), RunProgress()).initialise == "random"
+    assert _initial_policy(made, RunDirectory(tmp_path), RunProgress(stage=1)).initialise == "weights"
 
 
 def clients(directory, **judge):
     made = config(directory, judge={"model": "j", "server": {"count": 2}} | judge)
-    return _judges(made, Registry(directory / "servers"), "the fleet")
+    return _judges(made, Registry(directory / "servers"), "the pool")
 
 
 def test_each_way_to_judge_has_its_clients(tmp_path):
@@ -50,10 +50,10 @@ def test_each_way_to_judge_has_its_clients(tmp_path):
     assert [type(client) for client in own] == [RegisteredClient] * 2
     assert [client.name for client in own] == ["judge-0", "judge-1"]
     lent = clients(tmp_path, placement="policy", gate=None)
-    assert [type(client) for client in lent] == [LentServer] * 3, "one for each of the policy's servers"
+    assert [type(client) for client in lent] == [SharedJudgeClient] * 3, "one for each of the policy's servers"
     assert [client.name for client in lent] == ["policy-0", "policy-1", "policy-2"]
     (routed,) = clients(tmp_path, server={"count": 2, "router": True})
-    assert isinstance(routed, RoutedServers)
+    assert isinstance(routed, RoutedClient)
     urls = ["http://one/v1", "http://two/v1"]
     endpoints = clients(tmp_path, endpoints=urls, endpoint_model="m")
     assert [type(client) for client in endpoints] == [OpenAIEndpoint] * 2

@@ -9,69 +9,90 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.training.worker import _longest_wait
 
-# A rank whose main thread hangs, as in a collective, while something beside it fails.
-HANGING = """
-import sys, threading, time
+# Forks a rank for each (directory, whether its main thread hangs as in a collective while something beside it fails,
+# error), and prints their exit statuses.
+RANKS = """
+import json, os, sys, threading, time
 from pathlib import Path
+from torch.distributed.checkpoint.api import CheckpointException
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.training import worker
 
-def work(directory, servers, on_failure, logs):
-    print("step 1 done")
-    threading.Thread(target=on_failure, args=(eval(sys.argv[2]),)).start()
-    time.sleep(300)
+def rank(directory, hangs, error):
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(directory / name, os.O_WRONLY | os.O_CREAT), number)
 
-worker.work = work
-sys.exit(worker.guarded(Path(sys.argv[1]), Path(sys.argv[1]) / "servers"))
+    def work(paths, servers, on_failure, logs):
+        if not hangs:
+            raise eval(error)
+        print("step 1 done")
+        threading.Thread(target=on_failure, args=(eval(error),)).start()
+        time.sleep(300)
+
+    worker.work = work
+    status = worker.guarded(directory, directory / "servers")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+statuses = []
+for directory, hangs, error in json.loads(sys.argv[1]):
+    if (child := os.fork()) == 0:
+        rank(Path(directory), hangs, error)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
 """
+CASES = {
+    "known": (True, "RunStopped('Too many abstentions.')"),
+    "unknown": (True, "LookupError('no such trace')"),
+    "torch": (False, "CheckpointException('load', {})"),
+    "disk": (False, "OSError(28, 'No space left on device')"),
+}
 
 
-FAILING = """
-import sys
-from pathlib import Path
-from torch.distributed.checkpoint.api import CheckpointException
-from exprl_megatron.training import worker
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """`ended(case)`: directory, exit status, report, output and errors of that rank."""
+    root = tmp_path_factory.mktemp("ranks")
+    for case in CASES:
+        (root / case / "logs").mkdir(parents=True)
+        (root / case / "servers.json").write_text("[]")
+    cases = json.dumps([(str(root / case), *how) for case, how in CASES.items()])
+    command = [sys.executable, "-c", RANKS, cases]
+    done = subprocess.run(command, env={"RANK": "0"}, capture_output=True, text=True, timeout=120, check=True)
+    statuses = dict(zip(CASES, json.loads(done.stdout), strict=True))
 
-def work(directory, servers, on_failure, logs):
-    raise eval(sys.argv[2])
+    def of(case):
+        told = json.loads((root / case / "logs" / "trainer-0.end").read_text())
+        return root / case, statuses[case], told, *((root / case / name).read_text() for name in ("out", "err"))
 
-worker.work = work
-sys.exit(worker.guarded(Path(sys.argv[1]), Path(sys.argv[1]) / "servers"))
-"""
-
-
-def _ended(tmp_path, error, script=HANGING):
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "servers.json").write_text("[]")
-    command = [sys.executable, "-c", script, str(tmp_path), error]
-    done = subprocess.run(command, env={"RANK": "0"}, capture_output=True, text=True, timeout=120, check=False)
-    return done, json.loads((tmp_path / "logs" / "trainer-0.end").read_text())
+    return of
 
 
-def test_what_fails_beside_a_hanging_main_thread_ends_the_rank_with_its_sentence(tmp_path):
-    done, told = _ended(tmp_path, "RunStopped('Too many abstentions.')")
-    assert done.returncode == told["status"] == 1
+def test_what_fails_beside_a_hanging_main_thread_ends_the_rank_with_its_sentence(ended):
+    _, status, told, output, _ = ended("known")
+    assert status == told["status"] == 1
     assert told["message"] == "Too many abstentions."
-    assert done.stdout == "step 1 done\n"
+    assert output == "step 1 done\n"
 
 
-def test_an_unexpected_failure_beside_the_main_thread_leaves_its_traceback_in_the_log(tmp_path):
-    done, told = _ended(tmp_path, "LookupError('no such trace')")
+def test_an_unexpected_failure_beside_the_main_thread_leaves_its_traceback_in_the_log(ended):
+    _, _, told, _, errors = ended("unknown")
     assert told == {"status": 1, "message": "trainer 0 failed: LookupError: no such trace", "unexpected": True}
-    assert "LookupError: no such trace" in done.stderr
+    assert "LookupError: no such trace" in errors
 
 
-def test_a_failure_of_torch_that_is_no_exception_is_told_too(tmp_path):
-    done, told = _ended(tmp_path, "CheckpointException('load', {})", FAILING)
-    assert done.returncode == 1
+def test_a_failure_of_torch_that_is_no_exception_is_told_too(ended):
+    _, status, told, _, _ = ended("torch")
+    assert status == 1
     assert told["message"].startswith("trainer 0 failed: CheckpointException") and told["unexpected"]
 
 
-def test_a_disk_that_is_full_is_one_sentence(tmp_path):
-    done, told = _ended(tmp_path, "OSError(28, 'No space left on device')", FAILING)
-    assert done.returncode == told["status"] == 2
-    assert told["message"].startswith(f"Cannot use {tmp_path} (No space left on device); make room there")
-    assert "Traceback" not in done.stderr
+def test_a_disk_that_is_full_is_one_sentence(ended):
+    directory, status, told, _, errors = ended("disk")
+    assert status == told["status"] == 2
+    assert told["message"].startswith(f"Cannot use {directory} (No space left on device); make room there")
+    assert "Traceback" not in errors
 
 
 # With 8 x 4 traces, and 256 judgements of 300 s at a time: 2, 4, 2 and 128 rounds.
