@@ -4,13 +4,13 @@
 changelog says how. Fields with a default may be added without that.
 """
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.problems.problem import CodeTest, Problem, Reference
-from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm
+from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm, StepInfo
 from exprl_megatron.rollout.trace import Trace
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ RewardFunction = Callable[[Problem, Trace], "float | Judgement | Awaitable[float
 """`reward.N.term` of a stage: a number, or Abstained where there is none."""
 Estimator = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 """`advantage` of a stage: (rewards [G, K] float64, valid [G, K] bool) -> advantages [G, K]."""
+ProblemSource = Callable[[str], Iterable[Mapping[str, Any]]]
+"""`problems.source`: (split) -> records like the lines of a problem file; called several times, always the same."""
+StepMetrics = Callable[[StepInfo, Sequence[Group]], Mapping[str, float]]
+"""`step_metrics`: numbers to log as `own/NAME`."""
 Surrogate = Callable[["SurrogateBatch"], "torch.Tensor"]
 """`loss.surrogate` of a stage: the policy's loss of each token [B, T]."""
 
@@ -40,10 +44,13 @@ __all__ = [
     "Judgement",
     "PluginError",
     "Problem",
+    "ProblemSource",
     "Reference",
     "RewardFunction",
     "RewardTerm",
     "Scored",
+    "StepInfo",
+    "StepMetrics",
     "Surrogate",
     "SurrogateBatch",
     "Trace",

@@ -38,6 +38,7 @@ FIELDS = {
     ],
     "RewardTerm": ["name: str", "source: str", "weight: float", "value: float | None", "evidence: str = ''"],
     "Scored": ["value: float", "evidence: str = ''", "hash: str | None = None"],
+    "StepInfo": ["stage: str", "step: int"],
     "SurrogateBatch": [
         "log_probs: Tensor",
         "old_log_probs: Tensor",
@@ -68,6 +69,8 @@ MEMBERS = {
 ALIASES = {
     "Estimator": "Callable[['Tensor', 'Tensor'], 'Tensor']",
     "Judgement": "Scored | Abstained",
+    "ProblemSource": "Callable[[str], Iterable[Mapping[str, Any]]]",
+    "StepMetrics": "Callable[[StepInfo, Sequence[Group]], Mapping[str, float]]",
     "RewardFunction": "Callable[[Problem, Trace], 'float | Judgement | Awaitable[float | Judgement]']",
     "Surrogate": "Callable[['SurrogateBatch'], 'Tensor']",
     "Verifier": "Callable[[Problem, Trace], Scored | Abstained | Awaitable[Scored | Abstained]]",

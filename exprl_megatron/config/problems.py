@@ -47,7 +47,8 @@ class ProblemsConfig(Config):
     """One set of problems."""
 
     source: str
-    """A JSON-lines or Parquet file, a directory of them, or a hub name."""
+    """A JSON-lines or Parquet file, a directory of them, a hub name, or a function of your own (split) -> records
+    (docs/extending.md)."""
     split: str = "train"
     """Split of a data set of the hub."""
     fields: FieldNames = FieldNames()

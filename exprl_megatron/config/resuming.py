@@ -38,6 +38,7 @@ TABLE = (
     ResumeRule(("permissions",), "free", "who may read its files"),
     ResumeRule(("reproduce",), "fixed", "decides many settings"),
     ResumeRule(("plugin_path",), "free", "where modules of your own are found"),
+    ResumeRule(("step_metrics",), "free", "what is measured besides"),
     ResumeRule(("seed",), "fixed", "decides order, sampling and starting weights"),
     ResumeRule(("checkpoint.*",), "free", "how often the state is written"),
     ResumeRule(("journal.*",), "free", "how much is kept"),

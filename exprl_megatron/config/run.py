@@ -8,6 +8,7 @@ from exprl_megatron.config.base import Config
 from exprl_megatron.config.debug import DebugConfig
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.placement import COLOCATED_MEM_FRACTION, PlacementConfig
+from exprl_megatron.config.plugin_path import PluginPath
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import BuiltInDomain, LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.reproduction import alone, departures
@@ -91,6 +92,9 @@ class RunConfig(Config):
     placement: PlacementConfig = PlacementConfig()
     judge: JudgeConfig | None = None
     verifier: VerifierConfig = VerifierConfig()
+    step_metrics: tuple[PluginPath, ...] = ()
+    """Functions of your own (step, groups) -> {name: number}, whose metrics each step has as `own/NAME`
+    (docs/extending.md)."""
     sync: SyncConfig = SyncConfig()
     stages: tuple[AnyStage, ...]
     """The stages in their order; `kind` selects what a stage does."""

@@ -17,6 +17,7 @@ from exprl_megatron.config.stages import RlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.models.tokenizer import load_tokenizer
+from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, read_config
@@ -86,6 +87,7 @@ def scan_run(directory: RunDirectory, canary: str | None = None) -> RunScan:
     Raises UserError where there is no run or no saved rollout, or where its problems or tokenizer are gone.
     """
     config = read_config(directory)
+    use_plugin_path(config.plugin_path)
     watched = config.leak_guard.model_copy(update={"canary": canary}) if canary is not None else config.leak_guard
     journal = Journal(directory.journal)
     stages = [stage for stage in config.stages if isinstance(stage, RlStage) and journal.steps(stage.name)]

@@ -11,14 +11,16 @@ import numpy as np
 
 from exprl_megatron.config.losses import Advantage, Surrogate
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage, SparseRlStage
-from exprl_megatron.judging.judgement import Abstained
+from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage, SftStage, SparseRlStage
+from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import plugin_source, use_plugin_path
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.problems.sources import is_own_source, load_problems
+from exprl_megatron.rollout.group import GradedTrace, Group, StepInfo
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.training.own_metrics import own_step_metrics
 from exprl_megatron.training.own_rewards import OwnFunction, own_terms, own_verifiers
 
 ScoredStage = ExprlOutcomeStage | SparseRlStage
@@ -32,7 +34,12 @@ def plugins_of(config: RunConfig) -> dict[str, str]:
 
 def _plugins(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from ((f"verifier.domains.{domain}", path) for domain, path in config.verifier.domains.items())
+    yield from ((f"step_metrics.{i}", path) for i, path in enumerate(config.step_metrics))
+    if config.evaluation is not None and is_own_source(config.evaluation.problems.source):
+        yield "evaluation.problems.source", config.evaluation.problems.source
     for number, stage in enumerate(config.stages):
+        if isinstance(stage, RlStage | SftStage) and stage.problems and is_own_source(stage.problems.source):
+            yield f"stages.{number}.problems.source", stage.problems.source
         if isinstance(stage, ScoredStage):
             yield from ((f"stages.{number}.reward.{i}.term", t.term) for i, t in enumerate(stage.reward) if t.is_own)
             if stage.advantage not in get_args(Advantage):
@@ -56,6 +63,7 @@ def check_plugin_code(config: RunConfig) -> None:
     for key, path in plugins_of(config).items():
         Plugin.load(key, path)
     own_verifiers(config.verifier, _silent)
+    own_step_metrics(config.step_metrics)(StepInfo("a", 1), [_sample_group()])
     for stage in config.stages:
         if isinstance(stage, ScoredStage):
             own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent)
@@ -87,7 +95,7 @@ def check_plugins_on_problems(config: RunConfig) -> None:
 
 
 async def _try(own: OwnFunction, problem: Problem, verdict: bool) -> None:
-    trace = Trace(problem.id, 0, np.zeros(1), np.zeros(1), np.zeros(1), "", "stop", ())
+    trace = _empty_trace(problem.id)
     if verdict:
         judgement = await own.verify(problem, trace)
         failed = judgement.evidence if isinstance(judgement, Abstained) and judgement.reason in FAILURES else None
@@ -99,6 +107,16 @@ async def _try(own: OwnFunction, problem: Problem, verdict: bool) -> None:
             f"{own.plugin.key}: {own.plugin.path} was called with problem {problem.id} and an empty trace, which a "
             f"policy may write, and gave no result: {failed}"
         )
+
+
+def _empty_trace(problem_id: str, sample: int = 0) -> Trace:
+    return Trace(problem_id, sample, np.zeros(1), np.zeros(1), np.zeros(1), "", "stop", (("v0", 0, 1),))
+
+
+def _sample_group() -> Group:
+    """Two traces, of which one has no score."""
+    judgements = (Scored(0.5, "as a trial"), Abstained("timeout"))
+    return Group("sample", tuple(GradedTrace(_empty_trace("sample", k), j) for k, j in enumerate(judgements)))
 
 
 def _try_estimator(stage: ScoredStage) -> None:

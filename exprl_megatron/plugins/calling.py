@@ -46,8 +46,12 @@ class Plugin:
 
     def __call__(self, *arguments: Any) -> Any:
         """Return what the function returns. Raises PluginError where it raises."""
+        return self.guarded(lambda: self.function(*arguments))
+
+    def guarded(self, work: Callable[[], Any]) -> Any:
+        """Return what `work`, which runs code of the plugin, returns. Raises PluginError where that raises."""
         try:
-            return self.function(*arguments)
+            return work()
         except PluginError:
             raise
         except Exception as error:

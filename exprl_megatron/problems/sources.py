@@ -1,15 +1,17 @@
-"""Problems from JSON lines, Parquet, a directory of either, or the Hugging Face hub."""
+"""Problems from JSON lines, Parquet, a directory of either, the Hugging Face hub, or a function of the user."""
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
+from exprl_megatron.config.plugin_path import is_plugin
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.plugins.calling import Plugin, described
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.records import list_of, problem_of, record_of, refuse_faults
 
@@ -18,6 +20,7 @@ PARQUET = (".parquet",)
 _BATCH_ROWS = 1024
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
+_END = object()
 SourceRow = tuple[str, dict | str]
 """Where a record is, and the record, or a sentence about why it could not be read."""
 
@@ -50,12 +53,19 @@ def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
     return found
 
 
+def is_own_source(source: str) -> bool:
+    """Whether `problems.source` names a function of the user, and no file that is there."""
+    return is_plugin(source) and not Path(source).expanduser().exists()
+
+
 def _rows(config: ProblemsConfig) -> Iterator[SourceRow]:
     path = Path(config.source).expanduser()
     if path.is_dir():
         return itertools.chain.from_iterable(_file_rows(file) for file in _files(path, config.split))
     if path.is_file():
         return _file_rows(path)
+    if is_own_source(config.source):
+        return _own_rows(config)
     if path.suffix in JSON_LINES + PARQUET or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.source):
         raise UserError(f"There is no problem file {config.source}; correct the path.")
     return _hub_rows(config)
@@ -125,6 +135,24 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
                     yield f"{path} row {number}", record
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"The problem file {path} cannot be read as Parquet ({error}); write it again.") from error
+
+
+def _own_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
+    """The records that the user's function yields; PluginError where it fails, or yields nothing to iterate over."""
+    plugin = Plugin.load("problems.source", config.source)
+    plugin.check_arguments(("split",))
+    records = plugin(config.split)
+    if not isinstance(records, Iterable) or isinstance(records, str | Mapping):
+        raise plugin.failure(f"returned {described(records)} instead of an iterable of records")
+    iterator = iter(records)
+    for number in itertools.count(1):
+        # What a generator raises, it raises here and not where it is called.
+        record = plugin.guarded(lambda: next(iterator, _END))
+        if record is _END:
+            return
+        if not isinstance(record, Mapping):
+            raise plugin.failure(f"yielded {described(record)} as record {number} instead of a mapping of fields")
+        yield f"{config.source} record {number}", dict(record)
 
 
 def _hub_rows(config: ProblemsConfig) -> Iterator[SourceRow]:

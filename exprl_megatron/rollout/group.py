@@ -83,3 +83,12 @@ class Group:
     def scores(self) -> list[float]:
         """Scores of the samples that are not abstentions."""
         return [sample.score for sample in self.samples if sample.score is not None]
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """The step that groups were sampled for."""
+
+    stage: str
+    step: int
+    """1-based, within the stage."""

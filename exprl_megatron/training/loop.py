@@ -41,7 +41,7 @@ def run_stages(run: Run) -> None:
 def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     """Sample, grade and learn; returns the metrics of the step."""
     groups = run.graded_groups(stage, step)
-    metrics = run.on_rank0(lambda: step_statistics(stage, groups)) or {}
+    metrics = run.on_rank0(lambda: step_statistics(stage, groups) | run.own_metrics(stage, step, groups)) or {}
     if run.config.debug.only == "sampling":
         return metrics
     with run.clock("log_probs"):

@@ -22,7 +22,7 @@ from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.scatter import SampleScatter
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
-from exprl_megatron.rollout.group import Group
+from exprl_megatron.rollout.group import Group, StepInfo
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.runs.progress import RunProgress
@@ -30,6 +30,7 @@ from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
 from exprl_megatron.training.first_update import AssertionCounts, check_first_update
 from exprl_megatron.training.log_prob_gap import check_log_prob_gap, gap_bound
+from exprl_megatron.training.own_metrics import StepMetrics, never_stopping, own_step_metrics
 from exprl_megatron.training.phase_switch import PhaseSwitch
 from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
@@ -105,6 +106,7 @@ class Run:
         self._now = ("", 0)
         self._trained: set[str] = set()
         self._asserted = AssertionCounts()
+        self._step_metrics: StepMetrics | None = None
 
     def remaining_stages(self) -> Iterator[Stage]:
         """Yield the stages that are not finished, and record each one as finished afterwards."""
@@ -158,6 +160,12 @@ class Run:
     def on_rank0(self, work: Callable[[], T]) -> T | None:
         """Return the result of `work` on rank 0, None elsewhere; an error on rank 0 ends every rank."""
         return self._coordinator.on_rank0(work)
+
+    def own_metrics(self, stage: RlStage, step: int, groups: list[Group]) -> dict[str, float]:
+        """Compute the metrics of `step_metrics` on rank 0; a failure is reported once and stops nothing."""
+        if self._step_metrics is None:
+            self._step_metrics = never_stopping(own_step_metrics(self.config.step_metrics), self._console.say)
+        return self._step_metrics(StepInfo(stage.name, step), groups)
 
     def scattered(self, batches: Callable[[], list[Batches]]) -> list[Batches]:
         """Build `batches` on rank 0 and send each rank the samples that it learns from (see SampleScatter)."""

@@ -23,6 +23,7 @@ async def verify(problem, trace): return Scored(float(trace.text == problem.answ
 def term(problem, trace): return len(trace.text)
 def estimate(rewards, valid): return rewards - rewards.mean(-1, keepdim=True)
 def surrogate(batch): return -batch.advantages * batch.log_probs
+def metrics(step, groups): return {"traces": sum(len(group.samples) for group in groups)}
 """
 
 
@@ -50,6 +51,7 @@ def run(tmp_path, monkeypatch, tiny_model):
             "directory": str(tmp_path / "run"),
             "plugin_path": [str(tmp_path / "code")],
             "policy": {"model": str(model or tiny_model("qwen3")), "max_tokens": 128},
+            "step_metrics": ["mine:metrics"],
             "verifier": {"domains": {"measured": "mine:verify"}, "answer_deadline_s": 1.0},
             "stages": [{"kind": "sparse-rl", "name": "a", "steps": 1} | shared | stage],
         }
@@ -65,6 +67,7 @@ def test_all_kinds_of_plugins_pass(run):
     check_inputs(config)
     assert plugins_of(config) == {
         "verifier.domains.measured": "mine:verify",
+        "step_metrics.0": "mine:metrics",
         "stages.0.reward.1.term": "mine:term",
         "stages.0.advantage": "mine:estimate",
         "stages.0.loss.surrogate": "mine:surrogate",
@@ -103,6 +106,11 @@ def test_all_kinds_of_plugins_pass(run):
         ("surrogate", "def surrogate(log_probs, advantages): pass", r"takes other arguments than \(batch\)"),
         ("surrogate", "def surrogate(batch): return batch.log_probs.mean()", r"a Tensor of the shape \(\) instead of"),
         ("surrogate", "def surrogate(batch): return batch.advantages", "returned a loss without a gradient"),
+        ("metrics", "def metrics(groups): return {}", r"takes other arguments than \(step, groups\)"),
+        ("metrics", "def metrics(step, groups): return 1.0", "returned a float instead of a mapping of names"),
+        ("metrics", "def metrics(step, groups): return {'a': 'b'}", "returned 'a' as a str that is not a number"),
+        ("metrics", "def metrics(step, groups): return {'A b': 1}", "returned the name 'A b'; use lower-case"),
+        ("metrics", "def metrics(step, groups): return {'a': 1 / 0}", "line 4, in metrics: ZeroDivisionError"),
         ("surrogate", "def surrogate(batch): return batch.ratio", "AttributeError: 'SurrogateBatch' object has no"),
     ],
 )
@@ -159,6 +167,7 @@ def test_a_resumed_run_says_that_the_source_of_a_plugin_has_changed_and_does_not
     sentences = directory.changed_plugins(after)
     assert [sentence.split()[3] for sentence in sentences] == [
         "mine:estimate",
+        "mine:metrics",
         "mine:surrogate",
         "mine:term",
         "mine:verify",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.graded import graded
 
 from examples.estimators import median_centered
 from examples.losses import soft_gate
@@ -15,15 +16,20 @@ from examples.verifiers import Counter, within_one_percent
 from exprl_megatron.algorithms.advantages import estimator
 from exprl_megatron.algorithms.batch import MicroBatch
 from exprl_megatron.algorithms.objective import policy_objective
-from exprl_megatron.api import Problem, Reference, SurrogateBatch, Trace
+from exprl_megatron.api import Problem, Reference, StepInfo, SurrogateBatch, Trace
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.load import load_config
 from exprl_megatron.config.losses import LossConfig
+from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.judging.cases import CaseBuilder
+from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.judging.prompt import PLACEHOLDERS, load_prompt
 from exprl_megatron.judging.rubric import Checkpoint, Rubric, checked_rubric
 from exprl_megatron.judging.verdict import read_marks, read_verdict
 from exprl_megatron.plugins.failures import PluginError
+from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.rollout.group import Group
+from exprl_megatron.training.own_metrics import own_step_metrics
 
 ESTIMATE = Problem("e", "How many?", Reference("About four."))
 RUBRIC = Rubric((Checkpoint("claim", 1, "four"), Checkpoint("other", 1, "four")))
@@ -50,6 +56,30 @@ def test_form_and_repetition_are_terms_of_a_reward():
     assert [boxed(PROBLEM, trace(text)) for text in ("\\boxed{1}", "\\boxed{1} \\boxed{2}", "")] == [1.0, 0.0, 0.0]
     assert repeated_lines(PROBLEM, trace("a\nb\n\na\na")) == 0.5
     assert repeated_lines(PROBLEM, trace("")) == 0.0
+
+
+def test_a_source_of_the_users_own_gives_problems_and_hides_their_references():
+    config = ProblemsConfig(source="examples.problem_sources:sums", split="heldout", limit=5)
+    problems = load_problems(config)
+    assert [problem.id for problem in problems] == [f"heldout-{n}" for n in range(5)]
+    for problem in problems:
+        a, b = map(int, re.findall(r"(\d+) s1 \+ (\d+)", problem.text)[0])
+        assert problem.answer == str(a + b)
+        assert problem.reference.for_judge() == f"s1 {a + b} ans {a + b}" and "ans" not in repr(problem)
+    assert load_problems(config) == problems
+    assert len(load_problems(ProblemsConfig(source="examples.problem_sources:sums"))) == 256
+
+
+def test_a_metric_of_the_users_own_has_the_share_of_traces_that_please_the_judge_alone():
+    members = [
+        graded(0, 1.0, verified=Scored(0.0)),
+        graded(1, 1.0, tokens=9, verified=Scored(1.0)),
+        graded(2, 0.5, verified=Scored(0.0)),
+        graded(3, None),
+    ]
+    metrics = own_step_metrics(["examples.step_metrics:trusted_but_wrong"])
+    found = metrics(StepInfo("prime", 1), [Group("p", tuple(members))])
+    assert found == {"own/judge/trusted_but_wrong": 0.25, "own/length/of_the_longest": 9.0}
 
 
 def test_an_estimator_of_the_users_own_computes_the_advantages_and_abstentions_have_none():

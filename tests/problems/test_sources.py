@@ -94,7 +94,7 @@ def test_the_full_record_comes_alike_from_json_lines_and_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"domain": "physics"}, "the field 'domain' is 'physics'; use one of math, multiple-choice, science, code."),
+        ({"domain": "physics"}, "the field 'domain' is 'physics'; use one of math, multiple-choice, science, code, or"),
         ({"choices": "A or B"}, "the field 'choices' is 'A or B'; write a list of texts"),
         ({"choices": ["A", 2]}, "the field 'choices' is ['A', 2]; write a list of texts"),
         ({"choices": ["red", "blue"]}, "there are choices, but the domain is math; set the domain to multiple-choice."),

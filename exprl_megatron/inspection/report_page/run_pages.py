@@ -28,8 +28,9 @@ from exprl_megatron.inspection.rollout_steps import (
     logged_steps,
 )
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
+from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.problems.sources import is_own_source, load_problems
 from exprl_megatron.reporting.plain_text import shown
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
@@ -66,6 +67,7 @@ class RunPages:
         self.name = name
         self.directory = RunDirectory(root)
         self.config = read_config(self.directory)
+        use_plugin_path(self.config.plugin_path)
         self._references = references
         self._tokenizer = PolicyTokenizer(self.config.policy.model)
         self._read: dict[Place, _Read] = {}
@@ -154,7 +156,7 @@ class RunPages:
             return {}
         if source not in self._loaded:
             self._loaded[source] = {}
-            if Path(source.source).expanduser().exists():
+            if Path(source.source).expanduser().exists() or is_own_source(source.source):
                 self._loaded[source] = {problem.id: problem for problem in _problems_of(source)}
         return self._loaded[source]
 

@@ -1,0 +1,89 @@
+"""A function of the user as a problem source: its records are checked like those of a file, its faults are named."""
+
+import sys
+import textwrap
+
+import pytest
+
+from exprl_megatron.config.problems import ProblemsConfig
+from exprl_megatron.errors import UserError
+from exprl_megatron.plugins.failures import PluginError
+from exprl_megatron.plugins.loading import load_plugin
+from exprl_megatron.problems.sources import load_problems
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """`load(body, **config)`: the problems of the function `load` in a module with this body."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def loaded(body: str, **config):
+        load_plugin.cache_clear()
+        sys.modules.pop("mine_source", None)
+        (tmp_path / "mine_source.py").write_text(textwrap.dedent(body))
+        return load_problems(ProblemsConfig(source="mine_source:load", **config))
+
+    yield loaded
+    sys.modules.pop("mine_source", None)
+    load_plugin.cache_clear()
+
+
+GOOD = """
+def load(split):
+    for number in range(3):
+        yield {"id": number, "question": f"{split} {number}?", "reference": f"It is {number}."}
+"""
+
+
+def test_records_are_those_of_a_file(load):
+    problems = load(GOOD, split="dev", fields={"problem": "question"})
+    assert [(p.id, p.text, p.reference.for_judge()) for p in problems][1] == ("1", "dev 1?", "It is 1.")
+    assert len(problems) == 3
+
+
+def test_no_more_than_the_limit_is_read(load):
+    body = """
+        import itertools
+        def load(split):
+            for number in itertools.count():
+                assert number < 2, "read too far"
+                yield {"id": number, "problem": "q"}
+    """
+    assert len(load(body, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (GOOD, r"mine_source:load record 1: the field 'problem' is missing \(there are: id, question, reference\)"),
+        ("def load(split): return [{'id': 'a', 'problem': 'q'}] * 2", r"record 2: the id 'a' was given at .* record 1"),
+        ("def load(split): return []", r"The problem source mine_source:load is empty"),
+    ],
+)
+def test_faults_of_records_are_those_of_a_file(load, body, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("def load(): return []", r"takes other arguments than \(split\)"),
+        ("def load(split): return 'a.jsonl'", r"returned a str instead of an iterable of records"),
+        ("def load(split): return {'id': 'a'}", r"returned a dict instead of an iterable of records"),
+        ("def load(split): return ['a']", r"yielded a str as record 1 instead of a mapping of fields"),
+        ("def load(split):\n    yield {'id': 'a', 'problem': 'q'}\n    yield {}['x']", "line 3, in load: KeyError: 'x'"),
+        ("def load(split):\n    raise OSError('no route')", r"py, line 2, in load: OSError: no route"),
+    ],
+)  # fmt: skip
+def test_a_source_that_fails_is_named_with_file_and_line(load, body, sentence):
+    with pytest.raises(PluginError, match=sentence) as failed:
+        load(body)
+    assert "problems.source: mine_source:load" in str(failed.value) and "mine_source.py" in str(failed.value)
+
+
+def test_a_file_of_that_name_is_a_file(load, tmp_path):
+    (tmp_path / "mine_source:load").write_text("")
+    with pytest.raises(UserError, match=r"neither \.jsonl nor \.parquet"):
+        load(GOOD)
