@@ -73,7 +73,7 @@ def test_faults_of_records_are_those_of_a_file(load, body, sentence):
         ("def load(split): return 'a.jsonl'", r"returned a str instead of an iterable of records"),
         ("def load(split): return {'id': 'a'}", r"returned a dict instead of an iterable of records"),
         ("def load(split): return ['a']", r"yielded a str as record 1 instead of a mapping of fields"),
-        ("def load(split):\n    yield {'id': 'a', 'problem': 'q'}\n    yield {}['x']", "line 3, in load: KeyError: 'x'"),
+        ("def load(split):\n    yield {'id': 'a', 'problem': 'q'}\n    yield {}[1]", "line 3, in load: KeyError: 1"),
         ("def load(split):\n    raise OSError('no route')", r"py, line 2, in load: OSError: no route"),
     ],
 )  # fmt: skip
