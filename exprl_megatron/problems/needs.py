@@ -1,4 +1,4 @@
-"""What a stage needs of its problems, and which problems lack it."""
+"""Checks whether problems have what a stage needs of them."""
 
 from collections.abc import Collection, Sequence
 from typing import Literal

@@ -1,14 +1,17 @@
-"""The order in which a stage meets its problems: seeded, and a function of the position alone."""
+"""The seeded order of a stage's problems, which depends on the position alone."""
 
 import hashlib
 import random
 
 
 def problem_indices(seed: int, stage_name: str, position: int, count: int, n: int) -> list[int]:
-    """Indices (0-based, below `n`) of the `count` problems after the first `position` ones.
+    """Return the indices (0-based, below `n`) of the `count` problems after the first `position` ones.
 
-    All `n` problems come once in each epoch, shuffled again for every epoch; a step may reach across
-    two. A resumed run needs its position and nothing else. Raises ValueError where `n` is below 1.
+    Each epoch has every problem once, in an order of its own; a step may contain the end of one epoch and the start of
+    the next. A resumed run needs only its position.
+
+    Raises:
+        ValueError: `n` is below 1.
     """
     if n < 1:
         raise ValueError("there are no problems to put in order")

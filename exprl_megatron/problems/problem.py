@@ -1,4 +1,4 @@
-"""A problem and the parts of it that the policy never sees."""
+"""A problem, and the parts of it that are hidden from the policy."""
 
 import string
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ from exprl_megatron.config.problems import Domain
 class Reference:
     """A worked solution, hidden from the policy.
 
-    Its text is behind methods whose names say who may call them; it has no string form and no fields
-    that `dataclasses.asdict`, `vars` or `json` could spread out, so that it cannot slip into a prompt, a
-    log line or an f-string by accident.
+    Its text is returned only by methods whose names say who may call them. It has no string form and no fields that
+    `dataclasses.asdict`, `vars` or `json` could expose, so that it cannot enter a prompt, a log line or an f-string by
+    accident.
     """
 
     __slots__ = ("_solution",)
@@ -21,11 +21,11 @@ class Reference:
         self._solution = solution
 
     def for_judge(self) -> str:
-        """The worked solution. Only code that builds a judge's request may call this."""
+        """Return the worked solution. Only code that builds a judge's request, and a verifier, may call this."""
         return self._solution
 
     def for_training(self) -> str:
-        """The worked solution, as a target of SFT or in the prompt of self-distillation's frozen teacher.
+        """Return the worked solution, as a target of SFT or in the prompt of self-distillation's frozen teacher.
 
         Only the trainer may call this; nothing that it returns may be sent to a sampling server.
         """
@@ -52,16 +52,16 @@ class CodeTest:
     """One test of a program."""
 
     input: str
-    """Standard input; for a call one JSON value a line, each an argument."""
+    """Standard input; of a call one line for each argument, as JSON."""
     output: str
-    """Expected standard output; for a call the expected value as JSON."""
+    """Expected standard output; of a call the expected value as JSON."""
     function: str | None = None
     """Name of the function (or method of `Solution`) to call; None: the program is run on `input`."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its hidden reference and, where it has one, its answer in short form."""
+    """A question with its hidden reference solution and, where there is one, its short answer."""
 
     id: str
     text: str
@@ -69,16 +69,16 @@ class Problem:
     reference: Reference | None = None
     """None where only the answer is known, as in most benchmarks."""
     answer: str | None = field(default=None, repr=False)
-    """What the verifier compares with: a value, or the letter of a choice. None: only a judge can tell."""
+    """The value, or the letter of a choice, that the verifier compares with. None: only a judge can grade it."""
     domain: Domain = "math"
     choices: tuple[str, ...] = ()
-    """Of a multiple-choice problem, in the order of their letters."""
+    """The choices of a multiple-choice problem, in the order of their letters."""
     tests: tuple[CodeTest, ...] = field(default=(), repr=False)
     source: str = ""
     """The data set that the problem comes from."""
 
     @property
     def statement(self) -> str:
-        """What policy and judge read: the question, and below it the lettered choices where there are any."""
+        """The text for policy and judge: the question and, below it, the lettered choices if there are any."""
         letters = zip(string.ascii_uppercase, self.choices, strict=False)
         return "\n".join([self.text, *(f"{letter}. {choice}" for letter, choice in letters)])

@@ -1,4 +1,4 @@
-"""From a problem's text to the token ids that the policy continues."""
+"""Builds the prompts of the policy, in token ids, from the texts of problems."""
 
 import re
 from collections.abc import Sequence
@@ -13,14 +13,16 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.records import refuse_faults
 
 MOST_UNKNOWN = 0.5
-"""A larger share of unknown tokens in a problem's text means that the tokenizer is not made for it."""
+"""A problem whose text has a larger share of unknown tokens is refused: the tokenizer does not support its language."""
 
 
 class PromptBuilder:
-    """Puts a problem's text into the chat template of the policy's tokenizer.
+    """Applies the chat template of the policy's tokenizer to a problem's text.
 
-    It takes text and never a Problem, so that no reference can reach it. `tokenizer` is a Hugging
-    Face tokenizer. Raises UserError where that has no chat template, or one that does not take the config's messages.
+    It takes text and never a Problem, so that no reference can reach it. `tokenizer` is a Hugging Face tokenizer.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or its template refuses the config's messages.
     """
 
     def __init__(self, tokenizer: Any, config: PromptConfig):
@@ -34,11 +36,11 @@ class PromptBuilder:
         check_template(tokenizer, _messages(config, "1 + 1"), config.template_args, "prompt")
 
     def token_ids(self, text: str) -> tuple[int, ...]:
-        """The prompt with the opening of the assistant's turn at its end."""
+        """Return the prompt, which ends with the opening of the assistant's turn."""
         return chat_token_ids(self._tokenizer, self._config, self._config.user.replace("{problem}", text))
 
     def fault(self, text: str) -> str | None:
-        """Why `text` would not reach the policy as it reads; None where it does."""
+        """Return why `text` would not reach the policy unchanged; None where it does."""
         if control := self._control and self._control.search(text):
             return (
                 f"holds {control[0]!r}, which is a control token of the tokenizer in {self._tokenizer.name_or_path} "
@@ -56,7 +58,7 @@ class PromptBuilder:
 
 
 def control_pattern(tokenizer: Any) -> re.Pattern | None:
-    """Matches the special tokens of `tokenizer` in plain text, where it would take them for what they are."""
+    """Return a pattern that matches special tokens of `tokenizer` in plain text, which it would not encode as text."""
     names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names |= set(tokenizer.all_special_tokens)
     longest_first = sorted(filter(None, names), key=len, reverse=True)
@@ -64,9 +66,12 @@ def control_pattern(tokenizer: Any) -> re.Pattern | None:
 
 
 def check_template(tokenizer: Any, messages: Sequence[dict[str, str]], template_args: dict, section: str) -> None:
-    """Raise UserError where the tokenizer's chat template refuses `messages`, or leaves one of them out.
+    """Check that the tokenizer's chat template accepts `messages` and shows all of them.
 
-    `section` of the config (`prompt`, `judge`) is what they come from.
+    `section` is the section of the config that they come from (`prompt`, `judge`).
+
+    Raises:
+        UserError: the template refuses the messages, or omits one of them.
     """
     system = messages[0]["role"] == "system"
     said = f"{section}.system" if section == "prompt" and system else section
@@ -87,7 +92,7 @@ def check_template(tokenizer: Any, messages: Sequence[dict[str, str]], template_
 
 
 def chat_token_ids(tokenizer: Any, config: PromptConfig, user: str) -> tuple[int, ...]:
-    """The chat of the config's system message and the user message `user`, with the assistant's turn opened."""
+    """Tokenize the config's system message and the user message `user`, up to the opening of the assistant's turn."""
     ids = tokenizer.apply_chat_template(
         _messages(config, user), add_generation_prompt=True, tokenize=True, return_dict=False, **config.template_args
     )
@@ -101,7 +106,7 @@ def _messages(config: PromptConfig, user: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class PromptedProblems:
-    """Problems that are short enough, each with its prompt (same order), and how many were not."""
+    """The problems that are short enough, their prompts in the same order, and the number of the other problems."""
 
     problems: tuple[Problem, ...]
     prompts: tuple[tuple[int, ...], ...]
@@ -112,7 +117,7 @@ class PromptedProblems:
 
 
 def check_vocabulary(model: str, size: int, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise UserError where a prompt holds a token that the model does not have: it would end the server."""
+    """Raise UserError where a prompt has a token that the model lacks, which would make the server exit."""
     largest = max(max(ids) for ids in prompts)
     if largest >= size:
         raise UserError(
@@ -123,7 +128,8 @@ def check_vocabulary(model: str, size: int, prompts: Sequence[Sequence[int]]) ->
 def drop_overlong(problems: Sequence[Problem], builder: PromptBuilder, max_tokens: int) -> PromptedProblems:
     """Leave out the problems whose prompt is longer than `max_tokens`.
 
-    Raises UserError where none is left, or where a problem's text would not reach the policy as it reads.
+    Raises:
+        UserError: no problem is left, or the text of a problem would not reach the policy unchanged.
     """
     faults = ((problem, builder.fault(problem.statement)) for problem in problems)
     refuse_faults([f"problem {problem.id} {fault}" for problem, fault in faults if fault is not None])

@@ -1,4 +1,4 @@
-"""From a source's record to a Problem: which fields it may have, and what is wrong with them."""
+"""Converts records of a source to problems, and describes what is wrong with their fields."""
 
 import json
 import math
@@ -15,11 +15,11 @@ DOMAINS: tuple[str, ...] = get_args(BuiltInDomain)
 SHOWN_FAULTS = 10
 OPTIONAL_TEXTS = ("reference", "answer", "source")
 NUMBERS_TOO = ("id", "answer")
-"""Roles that may be numbers in a source; they are kept as text."""
+"""Fields that may be numbers in a source; they are kept as text."""
 
 
 def record_of(line: str) -> dict[str, Any] | str:
-    """A line of JSON as a record, or a sentence about why it is none."""
+    """Parse a line of JSON; return the record, or a sentence that says why it is none."""
     try:
         record = json.loads(line, object_pairs_hook=_object)
     except _GivenTwice as error:
@@ -30,7 +30,7 @@ def record_of(line: str) -> dict[str, Any] | str:
 
 
 def list_of(text: str) -> list[dict[str, Any] | str] | str:
-    """The records of a JSON list, with a sentence for each that is none; or one about why there is no list."""
+    """Parse a JSON list; return its records, a sentence in place of each faulty one, or a sentence about the list."""
     try:
         records = json.loads(text, object_pairs_hook=_object)
     except _GivenTwice as error:
@@ -41,7 +41,7 @@ def list_of(text: str) -> list[dict[str, Any] | str] | str:
 
 
 class _GivenTwice(Exception):
-    """An object of JSON has a key twice; json would take the last and say nothing."""
+    """A JSON object has a key twice; the json module would silently take the last one."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _record(record: Any) -> dict[str, Any] | str:
 
 
 def refuse_faults(faults: Sequence[str]) -> None:
-    """Raise UserError with the first ten of the sentences, where there is any."""
+    """Raise UserError with the first ten of the sentences, if there are any."""
     if faults:
         rest = len(faults) - SHOWN_FAULTS
         raise UserError("\n".join([*faults[:SHOWN_FAULTS], *([f"... and {rest} more faults."] if rest > 0 else [])]))
@@ -70,7 +70,7 @@ def problem_of(record: dict[str, Any], fields: FieldNames, domains: Sequence[str
     """Convert a record to a Problem, or return a sentence for each thing that is wrong with it.
 
     `domains` are allowed in addition to the built-in ones.
-    Only the id and the problem must be there; any other field may be missing or null. `choices` is a list of text,
+    Only the id and the problem are required; any other field may be missing or null. `choices` is a list of text,
     `tests` a list of {"input": text, "output": text} with an optional "function".
     """
     reader = _Reader(record, fields, domains)
@@ -94,7 +94,7 @@ def problem_of(record: dict[str, Any], fields: FieldNames, domains: Sequence[str
 
 
 class _Reader:
-    """Takes the fields of one record one by one and collects what is wrong with them."""
+    """Reads the fields of one record and collects what is wrong with them."""
 
     def __init__(self, record: dict[str, Any], fields: FieldNames, domains: Sequence[str]):
         self._record = record
@@ -125,7 +125,7 @@ class _Reader:
         return None
 
     def _number(self, name: str, value: float) -> str | None:
-        """A number as it would be written by hand: 0.00001 and not 1e-05."""
+        """Format a number as people write it: 0.00001 and not 1e-05."""
         if not math.isfinite(value):
             self.faults.append(f"the field {name!r} is {value}, not a number; write the value, or leave the field out.")
             return None
@@ -219,7 +219,7 @@ def _contradictions(
 
 
 def unencodable(text: str) -> str | None:
-    """What is wrong with a text that has no form in UTF-8, which no tokenizer takes."""
+    """Return what is wrong with a text that cannot be encoded in UTF-8, which no tokenizer accepts; else None."""
     found = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
     return None if found is None else f"holds {found!a}, half of a character; write the character, or leave it out."
 

@@ -22,21 +22,25 @@ SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 _END = object()
 SourceRow = tuple[str, dict | str]
-"""Where a record is, and the record, or a sentence about why it could not be read."""
+"""The place of a record, and the record or a sentence that says why it could not be read."""
 
 
 def load_problems(config: ProblemsConfig) -> list[Problem]:
-    """The problems of `config.source`, in the order of the source, at most `config.limit`.
+    """Read at most `config.limit` problems of `config.source`, in the order of the source.
 
-    In a directory all JSON-lines and Parquet files count, sorted by path, except those named after
-    another split than `config.split`. Raises UserError with one sentence for each fault (the first
-    ten of them): unreadable source, bad line, missing or empty field, ids given twice, no problem.
+    All JSON-lines and Parquet files of a directory are read, sorted by path, except those named after another split
+    than `config.split`.
+
+    Raises:
+        UserError: the source cannot be read or is empty, a line or a field is faulty, or an id occurs twice; one
+            sentence for each of the first ten faults.
+        PluginError: the user's function failed, or yielded something that is no record.
     """
     return [problem for problem, _ in load_records(config)]
 
 
 def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
-    """The same problems, each with the record that it was read from."""
+    """Read the same problems, each with its record; raises what load_problems raises."""
     found, faults, seen = [], [], {}
     for place, record in itertools.islice(_rows(config), config.limit):
         problem = [record] if isinstance(record, str) else problem_of(record, config.fields, config.domains)
@@ -82,7 +86,7 @@ def _files(directory: Path, split: str) -> list[Path]:
 
 
 def _in_split(path: str, split: str) -> bool:
-    """Whether a file belongs to the split: its path names it, or names no split at all."""
+    """Whether a file belongs to the split: its path names this split, or none."""
     named = set(re.findall(r"[a-z]+", path.lower())) & {*SPLIT_NAMES, split.lower()}
     return not named or split.lower() in named
 
@@ -96,11 +100,14 @@ def _file_rows(path: Path) -> Iterator[SourceRow]:
 
 
 def json_rows(path: Path, what: str) -> Iterator[SourceRow]:
-    """A record a line; or, in a file that begins with a bracket, a list of them. A byte-order mark is left out.
+    """Yield the records of a file: one for each line, or those of a JSON list where the file starts with a bracket.
 
-    Raises UserError where the file, which is a `what`, is not UTF-8.
+    A byte-order mark is ignored. `what` names the kind of file in errors.
+
+    Raises:
+        UserError: the file is not UTF-8.
     """
-    # Not by `datasets`: it takes paths for patterns, does not name the line of a fault, and wants answers of one type.
+    # `datasets` treats paths as patterns, does not name the line of a fault and needs answers of one type.
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             first = next((line for line in file if line.strip()), "")
@@ -156,7 +163,7 @@ def _own_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
 
 
 def _hub_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
-    # Not for files: it imports pandas and more, for half a second.
+    # Imported only here: it imports pandas and other packages, which takes half a second.
     import datasets
 
     try:
@@ -165,7 +172,7 @@ def _hub_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
             yield f"{config.source} row {number}", record
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"The problem source {config.source} is no file here and cannot be had from the Hugging Face hub "
+            f"The problem source {config.source} is not a file here and cannot be read from the Hugging Face hub "
             f"({_one_line(error)}); correct the name, the split {config.split!r} or the connection."
         ) from error
 

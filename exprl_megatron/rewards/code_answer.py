@@ -1,4 +1,4 @@
-"""Verification of programs: runs the program at the end of a trace in a sandbox and compares its output here."""
+"""Verification of programs: the last program of a trace runs in a sandbox, and its output is compared here."""
 
 import asyncio
 import json
@@ -16,12 +16,12 @@ from exprl_megatron.rewards.extraction import extract_program
 
 _SHOWN = 100
 _PROBE_S = 30.0
-"""For a program that only ends."""
+"""Seconds for a program that does nothing."""
 _OVERRUN = {"time": "out of time", "output": "too much output"}
 
 
 class CodeVerifier:
-    """Runs programs in at most `workers` sandboxes at once; works from any event loop. `close` ends them."""
+    """Runs programs in at most `workers` sandboxes concurrently; works from any event loop. `close` ends them."""
 
     def __init__(self, workers: int = 1, limits: Limits = DEFAULT_LIMITS, optional_layers: bool = True):
         self._limits = limits
@@ -31,11 +31,11 @@ class CodeVerifier:
             self._idle.put(CodeSandbox(limits, optional_layers=optional_layers))
 
     async def verify(self, tests: Sequence[CodeTest], trace_text: str, deadline_s: float) -> Judgement:
-        """1.0 where the last Python block of the trace passes every test, else 0.0; the evidence names the test.
+        """Score 1.0 where the last Python block of the trace passes every test, else 0.0; the evidence names the test.
 
-        The tests together have `deadline_s` seconds, waiting for a free sandbox not counted; a program that needs
-        longer fails, as does one that overruns a limit of a single test, or with which the sandbox fails twice
-        although it then runs another program. Abstains with `no-sandbox` where this machine cannot contain programs,
+        All tests together may take `deadline_s` seconds, without the time before a sandbox is free. A program fails
+        that takes longer, exceeds a limit of a single test, or makes the sandbox fail twice while the sandbox still
+        runs another program. Abstains with `no-sandbox` where this machine cannot contain programs,
         and with `verifier-error` where the sandbox itself fails or a test is unreadable.
         """
         program = extract_program(trace_text)
@@ -45,7 +45,7 @@ class CodeVerifier:
         return await loop.run_in_executor(self._threads, self._test, tests, program, deadline_s)
 
     def close(self) -> None:
-        """End the sandboxes; running programs are finished first."""
+        """End the sandboxes after the running programs."""
         self._threads.shutdown()
         while not self._idle.empty():
             self._idle.get().close()
@@ -59,7 +59,7 @@ class CodeVerifier:
     def _test(self, tests: Sequence[CodeTest], program: str, deadline_s: float) -> Judgement:
         sandbox = self._idle.get()
         try:
-            sandbox.layers()  # a start is not the program's time
+            sandbox.layers()  # the start does not count as the program's time
             end = time.monotonic() + deadline_s
             for number, test in enumerate(tests, start=1):
                 fault = _fault(sandbox, program, test, min(self._limits.wall_s, end - time.monotonic()))
@@ -75,7 +75,7 @@ class CodeVerifier:
 
 
 class _UnreadableTest(Exception):
-    """A test whose arguments or expected value are no JSON."""
+    """The arguments or the expected value of a test are not JSON."""
 
 
 def _fault(sandbox: CodeSandbox, program: str, test: CodeTest, left_s: float) -> str | None:
@@ -95,21 +95,21 @@ def _fault(sandbox: CodeSandbox, program: str, test: CodeTest, left_s: float) ->
 
 
 def _settled(sandbox: CodeSandbox, program: str, test: CodeTest, wall_s: float) -> ProgramOutcome | None:
-    """What became of the program; None where it is the program's fault that the sandbox failed. SandboxFailed."""
+    """Return the outcome of the program; None where the program made the sandbox fail. Raises SandboxFailed."""
     try:
         return sandbox.run(program, test.input, test.function, wall_s)
     except SandboxFailed:
-        pass  # by chance, by the machine or by this program: the next runs tell
+        pass  # the next runs show whether chance, the machine or this program is the cause
     try:
         return sandbox.run(program, test.input, test.function, wall_s)
     except SandboxFailed:
-        # Raises again where the machine or the test is at fault: this program is harmless.
+        # This program is harmless: a failure here is caused by the machine or the test.
         sandbox.run("", test.input, None, _PROBE_S)
         return None
 
 
 def same_output(output: str, expected: str) -> bool:
-    """Whether the lines agree, white space around them left out: as text, or else as decimal numbers all along.
+    """Whether the lines are equal, without surrounding white space, as text or as decimal numbers.
 
     The rule of LiveCodeBench.
     """
@@ -130,7 +130,7 @@ def _same_line(line: str, wanted: str) -> bool:
 
 
 def _read_call(test: CodeTest) -> object:
-    """The value that the call should return."""
+    """Parse the value that the call should return."""
     try:
         for line in filter(str.strip, test.input.split("\n")):
             json.loads(line)
@@ -140,7 +140,7 @@ def _read_call(test: CodeTest) -> object:
 
 
 def _same_value(output: str, expected: object) -> bool:
-    """Equal as JSON, so that tuples are lists; numbers are compared exactly, as LiveCodeBench does."""
+    """Compare two values as JSON, so that tuples are lists; numbers are compared exactly, as LiveCodeBench does."""
     try:
         return json.loads(output) == expected
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What happens in a contained process: the program runs, or the function that it defines is called."""
+"""Runs a program, or calls the function that it defines, in a contained process."""
 
 import atexit
 import builtins
@@ -36,13 +36,13 @@ MODULES = (
     "xml.etree.ElementTree", "zipfile", "zlib", "zoneinfo", "cProfile", "encodings.ascii", "encodings.idna",
     "encodings.latin_1", "encodings.utf_16", "encodings.utf_32", "encodings.utf_8_sig",
 )  # fmt: skip
-"""What a program can import, loaded beforehand, as no file can be read later; what needs files or processes fails."""
+"""Modules that a program can import. They are loaded in advance, because a program cannot read files."""
 
 OPTIONAL = (
     "numpy", "numpy.fft", "numpy.linalg", "numpy.ma", "numpy.polynomial", "numpy.random", "numpy.typing",
     "sortedcontainers", "typing_extensions", "sympy", "networkx", "mpmath", "more_itertools",
 )  # fmt: skip
-"""What solutions import besides, as far as it is installed."""
+"""Further modules that solutions import, where they are installed."""
 
 _STARS = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics",
           "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing")  # fmt: skip
@@ -51,7 +51,7 @@ _NAMED = ("string", "re", "datetime", "collections", "heapq", "bisect", "copy", 
 
 
 def load_modules(further: tuple[str, ...] = ()) -> None:
-    """Import all that a program may want, as far as this Python has it."""
+    """Import the modules that a program may use, where this Python has them."""
     for name in (*MODULES, *further):
         importlib.import_module(name)
     for name in OPTIONAL:
@@ -65,7 +65,7 @@ def load_modules(further: tuple[str, ...] = ()) -> None:
 
 
 def prelude() -> dict[str, object]:
-    """The names that LiveCodeBench's runner gives a program before its first line."""
+    """Return the names that LiveCodeBench's runner defines before the first line of a program."""
     names: dict[str, object] = {}
     for module in map(sys.modules.__getitem__, _STARS):
         public = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
@@ -75,10 +75,10 @@ def prelude() -> dict[str, object]:
 
 
 def run(program: str, function: str | None, arguments: str, names: dict[str, object]) -> int:
-    """Run the program, which finds its input at file descriptor 0; returns the exit status.
+    """Run the program, whose input is at file descriptor 0; returns the exit status.
 
-    With `function` it is imported instead, the function called with one argument from each line of
-    `arguments`, and the value written to RESULT. Exceptions are printed to standard error.
+    With `function` the program is imported, the function is called with one argument from each line of `arguments`, and
+    its value is written to RESULT. Exceptions are printed to standard error.
     """
     write, dumps, loads, exit_functions = os.write, json.dumps, json.loads, atexit._run_exitfuncs
     module = _prepare("solution" if function else "__main__", names)
@@ -95,7 +95,7 @@ def run(program: str, function: str | None, arguments: str, names: dict[str, obj
     except BaseException:
         traceback.print_exc()
         status = 1
-    # As at the end of any Python process: threads that are no daemons, exit functions, what is still unwritten.
+    # What Python does at the end of a process: join threads, call exit functions, flush output.
     threading._shutdown()
     exit_functions()
     for stream in (sys.stdout, sys.__stdout__, sys.__stderr__):
@@ -116,13 +116,13 @@ def _prepare(name: str, names: dict[str, object]) -> types.ModuleType:
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     module.__dict__.update(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr)
     sys.argv = [""]
-    # Nothing can be read from there any more; this way the error is that there is no such module.
+    # Files cannot be read any more; without these entries the error says that there is no such module.
     sys.path.clear()
     sys.path_importer_cache.clear()
     atexit._clear()
     random.seed(0)
     allow_deep_recursion()
-    # Contest solutions raise the stack's limit first of all, which has been done; the filter refuses it.
+    # Contest solutions first raise the stack's limit, which is already raised and which the filter refuses.
     resource.setrlimit = lambda limited, limits: None
     return module
 
@@ -139,7 +139,7 @@ def _find(module: types.ModuleType, function: str) -> typing.Callable:
 
 
 def _plain(value: object) -> object:
-    """A number of numpy as one of Python; anything else has no form in JSON."""
+    """Convert a number of numpy to one of Python; JSON has no form for anything else."""
     if type(value).__module__ == "numpy" and hasattr(value, "item"):
         return value.item()
     raise TypeError(f"the value is a {type(value).__name__}, which JSON does not have")

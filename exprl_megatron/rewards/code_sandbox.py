@@ -1,4 +1,4 @@
-"""Running untrusted programs in a sandbox: the client side."""
+"""The client side of the sandbox that runs untrusted programs."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ from exprl_megatron.rewards.worker_process import WorkerProcess
 
 START_DEADLINE_S = 120.0
 _GRACE_S = 20.0
-"""Beyond a program's own time the worker may need so long to answer."""
+"""Seconds that the worker may need to answer in addition to the program's own time."""
 _BOOT = """
 import sys
 sys.path.extend(sys.argv[3:])
@@ -32,9 +32,9 @@ def deepest(depth):
 print(deepest(0))
 """
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-"""The worker's environment; programs have none. The seed makes verdicts repeatable; threads must not be forked."""
+"""The worker's environment; programs have none. The seed makes verdicts repeatable; a forked process has no threads."""
 _INTERPRETER_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME")
-"""What a Python outside the system's directories may need to start, as `module load python` sets it."""
+"""Variables that a Python outside the system's directories may need to start, such as `module load python` sets."""
 
 
 class NoSandbox(Exception):
@@ -42,7 +42,7 @@ class NoSandbox(Exception):
 
 
 class SandboxFailed(Exception):
-    """A program was not run, or not to its end, by no fault of its own; the message says why."""
+    """A program was not run to its end for a reason that is not its own; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ProgramOutcome:
     """The result of one run of a program."""
 
     ending: Literal["finished", "failed", "time", "output"]
-    """`failed`: it ended with an exception, an exit status or a signal; `time` and `output`: it overran them."""
+    """`failed`: it ended with an exception, an exit status or a signal; `time`, `output`: it exceeded that limit."""
     output: str
     """Standard output; of a call the returned value as JSON."""
     error: str
@@ -67,10 +67,10 @@ class Availability:
 
 
 class CodeSandbox:
-    """One worker process, in which one program runs at a time; it is started by the first.
+    """A worker process that runs one program at a time; the first program starts it.
 
-    `modules` can be imported by programs besides those of `code_program.MODULES`. Without `optional_layers` only those
-    are used that need no privilege and no recent kernel. Not to be used by two threads at once.
+    Programs can import `modules` in addition to `code_program.MODULES`. Without `optional_layers` only the layers are
+    used that need no privilege and no recent kernel. Only one thread at a time may use it.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS, modules: tuple[str, ...] = (), optional_layers: bool = True):
@@ -80,7 +80,7 @@ class CodeSandbox:
         self._worker: WorkerProcess | None = None
 
     def layers(self) -> list[str]:
-        """The names of the layers that contain programs here; NoSandbox, SandboxFailed where there are none."""
+        """Return the names of the layers that contain programs here. Raises NoSandbox, SandboxFailed."""
         if self._worker is None or not self._worker.alive:
             self.close()
             self._worker = self._start()
@@ -95,7 +95,7 @@ class CodeSandbox:
     def run(self, program: str, text: str, function: str | None, wall_s: float) -> ProgramOutcome:
         """Run `program` on the input `text`, or call its `function` with one argument from each line of `text`.
 
-        Past `wall_s` seconds it is killed. NoSandbox, SandboxFailed.
+        It is killed after `wall_s` seconds. Raises NoSandbox, SandboxFailed.
         """
         self.layers()
         request = {"program": program, "function": function, "input": text, "wall_s": wall_s}
@@ -109,7 +109,7 @@ class CodeSandbox:
         return ProgramOutcome(**reply)
 
     def close(self) -> None:
-        """End the worker, and with it a running program."""
+        """End the worker and a running program."""
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
@@ -127,7 +127,7 @@ class CodeSandbox:
 
 
 def recursion_depth() -> int:
-    """How many calls deep a program can recurse through `functools.cache`, up to 10,000; NoSandbox, SandboxFailed."""
+    """Measure how deep a program can recurse through `functools.cache`, up to 10,000; raises what `run` raises."""
     sandbox = CodeSandbox()
     try:
         return int(sandbox.run(_DEPTH, "", None, START_DEADLINE_S).output)

@@ -12,9 +12,9 @@ from exprl_megatron.rewards.code_zygote import Zygote
 from exprl_megatron.rewards.containment import Limits
 
 CONTAINED = b"contained"
-"""What a forked process says, before anything of the program has run, when every layer is in place."""
+"""The message of a forked process when every layer is active, before any part of the program runs."""
 THREADS = b"threads"
-"""What goes with the file descriptor at which new threads wait."""
+"""The message that carries the file descriptor at which new threads wait."""
 
 _REQUESTS = 0
 _PIECE = 2**16
@@ -40,7 +40,7 @@ class Watch:
         self._overran: str | None = None
 
     def reply(self, of_call: bool) -> dict:
-        """What became of the program; its process is gone afterwards."""
+        """Return the outcome of the program, whose process has ended afterwards."""
         try:
             followed = {*self._read, self._control.fileno()}
             while self._overran is None and self._open & followed:
@@ -64,7 +64,7 @@ class Watch:
         return {"ending": ending, "output": value.decode(errors="replace"), "error": error}
 
     def _attend(self) -> None:
-        """Wait for the next thing to happen, and see to it."""
+        """Wait for the next event and handle it."""
         left = self._end - time.monotonic()
         if left <= 0:
             self._overran = "time"
@@ -74,7 +74,7 @@ class Watch:
             poll.register(fd, select.POLLIN)
         for fd, event in poll.poll(1000 * left):
             if fd == _REQUESTS:
-                # Nothing is asked meanwhile, so this is the end of the process that asks.
+                # No request comes while a program runs, so that this is the end of the client's process.
                 os.kill(self._pid, signal.SIGKILL)
                 os._exit(0)
             elif fd == self._control.fileno():
@@ -98,7 +98,7 @@ class Watch:
         if not event & select.POLLIN:
             self._open.discard(self._listener)
             return
-        # The thread that waits may be gone by now, together with its process.
+        # The waiting thread may have ended with its process.
         with contextlib.suppress(OSError):
             seccomp.answer_thread(self._listener, allow=self._threads < self._limits.threads)
         self._threads += 1
@@ -115,7 +115,7 @@ class Watch:
             del self._read[fd][:-_ERROR_BYTES]
 
     def _wait(self) -> tuple[int, float]:
-        """Status and CPU seconds of the ended process; one that closed its pipes and goes on has until the deadline."""
+        """Return status and CPU seconds of the process, which may run until the deadline after it closed its pipes."""
         if self._overran is None and not self._zygote.ended(self._end - time.monotonic()):
             self._overran = "time"
         if self._overran is not None:

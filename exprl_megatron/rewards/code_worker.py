@@ -1,11 +1,11 @@
-"""The process that has contained programs run and follows them: JSON lines in, JSON lines out.
+"""A process that runs contained programs and supervises them; it reads and writes JSON lines.
 
-It has read every module beforehand, so that a program starts in milliseconds and never opens a file. It knows
-programs and inputs; what output is right it never learns. Programs are forked from its zygote, which knows
-nothing. Its first line is {"layers": names of the layers}, or
-{"refused": why} where it cannot contain programs here. A request is {"program", "input", "function", "wall_s",
-"limits"}; the reply is {"ending": "finished" | "failed" | "time" | "output", "output", "error"}, or {"failure": text}
-where no fault of the program kept it from running. The process ends when its input does.
+It has loaded every module in advance, so that a program starts in milliseconds and never opens a file. It gets programs
+and inputs, and never the expected outputs. Programs are forked from its zygote, which gets none of these.
+Its first line is {"layers": names of the layers}, or {"refused": why} where it cannot contain programs on this machine.
+A request is {"program", "input", "function", "wall_s", "limits"}; the reply is {"ending": "finished" | "failed" |
+"time" | "output", "output", "error"}, or {"failure": text} where the program could not run for a reason that is not its
+own. The process exits at the end of its input.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Sandbox:
         self.layers: list[str] = []
 
     def close_in(self) -> str | None:
-        """Give up what the worker itself does not need, and try a program; returns why none can be contained."""
+        """Drop the rights that the worker does not need and try a program; returns why none can be contained."""
         if not seccomp.supported():
             return f"there is no seccomp filter for {sys.platform} on {os.uname().machine}"
         containment.limit_worker()
@@ -76,7 +76,7 @@ class Sandbox:
         return None
 
     def run(self, program: str, function: str | None, text: str, wall_s: float, limits: Limits) -> dict:
-        """The reply to one request. OSError where a process or a pipe could not be had; ZygoteDied."""
+        """Return the reply to one request. Raises OSError where a process or a pipe cannot be made, and ZygoteDied."""
         end_of_time = time.monotonic() + wall_s
         task = json.dumps({"program": program, "function": function, "input": text, "limits": asdict(limits)})
         with contextlib.ExitStack() as opened:
@@ -92,7 +92,7 @@ class Sandbox:
             return watch.reply(of_call=function is not None)
 
     def _begin(self, fds: list[int]) -> int:
-        """Run, in a process that was forked for it, the task behind the last of `fds`; returns the exit status."""
+        """Run the task in the file of the last of `fds`, in a process forked for it; returns the exit status."""
         zygote = os.getppid()
         _arrange(*fds)
         with open(_TASK, "rb") as task_file:
@@ -101,7 +101,7 @@ class Sandbox:
         return code_program.run(task["program"], task["function"], task["input"], self._names)
 
     def _contain(self, zygote: int, limits: Limits) -> None:
-        """Close this forked process in, tell the worker so over the control socket, and close that too."""
+        """Contain this forked process, report that over the control socket, and close the socket."""
         try:
             containment.begin_program(zygote, limits)
             if self._landlock:
@@ -128,7 +128,7 @@ def _arrange(*fds: int) -> None:
 
 
 def _memory_file(content: bytes) -> io.FileIO:
-    """An open file without a name, to be read from its beginning."""
+    """Return an open file without a name, positioned at its start."""
     fd = os.memfd_create("input")
     _write(fd, content)
     os.lseek(fd, 0, os.SEEK_SET)
@@ -160,7 +160,7 @@ def serve(optional_layers: bool, modules: tuple[str, ...]) -> None:
             except (OSError, UnicodeEncodeError) as error:
                 reply = {"failure": f"{type(error).__name__}: {error}"}
             except ZygoteDied as error:
-                # No reply: this worker has to be replaced, which its end says.
+                # No reply: the end of this worker makes the client replace it.
                 sys.exit(f"code sandbox: {error}")
             _say(reply)
 

@@ -1,8 +1,8 @@
 """The zygote: the process that every program is forked from. It never sees a request or an output.
 
-A forked process can read all memory of the one that it was forked from, also what is freed there. The worker keeps
-what earlier programs printed; the zygote is forked from it before the first request and only passes file descriptors
-on, so every program begins with the same memory.
+A forked process can read all memory of its parent, including freed memory. The worker's memory has the output of
+earlier programs; the zygote is forked from it before the first request and only passes file descriptors on, so that
+every program starts with the same memory.
 """
 
 import os
@@ -22,7 +22,7 @@ _START, _ENDED, _REAP = b"s", b"e", b"r"
 
 
 class ZygoteDied(Exception):
-    """The zygote is gone; the worker is of no use without it."""
+    """The zygote has ended, without which the worker cannot run programs."""
 
 
 class Zygote:
@@ -43,7 +43,7 @@ class Zygote:
         theirs.close()
 
     def start(self, fds: list[int]) -> int:
-        """Fork a process that gets `fds`; returns its identifier. OSError where none can be forked; ZygoteDied."""
+        """Fork a process that gets `fds`; returns its identifier. Raises OSError where that fails, and ZygoteDied."""
         try:
             socket.send_fds(self._channel, [_START], fds)
         except BrokenPipeError as error:
@@ -58,7 +58,7 @@ class Zygote:
         return bool(select.select([self._channel], [], [], max(0.0, within_s))[0])
 
     def reap(self) -> tuple[int, float]:
-        """Wait for the end of the started process; returns its wait status and CPU seconds. ZygoteDied."""
+        """Wait for the end of the started process; returns its wait status and CPU seconds. Raises ZygoteDied."""
         self._receive()
         self._channel.send(_REAP)
         return _END.unpack(self._receive())
@@ -73,7 +73,7 @@ class Zygote:
 def _serve(worker: int, channel: socket.socket, begin: Callable[[list[int]], int]) -> None:
     """Fork one process after another, until the worker ends."""
     die_with_parent(worker)
-    for fd in (0, 1):  # requests and replies are the worker's
+    for fd in (0, 1):  # these are for the worker's requests and replies
         os.close(fd)
     while True:
         message, fds, _, _ = socket.recv_fds(channel, len(_START), _MOST_FDS)

@@ -1,26 +1,26 @@
-"""What keeps a program in: layers, of which the first must be had and the others are taken where the kernel gives them.
+"""The layers that contain a program: required ones, and optional ones that are used where the kernel supports them.
 
-Needed, and had by any process on Linux (x86-64, ARM64):
+Required, and available to any process on Linux (x86-64, ARM64):
 
 * seccomp filter: files, network, processes, programs, signals, other processes' limits and memory;
 * resource limits: memory, CPU time, number of open files, size of files, core dumps;
-* wall clock and output limit, kept by the worker: sleeping, endless output;
+* wall clock and output limit, enforced by the worker: sleeping, endless output;
 * no capabilities and no new privileges: what root could still do.
 
 Optional:
 
-* thread limit, kept by the worker (Linux 5.5): number of threads; without it there are no threads at all;
+* thread limit, enforced by the worker (Linux 5.5): number of threads; without it there are no threads at all;
 * Landlock (Linux 5.13, switched on): files; TCP (6.7); signals and abstract sockets (6.12);
 * user, network and IPC namespace (where permitted): network, System V IPC, and what is left of root's rights;
 * empty root directory (with the namespace, or as root): names and sizes of files, which the filter leaves visible
   to raw system calls.
 
 Landlock is called directly. The package `landlock` on PyPI (MIT) is a development release (1.0.0.dev5 of May 2025)
-that knows the rights on files alone: neither TCP (6.7) nor signals and abstract sockets (6.12), which are denied here.
-To deny everything takes two system calls and no rule, so there is no path of a Python or its libraries to allow either:
-modules are loaded before.
+that supports only the rights on files, and neither TCP (6.7) nor signals and abstract sockets (6.12), which are denied
+here. To deny everything takes two system calls and no rule; no path of Python or its libraries has to be allowed,
+because modules are loaded in advance.
 
-A process identifier namespace would add nothing: there is never a second process, and no call that sends a signal.
+A process identifier namespace would add nothing: a program can neither start a process nor send a signal.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from exprl_megatron.rewards import recursion, seccomp
 
 OPEN_FILES = 64
-"""Of the worker; a program gets half of them."""
+"""Largest number of open files of the worker; a program may have half as many."""
 
 _NEWUSER, _NEWNET, _NEWIPC = 0x10000000, 0x40000000, 0x08000000
 _PR_SET_PDEATHSIG = 1
@@ -49,7 +49,7 @@ class Limits:
     """What a program may use in one test."""
 
     cpu_s: int = 6
-    """Seconds of CPU time, of all threads together."""
+    """Seconds of CPU time of all threads together."""
     wall_s: float = 12.0
     """Seconds of wall-clock time; more than `cpu_s`, as a busy machine delays a program that computes."""
     memory_bytes: int = 2 * 2**30
@@ -57,24 +57,24 @@ class Limits:
     output_bytes: int = 16 * 2**20
     """Standard output, standard error and result together."""
     threads: int = 64
-    """That it starts in all."""
+    """Number of threads that it may start in total."""
 
 
 DEFAULT_LIMITS = Limits()
 
 
 def limit_worker() -> None:
-    """Bound this process's open files, and have it and its programs go first where memory runs out."""
+    """Limit this process's open files, and make the kernel kill it and its programs first where memory runs out."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")
 
 
 def leave_the_machine() -> list[str]:
-    """Give up network and files of this process, and so of all programs that it will start.
+    """Drop the access of this process, and of all programs that it starts, to network and files.
 
-    Returns the names of the layers that the kernel gave. The process must have a single thread and must have
-    loaded all that it needs.
+    Returns the names of the layers that the kernel granted. The process must have a single thread and must have loaded
+    every module that it needs.
     """
     layers = []
     libc = ctypes.CDLL(None, use_errno=True)
@@ -89,9 +89,10 @@ def leave_the_machine() -> list[str]:
 
 
 def begin_program(parent: int, limits: Limits) -> None:
-    """The first part of containment, in a process of its own: limits, no capabilities, an end with its parent.
+    """Do the first part of containment in a program's process: limits, no capabilities, and an end with its parent.
 
-    OSError where any of it is refused.
+    Raises:
+        OSError: the kernel refuses any of it.
     """
     os.setsid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -113,12 +114,12 @@ def begin_program(parent: int, limits: Limits) -> None:
 
 
 def landlock_version() -> int:
-    """What this kernel's Landlock knows; 0 where there is none."""
+    """Return the version of this kernel's Landlock; 0 where there is none."""
     return max(0, ctypes.CDLL(None, use_errno=True).syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION))
 
 
 def deny_with_landlock() -> None:
-    """Deny this process all that the kernel's Landlock knows. OSError where refused.
+    """Deny this process everything that the kernel's Landlock can deny. Raises OSError where that is refused.
 
     Open files stay usable. Needs `seccomp.forbid_privileges` to have been called.
     """
@@ -135,7 +136,7 @@ def deny_with_landlock() -> None:
 
 
 def _enter_empty_directory() -> bool:
-    """Change to a directory that is empty and, being removed at once, stays so; False where none can be made."""
+    """Change to an empty directory that is then removed, so that it stays empty; False where none can be made."""
     try:
         path = tempfile.mkdtemp()
         os.chdir(path)

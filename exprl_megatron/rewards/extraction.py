@@ -1,4 +1,4 @@
-"""Finding the final answer, or the final program, in a trace's text."""
+"""Extracts the final answer, or the final program, from the text of a trace."""
 
 import re
 import textwrap
@@ -8,13 +8,13 @@ from html import unescape
 from exprl_megatron.utils.thinking import mask_thinking
 
 LONGEST_ANSWER = 1000
-"""Characters; anything longer is no answer."""
+"""Largest length of an answer, in characters."""
 _LONGEST_BETWEEN = 80
-"""Characters between boxes that are one answer."""
+"""Largest number of characters between two boxes that are one answer."""
 
 _Box = tuple[int, int, str | None]
 """Start, end and content; None where it is not closed."""
-# A fence may be behind list and quotation marks, or behind prose where it names its language.
+# List and quotation marks may precede a fence, and prose may precede one that names its language.
 _FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 _MARKERS = re.compile(r"(?:[ \t]*(?:>|[-*+]|\d{1,9}[.)])(?=[ \t]|$|`|~))*[ \t]*")
 _QUOTED = re.compile(r"(?:[ \t]{0,3}>[ \t]?)+")
@@ -35,7 +35,7 @@ _ANSWER_IS = re.compile(
 _NOT = re.compile(r"\W*(?:not|n't|never|no longer|unclear|unknown|wrong|incorrect)\b", re.I)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _ANS = re.compile(r"\bans\s+(\S+)")
-# What is between boxes that are one answer: nothing but a few words of a unit or a part, a separator, and a name.
+# Between boxes that are one answer there may be a few words of a unit or a part, a separator, and a name.
 _LATEX_SPACE = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\q?quad\b|\\[,;:! ()\[\]]|[$~]|\\\\|&")
 _UNIT = r"(?:(?!no\b|not\b|so\b|wait\b|then\b|thus\b|hence\b|is\b|or\b|and\b)[\w()/%-]+\s+)"
 _SEPARATOR = r"(?:(?:[,;]|and|or|or else)\s*)"
@@ -47,9 +47,11 @@ _NAME_BEFORE = re.compile(r"(?P<name>\\?[A-Za-z](?:_\{?\w+\}?)?\s*=)\s*[$\\(\[]*
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The final answer that `text` states outside of its thinking: what its last boxes hold (those that stand together
-    are one answer, `1, 2`); without one the rest of the line after the last `####`, then what follows the last "answer
-    is", then the word after the last `ans`. None where there is nothing, an unclosed or an overlong answer.
+    r"""Return the final answer that `text` states outside of its thinking blocks.
+
+    It is the content of the last boxes (boxes that are together are one answer, `1, 2`); without a box the rest of the
+    line after the last `####`, then the text after the last "answer is", then the word after the last `ans`. None where
+    there is no answer, or where it is overlong or its box is not closed.
     """
     text = mask_thinking(text)
     boxes = last_boxes(text)
@@ -65,7 +67,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def last_boxes(text: str) -> list[str | None] | None:
-    r"""What the last boxes that stand together hold, each with the name before it where they have names (`x = `).
+    r"""Return the contents of the last boxes that are together, each with its name where all have names (`x = `).
 
     [None] where the last box is not closed. Empty boxes do not count; None where there is no other.
     """
@@ -81,7 +83,7 @@ def last_boxes(text: str) -> list[str | None] | None:
 
 
 def _together(text: str, spans: list[_Box]) -> list[tuple[_Box, str]]:
-    """The last of the boxes `spans` that stand together, each with the name before it (`x =`)."""
+    """Return the last of the boxes `spans` that are together, each with the name before it (`x =`)."""
     group = [spans[-1]]
     names: list[str] = []
     for before, after in zip(reversed(spans[:-1]), reversed(spans[1:]), strict=True):
@@ -97,9 +99,9 @@ def _together(text: str, spans: list[_Box]) -> list[tuple[_Box, str]]:
 
 
 def last_box_group(text: str, counts: Callable[[str], bool]) -> tuple[int, str] | None:
-    """Where the last boxes that stand together begin of which one `counts`, and what they hold; None without any.
+    """Return start and content of the last boxes that are together and of which one `counts`; None without any.
 
-    An unclosed last box holds nothing that could count.
+    A box that is not closed does not count.
     """
     spans = [box for box in _boxes(text) if box[2] is not None]
     while spans:
@@ -112,7 +114,7 @@ def last_box_group(text: str, counts: Callable[[str], bool]) -> tuple[int, str] 
 
 
 def _boxes(text: str) -> list[_Box]:
-    """Start, end and content (None where it is not closed) of the outermost boxes that are not empty."""
+    """Return start, end and content (None where it is not closed) of the outermost boxes that are not empty."""
     closing = _closing_braces(text)
     found: list[_Box] = []
     place = 0
@@ -132,7 +134,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """Where each brace that is closed is closed; `\\{` and `\\}` are no braces."""
+    """Return the place of the closing brace of each closed brace; `\\{` and `\\}` do not count."""
     found, opened = {}, []
     for brace in _BRACE.finditer(text):
         if brace[0] == "{":
@@ -143,7 +145,7 @@ def _closing_braces(text: str) -> dict[int, int]:
 
 
 def _stated(text: str) -> str | None:
-    """The answer of a text without a box."""
+    """Return the answer of a text without a box."""
     if found := _HASHES.findall(text):
         return found[-1]
     for match in reversed(list(_ANSWER_IS.finditer(text))):
@@ -154,9 +156,9 @@ def _stated(text: str) -> str | None:
 
 
 def extract_boxed_tail(text: str) -> str | None:
-    r"""The text from the last `\boxed{` to its end, as stage 2 of the released code hands it to math-verify.
+    r"""Return the text from the last `\boxed{` to its end, which stage 2 of the released code passes to math-verify.
 
-    None without a box, where the box is empty, or where what follows it is overlong too.
+    None where there is no box, where the box is empty, or where this text is overlong.
     """
     start = text.rfind(r"\boxed{")
     tail = text[start:]
@@ -166,11 +168,11 @@ def extract_boxed_tail(text: str) -> str | None:
 
 
 def extract_program(text: str) -> str | None:
-    """The last fenced block marked as Python outside of thinking; without any such the last block without a mark.
+    """Return the last fenced block marked as Python outside of thinking blocks, or else the last one without a mark.
 
-    Fences are those of Markdown, of backticks or tildes, indented, in lists and in quotations; a fence that opens a
-    block of a named language within another block starts a new one, as models forget to close the first. Without
-    fences a block of HTML counts. None where there is no block, or where the last one is never closed.
+    Fences are those of Markdown: backticks or tildes, also indented, in lists and in quotations. A fence that opens a
+    block of a named language within another block starts a new block, because models forget to close the first.
+    Without fences an HTML block counts. None where there is no block, or where the last one is not closed.
     """
     text = mask_thinking(text).replace("\r\n", "\n")
     blocks: dict[str, str | None] = {}
@@ -193,7 +195,7 @@ def extract_program(text: str) -> str | None:
 
 
 def _html_block(text: str) -> dict[str, str]:
-    """The last `<pre><code>` block, by its language."""
+    """Return the last `<pre><code>` block by its language."""
     end = text.rfind("</code>")
     start = text.rfind("<code", 0, end) if text.find("</pre>", end) >= 0 else -1
     tag = _HTML_CODE.match(text, start) if start >= 0 else None
@@ -213,11 +215,11 @@ class _Opened:
         self._indent = len(before.expandtabs(4)) if _MARKERS.fullmatch(before) else 0
 
     def could_hold(self, fence: str) -> bool:
-        """Whether a fence like this one within the block would be a new block and no text of this one."""
+        """Whether such a fence within the block would start a new block instead of being text of this one."""
         return fence[0] == self._fence[0] and len(fence) >= len(self._fence)
 
     def closed_by(self, line: str) -> bool:
-        """Whether `line` ends the block: a fence alone, or behind the last line of the program."""
+        """Whether `line` ends the block: a fence alone, or one after the last line of the program."""
         bare = _unquoted(line).strip() if self._quoted else line.strip()
         if bare and set(bare) == {self._fence[0]} and len(bare) >= len(self._fence):
             return True
@@ -228,27 +230,27 @@ class _Opened:
 
     @property
     def program(self) -> str:
-        """The lines without the quotation marks and the indentation of their fence."""
+        """The lines of the block without the quotation marks and the indentation of its fence."""
         lines = [_unquoted(line) if self._quoted else line for line in self.lines]
         first = next((line for line in lines if line.strip()), "").expandtabs(4)
-        # A program that is less indented than its fence starts at the left margin of its own.
+        # A program that is less indented than its fence has its own left margin.
         indent = min(self._indent, len(first) - len(first.lstrip(" ")))
         program = "\n".join(_less_indented(line, indent) for line in lines)
-        # A program that begins indented is none; as a part of the text's layout it is one.
+        # A program cannot start indented: the indentation belongs to the layout of the text.
         return textwrap.dedent(program) if first.startswith(" ") else program
 
 
 def _opens(fence: re.Match, opened: _Opened | None) -> bool:
-    """Whether a line with a fence in it opens a block, be it within another one that was never closed."""
+    """Whether a line with a fence opens a block, possibly within another block that was not closed."""
     info, before = fence["info"].strip(), fence["before"]
     if opened is not None:
-        # Within a block only the mark of a language tells an opening fence from text.
+        # Within a block only the name of a language distinguishes an opening fence from text.
         return bool(info) and _MARKERS.fullmatch(before) is not None and opened.could_hold(fence["fence"])
     return _MARKERS.fullmatch(before) is not None or (bool(info) and _PYTHON.fullmatch(info) is not None)
 
 
 def _language(info: str) -> str:
-    """`python` for every name of it, else the first word of the fence's information in lower case."""
+    """Return `python` for every name of Python, else the first word of the fence's information in lower case."""
     name = _LANGUAGE.match(re.sub(r"^\{?\s*\.?(?:language-|lang-)?", "", info.strip()))[0].lower()
     return "python" if _PYTHON.fullmatch(name) else name
 

@@ -16,16 +16,16 @@ DEADLINE_S = 5.0
 CODE_DEADLINE_S = 1.0
 
 MathVariant = Literal["recommended", "prime", "code"]
-"""`code` is the released code's stage-2 reward: only a `\\boxed` counts, with all that follows it handed to
-math-verify, and every failure (unreadable, empty, overlong, later than a second) is 0 instead of an abstention.
-`prime` is that of its first stage (prime_answer.py), where every failure is 0 too."""
+"""`code` is the released code's stage-2 reward: only a `\\boxed` counts, math-verify reads all from it on, and every
+failure (unreadable, empty, overlong, later than a second) scores 0 instead of an abstention.
+`prime` is the reward of its first stage (prime_answer.py), in which every failure scores 0 too."""
 EXTRACTION = {"recommended": extract_answer, "prime": extract_prime_answer, "code": extract_boxed_tail}
 
 
 class MathVerifier:
-    """Compares answers in `workers` warm processes; a process that hangs is killed and replaced.
+    """Compares answers in `workers` processes that are kept running; a process that hangs is killed and replaced.
 
-    Works from any event loop; `close` ends the processes, and so does the end of this process.
+    Works from any event loop. The processes end with `close` or with this process.
     """
 
     def __init__(self, workers: int = 1, variant: MathVariant = "recommended"):
@@ -36,11 +36,14 @@ class MathVerifier:
             self._idle.put(_start())
 
     async def verify(self, answer: str, trace_text: str, deadline_s: float = DEADLINE_S) -> Judgement:
-        """1.0 where the trace's final answer equals `answer`, else 0.0; the evidence is the answer found.
+        """Score 1.0 where the trace's final answer equals `answer`, else 0.0; the evidence is the answer found.
 
-        A trace without an answer gets 0; one that the length limit cut off after a right answer gets 1. An answer on
-        which math-verify fails, hangs or dies is wrong, provided that `answer` alone can be read within `deadline_s`;
-        else abstains with `verifier-timeout` or `verifier-error`. Raises RuntimeError where no process can be started.
+        A trace without an answer scores 0; one that the length limit cut off after a right answer scores 1. Where
+        math-verify fails, hangs or crashes on the answer, the trace scores 0 if `answer` alone can be read within
+        `deadline_s`; otherwise the verifier abstains with `verifier-timeout` or `verifier-error`.
+
+        Raises:
+            RuntimeError: no process can be started.
         """
         released = self._variant != "recommended"
         found = EXTRACTION[self._variant](trace_text)
@@ -56,7 +59,7 @@ class MathVerifier:
         return Scored(0.0, evidence) if released else Abstained(reply["reason"], evidence)
 
     def close(self) -> None:
-        """End the processes; running comparisons are finished first."""
+        """End the processes after the running comparisons."""
         self._threads.shutdown()
         while not self._idle.empty():
             self._idle.get().kill()
@@ -68,12 +71,12 @@ class MathVerifier:
         self.close()
 
     def _settled(self, request: dict) -> dict:
-        """The reply to `request`, or, where there is none in time, whose fault that is."""
+        """Return the reply to `request`; where none comes in time, find out whether the trace's answer is the cause."""
         reply = self._compare(request)
         if "equal" in reply or request["variant"] != "recommended" or not reply.pop("lost", False):
             return reply
         if reply["reason"] == "verifier-error":
-            # The process died: by this answer, if it does so again.
+            # The process died. If it dies again, this answer is the cause.
             again = self._compare(request)
             if not again.pop("lost", False):
                 return again
@@ -98,5 +101,5 @@ class MathVerifier:
 
 
 def _start() -> WorkerProcess:
-    """A process that warms up while nobody waits for it."""
+    """Start a process, which loads math-verify in the background."""
     return WorkerProcess([sys.executable, "-m", "exprl_megatron.rewards.math_worker"])

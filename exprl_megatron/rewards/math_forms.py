@@ -1,4 +1,4 @@
-r"""Forms of answers that math-verify reads too loosely or not at all, decided here before it is asked.
+r"""Compares answers in forms that math-verify reads too loosely or not at all, before math-verify is called.
 
 `1 000`, `1e-5`, `**5**` and `5.` become what it reads. Plain numbers are compared relatively (it rounds to six
 decimals, so that 1e-7 and 2e-7 are the same to it); clock times, numbers of different bases, ordered pairs and sets,
@@ -14,7 +14,7 @@ from fractions import Fraction
 Compare = Callable[[str, str], bool]
 
 RELATIVE = 2e-5
-"""Decimals differ by at most so much, relatively; and by 5e-7 in absolute terms, as math-verify has it."""
+"""Largest relative difference of equal decimals; the largest absolute one is 5e-7, as in math-verify."""
 _ABSOLUTE = 5e-7
 _LONGEST_EXPONENT = 60
 
@@ -120,12 +120,12 @@ def _unwrapped(text: str) -> str:
 
 
 def _without_text(text: str) -> str:
-    """Words out of `\\text{...}`, so that an `or` in them is seen."""
+    """Move words out of `\\text{...}`, so that an `or` in them is recognized."""
     return re.sub(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}", r" \1 ", text)
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket at `start` is closed; -1 where it is not."""
+    """Return where the bracket at `start` is closed; -1 where it is not."""
     depth = 0
     for place in range(start, len(text)):
         if text[place] in "([{":
@@ -174,7 +174,7 @@ def _on_24_hours(time: tuple[int, int, int], half: str) -> tuple[int, int, int]:
 
 
 def _same_base(gold: str, answer: str) -> bool | None:
-    """Digits and base agree; the answer may leave out the base, which the question names."""
+    """Whether digits and base are equal; the answer may omit the base, which the question names."""
     wanted, given = _based(gold), _based(answer)
     if wanted is None and given is None:
         return None
@@ -187,7 +187,7 @@ def _same_base(gold: str, answer: str) -> bool | None:
 
 
 def _based(text: str) -> tuple[str, int] | None:
-    """Digits and base of a numeral such as 204_5."""
+    """Return digits and base of a numeral such as 204_5."""
     match = _BASED.fullmatch(re.sub(r"\s+", " ", _without_text(text)).strip())
     base = match and (match["below"] or match["words"])
     if not base:
@@ -204,7 +204,7 @@ def _same_number(gold: str, answer: str) -> bool | None:
 
 
 def same_value(first: Fraction, second: Fraction, exactly: bool = False) -> bool:
-    """Equal, or, of rounded decimals, so near that they are the same number."""
+    """Whether two numbers are equal, or equal when rounded as their decimals are."""
     if first == second or exactly:
         return first == second
     difference = abs(first - second)
@@ -212,7 +212,7 @@ def same_value(first: Fraction, second: Fraction, exactly: bool = False) -> bool
 
 
 def _number(text: str) -> Fraction | None:
-    """The value of a plain number, a fraction of integers, or a number times a power of ten."""
+    """Return the value of a plain number, a fraction of integers, or a number times a power of ten."""
     text = text.strip()
     try:
         if _PLAIN.fullmatch(text):
@@ -231,7 +231,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def _same_words(gold: str, answer: str) -> bool | None:
-    """Words alike but for capitals; not decided where either is more than words."""
+    """Whether words are equal without regard to case; undecided (None) where either is more than words."""
     texts = [" ".join(_without_text(text).replace("~", " ").split()).strip(" .").casefold() for text in (gold, answer)]
     same = texts[0] == texts[1] and _WORDS.fullmatch(texts[0])
     return True if same else None
@@ -246,7 +246,7 @@ def _false_chain(gold: str, answer: str) -> bool:
 
 
 def _same_list(gold: str, answer: str, by_math_verify: Compare) -> bool:
-    """Compares lists with regard to names and order, and anything else as a whole."""
+    """Compare lists with regard to names and order, and anything else as a whole."""
     wanted, given = _List(gold), _List(answer)
     gold, answer = wanted.text, given.text
     if wanted.named and given.named:
@@ -297,7 +297,7 @@ class _List:
             self.kind = "single"
 
     def _take_names(self) -> None:
-        """Values by name, where every item has its own; roots of one unknown (x_1, x_2) have no order and no name."""
+        """Keep values by name where every item has its own; roots of one unknown (x_1, x_2) are not ordered."""
         pairs = [_NAMED.fullmatch(item) for item in self.items]
         if None in pairs:
             return

@@ -1,8 +1,8 @@
-"""The process in which math-verify runs, so that it can be killed: JSON lines in, JSON lines out.
+"""A process that runs math-verify, so that it can be killed; it reads and writes JSON lines.
 
 A request is {"gold": text, "answer": text or null, "limit_s": seconds, "variant": name}; the reply is {"equal": bool},
-which without an answer says that the gold can be read, or {"reason": "verifier-error", "error": text}. The process
-prints {"ready": true} once it is warm, and ends when its input does.
+which without an answer means that the gold can be read, or {"reason": "verifier-error", "error": text}. The process
+prints {"ready": true} when it is ready, and exits at the end of its input.
 """
 
 import json
@@ -21,10 +21,10 @@ MEMORY_BYTES = 4 * 2**30
 
 def serve() -> None:
     """Answer requests from standard input until it ends."""
-    # Whatever a library prints must not get between the replies.
+    # Output of libraries must not mix with the replies.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    # An interrupt at the terminal is the trainer's to handle; we end with it.
+    # The trainer handles an interrupt at the terminal, and this process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit_memory()
     logging.disable(logging.CRITICAL)
@@ -34,12 +34,12 @@ def serve() -> None:
     replies.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
-        # The parent kills a process that hangs; this ends one whose parent was itself killed.
+        # The parent kills a process that hangs; the alarm ends one whose parent was killed.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["limit_s"])
         try:
             equal = {"recommended": _equal, "prime": _equal_as_prime, "code": _equal_as_released}[request["variant"]]
             reply = {"equal": equal(parse, verify, request["gold"], request["answer"])}
-        except Exception as error:  # whatever it is, the parent hears of it
+        except Exception as error:  # the parent gets every error
             reply = {"reason": "verifier-error", "error": f"{type(error).__name__}: {error}"[:300]}
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(reply) + "\n")
@@ -63,12 +63,12 @@ def _equal(parse, verify, gold: str, answer: str | None) -> bool:
 
     try:
         return same_answer(gold, answer, by_math_verify)
-    except Exception:  # whatever an answer makes math-verify raise, it is the answer's fault: the gold was read
+    except Exception:  # the gold was read, so that the answer caused whatever math-verify raises
         return False
 
 
 def _tiny_and_different(one: object, other: object) -> bool:
-    """Whether math-verify's rounding to six decimals has made two different small numbers equal."""
+    """Whether two small numbers are equal only because math-verify rounds to six decimals."""
     try:
         values = [Fraction(str(value.evalf(20))) for value in (one, other)]
     except (AttributeError, ValueError, TypeError):
@@ -83,7 +83,7 @@ def _equal_as_released(parse, verify, gold: str, boxed_tail: str) -> bool:
 
 
 def _equal_as_prime(parse, verify, gold: str, answer: str) -> bool:
-    """Numbers as the released first stage compares them, and what is none by math-verify."""
+    """Compare numbers as the released first stage does, and anything else by math-verify."""
 
     def by_math_verify(first: str, second: str) -> bool:
         one, other = _parsed(parse, first), _parsed(parse, second)
@@ -97,7 +97,7 @@ def _parsed(parse, text: str) -> list:
 
 
 def _limit_memory() -> None:
-    """An expression that explodes must not take the machine's memory along."""
+    """Limit the memory of this process, which an expression that explodes would exhaust."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -1,4 +1,4 @@
-"""Verification of multiple-choice answers: the letter that a trace states in a box or in a sentence."""
+"""Verification of multiple-choice answers by the letter that a trace states in a box or in a sentence."""
 
 import re
 import string
@@ -36,7 +36,7 @@ _CHOSEN = re.compile(
 )
 _HASHES = re.compile(r"(?<!#)####(?!#)[ \t]*(?P<rest>[^\n]{0,1000})")
 _MOST_STATEMENTS = 100
-"""Only so many are read, from the last; traces that got stuck hold thousands."""
+"""Largest number of statements that are read, from the last one on; traces that repeat themselves have thousands."""
 _UNDECIDED = re.compile(
     r"\b(?:not|n't|cannot|never|neither|nor|wrong|incorrect|false|eliminated?|unlikely|hardly|if|whether|unless|could|may|might)\b|n['’]t\b",
     re.IGNORECASE,
@@ -65,7 +65,7 @@ _NAMED = re.compile(r"^(?:the )?(?:option|choice|letter)\s+", re.IGNORECASE)
 _ALONE = re.compile(_LETTER + r"\s*[).:]*")
 _SEPARATED = re.compile(r"\s*(?:,|;|/|&|\+|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*" + _LETTER)
 _RUN = re.compile(r"[A-Z]{2,}(?!\w)")
-# "A" and "I" are words too: as letters they are followed by the end, a stop, or one of these.
+# "A" and "I" are words too: letters are followed by the end, a full stop, or one of these.
 _AFTER_LETTER = re.compile(
     r"\s*(?:$|[^\w\s'’]|[\s]+(?:because|since|as|for|which|is|was|by|given|due|based|from|in|on|with|at|after|when|where"
     r"|if|and|or|but|not|only|here|instead|according|via|through|under|over|per|thanks|so|then|while|although|though"
@@ -101,7 +101,7 @@ def grade_choice(answer: str, choices: Sequence[str], trace_text: str) -> Judgem
 
 
 def _last_statement(text: str, choices: Sequence[str]) -> str | None:
-    """The letter last stated, be it a choice's or not, or several as they are written."""
+    """Return the letter stated last, whether or not a choice has it, or several letters as written."""
     for places in (_sure(text, choices), _last_line(text, choices), _headings(text), _unsure(text)):
         found = None
         for place, fragment in places:
@@ -114,7 +114,7 @@ def _last_statement(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _sure(text: str, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Where the last statement of each sure kind that holds a letter begins, and what it states."""
+    """Return start and letter of the last statement of each reliable kind that has a letter."""
     for statement in reversed(list(_STATEMENT.finditer(text))[-_MOST_STATEMENTS:]):
         before = text[max(0, statement.start() - 60) : statement.start()]
         if _UNDECIDED.search(statement["middle"]) or _HYPOTHESIS.search(before) or _OF_ANOTHER_KIND.search(before):
@@ -131,7 +131,7 @@ def _sure(text: str, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def _last_line(text: str, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """The last line, where it is a letter or a choice and nothing else, behind `####` or not."""
+    """Return the last line where it is only a letter or a choice, with or without `####` before it."""
     line = text.rstrip().rpartition("\n")[2].lstrip(" #>-*_")
     if _ALONE.fullmatch(_NAMED.sub("", _plain(line))) or len(_with_text(_without_letter(line), choices)) == 1:
         yield 0, line
@@ -144,7 +144,7 @@ def _headings(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _unsure(text: str) -> Iterator[tuple[int, str]]:
-    """Sentences from which a letter can be taken where nothing else states one."""
+    """Yield sentences from which a letter is taken where no reliable statement has one."""
     for pattern in (_SUBJECT, _CHOSEN):
         for statement in list(pattern.finditer(text))[-_MOST_STATEMENTS:]:
             before = text[max(0, statement.start() - 60) : statement.start()]
@@ -181,7 +181,7 @@ def _letter(fragment: str, choices: Sequence[str]) -> str | None:
 
 
 def _followed(fragment: str, first: re.Match, letters: str, choices: Sequence[str]) -> str | None:
-    """What a fragment states that begins with a letter and goes on."""
+    """Return what a fragment states that starts with a letter and continues."""
     letter, rest = first["wrapped"] or first["bare"], fragment[first.end() :]
     end = first.end()
     while (several := _SEPARATED.match(fragment, end)) and _is_letter(several, fragment, letters):
@@ -197,7 +197,7 @@ def _followed(fragment: str, first: re.Match, letters: str, choices: Sequence[st
 
 
 def _is_letter(match: re.Match, fragment: str, letters: str) -> bool:
-    """Whether a letter is that of a choice, and no word ("a city", "I think"), name or unit."""
+    """Whether a letter names a choice and is not a word ("a city", "I think"), a name or a unit."""
     letter = match["wrapped"] or match["bare"]
     if letter.islower() and letter.upper() not in letters:
         return False
@@ -206,7 +206,7 @@ def _is_letter(match: re.Match, fragment: str, letters: str) -> bool:
 
 
 def _beginning(fragment: str, choices: Sequence[str]) -> str | None:
-    """The letter of the one choice with whose text the fragment begins, where a clause ends there."""
+    """Return the letter of the only choice with whose text the fragment starts, where a clause ends after it."""
     text = _normalised(fragment)
     lettered = zip(string.ascii_uppercase, map(_normalised, choices), strict=False)
     found = [(len(choice), letter) for letter, choice in lettered if choice and _begins(text, choice)]
@@ -228,7 +228,7 @@ def _without_letter(text: str) -> str:
 
 
 def _with_text(text: str, choices: Sequence[str]) -> list[str]:
-    """The letters of the choices that read so."""
+    """Return the letters of the choices with this text."""
     wanted = _normalised(text)
     lettered = zip(string.ascii_uppercase, choices, strict=False)
     return [letter for letter, choice in lettered if _normalised(choice) == wanted]
@@ -239,7 +239,7 @@ def _normalised(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without markup and the final stop."""
+    """Remove markup and the final full stop."""
     before = None
     while before != text:
         before, text = text, _WRAPPED.sub(r"\1", text)

@@ -1,8 +1,8 @@
 """The verifier of the released first stage (verl's `prime_math`), which rewards its sparse GRPO baseline.
 
-It takes much for an answer: what follows "answer is" anywhere, else the whole response, cut down to what follows the
-last "is" or "="; a box within that counts first. Two numbers are equal within a relative 1e-4, and a percentage equals
-its number. What is no number is compared by math-verify here, where the released code goes through sympy's two parsers.
+It accepts much as an answer: the text after "answer is" anywhere, otherwise the whole response, of which the part after
+the last "is" or "=" is taken; a box in it takes precedence. Two numbers are equal within a relative 1e-4, and a
+percentage equals its number. Anything else is compared by math-verify, where the released code uses parsers of sympy.
 """
 
 import re
@@ -20,7 +20,7 @@ _BRACKETS = ("()", "[]")
 
 
 def extract_prime_answer(text: str) -> str:
-    """What the released first stage takes for the answer of a response: the response itself where nothing marks one."""
+    """Return what the released first stage treats as the answer; the whole response where nothing marks an answer."""
     for marker in _ANSWER_FOLLOWS:
         text = _after_last(text, marker)
     for marker in _ANSWER_PRECEDES:
@@ -68,7 +68,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Without spaces, units' marks and the sizes of fractions and brackets; lower case."""
+    """Remove spaces, signs of units and the sizes of fractions and brackets; convert to lower case."""
     text = _IGNORED.sub("", _TEXT.sub(r"\1", text.strip()))
     return text.replace("tfrac", "frac").replace("dfrac", "frac").lower()
 
@@ -81,6 +81,6 @@ def _number(text: str) -> float | None:
 
 
 def _parts(text: str) -> list[str]:
-    """The elements of a tuple, an interval or a list; brackets of the same kind on both sides are not needed."""
+    """Return the elements of a tuple, an interval or a list; its two brackets may differ in kind."""
     inner = text[1:-1] if any(text[:1] == left and text[-1:] == right for left, right in _BRACKETS) else text
     return inner.split(",")

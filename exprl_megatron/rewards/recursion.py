@@ -1,4 +1,4 @@
-"""How deep programs may recurse: as deep as where contests run them, whatever this Python's own limits are.
+"""Allows programs to recurse as deep as on the machines of contests, independent of this Python's own limits.
 
 CPython 3.12 counts calls of Python from C (`functools.cache`, `sorted` with a key, `__getitem__`) against a limit of
 its own, which early releases set to 1,500, so that a cached function stops 500 deep, and which no function changes. It
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 RECURSION_LIMIT = 50_000
-"""LiveCodeBench's, for calls of Python from Python."""
+"""LiveCodeBench's limit for calls of Python from Python."""
 MAIN_STACK_BYTES = 100 * 2**20
 """Below the 128 MiB that Linux leaves free under the stack of every process."""
 _BYTES_PER_CALL = 1000
@@ -27,7 +27,7 @@ _MOST_EXPECTED = 20_000
 
 
 def enlarge_stack() -> None:
-    """Let this process's main thread have a large stack. OSError where refused."""
+    """Allow this process's main thread a large stack. Raises OSError where that is refused."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     if soft != resource.RLIM_INFINITY:
         allowed = MAIN_STACK_BYTES if hard == resource.RLIM_INFINITY else min(MAIN_STACK_BYTES, hard)
@@ -42,7 +42,7 @@ def allow_deep_recursion() -> None:
     start = threading._start_new_thread
 
     def start_deep(function: Callable, arguments: tuple, *further: Any) -> int:
-        # Asking for the size also resets it.
+        # Reading the size also resets it.
         size = threading.stack_size()
         threading.stack_size(size)
 
@@ -56,7 +56,7 @@ def allow_deep_recursion() -> None:
 
 
 def _allow_calls_from_c(stack_bytes: int) -> None:
-    """Let this thread call Python from C as often as its stack has room for; nothing where its state is unknown."""
+    """Allow this thread as many calls of Python from C as its stack has room for; does nothing for an unknown state."""
     if sys.version_info[:2] != (3, 12):
         return
     current = ctypes.pythonapi.PyThreadState_Get

@@ -1,14 +1,12 @@
-"""A seccomp filter that leaves a process its memory, its open files, its clocks, its threads, and nothing else.
+"""A seccomp filter that allows a process to use its memory, open files, clocks and threads, and nothing else.
 
-There is no way to open a file, make a socket, start a process or a program, send a signal, or change another
-process, or its own limits: those system calls fail with EPERM. The filter needs no privilege, and the kernel never
-takes it off.
+System calls that open a file, make a socket, start a process or a program, send a signal, or change another process or
+limits fail with EPERM. The filter needs no privilege and cannot be removed.
 
 The filter is written here and not by libseccomp because a cluster's image often lacks that C library, and nobody can
 install it there without root's rights. PyPI has no binding that contains it: `pyseccomp` (MIT, 0.1.2 of January 2021
 is its last release) loads the system's copy, which it looks up by running ldconfig or a compiler; libseccomp's own
-binding needs the same copy. An allow list needs one comparison for each call, so there is
-little that the library would take over.
+binding needs the same copy. An allow list needs one comparison for each call, so that the library would save little.
 """
 
 import ctypes
@@ -74,14 +72,14 @@ def supported() -> bool:
 
 
 def forbid_privileges() -> None:
-    """No exec gives this process more than it has; seccomp and Landlock ask for this. OSError where refused."""
+    """Prevent this process from gaining privileges by exec, which seccomp and Landlock require. Raises OSError."""
     _check(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
 def announce_threads() -> int | None:
     """Let the holder of the returned file descriptor decide on every new thread; None before Linux 5.5.
 
-    To be called before `forbid`, which has the last word on everything but threads.
+    Must be called before `forbid`, whose filter decides on everything else.
     """
     clone = _NUMBERS[os.uname().machine]["clone"]
     program = [_load(0), _skip_unless(clone, 1), _return(_NOTIFY), _return(_ALLOW)]
@@ -92,7 +90,7 @@ def announce_threads() -> int | None:
 
 
 def answer_thread(listener: int, allow: bool) -> None:
-    """Let the thread that waits at `listener` come into being, or have its start fail with EAGAIN."""
+    """Allow the thread that waits at `listener`, or make its start fail with EAGAIN."""
     import fcntl
 
     request = bytearray(_NOTIFICATION.size)
@@ -103,7 +101,7 @@ def answer_thread(listener: int, allow: bool) -> None:
 
 
 def forbid(threads: bool) -> None:
-    """From here on this process can compute, and read and write what is open. OSError where refused."""
+    """Restrict this process to computing and to reading and writing its open files. Raises OSError."""
     machine = os.uname().machine
     numbers = _NUMBERS[machine]
     program = [_load(4), _skip_unless(_AUDIT_ARCH[machine], 1), _skip(1), _return(_KILL), _load(0)]
@@ -150,7 +148,7 @@ def _skip(count: int) -> bytes:
 
 
 def _skip_unless(value: int, count: int) -> bytes:
-    """Leave out the next `count` instructions unless what was loaded equals `value`."""
+    """Skip the next `count` instructions unless the loaded value equals `value`."""
     return struct.pack("=HBBI", 0x15, 0, count, value)
 
 

@@ -1,4 +1,4 @@
-"""Is a trace's answer right? Each domain has its own way to find out."""
+"""Verification of a trace's final answer, by the verifier of the problem's domain."""
 
 import os
 from typing import Literal
@@ -14,16 +14,16 @@ MOST_WORKERS = 8
 
 
 def default_workers() -> int:
-    """One for each core that this process may use, at most `MOST_WORKERS`."""
+    """Return the number of cores that this process may use, at most `MOST_WORKERS`."""
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 class AnswerVerifier:
-    """Math by math-verify, multiple choice by the letter, code by running its tests, all else by nobody.
+    """Verifies math by math-verify, multiple choice by the letter, and code by running its tests.
 
-    Math and code have `workers` processes each, `auto` being `default_workers`; those of math start at once, those of
-    code with the first programs.
-    Works from any event loop; `close` ends the processes. `variant` is about math alone.
+    Math and code have `workers` processes each (`auto`: `default_workers()`). The processes of math start immediately,
+    those of code with the first programs. `variant` applies to math only. Works from any event loop; `close` ends the
+    processes.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class AnswerVerifier:
         self._code = CodeVerifier(count, code_limits)
 
     async def verify(self, problem: Problem, trace_text: str, deadline_s: float = DEADLINE_S) -> Judgement:
-        """1.0 where the trace's answer is right, else 0.0, with what was found as evidence.
+        """Score 1.0 where the trace's answer is right, else 0.0; the evidence is the answer that was found.
 
-        `deadline_s` counts from the moment when a process is free: for math it bounds the comparison, for code all
-        tests together. Abstains with `no-verifier` where the problem is open-ended or has no answer or tests; with
-        `verifier-timeout`, `verifier-error` or `no-sandbox` where the verifier, and not the trace, is at fault.
-        Raises RuntimeError where math-verify's process cannot be started.
+        `deadline_s` starts when a process is free; it limits the comparison of a mathematical answer, or all tests of
+        a program together. Abstains with `no-verifier` where the problem is open-ended or has no answer or tests, and
+        with `verifier-timeout`, `verifier-error` or `no-sandbox` where the verifier itself failed.
+
+        Raises:
+            RuntimeError: the process of math-verify cannot be started.
         """
         if problem.domain == "code" and problem.tests:
             return await self._code.verify(problem.tests, trace_text, deadline_s)
@@ -53,7 +55,7 @@ class AnswerVerifier:
         return Abstained("no-verifier", f"{problem.domain} without an answer that can be checked")
 
     def close(self) -> None:
-        """End the processes; running verifications are finished first."""
+        """End the processes after the running verifications."""
         self._math.close()
         self._code.close()
 

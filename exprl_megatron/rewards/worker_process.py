@@ -11,7 +11,7 @@ _PIECE = 2**16
 
 
 class WorkerProcess:
-    """Starts `command`; its first line of output says that it is ready, every further one answers one request."""
+    """Starts `command`, whose first line of output means that it is ready; each further line is a reply."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class WorkerProcess:
         return self._process.poll() is None
 
     def wait_until_ready(self, deadline_s: float) -> dict:
-        """The process's first line. Kills it and raises RuntimeError where none comes within `deadline_s`."""
+        """Return the first line of the process; RuntimeError, and it is killed, where none comes in time."""
         if self._greeting is None:
             try:
                 self._greeting = self._reply(time.monotonic() + deadline_s)
@@ -48,7 +48,7 @@ class WorkerProcess:
         return self._greeting
 
     def ask(self, request: dict, deadline_s: float) -> dict:
-        """The reply to `request`; TimeoutError past the deadline, EOFError where the process died."""
+        """Return the reply to `request`. Raises TimeoutError after the deadline, EOFError where the process died."""
         end = time.monotonic() + deadline_s
         pipe = self._process.stdin.fileno()
         unsent = memoryview(json.dumps(request).encode() + b"\n")

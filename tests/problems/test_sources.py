@@ -205,4 +205,4 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
 def test_an_unreachable_hub_is_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (fault,) = _faults("nobody-here/no-such-set")
-    assert "nobody-here/no-such-set is no file here and cannot be had from the Hugging Face hub" in fault
+    assert "nobody-here/no-such-set is not a file here and cannot be read from the Hugging Face hub" in fault
