@@ -17,6 +17,6 @@ def trusted_but_wrong(step: StepInfo, groups: Sequence[Group]) -> dict[str, floa
         for sample in samples
     ]
     return {
-        "judge/trusted_but_wrong": fmean(hacked),
-        "length/of_the_longest": max(len(s.trace.token_ids) for s in samples),
+        "trusted_but_wrong": fmean(hacked),
+        "longest_trace": max(len(s.trace.token_ids) for s in samples),
     }

@@ -57,6 +57,7 @@ FIELDS = {
         "finish_reason: str",
         "weight_versions: tuple[tuple[str, int, int], ...]",
         "cached_tokens: int = 0",
+        "routed_experts: ndarray | None = None",
     ],
 }
 MEMBERS = {

@@ -46,6 +46,11 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Your own",
+        "of stages that sample, where the config has `step_metrics`",
+        (Metric("own/NAME", "what a function of `step_metrics` returned under this name"),),
+    ),
+    Section(
         "Verifier",
         "of answers, beside a judge too: of a judge that is gamed the reward rises alone",
         (

@@ -11,7 +11,7 @@ from exprl_megatron.rollout.group import Group, StepInfo
 ARGUMENTS = ("step", "groups")
 OWN = "own/"
 """The names of the user's metrics begin so, and are thus no others."""
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.@-]*(/[a-z0-9][a-z0-9_.@-]*)*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.@-]*")
 
 
 StepMetrics = Callable[[StepInfo, Sequence[Group]], dict[str, float]]
@@ -62,7 +62,7 @@ def _checked(plugin: Plugin, found: object) -> dict[str, float]:
     checked = {}
     for name, value in found.items():
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-            raise plugin.failure(f"returned the name {name!r}; use lower-case letters, digits, and / between parts")
+            raise plugin.failure(f"returned the name {name!r}; use lower-case letters, digits, and _ . @ -")
         try:
             checked[OWN + name] = float(value)
         except (TypeError, ValueError):

@@ -164,7 +164,7 @@ class Run:
     def own_metrics(self, stage: RlStage, step: int, groups: list[Group]) -> dict[str, float]:
         """Compute the metrics of `step_metrics` on rank 0; a failure is reported once and stops nothing."""
         if self._step_metrics is None:
-            self._step_metrics = never_stopping(own_step_metrics(self.config.step_metrics), self._console.say)
+            self._step_metrics = never_stopping(own_step_metrics(self.config.step_metrics), self._logger.log)
         return self._step_metrics(StepInfo(stage.name, step), groups)
 
     def scattered(self, batches: Callable[[], list[Batches]]) -> list[Batches]:

@@ -79,8 +79,8 @@ def test_a_run_learns_from_rewards_of_the_users_own(trained_server, tiny_model, 
         found = metrics[step - 1]
         assert found["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
         assert found["reward/term/length"] > 0
-        assert found["own/length/of_the_longest"] == max(len(sample.trace.token_ids) for sample in samples)
-        assert 0 <= found["own/judge/trusted_but_wrong"] <= 1
+        assert found["own/longest_trace"] == max(len(sample.trace.token_ids) for sample in samples)
+        assert 0 <= found["own/trusted_but_wrong"] <= 1
         assert math.isfinite(found["grad_norm"]) and found["grad_norm"] > 0
     # Both verifiers were asked: one counts words, the other compares numbers.
     assert "words" in evidence and len(evidence) > 1
