@@ -10,7 +10,7 @@ from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.errors import UserError
 from exprl_megatron.launch.launcher import wanted_servers
 from exprl_megatron.launch.model_checks import model_violations
-from exprl_megatron.launch.preflight import check_inputs
+from exprl_megatron.launch.preflight import check_inputs, needed
 from exprl_megatron.runs.directory import RunDirectory
 
 
@@ -146,3 +146,17 @@ def test_what_cannot_be_served_on_cuda_is_refused_before_anything_starts(
     model = tiny_model("qwen3")
     found = model_violations(run(tmp_path, model, kind, precision=precision))
     assert len(found) == sentences and all("choose bf16" in sentence for sentence in found)
+
+
+def test_problems_must_have_what_is_asked_about_them_by_any_stage_or_evaluation(tmp_path):
+    kinds = {"a": ["exprl-outcome"], "b": ["self-distill"], "c": ["sparse-rl"], "d": ["exprl-process", "sparse-rl"]}
+    stages = [
+        {"kind": kind, "name": f"{source}{number}", "steps": 1, "problems": {"source": source}}
+        for source, of_source in kinds.items()
+        for number, kind in enumerate(of_source)
+    ]
+    evaluation = {"problems": {"source": "h"}, "samples": 1, "k": [1]}
+    tree = {"directory": str(tmp_path), "policy": {"model": "m"}, "judge": {"model": "j"}, "evaluation": evaluation}
+    found = {problems.source: needs for problems, needs in needed(check_config(tree | {"stages": stages}, "t")).items()}
+    judged, verified = {"reference"}, {"verification"}
+    assert found == {"a": judged, "b": judged, "c": verified, "d": judged | verified, "h": verified}

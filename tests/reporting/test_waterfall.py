@@ -111,3 +111,17 @@ def test_grading_that_is_drawn_as_waited_for_is_that_of_the_table():
     assert [(bar.waited_for, bar.ranges) for bar in grading] == [(False, [(2.0, 9.0)]), (True, [(6.0, 9.0)])]
     assert mean_phases(step_times(spans))["grading"] == 3.0
     assert {bar.name: bar.lane for bar in bars(spans)} == {"grading": 0, "sampling": 1, "train": 2}
+
+
+def test_the_last_steps_of_a_stage_are_those_that_are_averaged(tmp_path, capsys):
+    timeline = Timeline(tmp_path / "timeline.jsonl")
+    for number in (1, 2, 3):
+        at = 20.0 * number
+        times = {"sampled": (at, at + number), "graded": (at, at + number), "rollouts": at + number}
+        for span in _step(number, at, **times, train=at + 10.0, end=at + 10.0):
+            timeline.add(span)
+    timeline.close()
+    show_waterfall(tmp_path, None, 2, None, json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [step["step"] for step in told["steps"]] == [2, 3]
+    assert told["mean"]["sampling"] == pytest.approx(2.5)

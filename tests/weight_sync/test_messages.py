@@ -73,6 +73,7 @@ def test_scales_in_fp32_are_aligned_behind_matrices_of_an_odd_number_of_bytes(ti
         pytest.param("qwen3", Layout(tp=2, pp=2, dp=2, cp=2), marks=pytest.mark.slow),
         pytest.param("qwen3-moe", EXPERT_LAYOUT, marks=pytest.mark.slow),
         ("mixtral", Layout(dp=2, ep=2, pp=2)),
+        ("qwen3", Layout(cp=2, dp=2)),
         ("qwen3-moe", Layout(tp=2, dp=2, ep=2, sequence_parallel=True)),
         ("qwen3-moe", Layout(dp=4, ep=2, etp=2)),
     ],
