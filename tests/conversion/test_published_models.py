@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.meta import meta_chunks, pretend_world
 from helpers.recipe_layouts import RECIPES
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -17,7 +18,6 @@ from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.models.architecture import padded_vocabulary, read_architecture
 from exprl_megatron.models.name_map import Vocabulary, hf_shapes, is_buffer, parameters
 from exprl_megatron.models.stored_parameters import stored_parameters
-from exprl_megatron.policy.meta import meta_chunks, pretend_world
 from exprl_megatron.policy.named_weights import named_weights
 
 pytestmark = pytest.mark.slow

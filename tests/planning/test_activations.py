@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.meta import pretend_world
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.activations import activation_bytes, chunks_in_flight, layer_bytes_per_token
 from exprl_megatron.planning.targets import find_architecture
-from exprl_megatron.policy.meta import pretend_world
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.world import enter_world, leave_world
 

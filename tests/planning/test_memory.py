@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.meta import meta_chunks, pretend_world
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.planning.parameters import largest_tensor, model_parameters, rank_counts
-from exprl_megatron.policy.meta import meta_chunks, pretend_world
 
 PUBLISHED = Path(planning.__file__).parent / "architectures"
 

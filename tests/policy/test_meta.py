@@ -6,13 +6,13 @@ from random import Random
 
 import pytest
 import torch
+from helpers.meta import meta_chunks, pretend_world
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.models.architecture import Architecture, layout_violations, padded_vocabulary, read_architecture
 from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, parameters
 from exprl_megatron.planning.parameters import rank_counts
-from exprl_megatron.policy.meta import meta_chunks, pretend_world
 from exprl_megatron.policy.world import World
 
 PUBLISHED = Path(planning.__file__).parent / "architectures"

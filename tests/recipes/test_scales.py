@@ -2,6 +2,7 @@
 
 import fiddle as fdl
 import pytest
+from helpers.meta import meta_chunks, pretend_world
 
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.config.run import RunConfig
@@ -11,7 +12,6 @@ from exprl_megatron.planning.parameters import rank_counts
 from exprl_megatron.planning.plan import plan
 from exprl_megatron.planning.targets import find_architecture
 from exprl_megatron.planning.workload import workload_of
-from exprl_megatron.policy.meta import meta_chunks, pretend_world
 from recipes.catalog import MODELS
 from recipes.places import components
 from recipes.trees import as_run_config

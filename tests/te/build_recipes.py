@@ -18,6 +18,7 @@ from helpers.recipe_layouts import RECIPES
 PRECISION, FILE = sys.argv[1], Path(sys.argv[2])
 pretend_gpu((10, 0) if PRECISION == "mxfp8" else (9, 0))
 
+from helpers.meta import meta_chunks, pretend_world  # noqa: E402
 from megatron.core import fp8_utils  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
@@ -34,7 +35,6 @@ from exprl_megatron.models.architecture import (  # noqa: E402
 )
 from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, is_buffer, parameters  # noqa: E402
 from exprl_megatron.models.stored_parameters import stored_parameters  # noqa: E402
-from exprl_megatron.policy.meta import meta_chunks, pretend_world  # noqa: E402
 from exprl_megatron.policy.named_weights import named_weights  # noqa: E402
 
 Shapes = dict[tuple[int, str], tuple[int, ...]]

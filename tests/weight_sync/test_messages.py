@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.meta import meta_chunks, pretend_world
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
@@ -14,7 +15,6 @@ from exprl_megatron.models.shards import ITEMSIZE, copies, holders, shard_shape
 from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.sync_broadcast import plan_sync
 from exprl_megatron.planning.sync_p2p import plan_direct
-from exprl_megatron.policy.meta import meta_chunks, pretend_world
 from exprl_megatron.weight_sync.messages import rounds, stage_messages
 from exprl_megatron.weight_sync.outgoing import view
 

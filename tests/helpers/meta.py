@@ -1,7 +1,4 @@
-"""One process in the place of any rank of any layout: models of any size, without their memory or their machines.
-
-Planner, conversion and tests use it to look at what each rank of a large layout would hold.
-"""
+"""One process as any rank of any layout: models of any size on the meta device, for tests of large layouts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +15,10 @@ from exprl_megatron.policy.world import World, current_world, leave_world, make_
 
 @contextmanager
 def pretend_world(layout: Layout, rank: int) -> Iterator[World]:
-    """This process stands for `rank` of the layout's trainer processes, of which no other needs to exist.
+    """Act as `rank` of the layout's trainer processes; no other process needs to exist.
 
-    Torch's fake process groups stand for the real ones: what they would send is not sent, so nothing may be
-    computed here that depends on it. Raises RuntimeError where this process is in a process group already.
+    Torch's fake process groups replace the real ones and send nothing, so no result may depend on communication.
+    Raises RuntimeError where this process is in a process group already.
     """
     if dist.is_initialized():
         raise RuntimeError("this process is in a process group already; leave_world first")
@@ -34,5 +31,5 @@ def pretend_world(layout: Layout, rank: int) -> Iterator[World]:
 
 
 def meta_chunks(architecture: Architecture, config: PolicyConfig, world: World) -> list[GPTModel]:
-    """What build_chunks builds in `world` for `config`, on the meta device: shapes and dtypes without memory."""
+    """Build the chunks of `world` for `config` on the meta device: shapes and dtypes without memory."""
     return build_chunks(architecture, config, world, meta=True)
