@@ -64,7 +64,7 @@ def plan_sync(
 ) -> SyncPlan:
     """The plan of a sync to `servers` servers of `server_tp` ranks.
 
-    `colocated`: the trainer's nodes have equal shares of the servers, one behind the other, and each server's rank
+    `colocated`: the trainer's nodes have equal shares of the servers, in contiguous blocks, and each server's rank
     takes handles from the trainer rank on its GPU; else servers have nodes of their own, at most one server's ranks on
     each, and take broadcasts.
 

@@ -29,14 +29,14 @@ class Interrupted(SystemExit):
 
 
 def end_on_signals() -> None:
-    """From now on the first SIGINT or SIGTERM raises Interrupted, and later ones only say that the end is under way.
+    """From now on the first SIGINT or SIGTERM raises Interrupted, and later ones only print that the program is ending.
 
     A signal that is ignored, as SIGINT by a shell's background jobs, stays so.
     """
 
     def answer(number: int, _frame: object) -> None:
         if _raised.keys() & _NAMES.keys():
-            # Not `print`: the signal may have come in the midst of one.
+            # Not `print`: the signal may have interrupted one.
             os.write(2, b"exprl: still ending what was started; this takes half a minute at most.\n")
             return
         raise_from_handler(number, Interrupted(number))

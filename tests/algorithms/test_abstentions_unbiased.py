@@ -7,7 +7,7 @@ FAILURE each. What holds, and is tested:
 * given which n of K traces were judged, a group counts exactly as one of n traces without failures (any estimator);
 * so leave-one-out has the expected gradient of no failures exactly wherever a comparison was possible (n >= 2);
 * mean-centring has it up to the factor E[1 - 1/n] / (1 - 1/K): its length, not its direction;
-* group-normalising has it only nearly, as its std depends on n, and the better the larger K is;
+* the group-normalized one has it only nearly, as its std depends on n, and the better the larger K is;
 * "failure = reward 0" has 1 - FAILURE of it, or less, at any K, and invents a gradient where failures depend on the
   trace.
 """
@@ -55,7 +55,7 @@ def _loss(
     name: str,
     aggregation: Aggregation = "sequence-sum",
 ) -> torch.Tensor | float:
-    """What an update minimises: groups of (index of a trace, judgement), all of one size."""
+    """What an update minimizes: groups of (index of a trace, judgement), all of one size."""
     pairs = [group_scores([judgement for _, judgement in group], [False] * len(group)) for group in groups]
     advantages = estimator(name)(*(torch.stack(tensors) for tensors in zip(*pairs, strict=True)))
     sequences = [

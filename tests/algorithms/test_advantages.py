@@ -101,7 +101,7 @@ def test_mean_centred_reproduces_the_second_stage_numbers():
 def test_rloo_and_reinforce_plus_plus_reproduce_the_numbers_of_verl_on_traces_of_one_token(function, expected):
     scores = torch.tensor(GROUPS)
     found = function(scores, torch.ones_like(scores, dtype=torch.bool))
-    # The two differ in where the small constant stands: std + 1e-6 here, sqrt(variance + 1e-8) there.
+    # The two differ in where the small constant is: std + 1e-6 here, sqrt(variance + 1e-8) there.
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""A conversion that is interrupted, or writes something wrong, leaves no target; the next one goes on, or anew."""
+"""A conversion that is interrupted, or writes something wrong, leaves no target; the next one continues, or starts again."""
 
 import multiprocessing
 import pickle

@@ -1,4 +1,4 @@
-"""A server that listens, speaks SGLang's and OpenAI's forms, and fails as it is told to."""
+"""A server that listens, speaks SGLang's and OpenAI's forms, and fails as requested."""
 
 import asyncio
 from collections import Counter
@@ -20,7 +20,7 @@ class FaultyServer:
     A number is an HTTP status to refuse with, a string the answer (to each question, where several are asked at once),
     a list the answers to several, bytes the whole reply, "drop" cuts the connection, "hang" never answers. `counts` has
     `requests`, `running`, `most-running` and `abandoned` (the client hung up), and `questions` and `most-questions`,
-    which are under way.
+    which are in flight.
     """
 
     def __init__(self, *script, well=True):

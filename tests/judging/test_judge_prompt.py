@@ -19,7 +19,7 @@ from exprl_megatron.judging.prompt import (
 FIRST_SET = "31c9d89a6ee6956b527c7621afe72bfd8b546ab09a21f10b15da5d716759549a"
 """Of what was shipped first, as runs of that time have it in their inputs.json."""
 SECOND_SET = "5033d29e40fb511073a0384ad39e35ae699bb036fd2d814d25b9f1b7abdaea7b"
-"""Of what was shipped before an answer in advance was told from a claim."""
+"""Of what was shipped before an answer in advance was distinguished from a claim."""
 FIRST_VERSIONS = json.loads((Path(__file__).parent / "first_prompt_versions.json").read_text())
 DOMAINS = ("math", "multiple-choice", "science", "code")
 GRANULARITIES = ("trace", "prefix", "segment")

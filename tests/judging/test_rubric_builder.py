@@ -1,4 +1,4 @@
-"""Rubrics of problems: built once, whoever asks; fallbacks to the reference, counted; marks turned into scores."""
+"""Rubrics of problems: built once for all callers; fallbacks to the reference, counted; marks turned into scores."""
 
 import asyncio
 import json

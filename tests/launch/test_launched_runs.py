@@ -32,7 +32,7 @@ def all_end(processes: list[psutil.Process]) -> bool:
 
 @pytest.fixture(scope="module")
 def config(tiny_model, tmp_path_factory):
-    """A run far too long to end by itself, which starts no server anew."""
+    """A run far too long to end by itself, which restarts no server."""
     root = tmp_path_factory.mktemp("launched")
     problems = write_problems(root / "problems.jsonl")
     config = run_config(root / "run", tiny_model("qwen3"), tiny_model("qwen3", seed=1, tied=True), problems)

@@ -26,8 +26,8 @@ ENDS = """
 import json, os, signal, sys, time
 end = json.loads(sys.argv[1])[int(os.environ["RANK"])]
 time.sleep(end.get("after", 0))
-if "told" in end:
-    open(f"{sys.argv[2]}/trainer-{os.environ['RANK']}.end", "w").write(json.dumps(end["told"]))
+if "report" in end:
+    open(f"{sys.argv[2]}/trainer-{os.environ['RANK']}.end", "w").write(json.dumps(end["report"]))
 if "signal" in end:
     os.kill(os.getpid(), end["signal"])
 sys.exit(end.get("status", 1))
@@ -78,7 +78,7 @@ def cause(start, tmp_path, *ends: dict) -> Exception:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
 def test_a_rank_that_a_signal_ended_is_named_before_one_that_lost_its_connection(start, tmp_path, number):
-    error = cause(start, tmp_path, {"signal": number, "after": 0.5}, {"told": LOST})
+    error = cause(start, tmp_path, {"signal": number, "after": 0.5}, {"report": LOST})
     assert isinstance(error, RankKilled)
     assert str(error).startswith(f"trainer-0 was killed by signal {int(number)} ({number.name})")
     assert ("lack of memory" in str(error)) == (number == signal.SIGKILL)
@@ -86,16 +86,16 @@ def test_a_rank_that_a_signal_ended_is_named_before_one_that_lost_its_connection
 
 def test_a_sentence_of_ours_comes_before_ranks_that_abort_for_it(start, tmp_path):
     told = {"status": 1, "message": "Too many abstentions.", "unexpected": False}
-    error = cause(start, tmp_path, {"signal": signal.SIGABRT}, {"told": LOST}, {"told": told})
+    error = cause(start, tmp_path, {"signal": signal.SIGABRT}, {"report": LOST}, {"report": told})
     assert str(error) == "Too many abstentions."
 
 
 def test_a_rank_that_aborts_comes_before_the_connections_that_others_lost(start, tmp_path):
-    assert str(cause(start, tmp_path, {"told": LOST}, {"signal": signal.SIGABRT})).startswith("trainer-1 was killed by")
+    assert str(cause(start, tmp_path, {"report": LOST}, {"signal": signal.SIGABRT})).startswith("trainer-1 was killed by")
 
 
 def test_of_an_unexpected_error_alone_its_words_are_told(start, tmp_path):
-    error = cause(start, tmp_path, {"told": LOST}, {"status": 1})
+    error = cause(start, tmp_path, {"report": LOST}, {"status": 1})
     assert isinstance(error, RankFailed) and str(error) == LOST["message"]
 
 

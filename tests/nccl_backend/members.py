@@ -197,7 +197,7 @@ def same_device(m: Member) -> None:
 
 
 def destroyed_with_work(m: Member) -> list[float] | str:
-    """Rank 0 destroys while an operation is under way that rank 1 never enters; another thread aborts 2 s later."""
+    """Rank 0 destroys while an operation is in flight that rank 1 never enters; another thread aborts 2 s later."""
     group = m.group()
     dist.all_reduce(torch.zeros(1), group=group)
     if m.rank == 1:
@@ -214,7 +214,7 @@ def destroyed_with_work(m: Member) -> list[float] | str:
 
 
 def destroyed_side_by_side(m: Member) -> float:
-    """Rank 1 is late to destroy a group in which nothing is under way."""
+    """Rank 1 is late to destroy a group in which nothing is in flight."""
     group = m.group()
     dist.all_reduce(torch.zeros(1), group=group)
     if m.rank == 1:
@@ -242,7 +242,7 @@ def broken_member(m: Member) -> str:
 
 
 def dead_member(m: Member) -> str:
-    """Rank 1 dies with an operation under way; the others time out."""
+    """Rank 1 dies with an operation in flight; the others time out."""
     group = m.group()
     dist.all_reduce(torch.zeros(1), group=group)
     if m.rank == 1:
@@ -266,7 +266,7 @@ def objects(m: Member) -> list:
 
 
 def product_breaks_off(m: Member) -> list | str:
-    """Rank 0 gives a group up in which an operation is under way that rank 1 never enters; then both form another."""
+    """Rank 0 gives a group up in which an operation is in flight that rank 1 never enters; then both form another."""
     group = m.group()
     dist.all_reduce(torch.zeros(1), group=group)
     if m.rank == 1:
@@ -298,7 +298,7 @@ def product_leaves_what_does_not_connect(m: Member) -> list | str:
 
 
 def product_destroys(m: Member) -> float:
-    """Nothing is under way; rank 1 is late, and later than rank 0 waits for it in the second group."""
+    """Nothing is in flight; rank 1 is late, and later than rank 0 waits for it in the second group."""
     groups = [m.group(), m.group()]
     took_s = []
     for group, late_s, deadline_s in zip(groups, (1.0, 8.0), (DEADLINE_S, 2.0), strict=True):

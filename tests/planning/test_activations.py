@@ -47,7 +47,7 @@ def cpu_extras(architecture: Architecture) -> int:
     """fp32 numbers that the CPU's layer keeps for a token and Transformer Engine's does not."""
     a = architecture
     queries, keys = a.heads * a.head_dim, a.kv_groups * a.head_dim
-    norms = 2 * (a.hidden + 1)  # the normalised input before its weight, and 1 / rms
+    norms = 2 * (a.hidden + 1)  # the normalized input before its weight, and 1 / rms
     swiglu = a.ffn  # the activated gate
     if a.qk_norm:
         # Norms of queries and keys as above; values keep the whole of the QKV product alive, keys their part of it.

@@ -1,4 +1,4 @@
-"""What a dry run prints is what golden/ holds, to the letter: `python tests/recipes/test_dryrun.py` writes it anew."""
+"""What a dry run prints is what golden/ holds, to the letter: `python tests/recipes/test_dryrun.py` writes it again."""
 
 import contextlib
 import io

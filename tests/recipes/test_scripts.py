@@ -67,7 +67,7 @@ def test_a_run_that_has_begun_is_resumed_where_that_was_asked_for_or_slurm_has_r
     run.mkdir(parents=True)
     script = scripts.trainer(place(machine), TRAINER, resume=asked)
     play(script, machine, SLURM_RESTART_COUNT=restarts)
-    assert "--resume" not in calls(machine), "nothing has begun yet"
+    assert "--resume" not in calls(machine), "nothing has started yet"
     (run / "config.yaml").touch()
     (run / "resolved.yaml").write_text("old")
     play(script, machine, SLURM_RESTART_COUNT=restarts)

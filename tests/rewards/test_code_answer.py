@@ -205,7 +205,7 @@ def test_a_worker_that_dies_is_replaced_and_the_program_run_again(process):
 
 
 def _programs(before):
-    """The programs under way: each is a child of a zygote, which is a child of a worker."""
+    """The running programs: each is a child of a zygote, which is a child of a worker."""
     workers = set(psutil.Process().children()) - before
     return [program for worker in workers for zygote in worker.children() for program in zygote.children()]
 

@@ -71,7 +71,7 @@ def test_the_hash_of_a_cuda_server_is_that_of_sglang_s_kernel(tmp_path, monkeypa
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     ours = [checksums([("w", tensor)], tied=False, server="cuda")["w"] for tensor in given]
     assert printed.split() == ours
-    # In the midst of other memory, and not at the beginning of a word.
+    # Inside other memory, and not at the start of a word.
     aside = torch.cat([torch.zeros(1, dtype=torch.bfloat16), torch.arange(20_000).bfloat16()])[1:]
     assert checksums([("w", aside)], tied=False, server="cuda") == checksums(
         [("w", aside.clone())], tied=False, server="cuda"

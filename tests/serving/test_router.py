@@ -1,4 +1,4 @@
-"""A real router in front of a real server, and what it is told of the servers that are registered."""
+"""A real router in front of a real server, and the list of registered servers that it receives."""
 
 import asyncio
 

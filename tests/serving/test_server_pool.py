@@ -1,4 +1,4 @@
-"""Servers that come, fail, come back and go: who is asked, who gets weights, and who is to be started anew."""
+"""Servers that register, fail, recover and leave: which receive requests and weights, and which are restarted."""
 
 import asyncio
 import re

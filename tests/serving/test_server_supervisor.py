@@ -1,4 +1,4 @@
-"""When a supervisor starts a server again that has ended, and when it is told to wait."""
+"""When a supervisor restarts a server that has ended, and when it must wait."""
 
 from pathlib import Path
 from types import SimpleNamespace

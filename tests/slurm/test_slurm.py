@@ -92,7 +92,7 @@ def from_another_process(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def experiment(slurm, tmp_path_factory):
-    """Both stages to their end, detached; the second stage's sampling server is killed in the midst of it."""
+    """Both stages to their end, detached; the second stage's sampling server is killed during it."""
     root = tmp_path_factory.mktemp("stages")
     prime, sparse = submit(two_stages(root), cluster())
     wait_for_steps(root / "sparse", 1, sparse)

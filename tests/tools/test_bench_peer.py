@@ -90,7 +90,7 @@ def test_trainers_take_turns_and_those_that_wait_are_stopped(tmp_path):
         for number in (1, 2, 3):
             for contestant in both:
                 contestant.take_step(60.0)
-                # The other one stands where it was, and this one too from here on.
+                # The other one is where it was, and this one too from here on.
                 states = [process.status() for each in both for process in each.processes() if number > 1]
                 assert set(states) <= {psutil.STATUS_STOPPED}
                 processes = [*both[0].processes(), *both[1].processes()]

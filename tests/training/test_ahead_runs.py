@@ -67,7 +67,7 @@ def throttled(server):
 
 @pytest.fixture(scope="module")
 def killed_run(trained_server, tiny_model, tmp_path_factory):
-    """Killed while steps were under way and one was sampled that had not been learned from, then taken to its end."""
+    """Killed while steps were in flight and one was sampled that had not been learned from, then taken to its end."""
     root = tmp_path_factory.mktemp("killed")
     config = _config(root, tiny_model("qwen3"), evaluation=held_out(root / "problems.jsonl", 2))
     paths = RunDirectory(config.directory)

@@ -1,4 +1,4 @@
-"""What is begun when, under which weights, and in which order it is learned from; without servers."""
+"""When steps are started, under which weights, and in which order they are learned from; without servers."""
 
 import asyncio
 import threading

@@ -172,7 +172,7 @@ def test_supervised_learning_divides_by_the_tokens_of_the_batch_at_temperature_1
 
 
 class Stages:
-    """A run of two stages, of which the first was begun before; writes down what the loop asks for."""
+    """A run of two stages, of which the first was started before; writes down what the loop asks for."""
 
     def __init__(self):
         self.events = []

@@ -55,7 +55,7 @@ def test_a_record_that_somebody_without_the_key_wrote_is_not_believed(store, for
     records.set("record", "true")
     records.set("elsewhere", "false")
     outside = dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
-    # Names can be listed by whoever can connect.
+    # Every client that can connect can list names.
     (name,) = (name for name in outside.list_keys() if name == f"{hidden_name('key', 'forged')}/record")
     if forged == "moved":
         forged = outside.get(name.replace("record", "elsewhere"))

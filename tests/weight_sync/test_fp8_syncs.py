@@ -1,4 +1,4 @@
-"""Weights for FP8 servers are quantised while they are gathered: as if the whole tensor had been, from every layout."""
+"""Weights for FP8 servers are quantized while they are gathered: as if the whole tensor had been, from every layout."""
 
 from pathlib import Path
 

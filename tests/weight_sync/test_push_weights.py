@@ -37,7 +37,7 @@ class Alone:
 
 
 class Fleet:
-    """Servers of `names`; after a failed push those of `left` are prepared. Keeps what it is told."""
+    """Servers of `names`; after a failed push those of `left` are prepared. Records its calls."""
 
     def __init__(self, *names, left=None):
         self.names, self.left, self.events, self.version = names, left, [], None

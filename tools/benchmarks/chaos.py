@@ -50,7 +50,7 @@ class Outcome:
     ended: list[str]
     """What the run stopped with, before it was resumed; empty where it went on."""
     restarted: bool
-    """Whether a server was started anew before the next step was learned."""
+    """Whether a server was restarted before the next step was learned."""
     seconds: float
     """From its end until the next step was learned."""
 

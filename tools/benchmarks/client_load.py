@@ -114,7 +114,7 @@ def through_bench_serving(server: Place, model: Path, load: Load, stream: bool, 
 
 
 def peak_of_in_flight(server: Place, prompts: list[list[int]], sampling: SamplingConfig) -> dict[str, float]:
-    """Megabytes (1e6) that this process grew by while the load was under way, at its peak; call in a fresh process."""
+    """Megabytes (1e6) that this process grew by during the load, at its peak; call in a fresh process."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _peak_mb()
     served = asyncio.run(through_our_client(server, prompts, sampling))

@@ -44,7 +44,7 @@ class FaultProxy:
     def mode(self, mode: Mode) -> None:
         self._mode = mode
         if mode != "hang":
-            # Whoever hung is cut off; open connections would otherwise go on to the server.
+            # Clients that hang are cut off; open connections would otherwise go on to the server.
             self._loop.call_soon_threadsafe(self._cut)
 
     def close(self) -> None:

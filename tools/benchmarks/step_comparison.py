@@ -38,7 +38,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Our tokens per second over the plain step's: the median over pairs of neighbouring steps."""
+        """Our tokens per second over the plain step's: the median over pairs of neighboring steps."""
         return median(plain / ours for ours, plain in zip(self.ours_s, self.plain_s, strict=True))
 
     @property

@@ -43,7 +43,7 @@ class Measured:
     floor_s: float
     push_s: float
     parts: dict[str, float]
-    """Seconds of gather, quantise, send, load and check."""
+    """Seconds of the five parts of a sync: gather, quantization, send, load and check."""
 
     @property
     def share(self) -> float:
@@ -116,7 +116,7 @@ class Trainer:
         return WeightSync(config, self.policy, self.coordinator, members, self._transport, self._server_tp)
 
     def change(self) -> None:
-        """Other weights than before, so that a sync that brought nothing would be found out."""
+        """Other weights than before, so that a sync that sends nothing is detected."""
         for chunk in self.policy.chunks:
             for parameter in chunk.parameters():
                 parameter.data.neg_()

@@ -8,7 +8,7 @@ Every process that imports torch with this package's directory on its PYTHONPATH
 * Operations run in the order of the calls, and every member makes the same calls in the same order. Another operation,
   number of elements or dtype is reported as an error on every member, where NCCL would hang or mix up memory.
 * Two members on one device are refused. A device is the process, or what NCCL_LIKE_DEVICE names.
-* Destroying a group waits for what is under way, and for the other members; `abort` frees it.
+* Destroying a group waits for operations in flight, and for the other members; `abort` frees it.
 * A member that breaks off is not noticed: the others wait until their timeout or until they abort.
 * Objects (pickles) that are sent over a group are recorded, with the place in the code that sent them.
 

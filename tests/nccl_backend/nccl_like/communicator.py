@@ -26,7 +26,7 @@ class Broken(RuntimeError):
 
 
 class Work(dist.Work):
-    """An operation under way."""
+    """An operation in flight."""
 
     def __init__(self, what: str, timeout: timedelta):
         super().__init__()
@@ -110,14 +110,14 @@ class Communicator:
         self._calls.put(call)
 
     def abort(self) -> None:
-        """Give all operations up that are under way. The others do not notice."""
+        """Give all operations up that are in flight. The others do not notice."""
         self.aborted.set()
         for work in self._open:
             work.finish(Broken(f"{work.what}: {self.name} was aborted"))
         self._mark("gone")
 
     def destroy(self) -> None:
-        """Wait for what is under way, and until the others destroy it too, unless somebody aborts."""
+        """Wait for operations in flight, and until the others destroy it too, unless somebody aborts."""
         patience = Patience(lambda: f"destroying {self.name} with {self._under_way() or 'other members in it'}")
         while self._under_way() and not self.aborted.is_set():
             time.sleep(_POLL_S)
@@ -189,7 +189,7 @@ class Communicator:
                 record("differs", str(error))
                 call.work.finish(error)
             except RuntimeError:
-                # A member broke off. NCCL does not notice: what is under way stays so.
+                # A member broke off. NCCL does not notice: operations in flight stays so.
                 return
             call.work.finish()
 

@@ -71,7 +71,7 @@ class NcclLikeGroup(dist.ProcessGroup):
         return work
 
     def abort(self) -> None:
-        """What is under way fails here. A thread that is in a group's first operation stays there."""
+        """Operations in flight fail here. A thread that is in a group's first operation stays there."""
         self._over = True
         for communicator in list(self._communicators.values()):
             communicator.abort()
