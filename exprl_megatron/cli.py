@@ -111,7 +111,7 @@ def _advice(run: "RunConfig | None") -> str:
     words = ["exprl", *sys.argv[1:]]
     if run is not None and (Path(run.directory) / "config.yaml").is_file() and "--resume" not in words:
         words.append("--resume")
-    return f"go on with `{shlex.join(words)}`"
+    return f"continue with `{shlex.join(words)}`"
 
 
 @app.command()

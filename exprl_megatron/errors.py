@@ -31,7 +31,7 @@ class RequestRefused(ServerError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGUSR1), and did so at a place that --resume goes on from.
+    """The run was asked to stop (SIGUSR1), and did so at a place that --resume continues from.
 
     The message says at which; the command line exits with status 75 (EX_TEMPFAIL: try again).
     """

@@ -152,7 +152,7 @@ def test_a_directory_that_holds_another_run_is_left_as_it_is(run, monkeypatch, c
     (run.directory / "metrics.jsonl").write_text("{}\n")
     status, told = run(monkeypatch, capsys)
     assert status == 2
-    assert "already holds a run; go on with it by --resume" in told
+    assert "already holds a run; continue with it by --resume" in told
     assert sorted(path.name for path in run.directory.iterdir()) == ["config.yaml", "metrics.jsonl"]
     assert (run.directory / "config.yaml").read_text() == "seed: 7\n"
 

@@ -54,7 +54,7 @@ def apply(value: int, sign: str, operand: int) -> int:
 
 def values(chain: Chain, slips: dict[int, int] | None = None) -> list[int]:
     """The value after each step. `slips` maps steps, counted from 0, to what is wrongly added there; the steps
-    that follow go on from the wrong value."""
+    that follow continue from the wrong value."""
     found = [chain.start]
     for index, (sign, operand) in enumerate(chain.operations):
         found.append((apply(found[-1], sign, operand) + (slips or {}).get(index, 0)) % MODULUS)

@@ -40,7 +40,7 @@ WEIGHTS = {
     "a rank is stopped": 4,
     "the newest checkpoint is damaged": 8,
 }
-"""Two hundred faults as a rule; those that cost a start of a server or of the trainer are rarer."""
+"""Two hundred faults usually; those that cost a start of a server or of the trainer are rarer."""
 
 
 def main() -> None:

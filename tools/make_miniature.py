@@ -10,7 +10,7 @@
     <out>/hard-*.jsonl            train and heldout of the study, all of them of the longest chains
 
 No problem to train on or held out is in another file. Training takes minutes and is the project's own SFT
-stage (recipes/configs/miniature-*.yaml); interrupted, it goes on from its checkpoint when called again.
+stage (recipes/configs/miniature-*.yaml); interrupted, it continues from its checkpoint when called again.
 The texts and the rules are those of `tools/chains.py`.
 """
 

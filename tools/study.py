@@ -1,6 +1,6 @@
 """Runs the study of recipes/configs/study.yaml and tells what came out: `python tools/study.py [run|report]`.
 
-`run` makes every arm with every seed, a few at a time, goes on where it stopped, and then reports. `report` reads
+`run` makes every arm with every seed, a few at a time, continues where it stopped, and then reports. `report` reads
 what is finished and writes <directory>/results.json, docs/study/curves.svg and pass.svg, and the tables into
 docs/study.md.
 """

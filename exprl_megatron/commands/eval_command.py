@@ -54,7 +54,7 @@ def eval_command(
     verifier_deadline_s: Annotated[float, typer.Option(help="For the comparison of one answer.")] = 10.0,
     program_deadline_s: Annotated[float, typer.Option(help="For all tests of one program.")] = 120.0,
 ) -> None:
-    """Measure pass@k of a model; an evaluation that was interrupted goes on where it stopped."""
+    """Measure pass@k of a model; an evaluation that was interrupted continues where it stopped."""
     settings = _settings(
         model=str(model),
         problems={

@@ -183,7 +183,7 @@ def plain(key: str) -> str:
 
 
 def refused_changes(old: RunConfig, new: RunConfig, same_contents: bool) -> list[str]:
-    """The keys, with the reasons, in which `new` may not go on with what `old` began.
+    """The keys, with the reasons, in which `new` may not continue with what `old` began.
 
     `same_contents`: what the paths of both lead to is known to be the same.
     """

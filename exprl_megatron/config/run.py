@@ -214,7 +214,7 @@ class RunConfig(Config):
             and self.sync.max_log_prob_gap not in ("auto", None)
         ):
             found.append(
-                "sync.pause_mode is in_place, by which traces go on with the cache of older weights, but "
+                "sync.pause_mode is in_place, by which traces continue with the cache of older weights, but "
                 "sync.max_log_prob_gap wants log-probs of the newest; set it to auto or null, or pause_mode to retract."
             )
         return found

@@ -43,12 +43,12 @@ class Partial:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._claim.release()
-        # Torch's writer of tensors raises a RuntimeError in the place of what went wrong.
+        # Torch's writer of tensors raises a RuntimeError in place of what went wrong.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(reason, OSError):
             raise UserError(
                 f"{self.target} could not be finished ({reason}); make room if that is the reason, and give the same "
-                f"command again: it goes on from here."
+                f"command again: it continues from here."
             ) from error
 
     def note(self, number: int) -> Path:

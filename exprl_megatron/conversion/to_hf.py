@@ -66,7 +66,7 @@ def convert_to_huggingface(
 ) -> None:
     """Writes `target`: config, tokenizer, safetensors of at most `file_bytes` (a single larger tensor apart), index.
 
-    Interrupted, it goes on with the first unfinished file when called again. `advance` receives the bytes done and in
+    Interrupted, it continues with the first unfinished file when called again. `advance` receives the bytes done and in
     all. Raises UserError where a parameter or tensor is not accounted for.
     """
     shapes = hf_shapes(weights.architecture)

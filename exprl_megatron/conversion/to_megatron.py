@@ -33,7 +33,7 @@ def convert_to_megatron(
 ) -> None:
     """Writes `target`: config, tokenizer, and the weights of `source` in files of about `file_bytes`.
 
-    `dtype` None keeps each tensor's. Interrupted, it goes on with the first unfinished file when called again.
+    `dtype` None keeps each tensor's. Interrupted, it continues with the first unfinished file when called again.
     `advance` receives the bytes done and in all. Raises UserError where a tensor or parameter is not accounted for.
     """
     weights = HuggingFaceWeights(Path(source))

@@ -62,7 +62,7 @@ class JudgeServers:
     ) -> tuple[T | Abstained, str]:
         """What `read` makes of the first answer that it can read, and the last answer's text.
 
-        The questions are asked in turn, of the server number `home` (modulo their count) as a rule. Where none is
+        The questions are asked in turn, of the server number `home` (modulo their count) usually. Where none is
         answered readably the last reading is returned; without an answer at all it is an abstention: `timeout` after
         `deadline_s` (counted from when there was a slot), `refused`, or `server-error` where this question fails
         again and again although a server is well. While none is, it is asked again and again; raises ServerError where

@@ -4,7 +4,7 @@ Each node has its own `exprl train`. That of node 0 has the run's directory and 
 which launchers and ranks meet, as torchrun's agent does. The others start their ranks when it tells them to, tell it
 when one of them fails, and end when it ends. What one says to the other is believed only with the run's key's code.
 
-Why not torch.distributed.elastic: its rendezvous and its store accept messages from anybody who can connect, its agent
+Why not torch.distributed.elastic: its rendezvous and its store accept messages from anyone who can connect, its agent
 imports torch (the launcher here imports no library that computes), it knows workers alone where a run also has servers,
 and it restarts workers in place where a run ends with a status and resumes from its checkpoint.
 """

@@ -27,7 +27,7 @@ _WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalL
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of layers' MLPs: a linear router, SwiGLU experts."""
+    """A mixture of experts in place of layers' MLPs: a linear router, SwiGLU experts."""
 
     count: int
     chosen: int

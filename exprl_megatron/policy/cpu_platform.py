@@ -2,7 +2,7 @@
 
 `install()` runs before the first import of `megatron.core`. From then on every `megatron.core` module
 sees, under its own name `torch`, a view of torch in which "the CUDA device" is the CPU. The torch that
-everybody else imports stays as it is, but for two methods of Tensor named below.
+everyone else imports stays as it is, but for two methods of Tensor named below.
 """
 
 import contextlib

@@ -20,9 +20,9 @@ def host_group(timeout_s: float = 600.0) -> dist.ProcessGroup:
     A rank that waits in it longer than `timeout_s` of that call raises RuntimeError.
     """
     global _made
-    everybody = dist.group.WORLD
-    if _made is None or _made[0] is not everybody:
-        _made = everybody, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    everyone = dist.group.WORLD
+    if _made is None or _made[0] is not everyone:
+        _made = everyone, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     return _made[1]
 
 

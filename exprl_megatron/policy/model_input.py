@@ -16,7 +16,7 @@ class ModelInput:
     """The tokens of a micro-batch that one context-parallel rank computes.
 
     A micro-batch's losses see [batch, length] tables (MicroBatch); `places` and `slots` tell which of the model's
-    outputs belong where in them: only tokens before a response token have an output that anybody asks for.
+    outputs belong where in them: only tokens before a response token have an output that anyone asks for.
     """
 
     input_ids: torch.Tensor

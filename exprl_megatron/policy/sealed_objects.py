@@ -19,7 +19,7 @@ _key = ""
 
 
 def use_key(key: str | None) -> None:
-    """What this process's objects are sealed with from now on; without a key anybody could make them."""
+    """What this process's objects are sealed with from now on; without a key anyone could make them."""
     global _key
     _key = key or ""
 

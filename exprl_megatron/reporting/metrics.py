@@ -26,7 +26,7 @@ class MetricsWriter:
     def __init__(self, jsonl: Path, trackers: Trackers, resumed_step: int = 0):
         jsonl.parent.mkdir(parents=True, exist_ok=True)
         kept = _truncate(jsonl, resumed_step)
-        # Seconds go on from the interrupted run's: they are time spent on the run, not the time of day.
+        # Seconds continue from the interrupted run's: they are time spent on the run, not the time of day.
         self._evaluated = {record["step"] for record in kept if _is_evaluated(record)}
         self._started = time.monotonic() - (kept[-1]["wall_s"] if kept else 0.0)
         self._file = open(jsonl, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer is

@@ -106,7 +106,7 @@ def waterfall_table(phases: Mapping[str, float], title: str) -> Table:
 def draw_timeline(spans: Sequence[Span], title: str, path: Path) -> None:
     """Write the picture: lanes for trainer, sampling and grading over seconds, steps numbered at their beginnings.
 
-    Dark grading is what the trainer waited for, as in the table; pale grading went on beside sampling.
+    Dark grading is what the trainer waited for, as in the table; pale grading continued beside sampling.
     """
     first = min(span.start for span in spans)
     # Seldom wanted, and slow to import.

@@ -56,7 +56,7 @@ class RunDirectory:
         if begun and not resume:
             raise UserError(
                 f"The directory {self.root} already holds a run; "
-                "go on with it by --resume, or choose another directory."
+                "continue with it by --resume, or choose another directory."
             )
         # Servers that `exprl serve` keeps may be there before the run, and the config that a recipe gave it.
         before = (self.registry, self.resolved)
@@ -150,7 +150,7 @@ def _different(recorded: Mapping[str, str], contents: Mapping[str, str]) -> list
 
 
 def _earlier_prompts(keys: Sequence[str], recorded: Mapping[str, str]) -> str:
-    """How to go on with the shipped prompts that a run was started with, where they are what differs."""
+    """How to continue with the shipped prompts that a run was started with, where they are what differs."""
     named = [f"{key}={recorded[key]}" for key in keys if is_shipped_hash(recorded.get(key, ""))]
     return f"resume it with {' '.join(named)} (the prompts that it was started with), " if named else ""
 

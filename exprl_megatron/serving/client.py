@@ -145,7 +145,7 @@ class SGLangClient(HttpClient):
         return Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check, routing)
 
     async def _read_reply[T](self, path: str, parse: Callable[[bytes], T], reply: bytes) -> T:
-        """A long reply is read in a thread: the event loop goes on meanwhile."""
+        """A long reply is read in a thread: the event loop continues meanwhile."""
         if len(reply) < _LONG_REPLY:
             return self._read(path, parse, reply)
         return await in_reply_thread(self._read, path, parse, reply)

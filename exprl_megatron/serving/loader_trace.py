@@ -1,7 +1,7 @@
 """Where a served model puts each part of each Hugging Face tensor, asked of its own loader.
 
 SGLang's `load_weights` is called with tensors of the meta device, which have a shape and no numbers; every copy out of
-one of them is noted in the place of being done. So whatever a model fuses, cuts over its ranks or pads is known without
+one of them is noted in place of being done. So whatever a model fuses, cuts over its ranks or pads is known without
 a table of its names.
 """
 

@@ -27,7 +27,7 @@ class Token:
 
     text: str
     alternatives: tuple[tuple[str, float], ...]
-    """The most probable tokens at its place, itself among them as a rule: (text, natural log of the probability)."""
+    """The most probable tokens at its place, itself among them usually: (text, natural log of the probability)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Reply(msgspec.Struct):
 class OpenAIEndpoint(HttpClient):
     """Speaks to one OpenAI-compatible server; use as `async with endpoint:` within one event loop at a time.
 
-    `url` ends in `/v1` as a rule; `model` is the name of the model there. `arguments` are fields of each request, in
+    `url` ends in `/v1` usually; `model` is the name of the model there. `arguments` are fields of each request, in
     addition to the usual ones or in their place; None leaves a field out. Raises what HttpClient does.
     """
 

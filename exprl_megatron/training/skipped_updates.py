@@ -40,5 +40,5 @@ def not_learned(error: GradientNotFinite, stage: str, step: int, journal: Path |
     again = "" if journal is None else "; to sample the step again instead, delete that file first"
     return RunStopped(
         f"{error} in step {step} of {stage}; the weights are as they were. Look at {where}, the learning rate and "
-        f"the losses before it. --resume goes on without this update{again}."
+        f"the losses before it. --resume continues without this update{again}."
     )

@@ -52,7 +52,7 @@ class Records:
         self._store = keyed_names(store, key, purpose)
 
     def set(self, name: str, record: str | bytes) -> None:
-        """Put `record` there, in the place of any before."""
+        """Put `record` there, in place of any before."""
         data = record.encode() if isinstance(record, str) else record
         self._store.set(name, seal(self.key, self._of(name), data))
 
@@ -76,7 +76,7 @@ class Records:
         self._store.delete_key(name)
 
     def add(self, name: str, number: int) -> int:
-        """Add to a counter, which anybody could change who finds its name; its new value."""
+        """Add to a counter, which anyone could change who finds its name; its new value."""
         return self._store.add(name, number)
 
     def _of(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Threads in which replies of servers are read, so that the event loop goes on meanwhile.
+"""Threads in which replies of servers are read, so that the event loop continues meanwhile.
 
 They are apart from those of `asyncio.to_thread`: prompts and traces queue there by the thousand, and an answer must not
 wait behind them.

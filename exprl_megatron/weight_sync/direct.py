@@ -160,7 +160,7 @@ class DirectTransport:
         self._store = None
 
     async def _open(self, outgoing: Outgoing) -> None:
-        """All ranks and servers meet in a new group; everybody learns what the servers hold."""
+        """All ranks and servers meet in a new group; everyone learns what the servers hold."""
         for client in self._clients:
             if LOADER not in await client.loaders():
                 raise CannotReceive(

@@ -7,7 +7,7 @@ GB = 1e9
 
 @dataclass
 class SyncTimes:
-    """Seconds as rank 0 saw them. Parts overlap: gathering goes on while the bucket before is sent."""
+    """Seconds as rank 0 saw them. Parts overlap: gathering continues while the bucket before is sent."""
 
     gather_s: float = 0.0
     """Joining shards into buckets, of all senders the longest."""

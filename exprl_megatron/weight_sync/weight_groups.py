@@ -1,6 +1,6 @@
 """The groups that weights are broadcast in: each pipeline stage's first rank, as rank 0, with all servers.
 
-NCCL forms a group without meeting anybody: its first operation connects it, and blocks its caller until all members
+NCCL forms a group without meeting anyone: its first operation connects it, and blocks its caller until all members
 have called it. So that one is a small message of its own, on a thread, right after the group was formed, beside the
 requests that make the servers receive it.
 """
@@ -102,7 +102,7 @@ class WeightGroups:
         for stage in range(self._world.layout.pp):
             self._coordinator.wait_signal()
             if meeting is not None and self._group is None:
-                # Rank 0 goes on when all servers have joined.
+                # Rank 0 continues when all servers have joined.
                 self._enter(meeting.result(self._deadline_s))
             filled = outgoing.gather_smallest(stage)
             if filled is not None:

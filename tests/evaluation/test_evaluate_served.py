@@ -68,10 +68,10 @@ def killed_and_resumed(tmp_path_factory):
         assert time.monotonic() < deadline, "nothing was finished"
         time.sleep(0.005)
     assert first.poll() is None, (directory / "first.log").read_text()
-    everybody = psutil.Process(first.pid).children(recursive=True)
+    everyone = psutil.Process(first.pid).children(recursive=True)
     first.kill()
     first.wait()
-    assert not psutil.wait_procs(everybody, timeout=30)[1], "processes were left behind"
+    assert not psutil.wait_procs(everyone, timeout=30)[1], "processes were left behind"
     before = kept_files(directory)
     # A problem whose result is lost must come out the same again.
     lost = min(before)

@@ -44,8 +44,8 @@ def config(tiny_model, tmp_path_factory):
 def test_a_server_that_died_once_too_often_ends_the_run_with_its_name_and_log(config):
     run = start(config)
     wait_until(lambda: steps_done(config) >= 1 or run.poll() is not None, 300)
-    everybody = psutil.Process(run.pid).children(recursive=True)
-    commands = {process: command_words(process) for process in everybody}
+    everyone = psutil.Process(run.pid).children(recursive=True)
+    commands = {process: command_words(process) for process in everyone}
     servers = [p for p, words in commands.items() if words[2:3] == ["exprl_megatron.serving.keyed_server"]]
     judge_or_policy = {commands[p][commands[p].index("--model-path") + 1]: p for p in servers}
     judge_or_policy[config.policy.model].kill()
@@ -53,15 +53,15 @@ def test_a_server_that_died_once_too_often_ends_the_run_with_its_name_and_log(co
     assert run.returncode == 1
     assert "exprl: policy-0 (http://127.0.0.1:" in told
     assert "policy-0.log; its last lines:" in told
-    assert all_end(everybody)
+    assert all_end(everyone)
 
 
 def test_kill_9_of_the_launcher_leaves_no_process_behind(config):
     done = steps_done(config)
     run = start(config, "--resume")
     wait_until(lambda: steps_done(config) > done or run.poll() is not None, 300)
-    everybody = psutil.Process(run.pid).children(recursive=True)
-    assert len(everybody) >= 8
+    everyone = psutil.Process(run.pid).children(recursive=True)
+    assert len(everyone) >= 8
     run.kill()
-    assert all_end(everybody)
+    assert all_end(everyone)
     run.communicate()

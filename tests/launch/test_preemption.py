@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends soon, at a place to go on from; test_runs.py compares what it then learns."""
+"""A run that is asked to stop ends soon, at a place to continue from; test_runs.py compares what it then learns."""
 
 import asyncio
 import json
@@ -78,8 +78,8 @@ def test_sigusr1_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: paths.metrics.is_file() or run.poll() is not None, 300)
     # As Slurm does: to every process of the job's step.
-    everybody = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
-    for process in everybody:
+    everyone = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    for process in everyone:
         process.send_signal(signal.SIGUSR1)
     _, told = run.communicate(timeout=300)
     assert run.returncode == 75
@@ -89,4 +89,4 @@ def test_sigusr1_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
         "continue with --resume.\n"
     )
     assert paths.metrics.read_text().count("\n") == step
-    assert not psutil.wait_procs(everybody, timeout=30)[1]
+    assert not psutil.wait_procs(everyone, timeout=30)[1]

@@ -19,7 +19,7 @@ CONTROL = SimpleNamespace(abort_on_error=nullcontext, signal=lambda payload=None
 
 
 class Asker:
-    """In the place of rank 0's client: the default group carries what is asked to rank 1, and its answer back."""
+    """In place of rank 0's client: the default group carries what is asked to rank 1, and its answer back."""
 
     url, name = "http://127.0.0.1:9", "policy-0"
 

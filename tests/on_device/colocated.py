@@ -59,7 +59,7 @@ def config_tree(directory: Path, *, cuda: bool, layout: Mapping[str, int], serve
 
 
 def stopped_and_resumed(tree: dict, *, cuda: bool) -> list[Compared]:
-    """Run `tree` for two steps or more, stop it as Slurm does, go on, and stop it again."""
+    """Run `tree` for two steps or more, stop it as Slurm does, continue, and stop it again."""
     paths = RunDirectory(tree["directory"])
     config = paths.root.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(tree))

@@ -161,7 +161,7 @@ def _loss(model: torch.nn.Module, batch: list[TrainSample]) -> torch.Tensor:
 
 
 class _Gradients:
-    """In the place of a model chunk: its gradients under its parameters' names."""
+    """In place of a model chunk: its gradients under its parameters' names."""
 
     def __init__(self, chunk: torch.nn.Module):
         self._named = [(name, parameter.main_grad) for name, parameter in chunk.named_parameters()]

@@ -30,7 +30,7 @@ KINDS = {
     "experts": ("qwen3-moe", True, EXPERTS, OTHERS_OF_EXPERTS),
     "plain experts": ("qwen3-moe", False, EXPERTS, {"one rank": Layout()}),
 }
-"""The model, whether its optimizer is sharded, the layout that is cut short, and those that go on."""
+"""The model, whether its optimizer is sharded, the layout that is cut short, and those that continue."""
 EXTRA = {"step": 2, "counters": {"traces": 14}}
 
 

@@ -1,4 +1,4 @@
-"""A stage cut short in one layout goes on in any other; in the same layout bit for bit."""
+"""A stage cut short in one layout continues in any other; in the same layout bit for bit."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -53,7 +53,7 @@ def work():
         print("swallowed")
     finally:
         print("cleaning", flush=True)
-        # Until the test lets it go on.
+        # Until the test lets it continue.
         sys.stdin.read()
         print("clean", flush=True)
 
@@ -102,7 +102,7 @@ def test_a_signal_ends_a_command_in_one_sentence_and_a_second_one_does_not_cut_i
     assert (process.returncode, out) == (128 + number, "clean\n")
     *again, last = errors.splitlines()
     assert again and set(again) == {"exprl: still ending what was started; this takes half a minute at most."}
-    assert last == f"exprl: Stopped by {name}, and so is all that it had started; go on with `exprl`."
+    assert last == f"exprl: Stopped by {name}, and so is all that it had started; continue with `exprl`."
 
 
 @pytest.mark.parametrize("busy", DROPPING.values(), ids=DROPPING)
@@ -111,7 +111,7 @@ def test_a_signal_ends_a_command_in_the_midst_of_code_that_drops_exceptions(busy
     os.kill(process.pid, signal.SIGTERM)
     out, errors = process.communicate(timeout=30)
     assert (process.returncode, out) == (143, "cleaning\nclean\n")
-    assert errors == "exprl: Stopped by SIGTERM, and so is all that it had started; go on with `exprl`.\n"
+    assert errors == "exprl: Stopped by SIGTERM, and so is all that it had started; continue with `exprl`.\n"
 
 
 def test_a_request_to_stop_is_not_lost_in_the_midst_of_code_that_drops_exceptions():

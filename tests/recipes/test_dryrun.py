@@ -55,7 +55,7 @@ CASES = {"local": local, "separate": separate, "container": container, "one_allo
 
 
 def printed(name: str, home: Path) -> str:
-    """The dry run of a case, with names in the place of what differs from run to run."""
+    """The dry run of a case, with names in place of what differs from run to run."""
     recipe, executor = CASES[name]()
     recipe.site.workdir = "/shared/exprl_megatron"
     before = get_nemorun_home()

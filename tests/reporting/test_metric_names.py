@@ -19,7 +19,7 @@ NOT_METRICS = {"common_state/shard_0_1", "needs/*", "deliveries/*", "*/*", "corr
 
 
 def _texts(package):
-    """Strings of a package's code, `*` in the place of what is put into them."""
+    """Strings of a package's code, `*` in place of what is put into them."""
     for path in sorted((ROOT / "exprl_megatron" / package).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}

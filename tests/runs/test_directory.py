@@ -31,7 +31,7 @@ def config(directory, **changes):
 def test_a_directory_that_holds_a_run_is_refused_and_left_alone(tmp_path):
     directory = started(RunDirectory(tmp_path / "run"))
     before = directory.config.read_bytes()
-    with pytest.raises(UserError, match="already holds a run; go on with it by --resume"):
+    with pytest.raises(UserError, match="already holds a run; continue with it by --resume"):
         directory.claim(config(tmp_path / "run", seed=5), resume=False)
     assert directory.config.read_bytes() == before
 

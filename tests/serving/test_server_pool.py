@@ -61,7 +61,7 @@ class Backend:
 
 @asynccontextmanager
 async def opened(registry, *names, log=print, **config):
-    """A pool of two as a rule, and the servers behind it, which have registered and got the weights `v0`."""
+    """A pool of two usually, and the servers behind it, which have registered and got the weights `v0`."""
     backends, runners = [Backend(name) for name in names], []
     for backend in backends:
         app = web.Application()

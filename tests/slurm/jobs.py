@@ -123,7 +123,7 @@ def processes(module: str, argument: str) -> list[psutil.Process]:
 
 
 def held(directory: Path) -> list[psutil.Process]:
-    """Stop the ranks where they are, so that what happens next happens in this step; SIGCONT lets them go on."""
+    """Stop the ranks where they are, so that what happens next happens in this step; SIGCONT lets them continue."""
     ranks = trainers(directory)
     for rank in ranks:
         os.kill(rank.pid, signal.SIGSTOP)

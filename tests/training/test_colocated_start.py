@@ -50,7 +50,7 @@ class Answering(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on the trainer's GPU; everybody believes that there is one."""
+    """A server on the trainer's GPU; everyone believes that there is one."""
     monkeypatch.setattr("exprl_megatron.serving.server_pool.uses_cuda", lambda: True)
     made = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
     made.events, made.tags = [], []

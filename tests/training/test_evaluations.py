@@ -82,7 +82,7 @@ class Alone:
 
 
 class Servers:
-    """In the place of phases, prefetch, rollouts and judging runtime; writes down what is asked of them."""
+    """In place of phases, prefetch, rollouts and judging runtime; writes down what is asked of them."""
 
     def __init__(self, coordinator):
         self.coordinator, self.events, self.sampled = coordinator, [], []

@@ -60,7 +60,7 @@ class Launched:
         wanted = self.steps() + steps
         wait_until(lambda: self.steps() >= wanted or self.process.poll() is not None, 600)
         assert self.process.poll() is None, self.process.communicate()
-        commands = {p: command_words(p) for p in self.everybody()}
+        commands = {p: command_words(p) for p in self.everyone()}
         # A title ends with the name, `(trainer-0)`.
         return {
             int(words[-1].strip("()").rpartition("-")[2]): process
@@ -68,7 +68,7 @@ class Launched:
             if words[2:3] == ["exprl_megatron.training.worker"]
         }
 
-    def everybody(self) -> list[psutil.Process]:
+    def everyone(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self, timeout_s: float = 300) -> tuple[int, str, str]:
@@ -85,19 +85,19 @@ def run(tiny_model, tmp_path_factory):
         launched.process.kill()
 
 
-def nothing_left(everybody: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(everybody, timeout=60)[1]
+def nothing_left(everyone: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(everyone, timeout=60)[1]
 
 
 def test_the_rank_that_was_killed_is_named_and_not_the_connection_that_the_other_lost(run):
     run.start()
-    ranks, everybody = run.learn(3), run.everybody()
+    ranks, everyone = run.learn(3), run.everyone()
     ranks[0].kill()
     status, _, errors = run.end()
     assert status == 1
     assert "exprl: trainer-0 was killed by signal 9 (SIGKILL)" in errors and "continue with --resume" in errors
     assert "gloo" not in errors.splitlines()[0] and errors.startswith("exprl: ")
-    assert nothing_left(everybody)
+    assert nothing_left(everyone)
     record = json.loads(run.paths.record.read_text())
     assert record["exit"]["status"] == 1 and "trainer-0 was killed" in record["exit"]["message"]
 
@@ -109,21 +109,21 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(r
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     run.start("--resume")
-    ranks, everybody = run.learn(), run.everybody()
+    ranks, everyone = run.learn(), run.everyone()
     ranks[1].send_signal(signal.SIGSTOP)
     status, out, errors = run.end()
-    assert re.search(rf"{newest.name} is damaged \({shard.name} holds other bytes.*goes on from {before.name}\.", out)
+    assert re.search(rf"{newest.name} is damaged \({shard.name} holds other bytes.*continues from {before.name}\.", out)
     assert (newest.with_name(newest.name + ".damaged")).is_dir()
     # The same rank, and as it was not dead, only a missing heartbeat shows it.
     assert status == 1
     assert re.match(r"exprl: trainer-1 .* has not been heard of for 45 s, its state is stopped; see that", errors)
-    assert nothing_left(everybody)
+    assert nothing_left(everyone)
 
 
 def test_ctrl_c_twice_says_what_to_type_and_leaves_nothing(run):
     run.start("--resume", "checkpoint.keep=2")
     run.learn(1)
-    everybody = run.everybody()
+    everyone = run.everyone()
     os.kill(run.process.pid, signal.SIGINT)
     time.sleep(0.1)
     os.kill(run.process.pid, signal.SIGINT)
@@ -131,9 +131,9 @@ def test_ctrl_c_twice_says_what_to_type_and_leaves_nothing(run):
     assert status == 130
     path = run.paths.root.with_suffix(".yaml")
     typed = f"exprl train {path} --resume checkpoint.keep=2"
-    assert f"exprl: Stopped by Ctrl-C, and so is all that it had started; go on with `{typed}`.\n" in errors
+    assert f"exprl: Stopped by Ctrl-C, and so is all that it had started; continue with `{typed}`.\n" in errors
     assert "Traceback" not in errors
-    assert nothing_left(everybody)
+    assert nothing_left(everyone)
     record = json.loads(run.paths.record.read_text())
     assert record["exit"]["status"] == 130
     assert [attempt["exit"]["status"] for attempt in record["earlier"]] == [1, 1]
@@ -149,12 +149,12 @@ def test_sigterm_while_it_starts_is_one_sentence_and_leaves_nothing(run, after_s
     run.start("--resume")
     wait_until(lambda: catches_sigterm(run.process.pid), 300)
     time.sleep(after_s)
-    everybody = run.everybody()
+    everyone = run.everyone()
     os.kill(run.process.pid, signal.SIGTERM)
     status, _, errors = run.end()
     assert status == 143
-    assert re.fullmatch(r"exprl: Stopped by SIGTERM, and so is all that .*; go on with `.* --resume`\.\n", errors)
-    assert nothing_left(everybody)
+    assert re.fullmatch(r"exprl: Stopped by SIGTERM, and so is all that .*; continue with `.* --resume`\.\n", errors)
+    assert nothing_left(everyone)
 
 
 def test_a_gradient_that_is_not_finite_stops_a_run_once(tmp_path, tiny_model):
@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_stops_a_run_once(tmp_path, tiny_model):
     assert re.match(
         r"exprl: The gradient norm of update 2 is nan in step 2 of sft; the weights are as they were\.", errors
     )
-    assert "--resume goes on without this update" in errors
+    assert "--resume continues without this update" in errors
     launched.start("--resume")
     status, out, errors = launched.end(600)
     assert (status, errors) == (0, "")

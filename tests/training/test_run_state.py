@@ -42,7 +42,7 @@ class Alone:
 
 
 class Parts:
-    """In the place of policy, phases, prefetch, rollouts and the reference's scorer; keeps what is asked of them."""
+    """In place of policy, phases, prefetch, rollouts and the reference's scorer; keeps what is asked of them."""
 
     def __init__(self, sampled=None, missing=True, waits=()):
         self.events, self.sampled, self.missing, self.waits = [], sampled, missing, list(waits)

@@ -25,7 +25,7 @@ PROBLEMS = tuple(Problem(f"p{i}", f"What is {i}?", Reference(SECRET)) for i in r
 
 
 class Servers:
-    """In the place of a pool and of its clients: answers each request after some pauses, and keeps what it was asked.
+    """In place of a pool and of its clients: answers each request after some pauses, and keeps what it was asked.
 
     `scores` is what the traces of a problem are worth, `says` what they read, `slow` how many pauses they take.
     """

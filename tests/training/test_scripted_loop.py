@@ -15,7 +15,7 @@ METRICS = {"loss": 0.0}
 
 
 class Recorder:
-    """In the place of a run and its policy: keeps every call, and answers with numbers that say where they are from."""
+    """In place of a run and its policy: keeps every call, and answers with numbers that say where they are from."""
 
     def __init__(self, groups=(), only=None):
         self.calls = []

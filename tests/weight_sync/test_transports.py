@@ -197,7 +197,7 @@ def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, 
 
 
 class DyingServer:
-    """In the place of a client: a server that dies when it is asked to join a group."""
+    """In place of a client: a server that dies when it is asked to join a group."""
 
     url, name = "http://127.0.0.1:9", "dying"
 
@@ -231,7 +231,7 @@ def test_a_server_that_waits_for_one_that_died_is_free_at_once(client, policy, k
 
 
 class AbsentServer:
-    """In the place of a client: a server that does not come, and answers nothing from then on."""
+    """In place of a client: a server that does not come, and answers nothing from then on."""
 
     url, name = "http://127.0.0.1:9", "absent"
 
@@ -242,7 +242,7 @@ class AbsentServer:
         return [LOADER]
 
     async def init_weights_group(self, *, backend, deadline_s, **settings):
-        # Over NCCL a group is formed before anybody has met.
+        # Over NCCL a group is formed before anyone has met.
         if backend == "gloo":
             await self.silence(deadline_s=deadline_s)
 

@@ -48,7 +48,7 @@ class Outcome:
     step: int
     """The steps that were learned when it was over."""
     ended: list[str]
-    """What the run stopped with, before it was resumed; empty where it went on."""
+    """What the run stopped with, before it was resumed; empty where it continued."""
     restarted: bool
     """Whether a server was restarted before the next step was learned."""
     seconds: float
@@ -188,7 +188,7 @@ class FaultedRun:
         return [*wrong_with(self.config, self.replies, self.learned()), *self._found, *loaded]
 
     def pause(self, most_s: float) -> None:
-        """Let the run go on for a random time."""
+        """Let the run continue for a random time."""
         until = time.monotonic() + self._random.uniform(0.0, most_s)
         self.until(lambda: time.monotonic() > until, 10 * most_s + 60)
 
@@ -270,7 +270,7 @@ class FaultedRun:
             self._before_resume = lambda: None
             *before, newest = checkpoints(self.paths.checkpoints)
             if not before:
-                return  # there would be nothing to go on from
+                return  # there would be nothing to continue from
             victim = self._random.choice(sorted(path for path in newest.iterdir() if path.is_file()))
             how = self._random.choice(("deleted", "flipped"))
             if how == "deleted":

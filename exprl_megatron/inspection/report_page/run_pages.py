@@ -102,7 +102,7 @@ class RunPages:
         """For each place {stage, step, judge} with its index of traces, and the block.
 
         `most` says, before each, how many bytes of the page its block may take. A file that cannot be read is named in
-        `fault` in the place of the rest.
+        `fault` in place of the rest.
         """
         with JudgeWords(self.directory.root) as words:
             for place in places:

@@ -1,4 +1,4 @@
-"""Attention of a whole batch at a time, in the place of SGLang's loop over requests (its backend `torch_native`).
+"""Attention of a whole batch at a time, in place of SGLang's loop over requests (its backend `torch_native`).
 
 New tokens of several requests, padded to the longest, attend to their cached keys under one mask. Requests of similar
 length are computed together, in pieces of bounded memory; the tokens of a prompt that follow cached ones are cut into

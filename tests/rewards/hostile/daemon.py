@@ -1,4 +1,4 @@
-"""Leaves a process behind that has its own session and outlives everybody."""
+"""Leaves a process behind that has its own session and outlives everyone."""
 
 import os
 import signal

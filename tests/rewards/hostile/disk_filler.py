@@ -1,4 +1,4 @@
-"""Fills every directory where anybody may write."""
+"""Fills every directory where anyone may write."""
 
 import json
 import os

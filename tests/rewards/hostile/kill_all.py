@@ -1,4 +1,4 @@
-"""Signals everybody at once. SIGURG does no harm to those who do not wait for it."""
+"""Signals everyone at once. SIGURG does no harm to those who do not wait for it."""
 
 import ctypes
 import os
