@@ -20,7 +20,7 @@ EXCEPTIONS = {
     "serving/client.py:generate",
     "serving/client.py:update_from_distributed",
     "serving/server_command.py:server_command",
-    "weight_sync/outgoing.py:__init__",
+    "weight_sync/weight_exporter.py:__init__",
     "weight_sync/transports.py:make_transport",
 }
 

@@ -43,7 +43,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% if not 
 
 def write_tokenizer(directory: Path) -> None:
     words = list(chains.VOCABULARY)
-    # Filled up to a multiple of 32, so that the embedding splits over tensor-parallel ranks and every id that
+    # FilledBucket up to a multiple of 32, so that the embedding splits over tensor-parallel ranks and every id that
     # a model can sample is a word.
     words += [f"<unused{i}>" for i in range(-len(words) % 32)]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNK))

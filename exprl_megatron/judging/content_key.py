@@ -20,7 +20,7 @@ def content_key(kind: str, /, **parts: Scalar) -> str:
 
 
 def content_keys(kind: str, name: str, texts: Sequence[str], /, **parts: Scalar) -> list[str]:
-    """`content_key(kind, **parts, name=text)` for each of `texts`; a text that continues from the one before it is hashed
+    """`content_key(kind, **parts, name=text)` for each of `texts`; a text that extends the one before it is hashed
     from there on."""
     head, separator, tail = _json([kind, {**parts, name: ""}]).rpartition(f'{_json(name)}:""')
     shared = hashlib.sha256((head + separator[:-1]).encode())

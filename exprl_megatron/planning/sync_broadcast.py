@@ -18,7 +18,7 @@ from exprl_megatron.models.name_map import hf_shapes, parameters
 from exprl_megatron.models.shards import ITEMSIZE, holders, sender, shard_shape
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
-from exprl_megatron.weight_sync.messages import Message, beside_bytes, rounds, stage_messages
+from exprl_megatron.weight_sync.messages import Message, rounds, scratch_bytes, stage_messages
 
 MESSAGE_S = 0.010
 """From a server's answer to a message until it takes the next: two HTTP hops and SGLang's queues between processes."""
@@ -97,9 +97,9 @@ def plan_sync(
                 network.update(_broadcast(message, layout, servers))
                 sent[sender(message.stage, layout)] += message.nbytes
                 taking[-1] += _broadcast_seconds(message, gpu)
-    fillers = {rank for chain in chains or () for rank in chain} or {sender(s, layout) for s in range(layout.pp)}
+    source_ranks = {rank for chain in chains or () for rank in chain} or {sender(s, layout) for s in range(layout.pp)}
     shard = shard_bytes(architecture, layout, dtype)
-    buckets = _bucket_bytes(staged, shapes, layout, dtype, fp8, fillers, chains is not None)
+    buckets = _bucket_bytes(staged, shapes, layout, dtype, fp8, source_ranks, chains is not None)
     return SyncPlan(
         messages=sum(map(len, order)),
         nbytes=sum(message.nbytes for messages in order for message in messages),
@@ -214,13 +214,13 @@ def _bucket_bytes(
     layout: Layout,
     dtype: str,
     fp8: bool,
-    fillers: Iterable[int],
+    source_ranks: Iterable[int],
     every: bool,
 ) -> dict[int, int]:
     """What the ranks that fill messages hold for it; `every`: they fill those of all stages."""
     found = {}
-    for rank in fillers:
+    for rank in source_ranks:
         mine = [m for messages in staged for m in messages if every or sender(m.stage, layout) == rank]
-        beside = max(beside_bytes(p, shapes, layout, dtype, fp8) for m in mine for p in m.parameters)
+        beside = max(scratch_bytes(p, shapes, layout, dtype, fp8) for m in mine for p in m.parameters)
         found[rank] = 2 * max(message.nbytes for message in mine) + beside
     return found

@@ -166,7 +166,7 @@ def _balance(
 def _fill_padded(
     own: list[int], count: int, *, lengths: Sequence[int], budget: int, shape: PackingShape
 ) -> list[list[int]]:
-    """Neighbors in length together, as few micro-batches as the budget allows, and fillers up to `count`."""
+    """Neighbors in length together, as few micro-batches as the budget allows, and source_ranks up to `count`."""
     micros: list[list[int]] = []
     for index in own:
         longest = lengths[micros[-1][0]] if micros else 0

@@ -67,7 +67,7 @@ def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor
         if command["do"] == "join":
             former, _member = _member, None
             if former is not None:
-                former.break_off()
+                former.abort()
             _member = _Member(command)
             _member.join(model)
         elif command["do"] == "receive":
@@ -133,7 +133,7 @@ class _Member:
         self._broken = threading.Event()
 
     def answer(self, to: str, said: str) -> None:
-        """What became of an command, "" if all is well; in vain where the trainer is gone."""
+        """Report a command's error to the trainer, "" for success; without effect where the trainer has ended."""
         try:
             _put(self._records, f"{to}/{self._rank}", said)
         except (RuntimeError, NotAuthentic):
@@ -181,7 +181,7 @@ class _Member:
         if group is not None:
             destroy(group, self._command["deadline_s"])
 
-    def break_off(self) -> None:
+    def abort(self) -> None:
         """Give the group up, whatever is in flight in it."""
         self._broken.set()
         group, self._group = self._group, None
@@ -200,7 +200,7 @@ class _Member:
                 except RuntimeError:
                     given_up = True
                 if given_up:
-                    self.break_off()
+                    self.abort()
                     return
 
         watching = in_background("watch", watch)

@@ -33,7 +33,7 @@ from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run import RankZero, Run, ServerLinks
 from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
-from exprl_megatron.weight_sync.sync import Members, WeightSync
+from exprl_megatron.weight_sync.sync import SyncTargets, WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
 
 _SIGNAL_ROOM = 2.0
@@ -77,8 +77,8 @@ def assemble(
     else:
         policy = policy_on_device()
         _await_servers(coordinator, rollouts)
-    members = StaticPool([]) if pool is None else pool
-    sync = _weight_sync(config, "policy", paths, members, policy, coordinator, logger)
+    targets = StaticPool([]) if pool is None else pool
+    sync = _weight_sync(config, "policy", paths, targets, policy, coordinator, logger)
     scorer = _ref_scorer(config, paths, registry, policy, coordinator, logger)
     phases = PhaseSwitch(config.placement, policy, coordinator, pool, sync)
     return Run(
@@ -123,8 +123,8 @@ def _ref_scorer(
     if not config.has_ref_server:
         return None
     client = ref_client(config, registry, (lambda text: None) if logger is None else logger.log)
-    members = StaticPool([client])
-    sync = _weight_sync(config, "ref", paths, members, policy, coordinator, logger)
+    targets = StaticPool([client])
+    sync = _weight_sync(config, "ref", paths, targets, policy, coordinator, logger)
     scorer = RefScorer(client, sync, coordinator, config.server.start_deadline_s)
     scorer.open()
     return scorer
@@ -163,7 +163,7 @@ def _weight_sync(
     config: RunConfig,
     servers: Literal["policy", "ref"],
     paths: RunDirectory,
-    members: Members,
+    targets: SyncTargets,
     policy: Policy,
     coordinator: RankCoordinator,
     logger: RunLogger | None,
@@ -180,4 +180,4 @@ def _weight_sync(
         model=Path(config.policy.model),
         **({} if logger is None else {"log": logger.log}),
     )
-    return WeightSync(config.sync, policy, coordinator, members, transport, server.tp)
+    return WeightSync(config.sync, policy, coordinator, targets, transport, server.tp)

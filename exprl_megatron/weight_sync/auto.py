@@ -10,14 +10,14 @@ from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 from exprl_megatron.weight_sync.direct import CannotReceive, DirectTransport
-from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.timing import SyncTimes
+from exprl_megatron.weight_sync.weight_exporter import WeightExporter
 
 
 class AutoTransport:
     """See Transport. `log` receives a line, once for each set of servers, when `broadcast` is used, with the reason."""
 
-    fillers = None
+    source_ranks = None
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class AutoTransport:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return self._direct.allocate(nbytes)
 
-    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+    async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
         if not self._refused:
             try:
-                return await self._direct.push(outgoing, version, times)
+                return await self._direct.push(exporter, version, times)
             except BaseException as error:
                 # The other ranks have been aborted and wait for the next signal.
                 with self._coordinator.abort_on_error():
@@ -62,16 +62,16 @@ class AutoTransport:
                     )
                 self._coordinator.signal()
             self._refused = True
-        await self._broadcast.push(outgoing, version, times)
+        await self._broadcast.push(exporter, version, times)
 
-    def follow(self, outgoing: Outgoing) -> None:
+    def follow(self, exporter: WeightExporter) -> None:
         if not self._refused:
             try:
-                return self._direct.follow(outgoing)
+                return self._direct.follow(exporter)
             except RankZeroFailed:
                 self._coordinator.wait_signal()
             self._refused = True
-        self._broadcast.follow(outgoing)
+        self._broadcast.follow(exporter)
 
     async def close(self) -> None:
         await self._direct.close()

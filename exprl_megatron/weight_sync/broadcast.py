@@ -17,16 +17,16 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
-from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
 from exprl_megatron.weight_sync.rounds import send_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
-from exprl_megatron.weight_sync.weight_groups import CAUSE_S, WeightGroups, broke
+from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
+from exprl_megatron.weight_sync.weight_groups import CAUSE_S, WeightGroups, broadcast_error
 
 
 class BroadcastTransport:
     """See Transport. `server_tp` is the tensor parallelism of each server; `clients` are needed on rank 0 alone."""
 
-    fillers = None
+    source_ranks = None
 
     def __init__(
         self,
@@ -43,41 +43,41 @@ class BroadcastTransport:
         self._groups = WeightGroups(server_tp, world, coordinator, deadline_s)
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
-        self._groups.break_off()
+        self._groups.abort()
         self._clients = list(clients)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
 
-    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+    async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
         try:
             with self._coordinator.abort_on_error():
                 await gather_or_cancel(
                     client.begin_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
                 if not self._groups.names:
-                    await self._groups.open(self._clients, outgoing)
+                    await self._groups.open(self._clients, exporter)
                 await send_rounds(
-                    len(outgoing.rounds),
+                    len(exporter.rounds),
                     self._coordinator,
-                    outgoing.gather,
-                    lambda number, filled: self._send(outgoing, number, filled, version, times),
+                    exporter.gather,
+                    lambda number, filled: self._send(exporter, number, filled, version, times),
                 )
                 await gather_or_cancel(
                     client.end_weight_update(deadline_s=self._deadline_s) for client in self._clients
                 )
                 self._coordinator.signal()
         except BaseException:
-            self._groups.break_off()
+            self._groups.abort()
             raise
 
-    def follow(self, outgoing: Outgoing) -> None:
+    def follow(self, exporter: WeightExporter) -> None:
         try:
             if not self._groups.names:
-                self._groups.follow_open(outgoing)
-            self._follow_rounds(outgoing)
+                self._groups.follow_open(exporter)
+            self._follow_rounds(exporter)
         except BaseException:
-            self._groups.break_off()
+            self._groups.abort()
             raise
 
     async def close(self) -> None:
@@ -86,15 +86,15 @@ class BroadcastTransport:
     def follow_close(self) -> None:
         self._groups.follow_close()
 
-    def _follow_rounds(self, outgoing: Outgoing) -> None:
+    def _follow_rounds(self, exporter: WeightExporter) -> None:
         """Take part in every round; after a failed broadcast, wait for rank 0's abort: all ranks end together."""
         sent: dict[int, Future[float]] = {}
         broken: BaseException | None = None
-        for number in range(len(outgoing.rounds)):
+        for number in range(len(exporter.rounds)):
             self._coordinator.wait_signal()
             # A server has answered for the round whose buffer is next, but one of its ranks may still be receiving.
             broken = broken or self._failure(sent.pop(number - 2, None))
-            filled = outgoing.gather(number)
+            filled = exporter.gather(number)
             if filled is not None and broken is None:
                 sent[number] = self._groups.send(filled)
         self._coordinator.wait_signal()
@@ -111,11 +111,11 @@ class BroadcastTransport:
             return error
 
     async def _send(
-        self, outgoing: Outgoing, number: int, filled: Filled | None, version: str, times: SyncTimes
+        self, exporter: WeightExporter, number: int, filled: FilledBucket | None, version: str, times: SyncTimes
     ) -> None:
         """Send all messages of a round to all servers, and add the times."""
-        last = number == len(outgoing.rounds) - 1
-        messages = outgoing.rounds[number]
+        last = number == len(exporter.rounds) - 1
+        messages = exporter.rounds[number]
         started = time.monotonic()
         replies = asyncio.ensure_future(
             gather_or_cancel(self._groups.ask(client, messages, version if last else None) for client in self._clients)
@@ -132,7 +132,7 @@ class BroadcastTransport:
         times.send_s += sent_s
         times.load_s += taken_s - sent_s
 
-    async def _send_own(self, filled: Filled, replies: asyncio.Future) -> float:
+    async def _send_own(self, filled: FilledBucket, replies: asyncio.Future) -> float:
         """Send rank 0's own message; returns the time when it was sent. Raises a server's refusal at its arrival."""
         sending = asyncio.wrap_future(self._groups.send(filled))
         await asyncio.wait({sending, replies}, return_when=asyncio.FIRST_EXCEPTION)
@@ -145,4 +145,4 @@ class BroadcastTransport:
             await asyncio.wait({replies}, timeout=CAUSE_S)
             if replies.done():
                 replies.result()
-            raise broke(self._clients, error) from error
+            raise broadcast_error(self._clients, error) from error

@@ -24,10 +24,10 @@ from exprl_megatron.weight_sync.base_snapshot import VERSION, BaseSnapshot, Delt
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.delta_agent import FULL, REQUEST, answer_path, write_whole
 from exprl_megatron.weight_sync.disk import FileTransport, SafetensorsFiles, copy_description
-from exprl_megatron.weight_sync.groups import is_here
-from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
+from exprl_megatron.weight_sync.groups import is_local_host
 from exprl_megatron.weight_sync.rounds import send_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
+from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
 
 _POLL_S = 0.05
 
@@ -47,11 +47,11 @@ class DeltaTransport(FileTransport):
         self._request_id: str | None = None
         self._agents: list[subprocess.Popen] = []
 
-    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+    async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
         with self._coordinator.abort_on_error():
             if self._request_id is None:
                 self._begin()
-            kind, file = await self._write(outgoing, version, times)
+            kind, file = await self._write(exporter, version, times)
             started = time.monotonic()
             self._request_id = uuid.uuid4().hex
             request = {"id": self._request_id, "kind": kind, "file": file, "version": version}
@@ -85,31 +85,31 @@ class DeltaTransport(FileTransport):
         # An interrupted run may have left a request.
         (self._directory / REQUEST).unlink(missing_ok=True)
         for host in {_host(client) for client in self._clients}:
-            if is_here(host):
+            if is_local_host(host):
                 agent = [sys.executable, "-m", "exprl_megatron.weight_sync.delta_agent", str(self._directory)]
                 agent += [str(self._directory / f"local-{host}"), host]
                 self._agents.append(subprocess.Popen(supervised(agent)))
 
-    async def _write(self, outgoing: Outgoing, version: str, times: SyncTimes) -> tuple[str, str]:
+    async def _write(self, exporter: WeightExporter, version: str, times: SyncTimes) -> tuple[str, str]:
         """Write full weights the first time, later the changes; returns which of both, and the file's name."""
-        full, count = self._directory / FULL, len(outgoing.rounds)
+        full, count = self._directory / FULL, len(exporter.rounds)
         if self._request_id is None:
             shutil.rmtree(full, ignore_errors=True)
             full.mkdir()
             copy_description(self._model, full)
             files = SafetensorsFiles(full, times)
-            await send_rounds(count, self._coordinator, outgoing.gather, files.add)
+            await send_rounds(count, self._coordinator, exporter.gather, files.add)
             files.finish()
             (full / VERSION).write_text(version)
             return FULL, FULL
         writer = DeltaWriter(BaseSnapshot(full), self._directory / f"{version}.delta", version)
 
-        async def add(number: int, filled: Filled) -> None:
+        async def add(number: int, filled: FilledBucket) -> None:
             started = time.monotonic()
             await asyncio.to_thread(writer.add, filled.named())
             times.send_s += time.monotonic() - started
 
-        await send_rounds(count, self._coordinator, outgoing.gather, add)
+        await send_rounds(count, self._coordinator, exporter.gather, add)
         times.moved += writer.finish()
         return "delta", f"{version}.delta"
 

@@ -1,4 +1,4 @@
-"""Weights through a directory of safetensors that trainer and servers both see."""
+"""Weight sync through a directory of safetensors that trainer and servers share (SGLang's `from_disk`)."""
 
 import asyncio
 import json
@@ -14,18 +14,18 @@ from exprl_megatron.models.weight_readers import INDEX
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RANK_ZERO, RankCoordinator
-from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
 from exprl_megatron.weight_sync.rounds import send_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
+from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
 
 
 class FileTransport:
-    """What transports through files have in common: rank 0 writes them in `directory`.
+    """Base of the transports through files, which rank 0 writes to `directory`.
 
     `model` is the directory whose config and tokenizer the weights belong to; `clients` are needed on rank 0 alone.
     """
 
-    fillers = ((RANK_ZERO,),)
+    source_ranks = ((RANK_ZERO,),)
 
     def __init__(
         self,
@@ -48,10 +48,10 @@ class FileTransport:
         # Files are written from host memory.
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def follow(self, outgoing: Outgoing) -> None:
-        for number in range(len(outgoing.rounds)):
+    def follow(self, exporter: WeightExporter) -> None:
+        for number in range(len(exporter.rounds)):
             self._coordinator.wait_signal()
-            outgoing.gather(number)
+            exporter.gather(number)
         self._coordinator.wait_signal()
 
     async def close(self) -> None:
@@ -62,16 +62,16 @@ class FileTransport:
 
 
 class DiskTransport(FileTransport):
-    """See Transport: all weights, written once and read by every server."""
+    """See Transport. All weights are written once and read by every server."""
 
-    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+    async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
         target = self._directory / version
         with self._coordinator.abort_on_error():
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
             copy_description(self._model, target)
             files = SafetensorsFiles(target, times)
-            await send_rounds(len(outgoing.rounds), self._coordinator, outgoing.gather, files.add)
+            await send_rounds(len(exporter.rounds), self._coordinator, exporter.gather, files.add)
             files.finish()
             started = time.monotonic()
             await gather_or_cancel(
@@ -83,7 +83,7 @@ class DiskTransport(FileTransport):
 
 
 class SafetensorsFiles:
-    """One safetensors file for each round, and their index."""
+    """Writes one safetensors file for each round, and their index."""
 
     def __init__(self, target: Path, times: SyncTimes):
         self._target = target
@@ -91,8 +91,8 @@ class SafetensorsFiles:
         self._weight_map: dict[str, str] = {}
         self._size = 0
 
-    async def add(self, number: int, filled: Filled) -> None:
-        """Write a round; its file does not wait for the event loop."""
+    async def add(self, number: int, filled: FilledBucket) -> None:
+        """Write a round's file, on a thread."""
         started = time.monotonic()
         name = f"model-{number + 1:05d}.safetensors"
         await asyncio.to_thread(save_file, dict(filled.named()), self._target / name, metadata={"format": "pt"})

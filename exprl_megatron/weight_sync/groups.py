@@ -1,4 +1,4 @@
-"""Groups of trainer processes with all sampling servers, as SGLang's servers join them."""
+"""Process groups of trainer ranks and all sampling servers, compatible with SGLang's servers."""
 
 import socket
 import time
@@ -25,44 +25,44 @@ _POLL_S = 0.001
 
 
 def address_towards(host: str) -> str:
-    """The address under which `host` reaches this machine. Raises OSError where there is no way to it."""
+    """The address at which `host` reaches this machine. Raises OSError where there is no route."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Nothing is sent: connecting a datagram socket only chooses the interface.
+        # Nothing is sent: connecting a datagram socket only selects the interface.
         probe.connect((socket.gethostbyname(host), 9))
         return probe.getsockname()[0]
 
 
-def is_here(host: str) -> bool:
+def is_local_host(host: str) -> bool:
     """Whether `host` is this machine."""
     return address_towards(host) == socket.gethostbyname(host)
 
 
-def meeting_place(address: str, deadline_s: float, port: int = 0) -> dist.TCPStore:
-    """Where the members of a group find each other: its `port` (0: any free one) of this machine's `address` alone.
+def rendezvous_store(address: str, deadline_s: float, port: int = 0) -> dist.TCPStore:
+    """Create the store in which a group's members meet, at `port` (0: any free one) of this machine's `address`.
 
-    A process that still waits there gets an error when it is released; a group may need it as long as it exists.
+    A process that waits in it gets an error when it is released; a group may need it for as long as it exists.
     """
     return listening_store(address, port, deadline_s)
 
 
 def group_name(secret: str) -> str:
-    """A new name for a group, under which its members meet: only a holder of `secret` can compute it."""
+    """A new name for a group, which only holders of `secret` can compute."""
     return f"exprl-weights-{hidden_name(secret, uuid.uuid4().hex)}"
 
 
 def timeout_s(deadline_s: float) -> float:
-    """Of a group, whose members give up after `deadline_s`."""
-    # NCCL's watchdog ends the process where an operation takes longer: not before the group is broken off.
+    """The timeout of a group whose members wait for at most `deadline_s`."""
+    # NCCL's watchdog ends the process where an operation takes longer: so only after the group was aborted.
     return deadline_s if group_backend() == "gloo" else 3 * deadline_s
 
 
-def meet(name: str, address: str, port: int, rank: int, world_size: int, deadline_s: float) -> dist.ProcessGroup:
-    """The group `name` of `world_size` processes that find each other at the meeting place.
+def init_group(name: str, address: str, port: int, rank: int, world_size: int, deadline_s: float) -> dist.ProcessGroup:
+    """Create the group `name` of `world_size` processes, which meet in the store at `address` and `port`.
 
-    Over gloo it is connected then, or RuntimeError is raised when `deadline_s` is over. Over NCCL its first operation
-    connects it. SGLang's servers build their side with the same helper, so that the store's keys agree.
+    Over gloo it is connected when this returns; RuntimeError is raised after `deadline_s`. Over NCCL its first
+    operation connects it. SGLang's servers use the same helper, so that the keys in the store agree.
     """
-    # A connection of its own: nobody else could use it while it waits.
+    # A separate connection, since a waiting call blocks other calls on the same connection.
     store = reached_store(address, port, deadline_s)
     group, _ = _new_process_group_helper(
         world_size,
@@ -78,13 +78,13 @@ def meet(name: str, address: str, port: int, rank: int, world_size: int, deadlin
 
 
 def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> float:
-    """Send `tensor` to all other members; the time when it was sent. To be called on the group's thread.
+    """Broadcast `tensor` to all other members; returns the time when it was sent. Call on the group's thread.
 
-    Raises RuntimeError where a connection breaks, or the group is broken off.
+    Raises RuntimeError where a connection breaks, or the group is aborted.
     """
     with on_device(tensor.device):
         work = dist.broadcast(tensor, group=group, group_src=0, async_op=True)
-        # On CUDA waiting only orders the streams.
+        # On CUDA, `wait` only orders the streams.
         while not work.is_completed():
             time.sleep(_POLL_S)
         work.wait()
@@ -92,9 +92,9 @@ def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> float:
 
 
 def follow_destroy(group: dist.ProcessGroup | None, coordinator: RankCoordinator, deadline_s: float) -> None:
-    """Destroy an idle group on the other ranks, as rank 0 does; None: a rank without one.
+    """Destroy an idle group on the other ranks while rank 0 does; None: a rank without one.
 
-    NCCL may wait for all members. Where rank 0 says that they do not come this rank does not wait for them.
+    NCCL may wait for all members. Where rank 0 aborts, this rank does not wait for them.
     """
     destroying = None if group is None else begin_to_destroy(group)
     try:
@@ -107,11 +107,11 @@ def follow_destroy(group: dist.ProcessGroup | None, coordinator: RankCoordinator
         wait_destroyed(group, destroying, deadline_s)
 
 
-def break_off(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
-    """Abort a group in which operations may be in progress, as its rank `rank`.
+def abort_group(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
+    """Abort a group with operations in flight, as its rank `rank`.
 
-    Over gloo the members that wait for this one get an error at once. NCCL reports nothing to them: they end when their
-    own timeout is over, or when they learn it in another way and break off too.
+    Over gloo the members that wait for this one get an error immediately. NCCL does not notify them: they end after
+    their own timeout, or when they are informed in another way and abort too.
     """
     if group_backend() == "gloo":
         _close_connections(group, rank, world_size)
@@ -119,7 +119,7 @@ def break_off(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
 
 
 def _close_connections(group: dist.ProcessGroup, rank: int, world_size: int) -> None:
-    """Gloo closes a group's connections when somebody has waited in vain for one of them."""
+    """Make gloo close all connections of a group, which it does when a wait for one of them times out."""
     for peer in range(world_size):
         if peer != rank:
             with suppress(RuntimeError):

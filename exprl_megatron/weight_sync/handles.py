@@ -1,9 +1,9 @@
-"""Weights by handles of memory that trainer and servers of one machine share: nothing is sent.
+"""Weight sync by handles of shared memory, for servers on the trainer's machines (CUDA IPC): nothing is sent.
 
-On GPUs torch hands over CUDA IPC handles, on CPUs the names of files in shared memory; SGLang's
-`/update_weights_from_tensor` opens them and each tensor-parallel rank copies its part. Each rank of a server is handed
-memory of its own GPU, by the trainer rank there, its IPC source rank. Every bucket is gathered on one of a machine's
-source ranks, which hand it on to each other.
+On GPUs torch passes CUDA IPC handles, on CPUs the names of files in shared memory; SGLang's
+`/update_weights_from_tensor` opens them and each tensor-parallel rank copies its part. Each rank of a server receives
+memory of its own GPU, from the trainer rank there, its IPC source rank. Every bucket is gathered on one of a machine's
+source ranks, which forward it to each other.
 """
 
 import base64
@@ -23,21 +23,21 @@ from exprl_megatron.policy.world import World, local_rank
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
-from exprl_megatron.weight_sync.groups import is_here
-from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
+from exprl_megatron.weight_sync.groups import is_local_host
 from exprl_megatron.weight_sync.rounds import push_rounds
 from exprl_megatron.weight_sync.timing import SyncTimes
+from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
 
 Payloads = dict[int, dict[int, str]]
-"""For each server, by its number, what its tensor-parallel ranks are handed."""
+"""For each server, by its number, the handles for its tensor-parallel ranks."""
 Chains = tuple[tuple[int, ...], ...]
-"""See Transport.fillers."""
+"""See Transport.source_ranks."""
 Place = tuple[str, int]
 """A server's host, and its first GPU there."""
 
 
 class HandlesTransport:
-    """See Transport. Made by all ranks together; `clients` are needed on rank 0 alone.
+    """See Transport. All ranks construct it together; `clients` are needed on rank 0 alone.
 
     Raises UserError on rank 0 (RankZeroFailed elsewhere) where a server's machine has no trainer rank.
     """
@@ -58,7 +58,7 @@ class HandlesTransport:
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         self._clients = list(clients)
-        self._sources, self.fillers = self._find_sources()
+        self._sources, self.source_ranks = self._find_sources()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
@@ -67,8 +67,8 @@ class HandlesTransport:
                 buffer.share_memory_()
         return buffer
 
-    async def push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
-        count = len(outgoing.rounds)
+    async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
+        count = len(exporter.rounds)
 
         async def send(number: int, payloads: Payloads) -> None:
             started = time.monotonic()
@@ -88,15 +88,15 @@ class HandlesTransport:
             count,
             self._coordinator,
             self._clients,
-            lambda number: self._gather(outgoing, number),
+            lambda number: self._gather(exporter, number),
             send,
             self._deadline_s,
         )
 
-    def follow(self, outgoing: Outgoing) -> None:
-        for number in range(len(outgoing.rounds)):
+    def follow(self, exporter: WeightExporter) -> None:
+        for number in range(len(exporter.rounds)):
             self._coordinator.wait_signal()
-            self._gather(outgoing, number)
+            self._gather(exporter, number)
         self._coordinator.wait_signal()
 
     async def close(self) -> None:
@@ -105,14 +105,14 @@ class HandlesTransport:
     def follow_close(self) -> None:
         return None
 
-    def _gather(self, outgoing: Outgoing, number: int) -> Payloads | None:
-        """All handles of a round, on rank 0."""
-        filled = outgoing.gather(number)
+    def _gather(self, exporter: WeightExporter, number: int) -> Payloads | None:
+        """Gather all handles of a round on rank 0; a collective."""
+        filled = exporter.gather(number)
         own: Payloads = {}
         if filled is not None:
             for server, sources in enumerate(self._sources):
-                # Each opens a handle of its own: their counts of who still reads must not mix.
-                own[server] = {i: _serialised(filled) for i, rank in enumerate(sources) if rank == self._world.rank}
+                # Each server rank opens its own handle, since handles count their readers.
+                own[server] = {i: _serialized(filled) for i, rank in enumerate(sources) if rank == self._world.rank}
         given = self._coordinator.collect(own)
         if given is None:
             return None
@@ -122,13 +122,13 @@ class HandlesTransport:
         }
 
     def _find_sources(self) -> tuple[list[list[int]], Chains]:
-        """For each server the trainer rank that hands memory to each of its ranks; and these of each machine."""
+        """For each server rank the trainer rank that passes memory to it, and these ranks by machine; a collective."""
         if self._coordinator.is_rank0:
             places = [(urlsplit(client.url).hostname, client.first_gpu) for client in self._clients]
             self._coordinator.signal(places)
         else:
             places = self._coordinator.wait_signal()
-        seen = self._coordinator.collect(({host for host, _ in places if is_here(host)}, local_rank()))
+        seen = self._coordinator.collect(({host for host, _ in places if is_local_host(host)}, local_rank()))
         if not self._coordinator.is_rank0:
             return self._coordinator.wait_signal()
         with self._coordinator.abort_on_error():
@@ -140,7 +140,7 @@ class HandlesTransport:
         return found
 
     def _sources_of(self, client: SGLangClient, place: Place, seen: list[tuple[set[str], int]]) -> list[int]:
-        """For each rank of a server the trainer rank on its GPU, or, where none is, one of those on its machine."""
+        """For each rank of a server, the trainer rank on its GPU; without one, a trainer rank on its machine."""
         host, first_gpu = place
         by_gpu = {gpu: rank for rank, (hosts, gpu) in enumerate(seen) if host in hosts}
         if not by_gpu:
@@ -153,7 +153,7 @@ class HandlesTransport:
 
 
 def _chains(hosts: Sequence[str], sources: Sequence[Sequence[int]]) -> Chains:
-    """The source ranks of each machine, every rank once whatever names its machine has."""
+    """The source ranks of each machine; every rank once, even if its machine has several names."""
     chains: dict[str, set[int]] = {}
     for host, ranks in zip(hosts, sources, strict=True):
         known = set().union(*(chain for other, chain in chains.items() if other != host))
@@ -161,8 +161,8 @@ def _chains(hosts: Sequence[str], sources: Sequence[Sequence[int]]) -> Chains:
     return tuple(tuple(sorted(chain)) for chain in chains.values() if chain)
 
 
-def _serialised(filled: Filled) -> str:
-    """Names and handles of a message's tensors, as SGLang reads them."""
+def _serialized(filled: FilledBucket) -> str:
+    """Serialize names and handles of a message's tensors for SGLang."""
     written = io.BytesIO()
     with _files_in_shared_memory():
         ForkingPickler(written).dump(filled.named())
@@ -171,7 +171,7 @@ def _serialised(filled: Filled) -> str:
 
 @contextmanager
 def _files_in_shared_memory() -> Iterator[None]:
-    """CPU tensors are shared by name: open files, torch's default, cannot be handed to a server."""
+    """Share CPU tensors by name: file descriptors, torch's default, cannot be passed to a server."""
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:

@@ -20,10 +20,10 @@ from exprl_megatron.models.shards import ITEMSIZE, Shape, cut_into, holders, lan
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor's place among the bytes of a message."""
+    """The position of one tensor in the bytes of a message."""
 
     name: str
-    """Hugging Face's."""
+    """Hugging Face's name of the tensor."""
     dtype: str
     """As in `str(tensor.dtype)` without `torch.`."""
     shape: Shape
@@ -43,7 +43,7 @@ class Message:
     """The pipeline stage that has the parameters."""
     parameters: tuple[Parameter, ...]
     slots: tuple[Slot, ...]
-    """Sorted so that each tensor is aligned to its numbers' size; no gaps."""
+    """Sorted so that each tensor is aligned to the size of its elements; without gaps."""
 
     @property
     def nbytes(self) -> int:
@@ -60,10 +60,10 @@ def stage_messages(
     fp8: bool = False,
     grouped: bool = False,
 ) -> list[list[Message]]:
-    """For each pipeline stage its exported parameters, in the order of the model, cut into messages.
+    """Cut each pipeline stage's exported parameters, in the order of the model, into messages.
 
-    A message, with what its sender needs beside it to fill it, has at most `bucket_bytes` (more where one parameter
-    alone has more). `fp8`: matrices are sent in blocks of 128 x 128 with their scales. `grouped` is as in
+    A message, together with the scratch memory that its sender needs to fill it, has at most `bucket_bytes` (more where
+    a single parameter has more). `fp8`: matrices are sent in blocks of 128 x 128 with their scales. `grouped` is as in
     names.parameters.
     """
     shapes = hf_shapes(architecture)
@@ -73,8 +73,8 @@ def stage_messages(
             staged[parameter.pp_rank].append(parameter)
     made = []
     for stage, table in enumerate(staged):
-        beside = max(beside_bytes(parameter, shapes, layout, dtype, fp8) for parameter in table)
-        cuts = cut_into(table, lambda parameter: _sent_bytes(parameter, shapes, dtype, fp8), bucket_bytes - beside)
+        scratch = max(scratch_bytes(parameter, shapes, layout, dtype, fp8) for parameter in table)
+        cuts = cut_into(table, lambda parameter: _sent_bytes(parameter, shapes, dtype, fp8), bucket_bytes - scratch)
         made.append([_message(stage, cut, shapes, dtype, fp8) for cut in cuts])
     return made
 
@@ -87,15 +87,15 @@ def smallest(messages: Sequence[Message], shapes: dict[str, Shape], dtype: str, 
 
 
 def rounds(staged: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
-    """The n-th messages of all stages that have so many, for each n: what is on its way at the same time."""
+    """For each n, the n-th messages of all stages that have one: these are in flight at the same time."""
     return [tuple(m for m in messages if m is not None) for messages in zip_longest(*staged)]
 
 
-def beside_bytes(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, dtype: str, fp8: bool = False) -> int:
-    """What the sender holds beside the message while it fills in this parameter.
+def scratch_bytes(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, dtype: str, fp8: bool = False) -> int:
+    """Bytes of scratch memory that the sender needs while it fills in this parameter.
 
-    That is another rank's shard where its parts lie apart in the message, and with `fp8` the whole parameter before it
-    is quantized.
+    That is another rank's shard where its parts are not contiguous in the message, and with `fp8` the whole parameter
+    before it is quantized.
     """
     count = len(holders(parameter, layout))
     apart = any(not lands_whole(parameter, shapes, layout, index) for index in range(1, count))
@@ -119,7 +119,7 @@ def _sent_bytes(parameter: Parameter, shapes: dict[str, Shape], dtype: str, fp8:
 
 
 def _sent(parameter: Parameter, shapes: dict[str, Shape], dtype: str, fp8: bool) -> list[tuple[str, str, Shape]]:
-    """(name, dtype, shape) of the tensors that stand for a parameter on its way."""
+    """(name, dtype, shape) of the tensors that are sent for a parameter."""
     found = []
     for name in parameter.hf_names:
         shape = shapes[name]

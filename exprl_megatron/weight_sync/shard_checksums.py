@@ -34,7 +34,7 @@ from exprl_megatron.serving.weight_layout import ServerParameters, served_dtype,
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.groups import address_towards, meeting_place
+from exprl_megatron.weight_sync.groups import address_towards, rendezvous_store
 from exprl_megatron.weight_sync.p2p_schedule import shard_sources
 from exprl_megatron.weight_sync.shard_table import ShardTable, shard_table
 
@@ -159,7 +159,7 @@ class ShardChecksums:
         Raises ServerError where one cannot say.
         """
         if self._store is None:
-            place = meeting_place(address_towards(urlsplit(clients[0].url).hostname), self._deadline_s)
+            place = rendezvous_store(address_towards(urlsplit(clients[0].url).hostname), self._deadline_s)
             self._store = Records(place, secrets.token_hex(16), RECORDS)
             await asyncio.to_thread(self._publish, str(dtype).removeprefix("torch."))
         return await gather_or_cancel(self._ask(client) for client in clients)

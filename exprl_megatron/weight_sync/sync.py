@@ -1,4 +1,4 @@
-"""Brings the policy's weights to the sampling servers, and proves that they arrived."""
+"""Pushes the policy's weights to the sampling servers, and verifies by checksums that they arrived."""
 
 import time
 from contextlib import suppress
@@ -11,17 +11,17 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_commands import LOADER
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
-from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
 from exprl_megatron.weight_sync.timing import SyncTimes
 from exprl_megatron.weight_sync.transport import Transport
 from exprl_megatron.weight_sync.weight_check import ShardCheck, WeightCheck, WholeCheck, compare
+from exprl_megatron.weight_sync.weight_exporter import WeightExporter
 
 _MB = 2**20
 
 
-class Members(Protocol):
-    """The servers that receive weights, from rank 0's view: a ServerPool, or StaticPool."""
+class SyncTargets(Protocol):
+    """The servers that receive weights, as seen by rank 0: a ServerPool or a StaticPool."""
 
     clients: list[SGLangClient]
     """Clients of the servers that were prepared last."""
@@ -37,21 +37,21 @@ class Members(Protocol):
 
 
 class WeightSync:
-    """Pushes the policy's weights to servers. Every rank calls it; only rank 0 talks to servers and needs `members`."""
+    """Pushes the policy's weights to servers. Every rank calls it; only rank 0 talks to servers and needs `targets`."""
 
     def __init__(
         self,
         config: SyncConfig,
         policy: Policy,
         coordinator: RankCoordinator,
-        members: Members,
+        targets: SyncTargets,
         transport: Transport,
         server_tp: int = 1,
     ):
         self._config = config
         self._policy = policy
         self._coordinator = coordinator
-        self._members = members
+        self._targets = targets
         self._transport = transport
         self._server_tp = server_tp
         self._connected: list[SGLangClient] | None = None
@@ -59,7 +59,7 @@ class WeightSync:
         self._shards: ShardChecksums | None = None
         """Created at the first use."""
         self._have_loader: bool | None = None
-        """Whether all of these servers have exprl's loader; None: not asked yet."""
+        """Whether all connected servers have exprl's loader; None: not known yet."""
 
     def push_weights(self, version: str) -> dict[str, float]:
         """Push the policy's current weights as `version` to every server that does not have them.
@@ -88,45 +88,45 @@ class WeightSync:
 
         self._coordinator.run_collective(leave, self._transport.follow_close)
 
-    def _outgoing(self, check: WeightCheck | None) -> Outgoing:
-        """The policy's current weights; `check` sees what this rank fills of them."""
+    def _exporter(self, check: WeightCheck | None) -> WeightExporter:
+        """An exporter of the policy's current weights; `check` reads the messages that this rank fills."""
         config = self._config
         self._policy.gather_weights()
-        return Outgoing(
+        return WeightExporter(
             self._policy.chunks,
             self._policy.architecture,
             self._policy.world,
             int(config.bucket_mb * _MB),
-            fillers=self._transport.fillers,
+            source_ranks=self._transport.source_ranks,
             fp8=config.fp8,
             allocate=self._transport.allocate,
             check=check and check.bucket_check,
         )
 
     async def _prepare(self, version: str) -> str:
-        """`nothing` to be done, weights to be `push`ed, or first the transport's servers to be `connect`ed."""
-        if not await self._members.prepare(version):
+        """Returns what is to be done: `nothing`, `push`, or `connect` the transport to the servers first."""
+        if not await self._targets.prepare(version):
             return "nothing"
-        return "push" if self._members.clients == self._connected else "connect"
+        return "push" if self._targets.clients == self._connected else "connect"
 
     def _connect_transport(self) -> None:
-        clients = list(self._members.clients) if self._coordinator.is_rank0 else []
+        clients = list(self._targets.clients) if self._coordinator.is_rank0 else []
         self._transport.connect(clients)
         self._connected = clients
         self._have_loader = None
 
     def _attempt(self, version: str) -> tuple[SyncTimes, Exception | None]:
-        """What one push took, and on rank 0 what it failed of; the other ranks stop without a word."""
+        """Push once; returns its times and, on rank 0, its error. The other ranks return no error."""
         times, check = SyncTimes(), self._new_check()
-        outgoing = self._outgoing(check)
-        times.nbytes = outgoing.nbytes
+        exporter = self._exporter(check)
+        times.nbytes = exporter.nbytes
         try:
             if check is not None:
-                check.begin(outgoing)
+                check.begin(exporter)
             self._coordinator.run_collective(
-                lambda: self._push(outgoing, version, times), lambda: self._transport.follow(outgoing)
+                lambda: self._push(exporter, version, times), lambda: self._transport.follow(exporter)
             )
-            self._check(check, outgoing, version, times)
+            self._check(check, exporter, version, times)
         except RankZeroFailed:
             return times, None
         except Exception as error:
@@ -134,13 +134,13 @@ class WeightSync:
                 raise
             return times, error
         finally:
-            outgoing.checked()
+            exporter.wait_checks()
             if check is not None:
                 check.end()
         return times, None
 
     def _new_check(self) -> WeightCheck | None:
-        """Of the next sync. Servers of which it is not known yet are believed to have exprl's loader."""
+        """The check of the next sync. Servers are assumed to have exprl's loader until they were asked."""
         if not self._config.verify:
             return None
         if self._config.fp8 or self._have_loader is False:
@@ -151,24 +151,24 @@ class WeightSync:
             )
         return ShardCheck(self._shards)
 
-    def _check(self, check: WeightCheck | None, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
-        """Compare checksums, where the config says so, and put all ranks' times together; a collective."""
+    def _check(self, check: WeightCheck | None, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
+        """Compare checksums, where the config enables it, and combine all ranks' times; a collective."""
         pushed, asking, own = time.monotonic(), None, None
         if isinstance(check, ShardCheck) and not self._servers_have_loader():
             check = self._new_check()
-            outgoing = self._outgoing(check)
+            exporter = self._exporter(check)
         if check is not None:
             if self._coordinator.is_rank0:
-                # Servers compute theirs while the trainer does.
-                asking = self._coordinator.start(check.held(self._members.clients))
-            own = check.own(outgoing)
-        found = self._coordinator.collect((outgoing.gather_s, outgoing.quantise_s, own))
+                # Servers compute their checksums while the trainer computes its own.
+                asking = self._coordinator.start(check.held(self._targets.clients))
+            own = check.own(exporter)
+        found = self._coordinator.collect((exporter.gather_s, exporter.quantise_s, own))
         if found is None:
             return
         gathering, quantising, parts = zip(*found, strict=True)
         times.gather_s, times.quantise_s = max(gathering), max(quantising)
         if check is not None:
-            compare(self._members.clients, asking.result(), check.expected(parts), version)
+            compare(self._targets.clients, asking.result(), check.expected(parts), version)
         times.check_s = time.monotonic() - pushed
 
     def _servers_have_loader(self) -> bool:
@@ -178,22 +178,22 @@ class WeightSync:
         return self._have_loader
 
     async def _ask_for_loader(self) -> bool:
-        loaders = await gather_or_cancel(client.loaders() for client in self._members.clients)
+        loaders = await gather_or_cancel(client.loaders() for client in self._targets.clients)
         return all(LOADER in names for names in loaders)
 
     async def _finish(self, version: str, error: Exception | None) -> bool:
-        """Whether the servers hold `version`; raises `error` where another attempt is of no use."""
+        """Whether the servers hold `version`; raises `error` where it is pointless to repeat the push."""
         if error is None:
-            await self._members.commit(version)
+            await self._targets.commit(version)
             return True
         if not isinstance(error, ServerError) or isinstance(error, WeightsDiffer):
             raise error
-        await self._members.abort(error)
-        # What the transport shares with its servers may be broken.
+        await self._targets.abort(error)
+        # The groups that the transport shares with its servers may be broken.
         self._connected = None
         return False
 
-    def _push(self, outgoing: Outgoing, version: str, times: SyncTimes) -> None:
+    def _push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
         started = time.monotonic()
-        self._coordinator.run(self._transport.push(outgoing, version, times))
+        self._coordinator.run(self._transport.push(exporter, version, times))
         times.push_s = time.monotonic() - started

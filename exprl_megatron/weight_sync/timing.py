@@ -1,4 +1,4 @@
-"""How long the parts of a weight sync took, and how much it moved."""
+"""Durations of the parts of a weight sync, and the bytes that it moved."""
 
 from dataclasses import dataclass
 
@@ -7,27 +7,27 @@ GB = 1e9
 
 @dataclass
 class SyncTimes:
-    """Seconds as rank 0 saw them. Parts overlap: gathering continues while the bucket before is sent."""
+    """Seconds as seen by rank 0. Parts overlap: the next bucket is gathered while the previous one is sent."""
 
     gather_s: float = 0.0
-    """Joining shards into buckets, of all senders the longest."""
+    """Gathering shards into buckets; the maximum over senders."""
     quantise_s: float = 0.0
-    """Rounding to FP8 blocks, of all senders the longest."""
+    """Quantizing to FP8 blocks; the maximum over senders."""
     send_s: float = 0.0
-    """From asking the servers to take a bucket until it was sent; where it goes by files, writing them."""
+    """From the request that makes servers receive a bucket until it was sent; for transports through files, writing."""
     load_s: float = 0.0
-    """From then until the last server had put it into its model."""
+    """From then until the last server had loaded it."""
     check_s: float = 0.0
-    """After the last bucket: the servers' checksums, and what was left to do of the trainer's."""
+    """After the last bucket: the servers' checksums, and the rest of the trainer's."""
     push_s: float = 0.0
-    """From the first gather to the servers' last answer, without the check."""
+    """From the first gather to the servers' last reply, without the check."""
     nbytes: int = 0
-    """Of all tensors as they are sent, once, however many servers take them."""
+    """Bytes of all tensors as they are sent, counted once for any number of servers."""
     moved: int = 0
-    """Bytes that crossed to a server or its disk, for each server alike."""
+    """Bytes that one server received, over the network or from disk."""
 
     def metrics(self) -> dict[str, float]:
-        """As named numbers for the logs."""
+        """The metrics `sync/...` for the logs."""
         seconds = {
             f"sync/{part}": getattr(self, f"{part}_s") for part in ("gather", "quantise", "send", "load", "check")
         }

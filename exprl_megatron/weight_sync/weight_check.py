@@ -16,8 +16,8 @@ from exprl_megatron.serving.checksums import ServerChecksums, differing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.together import gather_or_cancel
-from exprl_megatron.weight_sync.outgoing import BucketCheck, Outgoing
 from exprl_megatron.weight_sync.shard_checksums import ShardChecksums
+from exprl_megatron.weight_sync.weight_exporter import BucketCheck, WeightExporter
 
 RankChecksums = Sequence[Mapping[str, str]]
 """Of each tensor-parallel rank of a server, by the names of its parameters."""
@@ -27,12 +27,12 @@ class WeightCheck(Protocol):
     """One sync's check. Every rank makes one before the push."""
 
     bucket_check: BucketCheck | None
-    """What Outgoing calls for every message."""
+    """What WeightExporter calls for every message."""
 
-    def begin(self, outgoing: Outgoing) -> None:
+    def begin(self, exporter: WeightExporter) -> None:
         """Called before the push."""
 
-    def own(self, outgoing: Outgoing) -> Any:
+    def own(self, exporter: WeightExporter) -> Any:
         """This rank's part of the expected checksums, after the push; a collective."""
 
     def expected(self, parts: Sequence[Any]) -> RankChecksums:
@@ -55,11 +55,11 @@ class ShardCheck:
         self._hashing: Future[np.ndarray] | None = None
         self._dtype: torch.dtype | None = None
 
-    def begin(self, outgoing: Outgoing) -> None:
-        self._dtype = outgoing.gatherer.dtype
-        self._hashing = self._shards.begin(outgoing.gatherer)
+    def begin(self, exporter: WeightExporter) -> None:
+        self._dtype = exporter.gatherer.dtype
+        self._hashing = self._shards.begin(exporter.gatherer)
 
-    def own(self, outgoing: Outgoing) -> np.ndarray:
+    def own(self, exporter: WeightExporter) -> np.ndarray:
         return self._hashing.result()
 
     def expected(self, parts: Sequence[np.ndarray]) -> RankChecksums:
@@ -90,12 +90,12 @@ class WholeCheck:
     def bucket_check(self, bucket: Bucket) -> None:
         self._sums.add(as_served(bucket))
 
-    def begin(self, outgoing: Outgoing) -> None:
+    def begin(self, exporter: WeightExporter) -> None:
         return None
 
-    def own(self, outgoing: Outgoing) -> tuple[dict[str, str], ...]:
-        outgoing.gather_rest()
-        outgoing.checked()
+    def own(self, exporter: WeightExporter) -> tuple[dict[str, str], ...]:
+        exporter.drain()
+        exporter.wait_checks()
         return self._sums.result()
 
     def expected(self, parts: Sequence[tuple[dict[str, str], ...]]) -> RankChecksums:

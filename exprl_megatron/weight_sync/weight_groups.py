@@ -1,8 +1,8 @@
-"""The groups that weights are broadcast in: each pipeline stage's first rank, as rank 0, with all servers.
+"""The groups in which weights are broadcast: each pipeline stage's first rank, as rank 0, with all servers.
 
-NCCL forms a group without meeting anyone: its first operation connects it, and blocks its caller until all members
-have called it. So that one is a small message of its own, on a thread, right after the group was formed, beside the
-requests that make the servers receive it.
+NCCL connects a group in its first operation, which blocks its caller until all members have called it. So the first
+operation is a small message, sent on a thread right after the group was formed, together with the requests that make
+the servers receive it.
 """
 
 import asyncio
@@ -23,45 +23,45 @@ from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.groups import (
+    abort_group,
     address_towards,
-    break_off,
     broadcast,
     follow_destroy,
     group_name,
-    meet,
-    meeting_place,
+    init_group,
+    rendezvous_store,
 )
 from exprl_megatron.weight_sync.messages import Message
-from exprl_megatron.weight_sync.outgoing import Filled, Outgoing
+from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter
 
 CAUSE_S = 5.0
-"""How long to wait for a server's own word on what broke, or for any word of it."""
+"""Seconds to wait for a server's own error after a broadcast failed, or for any reply of it."""
 
 
 class WeightGroups:
-    """Every rank has one. `server_tp` is the tensor parallelism of each server: it has as many ranks of each group."""
+    """The groups of one set of servers; every rank has an object. Each server has `server_tp` ranks in each group."""
 
     def __init__(self, server_tp: int, world: World, coordinator: RankCoordinator, deadline_s: float):
         self.names: list[str] = []
-        """Of the stages' groups, which servers know them by; empty where they are not open."""
+        """Names of the stages' groups; empty where the groups are not open."""
         self._server_tp = server_tp
         self._world = world
         self._coordinator = coordinator
         self._deadline_s = deadline_s
         self._size = 0
-        """Of each group."""
+        """Number of members of each group."""
         self._group: dist.ProcessGroup | None = None
-        """This rank's, if it is a sender."""
+        """This rank's group, if it is a sender."""
         self._thread: GroupThread | None = None
         self._place: dist.TCPStore | None = None
-        """Where this rank meets the servers, if it is a sender."""
+        """The store in which this rank meets the servers, if it is a sender."""
         self._left: list[tuple[SGLangClient, str]] = []
-        """Servers, and groups that they may still be in although we have left them."""
+        """Servers, and names of groups that they may still be in after this side has left them."""
 
-    async def open(self, clients: Sequence[SGLangClient], outgoing: Outgoing) -> None:
-        """Form a group of each stage, one after the other, and connect it; rank 0 only, in an open weight update.
+    async def open(self, clients: Sequence[SGLangClient], exporter: WeightExporter) -> None:
+        """Form and connect each stage's group, in order; rank 0 only, in an open weight update.
 
-        Raises ServerError naming who is not there within the deadline.
+        Raises ServerError naming the servers that do not join within the deadline.
         """
         for client, name in self._left:
             if client in clients:
@@ -69,53 +69,53 @@ class WeightGroups:
                 with suppress(RequestRefused):
                     await client.destroy_weights_group(name, deadline_s=self._deadline_s)
         self._left = []
-        # The members meet under it. Over HTTP, with the run's key, the servers are given it.
+        # The members meet under this name, which the servers receive over HTTP, with the run's key.
         name = group_name(secrets.token_hex(16))
         self.names = [f"{name}-{stage}" for stage in range(self._world.layout.pp)]
         self._left = [(client, name) for name in self.names for client in clients]
         self._size = 1 + self._server_tp * len(clients)
         host = urlsplit(clients[0].url).hostname
-        place = self._open_place(host)
+        place = self._open_store(host)
         self._coordinator.signal((self.names, host, self._size))
         places = [place for place in self._coordinator.collect(place) if place is not None]
-        meeting = asyncio.wrap_future(self._meet(self.names[0], place))
+        meeting = asyncio.wrap_future(self._init_group(self.names[0], place))
         joining = {
             client: self._join_server(client, 1 + i * self._server_tp, places) for i, client in enumerate(clients)
         }
-        await self._come(joining, {meeting}, 0)
-        self._enter(meeting.result())
+        await self._wait_for_servers(joining, {meeting}, 0)
+        self._use_group(meeting.result())
         for stage in range(self._world.layout.pp):
             self._coordinator.signal()
-            filled = await asyncio.to_thread(outgoing.gather_smallest, stage)
+            filled = await asyncio.to_thread(exporter.gather_smallest, stage)
             own = set() if filled is None else {asyncio.wrap_future(self.send(filled))}
-            message = outgoing.smallest[stage]
-            await self._come({client: self.ask(client, [message], None) for client in clients}, own, stage)
+            message = exporter.smallest[stage]
+            await self._wait_for_servers({client: self.ask(client, [message], None) for client in clients}, own, stage)
 
-    def follow_open(self, outgoing: Outgoing) -> None:
-        """The other ranks' part in `open`."""
+    def follow_open(self, exporter: WeightExporter) -> None:
+        """Take part in `open` on the other ranks."""
         self.names, host, self._size = self._coordinator.wait_signal()
-        place = self._open_place(host)
+        place = self._open_store(host)
         self._coordinator.collect(place)
         meeting = None
         if place is not None:
-            meeting = self._meet(self.names[self._world.pp_rank], place)
+            meeting = self._init_group(self.names[self._world.pp_rank], place)
         for stage in range(self._world.layout.pp):
             self._coordinator.wait_signal()
             if meeting is not None and self._group is None:
-                # Rank 0 continues when all servers have joined.
-                self._enter(meeting.result(self._deadline_s))
-            filled = outgoing.gather_smallest(stage)
+                # Rank 0 signals when all servers have joined.
+                self._use_group(meeting.result(self._deadline_s))
+            filled = exporter.gather_smallest(stage)
             if filled is not None:
-                # Whether it arrives, rank 0 learns from the servers.
+                # Rank 0 learns from the servers whether it arrives.
                 self.send(filled)
 
-    def send(self, filled: Filled) -> Future[float]:
-        """Begin to broadcast this rank's message in its group; the time when it was sent."""
+    def send(self, filled: FilledBucket) -> Future[float]:
+        """Start to broadcast this rank's message in its group; the future has the time when it was sent."""
         group = self._group
         return self._thread.submit(lambda: broadcast(group, filled.data))
 
     async def ask(self, client: SGLangClient, messages: Sequence[Message], version: str | None) -> None:
-        """One server to receive `messages`, in this order; with the last one it gets `version`, where one is given."""
+        """Make one server receive `messages`, in this order; the last one sets its weight `version`, if given."""
         for position, message in enumerate(messages):
             final = version is not None and position == len(messages) - 1
             await client.update_from_distributed(
@@ -129,12 +129,12 @@ class WeightGroups:
                 deadline_s=self._deadline_s,
             )
 
-    def break_off(self) -> None:
-        """Abort our side of the groups, even while operations are in progress."""
+    def abort(self) -> None:
+        """Abort this side of the groups, also with operations in flight."""
         group = self._take_group()
         if group is not None:
-            break_off(group, 0, self._size)
-        # A server that has come already does not wait for one that has not.
+            abort_group(group, 0, self._size)
+        # A server that has joined already does not wait for the others then.
         self._place = None
 
     async def close(self, clients: Sequence[SGLangClient]) -> None:
@@ -160,22 +160,24 @@ class WeightGroups:
             self._place = None
 
     def follow_close(self) -> None:
-        """The other ranks' part in `close`."""
+        """Take part in `close` on the other ranks."""
         if self.names:
             follow_destroy(self._take_group(), self._coordinator, self._deadline_s)
             self._place = None
 
     def _take_group(self) -> dist.ProcessGroup | None:
-        """This rank's group, if it is a sender, which is to be given up; no group is open from now on."""
+        """Take this rank's group, if it is a sender, to be destroyed; no group is open from now on."""
         group, self._group, self.names = self._group, None, []
         if group is not None:
             self._thread.stop()
         return group
 
-    async def _come(self, asked: dict[SGLangClient, object], own: Collection[asyncio.Future], stage: int) -> None:
-        """Return when all servers have done what they are `asked`, and `own` is done too.
+    async def _wait_for_servers(
+        self, asked: dict[SGLangClient, object], own: Collection[asyncio.Future], stage: int
+    ) -> None:
+        """Wait until all servers have answered the requests `asked`, and `own` is done.
 
-        Raises the first server's error, or ServerError naming those that have not come within the deadline.
+        Raises the first server's error, or ServerError naming the servers that did not answer within the deadline.
         """
         asking = {asyncio.ensure_future(request): client for client, request in asked.items()}
         try:
@@ -183,23 +185,23 @@ class WeightGroups:
                 {*asking, *own}, timeout=self._deadline_s, return_when=asyncio.FIRST_EXCEPTION
             )
             if late and any(future in own and future.exception() for future in done):
-                # The server's own word says why, or its absence.
+                # The server's own error says why, or the lack of a reply does.
                 more, late = await asyncio.wait(late, timeout=CAUSE_S, return_when=asyncio.FIRST_EXCEPTION)
                 done |= more
             for future in sorted(done, key=lambda future: future in own):
                 future.result()
         except RuntimeError as error:
-            raise broke(asking.values(), error) from error
+            raise broadcast_error(asking.values(), error) from error
         finally:
             for future in asking:
                 future.cancel()
         if late:
             raise ServerError(
-                await self._lateness([client for future, client in asking.items() if future in late], stage)
+                await self._late_servers([client for future, client in asking.items() if future in late], stage)
             )
 
-    async def _lateness(self, late: Sequence[SGLangClient], stage: int) -> str:
-        """Who of those that do not answer holds the group up: a server that answers nothing else, if there is one."""
+    async def _late_servers(self, late: Sequence[SGLangClient], stage: int) -> str:
+        """Which of the late servers blocks the group: one that answers no other request either, if there is one."""
 
         async def answers(client: SGLangClient) -> bool:
             try:
@@ -219,20 +221,20 @@ class WeightGroups:
             f"({self._deadline_s:g} s)."
         )
 
-    def _enter(self, group: dist.ProcessGroup) -> None:
+    def _use_group(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._thread = GroupThread(self.names[self._world.pp_rank])
 
-    def _meet(self, name: str, place: tuple[str, int]) -> Future[dist.ProcessGroup]:
-        """Begin to form a group as its rank 0."""
-        return in_background(name, lambda: meet(name, *place, 0, self._size, self._deadline_s))
+    def _init_group(self, name: str, place: tuple[str, int]) -> Future[dist.ProcessGroup]:
+        """Start to form a group as its rank 0."""
+        return in_background(name, lambda: init_group(name, *place, 0, self._size, self._deadline_s))
 
-    def _open_place(self, host: str) -> tuple[str, int] | None:
-        """Where servers on `host` find this rank, if it is a sender."""
+    def _open_store(self, host: str) -> tuple[str, int] | None:
+        """Open the store in which servers on `host` meet this rank, if it is a sender; returns its address and port."""
         if self._world.rank != sender(self._world.pp_rank, self._world.layout):
             return None
         address = address_towards(host)
-        self._place = meeting_place(address, self._deadline_s)
+        self._place = rendezvous_store(address, self._deadline_s)
         return address, self._place.port
 
     async def _join_server(self, client: SGLangClient, rank_offset: int, places: list[tuple[str, int]]) -> None:
@@ -248,6 +250,6 @@ class WeightGroups:
             )
 
 
-def broke(clients: Collection[SGLangClient], error: RuntimeError) -> ServerError:
-    """What to raise where our side of a broadcast breaks and no server says why."""
+def broadcast_error(clients: Collection[SGLangClient], error: RuntimeError) -> ServerError:
+    """The error where this side of a broadcast fails and no server says why."""
     return ServerError(f"The weight broadcast to {', '.join(client.name for client in clients)} broke: {error}.")

@@ -1,4 +1,5 @@
-"""A conversion that is interrupted, or writes something wrong, leaves no target; the next one continues, or starts again."""
+"""A conversion that is interrupted, or writes something wrong, leaves no target; the next one continues, or starts
+again."""
 
 import multiprocessing
 import pickle

@@ -11,7 +11,8 @@ PATIENCE_S = 25.0
 
 
 def knows_backend(records: Path, patience_s: float = PATIENCE_S) -> dict[str, str]:
-    """The environment of a process that can use the backend, as a server that is configured to; it records in `records`."""
+    """The environment of a process that can use the backend, as a server that is configured to; it records in
+    `records`."""
     path = os.pathsep.join(part for part in (str(BACKEND), os.environ.get("PYTHONPATH")) if part)
     return {"PYTHONPATH": path, "NCCL_LIKE_RECORDS": str(records), "NCCL_LIKE_PATIENCE_S": str(patience_s)}
 

@@ -91,7 +91,9 @@ def test_a_sentence_of_ours_comes_before_ranks_that_abort_for_it(start, tmp_path
 
 
 def test_a_rank_that_aborts_comes_before_the_connections_that_others_lost(start, tmp_path):
-    assert str(cause(start, tmp_path, {"report": LOST}, {"signal": signal.SIGABRT})).startswith("trainer-1 was killed by")
+    assert str(cause(start, tmp_path, {"report": LOST}, {"signal": signal.SIGABRT})).startswith(
+        "trainer-1 was killed by"
+    )
 
 
 def test_of_an_unexpected_error_alone_its_words_are_told(start, tmp_path):

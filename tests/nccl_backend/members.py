@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from nccl_like.records import PATIENCE, Hang
-from remote_server import CONTROL, WORLD, Asker, outgoing, serve
+from remote_server import CONTROL, WORLD, Asker, exporter, serve
 
 from exprl_megatron.policy.host_group import from_rank, of_all_ranks
 from exprl_megatron.serving.process_groups import GroupThread, destroy
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
-from exprl_megatron.weight_sync.groups import break_off, broadcast
+from exprl_megatron.weight_sync.groups import abort_group, broadcast
 from exprl_megatron.weight_sync.timing import SyncTimes
 
 DEADLINE_S = 20.0
@@ -47,7 +47,7 @@ class Member:
     def group(self, **settings) -> dist.ProcessGroup:
         return dist.new_group(backend="nccl_like", timeout=TIMEOUT, **settings)
 
-    def meet(self) -> None:
+    def init_group(self) -> None:
         """Wait for the others, without the backend."""
         dist.barrier()
 
@@ -91,13 +91,13 @@ def values(m: Member) -> list:
 def first_operation(m: Member) -> list[float]:
     """How long an asynchronous first operation and a second one keep the thread that calls them; rank 1 is late."""
     group, tensor = m.group(), torch.zeros(1)
-    m.meet()
+    m.init_group()
     if m.rank == 1:
         time.sleep(2.0)
     works = []
     first_s = seconds(lambda: works.append(dist.all_reduce(tensor, group=group, async_op=True)))
     works[0].wait()
-    m.meet()
+    m.init_group()
     if m.rank == 1:
         time.sleep(2.0)
     second_s = seconds(lambda: works.append(dist.all_reduce(tensor, group=group, async_op=True)))
@@ -274,10 +274,10 @@ def product_breaks_off(m: Member) -> list | str:
         group.abort()
     else:
         work = dist.all_reduce(torch.zeros(1), group=group, async_op=True)
-        took_s = seconds(lambda: break_off(group, m.rank, m.size))
+        took_s = seconds(lambda: abort_group(group, m.rank, m.size))
         assert work.is_completed() and not work.is_success()
         assert group not in dist.distributed_c10d._world.pg_map
-    m.meet()
+    m.init_group()
     again = torch.ones(1)
     dist.all_reduce(again, group=m.group())
     return [again.item(), took_s if m.first else 0.0]
@@ -290,8 +290,8 @@ def product_leaves_what_does_not_connect(m: Member) -> list | str:
         thread = GroupThread("weights")
         thread.submit(lambda: broadcast(group, torch.zeros(1)))
         time.sleep(0.5)
-        took_s = seconds(lambda: break_off(group, m.rank, m.size))
-    m.meet()
+        took_s = seconds(lambda: abort_group(group, m.rank, m.size))
+    m.init_group()
     again = torch.ones(1)
     dist.all_reduce(again, group=m.group())
     return [again.item(), took_s if m.first else 0.0]
@@ -331,8 +331,8 @@ def product_broadcasts(m: Member) -> list:
     transport = BroadcastTransport([server], 1, WORLD, CONTROL, DEADLINE_S)
 
     async def sync() -> None:
-        await transport.push(outgoing(3), "v1", SyncTimes())
-        await transport.push(outgoing(2), "v2", SyncTimes())
+        await transport.push(exporter(3), "v1", SyncTimes())
+        await transport.push(exporter(2), "v2", SyncTimes())
         await transport.close()
         await server.end()
 

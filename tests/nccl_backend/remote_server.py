@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.config.policy import Layout
-from exprl_megatron.weight_sync.groups import meet
+from exprl_megatron.weight_sync.groups import init_group
 from exprl_megatron.weight_sync.messages import Message, Slot
-from exprl_megatron.weight_sync.outgoing import Filled
+from exprl_megatron.weight_sync.weight_exporter import FilledBucket
 
 WORLD = SimpleNamespace(rank=0, pp_rank=0, layout=Layout(), device=torch.device("cpu"))
 CONTROL = SimpleNamespace(abort_on_error=nullcontext, signal=lambda payload=None: None, collect=lambda item: [item])
@@ -63,7 +63,7 @@ def serve() -> list[tuple[str | None, int]]:
         if what == "form":
             place = settings["master_address"], settings["master_port"]
             size = settings["rank_offset"], settings["world_size"]
-            groups[settings["group"]] = meet(settings["group"], *place, *size, settings["deadline_s"])
+            groups[settings["group"]] = init_group(settings["group"], *place, *size, settings["deadline_s"])
         elif what == "receive":
             data = torch.empty(settings["nbytes"], dtype=torch.uint8)
             dist.broadcast(data, group=groups[settings["group"]], group_src=0)
@@ -75,12 +75,12 @@ def serve() -> list[tuple[str | None, int]]:
             return received
 
 
-def outgoing(count: int) -> SimpleNamespace:
+def exporter(count: int) -> SimpleNamespace:
     """Messages of 64 bytes: of ones, twos, and so on; the smallest one is of zeros."""
     rounds = [(Message(0, (), (Slot(f"w{i}", "float32", (4, 4), 0),)),) for i in range(count)]
     return SimpleNamespace(
         rounds=rounds,
         smallest=[rounds[0][0]],
-        gather=lambda number: Filled(rounds[number][0], torch.full((64,), number + 1, dtype=torch.uint8)),
-        gather_smallest=lambda stage: Filled(rounds[0][0], torch.zeros(64, dtype=torch.uint8)),
+        gather=lambda number: FilledBucket(rounds[number][0], torch.full((64,), number + 1, dtype=torch.uint8)),
+        gather_smallest=lambda stage: FilledBucket(rounds[0][0], torch.zeros(64, dtype=torch.uint8)),
     )

@@ -16,8 +16,8 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.server_process import Server, ServerSpec
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.disk import DiskTransport
-from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.timing import SyncTimes
+from exprl_megatron.weight_sync.weight_exporter import WeightExporter
 from on_device.compared import Compared, at_most
 
 NEW_TOKENS = 32
@@ -54,8 +54,10 @@ def takes_weights(server: Server, policy: Policy, prompts: list[tuple[int, ...]]
             transport = DiskTransport(
                 [client], scratch, Path(policy.config.model), RankCoordinator(240.0), deadline_s=120
             )
-            outgoing = Outgoing(policy.chunks, policy.architecture, policy.world, 2**20, fillers=transport.fillers)
-            await transport.push(outgoing, "policy", SyncTimes())
+            exporter = WeightExporter(
+                policy.chunks, policy.architecture, policy.world, 2**20, source_ranks=transport.source_ranks
+            )
+            await transport.push(exporter, "policy", SyncTimes())
             after = gap(*await _sampled(client, prompts))
             await transport.close()
             return before, after

@@ -35,8 +35,8 @@ from exprl_megatron.policy.packing import PackingShape, plan_micro_batches
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.step import MicroBatches
 from exprl_megatron.policy.world import World
-from exprl_megatron.weight_sync.outgoing import Outgoing, quantise_into
 from exprl_megatron.weight_sync.weight_check import as_served
+from exprl_megatron.weight_sync.weight_exporter import WeightExporter, quantise_into
 
 CUDA = torch.device("cuda", 0)
 WORLD = World(Layout(), CUDA, 0, 0, 0, 0)
@@ -165,10 +165,10 @@ def policy(tiny_model, world) -> Policy:
 def test_buckets_are_filled_on_the_gpu(policy, gpu, eight_bits, monkeypatch):
     monkeypatch.setattr(fp8, "check_quantisable", lambda *_: None)
     chunks = [moved(chunk) for chunk in policy.chunks]
-    outgoing = Outgoing(chunks, policy.architecture, WORLD, 40_000, fillers=None, fp8=eight_bits)
-    assert len(outgoing.rounds) > 2
-    for number in range(len(outgoing.rounds)):
-        bucket = outgoing.gather(number).named()
+    exporter = WeightExporter(chunks, policy.architecture, WORLD, 40_000, source_ranks=None, fp8=eight_bits)
+    assert len(exporter.rounds) > 2
+    for number in range(len(exporter.rounds)):
+        bucket = exporter.gather(number).named()
         assert on_gpu(*(tensor for _, tensor in bucket), *(tensor for _, tensor in as_served(bucket)))
 
 
@@ -289,12 +289,12 @@ def test_a_tensor_on_the_wrong_device_is_found(gpu, world, monkeypatch, mistake)
 
 def test_a_bucket_in_host_memory_is_found(policy, gpu):
     chunks = [moved(chunk) for chunk in policy.chunks]
-    outgoing = Outgoing(
+    exporter = WeightExporter(
         chunks,
         policy.architecture,
         WORLD,
         40_000,
-        fillers=None,
+        source_ranks=None,
         allocate=lambda size: torch.empty(size, dtype=torch.uint8),
     )
-    assert not on_gpu(*(tensor for _, tensor in outgoing.gather(0).named())), "a copy may cross devices, and does"
+    assert not on_gpu(*(tensor for _, tensor in exporter.gather(0).named())), "a copy may cross devices, and does"

@@ -1,4 +1,4 @@
-"""How far trainer and sampler may be apart where the config leaves it to us, and that a resumed run continues with it."""
+"""How far trainer and sampler may be apart where the config sets no bound, and that a resumed run keeps it."""
 
 import json
 import math

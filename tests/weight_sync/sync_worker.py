@@ -27,12 +27,12 @@ from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 from exprl_megatron.weight_sync.direct import DirectTransport
-from exprl_megatron.weight_sync.handles import HandlesTransport, _serialised
-from exprl_megatron.weight_sync.outgoing import Outgoing
+from exprl_megatron.weight_sync.handles import HandlesTransport, _serialized
 from exprl_megatron.weight_sync.p2p_sender import P2PSender
 from exprl_megatron.weight_sync.rounds import push_rounds
 from exprl_megatron.weight_sync.sync import WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
+from exprl_megatron.weight_sync.weight_exporter import WeightExporter
 
 LAYOUTS = {
     "TP1": Layout(),
@@ -149,11 +149,11 @@ def wrong_after_loading(world, arguments, target: str) -> list | None:
 
     async def push_and_change(*sent):
         await push(*sent)
-        shape = sync._outgoing(None).gatherer.shapes["model.norm.weight"]
+        shape = sync._exporter(None).gatherer.shapes["model.norm.weight"]
         filled = SimpleNamespace(named=lambda: [("model.norm.weight", torch.full(shape, 7.0))])
         for client in syncs.clients:
             await client.begin_weight_update()
-            await client.update_from_tensor([_serialised(filled)] * tp, version=None, flush_cache=False)
+            await client.update_from_tensor([_serialized(filled)] * tp, version=None, flush_cache=False)
             await client.end_weight_update()
 
     with patch.object(sync._transport, "push", push_and_change):
@@ -172,7 +172,7 @@ def end_of(sync: WeightSync, version: str) -> str:
 
 def wrong_in_messages():
     """One byte of CHANGED changes on every rank between its message and what reads that."""
-    gather = Outgoing.gather
+    gather = WeightExporter.gather
 
     def changed(self, number: int):
         filled = gather(self, number)
@@ -181,7 +181,7 @@ def wrong_in_messages():
                 tensor.view(-1).view(torch.uint8)[5] ^= 1
         return filled
 
-    return patch.object(Outgoing, "gather", changed)
+    return patch.object(WeightExporter, "gather", changed)
 
 
 def wrong_in_shards():
@@ -231,9 +231,9 @@ def handed_over(world, arguments, target: str) -> list[int] | None:
     syncs, given = Syncs(world, arguments["model"], servers, tp), []
     sync = syncs.sync("handles")
     change(syncs.policy)
-    with patch("exprl_megatron.weight_sync.handles._serialised", lambda filled: given.append(1) or _serialised(filled)):
+    with patch("exprl_megatron.weight_sync.handles._serialized", lambda filled: given.append(1) or _serialized(filled)):
         sync.push_weights(f"handed over to {target}")
-    rounds = len(sync._outgoing(None).rounds)
+    rounds = len(sync._exporter(None).rounds)
     syncs.close(sync)
     return syncs.coordinator.collect(len(given) / rounds)
 
@@ -310,11 +310,11 @@ def dies(world, arguments, kind: str, target: str) -> list | None:
 def filled_twice(world, arguments) -> bool:
     """Whether ranks that fill every message, or are handed it, hold the same bytes, those of the model's one copy."""
     policy = Policy(PolicyConfig(model=arguments["model"], layout=world.layout), seed=0)
-    outgoing = Outgoing(policy.chunks, policy.architecture, world, 40_000, fillers=((0,), (3, 2)))
+    exporter = WeightExporter(policy.chunks, policy.architecture, world, 40_000, source_ranks=((0,), (3, 2)))
     same = True
-    for number in range(len(outgoing.rounds)):
-        filled = outgoing.gather(number)
-        size = sum(message.nbytes for message in outgoing.rounds[number])
+    for number in range(len(exporter.rounds)):
+        filled = exporter.gather(number)
+        size = sum(message.nbytes for message in exporter.rounds[number])
         data = torch.zeros(size, dtype=torch.uint8) if filled is None else filled.data.clone()
         copies = [torch.empty_like(data) for _ in range(4)]
         dist.all_gather(copies, data)

@@ -46,14 +46,14 @@ class Way:
     def connect(self, clients):
         self.clients = clients
 
-    async def push(self, outgoing, version, times):
+    async def push(self, exporter, version, times):
         DONE.append(("push", type(self).__name__))
         with self._coordinator.abort_on_error():
             if self.error is not None:
                 raise self.error
             self._coordinator.signal()
 
-    def follow(self, outgoing):
+    def follow(self, exporter):
         DONE.append(("follow", type(self).__name__))
         self._coordinator.wait_signal()
 

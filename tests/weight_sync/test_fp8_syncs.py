@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.fp8_blocks import SCALE, dequantize, is_quantised, quantize
 from exprl_megatron.serving.checksums import rank_checksums
-from exprl_megatron.weight_sync.outgoing import quantise_into
 from exprl_megatron.weight_sync.weight_check import as_served
+from exprl_megatron.weight_sync.weight_exporter import quantise_into
 
 LAYOUTS = ("TP1", "TP2", "TP4", "TP2xPP2")
 
@@ -78,10 +78,10 @@ def test_a_model_whose_blocks_would_lie_across_seams_is_refused(tiny_model):
     from exprl_megatron.config.policy import Layout, PolicyConfig
     from exprl_megatron.policy.policy import Policy
     from exprl_megatron.policy.world import enter_world, leave_world
-    from exprl_megatron.weight_sync.outgoing import Outgoing
+    from exprl_megatron.weight_sync.weight_exporter import WeightExporter
 
     world = enter_world(Layout())
     policy = Policy(PolicyConfig(model=str(tiny_model("qwen3"))), seed=0)
     with pytest.raises(UserError, match="no multiple of 128"):
-        Outgoing(policy.chunks, policy.architecture, world, 2**20, fillers=None, fp8=True)
+        WeightExporter(policy.chunks, policy.architecture, world, 2**20, source_ranks=None, fp8=True)
     leave_world()

@@ -9,7 +9,7 @@ from exprl_megatron.weight_sync.handles import HandlesTransport, _chains
 
 @pytest.fixture(autouse=True)
 def hosts(monkeypatch):
-    monkeypatch.setattr("exprl_megatron.weight_sync.handles.is_here", lambda host: host == HERE)
+    monkeypatch.setattr("exprl_megatron.weight_sync.handles.is_local_host", lambda host: host == HERE)
 
 
 HERE, THERE = "10.0.0.1", "10.0.0.2"
@@ -58,8 +58,8 @@ def transport(seen, *servers, tp):
     coordinator = Leader(seen)
     made = HandlesTransport(clients, tp, None, coordinator, 1.0)
     other = HandlesTransport([], tp, None, Follower(coordinator.said), 1.0)
-    assert (other._sources, other.fillers) == (made._sources, made.fillers), "all ranks must fill the same"
-    return made._sources, made.fillers
+    assert (other._sources, other.source_ranks) == (made._sources, made.source_ranks), "all ranks must fill the same"
+    return made._sources, made.source_ranks
 
 
 EIGHT = [({HERE}, gpu) for gpu in range(4)] + [({THERE}, gpu) for gpu in range(4)]

@@ -16,7 +16,7 @@ from exprl_megatron.planning.hardware import find_gpu
 from exprl_megatron.planning.sync_broadcast import plan_sync
 from exprl_megatron.planning.sync_p2p import plan_direct
 from exprl_megatron.weight_sync.messages import rounds, stage_messages
-from exprl_megatron.weight_sync.outgoing import view
+from exprl_megatron.weight_sync.weight_exporter import view
 
 LLAMA_70B = read_architecture(Path(planning.__file__).parent / "architectures" / "llama-3.3-70b")
 LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=2, pp=2, vpp=2, dp=2), Layout(pp=4)]

@@ -64,7 +64,7 @@ class Fleet:
 class Transport:
     """Keeps what it is asked for; a push fails with the next of `failures`, if it is not None."""
 
-    fillers = None
+    source_ranks = None
 
     def __init__(self, *failures):
         self.failures, self.events = list(failures), []
@@ -75,7 +75,7 @@ class Transport:
     def allocate(self, nbytes):
         return None
 
-    async def push(self, outgoing, version, times):
+    async def push(self, exporter, version, times):
         self.events.append(("push", version))
         if self.failures and (failure := self.failures.pop(0)) is not None:
             raise failure
@@ -89,10 +89,10 @@ class Check:
     def __init__(self, held, events):
         self._held, self.events = held, events
 
-    def begin(self, outgoing):
+    def begin(self, exporter):
         self.events.append("check begins")
 
-    def own(self, outgoing):
+    def own(self, exporter):
         return SUMS
 
     def expected(self, parts):
@@ -111,14 +111,14 @@ def sync_of(monkeypatch):
     """`sync_of(members, transport, held)`: a WeightSync; every server holds tensors with the sums `held`."""
 
     def make(members, transport, held=SUMS, verify=True):
-        monkeypatch.setattr(module, "Outgoing", lambda *_, **__: outgoing)
+        monkeypatch.setattr(module, "WeightExporter", lambda *_, **__: exporter)
         gathered = SimpleNamespace(count=0)
 
         def gather_weights():
             gathered.count += 1
 
-        outgoing = SimpleNamespace(
-            nbytes=8, gather_s=0.5, quantise_s=0.25, checked=lambda: transport.events.append("checked")
+        exporter = SimpleNamespace(
+            nbytes=8, gather_s=0.5, quantise_s=0.25, wait_checks=lambda: transport.events.append("checked")
         )
         policy = SimpleNamespace(chunks=[], architecture=None, world=None, gather_weights=gather_weights)
         made = WeightSync(SyncConfig(verify=verify), policy, Alone(), members, transport)

@@ -24,10 +24,10 @@ from exprl_megatron.weight_sync.auto import AutoTransport
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.direct import CannotReceive, DirectTransport
-from exprl_megatron.weight_sync.outgoing import Outgoing
 from exprl_megatron.weight_sync.timing import SyncTimes
 from exprl_megatron.weight_sync.transports import make_transport
 from exprl_megatron.weight_sync.weight_check import compare, held_checksums
+from exprl_megatron.weight_sync.weight_exporter import WeightExporter
 
 pytestmark = pytest.mark.slow
 
@@ -69,13 +69,13 @@ def greedy(model: Path) -> list[int]:
     return written[0, len(PROMPT) :].tolist()
 
 
-def outgoing(policy, transport) -> Outgoing:
-    return Outgoing(
+def exporter(policy, transport) -> WeightExporter:
+    return WeightExporter(
         policy.chunks,
         policy.architecture,
         policy.world,
         BUCKET_BYTES,
-        fillers=transport.fillers,
+        source_ranks=transport.source_ranks,
         allocate=transport.allocate,
     )
 
@@ -84,7 +84,7 @@ async def pushed(client, transport, policy, version, leaving=None):
     """Push, then sample: the tokens, the version that the server says wrote them, its checksums, the times."""
     times = SyncTimes()
     async with client:
-        await transport.push(leaving or outgoing(policy, transport), version, times)
+        await transport.push(leaving or exporter(policy, transport), version, times)
         generation = await client.generate(PROMPT, temperature=0.0, max_new_tokens=12, seed=1)
         held = await client.checksums()
         await transport.close()
@@ -107,13 +107,13 @@ def transport_called(name, client, policy, other, tmp_path):
 def test_the_server_then_writes_what_transformers_writes(name, client, policy, other, tmp_path):
     transport = transport_called(name, client, policy, other, tmp_path)
     tokens, versions, held, times = asyncio.run(pushed(client, transport, policy, "v1"))
-    assert len(outgoing(policy, transport).rounds) > 2
+    assert len(exporter(policy, transport).rounds) > 2
     assert tokens == greedy(other)
     assert versions == {"v1"}
     expected = checksums(tensors(policy), tied=False)
     assert held == (expected,)
     whole = sum(tensor.nbytes for _, tensor in tensors(policy))
-    assert outgoing(policy, transport).nbytes == whole
+    assert exporter(policy, transport).nbytes == whole
     assert times.moved == (0 if name == "handles" else whole)
     assert times.load_s > 0
 
@@ -132,9 +132,9 @@ def test_after_the_first_time_a_delta_has_only_what_changed(client, policy, othe
     async def push_twice():
         first, second = SyncTimes(), SyncTimes()
         async with client:
-            await transport.push(outgoing(policy, transport), "v1", first)
+            await transport.push(exporter(policy, transport), "v1", first)
             norm[3] += 1.0
-            await transport.push(outgoing(policy, transport), "v2", second)
+            await transport.push(exporter(policy, transport), "v2", second)
             held, info = await client.checksums(), await client.info()
             await transport.close()
             return first.moved, second.moved, held, info["weight_version"]
@@ -143,7 +143,7 @@ def test_after_the_first_time_a_delta_has_only_what_changed(client, policy, othe
     expected = checksums(tensors(policy), tied=False)
     norm[3] -= 1.0
     assert held == (expected,) and version == "v2"
-    assert first == outgoing(policy, transport).nbytes
+    assert first == exporter(policy, transport).nbytes
     assert second < 600
 
 
@@ -162,10 +162,10 @@ def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path, monk
     async def push_to_another_group(client):
         transport = BroadcastTransport([client], 1, policy.world, RankCoordinator(60.0), deadline_s=20)
         async with client:
-            await transport.push(outgoing(policy, transport), "v1", SyncTimes())
+            await transport.push(exporter(policy, transport), "v1", SyncTimes())
             # The server is in no such group.
             monkeypatch.setattr(transport._groups, "names", ["another"])
-            await transport.push(outgoing(policy, transport), "v2", SyncTimes())
+            await transport.push(exporter(policy, transport), "v2", SyncTimes())
 
     # A server of its own: SGLang ends itself where an update fails half-way.
     spec = ServerSpec("leaver", tiny_model("qwen3"), ServerConfig(), tmp_path)
@@ -179,7 +179,7 @@ def test_a_refusal_is_an_error_and_not_a_hang(tiny_model, policy, tmp_path, monk
 def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, policy):
     coordinator = RankCoordinator(120.0)
     wrong, right = (DirectTransport([client], 1, policy.world, coordinator, deadline_s=60) for _ in range(2))
-    asked = outgoing(policy, wrong)
+    asked = exporter(policy, wrong)
     # The server's model has no such tensor, nor one of such a shape.
     asked.gatherer.shapes = asked.gatherer.shapes | {"model.norm.weight": (3,)}
 
@@ -188,7 +188,7 @@ def test_what_a_server_s_loader_says_is_an_error_and_the_server_goes_on(client, 
             with pytest.raises(CannotReceive, match=r"policy-0 .*could not join weights: .*; set sync\.transport to b"):
                 await wrong.push(asked, "v1", SyncTimes())
             await client.reset(deadline_s=60)
-            await right.push(outgoing(policy, right), "v2", SyncTimes())
+            await right.push(exporter(policy, right), "v2", SyncTimes())
             held, info = await client.checksums(), await client.info()
             await right.close()
             return held, info["weight_version"]
@@ -221,7 +221,7 @@ def test_a_server_that_waits_for_one_that_died_is_free_at_once(client, policy, k
     async def push():
         async with client:
             with pytest.raises(ServerError, match="dying is dead"):
-                await transport.push(outgoing(policy, transport), "v1", SyncTimes())
+                await transport.push(exporter(policy, transport), "v1", SyncTimes())
             started = time.monotonic()
             await client.reset(deadline_s=60)
             return time.monotonic() - started
@@ -261,7 +261,7 @@ def test_a_member_that_never_comes_is_an_error_that_names_it_within_the_deadline
     transport = kind([AbsentServer()], 1, policy.world, RankCoordinator(120.0), deadline_s=3)
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"^absent \(http.*:9\) did not join the .* sync.deadline_s \(3 s\)"):
-        asyncio.run(transport.push(outgoing(policy, transport), "v1", SyncTimes()))
+        asyncio.run(transport.push(exporter(policy, transport), "v1", SyncTimes()))
     # Of the 120 s that ranks wait for each other.
     assert time.monotonic() - started < 60
 
@@ -273,10 +273,10 @@ def test_a_sending_that_fails_frees_the_servers(client, policy, monkeypatch):
 
     async def push():
         async with client:
-            await transport.push(outgoing(policy, transport), "v1", SyncTimes())
-            monkeypatch.setattr(transport, "_begin_to_send", lambda outgoing: failed)
+            await transport.push(exporter(policy, transport), "v1", SyncTimes())
+            monkeypatch.setattr(transport, "_begin_to_send", lambda exporter: failed)
             with pytest.raises(ServerError, match=r"policy-0 .*could not receive weights"):
-                await transport.push(outgoing(policy, transport), "v2", SyncTimes())
+                await transport.push(exporter(policy, transport), "v2", SyncTimes())
             started = time.monotonic()
             await client.reset(deadline_s=60)
             return time.monotonic() - started, (await client.info())["weight_version"]
@@ -292,7 +292,7 @@ def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monk
     async def push():
         async with client:
             try:
-                await transport.push(outgoing(policy, transport), "v1", SyncTimes())
+                await transport.push(exporter(policy, transport), "v1", SyncTimes())
             finally:
                 await client.reset(deadline_s=60)
 
@@ -304,7 +304,7 @@ def test_a_server_without_the_loader_is_not_asked_to_use_it(client, policy, monk
 def test_a_server_that_cannot_receive_shards_gets_broadcasts(client, policy, other, monkeypatch, refusal):
     said = []
     transport = AutoTransport([client], 1, policy.world, RankCoordinator(120.0), 60, log=said.append)
-    leaving = outgoing(policy, transport)
+    leaving = exporter(policy, transport)
     if refusal == "another loader":
         monkeypatch.setattr("exprl_megatron.weight_sync.direct.LOADER", "another.loader")
     else:

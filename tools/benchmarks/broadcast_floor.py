@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from exprl_megatron.weight_sync.groups import meet, meeting_place
+from exprl_megatron.weight_sync.groups import init_group, rendezvous_store
 
 NAME = "floor"
 _DEADLINE_S = 900.0
@@ -20,8 +20,8 @@ class Floor:
     """The sending side, rank 0 of `1 + receivers` processes."""
 
     def __init__(self, port: int, receivers: int):
-        self._place = meeting_place("127.0.0.1", _DEADLINE_S, port)
-        self._group = meet(NAME, "127.0.0.1", port, 0, 1 + receivers, _DEADLINE_S)
+        self._place = rendezvous_store("127.0.0.1", _DEADLINE_S, port)
+        self._group = init_group(NAME, "127.0.0.1", port, 0, 1 + receivers, _DEADLINE_S)
 
     def seconds(self, sizes: Sequence[int]) -> float:
         """From the first byte until all receivers have pieces of `sizes` bytes, sent one after the other."""
@@ -42,7 +42,7 @@ class Floor:
 
 def receive(port: int, rank: int, receivers: int) -> None:
     """A receiver's work, until the sender closes; `rank` is from 1 on."""
-    group = meet(NAME, "127.0.0.1", port, rank, 1 + receivers, _DEADLINE_S)
+    group = init_group(NAME, "127.0.0.1", port, rank, 1 + receivers, _DEADLINE_S)
     while sizes := _announce(group, None):
         piece = torch.zeros(max(sizes), dtype=torch.uint8)
         _wait(group)

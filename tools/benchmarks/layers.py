@@ -58,7 +58,7 @@ class LayerFigures:
         )
 
     def extrapolates(self, work: Work) -> bool:
-        """Whether the deeper model took longer in every round; where noise hides that, no other depth can be inferred."""
+        """Whether the deeper model took longer in every round; where noise hides that, no other depth is inferred."""
         pairs = zip(self.deep_s, self.shallow_s, strict=True)
         return all(per_layer(deep, shallow, work) > 0 for deep, shallow in pairs)
 

@@ -1,4 +1,4 @@
-"""The policy's weights on their way out: this rank's part in filling one message after the other."""
+"""Exports the policy's weights message by message: this rank's part in gathering and quantizing each of them."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +18,15 @@ from exprl_megatron.policy.world import World
 from exprl_megatron.weight_sync.messages import Message, Slot, rounds, smallest, stage_messages
 
 BucketCheck = Callable[[Bucket], None]
-"""What each bucket's tensors are looked at by: they are hashed."""
-_QUANTISED_AT_ONCE = 2**22
-_HANDED_ON = 2**24
-"""Bytes of a message that a chain of ranks hands on at once."""
+"""Called with each bucket's tensors, to hash them."""
+_BLOCKS_AT_ONCE = 2**22
+_FORWARDED = 2**24
+"""Bytes of a message that a chain of ranks forwards at a time."""
 
 
 @dataclass(frozen=True)
-class Filled:
-    """A message with its bytes."""
+class FilledBucket:
+    """A message with its data."""
 
     message: Message
     data: torch.Tensor
@@ -37,14 +37,14 @@ class Filled:
         return [(slot.name, view(self.data, slot)) for slot in self.message.slots]
 
 
-class Outgoing:
+class WeightExporter:
     """One sync's messages. Every rank makes one with the same arguments and calls `gather` for each round in order.
 
-    `fillers`: the ranks on each of which every message is wanted, one message a round, in chains: the first rank of a
-    chain fills it, and each hands it on to the next; None: each pipeline stage's messages are filled on its first rank
-    alone, those of one round side by side. `fp8`: matrices are quantized in
-    blocks. `allocate` gives the memory of a bucket of so many bytes; there are two, which rounds take in turn.
-    `check`, if any, is called for every message, on the first rank that fills it, one after the other, on a thread.
+    `source_ranks`: the chains of ranks that need every message, with one message per round. The first rank of a chain
+    fills it, and each rank forwards it to the next. None: each pipeline stage's messages are filled on the stage's
+    first rank only, and the stages' messages of a round are filled concurrently. `fp8`: matrices are quantized in
+    blocks. `allocate` allocates a bucket of a number of bytes; there are two, which alternate between rounds. `check`
+    is called with every message on the first rank that fills it, in order, on a thread.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Outgoing:
         world: World,
         bucket_bytes: int,
         *,
-        fillers: tuple[tuple[int, ...], ...] | None,
+        source_ranks: tuple[tuple[int, ...], ...] | None,
         fp8: bool = False,
         allocate: Callable[[int], torch.Tensor] | None = None,
         check: BucketCheck | None = None,
@@ -64,7 +64,7 @@ class Outgoing:
         self.architecture = architecture
         self.bucket_bytes = bucket_bytes
         self._world = world
-        self._fillers = fillers
+        self._source_ranks = source_ranks
         self._fp8 = fp8
         dtype = str(self.gatherer.dtype).removeprefix("torch.")
         staged = stage_messages(architecture, world.layout, dtype, bucket_bytes, fp8=fp8, grouped=self._cuda)
@@ -72,10 +72,10 @@ class Outgoing:
             table = [parameter for messages in staged for message in messages for parameter in message.parameters]
             blocks.check_quantisable(table, self.gatherer.shapes, architecture)
         one_by_one = [(message,) for messages in staged for message in messages]
-        self.rounds: list[tuple[Message, ...]] = rounds(staged) if fillers is None else one_by_one
-        """What is filled, and may be sent, at the same time."""
+        self.rounds: list[tuple[Message, ...]] = rounds(staged) if source_ranks is None else one_by_one
+        """The messages that are filled, and may be sent, at the same time."""
         self.smallest = [smallest(messages, self.gatherer.shapes, dtype, fp8) for messages in staged]
-        """Of each pipeline stage the message of its smallest parameter; the rounds have it too."""
+        """For each pipeline stage, a message of its smallest parameter, which the rounds contain too."""
         self.gather_s = 0.0
         self.quantise_s = 0.0
         self._allocate = allocate or (lambda size: torch.empty(size, dtype=torch.uint8, device=world.device))
@@ -90,23 +90,27 @@ class Outgoing:
         """Bytes of all messages."""
         return sum(message.nbytes for messages in self.rounds for message in messages)
 
-    def fillers(self, message: Message) -> tuple[tuple[int, ...], ...]:
-        """The chains of ranks that get the message."""
-        return self._fillers or ((sender(message.stage, self._world.layout),),)
+    def source_ranks(self, message: Message) -> tuple[tuple[int, ...], ...]:
+        """The chains of ranks that receive the message."""
+        return self._source_ranks or ((sender(message.stage, self._world.layout),),)
 
-    def gather(self, number: int) -> Filled | None:
-        """The message of round `number` that is filled on this rank, if one is; valid until the next round but one.
+    def gather(self, number: int) -> FilledBucket | None:
+        """Gather the message of round `number` that is filled on this rank, if there is one; valid for two rounds.
 
         A collective of all ranks.
         """
         with self._complete():
             filled = self._gather(number)
         self._gathered += 1
-        if filled is not None and self._check is not None and self.fillers(filled.message)[0][0] == self._world.rank:
+        if (
+            filled is not None
+            and self._check is not None
+            and self.source_ranks(filled.message)[0][0] == self._world.rank
+        ):
             self._checks.append(self._checker.submit(self._check, filled.named()))
         return filled
 
-    def gather_smallest(self, stage: int) -> Filled | None:
+    def gather_smallest(self, stage: int) -> FilledBucket | None:
         """`smallest[stage]`, on the stage's first rank; a collective of the stage's ranks."""
         message, root = self.smallest[stage], sender(stage, self._world.layout)
         if self._world.rank != root:
@@ -114,24 +118,24 @@ class Outgoing:
                 self.gatherer.collect(parameter, root, None)
             return None
         with self._complete():
-            filled = Filled(message, torch.empty(message.nbytes, dtype=torch.uint8, device=self._world.device))
+            filled = FilledBucket(message, torch.empty(message.nbytes, dtype=torch.uint8, device=self._world.device))
             self._fill(filled)
         return filled
 
-    def gather_rest(self) -> None:
-        """Gather, for `check`, the rounds that the transport had no need of; a collective."""
+    def drain(self) -> None:
+        """Gather the rounds that the transport did not need, for `check`; a collective."""
         for number in range(self._gathered, len(self.rounds) if self._check is not None else 0):
             self.gather(number)
 
-    def checked(self) -> None:
-        """Return when `check` is done with this rank's messages; raises what it raised."""
+    def wait_checks(self) -> None:
+        """Wait until `check` is done with this rank's messages; raises its errors."""
         for check in self._checks:
             check.result()
         self._checker.shutdown()
 
     @contextmanager
     def _complete(self) -> Iterator[None]:
-        """On CUDA: on this rank's device, until what is done inside is complete; other streams are not waited for."""
+        """On CUDA, use this rank's device and wait for the current stream at the end."""
         if not self._cuda:
             yield
             return
@@ -143,24 +147,24 @@ class Outgoing:
     def _cuda(self) -> bool:
         return self._world.device.type == "cuda"
 
-    def _gather(self, number: int) -> Filled | None:
+    def _gather(self, number: int) -> FilledBucket | None:
         filled = None
         for message in self.rounds[number]:
-            for first, *others in self.fillers(message):
+            for first, *others in self.source_ranks(message):
                 if self._world.rank in (first, *others):
-                    filled = Filled(message, self._buffer(number)[: message.nbytes])
+                    filled = FilledBucket(message, self._buffer(number)[: message.nbytes])
                 if self._world.rank == first:
                     self._fill(filled)
                 else:
                     for parameter in message.parameters:
                         self.gatherer.collect(parameter, first, None)
-            for chain in self.fillers(message):
+            for chain in self.source_ranks(message):
                 if self._world.rank in chain:
-                    hand_on(filled.data, chain, self._world.rank)
+                    forward_along(filled.data, chain, self._world.rank)
         return filled
 
     def _buffer(self, number: int) -> torch.Tensor:
-        """The memory for round `number`, which nobody reads any more."""
+        """The buffer for round `number`, after its previous reader is done."""
         mine = [m.nbytes for messages in self.rounds for m in messages if self._fills(m)]
         if self._buffers[number % 2] is None:
             self._buffers[number % 2] = self._allocate(max(mine))
@@ -169,9 +173,9 @@ class Outgoing:
         return self._buffers[number % 2]
 
     def _fills(self, message: Message) -> bool:
-        return any(self._world.rank in chain for chain in self.fillers(message))
+        return any(self._world.rank in chain for chain in self.source_ranks(message))
 
-    def _fill(self, filled: Filled) -> None:
+    def _fill(self, filled: FilledBucket) -> None:
         started, quantized = time.monotonic(), self.quantise_s
         views = dict(filled.named())
         for parameter in filled.message.parameters:
@@ -194,10 +198,10 @@ class Outgoing:
         self.quantise_s += time.monotonic() - started
 
 
-def hand_on(data: torch.Tensor, chain: Sequence[int], rank: int) -> None:
-    """`data` of the chain's first rank to all its others, piece by piece: each sends one while the next one comes."""
+def forward_along(data: torch.Tensor, chain: Sequence[int], rank: int) -> None:
+    """Forward `data` from the chain's first rank to the others, in pieces that each rank forwards at once."""
     place = chain.index(rank)
-    for piece in data.split(_HANDED_ON):
+    for piece in data.split(_FORWARDED):
         if place > 0:
             dist.recv(piece, src=chain[place - 1])
         if place < len(chain) - 1:
@@ -206,7 +210,7 @@ def hand_on(data: torch.Tensor, chain: Sequence[int], rank: int) -> None:
 
 def quantise_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
     """Quantize `weight` [rows, columns] into `values` and `scales`, few rows at a time to bound memory."""
-    rows = max(1, _QUANTISED_AT_ONCE // (weight.shape[1] * blocks.BLOCK)) * blocks.BLOCK
+    rows = max(1, _BLOCKS_AT_ONCE // (weight.shape[1] * blocks.BLOCK)) * blocks.BLOCK
     for start in range(0, weight.shape[0], rows):
         part, scale = blocks.quantize(weight[start : start + rows])
         values[start : start + rows].copy_(part)
