@@ -1,6 +1,6 @@
 """What can be run of each model: stage 1, stage 2, the two as one experiment, and the rivals of stage 1.
 
-`nemorun recipes exprl --factory llama3p3_70b run.executor=slurm ...`, or `python -m recipes` in the place of
+`nemorun recipes exprl --factory llama3p3_70b run.executor=slurm ...`, or `python -m recipes` in place of
 `nemorun recipes`. Every argument can be set on the command line: `config.stages[0].steps=20 nodes.trainer=10`.
 """
 

@@ -22,7 +22,7 @@ class Nodes:
     gpus: int = 8
     """GPUs of a node; 0 on a machine without any."""
     trainer_least: int = 0
-    """With so many nodes the trainer starts, or goes on, where Slurm has no more; 0: never with fewer."""
+    """With so many nodes the trainer starts, or continues, where Slurm has no more; 0: never with fewer."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ JUDGED = {
     16: Scale(
         # Sampling has the largest share of a step: 219 s, with 10, 4 and 2 nodes 221 s.
         Nodes(trainer=8, policy=6, judge=2),
-        # DP2 shards the optimizer, which makes room for four stages in the place of five.
+        # DP2 shards the optimizer, which makes room for four stages in place of five.
         {"tp": 4, "pp": 4, "vpp": 10, "cp": 2, "dp": 2},
         # A step waits for its longest answers, which TP8 gives sooner: 219 s, with twelve of TP4 240 s.
         policy=Servers(6, tp=8),

@@ -102,8 +102,8 @@ def local(place: Place, resume: bool, after: str | None) -> str:
 def around(restarts: int) -> str:
     """What the batch script does before it starts the components, of which the trainer is the first.
 
-    Slurm's signal ahead of the time limit (SIGUSR1) goes on to the trainer, which writes a checkpoint and ends with
-    status 75; the job is then queued again, `restarts` times at most, and resumes.
+    Slurm's signal ahead of the time limit (SIGUSR1) is forwarded to the trainer, which writes a checkpoint and ends
+    with status 75; the job is then queued again, `restarts` times at most, and resumes.
     """
     return _lines(
         'nodelist="${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}"',

@@ -31,7 +31,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     1 <= k <= samples and 0 <= correct <= samples.
     """
     if not (1 <= k <= samples and 0 <= correct <= samples):
-        raise ValueError(f"pass@{k} cannot be had from {correct} correct of {samples} samples")
+        raise ValueError(f"pass@{k} cannot be computed from {correct} correct of {samples} samples")
     return 1 - comb(samples - correct, k) / comb(samples, k)
 
 

@@ -17,7 +17,7 @@ ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
 
 @dataclass(frozen=True)
 class Setting:
-    """All that decides whether a precision can be had."""
+    """All that decides whether a precision is available."""
 
     policy: PolicyConfig
     capability: tuple[int, int] | None
@@ -128,7 +128,7 @@ def _parameters(setting: Setting) -> Iterator[str]:
         return
     remedy = "turn policy.precision.fp8_parameters off"
     if setting.precision.kind == "mxfp8":
-        yield f"policy.precision.fp8_parameters cannot be had with mxfp8, whose weights are kept in bf16; {remedy}."
+        yield f"policy.precision.fp8_parameters is not available with mxfp8, whose weights are kept in bf16; {remedy}."
     if not all(optimizer.distributed for optimizer in setting.optimizers):
         yield f"optimizer.distributed is false but FP8 parameters need the distributed optimizer; set it, or {remedy}."
     offloads = [optimizer.offload for optimizer in setting.optimizers if optimizer.offload]

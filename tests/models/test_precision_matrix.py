@@ -79,7 +79,7 @@ def test_emulation_is_for_machines_without_cuda_alone(kind):
         (dict(kind="fp8-delayed", capability=CPU, first_last_bf16=1, emulate=True), "takes all layers or none"),
         # Parameters in 8 bits.
         (dict(kind="fp8-tensorwise", capability=HOPPER, fp8_parameters=True), None),
-        (dict(kind="mxfp8", capability=BLACKWELL, fp8_parameters=True), "cannot be had with mxfp8"),
+        (dict(kind="mxfp8", capability=BLACKWELL, fp8_parameters=True), "is not available with mxfp8"),
         (
             dict(kind="fp8-tensorwise", capability=HOPPER, fp8_parameters=True, optimizer=OptimizerConfig(offload=0.5)),
             "optimizer.offload is 0.5",

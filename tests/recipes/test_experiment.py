@@ -76,7 +76,7 @@ def test_both_stages_run_from_the_config_that_lies_in_their_directory(site, reci
     assert sparse.policy.layout.tp == 1 and sparse.judge is None
     assert sparse.policy.model == f"{runs[0]}/models/prime", "it starts from what the first stage leaves"
 
-    # the same again finds the runs; asked to resume, it goes on
+    # the same again finds the runs; asked to resume, it continues
     for directory in runs:
         (site / directory / "config.yaml").touch()
     again = recipes(site, *TWO_STAGES, FAIL="none")

@@ -186,4 +186,4 @@ def test_groups_of_several_routes_keep_their_places():
     ]
     together = [[row.tolist() for row in rows] for rows in token_advantages(routed, groups)]
     assert together == [[row.tolist() for row in token_advantages(routed, [one])[0]] for one in groups]
-    assert len({str(rows) for rows in together}) == 4, "the groups can be told apart"
+    assert len({str(rows) for rows in together}) == 4, "the groups can be distinguished"

@@ -22,7 +22,7 @@ from exprl_megatron.reporting.timeline import STEP, Span, read_timeline
 _LOOK_S = 0.005
 _END_S = 15.0
 _HEARTBEAT_S = 0.3
-"""A launcher goes on so much later than what it has started, which it would find silent; it computes nothing."""
+"""A launcher continues that much later than what it has started, which it would find silent; it computes nothing."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Every process that imports torch with this package's directory on its PYTHONPATH
   number of elements or dtype is reported as an error on every member, where NCCL would hang or mix up memory.
 * Two members on one device are refused. A device is the process, or what NCCL_LIKE_DEVICE names.
 * Destroying a group waits for operations in flight, and for the other members; `abort` frees it.
-* A member that breaks off is not noticed: the others wait until their timeout or until they abort.
+* A member that aborts is not noticed: the others wait until their timeout or until they abort.
 * Objects (pickles) that are sent over a group are recorded, with the place in the code that sent them.
 
 NCCL_LIKE_RECORDS names a directory in which all processes keep what they record. NCCL_LIKE_PATIENCE_S bounds how long a

@@ -189,7 +189,7 @@ class Communicator:
                 record("differs", str(error))
                 call.work.finish(error)
             except RuntimeError:
-                # A member broke off. NCCL does not notice: operations in flight stays so.
+                # A member aborted. NCCL does not notice: operations in flight stay there.
                 return
             call.work.finish()
 

@@ -9,9 +9,9 @@ import torch
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models import fp8_blocks as blocks
-from exprl_megatron.weight_sync import outgoing as module
+from exprl_megatron.weight_sync import weight_exporter as module
 from exprl_megatron.weight_sync.messages import Message, Slot
-from exprl_megatron.weight_sync.outgoing import Filled, Outgoing, hand_on, quantise_into
+from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter, forward_along, quantise_into
 
 
 def message(stage, size, name="w"):
@@ -33,11 +33,11 @@ class Gatherer:
             tensor.fill_(len(self.asked))
 
 
-def made(rounds, rank=0, layout=None, fillers=None, check=None):
-    out = Outgoing.__new__(Outgoing)
+def made(rounds, rank=0, layout=None, source_ranks=None, check=None):
+    out = WeightExporter.__new__(WeightExporter)
     out.gatherer, out.rounds = Gatherer(), rounds
     out._world = SimpleNamespace(rank=rank, layout=layout or Layout(pp=2), device=torch.device("cpu"))
-    out._fillers, out._check, out._buffers, out._checks = fillers, check, [None, None], []
+    out._source_ranks, out._check, out._buffers, out._checks = source_ranks, check, [None, None], []
     out._allocate = lambda size: torch.full((size,), 99, dtype=torch.uint8)
     out._checker = ThreadPoolExecutor(1)
     out.gather_s = out.quantise_s = 0.0
@@ -84,18 +84,18 @@ def test_a_buffer_is_filled_again_only_after_its_message_was_checked():
     out.gather(2)
     assert seen[0] == [("a", [1.0])]
     out.gather(3)
-    out.checked()
+    out.wait_checks()
     assert seen == [[(name, [float(number)])] for number, name in enumerate("abcd", 1)]
 
 
 @pytest.mark.parametrize(("rank", "checks"), [(0, True), (1, False), (2, False), (3, False)])
 def test_of_all_ranks_that_get_a_message_the_first_one_checks_it(monkeypatch, rank, checks):
-    monkeypatch.setattr(module, "hand_on", lambda data, chain, rank: None)
+    monkeypatch.setattr(module, "forward_along", lambda data, chain, rank: None)
     names = []
     chains = ((0, 1), (2, 3))
     out = made([(message(0, 1, "a"),)], rank, Layout(dp=4), chains, lambda bucket: names.extend(n for n, _ in bucket))
     assert out.gather(0) is not None
-    out.checked()
+    out.wait_checks()
     assert names == (["a"] if checks else [])
 
 
@@ -103,17 +103,17 @@ def test_rounds_that_a_transport_had_no_need_of_are_gathered_for_the_check_alone
     names = []
     out = made([(message(0, 1, name),) for name in "abc"], layout=Layout(), check=lambda b: names.append(b[0][0]))
     out.gather(0)
-    out.gather_rest()
-    out.checked()
+    out.drain()
+    out.wait_checks()
     assert names == ["a", "b", "c"]
     unchecked = made([(message(0, 1, name),) for name in "abc"], layout=Layout())
-    unchecked.gather_rest()
+    unchecked.drain()
     assert unchecked.gatherer.asked == []
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_chain_hands_every_piece_on_in_order(monkeypatch, place):
-    monkeypatch.setattr(module, "_HANDED_ON", 4)
+    monkeypatch.setattr(module, "_FORWARDED", 4)
     events, data = [], torch.arange(10, dtype=torch.uint8)
     for name, other in (("recv", "src"), ("send", "dst")):
         monkeypatch.setattr(
@@ -122,7 +122,7 @@ def test_a_chain_hands_every_piece_on_in_order(monkeypatch, place):
             lambda piece, *, name=name, other=other, **where: events.append((name, where[other], piece.tolist())),
         )
     chain = (5, 2, 7)
-    hand_on(data, chain, chain[place])
+    forward_along(data, chain, chain[place])
     pieces = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     expected = []
     for piece in pieces:
@@ -134,7 +134,7 @@ def test_a_chain_hands_every_piece_on_in_order(monkeypatch, place):
 def test_rows_are_quantized_few_at_a_time_as_all_at_once(monkeypatch):
     weight = torch.randn(300, 130, generator=torch.Generator().manual_seed(0))
     values, scales = blocks.quantize(weight)
-    monkeypatch.setattr(module, "_QUANTISED_AT_ONCE", 1)
+    monkeypatch.setattr(module, "_BLOCKS_AT_ONCE", 1)
     found = torch.empty(300, 130, dtype=torch.float8_e4m3fn), torch.empty(3, 2)
     quantise_into(weight, *found)
     assert torch.equal(found[0].float(), values.float()) and torch.equal(found[1], scales)
@@ -142,7 +142,7 @@ def test_rows_are_quantized_few_at_a_time_as_all_at_once(monkeypatch):
 
 def test_a_messages_tensors_are_views_of_its_bytes():
     slots = (Slot("a", "float32", (1, 2), 0), Slot("b", "bfloat16", (3,), 8))
-    filled = Filled(Message(0, (), slots), torch.zeros(14, dtype=torch.uint8))
+    filled = FilledBucket(Message(0, (), slots), torch.zeros(14, dtype=torch.uint8))
     (_, first), (_, second) = filled.named()
     second.fill_(1.0)
     assert (first.shape, second.dtype) == ((1, 2), torch.bfloat16)
