@@ -7,6 +7,7 @@ import pytest
 from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.problems.problem import CodeTest, Problem
+from exprl_megatron.rewards.containment import Limits
 from exprl_megatron.rewards.verifier import AnswerVerifier, default_workers
 
 PRINT = "```python\nprint(input())\n```"
@@ -57,3 +58,30 @@ def test_workers_are_one_per_core_and_at_most_eight(monkeypatch, cores, workers)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     assert default_workers() == workers
     assert VerifierConfig().workers == "auto"
+
+
+class Recorder:
+    """In the place of a domain's verifier: keeps what it is made with and what it is asked."""
+
+    def __init__(self, *settings):
+        self.settings, self.asked = settings, []
+
+    async def verify(self, *asked):
+        self.asked.append(asked)
+        return Scored(1.0, "")
+
+    def close(self):
+        self.asked.append("closed")
+
+
+def test_settings_and_deadlines_reach_the_verifier_of_their_domain(monkeypatch):
+    module = "exprl_megatron.rewards.verifier"
+    monkeypatch.setattr(f"{module}.MathVerifier", Recorder)
+    monkeypatch.setattr(f"{module}.CodeVerifier", Recorder)
+    limits, tests = Limits(wall_s=7.0), (CodeTest("a", "a"),)
+    with AnswerVerifier(3, "code", limits) as verifier:
+        _verify(verifier, Problem("1", "?", answer="1"), "one", 4.0)
+        _verify(verifier, Problem("2", "?", domain="code", tests=tests), "two", 5.0)
+    math, code = verifier._math, verifier._code
+    assert (math.settings, math.asked) == ((3, "code"), [("1", "one", 4.0), "closed"])
+    assert (code.settings, code.asked) == ((3, limits), [(tests, "two", 5.0), "closed"])
