@@ -20,6 +20,7 @@ from exprl_megatron.runs.journal import read_step
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training import evaluator, loop
 from exprl_megatron.training.evaluator import Evaluator
+from exprl_megatron.training.first_update import AssertionCounts
 from exprl_megatron.training.run import Run
 from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.utils.files import keep_private
@@ -130,13 +131,14 @@ class Evaluating(Run):
 
     def __init__(self, config, progress=None):
         paths = RunDirectory(config.directory)
-        paths.evaluations.mkdir(parents=True, exist_ok=True)
+        for path in (paths.evaluations, paths.logs):
+            path.mkdir(parents=True, exist_ok=True)
         self.config, self._progress = config, progress or RunProgress()
         self._coordinator = Alone()
         self.servers = self._phases = self._prefetch = self._rollouts = Servers(self._coordinator)
         self._logger = RunLogger(config, paths, self._progress)
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._logger)
-        self._trained = set()
+        self._trained, self._asserted = set(), AssertionCounts()
         self._sync_metrics = {}
 
     def open_stage(self, stage):

@@ -5,12 +5,12 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from helpers.scripted_run import scripted_run
 
 from exprl_megatron.config.load import check_config, load_config
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training.log_prob_gap import gap_bound
-from exprl_megatron.training.run import Run
 
 STAGE = {"kind": "sparse-rl", "name": "sparse", "steps": 2, "problems": {"source": "p.jsonl"}}
 
@@ -22,9 +22,7 @@ def config(precision="fp32", **changes):
 
 def run_at(progress, **changes):
     """A run's part that compares log-probs."""
-    run = Run.__new__(Run)
-    run.config, run._progress, run._updates_in_step = config(**changes), progress, 0
-    return run
+    return scripted_run(config(**changes), progress=progress)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers.graded import graded
+from helpers.scripted_run import scripted_run
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training import run as module
-from exprl_megatron.training.run import Run
 
 
 class Alone:
@@ -88,6 +87,9 @@ class Parts:
     async def check_served(self):
         self.events.append("check served")
 
+    def problem_texts(self, stage):
+        return {}
+
     def prune_log(self, stage, step):
         self.events.append(("prune", step))
 
@@ -100,15 +102,16 @@ def config(directory, *stages, **changes):
 
 def run_of(of_config, parts, progress=None, checkpoint=None, scorer=None):
     """A run between two stages, with `parts` in all places."""
-    made = Run.__new__(Run)
-    made.config, made.policy, made._directory = of_config, parts, RunDirectory(of_config.directory)
-    made._coordinator = Alone()
-    made._phases = made._prefetch = made._rollouts = parts
-    made._ref_scorer, made._logger, made._evaluator = scorer, None, None
-    made._progress, made._resumed_from = progress or RunProgress(), checkpoint
-    made._examples, made._teacher_prompts, made._trained = None, {}, set()
-    made._seconds, made._counted, made._sync_metrics = {}, {}, {}
-    made._updates_in_step, made._now = 0, (of_config.stages[0].name, 1)
+    made = scripted_run(
+        of_config,
+        policy=parts,
+        coordinator=Alone(),
+        servers={"phases": parts, "ref_scorer": scorer},
+        rank_zero={"rollouts": parts, "prefetch": parts},
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+    made._now = (of_config.stages[0].name, 1)
     return made
 
 
@@ -162,7 +165,8 @@ def _sampled():
 
 
 def test_groups_are_sampled_under_the_newest_weights_and_the_servers_are_checked_before_the_trainer_goes_on(tmp_path):
-    of_config, parts = config(tmp_path, {"name": "a"}), Parts(_sampled())
+    of_config = config(tmp_path, {"name": "a", "kind": "exprl-outcome"}, judge={"model": "j"})
+    parts = Parts(_sampled())
     made = run_of(of_config, parts, RunProgress(step=2, updates=7, prompts_consumed=6, traces=1, tokens=10))
     groups = made.graded_groups(of_config.stages[0], 3)
     assert parts.events == ["sync v7", ("start", 3, 6, "v7"), ("take", 3), "check served", "train"]

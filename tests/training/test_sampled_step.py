@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from helpers.graded import stage
 
@@ -17,6 +18,7 @@ from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.problems.prompts import PromptedProblems
 from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.serving.generation import Generation
 from exprl_megatron.training.rollouts import Rollouts, SamplePlan
 
 SECRET = "first add seven to nine and then halve whatever comes out of it"
@@ -55,12 +57,13 @@ class Servers:
         self.events.append("judge's weights")
 
     def _written(self):
-        return SimpleNamespace(
-            token_ids=(5, 6),
-            log_probs=(-1.0, -1.0),
+        return Generation(
+            token_ids=np.array([5, 6], np.int32),
+            log_probs=np.array([-1.0, -1.0], np.float32),
             text=self.says,
             finish_reason="stop",
             weight_versions=((self.version, 0, 2),),
+            prompt_tokens=1,
             cached_tokens=0,
         )
 
@@ -116,6 +119,7 @@ def rollouts(of_stage, events, *, judging=None, servers=None, lent=False, prompt
     made._pool = servers or Servers(events)
     made._shared_judge = made._pool if lent else None
     made._judging = judging or Judging(events)
+    made._routing = None
     made._journal = Log(events)
     made._logger = SimpleNamespace(rollouts=_bar)
     texts = prompts or {}

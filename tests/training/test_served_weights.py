@@ -6,14 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.scripted_run import scripted_run
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.errors import WeightsReplaced
 from exprl_megatron.runs.journal import SampledStep
-from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.serving.shared_judge import SharedJudgeClient
 from exprl_megatron.training.rollouts import Rollouts
-from exprl_megatron.training.run import Run
 
 
 class Alone:
@@ -35,17 +34,16 @@ class Alone:
 
 def sampling_run(pool, events):
     """A run's part that gets a step's groups; `events` has what happened, in order."""
-    run, rollouts = Run.__new__(Run), Rollouts.__new__(Rollouts)
-    rollouts._pool = pool
-    run._coordinator, run._rollouts, run._progress = Alone(), rollouts, RunProgress()
-    run._phases = SimpleNamespace(switch_to_training=lambda: events.append("learn"))
-    run._prefetch = SimpleNamespace(
+    rollouts = Rollouts.__new__(Rollouts)
+    rollouts._pool, rollouts.problem_texts = pool, lambda stage: {}
+    phases = SimpleNamespace(switch_to_training=lambda: events.append("learn"))
+    prefetch = SimpleNamespace(
         needs_weights=lambda *_: False,
         start=lambda *_: None,
         take=lambda *_: events.append("traces") or SampledStep([], 2, Counter()),
     )
-    run._logger, run._seconds, run._now = None, {}, ("sparse", 1)
-    return run
+    parts = {"rollouts": rollouts, "prefetch": prefetch}
+    return scripted_run(coordinator=Alone(), servers={"phases": phases}, rank_zero=parts)
 
 
 STAGE = SimpleNamespace(name="sparse", max_staleness=0)

@@ -1,0 +1,38 @@
+"""A run of one rank made by its own constructor, with whatever a test puts in the place of its parts."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.progress import RunProgress
+from exprl_megatron.training import run as module
+from exprl_megatron.training.run import RankZero, Run, ServerLinks
+
+NO_CONFIG = SimpleNamespace(directory="nowhere")
+
+
+class Silent:
+    """In the place of a logger; takes every call."""
+
+    def __getattr__(self, name):
+        return lambda *arguments, **settings: None
+
+
+def scripted_run(
+    config=NO_CONFIG, *, policy=None, coordinator=None, servers=None, rank_zero=None, progress=None, checkpoint=None
+) -> Run:
+    """`servers` has `phases` and `ref_scorer`, `rank_zero` rollouts, prefetch, evaluator and logger; all may lack."""
+    links = {"sync": None, "phases": None, "ref_scorer": None} | (servers or {})
+    with pytest.MonkeyPatch.context() as patch:
+        # It makes process groups.
+        patch.setattr(module, "SampleScatter", lambda policy: None)
+        return Run(
+            config,
+            RunDirectory(config.directory),
+            policy,
+            coordinator,
+            ServerLinks(**links),
+            RankZero(**({"logger": Silent()} | (rank_zero or {}))),
+            (progress or RunProgress(), checkpoint),
+        )
