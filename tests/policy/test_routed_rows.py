@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exprl_megatron.algorithms.batch import TrainSample
+from exprl_megatron.algorithms.batch import TrainSample, replays_routing
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy.model_input import model_input
@@ -78,6 +78,15 @@ def test_many_experts_have_ids_of_two_bytes():
     shape, world = PackingShape(packed=True), World(Layout(), torch.device("cpu"), 0, 0, 0, 0)
     sample = TrainSample((1,), (2,), routed_experts=np.array([[[511, 300]]], np.int16))
     assert routed_rows([sample], shape, Routing(1, 2, 512), world)[0].long().tolist() == [[511, 300]]
+
+
+def test_ranks_that_do_not_learn_from_a_sample_know_that_it_has_its_experts():
+    with_rows, without = routed(BATCH[0]), BATCH[1]
+    assert replays_routing([with_rows, routed(BATCH[1]).outline]) and not replays_routing([without, without.outline])
+    assert replays_routing([with_rows.outline.with_values("old_log_probs", np.zeros(3))])
+    for mixed in ([with_rows, without.outline], [without, with_rows.outline]):
+        with pytest.raises(ValueError, match="routed_experts is given for some samples of a batch and missing for"):
+            replays_routing(mixed)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 2), (5, 3, 2), (4, 3)])

@@ -1,5 +1,6 @@
 """The experts of a reply; tests/serving/test_real_servers.py compares those of a real server with transformers'."""
 
+import asyncio
 import base64
 import json
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from exprl_megatron.models.routing import Routing
+from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.generation import Asked, read_generation
 from exprl_megatron.serving.routed_experts import read_routed_experts, sent_bytes
 
@@ -68,6 +70,29 @@ def _changed(place: tuple[int, ...], value: int) -> np.ndarray:
 def test_what_no_router_chose_is_refused(experts, message):
     with pytest.raises(ValueError, match=message):
         read_generation(reply(experts), Asked(routing=ROUTING))
+
+
+class Noted(SGLangClient):
+    """Notes what is asked, and with what reply's size in mind."""
+
+    async def _exchange(self, method, path, body, deadline_s, limit=0):
+        self.request, self.limit = body, limit
+        one = reply(chosen(5) if body.get("return_routed_experts") else None)
+        return b"[" + one + b"," + one + b"]" if isinstance(body["sampling_params"], list) else one
+
+
+def test_experts_are_in_the_request_and_in_the_size_of_the_reply_where_they_are_wanted():
+    client, sampling = Noted("http://nowhere", "policy-0", None, 1.0), {"temperature": 1.0, "max_new_tokens": 2}
+    limits = []
+    for routing in (None, ROUTING):
+        found = [
+            asyncio.run(client.generate([1, 2, 3, 4], seed=1, routing=routing, **sampling)),
+            *asyncio.run(client.generate_all([[1, 2, 3, 4]] * 2, [1, 2], routing=routing, **sampling)),
+        ]
+        assert ("return_routed_experts" in client.request) == (routing is not None)
+        assert [each.routed_experts is None for each in found] == [routing is None] * 3
+        limits.append(client.limit)
+    assert limits[1] - limits[0] == 2 * sent_bytes(6, ROUTING)
 
 
 def test_layers_without_experts_have_any_ids():

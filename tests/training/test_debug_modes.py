@@ -1,8 +1,11 @@
 """Rollouts alone, learning alone from what was kept, and a run that checks itself."""
 
+import asyncio
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.launch.preflight import check_inputs
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.directory import RunDirectory
@@ -80,6 +84,33 @@ def test_a_log_without_experts_is_not_learned_from_where_they_are_to_be_replayed
     (group,) = read[True](2).groups
     assert group.samples[0].trace.routed_experts.shape == (2, 2, 2)
     assert read[False](1).groups and read[True](3) is None
+
+
+@pytest.mark.parametrize("replays", [True, False, None])
+def test_servers_are_asked_for_their_experts_where_these_are_replayed(tiny_model, tmp_path, monkeypatch, replays):
+    model = tiny_model("mixtral")
+    policy = {"model": str(model), "max_tokens": 160, "router_replay": replays}
+    config = _config(tmp_path, model, write_problems(tmp_path / "problems.jsonl"), policy=policy)
+    bar = SimpleNamespace(sampled=lambda: None, graded=lambda: None)
+    logger = SimpleNamespace(say=print, rollouts=lambda *shown: nullcontext(bar))
+
+    async def grade(problem, trace):
+        return GradedTrace(trace, Scored(1.0))
+
+    judging = SimpleNamespace(grade=lambda stage, tokenizer: grade, take_counts=dict)
+    rollouts, asked = Rollouts(config, None, None, [], judging, logger), []
+    rollouts.prepare()
+
+    async def sample(pool, prompts, group_size, *further, on_trace, routing, **named):
+        asked.append(routing)
+        traces = [Trace(p.problem_id, 0, p.token_ids, (5,), (-0.5,), "4", "stop", ()) for p in prompts]
+        for trace in traces:
+            await on_trace(trace)
+        return [[trace] for trace in traces]
+
+    monkeypatch.setattr("exprl_megatron.training.rollouts.sample_groups", sample)
+    asyncio.run(rollouts._sampled(config.stages[1], 1, 0, ["v0"]))
+    assert asked == [Routing(layers=2, top_k=2, experts=4) if replays else None]
 
 
 def test_learning_alone_needs_every_step_that_it_learns_from(tiny_model, tmp_path):

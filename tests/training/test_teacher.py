@@ -1,5 +1,6 @@
 """The teacher sees the reference, the student never does, and both are asked about the same tokens."""
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -64,3 +65,10 @@ def test_student_and_teacher_are_asked_about_the_same_tokens_graded_or_not():
     assert [s.prompt_ids.tolist() for s in students] == [[1, 2]] * 3
     assert [t.prompt_ids.tolist() for t in teachers] == [[3, 3, 3], [3, 3, 3], [4]]
     assert students[0].rollout_log_probs.tolist() == [-0.5, -0.5]
+
+
+def test_the_experts_that_the_server_chose_are_the_students_alone():
+    experts = np.ones((3, 2, 1), np.uint8)
+    trace = Trace("a", 0, (1, 2), (5, 6), (-0.5, -0.5), "t", "stop", (("v0", 0, 2),), routed_experts=experts)
+    (student,), (teacher,) = student_and_teacher([Group("a", (GradedTrace(trace, Scored(1.0)),))], {"a": (3,)})
+    assert np.array_equal(student.routed_experts, experts) and teacher.routed_experts is None

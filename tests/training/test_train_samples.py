@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.graded import cut, graded, group, stage
 
@@ -51,6 +52,18 @@ def test_an_abstention_leaves_loss_and_statistics_but_in_the_released_form_only_
     assert recommended == [close(2**-0.5), None, close(-(2**-0.5))]
     code = first_tokens(stage("exprl-outcome", variant="code"), group(1.0, None, 0.0))
     assert code == [close(2 / 3**0.5), None, close(-1 / 3**0.5)]
+
+
+def test_samples_have_the_experts_of_their_traces():
+    made = group(1.0, 0.0)
+    experts = [np.full((3, 2, 1), k, np.uint8) for k in (1, 2)]
+    members = (
+        replace(member, trace=replace(member.trace, routed_experts=rows))
+        for member, rows in zip(made.samples, experts, strict=True)
+    )
+    samples = sequences_of(stage("sparse-rl"), [replace(made, samples=tuple(members))])
+    assert [np.array_equal(s.routed_experts, rows) for s, rows in zip(samples, experts, strict=True)] == [True] * 2
+    assert [s.routed_experts for s in sequences_of(stage("sparse-rl"), [made])] == [None, None]
 
 
 def test_sparse_advantages_are_centred_and_not_scaled():
