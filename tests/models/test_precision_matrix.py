@@ -175,3 +175,20 @@ def test_colocated_fp32_and_context_parallel_fp32_are_refused_on_cuda_whatever_s
     assert "placement.kind colocated" in colocated and "choose bf16" in colocated
     (context,) = fp32(cp=2, extra_args=named)
     assert "policy.layout.cp is 2" in context and "choose bf16" in context
+
+
+@pytest.mark.parametrize(
+    ("tp", "etp", "kind", "leaves"),
+    [
+        (2, 1, "mxfp8", []),
+        (1, 8, "fp8-tensorwise", []),
+        (1, 8, "mxfp8", ["176 of the model's 1408 expert columns"]),
+        (4, 1, "mxfp8", ["2736 of the model's 10944 MLP columns"]),
+        (8, 1, "fp8-tensorwise", ["1368 of the model's 10944 MLP columns"]),
+        (8, 1, "mxfp8", ["1368 of the model's 10944 MLP columns", "176 of the model's 1408 shared expert's columns"]),
+    ],
+)
+def test_dense_layers_experts_and_the_shared_expert_must_all_fit_the_products(tp, etp, kind, leaves):
+    layout = Layout(tp=tp, etp=etp, dp=8, sequence_parallel=tp > 1)
+    found = refusals(kind, BLACKWELL, architecture="glm-4.5-air", layout=layout)
+    assert [sentence.partition("leaves a rank ")[2].partition(";")[0] for sentence in found] == leaves
