@@ -197,7 +197,7 @@ def test_a_router_that_servers_keep_wider_than_the_policy_has_the_checksum_of_it
         name: tensor if name.endswith(GATE[1]) else tensor.bfloat16().float() if name in gates else tensor.bfloat16()
         for name, tensor in model_of(server, source, hf_shapes(architecture)).items()
     }
-    told = pack_expected(server.shapes, dtypes, plan.parts[0])
-    assert differing(checksums(model, told), wanted) == []
+    packed = pack_expected(server.shapes, dtypes, plan.parts[0])
+    assert differing(checksums(model, packed), wanted) == []
     narrow = model | {gates[0]: model[gates[0]].bfloat16()}
-    assert differing(checksums(narrow, told), wanted) == [gates[0]]
+    assert differing(checksums(narrow, packed), wanted) == [gates[0]]
