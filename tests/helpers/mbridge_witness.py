@@ -11,15 +11,17 @@ from transformers import AutoConfig
 from exprl_megatron.policy import cpu_platform
 
 # isort: split
+import mbridge.core.bridge
 import mbridge.core.util
 from mbridge import AutoBridge
 from mbridge.models.qwen2 import Qwen2Bridge
 
 from exprl_megatron.models.architecture import padded_vocabulary
+from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.policy import Policy
 
 # As Megatron does, it allocates on "the CUDA device".
-mbridge.core.util.torch = cpu_platform.VIEW
+mbridge.core.util.torch = mbridge.core.bridge.torch = cpu_platform.VIEW
 
 _EXPERT = re.compile(r"experts\.local_experts\.(\d+)\.(\w+)\.weight")
 
@@ -57,7 +59,7 @@ def refill(policy: Policy, model: Path) -> tuple[list[str], dict[str, torch.Tens
     chunks = [Grouped(chunk) for chunk in policy.chunks]
     ours = []
     for index, chunk in enumerate(policy.chunks):
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in named_weights(chunk):
             ours.append((f"{index}.{name}", parameter, parameter.clone()))
             parameter.fill_(torch.nan)
     bridge.load_weights(chunks, str(model))
