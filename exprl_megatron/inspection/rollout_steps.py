@@ -9,6 +9,7 @@ import numpy as np
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SelfDistillStage, Stage
 from exprl_megatron.errors import UserError
+from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import DAMAGE, Journal, read_step
@@ -95,7 +96,7 @@ def evaluation_file(directory: RunDirectory, name: str) -> Path:
 
 
 def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvantages]] | None:
-    """By the stage's own rules, as they were when the step was learned from; None where the stage has none.
+    """Compute advantages by the stage's own rules; None where it has none, or where its own estimator is gone.
 
     Raises UserError where the log does not fit the stage.
     """
@@ -103,6 +104,8 @@ def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvanta
         return None
     try:
         return token_advantages(stage, groups)
+    except PluginError:
+        return None  # the user's own estimator is not on this machine
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"The rollout log does not fit stage {stage.name} of config.yaml ({error}); restore the run's config."

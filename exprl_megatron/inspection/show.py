@@ -13,6 +13,7 @@ from exprl_megatron.inspection.rollout_tables import group_table
 from exprl_megatron.inspection.selection import SelectedGroup, Selection, select
 from exprl_megatron.inspection.show_records import group_record
 from exprl_megatron.inspection.trace_text import Boundaries, PolicyTokenizer, trace_panels
+from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.runs.directory import RunDirectory, read_config
 
 
@@ -25,6 +26,7 @@ def show_steps(
     """
     directory = RunDirectory(run)
     config = read_config(directory)
+    use_plugin_path(config.plugin_path)
     every = selection.problem is not None or selection.abstained
     steps = logged_steps(directory, config, stage, step, every)
 
@@ -41,6 +43,7 @@ def show_evaluation(run: Path, name: str, selection: Selection, limit: int, text
     """Print groups of held-out answers of the evaluation `name`; raises UserError as show_steps."""
     directory = RunDirectory(run)
     config = read_config(directory)
+    use_plugin_path(config.plugin_path)
     chosen = select(evaluation_groups(directory, name), selection)
     _print(chosen, f"evaluation {name}", config, limit, text, as_json)
 

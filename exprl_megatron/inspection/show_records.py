@@ -1,5 +1,7 @@
 """Groups of the rollout log in JSON's terms."""
 
+from dataclasses import asdict
+
 from exprl_megatron.inspection.rollout_steps import span_advantage
 from exprl_megatron.inspection.selection import SelectedGroup
 from exprl_megatron.judging.judgement import judgement_record
@@ -26,6 +28,8 @@ def _trace_record(sample: GradedTrace, advantages: TokenAdvantages) -> dict:
         "sample": trace.sample,
         "judgement": judgement_record(sample.judgement),
         "verified": None if sample.verified is None else judgement_record(sample.verified),
+        "reward": sample.reward,
+        "terms": [asdict(term) for term in sample.terms],
         "advantage": None if sample.segments else span_advantage(advantages, 0, len(trace.token_ids)),
         "segments": [
             {

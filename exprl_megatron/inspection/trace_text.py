@@ -13,7 +13,7 @@ from exprl_megatron.inspection.rollout_tables import advantage_text, finding_tex
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.reporting.plain_text import plain, plain_line
-from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.rollout.group import GradedTrace, RewardTerm
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.train_samples import TokenAdvantages
 
@@ -24,7 +24,7 @@ Boundaries = Callable[[GradedTrace], list[int] | None]
 def trace_panels(
     sample: GradedTrace, learned: bool, advantages: TokenAdvantages, boundaries: Boundaries
 ) -> RenderableType:
-    """The text, with a line before each segment, and the words of the judge and of the verifier."""
+    """The text, with a line before each segment, the words of judge and verifier, and the terms of the reward."""
     panels = [_panel(f"sample {sample.trace.sample}", _body(sample, learned, advantages, boundaries))]
     if not sample.segments and sample.judgement.evidence:
         panels.append(_panel(f"judgement: {score_text(sample.judgement)}", plain(sample.judgement.evidence)))
@@ -34,7 +34,15 @@ def trace_panels(
             panels.append(_panel(title, plain(segment.judgement.evidence)))
     if sample.verified is not None and sample.verified.evidence:
         panels.append(_panel(f"verifier: {finding_text(sample.verified)}", plain(sample.verified.evidence)))
+    if sample.terms:
+        total = "none" if sample.reward is None else f"{sample.reward:.3g}"
+        panels.append(_panel(f"reward: {total}", plain("\n".join(map(_term_line, sample.terms)))))
     return Renderables(*panels)
+
+
+def _term_line(term: RewardTerm) -> str:
+    value = "abstained" if term.value is None else f"{term.value:.3g}"
+    return f"{term.weight:g} x {term.name} {value}" + (f"  ({term.evidence})" if term.evidence else "")
 
 
 class PolicyTokenizer:

@@ -54,18 +54,25 @@ class Plugin:
             return work()
         except PluginError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{self.key}: {self.path} failed at {place_of_error(error, self.function)}.") from error
 
     async def ask(self, *arguments: Any) -> Any:
         """Await the function's result; one that is not async runs in a thread. Raises what it raises."""
         if self.is_async:
             return await self.function(*arguments)
-        return await _in_daemon_thread(self.function, arguments)
+        found = await _in_daemon_thread(self.function, arguments)
+        # A function that is not async may return what another async one does.
+        return await found if inspect.isawaitable(found) else found
 
     def failure(self, what: str) -> PluginError:
         """An error that says `what` of the function, and where it is defined."""
         return PluginError(f"{self.key}: {self.path} ({place_of_function(self.function)}) {what}.")
+
+
+def contained(error: BaseException) -> RuntimeError:
+    """Return an exception that does not end the process, with the traceback of `error`, such as SystemExit."""
+    return RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
 
 
 def described(value: Any) -> str:
@@ -90,6 +97,8 @@ async def _in_daemon_thread(function: Callable[..., Any], arguments: tuple[Any, 
             value, set_it = function(*arguments), future.set_result
         except Exception as error:
             value, set_it = error, future.set_exception
+        except BaseException as error:  # SystemExit would end the event loop
+            value, set_it = contained(error), future.set_exception
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, set_it, value)
 

@@ -45,7 +45,7 @@ def load_plugin(path: str) -> Callable[..., Any]:
         sys.path.insert(0, working_directory)
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(f"The plugin {path} cannot be imported: {_import_failure(module_name, error)}") from error
     file = getattr(found, "__file__", None) or module_name
     for part in name.split("."):
@@ -55,7 +55,7 @@ def load_plugin(path: str) -> Callable[..., Any]:
     if inspect.isclass(found):
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"The plugin {path} cannot be made without arguments: {place_of_error(error, found)}; "
                 "give its class an __init__ that needs none."
@@ -90,7 +90,7 @@ def _module_and_name(path: str) -> tuple[str, str]:
     return module_name, name.partition("[")[0].strip()
 
 
-def _import_failure(module_name: str, error: Exception) -> str:
+def _import_failure(module_name: str, error: BaseException) -> str:
     """What failed, and in which of the user's lines."""
     wanted = {".".join(module_name.split(".")[: n + 1]) for n in range(module_name.count(".") + 1)}
     if isinstance(error, ModuleNotFoundError) and error.name in wanted:

@@ -79,7 +79,7 @@ class OwnFunction:
         except TimeoutError:
             place = self.plugin.failure(f"gave no answer within {self._deadline_s:g} s")
             return self._abstained("verifier-timeout", str(place))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{self.plugin.path} failed at {place_of_error(error, self.plugin.function)}"
             return self._abstained("verifier-error", what)
 

@@ -1,6 +1,7 @@
 """From graded groups to training samples with advantages."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import chain, pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from exprl_megatron.algorithms.advantages import estimator, group_normalized
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.algorithms.process import SegmentedTrace, process_credits
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage
+from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.training.sample_rewards import OverlongRule, overlong_penalties, rewards_of
@@ -43,10 +45,12 @@ def update_samples(stage: GradedStage, groups: list[Group], version: str | None 
 def token_advantages(stage: GradedStage, groups: list[Group]) -> list[list[TokenAdvantages]]:
     """Compute the advantages of every sample of every group by the stage's rules; abstentions are out of the loss.
 
-    All groups have the same size. Raises ValueError where a trace was not judged in the stage's granularity.
+    All groups have the same size. Raises ValueError where a trace was not judged in the stage's granularity, UserError
+    where its reward has other terms than the stage's.
     """
     if not groups:
         return []
+    _check_terms(stage, groups)
     if not isinstance(stage, ExprlProcessStage):
         return _trace_advantages(stage, groups)
     routed: dict[str, list[int]] = defaultdict(list)
@@ -58,6 +62,24 @@ def token_advantages(stage: GradedStage, groups: list[Group]) -> list[list[Token
         rows = _routed_outcome(stage, chosen) if name == "outcome" else _segment_advantages(stage, name, chosen)
         found |= zip(indices, rows, strict=True)
     return [found[index] for index in range(len(groups))]
+
+
+def _check_terms(stage: GradedStage, groups: list[Group]) -> None:
+    """Raise UserError where the traces were graded for another reward than that of `stage`."""
+    terms = () if isinstance(stage, ExprlProcessStage) else stage.reward
+    wanted = [(term.shown_name, term.weight) for term in terms]
+    found = next(
+        (pairs for g in groups for m in g.samples if (pairs := [(t.name, t.weight) for t in m.terms]) != wanted), None
+    )
+    if found is not None:
+        raise UserError(
+            f"The traces of stage {stage.name} were graded with the reward terms {_listed(found)}, but its config has "
+            f"{_listed(wanted)}; set reward of the stage to what they were graded with."
+        )
+
+
+def _listed(terms: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} x {weight:g}" for name, weight in terms) or "none"
 
 
 def _trace_advantages(stage: ExprlOutcomeStage | SparseRlStage, groups: list[Group]) -> list[list[TokenAdvantages]]:

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
+from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import Journal, SampledStep, write_step
 from exprl_megatron.utils.files import Claim
@@ -260,3 +260,22 @@ def test_a_log_that_does_not_fit_the_stage_is_one_sentence(exprl, run):
     log(run, "parts", 1, group("p", Scored(1.0), Scored(0.0)))
     status, _, said = exprl(run)
     assert (status, said.count("\n")) == (2, 1) and "does not fit stage parts" in said
+
+
+def test_the_terms_of_a_mixed_reward_are_shown(run, exprl):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["stages"][0]["reward"] = [{"term": "judge"}, {"term": "mine:fmt", "weight": 0.2}]
+    config["stages"][0]["advantage"] = "mine_that_is_not_here:f"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    terms = [
+        (RewardTerm("judge", "judge", 1.0, 0.5), RewardTerm("fmt", "mine:fmt", 0.2, value, evidence))
+        for value, evidence in ((1.0, ""), (None, "verifier-error: line 3"))
+    ]
+    log(run, "prime", 1, Group("p", tuple(member(k, Scored(0.5), terms=t) for k, t in enumerate(terms))))
+    code, out, _ = exprl(str(run), "--stage", "prime", "--text")
+    assert code == 0
+    assert "reward: 0.7" in out and "0.2 x fmt 1" in out
+    assert "reward: none" in out and "fmt abstained (verifier-error: line 3)" in " ".join(out.split())
+    traces = json.loads(exprl(str(run), "--json")[1])["groups"][0]["traces"]
+    assert [trace["reward"] for trace in traces] == [0.7, None]
+    assert traces[0]["terms"][1]["name"] == "fmt"

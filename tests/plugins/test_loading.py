@@ -66,6 +66,7 @@ def test_a_class_is_made_once(tmp_path):
         ("broken:f", "x = 1\ny = x / 0\n", r"/work/broken\.py, line 2, in <module>: ZeroDivisionError: div"),
         ("broken:f", "import no_such_library\n", r"broken\.py, line 1, in <module>: ModuleNotFoundError: .*no_such"),
         ("broken:f", "import json\njson.loads('{')\n", r"broken\.py, line 2, in <module>: JSONDecodeError: "),
+        ("broken:f", "import sys\nsys.exit(3)\n", r"broken\.py, line 2, in <module>: SystemExit: 3"),
         ("broken:f", "def g(): pass\n", r"/work/broken\.py defines no f; correct the name\.$"),
         ("broken:f", "f = 3\n", r"The plugin broken:f is a int, which cannot be called"),
         ("broken:F", "class F:\n    def __init__(self, url): pass\n", r"broken\.py, line 1: TypeError: .*__init__"),

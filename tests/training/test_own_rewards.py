@@ -10,6 +10,7 @@ from helpers.graded import graded
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.stages import ExprlOutcomeStage
 from exprl_megatron.config.verifying import VerifierConfig
+from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import load_plugin
@@ -55,6 +56,25 @@ def test_a_verifier_gets_problem_and_trace_and_its_verdict_is_the_judgement(modu
             return Scored(float(problem.answer in trace.text), f"{{problem.id}} {{trace.finish_reason}}")
     """)
     assert verify() == Scored(1.0, "p stop")
+
+
+def test_a_function_that_returns_what_an_async_one_does_is_awaited(module):
+    module("""
+        async def ask(problem, trace): return Scored(0.5)
+        def verify(problem, trace): return ask(problem, trace)
+    """)
+    assert verify() == Scored(0.5)
+
+
+@pytest.mark.parametrize("kind", ["async def", "def"])
+def test_code_that_exits_does_not_end_the_process(module, kind):
+    file = module(f"""
+        import sys
+        {kind} verify(problem, trace):
+            sys.exit("bye")
+    """)
+    found = verify()
+    assert found.reason == "verifier-error" and f"{file}, line 6, in verify: " in found.evidence
 
 
 def test_other_domains_keep_the_built_in_verifier(module):
@@ -160,6 +180,18 @@ def test_a_term_that_is_no_finite_number_stops_the_run(module, returned):
 
 def term(source: str, value: float | None, weight: float = 1.0) -> RewardTerm:
     return RewardTerm(source, source, weight, value)
+
+
+def test_traces_that_were_graded_for_another_reward_are_not_learned_from():
+    stage = outcome_stage({"term": "judge"}, {"term": "a:f", "weight": -1.0})
+    graded_so = (term("judge", 1.0), term("f", 2.0, -1.0))
+    token_advantages(stage, [Group("p", (graded(0, 1.0, terms=graded_so),) * 2)])
+    for terms in ((), graded_so[:1], (graded_so[0], term("f", 2.0, -0.5))):
+        group = Group("p", (graded(0, 1.0, terms=graded_so), graded(1, 1.0, terms=terms)))
+        with pytest.raises(UserError, match=r"stage prime were graded with .*config has judge x 1, f x -1; set reward"):
+            token_advantages(stage, [group])
+    with pytest.raises(UserError, match=r"graded with the reward terms judge x 1, f x -1, but its config has none"):
+        token_advantages(outcome_stage(), [Group("p", (graded(0, 1.0, terms=graded_so),))])
 
 
 def test_a_trace_whose_term_is_missing_is_out_of_statistics_and_loss():
