@@ -43,6 +43,7 @@ from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.judging.prompt import shipped_prompt
 from exprl_megatron.judging.store import Asked, JudgementStore
 from exprl_megatron.training.loop_lag import HOST_THREADS
+from exprl_megatron.utils.collector import collect_between_steps
 
 REAL_ROWS = 320
 
@@ -163,6 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="build/smollm2-135m-instruct", help="has a tokenizer and weights")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    # As a trainer process does when it has imported its libraries.
+    collect_between_steps()
     bench = {"prefixes": bench_prefixes, "loop": bench_loop, "store": bench_store}[args.what]
     with tempfile.TemporaryDirectory() as directory:
         figures = bench(args, Path(directory))

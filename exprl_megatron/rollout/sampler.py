@@ -14,6 +14,10 @@ from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.static_pool import SamplingServers
 from exprl_megatron.utils.array_fields import ArrayFields
 from exprl_megatron.utils.together import first_n, gather_or_cancel
+from exprl_megatron.utils.turns import Turns
+
+STARTS_EACH_PASS = 16
+"""Requests that begin in the same pass of the event loop, at half a millisecond each: a step may have thousands."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +98,12 @@ async def sample_groups(
         return trace
 
     async def one(home: int, prompt: Prompt, k: int) -> Trace:
+        await starts.take()
         return await passed_on(await servers.ask(home, lambda client: generate(client, prompt, k)))
 
     async def group(home: int, prompt: Prompt) -> list[Trace]:
         if group_size > 1:
+            await starts.take()
             # Requests that arrive together are prefilled together: none of them would find the prompt in the cache.
             await servers.ask(home, lambda client: client.read(prompt.token_ids))
         if whole_groups:
@@ -105,6 +111,7 @@ async def sample_groups(
             return await gather_or_cancel([passed_on(trace) for trace in traces])
         return await gather_or_cancel([one(home, prompt, k) for k in range(group_size)])
 
+    starts = Turns(STARTS_EACH_PASS)
     groups = (group(i, prompt) for i, prompt in enumerate(prompts))
     return await first_n(groups, len(prompts) if target_groups is None else target_groups, accept_fn)
 

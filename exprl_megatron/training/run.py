@@ -39,6 +39,7 @@ from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.teacher import teacher_prompts
+from exprl_megatron.utils.collector import collect
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 
@@ -229,6 +230,7 @@ class Run:
         self._updates_in_step = 0
         metrics: dict[str, float] = {}
         yield metrics
+        collect()
         self._trained.add(stage.name)
         self._progress = replace(self._progress, step=step)
         metrics |= self._counted | self._sync_metrics | self._phases.take_memory_stats()

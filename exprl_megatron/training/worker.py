@@ -21,6 +21,7 @@ from exprl_megatron.processes.heartbeat import beat
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.utils.accelerator import uses_cuda
+from exprl_megatron.utils.collector import collect_between_steps
 from exprl_megatron.utils.files import write_atomically
 from exprl_megatron.utils.freed_memory import keep_freed_memory
 
@@ -101,8 +102,7 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
 
     if not uses_cuda():
         keep_freed_memory()
-    gc.freeze()
-    gc.enable()
+    collect_between_steps()
     paths = RunDirectory(directory)
     config = read_config(paths)
     use_plugin_path(config.plugin_path)

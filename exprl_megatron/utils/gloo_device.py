@@ -27,7 +27,7 @@ def share_gloo_device() -> None:
 def _group(settings, _: object) -> ProcessGroupGloo:
     """What torch's own _create_gloo_process_group makes, with the shared devices."""
     timeout: timedelta = settings.timeout
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = _devices(os.getpid(), os.environ.get(_INTERFACES, ""))
     options._threads = 2 * len(options._devices)
     options._timeout = timeout

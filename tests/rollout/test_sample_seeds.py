@@ -1,13 +1,14 @@
 """No two samples of a step are seeded alike, however often a problem is drawn for it and however they are asked for."""
 
 import asyncio
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
+from exprl_megatron.rollout.sampler import STARTS_EACH_PASS, Prompt, sample_groups, sample_seed
 
 
 class Server:
@@ -99,3 +100,29 @@ def test_whole_groups_are_one_request_each_and_the_same_traces_as_one_by_one():
 def test_a_whole_group_of_other_weights_is_an_error():
     with pytest.raises(ServerError, match="wrote sample 0 of problem p under weight version 2, not 1"):
         _sampled(Server(version="2"), [Prompt("p", (1, 2))], 3, whole_groups=True)
+
+
+def test_a_few_requests_begin_in_each_pass_of_the_event_loop():
+    begun: Counter[int] = Counter()
+    turn = 0
+
+    class Counting(Server):
+        async def ask(self, home, request):
+            begun[turn] += 1
+            return await request(self)
+
+    async def sampled():
+        async def count_passes():
+            nonlocal turn
+            while True:
+                await asyncio.sleep(0)
+                turn += 1
+
+        counting = asyncio.create_task(count_passes())
+        prompts = [Prompt(f"p{i}", (1, 2)) for i in range(100)]
+        await sample_groups(Counting(), prompts, 4, SamplingConfig(), lambda problem, k: k, weight_versions=["1"])
+        counting.cancel()
+
+    asyncio.run(sampled())
+    # Some of a pass's are counted with the next one's, by their place in it.
+    assert begun.total() == 500 and max(begun.values()) <= 2 * STARTS_EACH_PASS

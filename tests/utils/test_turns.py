@@ -1,0 +1,47 @@
+"""Callers that are ready at the same time continue a few in each pass of the event loop, in order."""
+
+import asyncio
+
+from exprl_megatron.utils.turns import Turns
+
+
+async def passes(each_pass: int, callers: int, cancelled: tuple[int, ...] = ()) -> list[list[int]]:
+    """Which callers continued in each pass; those of `cancelled` are cancelled in the first."""
+    shared, found = Turns(each_pass), []
+
+    async def call(number: int) -> None:
+        await shared.take()
+        found[-1].append(number)
+
+    tasks = [asyncio.create_task(call(number)) for number in range(callers)]
+    for turn in range(callers + 3):
+        found.append([])
+        await asyncio.sleep(0)
+        if not turn:
+            for number in cancelled:
+                tasks[number].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return [each for each in found if each]
+
+
+def test_each_pass_lets_so_many_continue_in_their_order():
+    found = asyncio.run(passes(3, 10))
+    assert [number for each in found for number in each] == list(range(10))
+    assert max(map(len, found)) <= 3
+    assert asyncio.run(passes(16, 10)) == [list(range(10))]
+
+
+def test_who_is_cancelled_takes_no_turn_of_another():
+    found = asyncio.run(passes(1, 4, cancelled=(1, 2)))
+    assert [number for each in found for number in each] == [0, 3]
+
+
+def test_later_callers_find_new_turns():
+    async def twice() -> int:
+        shared = Turns(2)
+        for _ in range(5):
+            await asyncio.gather(*(shared.take() for _ in range(5)))
+            await asyncio.sleep(0)
+        return len(shared._waiting)
+
+    assert asyncio.run(twice()) == 0
