@@ -195,6 +195,18 @@ def test_an_update_counts_once_it_is_taken_and_names_the_next_version(tmp_path):
     assert (made.weight_version, made._updates_in_step) == ("v1", 1)
 
 
+def test_objects_are_looked_through_at_the_end_of_a_step(tmp_path, monkeypatch):
+    of_config, parts = config(tmp_path, {"name": "a"}), Parts()
+    monkeypatch.setattr(module, "collect", lambda: parts.events.append("collect"))
+    monkeypatch.setattr(parts, "take_memory_stats", dict, raising=False)
+    made = run_of(of_config, parts)
+    # As on every rank but the first.
+    made._logger = None
+    with made.step(of_config.stages[0], 1):
+        made.apply_update(1.0)
+    assert parts.events == [("update", 1.0), "collect"]
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_once_and_is_then_left_out_without_a_new_version(tmp_path):
     parts = Parts()
     parts.norm = None
