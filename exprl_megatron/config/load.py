@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
-from omegaconf import Container, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -20,10 +20,14 @@ from exprl_megatron.config.base import Config
 from exprl_megatron.config.renamed import new_name
 from exprl_megatron.config.reproduction import expand_reproduction
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.shorthand import expand_shorthand
 from exprl_megatron.errors import UserError
 
 _TO_REFER_TO = "x-"
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|(^|_)(KEY|PASS|AUTH|PAT)S?($|_)", re.IGNORECASE)
+
+_OF_OMEGACONF = ("full_key:", "object_type=", "reference_type=")
+_STAGE = re.compile(r"stages(?:\.(?P<stage>[^.\[]+)|\[(?P<place>[^\]]+)\])(?P<rest>(?:[.\[].*)?)")
 
 ConfigCheck = Callable[[RunConfig], Iterable[str]]
 """Checks of a config whose values are valid each by itself: returns one sentence for each contradiction."""
@@ -56,6 +60,8 @@ def resolve_config(
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
             raise UserError(f"{path}: {error.__cause__}") from error
+        if isinstance(error, InterpolationKeyError) and (key := re.search(r"'(.+?)' not found", str(error))):
+            raise UserError(f"{path} has no {key[1]}, to which a ${{{key[1]}}} refers; correct the name.") from error
         raise UserError(f"{path} refers to what it does not have: {_one_line(error)}; fix the ${{...}}.") from error
     if isinstance(resolved, dict):
         resolved = {key: value for key, value in resolved.items() if not str(key).startswith(_TO_REFER_TO)}
@@ -96,15 +102,62 @@ def _override(tree: Container, override: str, path: Path) -> None:
     if not equals or not key:
         raise UserError(f"The override {override!r} has no value; write key.path=value.")
     try:
-        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+        key = _numbered_stage(tree, key)
+        _require_fit(tree, key)
+    except LookupError as error:
+        raise UserError(f"The override {override!r} fits nowhere in {path}: {error.args[0]}") from error
+    try:
+        read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        value = read["value"] if isinstance(read, dict) else None
         OmegaConf.update(tree, key, value, force_add=True)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"The override {override!r} fits nowhere in {path}: {_one_line(error)}; fix it.") from error
 
 
+def _numbered_stage(tree: Any, key: str) -> str:
+    """Return `stages.NAME.rest` as `stages.N.rest`, and any other key as it is.
+
+    Raises LookupError where `tree` has no such stage.
+    """
+    found = _STAGE.fullmatch(key)
+    stages = tree.get("stages") if found and isinstance(tree, DictConfig) else None
+    if found is None or not isinstance(stages, ListConfig):
+        return key
+    stage, rest = found["stage"] or found["place"], found["rest"]
+    names = [_stage_name(stages, place) for place in range(len(stages))]
+    if stage in names:
+        return f"stages.{names.index(stage)}{rest}"
+    if stage.isdigit() and int(stage) < len(names):
+        return f"stages.{stage}{rest}"
+    listed = ", ".join(f"{name} ({place})" for place, name in enumerate(names))
+    raise LookupError(f"there is no stage {stage}; the stages are {listed}.")
+
+
+def _stage_name(stages: ListConfig, place: int) -> str:
+    stage = OmegaConf.to_container(stages)[place]
+    return str(stage.get("name") or stage.get("kind")) if isinstance(stage, dict) else ""
+
+
+def _require_fit(tree: Any, key: str) -> None:
+    """Raise LookupError where the dotted `key` cannot be set, because a part of it is a value or outside of a list."""
+    place, parts = OmegaConf.to_container(tree), [part for part in re.split(r"[.\[\]]", key) if part]
+    for number, part in enumerate(parts):
+        at = ".".join(parts[:number])
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise LookupError(f"{at} is a list of {len(place)} and has no {part}; count from 0.")
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            place = place.get(part, place.get(int(part)) if part.isdigit() else None)
+        elif place is None:
+            return
+        else:
+            raise LookupError(f"{at} is {_shown(place)} and has no keys; set {at} itself.")
+
+
 def check_config(tree: Any, origin: str, also: ConfigCheck = _nothing) -> RunConfig:
     """`tree` (plain dicts and lists) as a RunConfig; see load_config for what it raises."""
-    tree, sentences = expand_algorithms(tree)
+    tree, sentences = expand_algorithms(expand_shorthand(tree))
     if not sentences:
         tree, sentences = expand_reproduction(tree)
     if sentences:
@@ -190,7 +243,10 @@ def _shown(value: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    """The error's message without the lines that OmegaConf adds about itself."""
+    lines = str(error).splitlines()
+    kept = [line for line in lines if not line.strip().startswith(_OF_OMEGACONF)]
+    return " ".join(" ".join(kept or lines).split()).rstrip(".")
 
 
 def _lower(text: str) -> str:

@@ -55,7 +55,7 @@ class Stage(Config):
     """Settings of every stage."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    """Names the stage's directories, metrics and weights."""
+    """Names the stage's directories, metrics and weights. (default: its kind)"""
     steps: PositiveInt
     """Number of steps."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -14,6 +14,11 @@ from exprl_megatron.problems.problem import CodeTest, Problem, Reference
 DOMAINS: tuple[str, ...] = get_args(BuiltInDomain)
 SHOWN_FAULTS = 10
 OPTIONAL_TEXTS = ("reference", "answer", "source")
+OTHER_NAMES = {
+    "id": ("uid", "uuid", "qid", "_id", "idx", "index", "question_id", "problem_id", "unique_id"),
+    "problem": ("question", "prompt", "query", "input", "instruction", "text", "Problem", "Question"),
+}
+"""Names that data sets give to the fields that a problem needs; the first that a record has is suggested."""
 NUMBERS_TOO = ("id", "answer")
 """Fields that may be numbers in a source; they are kept as text."""
 
@@ -66,6 +71,26 @@ def refuse_faults(faults: Sequence[str]) -> None:
         raise UserError("\n".join([*faults[:SHOWN_FAULTS], *([f"... and {rest} more faults."] if rest > 0 else [])]))
 
 
+def grouped(faults: Sequence[tuple[str, str]], source: str, count: int) -> list[str]:
+    """Return a sentence for each different fault of `count` records: at its only place, or with how many have it.
+
+    `faults` are pairs of a place and a sentence.
+    """
+    places: dict[str, list[str]] = {}
+    for place, sentence in faults:
+        places.setdefault(sentence, []).append(place)
+    return [_of_all(where, sentence, source, count) for sentence, where in places.items()]
+
+
+def _of_all(places: Sequence[str], sentence: str, source: str, count: int) -> str:
+    if len(places) == 1:
+        return f"{places[0]}: {sentence}"
+    if len(places) == count:
+        return f"{source}: in all {count} records {sentence}"
+    first = places[0].removeprefix(source).strip()
+    return f"{source}: in {len(places)} of {count} records, the first at {first}, {sentence}"
+
+
 def problem_of(record: dict[str, Any], fields: FieldNames, domains: Sequence[str] = ()) -> Problem | list[str]:
     """Convert a record to a Problem, or return a sentence for each thing that is wrong with it.
 
@@ -109,9 +134,9 @@ class _Reader:
         if value is None:
             if needed:
                 known = ", ".join(self._record)
-                self.faults.append(
-                    f"the field {name!r} is missing (there are: {known}); add it or set problems.fields.{role}."
-                )
+                near = next((other for other in OTHER_NAMES[role] if other in self._record), None)
+                remedy = f"set problems.fields.{role}={near}" if near else f"add it or set problems.fields.{role}"
+                self.faults.append(f"the field {name!r} is missing (there are: {known}); {remedy}.")
         elif not isinstance(value, str):
             self.faults.append(f"the field {name!r} is a {type(value).__name__}, not text; write it as text.")
         elif not value.strip():

@@ -13,7 +13,7 @@ from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.plugins.calling import Plugin, described
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.records import list_of, problem_of, record_of, refuse_faults
+from exprl_megatron.problems.records import grouped, list_of, problem_of, record_of, refuse_faults
 
 JSON_LINES = (".jsonl", ".json")
 PARQUET = (".parquet",)
@@ -33,7 +33,7 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
 
     Raises:
         UserError: the source cannot be read or is empty, a line or a field is faulty, or an id occurs twice; one
-            sentence for each of the first ten faults.
+            sentence for each of the first ten different faults.
         PluginError: the user's function failed, or yielded something that is no record.
     """
     return [problem for problem, _ in load_records(config)]
@@ -41,17 +41,18 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
 
 def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
     """Read the same problems, each with its record; raises what load_problems raises."""
-    found, faults, seen = [], [], {}
+    found, faults, seen, count = [], [], {}, 0
     for place, record in itertools.islice(_rows(config), config.limit):
+        count += 1
         problem = [record] if isinstance(record, str) else problem_of(record, config.fields, config.domains)
         if isinstance(problem, list):
-            faults += [f"{place}: {sentence}" for sentence in problem]
+            faults += [(place, sentence) for sentence in problem]
             continue
         if problem.id in seen:
-            faults.append(f"{place}: the id {problem.id!r} was given at {seen[problem.id]}; make the ids differ.")
+            faults.append((place, f"the id {problem.id!r} was given at {seen[problem.id]}; make the ids differ."))
         seen.setdefault(problem.id, place)
         found.append((problem, record))
-    refuse_faults(faults)
+    refuse_faults(grouped(faults, config.source, count))
     if not found:
         raise UserError(f"The problem source {config.source} is empty; give one with at least one problem.")
     return found

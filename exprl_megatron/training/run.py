@@ -153,7 +153,7 @@ class Run:
             self._coordinator.broadcast_run(lambda: self._rollouts.check_served())
         self._phases.switch_to_training()
         self._counted = {} if sampled is None else self._counts(stage, sampled)
-        if sampled is not None:
+        if sampled is not None and self._logger is not None and self._rollouts is not None:
             self._logger.sampled(stage, step, sampled.groups, self._rollouts.problem_texts(stage))
         self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress_after(sampled))
         return [] if sampled is None else sampled.groups
@@ -337,9 +337,7 @@ class Run:
     def close(self) -> None:
         """Print the closing table, disconnect from the servers, end the verifier's processes and close the logs."""
         if self._coordinator.is_rank0:
-            self._logger.closing(self._evaluator.all())
-            if self.config.debug.assertions:
-                self._logger.log(self._asserted.sentence())
+            self._logger.closing(self._evaluator.all(), self._asserted)
         self._sync.close()
         if self._ref_scorer is not None:
             self._ref_scorer.close()

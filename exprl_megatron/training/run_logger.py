@@ -18,6 +18,7 @@ from exprl_megatron.reporting.waterfall import bottleneck, stage_phases
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.progress import RunProgress
+from exprl_megatron.training.assertions import AssertionCounts
 from exprl_megatron.training.sample_table import sample_table
 
 
@@ -70,8 +71,8 @@ class RunLogger:
         stage = self._config.stages[0] if stage is None else stage
         self._metrics.write_evaluation(stage.name, self._steps_before(self._config.stages.index(stage)) + step, metrics)
 
-    def closing(self, evaluations: Evaluations) -> None:
-        """Print the table of all evaluations and where everything is stored."""
+    def closing(self, evaluations: Evaluations, asserted: AssertionCounts) -> None:
+        """Print the table of all evaluations, where everything is stored, and what `debug.assertions` compared."""
         if evaluations:
             settings = self._config.evaluation
             self._terminal.print(evaluation_table(evaluations, settings.k, "held-out problems", settings.confidence))

@@ -327,7 +327,7 @@ def test_an_empty_list_of_stages_is_refused(tmp_path):
         ("policy: [1,\nb: }\n", "is not YAML"),
         ("a: 1\na: 2\n", "duplicate key a"),
         ("- 1\n- 2\n", "is not a mapping"),
-        ("directory: ${nowhere}\n", "'nowhere' not found"),
+        ("directory: ${nowhere}\n", "run.yaml has no nowhere, to which a ${nowhere} refers; correct the name."),
     ],
 )
 def test_a_file_that_is_no_config_gets_one_sentence(tmp_path, text, part):

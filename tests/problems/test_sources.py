@@ -172,9 +172,25 @@ def test_an_id_given_twice_is_named_with_both_places(tmp_path):
 
 
 def test_many_faults_are_counted_after_the_first_ten(tmp_path):
-    faults = _faults(_lines(tmp_path / "a.jsonl", ["x"] * 25))
+    faults = _faults(_lines(tmp_path / "a.jsonl", [_record(n, domain=f"d{n}") for n in range(25)]))
     assert len(faults) == 11
     assert faults[-1] == "... and 15 more faults."
+
+
+def test_a_fault_of_all_records_is_one_sentence_with_its_remedy(tmp_path):
+    records = [{"uid": n, "question": "1 + 1?", "solution": "It is 2.", "final": "2"} for n in range(20)]
+    path = _lines(tmp_path / "a.jsonl", records)
+    known = "(there are: uid, question, solution, final)"
+    assert _faults(path) == [
+        f"{path}: in all 20 records the field 'id' is missing {known}; set problems.fields.id=uid.",
+        f"{path}: in all 20 records the field 'problem' is missing {known}; set problems.fields.problem=question.",
+    ]
+
+
+def test_a_fault_of_some_records_has_their_number_and_the_first_place(tmp_path):
+    path = _lines(tmp_path / "a.jsonl", [_record(1), _record(2, problem=" "), _record(3), _record(4, problem="")])
+    (fault,) = _faults(path)
+    assert fault.startswith(f"{path}: in 2 of 4 records, the first at line 2, the field 'problem' is empty;")
 
 
 @pytest.mark.parametrize("records", [[], ["", "  "]])
