@@ -18,7 +18,7 @@ from exprl_megatron.processes.interruption import Interrupted, end_on_signals
 if TYPE_CHECKING:
     from exprl_megatron.config.run import RunConfig
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 class ServersFrom(StrEnum):
@@ -137,23 +137,27 @@ def judge_bench(
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many.")] = None,
     repeats: Annotated[int, typer.Option(min=0, help="Judge each trace so many times more, sampled.")] = 2,
     champ: Annotated[bool, typer.Option("--champ", help="Score first wrong steps in CHAMP instead.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json_file: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the three arms: F.png, F.svg or F.pdf.")] = None,
 ) -> None:
     """Say how far a config's judge can be trusted: with the right reference, none and a wrong one."""
     from exprl_megatron.config.load import load_config
-    from exprl_megatron.evaluation.judge_bench import bench_judge, bench_judge_on_champ
+    from exprl_megatron.evaluation.judge_bench import BenchOutput, bench_judge, bench_judge_on_champ
 
+    output = BenchOutput(json, json_file, picture)
+    if json and (files := [word for word in overrides or [] if "=" not in word]):
+        raise UserError(f"--json prints and takes no file; write the figures with --json-file {files[0]}.")
     run_config = load_config(config, overrides or [])
     if champ:
         if traces is not None or picture is not None:
             raise UserError("--champ has its own traces and no picture; leave --traces and --picture out.")
-        bench_judge_on_champ(run_config, limit, json)
+        bench_judge_on_champ(run_config, limit, output)
         return
-    bench_judge(run_config, traces, limit, repeats, json, picture)
+    bench_judge(run_config, traces, limit, repeats, output)
 
 
-app.command("eval")(eval_command)
+app.command("eval", context_settings={"allow_extra_args": True})(eval_command)
 app.command("plan")(plan_command)
 app.command("show")(show_command)
 app.command("report")(report_command)

@@ -15,14 +15,18 @@ PAIRS = "NAME=VALUE, may be given several times."
 
 
 def eval_command(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A model's directory in Hugging Face form.")],
     problems: Annotated[str, typer.Option(help="Problems: a JSON-lines or Parquet file, a directory, or a hub name.")],
-    samples: Annotated[int, typer.Option(min=1, help="Samples for each problem.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Samples for each problem.")] = 16,
     k: Annotated[
-        str | None, typer.Option(help="Which pass@k, for example 1,4,16. (default: those of 1,4,16,128)")
+        str | None,
+        typer.Option(help="Which pass@k, for example 1,4,16. (default: those of 1,4,16,128 up to --samples)"),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the samples.")] = 0.8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longer samples are cut off.")] = 16384,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longer samples are cut off. (default: 16384; 512 without a GPU)")
+    ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus of the samples.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Likeliest tokens to sample from; -1: all.")] = -1,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -36,7 +40,8 @@ def eval_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory to keep and resume in. (default: runs/eval/...)")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json_file: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
     keep_unsolved: Annotated[Path | None, typer.Option(help="Write the problems that no sample solved.")] = None,
     max_solve_rate: Annotated[
         float, typer.Option(min=0, max=1, help="Count a problem as unsolved up to this share of right samples.")
@@ -55,6 +60,10 @@ def eval_command(
     program_deadline_s: Annotated[float, typer.Option(help="For all tests of one program.")] = 120.0,
 ) -> None:
     """Measure pass@k of a model; an evaluation that was interrupted continues where it stopped."""
+    if context.args:
+        words = " ".join(context.args)
+        hint = f"--json prints and takes no file; use --json-file {words}" if json else "leave it out"
+        raise UserError(f"What `{words}` means is unknown; {hint}.")
     settings = _settings(
         model=str(model),
         problems={
@@ -67,7 +76,12 @@ def eval_command(
         directory=str(out or Path("runs", "eval", f"{model.resolve().name}-{Path(problems).stem}")),
         samples=samples,
         k=_ks(k, samples),
-        sampling={"temperature": temperature, "max_new_tokens": max_new_tokens, "top_p": top_p, "top_k": top_k},
+        sampling={
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens or _max_new_tokens(),
+            "top_p": top_p,
+            "top_k": top_k,
+        },
         prompt={"system": system, "user": user, "template_args": _pairs(template_arg)},
         seed=seed,
         dtype=_dtype(dtype),
@@ -83,16 +97,19 @@ def eval_command(
         verifier_deadline_s=verifier_deadline_s,
         program_deadline_s=program_deadline_s,
     )
-    _run(settings, json, keep_unsolved, max_solve_rate)
+    _run(settings, json, json_file, (keep_unsolved, max_solve_rate))
 
 
-def _run(settings: "EvalSettings", json: Path | None, keep_unsolved: Path | None, max_solve_rate: float) -> None:
+def _run(settings: "EvalSettings", as_json: bool, json_file: Path | None, unsolved: tuple[Path | None, float]) -> None:
+    """Evaluate, print and write; with `as_json` JSON alone is on stdout, and all else on stderr."""
     from rich.console import Console
 
-    from exprl_megatron.evaluation.eval_report import result_lines, result_table, write_record, write_unsolved
+    from exprl_megatron.evaluation.eval_report import record_text, result_lines, result_table, write_unsolved
     from exprl_megatron.evaluation.evaluate import evaluate
+    from exprl_megatron.utils.files import write_atomically
 
-    terminal = Console()
+    terminal = Console(stderr=as_json)
+    keep_unsolved, max_solve_rate = unsolved
 
     def say(text: str) -> None:
         terminal.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -102,9 +119,11 @@ def _run(settings: "EvalSettings", json: Path | None, keep_unsolved: Path | None
     for line in result_lines(settings, evaluation):
         say(line)
     say(f"samples and counts: {settings.directory}")
-    if json is not None:
-        write_record(json, settings, evaluation)
-        say(f"figures: {json}")
+    if as_json:
+        print(record_text(settings, evaluation), end="")
+    if json_file is not None:
+        write_atomically(json_file, record_text(settings, evaluation).encode())
+        say(f"figures: {json_file}")
     if keep_unsolved is not None:
         say(f"{write_unsolved(keep_unsolved, evaluation, max_solve_rate)} unsolved problems: {keep_unsolved}")
 
@@ -140,6 +159,13 @@ def _pairs(texts: list[str] | None) -> dict[str, Any]:
             raise UserError(f"{text!r} is no NAME=VALUE; put an equals sign between the two.")
         found[name] = yaml.safe_load(value)
     return found
+
+
+def _max_new_tokens() -> int:
+    """Long enough for reasoning on GPUs; on a CPU short enough that a first try comes to its end."""
+    from exprl_megatron.utils.accelerator import uses_cuda
+
+    return 16384 if uses_cuda() else 512
 
 
 def _dtype(name: str) -> str:

@@ -67,9 +67,9 @@ def result_record(settings: EvalSettings, evaluation: Evaluation) -> dict:
     }
 
 
-def write_record(path: Path, settings: EvalSettings, evaluation: Evaluation) -> None:
-    """Write the figures."""
-    write_atomically(path, (json.dumps(result_record(settings, evaluation), indent=1) + "\n").encode())
+def record_text(settings: EvalSettings, evaluation: Evaluation) -> str:
+    """The figures as JSON."""
+    return json.dumps(result_record(settings, evaluation), indent=1) + "\n"
 
 
 def write_unsolved(path: Path, evaluation: Evaluation, max_solve_rate: float) -> int:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,43 @@ from exprl_megatron.serving.server_process import SERVED_DTYPES, server_specs, s
 _SEED_STEP = 1000
 
 
+@dataclass(frozen=True)
+class BenchOutput:
+    """What is printed and written; with `as_json` JSON alone is on stdout, and the tables are on stderr."""
+
+    as_json: bool = False
+    json_file: Path | None = None
+    picture: Path | None = None
+
+    @property
+    def console(self) -> Console:
+        """Where the tables go."""
+        return Console(stderr=self.as_json)
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Print and write the figures, as far as they are wanted."""
+        text = json.dumps(record, indent=2, allow_nan=False)
+        if self.as_json:
+            print(text)
+        if self.json_file is not None:
+            self.json_file.parent.mkdir(parents=True, exist_ok=True)
+            self.json_file.write_text(text + "\n")
+
+
 def bench_judge(
     config: RunConfig,
     traces_file: Path | None = None,
     limit: int | None = None,
     repeats: int = 0,
-    json_file: Path | None = None,
-    picture: Path | None = None,
+    output: BenchOutput | None = None,
 ) -> None:
     """Judge traces of known correctness with the right reference, none and a wrong one; print and write what it shows.
 
     `traces_file` is by default that of `judge.gate`; with `repeats` each trace is judged so many times more, sampled
     at `judge.reask_temperature`. Raises UserError, before anything is started, where input or output cannot be used.
     """
+    output = output or BenchOutput()
+    picture = output.picture
     judge, tokenizer = _judge_of(config)
     if picture is not None and picture.suffix not in SUFFIXES:
         raise UserError(f"The picture {picture} is of no known kind; let its name end in {', '.join(SUFFIXES)}.")
@@ -58,36 +83,29 @@ def bench_judge(
         arms = asyncio.run(_arms(clients, _graders(judge, clients, tokenizer, repeats), traces))
     title = f"{judge.shown_name} on {len(traces)} traces of {len({trace.problem.id for trace in traces})} problems"
     gate = judge.gate and _gate_record(judge.gate.model_copy(update={"traces": str(source)}), traces, arms)
-    console = Console()
+    console = output.console
     console.print(arms_table(list(arms.values()), title))
     if gate is not None:
         says = [*(["passed"] if gate["passed"] else []), *([gate["says"]] if gate["says"] else [])]
         console.print(f"gate: {': '.join(says)}", markup=False, highlight=False, soft_wrap=True)
-    if json_file is not None:
-        record = {arm: figures.record() for arm, figures in arms.items()}
-        _write_json(json_file, {"judge": judge.shown_name, "traces": str(source), "arms": record, "gate": gate})
+    record = {arm: figures.record() for arm, figures in arms.items()}
+    output.put({"judge": judge.shown_name, "traces": str(source), "arms": record, "gate": gate})
     if picture is not None:
         draw_arms(list(arms.values()), title, picture)
 
 
-def bench_judge_on_champ(config: RunConfig, limit: int | None = None, json_file: Path | None = None) -> None:
+def bench_judge_on_champ(config: RunConfig, limit: int | None = None, output: BenchOutput | None = None) -> None:
     """Score the judge as a process judge at the first wrong steps that people marked in CHAMP; print and write it.
 
     Raises UserError, before anything is started, where the data or the judge cannot be used.
     """
+    output = output or BenchOutput()
     judge, tokenizer = _judge_of(config)
     traces = load_champ(limit)
     with _servers(config) as clients:
         units = asyncio.run(_wrong_steps(clients, Judge(judge, clients, tokenizer).grade, traces))
-    Console().print(wrong_steps_table(units, f"{judge.shown_name} on {len(traces)} outputs of CHAMP"))
-    if json_file is not None:
-        _write_json(
-            json_file,
-            {
-                "judge": judge.shown_name,
-                "units": {granularity.granularity: granularity.record() for granularity in units},
-            },
-        )
+    output.console.print(wrong_steps_table(units, f"{judge.shown_name} on {len(traces)} outputs of CHAMP"))
+    output.put({"judge": judge.shown_name, "units": {unit.granularity: unit.record() for unit in units}})
 
 
 def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
@@ -202,8 +220,3 @@ def _gate_record(config: GateConfig, traces: Sequence[JudgedTrace], arms: dict[A
     except RunStopped as stopped:
         return {"passed": False, "says": str(stopped)}
     return {"passed": True, "says": gate.remark(result)}
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -151,12 +151,16 @@ def run(tmp_path, tiny_model, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--k", "1,200"), "k contains 200, more than the 128 samples; raise --samples."),
+        (("--k", "1,200"), "k contains 200, more than the 16 samples; raise --samples."),
         (("--k", "1;4"), "--k is '1;4'; write numbers with commas between them"),
         (("--field", "id"), "'id' is no NAME=VALUE"),
         (("--field", "ids=key"), "problems.fields.ids is 'key': Extra inputs are not permitted."),
         (("--temperature", "0"), "sampling.temperature is 0.0: Input should be greater than 0."),
         (("--user", "Solve it."), "prompt.user is 'Solve it.' and never shows the problem"),
+        (
+            ("--json", "f.json"),
+            "What `f.json` means is unknown; --json prints and takes no file; use --json-file f.json.",
+        ),
         (("--max-new-tokens", "2048"), "was made for 1024 positions, prompt included; lower --max-new-tokens."),
         (("--max-prompt-tokens", "3"), "None of the 5 problems has a prompt of at most 3 tokens"),
         (("--field", "answer=level", "--field", "problem=nothing"), "the field 'nothing' is missing"),

@@ -42,7 +42,7 @@ def command(directory: Path) -> list[str]:
         # One problem at a time, so that the kill comes between two.
         "--concurrency": SAMPLES,
         "--seed": 3,
-        "--json": directory / "figures.json",
+        "--json-file": directory / "figures.json",
         "--keep-unsolved": directory / "unsolved.jsonl",
     }
     flags = [str(part) for pair in options.items() for part in pair]

@@ -137,7 +137,7 @@ def bench(tmp_path, config, monkeypatch):
 
 def test_the_three_arms_of_a_judge_that_reads_the_reference(bench, capsys, tmp_path):
     figures, picture = tmp_path / "deep" / "bench.json", tmp_path / "bench.svg"
-    assert not bench("--json", str(figures), "--picture", str(picture), "--repeats", "3")
+    assert not bench("--json-file", str(figures), "--picture", str(picture), "--repeats", "3")
     record = json.loads(figures.read_text())
     right, none, wrong = (record["arms"][arm] for arm in ("right", "none", "wrong"))
     assert (right["misplacement"], right["auroc"]) == (0, 1)
@@ -157,10 +157,21 @@ def test_the_three_arms_of_a_judge_that_reads_the_reference(bench, capsys, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_json_alone_is_on_stdout_where_it_is_wanted_and_a_file_needs_its_own_option(bench, capsys):
+    assert not bench("--json", "--repeats", "0")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["arms"]["right"]["traces"] == 13
+    assert "right reference" in err and "gate: passed" in err
+    assert bench("figures.json", "--json") == 2
+    assert (
+        "--json prints and takes no file; write the figures with --json-file figures.json." in capsys.readouterr().err
+    )
+
+
 def test_a_judge_that_is_within_the_bound_without_a_reference_is_remarked_on(config, bench, capsys, tmp_path):
     config["judge"]["gate"]["max_misplacement"] = 0.5
     figures = tmp_path / "bench.json"
-    assert not bench("--json", str(figures))
+    assert not bench("--json-file", str(figures))
     verdict = json.loads(figures.read_text())["gate"]
     assert verdict["passed"]
     assert verdict["says"].startswith("without a reference it misplaces 50.0%")
@@ -170,7 +181,7 @@ def test_a_judge_that_is_within_the_bound_without_a_reference_is_remarked_on(con
 def test_a_gate_that_would_stop_a_run_says_so(config, bench, capsys, tmp_path):
     config["judge"]["show_reference"] = False
     figures = tmp_path / "bench.json"
-    assert not bench("--json", str(figures), "--repeats", "0", "--limit", "8")
+    assert not bench("--json-file", str(figures), "--repeats", "0", "--limit", "8")
     verdict = json.loads(figures.read_text())["gate"]
     assert not verdict["passed"]
     assert verdict["says"].startswith("this judge would stop a run: the judge did not pass its gate on 8 traces of ")
@@ -181,7 +192,7 @@ def test_a_gate_that_would_stop_a_run_says_so(config, bench, capsys, tmp_path):
 def test_a_process_judge_is_scored_at_champs_first_wrong_steps(config, bench, capsys, tmp_path):
     config["judge"]["show_reference"] = False
     figures = tmp_path / "champ.json"
-    assert not bench("--champ", "--limit", "6", "--json", str(figures))
+    assert not bench("--champ", "--limit", "6", "--json-file", str(figures))
     units = json.loads(figures.read_text())["units"]
     assert list(units) == ["prefix", "segment"]
     for found in units.values():
@@ -217,7 +228,7 @@ def test_both_forms_of_judging_prefixes_have_the_same_figures_at_champs_marks(
     for kind, prompt in (("reference", "scale"), ("checkpoints", "marks")):
         config["judge"] |= dict.fromkeys(("prefix_prompt", "segment_prompt"), str(tmp_path / f"{prompt}.md"))
         config["judge"]["rubric"] = {"kind": kind, "prompt": str(tmp_path / "builder.md"), "max_new_tokens": 64}
-        assert not bench("--champ", "--limit", "8", "--json", str(tmp_path / "champ.json"))
+        assert not bench("--champ", "--limit", "8", "--json-file", str(tmp_path / "champ.json"))
         found[kind] = json.loads((tmp_path / "champ.json").read_text())["units"]["prefix"]
     for figures in found.values():
         assert figures["abstained"] == 0
@@ -262,7 +273,7 @@ def test_the_miniatures_judge_passes_its_gate_on_a_real_server(monkeypatch, caps
     monkeypatch.chdir(ROOT)
     figures, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     arguments = ["recipes/configs/demo.yaml", "judge.gate.limit=null", "--repeats", "2"]
-    outputs = ["--json", str(figures), "--picture", str(picture)]
+    outputs = ["--json-file", str(figures), "--picture", str(picture)]
     monkeypatch.setattr(sys, "argv", ["exprl", "judge-bench", *arguments, *outputs])
     with pytest.raises(SystemExit) as ended:
         cli.main()
