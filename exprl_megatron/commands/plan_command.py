@@ -1,6 +1,7 @@
 """`exprl plan` on the command line."""
 
 import json as json_format
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -72,5 +73,6 @@ def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, leng
     if as_json:
         print(json_format.dumps(plan_record(found, top), indent=1))
     else:
-        # Where nobody looks at a terminal, tables are as wide as they need.
-        print_plan(found, Console(width=None if sys.stdout.isatty() else WIDE), top)
+        # Without a terminal tables are as wide as they need, unless COLUMNS says how wide that is.
+        narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+        print_plan(found, Console(width=None if narrow else WIDE), top)

@@ -84,6 +84,22 @@ def list_judgements(run: Path, conditions: Conditions, limit: int, as_json: bool
     Console(highlight=False).print(table)
 
 
+def scored_by(run: Path, key: str, limit: int) -> list[dict]:
+    """Return where in the rollout log of `run` the judgement of the hash `key` is: the `limit` latest places.
+
+    Each is {stage, step, weight_versions, problem_id, sample, segment}. Several traces may have the same text.
+    """
+    directory = RunDirectory(run)
+    config = read_config(directory)
+    journal, found = Journal(directory.journal), []
+    for stage in reversed([stage for stage in config.stages if isinstance(stage, JudgedStage)]):
+        for step in reversed(journal.steps(stage.name)):
+            found += [_place(each) for each in _of_step(journal, stage.name, step) if each.judgement.hash == key]
+            if len(found) >= limit:
+                return found[:limit]
+    return found
+
+
 def _of_step(journal: Journal, stage: str, step: int) -> Iterator[LoggedJudgement]:
     sampled = journal.read(stage, step)
     for group in [] if sampled is None else sampled.groups:
@@ -111,6 +127,10 @@ def _cells(each: LoggedJudgement) -> list[str]:
 
 
 def _record(each: LoggedJudgement) -> dict:
+    return _place(each) | {"judgement": judgement_record(each.judgement)}
+
+
+def _place(each: LoggedJudgement) -> dict:
     return {
         "stage": each.stage,
         "step": each.step,
@@ -118,5 +138,4 @@ def _record(each: LoggedJudgement) -> dict:
         "problem_id": each.problem_id,
         "sample": each.sample.trace.sample,
         "segment": each.segment,
-        "judgement": judgement_record(each.judgement),
     }

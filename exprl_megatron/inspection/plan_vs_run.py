@@ -14,6 +14,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import Gpu, find_gpu
 from exprl_megatron.planning.plan import Plan, plan
 from exprl_megatron.planning.workload import Workload, workload_of
+from exprl_megatron.reporting.fitted_table import print_fitted
 
 MEASURED = {
     "sample and judge": ("sample", "judge"),
@@ -73,7 +74,7 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(row.stage, row.phase, *map(_number, (row.predicted_s, row.measured_s, row.ratio)))
-    console.print(table)
+    print_fitted(console, table)
     console.print(how, markup=False, highlight=False, soft_wrap=True)
 
 

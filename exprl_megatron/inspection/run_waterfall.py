@@ -37,6 +37,9 @@ def show_waterfall(run: Path, stage: str | None, last: int, picture: Path | None
     else:
         Console().print(waterfall_table(phases, title))
         print(bottleneck(phases))
+        others = [name for name in dict.fromkeys(time.stage for time in times) if name != stage]
+        if others:
+            print(f"This is stage {stage}; --stage shows {' or '.join(others)}.")
     if picture is not None:
         wanted = {time.step for time in chosen}
         draw_timeline([span for span in spans if span.stage == stage and span.step in wanted], title, picture)

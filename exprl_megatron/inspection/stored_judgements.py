@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.inspection.judgement_list import scored_by
 from exprl_megatron.judging.judgement import Scored, judgement_record
 from exprl_megatron.judging.store import Entry, JudgementStore
 from exprl_megatron.reporting.plain_text import plain
@@ -19,15 +20,19 @@ from exprl_megatron.runs.directory import RunDirectory, read_config
 def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_json: bool, limit: int) -> None:
     """Print the entry whose hash begins with `prefix`, or a list of the `limit` latest without one.
 
+    An entry of a run is shown with the traces that it scored, `limit` of them at most.
     Raises UserError where there is no such store, run or hash.
     """
     with JudgementStore(store_file(run, store)) as kept:
         entries = kept.newest(limit) if prefix is None else [kept.entry(prefix)]
+    places = [] if run is None or prefix is None else scored_by(run, entries[0].key, limit)
     if as_json:
         records = [entry_record(entry) for entry in entries]
+        if prefix is not None:
+            records[0]["scored"] = places
         print(json.dumps({"entries": records} if prefix is None else records[0], indent=2))
         return
-    Console().print(_listing(entries, limit) if prefix is None else _page(entries[0]))
+    Console().print(_listing(entries, limit) if prefix is None else _page(entries[0], places))
 
 
 def store_file(run: Path | None, store: Path | None) -> Path:
@@ -52,10 +57,12 @@ def entry_record(entry: Entry) -> dict:
     return record | {"judgement": judgement_record(entry.result)}
 
 
-def _page(entry: Entry) -> RenderableType:
+def _page(entry: Entry, places: list[dict]) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for name, value in (("hash", entry.key), ("kind", _kind(entry)), ("kept", _time(entry))):
         facts.add_row(name, value)
+    for number, place in enumerate(places):
+        facts.add_row("scored" if number == 0 else "", plain(_place_text(place)))
     parts: list[RenderableType] = []
     for name, value in entry.asked.items():
         if name == "messages":
@@ -70,6 +77,12 @@ def _page(entry: Entry) -> RenderableType:
     elif entry.result.evidence != entry.answer:
         parts.append(_panel("evidence", entry.result.evidence))
     return Group(facts, *parts, Text.assemble("verdict: ", (_verdict(entry), "bold")))
+
+
+def _place_text(place: dict) -> str:
+    sample = f"{place['sample']}" + ("" if place["segment"] is None else f".{place['segment']}")
+    weights = ", ".join(dict.fromkeys(version for version, _, _ in place["weight_versions"]))
+    return f"{place['stage']}, step {place['step']}: {place['problem_id']}, sample {sample}, weights {weights}"
 
 
 def _listing(entries: list[Entry], limit: int) -> Table:

@@ -14,6 +14,7 @@ from exprl_megatron.planning.overrides import layout_text, overrides
 from exprl_megatron.planning.phases import Phase
 from exprl_megatron.planning.plan import Division, Plan, division_of
 from exprl_megatron.planning.plan_record import CAUSES, update_seconds
+from exprl_megatron.reporting.fitted_table import print_fitted
 
 if TYPE_CHECKING:
     from exprl_megatron.planning.sync_broadcast import SyncPlan
@@ -53,18 +54,18 @@ SYNC_COLUMNS = (
 def print_plan(plan: Plan, console: Console, top: int) -> None:
     """Everything, the verdict first."""
     _print_lines(console, _headlines(plan))
-    console.print(_memory_table(plan))
+    print_fitted(console, _memory_table(plan))
     if len(plan.learning.stages) > 1:
-        console.print(_stages_table(plan.learning))
-    console.print(_time_table(plan))
-    console.print(_causes_table(plan.learning))
+        print_fitted(console, _stages_table(plan.learning))
+    print_fitted(console, _time_table(plan))
+    print_fitted(console, _causes_table(plan.learning))
     if plan.syncs:
-        console.print(_syncs_table(plan))
+        print_fitted(console, _syncs_table(plan))
     _print_lines(console, _host_lines(plan))
     if plan.ranking is not None:
-        console.print(ranking_table(plan.ranking, top))
+        print_fitted(console, ranking_table(plan.ranking, top))
     if plan.divisions:
-        console.print(_divisions_table(plan.divisions, top))
+        print_fitted(console, _divisions_table(plan.divisions, top))
     _print_lines(console, [f"note: {note}" for note in plan.notes])
 
 

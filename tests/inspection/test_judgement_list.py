@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.judging.store import JudgementStore
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import Journal, SampledStep
@@ -85,3 +86,17 @@ def test_what_cannot_be_listed_is_one_sentence(exprl, run, arguments, sentence):
     status, _, said = exprl(*(run if argument == "RUN" else argument for argument in arguments))
     assert (status, said.count("\n")) == (2, 1)
     assert sentence in said
+
+
+def test_a_judgement_s_entry_names_the_traces_that_it_scored_with_stage_and_step(exprl, run):
+    with JudgementStore(run / "judgements.sqlite") as store:
+        store.keep_judgement(HASH, {"problem": "p"}, "Score: 2", Scored(0.25, "Score: 2"))
+    _, printed, _ = exprl(HASH[:12], "--run", run)
+    assert "parts, step 1: p, sample 0.1, weights v2" in printed
+    assert "prime, step 2: [b]␛[2J, sample 0, weights v1" in printed
+    scored = json.loads(exprl(HASH[:12], "--run", run, "--json")[1])["scored"]
+    assert [(place["stage"], place["step"], place["segment"]) for place in scored] == [
+        ("parts", 1, 1),
+        ("prime", 2, None),
+    ]
+    assert len(json.loads(exprl(HASH, "--run", run, "--limit", 1, "--json")[1])["scored"]) == 1

@@ -1,6 +1,7 @@
 """What a step's seconds go to: phases that add up, and the one that holds the others up."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -84,11 +85,23 @@ def test_a_run_s_waterfall_is_printed_drawn_and_given_to_machines(tmp_path, caps
     shown = capsys.readouterr().out
     assert "prime, steps 1 to 1" in shown and "sampling is the bottleneck, 46% of a step" in shown
     assert "grading" in (tmp_path / "steps.svg").read_text()
+    assert "--stage" not in shown
     show_waterfall(tmp_path, "prime", 1, None, json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["mean"]["sampling"] == 6.0 and told["steps"][0]["step"] == 1
     with pytest.raises(UserError, match=r"no finished step of stage sparse; it has steps of: prime"):
         show_waterfall(tmp_path, "sparse", 20, None, json=False)
+
+
+def test_a_waterfall_says_which_stage_it_shows_where_there_are_others(tmp_path, capsys):
+    timeline = Timeline(tmp_path / "timeline.jsonl")
+    for span in _step(1, 0.0, sampled=(0.0, 6.0), graded=(2.0, 9.0), rollouts=9.0, train=12.0, end=13.0):
+        timeline.add(span)
+        timeline.add(replace(span, stage="sparse", start=span.start + 20, end=span.end + 20))
+    timeline.close()
+    show_waterfall(tmp_path, None, 20, None, json=False)
+    shown = capsys.readouterr().out
+    assert "sparse, steps 1 to 1" in shown and "This is stage sparse; --stage shows prime." in shown
 
 
 def test_a_damaged_timeline_is_refused(tmp_path):
