@@ -20,7 +20,7 @@ demo: setup
 
 demo-smollm: setup
 	.venv/bin/python tools/prepare_smollm.py
-	.venv/bin/python tools/prepare_data.py gsm8k --out build/gsm8k.jsonl
+	.venv/bin/python tools/prepare_data.py gsm8k-test --out build/gsm8k-test.jsonl
 	.venv/bin/exprl train recipes/configs/demo-smollm.yaml directory=runs/demo-smollm-$(NOW)
 
 study: setup

@@ -11,6 +11,7 @@ import typer
 from exprl_megatron.errors import UserError
 from recipes import entrypoints, logs
 from recipes.catalog import MODELS
+from recipes.short_errors import shorten
 from recipes.trees import as_run_config, as_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -66,6 +67,7 @@ for _entrypoint in (*entrypoints.SINGLE, entrypoints.exprl_then_sparse_rl):
 
 def main() -> None:
     """Entry point; what the user can fix is one line on stderr and exit status 2."""
+    shorten(list(MODELS))
     try:
         app()
     except UserError as error:

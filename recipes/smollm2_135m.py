@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct on GSM8K, as policy and as judge: a real model on real data, without a GPU.
+"""SmolLM2-135M-Instruct on GSM8K test questions, as policy and as judge: a real model on real data, without a GPU.
 
-Before it: `python tools/prepare_smollm.py` and `python tools/prepare_data.py gsm8k --out build/gsm8k.jsonl`.
+Before it: `python tools/prepare_smollm.py` and `python tools/prepare_data.py gsm8k-test --out build/gsm8k-test.jsonl`.
 """
 
 from recipes.common import Placed, factories

@@ -74,9 +74,9 @@ def miniature(scratch: Path) -> Task:
 
 
 def smollm2(scratch: Path) -> Task:
-    """SmolLM2-135M-Instruct on GSM8K: 2 problems of 4 traces of at most 48 new tokens."""
-    everything, problems = scratch / "gsm8k.jsonl", scratch / "smollm2.jsonl"
-    prepare = [sys.executable, ROOT / "tools/prepare_data.py", "gsm8k", "--out", everything]
+    """SmolLM2-135M-Instruct on GSM8K test questions: 2 problems of 4 traces of at most 48 new tokens."""
+    everything, problems = scratch / "gsm8k-test.jsonl", scratch / "smollm2.jsonl"
+    prepare = [sys.executable, ROOT / "tools/prepare_data.py", "gsm8k-test", "--out", everything]
     subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
     peer_tasks.write_problems(everything, 2, problems)
     return Task(

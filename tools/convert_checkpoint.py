@@ -90,13 +90,14 @@ class _progress:
         self._task = self._progress.add_task(what, total=None)
 
     def __enter__(self):
-        self._progress.start()
         return self._progress, self._advance
 
     def __exit__(self, *exception) -> None:
         self._progress.stop()
 
     def _advance(self, done: int, total: int) -> None:
+        # Not before there is something to do: what is refused gets no empty bar.
+        self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
 
 
@@ -105,7 +106,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"exprl: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -1,4 +1,4 @@
-"""Turns a public data set into problems: `python tools/prepare_data.py gsm8k --out build/gsm8k.jsonl`.
+"""Turns a public data set into problems: `python tools/prepare_data.py gsm8k-test --out build/gsm8k-test.jsonl`.
 
 Each line of the output is a record with "id" and "problem" and, as far as the data set has them, "reference",
 "answer", "domain", "choices", "tests" and "source".
@@ -20,6 +20,9 @@ from exprl_megatron.judging.leaks import check_canary
 
 def main() -> None:
     """Write one data set."""
+    if "gsm8k" in sys.argv[1:2]:
+        print("prepare_data: gsm8k is now called gsm8k-test, as its questions are the test split.", file=sys.stderr)
+        sys.exit(2)
     arguments = _parser().parse_args()
     options = Options(arguments.seed, arguments.variants, arguments.max_tests)
     counts = {"filtered out": 0, "given twice": 0}

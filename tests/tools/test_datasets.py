@@ -290,7 +290,7 @@ def test_every_data_set_of_the_hub_gives_sound_problems(name):
     assert all(problem.source for problem in problems)
 
 
-@pytest.mark.parametrize(("name", "size"), [("champ", 270), ("gsm8k", 100), ("gsm-symbolic", 300)])
+@pytest.mark.parametrize(("name", "size"), [("champ", 270), ("gsm8k-test", 100), ("gsm-symbolic", 300)])
 def test_every_packaged_data_set_gives_sound_problems(name, size):
     found = list(candidates(name, Options(variants=3)))
     assert all(isinstance(problem_of(record, FieldNames()), Problem) for record in found)

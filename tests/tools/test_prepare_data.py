@@ -22,8 +22,8 @@ def records(path: Path) -> list[dict]:
 
 
 def test_gsm8k_has_its_hundred_questions_with_worked_solutions(tmp_path):
-    out = tmp_path / "new" / "gsm8k.jsonl"
-    done = prepare("gsm8k", "--out", str(out))
+    out = tmp_path / "new" / "gsm8k-test.jsonl"
+    done = prepare("gsm8k-test", "--out", str(out))
     assert (done.returncode, done.stdout) == (0, f"{out}: 100 problems\n")
     written = {record["id"]: record for record in records(out)}
     assert len(written) == 100
@@ -35,7 +35,7 @@ def test_gsm8k_has_its_hundred_questions_with_worked_solutions(tmp_path):
         "Jasper has a total of 2+9 =11 tubes of paint\n#### 11",
         "answer": "11",
         "domain": "math",
-        "source": "gsm8k",
+        "source": "gsm8k-test",
     }
     assert len(load_problems(ProblemsConfig(source=str(out)))) == 100
 

