@@ -14,7 +14,7 @@ from exprl_megatron.weight_sync.timing import SyncTimes
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("training", "algorithms", "serving", "weight_sync", "evaluation", "policy", "judging")
 _NAME = re.compile(r"[a-z_]+(/[a-z0-9_@\-*]+)+")
-NOT_METRICS = {"common_state/shard_0_1", "needs/*", "deliveries/*", "*/*", "correction/squared", "application/json"}
+NOT_METRICS = {"common_state/shard_0_1", "needs/*", "transfers/*", "*/*", "correction/squared", "application/json"}
 """Keys of a store, a file, a media type, and a sum from which a metric is made."""
 
 
