@@ -18,7 +18,7 @@ from exprl_megatron.reporting.waterfall import bottleneck, stage_phases
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.progress import RunProgress
-from exprl_megatron.training.assertions import AssertionCounts
+from exprl_megatron.training.first_update import AssertionCounts
 from exprl_megatron.training.sample_table import sample_table
 
 
