@@ -20,7 +20,7 @@ class VerifierConfig(Config):
     answer_deadline_s: float = Field(5.0, gt=0)
     """For the comparison of one answer, and for one call of a verifier of your own."""
     program_deadline_s: float = Field(60.0, gt=0)
-    """For all tests of one program."""
+    """Seconds for all tests of one program."""
     test_deadline_s: float = Field(12.0, gt=0)
     """For one test of a program, by the clock; its CPU time is bounded besides."""
 

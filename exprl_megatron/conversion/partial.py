@@ -1,4 +1,4 @@
-"""A directory that is being written: resumable, and renamed to its final name only when it is complete."""
+"""A directory that is being written: resumable, and renamed to its final name when complete."""
 
 import json
 import os
@@ -61,7 +61,7 @@ class Partial:
         self._advance(self._done, self._needed)
 
     def finish(self, account: Callable[[], None]) -> None:
-        """All is written: if `account` does not raise UserError, the directory gets its name.
+        """Give the directory its final name, unless `account` raises UserError.
 
         Where it does, nothing of what was written is gone on with.
         """
@@ -91,7 +91,7 @@ class Partial:
 
 
 def file_marks(paths: list[Path]) -> list[list]:
-    """Name, size and time of change of files: whether they are still the same."""
+    """Name, size and modification time of files, to detect changes."""
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
 
 

@@ -1,4 +1,7 @@
-"""Safetensors written and read one tensor at a time."""
+"""Reads and writes safetensors one tensor at a time.
+
+The safetensors library writes a file from tensors that are all in memory; a 70B model's are not.
+"""
 
 import json
 import math
@@ -18,7 +21,7 @@ _NAMES = {
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-"""torch dtype -> what the format calls it (https://github.com/huggingface/safetensors, section Format)."""
+"""The format's name of each torch dtype (https://github.com/huggingface/safetensors, section Format)."""
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 Described = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of tensors by name."""
@@ -30,7 +33,7 @@ def write_safetensors(
     tensors: Iterable[tuple[str, torch.Tensor]],
     wrote: Callable[[int], None],
 ) -> None:
-    """Writes `tensors`, which come one after the other in the order of `described`, and syncs the file.
+    """Write `tensors`, an iterator in the order of `described`, and sync the file.
 
     `described` gives shape and dtype by name; `wrote` receives the bytes of each. Raises ValueError where they do not
     come as described.
@@ -58,13 +61,13 @@ def write_safetensors(
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor; the file's mapping into memory lives no longer than it."""
+    """Read one tensor; the file is mapped into memory only as long as the tensor exists."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 def copied(path: Path, described: Described, sources: Mapping[str, Path], wrote: Callable[[int], None]) -> None:
-    """Writes into `path` the tensors of `described`, each as it is in its file in `sources`."""
+    """Copy the tensors of `described` from their files in `sources` to `path`, unchanged."""
     write_safetensors(path, described, ((name, read_tensor(sources[name], name)) for name in described), wrote)
 
 

@@ -1,4 +1,4 @@
-"""From Megatron's torch_dist files, a converted model's or a checkpoint's, to a directory in Hugging Face form."""
+"""Converts Megatron's torch_dist files, of a converted model or a checkpoint, to Hugging Face form."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ class Form:
         return found
 
     def tensors(self, weights: Weights, stored: Stored) -> Iterator[tuple[str, torch.Tensor]]:
-        """The Hugging Face tensors of one parameter, one after the other."""
+        """Yield the Hugging Face tensors of one parameter."""
         for name, tensor in zip(stored.parameter.hf_names, weights.tensors(stored), strict=True):
             if self.format == "fp8" and fp8.is_quantised(name, self.shapes[name]):
                 values, scale = fp8.quantize(tensor)
@@ -53,7 +53,7 @@ class Form:
                 yield name, tensor.to(self._cast(stored) or tensor.dtype)
 
     def _cast(self, stored: Stored) -> torch.dtype | None:
-        """What a parameter is cast to, if it is; buffers keep their dtype."""
+        """The dtype that a parameter is cast to, if it is; buffers keep their dtype."""
         return self.format if isinstance(self.format, torch.dtype) and not stored.parameter.is_buffer else None
 
 
@@ -112,7 +112,7 @@ def _cut(weights: Weights, table: list[Stored], form: Form, file_bytes: int) -> 
 
 
 def _cut_described(described: Described, file_bytes: int) -> list[Described]:
-    """Of tensors that are copied: what goes into each file."""
+    """The content of each file, for tensors that are copied."""
     files: list[Described] = []
     filled = 0
     for name, entry in described.items():

@@ -1,4 +1,4 @@
-"""From a model directory in Hugging Face form to one with Megatron's torch_dist files, as any layout loads them."""
+"""Converts a model directory in Hugging Face form to Megatron's torch_dist files, which any layout can load."""
 
 import io
 import pickle
@@ -73,7 +73,7 @@ def convert_to_megatron(
 
 
 class _FromHuggingFace(DefaultSavePlanner):
-    """Makes the pieces of one file when they are written, and tells `wrote` of their bytes."""
+    """Reads the pieces of one file when they are written, and reports their bytes to `wrote`."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ def _items(stored: Stored, dtype: torch.dtype) -> Iterator[WriteItem]:
 
 
 def _dtypes(weights: HuggingFaceWeights, table: list[Stored], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Of each of Megatron's tensors, which hold all layers in one."""
+    """Metadata of each of Megatron's tensors, which contain all layers."""
     found: dict[str, torch.dtype] = {}
     for stored in table:
         wanted = weights.dtype(stored) if dtype is None or stored.parameter.is_buffer else dtype
@@ -149,7 +149,7 @@ def _size(stored: Stored, dtypes: dict[str, torch.dtype]) -> int:
 
 
 def _name(dtypes: dict[str, torch.dtype]) -> str:
-    """What config.json calls the model's dtype: that of its matrices."""
+    """The model's dtype in config.json: that of its matrices."""
     return str(dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
 
 

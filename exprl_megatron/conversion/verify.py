@@ -1,4 +1,4 @@
-"""Comparison of two forms of one model: every tensor, and the logits of Megatron's model against transformers'."""
+"""Compares two forms of one model: every tensor, and the logits of Megatron's model with transformers'."""
 
 import gc
 import hashlib
@@ -36,9 +36,9 @@ class Verified:
     """SHA-256, shape and dtype of each of the copy's tensors."""
     differing: list[str] = field(default_factory=list)
     note: str = ""
-    """What was done to the reference before, if anything."""
+    """Conversion of the reference before the comparison, if any."""
     logits: str = ""
-    """What was found of the logits, or why they were left out."""
+    """The result for the logits, or why they were not compared."""
     logits_agree: bool = True
 
     @property

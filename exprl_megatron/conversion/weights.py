@@ -1,4 +1,4 @@
-"""Reading of a model's weights in either form, one parameter at a time, under their Hugging Face names."""
+"""Reads a model's weights in either form, one parameter at a time, under their Hugging Face names."""
 
 import json
 from pathlib import Path

@@ -21,7 +21,7 @@ def result_table(settings: EvalSettings, evaluation: Evaluation) -> Table:
 
 
 def result_lines(settings: EvalSettings, evaluation: Evaluation) -> list[str]:
-    """What the table does not say: lengths, abstentions, problems left out, ks out of reach."""
+    """Lines for what the table omits: lengths, abstentions, problems left out, values of k without enough samples."""
     record = result_record(settings, evaluation)
     lines = [f"{record['mean_tokens']:.0f} tokens a sample, {record['overlong_share']:.1%} ended by the length limit"]
     abstained = record["abstained"]
@@ -38,7 +38,7 @@ def result_lines(settings: EvalSettings, evaluation: Evaluation) -> list[str]:
 
 
 def result_record(settings: EvalSettings, evaluation: Evaluation) -> dict:
-    """All figures in JSON's terms; `counts` holds [graded samples, correct ones] of each problem."""
+    """Return all figures as JSON values; `counts` holds [graded samples, correct ones] of each problem."""
     results = evaluation.results
     samples = settings.samples * len(results)
     reasons = sum((Counter(result.tally.abstained) for result in results), Counter())
@@ -73,7 +73,7 @@ def record_text(settings: EvalSettings, evaluation: Evaluation) -> str:
 
 
 def write_unsolved(path: Path, evaluation: Evaluation, max_solve_rate: float) -> int:
-    """Write the records of the problems of which at most that share of the graded samples is right; how many.
+    """Write the problems with at most this share of correct samples; returns their number.
 
     Records are written as they were read. Problems without any verdict are left out: nobody knows.
     """

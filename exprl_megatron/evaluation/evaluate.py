@@ -1,4 +1,4 @@
-"""pass@k of a model on a set of problems: servers, samples, verdicts; `exprl eval`."""
+"""`exprl eval`: pass@k of a model on a set of problems, with its own servers."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -35,14 +35,14 @@ WEIGHTS = "initial"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was asked, and the result of each question in the same order."""
+    """The questions, and the result of each in the same order."""
 
     asked: EvalQuestions
     results: tuple[Result, ...]
 
 
 def evaluate(settings: EvalSettings, say: Callable[[str], None] = print) -> Evaluation:
-    """Sample and verify whatever `settings.directory` does not hold yet.
+    """Sample and verify the problems whose results are not in `settings.directory` yet.
 
     Raises UserError before anything is started where the input is bad, ServerError where a server fails; what was
     finished by then stays. No process is left behind, however this ends.
@@ -99,7 +99,7 @@ def _measure(
 
 
 def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[EvalQuestion]) -> None:
-    """Samples of programs are no use where none can be run."""
+    """Raise UserError where problems need programs and this machine cannot run them."""
     problem = next((q.problem for q in questions if q.problem.domain == "code"), None)
     if problem is None:
         return
@@ -119,7 +119,7 @@ async def _sample(
     kept: KeptResults,
     say: Callable[[str], None],
 ) -> list[Result]:
-    """All questions, each on one server, as many at a time as `settings.concurrency` allows."""
+    """Answer all questions, each on one server, with `settings.concurrency` in flight."""
     at_once = max(1, settings.concurrency // settings.samples)
     places = [asyncio.Semaphore(at_once) for _ in clients]
     finished: list[Result] = []
@@ -144,7 +144,7 @@ async def _sample(
 async def _graded(
     settings: EvalSettings, client: SGLangClient, question: EvalQuestion, verifier: AnswerVerifier
 ) -> list[GradedTrace]:
-    """All samples of one problem, each verified as soon as it is finished; seeded as a run's evaluation is."""
+    """Sample one problem and verify each sample as soon as it is finished; seeded as a run's evaluation is."""
     judgements: dict[int, Judgement] = {}
     is_code = question.problem.domain == "code"
     deadline_s = settings.program_deadline_s if is_code else settings.verifier_deadline_s

@@ -1,4 +1,4 @@
-"""`exprl judge-bench`: how far the judge of a config can be trusted, before it trains anything."""
+"""`exprl judge-bench`: measures how reliable the judge of a config is, before it trains anything."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ def bench_judge(
     repeats: int = 0,
     output: BenchOutput | None = None,
 ) -> None:
-    """Judge traces of known correctness with the right reference, none and a wrong one; print and write what it shows.
+    """Judge traces of known correctness with the right reference, none and a wrong one; print and write the figures.
 
     `traces_file` is by default that of `judge.gate`; with `repeats` each trace is judged so many times more, sampled
     at `judge.reask_temperature`. Raises UserError, before anything is started, where input or output cannot be used.
@@ -109,7 +109,7 @@ def bench_judge_on_champ(config: RunConfig, limit: int | None = None, output: Be
 
 
 def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
-    """The judge's config and tokenizer; UserError where they cannot make a judge."""
+    """Read the judge's config and tokenizer. Raises UserError where they do not describe a judge."""
     if config.judge is None:
         raise UserError("The config has no judge; add the section `judge`.")
     model = config.judge.model
@@ -125,7 +125,7 @@ def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
 
 @contextmanager
 def _servers(config: RunConfig) -> Iterator[list[HttpClient]]:
-    """Clients of the judge's endpoints, or of servers that run as long as the block does."""
+    """Yield clients of the judge's endpoints, or of servers that run during the block."""
     if config.judge.endpoints:
         yield judge_endpoints(config.judge)
         return
@@ -174,7 +174,7 @@ async def _open(clients: Sequence[HttpClient]) -> AsyncIterator[None]:
 
 
 def _graders(config: JudgeConfig, clients: Sequence[HttpClient], tokenizer: Any, repeats: int) -> list[GradeText]:
-    """The judge as the run has it, and `repeats` times one that samples, rubrics included, each with other seeds."""
+    """Return the run's judge, and `repeats` judges that sample with other seeds, rubrics included."""
     sampling = config.model_copy(update={"temperature": config.reask_temperature})
     sampled = [Judge(sampling, [_Reseeded(c, i) for c in clients], tokenizer) for i in range(1, repeats + 1)]
     return [judge.grade for judge in (Judge(config, clients, tokenizer), *sampled)]
@@ -190,7 +190,7 @@ def _counted(grade: GradeText, bar: Bar) -> GradeText:
 
 
 class _Reseeded:
-    """A client that sends every question with another seed than it was given."""
+    """A client that shifts the seed of every question."""
 
     def __init__(self, client: HttpClient, shift: int):
         self._client = client
@@ -213,7 +213,7 @@ class _Reseeded:
 
 
 def _gate_record(config: GateConfig, traces: Sequence[JudgedTrace], arms: dict[Arm, ArmFigures]) -> dict[str, Any]:
-    """Whether the gate would let a run start; why not, or what is to be known about a judge that needs no reference."""
+    """Whether the gate would pass, why not, and a note on a judge that needs no reference."""
     gate, result = JudgeGate(config, traces), GateResult(**arms)
     try:
         gate.require(result, "this judge would stop a run")

@@ -1,4 +1,4 @@
-"""The picture of a judge's calibration: the scores of right and wrong traces in each arm, and what is misplaced."""
+"""Draws a judge's calibration: the scores of right and wrong traces in each arm, and the misplaced ones."""
 
 from collections.abc import Sequence
 from pathlib import Path

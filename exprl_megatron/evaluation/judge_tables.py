@@ -1,4 +1,4 @@
-"""A judge's calibration as tables for people."""
+"""Tables of a judge's calibration for the terminal."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,13 +40,13 @@ _STEP_ROWS: dict[str, Callable[[WrongStepFigures], str]] = {
 
 
 def arms_table(arms: Sequence[ArmFigures], title: str) -> Table:
-    """A column for each arm."""
+    """Build a table with a column for each arm."""
     caption = "misplacement: (FPR + FNR) / 2; length bias: rank correlation of score and length"
     return _table(title, caption, [ARM_NAMES[arm.arm] for arm in arms], _ARM_ROWS, arms)
 
 
 def wrong_steps_table(units: Sequence[WrongStepFigures], title: str) -> Table:
-    """A column for each unit that the judge was shown."""
+    """Build a table with a column for each granularity."""
     caption = "AUROC: chance that what is right scores higher than what holds the first wrong step"
     return _table(title, caption, [granularity.granularity for granularity in units], _STEP_ROWS, units)
 

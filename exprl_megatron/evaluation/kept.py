@@ -26,7 +26,7 @@ class Result:
 
     problem_id: str
     question: str
-    """Hash of what was asked and of what the answers were compared with."""
+    """Hash of the question and of everything that the answers were compared with."""
     tally: Tally
     overlong: int
     """Samples that the length limit ended."""
@@ -106,7 +106,7 @@ class KeptResults:
 
 
 def question_key(*parts: object) -> str:
-    """A hash of what a problem is: SHA-256 (hex) over the parts' JSON."""
+    """SHA-256 (hex) over the JSON of a problem's parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""pass@k: the unbiased estimate from n samples a problem, with an interval over problems; paired gains."""
+"""pass@k: the unbiased estimate from n samples per problem, with an interval over problems; paired gains."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class PassAtK:
     low: float
     high: float
     problems: int
-    """Problems that it rests on."""
+    """Number of problems in the estimate."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that at least one of `k` samples, drawn without replacement from `samples`, is correct.
+    """Probability that at least one of `k` samples, drawn without replacement from `samples`, is correct.
 
     1 - C(samples - correct, k) / C(samples, k) (arXiv 2107.03374). Raises ValueError unless
     1 <= k <= samples and 0 <= correct <= samples.
@@ -49,7 +49,7 @@ def estimate_pass_at_k(counts: Sequence[Sequence[int]], k: int, confidence: floa
 
 
 def estimate_gain(before: GradedCounts, after: GradedCounts, k: int, confidence: float = 0.95) -> PassAtK | None:
-    """Mean of pass@k `after` less `before`, paired by problem; None where no problem has `k` graded samples in both.
+    """Mean of pass@k `after` minus `before`, paired by problem; None where no problem has `k` graded samples in both.
 
     The interval (`intervals.difference_bounds` with one seed a side) shows how much another choice of problems would
     change the gain.

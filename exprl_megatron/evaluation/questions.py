@@ -23,10 +23,10 @@ class EvalQuestion:
 
     problem: Problem
     record: dict
-    """As it was read."""
+    """The problem as it was read."""
     prompt: Prompt
     key: str
-    """Changes with anything that the result depends on: prompt, domain, answer, choices, tests."""
+    """A hash of everything that the result depends on: prompt, domain, answer, choices, tests."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class EvalQuestions:
     """Problems whose prompt is longer than `longest_prompt` tokens."""
     longest_prompt: int
     vocabulary: int
-    """Of the model: how many token ids it has."""
+    """Number of token ids of the model."""
     text_check: TextCheck | None
-    """Of the model; None where texts cannot be compared with ids."""
+    """The model's check of texts against token ids; None where it has none."""
 
     def left_out(self) -> list[str]:
         """Return a line for each reason for which problems are left out."""

@@ -17,7 +17,7 @@ class EvalSettings(Config):
     """Directory in Hugging Face form."""
     problems: ProblemsConfig
     directory: str
-    """All that is sampled and measured is kept here."""
+    """Directory of all samples and results."""
     samples: PositiveInt = 128
     k: tuple[PositiveInt, ...] = (1, 4, 16, 128)
     sampling: SamplingConfig = SamplingConfig(temperature=0.8, max_new_tokens=16_384)
@@ -29,9 +29,9 @@ class EvalSettings(Config):
     """Samples in flight at one server, in whole problems."""
     confidence: float = Field(0.95, gt=0, lt=1)
     verifier_deadline_s: float = Field(10.0, gt=0)
-    """For the comparison of one answer."""
+    """Seconds for the comparison of one answer."""
     program_deadline_s: float = Field(120.0, gt=0)
-    """For all tests of one program."""
+    """Seconds for all tests of one program."""
     verifier_workers: PositiveInt | Literal["auto"] = "auto"
 
     def check(self) -> None:
@@ -46,7 +46,7 @@ class EvalSettings(Config):
             raise UserError("\n".join(found))
 
     def identity(self, model: str) -> dict:
-        """What must be the same for results to count together, in JSON's terms; `model` is a hash of its content."""
+        """The settings that must be equal to combine results, as JSON values; `model` is a hash of its content."""
         return {
             "model": model,
             "samples": self.samples,

@@ -1,4 +1,4 @@
-"""The table that ends a run: pass@k of the base model and of what each stage left."""
+"""The table at the end of a run: pass@k of the base model and of each stage's model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,11 +8,11 @@ from exprl_megatron.evaluation.pass_at_k import GradedCounts, PassAtK, estimate_
 from exprl_megatron.utils.intervals import DIFFERENCE_METHOD, METHOD
 
 Evaluations = Mapping[str, GradedCounts]
-"""Name of a model -> what its samples came to; in the order to be shown."""
+"""Counts by the name of the model, in the order of the table."""
 
 
 def evaluation_table(evaluations: Evaluations, ks: Sequence[int], title: str, confidence: float) -> Table:
-    """A row for each model and a column for each k in reach: percent, with the gain over the first row below.
+    """Build a table with a row for each model and a column for each k: percent, and the gain over the first row.
 
     The caption gives the methods of the intervals, and on how many seeds and problems they rest.
     """

@@ -10,12 +10,12 @@ from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 
 @dataclass(frozen=True)
 class Tally:
-    """Verdicts on the samples of one problem; abstentions are no part of `graded`."""
+    """Counts of one problem's samples; abstentions are not part of `graded`."""
 
     graded: int
     correct: int
     abstained: dict[str, int] = field(default_factory=dict)
-    """How many by reason."""
+    """Number of abstentions by reason."""
 
     @property
     def solve_rate(self) -> float | None:
@@ -32,7 +32,7 @@ def tally(judgements: Iterable[Judgement]) -> Tally:
 
 
 def estimates(tallies: Sequence[Tally], ks: Sequence[int], confidence: float) -> list[PassAtK]:
-    """pass@k over problems for each k that any problem has enough graded samples for."""
+    """pass@k over problems, for each k for which any problem has enough graded samples."""
     counts = [(each.graded, each.correct) for each in tallies]
     reachable = max((graded for graded, _ in counts), default=0)
     return [estimate_pass_at_k(counts, k, confidence) for k in ks if k <= reachable]

@@ -1,4 +1,4 @@
-"""Which of this machine's GPUs are whose, where a run starts its own servers beside the trainer."""
+"""Assignment of this machine's GPUs to the trainer and the servers that the run starts."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from exprl_megatron.serving.server_process import ServerSpec, side_by_side
 
 
 def placed(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:
-    """The servers, each with its first GPU: behind the trainer's, in order.
+    """Return the servers, each with its first GPU: after the trainer's GPUs, in order.
 
     Sampling servers that take turns with the trainer have its GPUs. `gpus`: how many this machine has; without any
     the servers are returned as they are. Raises UserError where there are too few.

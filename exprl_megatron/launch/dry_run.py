@@ -55,7 +55,7 @@ def _server(kind: str, number: int, model: str, server) -> PlannedProcess:
 
 
 def transport_lines(config: RunConfig) -> list[str]:
-    """For each kind of server that gets weights one line: by which transport, and why."""
+    """Return one line for each kind of server that receives weights: its transport, and why."""
     receiving = {
         "policy": ("the sampling servers", config.needs_sampling_servers),
         "ref": ("ref-0", config.has_ref_server),

@@ -1,4 +1,4 @@
-"""`exprl train` on the trainer's nodes other than node 0: their ranks, for as long as node 0 has a use for them."""
+"""`exprl train` on the trainer's worker nodes: their ranks, until the head node ends."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from exprl_megatron.serving.registry import Registry
 
 _POLL_S = 0.2
 _BEFORE_S = 600.0
-"""Node 0 looks at the run's inputs for so long at most before it waits for servers."""
+"""The longest that node 0 checks the run's inputs before it waits for servers."""
 _LAST_RANKS_S = 20.0
 
 
 def follow(config: RunConfig, node: Node) -> None:
-    """Run this node's ranks of `config` until node 0 ends; how the run ended is node 0's to say.
+    """Run this node's ranks of `config` until node 0 ends; node 0 reports how the run ended.
 
     Raises RunStopped where node 0 does not come, or goes without a word. No process is left behind.
     """
@@ -37,7 +37,7 @@ def follow(config: RunConfig, node: Node) -> None:
 
 
 def _run(config: RunConfig, node: Node, guest: WorkerNode, start: Starter) -> None:
-    """Start the ranks, and end them when node 0 has ended."""
+    """Start the ranks, and stop them when node 0 has ended."""
     directory = RunDirectory(config.directory)
     ranks = TrainerRanks(directory, config, directory.registry, node, start)
     try:
@@ -47,7 +47,7 @@ def _run(config: RunConfig, node: Node, guest: WorkerNode, start: Starter) -> No
 
 
 def _watch(ranks: TrainerRanks, guest: WorkerNode) -> None:
-    """Return when node 0 has ended, and the ranks have had time to end as well."""
+    """Wait until node 0 has ended, and give the ranks time to end as well."""
     failed = False
     while not guest.over():
         if not failed:
@@ -59,7 +59,7 @@ def _watch(ranks: TrainerRanks, guest: WorkerNode) -> None:
 
 
 def _has_failed(ranks: TrainerRanks, guest: WorkerNode) -> bool:
-    """Whether a rank has failed, which node 0 is then notified of."""
+    """Return whether a rank has failed; notifies node 0 in that case."""
     try:
         ranks.running()
     except Preempted:

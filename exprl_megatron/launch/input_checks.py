@@ -1,4 +1,4 @@
-"""The checks of a run's inputs in a process of its own, so that the launcher never holds tokenizers and data sets.
+"""Checks a run's inputs in a separate process, so that the launcher never holds tokenizers and data sets.
 
 Run as `python -m exprl_megatron.launch.input_checks`: a config comes over the descriptor that CHANNEL names, and the
 answer goes back over it.

@@ -1,4 +1,4 @@
-"""What a run reads besides its config, by content: problems, examples, prompts, models. A resumed run reads the same.
+"""Hashes of the inputs of a run besides its config: problems, examples, prompts, models. A resumed run has the same.
 
 `inputs.json` in the run's directory holds a hash for each of them; a path may change between stop and resume, and what
 it leads to may not.
@@ -28,7 +28,7 @@ _PIECES, _PIECE_BYTES = 64, 2**16
 
 
 def input_contents(config: RunConfig) -> dict[str, str]:
-    """A hash of the contents of everything that `config` leads to, by the key that leads there.
+    """Return a hash of the content of every file that `config` names, by its config key.
 
     Of models see `model_identity`; the prompts that are shipped count as `judge.shipped_prompts` where a judge may take
     them. Raises UserError where something cannot be read.
@@ -67,7 +67,7 @@ def _model(directory: str) -> str:
 
 
 def _sampled(path: Path) -> str:
-    """Of a file's size and pieces spread evenly, which training changes all."""
+    """Hash a file's size and evenly spaced pieces of it, all of which training changes."""
     size = path.stat().st_size
     digest = xxhash.xxh3_128(b"%d:" % size)
     with open(path, "rb") as file:
@@ -86,7 +86,7 @@ def _problems(config: ProblemsConfig) -> str:
 
 
 def _fields(problem: Problem) -> list:
-    """Every field, with a hash where the reference is."""
+    """Return every field, with a hash in place of the reference."""
     values = (getattr(problem, field.name) for field in dataclasses.fields(problem))
     return [_hash(value.for_training()) if isinstance(value, Reference) else value for value in values]
 

@@ -1,4 +1,7 @@
-"""Starts a run's processes side by side, watches them, and ends them all when one ends."""
+"""The launcher: starts a run's processes, watches them, and stops all when one ends.
+
+launch/nodes.py gives the reasons against torch.distributed.elastic.
+"""
 
 import os
 import sys
@@ -110,7 +113,7 @@ def _plugins(contents: Mapping[str, str]) -> dict[str, str]:
 def _run(
     config: RunConfig, supervisor: ServerSupervisor, node: Node, host: HeadNode, start: Starter, log: RunLog
 ) -> None:
-    """Start servers and ranks, watch them, and end them all."""
+    """Start servers and ranks, watch them, and stop them all."""
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
     end_on_sigusr1()
@@ -135,7 +138,7 @@ def _run(
 
 
 def _starting(supervisor: ServerSupervisor) -> str:
-    """What is started here: `starting policy-0, policy-1 (MODEL), judge-0 (MODEL)`."""
+    """The line for what is started here: `starting policy-0, policy-1 (MODEL), judge-0 (MODEL)`."""
     by_model: dict[str, list[str]] = {}
     for spec in supervisor.specs:
         by_model.setdefault(str(spec.model), []).append(spec.name)
@@ -148,7 +151,7 @@ def _ranks_sentence(here: int, node: Node) -> str:
 
 
 def _all_run(ranks: TrainerRanks, host: HeadNode) -> bool:
-    """TrainerRanks.running, with what another node knows of the cause."""
+    """As TrainerRanks.running, with the cause that another node may know."""
     try:
         return ranks.running()
     except RankFailed:
@@ -192,5 +195,5 @@ def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpe
 
 
 def _router(name: str, model: str, servers: ServerConfig, directory: RunDirectory) -> RouterSpec:
-    """In front of `servers`; of no tensor parallelism, as it computes nothing."""
+    """The router of `servers`, which uses no GPU."""
     return RouterSpec(name, Path(model), servers.model_copy(update={"tp": 1, "port": None}), directory.logs)

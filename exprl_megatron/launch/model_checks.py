@@ -1,4 +1,4 @@
-"""What a run's config asks of its model that the model does not allow; read from the model's config.json alone."""
+"""Checks of a run's config against its models, from each model's config.json alone."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from exprl_megatron.utils.accelerator import cuda_capability, uses_cuda
 
 
 def model_violations(config: RunConfig) -> list[str]:
-    """One sentence for everything in `config` that its model does not allow: layout, precision, lengths."""
+    """Return one sentence for everything in `config` that its model does not allow: layout, precision, lengths."""
     try:
         architecture = read_architecture(config.policy.model)
     except UserError as error:

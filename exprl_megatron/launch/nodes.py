@@ -1,8 +1,9 @@
-"""A trainer on several nodes: which ranks are whose, and what the nodes' launchers tell each other.
+"""A trainer on several nodes: the ranks of each node, and the messages between the nodes' launchers.
 
-Each node has its own `exprl train`. That of node 0 has the run's directory and the verdict; it holds the store through
-which launchers and ranks meet, as torchrun's agent does. The others start their ranks when it tells them to, tell it
-when one of them fails, and end when it ends. What one says to the other is believed only with the run's key's code.
+Each node has its own `exprl train`. Node 0 is the head node: it has the run's directory, decides how the run ended, and
+holds the store in which launchers and ranks meet, as torchrun's agent does. Worker nodes start their ranks at its
+signal, report failures to it, and end when it ends. Messages are accepted only with an authentication code of the run's
+key.
 
 Why not torch.distributed.elastic: its rendezvous and its store accept messages from anyone who can connect, its agent
 imports torch (the launcher here imports no library that computes), it knows workers alone where a run also has servers,
@@ -30,38 +31,38 @@ if TYPE_CHECKING:
     from exprl_megatron.utils.keyed_store import Records
 
 _MEET_S = 600.0
-"""Nodes of a job start their launchers within so long of each other."""
+"""The longest between the starts of two nodes' launchers."""
 _PART_S = 20.0
 _KILLED_S = 6.0
-"""A node tells of a killed rank so long after the others at most; see TrainerRanks.running."""
+"""The longest until another node's report of a killed rank arrives; see TrainerRanks.running."""
 _PURPOSE = "launchers"
 _BEGIN, _FAILED, _KILLED, _ENDED, _GONE = "begin", "failed", "killed", "ended", "gone"
 _ENDS = {2: UserError, os.EX_TEMPFAIL: Preempted}
-"""Of the statuses that a rank or a node tells; any other is RunStopped."""
+"""The error for each exit status that a rank or a node reports; RunStopped for any other."""
 
 
 class RankKilled(RunStopped):
-    """A rank that a signal ended; whatever else failed then, failed of that."""
+    """A rank was killed by a signal, which is the cause of all failures that follow."""
 
 
 class RankFailed(RunStopped):
-    """An error that no rank expected; it may be that a connection to another rank was lost."""
+    """An unexpected error of a rank; possibly the loss of a connection to another rank."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """This machine among the trainer's nodes, each of which has as many ranks."""
+    """This machine's place among the trainer's nodes, all of which have the same number of ranks."""
 
     number: int = 0
     nodes: int = 1
     host: str = LOCAL
-    """Node 0's, as the others reach it."""
+    """Address at which the others reach node 0."""
     port: int | None = None
-    """Of the store there; None for a node that is alone."""
+    """Port of the store there; None for a single node."""
 
     @classmethod
     def of(cls, number: int | None, nodes: int, master: str | None) -> Self:
-        """From what the command line was given. Raises UserError where that is no node of several."""
+        """Build from the command line's options. Raises UserError where they do not describe a node of several."""
         if nodes == 1:
             return cls()
         if number is None or not 0 <= number < nodes:
@@ -72,7 +73,7 @@ class Node:
         return cls(number, nodes, host, int(port))
 
     def ranks(self, world_size: int) -> range:
-        """This node's ranks. Raises UserError where `world_size` ranks cannot be shared out evenly."""
+        """This node's ranks. Raises UserError where `world_size` is not a multiple of the number of nodes."""
         if world_size % self.nodes:
             raise UserError(
                 f"policy.layout needs {world_size} trainer processes, which {self.nodes} --nodes cannot share evenly; "
@@ -83,18 +84,18 @@ class Node:
 
 
 class _Words:
-    """The records of a store that launchers believe."""
+    """The authenticated records of the launchers' store."""
 
     def __init__(self, records: "Records"):
         self._records = records
         self._complained: set[str] = set()
 
     def say(self, name: str, words: str = "") -> None:
-        """Put `words` there."""
+        """Write the record `name`."""
         self._records.set(name, words)
 
     def heard(self, name: str) -> bytes | None:
-        """What was said, if anything was; what somebody without the key wrote is ignored, and reported once."""
+        """Read a record, if it exists; one without a valid code is ignored, and reported once."""
         from exprl_megatron.utils.authentication import NotAuthentic
 
         try:
@@ -107,12 +108,12 @@ class _Words:
             return None
 
     def count(self, one_more: int) -> int:
-        """How many nodes have nothing more to say."""
+        """The number of nodes that have finished reporting."""
         return self._records.add(_GONE, one_more)
 
 
 class HeadNode:
-    """Node 0's side; does nothing for a node that is alone. As a context it tells the others when this one ends."""
+    """Node 0's side; does nothing for a single node. As a context manager, notifies the others at its end."""
 
     def __init__(self, node: Node, key_file: Path):
         """Raises RunStopped where the port is taken, ServerError where there is no key and other nodes need it."""
@@ -135,12 +136,12 @@ class HeadNode:
             time.sleep(0.05)
 
     def begin(self) -> None:
-        """The run's directory, its config and its servers are there: ranks may start."""
+        """Signal that the run's directory, its config and its servers are ready, so that ranks may start."""
         if self._words is not None:
             self._words.say(_BEGIN)
 
     def check(self) -> None:
-        """Raises why another node has reported that it failed."""
+        """Raise the error that another node has reported."""
         if self._words is not None and (words := self._words.heard(_FAILED)) is not None:
             error = ended(read_end(words, "What another node reported"))
             if isinstance(error, RankFailed):
@@ -148,7 +149,7 @@ class HeadNode:
             raise error
 
     def check_for_killed(self) -> None:
-        """Raises what another node tells of a rank that was killed, which is why the ranks here have failed."""
+        """Raise another node's report of a killed rank, the cause of the failures here."""
         deadline = time.monotonic() + _KILLED_S
         while self._words is not None and time.monotonic() < deadline:
             if (words := self._words.heard(_KILLED)) is not None:
@@ -157,21 +158,21 @@ class HeadNode:
 
 
 class WorkerNode:
-    """The side of every other node."""
+    """The side of a worker node."""
 
     def __init__(self, node: Node, key_file: Path):
-        """Waits for node 0. Raises RunStopped where it does not come."""
+        """Wait for node 0. Raises RunStopped where it does not appear."""
         self._node = node
         self._key_file = key_file
         self._store = _reached(node)
         self._key: str | None = None
         self._words: _Words | None = None
-        """With that key."""
+        """The store's records, authenticated with the run's key."""
         self._heard = False
-        """Whether node 0 has been heard: from then on the key is known to be that of its run."""
+        """Whether a valid record of node 0 was read: from then on the key is known to be that of its run."""
 
     def await_beginning(self, deadline_s: float) -> bool:
-        """Whether node 0 says that ranks may start, rather than that it has ended; RunStopped where it says nothing."""
+        """Whether ranks may start, rather than that node 0 has ended. Raises RunStopped without a report."""
         deadline = time.monotonic() + deadline_s
         while not self._told(_BEGIN):
             if self.over():
@@ -182,11 +183,11 @@ class WorkerNode:
         return True
 
     def over(self) -> bool:
-        """Whether node 0 has ended. Raises RunStopped where it is gone without a word."""
+        """Whether node 0 has ended. Raises RunStopped where its store is gone without a report."""
         return self._told(_ENDED)
 
     def tell(self, error: Exception) -> None:
-        """Tell node 0 what has ended this node's ranks; the first that tells is heard."""
+        """Report to node 0 what has ended this node's ranks; node 0 reads the first report."""
         unexpected = isinstance(error, RankFailed)
         words = json.dumps({"status": exit_status(error), "message": str(error), "unexpected": unexpected})
         if isinstance(error, RankKilled):
@@ -194,7 +195,7 @@ class WorkerNode:
         self._words.say(_FAILED, words)
 
     def part(self) -> None:
-        """This node has nothing more to say."""
+        """Report that this node has finished."""
         self._words.count(1)
 
     def _told(self, name: str) -> bool:
@@ -213,7 +214,8 @@ class WorkerNode:
         return told
 
     def _read_key(self) -> None:
-        """Node 0 makes the key, perhaps after us: until it is heard, the file may hold none, or an earlier one."""
+        """Read the key, which node 0 may write later: until its first record, the file may be missing or hold an old
+        key."""
         with suppress(ServerError):
             key = read_key(self._key_file)
             if key != self._key:
@@ -221,7 +223,7 @@ class WorkerNode:
 
 
 class End(msgspec.Struct, frozen=True):
-    """What a rank or a node has reported of its end."""
+    """The report of how a rank or a node ended."""
 
     status: int
     message: str
@@ -229,7 +231,7 @@ class End(msgspec.Struct, frozen=True):
 
 
 def read_end(words: bytes, what: str) -> End:
-    """The report in `words`; where it is garbled, one that says so of `what`."""
+    """Parse the report in `words`; where it is garbled, return a report that says so about `what`."""
     try:
         return msgspec.json.decode(words, type=End)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -238,7 +240,7 @@ def read_end(words: bytes, what: str) -> End:
 
 
 def ended(reported: End) -> Exception:
-    """What to raise for it."""
+    """The exception for this report."""
     kind = RankFailed if reported.unexpected else _ENDS.get(reported.status, RunStopped)
     return kind(reported.message)
 
@@ -262,7 +264,7 @@ def _listening(node: Node) -> "TCPStore":
 
 
 def _reached(node: Node) -> "TCPStore":
-    """The store, seen from another node."""
+    """The store, as a client on another node."""
     from torch.distributed import DistError
 
     from exprl_megatron.utils.keyed_store import reached_store

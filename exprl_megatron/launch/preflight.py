@@ -1,4 +1,4 @@
-"""Looks at everything that a run will read before any process is started."""
+"""Checks everything that a run will read, before any process is started."""
 
 from pathlib import Path
 

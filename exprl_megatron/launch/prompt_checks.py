@@ -1,4 +1,4 @@
-"""The prompts of a run, made before anything starts: whether policy and judge can read them, and how they look."""
+"""Checks of a run's prompts before anything starts: that policy and judge can read them, and a view of them."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

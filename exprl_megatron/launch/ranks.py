@@ -1,4 +1,4 @@
-"""The trainer's processes on this machine: started, watched, stopped, and asked how they ended.
+"""The trainer's ranks on this machine: starts, watches and stops them, and reads how they ended.
 
 launch/nodes.py gives the reasons against torch.distributed.elastic.
 """
@@ -85,7 +85,7 @@ class TrainerRanks:
         return self.alive()
 
     def _failed(self) -> list[int]:
-        """The ranks that have ended, and not well."""
+        """The ranks that have failed."""
         return [rank for rank, process in self._processes.items() if process.poll() not in (None, 0)]
 
     def alive(self) -> bool:
@@ -93,7 +93,7 @@ class TrainerRanks:
         return any(process.poll() is None for process in self._processes.values())
 
     def stop(self) -> None:
-        """End all ranks: politely, then not."""
+        """Stop all ranks: by SIGTERM, then by SIGKILL."""
         for process in self._processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -108,7 +108,7 @@ class TrainerRanks:
             pulse.close()
 
     def _require_heartbeats(self) -> None:
-        """Raise RunStopped where a rank lives and is silent."""
+        """Raise RunStopped where a rank is alive but sends no heartbeat."""
         silent = [rank for rank, pulse in self._pulses.items() if pulse.silent_s() > SILENCE_S]
         for rank in silent:
             process = self._processes[rank]
@@ -122,13 +122,13 @@ class TrainerRanks:
                 )
 
     def _await_last_words(self) -> None:
-        """A rank that only follows may end before the one that knows the reason."""
+        """Wait for the rank that knows the cause: the other ranks may end before it."""
         deadline = time.monotonic() + _LAST_WORDS_S
         while time.monotonic() < deadline and self.alive():
             time.sleep(0.05)
 
     def _cause(self, failed: list[int]) -> Exception:
-        """What began it: a rank that a signal ended comes before others' word of the connection that they lost.
+        """The first cause: a rank that was killed by a signal comes before lost connections that other ranks report.
 
         Then what a rank says in a sentence of ours. SIGABRT comes late, as NCCL ends so the ranks that others left.
         """

@@ -1,4 +1,4 @@
-"""`run.json`: which program ran where, from when to when, and how it ended; of a resumed run earlier attempts too."""
+"""`run.json`: the program's version, machine, times and end of each attempt at a run."""
 
 import json
 import shlex
@@ -59,7 +59,7 @@ class RunRecord:
 
 
 def _earlier(path: Path) -> list[dict]:
-    """The attempts before this one; of a file that cannot be read, how it begins."""
+    """The attempts before this one; for an unreadable file, its first characters."""
     try:
         last = json.loads(path.read_text(encoding="utf-8"))
         return [*last.pop("earlier"), last]

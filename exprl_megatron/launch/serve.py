@@ -1,4 +1,4 @@
-"""`exprl serve`: one machine's share of a run's servers, kept until the run has ended."""
+"""`exprl serve`: supervises one machine's share of a run's servers until the run has ended."""
 
 import os
 import time
@@ -30,7 +30,7 @@ class Share:
 
     @classmethod
     def of_this_node(cls, node_rank: int | None = None, nodes: int | None = None) -> Self:
-        """What is not given is taken from Slurm's step, and without one there is this node alone.
+        """Take what is not given from Slurm's step; without one, this is the only node.
 
         Raises UserError where `node_rank` is not below `nodes`.
         """
@@ -43,7 +43,7 @@ class Share:
         return cls(node_rank, nodes)
 
     def of(self, specs: Sequence[ServerSpec]) -> list[ServerSpec]:
-        """Those of `specs` that are this node's."""
+        """The servers of `specs` that belong to this node."""
         return [spec for i, spec in enumerate(specs) if i % self.nodes == self.node_rank]
 
 

@@ -1,4 +1,4 @@
-"""How a run's processes start on this machine: on a CPU they are forked from processes that have their libraries."""
+"""How a run's processes start on this machine: on a CPU they are forked from processes with their libraries loaded."""
 
 import os
 
@@ -12,7 +12,7 @@ from exprl_megatron.utils.accelerator import uses_cuda
 
 
 def starter(config: RunConfig, servers: bool) -> Starter:
-    """For this run's ranks, and its `servers`, where these are started here; close it at the end.
+    """The starter of this run's ranks, and of `servers` that are started here; close it at the end.
 
     On CUDA each process imports for itself: one that has CUDA initialized must not be forked, and what the libraries
     do when they are imported is not ours to know.

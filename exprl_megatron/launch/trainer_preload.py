@@ -1,4 +1,4 @@
-"""What a rank imports; importing this does, in the fork server on a CPU (processes/fork_process.py)."""
+"""The imports of a rank, for the fork server on a CPU (processes/fork_process.py)."""
 
 from exprl_megatron.utils.package_names import answer_quickly
 

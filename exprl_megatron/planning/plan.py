@@ -1,4 +1,4 @@
-"""A run before it is submitted: memory and seconds of every phase, what does not fit, and better layouts."""
+"""Plans a run: memory and seconds of every phase, what does not fit, and better layouts."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from exprl_megatron.planning.sync_broadcast import SyncPlan
 
 STORAGE_BYTES_PER_S = 2e9
-"""At which each trainer node writes its part of a checkpoint (assumed)."""
+"""Bytes per second at which each trainer node writes its part of a checkpoint (assumed)."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """One way to divide GPUs, at its best."""
+    """One allocation of GPUs, with its best layout and servers."""
 
     gpus: dict[str, int]
     """GPUs by device kind."""
@@ -59,12 +59,12 @@ class Division:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `exprl plan` prints."""
+    """The result of `exprl plan`."""
 
     config: RunConfig
     """With the layout and the servers that were planned."""
     given: RunConfig
-    """As it was asked about."""
+    """The config as it was given."""
     gpu: Gpu
     gpus: dict[str, int]
     """GPUs by device kind."""
@@ -78,15 +78,15 @@ class Plan:
     ref_policy: dict[str, float] = field(default_factory=dict)
     """What either choice of `policy.ref_policy` costs; empty where no stage needs it."""
     faults: list[str] = field(default_factory=list)
-    """One sentence for everything that does not fit or cannot be built."""
+    """One sentence for each part that does not fit or cannot be built."""
     notes: list[str] = field(default_factory=list)
-    """What was assumed."""
+    """Assumptions of the plan."""
     ranking: Ranking | None = None
-    """The best layouts of as many trainer GPUs; None where none fits."""
+    """The best layouts of the same number of trainer GPUs; None where none fits."""
     syncs: dict[str, SyncPlan] = field(default_factory=dict)
     """Of the weights, by each transport that suits the placement, the run's own first; empty where none serves."""
     divisions: tuple[Division, ...] = ()
-    """Ways to divide the GPUs between trainer and servers, the best first, if that was asked."""
+    """Allocations of the GPUs to trainer and servers, the best first, if requested."""
 
     @property
     def step_s(self) -> float:
@@ -220,7 +220,7 @@ def _ref_policy_costs(config, stage, architecture, workload, gpu, one) -> dict[s
 
 
 def _swap_seconds(architecture, config, gpu, one) -> float:
-    """Out with the current weights and in with the starting ones, and back."""
+    """Seconds to swap the current weights for the reference policy's, and back."""
     counts = (rank_counts(architecture, one.layout, rank).total for rank in range(one.layout.pp))
     size = max(counts) * (4 if config.policy.precision.dtype == "fp32" else 2)
     return 2 * host_swap_time(size, gpu)

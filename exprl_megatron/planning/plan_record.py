@@ -1,4 +1,4 @@
-"""A plan in JSON's terms: bytes, seconds, tokens per second."""
+"""Converts a plan to JSON values: bytes, seconds, tokens per second."""
 
 from __future__ import annotations
 

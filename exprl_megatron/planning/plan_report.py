@@ -1,4 +1,4 @@
-"""A plan as tables for people; `record.py` has it for machines."""
+"""Prints a plan as tables; plan_record.py writes it as JSON."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SYNC_COLUMNS = (
 
 
 def print_plan(plan: Plan, console: Console, top: int) -> None:
-    """Everything, the verdict first."""
+    """Print the whole plan, the verdict first."""
     _print_lines(console, _headlines(plan))
     print_fitted(console, _memory_table(plan))
     if len(plan.learning.stages) > 1:
@@ -95,7 +95,7 @@ def _servers(division: Division, kind: str) -> str:
 
 
 def _divisions_table(divisions: tuple[Division, ...], top: int) -> Table:
-    """The `top` best ways to divide the GPUs."""
+    """Table of the `top` best allocations of the GPUs."""
     kinds = list(divisions[0].servers)
     table = Table("trainers", "layout", "recompute", *kinds, *SUMS, "step s", title="divisions of the GPUs")
     for column in table.columns[3:]:
@@ -111,7 +111,7 @@ def _divisions_table(divisions: tuple[Division, ...], top: int) -> Table:
 
 
 def ranking_table(ranking: Ranking, top: int) -> Table:
-    """The `top` best layouts side by side."""
+    """Table of the `top` best layouts."""
     table = Table("layout", "recompute", "GiB", "step s", "tok/s/GPU", "MFU", "bubble", title="layouts of the trainer")
     for column in table.columns[2:]:
         column.justify = "right"

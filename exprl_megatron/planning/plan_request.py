@@ -1,4 +1,4 @@
-"""From what the command line names to a finished plan."""
+"""The planner's entry point: from the command line's arguments to a plan."""
 
 from dataclasses import replace
 
@@ -51,7 +51,7 @@ def study(
 
 
 def _ranking(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Ranking | None:
-    """None where nothing fits: the plan's own faults say so already."""
+    """None where nothing fits; the plan's faults report that."""
     try:
         return ranked(config, stage, workload, gpu, gpus)
     except UserError:

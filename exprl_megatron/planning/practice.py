@@ -1,11 +1,11 @@
-"""How a trainer runs a layout beyond the layout itself; published figures differ in it."""
+"""Features of a training program beyond its layout, in which published figures differ."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Practice:
-    """Switches of a training program. The defaults are this trainer's."""
+    """Features of a training program. The defaults are this trainer's; others serve the planner's validation."""
 
     tp_overlap: bool = False
     """Tensor-parallel transfers run beside the products (Transformer Engine's user buffers)."""
@@ -14,7 +14,7 @@ class Practice:
     ep_overlap: bool = False
     """The exchange of tokens between experts runs beside another micro-batch's computation."""
     once_per_node: bool = False
-    """A token crosses to a node once, however many of its experts live there (DeepEP, HybridEP)."""
+    """A token is sent to a node once for all of its experts there (DeepEP, HybridEP)."""
     fsdp: bool = False
     """Parameters are sharded over data-parallel ranks and gathered for each micro-batch, forward and backward."""
     gradient_bytes: float = 4.0

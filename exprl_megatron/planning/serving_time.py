@@ -21,7 +21,7 @@ _SLICES = 64
 
 @dataclass(frozen=True)
 class ServerHardware:
-    """Equal servers of one model."""
+    """A number of equal servers of one model."""
 
     count: int
     tp: int
@@ -42,7 +42,7 @@ class ServerHardware:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of answers: the distribution of greatest entropy with this mean and bound (an exponential, cut)."""
+    """Lengths of answers: the maximum-entropy distribution with this mean and bound (a truncated exponential)."""
 
     mean: float
     bound: float

@@ -1,4 +1,4 @@
-"""How to divide GPUs between trainer, sampling servers and judge: the division whose step is the shortest."""
+"""Finds the allocation of GPUs to trainer, sampling servers and judge with the shortest step."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a weight sync of a run takes: the planner's way to the plans of messages in weight_sync/."""
+"""Seconds of a run's weight syncs, from the message-level plans of sync_broadcast.py and sync_p2p.py."""
 
 from __future__ import annotations
 

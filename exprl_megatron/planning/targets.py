@@ -1,4 +1,4 @@
-"""What `exprl plan` was asked about: a run's YAML, a model's directory, or the name of a published model."""
+"""The target of `exprl plan`: a run's YAML, a model's directory, or the name of a published model."""
 
 import difflib
 from pathlib import Path
@@ -45,7 +45,7 @@ def find_architecture(model: str) -> tuple[Architecture, str | None]:
 
 
 def assumed_architecture(model: str, known: str) -> str:
-    """The sentence that tells of a model that is not on this machine."""
+    """The sentence about a model that is not on this machine."""
     return f"{model} is not here: its shape is taken to be that of {known}."
 
 

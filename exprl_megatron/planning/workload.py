@@ -1,4 +1,4 @@
-"""What one step of a stage asks for: how many traces and judgements, of how many tokens."""
+"""The workload of one step of a stage: numbers of traces and judgements, and their tokens."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ VERDICT_SHARE = 0.125
 
 @dataclass(frozen=True)
 class Workload:
-    """One step of one stage."""
+    """The workload of one step of one stage."""
 
     stage: str
     sampled: bool
@@ -43,7 +43,7 @@ class Workload:
 
     @property
     def sequence_length(self) -> float:
-        """Mean tokens of a sequence, prompt and response."""
+        """Mean tokens of a sequence: prompt and response."""
         return self.prompt_tokens + self.response_tokens
 
     @property
@@ -55,7 +55,7 @@ class Workload:
 def workload_of(
     config: RunConfig, stage: Stage, prompt_tokens: float | None = None, response_tokens: float | None = None
 ) -> Workload:
-    """The stage's step. Lengths that nobody gave are guessed: half of the longest response, a short prompt."""
+    """The workload of a stage's step. Unknown lengths are assumed: half of the longest response, a short prompt."""
     if isinstance(stage, SftStage):
         whole = config.policy.max_tokens
         response = min(response_tokens or whole / 2, whole)

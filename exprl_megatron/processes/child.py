@@ -12,7 +12,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Child(Protocol):
-    """What subprocess.Popen and ForkedChild have in common."""
+    """The interface of subprocess.Popen and ForkedChild."""
 
     pid: int
     returncode: int | None
@@ -74,7 +74,7 @@ class ForkedChild:
 
 
 def die_with_parent(parent: int) -> None:
-    """From now on this process is killed when `parent` ends; at once, where it has."""
+    """From now on this process is killed when `parent` ends; immediately, if it has ended."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -85,7 +85,7 @@ def _fork_twice(request: ForkRequest, descriptors: list[int], parent: int, reque
 
 
 def _become(request: ForkRequest, descriptors: list[int], parent: int) -> None:
-    """Be the supervisor of the requested program, or itself where it is not supervised; does not return."""
+    """Run the requested program, under a supervisor where it has one; does not return."""
     standard, inherited = descriptors[:2], descriptors[2:]
     for number, descriptor in zip((1, 2), standard, strict=True):
         os.dup2(descriptor, number)

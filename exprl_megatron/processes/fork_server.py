@@ -1,7 +1,10 @@
-"""The launcher's side of a fork server: a process that imports libraries once and forks others that need them.
+"""The launcher's side of a fork server: a process that imports libraries once and forks the processes that need them.
 
-A server or a rank imports for ten seconds of a processor what the others import too. Forked, they share that time, and
-the memory of what they import. CUDA forbids it: a process that has it initialized must not fork (see fork_process).
+A server or a rank spends ten CPU seconds on imports. Forked processes share that time, and the memory of the libraries.
+A process that has initialized CUDA must not fork, so this is used on a CPU only (see fork_process.py).
+
+Why not multiprocessing's forkserver: its processes run a pickled function and end with their parent's connection, while
+servers and ranks are programs with their own command line, log, session and supervisor.
 """
 
 import ctypes
@@ -28,15 +31,15 @@ class ForkRequest:
     """`[sys.executable, "-m", MODULE, arguments...]`."""
     environment: dict[str, str]
     grace_s: float | None
-    """From SIGTERM to SIGKILL of the process that is supervised; None: it is not supervised."""
+    """Seconds from SIGTERM to SIGKILL of the supervised process; None: it is not supervised."""
     name: str
-    """At the end of its title, as in `trainer-0`."""
+    """Name at the end of the process title, as in `trainer-0`."""
     inherited: list[str] = field(default_factory=list)
     """Environment variables that are to hold the numbers of the inherited descriptors."""
 
 
 class ForkServer:
-    """Starts importing at once; `start` waits for that. `programs` are the modules whose processes it can fork."""
+    """Starts to import immediately; `start` waits for it. `programs` are the modules whose processes it can fork."""
 
     def __init__(self, preload: str, programs: Collection[str], environment: Mapping[str, str], deadline_s: float):
         self.programs = frozenset(programs)
@@ -62,7 +65,7 @@ class ForkServer:
             )
 
     def start(self, request: ForkRequest, descriptors: list[int]) -> ForkedChild | None:
-        """A new child of this process; None where the fork server failed, which is said on stderr, once."""
+        """Fork a new child of this process; None where the fork server failed, which is printed on stderr once."""
         if self._process is None:
             return None
         body = json.dumps(asdict(request)).encode()
@@ -79,7 +82,7 @@ class ForkServer:
         return ForkedChild(int.from_bytes(reply)) if len(reply) == LENGTH_BYTES else self._give_up("it ended")
 
     def close(self) -> None:
-        """End it; what it has forked stays."""
+        """End the fork server; the processes that it forked continue."""
         self._channel.close()
         if self._process is not None:
             self._process.kill()
@@ -88,7 +91,7 @@ class ForkServer:
         self._log.close()
 
     def _give_up(self, reason: str) -> None:
-        """Say why, with the process's last words, and fork no more."""
+        """Print the cause, with the end of the process's output, and fork no more."""
         self._process.kill()
         self._process.wait()
         self._process = None

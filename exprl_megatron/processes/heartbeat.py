@@ -1,4 +1,4 @@
-"""A rank's sign of life: a file that it touches, so that the launcher finds one that is stopped rather than dead.
+"""Heartbeats of a rank: a file that it touches, so that the launcher detects a rank that is stopped rather than dead.
 
 A rank that waits in a collective beats on; one that was sent SIGSTOP, whose container was frozen or that hangs in the
 kernel does not. The file has no name and is on the rank's own machine; nothing is compared with the clock.
@@ -14,7 +14,7 @@ import psutil
 from exprl_megatron.processes.supervise import HEARTBEAT
 
 SILENCE_S = 45.0
-"""A rank that was silent for so long is given up."""
+"""A rank without a heartbeat for this many seconds has failed."""
 _BEAT_S = 2.0
 
 
@@ -47,13 +47,13 @@ class Pulse:
         return self._file.fileno()
 
     def silent_s(self) -> float:
-        """For how long the rank has not been heard since the first question; ask several times a minute."""
+        """Seconds since the rank's last heartbeat, counted from the first call; call several times a minute."""
         if (beats := self._beats()) != self._last or self._heard is None:
             self._last, self._heard = beats, time.monotonic()
         return time.monotonic() - self._heard
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Close the file."""
         self._file.close()
 
     def _beats(self) -> int:

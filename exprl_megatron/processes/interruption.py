@@ -13,7 +13,7 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Interrupted(SystemExit):
-    """The first of such signals, raised in the main thread; its exit status is 128 + the signal.
+    """The first SIGINT or SIGTERM, raised in the main thread; its exit status is 128 + the signal.
 
     A SystemExit, so that neither `except Exception` nor an event loop keeps it.
     """

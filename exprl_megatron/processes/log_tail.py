@@ -1,4 +1,4 @@
-"""The last words of a server, for error messages."""
+"""The last lines of a server's log, for error messages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Starts a run's processes, each under a supervisor that ends it with us (processes/supervise.py)."""
+"""Starts a run's processes, each under a supervisor that stops it when this process ends (processes/supervise.py)."""
 
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from exprl_megatron.processes.supervise import supervised
 
 
 class Starter:
-    """Starts each program by exec, unless one of the fork servers has its libraries. As a context it ends those."""
+    """Starts each program by exec, or in a fork server that has its libraries; as a context manager, closes these."""
 
     def __init__(self, fork_servers: Sequence[ForkServer] = ()):
         self._fork_servers = fork_servers

@@ -1,7 +1,10 @@
-"""Runs one server as a child and ends it, with all that it started, when the parent is gone.
+"""Supervises one child process: stops it, and all that it started, when the parent has ended.
 
-Run as a script with the standard library alone: `supervise.py PARENT_PID GRACE_S COMMAND...`. It asks for its
-own parent's pid five times a second, so kill -9 of the parent is enough; SIGTERM to it stops the server.
+Run as a script with the standard library alone: `supervise.py PARENT_PID GRACE_S COMMAND...`. It reads its
+own parent's pid five times a second, so that kill -9 of the parent is enough; SIGTERM to it stops the server.
+
+Why not PR_SET_PDEATHSIG alone, or a process manager: the signal reaches one process and not the children that a server
+starts in other sessions, and a manager would have to be installed on every node.
 """
 
 import ctypes
@@ -16,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HEARTBEAT = "EXPRL_HEARTBEAT"
-"""In the environment: a descriptor that the command inherits from us."""
+"""Environment variable with the number of a descriptor that the command inherits."""
 _POLL_S = 0.2
 _LOOK_S = 5.0
 _SHARED = "/dev/shm/sgl"
@@ -67,7 +70,7 @@ def supervise(parent: int, grace_s: float, start: Callable[[dict[str, str]], "su
 
 
 def by_exec(command: list[str]) -> Callable[[dict[str, str]], subprocess.Popen]:
-    """Starts `command` with further environment variables, in a session of its own, to be killed when we end."""
+    """Start `command` with further environment variables, in its own session, to be killed when this process ends."""
     libc = ctypes.CDLL(None)
     return lambda environment: subprocess.Popen(
         command,
@@ -79,7 +82,7 @@ def by_exec(command: list[str]) -> Callable[[dict[str, str]], subprocess.Popen]:
 
 
 def shell_status(status: int) -> int:
-    """As a shell reports it: 128 + the signal that ended the command."""
+    """The exit status in a shell's convention: 128 + the signal that ended the command."""
     return status if status >= 0 else 128 - status
 
 

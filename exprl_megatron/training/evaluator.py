@@ -98,14 +98,14 @@ class Evaluator:
 
 
 def evaluation_name(stage: Stage | None, step: int | None) -> str:
-    """Of the weights before the first stage (None), after all steps of `stage`, or after `step` of them."""
+    """Name of the evaluation before the first stage (None), after all steps of `stage`, or after `step` of them."""
     if stage is None:
         return START
     return stage.name if step is None else f"{stage.name}/step-{step}"
 
 
 def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """What metrics.jsonl and TensorBoard show of an evaluation's file."""
+    """Return the metrics of an evaluation's file, for metrics.jsonl and trackers."""
     found = {}
     for estimate in record["estimates"]:
         name = f"{EVALUATION}pass@{estimate['k']}"

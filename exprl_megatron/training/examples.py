@@ -16,11 +16,11 @@ from exprl_megatron.problems.records import unencodable
 from exprl_megatron.problems.sources import json_rows, load_problems
 
 ExampleRow = tuple[str, str, str]
-"""What to call it in an error, prompt, completion."""
+"""(name in error messages, prompt, completion)."""
 
 
 class ExampleReader:
-    """The batches of an SFT stage; each a pure function of its step.
+    """The batches of an SFT stage; each is a pure function of its step.
 
     The lines of `examples` come in their order, over again after the last; `problems` in a new seeded order each
     epoch. The prompt is put as `stage.prompt` says, else as the run's does. Raises UserError where the source
@@ -38,7 +38,7 @@ class ExampleReader:
 
     @property
     def dropped(self) -> int:
-        """How many problems were left out because their prompts are too long."""
+        """Number of problems that were left out because their prompts are too long."""
         return self._rows.dropped
 
     def batch(self, step: int, size: int) -> list[TrainSample]:
@@ -63,7 +63,7 @@ class ExampleReader:
 
 
 class FileRows:
-    """The lines of a file of examples, in their order, over and over."""
+    """The lines of a file of examples, in order, repeated."""
 
     dropped = 0
 
@@ -96,7 +96,7 @@ class ReferenceRows:
 
 
 def check_source(stage: SftStage) -> None:
-    """Read what the stage learns from; raises UserError where that cannot be used."""
+    """Check the stage's examples. Raises UserError where they cannot be used."""
     if stage.problems is None:
         read_examples(Path(stage.examples))
     else:

@@ -1,4 +1,4 @@
-"""How long the coordinator's event loop was kept from its work, as a metric of every step.
+"""The lag of the coordinator's event loop, as a metric of every step.
 
 While the loop is busy with one thing, requests, judge deadlines and the watch over servers wait. What takes long is
 done in threads, of which there are few: each may keep the interpreter's lock for some milliseconds.
@@ -9,7 +9,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 INTERVAL_S = 0.01
-"""Between two looks: a stall is measured to within this. Each takes some microseconds."""
+"""Seconds between two measurements, and the precision of a stall. A measurement takes some microseconds."""
 HOST_THREADS = max(4, min(8, (os.cpu_count() or 2) // 2))
 """Threads for what must not be done on the event loop: prompts, tokens, segments, files."""
 
@@ -22,19 +22,19 @@ class LoopLag:
         self._task: asyncio.Task | None = None
 
     def start(self) -> None:
-        """Begin to look, and bound the threads of `asyncio.to_thread`; call it in the loop."""
+        """Start measuring, and bound the threads of `asyncio.to_thread`; call it in the loop."""
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(HOST_THREADS, "host-work"))
         self._task = loop.create_task(self._watch())
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop measuring."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
 
     def take(self) -> float:
-        """The longest lag, in seconds, since this was asked last; from any thread."""
+        """Return the longest lag in seconds since the last call; may be called from any thread."""
         longest, self._longest_s = self._longest_s, 0.0
         return longest
 
