@@ -214,8 +214,7 @@ class WorkerNode:
         return told
 
     def _read_key(self) -> None:
-        """Read the key, which node 0 may write later: until its first record, the file may be missing or hold an old
-        key."""
+        """Read the key, which node 0 may write later; until its first record the file may be missing or out of date."""
         with suppress(ServerError):
             key = read_key(self._key_file)
             if key != self._key:

@@ -144,9 +144,9 @@ def _judges(
     config: RunConfig, registry: Registry, pool: ServerPool | None
 ) -> Sequence[SGLangClient | OpenAIEndpoint | SharedJudgeClient]:
     """Return clients of the judge's servers, which have frozen weights and share no group with the trainer."""
-    if not config.needs_judge:
-        return []
     judge = config.judge
+    if judge is None or not config.needs_judge:
+        return []
     if judge.endpoints:
         return judge_endpoints(judge)
     if judge.placement == "policy":

@@ -10,12 +10,14 @@ Every rank executes this file. Rank 0 alone talks to the servers and holds the g
 training samples that it learns from.
 """
 
+from collections.abc import Sequence
+
 from exprl_megatron.algorithms.aggregation import denominator_of, kept_denominator
-from exprl_megatron.algorithms.batch import SampleOrOutline, TrainSample
+from exprl_megatron.algorithms.batch import SampleOrOutline
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage
 from exprl_megatron.rollout.group import Group
-from exprl_megatron.training.run import Run
+from exprl_megatron.training.run import Batches, Run
 from exprl_megatron.training.statistics import step_statistics, update_statistics
 from exprl_megatron.training.teacher import student_and_teacher
 from exprl_megatron.training.train_samples import update_samples
@@ -45,8 +47,8 @@ def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     if run.config.debug.only == "sampling":
         return metrics
     with run.clock("log_probs"):
-        batches = run.scattered(lambda: batches_of(run, stage, groups))
-        batches = [with_log_probs(run, stage, *batch) for batch in batches]
+        scattered = run.scattered(lambda: batches_of(run, stage, groups))
+        batches = [with_log_probs(run, stage, *pair) for pair in scattered]
     with run.clock("train"):
         for batch in batches:
             if batch:
@@ -54,7 +56,7 @@ def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     return metrics
 
 
-def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> list[tuple[list[TrainSample], list[TrainSample]]]:
+def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> Sequence[Batches]:
     """Build the training samples of each update, and beside them the samples that the reference policy scores.
 
     The two differ only in self-distillation: its reference policy is the teacher, whose prompts include the reference
@@ -67,8 +69,8 @@ def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> list[tuple[list
 
 
 def with_log_probs(
-    run: Run, stage: RlStage, samples: list[SampleOrOutline], ref_samples: list[SampleOrOutline]
-) -> list[SampleOrOutline]:
+    run: Run, stage: RlStage, samples: Sequence[SampleOrOutline], ref_samples: Sequence[SampleOrOutline]
+) -> Sequence[SampleOrOutline]:
     """Add the reference policy's log-probs and, where a step has several updates, the old policy's log-probs.
 
     `ref_samples` are the same responses behind the prompts that the reference policy reads.
@@ -83,7 +85,7 @@ def with_log_probs(
     return samples
 
 
-def update(run: Run, stage: RlStage, samples: list[SampleOrOutline]) -> dict[str, float]:
+def update(run: Run, stage: RlStage, samples: Sequence[SampleOrOutline]) -> dict[str, float]:
     """Take one optimizer step on the stage's loss over all `samples`; returns the metrics of the update."""
     if isinstance(stage, SelfDistillStage):
         aggregation, objective = stage.aggregation, distillation_objective(stage.aggregation)

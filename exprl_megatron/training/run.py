@@ -3,12 +3,12 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -44,7 +44,7 @@ from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
 
 T = TypeVar("T")
-Batches = tuple[list[SampleOrOutline], list[SampleOrOutline]]
+Batches = tuple[Sequence[SampleOrOutline], Sequence[SampleOrOutline]]
 """The samples of an update, and the samples that the reference policy scores in their place."""
 
 
@@ -93,9 +93,10 @@ class Run:
         self._phases = servers.phases
         self._ref_scorer = servers.ref_scorer
         self._scatter = SampleScatter(policy)
-        self._rollouts = rank_zero.rollouts
-        self._prefetch = rank_zero.prefetch
-        self._evaluator = rank_zero.evaluator
+        # They are used in work for rank 0 only, where they exist.
+        self._rollouts = cast(Rollouts, rank_zero.rollouts)
+        self._prefetch = cast(RolloutPrefetch, rank_zero.prefetch)
+        self._evaluator = cast(Evaluator, rank_zero.evaluator)
         self._logger = rank_zero.logger
         self._progress, self._resumed_from = start
         self._examples: ExampleReader | None = None
@@ -168,7 +169,7 @@ class Run:
             self._step_metrics = never_stopping(own_step_metrics(self.config.step_metrics), self._logger.log)
         return self._step_metrics(StepInfo(stage.name, step), groups)
 
-    def scattered(self, batches: Callable[[], list[Batches]]) -> list[Batches]:
+    def scattered(self, batches: Callable[[], Sequence[Batches]]) -> list[Batches]:
         """Build `batches` on rank 0 and send each rank the samples that it learns from (see SampleScatter)."""
         made = self._coordinator.on_rank0(batches)
         shared = self._scatter.scatter(None if made is None else [batch for pair in made for batch in pair])
@@ -188,7 +189,7 @@ class Run:
         """Prompt token ids of the stage's teacher by problem id: the problem and its reference solution."""
         return self._teacher_prompts
 
-    def ref_log_probs(self, samples: list[SampleOrOutline], temperature: float) -> list[np.ndarray]:
+    def ref_log_probs(self, samples: Sequence[SampleOrOutline], temperature: float) -> list[np.ndarray]:
         """Compute the log-probs [response tokens], float32, of each sample under the reference policy."""
         if self._ref_scorer is not None:
             return self._ref_scorer.log_probs(samples)

@@ -41,7 +41,7 @@ class RankCoordinator:
         """`asked_to_stop` returns on rank 0 whether the run should stop at its next checkpoint."""
         self._asked_to_stop = asked_to_stop
         self.is_rank0 = dist.get_rank() == RANK_ZERO
-        self._signals = dist.new_group(backend="gloo", timeout=timedelta(seconds=signal_deadline_s))
+        self._signals: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=signal_deadline_s))
         self._loop = asyncio.new_event_loop() if self.is_rank0 else None
         if self._loop is not None:
             # A daemon, so that an error in the main thread ends the process in any case.
@@ -142,6 +142,6 @@ class RankCoordinator:
             self._thread.join()
             self._loop.close()
 
-    def _broadcast_signal(self, message: tuple[bool, Any] | None) -> tuple[bool, Any]:
-        """Broadcast rank 0's message to every rank."""
+    def _broadcast_signal(self, message: Any) -> tuple[bool, Any]:
+        """Broadcast rank 0's message, (whether the run continues, payload), to every rank."""
         return broadcast_object(message, RANK_ZERO, self._signals)

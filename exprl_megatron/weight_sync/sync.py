@@ -23,8 +23,9 @@ _MB = 2**20
 class SyncTargets(Protocol):
     """The servers that receive weights, as seen by rank 0: a ServerPool or a StaticPool."""
 
-    clients: list[SGLangClient]
-    """Clients of the servers that were prepared last."""
+    @property
+    def clients(self) -> list[SGLangClient]:
+        """Clients of the servers that were prepared last."""
 
     async def prepare(self, version: str) -> bool:
         """Whether weights must be pushed to `clients`, since one of them does not have `version`."""

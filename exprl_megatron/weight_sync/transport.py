@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Transport(Protocol):
     """Pushes a version of the weights to all sampling servers. Every rank has one; rank 0 alone talks to servers."""
 
-    source_ranks: tuple[tuple[int, ...], ...] | None
-    """The ranks that gather messages, grouped by machine (see WeightExporter)."""
+    @property
+    def source_ranks(self) -> tuple[tuple[int, ...], ...] | None:
+        """The ranks that gather messages, grouped by machine (see WeightExporter)."""
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
         """Push weights to these servers from now on (needed on rank 0 alone); a collective.

@@ -7,9 +7,10 @@ the servers receive it.
 
 import asyncio
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -173,7 +174,7 @@ class WeightGroups:
         return group
 
     async def _wait_for_servers(
-        self, asked: dict[SGLangClient, object], own: Collection[asyncio.Future], stage: int
+        self, asked: Mapping[SGLangClient, Coroutine[Any, Any, None]], own: Collection[asyncio.Future], stage: int
     ) -> None:
         """Wait until all servers have answered the requests `asked`, and `own` is done.
 
