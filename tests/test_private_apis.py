@@ -116,7 +116,7 @@ def test_every_internal_import_is_on_the_page():
 
 # What Python's own library documents for programs that replace it, and the view of torch that Megatron gets.
 DOCUMENTED = {"_exit", "argv", "stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__", "exit", "quit"}
-DOCUMENTED |= {"unraisablehook", "tempdir", "setrlimit", "torch"}
+DOCUMENTED |= {"unraisablehook", "tempdir", "setrlimit", "disabled", "torch"}
 OF_EXAMPLES = ROOT / "tools" / "problem_sets"
 """Generates problems with a package that only a maintainer runs."""
 

@@ -1,4 +1,4 @@
-"""A run of one rank made by its own constructor, with whatever a test puts in the place of its parts."""
+"""A run of one rank made by its own constructor, with whatever a test puts in place of its parts."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ NO_CONFIG = SimpleNamespace(directory="nowhere")
 
 
 class Silent:
-    """In the place of a logger; takes every call."""
+    """In place of a logger; takes every call."""
 
     def __getattr__(self, name):
         return lambda *arguments, **settings: None

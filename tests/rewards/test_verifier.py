@@ -61,7 +61,7 @@ def test_workers_are_one_per_core_and_at_most_eight(monkeypatch, cores, workers)
 
 
 class Recorder:
-    """In the place of a domain's verifier: keeps what it is made with and what it is asked."""
+    """In place of a domain's verifier: keeps what it is made with and what it is asked."""
 
     def __init__(self, *settings):
         self.settings, self.asked = settings, []
