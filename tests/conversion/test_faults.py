@@ -177,3 +177,15 @@ def test_an_existing_target_is_left_alone(tiny_model, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         convert_to_megatron(tiny_model("qwen3"), tmp_path / "target")
     assert not list((tmp_path / "target").iterdir())
+
+
+def test_of_a_run_the_newest_checkpoint_that_is_complete_is_read(tmp_path):
+    for number, complete in ((2, True), (10, True), (11, False)):
+        checkpoint = tmp_path / "checkpoints" / f"checkpoint-{number:08d}"
+        checkpoint.mkdir(parents=True)
+        if complete:
+            (checkpoint / "state.json").write_text("{}")
+    (tmp_path / "checkpoints" / "checkpoint-00000012.partial").mkdir()
+    # What is in it does not matter here: the one that is chosen is named.
+    with pytest.raises(UserError, match=r"checkpoint-00000010 is in no run that would name its model"):
+        open_weights(tmp_path)

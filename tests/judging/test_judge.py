@@ -109,6 +109,14 @@ def test_a_request_longer_than_the_context_is_not_sent():
     assert client.calls == []
 
 
+def test_a_request_leaves_room_for_its_answer_in_the_context():
+    needed = len(make_judge(Scripted()).request(PROBLEM, "1")) + 8
+    assert verdict(Scripted("Score: 3"), text="1", context_tokens=needed, max_new_tokens=8) == Scored(0.5, "Score: 3")
+    short = Scripted()
+    assert verdict(short, text="1", context_tokens=needed - 1, max_new_tokens=8).reason == "too-long"
+    assert short.calls == []
+
+
 def test_servers_that_stay_dead_until_the_deadline_are_an_error_and_no_abstention():
     with pytest.raises(ServerError, match="judge 0 died"):
         verdict(Scripted(*[ServerError("judge 0 died")] * 4), retries=1, retry_pause_s=0.01, deadline_s=1.5)

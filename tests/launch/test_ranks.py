@@ -15,7 +15,7 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.launch import ranks as module
-from exprl_megatron.launch.nodes import RankFailed, RankKilled
+from exprl_megatron.launch.nodes import Node, RankFailed, RankKilled
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.processes.supervise import supervised
@@ -165,3 +165,31 @@ def test_a_rank_is_started_with_the_environment_that_its_servers_arguments_deman
     wanted |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NVTE_FLASH_ATTN_V4": "0", "OMP_NUM_THREADS": "1"}
     wanted |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     assert {name: found.get(name) for name in wanted} == wanted
+
+
+class Started:
+    """In the place of a starter: keeps the environment of each rank, and starts nothing."""
+
+    def __init__(self):
+        self.environments = {}
+
+    def start(self, name, command, environment, *_, **settings):
+        self.environments[name] = environment
+
+
+@pytest.mark.parametrize(("node", "first"), [(Node(), 0), (Node(1, 2, "head", 9000), 2)])
+def test_a_rank_knows_its_place_among_all_ranks_and_on_its_node_and_where_they_meet(tmp_path, node, first):
+    (tmp_path / "logs").mkdir()
+    directory, starter = RunDirectory(tmp_path), Started()
+    layout = Layout(dp=2 * node.nodes)
+    config = SimpleNamespace(policy=SimpleNamespace(layout=layout), server=ServerConfig(), directory=str(tmp_path))
+    TrainerRanks(directory, config, directory.registry, node, starter)
+    found = starter.environments
+    assert list(found) == [f"trainer-{first}", f"trainer-{first + 1}"]
+    for local, environment in enumerate(found.values()):
+        named = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+        assert [environment[name] for name in named] == [
+            *map(str, (first + local, local, layout.world_size)),
+            node.host,
+        ]
+    assert len({environment["MASTER_PORT"] for environment in found.values()}) == 1

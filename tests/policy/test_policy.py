@@ -89,14 +89,16 @@ def test_a_scaled_gradient_is_that_of_another_denominator(policy, distributed):
     settings, found = OptimizerConfig(lr=1e-2, eps=1e-2, clip_grad_norm=1e6, distributed=distributed), []
     before = policy.chunks[0].state_dict_for_save_checkpoint()
     before = {name: value.clone() for name, value in before.items() if torch.is_tensor(value)}
-    for denominator, scale in ((4.0, 1.0), (8.0, 2.0)):
+    for denominator, scale in ((4.0, 1.0), (8.0, 2.0), (2.0, 0.5)):
         policy.chunks[0].load_state_dict(before, strict=False)
         policy.begin_stage(settings, total_steps=1)
         policy.accumulate(BATCH, loss_function, 1.0, denominator)
         norm = policy.apply_update(gradient_scale=scale).grad_norm
         found.append((norm, weights(policy)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(found[0][1], found[1][1], strict=True))
+    (norm, unscaled), *scaled = found
+    for of_scaled, learned in scaled:
+        assert of_scaled == pytest.approx(norm, rel=1e-6)
+        assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(unscaled, learned, strict=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3-moe"])

@@ -493,10 +493,26 @@ def test_weights_that_did_not_arrive_are_brought_to_who_is_left_and_a_failure_wi
             assert await pool.prepare("v1")
             one.well, one.status = False, 500
             await pool.abort(ServerError("policy-0 broke."))
+            assert pool.version is None, "nobody knows what the servers hold now"
             assert await pool.prepare("v1") and names(pool) == ["policy-1"]
             await pool.abort(ServerError("nobody knows."))
             with pytest.raises(ServerError, match=r"nobody knows\."):
                 await pool.abort(ServerError("nobody knows."))
+
+    asyncio.run(run())
+
+
+def test_a_server_that_fails_while_weights_are_pushed_is_not_asked_although_the_others_have_them(registry):
+    async def run():
+        async with opened(registry, "policy-0", "policy-1") as (pool, _, other):
+            assert await pool.prepare("v1")
+            other.well, other.status = False, 500
+            assert await who(pool, 1) == "policy-0", "asked again of the server that is left"
+            await pool.commit("v1")
+            assert [await who(pool, home) for home in range(2)] == ["policy-0"] * 2
+            other.well = True
+            await until(lambda: pool._in_state("pending"))
+            assert await pool.prepare("v1"), "it needs the weights first"
 
     asyncio.run(run())
 
