@@ -20,7 +20,7 @@ from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.policy.router_replay import layer_routers
+from exprl_megatron.policy.router_replay import Replay, layer_routers
 
 SHAPE = {"micro_batch_tokens": 40, "max_tokens": 64}
 
@@ -134,6 +134,28 @@ def test_a_step_on_the_policys_own_choice_is_that_without_it_and_gradients_reach
     assert torch.allclose(replayed[2], plain[2], atol=1e-6)
     assert replayed[2].abs().max() > 1e-4
     assert others[1] != pytest.approx(plain[1], rel=1e-3) and others[2].abs().max() > 1e-4
+
+
+def test_layers_that_are_computed_again_take_the_choice_of_their_own_micro_batch(world, tiny_model):
+    """A pipeline takes the second micro-batch forward before the first one goes back."""
+    policy = make(tiny_model("mixtral"), recompute="full")
+    (chunk,) = policy.chunks
+    scores, draw = torch.randn(5, 4), torch.Generator().manual_seed(0)
+    choices = [torch.rand(5, 2, 4, generator=draw).argsort(-1)[..., :2] for _ in range(3)]
+
+    def chosen() -> torch.Tensor:
+        take = lambda scores, top_k, *_, **__: scores.topk(top_k)  # noqa: E731
+        taken = [router.get_replay_topk(scores, 2, default_compute_topk=take)[1] for _, router in layer_routers(chunk)]
+        return torch.stack(taken, dim=1)
+
+    replay = Replay(policy.chunks, recomputes=True)
+    for experts in choices:
+        with replay.forward(chunk, experts):
+            assert torch.equal(chosen(), experts)
+    for experts in choices:
+        assert torch.equal(chosen(), experts)
+    replay.end()
+    assert torch.equal(chosen(), scores.topk(2).indices[:, None].expand(5, 2, 2))
 
 
 def test_routers_choose_for_themselves_before_and_after_and_where_the_config_says_so(world, model):
