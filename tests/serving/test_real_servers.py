@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -58,7 +59,7 @@ def servers(tiny_model, tmp_path_factory):
 
 
 def _config(name):
-    returned = ("--enable-return-routed-experts",) if name == "qwen3-moe" else ()
+    returned = ("--enable-return-routed-experts",) if name in ("qwen3-moe", "glm4-moe") else ()
     return ServerConfig(request_deadline_s=60, extra_args=returned)
 
 
@@ -91,37 +92,41 @@ def sampled(server, count=4, temperature=0.7):
 
 
 def chosen_by_transformers(directory, prompt, generation) -> list:
-    """[tokens - 1][layers][top_k]: the sorted experts of prompt and response."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    """[tokens - 1][layers with experts][top_k]: the sorted experts of prompt and response."""
+    model, chosen = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), []
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(lambda gate, inputs, output: chosen.append(output[2]))
     with torch.no_grad():
-        ids = torch.tensor([[*prompt, *generation.token_ids]])
-        logits = model(ids, output_router_logits=True).router_logits
-    return torch.stack([table.topk(2).indices for table in logits], dim=1)[:-1].sort().values.tolist()
+        model(torch.tensor([[*prompt, *generation.token_ids]]))
+    return torch.stack(chosen, dim=1)[:-1].sort().values.tolist()
 
 
-def returned(generation) -> list:
-    return torch.tensor(generation.routed_experts).sort().values.tolist()
+def returned(generation, dense_layers=0) -> list:
+    return torch.tensor(generation.routed_experts[:, dense_layers:]).sort().values.tolist()
 
 
 ROUTING = Routing(layers=2, top_k=2, experts=EXPERTS)
 
 
-def test_the_experts_returned_are_those_that_transformers_chooses(servers, tiny_model):
+@pytest.mark.parametrize(("name", "dense_layers"), [("qwen3-moe", 0), ("glm4-moe", 1)])
+def test_the_experts_returned_are_those_that_transformers_chooses(servers, tiny_model, name, dense_layers):
     """For one request, for several by one, and where the cache had the prompt from a request that wanted none."""
+    routing = replace(ROUTING, dense_layers=dense_layers)
 
     async def ask(client):
         await client.read(PROMPT)
-        one = await client.generate(PROMPT, temperature=1.0, max_new_tokens=30, seed=1, routing=ROUTING)
+        one = await client.generate(PROMPT, temperature=1.0, max_new_tokens=30, seed=1, routing=routing)
         prompts = [PROMPT[5:40], PROMPT[:97]]
-        several = await client.generate_all(prompts, [2, 3], temperature=1.0, max_new_tokens=20, routing=ROUTING)
+        several = await client.generate_all(prompts, [2, 3], temperature=1.0, max_new_tokens=20, routing=routing)
         plain = await client.generate(PROMPT, temperature=1.0, max_new_tokens=5, seed=4)
         return zip([PROMPT, *prompts, PROMPT], [one, *several, plain], strict=True)
 
-    *routed, (_, plain) = on(servers["qwen3-moe"], ask)
+    *routed, (_, plain) = on(servers[name], ask)
     assert plain.routed_experts is None and routed[0][1].cached_tokens > 90
     for prompt, generation in routed:
-        directory = tiny_model("qwen3-moe", **MODELS["qwen3-moe"])
-        assert returned(generation) == chosen_by_transformers(directory, prompt, generation)
+        expected = chosen_by_transformers(tiny_model(name, **MODELS[name]), prompt, generation)
+        assert returned(generation, dense_layers) == expected
 
 
 def test_after_an_update_the_experts_of_all_tokens_are_those_of_the_new_weights(servers, tiny_model, tmp_path):
