@@ -261,6 +261,8 @@ class Policy:
             # The buffers and hooks of a wrapper cannot be removed from a model: build it again.
             weights = self._host_copies()
             self._wrapped, self.chunks = [], []
+            # A trainer process has left the first model out of collections.
+            gc.unfreeze()
             gc.collect()
             self.chunks = build_chunks(self.architecture, self.config, self.world)
             self._set_weights(weights)

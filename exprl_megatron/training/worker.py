@@ -21,7 +21,7 @@ from exprl_megatron.processes.heartbeat import beat
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.utils.accelerator import uses_cuda
-from exprl_megatron.utils.collector import collect_between_steps
+from exprl_megatron.utils.collector import collect, collect_between_steps
 from exprl_megatron.utils.files import write_atomically
 from exprl_megatron.utils.freed_memory import keep_freed_memory
 
@@ -109,6 +109,9 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     enter_world(config.policy.layout, config.seed, _longest_wait(config), key=read_key(registry.key_file))
     run = assemble(config, paths, registry, on_failure)
     logs.callback(run.close_logs, _CLOSE_LOGS_S)
+    # What the run is made of stays as well, but for what loading it has left.
+    collect()
+    collect_between_steps()
     run_stages(run)
     run.close()
     leave_world()
