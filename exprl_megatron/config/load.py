@@ -134,7 +134,8 @@ def _numbered_stage(tree: Any, key: str) -> str:
 
 
 def _stage_name(stages: ListConfig, place: int) -> str:
-    stage = OmegaConf.to_container(stages)[place]
+    listed = OmegaConf.to_container(stages)
+    stage = listed[place] if isinstance(listed, list) else None
     return str(stage.get("name") or stage.get("kind")) if isinstance(stage, dict) else ""
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from exprl_megatron.reporting.run_log import RunLog, duration
 from exprl_megatron.reporting.step_line import WIDTH, step_line
@@ -20,7 +20,7 @@ class Bar:
 
     def __init__(self, progress: Progress | None, total: int):
         self._progress = progress
-        self._tasks = {}
+        self._tasks: dict[str, TaskID] = {}
         self._total = total
 
     def advance(self, what: str) -> None:

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,7 +89,7 @@ class Trackers:
         report: Callable[[str], None],
         open_one: Callable[[TrackerName, TrackedRun], Tracker] = open_tracker,
     ):
-        self._threads = [_TrackerThread(name, lambda name=name: open_one(name, run), report) for name in names]
+        self._threads = [_TrackerThread(name, partial(open_one, name, run), report) for name in names]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Pass on `values` by tag; returns at once."""
