@@ -79,6 +79,8 @@ class RunLogger:
         paths = self._paths
         for stage, phases in stage_phases(read_timeline(paths.timeline)).items():
             self.log(f"{stage}: {bottleneck(phases)}")
+        if self._config.debug.assertions:
+            self.log(asserted.sentence())
         if not self._config.learns:
             self.log(
                 f"rollouts: {paths.journal} (debug.only is sampling: nothing was learned, and no model is written)"
