@@ -57,7 +57,12 @@ def test_the_example_as_it_is_passes_the_checks_of_a_start():
 @pytest.mark.slow
 def test_a_run_learns_from_rewards_of_the_users_own(trained_server, tiny_model, problems, tmp_path):
     model = tiny_model("qwen3")
-    config = load_config(CONFIG, overridden(tmp_path / "run", model, problems))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "metrics_from_elsewhere.py").write_text("def traced(step, groups): return {'step': step.step}\n")
+    metrics = "[examples.step_metrics:trusted_but_wrong, metrics_from_elsewhere:traced]"
+    mine = [f"plugin_path=[{elsewhere}]", f"step_metrics={metrics}"]
+    config = load_config(CONFIG, [*overridden(tmp_path / "run", model, problems), *mine])
     finish(start_ranks(config, {"policy": trained_server, "judge": trained_server}))
     paths = RunDirectory(config.directory)
     metrics = [json.loads(line)["metrics"] for line in paths.metrics.read_text().splitlines()]
@@ -80,6 +85,7 @@ def test_a_run_learns_from_rewards_of_the_users_own(trained_server, tiny_model, 
         assert found["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
         assert found["reward/term/length"] > 0
         assert found["own/longest_trace"] == max(len(sample.trace.token_ids) for sample in samples)
+        assert found["own/step"] == step
         assert 0 <= found["own/trusted_but_wrong"] <= 1
         assert math.isfinite(found["grad_norm"]) and found["grad_norm"] > 0
     # Both verifiers were asked: one counts words, the other compares numbers.

@@ -3,6 +3,8 @@
 import asyncio
 import sys
 import textwrap
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from helpers.graded import graded
@@ -10,13 +12,14 @@ from helpers.graded import graded
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.stages import ExprlOutcomeStage
 from exprl_megatron.config.verifying import VerifierConfig
-from exprl_megatron.errors import UserError
+from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import load_plugin
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.rollout.group import GradedTrace, Group, RewardTerm
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.training import judging_runtime
 from exprl_megatron.training.grading import verified, with_terms
 from exprl_megatron.training.own_rewards import own_terms, own_verifiers
 from exprl_megatron.training.sample_rewards import rewards_of
@@ -176,6 +179,51 @@ def test_a_term_that_is_no_finite_number_stops_the_run(module, returned):
     (own,) = own_terms("prime", stage.reward, 5.0, print).values()
     with pytest.raises(PluginError, match=r"reward of stage prime: mine:format \(.*mine.py, line 3\) returned "):
         asyncio.run(own.value(PROBLEM, TRACE))
+
+
+@pytest.fixture
+def runtime(module, monkeypatch, tmp_path):
+    """The judging runtime of a sparse stage whose verifier and one term are the user's."""
+    module("""
+        def verify(problem, trace): return Scored(float("4" in trace.text))
+        def none(problem, trace): raise OSError("no route")
+        def two(problem, trace): return 2
+    """)
+    monkeypatch.setattr(judging_runtime, "_verifier", lambda config: nullcontext())
+
+    def made(name: str):
+        stage = {
+            "kind": "sparse-rl",
+            "name": "sparse",
+            "steps": 1,
+            "problems": {"source": "x.jsonl", "domains": ["counting"]},
+            "reward": [{"term": "verifier"}, {"term": f"mine:{name}", "weight": 0.5}],
+        }
+        verifier = {"domains": {"counting": "mine:verify"}}
+        tree = {"directory": "run", "policy": {"model": "m"}, "verifier": verifier, "stages": [stage]}
+        config, said = check_config(tree, "test"), []
+        logger = SimpleNamespace(log=said.append)
+        return judging_runtime.JudgingRuntime(config, tmp_path, [], logger), config.stages[0], said
+
+    return made
+
+
+def test_a_run_grades_by_the_users_verifier_and_adds_the_terms_of_the_stage(runtime):
+    judging, stage, _ = runtime("two")
+    found = asyncio.run(judging.grade(stage, None)(PROBLEM, TRACE))
+    assert (found.judgement.value, found.reward) == (1.0, 2.0)
+    assert asyncio.run(judging.grade_by_answer()(PROBLEM, TRACE)).terms == ()
+    judging.check_abstentions(stage, 1, [Group("p", (found,))])
+
+
+def test_terms_that_fail_too_often_stop_the_run_with_the_users_line(runtime, tmp_path):
+    judging, stage, said = runtime("none")
+    found = asyncio.run(judging.grade(stage, None)(PROBLEM, TRACE))
+    assert found.reward is None and len(said) == 1
+    with pytest.raises(
+        RunStopped, match=r"none: verifier-error: mine:none failed at .*mine\.py, line 5, in none: OS"
+    ):
+        judging.check_abstentions(stage, 1, [Group("p", (found,))])
 
 
 def term(source: str, value: float | None, weight: float = 1.0) -> RewardTerm:
