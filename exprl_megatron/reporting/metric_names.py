@@ -36,10 +36,13 @@ SECTIONS = (
         "Reward",
         "of stages that sample; shares are of all traces or groups of the step",
         (
-            Metric("reward/mean", "mean score in [0, 1] of the traces that have one: the judge's, or the verifier's"),
-            Metric("reward/mixed_groups", "share of groups whose traces have different scores: only these teach"),
+            Metric(
+                "reward/mean",
+                "mean of the judge's or verifier's scores in [0, 1], or of the sums of a mixture (`reward`)",
+            ),
+            Metric("reward/mixed_groups", "share of groups whose traces have different rewards: only these teach"),
             Metric("reward/groups_with_success", "share of groups with a trace of score 1"),
-            Metric("reward/abstained", "share of traces without a score, which are out of the loss"),
+            Metric("reward/abstained", "share of traces without a reward, which are out of the loss"),
             Metric("reward/term/NAME", "mean of the term of this name, where a stage mixes several (`reward`)"),
             Metric("reward/overlong_punishment", "mean of what is added for length (`overlong_penalty`), 0 or less"),
             Metric("abstained/REASON", "share of traces without a score for this reason, such as `too-long`"),

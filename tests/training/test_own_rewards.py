@@ -220,9 +220,7 @@ def test_terms_that_fail_too_often_stop_the_run_with_the_users_line(runtime, tmp
     judging, stage, said = runtime("none")
     found = asyncio.run(judging.grade(stage, None)(PROBLEM, TRACE))
     assert found.reward is None and len(said) == 1
-    with pytest.raises(
-        RunStopped, match=r"none: verifier-error: mine:none failed at .*mine\.py, line 5, in none: OS"
-    ):
+    with pytest.raises(RunStopped, match=r"none: verifier-error: mine:none failed at .*mine\.py, line 5, in none: OS"):
         judging.check_abstentions(stage, 1, [Group("p", (found,))])
 
 
