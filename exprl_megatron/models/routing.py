@@ -1,13 +1,14 @@
 """Which experts a mixture sends its tokens to: the shape of that choice, and the numbers that hold it."""
 
 from dataclasses import dataclass
-from typing import Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Self
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, read_architecture
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _NARROW = 256
 """So many experts have ids of one byte."""
@@ -33,8 +34,11 @@ class Routing:
         return cls(architecture.layers, experts.chosen, experts.count, experts.dense_layers)
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> "np.dtype":
         """What ids are stored in: uint8 where that holds all, else int16."""
+        # The launcher imports this module and no library that computes.
+        import numpy as np
+
         return np.dtype(np.uint8 if self.experts <= _NARROW else np.int16)
 
     @property
