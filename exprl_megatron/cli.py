@@ -221,13 +221,17 @@ def leak_scan(
 
 @app.command()
 def doctor(
+    target: Annotated[
+        str | None, typer.Argument(help="A run's YAML or a recipe (llama3p3_70b): look for what it needs too.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
     gpus: Annotated[bool, typer.Option("--gpus", help="Want what a node with GPUs needs.")] = False,
 ) -> None:
     """Say what this machine has, and what each missing part prevents; exit status 1 where an essential part is."""
     from exprl_megatron.commands.doctor import examine, lacking, print_findings
+    from exprl_megatron.commands.run_needs import needs_of
 
-    findings = examine()
+    findings = [*examine(), *([] if target is None else needs_of(target))]
     print_findings(findings, as_json=json)
     if missing := lacking(findings, gpus):
         print(f"exprl: {', '.join(missing)} missing; the table says what for.", file=sys.stderr)

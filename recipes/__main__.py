@@ -11,8 +11,9 @@ import typer
 from exprl_megatron.errors import UserError
 from recipes import entrypoints, logs
 from recipes.catalog import MODELS
+from recipes.lookup import recipe_config
 from recipes.short_errors import shorten
-from recipes.trees import as_run_config, as_yaml
+from recipes.trees import as_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Experiment = Annotated[str, typer.Argument(help="Its id, or its title for the latest of that title.")]
@@ -31,13 +32,7 @@ def resolve(
     nodes: Annotated[int | None, typer.Option(help="(default: the recipe's own)")] = None,
 ) -> None:
     """Print a recipe's whole config, for `exprl plan FILE` or `exprl train FILE`."""
-    single = [entrypoint.__name__ for entrypoint in entrypoints.SINGLE]
-    if model not in MODELS or stage not in single:
-        raise UserError(
-            f"There is no recipe {stage} of {model}; models are {', '.join(MODELS)}, stages {', '.join(single)}."
-        )
-    made = getattr(MODELS[model], stage)(**({} if nodes is None else {"nodes": nodes}))
-    print(as_yaml(as_run_config(made.config, model)), end="")
+    print(as_yaml(recipe_config(f"{model}/{stage}", nodes)), end="")
 
 
 @app.command()

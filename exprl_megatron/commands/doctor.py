@@ -23,6 +23,8 @@ ESSENTIAL = ("Python", "torch", "megatron-core", "sglang", "SGLang kernels", "po
 """Parts without which no run is possible."""
 ESSENTIAL_ON_GPUS = (*ESSENTIAL, "GPUs", "transformer-engine", "accelerator")
 """Those, and what a node with GPUs is for."""
+NEEDED_BY_RUN = "run: "
+"""Parts of a run that was named begin so, and are essential."""
 VERBS = "libibverbs.so.1"
 PROVIDERS = "/etc/libibverbs.d"
 RDMA_DEVICES = "/dev/infiniband"
@@ -66,9 +68,13 @@ def examine() -> list[Finding]:
 
 
 def lacking(findings: list[Finding], gpus: bool) -> list[str]:
-    """The essential parts, of a node with `gpus` or of any machine, that are not there."""
+    """The essential parts, of a node with `gpus` or of any machine, and those of a named run, that are not there."""
     essential = ESSENTIAL_ON_GPUS if gpus else ESSENTIAL
-    return [finding.part for finding in findings if finding.part in essential and not finding.ok]
+    return [
+        finding.part
+        for finding in findings
+        if not finding.ok and (finding.part in essential or finding.part.startswith(NEEDED_BY_RUN))
+    ]
 
 
 def print_findings(findings: list[Finding], as_json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from exprl_megatron.commands.targets import as_file
 from exprl_megatron.errors import UserError
 
 WIDE = 160
@@ -16,7 +17,8 @@ WIDE = 160
 
 def plan_command(
     target: Annotated[
-        str | None, typer.Argument(help="A run's YAML, a model's directory, or a model's name, such as llama-3.3-70b.")
+        str | None,
+        typer.Argument(help="A run's YAML, a model's directory or name (llama-3.3-70b), or a recipe (llama3p3_70b)."),
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
     gpus: Annotated[
@@ -45,7 +47,8 @@ def plan_command(
         return
     if target is None:
         raise UserError("Nothing to plan is named; give a run's YAML, a model, or --against RUN.")
-    _plan(target, overrides or [], gpus, gpu, judge, train_only, stage, (prompt_tokens, response_tokens), top, json)
+    with as_file(target) as target:
+        _plan(target, overrides or [], gpus, gpu, judge, train_only, stage, (prompt_tokens, response_tokens), top, json)
 
 
 def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, lengths, top, as_json) -> None:

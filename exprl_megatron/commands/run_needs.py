@@ -1,0 +1,42 @@
+"""What a run needs of this machine beside the software: models, problem files, and GPUs."""
+
+from pathlib import Path
+
+from exprl_megatron.commands.doctor import NEEDED_BY_RUN, Finding
+from exprl_megatron.commands.targets import as_file
+from exprl_megatron.config.load import load_config
+from exprl_megatron.config.run import RunConfig
+from exprl_megatron.problems.sources import JSON_LINES, PARQUET
+
+
+def needs_of(target: str) -> list[Finding]:
+    """Return a finding for each model and problem file of the run `target`, a YAML file or a recipe.
+
+    Raises UserError where there is no such run.
+    """
+    with as_file(target) as file:
+        config = load_config(file)
+    models = {"policy.model": config.policy.model}
+    if config.needs_judge and config.judge is not None and config.judge.model is not None:
+        models["judge.model"] = config.judge.model
+    return [*(_model(key, path) for key, path in models.items()), *map(_problems, _sources(config))]
+
+
+def _model(key: str, path: str) -> Finding:
+    there = (Path(path) / "config.json").is_file()
+    part = f"{NEEDED_BY_RUN}{key}"
+    return Finding(part, there, path if there else f"{path} has no config.json", "" if there else "this run")
+
+
+def _sources(config: RunConfig) -> list[str]:
+    return list(dict.fromkeys(problems.source for problems in config.problem_sets()))
+
+
+def _problems(source: str) -> Finding:
+    """A path must be there; any other name may be of the hub, or of the user's own code."""
+    path, part = Path(source).expanduser(), f"{NEEDED_BY_RUN}problems"
+    if path.exists():
+        return Finding(part, True, source)
+    if path.suffix in JSON_LINES + PARQUET or source.startswith(("/", ".", "~")):
+        return Finding(part, False, f"there is no {source}", "this run")
+    return Finding(part, True, f"{source}, which is no path here: a data set of the hub, or a function")
