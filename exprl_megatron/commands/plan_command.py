@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from exprl_megatron.commands.targets import as_file
+from exprl_megatron.commands.named_runs import as_file
 from exprl_megatron.errors import UserError
 
 WIDE = 160

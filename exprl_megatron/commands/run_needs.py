@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from exprl_megatron.commands.doctor import NEEDED_BY_RUN, Finding
-from exprl_megatron.commands.targets import as_file
+from exprl_megatron.commands.named_runs import as_file
 from exprl_megatron.config.load import load_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.problems.sources import JSON_LINES, PARQUET

@@ -1,6 +1,7 @@
 """What a command is asked about: a run's YAML file, or a recipe by its name."""
 
 import difflib
+import importlib
 import importlib.util
 import tempfile
 from collections.abc import Iterator
@@ -61,6 +62,5 @@ def recipe_run(name: str) -> "RunConfig":
     """Return the run of a recipe. Raises UserError where NeMo-Run is not installed, or there is no such recipe."""
     if importlib.util.find_spec("nemo_run") is None:
         raise UserError(f"{name} is a recipe, and NeMo-Run is not installed; install exprl-megatron[launch].")
-    from recipes.lookup import recipe_config
-
-    return recipe_config(name)
+    # By name: the recipes are not part of this package.
+    return importlib.import_module("recipes.lookup").recipe_config(name)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from exprl_megatron.commands import doctor
+from exprl_megatron.commands.named_runs import is_recipe, recipe_names
 from exprl_megatron.commands.run_needs import needs_of
-from exprl_megatron.commands.targets import is_recipe, recipe_names
 from recipes.catalog import MODELS
 
 ROOT = Path(__file__).parents[2]
