@@ -83,6 +83,13 @@ def test_a_resumed_run_may_take_another_layout(tmp_path):
     directory.claim(config(tmp_path / "run", policy={"model": "m", "layout": {"tp": 2}}), resume=True).release()
 
 
+def test_a_run_that_was_asked_to_stop_is_not_asked_so_again_when_it_is_resumed(tmp_path):
+    directory = started(RunDirectory(tmp_path / "run"))
+    directory.stop_request.touch()
+    directory.claim(config(tmp_path / "run"), resume=True).release()
+    assert not directory.stop_request.exists()
+
+
 def test_a_directory_is_claimed_once(tmp_path):
     directory = RunDirectory(tmp_path / "run")
     claim = directory.claim(config(tmp_path / "run"), resume=False)

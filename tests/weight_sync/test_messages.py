@@ -13,7 +13,7 @@ from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.name_map import hf_shapes, parameters
 from exprl_megatron.models.shards import ITEMSIZE, copies, holders, shard_shape
 from exprl_megatron.planning.hardware import find_gpu
-from exprl_megatron.planning.sync_broadcast import plan_sync
+from exprl_megatron.planning.sync_broadcast import _pipelined, plan_sync
 from exprl_megatron.planning.sync_p2p import plan_direct
 from exprl_megatron.weight_sync.messages import rounds, stage_messages
 from exprl_megatron.weight_sync.weight_exporter import view
@@ -196,3 +196,8 @@ class TestPlanOf70B:
         assert max(plan.sent.values()) <= max(plan.shard.values()) + 7 * norms
         assert all(plan.held[rank] <= plan.shard[rank] + 2 * self.BUCKET for rank in plan.held)
         assert into[0] / 45e9 < plan.seconds <= 0.6
+
+
+def test_a_round_is_gathered_while_the_one_before_is_taken():
+    # 1 s for the first, then the slower of gathering a round and taking the one before, then taking the last.
+    assert _pipelined([1.0, 2.0, 9.0], [3.0, 4.0, 1.0]) == 1.0 + 3.0 + 9.0 + 1.0
