@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import exprl_megatron.policy  # noqa: F401 - prepares what a test imports of megatron.core, in whichever order
 from exprl_megatron.utils.accelerator import environment, missing_gpu_packages
 
 
