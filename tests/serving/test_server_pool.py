@@ -509,7 +509,9 @@ def test_a_server_that_fails_while_weights_are_pushed_is_not_asked_although_the_
             other.well, other.status = False, 500
             assert await who(pool, 1) == "policy-0", "asked again of the server that is left"
             await pool.commit("v1")
+            asked = other.asked.count("/get_model_info")
             assert [await who(pool, home) for home in range(2)] == ["policy-0"] * 2
+            assert other.asked.count("/get_model_info") == asked == 1
             other.well = True
             await until(lambda: pool._in_state("pending"))
             assert await pool.prepare("v1"), "it needs the weights first"
