@@ -168,7 +168,7 @@ def test_a_rank_is_started_with_the_environment_that_its_servers_arguments_deman
 
 
 class Started:
-    """In the place of a starter: keeps the environment of each rank, and starts nothing."""
+    """A starter: keeps the environment of each rank, and starts nothing."""
 
     def __init__(self):
         self.environments = {}

@@ -2,6 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -94,3 +95,25 @@ def test_one_token_of_other_weights_or_of_unknown_ones_is_refused(spans, allowed
 def test_a_trace_that_the_server_ended_early_is_refused():
     with pytest.raises(ServerError, match="ended sample 0 of problem p with 'abort' after 2 tokens"):
         sampled(Server(MIXED, finish="abort"), "v1", "v2")
+
+
+def test_all_requests_about_a_prompt_prefer_one_server_and_the_prompts_are_spread_over_all():
+    class Spread(Server):
+        homes: ClassVar[dict] = {}
+
+        async def ask(self, home, request):
+            self.home = home
+            return await request(self)
+
+        async def read(self, token_ids):
+            self.homes.setdefault(token_ids[0], set()).add(self.home)
+
+        async def generate(self, token_ids, seed, **sampling):
+            self.homes[token_ids[0]].add(self.home)
+            return await super().generate(token_ids, seed, **sampling)
+
+    prompts = [Prompt(f"p{i}", (i, 2, 3)) for i in range(3)]
+    server = Spread((("v1", 0, 2),))
+    groups = sample_groups(server, prompts, 2, SamplingConfig(), lambda problem, k: k, weight_versions=["v1"])
+    assert [len(group) for group in asyncio.run(groups)] == [2, 2, 2]
+    assert server.homes == {0: {0}, 1: {1}, 2: {2}}
