@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import exprl_megatron.policy  # isort: skip  # noqa: F401 - must be imported before Megatron
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
