@@ -56,7 +56,7 @@ def write_record(directory: Path, record: dict) -> None:
 
 
 def read_record(directory: str | Path) -> dict:
-    """What `write_record` wrote. Raises Damaged where the file is missing or holds anything else."""
+    """Read a record of `write_record`. Raises Damaged where the file is missing or has another content."""
     try:
         text = (Path(directory) / STATE).read_bytes().decode()
         record = json.loads(text)

@@ -27,7 +27,7 @@ class Gatherer:
         self.dtype = next(iter(self._local[0].values())).dtype
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What the Hugging Face tensor `name` is gathered in."""
+        """The dtype in which the Hugging Face tensor `name` is gathered."""
         return getattr(torch, dtype_of(name, str(self.dtype).removeprefix("torch.")))
 
     @torch.no_grad()

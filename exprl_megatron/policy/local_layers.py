@@ -11,7 +11,7 @@ from exprl_megatron.policy.rotation import rotation_table
 
 
 class RotationTable(RotaryEmbedding):
-    """What queries and keys are turned by (see rotation.py), made once for all layers."""
+    """The rotary embedding of queries and keys (see rotation.py), computed once for all layers."""
 
     def get_rotary_seq_len(self, context, decoder, hidden, config, packed_seq_params: PackedSeqParams | None = None):
         """What `forward` gets: the length of the padded rows, or of a packed row the lengths of its sequences."""

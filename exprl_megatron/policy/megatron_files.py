@@ -16,7 +16,7 @@ from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.stored_parameters import Stored, stored_parameters
 
 MEGATRON = "megatron"
-"""Where a converted directory keeps Megatron's files, beside config.json and tokenizer."""
+"""Subdirectory of Megatron's files in a converted model directory, next to config.json and tokenizer."""
 
 _OTHERS = re.compile(r"(optimizer|start)\..*|(random|common_state)/.*|.*\._extra_state/.*")
 """What a run's checkpoint holds beside the current weights."""

@@ -132,7 +132,7 @@ def attention_backend(environment: Mapping[str, str], dtype: torch.dtype) -> Att
 
 
 def _softmax_scale(architecture: Architecture) -> float | None:
-    """What products of queries and keys are multiplied by; None: Megatron's own 1 / sqrt(head_dim).
+    """The factor of the attention scores; None: Megatron's own 1 / sqrt(head_dim).
 
     YaRN's factor on queries and on keys is its square here. Transformer Engine's kernel that rotates packed rows takes
     no factor, and Megatron says nothing of it (rope_utils.py, apply_rotary_pos_emb). All of a head must rotate.

@@ -99,7 +99,7 @@ def _drop_quantized_copies(chunks: Iterable[torch.nn.Module]) -> None:
 
 
 def _optimizer_tensors(optimizer) -> Iterable[torch.Tensor]:
-    """What Megatron's optimizer steps, and the moments."""
+    """Yield the optimizer's main parameters and its moments."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = one.optimizer
         yield from (parameter for group in inner.param_groups for parameter in group["params"])

@@ -67,7 +67,7 @@ def _offload(config: OptimizerConfig) -> dict:
 
 
 def set_rates(optimizer: MegatronOptimizer, config: OptimizerConfig, learning_rate: float) -> None:
-    """What the next step uses. Megatron's `wd_mult` is 0 for vectors (norms, biases) and 1 for matrices."""
+    """Set the next step's rates. Megatron's `wd_mult` is 0 for vectors (norms, biases) and 1 for matrices."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         share = 1.0 if config.decay_norms_and_biases else group.get("wd_mult", 1.0)
@@ -75,7 +75,7 @@ def set_rates(optimizer: MegatronOptimizer, config: OptimizerConfig, learning_ra
 
 
 def separate_step_counters(optimizer: MegatronOptimizer) -> None:
-    """Gives every parameter its own step counter; to be called after loading a checkpoint.
+    """Give every parameter its own step counter; call after loading a checkpoint.
 
     DistributedOptimizer.load_state_dict hands one tensor to all of them, and torch's AdamW counts in place:
     each step would then count once for every parameter.

@@ -19,7 +19,7 @@ _key = ""
 
 
 def use_key(key: str | None) -> None:
-    """What this process's objects are sealed with from now on; without a key anyone could make them."""
+    """Set the key that authenticates this process's objects from now on; without a key anyone could make them."""
     global _key
     _key = key or ""
 
@@ -60,7 +60,7 @@ def send_object(item: Any, destination: int, group: dist.ProcessGroup) -> None:
 
 
 def receive_object(source: int, group: dist.ProcessGroup) -> Any:
-    """What rank `source` sends."""
+    """Receive the object that rank `source` sends."""
     size = torch.empty(1, dtype=torch.int64)
     dist.recv(size, source, group=group)
     data = torch.empty(int(size), dtype=torch.uint8)

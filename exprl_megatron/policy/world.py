@@ -46,7 +46,7 @@ class World:
 
 
 def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0, key: str | None = None) -> World:
-    """Joins the processes that torchrun (or srun, or nobody: then a world of one) started, as `layout` says.
+    """Join the processes that torchrun or srun started (otherwise a world of one rank) in the groups of `layout`.
 
     Tensors go over NCCL where CUDA is and over gloo elsewhere, objects over gloo (host_group). An existing torch
     process group is used as it is; groups of another layout are dropped first, so one set of processes can go through
