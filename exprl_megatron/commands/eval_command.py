@@ -25,7 +25,7 @@ def eval_command(
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of the samples.")] = 0.8,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longer samples are cut off. (default: 16384; 512 without a GPU)")
+        int | None, typer.Option(min=1, help="Longer samples are cut off. (default: 16384, without a GPU 512)")
     ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus of the samples.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Likeliest tokens to sample from; -1: all.")] = -1,
@@ -78,7 +78,7 @@ def eval_command(
         k=_ks(k, samples),
         sampling={
             "temperature": temperature,
-            "max_new_tokens": max_new_tokens or _max_new_tokens(),
+            "max_new_tokens": max_new_tokens or _max_new_tokens(model),
             "top_p": top_p,
             "top_k": top_k,
         },
@@ -161,11 +161,16 @@ def _pairs(texts: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def _max_new_tokens() -> int:
-    """Long enough for reasoning on GPUs; on a CPU short enough that a first try comes to its end."""
+def _max_new_tokens(model: Path) -> int:
+    """Half of the model's positions at most: long on GPUs, and on a CPU short enough that a first try ends."""
+    from exprl_megatron.models.architecture import read_architecture
     from exprl_megatron.utils.accelerator import uses_cuda
 
-    return 16384 if uses_cuda() else 512
+    longest = 16384 if uses_cuda() else 512
+    if not (model / "config.json").is_file():
+        # Refused later, in its own sentence.
+        return longest
+    return min(longest, read_architecture(model).max_positions // 2)
 
 
 def _dtype(name: str) -> str:

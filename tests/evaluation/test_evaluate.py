@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,3 +202,15 @@ def test_servers_replies_are_checked_as_those_of_a_run(tmp_path, tiny_model, mon
     assert client.vocabulary == asked.vocabulary > 0
     with pytest.raises(ValueError, match="text is not that of"):
         client.text_check.check(np.array([5, 6], np.int32), "anything else")
+
+
+def test_by_default_a_sample_has_at_most_half_of_the_model_s_positions(tiny_model, tmp_path):
+    from exprl_megatron.commands.eval_command import _max_new_tokens
+
+    # Of 1,024 positions; no GPU.
+    assert _max_new_tokens(tiny_model("qwen3")) == 512
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model("qwen3"), short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 512}
+    (short / "config.json").write_text(json.dumps(config))
+    assert _max_new_tokens(short) == 256
