@@ -52,7 +52,6 @@ class RunDirectory:
         or where a live process has it. A run that ended before it had anything to keep does not count.
         """
         known, begun = self.config.is_file(), self._holds_work()
-        config = self._resolved(config, begun)
         if begun and not resume:
             raise UserError(
                 f"The directory {self.root} already holds a run; "
@@ -64,6 +63,7 @@ class RunDirectory:
             raise UserError(f"The directory {self.root} holds other files; choose a new or empty directory.")
         if not known and resume:
             raise UserError(f"There is no run in {self.root} to resume; start it without --resume.")
+        config = self._resolved(config, begun)
         if config.permissions == "private":
             keep_private(self.root)
         self.root.mkdir(parents=True, exist_ok=True)

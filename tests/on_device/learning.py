@@ -169,6 +169,10 @@ class _Gradients:
     def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
         return self._named
 
+    def named_buffers(self) -> list[tuple[str, torch.Tensor]]:
+        """None: a router's bias has no gradient."""
+        return []
+
 
 def _gradient(policy: Policy) -> torch.Tensor:
     """The gradient in Hugging Face form: joined from Megatron's as weights are."""

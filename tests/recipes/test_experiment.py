@@ -80,7 +80,7 @@ def test_both_stages_run_from_the_config_that_lies_in_their_directory(site, reci
     for directory in runs:
         (site / directory / "config.yaml").touch()
     again = recipes(site, *TWO_STAGES, FAIL="none")
-    assert again.returncode == 1 and "runs/miniature/prime already holds a run" in again.stdout + again.stderr
+    assert again.returncode == 2 and "runs/miniature/prime already holds a run" in again.stdout + again.stderr
     assert recipes(site, *TWO_STAGES, "resume=True", FAIL="none").returncode == 0
     assert (site / "calls").read_text().endswith("train runs/miniature/sparse/resolved.yaml --resume\n")
 

@@ -169,8 +169,8 @@ def test_the_loader_of_a_server_connects_to_nobody_who_has_only_the_key_of_its_r
         with pytest.raises(BlockingIOError):
             listener.accept()
     log = qwen3_server.log_file.read_text(errors="replace")
-    assert log.count("an order to the weight loader is refused: it has no authentication code") >= 2
-    assert "an order to the weight loader is refused: it is for another start of this server" in log
+    assert log.count("a command to the weight loader is refused: it has no authentication code") >= 2
+    assert "a command to the weight loader is refused: it is for another start of this server" in log
     assert status(f"{qwen3_server.url}/health", None) == 200
 
 
