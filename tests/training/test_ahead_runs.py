@@ -186,7 +186,7 @@ def test_traces_held_in_place_go_on_those_cut_off_are_sampled_again_and_without_
         asyncio.run(abort())
         time.sleep(0.1)
         said += capfd.readouterr().out
-        return "policy-0 is out" in said or not ranks.running()
+        return "policy-0 is unhealthy" in said or not ranks.running()
 
     wait_until(cut_off, 300)
     learned = len(_metrics(config))
