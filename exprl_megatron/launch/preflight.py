@@ -27,10 +27,10 @@ def check_inputs(config: RunConfig) -> None:
 
     The user's own functions are called on small inputs; PluginError where one fails.
     """
-    use_plugin_path(config.plugin_path)
-    check_plugin_code(config)
     if found := half_installed():
         raise UserError(found)
+    use_plugin_path(config.plugin_path)
+    check_plugin_code(config)
     if found := [*missing_packages(config.trackers), *model_violations(config)]:
         raise UserError("\n".join(found))
     if config.policy.initialise == "weights":
