@@ -74,7 +74,7 @@ ratchet: setup
 docs: setup
 	.venv/bin/python -m sphinx -q -b html -W --keep-going docs build/docs
 
-# docs/config_keys.md, from the classes of the config.
+# docs/config_keys.md from the classes of the config, docs/metrics.md from tools/metric_names.py.
 reference: setup
 	.venv/bin/python tools/make_reference.py
 

@@ -1,11 +1,11 @@
-"""Writes docs/config_keys.md: every config key with its type, default and description, read from the config classes.
+"""Writes the pages of docs/ that list what is in the code.
 
-    python tools/make_reference.py [--check]
+docs/config_keys.md has every config key with its type, default and description, read from the config classes;
+docs/metrics.md has every metric, from metric_names.py.
 
-`--check` writes nothing and fails where the page is not what would be written.
+    python tools/make_reference.py
 """
 
-import argparse
 import ast
 import inspect
 import json
@@ -15,13 +15,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import metric_names
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "config_keys.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, METRICS_PAGE = DOCS / "config_keys.md", DOCS / "metrics.md"
 HEAD = """# Every config key
 
 Written by `make reference` from the classes in `exprl_megatron/config/`; [config.md](config.md) explains how the keys
@@ -166,14 +168,9 @@ def page() -> str:
 
 
 def main() -> None:
-    """Write the page, or with --check compare it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    written = page()
-    if not parser.parse_args().check:
-        PAGE.write_text(written, encoding="utf-8")
-    elif PAGE.read_text(encoding="utf-8") != written:
-        raise SystemExit(f"{PAGE} is not what the config classes say; run `make reference`.")
+    """Write both pages."""
+    PAGE.write_text(page(), encoding="utf-8")
+    METRICS_PAGE.write_text(metric_names.page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

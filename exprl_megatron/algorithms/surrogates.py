@@ -1,6 +1,7 @@
 """The policy's loss of each token: a built-in surrogate, or the user's (docs/extending.md)."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
@@ -11,10 +12,8 @@ from exprl_megatron.algorithms.losses import (
     probability_ratio,
     sequence_ratio,
 )
-from exprl_megatron.config.losses import LossConfig
+from exprl_megatron.config.losses import LossConfig, Surrogate
 from exprl_megatron.plugins.calling import Plugin, described
-
-BUILT_IN = ("clip", "sequence-clip", "clipped-weight")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def surrogate(
     """
     if micro.advantages is None:
         raise ValueError("the policy's loss needs advantages, but the batch carries none")
-    if config.surrogate not in BUILT_IN:
+    if config.surrogate not in get_args(Surrogate):
         loss = own_surrogate(config.surrogate, _batch(config, log_probs, old, micro))
         return loss, probability_ratio(log_probs, old), torch.zeros_like(loss)
     if config.surrogate == "sequence-clip":

@@ -20,6 +20,7 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.sources import is_own_source, load_problems
 from exprl_megatron.rollout.group import GradedTrace, Group, StepInfo
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.runs.directory import PLUGINS
 from exprl_megatron.training.own_metrics import own_step_metrics
 from exprl_megatron.training.own_rewards import OwnFunction, own_terms, own_verifiers
 
@@ -51,7 +52,7 @@ def _plugins(config: RunConfig) -> Iterator[tuple[str, str]]:
 def plugin_hashes(config: RunConfig) -> dict[str, str]:
     """Return the hash of the source of each plugin, under `plugins.PATH`. Raises PluginError."""
     use_plugin_path(config.plugin_path)
-    return {f"plugins.{path}": plugin_source(path).sha256 for path in sorted({*plugins_of(config).values()})}
+    return {f"{PLUGINS}{path}": plugin_source(path).sha256 for path in sorted({*plugins_of(config).values()})}
 
 
 def check_plugin_code(config: RunConfig) -> None:

@@ -3,29 +3,31 @@
 
 def unsupported(tree: dict) -> str | None:
     """The first such setting as a noun phrase; what is left out counts as transformers reads it."""
+    name = tree["architectures"][0]
     if tree.get("hidden_act", "silu") != "silu":
         return f"hidden_act {tree['hidden_act']}"
     if tree.get("use_sliding_window"):
         return "use_sliding_window"
-    if tree["architectures"][0] in ("MixtralForCausalLM", "MistralForCausalLM") and tree.get("sliding_window"):
+    if name in ("MixtralForCausalLM", "MistralForCausalLM") and tree.get("sliding_window"):
         return f"sliding_window {tree['sliding_window']}"
-    if tree["architectures"][0] == "MistralForCausalLM" and "sliding_window" not in tree:
+    if name == "MistralForCausalLM" and "sliding_window" not in tree:
         return "no sliding_window, which means a window of 4096 tokens"
-    if tree["architectures"][0] == "Glm4MoeForCausalLM" and (setting := _of_glm(tree)) is not None:
+    if name == "Glm4MoeForCausalLM" and (setting := _of_glm(tree)) is not None:
         return setting
     if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
         return "dense layers between its layers of experts"
-    normalised = tree["architectures"][0] == "MixtralForCausalLM" or tree.get("norm_topk_prob")
-    if tree.get("num_experts_per_tok") == 1 and normalised:
+    # transformers normalizes in Mixtral always, and in GLM-4.5 unless the config says otherwise.
+    normalized = name == "MixtralForCausalLM" or tree.get("norm_topk_prob", name == "Glm4MoeForCausalLM")
+    if tree.get("num_experts_per_tok") == 1 and normalized:
         return "one expert for each token, whose weight is always 1"
     if tree.get("mlp_bias"):
         return "mlp_bias"
-    if tree["architectures"][0] == "SeedOssForCausalLM":
+    if name == "SeedOssForCausalLM":
         if not tree.get("attention_bias", True):
             return "attention_bias false"
         if tree.get("attention_out_bias"):
             return "attention_out_bias"
-    elif tree["architectures"][0] not in ("Qwen2ForCausalLM", "Glm4MoeForCausalLM") and tree.get("attention_bias"):
+    elif name not in ("Qwen2ForCausalLM", "Glm4MoeForCausalLM") and tree.get("attention_bias"):
         return "attention_bias"
     if tree.get("quantization_config"):
         return "quantization_config"
@@ -38,8 +40,6 @@ def _of_glm(tree: dict) -> str | None:
         return "norm_topk_prob false, where Megatron's sigmoid router always makes weights sum to 1"
     if tree.get("n_group", 1) != 1 or tree.get("topk_group", 1) != 1:
         return f"n_group {tree.get('n_group', 1)} and topk_group {tree.get('topk_group', 1)}"
-    if tree.get("num_experts_per_tok", 8) == 1:
-        return "one expert for each token, whose weight is always 1"
     if tree.get("n_shared_experts", 1) != 1:
         return f"n_shared_experts {tree['n_shared_experts']}"
     if not 0 <= tree.get("first_k_dense_replace", 1) < tree.get("num_hidden_layers", 46):

@@ -16,13 +16,6 @@ from typing import Any, Protocol
 
 from exprl_megatron.config.tracking import TrackerName
 
-PACKAGES: Mapping[TrackerName, str] = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
-}
-"""The package that each tracker needs."""
 _CLOSE_S = 60.0
 _WAITING = 1_000
 """So many records wait for a tracker at most; further ones are left out for it."""
@@ -64,12 +57,12 @@ class Tracker(Protocol):
 
 
 def missing_packages(names: Sequence[TrackerName]) -> list[str]:
-    """One sentence for each tracker of `names` whose package is not installed."""
+    """One sentence for each tracker of `names` whose package, which has the tracker's name, is not installed."""
     return [
         f"trackers has {name}, whose package is not installed; install it with "
         f"`pip install 'exprl-megatron[{name}]'`, or leave it out."
         for name in names
-        if importlib.util.find_spec(PACKAGES[name]) is None
+        if importlib.util.find_spec(name) is None
     ]
 
 

@@ -154,7 +154,7 @@ class Run:
             self._coordinator.broadcast_run(lambda: self._rollouts.check_served())
         self._phases.switch_to_training()
         self._counted = {} if sampled is None else self._counts(stage, sampled)
-        if sampled is not None and self._logger is not None and self._rollouts is not None:
+        if sampled is not None and self._logger is not None:
             self._logger.sampled(stage, step, sampled.groups, self._rollouts.problem_texts(stage))
         self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress_after(sampled))
         return [] if sampled is None else sampled.groups

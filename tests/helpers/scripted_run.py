@@ -1,5 +1,6 @@
 """A run of one rank made by its own constructor, with whatever a test puts in place of its parts."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,36 @@ from exprl_megatron.training import run as module
 from exprl_megatron.training.run import RankZero, Run, ServerLinks
 
 NO_CONFIG = SimpleNamespace(directory="nowhere")
+
+
+class OneRank:
+    """The coordinator of a run of one rank; `stop` asks the run to stop."""
+
+    is_rank0 = True
+
+    def __init__(self):
+        self.stop = False
+
+    def broadcast_from_rank0(self, work):
+        return work()
+
+    on_rank0 = broadcast_from_rank0
+
+    def broadcast_run(self, start):
+        return self.run(start())
+
+    def run(self, coroutine):
+        return asyncio.run(coroutine)
+
+    def asked_to_stop(self):
+        return self.stop
+
+
+class OneRankOfResults(OneRank):
+    """Where what is scripted gives results instead of coroutines."""
+
+    def run(self, coroutine):
+        return coroutine
 
 
 class Silent:

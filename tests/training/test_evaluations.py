@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from helpers.graded import graded
+from helpers.scripted_run import OneRankOfResults
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from exprl_megatron.config.load import check_config
@@ -56,30 +57,11 @@ class Work:
         return True
 
 
-class Alone:
-    """The coordinator of one rank without servers."""
-
-    is_rank0 = True
-
-    def __init__(self):
-        self.stop = False
-
-    def broadcast_from_rank0(self, work):
-        return work()
-
-    on_rank0 = broadcast_from_rank0
-
-    def broadcast_run(self, start):
-        return self.run(start())
+class Coordinator(OneRankOfResults):
+    """Its work in the background is done at once, unless the run is asked to stop."""
 
     def start(self, coroutine):
         return Work(coroutine, self.stop)
-
-    def run(self, result):
-        return result
-
-    def asked_to_stop(self):
-        return self.stop
 
 
 class Servers:
@@ -134,7 +116,7 @@ class Evaluating(Run):
         for path in (paths.evaluations, paths.logs):
             path.mkdir(parents=True, exist_ok=True)
         self.config, self._progress = config, progress or RunProgress()
-        self._coordinator = Alone()
+        self._coordinator = Coordinator()
         self.servers = self._phases = self._prefetch = self._rollouts = Servers(self._coordinator)
         self._logger = RunLogger(config, paths, self._progress)
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._logger)

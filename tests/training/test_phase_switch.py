@@ -2,23 +2,11 @@
 
 import pytest
 import torch
+from helpers.scripted_run import OneRankOfResults
 
 from exprl_megatron.config.placement import PlacementConfig
 from exprl_megatron.policy.offload import TRAINING
 from exprl_megatron.training.phase_switch import PhaseSwitch
-
-
-class Alone:
-    """The coordinator of a run of one rank; what it runs is already done."""
-
-    def broadcast_run(self, start):
-        return start()
-
-    def broadcast_from_rank0(self, work):
-        return work()
-
-    def run(self, result):
-        return result
 
 
 class Parts:
@@ -52,7 +40,7 @@ class Parts:
 def switch_of():
     def make(kind):
         parts, made = Parts(), PhaseSwitch.__new__(PhaseSwitch)
-        made._config, made._coordinator = PlacementConfig(kind=kind), Alone()
+        made._config, made._coordinator = PlacementConfig(kind=kind), OneRankOfResults()
         made._pool = made._sync = made._offload = parts
         made._device, made._memory_stats = torch.device("cpu"), {}
         made._phase = None if kind == "colocated" else "learning"

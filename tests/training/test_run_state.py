@@ -1,13 +1,12 @@
 """What a run asks of its policy, its servers and its log, and what it knows afterwards; all of these are scripted."""
 
-import asyncio
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers.graded import graded
-from helpers.scripted_run import scripted_run
+from helpers.scripted_run import OneRank, scripted_run
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
@@ -15,29 +14,6 @@ from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training import run as module
-
-
-class Alone:
-    """The coordinator of a run of one rank."""
-
-    is_rank0 = True
-
-    def __init__(self):
-        self.stop = False
-
-    def broadcast_from_rank0(self, work):
-        return work()
-
-    on_rank0 = broadcast_from_rank0
-
-    def broadcast_run(self, start):
-        return asyncio.run(start())
-
-    def run(self, coroutine):
-        return asyncio.run(coroutine)
-
-    def asked_to_stop(self):
-        return self.stop
 
 
 class Parts:
@@ -105,7 +81,7 @@ def run_of(of_config, parts, progress=None, checkpoint=None, scorer=None):
     made = scripted_run(
         of_config,
         policy=parts,
-        coordinator=Alone(),
+        coordinator=OneRank(),
         servers={"phases": parts, "ref_scorer": scorer},
         rank_zero={"rollouts": parts, "prefetch": parts},
         progress=progress,

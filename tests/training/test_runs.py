@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from helpers.forking import starter
 from helpers.runs import finish, held_out, kill_when, run_config, start_ranks, wait_until, write_problems
+from metric_names import undocumented
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import Preempted
 from exprl_megatron.problems.order import problem_indices
-from exprl_megatron.reporting.metric_names import undocumented
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal

@@ -1,35 +1,17 @@
 """When a step's traces are there, servers are asked for their weights, before anything is learned."""
 
-import asyncio
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.scripted_run import scripted_run
+from helpers.scripted_run import OneRank, scripted_run
 
 from exprl_megatron.config.load import load_config
 from exprl_megatron.errors import WeightsReplaced
 from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.serving.shared_judge import SharedJudgeClient
 from exprl_megatron.training.rollouts import Rollouts
-
-
-class Alone:
-    """The coordinator of a run of one rank."""
-
-    is_rank0 = True
-
-    def broadcast_from_rank0(self, work):
-        return work()
-
-    on_rank0 = broadcast_from_rank0
-
-    def broadcast_run(self, start):
-        return self.run(start())
-
-    def run(self, coroutine):
-        return asyncio.run(coroutine)
 
 
 def sampling_run(pool, events):
@@ -43,7 +25,7 @@ def sampling_run(pool, events):
         take=lambda *_: events.append("traces") or SampledStep([], 2, Counter()),
     )
     parts = {"rollouts": rollouts, "prefetch": prefetch}
-    return scripted_run(coordinator=Alone(), servers={"phases": phases}, rank_zero=parts)
+    return scripted_run(coordinator=OneRank(), servers={"phases": phases}, rank_zero=parts)
 
 
 STAGE = SimpleNamespace(name="sparse", max_staleness=0)

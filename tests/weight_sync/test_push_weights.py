@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from helpers.scripted_run import OneRank
 
 from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.errors import ServerError, WeightsDiffer
@@ -14,19 +15,11 @@ from exprl_megatron.weight_sync.sync import WeightSync
 SUMS = {"a": "1", "b": "2"}
 
 
-class Alone:
-    """The coordinator of a run of one rank."""
-
-    is_rank0 = True
-
-    def broadcast_run(self, start):
-        return asyncio.run(start())
+class Alone(OneRank):
+    """With what a sync asks of its coordinator beside that."""
 
     def run_collective(self, on_rank0, on_others):
         on_rank0()
-
-    def run(self, coroutine):
-        return asyncio.run(coroutine)
 
     def start(self, coroutine):
         result = asyncio.run(coroutine)

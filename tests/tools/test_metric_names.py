@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from metric_names import SECTIONS, page, undocumented
 
-from exprl_megatron.reporting.metric_names import SECTIONS, page, undocumented
 from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.weight_sync.timing import SyncTimes
 
@@ -67,8 +67,6 @@ def test_names_that_were_never_written_are_not_known():
 
 
 def test_the_page_is_made_from_the_table_and_no_metric_is_there_twice():
-    assert (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8") == page(), (
-        "run python -m exprl_megatron.reporting.metric_names >docs/metrics.md"
-    )
+    assert (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8") == page(), "run `make reference`"
     entries = Counter(metric.name for section in SECTIONS for metric in section.metrics)
     assert max(entries.values()) == 1

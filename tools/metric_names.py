@@ -1,7 +1,4 @@
-"""Every metric that a run writes, and what it means; docs/metrics.md is metrics_page.md and this table.
-
-python -m exprl_megatron.reporting.metric_names >docs/metrics.md
-"""
+"""Every metric that a run writes, and what it means; docs/metrics.md is metrics_page.md and this table."""
 
 import re
 from collections.abc import Iterable
@@ -205,7 +202,3 @@ def page() -> str:
         lines += [f"| `{metric.name}` | {metric.meaning} |" for metric in section.metrics]
         lines.append("")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(page(), end="")
