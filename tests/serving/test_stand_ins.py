@@ -1,6 +1,7 @@
 """The packages that stand in for CUDA ones in servers on a machine without CUDA."""
 
 import importlib
+import os
 import struct
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exprl_megatron.serving.server_command import STAND_INS
+from exprl_megatron.serving.server_command import STAND_INS, server_environment
 
 ROOT = Path(__file__).parents[2]
 _OURS = ("exprl_placeholder", "sgl_kernel", "torchvision")
@@ -104,3 +105,20 @@ def test_a_built_wheel_carries_every_stand_in_and_plugin(tmp_path):
         carried = {n for n in zipfile.ZipFile(wheel).namelist() if place in n}
         assert carried == {name for name in tracked if place in name}
         assert any(name.endswith("dist-info/entry_points.txt") for name in carried)
+
+
+ACTIVATED = """
+import exprl_sglang_on_cpu
+exprl_sglang_on_cpu.activate()
+from torch.distributed.distributed_c10d import Backend
+from exprl_megatron.utils import gloo_device
+print(Backend._plugins["GLOO"].creator_fn is gloo_device._group)
+"""
+
+
+def test_the_groups_of_a_server_on_a_cpu_share_a_gloo_device():
+    environment = server_environment(os.environ, cuda=False)
+    done = subprocess.run(
+        [sys.executable, "-c", ACTIVATED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split()[-1:] == ["True"], done.stderr[-2000:]

@@ -183,6 +183,28 @@ def test_objects_are_looked_through_at_the_end_of_a_step(tmp_path, monkeypatch):
     assert parts.events == [("update", 1.0), "collect"]
 
 
+def test_a_finished_step_is_logged_with_what_rollouts_measured_of_it(tmp_path, monkeypatch):
+    of_config, parts = config(tmp_path, {"name": "a"}), Parts()
+    monkeypatch.setattr(parts, "take_memory_stats", dict, raising=False)
+    taken = lambda *place: {"servers/lost": 1.0, "gate/auroc": 0.5} if place == ("a", 1) else {}  # noqa: E731
+    monkeypatch.setattr(parts, "take_metrics", taken, raising=False)
+    made, logged = run_of(of_config, parts), []
+    made._logger = SimpleNamespace(span=lambda *_: None, step_done=lambda *step: logged.append(step))
+    with made.step(of_config.stages[0], 1) as metrics:
+        metrics["loss"] = 2.0
+    ((stage, step, found),) = logged
+    assert (stage.name, step) == ("a", 1)
+    assert found.keys() - {"seconds/step"} == {"loss", "servers/lost", "gate/auroc"}
+
+
+def test_traces_of_a_step_are_given_to_the_trackers_with_their_problems(tmp_path):
+    of_config, parts = config(tmp_path, {"name": "a"}), Parts(_sampled())
+    made, shown = run_of(of_config, parts), []
+    made._logger = SimpleNamespace(span=lambda *_: None, sampled=lambda *traces: shown.append(traces))
+    made.graded_groups(of_config.stages[0], 1)
+    assert shown == [(of_config.stages[0], 1, parts.sampled.groups, {})]
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_once_and_is_then_left_out_without_a_new_version(tmp_path):
     parts = Parts()
     parts.norm = None

@@ -263,3 +263,14 @@ def test_with_servers_of_its_own_the_judge_grades_while_others_are_sampled():
     asyncio.run(made.collect(of_stage, 1, 0, ["v0"]))
     assert "judge's weights" not in events
     assert events.index(f"grade p{int(drawn(of_stage, 0, 2)[1][1:])}") < events.index(f"grade p{slow}")
+
+
+def test_the_gate_the_servers_and_the_loop_have_metrics_of_a_step():
+    rollouts = Rollouts.__new__(Rollouts)
+    rollouts._pool = SimpleNamespace(take_metrics=lambda: {"servers/serving": 2.0})
+    rollouts.loop_lag = SimpleNamespace(take=lambda: 0.25)
+    gate = {("prime", 3): {"gate/auroc": 0.9}}
+    rollouts._judging = SimpleNamespace(take_gate_metrics=lambda *place: gate.get(place, {}))
+    assert rollouts.take_metrics("prime", 3) == {"servers/serving": 2.0, "loop/lag_max_s": 0.25, "gate/auroc": 0.9}
+    rollouts._pool = None
+    assert rollouts.take_metrics("prime", 4) == {"loop/lag_max_s": 0.25}

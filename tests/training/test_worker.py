@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
 from exprl_megatron.config.load import check_config
+from exprl_megatron.serving.registry import Registry
 from exprl_megatron.training.worker import _longest_wait
 
 # Forks a rank for each (directory, whether its main thread hangs as in a collective while something beside it fails,
@@ -134,3 +137,41 @@ def _waits(segments, tokens, **changes):
     server, judge = config.server, config.judge
     others = [server.start_deadline_s, server.request_deadline_s, config.sync.deadline_s, judge.server.start_deadline_s]
     return _longest_wait(config), sum(others) + judge.rubric.deadline_s + 60
+
+
+def test_a_rank_leaves_what_it_starts_with_out_of_collections_before_it_learns(tmp_path, monkeypatch):
+    """Twice: of the libraries before anything is built, and of what the run is made of."""
+    from exprl_megatron.plugins import loading
+    from exprl_megatron.policy import world
+    from exprl_megatron.runs import directory
+    from exprl_megatron.training import assemble, loop, worker
+
+    events = []
+
+    def noting(event, result=None):
+        return lambda *_, **__: events.append(event) or result
+
+    run = SimpleNamespace(close=noting("close"), close_logs=noting("close logs"))
+    policy = SimpleNamespace(layout=None)
+    config = SimpleNamespace(plugin_path=("own",), policy=policy, seed=0)
+    for module, name, event, result in (
+        (worker, "keep_freed_memory", "keep memory", None),
+        (worker, "collect_between_steps", "freeze", None),
+        (worker, "collect", "collect", None),
+        (worker, "read_key", "key", None),
+        (worker, "_longest_wait", "wait", 1.0),
+        (worker, "uses_cuda", "cuda?", False),
+        (directory, "read_config", "config", config),
+        (world, "enter_world", "enter", None),
+        (world, "leave_world", "leave", None),
+        (assemble, "assemble", "assemble", run),
+        (loop, "run_stages", "learn", None),
+    ):
+        monkeypatch.setattr(module, name, noting(event, result))
+    monkeypatch.setattr(loading, "use_plugin_path", lambda path: events.append(f"search {path[0]}"))
+    monkeypatch.setattr(worker.gc, "disable", noting("no collections"))
+    with ExitStack() as logs:
+        worker.work(tmp_path, Registry(tmp_path / "servers"), lambda error: None, logs)
+    kept = ["no collections", "keep memory", "freeze", "search own", "enter", "assemble", "collect", "freeze", "learn"]
+    assert [event for event in events if event in kept] == kept
+    assert events[-3:] == ["close", "leave", "close logs"]
