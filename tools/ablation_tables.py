@@ -1,9 +1,8 @@
-"""Results of a study of several arms and seeds: pooled pass@k and paired differences, tables, curves."""
+"""Results of a study of several arms and seeds: pooled pass@k, paired differences, tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
@@ -158,9 +157,8 @@ def tables(arms: Sequence[Arm], ablations: Sequence[str]) -> str:
         _table(others, _ABLATION_COLUMNS),
         _differences(others),
         "pass@1 of these tables after both stages:\n\n![pass@1 of every arm with its interval](study/pass.svg)",
-        "The share of groups with a success by the verifier over the steps of both stages; a line is the mean of the "
-        "seeds, and its shade reaches from the lowest to the highest seed. `process` is under `process-bonus`, whose "
-        "curves are the same:",
+        "The share of groups with a success by the verifier over the steps of both stages, a panel for each arm: a "
+        "thin line is a seed, the thick one the mean of the seeds, and the dashed line marks the start of stage 2:",
         f"![Curves of both stages](study/curves.svg)\n\nFinished runs: {sum(len(arm.runs) for arm in arms)}.",
     ]
     return "\n\n".join(part for part in parts if part)
@@ -170,28 +168,6 @@ def _split(arms: Sequence[Arm], ablations: Sequence[str]) -> tuple[list[Arm], li
     """The rivals; the ablations with the arms that they are compared with."""
     rivals = [arm for arm in arms if arm.name not in ablations]
     return rivals, [arm for arm in arms if arm.name in ablations or arm.name in ("process", "sft")]
-
-
-def curves(arms: Sequence[Arm], path: Path) -> None:
-    """Groups with a success (by the verifier) over the steps of both stages: the mean of the seeds and their range."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, stage, title in zip(axes, ("prime", "sparse"), ("stage 1", "stage 2"), strict=True):
-        for number, arm in enumerate(arms):
-            values = arm.curve(stage, SUCCESSES)
-            if values.size:
-                steps, color = range(1, values.shape[1] + 1), f"C{number}"
-                axis.plot(steps, values.mean(axis=0), color=color, label=arm.name)
-                axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
-        axis.set(title=title, xlabel="step")
-    axes[0].set_ylabel("groups with a success")
-    axes[1].legend(fontsize=7)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
 
 
 def _table(arms: Sequence[Arm], columns: dict) -> str:

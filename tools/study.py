@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from ablation_tables import Arm, Evaluated, curves, results, tables
-from study_picture import draw, read_tables
+from ablation_tables import Arm, Evaluated, results, tables
+from study_picture import draw, draw_curves, read_tables
 
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.run import RunConfig
@@ -98,8 +98,7 @@ def report(study: dict, runs: list[StudyRun]) -> None:
     (ROOT / study["directory"] / "results.json").write_text(
         json.dumps(results(arms, tuple(study["ablations"])), indent=1)
     )
-    CURVES.parent.mkdir(parents=True, exist_ok=True)
-    curves(arms, CURVES)
+    draw_curves(arms, ("prime", "sparse"), CURVES)
     text = tables(arms, tuple(study["ablations"]))
     before, _, rest = DOCUMENT.read_text().partition(BEGIN)
     draw(read_tables(text), PASS)

@@ -9,14 +9,13 @@ from ablation_tables import (
     SUCCESSES,
     Arm,
     Evaluated,
-    curves,
     paired_difference,
     pooled_pass_at_k,
     results,
     tables,
 )
 from scipy import stats
-from study_picture import Measured, draw, read_tables
+from study_picture import Measured, draw, draw_curves, read_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +89,7 @@ def test_an_interrupted_seed_shortens_its_arms_curve():
     assert arm.curve("prime", SUCCESSES).tolist() == [[0.0, 0.5], [0.0, 0.0]]
 
 
-def test_tables_and_curves_show_every_arm(tmp_path):
+def test_tables_show_every_arm():
     arms = [
         Arm("sft", [run("sft", 1, 2, [])]),
         Arm("grpo", [run("grpo", seed, 2, [1.0, 0.5]) for seed in (1, 2)]),
@@ -104,12 +103,21 @@ def test_tables_and_curves_show_every_arm(tmp_path):
     assert "bonus" not in rivals
     assert "| bonus | 1 |" in ablations
     assert "| bonus - sft | 1, 1 |" in ablations
-    curves(arms, tmp_path / "curves.svg")
-    assert "<svg" in (tmp_path / "curves.svg").read_text()
     found = results(arms, ("bonus",), ks=(1, 4))
     assert found["arms"]["bonus"]["final"]["pass@4"]["mean"] == 0.5
     pairs = {(each["arm"], each["against"]) for each in found["differences"]}
     assert pairs == {("grpo", "sft"), ("bonus", "sft")}
+
+
+def test_curves_have_a_panel_for_each_arm_with_a_line_for_each_seed_and_one_for_their_mean(tmp_path):
+    names = ("sft", "grpo", "outcome", "process", "bonus")
+    arms = [Arm(name, [run(name, seed, 2, [] if name == "sft" else [1.0, 0.5]) for seed in (1, 2)]) for name in names]
+    draw_curves(arms, ("prime", "sparse"), tmp_path / "curves.svg")
+    svg = (tmp_path / "curves.svg").read_text()
+    # Five arms in two rows of four panels; three panels are not drawn.
+    assert svg.count('<g id="axes_') == len(names)
+    assert all(f"<!-- {name} -->" in svg for name in names)
+    assert svg.count("stroke-opacity: 0.55") == 4 * 2, "the seeds of the arms that sampled"
 
 
 def test_every_arm_draws_as_many_samples_as_any_other(study):
