@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -22,6 +23,8 @@ FAMILIES = {
     "SeedOssForCausalLM": "seed-oss",
     "Glm4MoeForCausalLM": "glm4-moe",
 }
+SLIDING, FULL = "sliding_attention", "full_attention"
+"""Layers whose tokens see a window of those before them, and layers whose tokens see all."""
 _WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")
 
 
@@ -77,23 +80,37 @@ class Architecture:
     """None: a dense MLP of width `ffn` in every layer."""
     rotary_share: float = 1.0
     """Share of a head's dimensions, the first ones, that turn with the position."""
+    layer_types: tuple[str, ...] = ()
+    """Of each layer what its attention is, in config.json's words, where layers differ in it; (): they do not."""
+    window: int | None = None
+    """Of how many tokens, itself the last of them, a token's attention sees those of `sliding_attention` layers, whose
+    positions are not stretched; None: all layers see all tokens."""
     left_out: tuple[str, ...] = ()
     """Prefixes of the names of tensors that a policy has no use for, as those of multi-token prediction: they are not
     loaded, and an exported model has them as the original has."""
 
     def of_layer(self, layer: int) -> "Architecture":
         """The model all of whose layers are like layer number `layer`, counted from 0."""
-        if self.experts is None or not self.experts.dense_layers:
-            return self
-        experts = replace(self.experts, dense_layers=0) if layer >= self.experts.dense_layers else None
-        return replace(self, experts=experts)
+        found = self
+        if self.experts is not None and self.experts.dense_layers:
+            experts = replace(self.experts, dense_layers=0) if layer >= self.experts.dense_layers else None
+            found = replace(found, experts=experts)
+        if not self.layer_types:
+            return found
+        if self.layer_types[layer] == SLIDING:
+            return replace(found, layer_types=(), rope_scaling=None)
+        return replace(found, layer_types=(), window=None)
 
     def kinds(self, layers: Iterable[int] | None = None) -> dict["Architecture", int]:
         """What `of_layer` gives for `layers` (None: for all), and for how many of them."""
-        numbers = range(self.layers) if layers is None else list(layers)
-        dense = sum(layer < self.experts.dense_layers for layer in numbers) if self.experts else 0
-        counts = {self.of_layer(0): dense, self.of_layer(self.layers - 1): len(numbers) - dense}
-        return {kind: count for kind, count in counts.items() if count}
+        first: dict[tuple[bool, str | None], int] = {}
+        counts: Counter[tuple[bool, str | None]] = Counter()
+        for layer in range(self.layers) if layers is None else layers:
+            dense = self.experts is not None and layer < self.experts.dense_layers
+            mark = dense, self.layer_types[layer] if self.layer_types else None
+            first.setdefault(mark, layer)
+            counts[mark] += 1
+        return {self.of_layer(first[mark]): count for mark, count in counts.items()}
 
     @property
     def attention_factor(self) -> float:

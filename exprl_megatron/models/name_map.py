@@ -168,6 +168,12 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def layers_are_alike(architecture: Architecture) -> bool:
+    """Whether all layers have the same tensors (what they compute may differ)."""
+    every = [_layer_shapes(kind) for kind in architecture.kinds()]
+    return all(shapes == every[0] for shapes in every)
+
+
 def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """The tensors of a layer, in the order of export."""
     hidden, ffn = architecture.hidden, architecture.ffn

@@ -1,10 +1,10 @@
 """Where Megatron's torch_dist files keep each parameter of the table of names.
 
 The files know no layout. A parameter of the decoder's layers is in one tensor with those of all other layers,
-[layers, ...], one of an expert in one with all experts of all layers, [layers, experts, ...]; where layers differ, each
-layer has tensors of its own, without the first dimension. What tensor parallelism
-cuts is put together again: what a single rank would hold. Only an embedding or output layer keeps the rows that
-padded it in the layout that wrote it.
+[layers, ...], one of an expert in one with all experts of all layers, [layers, experts, ...]; where layers' tensors
+differ, each layer has tensors of its own, without the first dimension. What tensor parallelism cuts is put together
+again: what a single rank would hold. Only an embedding or output layer keeps the rows that padded it in the layout
+that wrote it.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import GateUp, Parameter, Vocabulary, hf_shapes, parameters
+from exprl_megatron.models.name_map import GateUp, Parameter, Vocabulary, hf_shapes, layers_are_alike, parameters
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
@@ -48,10 +48,13 @@ class Stored:
 def stored_parameters(architecture: Architecture) -> list[Stored]:
     """Every parameter once, in the order of the table."""
     shapes = hf_shapes(architecture)
-    return [_stored(parameter, shapes, architecture) for parameter in parameters(architecture, Layout())]
+    alike = layers_are_alike(architecture)
+    return [_stored(parameter, shapes, architecture, alike) for parameter in parameters(architecture, Layout())]
 
 
-def _stored(parameter: Parameter, shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> Stored:
+def _stored(
+    parameter: Parameter, shapes: dict[str, tuple[int, ...]], architecture: Architecture, alike: bool
+) -> Stored:
     parts = [shapes[name] for name in parameter.hf_names]
     shape = (sum(part[0] for part in parts), *parts[0][1:])
     key = parameter.name
@@ -59,7 +62,7 @@ def _stored(parameter: Parameter, shapes: dict[str, tuple[int, ...]], architectu
     counts: tuple[int, ...] = ()
     if layer := _LAYER.fullmatch(key):
         prefix = "decoder.layers."
-        if len(architecture.kinds()) > 1:
+        if not alike:
             prefix += f"{layer[1]}."
         else:
             index, counts = (int(layer[1]),), (architecture.layers,)
