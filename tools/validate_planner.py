@@ -11,10 +11,10 @@ from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.models.architecture import Architecture, Experts
 from exprl_megatron.models.flops import linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu, find_gpu
-from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
-from exprl_megatron.planning.practice import Practice
+from exprl_megatron.planning.links import NIC_EFFICIENCY, NVLINK_EFFICIENCY
 from exprl_megatron.planning.rl_time import PlannedStepTime, sampling_time, step_time
-from exprl_megatron.planning.serving_time import Lengths, ServerHardware
+from exprl_megatron.planning.serving_time import LengthDistribution, ServerHardware
+from exprl_megatron.planning.trainer_features import TrainerFeatures
 from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, training_time
 
 PUBLISHED = Path(__file__).with_name("published_throughput.json")
@@ -39,7 +39,7 @@ class Comparison:
         """Model, GPUs, precision and layout in one line."""
         row = self.row
         layout = " ".join(f"{k}{v}" for k, v in row["layout"].items() if isinstance(v, int) and v is not True)
-        extra = " ".join(name for name in ("fsdp", "lora") if row["practice"].get(name))
+        extra = " ".join(name for name in ("fsdp", "lora") if row["features"].get(name))
         parts = (row["model"], f"{row['gpus']}x{row['gpu']}", row["precision"], layout, extra)
         return " ".join(part for part in parts if part) + f" seq {row['sequence_length']} batch {row['global_batch']}"
 
@@ -92,7 +92,7 @@ def compare(row: dict, models: dict) -> Comparison:
         global_tokens=row["global_batch"] * length,
         micro_batch_tokens=row["micro_batch"] * length,
         gpu=find_gpu(row["gpu"]),
-        practice=Practice(**row["practice"]),
+        features=TrainerFeatures(**row["features"]),
     )
     published = row.get("tokens_per_s_per_gpu")
     if published is None:
@@ -149,7 +149,7 @@ def compare_step(row: dict, models: dict) -> StepComparison:
             problems=row["problems"],
             traces=row["traces"],
             prompt_tokens=PROMPT_TOKENS,
-            answers=Lengths(row["mean_length"] - PROMPT_TOKENS, row["bound"] - PROMPT_TOKENS),
+            answers=LengthDistribution(row["mean_length"] - PROMPT_TOKENS, row["bound"] - PROMPT_TOKENS),
         ),
         judging_s=0.0,
         log_probs=[forward, forward],
@@ -176,11 +176,11 @@ def _refit_seconds(architecture: Architecture, layout: Layout, gpu: Gpu, *, colo
     """
     size = weight_bytes(architecture, each)
     if not colocated:
-        return size / (gpu.nic_bytes_per_s * NIC_SHARE) + size / (gpu.nvlink_bytes_per_s * NVLINK_SHARE)
+        return size / (gpu.nic_bytes_per_s * NIC_EFFICIENCY) + size / (gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
     holders = layout.tp * layout.pp * max(1, layout.ep // layout.tp)
     outside = max(0.0, 1 - gpu.gpus_per_node / holders)
-    inside = size * (1 - outside) / (gpu.nvlink_bytes_per_s * NVLINK_SHARE)
-    return inside + size * outside / (gpu.nic_bytes_per_s * NIC_SHARE)
+    inside = size * (1 - outside) / (gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
+    return inside + size * outside / (gpu.nic_bytes_per_s * NIC_EFFICIENCY)
 
 
 def step_comparisons(path: Path = PUBLISHED) -> list[StepComparison]:

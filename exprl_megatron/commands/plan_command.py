@@ -59,11 +59,11 @@ def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, leng
     from rich.console import Console
 
     from exprl_megatron.planning.hardware import find_gpu
-    from exprl_megatron.planning.plan_record import plan_record
+    from exprl_megatron.planning.plan_json import plan_to_dict
     from exprl_megatron.planning.plan_report import print_plan
-    from exprl_megatron.planning.plan_request import study
+    from exprl_megatron.planning.plan_request import plan_target
 
-    found = study(
+    found = plan_target(
         target,
         overrides,
         find_gpu(gpu_name or "h100"),
@@ -74,7 +74,7 @@ def _plan(target, overrides, gpus, gpu_name, judge, train_only, stage_name, leng
         lengths=lengths,
     )
     if as_json:
-        print(json_format.dumps(plan_record(found, top), indent=1))
+        print(json_format.dumps(plan_to_dict(found, top), indent=1))
     else:
         # Without a terminal tables are as wide as they need, unless COLUMNS says how wide that is.
         narrow = sys.stdout.isatty() or "COLUMNS" in os.environ

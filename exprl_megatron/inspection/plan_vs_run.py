@@ -18,7 +18,7 @@ from exprl_megatron.reporting.fitted_table import print_fitted
 
 MEASURED = {
     "sample and judge": ("sample", "judge"),
-    "log-probs": ("score start", "log-probs"),
+    "log-probs": ("ref log-probs", "log-probs"),
     "train": ("train",),
     "reshard": ("reshard",),
 }

@@ -7,7 +7,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.hardware import GIB, Gpu
-from exprl_megatron.planning.memory import CONTEXT, GRAPH_BYTES, GROUP, groups
+from exprl_megatron.planning.memory import CONTEXT, GRAPH_BYTES, GROUP, communicators
 from exprl_megatron.planning.parameters import model_parameters
 from exprl_megatron.planning.phases import Phase
 
@@ -19,10 +19,10 @@ def sleeping_server_bytes(server: ServerConfig) -> float:
 
 def sleeping_trainer_bytes(policy: PolicyConfig) -> float:
     """Of a trainer's rank whose weights, gradients and optimizer are away: its context and communicators."""
-    return CONTEXT + GROUP * groups(policy.layout)
+    return CONTEXT + GROUP * communicators(policy.layout)
 
 
-def beside_sleepers(phases: list[Phase], config: RunConfig, architecture: Architecture) -> list[Phase]:
+def with_sleeping_side(phases: list[Phase], config: RunConfig, architecture: Architecture) -> list[Phase]:
     """`phases` of a colocated run, each with what the other side holds on the same GPU meanwhile.
 
     While weights travel the trainer holds no gradients and no optimizer, and the servers hold their weights.
@@ -54,7 +54,7 @@ def server_faults(phases: list[Phase], server: ServerConfig, gpu: Gpu) -> list[s
     ]
 
 
-def beside_sleeping_server(config: RunConfig, gpu: Gpu) -> Gpu:
+def gpu_left_for_trainer(config: RunConfig, gpu: Gpu) -> Gpu:
     """`gpu` as large as the trainer of `config` finds it while it learns."""
     if config.placement.kind == "separate" or not config.needs_sampling_servers:
         return gpu

@@ -34,7 +34,7 @@ class Gpu:
     multiprocessors: int
     fp8_kinds: frozenset[str]
     """The precision kinds that its tensor cores run."""
-    short_products: tuple[float, float] | None = None
+    short_gemm_efficiency: tuple[float, float] | None = None
     """What a product reaches of the BF16 and the FP8 peak for some milliseconds, before power limits the clock.
     None on Hopper, whose sustained shares are calibrated (kernels.py)."""
 
@@ -106,7 +106,7 @@ GPUS: dict[str, Gpu] = {
         gpus_per_node=8,
         multiprocessors=148,
         fp8_kinds=_BLACKWELL,
-        short_products=(0.776, 0.763),
+        short_gemm_efficiency=(0.776, 0.763),
     ),
     # GB200 NVL72 datasheet: 360 / 720 PFLOP/s sparse BF16 / FP8, 576 TB/s over 72 GPUs in one NVLink domain;
     # NVLink-C2C 900 GB/s both ways between a Grace CPU (LPDDR5X at 512 GB/s) and its two GPUs. Short products: 1,822
@@ -125,7 +125,7 @@ GPUS: dict[str, Gpu] = {
         gpus_per_node=72,
         multiprocessors=148,
         fp8_kinds=_BLACKWELL,
-        short_products=(0.729, 0.723),
+        short_gemm_efficiency=(0.729, 0.723),
     ),
 }
 

@@ -1,6 +1,7 @@
 """How long one GPU computes: matrix products, attention, and passes over memory.
 
-Two kinds of figures: `Shares` of a datasheet peak, three of them calibrated (docs/time_model.md), and counts of bytes.
+Two kinds of figures: shares of a datasheet peak (`KernelEfficiency`), three of them calibrated (docs/time_model.md),
+and counts of bytes.
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ TILE = (128, 256)
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What kernels reach of a peak."""
+class KernelEfficiency:
+    """The shares of a datasheet peak that kernels reach."""
 
     gemm_bf16: float = 0.723
     """Calibrated: long BF16 products on Hopper, of the dense BF16 peak."""
@@ -29,14 +30,14 @@ class Shares:
     attention_blackwell: tuple[float, float] = (0.55, 0.47)
     """The same on Blackwell for some milliseconds: exponentials did not grow with products. cuDNN in the
     FlashAttention-4 paper (1,613 TFLOP/s over 1.3, of 2,250); backward in Hopper's proportion."""
-    attention_before: tuple[float, float] = (0.40, 0.33)
+    attention_flash2: tuple[float, float] = (0.40, 0.33)
     """The same with FlashAttention-2 on Hopper: 35 % (abstract of the FlashAttention-3 paper, arXiv 2407.08608)."""
     sustained: float = 0.85
     """What power leaves of a Blackwell GPU's short measurements in long runs: after 0.1 s the clock of a B200 falls
     from 1,965 to 1,580 MHz and its FLOP/s by 15 % (flashinfer, pull request 2899). Hopper's share is calibrated."""
 
 
-SHARES = Shares()
+EFFICIENCY = KernelEfficiency()
 _ATTENTION_HALF = (600.0, 900.0)
 """Length at which attention reaches half of its share, forward and backward (about what those figures fall by)."""
 KERNEL_GAP = 4e-6
@@ -45,12 +46,12 @@ _BLOCK_SCALES = 0.95
 """Products with a scale for each block against tensorwise ones (assumed for 128x128 and for MXFP8's 1x32)."""
 
 
-def product_rate(gpu: Gpu, kind: str) -> float:
+def gemm_flops_per_s(gpu: Gpu, kind: str) -> float:
     """FLOP/s that long products of a precision kind reach in a long run."""
     eight = kind not in ("fp32", "bf16")
-    share = SHARES.gemm_fp8 if eight else SHARES.gemm_bf16
-    if gpu.short_products is not None:
-        share = gpu.short_products[eight] * SHARES.sustained
+    share = EFFICIENCY.gemm_fp8 if eight else EFFICIENCY.gemm_bf16
+    if gpu.short_gemm_efficiency is not None:
+        share = gpu.short_gemm_efficiency[eight] * EFFICIENCY.sustained
     return gpu.peak(kind)[1] * share * (_BLOCK_SCALES if kind in ("fp8-blockwise", "mxfp8") else 1.0)
 
 
@@ -61,10 +62,10 @@ def gemm_seconds(gemm: Gemm, gpu: Gpu, kind: str = "bf16", output_bytes: float =
     if gemm.flops == 0:
         return 0.0
     tiles = max(gemm.m / TILE[0], 1.0) * max(gemm.n / TILE[1], 1.0)
-    compute = gemm.flops / product_rate(gpu, kind) * (1 + gpu.multiprocessors / (2 * tiles))
+    compute = gemm.flops / gemm_flops_per_s(gpu, kind) * (1 + gpu.multiprocessors / (2 * tiles))
     write = gemm.m * gemm.n * gemm.copies * output_bytes
     read = (gemm.m + gemm.n) * gemm.k * gemm.copies * {"fp32": 4.0, "bf16": 2.0}.get(kind, 1.0)
-    bandwidth = gpu.hbm_bytes_per_s * SHARES.traffic
+    bandwidth = gpu.hbm_bytes_per_s * EFFICIENCY.traffic
     return max(compute + write / bandwidth, (read + write) / bandwidth)
 
 
@@ -73,22 +74,22 @@ def attention_seconds(
 ) -> float:
     """Seconds of causal attention's `flops` over sequences of `length` tokens."""
     if gpu.blackwell:
-        share = SHARES.attention_blackwell[backward] * SHARES.sustained
+        share = EFFICIENCY.attention_blackwell[backward] * EFFICIENCY.sustained
     else:
-        share = (SHARES.attention if generation >= 3 else SHARES.attention_before)[backward]
+        share = (EFFICIENCY.attention if generation >= 3 else EFFICIENCY.attention_flash2)[backward]
     return flops / (gpu.peak(kind)[1] * share * length / (length + _ATTENTION_HALF[backward]))
 
 
-def traffic_seconds(size: float, gpu: Gpu) -> float:
+def hbm_seconds(size: float, gpu: Gpu) -> float:
     """Seconds to move `size` bytes through HBM in kernels that do nothing else."""
-    return size / (gpu.hbm_bytes_per_s * SHARES.traffic)
+    return size / (gpu.hbm_bytes_per_s * EFFICIENCY.traffic)
 
 
 def host_optimizer_seconds(parameters: float, gradient_bytes: float, gpu: Gpu) -> float:
     """Seconds to step `parameters` in host memory: gradients down, Adam over fp32 state, BF16 weights up."""
     link = parameters * (gradient_bytes + 2.0) / gpu.host_bytes_per_s
     memory = parameters * (24.0 + gradient_bytes + 2.0) / gpu.host_memory_bytes_per_s
-    return (link + memory) / SHARES.traffic
+    return (link + memory) / EFFICIENCY.traffic
 
 
 def cast_bytes(elements: float, precision: PrecisionConfig, both_ways: bool = True) -> float:

@@ -8,13 +8,13 @@ from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.flops import attention_flops, attention_gemms, mlp_gemms, router_gemm
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.kernels import KERNEL_GAP, attention_seconds, cast_bytes, gemm_seconds, traffic_seconds
-from exprl_megatron.planning.links import TP_HIDDEN, exchange_seconds, exposed, ring_seconds
-from exprl_megatron.planning.practice import Practice
+from exprl_megatron.planning.kernels import KERNEL_GAP, attention_seconds, cast_bytes, gemm_seconds, hbm_seconds
+from exprl_megatron.planning.links import TP_HIDDEN_SHARE, exchange_seconds, exposed_seconds, ring_seconds
+from exprl_megatron.planning.trainer_features import TrainerFeatures
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankWorkload:
     """Everything that decides how long one rank works on one layer."""
 
     architecture: Architecture
@@ -25,7 +25,7 @@ class Rank:
     tokens: float
     """Of one micro-batch on this rank: already divided by cp, not by tp."""
     gpu: Gpu
-    practice: Practice
+    features: TrainerFeatures
 
     @property
     def kind(self) -> Literal["fp32", "bf16"]:
@@ -76,44 +76,44 @@ class LayerTime:
 NO_TIME = LayerTime(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def forward_layer(rank: Rank) -> LayerTime:
+def forward_layer(rank: RankWorkload) -> LayerTime:
     """Seconds of a layer's forward pass."""
     gemm = sum(_product(rank, g) for g in _gemms(rank)) + _router(rank, 1)
     attention = _attention(rank, backward=False)
-    memory = traffic_seconds(_forward_bytes(rank), rank.gpu) + _kernels(rank, backward=False) * KERNEL_GAP
+    memory = hbm_seconds(_forward_bytes(rank), rank.gpu) + _kernels(rank, backward=False) * KERNEL_GAP
     return LayerTime(
         gemm=gemm,
         attention=attention,
         memory=memory,
-        tp=_tensor_parallel(rank, gathers=4 if _gathers_mlp(rank) else 2, beside=gemm),
+        tp=_tensor_parallel(rank, gathers=4 if _gathers_mlp(rank) else 2, compute_s=gemm),
         cp=_context_parallel(rank, attention, times=1),
         ep=_expert_parallel(rank, gemm + attention),
     )
 
 
-def backward_layer(rank: Rank) -> LayerTime:
+def backward_layer(rank: RankWorkload) -> LayerTime:
     """Seconds of a layer's backward pass: gradients of inputs and, unless frozen, of weights."""
     gemm = sum(_product(rank, g.input_gradient()) for g in _gemms(rank)) + _router(rank, 2)
-    if not rank.practice.lora:
-        gemm += sum(_product(rank, g.weight_gradient(), 2 * rank.practice.gradient_bytes) for g in _gemms(rank))
+    if not rank.features.lora:
+        gemm += sum(_product(rank, g.weight_gradient(), 2 * rank.features.gradient_bytes) for g in _gemms(rank))
     attention = _attention(rank, backward=True)
-    gathers = 6 if rank.layout.sequence_parallel and not rank.practice.lora else 4
+    gathers = 6 if rank.layout.sequence_parallel and not rank.features.lora else 4
     return LayerTime(
         gemm=gemm,
         attention=attention,
-        memory=traffic_seconds(_backward_bytes(rank), rank.gpu) + _kernels(rank, backward=True) * KERNEL_GAP,
-        tp=_tensor_parallel(rank, gathers if _gathers_mlp(rank) else gathers // 2, beside=gemm),
+        memory=hbm_seconds(_backward_bytes(rank), rank.gpu) + _kernels(rank, backward=True) * KERNEL_GAP,
+        tp=_tensor_parallel(rank, gathers if _gathers_mlp(rank) else gathers // 2, compute_s=gemm),
         cp=_context_parallel(rank, attention, times=2),
         ep=_expert_parallel(rank, gemm + attention),
     )
 
 
-def _gathers_mlp(rank: Rank) -> bool:
+def _gathers_mlp(rank: RankWorkload) -> bool:
     """Whether an MLP that all tokens pass is divided by tensor parallelism."""
     return rank.architecture.experts is None or rank.architecture.experts.shared_ffn > 0
 
 
-def _gemms(rank: Rank):
+def _gemms(rank: RankWorkload):
     layout = rank.layout
     return (
         *attention_gemms(rank.architecture, rank.tokens, layout.tp),
@@ -121,15 +121,15 @@ def _gemms(rank: Rank):
     )
 
 
-def _product(rank: Rank, gemm, output_bytes: float = 2.0) -> float:
+def _product(rank: RankWorkload, gemm, output_bytes: float = 2.0) -> float:
     return gemm_seconds(gemm, rank.gpu, rank.precision.kind, output_bytes)
 
 
-def _router(rank: Rank, times: int) -> float:
+def _router(rank: RankWorkload, times: int) -> float:
     return times * gemm_seconds(router_gemm(rank.architecture, rank.tokens, rank.layout.tp), rank.gpu, rank.kind)
 
 
-def _attention(rank: Rank, backward: bool) -> float:
+def _attention(rank: RankWorkload, backward: bool) -> float:
     """Causal attention, in pieces of the sequence under cp; its backward pass has five products, the forward two."""
     flops = attention_flops(rank.architecture, rank.sequence_length) * rank.tokens / rank.layout.tp
     return attention_seconds(
@@ -138,11 +138,11 @@ def _attention(rank: Rank, backward: bool) -> float:
         rank.gpu,
         backward,
         rank.precision.kind if rank.precision.fp8_attention else rank.kind,
-        rank.practice.flash_attention,
+        rank.features.flash_attention,
     )
 
 
-def _forward_bytes(rank: Rank) -> float:
+def _forward_bytes(rank: RankWorkload) -> float:
     """HBM bytes outside the products: two norms, two residual additions, rotation, activation, casts, permutation."""
     architecture, layout = rank.architecture, rank.layout
     heads = (architecture.heads + 2 * architecture.kv_groups) * architecture.head_dim / layout.tp
@@ -157,7 +157,7 @@ def _forward_bytes(rank: Rank) -> float:
     return rank.width * (between + inside + _permuted(rank)) + casts
 
 
-def _backward_bytes(rank: Rank) -> float:
+def _backward_bytes(rank: RankWorkload) -> float:
     """The same backwards: gradients of norms, residual sums, rotation and activation; casts of gradients."""
     architecture, layout = rank.architecture, rank.layout
     heads = (architecture.heads + 2 * architecture.kv_groups) * architecture.head_dim / layout.tp
@@ -170,7 +170,7 @@ def _backward_bytes(rank: Rank) -> float:
     return rank.width * (between + inside + _permuted(rank)) + casts
 
 
-def _kernels(rank: Rank, backward: bool) -> float:
+def _kernels(rank: RankWorkload, backward: bool) -> float:
     """Kernels of a layer: norms, rotation, sums, products, attention, activation; casts; experts one by one."""
     casts = {"fp8-delayed": 1, "fp8-tensorwise": 3, "fp8-blockwise": 1, "mxfp8": 2}.get(rank.precision.kind, 0)
     count = (24 if backward else 12) + 4 * casts
@@ -181,12 +181,12 @@ def _kernels(rank: Rank, backward: bool) -> float:
     return count + 20 + local * ((4 if backward else 2) + 2 * casts)
 
 
-def _permuted(rank: Rank) -> float:
+def _permuted(rank: RankWorkload) -> float:
     """Elements that move when tokens are copied to their experts' order and back: seven passes over the copies."""
     return 7.0 * rank.rows * rank.architecture.hidden if rank.architecture.experts else 0.0
 
 
-def _activated(rank: Rank) -> float:
+def _activated(rank: RankWorkload) -> float:
     """Numbers that the activation functions of a layer give."""
     experts, layout = rank.architecture.experts, rank.layout
     if experts is None:
@@ -194,22 +194,22 @@ def _activated(rank: Rank) -> float:
     return rank.rows * experts.ffn / layout.etp + rank.tokens * experts.shared_ffn / layout.tp
 
 
-def _tensor_parallel(rank: Rank, gathers: int, beside: float) -> float:
+def _tensor_parallel(rank: RankWorkload, gathers: int, compute_s: float) -> float:
     """`gathers` all-gathers or reduce-scatters of the layer's activations (an all-reduce is two of them)."""
     size = rank.tokens * rank.architecture.hidden * rank.width
     transfer = gathers * ring_seconds(size, rank.gpu, rank.layout.tp, 1)
-    return exposed(transfer, beside, rank.practice.tp_overlap, TP_HIDDEN)
+    return exposed_seconds(transfer, compute_s, rank.features.tp_overlap, TP_HIDDEN_SHARE)
 
 
-def _context_parallel(rank: Rank, attention: float, times: int) -> float:
+def _context_parallel(rank: RankWorkload, attention: float, times: int) -> float:
     """Keys and values travel round the ring beside attention; backward their gradients travel too."""
     architecture, layout = rank.architecture, rank.layout
     kept = rank.tokens * 2 * architecture.kv_groups * architecture.head_dim / layout.tp * rank.width
     transfer = times * ring_seconds(kept * layout.cp, rank.gpu, layout.cp, layout.tp)
-    return exposed(transfer, attention, True)
+    return exposed_seconds(transfer, attention, True)
 
 
-def _expert_parallel(rank: Rank, beside: float) -> float:
+def _expert_parallel(rank: RankWorkload, compute_s: float) -> float:
     """Tokens travel to their experts and back."""
     architecture, layout = rank.architecture, rank.layout
     if architecture.experts is None or layout.ep * layout.etp == 1:
@@ -217,7 +217,7 @@ def _expert_parallel(rank: Rank, beside: float) -> float:
     copies = rank.tokens / layout.tp * architecture.experts.chosen
     row = architecture.hidden * rank.width
     across = 2 * exchange_seconds(
-        copies, row, architecture.experts.chosen, rank.gpu, layout.ep * layout.etp, rank.practice.once_per_node
+        copies, row, architecture.experts.chosen, rank.gpu, layout.ep * layout.etp, rank.features.once_per_node
     )
     within = 2 * ring_seconds(copies * layout.etp * row, rank.gpu, layout.etp, 1)
-    return exposed(across, beside, rank.practice.ep_overlap) + within
+    return exposed_seconds(across, compute_s, rank.features.ep_overlap) + within

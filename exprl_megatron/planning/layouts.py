@@ -11,19 +11,19 @@ from exprl_megatron.models.precision_matrix import BLACKWELL, HOPPER, Setting, p
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.memory import USABLE, Memory, training_memory
 from exprl_megatron.planning.parameters import model_parameters
-from exprl_megatron.planning.practice import Practice
-from exprl_megatron.planning.rl_time import RAGGED
+from exprl_megatron.planning.rl_time import VARIABLE_LENGTH_SLOWDOWN
+from exprl_megatron.planning.trainer_features import TrainerFeatures
 from exprl_megatron.planning.training_time import TrainingTime, log_prob_time, micro_batches, training_time
 from exprl_megatron.planning.workload import Workload
 
-AS_FAST = 1.005
+TIE_RATIO = 1.005
 """Seconds that differ by less count as equal."""
-SHORTEST_PIECE = 2048
+MIN_CP_CHUNK_TOKENS = 2048
 """Context parallelism that leaves a rank fewer tokens of the longest sequence is not looked at."""
 
 
 @dataclass(frozen=True)
-class Learning:
+class TrainerPlan:
     """A trainer in one layout: its memory and its seconds for one step."""
 
     policy: PolicyConfig
@@ -79,18 +79,18 @@ class Learning:
 class Ranking:
     """Layouts that fit into memory, the fastest first, and how many were looked at."""
 
-    layouts: list[Learning]
-    looked_at: int
+    layouts: list[TrainerPlan]
+    candidates: int
     """Legal layouts."""
-    plain: int
+    fit_without_recompute: int
     """Of these, that fit without recomputation."""
-    recomputed: int
+    fit_with_recompute: int
     """Of these, that fit with full recomputation alone."""
 
 
-def learning(
+def plan_trainer(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, workload: Workload, gpu: Gpu
-) -> Learning:
+) -> TrainerPlan:
     """Memory and seconds of one layout. Raises UserError for a precision that the GPU does not run."""
     layout = policy.layout
     tokens = ceil(workload.tokens / workload.updates)
@@ -99,18 +99,18 @@ def learning(
         "sequence_length": round(workload.sequence_length),
         "micro_batch_tokens": policy.micro_batch_tokens,
         "gpu": gpu,
-        "practice": Practice(dp_overlap=optimizer.overlap, offload=optimizer.offload),
+        "features": TrainerFeatures(dp_overlap=optimizer.overlap, offload=optimizer.offload),
     }
     here = workload.keeps_ref_policy and policy.ref_policy == "host"
     passes = int(here) + int(workload.updates > 1)
-    return Learning(
+    return TrainerPlan(
         policy=policy,
         stages=tuple(stage_memory(architecture, policy, optimizer, workload, gpu)),
         training=training_time(architecture, layout, recompute=policy.recompute, global_tokens=tokens, **shared),
         log_probs=log_prob_time(architecture, layout, global_tokens=workload.tokens, **shared) if passes else None,
         passes=passes,
         updates=workload.updates,
-        slowdown=RAGGED if workload.sampled else 1.0,
+        slowdown=VARIABLE_LENGTH_SLOWDOWN if workload.sampled else 1.0,
     )
 
 
@@ -142,27 +142,28 @@ def rank_layouts(
         for recompute, found in fitting.items():
             tried = policy.model_copy(update={"layout": layout, "recompute": recompute})
             memory = stage_memory(architecture, tried, optimizer, workload, gpu)
-            if all(one.over(gpu) <= 0 for one in memory):
-                found.append(learning(architecture, tried, optimizer, workload, gpu))
+            if all(one.excess_bytes(gpu) <= 0 for one in memory):
+                found.append(plan_trainer(architecture, tried, optimizer, workload, gpu))
                 break
-    pipelines: dict[Layout, list[Learning]] = {}
+    pipelines: dict[Layout, list[TrainerPlan]] = {}
     for one in fitting["none"] + fitting["full"]:
         pipelines.setdefault(one.layout.model_copy(update={"vpp": 1}), []).append(one)
-    best = sorted(map(_roomiest, pipelines.values()), key=lambda one: (one.seconds, one.memory.total))
+    best = sorted(map(_most_memory_left, pipelines.values()), key=lambda one: (one.seconds, one.memory.total))
     if not best:
-        raise UserError(_why_none(architecture, policy, optimizer, gpu, gpus, legal))
+        raise UserError(_nothing_fits(architecture, policy, optimizer, gpu, gpus, legal))
     return Ranking(best, len(legal), len(fitting["none"]), len(fitting["full"]))
 
 
-def _roomiest(pipelines: list[Learning]) -> Learning:
-    """Of those that are as fast as the fastest, within `AS_FAST`, the one with the most memory left."""
+def _most_memory_left(pipelines: list[TrainerPlan]) -> TrainerPlan:
+    """Of those that are as fast as the fastest, within `TIE_RATIO`, the one with the most memory left."""
     fastest = min(one.seconds for one in pipelines)
     return min(
-        (one for one in pipelines if one.seconds <= fastest * AS_FAST), key=lambda one: (one.memory.total, one.seconds)
+        (one for one in pipelines if one.seconds <= fastest * TIE_RATIO),
+        key=lambda one: (one.memory.total, one.seconds),
     )
 
 
-def _why_none(architecture, policy, optimizer, gpu: Gpu, gpus: int, legal: list[Layout]) -> str:
+def _nothing_fits(architecture, policy, optimizer, gpu: Gpu, gpus: int, legal: list[Layout]) -> str:
     if not legal:
         violations = precision_violations(_setting(architecture, policy, optimizer, gpu))
         if violations:
@@ -200,7 +201,7 @@ def _setting(architecture: Architecture, policy: PolicyConfig, optimizer: Optimi
 def _candidates(architecture: Architecture, longest: int, gpu: Gpu, gpus: int) -> Iterator[Layout]:
     experts = architecture.experts.count if architecture.experts else 1
     for tp in _powers(min(gpu.gpus_per_node, 8, gpus)):
-        for cp in _powers(max(1, longest // SHORTEST_PIECE)):
+        for cp in _powers(max(1, longest // MIN_CP_CHUNK_TOKENS)):
             for pp in _divisors(gpus // (tp * cp) if gpus % (tp * cp) == 0 else 0, architecture.layers):
                 dp = gpus // (tp * cp * pp)
                 for ep in _powers(min(experts, tp * cp * dp)):

@@ -2,13 +2,13 @@
 
 from exprl_megatron.planning.hardware import Gpu
 
-NVLINK_SHARE = 0.8
+NVLINK_EFFICIENCY = 0.8
 """What NCCL reaches of NVLink's rate with messages of tens of megabytes (nccl-tests on 8 H100: 360 of 450 GB/s)."""
-NIC_SHARE = 0.9
+NIC_EFFICIENCY = 0.9
 """The same of a 400 Gb/s network card (about 45 of 50 GB/s)."""
-TP_HIDDEN = 0.42
+TP_HIDDEN_SHARE = 0.42
 """Calibrated: the share of a tensor-parallel transfer that overlap saves, less what cutting products up costs."""
-HIDDEN = 0.8
+MAX_HIDDEN_SHARE = 0.8
 """Largest share of a transfer that disappears behind computation: the first and last pieces have nothing beside them,
 and transfers take multiprocessors away from it."""
 
@@ -19,9 +19,9 @@ def ring_bandwidth(gpu: Gpu, size: int, stride: int) -> float:
     Within a node NVLink; between nodes each of a node's members brings its own network card.
     """
     if size * stride <= gpu.gpus_per_node:
-        return gpu.nvlink_bytes_per_s * NVLINK_SHARE
+        return gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY
     members = max(1, gpu.gpus_per_node // stride)
-    return min(gpu.nvlink_bytes_per_s * NVLINK_SHARE, members * gpu.nic_bytes_per_s * NIC_SHARE)
+    return min(gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY, members * gpu.nic_bytes_per_s * NIC_EFFICIENCY)
 
 
 def ring_seconds(size_bytes: float, gpu: Gpu, size: int, stride: int) -> float:
@@ -40,17 +40,17 @@ def exchange_seconds(rows: float, row_bytes: float, chosen: int, gpu: Gpu, size:
     outside = 1 - 1 / nodes
     if once_per_node:
         outside = (nodes - 1) * (1 - (1 - 1 / nodes) ** chosen) / chosen
-    inside = (size - 1) / size * rows * row_bytes / (gpu.nvlink_bytes_per_s * NVLINK_SHARE)
-    return max(inside, outside * rows * row_bytes / (gpu.nic_bytes_per_s * NIC_SHARE))
+    inside = (size - 1) / size * rows * row_bytes / (gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
+    return max(inside, outside * rows * row_bytes / (gpu.nic_bytes_per_s * NIC_EFFICIENCY))
 
 
 def send_seconds(size_bytes: float, gpu: Gpu, stride: int) -> float:
     """Seconds to send `size_bytes` to the rank `stride` further on."""
     if 2 * stride <= gpu.gpus_per_node:
-        return size_bytes / (gpu.nvlink_bytes_per_s * NVLINK_SHARE)
-    return size_bytes / (gpu.nic_bytes_per_s * NIC_SHARE)
+        return size_bytes / (gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
+    return size_bytes / (gpu.nic_bytes_per_s * NIC_EFFICIENCY)
 
 
-def exposed(transfer: float, beside: float, overlapped: bool, most: float = HIDDEN) -> float:
+def exposed_seconds(transfer: float, beside: float, overlapped: bool, most: float = MAX_HIDDEN_SHARE) -> float:
     """Seconds of `transfer` that remain when up to `beside` seconds of computation run at the same time."""
     return transfer - min(most * transfer, beside) if overlapped else transfer

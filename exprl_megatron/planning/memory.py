@@ -58,7 +58,7 @@ class Memory:
         """Their sum."""
         return sum(getattr(self, field.name) for field in fields(self))
 
-    def over(self, gpu: Gpu) -> float:
+    def excess_bytes(self, gpu: Gpu) -> float:
         """Bytes by which they exceed what a plan may fill of `gpu`; negative where they fit."""
         return self.total - gpu.memory_bytes * USABLE
 
@@ -93,7 +93,7 @@ def resident_memory(
         # Megatron's data parallelism sums in fp32.
         gradients=4.0 * counts.total,
         optimizer=optimizer_bytes(counts, policy, optimizer) * (1 - optimizer.offload),
-        communication=GROUP * groups(policy.layout),
+        communication=GROUP * communicators(policy.layout),
         workspace=CONTEXT,
     )
 
@@ -109,7 +109,7 @@ def training_memory(
     """Peak of the training phase on a rank of stage `pp_rank` with so many micro-batches for each of its ranks."""
     rest = resident_memory(architecture, policy, optimizer, pp_rank, gpu)
     last = pp_rank == policy.layout.pp - 1
-    return _more(
+    return _with_more(
         rest,
         activations=activation_bytes(architecture, policy, pp_rank, micro_batches),
         logits=logit_bytes(architecture, policy, backward=True) if last else 0,
@@ -123,7 +123,7 @@ def log_prob_memory(
     """Peak of a forward pass without gradients, optimizer and gradient buffers staying where they are."""
     rest = resident_memory(architecture, policy, optimizer, pp_rank, gpu)
     last = pp_rank == policy.layout.pp - 1
-    return _more(
+    return _with_more(
         rest,
         logits=logit_bytes(architecture, policy, backward=False) if last else 0,
         workspace=working_bytes(architecture, policy, backward=False),
@@ -144,7 +144,7 @@ def reshard_memory(
     """
     rest = resident_memory(architecture, policy, optimizer, pp_rank, gpu)
     largest = largest_tensor(architecture) * value_bytes(policy.precision)
-    return _more(rest, communication=2 * max(bucket_bytes, largest))
+    return _with_more(rest, communication=2 * max(bucket_bytes, largest))
 
 
 def host_memory(
@@ -233,7 +233,7 @@ def kv_bytes_per_token(architecture: Architecture, tp: int, value: int = 2) -> f
     return 2 * architecture.layers * groups * architecture.head_dim * value
 
 
-def _more(memory: Memory, **extra: float) -> Memory:
+def _with_more(memory: Memory, **extra: float) -> Memory:
     values = {field.name: getattr(memory, field.name) + extra.get(field.name, 0) for field in fields(Memory)}
     return Memory(**values)
 
@@ -257,7 +257,7 @@ def _fp8_bytes(policy: PolicyConfig, gpu: Gpu | None) -> float:
     return 1 if one_copy else 2
 
 
-def groups(layout: Layout) -> int:
+def communicators(layout: Layout) -> int:
     """NCCL communicators of a rank: one for each way in which its layout has several ranks, and the world's."""
     sizes = (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, layout.ep, layout.etp, layout.world_size)
     return sum(size > 1 for size in sizes)

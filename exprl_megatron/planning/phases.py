@@ -21,14 +21,14 @@ class Phase:
 
     name: str
     device: str
-    """trainer, policy server, judge server or start server."""
+    """trainer, policy server, judge server or ref server."""
     seconds: float
     """That it adds to a step."""
     memory: Memory
     """On the fullest such device."""
     speed: Speed | None = None
     """None where nothing is computed."""
-    works_s: float | None = None
+    busy_s: float | None = None
     """For which the devices work, where that is more than `seconds` because other phases run beside it."""
 
 

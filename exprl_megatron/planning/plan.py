@@ -10,9 +10,9 @@ from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, layout_violations, position_violations
 from exprl_megatron.models.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
-from exprl_megatron.planning.colocation import beside_sleepers, beside_sleeping_server, server_faults
+from exprl_megatron.planning.colocation import gpu_left_for_trainer, server_faults, with_sleeping_side
 from exprl_megatron.planning.hardware import GIB, Gpu
-from exprl_megatron.planning.layouts import Learning, Ranking, learning, rank_layouts
+from exprl_megatron.planning.layouts import Ranking, TrainerPlan, plan_trainer, rank_layouts
 from exprl_megatron.planning.memory import (
     USABLE,
     HostBytes,
@@ -26,7 +26,7 @@ from exprl_megatron.planning.memory import (
 from exprl_megatron.planning.parameters import model_parameters, rank_counts
 from exprl_megatron.planning.phases import Phase, Speed, speed_of
 from exprl_megatron.planning.rl_time import host_swap_time, save_time
-from exprl_megatron.planning.serving_phases import serving_phases, start_server_phase
+from exprl_megatron.planning.serving_phases import ref_server_phase, serving_phases
 from exprl_megatron.planning.serving_time import ServerHardware, prefill_seconds
 from exprl_megatron.planning.sync_time import sync_plans, sync_seconds
 from exprl_megatron.planning.targets import assumed_architecture, find_architecture
@@ -40,14 +40,14 @@ STORAGE_BYTES_PER_S = 2e9
 
 
 @dataclass(frozen=True)
-class Division:
+class GpuAllocation:
     """One allocation of GPUs, with its best layout and servers."""
 
     gpus: dict[str, int]
     """GPUs by device kind."""
     servers: dict[str, int]
     """GPUs of each server by device kind."""
-    learning: Learning
+    trainer: TrainerPlan
     seconds: dict[str, float]
     """Of each phase of a step."""
 
@@ -69,7 +69,7 @@ class Plan:
     gpus: dict[str, int]
     """GPUs by device kind."""
     workload: Workload
-    learning: Learning
+    trainer: TrainerPlan
     phases: list[Phase]
     host: HostBytes
     """Host memory of the trainer's rank that needs most."""
@@ -85,7 +85,7 @@ class Plan:
     """The best layouts of the same number of trainer GPUs; None where none fits."""
     syncs: dict[str, SyncPlan] = field(default_factory=dict)
     """Of the weights, by each transport that suits the placement, the run's own first; empty where none serves."""
-    divisions: tuple[Division, ...] = ()
+    allocations: tuple[GpuAllocation, ...] = ()
     """Allocations of the GPUs to trainer and servers, the best first, if requested."""
 
     @property
@@ -94,16 +94,16 @@ class Plan:
         return sum(phase.seconds for phase in self.phases)
 
 
-def division_of(plan: Plan) -> Division:
-    """The plan's own division."""
+def allocation_of(plan: Plan) -> GpuAllocation:
+    """The plan's own allocation."""
     config = plan.config
-    servers = {"policy server": config.server.tp, "start server": config.server.tp}
+    servers = {"policy server": config.server.tp, "ref server": config.server.tp}
     if config.judge is not None:
         servers["judge server"] = config.judge.server.tp
-    return Division(
+    return GpuAllocation(
         gpus=plan.gpus,
         servers={kind: size for kind, size in servers.items() if kind in plan.gpus},
-        learning=plan.learning,
+        trainer=plan.trainer,
         seconds={phase.name: phase.seconds for phase in plan.phases},
     )
 
@@ -113,20 +113,22 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
     architecture, known = find_architecture(config.policy.model)
     notes = [assumed_architecture(config.policy.model, known)] if known else []
     faults = _illegal(config, stage, architecture, workload, gpu)
-    if layout_violations(architecture, config.policy.layout) or not _runs(config, gpu):
+    if layout_violations(architecture, config.policy.layout) or not _is_modeled(config, gpu):
         raise UserError("\n".join(faults))
-    one = learning(architecture, config.policy, stage.optimizer, workload, gpu)
+    one = plan_trainer(architecture, config.policy, stage.optimizer, workload, gpu)
     phases = serving_phases(config, architecture, workload, gpu, faults, notes) if workload.sampled else []
     start = _ref_policy_costs(config, stage, architecture, workload, gpu, one) if workload.keeps_ref_policy else {}
     if start and config.policy.ref_policy == "server":
-        phases += start_server_phase(config, architecture, workload, gpu, start["server_score_s"], faults)
+        phases += ref_server_phase(config, architecture, workload, gpu, start["server_score_s"], faults)
     phases += _trainer(config, stage, architecture, workload, gpu, one)
     colocated = config.placement.kind == "colocated" and workload.sampled
     if colocated:
-        phases = beside_sleepers(phases, config, architecture)
+        phases = with_sleeping_side(phases, config, architecture)
         faults += server_faults(phases, config.sampling_server, gpu)
     faults += [
-        _too_much(phase, gpu, one) for phase in phases if phase.device == "trainer" and phase.memory.over(gpu) > 0
+        _memory_fault(phase, gpu, one)
+        for phase in phases
+        if phase.device == "trainer" and phase.memory.excess_bytes(gpu) > 0
     ]
     stages = range(config.policy.layout.pp)
     hosts = [
@@ -139,7 +141,7 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
         gpu=gpu,
         gpus=_gpus(config, workload),
         workload=workload,
-        learning=one,
+        trainer=one,
         phases=phases,
         host=max(hosts, key=lambda host: host.total),
         routed_experts=routed_experts_bytes(architecture, config, workload.tokens) if workload.sampled else 0.0,
@@ -160,7 +162,7 @@ def with_syncs(planned: Plan) -> Plan:
 def ranked(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Ranking:
     """The best layouts of `gpus` trainer GPUs for the config's policy. Raises UserError where none fits."""
     architecture, _ = find_architecture(config.policy.model)
-    room = beside_sleeping_server(config, gpu) if workload.sampled else gpu
+    room = gpu_left_for_trainer(config, gpu) if workload.sampled else gpu
     return rank_layouts(architecture, config.policy, stage.optimizer, workload, room, gpus)
 
 
@@ -171,11 +173,11 @@ def _gpus(config: RunConfig, workload: Workload) -> dict[str, int]:
     if workload.judgements and config.judge.has_servers:
         gpus["judge server"] = config.judge.server.count * config.judge.server.tp
     if workload.keeps_ref_policy and config.policy.ref_policy == "server":
-        gpus["start server"] = config.server.tp
+        gpus["ref server"] = config.server.tp
     return gpus
 
 
-def _trainer(config, stage, architecture, workload, gpu, one: Learning) -> list[Phase]:
+def _trainer(config, stage, architecture, workload, gpu, one: TrainerPlan) -> list[Phase]:
     policy, optimizer = config.policy, stage.optimizer
     phases = []
     if one.log_probs is not None:
@@ -207,7 +209,7 @@ def _ref_policy_costs(config, stage, architecture, workload, gpu, one) -> dict[s
     policy, layout = config.policy, config.policy.layout
     host = policy.model_copy(update={"ref_policy": "host"})
     kept = max(host_memory(architecture, host, stage.optimizer, rank, True).ref_policy for rank in range(layout.pp))
-    read_there = learning(architecture, host, stage.optimizer, workload, gpu)
+    read_there = plan_trainer(architecture, host, stage.optimizer, workload, gpu)
     wide = 4 if policy.precision.dtype == "fp32" else 2
     one_server = ServerHardware(1, config.server.tp, gpu)
     return {
@@ -250,20 +252,20 @@ def _illegal(config, stage, architecture: Architecture, workload, gpu) -> list[s
     ]
 
 
-def _runs(config, gpu) -> bool:
+def _is_modeled(config, gpu) -> bool:
     """Whether the time model has a peak for the precision."""
     return not config.policy.precision.fp8 or config.policy.precision.kind in gpu.fp8_kinds
 
 
-def _too_much(phase: Phase, gpu: Gpu, one: Learning) -> str:
-    over = phase.memory.over(gpu) / GIB
+def _memory_fault(phase: Phase, gpu: Gpu, one: TrainerPlan) -> str:
+    over = phase.memory.excess_bytes(gpu) / GIB
     return (
         f"{phase.name}: a trainer rank needs {over:.1f} GiB more than the {gpu.memory_bytes * USABLE / GIB:.1f} GiB "
         f"that may be filled of a {gpu.name}; {_remedy(phase, one)}."
     )
 
 
-def _remedy(phase: Phase, one: Learning) -> str:
+def _remedy(phase: Phase, one: TrainerPlan) -> str:
     memory = phase.memory
     if memory.activations > memory.optimizer and one.policy.recompute != "full":
         return "set policy.recompute to full, lower policy.micro_batch_tokens, or raise policy.layout.cp"

@@ -1,4 +1,4 @@
-"""Prints a plan as tables; plan_record.py writes it as JSON."""
+"""Prints a plan as tables; plan_json.py writes it as JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from exprl_megatron.planning.hardware import GB, GIB
-from exprl_megatron.planning.layouts import Learning, Ranking
+from exprl_megatron.planning.layouts import Ranking, TrainerPlan
 from exprl_megatron.planning.memory import USABLE, Memory
 from exprl_megatron.planning.overrides import layout_text, overrides
 from exprl_megatron.planning.phases import Phase
-from exprl_megatron.planning.plan import Division, Plan, division_of
-from exprl_megatron.planning.plan_record import CAUSES, update_seconds
+from exprl_megatron.planning.plan import GpuAllocation, Plan, allocation_of
+from exprl_megatron.planning.plan_json import CAUSES, update_seconds
 from exprl_megatron.reporting.fitted_table import print_fitted
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ KINDS = {
 }
 SUMS = {
     "sample, judge": ("sample", "judge"),
-    "log-probs, train": ("score start", "log-probs", "train"),
+    "log-probs, train": ("ref log-probs", "log-probs", "train"),
     "reshard, save": ("reshard", "save"),
 }
-"""Columns of the table of divisions, and the phases that each one sums."""
+"""Columns of the table of allocations, and the phases that each one sums."""
 
 
 SYNC_COLUMNS = (
@@ -55,17 +55,17 @@ def print_plan(plan: Plan, console: Console, top: int) -> None:
     """Print the whole plan, the verdict first."""
     _print_lines(console, _headlines(plan))
     print_fitted(console, _memory_table(plan))
-    if len(plan.learning.stages) > 1:
-        print_fitted(console, _stages_table(plan.learning))
+    if len(plan.trainer.stages) > 1:
+        print_fitted(console, _stages_table(plan.trainer))
     print_fitted(console, _time_table(plan))
-    print_fitted(console, _causes_table(plan.learning))
+    print_fitted(console, _causes_table(plan.trainer))
     if plan.syncs:
         print_fitted(console, _syncs_table(plan))
     _print_lines(console, _host_lines(plan))
     if plan.ranking is not None:
         print_fitted(console, ranking_table(plan.ranking, top))
-    if plan.divisions:
-        print_fitted(console, _divisions_table(plan.divisions, top))
+    if plan.allocations:
+        print_fitted(console, _allocations_table(plan.allocations, top))
     _print_lines(console, [f"note: {note}" for note in plan.notes])
 
 
@@ -85,25 +85,25 @@ def _headlines(plan: Plan) -> list[str]:
 
 
 def _held(plan: Plan) -> str:
-    own = division_of(plan)
+    own = allocation_of(plan)
     return ", ".join(f"{gpus} train" if kind == "trainer" else _servers(own, kind) for kind, gpus in own.gpus.items())
 
 
-def _servers(division: Division, kind: str) -> str:
-    size = division.servers[kind]
-    return f"{division.gpus[kind] // size} {kind}(s) of {size}"
+def _servers(allocation: GpuAllocation, kind: str) -> str:
+    size = allocation.servers[kind]
+    return f"{allocation.gpus[kind] // size} {kind}(s) of {size}"
 
 
-def _divisions_table(divisions: tuple[Division, ...], top: int) -> Table:
+def _allocations_table(allocations: tuple[GpuAllocation, ...], top: int) -> Table:
     """Table of the `top` best allocations of the GPUs."""
-    kinds = list(divisions[0].servers)
-    table = Table("trainers", "layout", "recompute", *kinds, *SUMS, "step s", title="divisions of the GPUs")
+    kinds = list(allocations[0].servers)
+    table = Table("trainers", "layout", "recompute", *kinds, *SUMS, "step s", title="allocations of the GPUs")
     for column in table.columns[3:]:
         column.justify = "right"
-    for one in divisions[:top]:
+    for one in allocations[:top]:
         counts = [f"{one.gpus[kind] // one.servers[kind]} of {one.servers[kind]}" for kind in kinds]
         sums = [sum(one.seconds.get(phase, 0.0) for phase in phases) for phases in SUMS.values()]
-        layout, recompute = layout_text(one.learning.layout), one.learning.policy.recompute
+        layout, recompute = layout_text(one.trainer.layout), one.trainer.policy.recompute
         table.add_row(
             str(one.gpus["trainer"]), layout, recompute, *counts, *map(seconds_text, sums), seconds_text(one.step_s)
         )
@@ -127,7 +127,8 @@ def ranking_table(ranking: Ranking, top: int) -> Table:
             f"{time.pp_s / time.total_s:.1%}",
         )
     table.caption = (
-        f"of {ranking.looked_at} legal layouts {ranking.plain} fit, {ranking.recomputed} more with full recomputation; "
+        f"of {ranking.candidates} legal layouts {ranking.fit_without_recompute} fit, "
+        f"{ranking.fit_with_recompute} more with full recomputation; "
         "a step is log-probs and training"
     )
     return table
@@ -143,7 +144,7 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _stages_table(one: Learning) -> Table:
+def _stages_table(one: TrainerPlan) -> Table:
     table = _kinds_table(("pipeline stage",), one.stages, "GiB of each rank while it trains")
     for stage, memory in enumerate(one.stages):
         table.add_row(str(stage), *_kinds(memory, table))
@@ -165,13 +166,13 @@ def _kinds(memory: Memory, table: Table) -> list[str]:
 
 
 def _time_table(plan: Plan) -> Table:
-    beside = any(phase.works_s for phase in plan.phases)
+    beside = any(phase.busy_s for phase in plan.phases)
     columns = ("phase", "seconds", "share", *(("works s",) if beside else ()), "tok/s/GPU", "MFU")
     table = Table(*columns, title="a step")
     for column in table.columns[1:]:
         column.justify = "right"
     for phase in plan.phases:
-        works = (seconds_text(phase.works_s or phase.seconds),) if beside else ()
+        works = (seconds_text(phase.busy_s or phase.seconds),) if beside else ()
         share = f"{phase.seconds / plan.step_s:.0%}"
         table.add_row(phase.name, seconds_text(phase.seconds), share, *works, *_rates(phase))
     peaks = sorted({phase.speed.peak for phase in plan.phases if phase.speed})
@@ -212,7 +213,7 @@ def sync_cells(kind: str, sync: SyncPlan) -> list[str]:
     ]
 
 
-def _causes_table(one: Learning) -> Table:
+def _causes_table(one: TrainerPlan) -> Table:
     table = Table("cause", "seconds", "share", title="one update by cause")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -5,16 +5,16 @@ from dataclasses import replace
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
+from exprl_megatron.planning.gpu_allocation import best_allocation
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.layouts import Ranking
 from exprl_megatron.planning.plan import Plan, plan, ranked, with_syncs
-from exprl_megatron.planning.split import best_division
 from exprl_megatron.planning.targets import find_config
 from exprl_megatron.planning.training_time import check_precision
 from exprl_megatron.planning.workload import Workload, workload_of
 
 
-def study(
+def plan_target(
     target: str,
     overrides: list[str],
     gpu: Gpu,
@@ -44,7 +44,7 @@ def study(
         here = plan(config, stage, workload, gpu)
         return with_syncs(replace(here, ranking=_ranking(config, stage, workload, gpu, here.gpus["trainer"])))
     if workload.sampled:
-        return with_syncs(best_division(config, stage, workload, gpu, gpus))
+        return with_syncs(best_allocation(config, stage, workload, gpu, gpus))
     ranking = ranked(config, stage, workload, gpu, gpus)
     best = config.model_copy(update={"policy": ranking.layouts[0].policy})
     return replace(plan(best, stage, workload, gpu), given=config, ranking=ranking)

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.links import NVLINK_SHARE
-from exprl_megatron.planning.serving_time import Lengths, ServerHardware, ServingTime, serving_time
+from exprl_megatron.planning.links import NVLINK_EFFICIENCY
+from exprl_megatron.planning.serving_time import LengthDistribution, ServerHardware, ServingTime, serving_time
 from exprl_megatron.planning.training_time import TrainingTime
 
-RAGGED = 1.24
+VARIABLE_LENGTH_SLOWDOWN = 1.24
 """Calibrated (docs/time_model.md): log-probs and training on packed traces of many lengths, with losses and statistics
 of reinforcement learning, against full sequences of pre-training."""
 
@@ -52,8 +52,8 @@ def step_time(
     return PlannedStepTime(
         sampling_s=sampling.total_s,
         judging_s=judging_s,
-        log_probs_s=RAGGED * sum(one.total_s for one in log_probs),
-        training_s=RAGGED * training.total_s,
+        log_probs_s=VARIABLE_LENGTH_SLOWDOWN * sum(one.total_s for one in log_probs),
+        training_s=VARIABLE_LENGTH_SLOWDOWN * training.total_s,
         reshard_s=reshard_s,
         save_s=save_s,
         one_step_off=one_step_off,
@@ -67,7 +67,7 @@ def sampling_time(
     problems: int,
     traces: int,
     prompt_tokens: float,
-    answers: Lengths,
+    answers: LengthDistribution,
 ) -> ServingTime:
     """Seconds to sample `traces` traces for each of `problems`; a problem's prompt is read once."""
     return serving_time(
@@ -88,7 +88,7 @@ def judging_time(
     judgements: int,
     shared_tokens: float,
     own_tokens: float,
-    answers: Lengths,
+    answers: LengthDistribution,
     cached: bool = True,
 ) -> ServingTime:
     """Seconds for `judgements` judgements of each of `problems`.
@@ -123,7 +123,7 @@ def judging_tail(sampling: ServingTime, judging: ServingTime, own_devices: bool)
 
 def host_swap_time(size_bytes: float, gpu: Gpu) -> float:
     """Seconds to exchange `size_bytes` of a GPU's weights with host memory: out and in at the same time."""
-    return size_bytes / (gpu.host_bytes_per_s * NVLINK_SHARE)
+    return size_bytes / (gpu.host_bytes_per_s * NVLINK_EFFICIENCY)
 
 
 def save_time(size_bytes: float, storage_bytes_per_s: float) -> float:

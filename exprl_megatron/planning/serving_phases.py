@@ -9,7 +9,7 @@ from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.memory import server_memory
 from exprl_megatron.planning.phases import Phase, Speed, speed_of
 from exprl_megatron.planning.rl_time import judging_tail, judging_time, sampling_time
-from exprl_megatron.planning.serving_time import Lengths, ServerHardware, ServingTime
+from exprl_megatron.planning.serving_time import LengthDistribution, ServerHardware, ServingTime
 from exprl_megatron.planning.targets import assumed_architecture, find_architecture
 from exprl_megatron.planning.workload import Workload
 
@@ -22,7 +22,7 @@ def sampling_seconds(architecture: Architecture, servers: ServerHardware, worklo
         problems=workload.problems,
         traces=workload.traces,
         prompt_tokens=workload.prompt_tokens,
-        answers=Lengths(workload.response_tokens, workload.bound),
+        answers=LengthDistribution(workload.response_tokens, workload.max_response_tokens),
     )
 
 
@@ -35,7 +35,7 @@ def judging_seconds(judge: Architecture, servers: ServerHardware, workload: Work
         judgements=workload.traces * workload.judgements,
         shared_tokens=workload.reference_tokens,
         own_tokens=workload.response_tokens / workload.judgements,
-        answers=Lengths(workload.verdict_tokens, workload.verdict_bound),
+        answers=LengthDistribution(workload.verdict_tokens, workload.max_verdict_tokens),
     )
 
 
@@ -89,22 +89,22 @@ def serving_phases(
         )
     return [
         *phases,
-        Phase("judge", "judge server" if own else "policy server", tail, held, speed, works_s=judging.total_s),
+        Phase("judge", "judge server" if own else "policy server", tail, held, speed, busy_s=judging.total_s),
     ]
 
 
-def start_server_phase(
+def ref_server_phase(
     config: RunConfig, architecture: Architecture, workload: Workload, gpu: Gpu, seconds: float, faults: list[str]
 ) -> list[Phase]:
     """One more server like the policy's reads the step's traces under the stage's starting weights."""
     try:
         memory = server_memory(architecture, config.server, gpu)
     except UserError as error:
-        faults.append(f"score start: {error}")
+        faults.append(f"ref log-probs: {error}")
         return []
     flops = model_flops(architecture, workload.sequence_length, training=False) * workload.tokens
     speed = speed_of(workload.tokens, flops, seconds, config.server.tp, gpu.peak("bf16"))
-    return [Phase("score start", "start server", seconds, memory, speed)]
+    return [Phase("ref log-probs", "ref server", seconds, memory, speed)]
 
 
 def _speed(architecture, length: float, tokens: float, time: ServingTime, gpus: int, gpu: Gpu) -> Speed:

@@ -8,8 +8,8 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.flops import linear_flops, linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.kernels import KERNEL_GAP, SHARES, product_rate
-from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
+from exprl_megatron.planning.kernels import EFFICIENCY, KERNEL_GAP, gemm_flops_per_s
+from exprl_megatron.planning.links import NIC_EFFICIENCY, NVLINK_EFFICIENCY
 
 ITERATION_S = 0.006
 """Calibrated (docs/time_model.md): scheduling, sampling and returning tokens, for each decode iteration."""
@@ -41,7 +41,7 @@ class ServerHardware:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthDistribution:
     """Lengths of answers: the maximum-entropy distribution with this mean and bound (a truncated exponential)."""
 
     mean: float
@@ -58,7 +58,7 @@ class Lengths:
             low, high = (middle, high) if self._mean_at(middle) > self.mean else (low, middle)
         return (low + high) / 2
 
-    def longer(self, length: float) -> float:
+    def share_longer(self, length: float) -> float:
         """Share of answers longer than `length`."""
         if length >= self.bound:
             return 0.0
@@ -67,7 +67,7 @@ class Lengths:
             return 1 - length / self.bound
         return (exp(-rate * length) - exp(-rate * self.bound)) / (1 - exp(-rate * self.bound))
 
-    def longest(self, count: float) -> float:
+    def expected_longest(self, count: float) -> float:
         """Length that the longest of `count` answers reaches: the one that 1 in `count` exceeds."""
         rate, share = self.rate, 1 / max(count, 1.0 + 1e-9)
         if abs(rate * self.bound) < 1e-6:
@@ -107,18 +107,18 @@ def serving_time(
     requests: int,
     prompt_tokens: float,
     read_tokens: float,
-    answers: Lengths,
+    answers: LengthDistribution,
 ) -> ServingTime:
     """Seconds to answer `requests` prompts of `prompt_tokens`, of all of which only `read_tokens` must be read
     (the rest is cached). Raises UserError where the weights do not leave room for one request.
     """
     each = requests / servers.count
-    longest = answers.longest(requests)
+    longest = answers.expected_longest(requests)
     fullest = max(
-        answers.longer(length) * (prompt_tokens + length)
+        answers.share_longer(length) * (prompt_tokens + length)
         for length in (longest * piece / _SLICES for piece in range(_SLICES))
     )
-    concurrent = min(each, _room(architecture, servers) / fullest)
+    concurrent = min(each, _kv_cache_tokens(architecture, servers) / fullest)
     if concurrent < 1 <= each:
         raise UserError(
             f"{servers.tp} {servers.gpu.name} hold the weights but not one request of {prompt_tokens:.0f} tokens; "
@@ -128,11 +128,11 @@ def serving_time(
     waves = each / concurrent
     for piece in range(_SLICES):
         length = (piece + 0.5) * longest / _SLICES
-        batch = concurrent * answers.longer(length)
+        batch = concurrent * answers.share_longer(length)
         seconds = longest / _SLICES * iteration_seconds(architecture, servers, max(batch, 1.0), prompt_tokens + length)
         # Later waves fill the places that answers leave: they cost what full batches of this length cost.
-        decode += seconds * (1 + (waves - 1) * answers.longer(length))
-        iterations += longest / _SLICES * (1 + (waves - 1) * answers.longer(length))
+        decode += seconds * (1 + (waves - 1) * answers.share_longer(length))
+        iterations += longest / _SLICES * (1 + (waves - 1) * answers.share_longer(length))
     prefill = prefill_seconds(architecture, servers, read_tokens / servers.count, prompt_tokens)
     return ServingTime(prefill, decode, iterations, concurrent, each)
 
@@ -140,18 +140,18 @@ def serving_time(
 def prefill_seconds(architecture: Architecture, servers: ServerHardware, tokens: float, length: float) -> float:
     """Seconds in which one server reads `tokens` tokens of prompts `length` long."""
     flops = tokens * model_flops(architecture, length, training=False)
-    return flops / (servers.tp * product_rate(servers.gpu, servers.kind))
+    return flops / (servers.tp * gemm_flops_per_s(servers.gpu, servers.kind))
 
 
 def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch: float, context: float) -> float:
     """Seconds in which one server adds a token to each of `batch` answers that stand at `context` tokens."""
     gpu, layers = servers.gpu, architecture.layers
-    bandwidth = gpu.hbm_bytes_per_s * SHARES.traffic * servers.tp
+    bandwidth = gpu.hbm_bytes_per_s * EFFICIENCY.traffic * servers.tp
     dense, experts = linear_parameters(architecture)
     if architecture.experts:
         experts *= 1 - (1 - architecture.experts.chosen / architecture.experts.count) ** batch
     weights = (dense + experts) * servers.weight_bytes + architecture.vocabulary * architecture.hidden * 2.0
-    compute = batch * linear_flops(architecture) / (servers.tp * product_rate(gpu, servers.kind))
+    compute = batch * linear_flops(architecture) / (servers.tp * gemm_flops_per_s(gpu, servers.kind))
     cache = batch * context * cache_bytes(architecture, servers)
     fixed = ITERATION_S + layers * _KERNELS * KERNEL_GAP
     return max(weights / bandwidth, compute) + cache / bandwidth + fixed + _all_reduces(architecture, servers, batch)
@@ -166,12 +166,14 @@ def _all_reduces(architecture: Architecture, servers: ServerHardware, batch: flo
     if servers.tp == 1:
         return 0.0
     outside = servers.tp > servers.gpu.gpus_per_node
-    rate = servers.gpu.nic_bytes_per_s * NIC_SHARE if outside else servers.gpu.nvlink_bytes_per_s * NVLINK_SHARE
+    rate = (
+        servers.gpu.nic_bytes_per_s * NIC_EFFICIENCY if outside else servers.gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY
+    )
     size = batch * architecture.hidden * 2.0 * 2 * (servers.tp - 1) / servers.tp
     return 2 * architecture.layers * (_HOP_S[outside] + size / rate)
 
 
-def _room(architecture: Architecture, servers: ServerHardware) -> float:
+def _kv_cache_tokens(architecture: Architecture, servers: ServerHardware) -> float:
     """Tokens that one server's KV cache holds."""
     dense, experts = linear_parameters(architecture)
     weights = (dense + experts) * servers.weight_bytes

@@ -17,7 +17,7 @@ from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import hf_shapes, parameters
 from exprl_megatron.models.shards import ITEMSIZE, holders, sender, shard_shape
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.links import NIC_SHARE, NVLINK_SHARE
+from exprl_megatron.planning.links import NIC_EFFICIENCY, NVLINK_EFFICIENCY
 from exprl_megatron.weight_sync.messages import Message, rounds, scratch_bytes, stage_messages
 
 MESSAGE_S = 0.010
@@ -169,7 +169,8 @@ def _gather_seconds(flows: Counter[tuple[int, int]], gpu: Gpu) -> float:
             nvlink[f"{target} in"] += size
     cards = _network(flows, gpu)
     return max(
-        _longest(nvlink, gpu.nvlink_bytes_per_s * NVLINK_SHARE), _longest(cards, gpu.nic_bytes_per_s * NIC_SHARE)
+        _longest(nvlink, gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY),
+        _longest(cards, gpu.nic_bytes_per_s * NIC_EFFICIENCY),
     )
 
 
@@ -179,7 +180,7 @@ def _longest(flows: Counter[str], rate: float) -> float:
 
 def _broadcast_seconds(message: Message, gpu: Gpu) -> float:
     """One card in, and each server rank's copy of it, into its own memory."""
-    slowest = min(gpu.nic_bytes_per_s * NIC_SHARE, gpu.nvlink_bytes_per_s * NVLINK_SHARE)
+    slowest = min(gpu.nic_bytes_per_s * NIC_EFFICIENCY, gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
     return message.nbytes / slowest + _load_seconds(message, gpu)
 
 

@@ -13,7 +13,7 @@ from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.shards import ITEMSIZE
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.links import NIC_SHARE
+from exprl_megatron.planning.links import NIC_EFFICIENCY
 from exprl_megatron.planning.sync_broadcast import MESSAGE_S, TENSOR_S, SyncPlan, shard_bytes
 from exprl_megatron.serving.sharding import server_needs
 from exprl_megatron.serving.transfer_tables import RankTransfers, needs_table
@@ -91,7 +91,7 @@ def _needs(architecture: Architecture, server_tp: int) -> list[np.ndarray]:
 def _seconds(volumes: Volumes, gpu: Gpu) -> float:
     """Of the busiest card, and of the server's rank that has most parts to receive."""
     busiest = max(*volumes.sent.values(), *volumes.received.values())
-    transfer_s = busiest / (gpu.nic_bytes_per_s * NIC_SHARE)
+    transfer_s = busiest / (gpu.nic_bytes_per_s * NIC_EFFICIENCY)
     return transfer_s + _REQUESTS * MESSAGE_S + max(volumes.parts.values()) * TENSOR_S
 
 

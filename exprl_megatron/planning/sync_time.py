@@ -20,7 +20,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SyncRequest:
     architecture: Architecture
     layout: Layout
     gpu: Gpu
@@ -58,8 +58,8 @@ def sync_plans(config: RunConfig, architecture: Architecture, gpu: Gpu) -> dict[
     return {kind: replace(asked, kind=kind).plan() for kind in suited if kind != "direct" or not config.sync.fp8}
 
 
-def _asked(config: RunConfig, architecture: Architecture, gpu: Gpu, kind: TransportKind) -> _Asked:
-    return _Asked(
+def _asked(config: RunConfig, architecture: Architecture, gpu: Gpu, kind: TransportKind) -> _SyncRequest:
+    return _SyncRequest(
         architecture=architecture,
         layout=config.policy.layout,
         gpu=gpu,
@@ -73,7 +73,7 @@ def _asked(config: RunConfig, architecture: Architecture, gpu: Gpu, kind: Transp
 
 
 @cache
-def _seconds(asked: _Asked) -> float:
+def _seconds(asked: _SyncRequest) -> float:
     if asked.kind != "direct":
         return asked.plan().seconds
     from exprl_megatron.planning.sync_p2p import direct_seconds

@@ -10,10 +10,10 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, stage_layers
 from exprl_megatron.models.flops import head_gemm, linear_parameters, model_flops
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.kernels import gemm_seconds, host_optimizer_seconds, traffic_seconds
-from exprl_megatron.planning.layer_time import NO_TIME, LayerTime, Rank, backward_layer, forward_layer
-from exprl_megatron.planning.links import exposed, ring_seconds, send_seconds
-from exprl_megatron.planning.practice import OURS, Practice
+from exprl_megatron.planning.kernels import gemm_seconds, hbm_seconds, host_optimizer_seconds
+from exprl_megatron.planning.layer_time import NO_TIME, LayerTime, RankWorkload, backward_layer, forward_layer
+from exprl_megatron.planning.links import exposed_seconds, ring_seconds, send_seconds
+from exprl_megatron.planning.trainer_features import THIS_TRAINER, TrainerFeatures
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def training_time(
     global_tokens: int,
     micro_batch_tokens: int,
     gpu: Gpu,
-    practice: Practice = OURS,
+    features: TrainerFeatures = THIS_TRAINER,
 ) -> TrainingTime:
     """Seconds of one optimizer step over `global_tokens` tokens in sequences of `sequence_length`.
 
@@ -79,7 +79,7 @@ def training_time(
     check_precision(precision, gpu)
     batches = micro_batches(layout, global_tokens, micro_batch_tokens)
     tokens = global_tokens / (batches * layout.dp * layout.cp)
-    rank = Rank(architecture, layout, precision, sequence_length, tokens, gpu, practice)
+    rank = RankWorkload(architecture, layout, precision, sequence_length, tokens, gpu, features)
     stage = _slowest_stage(rank, _head(rank, True), recompute)
     stage_backward = stage.backward.total + stage.again
     both = (stage.forward + stage.backward) * batches
@@ -113,7 +113,7 @@ def log_prob_time(
     global_tokens: int,
     micro_batch_tokens: int,
     gpu: Gpu,
-    practice: Practice = OURS,
+    features: TrainerFeatures = THIS_TRAINER,
 ) -> TrainingTime:
     """Seconds of one forward pass over `global_tokens` tokens, as `training_time` without backward and optimizer.
 
@@ -122,7 +122,7 @@ def log_prob_time(
     check_precision(precision, gpu)
     batches = micro_batches(layout, global_tokens, micro_batch_tokens)
     tokens = global_tokens / (batches * layout.dp * layout.cp)
-    rank = Rank(architecture, layout, precision, sequence_length, tokens, gpu, practice)
+    rank = RankWorkload(architecture, layout, precision, sequence_length, tokens, gpu, features)
     stage = _slowest_stage(rank, _head(rank, False))
     every = stage.forward * batches
     peak_name, peak = gpu.peak(precision.kind)
@@ -161,11 +161,11 @@ def check_precision(precision: PrecisionConfig, gpu: Gpu) -> None:
         )
 
 
-def _recomputed(forward: LayerTime, recompute: str, rank: Rank) -> float:
+def _recomputed(forward: LayerTime, recompute: str, rank: RankWorkload) -> float:
     """Seconds a layer's backward pass spends on computing the forward pass again."""
     if recompute == "selective":
         return forward.attention
-    return forward.total * (rank.practice.recomputed_share if recompute == "full" else 0.0)
+    return forward.total * (rank.features.recomputed_share if recompute == "full" else 0.0)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class _Stage:
         return self.forward.total + self.backward.total + self.again + self.head
 
 
-def _slowest_stage(rank: Rank, head: float, recompute: str | None = None) -> _Stage:
+def _slowest_stage(rank: RankWorkload, head: float, recompute: str | None = None) -> _Stage:
     """The pipeline rank that the others wait for, the last one of equals; `recompute` None: only the forward pass."""
     layout, costs = rank.layout, {}
     for kind in rank.architecture.kinds():
@@ -205,27 +205,27 @@ def _slowest_stage(rank: Rank, head: float, recompute: str | None = None) -> _St
     return max(reversed(stages), key=lambda stage: stage.total)
 
 
-def _head(rank: Rank, training: bool) -> float:
+def _head(rank: RankWorkload, training: bool) -> float:
     """Seconds of the output layer and the loss for one micro-batch: BF16, vocabulary over tp, logits never whole.
 
     Bytes per logit: the fused loss reads BF16 twice and writes its gradient; the chain reads and writes fp32 for
     the cast, maximum, difference, exponential, sum and division, and again for the gradient and its cast.
     """
     gemm = head_gemm(rank.architecture, rank.tokens, rank.layout.tp)
-    softmax, derivative = (6.0, 4.0) if rank.practice.fused_loss else (28.0, 14.0)
-    forward = gemm_seconds(gemm, rank.gpu, rank.kind) + traffic_seconds(gemm.m * gemm.n * softmax, rank.gpu)
+    softmax, derivative = (6.0, 4.0) if rank.features.fused_loss else (28.0, 14.0)
+    forward = gemm_seconds(gemm, rank.gpu, rank.kind) + hbm_seconds(gemm.m * gemm.n * softmax, rank.gpu)
     if not training:
         return forward
     gradient = gemm_seconds(gemm.input_gradient(), rank.gpu, rank.kind)
-    gradient += traffic_seconds(gemm.m * gemm.n * derivative, rank.gpu)
-    if not rank.practice.lora:
+    gradient += hbm_seconds(gemm.m * gemm.n * derivative, rank.gpu)
+    if not rank.features.lora:
         gradient += gemm_seconds(
-            gemm.weight_gradient(), rank.gpu, rank.kind, output_bytes=2 * rank.practice.gradient_bytes
+            gemm.weight_gradient(), rank.gpu, rank.kind, output_bytes=2 * rank.features.gradient_bytes
         )
-    return forward * (2 if rank.practice.head_recomputed else 1) + gradient
+    return forward * (2 if rank.features.head_recomputed else 1) + gradient
 
 
-def _pipeline(rank: Rank, forward: float, backward: float, batches: int) -> float:
+def _pipeline(rank: RankWorkload, forward: float, backward: float, batches: int) -> float:
     """Bubble of the (interleaved) one-forward-one-backward schedule, (pp - 1) / vpp micro-batches, and the sends.
 
     Narayanan et al. 2021 (arXiv 2104.04473), section 2.2. Interleaved sends run beside computation.
@@ -236,12 +236,12 @@ def _pipeline(rank: Rank, forward: float, backward: float, batches: int) -> floa
     width = rank.tokens / (layout.tp if layout.sequence_parallel else 1)
     send = send_seconds(width * rank.architecture.hidden * rank.width, rank.gpu, layout.tp * layout.cp * layout.dp)
     ways = 2 if backward else 1
-    beside = (forward + backward) / (layout.vpp * ways)
-    sends = exposed(send, beside, layout.vpp > 1) * layout.vpp * ways
+    compute_s = (forward + backward) / (layout.vpp * ways)
+    sends = exposed_seconds(send, compute_s, layout.vpp > 1) * layout.vpp * ways
     return (layout.pp - 1) / layout.vpp * (forward + backward) + sends * (batches + layout.pp - 1)
 
 
-def _parameters(rank: Rank, layers: list[int]) -> tuple[float, float]:
+def _parameters(rank: RankWorkload, layers: list[int]) -> tuple[float, float]:
     """Parameters on this rank: (shared out over dp x cp, shared out over the experts' data parallelism)."""
     layout, architecture = rank.layout, rank.architecture
     dense, experts = linear_parameters(architecture, layers)
@@ -249,10 +249,10 @@ def _parameters(rank: Rank, layers: list[int]) -> tuple[float, float]:
     return (dense + vocabulary) / layout.tp, experts / (layout.ep * layout.etp)
 
 
-def _data_parallel(rank: Rank, layers: list[int], forward: float, backward: float, batches: int) -> float:
+def _data_parallel(rank: RankWorkload, layers: list[int], forward: float, backward: float, batches: int) -> float:
     """Exposed reduction of gradients and gathering of parameters; with FSDP once and twice for each micro-batch."""
-    layout, gpu, practice = rank.layout, rank.gpu, rank.practice
-    if practice.lora:
+    layout, gpu, features = rank.layout, rank.gpu, rank.features
+    if features.lora:
         return 0.0
     kept = 1.0 if rank.precision.fp8_parameters else rank.width
     total = 0.0
@@ -262,23 +262,23 @@ def _data_parallel(rank: Rank, layers: list[int], forward: float, backward: floa
         (layout.tp, layout.etp * layout.ep),
         strict=True,
     ):
-        reduced = ring_seconds(count * practice.gradient_bytes, gpu, size, stride)
+        reduced = ring_seconds(count * features.gradient_bytes, gpu, size, stride)
         gathered = ring_seconds(count * kept, gpu, size, stride)
-        if practice.fsdp:
-            total += batches * exposed(gathered, forward, True)
-            total += batches * exposed(gathered + reduced, backward, True)
+        if features.fsdp:
+            total += batches * exposed_seconds(gathered, forward, True)
+            total += batches * exposed_seconds(gathered + reduced, backward, True)
             continue
-        for transfer, beside in ((reduced, backward), (gathered, forward)):
-            total += exposed(transfer, beside / layout.vpp, practice.dp_overlap)
+        for transfer, compute_s in ((reduced, backward), (gathered, forward)):
+            total += exposed_seconds(transfer, compute_s / layout.vpp, features.dp_overlap)
     return total
 
 
-def _optimizer(rank: Rank, layers: list[int]) -> float:
+def _optimizer(rank: RankWorkload, layers: list[int]) -> float:
     """Adam's pass over its shard: fp32 weight and two moments in and out, gradient read twice (norm), BF16 out."""
-    if rank.practice.lora:
+    if rank.features.lora:
         return 0.0
     dense, experts = _parameters(rank, layers)
     shard = dense / (rank.layout.dp * rank.layout.cp) + experts / rank.layout.edp
-    here = shard * (1 - rank.practice.offload) * (24 + 2 * rank.practice.gradient_bytes + 2)
-    there = shard * rank.practice.offload
-    return traffic_seconds(here, rank.gpu) + host_optimizer_seconds(there, rank.practice.gradient_bytes, rank.gpu)
+    here = shard * (1 - rank.features.offload) * (24 + 2 * rank.features.gradient_bytes + 2)
+    there = shard * rank.features.offload
+    return hbm_seconds(here, rank.gpu) + host_optimizer_seconds(there, rank.features.gradient_bytes, rank.gpu)

@@ -28,7 +28,7 @@ class Workload:
     prompt_tokens: float
     response_tokens: float
     """Mean."""
-    bound: float
+    max_response_tokens: float
     """Longest response."""
     updates: int
     """Optimizer steps."""
@@ -39,7 +39,7 @@ class Workload:
     reference_tokens: float = REFERENCE_TOKENS
     """Of what a judge reads before the trace."""
     verdict_tokens: float = 0.0
-    verdict_bound: float = 0.0
+    max_verdict_tokens: float = 0.0
 
     @property
     def sequence_length(self) -> float:
@@ -72,10 +72,10 @@ def workload_of(
         traces=stage.group_size,
         prompt_tokens=prompt_tokens or min(PROMPT_TOKENS, config.policy.max_tokens - bound),
         response_tokens=min(response_tokens or bound / 2, 0.99 * bound),
-        bound=bound,
+        max_response_tokens=bound,
         updates=stage.updates_per_step,
         keeps_ref_policy=stage.needs_ref_policy,
         judgements=judged_spans if judged else 0,
         verdict_tokens=config.judge.max_new_tokens * VERDICT_SHARE if judged else 0.0,
-        verdict_bound=config.judge.max_new_tokens if judged else 0.0,
+        max_verdict_tokens=config.judge.max_new_tokens if judged else 0.0,
     )

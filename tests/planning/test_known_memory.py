@@ -8,7 +8,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import GPUS, find_gpu
 from exprl_megatron.planning.layouts import legal_layouts
 from exprl_megatron.planning.memory import USABLE, training_memory
-from exprl_megatron.planning.plan_request import study
+from exprl_megatron.planning.plan_request import plan_target
 from exprl_megatron.planning.targets import find_architecture
 from exprl_megatron.planning.training_time import micro_batches
 
@@ -20,7 +20,7 @@ TIGHT = {("nemotron4-340b", 128), ("llama2-70b", 16)}
 def published_runs():
     """Whole models trained without recomputation and FSDP, each as it is laid out."""
     for row in PUBLISHED["training"]:
-        if not (row["practice"].get("fsdp") or row["practice"].get("lora") or row.get("recompute")):
+        if not (row["features"].get("fsdp") or row["features"].get("lora") or row.get("recompute")):
             yield row
 
 
@@ -38,7 +38,7 @@ def peak(row: dict) -> float:
     count = micro_batches(layout, row["global_batch"] * length, policy.micro_batch_tokens)
     architecture, gpu = architecture_of(PUBLISHED["models"][row["model"]]), find_gpu(row["gpu"])
     stages = [training_memory(architecture, policy, OptimizerConfig(), r, count, gpu) for r in range(layout.pp)]
-    narrower = 1 - row["practice"]["gradient_bytes"] / 4
+    narrower = 1 - row["features"]["gradient_bytes"] / 4
     return max(memory.total - memory.gradients * narrower for memory in stages)
 
 
@@ -53,20 +53,23 @@ def test_what_was_trained_on_80_gb_fits():
 def test_a_70b_needs_more_than_one_node_of_h100_to_be_trained_with_adam():
     """70.6e9 x (2 + 4 + 12) bytes are 1,183 GiB; eight GPUs have 633, two nodes 1,266 less what else must be there."""
     with pytest.raises(UserError, match=r"take 1,183 GiB at least, and 601 GiB may be filled"):
-        study("llama-3.3-70b", [], GPUS["h100"], gpus=8, train_only=True)
+        plan_target("llama-3.3-70b", [], GPUS["h100"], gpus=8, train_only=True)
     with pytest.raises(UserError, match="take 1,183 GiB at least"):
-        study("llama-3.3-70b", [], GPUS["h100"], gpus=16, train_only=True)
-    assert study("llama-3.3-70b", [], GPUS["h100"], gpus=32, train_only=True).ranking.layouts
+        plan_target("llama-3.3-70b", [], GPUS["h100"], gpus=16, train_only=True)
+    assert plan_target("llama-3.3-70b", [], GPUS["h100"], gpus=32, train_only=True).ranking.layouts
 
 
 def test_the_large_experts_need_offloading_on_64_h100():
     """235e9 x 18 bytes are 3,941 GiB of 4,808, and every layout repeats some of it."""
-    tight = study("qwen3-235b-a22b", [], GPUS["h100"], gpus=64, train_only=True).ranking
-    offloaded = study(
+    tight = plan_target("qwen3-235b-a22b", [], GPUS["h100"], gpus=64, train_only=True).ranking
+    offloaded = plan_target(
         "qwen3-235b-a22b", ["stages.0.optimizer.offload=1.0"], GPUS["h100"], gpus=64, train_only=True
     ).ranking
-    assert tight.plain == 0
-    assert offloaded.plain > 0 and offloaded.plain + offloaded.recomputed > tight.recomputed
+    assert tight.fit_without_recompute == 0
+    assert (
+        offloaded.fit_without_recompute > 0
+        and offloaded.fit_without_recompute + offloaded.fit_with_recompute > tight.fit_with_recompute
+    )
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -104,7 +107,7 @@ def test_a_smaller_gpu_never_fits_more():
             all(
                 training_memory(
                     architecture, policy.model_copy(update={"layout": layout}), OptimizerConfig(), rank, 16, GPUS[name]
-                ).over(GPUS[name])
+                ).excess_bytes(GPUS[name])
                 <= 0
                 for rank in range(layout.pp)
             )

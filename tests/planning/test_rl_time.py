@@ -15,7 +15,7 @@ from exprl_megatron.planning.rl_time import (
     sampling_time,
     save_time,
 )
-from exprl_megatron.planning.serving_time import Lengths, ServerHardware, iteration_seconds
+from exprl_megatron.planning.serving_time import LengthDistribution, ServerHardware, iteration_seconds
 
 MODELS = published_rows()["models"]
 LLAMA_8B, LLAMA_70B = architecture_of(MODELS["llama3-8b"]), architecture_of(MODELS["llama3-70b"])
@@ -25,7 +25,7 @@ SERVERS = ServerHardware(8, 1, H100)
 
 def sample(servers=SERVERS, problems=64, traces=16, mean=1000, bound=4096):
     return sampling_time(
-        LLAMA_8B, servers, problems=problems, traces=traces, prompt_tokens=200, answers=Lengths(mean, bound)
+        LLAMA_8B, servers, problems=problems, traces=traces, prompt_tokens=200, answers=LengthDistribution(mean, bound)
     )
 
 
@@ -37,7 +37,7 @@ def judge(cached=True, problems=64, judgements=16):
         judgements=judgements,
         shared_tokens=3000,
         own_tokens=1000,
-        answers=Lengths(20, 64),
+        answers=LengthDistribution(20, 64),
         cached=cached,
     )
 
@@ -54,10 +54,10 @@ def test_published_steps_on_h100_are_met_within_a_third():
 @pytest.mark.parametrize(("mean", "bound"), [(100, 4096), (2048, 4096), (3500, 4096)])
 def test_lengths_have_the_mean_that_was_asked_for(mean, bound):
     """The mean of a length is the integral of the share that is longer."""
-    lengths, pieces = Lengths(mean, bound), 4096
-    integral = sum(lengths.longer((i + 0.5) * bound / pieces) for i in range(pieces)) * bound / pieces
+    lengths, pieces = LengthDistribution(mean, bound), 4096
+    integral = sum(lengths.share_longer((i + 0.5) * bound / pieces) for i in range(pieces)) * bound / pieces
     assert integral == pytest.approx(mean, rel=1e-3)
-    assert lengths.longer(lengths.longest(1000)) == pytest.approx(1e-3, rel=1e-3)
+    assert lengths.share_longer(lengths.expected_longest(1000)) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_a_mean_beyond_the_bound_is_refused():
@@ -74,20 +74,25 @@ def test_a_lone_answer_is_bound_by_reading_the_weights():
 def test_the_number_of_iterations_is_the_longest_answer():
     few = sample(problems=8)
     assert few.concurrent == few.requests
-    assert few.iterations == pytest.approx(Lengths(1000, 4096).longest(128))
+    assert few.iterations == pytest.approx(LengthDistribution(1000, 4096).expected_longest(128))
 
 
 def test_answers_that_do_not_fit_at_once_take_turns():
     crowded = sample(ServerHardware(1, 1, H100), problems=256)
     assert crowded.concurrent < crowded.requests
-    turns, tail = 4096 * 1000 / crowded.concurrent, Lengths(1000, 4096).longest(4096) - 1000
+    turns, tail = 4096 * 1000 / crowded.concurrent, LengthDistribution(1000, 4096).expected_longest(4096) - 1000
     assert crowded.iterations == pytest.approx(turns + tail, rel=0.01)
 
 
 def test_a_server_without_room_is_refused():
     with pytest.raises(UserError, match="weights do not fit"):
         sampling_time(
-            LLAMA_70B, ServerHardware(8, 1, H100), problems=1, traces=1, prompt_tokens=10, answers=Lengths(10, 20)
+            LLAMA_70B,
+            ServerHardware(8, 1, H100),
+            problems=1,
+            traces=1,
+            prompt_tokens=10,
+            answers=LengthDistribution(10, 20),
         )
 
 

@@ -10,8 +10,8 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.planning.activations import chunks_in_flight, layer_bytes_per_token
 from exprl_megatron.planning.hardware import GIB, find_gpu
 from exprl_megatron.planning.overrides import layout_text
-from exprl_megatron.planning.plan import Division, Plan, plan
-from exprl_megatron.planning.plan_request import study
+from exprl_megatron.planning.plan import GpuAllocation, Plan, plan
+from exprl_megatron.planning.plan_request import plan_target
 from exprl_megatron.planning.targets import find_architecture, find_config
 from exprl_megatron.planning.workload import workload_of
 
@@ -41,7 +41,7 @@ def asked(arguments: str) -> Plan:
         options[words[at]] = words[at + 1]
         del words[at : at + 2]
     response = options.get("--response-tokens")
-    return study(
+    return plan_target(
         words[0],
         words[1:],
         find_gpu(options.get("--gpu", "h100")),
@@ -64,45 +64,45 @@ def headline() -> Plan:
 
 
 def test_the_headline_is_what_the_command_answers(headline):
-    own = headline.divisions[0]
+    own = headline.allocations[0]
     assert own.gpus == {"trainer": 40, "policy server": 16, "judge server": 8}
     assert own.servers == {"policy server": 8, "judge server": 4}
-    assert layout_text(headline.learning.layout) == "TP4 PP5 VPP8 CP2" and headline.learning.policy.recompute == "none"
+    assert layout_text(headline.trainer.layout) == "TP4 PP5 VPP8 CP2" and headline.trainer.policy.recompute == "none"
     assert f"A step takes {headline.step_s:.0f} s." in PAGE
     for phase in headline.phases:
         (line,) = re.findall(rf"^    │ {phase.name} +│(.*)│$", PAGE, flags=re.MULTILINE)
         seconds, _, works, rate, mfu = (cell.strip() for cell in line.split("│"))
-        assert (seconds, works) == (f"{phase.seconds:.1f}", f"{phase.works_s or phase.seconds:.1f}")
+        assert (seconds, works) == (f"{phase.seconds:.1f}", f"{phase.busy_s or phase.seconds:.1f}")
         if phase.speed:
             assert (rate, mfu) == (f"{phase.speed.tokens_per_s_per_gpu:,.0f}", f"{phase.speed.mfu:.1%}")
-    memory = headline.learning.memory
+    memory = headline.trainer.memory
     assert f"holds {memory.total / GIB:.1f} of the" in PAGE
     for kind in ("weights", "gradients", "optimizer", "activations", "communication"):
         assert f"{kind} {getattr(memory, kind) / GIB:.1f}" in PAGE
 
 
-def test_divisions_are_those_that_the_command_lists(headline):
-    assert tables("trainers") == [division_cells(division) for division in headline.divisions]
+def test_allocations_are_those_that_the_command_lists(headline):
+    assert tables("trainers") == [allocation_cells(allocation) for allocation in headline.allocations]
 
 
-def division_cells(division: Division) -> list[str]:
-    one = division.learning
+def allocation_cells(allocation: GpuAllocation) -> list[str]:
+    one = allocation.trainer
     return [
-        str(division.gpus["trainer"]),
+        str(allocation.gpus["trainer"]),
         layout_text(one.layout),
         one.policy.recompute,
-        *servers(division),
-        *(f"{value:.1f}" for value in (*sums(division), division.step_s)),
+        *servers(allocation),
+        *(f"{value:.1f}" for value in (*sums(allocation), allocation.step_s)),
     ]
 
 
-def servers(division: Division) -> list[str]:
-    return [f"{division.gpus[kind] // size} x TP{size}" for kind, size in division.servers.items()]
+def servers(allocation: GpuAllocation) -> list[str]:
+    return [f"{allocation.gpus[kind] // size} x TP{size}" for kind, size in allocation.servers.items()]
 
 
-def sums(division: Division) -> tuple[float, float, float]:
+def sums(allocation: GpuAllocation) -> tuple[float, float, float]:
     """Seconds of sampling and judging, of learning, and of the rest."""
-    seconds = division.seconds
+    seconds = allocation.seconds
     return (
         seconds["sample"] + seconds["judge"],
         seconds["log-probs"] + seconds["train"],
@@ -115,8 +115,8 @@ def test_changes_cost_what_the_page_says(cells):
     best = re.search(r'best="([^"]+)"', PAGE).group(1).split()
     config, _ = find_config("llama-3.3-70b", [*best, *cells[0].strip("`").split()], "llama-3.3-70b")
     found = plan(config, config.stages[0], workload_of(config, config.stages[0]), find_gpu("h100"))
-    one = found.learning
-    learns = sum(phase.seconds for phase in found.phases if phase.name in ("score start", "log-probs", "train"))
+    one = found.trainer
+    learns = sum(phase.seconds for phase in found.phases if phase.name in ("ref log-probs", "log-probs", "train"))
     assert cells[1:] == [
         layout_text(one.layout),
         f"{one.memory.total / GIB:.1f}",
@@ -142,19 +142,19 @@ def test_plans_are_those_that_the_page_lists(cells):
             asked(arguments)
         return
     found = asked(arguments)
-    division, one = found.divisions[0], found.learning
-    samples, learns, _ = sums(division)
+    allocation, one = found.allocations[0], found.trainer
+    samples, learns, _ = sums(allocation)
     assert cells[1:] == [
-        f"{division.gpus['trainer']}: {layout_text(one.layout)}",
+        f"{allocation.gpus['trainer']}: {layout_text(one.layout)}",
         one.policy.recompute,
         f"{one.memory.total / GIB:.1f}",
-        *servers(division),
+        *servers(allocation),
         *(f"{value:.0f}" for value in (samples, learns, found.step_s)),
     ]
 
 
 def test_the_example_of_the_formulas_is_their_result(headline):
-    policy = headline.learning.policy
+    policy = headline.trainer.policy
     architecture, _ = find_architecture("llama-3.3-70b")
     each = layer_bytes_per_token(architecture, policy.layout, policy.precision)
     pieces = chunks_in_flight(policy.layout, 0, 580)

@@ -10,9 +10,9 @@ from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.flops import model_flops
 from exprl_megatron.planning.hardware import GPUS, find_gpu
-from exprl_megatron.planning.kernels import attention_seconds, product_rate
+from exprl_megatron.planning.kernels import attention_seconds, gemm_flops_per_s
 from exprl_megatron.planning.links import exchange_seconds, ring_bandwidth
-from exprl_megatron.planning.practice import Practice
+from exprl_megatron.planning.trainer_features import TrainerFeatures
 from exprl_megatron.planning.training_time import log_prob_time, training_time
 
 MODELS = published_rows()["models"]
@@ -82,7 +82,7 @@ def test_long_products_stay_below_the_best_that_was_measured():
     best = {"h100": (794.5, 1402.6), "b200": (1745.0, 3432.5), "gb200": (1822.0, 3615.6)}
     for name, rates in best.items():
         for kind, rate in zip(("bf16", "fp8-tensorwise"), rates, strict=True):
-            assert 0.8 * rate < product_rate(GPUS[name], kind) / 1e12 < rate, (name, kind)
+            assert 0.8 * rate < gemm_flops_per_s(GPUS[name], kind) / 1e12 < rate, (name, kind)
 
 
 def test_every_published_row_names_its_source():
@@ -176,7 +176,7 @@ def test_an_optimizer_in_host_memory_is_bound_by_that_memory():
     sizes = {"sequence_length": 4096, "global_tokens": 64 * 4096, "micro_batch_tokens": 4096}
     model = architecture_of(MODELS["llama3-8b"])
     device, host = (
-        training_time(model, layout, practice=Practice(offload=share), **shared, **sizes).optimizer_s
+        training_time(model, layout, features=TrainerFeatures(offload=share), **shared, **sizes).optimizer_s
         for share in (0, 1)
     )
     assert 40 < host / device < 60

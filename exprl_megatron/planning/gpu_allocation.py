@@ -11,18 +11,18 @@ from exprl_megatron.config.stages import Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import Gpu
 from exprl_megatron.planning.layouts import Ranking
-from exprl_megatron.planning.plan import Plan, division_of, plan, ranked
+from exprl_megatron.planning.plan import Plan, allocation_of, plan, ranked
 from exprl_megatron.planning.workload import Workload
 
-EIGHTHS = (1, 2, 3, 4, 5, 6)
+TRAINER_EIGHTHS = (1, 2, 3, 4, 5, 6)
 """Of all GPUs, that the trainer is tried with."""
 JUDGE_EIGHTHS = (1, 2, 3)
 
 
-def best_division(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Plan:
+def best_allocation(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Plan:
     """The plan of the config with the best layout and servers, and the ranking of as many trainer GPUs.
 
-    Raises UserError where no division fits.
+    Raises UserError where no allocation fits.
     """
 
     @cache
@@ -34,7 +34,7 @@ def best_division(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu,
 
     found: dict[tuple[int, int], Plan] = {}
     reason = None
-    for trainer, judge in _divisions(gpus, judged=workload.judgements > 0 and config.judge.has_servers):
+    for trainer, judge in _allocations(gpus, judged=workload.judgements > 0 and config.judge.has_servers):
         ranking = layouts(trainer)
         if isinstance(ranking, UserError):
             reason = ranking
@@ -52,16 +52,16 @@ def best_division(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu,
             f"With the largest trainer that was tried: {reason or 'too few GPUs are left for the servers.'}"
         )
     plans = sorted(found.values(), key=_step_s)
-    return replace(plans[0], divisions=tuple(map(division_of, plans)))
+    return replace(plans[0], allocations=tuple(map(allocation_of, plans)))
 
 
 def _step_s(plan: Plan | None) -> float:
     return inf if plan is None else plan.step_s
 
 
-def _divisions(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
+def _allocations(gpus: int, judged: bool) -> Iterator[tuple[int, int]]:
     """(trainer, judge) GPUs; the rest samples."""
-    for eighths in EIGHTHS:
+    for eighths in TRAINER_EIGHTHS:
         for judging in JUDGE_EIGHTHS if judged else (0,):
             trainer, judge = gpus * eighths // 8, gpus * judging // 8
             if trainer and trainer + judge < gpus and (judge or not judged):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Practice:
+class TrainerFeatures:
     """Features of a training program. The defaults are this trainer's; others serve the planner's validation."""
 
     tp_overlap: bool = False
@@ -33,4 +33,4 @@ class Practice:
     """Weights are frozen but for low-rank adapters: no weight gradients, nothing to reduce."""
 
 
-OURS = Practice()
+THIS_TRAINER = TrainerFeatures()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from exprl_megatron.planning.layouts import Learning, Ranking
+from exprl_megatron.planning.layouts import Ranking, TrainerPlan
 from exprl_megatron.planning.memory import USABLE, HostBytes, Memory
 from exprl_megatron.planning.overrides import overrides
 from exprl_megatron.planning.phases import Phase
-from exprl_megatron.planning.plan import Division, Plan
+from exprl_megatron.planning.plan import GpuAllocation, Plan
 
 if TYPE_CHECKING:
     from exprl_megatron.planning.sync_broadcast import SyncPlan
@@ -30,14 +30,14 @@ CAUSES = {
 }
 
 
-def update_seconds(one: Learning) -> dict[str, float]:
+def update_seconds(one: TrainerPlan) -> dict[str, float]:
     """Seconds of one update by cause."""
     time = one.training
     found = {name: getattr(time, name) for name in CAUSES if name != "ragged_s"}
     return found | {"ragged_s": (one.slowdown - 1) * time.total_s}
 
 
-def plan_record(plan: Plan, top: int) -> dict[str, Any]:
+def plan_to_dict(plan: Plan, top: int) -> dict[str, Any]:
     """All of the plan, with the `top` best layouts."""
     return {
         "model": plan.config.policy.model,
@@ -49,27 +49,27 @@ def plan_record(plan: Plan, top: int) -> dict[str, Any]:
         "step_s": plan.step_s,
         "fits": not plan.faults,
         "faults": plan.faults,
-        "phases": [_phase_record(phase) for phase in plan.phases],
-        "host_bytes_per_rank": _memory_record(plan.host),
+        "phases": [_phase_to_dict(phase) for phase in plan.phases],
+        "host_bytes_per_rank": _memory_to_dict(plan.host),
         "routed_experts_bytes": plan.routed_experts,
-        "starting_policy": plan.ref_policy,
-        "trainer": learning_record(plan.learning),
-        "ranking": _ranking_record(plan.ranking, top),
-        "divisions": [_division_record(one) for one in plan.divisions[:top]],
-        "syncs": {kind: _sync_record(sync) for kind, sync in plan.syncs.items()},
+        "ref_policy": plan.ref_policy,
+        "trainer": trainer_to_dict(plan.trainer),
+        "ranking": _ranking_to_dict(plan.ranking, top),
+        "allocations": [_allocation_to_dict(one) for one in plan.allocations[:top]],
+        "syncs": {kind: _sync_to_dict(sync) for kind, sync in plan.syncs.items()},
         "notes": plan.notes,
     }
 
 
-def learning_record(one: Learning) -> dict[str, Any]:
+def trainer_to_dict(one: TrainerPlan) -> dict[str, Any]:
     """A trainer's layout, memory by kind on the fullest rank and by pipeline stage, and its seconds of a step."""
     seconds = update_seconds(one)
     return {
         "layout": one.layout.model_dump(mode="json"),
         "precision": one.policy.precision.model_dump(mode="json"),
         "recompute": one.policy.recompute,
-        "memory": _memory_record(one.memory),
-        "stages": [_memory_record(memory) for memory in one.stages],
+        "memory": _memory_to_dict(one.memory),
+        "stages": [_memory_to_dict(memory) for memory in one.stages],
         "step_s": one.seconds,
         "updates": one.updates,
         "update_s": seconds | {"total_s": sum(seconds.values())},
@@ -79,25 +79,25 @@ def learning_record(one: Learning) -> dict[str, Any]:
     }
 
 
-def _ranking_record(ranking: Ranking | None, top: int) -> dict[str, Any]:
+def _ranking_to_dict(ranking: Ranking | None, top: int) -> dict[str, Any]:
     if ranking is None:
         return {"layouts": []}
-    counts = {name: getattr(ranking, name) for name in ("looked_at", "plain", "recomputed")}
-    return counts | {"layouts": [learning_record(one) for one in ranking.layouts[:top]]}
+    counts = {name: getattr(ranking, name) for name in ("candidates", "fit_without_recompute", "fit_with_recompute")}
+    return counts | {"layouts": [trainer_to_dict(one) for one in ranking.layouts[:top]]}
 
 
-def _division_record(one: Division) -> dict[str, Any]:
+def _allocation_to_dict(one: GpuAllocation) -> dict[str, Any]:
     return {
         "gpus": one.gpus,
         "servers": one.servers,
-        "layout": one.learning.layout.model_dump(mode="json"),
-        "recompute": one.learning.policy.recompute,
+        "layout": one.trainer.layout.model_dump(mode="json"),
+        "recompute": one.trainer.policy.recompute,
         "seconds": one.seconds,
         "step_s": one.step_s,
     }
 
 
-def _sync_record(sync: SyncPlan) -> dict[str, Any]:
+def _sync_to_dict(sync: SyncPlan) -> dict[str, Any]:
     """Totals; what each rank and card has would be thousands of numbers."""
     return {
         "messages": sync.messages,
@@ -108,9 +108,9 @@ def _sync_record(sync: SyncPlan) -> dict[str, Any]:
     }
 
 
-def _phase_record(phase: Phase) -> dict[str, Any]:
-    return asdict(phase) | {"memory": _memory_record(phase.memory)}
+def _phase_to_dict(phase: Phase) -> dict[str, Any]:
+    return asdict(phase) | {"memory": _memory_to_dict(phase.memory)}
 
 
-def _memory_record(memory: Memory | HostBytes) -> dict[str, float]:
+def _memory_to_dict(memory: Memory | HostBytes) -> dict[str, float]:
     return {f.name: getattr(memory, f.name) for f in fields(memory)} | {"total": memory.total}
