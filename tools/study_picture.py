@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablation_tables import SUCCESSES, Arm
+from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -75,8 +76,7 @@ def draw(measured: list[Measured], out: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(frameon=False, loc="outside right upper")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None})
+    _save(figure, out)
 
 
 def draw_curves(arms: Sequence[Arm], stages: Sequence[str], out: Path) -> None:
@@ -112,8 +112,14 @@ def draw_curves(arms: Sequence[Arm], stages: Sequence[str], out: Path) -> None:
     handles = [Line2D([], [], color=color, linewidth=2.2) for color in STAGES.values()]
     labels = [column.replace(" pass@1", "") for column in STAGES]
     figure.legend(handles, labels, frameon=False, loc="outside upper right", ncols=len(labels))
+    _save(figure, out)
+
+
+def _save(figure: Figure, out: Path) -> None:
+    """The same figures give the same file: neither the date nor random ids are in it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": out.stem}):
+        figure.savefig(out, metadata={"Date": None})
 
 
 def main() -> None:
