@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import cache
 
 import psutil
 import torch
@@ -20,16 +21,7 @@ def measured_cpu(processes: int) -> Gpu:
 
     What is measured is what is reached; the planner takes shares of peaks, so the peaks are set higher by as much.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        matrix = torch.randn(SIZE, SIZE)
-        flops = 2.0 * SIZE**3 / _fastest(lambda: matrix @ matrix)
-        values = torch.randn(COPIED // 4)
-        target = torch.empty_like(values)
-        copied = 2.0 * COPIED / _fastest(lambda: target.copy_(values))
-    finally:
-        torch.set_num_threads(threads)
+    flops, copied = _measured_rates()
     peak, bandwidth = flops / SHARES.gemm_bf16, copied / SHARES.traffic
     return Gpu(
         name="this CPU",
@@ -48,7 +40,23 @@ def measured_cpu(processes: int) -> Gpu:
     )
 
 
-def _fastest(work: Callable[[], object], for_s: float = 2.0) -> float:
+@cache
+def _measured_rates() -> tuple[float, float]:
+    """FLOP/s of a product and bytes/s of a copy by one thread; once a process, as a served page asks on each refresh."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        matrix = torch.randn(SIZE, SIZE)
+        flops = 2.0 * SIZE**3 / _fastest(lambda: matrix @ matrix)
+        values = torch.randn(COPIED // 4)
+        target = torch.empty_like(values)
+        copied = 2.0 * COPIED / _fastest(lambda: target.copy_(values))
+    finally:
+        torch.set_num_threads(threads)
+    return flops, copied
+
+
+def _fastest(work: Callable[[], object], for_s: float = 1.0) -> float:
     """Seconds of the fastest of many runs: the machine may be busy with other things."""
     until, fastest = time.monotonic() + for_s, float("inf")
     while time.monotonic() < until or fastest == float("inf"):
