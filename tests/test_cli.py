@@ -12,6 +12,10 @@ import pytest
 import yaml
 
 from exprl_megatron import cli
+from exprl_megatron.launch import launcher
+from exprl_megatron.launch.inputs import input_contents
+from exprl_megatron.launch.preflight import check_inputs
+from exprl_megatron.processes.starter import Starter
 
 
 @pytest.fixture
@@ -45,6 +49,23 @@ def run(tmp_path, tiny_model):
     call.directory = tmp_path / "run"
     call.problems = problems
     return call
+
+
+@pytest.fixture
+def nothing_preloaded(monkeypatch):
+    """The inputs are checked by a process that imports for itself, as where CUDA is: no server's libraries are loaded."""
+    monkeypatch.setattr(launcher, "starter", lambda *_, **__: Starter())
+
+
+@pytest.fixture
+def checked_here(monkeypatch):
+    """The inputs are checked in this process, which has the libraries."""
+
+    def check(config, _):
+        check_inputs(config)
+        return input_contents(config)
+
+    monkeypatch.setattr(launcher, "checked_inputs", check)
 
 
 def refused(run, monkeypatch, capsys, *overrides: str) -> str:
@@ -95,7 +116,7 @@ def test_all_that_is_illegal_is_said_at_once_whether_the_config_or_the_model_for
     assert told.count("\n") == 11, told
 
 
-def test_a_model_without_weights_is_refused(run, monkeypatch, capsys, tmp_path):
+def test_a_model_without_weights_is_refused(nothing_preloaded, run, monkeypatch, capsys, tmp_path):
     model = tmp_path / "bare"
     model.mkdir()
     shutil.copyfile(Path(run.tree["policy"]["model"]) / "config.json", model / "config.json")
@@ -157,7 +178,7 @@ def test_a_directory_that_holds_another_run_is_left_as_it_is(run, monkeypatch, c
     assert (run.directory / "config.yaml").read_text() == "seed: 7\n"
 
 
-def test_a_port_in_use_is_refused(run, monkeypatch, capsys):
+def test_a_port_in_use_is_refused(nothing_preloaded, checked_here, run, monkeypatch, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

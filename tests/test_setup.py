@@ -114,6 +114,8 @@ def test_the_environment_of_transformer_engine_is_made_once(setup_te):
 def test_where_it_stops_it_says_at_what_and_goes_on_from_there(setup_te, fails, status, doing, left):
     ended, _ = setup_te(fails)
     assert ended.returncode == status
-    assert f"setup-te: stopped while {doing} Transformer Engine's torch extension (exit status {status};" in ended.stderr
+    assert (
+        f"setup-te: stopped while {doing} Transformer Engine's torch extension (exit status {status};" in ended.stderr
+    )
     ended, done = setup_te()
     assert (ended.returncode, done) == (0, left)

@@ -1,11 +1,11 @@
 """`exprl leak-scan` on runs whose journals were written by hand."""
 
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import prepare_data
 import pytest
 from helpers.tiny_models import tiny_tokenizer
 
@@ -130,11 +130,12 @@ def test_requests_whose_reference_is_too_short_are_counted_apart(tmp_path):
     assert (stage.requests, stage.unguarded_requests, stage.reciting_traces, stage.reproduced) == (2, 2, 0, 0.0)
 
 
-def test_the_canaries_of_a_prepared_data_set_are_found(tmp_path):
+def test_the_canaries_of_a_prepared_data_set_are_found(monkeypatch, tmp_path):
     prepared = tmp_path / "pope.jsonl"
     rows = ROOT / "tests" / "data" / "rows" / "pope.json"
-    arguments = ["pope", "--from", str(rows), "--out", str(prepared), "--canary", CANARY]
-    subprocess.run([sys.executable, str(ROOT / "tools" / "prepare_data.py"), *arguments], check=True, cwd=ROOT)
+    arguments = ["prepare_data.py", "pope", "--from", str(rows), "--out", str(prepared), "--canary", CANARY]
+    monkeypatch.setattr(sys, "argv", arguments)
+    prepare_data.main()
     run = HandmadeRun(tmp_path, CANARY, prepared)
     (problem,) = load_problems(run.source)
     run.write("prime", 1, run.group(problem.id, "a", "b"))

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from nccl_like.records import read_records
 
+# Fifty processes side by side, some of which are late or hang; only slow tests run over this backend.
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 LATE_S = 2.0
 """How late a member is, where one is."""

@@ -20,7 +20,9 @@ def test_importing_the_package_or_the_architecture_does_not_import_torch():
     assert run(code) == "False False"
 
 
-def test_megatron_imported_after_the_package_sees_the_cpu_as_its_device():
+@pytest.fixture(scope="module")
+def imported_after():
+    """What a process says that imports Megatron after the package."""
     code = """
 import exprl_megatron.policy
 import torch
@@ -30,12 +32,27 @@ print(seen.cuda.current_device(), seen.zeros(1, device="cuda").device, torch.cud
 import sys
 import megatron.core.transformer.moe.router
 print("torch._inductor.compile_fx" in sys.modules, torch.compile.__module__)
+from torch.distributed.distributed_c10d import Backend
+print(Backend._plugins["GLOO"].creator_fn.__module__)
 """
+    return run(code).splitlines()
+
+
+def test_megatron_imported_after_the_package_sees_the_cpu_as_its_device(imported_after):
     # Nor does importing Megatron import the compilers of torch.compile, which it decorates with.
-    assert run(code).splitlines() == ["cpu cpu False", "False torch"]
+    assert imported_after[:2] == ["cpu cpu False", "False torch"]
 
 
-def test_megatron_imported_before_the_package_is_an_error():
+def test_groups_share_a_gloo_device_once_megatron_is_imported(imported_after):
+    assert imported_after[2:] == ["exprl_megatron.utils.gloo_device"]
+
+
+def test_megatron_imported_before_the_package_is_an_error(tmp_path, monkeypatch):
+    """By its name alone: an empty package that is called like it takes the time of none."""
+    (tmp_path / "megatron" / "core").mkdir(parents=True)
+    for name in ("__init__", "utils"):
+        (tmp_path / "megatron" / "core" / f"{name}.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     code = """
 import megatron.core.utils
 try:
@@ -93,13 +110,3 @@ def test_tensor_types_are_named_after_cuda_only_inside_the_wrapped_functions():
     with pytest.raises(AttributeError):
         inside(None)
     assert torch.zeros(1).type() == "torch.FloatTensor"
-
-
-def test_groups_share_a_gloo_device_once_megatron_is_imported():
-    code = """
-import exprl_megatron.policy
-import megatron.core
-from torch.distributed.distributed_c10d import Backend
-print(Backend._plugins["GLOO"].creator_fn.__module__)
-"""
-    assert run(code) == "exprl_megatron.utils.gloo_device"

@@ -119,17 +119,19 @@ def test_each_layer_takes_its_own_experts(world, tiny_model):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_step_on_the_policys_own_choice_is_that_without_it_and_gradients_reach_the_router(world, model, recompute):
-    def step(replay: bool, change=lambda sample: sample) -> tuple[float, float, torch.Tensor]:
-        policy = make(model, recompute=recompute)
-        batch = own_choice(policy, sequences(policy.architecture.vocabulary))
-        batch = [change(s) if replay else replace(s, routed_experts=None) for s in batch]
+    policy = make(model, recompute=recompute)
+    chosen = own_choice(policy, sequences(policy.architecture.vocabulary, count=4))
+
+    def step(policy: Policy, batch: list[TrainSample]) -> tuple[float, float, torch.Tensor]:
         policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=1)
         loss = policy.accumulate(batch, loss_function, 0.7, tokens(batch))["loss"]
         (router, *_) = (p for name, p in policy.chunks[0].named_parameters() if "router.weight" in name)
         gradient = router.main_grad.clone()
         return loss, policy.apply_update().grad_norm, gradient
 
-    plain, replayed, others = step(False), step(True), step(True, other_experts)
+    plain = step(policy, [replace(sample, routed_experts=None) for sample in chosen])
+    replayed = step(make(model, recompute=recompute), chosen)
+    others = step(make(model, recompute=recompute), [other_experts(sample) for sample in chosen])
     assert replayed[:2] == pytest.approx(plain[:2], rel=1e-5)
     assert torch.allclose(replayed[2], plain[2], atol=1e-6)
     assert replayed[2].abs().max() > 1e-4

@@ -1,6 +1,7 @@
 """The packages that stand in for CUDA ones in servers on a machine without CUDA."""
 
 import importlib
+import json
 import os
 import struct
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from exprl_megatron.config.resuming import FREE_ARGUMENTS
 from exprl_megatron.serving.server_command import STAND_INS, server_environment
 
 ROOT = Path(__file__).parents[2]
@@ -112,13 +114,29 @@ import exprl_sglang_on_cpu
 exprl_sglang_on_cpu.activate()
 from torch.distributed.distributed_c10d import Backend
 from exprl_megatron.utils import gloo_device
-print(Backend._plugins["GLOO"].creator_fn is gloo_device._group)
+shared = Backend._plugins["GLOO"].creator_fn is gloo_device._group
+import argparse, json
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+print(json.dumps([shared, [name for action in parser._actions for name in action.option_strings]]))
 """
 
 
-def test_the_groups_of_a_server_on_a_cpu_share_a_gloo_device():
+@pytest.fixture(scope="module")
+def activated():
+    """Of a server's process on a CPU: whether its groups share a gloo device, and SGLang's arguments."""
     environment = server_environment(os.environ, cuda=False)
     done = subprocess.run(
         [sys.executable, "-c", ACTIVATED], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split()[-1:] == ["True"], done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_groups_of_a_server_on_a_cpu_share_a_gloo_device(activated):
+    assert activated[0] is True
+
+
+def test_the_arguments_that_may_change_are_sglangs(activated):
+    assert set(FREE_ARGUMENTS) <= set(activated[1])
