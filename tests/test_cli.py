@@ -53,7 +53,7 @@ def run(tmp_path, tiny_model):
 
 @pytest.fixture
 def nothing_preloaded(monkeypatch):
-    """The inputs are checked by a process that imports for itself, as where CUDA is: no server's libraries are loaded."""
+    """The inputs are checked by a process that imports for itself, as where CUDA is."""
     monkeypatch.setattr(launcher, "starter", lambda *_, **__: Starter())
 
 
