@@ -1,4 +1,4 @@
-"""tools/setup.sh says in one sentence what to install; tools/setup_te.sh what it was doing, and goes on from there."""
+"""tools/setup.sh says in one sentence what to install; tools/setup_te.sh what it was doing, and continues from there."""
 
 import shutil
 import signal
@@ -111,7 +111,7 @@ def test_the_environment_of_transformer_engine_is_made_once(setup_te):
         ("link kill $PPID; exec sleep 60", 128 + signal.SIGTERM, "linking", ["imported", "link"]),
     ],
 )
-def test_where_it_stops_it_says_at_what_and_goes_on_from_there(setup_te, fails, status, doing, left):
+def test_where_it_stops_it_says_at_what_and_continues_from_there(setup_te, fails, status, doing, left):
     ended, _ = setup_te(fails)
     assert ended.returncode == status
     assert (

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv-te, the environment of `make test-te`: Megatron with Transformer Engine, to be looked at without a GPU.
-# Does nothing where it is already up to date, and goes on where it stopped. Needs .venv (tools/setup.sh), g++, about 6 GB
+# Does nothing where it is already up to date, and continues where it stopped. Needs .venv (tools/setup.sh), g++, about 6 GB
 # of disk and 3 GB of memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ ended() {
         kill "${running[@]}" 2>/dev/null || true
     fi
     if [ "$status" != 0 ] && [ -n "$doing" ]; then
-        echo "setup-te: stopped while $doing (exit status $status; above 128 it is a signal's number and 128, and 137 is often a lack of memory). What was done is kept: the same command goes on from there." >&2
+        echo "setup-te: stopped while $doing (exit status $status; above 128 it is a signal's number and 128, and 137 is often a lack of memory). What was done is kept: the same command continues from there." >&2
     fi
 }
 trap ended EXIT

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from exprl_megatron.planning.hardware import Gpu
-from exprl_megatron.planning.kernels import SHARES
+from exprl_megatron.planning.kernels import EFFICIENCY
 
 SIZE = 512
 """Rows, columns and depth of the product that is timed."""
@@ -22,7 +22,7 @@ def measured_cpu(processes: int) -> Gpu:
     What is measured is what is reached; the planner takes shares of peaks, so the peaks are set higher by as much.
     """
     flops, copied = _measured_rates()
-    peak, bandwidth = flops / SHARES.gemm_bf16, copied / SHARES.traffic
+    peak, bandwidth = flops / EFFICIENCY.gemm_bf16, copied / EFFICIENCY.traffic
     return Gpu(
         name="this CPU",
         memory_bytes=psutil.virtual_memory().total,
