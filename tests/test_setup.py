@@ -1,4 +1,4 @@
-"""tools/setup.sh says in one sentence what to install; tools/setup_te.sh what it was doing, and continues from there."""
+"""tools/setup.sh says in one sentence what to install; tools/setup_te.sh says what it was doing and continues there."""
 
 import shutil
 import signal
