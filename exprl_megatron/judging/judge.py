@@ -301,10 +301,11 @@ def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
     """
     if answer.cut_off and config.parser != "released":
         return Abstained("cut-off", answer.text)
-    verdict, stated = read_verdict(answer.text, config.parser), stated_score(answer.text, config.parser)
-    if config.score_reading == "stated" or stated is None or not isinstance(verdict, Scored):
+    verdict = read_verdict(answer.text, config.parser)
+    if config.score_reading == "stated" or not isinstance(verdict, Scored):
         return verdict
-    probabilities = answer.digit_probabilities(stated.place)
+    stated = stated_score(answer.text, config.parser)
+    probabilities = answer.digit_probabilities(stated.place) if stated is not None else None
     expected = expected_score(probabilities) if probabilities is not None else None
     return verdict if expected is None else Scored(normalize(expected), answer.text)
 

@@ -3,8 +3,10 @@ make of each question alone.
 
 A question is the chat template's text around a trace or a beginning of one. The text before the trace is the same for
 all traces of a problem, and a trace's beginnings are parts of the longest of them. Each text is cut where that is safe
-(see token_cuts), each part is tokenized once, and what was cut is looked at again in a window around every cut. Where
-no cut is safe, or a window shows that one is not, the whole is tokenized.
+(see token_cuts), each part is tokenized once, and what was cut is looked at again in a window around every cut that is
+not proven to be safe. Where no cut is safe, or a window shows that one is not, the whole is tokenized.
+
+Where every space behind a word is proven to be a safe cut (see token_splits), each word is tokenized once.
 """
 
 import threading
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer
 
 from exprl_megatron.judging.prompt import PromptFrame
 from exprl_megatron.judging.token_cuts import Cuts, safe_cuts
+from exprl_megatron.judging.word_tokens import SPACES, WordTokens, separator_of
 from exprl_megatron.utils.token_ids import TokenIds, TokenPart
 
 _WINDOW = 32
@@ -56,6 +59,9 @@ class JudgeTokenizer:
         self._template_args = dict(template_args)
         self._backend = _copied(tokenizer)
         self._cuts = Cuts(()) if self._backend is None else safe_cuts(self._backend)
+        self._words: WordTokens | None = None
+        if self._backend is not None and SPACES in self._cuts.proven:
+            self._words = WordTokens(self._encoded, separator_of(self._backend))
         self._shared: OrderedDict[PromptFrame, _Shared] = OrderedDict()
         self._lock = threading.Lock()
         self.characters = self.calls = self.wholes = 0
@@ -95,16 +101,21 @@ class JudgeTokenizer:
         if text is longest:
             # Cut where the last of the others is, its remainder is as short as theirs.
             return _Joint(text, self._cuts.last(text, first, end) or first, end)
-        return _Joint(text, self._cuts.last(text, first, min(common_prefix(text, longest), end)) or first, end)
+        common = end if text[:end] == longest[:end] else min(common_prefix(text, longest), end)
+        return _Joint(text, self._cuts.last(text, first, common) or first, end)
 
     def _windows_agree(self, joints: Sequence[_Joint], cuts: Sequence[int], longest: str, shared: _Shared) -> bool:
-        """Whether the tokens around each cut are those of its two sides."""
+        """Whether the tokens around each cut that is not proven are those of its two sides."""
         places = [(longest, cut) for cut in cuts] + [(joint.text, joint.cut) for joint in joints]
         if shared.tail:
             places += [(joint.text, joint.end) for joint in joints]
         sides = dict.fromkeys(
-            (text[max(0, cut - _WINDOW) : cut], text[cut : cut + _WINDOW]) for text, cut in places if cut
+            (text[max(0, cut - _WINDOW) : cut], text[cut : cut + _WINDOW])
+            for text, cut in places
+            if cut and not self._cuts.is_proven(text, cut)
         )
+        if not sides:
+            return True
         encoded = iter(self._encoded([part for left, right in sides for part in (left, right, left + right)]))
         return all(left + right == both for left, right, both in zip(encoded, encoded, encoded, strict=True))
 
@@ -132,6 +143,8 @@ class JudgeTokenizer:
         )
 
     def _parts(self, texts: Sequence[str]) -> list[TokenPart]:
+        if self._words is not None:
+            return self._words.parts(texts)
         return [TokenPart.of(ids) for ids in self._encoded(texts)]
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import zstandard
 
-_LEVEL = 8
+_LEVEL = 5
 _REMEMBERED = 64
 
 TextRun = Callable[..., list[tuple]]

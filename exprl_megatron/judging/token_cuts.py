@@ -6,7 +6,8 @@ and split as it is in the whole. Where a tokenizer has no pre-tokens, or whole l
 encoding on the two sides of a cut do not depend on each other as long as no token of the vocabulary spans it.
 
 None of this is taken on trust. The components of the tokenizer must be known to look at nothing far away, and each
-kind of cut is tried on some thousand texts before it is used.
+kind of cut is tried on some thousand texts before it is used. Cuts of which more is known, that a pre-token ends there
+in every text (see token_splits), are named as proven.
 """
 
 import json
@@ -16,10 +17,15 @@ from itertools import product
 
 from tokenizers import Tokenizer
 
+from exprl_megatron.judging.token_splits import LETTERS, PRINTABLE, always_splits
+from exprl_megatron.judging.word_tokens import SPACES
+
 WORDS = re.compile(r"(?<=[a-z])(?= [a-z])")
 """Between two words of one line."""
 LINES = re.compile(r"(?<=[^\W\d_])(?=\n)")
 """Behind a letter of any script at the end of a line."""
+ASCII_LINES = re.compile(r"(?<=[A-Za-z])(?=\n)")
+"""Behind an ASCII letter at the end of a line."""
 
 _NEAR, _FAR = 256, 8192
 _LEFT = (
@@ -91,10 +97,14 @@ _SPANS_WORDS = re.compile(r"[a-z][ ▁Ġ]+[a-z]")
 
 
 class Cuts:
-    """Finds safe cuts for one tokenizer; falsy where none is known to be safe."""
+    """Finds safe cuts for one tokenizer; falsy where none is known to be safe.
 
-    def __init__(self, kinds: Iterable[re.Pattern]):
+    `proven` are those of the kinds, or of parts of them, that are proven to be safe in every text.
+    """
+
+    def __init__(self, kinds: Iterable[re.Pattern], proven: Iterable[re.Pattern] = ()):
         self._kinds = tuple(kinds)
+        self.proven = tuple(proven)
 
     def __bool__(self) -> bool:
         return bool(self._kinds)
@@ -107,6 +117,10 @@ class Cuts:
             if places or low == start + 1:
                 return max(places, default=None)
         return None
+
+    def is_proven(self, text: str, cut: int) -> bool:
+        """Whether this cut is one of those that are proven to be safe."""
+        return any(kind.match(text, cut) for kind in self.proven)
 
     def first(self, text: str, start: int) -> int | None:
         """The first safe cut of `text` behind `start`."""
@@ -126,7 +140,12 @@ def safe_cuts(backend: Tokenizer) -> Cuts:
     merges_apart = model["type"] == "BPE" and not any(_SPANS_WORDS.search(token) for token in model["vocab"])
     words = _joins(backend, _LEFT, [f" {text}" for text in _AFTER], merges_apart and _never_splits_words(splitter))
     lines = _joins(backend, _LEFT_LINES, [f"\n{text}" for text in _AFTER_LINES], False)
-    return Cuts([kind for kind, safe in ((WORDS, words), (LINES, lines)) if safe])
+    proven = []
+    if words and lines:
+        kinds = ((SPACES, PRINTABLE, " "), (ASCII_LINES, LETTERS, "\n"))
+        proven = [kind for kind, before, behind in kinds if always_splits(backend, before, behind)]
+    spaces = [SPACES] if SPACES in proven else [WORDS] * words
+    return Cuts([*spaces, *[LINES] * lines], proven)
 
 
 def _joins(backend: Tokenizer, left: Iterable[str], right: Iterable[str], within_words: bool) -> bool:

@@ -59,16 +59,16 @@ def stated_score(text: str, parser: Parser = "last") -> StatedScore | None:
 
 def parse_score(text: str, parser: Parser = "last") -> int | None:
     """The score that `text` states, where it is within 1..5 (the fraction of 4.5 is dropped), else None."""
-    stated = stated_score(text, parser)
-    return int(stated.value) if stated is not None and LOWEST <= stated.value <= HIGHEST else None
+    return _score_within(stated_score(text, parser))
 
 
 def read_verdict(text: str, parser: Parser = "last") -> Judgement:
     """A judge's words as a judgement: the score in [0, 1], or an abstention that says why."""
-    score = parse_score(text, parser)
+    stated = stated_score(text, parser)
+    score = _score_within(stated)
     if score is not None:
         return Scored(normalize(score), text)
-    return Abstained("unreadable" if stated_score(text, parser) is None else "out-of-range", text)
+    return Abstained("unreadable" if stated is None else "out-of-range", text)
 
 
 def read_marks(text: str, checkpoints: int) -> tuple[Mark, ...] | None:
@@ -118,6 +118,10 @@ def _last_stated(text: str) -> StatedScore | None:
         if best is None or stated.rank >= best.rank:
             best = stated
     return None if best is None or best.scale != HIGHEST else best
+
+
+def _score_within(stated: StatedScore | None) -> int | None:
+    return int(stated.value) if stated is not None and LOWEST <= stated.value <= HIGHEST else None
 
 
 def _quoted(text: str, match: re.Match) -> bool:

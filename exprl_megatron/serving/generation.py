@@ -27,6 +27,8 @@ LOG_PROB_ROUNDING = 1e-3
 """Log-probs of certain tokens may come out this little above 0."""
 _OPEN, _COMMA, _QUOTE, _ZERO = ord("["), ord(","), b'"', ord("0")
 _SPACE, _WHITESPACE = ord(" "), b" \t\r\n"
+_SHORT_IDS = 4096
+"""Bytes of a list of ids up to which Python's integers cost less than the calls of numpy and pyarrow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +115,7 @@ class _ScoresReply(msgspec.Struct):
 _REPLY = msgspec.json.Decoder(_Reply)
 _REPLIES = msgspec.json.Decoder(list[msgspec.Raw])
 _SCORES_REPLY = msgspec.json.Decoder(_ScoresReply)
+_ID_LIST = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]])
 
 
 def reply_limit(tokens: int, watched: int = 0) -> int:
@@ -328,9 +331,14 @@ def _parsed(block: memoryview, starts: np.ndarray, ends: np.ndarray, kind: pa.Da
 
 def _ids(block: memoryview, field: str) -> np.ndarray:
     """The ids (int32) of a list `[1,2,...]`."""
-    block = _dense(block)
+    block = block if len(block) <= _SHORT_IDS else _dense(block)
     if block[:1] != b"[" or block[-1:] != b"]":
         raise ValueError(f"{field} is not a list of ids")
+    if len(block) <= _SHORT_IDS:
+        try:
+            return np.array(_ID_LIST.decode(block), np.int32)
+        except msgspec.DecodeError as error:
+            raise ValueError(f"{field} has an entry that is not an id") from error
     if block == b"[]":
         return np.empty(0, np.int32)
     characters = np.frombuffer(block, np.uint8)[1:-1]

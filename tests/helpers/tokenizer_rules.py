@@ -67,11 +67,13 @@ _RULES = {
 }
 UNCUTTABLE = ("llama2", "superwords", "chunks", "lookbehind", "end of text", "squeezed", "stripped")
 CUTTABLE = tuple(name for name in _RULES if name not in UNCUTTABLE)
+PROVEN = ("gpt2", "smollm", "qwen", "llama3", "o200k", "deepseek")
+"""Those that tokenize each word for itself, where no added token is several words."""
 
 
 @cache
-def tokenizer_of(name: str, merges: int = 500) -> PreTrainedTokenizerFast:
-    """A tokenizer with the rules of that family."""
+def tokenizer_of(name: str, merges: int = 500, phrase: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer with the rules of that family; `phrase`: one of its added tokens is two words."""
     normalizer, splitter, template = _RULES[name]
     backend = Tokenizer(models.BPE())
     if normalizer is not None:
@@ -91,5 +93,5 @@ def tokenizer_of(name: str, merges: int = 500) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = splitter
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=template)
     added = [AddedToken("<think>", special=False, normalized=False), AddedToken("of the", special=False, lstrip=True)]
-    tokenizer.add_tokens(added)
+    tokenizer.add_tokens(added if phrase else added[:1])
     return tokenizer

@@ -1,7 +1,7 @@
 """Questions whose parts are tokenized once have the tokens that the tokenizer gives each of them as a whole."""
 
 import pytest
-from helpers.tokenizer_rules import CUTTABLE, TEXT, UNCUTTABLE, tokenizer_of
+from helpers.tokenizer_rules import CUTTABLE, PROVEN, TEXT, UNCUTTABLE, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,9 +77,11 @@ def plain(pieces):
     return "".join(pieces).encode("utf-8", "ignore").decode()
 
 
-@pytest.mark.parametrize("name", [*CUTTABLE, *UNCUTTABLE])
-def test_joined_tokens_are_those_of_the_whole(name):
-    tokenizer = tokenizer_of(name)
+@pytest.mark.parametrize(
+    ("name", "phrase"), [*((name, True) for name in [*CUTTABLE, *UNCUTTABLE]), *((name, False) for name in PROVEN)]
+)
+def test_joined_tokens_are_those_of_the_whole(name, phrase):
+    tokenizer = tokenizer_of(name, phrase=phrase)
     judge = JudgeTokenizer(tokenizer, {})
     frames = [frame(), frame("upstream"), frame(reference="so " * 300)]
 
@@ -139,6 +141,17 @@ def test_the_beginnings_of_a_trace_are_tokenized_once_and_so_is_what_a_problems_
     # Each beginning has its own last words, the prompt's end, and windows around its cuts.
     assert judge.characters - characters < len(texts[-1]) + len(texts) * 600
     assert sum(map(len, texts)) > 5 * len(texts[-1])
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_a_word_that_was_seen_before_is_not_tokenized_again(name):
+    judge = JudgeTokenizer(tokenizer_of(name, phrase=False), {})
+    judge.requests(frame(), trace(0))
+    characters = judge.characters
+    judge.requests(frame(), [text.replace("Let", "So we let") for text in trace(0)])
+    # What each piece begins with, and the words around the changes.
+    assert judge.characters - characters < 1500 < len(trace(0)[-1]) / 4
+    assert judge.wholes == 0
 
 
 def test_work_grows_with_the_trace_and_not_with_its_square():

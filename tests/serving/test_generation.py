@@ -127,6 +127,15 @@ def test_scores_leave_out_the_token_before_and_are_of_the_tokens_asked_for():
         read_scores(body, [5, 7])
 
 
+@pytest.mark.parametrize("tokens", [3, 3000])
+@pytest.mark.parametrize("entry", [-1, 1.0, 2**31, 2**40, True, None, "7", [7], "1e3"])
+def test_an_entry_that_is_not_an_id_is_refused_in_short_and_in_long_lists(tokens, entry):
+    record = reply(tokens)
+    record["output_ids"][1] = entry
+    with pytest.raises(ValueError, match=r"output_ids (has an entry that is not an id|is not a list)"):
+        read_generation(encoded(record))
+
+
 def test_reading_costs_nothing_for_each_token():
-    cost = [instructions(lambda body=body: read_generation(body)) for body in map(encoded, (reply(50), reply(5000)))]
+    cost = [instructions(lambda body=body: read_generation(body)) for body in map(encoded, (reply(1500), reply(6000)))]
     assert cost[1] <= 1.1 * cost[0]
