@@ -38,6 +38,8 @@ class TrainSample(ArrayFields):
     routed_experts: np.ndarray | None = None
     """[tokens - 1, layers, top_k], uint8 or int16: the experts that the sampling server chose for each token, which the
     trainer then uses (router replay). None: the trainer's routers choose."""
+    place: tuple[int, int] | None = None
+    """Group and sample of the trace in the rollout log; None: it is not from there."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "prompt_ids", "response_ids")
@@ -125,6 +127,7 @@ class MicroBatch:
     old_log_probs: torch.Tensor | None
     ref_log_probs: torch.Tensor | None
     on_policy_mask: torch.Tensor | None = None
+    places: torch.Tensor | None = None  # [B, 2], int32: group and sample of each row in the rollout log
 
     def to(self, device: torch.device) -> "MicroBatch":
         """A copy on `device`."""
@@ -157,7 +160,17 @@ def pad(samples: Sequence[TrainSample], length: int, pad_id: int = 0) -> MicroBa
             values[row, first:last] = getattr(sample, name)
     tensors = {name: torch.from_numpy(values) for name, values in optional.items()}
     advantages, rollout, old, ref, on_policy = (tensors.get(name) for name in PER_TOKEN)
-    return MicroBatch(torch.from_numpy(targets), torch.from_numpy(mask), advantages, rollout, old, ref, on_policy)
+    places = [sample.place for sample in samples if sample.place is not None]
+    return MicroBatch(
+        torch.from_numpy(targets),
+        torch.from_numpy(mask),
+        advantages,
+        rollout,
+        old,
+        ref,
+        on_policy,
+        torch.tensor(places, dtype=torch.int32) if len(places) == len(samples) else None,
+    )
 
 
 def dummy_sample(samples: Sequence[SampleOrOutline]) -> TrainSample:

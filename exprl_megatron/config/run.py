@@ -59,6 +59,9 @@ class JournalConfig(Config):
 
     keep_steps: PositiveInt | None = None
     """Keep this many steps of each stage before a checkpoint, and all steps after it; None: every step."""
+    trainer_log_probs: bool = False
+    """Also write the trainer's log-prob of each sampled token before the update (docs/rollouts.md), as slime's
+    `--save-debug-train-data` does."""
 
     def violations(self, run_config) -> list[str]:
         needed = run_config.checkpoint.every_steps * run_config.checkpoint.keep

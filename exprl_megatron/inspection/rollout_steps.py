@@ -13,6 +13,7 @@ from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import DAMAGE, Journal, read_step
+from exprl_megatron.runs.trainer_log_probs import TrainerLogProbFiles
 from exprl_megatron.training.train_samples import TokenAdvantages, token_advantages
 
 
@@ -27,6 +28,13 @@ class InspectedGroup:
     group: Group
     advantages: tuple[TokenAdvantages, ...] | None
     """One for each sample; None where nothing has advantages there."""
+    trainer_log_probs: tuple[np.ndarray | None, ...] | None = None
+    """Of each sample [response tokens], None where it is out of the loss; None where the run keeps none."""
+
+    def gap(self, place: int) -> np.ndarray | None:
+        """Trainer's less sampler's log-prob of each token of a sample, float32; None where the trainer's is unknown."""
+        trainer = None if self.trainer_log_probs is None else self.trainer_log_probs[place]
+        return None if trainer is None else trainer - self.group.samples[place].trace.log_probs
 
 
 def logged_steps(
@@ -62,9 +70,11 @@ def logged_groups(directory: RunDirectory, config: RunConfig, stage: str, step: 
         return
     (settings,) = (each for each in config.stages if each.name == stage)
     advantages = step_advantages(settings, sampled.groups)
+    of_trainer = TrainerLogProbFiles(directory.trainer_log_probs).read(stage, step)
     for number, group in enumerate(sampled.groups):
         of_group = None if advantages is None else tuple(advantages[number])
-        yield InspectedGroup(f"{stage}, step {step}", number, group, of_group)
+        known = None if of_trainer is None else _of_group(of_trainer, number, group)
+        yield InspectedGroup(f"{stage}, step {step}", number, group, of_group, known)
 
 
 def evaluation_groups(directory: RunDirectory, name: str) -> Iterator[InspectedGroup]:
@@ -118,6 +128,15 @@ def span_advantage(advantages: TokenAdvantages, start: int, end: int) -> float |
     None where the trace is out of the loss or the span is empty.
     """
     return None if advantages is None or end <= start else float(np.asarray(advantages)[end - 1])
+
+
+def _of_group(log_probs: dict[tuple[int, int], np.ndarray], number: int, group: Group) -> tuple[np.ndarray | None, ...]:
+    """Those of each sample. A step that was sampled again has other tokens than were learned from: none of these."""
+    found = (log_probs.get((number, sample.trace.sample)) for sample in group.samples)
+    return tuple(
+        values if values is not None and len(values) == len(sample.trace.token_ids) else None
+        for values, sample in zip(found, group.samples, strict=True)
+    )
 
 
 def _ranges(pairs: list[tuple[str, int]]) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from exprl_megatron.inspection.rollout_steps import InspectedGroup
 from exprl_megatron.inspection.sort_key import SortKey
 from exprl_megatron.judging.judgement import Abstained, Scored
@@ -37,12 +39,12 @@ def select(groups: Iterable[InspectedGroup], selection: Selection) -> list[Selec
     chosen = [
         SelectedGroup(each, places)
         for each in groups
-        if selection.problem in (None, each.group.problem_id) and (places := _places(each.group, selection))
+        if selection.problem in (None, each.group.problem_id) and (places := _places(each, selection))
     ]
     if selection.sort is None:
         return chosen
     key = _GROUP_KEYS[selection.sort]
-    return _ordered(chosen, lambda each: key(each.inspected.group), selection.ascending)
+    return _ordered(chosen, lambda each: key(each.inspected), selection.ascending)
 
 
 def spread(group: Group) -> float | None:
@@ -72,16 +74,16 @@ def has_abstention(sample: GradedTrace) -> bool:
     return any(isinstance(judgement, Abstained) for judgement in (sample.judgement, *sample.judgements))
 
 
-def _places(group: Group, selection: Selection) -> tuple[int, ...]:
+def _places(inspected: InspectedGroup, selection: Selection) -> tuple[int, ...]:
     places = [
         place
-        for place, sample in enumerate(group.samples)
+        for place, sample in enumerate(inspected.group.samples)
         if selection.sample in (None, sample.trace.sample) and (not selection.abstained or has_abstention(sample))
     ]
     key = _TRACE_KEYS.get(selection.sort)
     if key is None:
         return tuple(places)
-    return tuple(_ordered(places, lambda place: key(group.samples[place]), selection.ascending))
+    return tuple(_ordered(places, lambda place: key(inspected, place), selection.ascending))
 
 
 def _ordered[Item](items: list[Item], key: Callable[[Item], float | None], ascending: bool) -> list[Item]:
@@ -102,14 +104,27 @@ def _largest_disagreement(group: Group) -> float | None:
     return max((found for sample in group.samples if (found := disagreement(sample)) is not None), default=None)
 
 
-_GROUP_KEYS: dict[SortKey, Callable[[Group], float | None]] = {
-    SortKey.SCORE: mean_score,
-    SortKey.SPREAD: spread,
-    SortKey.LENGTH: mean_tokens,
-    SortKey.DISAGREEMENT: _largest_disagreement,
+def mean_gap(inspected: InspectedGroup, place: int) -> float | None:
+    """Mean distance of the trainer's log-probs from the sampler's over the tokens of a trace; None where unknown."""
+    gap = inspected.gap(place)
+    return None if gap is None or not len(gap) else float(np.abs(gap).mean())
+
+
+def _largest_gap(inspected: InspectedGroup) -> float | None:
+    gaps = (mean_gap(inspected, place) for place in range(len(inspected.group.samples)))
+    return max((gap for gap in gaps if gap is not None), default=None)
+
+
+_GROUP_KEYS: dict[SortKey, Callable[[InspectedGroup], float | None]] = {
+    SortKey.SCORE: lambda inspected: mean_score(inspected.group),
+    SortKey.SPREAD: lambda inspected: spread(inspected.group),
+    SortKey.LENGTH: lambda inspected: mean_tokens(inspected.group),
+    SortKey.DISAGREEMENT: lambda inspected: _largest_disagreement(inspected.group),
+    SortKey.GAP: _largest_gap,
 }
-_TRACE_KEYS: dict[SortKey | None, Callable[[GradedTrace], float | None]] = {
-    SortKey.SCORE: lambda sample: sample.score,
-    SortKey.LENGTH: _tokens,
-    SortKey.DISAGREEMENT: disagreement,
+_TRACE_KEYS: dict[SortKey | None, Callable[[InspectedGroup, int], float | None]] = {
+    SortKey.SCORE: lambda inspected, place: inspected.group.samples[place].score,
+    SortKey.LENGTH: lambda inspected, place: _tokens(inspected.group.samples[place]),
+    SortKey.DISAGREEMENT: lambda inspected, place: disagreement(inspected.group.samples[place]),
+    SortKey.GAP: mean_gap,
 }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -12,14 +13,25 @@ from exprl_megatron.inspection.rollout_steps import InspectedGroup, evaluation_g
 from exprl_megatron.inspection.rollout_tables import group_table
 from exprl_megatron.inspection.selection import SelectedGroup, Selection, select
 from exprl_megatron.inspection.show_records import group_record
+from exprl_megatron.inspection.token_gaps import token_gap_table
 from exprl_megatron.inspection.trace_text import Boundaries, PolicyTokenizer, trace_panels
 from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.runs.directory import RunDirectory, read_config
 
 
-def show_steps(
-    run: Path, stage: str | None, step: int | None, selection: Selection, limit: int, text: bool, as_json: bool
-) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """How much of the groups is printed, and in which form."""
+
+    limit: int
+    """Groups at most."""
+    text: bool = False
+    tokens: bool = False
+    """The log-probs of single tokens."""
+    as_json: bool = False
+
+
+def show_steps(run: Path, stage: str | None, step: int | None, selection: Selection, shown: Shown) -> None:
     """Print groups of the rollout log: of one step, or of all where a problem or abstentions are looked for.
 
     Raises UserError where the run, the step or what is looked for is not there.
@@ -36,33 +48,43 @@ def show_steps(
 
     chosen = select(groups(), selection)
     first, last = (f"{name}, step {number}" for name, number in (steps[0], steps[-1]))
-    _print(chosen, first if first == last else f"{first} to {last}", config, limit, text, as_json)
+    _print(chosen, first if first == last else f"{first} to {last}", config, shown)
 
 
-def show_evaluation(run: Path, name: str, selection: Selection, limit: int, text: bool, as_json: bool) -> None:
+def show_evaluation(run: Path, name: str, selection: Selection, shown: Shown) -> None:
     """Print groups of held-out answers of the evaluation `name`; raises UserError as show_steps."""
     directory = RunDirectory(run)
     config = read_config(directory)
     use_plugin_path(config.plugin_path)
     chosen = select(evaluation_groups(directory, name), selection)
-    _print(chosen, f"evaluation {name}", config, limit, text, as_json)
+    _print(chosen, f"evaluation {name}", config, shown)
 
 
-def _print(chosen: list[SelectedGroup], where: str, config: RunConfig, limit: int, text: bool, as_json: bool) -> None:
+def _print(chosen: list[SelectedGroup], where: str, config: RunConfig, shown: Shown) -> None:
     if not chosen:
         raise UserError(f"No trace of {where} is as asked for; leave out --problem, --sample or --abstained.")
-    shown = chosen[:limit]
-    if as_json:
-        print(json.dumps({"groups": [group_record(each) for each in shown], "found": len(chosen)}, indent=2))
+    first = chosen[: shown.limit]
+    if shown.tokens and not any(each.inspected.gap(place) is not None for each in first for place in each.places):
+        raise UserError(
+            f"The trainer's log-probs of {where} are not on disk; leave out --tokens, or set journal.trainer_log_probs "
+            "to true for the steps that follow."
+        )
+    if shown.as_json:
+        print(
+            json.dumps({"groups": [group_record(each, shown.tokens) for each in first], "found": len(chosen)}, indent=2)
+        )
         return
     console = Console(highlight=False)
-    boundaries = PolicyTokenizer(config.policy.model).boundaries
-    for each in shown:
+    tokenizer = PolicyTokenizer(config.policy.model)
+    for each in first:
         console.print(group_table(each))
-        if text:
-            _print_texts(console, each, boundaries)
-    if len(chosen) > len(shown):
-        console.print(f"{len(shown)} of {len(chosen)} groups; --limit shows more.")
+        if shown.text:
+            _print_texts(console, each, tokenizer.boundaries)
+        if shown.tokens:
+            for place in each.places:
+                console.print(token_gap_table(each.inspected, place, tokenizer.tokenizer))
+    if len(chosen) > len(first):
+        console.print(f"{len(first)} of {len(chosen)} groups; --limit shows more.")
 
 
 def _print_texts(console: Console, selected: SelectedGroup, boundaries: Boundaries) -> None:

@@ -2,15 +2,20 @@
 
 from dataclasses import asdict
 
-from exprl_megatron.inspection.rollout_steps import span_advantage
+import numpy as np
+
+from exprl_megatron.inspection.rollout_steps import InspectedGroup, span_advantage
 from exprl_megatron.inspection.selection import SelectedGroup
 from exprl_megatron.judging.judgement import judgement_record
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.training.train_samples import TokenAdvantages
 
 
-def group_record(selected: SelectedGroup) -> dict:
-    """{place, group, problem_id, domain, traces: [...]}; docs/show.md describes them."""
+def group_record(selected: SelectedGroup, tokens: bool = False) -> dict:
+    """{place, group, problem_id, domain, traces: [...]}; docs/show.md describes them.
+
+    With `tokens` each trace has its token ids and their log-probs.
+    """
     inspected = selected.inspected
     advantages = inspected.advantages or (None,) * len(inspected.group.samples)
     return {
@@ -18,7 +23,30 @@ def group_record(selected: SelectedGroup) -> dict:
         "group": inspected.number,
         "problem_id": inspected.group.problem_id,
         "domain": inspected.group.domain,
-        "traces": [_trace_record(inspected.group.samples[place], advantages[place]) for place in selected.places],
+        "traces": [
+            _trace_record(inspected.group.samples[place], advantages[place])
+            | _gap_record(inspected, place)
+            | (_token_record(inspected, place) if tokens else {})
+            for place in selected.places
+        ],
+    }
+
+
+def _gap_record(inspected: InspectedGroup, place: int) -> dict:
+    gap = inspected.gap(place)
+    if gap is None or not len(gap):
+        return {"log_prob_gap": None}
+    distances = np.abs(gap)
+    return {"log_prob_gap": {"mean": float(distances.mean()), "max": float(distances.max())}}
+
+
+def _token_record(inspected: InspectedGroup, place: int) -> dict:
+    trace = inspected.group.samples[place].trace
+    trainer = None if inspected.trainer_log_probs is None else inspected.trainer_log_probs[place]
+    return {
+        "token_ids": trace.token_ids.tolist(),
+        "log_probs": trace.log_probs.tolist(),
+        "trainer_log_probs": None if trainer is None else trainer.tolist(),
     }
 
 

@@ -10,3 +10,4 @@ class SortKey(StrEnum):
     SPREAD = "spread"
     LENGTH = "length"
     DISAGREEMENT = "disagreement"
+    GAP = "gap"

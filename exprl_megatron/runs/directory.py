@@ -32,6 +32,7 @@ class RunDirectory:
         self.logs = self.root / "logs"
         self.run_log = self.logs / "run.log"
         self.journal = self.root / "journal"
+        self.trainer_log_probs = self.root / "trainer_log_probs"
         self.checkpoints = self.root / "checkpoints"
         self.models = self.root / "models"
         self.evaluations = self.root / "evaluations"

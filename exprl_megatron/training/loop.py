@@ -92,7 +92,7 @@ def update(run: Run, stage: RlStage, samples: Sequence[SampleOrOutline]) -> dict
     else:
         aggregation, objective = stage.loss.aggregation, policy_objective(stage.loss)
     denominator = denominator_of(aggregation, samples, stage.sampling.max_new_tokens)
-    sums = run.policy.accumulate(samples, objective, stage.sampling.temperature, denominator=denominator)
+    sums = run.policy.accumulate(samples, run.recorded(objective), stage.sampling.temperature, denominator=denominator)
     # Which tokens the loss rejects is known only now. Where they do not count, the same gradients have a smaller
     # denominator, and the optimizer step rescales them.
     kept = kept_denominator(aggregation, sums, stage.sampling.max_new_tokens, denominator)

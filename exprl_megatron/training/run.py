@@ -12,10 +12,10 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from exprl_megatron.algorithms.batch import SampleOrOutline, TrainSample
+from exprl_megatron.algorithms.batch import LossFunction, SampleOrOutline, TrainSample
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, Stage
-from exprl_megatron.errors import GradientNotFinite, Preempted
+from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.policy.checkpoint import load_checkpoint, save_checkpoint
 from exprl_megatron.policy.policy import Policy
@@ -39,6 +39,7 @@ from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.teacher import teacher_prompts
+from exprl_megatron.training.trainer_log_probs import TrainerLogProbs
 from exprl_megatron.utils.collector import collect
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
 from exprl_megatron.weight_sync.sync import WeightSync
@@ -109,6 +110,11 @@ class Run:
         self._trained: set[str] = set()
         self._asserted = AssertionCounts()
         self._step_metrics: StepMetrics | None = None
+        self._trainer_log_probs = (
+            TrainerLogProbs(directory.trainer_log_probs, policy.world, coordinator.is_rank0)
+            if config.journal.trainer_log_probs and config.learns
+            else None
+        )
 
     def remaining_stages(self) -> Iterator[Stage]:
         """Yield the stages that are not finished, and record each one as finished afterwards."""
@@ -195,6 +201,10 @@ class Run:
             return self._ref_scorer.log_probs(samples)
         return self.policy.log_probs(samples, temperature, ref_policy=True)
 
+    def recorded(self, objective: LossFunction) -> LossFunction:
+        """Return `objective`, such that the trainer's log-probs are kept for the disk where the config asks for it."""
+        return objective if self._trainer_log_probs is None else self._trainer_log_probs.recorded(objective)
+
     def apply_update(self, gradient_scale: float = 1.0) -> dict[str, float]:
         """Take an optimizer step on the accumulated gradients times `gradient_scale`; returns its metrics.
 
@@ -215,7 +225,12 @@ class Run:
         Raises RunStopped where the log-probs of trainer and sampler differ too much, or an assertion fails.
         """
         first = self._progress.first_gap
-        check_log_prob_gap(metrics, gap_bound(self.config, first))
+        try:
+            check_log_prob_gap(metrics, gap_bound(self.config, first))
+        except RunStopped:
+            # They show which tokens differ.
+            self._write_trainer_log_probs(*self._now)
+            raise
         self._progress = replace(self._progress, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
         replays, first_in_step = bool(self.config.policy.router_replay), not self._updates_in_step
         if self.config.debug.assertions and first_in_step:
@@ -231,6 +246,8 @@ class Run:
         self._updates_in_step = 0
         metrics: dict[str, float] = {}
         yield metrics
+        if isinstance(stage, RlStage):
+            self._write_trainer_log_probs(stage.name, step, wait=False)
         collect()
         self._trained.add(stage.name)
         self._progress = replace(self._progress, step=step)
@@ -261,11 +278,16 @@ class Run:
         due = asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps
         if due and self.config.learns:
             with self.clock("save"):
+                if self._trainer_log_probs is not None:
+                    # A resumed run does not learn again from the steps that the checkpoint has.
+                    self._trainer_log_probs.wait()
                 save_checkpoint(
                     self._directory.checkpoints, self.policy, self._progress.as_record(), keep=checkpoint.keep
                 )
             if self._coordinator.is_rank0 and isinstance(stage, RlStage):
                 self._rollouts.prune_log(stage, step)
+                if self._trainer_log_probs is not None and self.config.journal.keep_steps is not None:
+                    self._trainer_log_probs.files.keep_newest(stage.name, step, self.config.journal.keep_steps)
         if asked_to_stop:
             raise Preempted(
                 f"The run was asked to stop and did so after step {step} of {stage.name}"
@@ -365,6 +387,12 @@ class Run:
         return self._coordinator.broadcast_from_rank0(
             lambda: "done" if work is None else self._coordinator.run(self._rollouts.wait_for(work))
         )
+
+    def _write_trainer_log_probs(self, stage: str, step: int, wait: bool = True) -> None:
+        if self._trainer_log_probs is not None:
+            self._trainer_log_probs.write(stage, step)
+            if wait:
+                self._trainer_log_probs.wait()
 
     def _keep_span(self, name: str, start: float) -> None:
         if self._logger is not None:

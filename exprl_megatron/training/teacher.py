@@ -57,7 +57,7 @@ def student_and_teacher(
     the reference policy become the `ref_log_probs` of the first.
     """
     students, teachers = [], []
-    for group in groups:
+    for number, group in enumerate(groups):
         for trace in (sample.trace for sample in group.samples if len(sample.trace.token_ids)):
             students.append(
                 TrainSample(
@@ -65,6 +65,7 @@ def student_and_teacher(
                     trace.token_ids,
                     rollout_log_probs=trace.log_probs,
                     routed_experts=trace.routed_experts,
+                    place=(number, trace.sample),
                 )
             )
             teachers.append(TrainSample(prompts[group.problem_id], trace.token_ids))

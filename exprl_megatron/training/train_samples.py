@@ -31,11 +31,11 @@ def update_samples(stage: GradedStage, groups: list[Group], version: str | None 
     """
     of_groups = [
         [
-            _train_sample(sample, row, version)
+            _train_sample(number, sample, row, version)
             for sample, row in zip(group.samples, rows, strict=True)
             if row is not None
         ]
-        for group, rows in zip(groups, token_advantages(stage, groups), strict=True)
+        for number, (group, rows) in enumerate(zip(groups, token_advantages(stage, groups), strict=True))
     ]
     bounds = [i * len(groups) // stage.updates_per_step for i in range(stage.updates_per_step + 1)]
     parts = [chain.from_iterable(of_groups[first:last]) for first, last in pairwise(bounds)]
@@ -157,7 +157,7 @@ def _on_last_token(score: float, tokens: int) -> np.ndarray:
     return advantages
 
 
-def _train_sample(sample: GradedTrace, advantages: np.ndarray, version: str | None) -> TrainSample:
+def _train_sample(group: int, sample: GradedTrace, advantages: np.ndarray, version: str | None) -> TrainSample:
     trace = sample.trace
     on_policy_mask = None
     if version is not None:
@@ -170,4 +170,5 @@ def _train_sample(sample: GradedTrace, advantages: np.ndarray, version: str | No
         rollout_log_probs=trace.log_probs,
         on_policy_mask=on_policy_mask,
         routed_experts=trace.routed_experts,
+        place=(group, trace.sample),
     )

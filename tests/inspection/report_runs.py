@@ -15,6 +15,7 @@ from exprl_megatron.reporting.timeline import Span
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import Journal, SampledStep, write_step
+from exprl_megatron.runs.trainer_log_probs import TraceLogProbs, TrainerLogProbFiles
 
 POLICY = Path(__file__).parents[2] / "recipes" / "miniature" / "policy"
 CANARY = "canary-7f3a91c2e5"
@@ -34,12 +35,22 @@ def write_run(root: Path, problem: str = "train-1", said: str = "well done", lea
         for step in range(1, STEPS + 1):
             groups = [_judged_group(problem, said, store, step), _judged_group("train-2", said, None, step)]
             Journal(root / "journal").write("parts", step, SampledStep(groups, 2))
+    _write_trainer_log_probs(root, groups[0].samples[0].trace)
     right = [_graded("train-2", number, Scored(float(number % 2), said)) for number in range(2)]
     for step in range(1, STEPS + 1):
         Journal(root / "journal").write("sparse", step, SampledStep([Group("train-2", tuple(right))], 1))
     (root / "evaluations").mkdir()
     write_step(root / "evaluations" / "start.parquet", SampledStep([Group("train-2", tuple(right))], 1))
     return root
+
+
+def _write_trainer_log_probs(root: Path, trace: Trace) -> None:
+    """Of one trace of the first step: half a nat above the sampler's for its second token, the same for the others."""
+    trainer = trace.log_probs.copy()
+    trainer[1] += 0.5
+    files = TrainerLogProbFiles(root / "trainer_log_probs")
+    files.write_part("parts", 1, (0, 1), [TraceLogProbs(0, trace.sample, trainer)])
+    files.publish("parts", 1, 1, 1.0)
 
 
 def _write_config(root: Path, problem: str, learning_rate: float) -> None:

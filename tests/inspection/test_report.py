@@ -115,6 +115,8 @@ def test_a_trace_has_its_segments_scores_advantages_words_and_the_judges_questio
     tokens = agreed["texts"]["tokens"]
     assert tokens["log_probs"][:4] == [-250, -500, -750, -1000]
     assert sum(tokens["characters"]) == len(f" {FIRST} {SECOND}")
+    assert tokens["gaps"] == [0.0, 0.5] + [0.0] * (len(tokens["log_probs"]) - 2)
+    assert "gaps" not in hacked["texts"]["tokens"]
 
 
 def test_the_judges_figures_are_those_of_all_traces(first):

@@ -103,7 +103,7 @@ def test_curves_of_both_runs_are_on_one_axis_with_stage_marks_and_can_be_hidden(
     assert "0.0001" in wide.texts("table.config")[0] and "0.0002" in wide.texts("table.config")[0]
 
 
-def test_a_trace_is_colored_by_score_advantage_and_log_prob_and_says_what_was_asked(wide):
+def test_a_trace_is_colored_by_score_advantage_log_prob_and_gap_and_says_what_was_asked(wide):
     wide.open("traces")
     wide.page.select_option("label:has-text('Run') select", "0")
     wide.page.select_option("label:has-text('Step') select", "0")
@@ -119,6 +119,11 @@ def test_a_trace_is_colored_by_score_advantage_and_log_prob_and_says_what_was_as
     assert wide.page.locator(".token").count() > 8
     wide.page.locator(".token").first.hover()
     assert "log-prob -0.25" in wide.page.locator(".token").first.get_attribute("title")
+    wide.page.click("button:text-is('trainer gap')")
+    assert wide.page.locator(".token").nth(1).get_attribute("title").endswith(", trainer +0.5")
+    first, second, third = wide.page.locator(".token").evaluate_all(shade)[:3]
+    assert first == third != second
+    assert "largest 0.5" in wide.page.locator("#trace .note", has_text="Mean distance").inner_text()
     wide.page.click("summary:has-text('segment 1')")
     words = wide.page.locator("#judged-1").inner_text()
     assert CANARY in words and "established" in words and "reaches the total" in words

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from transformers import AutoTokenizer
@@ -14,6 +15,7 @@ from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import Journal, SampledStep, write_step
+from exprl_megatron.runs.trainer_log_probs import TraceLogProbs, TrainerLogProbFiles
 from exprl_megatron.utils.files import Claim
 
 POLICY = Path(__file__).parents[2] / "recipes" / "miniature" / "policy"
@@ -279,3 +281,50 @@ def test_the_terms_of_a_mixed_reward_are_shown(run, exprl):
     traces = json.loads(exprl(str(run), "--json")[1])["groups"][0]["traces"]
     assert [trace["reward"] for trace in traces] == [0.7, None]
     assert traces[0]["terms"][1]["name"] == "fmt"
+
+
+def keep_trainer(run: Path, stage: str, step: int, *rows: tuple[int, int, list[float]]) -> None:
+    files = TrainerLogProbFiles(run / "trainer_log_probs")
+    files.write_part(stage, step, (0, 1), [TraceLogProbs(g, s, np.float32(values)) for g, s, values in rows])
+    files.publish(stage, step, 1, 1.0)
+
+
+def test_tokens_show_how_far_trainer_and_sampler_are_from_each_other(exprl, run):
+    log(run, "prime", 1, group("p", Scored(0.5), Scored(0.75)))
+    # The sampler's log-probs are -0.5 each.
+    keep_trainer(run, "prime", 1, (0, 1, [-0.5, -0.75, -0.5, -0.375]))
+    status, printed, _ = exprl(run, "--tokens")
+    rows = [" ".join(line.split()) for line in printed.splitlines()]
+    assert status == 0
+    assert any(row.startswith("1 ") and row.endswith("-0.50000 -0.75000 -2.50e-01") for row in rows)
+    assert any(row.startswith("3 ") and row.endswith("-0.50000 -0.37500 +1.25e-01") for row in rows)
+    assert "4 of 4 tokens, mean 9.38e-02, max 2.50e-01" in rows
+    assert "The trainer's are not known: the trace is out of the loss or empty." in rows
+    _, printed, _ = exprl(run, "--tokens", "--json")
+    first, second = json.loads(printed)["groups"][0]["traces"]
+    assert first["log_prob_gap"] is first["trainer_log_probs"] is None
+    assert second["log_prob_gap"] == {"mean": 0.09375, "max": 0.25}
+    assert (second["token_ids"], second["trainer_log_probs"]) == ([0, 1, 2, 3], [-0.5, -0.75, -0.5, -0.375])
+
+
+def test_traces_and_groups_are_ordered_by_the_gap(exprl, run):
+    log(run, "prime", 1, *(group(name, Scored(0.5), Scored(0.75)) for name in "abc"))
+    near, far = [-0.5] * 4, [-0.5, -0.5, -0.5, -1.5]
+    keep_trainer(run, "prime", 1, (0, 0, near), (0, 1, near), (1, 0, near), (1, 1, far))
+    _, printed, _ = exprl(run, "--sort", "gap", "--json")
+    found = [(each["problem_id"], [t["sample"] for t in each["traces"]]) for each in json.loads(printed)["groups"]]
+    assert found == [("b", [1, 0]), ("a", [0, 1]), ("c", [0, 1])]
+
+
+def test_log_probs_of_a_step_that_has_been_sampled_again_are_not_taken_for_its_own(exprl, run):
+    log(run, "prime", 1, group("p", Scored(0.5)))
+    keep_trainer(run, "prime", 1, (0, 0, [-0.5, -0.5]))
+    status, _, error = exprl(run, "--tokens")
+    assert status == 2 and "set journal.trainer_log_probs to true" in error
+
+
+def test_a_run_that_keeps_no_trainer_log_probs_says_how_to_get_them(exprl, run):
+    log(run, "prime", 1, group("p", Scored(0.5)))
+    status, _, error = exprl(run, "--tokens")
+    assert status == 2
+    assert "The trainer's log-probs of prime, step 1 are not on disk" in error

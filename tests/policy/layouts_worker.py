@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +17,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.policy.log_probs import VocabularyParallelLogProbs
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.training.loop import update
+from exprl_megatron.training.trainer_log_probs import TrainerLogProbs
 
 BASE = {
     "TP1": Layout(),
@@ -56,13 +58,16 @@ FAR = (1, 4)
 """Of the batch, the sequences that another policy sampled than the one that learns."""
 
 
-def learn_rejecting(model: str, layout: Layout, kept_alone: bool = False) -> dict:
-    """Two updates with overlapped reduction, in which FAR leaves the denominator; or of the others alone."""
+def learn_rejecting(model: str, layout: Layout, root: Path, kept_alone: bool = False) -> dict:
+    """Two updates with overlapped reduction, in which FAR leaves the denominator; or of the others alone.
+
+    Each is a step whose trainer log-probs are written below `root`.
+    """
     learner = policy(model, layout)
     vocabulary = learner.architecture.vocabulary
     near = -math.log(vocabulary)
     batch = [
-        replace(s, rollout_log_probs=(-0.5 if i in FAR else near,) * s.response_tokens)
+        replace(s, rollout_log_probs=(-0.5 if i in FAR else near,) * s.response_tokens, place=divmod(i, 2))
         for i, s in enumerate(sequences(vocabulary))
         if not (kept_alone and i in FAR)
     ]
@@ -70,17 +75,25 @@ def learn_rejecting(model: str, layout: Layout, kept_alone: bool = False) -> dic
     rejection = {} if kept_alone else {"level": "geometric", "low": 0.06, "high": 50, "in_denominator": False}
     loss = LossConfig(kl_coefficient=0, entropy_coefficient=0.01, rejection=rejection)
     stage = SimpleNamespace(loss=loss, sampling=SimpleNamespace(max_new_tokens=20, temperature=0.7))
+    kept = TrainerLogProbs(root, learner.world, learner.world.rank == 0)
     run = SimpleNamespace(
         policy=learner,
+        recorded=kept.recorded,
         check_update=lambda stage, metrics: None,
         apply_update=lambda gradient_scale: {
             "scale": gradient_scale,
             "grad_norm": learner.apply_update(gradient_scale).grad_norm,
         },
     )
-    updates = [update(run, stage, batch) for _ in range(2)]
+    updates = []
+    for step in (1, 2):
+        updates.append(update(run, stage, batch))
+        kept.write("a", step)
+    kept.wait()
+    written = [kept.files.read("a", step) for step in (1, 2)] if learner.world.rank == 0 else []
+    written = [[(*place, values.tolist()) for place, values in found.items()] for found in written]
     named = [{name: found[name] for name in ("loss", "grad_norm", "scale")} for found in updates]
-    return {"updates": named, "learned": listed(learner.log_probs(batch, 0.7))}
+    return {"updates": named, "learned": listed(learner.log_probs(batch, 0.7)), "written": written}
 
 
 def gradients_of_log_probs(world) -> dict[str, float]:
@@ -123,8 +136,10 @@ def main() -> None:
         work = lambda _, v=(layout, settings, optimizer): learn(models["qwen3"], *v)  # noqa: E731
         ranks.within(layout, work, f"qwen3 {name}")
     for name, layout in REJECTING.items():
-        ranks.within(layout, lambda _, la=layout: learn_rejecting(models["qwen3"], la), f"rejecting {name}")
-    ranks.within(Layout(), lambda _: learn_rejecting(models["qwen3"], Layout(), kept_alone=True), "kept alone")
+        work = lambda _, la=layout, r=ranks.out / name: learn_rejecting(models["qwen3"], la, r)  # noqa: E731
+        ranks.within(layout, work, f"rejecting {name}")
+    alone = lambda _: learn_rejecting(models["qwen3"], Layout(), ranks.out / "alone", kept_alone=True)  # noqa: E731
+    ranks.within(Layout(), alone, "kept alone")
     for name, layout in BASE.items():
 
         def fresh(_, layout=layout):

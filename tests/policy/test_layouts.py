@@ -75,6 +75,17 @@ def test_sequences_that_leave_the_denominator_are_as_if_they_had_not_been_sample
         assert found["updates"][0][name] == pytest.approx(alone["updates"][0][name], rel=1e-5), name
 
 
+@pytest.mark.parametrize("layout", REJECTING)
+def test_the_trainers_log_probs_on_disk_are_those_of_transformers_whichever_ranks_write_them(results, expected, layout):
+    first, second = results[f"rejecting {layout}"]["written"]
+    by_place = {(group, sample): values for group, sample, values in first}
+    assert len(first) == len(second) == len(by_place) == len(expected["qwen3"]["log_probs"])
+    in_order = [by_place[divmod(i, 2)] for i in range(len(first))]
+    assert largest_difference(in_order, expected["qwen3"]["log_probs"]) <= 1e-4
+    # The second step's are those of the weights after the first.
+    assert all(one != other for one, other in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("layout", list(REJECTING)[1:])
 def test_updates_without_rejected_sequences_do_not_depend_on_the_layout(results, layout):
     found, expected = results[f"rejecting {layout}"], results["rejecting TP1"]

@@ -5,14 +5,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from helpers.graded import graded
 from helpers.scripted_run import OneRank, scripted_run
 
+from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.journal import SampledStep
 from exprl_megatron.runs.progress import RunProgress
+from exprl_megatron.runs.trainer_log_probs import TrainerLogProbFiles
 from exprl_megatron.training import run as module
 
 
@@ -259,6 +262,52 @@ def test_checkpoints_are_written_every_n_steps_and_after_the_last_and_the_log_is
         made.checkpoint_if_due(of_config.stages[0], step)
     due = [("save", step, 3) for step in (2, 4, 5)]
     assert parts.events == [event for _, step, keep in due for event in (("save", step, keep), ("prune", step))]
+
+
+KEEPING = {"journal": {"trainer_log_probs": True, "keep_steps": 2}, "checkpoint": {"every_steps": 2, "keep": 1}}
+
+
+def _keeping(tmp_path):
+    """A run that keeps the trainer's log-probs, and a function that lets its loss see those of one trace."""
+    parts = Parts()
+    parts.world = SimpleNamespace(layout=SimpleNamespace(dp=1), dp_rank=0, tp_rank=0, cp_rank=0, last_stage=True)
+    parts.take_memory_stats = parts.take_metrics = lambda *_: {}
+    made = run_of(config(tmp_path, {"name": "a"}, **KEEPING), parts)
+
+    def learn(log_prob):
+        micro = pad([TrainSample((1, 2), (3,), place=(0, 0))], 3)
+        made.recorded(lambda *_: (0.0, {}))(torch.full_like(micro.mask, log_prob), None, micro)
+
+    return made, learn
+
+
+def test_the_trainers_log_probs_of_a_step_are_on_disk_before_the_checkpoint_that_has_the_step(tmp_path, monkeypatch):
+    made, learn = _keeping(tmp_path)
+    (stage,), files = made.config.stages, TrainerLogProbFiles(tmp_path / "trainer_log_probs")
+    there = []
+    monkeypatch.setattr(module, "save_checkpoint", lambda *_, **__: there.append(files.read("a", step) is not None))
+    for step in range(1, 5):
+        with made.step(stage, step):
+            learn(-float(step))
+        made.checkpoint_if_due(stage, step)
+    assert there == [True, True]
+    assert files.read("a", 4)[0, 0].tolist() == [-4.0]
+    # journal.keep_steps
+    assert [step for step in range(1, 5) if files.read("a", step)] == [3, 4]
+
+
+def test_where_the_gap_stops_the_run_the_log_probs_that_show_it_are_on_disk(tmp_path):
+    made, learn = _keeping(tmp_path)
+    (stage,) = made.config.stages
+    with pytest.raises(RunStopped, match="nothing was learned from this step"), made.step(stage, 1):
+        learn(-3.0)
+        made.check_update(stage, {"sampler_gap/mean": 7.0})
+    assert TrainerLogProbFiles(tmp_path / "trainer_log_probs").read("a", 1)[0, 0].tolist() == [-3.0]
+
+
+def test_a_run_that_does_not_ask_for_them_keeps_no_log_probs(tmp_path):
+    made, objective = run_of(config(tmp_path, {"name": "a"}), Parts()), object()
+    assert made.recorded(objective) is objective
 
 
 def test_a_run_that_is_asked_to_stop_writes_one_first(tmp_path, saved):

@@ -53,6 +53,10 @@ class Recorder:
         self.calls.append(("accumulate", list(samples), temperature, denominator))
         return dict(METRICS)
 
+    def recorded(self, objective):
+        self.calls.append(("recorded", objective))
+        return objective
+
     def check_update(self, stage, metrics):
         self.calls.append(("check", metrics["tokens"]))
 
@@ -102,7 +106,8 @@ def test_each_of_several_updates_has_its_own_denominator():
 def test_old_log_probs_are_computed_for_all_updates_before_the_first_changes_the_weights():
     run = Recorder(_groups())
     loop.rl_step(run, _stage(updates_per_step=2), 1)
-    assert [call[0] for call in run.calls] == ["sample", "old", "old", *["accumulate", "check", "apply"] * 2]
+    step = ["recorded", "accumulate", "check", "apply"]
+    assert [call[0] for call in run.calls] == ["sample", "old", "old", *step * 2]
     assert {temperature for *_, temperature in run.named("old")} == {0.7}
     for _, samples, *_ in run.named("accumulate"):
         assert [set(s.old_log_probs.tolist()) for s in samples] == [{-1.0}, {-2.0}]

@@ -34,6 +34,7 @@ from exprl_megatron.problems.sources import is_own_source, load_problems
 from exprl_megatron.reporting.plain_text import shown
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
+from exprl_megatron.runs.trainer_log_probs import TrainerLogProbFiles
 
 MOST_STEPS = 50
 """Of a run whose traces are read; more are sampled evenly."""
@@ -51,8 +52,8 @@ class Place:
 
 @dataclass(frozen=True)
 class _Read:
-    stamp: tuple[int, int]
-    """Of the file that was read: size and time of its last change."""
+    stamp: tuple[int, ...]
+    """Of the files that were read: sizes and times of their last changes."""
     figures: dict[str, Any]
     block: PageBlock
 
@@ -140,15 +141,17 @@ class RunPages:
             return settings.problems, settings.sampling.max_new_tokens
         return None, 1
 
-    def _stamp(self, place: Place) -> tuple[int, int]:
+    def _stamp(self, place: Place) -> tuple[int, ...]:
         if place.step is None:
-            path = evaluation_file(self.directory, place.stage)
+            paths = [evaluation_file(self.directory, place.stage)]
         else:
-            path = Journal(self.directory.journal).path(place.stage, place.step)
-        if not path.is_file():
-            return 0, 0
-        found = path.stat()
-        return found.st_size, found.st_mtime_ns
+            of_trainer = TrainerLogProbFiles(self.directory.trainer_log_probs)
+            paths = [
+                Journal(self.directory.journal).path(place.stage, place.step),
+                of_trainer.directory(place.stage, place.step),
+            ]
+        found = [path.stat() for path in paths if path.exists()]
+        return tuple(value for each in found for value in (each.st_size, each.st_mtime_ns))
 
     def _problems(self, source: ProblemsConfig | None) -> dict[str, Problem]:
         """By their ids; none where the file they came from is gone. What is on a hub is not fetched."""

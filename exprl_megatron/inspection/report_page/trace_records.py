@@ -75,7 +75,7 @@ class TraceRecords:
         advantages = None if inspected.advantages is None else inspected.advantages[place]
         places = self._tokenizer.characters_before(sample.trace)
         record: dict[str, Any] = {"segments": self._segments(sample, advantages, places)}
-        record["tokens"] = _tokens(sample, places)
+        record["tokens"] = _tokens(sample, places, inspected.gap(place))
         if sample.segments and places is None:
             record["uncut"] = True
         if not sample.segments:
@@ -124,14 +124,18 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
     return {"score": _rounded(judgement.value)}
 
 
-def _tokens(sample: GradedTrace, places: Places | None) -> dict[str, list] | None:
-    """{characters, log_probs}: of each token how many characters it adds, and its log-prob in thousandths of a nat."""
+def _tokens(sample: GradedTrace, places: Places | None, gap: np.ndarray | None) -> dict[str, list] | None:
+    """{characters, log_probs, gaps}: of each token the characters that it adds, and its log-prob in thousandths of a nat.
+
+    `gaps`, only where the run keeps the trainer's log-probs: trainer's less sampler's in nats, to two digits.
+    """
     if places is None:
         return None
     count = len(sample.trace.token_ids)
     ends = [places(token) for token in range(1, count + 1)]
     thousandths = np.rint(sample.trace.log_probs.astype(np.float64) * 1000).astype(np.int64)
-    return {"characters": np.diff(ends, prepend=0).tolist(), "log_probs": thousandths.tolist()}
+    record = {"characters": np.diff(ends, prepend=0).tolist(), "log_probs": thousandths.tolist()}
+    return record if gap is None else record | {"gaps": [float(f"{value:.1e}") for value in gap.tolist()]}
 
 
 def _rounded(value: float | None) -> float | None:

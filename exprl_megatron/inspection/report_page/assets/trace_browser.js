@@ -214,9 +214,10 @@ function traceText(row, again) {
   const { segments, tokens } = row.texts;
   const colors = [["score", "score"], ["advantage", "advantage"]];
   if (tokens) colors.push(["log-prob", "log-prob"]);
+  if (tokens?.gaps) colors.push(["gap", "trainer gap"]);
   const color = colors.some(([key]) => key === state.color) ? state.color : "score";
   const body = el("div", { class: "text", id: "trace-text" });
-  if (color === "log-prob") body.append(...tokenSpans(row.texts));
+  if (color === "log-prob" || color === "gap") body.append(...tokenSpans(row.texts, color));
   else body.append(...segmentSpans(row, color));
   return el("section", {}, el("h3", {}, "Trace"),
     choice("Color by", colors, color, (key) => { state.color = key; again(); document.getElementById("trace").focus(); }),
@@ -249,20 +250,27 @@ function openJudged(place) {
 }
 
 // Characters count as Unicode code points there.
-function tokenSpans({ segments, tokens }) {
+function tokenSpans({ segments, tokens }, color) {
+  const largest = Math.max(...(tokens.gaps || []).map(Math.abs), 1e-9);
   const characters = Array.from(segments.map((segment) => segment.text).join(""));
   let at = 0;
   const spans = tokens.characters.map((count, place) => {
     const value = tokens.log_probs[place] / 1000;
-    const shade = `color-mix(in oklab, var(--low) ${Math.round(100 * Math.min(1, -value / 4))}%, transparent)`;
+    const gap = color === "gap" ? tokens.gaps[place] : null;
+    const shade = gap === null ? `color-mix(in oklab, var(--low) ${Math.round(100 * Math.min(1, -value / 4))}%, transparent)` : advantageColor(gap, largest);
+    const said = gap === null ? "" : `, trainer ${signed(gap)}`;
     const text = characters.slice(at, at + count).join("");
     at += count;
-    return el("span", { class: "token", style: { "--shade": shade }, title: `token ${place}: log-prob ${number(value)}` }, text || "\u25ab");
+    return el("span", { class: "token", style: { "--shade": shade }, title: `token ${place}: log-prob ${number(value)}${said}` }, text || "\u25ab");
   });
   return [...spans, characters.slice(at).join("")];
 }
 
 function legend(color, row) {
+  if (color === "gap") {
+    const distances = row.texts.tokens.gaps.map(Math.abs);
+    return note(`Trainer's log-prob of each token less the sampler's, in nats: blue where the trainer's is higher, orange where it is lower; the darkest is the largest of this trace. Mean distance ${number(sum(distances) / (distances.length || 1))}, largest ${number(Math.max(...distances, 0))}.`);
+  }
   if (color === "log-prob") {
     const values = row.texts.tokens.log_probs.map((value) => value / 1000);
     return note(`Log-prob of each token as the sampler returned it; the darker, the less likely, from −4 nats on. Mean ${number(sum(values) / (values.length || 1))}, lowest ${number(Math.min(...values, 0))}.`);
