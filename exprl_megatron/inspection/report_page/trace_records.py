@@ -125,7 +125,7 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
 
 
 def _tokens(sample: GradedTrace, places: Places | None, gap: np.ndarray | None) -> dict[str, list] | None:
-    """{characters, log_probs, gaps}: of each token the characters that it adds, and its log-prob in thousandths of a nat.
+    """{characters, log_probs, gaps}: of each token its number of characters, and its log-prob in thousandths of a nat.
 
     `gaps`, only where the run keeps the trainer's log-probs: trainer's less sampler's in nats, to two digits.
     """
