@@ -52,7 +52,7 @@ class TrainerLogProbs:
     def write(self, stage: str, step: int) -> None:
         """Start to write what was kept as the step's; raises what the writing of the step before has raised."""
         self.wait()
-        kept, self._kept = [tuple(tensor.cpu() for tensor in one) for one in self._kept], []
+        kept, self._kept = [(places.cpu(), mask.cpu(), old.cpu()) for places, mask, old in self._kept], []
         self._work = self._pool.submit(self._write, stage, step, kept)
 
     def wait(self) -> None:
@@ -71,8 +71,8 @@ class TrainerLogProbs:
 def rows_of(kept: list[_Kept]) -> list[TraceLogProbs]:
     """Return the log-probs of each trace, without padding, in the order of the rollout log."""
     rows = [
-        TraceLogProbs(*place, values[present.bool()].numpy())
+        TraceLogProbs(group, sample, values[present.bool()].numpy())
         for places, mask, log_probs in kept
-        for place, present, values in zip(places.tolist(), mask, log_probs, strict=True)
+        for (group, sample), present, values in zip(places.tolist(), mask, log_probs, strict=True)
     ]
     return sorted(rows, key=lambda row: (row.group, row.sample))
