@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -88,7 +88,8 @@ class TrainSample(ArrayFields):
 
     def with_values(self, name: str, values: np.ndarray) -> Self:
         """A copy in which the per-token array `name` is `values` [response tokens]."""
-        return replace(self, **{name: values})
+        changed: dict[str, Any] = {name: values}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def pad(samples: Sequence[TrainSample], length: int, pad_id: int = 0) -> MicroBa
 def dummy_sample(samples: Sequence[SampleOrOutline]) -> TrainSample:
     """A sample without a response, with the same per-token fields as `samples`, that adds nothing to any sum."""
     none = np.empty(0)
-    given = {name: none for name in PER_TOKEN if _is_set(samples, name)}
+    given: dict[str, Any] = {name: none for name in PER_TOKEN if _is_set(samples, name)}
     return replace(TrainSample(np.zeros(1, np.int32), np.empty(0, np.int32)), **given)
 
 
