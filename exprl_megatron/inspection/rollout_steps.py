@@ -13,7 +13,7 @@ from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import DAMAGE, Journal, read_step
-from exprl_megatron.runs.trainer_log_probs import TrainerLogProbFiles
+from exprl_megatron.runs.log_prob_files import TrainerLogProbFiles
 from exprl_megatron.training.train_samples import TokenAdvantages, token_advantages
 
 

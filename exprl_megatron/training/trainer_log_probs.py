@@ -10,7 +10,7 @@ import torch
 
 from exprl_megatron.algorithms.batch import LossFunction, MicroBatch
 from exprl_megatron.policy.world import World
-from exprl_megatron.runs.trainer_log_probs import TraceLogProbs, TrainerLogProbFiles
+from exprl_megatron.runs.log_prob_files import TraceLogProbs, TrainerLogProbFiles
 
 _DEADLINE_S = 600.0
 """For the parts of all ranks, from the moment at which rank 0 has written its own."""

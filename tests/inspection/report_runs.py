@@ -15,7 +15,7 @@ from exprl_megatron.reporting.timeline import Span
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import Journal, SampledStep, write_step
-from exprl_megatron.runs.trainer_log_probs import TraceLogProbs, TrainerLogProbFiles
+from exprl_megatron.runs.log_prob_files import TraceLogProbs, TrainerLogProbFiles
 
 POLICY = Path(__file__).parents[2] / "recipes" / "miniature" / "policy"
 CANARY = "canary-7f3a91c2e5"

@@ -15,7 +15,7 @@ from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import Journal, SampledStep, write_step
-from exprl_megatron.runs.trainer_log_probs import TraceLogProbs, TrainerLogProbFiles
+from exprl_megatron.runs.log_prob_files import TraceLogProbs, TrainerLogProbFiles
 from exprl_megatron.utils.files import Claim
 
 POLICY = Path(__file__).parents[2] / "recipes" / "miniature" / "policy"

@@ -14,8 +14,8 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.journal import SampledStep
+from exprl_megatron.runs.log_prob_files import TrainerLogProbFiles
 from exprl_megatron.runs.progress import RunProgress
-from exprl_megatron.runs.trainer_log_probs import TrainerLogProbFiles
 from exprl_megatron.training import run as module
 
 

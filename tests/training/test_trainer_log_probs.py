@@ -14,7 +14,7 @@ from exprl_megatron.algorithms.batch import TrainSample, dummy_sample, pad
 from exprl_megatron.algorithms.objective import policy_objective
 from exprl_megatron.config.losses import LossConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.runs.trainer_log_probs import TraceLogProbs, TrainerLogProbFiles
+from exprl_megatron.runs.log_prob_files import TraceLogProbs, TrainerLogProbFiles
 from exprl_megatron.training.trainer_log_probs import TrainerLogProbs
 
 

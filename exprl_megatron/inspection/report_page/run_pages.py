@@ -34,7 +34,7 @@ from exprl_megatron.problems.sources import is_own_source, load_problems
 from exprl_megatron.reporting.plain_text import shown
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
-from exprl_megatron.runs.trainer_log_probs import TrainerLogProbFiles
+from exprl_megatron.runs.log_prob_files import TrainerLogProbFiles
 
 MOST_STEPS = 50
 """Of a run whose traces are read; more are sampled evenly."""
