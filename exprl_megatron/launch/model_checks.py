@@ -25,6 +25,7 @@ def model_violations(config: RunConfig) -> list[str]:
         *fusion_violations(config.policy, uses_cuda()),
         *_length_violations(config, architecture),
         *_fused_rotation_violations(config, architecture),
+        *_server_violations(config, architecture),
         *replay_violations(config, architecture),
     ]
 
@@ -52,6 +53,16 @@ def _fused_rotation_violations(config: RunConfig, architecture: Architecture) ->
         yield (
             f"server.extra_args hold {name}, whose kernel computes the stretched positions of {config.policy.model} "
             f"otherwise than the trainer; leave it out."
+        )
+
+
+def _server_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    """SGLang's norm over all heads' keys cannot be cut over more ranks than there are heads of keys."""
+    served = config.needs_sampling_servers or config.has_ref_server
+    if served and architecture.post_norms and config.server.tp > architecture.kv_groups:
+        yield (
+            f"server.tp is {config.server.tp}, more than the {architecture.kv_groups} KV groups of "
+            f"{config.policy.model}, over which SGLang cannot cut this {architecture.family} model; lower it."
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
+from exprl_megatron.models import olmo3
 from exprl_megatron.models.rope import Rope, RopeScaling, YarnScaling, read_rope
 from exprl_megatron.models.unsupported import unsupported
 
@@ -22,6 +23,7 @@ FAMILIES = {
     "MistralForCausalLM": "mistral",
     "SeedOssForCausalLM": "seed-oss",
     "Glm4MoeForCausalLM": "glm4-moe",
+    "Olmo3ForCausalLM": "olmo3",
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 """Layers whose tokens see a window of those before them, and layers whose tokens see all."""
@@ -85,6 +87,9 @@ class Architecture:
     window: int | None = None
     """Of how many tokens, itself the last of them, a token's attention sees those of `sliding_attention` layers, whose
     positions are not stretched; None: all layers see all tokens."""
+    post_norms: bool = False
+    """Whether the norms of a layer are behind attention and MLP, and those of queries and keys over all heads together
+    (Olmo 3); else in front of attention and MLP, and over each head."""
     left_out: tuple[str, ...] = ()
     """Prefixes of the names of tensors that a policy has no use for, as those of multi-token prediction: they are not
     loaded, and an exported model has them as the original has."""
@@ -168,6 +173,11 @@ def _nearest(name: str, tree: dict) -> str:
 def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
     """One sentence for each way in which `layout` cannot hold `architecture` (the vocabulary is padded to fit)."""
     found = []
+    if architecture.window is not None and layout.cp > 1:
+        found.append(
+            f"policy.layout.cp is {layout.cp} but attention of this {architecture.family} model has windows, which is "
+            f"not supported under context parallelism; set it to 1."
+        )
     for what, count in (
         ("attention heads", architecture.heads),
         ("KV groups", architecture.kv_groups),
@@ -280,23 +290,30 @@ def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
         layers=tree["num_hidden_layers"],
         hidden=tree["hidden_size"],
         heads=heads,
-        # Left out of a Llama's file it means as many as heads; elsewhere a number of transformers' own.
-        kv_groups=(tree.get("num_key_value_heads") if family == "llama" else tree["num_key_value_heads"]) or heads,
+        kv_groups=_kv_groups(family, tree) or heads,
         head_dim=tree.get("head_dim", 128 if family == "seed-oss" else None) or tree["hidden_size"] // heads,
         ffn=tree["intermediate_size"],
         vocabulary=tree["vocab_size"],
         norm_eps=tree["rms_norm_eps"],
         rope_base=rope.base,
         rope_scaling=rope.scaling,
-        qk_norm=family in ("qwen3", "qwen3-moe") or (glm and tree.get("use_qk_norm", False)),
+        qk_norm=family in ("qwen3", "qwen3-moe", "olmo3") or (glm and tree.get("use_qk_norm", False)),
         qkv_bias=family in ("qwen2", "seed-oss") or (glm and tree.get("attention_bias", False)),
         tied=tree.get("tie_word_embeddings", False),
         max_positions=tree.get("max_position_embeddings", 2048),
         initializer_range=tree.get("initializer_range", 0.02),
         experts=_experts(family, tree),
         rotary_share=rope.share,
+        layer_types=olmo3.layer_types(tree) if family == "olmo3" else (),
+        window=olmo3.window(tree) if family == "olmo3" else None,
+        post_norms=family == "olmo3",
         left_out=_left_out(tree) if glm else (),
     )
+
+
+def _kv_groups(family: str, tree: dict) -> int | None:
+    """None: as many as heads, which is what a setting left out means in these families, elsewhere another number."""
+    return tree.get("num_key_value_heads") if family in ("llama", "olmo3") else tree["num_key_value_heads"]
 
 
 def _experts(family: str, tree: dict) -> Experts | None:

@@ -72,8 +72,14 @@ def head_gemm(architecture: Architecture, tokens: float, tp: int) -> Gemm:
 
 
 def attention_flops(architecture: Architecture, sequence_length: float) -> float:
-    """Operations of causal attention's two products, forward, per token of a layer: the mean token sees half."""
-    return 2.0 * 2.0 * architecture.heads * architecture.head_dim * sequence_length / 2
+    """Operations of causal attention's two products, forward, per token of a layer.
+
+    The mean token sees half of the sequence; in a layer with a window w, tokens see all before them up to w, then w.
+    """
+    seen = sequence_length / 2
+    if architecture.window is not None and architecture.window < sequence_length:
+        seen = architecture.window - architecture.window**2 / (2 * sequence_length)
+    return 2.0 * 2.0 * architecture.heads * architecture.head_dim * seen
 
 
 def layer_flops(architecture: Architecture) -> float:
@@ -92,7 +98,7 @@ def model_flops(architecture: Architecture, sequence_length: float, training: bo
 
     The embedding is a look-up and counts nothing; a training step is three times the forward pass.
     """
-    attention = architecture.layers * attention_flops(architecture, sequence_length)
+    attention = sum(count * attention_flops(kind, sequence_length) for kind, count in architecture.kinds().items())
     forward = linear_flops(architecture) + attention + head_gemm(architecture, 1, 1).flops
     return forward * (3.0 if training else 1.0)
 

@@ -186,10 +186,11 @@ def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "self_attn.q_proj.bias": (query,),
         "self_attn.k_proj.bias": (key,),
         "self_attn.v_proj.bias": (key,),
-        "self_attn.q_norm.weight": (architecture.head_dim,),
-        "self_attn.k_norm.weight": (architecture.head_dim,),
+        "self_attn.q_norm.weight": (query if architecture.post_norms else architecture.head_dim,),
+        "self_attn.k_norm.weight": (key if architecture.post_norms else architecture.head_dim,),
         "self_attn.o_proj.weight": (hidden, query),
         "post_attention_layernorm.weight": (hidden,),
+        "post_feedforward_layernorm.weight": (hidden,),
         "mlp.gate_proj.weight": (ffn, hidden),
         "mlp.up_proj.weight": (ffn, hidden),
         "mlp.down_proj.weight": (hidden, ffn),
@@ -206,24 +207,35 @@ def _layer(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
     """One layer's parameters, experts laid over `ep` ranks."""
     heads_per_group = architecture.heads // architecture.kv_groups
     qkv = QueryKeyValue(heads_per_group=heads_per_group, head_dim=architecture.head_dim)
-    rows: list[Row] = [
-        ("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), Rule(), None),
-        ("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), qkv, None),
-    ]
+    rows: list[Row] = []
+    if not architecture.post_norms:
+        rows.append(("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), Rule(), None))
+    rows.append(("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), qkv, None))
     if architecture.qkv_bias:
         rows.append(("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), qkv, None))
     if architecture.qk_norm:
-        rows.append(("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), Rule(), None))
-        rows.append(("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), Rule(), None))
+        rows += _query_and_key_norms(architecture.post_norms)
     rows.append(("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Rule(split_dim=1), None))
     if architecture.experts is not None:
         return rows + _expert_rows(architecture, architecture.experts, ep, grouped)
-    return [
-        *rows,
-        ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), Rule(), None),
+    if architecture.post_norms:
+        behind, norm = "self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight"
+        rows.append((behind, (norm,), Rule(), None))
+    else:
+        rows.append(("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), Rule(), None))
+    rows += [
         ("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp(), None),
         ("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Rule(split_dim=1), None),
     ]
+    if architecture.post_norms:
+        rows.append(("mlp.linear_fc2.post_layernorm.weight", ("post_feedforward_layernorm.weight",), Rule(), None))
+    return rows
+
+
+def _query_and_key_norms(whole_width: bool) -> list[Row]:
+    """Norms over each head are Megatron's, the same on every rank; over all heads each rank has its heads' weights."""
+    norm, rule = ("{}_norm", Rule(split_dim=0)) if whole_width else ("{}_layernorm", Rule())
+    return [(f"self_attention.{norm.format(x)}.weight", (f"self_attn.{x}_norm.weight",), rule, None) for x in "qk"]
 
 
 def _expert_rows(architecture: Architecture, experts: Experts, ep: int, grouped: bool) -> list[Row]:

@@ -149,7 +149,9 @@ def _attention(setting: Setting) -> Iterator[str]:
     if not setting.precision.fp8_attention or capability is None:
         return
     gpu, remedy = _gpu(capability), "turn policy.precision.fp8_attention off"
-    if kind == "fp8-blockwise":
+    if setting.architecture is not None and setting.architecture.window is not None:
+        yield f"policy.precision.fp8_attention has no kernel for attention with windows; {remedy}."
+    elif kind == "fp8-blockwise":
         yield f"policy.precision.fp8_attention has no kernel for fp8-blockwise; {remedy}."
     elif capability < HOPPER or capability >= CONSUMER_BLACKWELL:
         yield f"policy.precision.fp8_attention has no kernel on {gpu}; {remedy}."

@@ -1,5 +1,7 @@
 """What a config.json asks for beside its rotary positions that this policy would not compute as transformers does."""
 
+from exprl_megatron.models.olmo3 import unsupported_of_olmo3
+
 
 def unsupported(tree: dict) -> str | None:
     """The first such setting as a noun phrase; what is left out counts as transformers reads it."""
@@ -12,6 +14,8 @@ def unsupported(tree: dict) -> str | None:
         return f"sliding_window {tree['sliding_window']}"
     if name == "MistralForCausalLM" and "sliding_window" not in tree:
         return "no sliding_window, which means a window of 4096 tokens"
+    if name == "Olmo3ForCausalLM" and (setting := unsupported_of_olmo3(tree)) is not None:
+        return setting
     if name == "Glm4MoeForCausalLM" and (setting := _of_glm(tree)) is not None:
         return setting
     if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):

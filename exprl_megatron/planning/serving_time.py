@@ -152,9 +152,15 @@ def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch
         experts *= 1 - (1 - architecture.experts.chosen / architecture.experts.count) ** batch
     weights = (dense + experts) * servers.weight_bytes + architecture.vocabulary * architecture.hidden * 2.0
     compute = batch * linear_flops(architecture) / (servers.tp * gemm_flops_per_s(gpu, servers.kind))
-    cache = batch * context * cache_bytes(architecture, servers)
+    cache = batch * _tokens_read(architecture, context) * cache_bytes(architecture, servers)
     fixed = ITERATION_S + layers * _KERNELS * KERNEL_GAP
     return max(weights / bandwidth, compute) + cache / bandwidth + fixed + _all_reduces(architecture, servers, batch)
+
+
+def _tokens_read(architecture: Architecture, context: float) -> float:
+    """Cached tokens that a new one's attention reads in the mean layer; servers keep those outside of windows too."""
+    kinds = architecture.kinds().items()
+    return sum(count * min(context, kind.window or context) for kind, count in kinds) / architecture.layers
 
 
 def cache_bytes(architecture: Architecture, servers: ServerHardware) -> float:

@@ -8,6 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from exprl_megatron.policy.context_parallel import chunk_count, natural_order, own_chunks
 
@@ -17,11 +18,23 @@ class CausalAttention(MegatronModule):
 
     The sequences of a packed row do not see each other; neighbors of the same length are computed together. Each is
     padded on its right, so causality alone keeps real tokens from seeing padding. Under context parallelism keys and
-    values are gathered from all ranks of the group.
+    values are gathered from all ranks of the group. In a layer with a window each token sees as many as Megatron's
+    config says, itself the last of them.
     """
 
-    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, pg_collection=None, **_):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        softmax_scale: float | None = None,
+        pg_collection=None,
+        **_,
+    ):
         super().__init__(config=config)
+        windows = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        # Megatron counts the tokens before a token, as FlashAttention does.
+        self.window = config.window_size[0] + 1 if windows else None
         self.softmax_scale = softmax_scale
         self.group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
 
@@ -57,7 +70,11 @@ class CausalAttention(MegatronModule):
     def _last_queries(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention, [count, s, heads, head_dim], where the queries belong to the last of the keys."""
         rows, columns = query.shape[1], key.shape[1]
-        mask = None if rows == columns else torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        mask = None
+        if rows != columns or (self.window is not None and self.window < columns):
+            mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        if mask is not None and self.window is not None:
+            mask = mask.triu(columns - rows - self.window + 1)
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True

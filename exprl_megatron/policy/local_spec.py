@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from exprl_megatron.policy.attention import CausalAttention
 from exprl_megatron.policy.local_layers import SwiGlu
+from exprl_megatron.policy.post_norm import Modules, PostNorm, ScaledWhereStretched
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -51,6 +52,20 @@ class RowLinear(PlainProduct, RowParallelLinear):
     """Row-parallel linear layer: its sum over ranks follows the product."""
 
 
+class ColumnLinear(PlainProduct, ColumnParallelLinear):
+    """Column-parallel linear layer."""
+
+
+class RowLinearWithNorm(PostNorm, RowLinear):
+    """Row-parallel linear layer and RMSNorm in one."""
+
+    norm = RMSNorm
+
+
+class ScaledCausalAttention(ScaledWhereStretched, CausalAttention):
+    """Causal attention whose softmax has YaRN's factor by its kind of layer."""
+
+
 class NormColumnParallelLinear(PlainProduct, ColumnParallelLinear):
     """RMSNorm and column-parallel linear layer in one, as TELayerNormColumnParallelLinear."""
 
@@ -64,6 +79,9 @@ class NormColumnParallelLinear(PlainProduct, ColumnParallelLinear):
         """hidden: [sequence, batch, input_size]; returns (output, bias or None) as the linear layer does."""
         normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], self.layer_norm_weight, self.layer_norm_eps)
         return super().forward(normed, *args, **kwargs)
+
+
+POST_NORM = Modules(ColumnLinear, RowLinearWithNorm, ScaledCausalAttention, RMSNorm, SwiGlu)
 
 
 def local_block(config: TransformerConfig, with_experts: Sequence[bool]) -> TransformerBlockSubmodules:

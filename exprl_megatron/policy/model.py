@@ -9,15 +9,25 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.models.architecture import Architecture, Experts, check_layout, padded_vocabulary, stage_layers
+from exprl_megatron.models.architecture import (
+    FULL,
+    SLIDING,
+    Architecture,
+    Experts,
+    check_layout,
+    padded_vocabulary,
+    stage_layers,
+)
 from exprl_megatron.policy.emulation import emulate_fp8
 from exprl_megatron.policy.frequencies import rope_frequencies
 from exprl_megatron.policy.gradient_fusion import fuses_gradients
 from exprl_megatron.policy.local_layers import RotationTable
-from exprl_megatron.policy.local_spec import local_block
+from exprl_megatron.policy.local_spec import POST_NORM, local_block
+from exprl_megatron.policy.post_norm import Modules, post_norm_block, two_tables
 from exprl_megatron.policy.precision import fp8_settings
 from exprl_megatron.policy.router_replay import forget_routers
 from exprl_megatron.policy.world import World
@@ -70,7 +80,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        qk_layernorm=architecture.qk_norm and not architecture.post_norms,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
@@ -111,6 +121,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         # Else Transformer Engine overwrites the buffers in the first micro-batch of each pass, and a step has several.
         disable_parameter_transpose_cache=fused,
         persist_layer_norm=False,
+        **_windows(architecture),
         **_expert_settings(architecture, config, cuda),
         **fp8_settings(config.precision),
         **recompute[config.recompute],
@@ -139,6 +150,14 @@ def _softmax_scale(architecture: Architecture) -> float | None:
     """
     factor = architecture.attention_factor
     return None if factor == 1.0 else factor**2 / math.sqrt(architecture.head_dim)
+
+
+def _windows(architecture: Architecture) -> dict:
+    """Megatron counts the tokens before a token, and marks layers with windows by 1."""
+    if architecture.window is None:
+        return {}
+    marks = [int(kind == SLIDING) for kind in architecture.layer_types]
+    return {"window_size": (architecture.window - 1, 0), "window_attn_skip_freq": marks}
 
 
 def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: bool) -> dict:
@@ -193,11 +212,7 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
     megatron = transformer_config(architecture, config, world.device)
     # Transformer Engine's layers ask for it; Megatron's own follow torch's default device.
     megatron.init_model_with_meta_device = meta
-    if world.device.type == "cuda":
-        block = get_gpt_decoder_block_spec(megatron, use_transformer_engine=True, vp_stage=stage)
-    else:
-        layers = stage_layers(architecture, layout)[world.pp_rank][stage or 0]
-        block = local_block(megatron, [architecture.of_layer(layer).experts is not None for layer in layers])
+    block = _block(architecture, megatron, world, stage)
     chunk = GPTModel(
         megatron,
         block,
@@ -217,5 +232,32 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
         )
     if config.precision.emulate:
         emulate_fp8(chunk, config.precision)
-    chunk.rotary_pos_emb.inv_freq = rope_frequencies(architecture).to(place)
+    chunk.rotary_pos_emb.inv_freq = _frequencies(architecture).to(place)
     return chunk.to(place)
+
+
+def _block(
+    architecture: Architecture, megatron: TransformerConfig, world: World, stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of virtual stage `stage` of this rank, of Transformer Engine's modules on CUDA."""
+    cuda = world.device.type == "cuda"
+    layers = stage_layers(architecture, world.layout)[world.pp_rank][stage or 0]
+    if architecture.post_norms:
+        return post_norm_block(_transformer_engine_modules() if cuda else POST_NORM, len(layers))
+    if cuda:
+        return get_gpt_decoder_block_spec(megatron, use_transformer_engine=True, vp_stage=stage)
+    return local_block(megatron, [architecture.of_layer(layer).experts is not None for layer in layers])
+
+
+def _transformer_engine_modules() -> Modules:
+    from exprl_megatron.policy.post_norm_te import MODULES
+
+    return MODULES
+
+
+def _frequencies(architecture: Architecture) -> torch.Tensor:
+    """Of the rotary table; where some layers' positions are not stretched, of both tables together."""
+    if architecture.window is None:
+        return rope_frequencies(architecture)
+    full, window = (architecture.of_layer(architecture.layer_types.index(kind)) for kind in (FULL, SLIDING))
+    return two_tables(rope_frequencies(full), rope_frequencies(window))

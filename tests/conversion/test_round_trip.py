@@ -30,6 +30,7 @@ FAMILIES = {
     "mistral": {},
     "seed-oss": {"vocab_size": 107},
     "glm4-moe": {"vocab_size": 107, "mtp": True},
+    "olmo3": {"layers": 4},
 }
 YARN = {
     "rope_type": "yarn",
@@ -74,7 +75,7 @@ def test_stretched_positions_come_back_with_every_setting(tiny_model, tmp_path, 
     assert read_architecture(tmp_path / "back") == read_architecture(model)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "glm4-moe"])
+@pytest.mark.parametrize("family", ["qwen3", "glm4-moe", "olmo3"])
 def test_a_policy_in_one_process_loads_a_converted_directory(tiny_model, tmp_path, world, tensors, same, family):
     model = tiny_model(family, **FAMILIES[family])
     convert_to_megatron(model, tmp_path / "megatron")

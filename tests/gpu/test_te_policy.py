@@ -31,7 +31,7 @@ def likelihood(log_probs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe"]
+    "family", ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe", "olmo3"]
 )
 def test_a_step_on_transformer_engines_layers_agrees_with_transformers(
     tiny_model: Callable[..., Path], world, table, family: str
@@ -39,7 +39,7 @@ def test_a_step_on_transformer_engines_layers_agrees_with_transformers(
     from exprl_megatron.policy.policy import Policy
 
     # Mistral is Llama, so here it is the family whose positions are stretched.
-    directory = tiny_model(family, tied=family != "glm4-moe", rope=YARN if family == "mistral" else None)
+    directory = tiny_model(family, tied=family not in ("glm4-moe", "olmo3"), rope=YARN if family == "mistral" else None)
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).cuda()
     expected = []
     for sequence in BATCH:

@@ -1,7 +1,6 @@
 """Shards of a model as loading cuts them, without Megatron: for tests of plans that are carried out by hand."""
 
 from collections import defaultdict
-from dataclasses import replace
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import read_architecture
@@ -18,13 +17,14 @@ CASES = [
     ("qwen3-moe", EXPERTS, 2),
     ("mixtral", Layout(dp=4, ep=2, pp=2), 1),
     ("glm4-moe", EXPERTS, 2),
+    ("olmo3", Layout(tp=2, pp=2), 2),
 ]
 """Family, the trainer's layout, ranks of a server."""
 
 
 def architecture_of(tiny_model, family):
     """Four layers and a vocabulary that padding must fill."""
-    return replace(read_architecture(tiny_model(family, vocab_size=127)), layers=4)
+    return read_architecture(tiny_model(family, vocab_size=127, layers=4))
 
 
 def shards(architecture, layout, source):

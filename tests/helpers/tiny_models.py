@@ -1,6 +1,7 @@
 """Tiny random models in Hugging Face form, each with a tokenizer of its own, made from nothing."""
 
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -20,7 +22,7 @@ from transformers import (
     SeedOssConfig,
 )
 
-Architecture = Literal["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe"]
+Architecture = Literal["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe", "olmo3"]
 CONFIGS = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
@@ -30,6 +32,7 @@ CONFIGS = {
     "mistral": MistralConfig,
     "seed-oss": SeedOssConfig,
     "glm4-moe": Glm4MoeConfig,
+    "olmo3": Olmo3Config,
 }
 OWN_SETTINGS = {
     "mistral": {"sliding_window": None},
@@ -48,6 +51,16 @@ OWN_SETTINGS = {
         "attention_bias": True,
     },
 }
+OLMO3_WINDOW = 8
+OLMO3_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "attention_factor": 0.1 * math.log(8.0) + 1.0,
+}
+"""Of tiny models: many sequences are longer than both."""
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -93,14 +106,14 @@ def write_tiny_model(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=1024,
-        rope_parameters={"rope_theta": 10_000.0} | rope if rope else _rope(architecture),
+        rope_parameters=_olmo3_rope(rope) if architecture == "olmo3" else _rope(architecture, rope),
         tie_word_embeddings=tied,
         rms_norm_eps=1e-5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
-        **{"head_dim": hidden // heads} | OWN_SETTINGS.get(architecture, {}) | settings,
+        **{"head_dim": hidden // heads} | OWN_SETTINGS.get(architecture, {}) | _olmo3(architecture, layers) | settings,
     )
     model = AutoModelForCausalLM.from_config(config).float()
     for name, parameter in model.named_parameters():
@@ -150,7 +163,22 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _rope(architecture: Architecture) -> dict:
+def _olmo3(architecture: Architecture, layers: int) -> dict:
+    """Windows in all layers but every second one."""
+    if architecture != "olmo3":
+        return {}
+    kinds = ["sliding_attention", "full_attention"]
+    return {"sliding_window": OLMO3_WINDOW, "layer_types": [kinds[index % 2] for index in range(layers)]}
+
+
+def _olmo3_rope(rope: dict | None) -> dict:
+    plain = {"rope_type": "default", "rope_theta": 500_000}
+    return {"sliding_attention": plain, "full_attention": plain | (rope or OLMO3_YARN)}
+
+
+def _rope(architecture: Architecture, rope: dict | None) -> dict:
+    if rope:
+        return {"rope_theta": 10_000.0} | rope
     if architecture != "llama":
         return {"rope_type": "default", "rope_theta": 10_000.0}
     return {
@@ -166,6 +194,7 @@ def _rope(architecture: Architecture) -> dict:
 def _write_published_form(path: Path) -> None:
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
+    rope = rope.get("full_attention", rope)
     config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")

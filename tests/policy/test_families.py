@@ -17,8 +17,10 @@ MODELS = {
     "mistral": YARN,
     "seed-oss": LINEAR,
     "glm4-moe": None,
+    "olmo3": None,
 }
-"""Rotary settings, so that each family is seen with stretched positions (which Mixtral and GLM-4.5 have not)."""
+"""Rotary settings, so that each family is seen with stretched positions; Mixtral and GLM-4.5 have none, Olmo 3 its
+own."""
 BATCH = sequences(128)
 
 

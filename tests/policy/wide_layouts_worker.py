@@ -37,6 +37,13 @@ EXPERTS = {
 }
 UNLIKE = {name: EXPERTS[name] for name in ("TP1", "PP2", "EP2", "TP2+SP", "PP2xVPP2xEP2", "TP2xDP2xEP2xETP2+SP")}
 """Of a model with a dense layer, a shared expert in the others, and a bias in their routers."""
+WINDOWS = {
+    "TP1": Layout(),
+    "PP2": Layout(pp=2),
+    "TP2xPP2xDP2+SP": DENSE["TP2xPP2xDP2+SP"],
+    "PP2xVPP2xDP2": Layout(pp=2, vpp=2, dp=2),
+}
+"""Of a model with windows in half of its layers, and norms of queries and keys over all heads."""
 UNEVEN = {
     "TP1": Layout(),
     "PP2 embedding as layer": Layout(pp=2, embedding_as_layer=True),
@@ -48,7 +55,13 @@ UNEVEN = {
 """Of a model with seven layers."""
 CASES = {
     f"{family} {name}": (family, layout, {}, {})
-    for family, layouts in (("qwen3", DENSE), ("qwen3-moe", EXPERTS), ("mixtral", UNEVEN), ("glm4-moe", UNLIKE))
+    for family, layouts in (
+        ("qwen3", DENSE),
+        ("qwen3-moe", EXPERTS),
+        ("mixtral", UNEVEN),
+        ("glm4-moe", UNLIKE),
+        ("olmo3", WINDOWS),
+    )
     for name, layout in layouts.items()
 } | {
     "qwen3 DP2 overlap": ("qwen3", Layout(dp=2), {}, {"overlap": True}),
@@ -58,6 +71,9 @@ CASES = {
     "qwen3-moe EP2 recompute full": ("qwen3-moe", EXPERTS["EP2"], {"recompute": "full"}, {}),
     "qwen3-moe EP2 not distributed": ("qwen3-moe", EXPERTS["EP2"], {}, {"distributed": False}),
     "glm4-moe PP2 recompute full": ("glm4-moe", EXPERTS["PP2"], {"recompute": "full"}, {}),
+    "olmo3 TP2 padded": ("olmo3", Layout(tp=2), {"packing": False}, {}),
+    "olmo3 PP2 recompute selective": ("olmo3", Layout(pp=2), {"recompute": "selective"}, {}),
+    "olmo3 TP2xPP2xDP2+SP recompute full": ("olmo3", WINDOWS["TP2xPP2xDP2+SP"], {"recompute": "full"}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
 FULL = {"recompute": "full"}
@@ -73,7 +89,7 @@ REPLAYED = {
     "mixtral PP3 both as layers": ("mixtral", UNEVEN["PP3 both as layers"], FULL),
 }
 """With experts that no router chose: the model, the layout and settings of the policy."""
-LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4}
+LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4, "olmo3": 4}
 BALANCED = ("TP1", "PP2", "EP2", "CP2xEP2", "TP2xEP2+SP", "TP2xDP2xEP2xETP2+SP")
 BALANCE = 0.3
 """Weight of the router's load-balancing loss."""

@@ -1,4 +1,4 @@
-"""Models of seven families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
+"""Models of eight families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
 
 import asyncio
 import os
@@ -42,6 +42,8 @@ MODELS = {
     "mistral": {"vocab_size": 128, "tied": False},
     # With a layer of multi-token prediction, which servers leave out.
     "glm4-moe": {"vocab_size": 131, "tied": False, "mtp": True},
+    # Windows and an original length that prompts are far past.
+    "olmo3": {"vocab_size": 131, "tied": False},
 }
 EXPERTS = 4
 PROMPT = list(range(3, 100))

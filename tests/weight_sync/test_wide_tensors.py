@@ -1,10 +1,15 @@
-"""A model in bf16 with tensors that stay in fp32: GLM-4.5's router, whose weight servers keep in fp32 as well."""
+"""Models whose tensors servers keep otherwise than the policy, at a server of two ranks.
+
+GLM-4.5 in bf16, whose router's weight and bias servers keep in fp32; Olmo 3, whose norms of queries and keys servers
+have whole on every rank.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.forking import starter
+from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig, SyncConfig
@@ -22,37 +27,47 @@ from exprl_megatron.weight_sync.transports import make_transport
 
 pytestmark = pytest.mark.slow
 TP = 2
-SETTINGS = {"layers": 3, "vocab_size": 131}
+PROMPT = [3 + 7 * index % 120 for index in range(150)]
+SETTINGS = {"vocab_size": 131}
+LAYERS = {"glm4-moe": 3, "olmo3": 4}
+DTYPES = {"glm4-moe": "bfloat16", "olmo3": "float32"}
+CHECKED = {"glm4-moe": {"experts": 4, "sigmoid_router": True}, "olmo3": {}}
+"""What the checksums of a server have to know of its model."""
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model, tmp_path_factory):
-    model = tiny_model("glm4-moe", **SETTINGS)
+def servers(tiny_model, tmp_path_factory):
     config = ServerConfig(tp=TP, max_total_tokens=4096, request_deadline_s=120)
-    spec = ServerSpec("wide", model, config, tmp_path_factory.mktemp("logs"), dtype="bfloat16")
-    (started,) = start_servers([spec], starter())
-    yield started
-    stop_servers([started])
+    logs = tmp_path_factory.mktemp("logs")
+    specs = [
+        ServerSpec(family, tiny_model(family, layers=layers, **SETTINGS), config, logs, dtype=DTYPES[family])
+        for family, layers in LAYERS.items()
+    ]
+    started = start_servers(specs, starter())
+    yield dict(zip(LAYERS, started, strict=True))
+    stop_servers(started)
 
 
-@pytest.fixture(scope="module")
-def policy(tiny_model):
+@pytest.fixture(params=LAYERS)
+def policy(request, tiny_model):
     enter_world(Layout())
-    model = tiny_model("glm4-moe", seed=7, **SETTINGS)
-    yield Policy(PolicyConfig(model=str(model), precision="bf16"), seed=0)
+    model = tiny_model(request.param, seed=7, layers=LAYERS[request.param], **SETTINGS)
+    precision = {"bfloat16": "bf16", "float32": "fp32"}[DTYPES[request.param]]
+    yield Policy(PolicyConfig(model=str(model), precision=precision), seed=0)
     leave_world()
 
 
 def change(policy: Policy) -> None:
-    """All weights, and the router's biases in bits that bf16 does not have."""
+    """All weights, and a router's biases in bits that bf16 does not have."""
     with torch.no_grad():
         for chunk in policy.chunks:
             for _, weight in named_weights(chunk):
                 weight.mul_(-1.0001)
 
 
-def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(server, policy, tmp_path):
-    coordinator, client = RankCoordinator(120.0), server.client()
+def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(servers, policy, tmp_path):
+    family = policy.architecture.family
+    coordinator, client = RankCoordinator(120.0), servers[family].client()
     coordinator.run(client.__aenter__())
     try:
         for kind in ("broadcast", "direct", "handles", "disk", "delta"):
@@ -69,13 +84,22 @@ def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(serv
                 assert sync.push_weights(version)["sync/gb"] > 0
                 buckets = gather_buckets(policy.chunks, policy.architecture, policy.world, 2**30)
                 tensors = [pair for bucket in buckets for pair in bucket]
-                expected = ServerChecksums(tp=TP, kv_heads=2, experts=4, sigmoid_router=True, tied=False)
+                expected = ServerChecksums(tp=TP, kv_heads=2, tied=False, **CHECKED[family])
                 expected.add(tensors)
                 assert coordinator.run(client.checksums()) == expected.result(), kind
             sync.close()
+        scored = coordinator.run(client.score(PROMPT, 1)).log_probs
     finally:
         coordinator.run(client.__aexit__(None, None, None))
         coordinator.close()
+    if family == "olmo3":
+        policy.save_huggingface(tmp_path / "exported")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
+        ids = torch.tensor([PROMPT])
+        with torch.no_grad():
+            wanted = torch.log_softmax(model(ids).logits[0, :-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert (torch.tensor(scored.tolist()) - wanted).abs().max() < 1e-4
+        return
     biases = [tensor for name, tensor in tensors if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2
     assert not any(torch.equal(bias.bfloat16().float(), bias) for bias in biases)
