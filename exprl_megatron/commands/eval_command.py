@@ -8,7 +8,7 @@ import typer
 from exprl_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from exprl_megatron.evaluation.settings import EvalSettings
+    pass
 
 DEFAULT_K = (1, 4, 16, 128)
 PAIRS = "NAME=VALUE, may be given several times."
@@ -100,7 +100,7 @@ def eval_command(
     _run(settings, json, json_file, (keep_unsolved, max_solve_rate))
 
 
-def _run(settings: "EvalSettings", as_json: bool, json_file: Path | None, unsolved: tuple[Path | None, float]) -> None:
+def _run(settings: "EvalConfig", as_json: bool, json_file: Path | None, unsolved: tuple[Path | None, float]) -> None:
     """Evaluate, print and write; with `as_json` JSON alone is on stdout, and all else on stderr."""
     from rich.console import Console
 
@@ -111,33 +111,33 @@ def _run(settings: "EvalSettings", as_json: bool, json_file: Path | None, unsolv
     terminal = Console(stderr=as_json)
     keep_unsolved, max_solve_rate = unsolved
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         terminal.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    evaluation = evaluate(settings, say)
+    evaluation = evaluate(settings, log)
     terminal.print(result_table(settings, evaluation))
     for line in result_lines(settings, evaluation):
-        say(line)
-    say(f"samples and counts: {settings.directory}")
+        log(line)
+    log(f"samples and counts: {settings.directory}")
     if as_json:
         print(record_text(settings, evaluation), end="")
     if json_file is not None:
         write_atomically(json_file, record_text(settings, evaluation).encode())
-        say(f"figures: {json_file}")
+        log(f"figures: {json_file}")
     if keep_unsolved is not None:
-        say(f"{write_unsolved(keep_unsolved, evaluation, max_solve_rate)} unsolved problems: {keep_unsolved}")
+        log(f"{write_unsolved(keep_unsolved, evaluation, max_solve_rate)} unsolved problems: {keep_unsolved}")
 
 
-def _settings(**tree: Any) -> "EvalSettings":
+def _settings(**tree: Any) -> "EvalConfig":
     from pydantic import ValidationError
 
-    from exprl_megatron.evaluation.settings import EvalSettings
+    from exprl_megatron.evaluation.eval_config import EvalConfig
 
     try:
-        return EvalSettings.model_validate(tree)
+        return EvalConfig.model_validate(tree)
     except ValidationError as error:
-        places = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}." for e in error.errors()]
-        raise UserError("\n".join(places)) from error
+        slots = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}." for e in error.errors()]
+        raise UserError("\n".join(slots)) from error
 
 
 def _ks(text: str | None, samples: int) -> tuple[int, ...]:

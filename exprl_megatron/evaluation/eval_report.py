@@ -7,20 +7,20 @@ from pathlib import Path
 
 from rich.table import Table
 
+from exprl_megatron.evaluation.eval_config import EvalConfig
 from exprl_megatron.evaluation.evaluate import Evaluation
-from exprl_megatron.evaluation.settings import EvalSettings
-from exprl_megatron.evaluation.table import evaluation_table
-from exprl_megatron.evaluation.tally import estimates
+from exprl_megatron.evaluation.evaluation_table import evaluation_table
+from exprl_megatron.evaluation.sample_counts import estimate_each_k
 from exprl_megatron.utils.files import write_atomically
 
 
-def result_table(settings: EvalSettings, evaluation: Evaluation) -> Table:
+def result_table(settings: EvalConfig, evaluation: Evaluation) -> Table:
     """pass@k with its intervals."""
     name = Path(settings.model).name or settings.model
     return evaluation_table({name: _counts(evaluation)}, settings.k, settings.problems.source, settings.confidence)
 
 
-def result_lines(settings: EvalSettings, evaluation: Evaluation) -> list[str]:
+def result_lines(settings: EvalConfig, evaluation: Evaluation) -> list[str]:
     """Lines for what the table omits: lengths, abstentions, problems left out, values of k without enough samples."""
     record = result_record(settings, evaluation)
     lines = [f"{record['mean_tokens']:.0f} tokens a sample, {record['overlong_share']:.1%} ended by the length limit"]
@@ -37,12 +37,12 @@ def result_lines(settings: EvalSettings, evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def result_record(settings: EvalSettings, evaluation: Evaluation) -> dict:
+def result_record(settings: EvalConfig, evaluation: Evaluation) -> dict:
     """Return all figures as JSON values; `counts` holds [graded samples, correct ones] of each problem."""
     results = evaluation.results
     samples = settings.samples * len(results)
-    reasons = sum((Counter(result.tally.abstained) for result in results), Counter())
-    found = estimates([result.tally for result in results], settings.k, settings.confidence)
+    reasons = sum((Counter(result.counts.abstained) for result in results), Counter())
+    found = estimate_each_k([result.counts for result in results], settings.k, settings.confidence)
     return {
         "model": settings.model,
         "problems": settings.problems.source,
@@ -55,19 +55,19 @@ def result_record(settings: EvalSettings, evaluation: Evaluation) -> dict:
         "overlong_share": sum(result.overlong for result in results) / samples,
         "abstained": {
             "samples": reasons.total(),
-            "problems": sum(bool(result.tally.abstained) for result in results),
-            "problems_without_verdict": sum(not result.tally.graded for result in results),
+            "problems": sum(bool(result.counts.abstained) for result in results),
+            "problems_without_verdict": sum(not result.counts.graded for result in results),
             "reasons": dict(sorted(reasons.items())),
         },
         "left_out": {
-            "nothing to verify with": evaluation.asked.unverifiable_count,
-            "prompt too long": evaluation.asked.overlong_count,
+            "nothing to verify with": evaluation.questions.unverifiable_count,
+            "prompt too long": evaluation.questions.overlong_count,
         },
         "counts": _counts(evaluation),
     }
 
 
-def record_text(settings: EvalSettings, evaluation: Evaluation) -> str:
+def record_text(settings: EvalConfig, evaluation: Evaluation) -> str:
     """The figures as JSON."""
     return json.dumps(result_record(settings, evaluation), indent=1) + "\n"
 
@@ -77,12 +77,12 @@ def write_unsolved(path: Path, evaluation: Evaluation, max_solve_rate: float) ->
 
     Records are written as they were read. Problems without any verdict are left out: nobody knows.
     """
-    pairs = zip(evaluation.asked.questions, evaluation.results, strict=True)
-    rates = [(question.record, result.tally.solve_rate) for question, result in pairs]
+    pairs = zip(evaluation.questions.questions, evaluation.results, strict=True)
+    rates = [(question.record, result.counts.solve_rate) for question, result in pairs]
     kept = [record for record, rate in rates if rate is not None and rate <= max_solve_rate]
     write_atomically(path, "".join(json.dumps(record, default=str) + "\n" for record in kept).encode())
     return len(kept)
 
 
 def _counts(evaluation: Evaluation) -> dict[str, list[int]]:
-    return {result.problem_id: [result.tally.graded, result.tally.correct] for result in evaluation.results}
+    return {result.problem_id: [result.counts.graded, result.counts.correct] for result in evaluation.results}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.evaluation.kept import KeptResults, Result
+from exprl_megatron.evaluation.eval_config import EvalConfig
 from exprl_megatron.evaluation.questions import EvalQuestion, EvalQuestions, read_questions
-from exprl_megatron.evaluation.settings import EvalSettings
+from exprl_megatron.evaluation.result_store import ProblemResult, ResultStore
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.rewards.verifier import AnswerVerifier
@@ -29,7 +29,7 @@ from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.together import gather_or_cancel
 
-WEIGHTS = "initial"
+WEIGHT_VERSION = "initial"
 """The weight version that traces carry."""
 
 
@@ -37,11 +37,11 @@ WEIGHTS = "initial"
 class Evaluation:
     """The questions, and the result of each in the same order."""
 
-    asked: EvalQuestions
-    results: tuple[Result, ...]
+    questions: EvalQuestions
+    results: tuple[ProblemResult, ...]
 
 
-def evaluate(settings: EvalSettings, say: Callable[[str], None] = print) -> Evaluation:
+def evaluate(settings: EvalConfig, log: Callable[[str], None] = print) -> Evaluation:
     """Sample and verify the problems whose results are not in `settings.directory` yet.
 
     Raises UserError before anything is started where the input is bad, ServerError where a server fails; what was
@@ -56,44 +56,44 @@ def evaluate(settings: EvalSettings, say: Callable[[str], None] = print) -> Eval
         logs,
         dtype=settings.dtype,
         seed=settings.seed,
-        weight_version=WEIGHTS,
+        weight_version=WEIGHT_VERSION,
     )
     check_servers(specs)
     asked = read_questions(settings)
     for line in asked.left_out():
-        say(line)
-    kept = KeptResults(Path(settings.directory), settings.identity(model_identity(settings.model)))
+        log(line)
+    store = ResultStore(Path(settings.directory), settings.identity(model_identity(settings.model)))
     try:
-        results = {q.problem.id: kept.find(q.problem.id, q.key) for q in asked.questions}
+        results = {q.problem.id: store.find(q.problem.id, q.key) for q in asked.questions}
         waiting = [q for q in asked.questions if results[q.problem.id] is None]
-        say(f"{len(results)} problems, {len(results) - len(waiting)} of them finished before")
+        log(f"{len(results)} problems, {len(results) - len(waiting)} of them finished before")
         if waiting:
             if sentence := irreproducible_sampling(settings.server, uses_cuda()):
-                say(sentence)
-            found = _measure(settings, specs, asked, waiting, kept, say)
+                log(sentence)
+            found = _measure(settings, specs, asked, waiting, store, log)
             results |= {result.problem_id: result for result in found}
     finally:
-        kept.release()
+        store.release()
     return Evaluation(asked, tuple(results[q.problem.id] for q in asked.questions))
 
 
 def _measure(
-    settings: EvalSettings,
+    settings: EvalConfig,
     specs: Sequence[ServerSpec],
     asked: EvalQuestions,
     questions: Sequence[EvalQuestion],
-    kept: KeptResults,
-    say: Callable[[str], None],
-) -> list[Result]:
+    store: ResultStore,
+    log: Callable[[str], None],
+) -> list[ProblemResult]:
     with AnswerVerifier(settings.verifier_workers) as verifier:
         _check_sandbox(verifier, questions)
-        say(f"starting {len(specs)} server{'s' if len(specs) > 1 else ''}")
+        log(f"starting {len(specs)} server{'s' if len(specs) > 1 else ''}")
         servers = start_servers(specs)
         try:
             clients = [server.client() for server in servers]
             for client in clients:
                 client.vocabulary, client.text_check = asked.vocabulary, asked.text_check
-            return asyncio.run(_sample(settings, clients, questions, verifier, kept, say))
+            return asyncio.run(_sample(settings, clients, questions, verifier, store, log))
         finally:
             stop_servers(servers)
 
@@ -112,37 +112,37 @@ def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[EvalQuestion]) 
 
 
 async def _sample(
-    settings: EvalSettings,
+    settings: EvalConfig,
     clients: Sequence[SGLangClient],
     questions: Sequence[EvalQuestion],
     verifier: AnswerVerifier,
-    kept: KeptResults,
-    say: Callable[[str], None],
-) -> list[Result]:
+    store: ResultStore,
+    log: Callable[[str], None],
+) -> list[ProblemResult]:
     """Answer all questions, each on one server, with `settings.concurrency` in flight."""
-    at_once = max(1, settings.concurrency // settings.samples)
-    places = [asyncio.Semaphore(at_once) for _ in clients]
-    finished: list[Result] = []
+    problems_in_flight = max(1, settings.concurrency // settings.samples)
+    slots = [asyncio.Semaphore(problems_in_flight) for _ in clients]
+    finished: list[ProblemResult] = []
 
-    async def one(question: EvalQuestion, client: SGLangClient, place: asyncio.Semaphore) -> None:
-        async with place:
-            members = await _graded(settings, client, question, verifier)
-        result = await asyncio.to_thread(kept.keep, question.problem.id, question.key, members)
+    async def one(question: EvalQuestion, client: SGLangClient, slot: asyncio.Semaphore) -> None:
+        async with slot:
+            samples = await _graded(settings, client, question, verifier)
+        result = await asyncio.to_thread(store.save, question.problem.id, question.key, samples)
         finished.append(result)
-        share = "-" if result.tally.solve_rate is None else f"{result.tally.solve_rate:.1%}"
-        say(f"{len(finished)}/{len(questions)} {question.problem.id}: {share} right")
+        share = "-" if result.counts.solve_rate is None else f"{result.counts.solve_rate:.1%}"
+        log(f"{len(finished)}/{len(questions)} {question.problem.id}: {share} right")
 
     async with AsyncExitStack() as stack:
         for client in clients:
             await stack.enter_async_context(client)
         await gather_or_cancel(
-            one(question, clients[i % len(clients)], places[i % len(clients)]) for i, question in enumerate(questions)
+            one(question, clients[i % len(clients)], slots[i % len(clients)]) for i, question in enumerate(questions)
         )
     return finished
 
 
 async def _graded(
-    settings: EvalSettings, client: SGLangClient, question: EvalQuestion, verifier: AnswerVerifier
+    settings: EvalConfig, client: SGLangClient, question: EvalQuestion, verifier: AnswerVerifier
 ) -> list[GradedTrace]:
     """Sample one problem and verify each sample as soon as it is finished; seeded as a run's evaluation is."""
     judgements: dict[int, Judgement] = {}
@@ -158,7 +158,7 @@ async def _graded(
         settings.samples,
         settings.sampling,
         lambda problem_id, k: sample_seed(settings.seed, "evaluation", 0, problem_id, k),
-        weight_versions=[WEIGHTS],
+        weight_versions=[WEIGHT_VERSION],
         on_trace=grade,
     )
     return [GradedTrace(trace, judgements[trace.sample]) for trace in traces]

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from transformers import AutoConfig
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.evaluation.kept import question_key
-from exprl_megatron.evaluation.settings import EvalSettings
+from exprl_megatron.evaluation.eval_config import EvalConfig
+from exprl_megatron.evaluation.result_store import question_key
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.needs import missing_for, verifiable
 from exprl_megatron.problems.problem import Problem
@@ -53,7 +53,7 @@ class EvalQuestions:
         return found
 
 
-def read_questions(settings: EvalSettings) -> EvalQuestions:
+def read_questions(settings: EvalConfig) -> EvalQuestions:
     """Read the problems and build their prompts with the model's own tokenizer.
 
     Raises UserError where the problems, the tokenizer or the model's context do not serve, or nothing is left.
@@ -85,7 +85,7 @@ def read_questions(settings: EvalSettings) -> EvalQuestions:
     )
 
 
-def _longest_prompt(settings: EvalSettings, positions: int) -> int:
+def _longest_prompt(settings: EvalConfig, positions: int) -> int:
     room = positions - settings.sampling.max_new_tokens
     if room < 1:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Any
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
 from exprl_megatron.evaluation.pass_at_k import GradedCounts
-from exprl_megatron.evaluation.tally import estimates, tally
+from exprl_megatron.evaluation.sample_counts import count_samples, estimate_each_k
 from exprl_megatron.reporting.tags import EVALUATION
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, write_atomically
@@ -58,11 +58,11 @@ class Evaluator:
             [version],
         )
         groups = await self._rollouts.sample(plan, self._judging.grade_by_answer())
-        tallies = {group.problem_id: tally(sample.judgement for sample in group.samples) for group in groups}
-        found = estimates(list(tallies.values()), settings.k, settings.confidence)
+        counts = {group.problem_id: count_samples(sample.judgement for sample in group.samples) for group in groups}
+        found = estimate_each_k(list(counts.values()), settings.k, settings.confidence)
         record = {
             "weight_version": version,
-            "counts": {problem_id: (of.graded, of.correct) for problem_id, of in tallies.items()},
+            "counts": {problem_id: (of.graded, of.correct) for problem_id, of in counts.items()},
             "estimates": [asdict(e) for e in found],
             **_shares(groups),
             "seconds": time.monotonic() - started,

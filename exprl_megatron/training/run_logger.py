@@ -8,7 +8,7 @@ from rich.console import Console as Terminal
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
-from exprl_megatron.evaluation.table import Evaluations, evaluation_table
+from exprl_megatron.evaluation.evaluation_table import Evaluations, evaluation_table
 from exprl_megatron.reporting.metrics import MetricsWriter
 from exprl_megatron.reporting.progress_bars import Bar, StepProgress
 from exprl_megatron.reporting.run_log import command_started

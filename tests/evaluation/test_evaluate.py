@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from exprl_megatron import cli
+from exprl_megatron.evaluation.eval_config import EvalConfig
 from exprl_megatron.evaluation.eval_report import result_lines, result_record, result_table, write_unsolved
 from exprl_megatron.evaluation.evaluate import evaluate
-from exprl_megatron.evaluation.kept import KeptResults
 from exprl_megatron.evaluation.questions import read_questions
-from exprl_megatron.evaluation.settings import EvalSettings
+from exprl_megatron.evaluation.result_store import ResultStore
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace
@@ -34,7 +34,7 @@ def write_problems(path: Path) -> list[dict]:
     return records
 
 
-def settings_for(directory: Path, model: Path, **changes) -> EvalSettings:
+def settings_for(directory: Path, model: Path, **changes) -> EvalConfig:
     tree = {
         "model": str(model),
         "problems": {"source": str(directory / "problems.jsonl"), "fields": {"id": "key"}, "max_prompt_tokens": 60},
@@ -44,7 +44,7 @@ def settings_for(directory: Path, model: Path, **changes) -> EvalSettings:
         "sampling": {"max_new_tokens": 16},
         "dtype": "float32",
     }
-    return EvalSettings.model_validate(tree | changes)
+    return EvalConfig.model_validate(tree | changes)
 
 
 def graded(problem_id: str, scores: list[float | None]) -> list[GradedTrace]:
@@ -62,11 +62,11 @@ def finished(tmp_path, tiny_model):
     """The settings of an evaluation all of whose problems are finished, and the records of its problems."""
     records = write_problems(tmp_path / "problems.jsonl")
     settings = settings_for(tmp_path, tiny_model("qwen3"))
-    kept = KeptResults(Path(settings.directory), settings.identity(model_identity(settings.model)))
+    kept = ResultStore(Path(settings.directory), settings.identity(model_identity(settings.model)))
     verdicts = {"p0": [1, 0, 1, 1], "p1": [0, 0, 0, 0], "p2": [0, None, 1, 0], "p3": [None] * 4}
     for question in read_questions(settings).questions:
         name = question.problem.id
-        kept.keep(name, question.key, graded(name, verdicts[name]))
+        kept.save(name, question.key, graded(name, verdicts[name]))
     kept.release()
     return settings, records
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.evaluation.evaluate import WEIGHTS, _graded
-from exprl_megatron.evaluation.settings import EvalSettings
+from exprl_megatron.evaluation.eval_config import EvalConfig
+from exprl_megatron.evaluation.evaluate import WEIGHT_VERSION, _graded
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rollout.sampler import Prompt, sample_seed
@@ -20,7 +20,7 @@ class Client:
 
     name, url = "policy-0", "http://nowhere"
 
-    def __init__(self, version=WEIGHTS):
+    def __init__(self, version=WEIGHT_VERSION):
         self.version, self.seeds, self.sampling = version, [], []
 
     async def read(self, token_ids):
@@ -55,7 +55,7 @@ class Verifier:
 
 
 def graded(client, verifier, domain="math"):
-    settings = EvalSettings.model_validate(
+    settings = EvalConfig.model_validate(
         {
             "model": "m",
             "problems": {"source": "p"},

@@ -10,7 +10,7 @@ from exprl_megatron.config.serving import SamplingConfig, ServerConfig
 from exprl_megatron.errors import UserError
 
 
-class EvalSettings(Config):
+class EvalConfig(Config):
     """One model on one set of problems."""
 
     model: str

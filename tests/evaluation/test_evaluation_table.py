@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
+from exprl_megatron.evaluation.evaluation_table import evaluation_table
 from exprl_megatron.evaluation.pass_at_k import estimate_gain, estimate_pass_at_k
-from exprl_megatron.evaluation.table import evaluation_table
 
 BASE = {str(i): [16, i % 2] for i in range(50)}
 PRIMED = {str(i): [8, i % 4] for i in range(50)}

@@ -14,31 +14,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.evaluation.tally import Tally, tally
+from exprl_megatron.evaluation.sample_counts import SampleCounts, count_samples
 from exprl_megatron.judging.judgement import judgement_record
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.utils.files import Claim, keep_private, write_atomically
 
 
 @dataclass(frozen=True)
-class Result:
+class ProblemResult:
     """The result of one problem whose samples are all graded."""
 
     problem_id: str
     question: str
     """Hash of the question and of everything that the answers were compared with."""
-    tally: Tally
+    counts: SampleCounts
+    """In the file under the key `tally`."""
     overlong: int
     """Samples that the length limit ended."""
     tokens: int
     """Of all samples together."""
 
 
-class KeptResults:
+class ResultStore:
     """The results in one directory, which this process locks until `release`."""
 
     def __init__(self, directory: Path, identity: dict):
-        """Take `directory` for an evaluation with `identity` (see EvalSettings.identity).
+        """Take `directory` for an evaluation with `identity` (see EvalConfig.identity).
 
         Raises UserError where it holds another evaluation or other files, or where a live process has it.
         """
@@ -59,7 +60,7 @@ class KeptResults:
             self._claim.release()
             raise
 
-    def find(self, problem_id: str, question: str) -> Result | None:
+    def find(self, problem_id: str, question: str) -> ProblemResult | None:
         """The result of a finished problem; None where it is not finished.
 
         Raises UserError where another `question` was asked under this id, or the file cannot be read back.
@@ -69,7 +70,7 @@ class KeptResults:
             return None
         try:
             record = json.loads(path.read_text())
-            result = Result(**record | {"tally": Tally(**record["tally"])})
+            result = ProblemResult(counts=SampleCounts(**record.pop("tally")), **record)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"The result {path} is damaged ({error!r}); delete it to measure it again.") from error
         if result.question != question:
@@ -79,18 +80,18 @@ class KeptResults:
             )
         return result
 
-    def keep(self, problem_id: str, question: str, members: Sequence[GradedTrace]) -> Result:
+    def save(self, problem_id: str, question: str, samples: Sequence[GradedTrace]) -> ProblemResult:
         """Put all graded samples of a problem on disk, the counts last; complete when this returns."""
-        result = Result(
+        result = ProblemResult(
             problem_id=problem_id,
             question=question,
-            tally=tally(member.judgement for member in members),
-            overlong=sum(member.trace.overlong for member in members),
-            tokens=sum(len(member.trace.token_ids) for member in members),
+            counts=count_samples(sample.judgement for sample in samples),
+            overlong=sum(sample.trace.overlong for sample in samples),
+            tokens=sum(len(sample.trace.token_ids) for sample in samples),
         )
-        lines = "".join(json.dumps(_sample(member)) + "\n" for member in members)
+        lines = "".join(json.dumps(_sample(sample)) + "\n" for sample in samples)
         write_atomically(self.traces(problem_id), gzip.compress(lines.encode(), compresslevel=6, mtime=0))
-        write_atomically(self._result(problem_id), json.dumps(asdict(result)).encode())
+        write_atomically(self._result(problem_id), json.dumps(_to_record(result)).encode())
         return result
 
     def traces(self, problem_id: str) -> Path:
@@ -110,15 +111,21 @@ def question_key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _sample(member: GradedTrace) -> dict:
-    trace = member.trace
+def _to_record(result: ProblemResult) -> dict:
+    record = asdict(result)
+    record["tally"] = record.pop("counts")
+    return record
+
+
+def _sample(sample: GradedTrace) -> dict:
+    trace = sample.trace
     return {
         "problem_id": trace.problem_id,
         "sample": trace.sample,
         "text": trace.text,
         "tokens": len(trace.token_ids),
         "finish_reason": trace.finish_reason,
-        "judgement": judgement_record(member.judgement),
+        "judgement": judgement_record(sample.judgement),
     }
 
 

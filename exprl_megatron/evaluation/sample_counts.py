@@ -9,7 +9,7 @@ from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 
 
 @dataclass(frozen=True)
-class Tally:
+class SampleCounts:
     """Counts of one problem's samples; abstentions are not part of `graded`."""
 
     graded: int
@@ -23,16 +23,16 @@ class Tally:
         return self.correct / self.graded if self.graded else None
 
 
-def tally(judgements: Iterable[Judgement]) -> Tally:
+def count_samples(judgements: Iterable[Judgement]) -> SampleCounts:
     """Count a verifier's judgements, whose scores are 0 or 1."""
     found = list(judgements)
     scores = [judgement.value for judgement in found if isinstance(judgement, Scored)]
     reasons = Counter(judgement.reason for judgement in found if isinstance(judgement, Abstained))
-    return Tally(len(scores), round(sum(scores)), dict(sorted(reasons.items())))
+    return SampleCounts(len(scores), round(sum(scores)), dict(sorted(reasons.items())))
 
 
-def estimates(tallies: Sequence[Tally], ks: Sequence[int], confidence: float) -> list[PassAtK]:
+def estimate_each_k(counts: Sequence[SampleCounts], ks: Sequence[int], confidence: float) -> list[PassAtK]:
     """pass@k over problems, for each k for which any problem has enough graded samples."""
-    counts = [(each.graded, each.correct) for each in tallies]
+    counts = [(each.graded, each.correct) for each in counts]
     reachable = max((graded for graded, _ in counts), default=0)
     return [estimate_pass_at_k(counts, k, confidence) for k in ks if k <= reachable]
