@@ -78,10 +78,10 @@ def train(
     run: RunConfig | None = None
     try:
         from exprl_megatron.config.load import load_config
-        from exprl_megatron.launch.follow import follow
-        from exprl_megatron.launch.launcher import check_servers_of, launch
+        from exprl_megatron.launch.launcher import check_server_start, launch
         from exprl_megatron.launch.model_checks import model_violations
         from exprl_megatron.launch.nodes import Node
+        from exprl_megatron.launch.worker_launcher import run_worker_node
 
         changes = [*(overrides or []), *(["debug.assertions=true"] if check else [])]
         if dry_run:
@@ -89,7 +89,7 @@ def train(
 
             # Servers that are registered, or a run of several nodes, are not this machine's to place.
             here = servers is ServersFrom.OWN and nodes == 1
-            print_start(load_config(config, changes), **({"check_servers": check_servers_of} if here else {}))
+            print_start(load_config(config, changes), **({"check_servers": check_server_start} if here else {}))
             return
         node = Node.of(node_rank, nodes, master)
         registered = servers is ServersFrom.REGISTERED
@@ -99,7 +99,7 @@ def train(
             )
         run = load_config(config, changes, model_violations)
         if node.number > 0:
-            follow(run, node)
+            run_worker_node(run, node)
         else:
             launch(run, resume, registered, node)
     except Interrupted as interrupted:
@@ -124,9 +124,9 @@ def serve(
 ) -> None:
     """Keep this machine's share of a run's servers, for `exprl train --servers registered`, until the run has ended."""
     from exprl_megatron.config.load import load_config
-    from exprl_megatron.launch.serve import Share, serve
+    from exprl_megatron.launch.serve import ServerShare, serve
 
-    serve(load_config(config, overrides or []), kind.value, Share.of_this_node(node_rank, nodes))
+    serve(load_config(config, overrides or []), kind.value, ServerShare.of_this_node(node_rank, nodes))
 
 
 @app.command("judge-bench")

@@ -13,8 +13,8 @@ import nemo_run as run
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.launch.dry_run import print_departures, print_prompts
-from exprl_megatron.launch.launcher import check_servers_of
+from exprl_megatron.launch.dry_run import print_differences_from_released, print_prompts
+from exprl_megatron.launch.launcher import check_server_start
 from exprl_megatron.launch.preflight import dry_run
 from exprl_megatron.models.architecture import layout_violations, read_architecture
 from exprl_megatron.utils.files import write_atomically
@@ -134,10 +134,10 @@ def _check_starts(jobs: list[Job], site: Site, here: bool) -> None:
         return
     with contextlib.chdir(site.workdir):
         for job in jobs:
-            print_departures(job.config)
+            print_differences_from_released(job.config)
             if (left_out := dry_run(job.config)) is None:
                 if here:
-                    check_servers_of(job.config)
+                    check_server_start(job.config)
                 print_prompts(job.config)
             else:
                 print(f"{job.name}: {left_out}", file=sys.stderr)

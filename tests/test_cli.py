@@ -13,7 +13,7 @@ import yaml
 
 from exprl_megatron import cli
 from exprl_megatron.launch import launcher
-from exprl_megatron.launch.inputs import input_contents
+from exprl_megatron.launch.input_hashes import hash_inputs
 from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.processes.starter import Starter
 
@@ -63,9 +63,9 @@ def checked_here(monkeypatch):
 
     def check(config, _):
         check_inputs(config)
-        return input_contents(config)
+        return hash_inputs(config)
 
-    monkeypatch.setattr(launcher, "checked_inputs", check)
+    monkeypatch.setattr(launcher, "hash_checked_inputs", check)
 
 
 def refused(run, monkeypatch, capsys, *overrides: str) -> str:

@@ -8,7 +8,7 @@ import typer
 from exprl_megatron.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from exprl_megatron.evaluation.eval_config import EvalConfig
 
 DEFAULT_K = (1, 4, 16, 128)
 PAIRS = "NAME=VALUE, may be given several times."

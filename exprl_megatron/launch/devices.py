@@ -8,7 +8,7 @@ from exprl_megatron.serving.router_spec import RouterSpec
 from exprl_megatron.serving.server_process import ServerSpec, side_by_side
 
 
-def placed(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:
+def assign_gpus(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:
     """Return the servers, each with its first GPU: after the trainer's GPUs, in order.
 
     Sampling servers that take turns with the trainer have its GPUs. `gpus`: how many this machine has; without any

@@ -92,14 +92,14 @@ def print_start(config: RunConfig, check_servers: Callable[[RunConfig], None] = 
     if left_out is None:
         check_servers(config)
     print_plan(config)
-    print_departures(config)
+    print_differences_from_released(config)
     if left_out is None:
         print_prompts(config)
     else:
         print(f"exprl: {left_out}", file=sys.stderr)
 
 
-def print_departures(config: RunConfig) -> None:
+def print_differences_from_released(config: RunConfig) -> None:
     """Print how the run differs from the released one that `reproduce` asks for."""
     for sentence in config.departures:
         print(f"exprl: {sentence}", file=sys.stderr, flush=True)
@@ -107,7 +107,7 @@ def print_departures(config: RunConfig) -> None:
 
 def print_prompts(config: RunConfig) -> None:
     """Print one problem of each stage as the policy and the judge will read it: the reference is the judge's alone."""
-    from exprl_megatron.launch.prompt_checks import shown_prompts
+    from exprl_megatron.launch.prompt_checks import preview_prompts
 
-    for title, text in shown_prompts(config):
+    for title, text in preview_prompts(config):
         print(f"\n---- {title}\n{text}")

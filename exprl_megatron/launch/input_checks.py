@@ -21,8 +21,8 @@ CHANNEL = "EXPRL_INPUT_CHECKS"
 _PARENT = "EXPRL_INPUT_CHECKS_PARENT"
 
 
-def checked_inputs(config: RunConfig, starter: Starter) -> dict[str, str]:
-    """What `input_contents` says of `config`, after `check_inputs`. Raises UserError as these do."""
+def hash_checked_inputs(config: RunConfig, starter: Starter) -> dict[str, str]:
+    """What `hash_inputs` says of `config`, after `check_inputs`. Raises UserError as these do."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         child = starter.start(
@@ -56,14 +56,14 @@ def _contents(answer: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     """Answer with the contents, or with what the user can fix; anything else ends this process with a traceback."""
     die_with_parent(int(os.environ[_PARENT]))
-    from exprl_megatron.launch.inputs import input_contents
+    from exprl_megatron.launch.input_hashes import hash_inputs
     from exprl_megatron.launch.preflight import check_inputs
 
     with socket.socket(fileno=int(os.environ[CHANNEL])) as channel:
         config = check_config(json.loads(_read(channel)), "the run's config")
         try:
             check_inputs(config)
-            answer = {"contents": input_contents(config)}
+            answer = {"contents": hash_inputs(config)}
         except UserError as error:
             answer = {"user_error": str(error)}
         except OSError as error:

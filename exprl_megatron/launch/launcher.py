@@ -12,11 +12,11 @@ from pathlib import Path
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError, storage_sentence
-from exprl_megatron.launch.devices import placed
-from exprl_megatron.launch.dry_run import print_departures
-from exprl_megatron.launch.input_checks import checked_inputs
+from exprl_megatron.launch.devices import assign_gpus
+from exprl_megatron.launch.dry_run import print_differences_from_released
+from exprl_megatron.launch.input_checks import hash_checked_inputs
 from exprl_megatron.launch.nodes import HeadNode, Node, RankFailed
-from exprl_megatron.launch.preemption import end_on_sigusr1, request_stop_on_sigusr1
+from exprl_megatron.launch.preemption import request_stop_on_sigusr1, stop_on_sigusr1
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.launch.run_record import RunRecord
 from exprl_megatron.launch.starting import starter
@@ -46,9 +46,11 @@ _POLL_S = 0.2
 def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node | None = None) -> None:
     """Run `config` to its end; where its servers are `registered`, start none but wait for those.
 
-    This machine is node 0 of the trainer's, and without `node` the only one; on the others runs `follow`. Raises
-    UserError before anything is started where the input is bad; ServerError or RunStopped where the
-    run ends early; Preempted where SIGUSR1 asked it to. Whatever happens, no process is left behind.
+    This machine is node 0 of the trainer's nodes, and the only one without `node`; the others run `run_worker_node`. No
+    process is left behind, however the run ends.
+
+    Raises: UserError before anything is started where the input is bad; ServerError or RunStopped where the run ends
+    early; Preempted where SIGUSR1 asked for it.
     """
     node = node or Node()
     node.ranks(config.policy.layout.world_size)
@@ -77,11 +79,11 @@ def _conduct(
 ) -> None:
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
-    wanted = wanted_servers(config, directory)
+    wanted = required_servers(config, directory)
     try:
-        contents = checked_inputs(config, start)
+        contents = hash_checked_inputs(config, start)
         if not registered:
-            wanted = placed_servers(wanted, config)
+            wanted = assign_server_gpus(wanted, config)
         changed = directory.changed_plugins(contents) if resume else []
         claim = directory.claim(config, resume, contents)
     except (UserError, OSError, Interrupted):
@@ -91,7 +93,7 @@ def _conduct(
     own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
     try:
         log.keep(directory.run_log)
-        print_departures(config)
+        print_differences_from_released(config)
         for change in changed:
             print(f"exprl: {change}", file=sys.stderr, flush=True)
         if config.needs_sampling_servers and (sentence := irreproducible_sampling(config.server, uses_cuda())):
@@ -99,7 +101,7 @@ def _conduct(
         # Servers that are registered elsewhere may have made it already.
         (ensure_key if registered else renew_key)(registry.key_file)
         with RunRecord(directory.record, _plugins(contents)):
-            _run(config, ServerSupervisor(own, registry, start, log.say), node, host, start, log)
+            _run(config, ServerSupervisor(own, registry, start, log.write), node, host, start, log)
     finally:
         registry.key_file.unlink(missing_ok=True)
         claim.release()
@@ -116,18 +118,18 @@ def _run(
     """Start servers and ranks, watch them, and stop them all."""
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
-    end_on_sigusr1()
+    stop_on_sigusr1()
     ranks: TrainerRanks | None = None
     try:
         registry.begin()
         log.say(f"{_starting(supervisor)}; logs in {directory.logs}")
         supervisor.start()
         request_stop_on_sigusr1(directory.stop_request)
-        host.begin()
+        host.signal_start()
         log.say(_ranks_sentence(len(node.ranks(config.policy.layout.world_size)), node))
         ranks = TrainerRanks(directory, config, directory.registry, node, start)
         while _all_run(ranks, host):
-            host.check()
+            host.raise_reported()
             supervisor.poll()
             time.sleep(_POLL_S)
     finally:
@@ -159,19 +161,22 @@ def _all_run(ranks: TrainerRanks, host: HeadNode) -> bool:
         raise
 
 
-def check_servers_of(config: RunConfig) -> None:
+def check_server_start(config: RunConfig) -> None:
     """Raise UserError where this machine could not start the run's servers: GPUs, ports, models, formats."""
-    placed_servers(wanted_servers(config, RunDirectory(config.directory)), config)
+    assign_server_gpus(required_servers(config, RunDirectory(config.directory)), config)
 
 
-def placed_servers(wanted: list[ServerSpec], config: RunConfig) -> list[ServerSpec]:
-    """`wanted`, each with its first GPU of this machine; starts nothing. Raises as `placed` and `check_servers` do."""
-    found = placed(wanted, config, gpu_count())
+def assign_server_gpus(wanted: list[ServerSpec], config: RunConfig) -> list[ServerSpec]:
+    """Return the servers `wanted`, each with its first GPU of this machine; starts nothing.
+
+    Raises: UserError as `assign_gpus` and `check_servers` do.
+    """
+    found = assign_gpus(wanted, config, gpu_count())
     check_servers(found)
     return found
 
 
-def wanted_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpec]:
+def required_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpec]:
     """The servers that the stages and the evaluation of `config` need."""
     specs: list[ServerSpec] = []
     dtype = SERVED_DTYPES[config.policy.precision.dtype]

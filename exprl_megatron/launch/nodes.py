@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from exprl_megatron.utils.keyed_store import Records
 
-_MEET_S = 600.0
+_CONNECT_S = 600.0
 """The longest between the starts of two nodes' launchers."""
-_PART_S = 20.0
+_LEAVE_S = 20.0
 _KILLED_S = 6.0
 """The longest until another node's report of a killed rank arrives; see TrainerRanks.running."""
 _PURPOSE = "launchers"
@@ -83,18 +83,18 @@ class Node:
         return range(self.number * each, (self.number + 1) * each)
 
 
-class _Words:
+class _Messages:
     """The authenticated records of the launchers' store."""
 
     def __init__(self, records: "Records"):
         self._records = records
         self._complained: set[str] = set()
 
-    def say(self, name: str, words: str = "") -> None:
+    def write(self, name: str, text: str = "") -> None:
         """Write the record `name`."""
-        self._records.set(name, words)
+        self._records.set(name, text)
 
-    def heard(self, name: str) -> bytes | None:
+    def read(self, name: str) -> bytes | None:
         """Read a record, if it exists; one without a valid code is ignored, and reported once."""
         from exprl_megatron.utils.authentication import NotAuthentic
 
@@ -118,32 +118,32 @@ class HeadNode:
     def __init__(self, node: Node, key_file: Path):
         """Raises RunStopped where the port is taken, ServerError where there is no key and other nodes need it."""
         self._others = node.nodes - 1
-        self._words: _Words | None = None
+        self._messages: _Messages | None = None
         if self._others:
             key = read_key(key_file)
-            self._words = _words(_listening(node), key)
+            self._messages = _messages(_listen_store(node), key)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._words is None:
+        if self._messages is None:
             return
-        self._words.say(_ENDED)
-        deadline = time.monotonic() + _PART_S
+        self._messages.write(_ENDED)
+        deadline = time.monotonic() + _LEAVE_S
         # The store ends with this process: the others are to hear of it first.
-        while self._words.count(0) < self._others and time.monotonic() < deadline:
+        while self._messages.count(0) < self._others and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def begin(self) -> None:
+    def signal_start(self) -> None:
         """Signal that the run's directory, its config and its servers are ready, so that ranks may start."""
-        if self._words is not None:
-            self._words.say(_BEGIN)
+        if self._messages is not None:
+            self._messages.write(_BEGIN)
 
-    def check(self) -> None:
+    def raise_reported(self) -> None:
         """Raise the error that another node has reported."""
-        if self._words is not None and (words := self._words.heard(_FAILED)) is not None:
-            error = ended(read_end(words, "What another node reported"))
+        if self._messages is not None and (words := self._messages.read(_FAILED)) is not None:
+            error = exit_error(parse_exit_report(words, "What another node reported"))
             if isinstance(error, RankFailed):
                 self.check_for_killed()
             raise error
@@ -151,9 +151,9 @@ class HeadNode:
     def check_for_killed(self) -> None:
         """Raise another node's report of a killed rank, the cause of the failures here."""
         deadline = time.monotonic() + _KILLED_S
-        while self._words is not None and time.monotonic() < deadline:
-            if (words := self._words.heard(_KILLED)) is not None:
-                raise ended(read_end(words, "What another node reported"))
+        while self._messages is not None and time.monotonic() < deadline:
+            if (words := self._messages.read(_KILLED)) is not None:
+                raise exit_error(parse_exit_report(words, "What another node reported"))
             time.sleep(0.1)
 
 
@@ -164,64 +164,64 @@ class WorkerNode:
         """Wait for node 0. Raises RunStopped where it does not appear."""
         self._node = node
         self._key_file = key_file
-        self._store = _reached(node)
+        self._store = _connect_store(node)
         self._key: str | None = None
-        self._words: _Words | None = None
+        self._messages: _Messages | None = None
         """The store's records, authenticated with the run's key."""
         self._heard = False
         """Whether a valid record of node 0 was read: from then on the key is known to be that of its run."""
 
-    def await_beginning(self, deadline_s: float) -> bool:
+    def wait_for_start(self, deadline_s: float) -> bool:
         """Whether ranks may start, rather than that node 0 has ended. Raises RunStopped without a report."""
         deadline = time.monotonic() + deadline_s
-        while not self._told(_BEGIN):
-            if self.over():
+        while not self._has_record(_BEGIN):
+            if self.has_ended():
                 return False
             if time.monotonic() > deadline:
                 raise RunStopped(f"Node 0 of the trainer did not begin within {deadline_s:g} s; see its output.")
             time.sleep(0.2)
         return True
 
-    def over(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether node 0 has ended. Raises RunStopped where its store is gone without a report."""
-        return self._told(_ENDED)
+        return self._has_record(_ENDED)
 
-    def tell(self, error: Exception) -> None:
+    def report(self, error: Exception) -> None:
         """Report to node 0 what has ended this node's ranks; node 0 reads the first report."""
         unexpected = isinstance(error, RankFailed)
         words = json.dumps({"status": exit_status(error), "message": str(error), "unexpected": unexpected})
         if isinstance(error, RankKilled):
-            self._words.say(_KILLED, words)
-        self._words.say(_FAILED, words)
+            self._messages.write(_KILLED, words)
+        self._messages.write(_FAILED, words)
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Report that this node has finished."""
-        self._words.count(1)
+        self._messages.count(1)
 
-    def _told(self, name: str) -> bool:
+    def _has_record(self, name: str) -> bool:
         from torch.distributed import DistError
 
         try:
             if not self._heard:
                 self._read_key()
             # Asking is also how this node notices that node 0 is gone.
-            told = self._store.check([name]) if self._words is None else self._words.heard(name) is not None
+            found = self._store.check([name]) if self._messages is None else self._messages.read(name) is not None
         except DistError as error:
             raise RunStopped(f"Node 0 of the trainer ({self._node.host}) is gone; see its output.") from error
-        if self._words is None:
+        if self._messages is None:
             return False
-        self._heard |= told
-        return told
+        self._heard |= found
+        return found
 
     def _read_key(self) -> None:
         """Read the key, which node 0 may write later; until its first record the file may be missing or out of date."""
         with suppress(ServerError):
             key = read_key(self._key_file)
             if key != self._key:
-                self._key, self._words = key, _words(self._store, key)
+                self._key, self._messages = key, _messages(self._store, key)
 
 
-class End(msgspec.Struct, frozen=True):
+class ExitReport(msgspec.Struct, frozen=True):
     """The report of how a rank or a node ended."""
 
     status: int
@@ -229,47 +229,47 @@ class End(msgspec.Struct, frozen=True):
     unexpected: bool
 
 
-def read_end(words: bytes, what: str) -> End:
+def parse_exit_report(words: bytes, what: str) -> ExitReport:
     """Parse the report in `words`; where it is garbled, return a report that says so about `what`."""
     try:
-        return msgspec.json.decode(words, type=End)
+        return msgspec.json.decode(words, type=ExitReport)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         message = f"{what} of its end is garbled ({error}); see the logs of that node, and continue with --resume."
-        return End(1, message, unexpected=True)
+        return ExitReport(1, message, unexpected=True)
 
 
-def ended(reported: End) -> Exception:
+def exit_error(reported: ExitReport) -> Exception:
     """The exception for this report."""
     kind = RankFailed if reported.unexpected else _ENDS.get(reported.status, RunStopped)
     return kind(reported.message)
 
 
-def _words(store: "TCPStore", key: str) -> _Words:
+def _messages(store: "TCPStore", key: str) -> _Messages:
     from exprl_megatron.utils.keyed_store import Records
 
-    return _Words(Records(store, key, _PURPOSE))
+    return _Messages(Records(store, key, _PURPOSE))
 
 
-def _listening(node: Node) -> "TCPStore":
+def _listen_store(node: Node) -> "TCPStore":
     """Node 0's store."""
     from torch.distributed import DistError
 
     from exprl_megatron.utils.keyed_store import listening_store
 
     try:
-        return listening_store(interface(node.host), node.port, _MEET_S)
+        return listening_store(interface(node.host), node.port, _CONNECT_S)
     except (DistError, OSError) as error:
         raise _unreachable(node, "cannot be listened at", error) from error
 
 
-def _reached(node: Node) -> "TCPStore":
+def _connect_store(node: Node) -> "TCPStore":
     """The store, as a client on another node."""
     from torch.distributed import DistError
 
     from exprl_megatron.utils.keyed_store import reached_store
 
     try:
-        return reached_store(node.host, node.port, _MEET_S)
+        return reached_store(node.host, node.port, _CONNECT_S)
     except DistError as error:
         raise _unreachable(node, "does not answer", error) from error
 

@@ -12,7 +12,7 @@ from exprl_megatron.errors import Preempted
 from exprl_megatron.processes.interruption import raise_from_handler
 
 
-def end_on_sigusr1() -> None:
+def stop_on_sigusr1() -> None:
     """From now on SIGUSR1 raises Preempted: there is nothing yet to be saved."""
     signal.signal(signal.SIGUSR1, _end)
 

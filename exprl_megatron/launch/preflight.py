@@ -9,7 +9,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.launch.model_checks import model_violations
 from exprl_megatron.launch.plugin_checks import check_plugin_code, check_plugins_on_problems
-from exprl_megatron.launch.prompt_checks import check_prompts, reachable
+from exprl_megatron.launch.prompt_checks import check_prompts, unchecked_model
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.plugins.loading import use_plugin_path
@@ -35,7 +35,7 @@ def check_inputs(config: RunConfig) -> None:
         raise UserError("\n".join(found))
     if config.policy.initialise == "weights":
         _check_weights(config)
-    for problems, needs in needed(config).items():
+    for problems, needs in required_problem_sets(config).items():
         loaded = load_problems(problems)
         lacking = [
             sentence for need in sorted(needs) for sentence in missing_for(loaded, need, config.verifier.domains)
@@ -59,7 +59,7 @@ def dry_run(config: RunConfig) -> str | None:
     """Check what a start would check; where a model is not on this machine, a sentence that says what was not."""
     use_plugin_path(config.plugin_path)
     check_plugin_code(config)
-    left_out = reachable(config)
+    left_out = unchecked_model(config)
     if left_out is None:
         check_inputs(config)
     return left_out
@@ -108,7 +108,7 @@ def _check_rollouts(config: RunConfig) -> None:
             )
 
 
-def needed(config: RunConfig) -> dict[ProblemsConfig, set[ProblemNeed]]:
+def required_problem_sets(config: RunConfig) -> dict[ProblemsConfig, set[ProblemNeed]]:
     """Every set of problems that is sampled from, with what its stages need of them."""
     found: dict[ProblemsConfig, set[ProblemNeed]] = {}
     for stage in config.stages:

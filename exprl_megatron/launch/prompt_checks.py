@@ -45,7 +45,7 @@ def check_prompts(config: RunConfig) -> None:
                     _check_judge(config, stage, judge)
 
 
-def shown_prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
+def preview_prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
     """For the first problem of each stage that samples: what is shown to whom, and the text."""
     tokenizer = load_tokenizer(config.policy.model)
     builder = PromptBuilder(tokenizer, config.prompt)
@@ -144,7 +144,7 @@ def _judge(config: JudgeConfig) -> Judge:
     return Judge(config, [], None if model is None else load_tokenizer(model))
 
 
-def reachable(config: RunConfig) -> str | None:
+def unchecked_model(config: RunConfig) -> str | None:
     """A sentence about what cannot be checked here, as a model is not on this machine; None where all can be."""
     judge = config.judge.model if config.judge is not None and config.needs_judge else None
     models = [config.policy.model, *([] if judge is None else [judge])]

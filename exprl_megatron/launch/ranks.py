@@ -16,7 +16,7 @@ import psutil
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.launch.nodes import End, Node, RankKilled, ended, read_end
+from exprl_megatron.launch.nodes import ExitReport, Node, RankKilled, exit_error, parse_exit_report
 from exprl_megatron.processes.child import Child
 from exprl_megatron.processes.heartbeat import SILENCE_S, Pulse, states
 from exprl_megatron.processes.log_tail import log_tail
@@ -29,7 +29,7 @@ from exprl_megatron.utils.ports import LOCAL, free_ports
 
 WORKER = "exprl_megatron.training.worker"
 _STOP_S = 10.0
-_LAST_WORDS_S = 3.0
+_CAUSE_GRACE_S = 3.0
 
 
 class TrainerRanks:
@@ -48,7 +48,7 @@ class TrainerRanks:
         self._world_size = config.policy.layout.world_size
         node = node or Node()
         ranks = node.ranks(self._world_size)
-        meeting = _meeting(node)
+        meeting = _rendezvous(node)
         settle()
         self._processes: dict[int, Child] = {}
         self._pulses = {rank: Pulse() for rank in ranks}
@@ -79,7 +79,7 @@ class TrainerRanks:
     def running(self) -> bool:
         """Whether all ranks still run; False when all ended well. Raises what ended the first that failed."""
         if self._failed():
-            self._await_last_words()
+            self._wait_for_cause()
             raise self._cause(self._failed())
         self._require_heartbeats()
         return self.alive()
@@ -121,9 +121,9 @@ class TrainerRanks:
                     f"{log_tail(self._log(rank))}"
                 )
 
-    def _await_last_words(self) -> None:
+    def _wait_for_cause(self) -> None:
         """Wait for the rank that knows the cause: the other ranks may end before it."""
-        deadline = time.monotonic() + _LAST_WORDS_S
+        deadline = time.monotonic() + _CAUSE_GRACE_S
         while time.monotonic() < deadline and self.alive():
             time.sleep(0.05)
 
@@ -139,21 +139,21 @@ class TrainerRanks:
                 return self._killed(rank, number)
         for end in sorted(reported.values(), key=lambda end: end.unexpected):
             if not (end.unexpected and killed):
-                return ended(end)
+                return exit_error(end)
         if killed:
             return self._killed(*next(iter(killed.items())))
         # The rank that knows may be another node's.
         for rank in range(self._world_size):
             if self._end(rank).is_file():
-                return ended(self._reported(rank))
+                return exit_error(self._reported(rank))
         rank = failed[0]
         status = self._processes[rank].returncode
         return RunStopped(
             f"trainer-{rank} ended with status {status}; continue with --resume.{log_tail(self._log(rank))}"
         )
 
-    def _reported(self, rank: int) -> End:
-        return read_end(self._end(rank).read_bytes(), f"What trainer-{rank} reported")
+    def _reported(self, rank: int) -> ExitReport:
+        return parse_exit_report(self._end(rank).read_bytes(), f"What trainer-{rank} reported")
 
     def _signal(self, rank: int) -> int:
         """The signal that ended the rank, or 0."""
@@ -176,7 +176,7 @@ class TrainerRanks:
         return self._logs / f"trainer-{rank}.log"
 
 
-def _meeting(node: Node) -> dict[str, str]:
+def _rendezvous(node: Node) -> dict[str, str]:
     """Where ranks find each other: at the store of node 0's launcher, or at rank 0 where they are all here."""
     if node.port is None:
         return {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(free_ports(1)[0])}

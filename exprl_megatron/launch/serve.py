@@ -8,7 +8,7 @@ from typing import Self
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.launch.launcher import wanted_servers
+from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.launch.preemption import ignore_sigusr1
 from exprl_megatron.reporting.run_log import RunLog
 from exprl_megatron.runs.directory import RunDirectory
@@ -22,7 +22,7 @@ _POLL_S = 0.25
 
 
 @dataclass(frozen=True)
-class Share:
+class ServerShare:
     """Node number `node_rank` of `nodes` that share servers: server i belongs to node i modulo their number."""
 
     node_rank: int
@@ -47,7 +47,7 @@ class Share:
         return [spec for i, spec in enumerate(specs) if i % self.nodes == self.node_rank]
 
 
-def serve(config: RunConfig, kind: Kind, share: Share) -> None:
+def serve(config: RunConfig, kind: Kind, share: ServerShare) -> None:
     """Start this node's share of the run's servers of `kind`, register them, and restart those that die.
 
     Returns when the run has ended. Raises UserError where the run has no such server or its model cannot be served;
@@ -56,7 +56,7 @@ def serve(config: RunConfig, kind: Kind, share: Share) -> None:
     directory = RunDirectory(config.directory)
     if config.permissions == "private":
         keep_private(directory.root)
-    specs = [spec for spec in wanted_servers(config, directory) if spec.name.startswith(f"{kind}-")]
+    specs = [spec for spec in required_servers(config, directory) if spec.name.startswith(f"{kind}-")]
     if not specs:
         raise UserError(f"--kind is {kind}, but no stage of this config needs such a server; leave it out.")
     registry = Registry(directory.registry)

@@ -4,7 +4,7 @@ from exprl_megatron.utils.package_names import answer_quickly
 
 answer_quickly()
 
-import exprl_megatron.launch.inputs  # noqa: E402
+import exprl_megatron.launch.input_hashes  # noqa: E402
 import exprl_megatron.launch.preflight  # noqa: E402
 import exprl_megatron.policy.world  # noqa: E402
 import exprl_megatron.reporting.tensorboard_tracker  # noqa: E402

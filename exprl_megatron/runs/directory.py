@@ -48,7 +48,7 @@ class RunDirectory:
     def claim(self, config: RunConfig, resume: bool, contents: Mapping[str, str] | None = None) -> "Claim":
         """Take the directory for this process and write the resolved config into it: what follows reads that one.
 
-        `contents` is what input_contents says of the config. Raises UserError where the directory holds another run,
+        `contents` is what `hash_inputs` returns of the config. Raises UserError where the directory holds another run,
         where `resume` finds none, or one that learns something else (see config/resuming.py) or from other contents,
         or where a live process has it. A run that ended before it had anything to keep does not count.
         """

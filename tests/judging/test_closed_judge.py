@@ -14,9 +14,9 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.store import JudgementStore
-from exprl_megatron.launch.inputs import input_contents
+from exprl_megatron.launch.input_hashes import hash_inputs
 from exprl_megatron.launch.preflight import check_inputs
-from exprl_megatron.launch.prompt_checks import shown_prompts
+from exprl_megatron.launch.prompt_checks import preview_prompts
 from exprl_megatron.serving.openai_endpoint import judge_endpoints
 
 FOUR = Scored(0.75, "Score: 4")
@@ -117,8 +117,8 @@ def run_tree(tmp_path, policy, domain="math", **judge):
 def test_a_run_with_a_closed_judge_passes_the_checks_of_a_start(tiny_model, tmp_path):
     config = check_config(run_tree(tmp_path, tiny_model("qwen3")), "test")
     check_inputs(config)
-    assert "judge.model" not in input_contents(config)
-    shown = dict(shown_prompts(config))
+    assert "judge.model" not in hash_inputs(config)
+    shown = dict(preview_prompts(config))
     assert "It is 2." in shown["stage prime, problem a, to the judge (user)"]
 
 

@@ -7,8 +7,8 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import UserError
 from exprl_megatron.launch import launcher as launch_module
-from exprl_megatron.launch.devices import placed
-from exprl_megatron.launch.launcher import wanted_servers
+from exprl_megatron.launch.devices import assign_gpus
+from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.runs.directory import RunDirectory
 
@@ -26,7 +26,10 @@ def config(tmp_path, **changes):
 
 
 def first_gpus(config, tmp_path, gpus):
-    return {spec.name: spec.first_gpu for spec in placed(wanted_servers(config, RunDirectory(tmp_path)), config, gpus)}
+    return {
+        spec.name: spec.first_gpu
+        for spec in assign_gpus(required_servers(config, RunDirectory(tmp_path)), config, gpus)
+    }
 
 
 def test_servers_are_on_the_gpus_behind_the_trainer_s(tmp_path):
@@ -43,8 +46,8 @@ def test_sampling_servers_that_take_turns_with_the_trainer_are_on_its_gpus(tmp_p
 def test_too_few_gpus_are_told_of_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match=r"needs 2 GPUs .* \(policy-0 2, policy-1 2, judge-0 2\): 8 in all, of 4; make"):
         first_gpus(config(tmp_path), tmp_path, 4)
-    specs = wanted_servers(config(tmp_path), RunDirectory(tmp_path))
-    assert placed(specs, config(tmp_path), 0) == specs, "without GPUs nothing is placed"
+    specs = required_servers(config(tmp_path), RunDirectory(tmp_path))
+    assert assign_gpus(specs, config(tmp_path), 0) == specs, "without GPUs nothing is placed"
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def started(monkeypatch, tmp_path):
     for name in ("check_servers", "_run"):
         monkeypatch.setattr(launch_module, name, lambda *_: None)
     monkeypatch.setattr(launch_module, "starter", lambda *_, **__: Starter())
-    monkeypatch.setattr(launch_module, "checked_inputs", lambda *_: {})
+    monkeypatch.setattr(launch_module, "hash_checked_inputs", lambda *_: {})
     # A start sets it for its processes; it is as before when the test ends.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")

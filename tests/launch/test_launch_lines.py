@@ -35,11 +35,11 @@ def config(tmp_path, monkeypatch):
     ranks = SimpleNamespace(running=lambda: False, stop=lambda: None)
     for name, value in {
         "starter": starter,
-        "checked_inputs": lambda *_: {"plugins.mine:score": "new"},
-        "placed_servers": lambda wanted, _: wanted,
+        "hash_checked_inputs": lambda *_: {"plugins.mine:score": "new"},
+        "assign_server_gpus": lambda wanted, _: wanted,
         "ServerSupervisor": Supervisor,
         "TrainerRanks": lambda *_: ranks,
-        "end_on_sigusr1": lambda: None,
+        "stop_on_sigusr1": lambda: None,
         "request_stop_on_sigusr1": lambda _: None,
     }.items():
         monkeypatch.setattr(module, name, value)

@@ -12,7 +12,7 @@ import yaml
 from helpers.runs import command_words, run_config, wait_until, write_problems
 
 from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode, ended, read_end
+from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode, exit_error, parse_exit_report
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
@@ -51,22 +51,22 @@ def launchers(tmp_path):
     ensure_key(key_file)
     (port,) = free_ports(1)
     host = HeadNode(Node.of(0, 2, f"127.0.0.1:{port}"), key_file)
-    guest = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
-    return host, guest, reached_store("127.0.0.1", port, 10.0)
+    worker = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
+    return host, worker, reached_store("127.0.0.1", port, 10.0)
 
 
 def test_launchers_hear_each_other(launchers):
-    host, guest, _ = launchers
-    assert not guest.over()
-    host.check()
-    host.begin()
-    assert guest.await_beginning(0.0)
-    guest.tell(UserError("the disk of node 1 is full"))
+    host, worker, _ = launchers
+    assert not worker.has_ended()
+    host.raise_reported()
+    host.signal_start()
+    assert worker.wait_for_start(0.0)
+    worker.report(UserError("the disk of node 1 is full"))
     with pytest.raises(UserError, match=r"^the disk of node 1 is full$"):
-        host.check()
-    guest.part()
+        host.raise_reported()
+    worker.leave()
     host.__exit__()
-    assert guest.over()
+    assert worker.has_ended()
 
 
 @pytest.mark.parametrize(
@@ -80,16 +80,16 @@ def test_launchers_hear_each_other(launchers):
     ],
 )
 def test_what_a_stranger_writes_for_a_launcher_is_ignored_and_reported_once(launchers, capfd, words):
-    host, guest, stranger = launchers
-    host.begin()
-    assert guest.await_beginning(0.0)
+    host, worker, stranger = launchers
+    host.signal_start()
+    assert worker.wait_for_start(0.0)
     # Under the names that others use, which can be listed, and under those without a key.
-    guest.tell(RunStopped("true"))
+    worker.report(RunStopped("true"))
     for name in [*stranger.list_keys(), *(f"launchers/{name}" for name in ("begin", "failed", "ended", "killed"))]:
         stranger.set(name, words)
     for _ in range(2):
-        host.check()
-        assert not guest.over()
+        host.raise_reported()
+        assert not worker.has_ended()
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "failed" in line]
     assert line.startswith(
         "exprl: somebody without this run's key wrote 'launchers: failed' in the trainer's store at "
@@ -101,18 +101,18 @@ def test_a_node_that_comes_before_the_key_waits_for_it_and_does_not_believe_in_a
     key_file, stale = tmp_path / "key", tmp_path / "stale"
     ensure_key(stale)
     shared = HeadNode(Node.of(0, 2, f"127.0.0.1:{port}"), stale)
-    guest = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
-    shared.begin()
-    assert not guest._told("begin")
+    worker = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
+    shared.signal_start()
+    assert not worker._has_record("begin")
     ensure_key(key_file)
-    assert not guest._told("begin")
+    assert not worker._has_record("begin")
     key_file.write_text(read_key(stale))
-    assert guest._told("begin")
+    assert worker._has_record("begin")
 
 
 @pytest.mark.parametrize("words", [b"", b"{", b"[]", b"null", b'{"status": "2"}', b"\xff", b"[" * 5000])
 def test_a_garbled_report_is_one_sentence(words):
-    error = ended(read_end(words, "What trainer-3 reported"))
+    error = exit_error(parse_exit_report(words, "What trainer-3 reported"))
     assert isinstance(error, RunStopped)
     assert str(error).startswith("What trainer-3 reported of its end is garbled (") and "\n" not in str(error)
 
@@ -159,17 +159,17 @@ def test_two_nodes_stop_when_slurm_asks_them_to_and_go_on_to_the_end(two_nodes):
     wait_until(lambda: directory.metrics.is_file() or None not in (first.poll(), second.poll()), 900)
     for process in (second, first):
         process.send_signal(signal.SIGUSR1)
-    _, told = first.communicate(timeout=300)
-    assert first.returncode == os.EX_TEMPFAIL, told
-    _, told = second.communicate(timeout=60)
-    assert second.returncode == 0, told
+    _, found = first.communicate(timeout=300)
+    assert first.returncode == os.EX_TEMPFAIL, found
+    _, found = second.communicate(timeout=60)
+    assert second.returncode == 0, found
     assert not (directory.models / "sparse").exists()
 
     _, first, second = two_nodes(STEPS, "--resume")
-    _, told = first.communicate(timeout=900)
-    assert first.returncode == 0, told
-    _, told = second.communicate(timeout=60)
-    assert second.returncode == 0, told
+    _, found = first.communicate(timeout=900)
+    assert first.returncode == 0, found
+    _, found = second.communicate(timeout=60)
+    assert second.returncode == 0, found
     assert directory.metrics.read_text().count("\n") == STEPS
     assert (directory.models / "sparse" / "model.safetensors").is_file()
 
@@ -185,9 +185,9 @@ def test_where_a_rank_of_another_node_is_killed_node_0_says_so_and_both_end(two_
     (rank,) = supervisor.children()
     family = psutil.Process(first.pid).children(recursive=True)
     os.kill(rank.pid, signal.SIGKILL)
-    _, told = first.communicate(timeout=300)
+    _, found = first.communicate(timeout=300)
     assert first.returncode == 1
-    assert told.startswith("exprl: trainer-1 was killed by signal 9 (SIGKILL)"), told
+    assert found.startswith("exprl: trainer-1 was killed by signal 9 (SIGKILL)"), found
     second.communicate(timeout=60)
     assert second.returncode == 0
     assert not psutil.wait_procs([*family, supervisor], timeout=30)[1]

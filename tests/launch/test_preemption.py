@@ -36,19 +36,19 @@ def coordinator(asked):
 
 
 def test_a_long_wait_is_given_up_when_the_run_is_asked_to_stop(coordinator, asked):
-    ended = []
+    exit_error = []
 
     async def forever():
         asked.set()
         try:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
-            ended.append("cancelled")
+            exit_error.append("cancelled")
             raise
 
     assert not coordinator.run_unless_asked_to_stop(forever())
     coordinator.run(asyncio.sleep(0))
-    assert ended == ["cancelled"]
+    assert exit_error == ["cancelled"]
     assert coordinator.asked_to_stop()
 
 
@@ -81,10 +81,10 @@ def test_sigusr1_to_all_processes_of_a_run_ends_it_with_a_checkpoint_and_status_
     everyone = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
     for process in everyone:
         process.send_signal(signal.SIGUSR1)
-    _, told = run.communicate(timeout=300)
+    _, found = run.communicate(timeout=300)
     assert run.returncode == 75
     step = read_extra(checkpoints(paths.checkpoints)[-1])["step"]
-    assert told.endswith(
+    assert found.endswith(
         f"exprl: The run was asked to stop and did so after step {step} of learn, with a checkpoint; "
         "continue with --resume.\n"
     )

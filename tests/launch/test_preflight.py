@@ -8,9 +8,9 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.errors import UserError
-from exprl_megatron.launch.launcher import wanted_servers
+from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.launch.model_checks import model_violations
-from exprl_megatron.launch.preflight import check_inputs, needed
+from exprl_megatron.launch.preflight import check_inputs, required_problem_sets
 from exprl_megatron.runs.directory import RunDirectory
 
 
@@ -127,11 +127,11 @@ def test_routing_is_replayed_where_there_is_some_and_the_servers_return_it(
 @pytest.mark.parametrize(("family", "returned"), [("mixtral", 1), ("qwen3", 0)])
 def test_sampling_servers_of_a_mixture_alone_return_their_choice(tmp_path, tiny_model, family, returned):
     config = run(tmp_path, tiny_model(family), "sparse-rl")
-    servers = wanted_servers(config, RunDirectory(tmp_path / "run"))
+    servers = required_servers(config, RunDirectory(tmp_path / "run"))
     assert [spec.name for spec in servers] == ["policy-0"]
     assert servers[0].command(1).count("--enable-return-routed-experts") == returned
     off = config.model_copy(update={"policy": config.policy.model_copy(update={"router_replay": False})})
-    assert "--enable-return-routed-experts" not in wanted_servers(off, RunDirectory(tmp_path))[0].command(1)
+    assert "--enable-return-routed-experts" not in required_servers(off, RunDirectory(tmp_path))[0].command(1)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,9 @@ def test_problems_must_have_what_is_asked_about_them_by_any_stage_or_evaluation(
     ]
     evaluation = {"problems": {"source": "h"}, "samples": 1, "k": [1]}
     tree = {"directory": str(tmp_path), "policy": {"model": "m"}, "judge": {"model": "j"}, "evaluation": evaluation}
-    found = {problems.source: needs for problems, needs in needed(check_config(tree | {"stages": stages}, "t")).items()}
+    found = {
+        problems.source: needs
+        for problems, needs in required_problem_sets(check_config(tree | {"stages": stages}, "t")).items()
+    }
     judged, verified = {"reference"}, {"verification"}
     assert found == {"a": judged, "b": judged, "c": verified, "d": judged | verified, "h": verified}

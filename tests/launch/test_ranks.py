@@ -85,8 +85,8 @@ def test_a_rank_that_a_signal_ended_is_named_before_one_that_lost_its_connection
 
 
 def test_a_sentence_of_ours_comes_before_ranks_that_abort_for_it(start, tmp_path):
-    told = {"status": 1, "message": "Too many abstentions.", "unexpected": False}
-    error = cause(start, tmp_path, {"signal": signal.SIGABRT}, {"report": LOST}, {"report": told})
+    found = {"status": 1, "message": "Too many abstentions.", "unexpected": False}
+    error = cause(start, tmp_path, {"signal": signal.SIGABRT}, {"report": LOST}, {"report": found})
     assert str(error) == "Too many abstentions."
 
 

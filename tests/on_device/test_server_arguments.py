@@ -69,7 +69,7 @@ def test_sglang_accepts_the_arguments_of_the_gpu_tests_servers(tmp_path: Path, m
     tree = config_tree(tmp_path / "run", cuda=True, layout={"tp": 2, "pp": 2}, servers={"count": 2, "tp": 2})
     config = check_config(tree, "test")
     assert choose_transport(config).kind == "handles"
-    colocated = launch.wanted_servers(config, RunDirectory(tmp_path / "run"))
+    colocated = launch.required_servers(config, RunDirectory(tmp_path / "run"))
     fp8, sleeper = small_server("fp8", MODEL, tmp_path, 0, *FP8), small_server("bf16", MODEL, tmp_path, 1, *CAN_SLEEP)
     found = parsed([fp8, sleeper, *colocated])
     assert [one["tp_size"] for one in found] == [1, 1, 2, 2]

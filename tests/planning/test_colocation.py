@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from exprl_megatron.config.load import check_config
-from exprl_megatron.launch.launcher import wanted_servers
+from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.planning.hardware import GIB, GPUS
 from exprl_megatron.planning.memory import CONTEXT, GROUP
 from exprl_megatron.planning.plan import plan, ranked
@@ -79,7 +79,7 @@ def test_the_servers_are_started_with_what_was_planned(tmp_path, monkeypatch):
     def options(**changes) -> dict[str, str]:
         stage = {"kind": "sparse-rl", "name": "s", "steps": 1, "problems": {"source": "p"}}
         tree = {"directory": str(tmp_path), "policy": {"model": "m"}, "stages": [stage]}
-        (spec,) = wanted_servers(check_config(tree | changes, "test"), RunDirectory(tmp_path))
+        (spec,) = required_servers(check_config(tree | changes, "test"), RunDirectory(tmp_path))
         words = server_command(Path("m"), spec.config, dtype="bfloat16", port=1, seed=0, weight_version="v", cuda=True)
         return {word: follows for word, follows in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")}
 

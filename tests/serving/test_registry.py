@@ -8,7 +8,7 @@ import pytest
 
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.launch.serve import Share
+from exprl_megatron.launch.serve import ServerShare
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
 from exprl_megatron.serving.server_process import server_specs
@@ -56,16 +56,16 @@ def test_the_end_of_an_earlier_attempt_is_told_from_that_of_this_one(tmp_path):
 
 def test_servers_are_dealt_out_to_nodes_as_slurm_numbers_them(tmp_path, monkeypatch):
     specs = server_specs("policy", tmp_path, ServerConfig(count=5), tmp_path)
-    shares = [[spec.name for spec in Share(rank, 2).of(specs)] for rank in range(2)]
+    shares = [[spec.name for spec in ServerShare(rank, 2).of(specs)] for rank in range(2)]
     assert shares == [["policy-0", "policy-2", "policy-4"], ["policy-1", "policy-3"]]
-    assert Share.of_this_node() == Share(0, 1)
+    assert ServerShare.of_this_node() == ServerShare(0, 1)
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_NNODES", "4")
-    assert Share.of_this_node() == Share(2, 4)
+    assert ServerShare.of_this_node() == ServerShare(2, 4)
     monkeypatch.setenv("SLURM_NODEID", "1")
-    assert Share.of_this_node() == Share(1, 4)
+    assert ServerShare.of_this_node() == ServerShare(1, 4)
     with pytest.raises(UserError, match="--node-rank is 4, but there are only 4 --nodes"):
-        Share.of_this_node(4)
+        ServerShare.of_this_node(4)
 
 
 GARBAGE = {

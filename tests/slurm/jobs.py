@@ -38,8 +38,8 @@ def submit(recipe: run.Partial, executor: run.Config) -> list[str]:
 
 def records() -> dict[str, dict[str, str]]:
     """All jobs, as `scontrol show job` tells of them, by id."""
-    told = subprocess.run(["scontrol", "--oneliner", "show", "job"], check=True, capture_output=True, text=True)
-    jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in told.stdout.splitlines()]
+    found = subprocess.run(["scontrol", "--oneliner", "show", "job"], check=True, capture_output=True, text=True)
+    jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in found.stdout.splitlines()]
     return {job["JobId"]: job for job in jobs if "JobId" in job}
 
 
@@ -59,8 +59,8 @@ def set_time_limit(job: str, minutes: int) -> None:
 
 def idle_nodes() -> int:
     """Nodes that a job would get at once."""
-    told = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%T"], check=True, capture_output=True, text=True)
-    return told.stdout.split().count("idle")
+    found = subprocess.run(["sinfo", "--noheader", "--Node", "--format=%T"], check=True, capture_output=True, text=True)
+    return found.stdout.split().count("idle")
 
 
 @contextmanager
@@ -83,8 +83,8 @@ def wait_until[T](condition: Callable[[], T], what: str, poll_s: float = 0.2) ->
 
 def wait_for_end(job: str, expected: str) -> None:
     """Wait until the job has ended, and require that it ended so."""
-    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-    wait_until(lambda: state(job) in ended, f"the end of job {job}")
+    exit_error = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    wait_until(lambda: state(job) in exit_error, f"the end of job {job}")
     assert state(job) == expected
 
 

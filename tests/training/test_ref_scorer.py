@@ -13,7 +13,7 @@ from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig, SyncConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.launch.dry_run import planned_processes
-from exprl_megatron.launch.launcher import wanted_servers
+from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.policy.checkpoint import read_extra
 from exprl_megatron.policy.checkpoint_files import checkpoints
 from exprl_megatron.runs.directory import RunDirectory
@@ -72,7 +72,7 @@ def test_the_server_is_among_the_processes_only_where_a_stage_needs_it(tmp_path)
     def names(ref_policy):
         config = three_stages(tmp_path / "run", "model", "problems", ref_policy)
         planned = [process.name for process in planned_processes(config) if "server" in process.what.lower()]
-        assert planned == [spec.name for spec in wanted_servers(config, RunDirectory(tmp_path))]
+        assert planned == [spec.name for spec in required_servers(config, RunDirectory(tmp_path))]
         return planned
 
     assert names("server") == ["policy-0", "ref-0"]

@@ -19,7 +19,7 @@ from benchmarks.garbage import garbled
 from benchmarks.learned import Replies, wrong_with
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, ServerError
-from exprl_megatron.launch.launcher import wanted_servers
+from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.policy.checkpoint_files import DAMAGED, checkpoints
 from exprl_megatron.runs.directory import RunDirectory
@@ -102,7 +102,7 @@ class FaultedRun:
         """The files of checkpoints that were damaged, and how."""
         self._random = random.Random(seed)
         self._claim = self.paths.claim(config, resume=False)
-        self._specs = wanted_servers(config, self.paths)
+        self._specs = required_servers(config, self.paths)
         self.supervisor = ServerSupervisor(self._specs, self.registry)
         self._ranks: TrainerRanks | None = None
         judge, routed = config.judge.server, config.server.router

@@ -10,8 +10,8 @@ from exprl_megatron.config.load import check_config
 from exprl_megatron.judging import prompt
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.prompt import JudgePrompt
-from exprl_megatron.launch import inputs
-from exprl_megatron.launch.inputs import input_contents
+from exprl_megatron.launch import input_hashes
+from exprl_megatron.launch.input_hashes import hash_inputs
 
 FIRST_MATH_TRACE = "9a7f42c7c830c375"
 """The hash of the first `math-trace`."""
@@ -34,7 +34,7 @@ def files(tiny_model, tmp_path) -> Path:
 
 def contents(files: Path, reproduce: str | None = None, **judge) -> dict[str, str]:
     model_identity.cache_clear()
-    inputs._problems.cache_clear()
+    input_hashes._problems.cache_clear()
     shared = {"problems": {"source": str(files / "problems.jsonl")}, "sampling": {"max_new_tokens": 64}}
     tree = {
         "directory": "run",
@@ -53,7 +53,7 @@ def contents(files: Path, reproduce: str | None = None, **judge) -> dict[str, st
         ],
         "evaluation": {"problems": {"source": str(files / "held-out.jsonl")}},
     }
-    return input_contents(check_config(tree, "test"))
+    return hash_inputs(check_config(tree, "test"))
 
 
 def append(text: str):
@@ -83,7 +83,7 @@ def one_letter(path: Path) -> None:
         ("policy/model.safetensors", append(" "), "policy.model"),
     ],
 )
-def test_each_change_of_a_file_is_told_by_its_key_alone(files, file, change, key):
+def test_each_change_of_a_file_is_seen_by_its_key_alone(files, file, change, key):
     before = contents(files)
     change(files / file)
     after = contents(files)

@@ -19,7 +19,7 @@ _BEFORE_S = 600.0
 _LAST_RANKS_S = 20.0
 
 
-def follow(config: RunConfig, node: Node) -> None:
+def run_worker_node(config: RunConfig, node: Node) -> None:
     """Run this node's ranks of `config` until node 0 ends; node 0 reports how the run ended.
 
     Raises RunStopped where node 0 does not come, or goes without a word. No process is left behind.
@@ -29,36 +29,36 @@ def follow(config: RunConfig, node: Node) -> None:
     if config.permissions == "private":
         os.umask(0o077)
     node.ranks(config.policy.layout.world_size)
-    guest = WorkerNode(node, Registry(RunDirectory(config.directory).registry).key_file)
+    worker = WorkerNode(node, Registry(RunDirectory(config.directory).registry).key_file)
     with starter(config, servers=False) as start:
-        if guest.await_beginning(_BEFORE_S + config.server.start_deadline_s):
-            _run(config, node, guest, start)
-    guest.part()
+        if worker.wait_for_start(_BEFORE_S + config.server.start_deadline_s):
+            _run(config, node, worker, start)
+    worker.leave()
 
 
-def _run(config: RunConfig, node: Node, guest: WorkerNode, start: Starter) -> None:
+def _run(config: RunConfig, node: Node, worker: WorkerNode, start: Starter) -> None:
     """Start the ranks, and stop them when node 0 has ended."""
     directory = RunDirectory(config.directory)
     ranks = TrainerRanks(directory, config, directory.registry, node, start)
     try:
-        _watch(ranks, guest)
+        _watch(ranks, worker)
     finally:
         ranks.stop()
 
 
-def _watch(ranks: TrainerRanks, guest: WorkerNode) -> None:
+def _watch(ranks: TrainerRanks, worker: WorkerNode) -> None:
     """Wait until node 0 has ended, and give the ranks time to end as well."""
     failed = False
-    while not guest.over():
+    while not worker.has_ended():
         if not failed:
-            failed = _has_failed(ranks, guest)
+            failed = _has_failed(ranks, worker)
         time.sleep(_POLL_S)
     deadline = time.monotonic() + _LAST_RANKS_S
     while not failed and ranks.alive() and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
-def _has_failed(ranks: TrainerRanks, guest: WorkerNode) -> bool:
+def _has_failed(ranks: TrainerRanks, worker: WorkerNode) -> bool:
     """Return whether a rank has failed; notifies node 0 in that case."""
     try:
         ranks.running()
@@ -66,6 +66,6 @@ def _has_failed(ranks: TrainerRanks, guest: WorkerNode) -> bool:
         # Node 0 may still be writing; it knows.
         return True
     except (RunStopped, UserError) as error:
-        guest.tell(error)
+        worker.report(error)
         return True
     return False

@@ -27,7 +27,7 @@ from exprl_megatron.training.examples import read_examples
 _PIECES, _PIECE_BYTES = 64, 2**16
 
 
-def input_contents(config: RunConfig) -> dict[str, str]:
+def hash_inputs(config: RunConfig) -> dict[str, str]:
     """Return a hash of the content of every file that `config` names, by its config key.
 
     Of models see `model_identity`; the prompts that are shipped count as `judge.shipped_prompts` where a judge may take
