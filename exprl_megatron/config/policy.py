@@ -74,7 +74,7 @@ class PolicyConfig(Config):
 
     model: str
     """Directory in Hugging Face form: config.json, tokenizer and safetensors."""
-    initialise: Literal["weights", "random"] = "weights"
+    initialize: Literal["weights", "random"] = "weights"
     """`random` needs only config.json and the tokenizer: for SFT from scratch."""
     layout: Layout = Layout()
     precision: PrecisionConfig = PrecisionConfig()

@@ -5,6 +5,7 @@ from typing import Any
 
 RENAMED_KEYS = {
     "policy.starting_policy": "ref_policy",
+    "policy.initialise": "initialize",
     "sync.hold": "pause_mode",
     "judge.place": "placement",
     "stages.*.unit": "granularity",

@@ -48,7 +48,7 @@ TABLE = (
     # The policy.
     ResumeRule(("policy.model",), "content", "the weights that the run starts from, their tokenizer and chat template"),
     ResumeRule(
-        ("policy.initialise", "policy.precision.*", "policy.moe_aux_loss", "policy.router_replay"),
+        ("policy.initialize", "policy.precision.*", "policy.moe_aux_loss", "policy.router_replay"),
         "fixed",
         "what is computed",
     ),

@@ -209,8 +209,8 @@ class RunConfig(Config):
         if len(set(self.trackers)) < len(self.trackers):
             found.append("trackers has a name twice; list each tracker once.")
         found += alone(self.model_dump(mode="json"))
-        if self.policy.initialise == "random" and self.needs_sampling_servers:
-            found.append("`policy.initialise` is random, but servers need weights to start with; train by SFT first.")
+        if self.policy.initialize == "random" and self.needs_sampling_servers:
+            found.append("`policy.initialize` is random, but servers need weights to start with; train by SFT first.")
         if (
             self._samples_ahead
             and self.sync.pause_mode == "in_place"

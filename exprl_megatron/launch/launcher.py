@@ -101,7 +101,7 @@ def _conduct(
         # Servers that are registered elsewhere may have made it already.
         (ensure_key if registered else renew_key)(registry.key_file)
         with RunRecord(directory.record, _plugins(contents)):
-            _run(config, ServerSupervisor(own, registry, start, log.write), node, host, start, log)
+            _run(config, ServerSupervisor(own, registry, start, log.say), node, host, start, log)
     finally:
         registry.key_file.unlink(missing_ok=True)
         claim.release()

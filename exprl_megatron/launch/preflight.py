@@ -33,7 +33,7 @@ def check_inputs(config: RunConfig) -> None:
     check_plugin_code(config)
     if found := [*missing_packages(config.trackers), *model_violations(config)]:
         raise UserError("\n".join(found))
-    if config.policy.initialise == "weights":
+    if config.policy.initialize == "weights":
         _check_weights(config)
     for problems, needs in required_problem_sets(config).items():
         loaded = load_problems(problems)

@@ -49,7 +49,7 @@ def load_huggingface(
             _check_tied(source, directory, architecture, world)
 
 
-def initialise(chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, seed: int) -> None:
+def initialize(chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, seed: int) -> None:
     """Fills this rank's parameters with fresh weights, the same model for every layout."""
     with Random(architecture, seed) as source:
         _fill(chunks, architecture, world, source)

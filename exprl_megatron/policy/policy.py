@@ -24,7 +24,7 @@ from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.balance import weigh_balance_by_tokens
 from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of
-from exprl_megatron.policy.huggingface import initialise, load_huggingface, save_huggingface
+from exprl_megatron.policy.huggingface import initialize, load_huggingface, save_huggingface
 from exprl_megatron.policy.megatron_loading import is_converted, load_converted
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.named_weights import named_weights
@@ -61,7 +61,7 @@ class Policy:
     """This rank's part of the policy. Every rank calls the same methods with the same arguments in the same order.
 
     Needs the process groups of the config's layout (see enter_world). The model is a directory in Hugging Face format;
-    with `initialise: random` its weights are drawn from `seed`, the same for every layout, instead of read.
+    with `initialize: random` its weights are drawn from `seed`, the same for every layout, instead of read.
     Raises UserError where the layout does not fit the model, or the directory lacks a part of it.
     """
 
@@ -75,8 +75,8 @@ class Policy:
         self._wrapped: list[DistributedDataParallel] = []
         self.host_weights = HostMemory(self.world.device)
         """Host memory for the weights while the device has other weights, or none."""
-        if config.initialise == "random":
-            initialise(self.chunks, self.architecture, self.world, seed)
+        if config.initialize == "random":
+            initialize(self.chunks, self.architecture, self.world, seed)
         elif is_converted(config.model):
             load_converted(self.chunks, self.architecture, config.model)
         else:

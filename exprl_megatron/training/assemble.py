@@ -109,7 +109,7 @@ def _initial_policy(config: RunConfig, paths: RunDirectory, progress: RunProgres
     if progress.stage == 0:
         return config.policy
     model = paths.models / config.stages[progress.stage - 1].name
-    return config.policy.model_copy(update={"model": str(model), "initialise": "weights"})
+    return config.policy.model_copy(update={"model": str(model), "initialize": "weights"})
 
 
 def _ref_scorer(

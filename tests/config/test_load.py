@@ -131,6 +131,7 @@ def test_a_group_s_requests_are_a_matter_of_the_policys_servers(tmp_path):
     ("override", "old", "new"),
     [
         ("policy.starting_policy=server", "policy.starting_policy", "policy.ref_policy"),
+        ("policy.initialise=random", "policy.initialise", "policy.initialize"),
         ("sync.hold=in_place", "sync.hold", "sync.pause_mode"),
         ("judge.place=policy", "judge.place", "judge.placement"),
     ],

@@ -50,7 +50,7 @@ def load(converted: str, model: str, layout: Layout, out) -> list[str]:
 
 def checkpoint(model: str, layout: Layout, out) -> None:
     """A run's checkpoint, and the weights that its policy would export."""
-    policy = Policy(PolicyConfig(model=model, layout=layout, initialise="random"), seed=5)
+    policy = Policy(PolicyConfig(model=model, layout=layout, initialize="random"), seed=5)
     policy.begin_stage(OptimizerConfig(), total_steps=2, keep_ref_policy=True)
     save_checkpoint(out / "run" / "checkpoints", policy, {}, keep=1)
     policy.save_huggingface(out / "exported")

@@ -28,7 +28,7 @@ def start(self, name, command, *_, **__):
 
 starter.Starter.start = start
 starting.ForkServer = lambda *_: type("FakeForkServer", (), {"close": lambda self: None})()
-launch.checked_inputs = lambda config, start: {}
+launch.hash_checked_inputs = lambda config, start: {}
 sys.argv = ["exprl", "train", *sys.argv[1:]]
 try:
     cli.main()

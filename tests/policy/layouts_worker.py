@@ -143,7 +143,7 @@ def main() -> None:
     for name, layout in BASE.items():
 
         def fresh(_, layout=layout):
-            learner = policy(models["qwen2"], layout, initialise="random")
+            learner = policy(models["qwen2"], layout, initialize="random")
             return listed(learner.log_probs(sequences(learner.architecture.vocabulary), 1.0))
 
         ranks.within(layout, fresh, f"random {name}")

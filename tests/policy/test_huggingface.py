@@ -16,7 +16,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.weight_readers import Random, read_part
 from exprl_megatron.policy.gather import bucket_plan, gather_buckets
-from exprl_megatron.policy.huggingface import initialise, load_huggingface, save_huggingface
+from exprl_megatron.policy.huggingface import initialize, load_huggingface, save_huggingface
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.world import enter_world, leave_world
 
@@ -172,12 +172,12 @@ def test_a_full_disk_leaves_nothing_behind(model, world, tmp_path):
 def test_random_weights_follow_the_architecture_and_the_seed(model, world):
     architecture = read_architecture(model)
     chunks = build_chunks(architecture, PolicyConfig(model=str(model)), world)
-    initialise(chunks, architecture, world, seed=1)
+    initialize(chunks, architecture, world, seed=1)
     first = {name: tensor.clone() for name, tensor in chunks[0].named_parameters()}
     assert first["decoder.final_layernorm.weight"].unique().tolist() == [1.0]
     matrix = first["decoder.layers.0.mlp.linear_fc1.weight"].detach()
     assert float(matrix.std()) == pytest.approx(architecture.initializer_range, rel=0.05)
-    initialise(chunks, architecture, world, seed=2)
+    initialize(chunks, architecture, world, seed=2)
     assert not torch.equal(chunks[0].embedding.word_embeddings.weight, first["embedding.word_embeddings.weight"])
 
 

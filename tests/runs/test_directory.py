@@ -60,6 +60,7 @@ def test_a_run_of_an_earlier_version_is_read_and_resumed_under_todays_names_of_k
     (stage,) = tree["stages"]
     for section, key, old in [
         (tree["policy"], "ref_policy", "starting_policy"),
+        (tree["policy"], "initialize", "initialise"),
         (tree["sync"], "pause_mode", "hold"),
         (tree["judge"], "placement", "place"),
         (stage, "granularity", "unit"),

@@ -17,7 +17,7 @@ def config(directory, kinds=("exprl-outcome", "sparse-rl"), **changes):
     shared = {"problems": {"source": "p"}, "steps": 1}
     tree = {
         "directory": str(directory),
-        "policy": {"model": "first", "initialise": "weights"},
+        "policy": {"model": "first", "initialize": "weights"},
         "judge": {"model": "j", "server": {"count": 2}},
         "server": {"count": 3},
         "stages": [shared | {"kind": kind, "name": f"stage-{i}"} for i, kind in enumerate(kinds)],
@@ -35,9 +35,9 @@ def test_a_stage_starts_from_the_model_that_the_stage_before_it_left(tmp_path):
 def test_a_model_that_was_drawn_at_random_is_read_from_the_second_stage_on(tmp_path):
     sft = {"kind": "sft", "examples": "e.jsonl", "steps": 1}
     stages = [sft | {"name": "a"}, sft | {"name": "b"}]
-    made = config(tmp_path, policy={"model": "first", "initialise": "random"}, stages=stages, judge=None)
-    assert _initial_policy(made, RunDirectory(tmp_path), RunProgress()).initialise == "random"
-    assert _initial_policy(made, RunDirectory(tmp_path), RunProgress(stage=1)).initialise == "weights"
+    made = config(tmp_path, policy={"model": "first", "initialize": "random"}, stages=stages, judge=None)
+    assert _initial_policy(made, RunDirectory(tmp_path), RunProgress()).initialize == "random"
+    assert _initial_policy(made, RunDirectory(tmp_path), RunProgress(stage=1)).initialize == "weights"
 
 
 def clients(directory, **judge):
