@@ -168,7 +168,7 @@ class RunConfig(Config):
     def problem_sets(self) -> dict[ProblemsConfig, SamplingConfig]:
         """Return every set of problems of the run with the sampling that leaves the least room for its prompts."""
         uses = [(stage.problems, stage.sampling) for stage in self.stages if isinstance(stage, RlStage)]
-        if self.evaluation is not None:
+        if self.evaluation is not None and self.has_evaluation:
             uses.append((self.evaluation.problems, self.evaluation.sampling))
         return dict(sorted(uses, key=lambda use: use[1].max_new_tokens))
 
@@ -190,7 +190,8 @@ class RunConfig(Config):
     @property
     def domains(self) -> tuple[str, ...]:
         """The domains that problems of this run may have: the built-in ones, and those of its `problems` sections."""
-        own = {domain for problems in self.problem_sets() for domain in problems.domains}
+        held_out = [] if self.evaluation is None else [self.evaluation.problems]
+        own = {domain for problems in (*self.problem_sets(), *held_out) for domain in problems.domains}
         return (*get_args(BuiltInDomain), *sorted(own))
 
     def violations(self, run_config=None) -> list[str]:

@@ -58,12 +58,14 @@ def main() -> None:
     die_with_parent(int(os.environ[_PARENT]))
     from exprl_megatron.launch.input_hashes import hash_inputs
     from exprl_megatron.launch.preflight import check_inputs
+    from exprl_megatron.problems.sources import reading_once
 
     with socket.socket(fileno=int(os.environ[CHANNEL])) as channel:
         config = check_config(json.loads(_read(channel)), "the run's config")
         try:
-            check_inputs(config)
-            answer = {"contents": hash_inputs(config)}
+            with reading_once():
+                check_inputs(config)
+                answer = {"contents": hash_inputs(config)}
         except UserError as error:
             answer = {"user_error": str(error)}
         except OSError as error:

@@ -17,7 +17,7 @@ from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import plugin_source, use_plugin_path
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.sources import is_own_source, load_problems
+from exprl_megatron.problems.sources import first_problem, is_own_source, load_problems
 from exprl_megatron.rollout.group import GradedTrace, Group, StepInfo
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.directory import PLUGINS
@@ -90,7 +90,7 @@ def check_plugins_on_problems(config: RunConfig) -> None:
                 asyncio.run(_try(verifiers[domain], problem, verdict=True))
     for stage in config.stages:
         if isinstance(stage, ScoredStage) and any(term.is_own for term in stage.reward):
-            problem = load_problems(stage.problems.model_copy(update={"limit": 1}))[0]
+            problem = first_problem(stage.problems)
             for term in own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent).values():
                 asyncio.run(_try(term, problem, verdict=False))
 

@@ -14,7 +14,7 @@ from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.problems.needs import ProblemNeed, missing_for
-from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.problems.sources import load_problems, reading_once
 from exprl_megatron.reporting.trackers import missing_packages
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
@@ -25,8 +25,13 @@ from exprl_megatron.utils.accelerator import half_installed
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError where the environment, the model, the layout, the problems or the examples cannot be used.
 
-    The user's own functions are called on small inputs; PluginError where one fails.
+    The user's own functions are called on small inputs; PluginError where one fails. Each set of problems is read once.
     """
+    with reading_once():
+        _check_inputs(config)
+
+
+def _check_inputs(config: RunConfig) -> None:
     if found := half_installed():
         raise UserError(found)
     use_plugin_path(config.plugin_path)
@@ -109,13 +114,17 @@ def _check_rollouts(config: RunConfig) -> None:
 
 
 def required_problem_sets(config: RunConfig) -> dict[ProblemsConfig, set[ProblemNeed]]:
-    """Every set of problems that is sampled from, with what its stages need of them."""
+    """Every set of problems that is sampled from, with what its stages need of them.
+
+    Steps that another run kept are graded already: with `debug.only=learning` only a teacher needs references.
+    """
     found: dict[ProblemsConfig, set[ProblemNeed]] = {}
+    graded = config.debug.only != "learning"
     for stage in config.stages:
-        if isinstance(stage, JudgedStage | SelfDistillStage):
+        if isinstance(stage, SelfDistillStage) or (isinstance(stage, JudgedStage) and graded):
             found.setdefault(stage.problems, set()).add("reference")
-        if isinstance(stage, SparseRlStage) and stage.verifies:
+        if isinstance(stage, SparseRlStage) and stage.verifies and graded:
             found.setdefault(stage.problems, set()).add("verification")
-    if config.evaluation is not None:
+    if config.evaluation is not None and config.has_evaluation:
         found.setdefault(config.evaluation.problems, set()).add("verification")
     return found

@@ -17,7 +17,7 @@ from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
 from exprl_megatron.problems.records import refuse_faults
-from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.problems.sources import first_problem, load_problems
 
 TRACE = "(the trace)"
 _LONGEST = 8
@@ -52,7 +52,7 @@ def preview_prompts(config: RunConfig) -> Iterator[tuple[str, str]]:
     for stage in config.stages:
         if not isinstance(stage, RlStage):
             continue
-        problem = load_problems(stage.problems.model_copy(update={"limit": 1}))[0]
+        problem = first_problem(stage.problems)
         yield (
             f"stage {stage.name}, problem {problem.id}, to the policy",
             tokenizer.decode(builder.token_ids(problem.statement)),

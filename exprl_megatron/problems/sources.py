@@ -3,6 +3,8 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import pyarrow
@@ -21,6 +23,8 @@ _BATCH_ROWS = 1024
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 _END = object()
+_kept: ContextVar[dict[ProblemsConfig, list[Problem]] | None] = ContextVar("_kept", default=None)
+"""What was read within `reading_once`."""
 SourceRow = tuple[str, dict | str]
 """The place of a record, and the record or a sentence that says why it could not be read."""
 
@@ -36,7 +40,35 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
             sentence for each of the first ten different faults.
         PluginError: the user's function failed, or yielded something that is no record.
     """
-    return [problem for problem, _ in load_records(config)]
+    kept = _kept.get()
+    if kept is None:
+        return [problem for problem, _ in load_records(config)]
+    if config not in kept:
+        kept[config] = [problem for problem, _ in load_records(config)]
+    return list(kept[config])
+
+
+def first_problem(config: ProblemsConfig) -> Problem:
+    """Read the first problem of the source, and no other outside of reading_once; raises what load_problems raises."""
+    if _kept.get() is not None:
+        return load_problems(config)[0]
+    return load_problems(config.model_copy(update={"limit": 1}))[0]
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Within this context, in this thread, load_problems reads each source once and keeps what it read until the end.
+
+    Another such context within it keeps the same.
+    """
+    if _kept.get() is not None:
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:

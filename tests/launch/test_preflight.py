@@ -148,6 +148,42 @@ def test_what_cannot_be_served_on_cuda_is_refused_before_anything_starts(
     assert len(found) == sentences and all("choose bf16" in sentence for sentence in found)
 
 
+def test_a_file_of_problems_is_read_once_by_all_checks(tmp_path, tiny_model, monkeypatch):
+    from exprl_megatron.launch.input_hashes import hash_inputs
+    from exprl_megatron.problems import sources
+
+    read, rows = [], sources._rows
+    monkeypatch.setattr(sources, "_rows", lambda problems: read.append(problems.source) or rows(problems))
+    own = "from exprl_megatron.api import Scored\none = lambda *_: 1.0\nright = lambda *_: Scored(1.0)\n"
+    (tmp_path / "own_terms.py").write_text(own)
+    config = run(tmp_path, tiny_model("qwen3"), "sparse-rl")
+    evaluation = {"problems": config.stages[0].problems.model_dump(), "samples": 1, "k": [1]}
+    evaluation["sampling"] = {"max_new_tokens": 16}
+    tree = config.model_dump(mode="json") | {"plugin_path": [str(tmp_path)], "evaluation": evaluation}
+    tree["stages"] *= 2
+    tree["stages"][1] = tree["stages"][1] | {"name": "b", "reward": [{"term": "own_terms:one"}]}
+    tree["verifier"] |= {"domains": {"math": "own_terms:right"}}
+    config = check_config(tree, "test")
+    with sources.reading_once():
+        check_inputs(config)
+        hash_inputs(config)
+    assert read == [config.stages[0].problems.source]
+    check_inputs(config)
+    assert len(read) == 2
+
+
+def test_steps_that_another_run_kept_need_nothing_that_grading_or_an_evaluation_needs(tmp_path):
+    kinds = {"a": "exprl-outcome", "b": "self-distill", "c": "sparse-rl"}
+    stages = [{"kind": kind, "name": name, "steps": 1, "problems": {"source": name}} for name, kind in kinds.items()]
+    evaluation = {"problems": {"source": "h", "domains": ["maps"]}, "samples": 1, "k": [1]}
+    tree = {"directory": str(tmp_path), "policy": {"model": "m"}, "judge": {"model": "j"}, "evaluation": evaluation}
+    tree |= {"stages": stages, "debug": {"only": "learning", "rollouts": "other"}}
+    config = check_config(tree, "test")
+    assert {problems.source: needs for problems, needs in required_problem_sets(config).items()} == {"b": {"reference"}}
+    assert [problems.source for problems in config.problem_sets()] == ["a", "b", "c"]
+    assert "maps" in config.domains
+
+
 def test_problems_must_have_what_is_asked_about_them_by_any_stage_or_evaluation(tmp_path):
     kinds = {"a": ["exprl-outcome"], "b": ["self-distill"], "c": ["sparse-rl"], "d": ["exprl-process", "sparse-rl"]}
     stages = [
