@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.worlds import alone
 from safetensors.torch import load_file
 
-from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.world import World, enter_world, leave_world
+from exprl_megatron.policy.world import World
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
     """This process alone."""
-    yield enter_world(Layout())
-    leave_world()
+    with alone() as entered:
+        yield entered
 
 
 @pytest.fixture(scope="session")

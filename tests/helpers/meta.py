@@ -1,5 +1,6 @@
 """One process as any rank of any layout: models of any size on the meta device, for tests of large layouts."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,8 @@ def pretend_world(layout: Layout, rank: int) -> Iterator[World]:
     """
     if dist.is_initialized():
         raise RuntimeError("this process is in a process group already; leave_world first")
+    # Leaving the world collects garbage: of what is made from here on.
+    gc.freeze()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         make_groups(layout, gloo=False)

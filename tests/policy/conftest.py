@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+from helpers.worlds import alone
 
-from exprl_megatron.config.policy import Layout
-from exprl_megatron.policy.world import World, enter_world, leave_world
+from exprl_megatron.policy.world import World
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
     """This process alone."""
-    yield enter_world(Layout())
-    leave_world()
+    with alone() as entered:
+        yield entered

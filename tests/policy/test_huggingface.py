@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers.worlds import alone
 from safetensors.torch import load_file, save_file
 
 from exprl_megatron.config.policy import Layout, PolicyConfig
@@ -18,13 +19,12 @@ from exprl_megatron.models.weight_readers import Random, read_part
 from exprl_megatron.policy.gather import bucket_plan, gather_buckets
 from exprl_megatron.policy.huggingface import initialize, load_huggingface, save_huggingface
 from exprl_megatron.policy.model import build_chunks
-from exprl_megatron.policy.world import enter_world, leave_world
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator:
-    yield enter_world(Layout())
-    leave_world()
+    with alone():
+        yield
 
 
 @pytest.fixture
