@@ -23,8 +23,8 @@ from exprl_megatron.policy.model import build_chunks
 
 @pytest.fixture(scope="module")
 def world() -> Iterator:
-    with alone():
-        yield
+    with alone() as entered:
+        yield entered
 
 
 @pytest.fixture
