@@ -5,6 +5,7 @@ from recipes import (
     glm4p5_air,
     llama3p3_70b,
     miniature,
+    olmo3_32b,
     qwen2p5_72b,
     qwen3_4b,
     qwen3_8b_mixed,
@@ -23,6 +24,7 @@ _MODULES = (
     qwen2p5_72b,
     qwen3_235b_a22b,
     glm4p5_air,
+    olmo3_32b,
 )
 MODELS = {module.NAME: module for module in _MODULES}
 EXECUTORS = (executors.local, executors.slurm, executors.slurm_over_ssh)

@@ -28,9 +28,17 @@ NUMBERS = {
     "qwen3-32b": 32.8,
     "qwen3-235b-a22b": 235.1,
     "glm-4.5-air": 106.9,
+    "olmo-3-32b": 32.2,
 }
 """Billions, as published in the model cards."""
-RANKS = {"llama-3.3-70b": 16, "qwen2.5-72b": 16, "qwen3-32b": 8, "qwen3-235b-a22b": 256, "glm-4.5-air": 32}
+RANKS = {
+    "llama-3.3-70b": 16,
+    "qwen2.5-72b": 16,
+    "qwen3-32b": 8,
+    "qwen3-235b-a22b": 256,
+    "glm-4.5-air": 32,
+    "olmo-3-32b": 8,
+}
 """Of a recipe those that differ in more than the data."""
 
 

@@ -26,4 +26,5 @@ RECIPES = {
         embedding_as_layer=True,
         head_as_layer=True,
     ),
+    "olmo-3-32b": Layout(tp=4, pp=2, vpp=3, dp=5, sequence_parallel=True, embedding_as_layer=True, head_as_layer=True),
 }

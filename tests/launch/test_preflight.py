@@ -104,6 +104,15 @@ def test_sglangs_fused_rotation_is_refused_for_experts_with_stretched_positions(
     ] * refused
 
 
+@pytest.mark.parametrize(("family", "tp", "refused"), [("olmo3", 4, True), ("olmo3", 2, False), ("qwen3", 4, False)])
+def test_norms_over_all_heads_are_not_served_by_more_ranks_than_there_are_kv_groups(
+    tmp_path, tiny_model, family, tp, refused
+):
+    config = run(tmp_path, tiny_model(family), "sparse-rl")
+    found = model_violations(config.model_copy(update={"server": config.server.model_copy(update={"tp": tp})}))
+    assert [sentence.split(" of ")[0] for sentence in found] == ["server.tp is 4, more than the 2 KV groups"] * refused
+
+
 @pytest.mark.parametrize(
     ("family", "router", "sentence"),
     [

@@ -192,3 +192,12 @@ def test_dense_layers_experts_and_the_shared_expert_must_all_fit_the_products(tp
     layout = Layout(tp=tp, etp=etp, dp=8, sequence_parallel=tp > 1)
     found = refusals(kind, BLACKWELL, architecture="glm-4.5-air", layout=layout)
     assert [sentence.partition("leaves a rank ")[2].partition(";")[0] for sentence in found] == leaves
+
+
+@pytest.mark.parametrize("kind", ["fp8-delayed", "fp8-tensorwise", "mxfp8"])
+def test_attention_with_windows_has_no_kernel_in_8_bits(kind):
+    layout, settings = Layout(tp=4, sequence_parallel=True), {"fp8_attention": True, "packing": False}
+    assert refusals(kind, BLACKWELL, architecture="qwen3-32b", layout=layout, **settings) == []
+    (found,) = refusals(kind, BLACKWELL, architecture="olmo-3-32b", layout=layout, **settings)
+    assert "fp8_attention has no kernel for attention with windows" in found
+    assert refusals(kind, BLACKWELL, architecture="olmo-3-32b", layout=layout) == []
