@@ -12,7 +12,7 @@ from recipes.large import LargeRuns
 from recipes.places import Nodes
 
 NAME = "olmo3_32b"
-MODEL = "models/Olmo-3-1125-32B"
+MODEL = "models/Olmo-3-32B"
 # The policy is a base model, which follows no instruction: another model judges.
 JUDGE = "models/Qwen3-32B"
 
