@@ -115,6 +115,20 @@ class RunConfig(Config):
         return self.model_copy(update={"policy": self.policy.model_copy(update={"precision": precision})})
 
     @property
+    def required_judge(self) -> JudgeConfig:
+        """The section `judge` of a run that needs it (see `needs_judge`). Raises ValueError where there is none."""
+        if self.judge is None:
+            raise ValueError("the config has no judge; see needs_judge")
+        return self.judge
+
+    @property
+    def required_evaluation(self) -> EvaluationConfig:
+        """The section `evaluation` of a run with `has_evaluation`. Raises ValueError where there is none."""
+        if self.evaluation is None:
+            raise ValueError("the config has no evaluation; see has_evaluation")
+        return self.evaluation
+
+    @property
     def departures(self) -> list[str]:
         """One sentence for each value that differs from the released program, although `reproduce` is set."""
         return departures(self.model_dump(mode="json"))

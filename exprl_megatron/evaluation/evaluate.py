@@ -64,9 +64,10 @@ def evaluate(settings: EvalConfig, log: Callable[[str], None] = print) -> Evalua
         log(line)
     store = ResultStore(Path(settings.directory), settings.identity(model_identity(settings.model)))
     try:
-        results = {q.problem.id: store.find(q.problem.id, q.key) for q in asked.questions}
-        waiting = [q for q in asked.questions if results[q.problem.id] is None]
-        log(f"{len(results)} problems, {len(results) - len(waiting)} of them finished before")
+        stored = [store.find(q.problem.id, q.key) for q in asked.questions]
+        results = {result.problem_id: result for result in stored if result is not None}
+        waiting = [q for q in asked.questions if q.problem.id not in results]
+        log(f"{len(stored)} problems, {len(results)} of them finished before")
         if waiting:
             if sentence := irreproducible_sampling(settings.server, uses_cuda()):
                 log(sentence)

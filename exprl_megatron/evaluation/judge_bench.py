@@ -75,14 +75,16 @@ def bench_judge(
     judge, tokenizer = _judge_of(config)
     if picture is not None and picture.suffix not in SUFFIXES:
         raise UserError(f"The picture {picture} is of no known kind; let its name end in {', '.join(SUFFIXES)}.")
-    source = traces_file or (judge.gate and judge.gate.traces)
+    source = traces_file or (None if judge.gate is None else judge.gate.traces)
     if source is None:
         raise UserError("There are no judged traces to look at; give --traces, or set judge.gate.traces.")
     traces = read_judged_traces(source, limit or (judge.gate.limit if judge.gate and not traces_file else None))
     with _servers(config) as clients:
         arms = asyncio.run(_arms(clients, _graders(judge, clients, tokenizer, repeats), traces))
     title = f"{judge.shown_name} on {len(traces)} traces of {len({trace.problem.id for trace in traces})} problems"
-    gate = judge.gate and _gate_record(judge.gate.model_copy(update={"traces": str(source)}), traces, arms)
+    gate = None
+    if judge.gate is not None:
+        gate = _gate_record(judge.gate.model_copy(update={"traces": str(source)}), traces, arms)
     console = output.console
     console.print(arms_table(list(arms.values()), title))
     if gate is not None:
@@ -124,15 +126,22 @@ def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
 
 
 @contextmanager
-def _servers(config: RunConfig) -> Iterator[list[HttpClient]]:
+def _servers(config: RunConfig) -> Iterator[Sequence[HttpClient]]:
     """Yield clients of the judge's endpoints, or of servers that run during the block."""
-    if config.judge.endpoints:
-        yield judge_endpoints(config.judge)
+    if config.required_judge.endpoints:
+        yield judge_endpoints(config.required_judge)
         return
     logs = Path(tempfile.mkdtemp(prefix="exprl-judge-bench-"))
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
     servers = start_servers(
-        server_specs("judge", config.judge.served_model, config.judge.server, logs, dtype=dtype, seed=config.seed)
+        server_specs(
+            "judge",
+            config.required_judge.served_model,
+            config.required_judge.server,
+            logs,
+            dtype=dtype,
+            seed=config.seed,
+        )
     )
     try:
         yield [server.client() for server in servers]
@@ -192,7 +201,7 @@ def _counted(grade: GradeText, bar: Bar) -> GradeText:
 class _Reseeded:
     """A client that shifts the seed of every question."""
 
-    def __init__(self, client: HttpClient, shift: int):
+    def __init__(self, client: Any, shift: int):
         self._client = client
         self._shift = shift * _SEED_STEP
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import yaml
 from rich.console import Console
@@ -32,8 +33,8 @@ def planned_processes(config: RunConfig) -> list[PlannedProcess]:
         planned.append(PlannedProcess(ROUTER, "sglang-router in front of the policy's servers", "a free port"))
     if config.has_ref_server:
         planned.append(_server("ref", 0, config.policy.model, config.ref_server))
-    if config.needs_judge and config.judge.has_servers:
-        judge = config.judge
+    if config.needs_judge and config.required_judge.has_servers:
+        judge = config.required_judge
         planned += [_server("judge", i, judge.served_model, judge.server) for i in range(judge.server.count)]
         if judge.server.router:
             planned.append(PlannedProcess(JUDGE_ROUTER, "sglang-router in front of the judge's servers", "a free port"))
@@ -56,7 +57,7 @@ def _server(kind: str, number: int, model: str, server) -> PlannedProcess:
 
 def transport_lines(config: RunConfig) -> list[str]:
     """Return one line for each kind of server that receives weights: its transport, and why."""
-    receiving = {
+    receiving: dict[Literal["policy", "ref"], tuple[str, bool]] = {
         "policy": ("the sampling servers", config.needs_sampling_servers),
         "ref": ("ref-0", config.has_ref_server),
     }

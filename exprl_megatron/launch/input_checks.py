@@ -65,7 +65,7 @@ def main() -> None:
         try:
             with reading_once():
                 check_inputs(config)
-                answer = {"contents": hash_inputs(config)}
+                answer: dict[str, dict[str, str] | str] = {"contents": hash_inputs(config)}
         except UserError as error:
             answer = {"user_error": str(error)}
         except OSError as error:

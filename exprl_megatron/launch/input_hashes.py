@@ -45,9 +45,9 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
         elif stage.problems is not None:
             yield f"stages.{number}.problems", _problems(stage.problems)
     if config.has_evaluation:
-        yield "evaluation.problems", _problems(config.evaluation.problems)
+        yield "evaluation.problems", _problems(config.required_evaluation.problems)
     if config.needs_judge:
-        judge = config.judge
+        judge = config.required_judge
         if judge.model is not None:
             yield "judge.model", _model(judge.model)
         named = {"prompt": judge.prompt, "prefix_prompt": judge.prefix_prompt, "segment_prompt": judge.segment_prompt}

@@ -191,8 +191,8 @@ def required_servers(config: RunConfig, directory: RunDirectory) -> list[ServerS
         specs += server_specs(
             "ref", config.policy.model, config.ref_server, directory.logs, dtype=dtype, seed=config.seed
         )
-    if config.needs_judge and config.judge.has_servers:
-        judge = config.judge
+    if config.needs_judge and config.required_judge.has_servers:
+        judge = config.required_judge
         specs += server_specs("judge", judge.served_model, judge.server, directory.logs, dtype=dtype, seed=config.seed)
         if judge.server.router:
             specs.append(_router(JUDGE_ROUTER, judge.served_model, judge.server, directory))

@@ -89,6 +89,6 @@ def _servers(config: RunConfig) -> dict[str, ServerConfig]:
     found = {}
     if config.needs_sampling_servers or config.has_ref_server:
         found["server"] = config.server
-    if config.needs_judge and config.judge.has_servers:
-        found["judge.server"] = config.judge.server
+    if config.needs_judge and config.required_judge.has_servers:
+        found["judge.server"] = config.required_judge.server
     return found

@@ -32,8 +32,8 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def _check_inputs(config: RunConfig) -> None:
-    if found := half_installed():
-        raise UserError(found)
+    if (fault := half_installed()) is not None:
+        raise UserError(fault)
     use_plugin_path(config.plugin_path)
     check_plugin_code(config)
     if found := [*missing_packages(config.trackers), *model_violations(config)]:
@@ -51,10 +51,10 @@ def _check_inputs(config: RunConfig) -> None:
     for stage in config.stages:
         if isinstance(stage, SftStage):
             check_source(stage)
-    if config.needs_judge and config.judge.gate is not None:
-        read_judged_traces(config.judge.gate.traces, config.judge.gate.limit)
-    if config.needs_judge and config.judge.placement == "policy":
-        _check_alike(config.policy.model, config.judge.served_model)
+    if config.needs_judge and config.required_judge.gate is not None:
+        read_judged_traces(config.required_judge.gate.traces, config.required_judge.gate.limit)
+    if config.needs_judge and config.required_judge.placement == "policy":
+        _check_alike(config.policy.model, config.required_judge.served_model)
     if config.debug.rollouts is not None:
         _check_rollouts(config)
     check_prompts(config)

@@ -6,7 +6,7 @@ from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage
+from exprl_megatron.config.stages import ExprlProcessStage, JudgedStage, RlStage, SelfDistillStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judge_model import model_context
@@ -87,7 +87,7 @@ def _check_judge(config: RunConfig, stage: JudgedStage, judge: Judge) -> None:
     With checkpoints both prompts are counted: that with the longest rubric, and that with the reference, which a
     problem gets whose rubric cannot be made.
     """
-    context, answer = model_context(config.judge.served_model), config.judge.max_new_tokens
+    context, answer = model_context(config.required_judge.served_model), config.required_judge.max_new_tokens
     trace = stage.sampling.max_new_tokens
     problems = _longest(load_problems(stage.problems))
     found = [
@@ -99,7 +99,7 @@ def _check_judge(config: RunConfig, stage: JudgedStage, judge: Judge) -> None:
     longest, problem, what = max(found, key=lambda row: row[0])
     if longest + trace + answer > context:
         raise UserError(
-            f"stage {stage.name}: the judge in {config.judge.model} holds {context} tokens, but its prompt "
+            f"stage {stage.name}: the judge in {config.required_judge.model} holds {context} tokens, but its prompt "
             f"about problem {problem.id} takes {longest}{what} without a trace, a trace up to {trace} "
             f"(sampling.max_new_tokens) and its answer up to {answer} (judge.max_new_tokens); lower these, or "
             "take a judge with more context."
@@ -116,7 +116,7 @@ def _make_prompts(stage: JudgedStage, judge: Judge) -> None:
 def _lengths(config: RunConfig, judge: Judge, problem: Problem, granularity: Granularity) -> Iterator[tuple[int, str]]:
     """Tokens of each prompt that the judge may get about `problem`, without a trace, and what they include."""
     yield len(judge.request(problem, "", granularity)), ""
-    rubric = config.judge.rubric
+    rubric = config.required_judge.rubric
     if rubric.kind == "checkpoints" and problem.reference is not None:
         tokens = len(judge.request(problem, "", granularity, _EMPTY_RUBRIC)) + rubric.max_new_tokens
         yield tokens, f" with checkpoints of up to {rubric.max_new_tokens} (judge.rubric.max_new_tokens)"
@@ -134,7 +134,7 @@ def _longest(problems: Sequence[Problem]) -> list[Problem]:
 
 def _granularities(stage: JudgedStage) -> list[Granularity]:
     """What of a trace the stage has judged."""
-    if not hasattr(stage, "route"):
+    if not isinstance(stage, ExprlProcessStage):
         return ["trace"]
     return sorted({stage.granularity, *(route.granularity for route in stage.routes.values())})
 

@@ -158,7 +158,9 @@ class TrainerRanks:
     def _signal(self, rank: int) -> int:
         """The signal that ended the rank, or 0."""
         status = self._processes[rank].returncode
-        # Of a supervisor that was killed itself it is negative.
+        if status is None:
+            return 0
+        # The status of a supervisor that was itself killed is negative.
         return -status if status < 0 else max(0, status - 128)
 
     def _killed(self, rank: int, number: int) -> RankKilled:

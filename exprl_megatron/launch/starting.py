@@ -23,7 +23,9 @@ def starter(config: RunConfig, servers: bool) -> Starter:
     ranks = rank_environment(os.environ, config.server)
     fork_servers = [ForkServer("exprl_megatron.launch.trainer_preload", {WORKER, INPUT_CHECKS}, ranks, deadline_s)]
     if servers and (
-        config.needs_sampling_servers or config.has_ref_server or (config.needs_judge and config.judge.has_servers)
+        config.needs_sampling_servers
+        or config.has_ref_server
+        or (config.needs_judge and config.required_judge.has_servers)
     ):
         environment = server_environment(
             os.environ, cuda=False, tp=config.server.tp, cpu_threads=config.server.cpu_threads

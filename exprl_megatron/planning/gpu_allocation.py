@@ -34,7 +34,7 @@ def best_allocation(config: RunConfig, stage: Stage, workload: Workload, gpu: Gp
 
     found: dict[tuple[int, int], Plan] = {}
     reason = None
-    for trainer, judge in _allocations(gpus, judged=workload.judgements > 0 and config.judge.has_servers):
+    for trainer, judge in _allocations(gpus, judged=workload.judgements > 0 and config.required_judge.has_servers):
         ranking = layouts(trainer)
         if isinstance(ranking, UserError):
             reason = ranking
@@ -75,8 +75,8 @@ def _served(config: RunConfig, sampling: int, judging: int) -> Iterator[RunConfi
         if not judging:
             yield served
             continue
-        for judge_server in _servers(config.judge.server, judging):
-            judge = config.judge.model_copy(update={"server": judge_server})
+        for judge_server in _servers(config.required_judge.server, judging):
+            judge = config.required_judge.model_copy(update={"server": judge_server})
             yield served.model_copy(update={"judge": judge})
 
 

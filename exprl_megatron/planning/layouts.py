@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
@@ -94,7 +95,7 @@ def plan_trainer(
     """Memory and seconds of one layout. Raises UserError for a precision that the GPU does not run."""
     layout = policy.layout
     tokens = ceil(workload.tokens / workload.updates)
-    shared = {
+    shared: dict[str, Any] = {
         "precision": policy.precision,
         "sequence_length": round(workload.sequence_length),
         "micro_batch_tokens": policy.micro_batch_tokens,
@@ -136,7 +137,7 @@ def rank_layouts(
 
     Recomputation is taken where a layout does not fit without. Raises UserError, with the reason, where none fits.
     """
-    fitting = {"none": [], "full": []}
+    fitting: dict[str, list[TrainerPlan]] = {"none": [], "full": []}
     legal = list(legal_layouts(architecture, policy, optimizer, gpu, gpus))
     for layout in legal:
         for recompute, found in fitting.items():

@@ -13,8 +13,8 @@ def overrides(plan: Plan) -> list[str]:
     found["policy.recompute"] = config.policy.recompute
     if plan.workload.sampled:
         found |= {"server.count": config.server.count, "server.tp": config.server.tp}
-    if plan.workload.judgements and config.judge.has_servers:
-        server = config.judge.server
+    if plan.workload.judgements and config.required_judge.has_servers:
+        server = config.required_judge.server
         found |= {"judge.server.count": server.count, "judge.server.tp": server.tp}
     return [f"{name}={str(value).lower()}" for name, value in found.items()]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import Stage
+from exprl_megatron.config.transport import TransportKind
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, layout_violations, position_violations
 from exprl_megatron.models.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
@@ -83,7 +85,7 @@ class Plan:
     """Assumptions of the plan."""
     ranking: Ranking | None = None
     """The best layouts of the same number of trainer GPUs; None where none fits."""
-    syncs: dict[str, SyncPlan] = field(default_factory=dict)
+    syncs: Mapping[TransportKind, SyncPlan] = field(default_factory=dict)
     """Of the weights, by each transport that suits the placement, the run's own first; empty where none serves."""
     allocations: tuple[GpuAllocation, ...] = ()
     """Allocations of the GPUs to trainer and servers, the best first, if requested."""
@@ -170,8 +172,8 @@ def _gpus(config: RunConfig, workload: Workload) -> dict[str, int]:
     gpus = {"trainer": config.policy.layout.world_size}
     if workload.sampled:
         gpus["policy server"] = config.server.count * config.server.tp
-    if workload.judgements and config.judge.has_servers:
-        gpus["judge server"] = config.judge.server.count * config.judge.server.tp
+    if workload.judgements and config.required_judge.has_servers:
+        gpus["judge server"] = config.required_judge.server.count * config.required_judge.server.tp
     if workload.keeps_ref_policy and config.policy.ref_policy == "server":
         gpus["ref server"] = config.server.tp
     return gpus

@@ -65,14 +65,14 @@ def serving_phases(
     phases = [Phase("sample", "policy server", sampling.total_s, memory, speed)]
     if not workload.judgements:
         return phases
-    if config.judge.endpoints:
+    if config.required_judge.endpoints:
         notes.append("judge.endpoints judge: their time is not predicted.")
         return phases
-    judge, known = find_architecture(config.judge.served_model)
+    judge, known = find_architecture(config.required_judge.served_model)
     if known:
-        notes.append(assumed_architecture(config.judge.served_model, known))
-    own = config.judge.placement == "own"
-    server = config.judge.server if own else config.sampling_server
+        notes.append(assumed_architecture(config.required_judge.served_model, known))
+    own = config.required_judge.placement == "own"
+    server = config.required_judge.server if own else config.sampling_server
     try:
         held = server_memory(judge, server, gpu)
         judging = judging_seconds(judge, servers_of(judge, server, gpu), workload)

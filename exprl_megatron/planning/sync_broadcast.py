@@ -79,7 +79,8 @@ def plan_sync(
     network: Counter[str] = Counter()
     gathering, taking = [], []
     for messages in order:
-        flows, handed = Counter(), Counter()
+        flows: Counter[tuple[int, int]] = Counter()
+        handed: Counter[tuple[int, int]] = Counter()
         for message in messages:
             for chain in chains or ((sender(message.stage, layout),),):
                 flows.update(_gathered(message, chain[0], shapes, layout, dtype))

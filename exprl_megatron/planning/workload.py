@@ -76,6 +76,6 @@ def workload_of(
         updates=stage.updates_per_step,
         keeps_ref_policy=stage.needs_ref_policy,
         judgements=judged_spans if judged else 0,
-        verdict_tokens=config.judge.max_new_tokens * VERDICT_SHARE if judged else 0.0,
-        max_verdict_tokens=config.judge.max_new_tokens if judged else 0.0,
+        verdict_tokens=config.required_judge.max_new_tokens * VERDICT_SHARE if judged else 0.0,
+        max_verdict_tokens=config.required_judge.max_new_tokens if judged else 0.0,
     )

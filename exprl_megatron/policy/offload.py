@@ -31,19 +31,19 @@ class Offload:
             "weights": policy.host_weights,
             "optimizer": HostMemory(policy.world.device),
         }
-        self._away: dict[OffloadPart, list[tuple[torch.UntypedStorage, int]]] = {}
+        self._offloaded: dict[OffloadPart, list[tuple[torch.UntypedStorage, int]]] = {}
         """Of each part that is away its memory, emptied, and the sizes that it had; gradients come back as zeros."""
 
-    def away(self, *parts: OffloadPart) -> None:
+    def offload(self, *parts: OffloadPart) -> None:
         """Free the device's memory of these parts; what is away already stays so."""
         for part in parts:
-            if part in self._away:
+            if part in self._offloaded:
                 continue
             if part == "weights":
                 self._policy.gather_weights()
                 _drop_quantized_copies(self._policy.chunks)
             storages = self._storages(part)
-            self._away[part] = [(storage, storage.nbytes()) for storage in storages]
+            self._offloaded[part] = [(storage, storage.nbytes()) for storage in storages]
             if part in self._host:
                 self._host[part].copy_from(storages)
             for storage in storages:
@@ -53,10 +53,10 @@ class Offload:
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
 
-    def back(self, *parts: OffloadPart) -> None:
+    def onload(self, *parts: OffloadPart) -> None:
         """Have these parts on the device again, as they were."""
         for part in parts:
-            away = self._away.pop(part, [])
+            away = self._offloaded.pop(part, [])
             for storage, nbytes in away:
                 storage.resize_(nbytes)
             if part in self._host:
@@ -65,7 +65,7 @@ class Offload:
                 for storage, _ in away:
                     storage.fill_(0)
 
-    def held(self) -> dict[OffloadPart, int]:
+    def bytes_on_device(self) -> dict[OffloadPart, int]:
         """Bytes on the device, of each part."""
         parts: tuple[OffloadPart, ...] = ("weights", *TRAINING)
         return {part: sum(storage.nbytes() for storage in self._storages(part)) for part in parts}

@@ -52,12 +52,12 @@ class ForkedChild:
         """The exit status at the end. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         if timeout is None and self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() >= deadline:
+        started = time.monotonic()
+        while (status := self.poll()) is None:
+            if timeout is not None and time.monotonic() >= started + timeout:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
             time.sleep(_POLL_S)
-        return self.returncode
+        return status
 
     def send_signal(self, number: int) -> None:
         """Send it a signal, if it runs."""

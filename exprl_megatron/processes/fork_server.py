@@ -76,10 +76,14 @@ class ForkServer:
             self._channel.sendall(body)
             reply = self._channel.recv(LENGTH_BYTES, socket.MSG_WAITALL)
         except OSError as error:
-            return self._give_up(str(error))
+            self._give_up(str(error))
+            return None
         finally:
             _adopt(False)
-        return ForkedChild(int.from_bytes(reply)) if len(reply) == LENGTH_BYTES else self._give_up("it ended")
+        if len(reply) != LENGTH_BYTES:
+            self._give_up("it ended")
+            return None
+        return ForkedChild(int.from_bytes(reply))
 
     def close(self) -> None:
         """End the fork server; the processes that it forked continue."""
@@ -92,8 +96,9 @@ class ForkServer:
 
     def _give_up(self, reason: str) -> None:
         """Print the cause, with the end of the process's output, and fork no more."""
-        self._process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
         self._process = None
         self._log.seek(0)
         last = self._log.read().decode(errors="replace").strip().splitlines()[-1:] or [reason]

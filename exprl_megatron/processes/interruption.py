@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 # Long enough for the code that cannot pass an exception on to return, short enough that nobody notices.
 _RESEND_AFTER_S = 0.05
 _raised: dict[int, BaseException] = {}
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Interrupted(SystemExit):

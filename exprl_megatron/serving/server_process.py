@@ -23,7 +23,7 @@ from exprl_megatron.utils.ports import LOCAL, free_ports, gloo_on_loopback, inte
 if TYPE_CHECKING:
     from exprl_megatron.serving.client import SGLangClient
 
-SERVED_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+SERVED_DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 """What a server's `dtype` is for each `policy.precision.dtype`."""
 _POLL_S = 0.25
 _CUDA_GRACE_S = 30.0

@@ -49,13 +49,15 @@ class PhaseSwitch:
         """
         if self._config.kind == "separate":
             return self._sync.push_weights(version)
-        self._offload.away(*TRAINING)
+        self._offload.offload(*TRAINING)
         # Servers may have joined while they were asleep.
-        self._offload.back("weights")
+        self._offload.onload("weights")
         self._wake("weights")
         metrics = self._sync.push_weights(version)
-        self._offload.away("weights")
-        self._note("sampling", sum(self._offload.held().values()) if self._device.type == "cpu" else _own_memory())
+        self._offload.offload("weights")
+        self._note(
+            "sampling", sum(self._offload.bytes_on_device().values()) if self._device.type == "cpu" else _own_memory()
+        )
         self._wake("kv_cache")
         self._phase = "sampling"
         return metrics
@@ -70,7 +72,7 @@ class PhaseSwitch:
         slept = put_to_sleep(self._coordinator, self._pool)
         self._note("learning", _foreign_memory(self._device))
         self._memory_stats["memory/servers_slept"] = float(slept)
-        self._offload.back("weights", *TRAINING)
+        self._offload.onload("weights", *TRAINING)
         self._phase = "learning"
 
     def take_memory_stats(self) -> dict[str, float]:
@@ -83,7 +85,7 @@ class PhaseSwitch:
 
     def _note(self, phase: str, asleep: int) -> None:
         """Record the device's memory at the start of `phase`; `asleep` is that of the sleeping side, in bytes."""
-        held = self._offload.held()
+        held = self._offload.bytes_on_device()
         self._memory_stats |= {f"memory/{phase}/{part}": size / _GIB for part, size in held.items()}
         self._memory_stats[f"memory/{phase}/asleep"] = asleep / _GIB
         bound = self._config.max_asleep_gb

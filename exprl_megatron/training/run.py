@@ -313,7 +313,7 @@ class Run:
         Called before the first stage (None), after all steps of `stage`, and after `step` of them, where an evaluation
         is due. Raises Preempted where the run is asked to stop; a resumed run then repeats the evaluation.
         """
-        if not self.config.has_evaluation or not (step is None or self.config.evaluation.is_due(step)):
+        if not self.config.has_evaluation or not (step is None or self.config.required_evaluation.is_due(step)):
             return
         if stage is not None and not self.config.learns:
             # The weights are those of the start.

@@ -203,12 +203,12 @@ def test_what_leaves_the_gpu_waits_in_pinned_memory_and_comes_back_to_it(gpu, mo
     for name in ("copy_from", "copy_to"):
         monkeypatch.setattr(HostMemory, name, noted(getattr(HostMemory, name), moves))
     move = Offload(policy)
-    before = move.held()
+    before = move.bytes_on_device()
     assert before == {"weights": 2000, "gradients": 4000, "optimizer": 12_000}
-    move.away("weights", "gradients", "optimizer")
-    assert not any(move.held().values())
-    move.back("weights", "gradients", "optimizer")
-    assert move.held() == before and on_gpu(*parameters)
+    move.offload("weights", "gradients", "optimizer")
+    assert not any(move.bytes_on_device().values())
+    move.onload("weights", "gradients", "optimizer")
+    assert move.bytes_on_device() == before and on_gpu(*parameters)
     assert len(moves) == 4 and all(ours.device == CUDA and host.device.type == "cpu" for ours, host in moves)
 
 

@@ -49,13 +49,13 @@ def learned(policy: Policy, turns: bool) -> list[torch.Tensor]:
     policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=4)
     for _ in range(3):
         if turns:
-            before, held = state(policy), offload.held()
+            before, held = state(policy), offload.bytes_on_device()
             assert all(held.values())
-            offload.away("gradients", "optimizer")
-            offload.away("weights")
-            assert offload.held() == dict.fromkeys(ALL, 0)
-            offload.back(*ALL)
-            assert offload.held() == held
+            offload.offload("gradients", "optimizer")
+            offload.offload("weights")
+            assert offload.bytes_on_device() == dict.fromkeys(ALL, 0)
+            offload.onload(*ALL)
+            assert offload.bytes_on_device() == held
             assert all(torch.equal(a, b) for a, b in zip(state(policy), before, strict=True))
         step(policy)
     return state(policy)
@@ -73,13 +73,13 @@ def test_host_memory_is_allocated_in_the_first_turn_alone(policy, blocks):
     kept = len(blocks)
 
     def turn():
-        offload.away(*ALL)
-        offload.back(*ALL)
+        offload.offload(*ALL)
+        offload.onload(*ALL)
         policy.log_probs(BATCH, 1.0, ref_policy=True)
         step(policy)
 
     turn()
-    sizes = offload.held()
+    sizes = offload.bytes_on_device()
     assert sum(blocks[kept:]) == sizes["weights"] + sizes["optimizer"], "scoring the start takes the same memory"
     first = len(blocks)
     for _ in range(4):
@@ -91,8 +91,8 @@ def test_a_new_stage_uses_the_memory_of_the_last(policy, blocks):
     offload = Offload(policy)
     for stage in range(3):
         policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=1)
-        offload.away(*ALL)
-        offload.back(*ALL)
+        offload.offload(*ALL)
+        offload.onload(*ALL)
         if stage == 0:
             first = len(blocks)
     assert len(blocks) == first
@@ -107,8 +107,8 @@ def test_what_is_loaded_from_a_checkpoint_can_leave_and_come_back(policy, tmp_pa
     offload = Offload(again)
     again.begin_stage(OptimizerConfig(lr=1e-2), total_steps=4, keep_ref_policy=True)
     load_checkpoint(saved, again)
-    offload.away(*ALL)
-    offload.back(*ALL)
+    offload.offload(*ALL)
+    offload.onload(*ALL)
     assert all(torch.equal(a, b) for a, b in zip(state(again), state(policy), strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(again.log_probs(BATCH, 1.0, ref_policy=True), start, strict=True))
     step(policy), step(again)
@@ -121,7 +121,7 @@ def test_buckets_that_servers_have_let_go_of_leave_before_the_cache_is_emptied(p
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
     offload = Offload(policy)
     offload._cuda = True
-    offload.away("weights")
+    offload.offload("weights")
     assert done == ["collected", "emptied"]
 
 
@@ -130,9 +130,9 @@ def test_quantized_copies_of_weights_leave_too(policy):
     linear = policy.chunks[0].decoder.layers[0].self_attention.linear_qkv
     linear._fp8_workspaces = {"weight": torch.ones(8)}
     offload = Offload(policy)
-    offload.away("gradients", "optimizer")
+    offload.offload("gradients", "optimizer")
     assert linear._fp8_workspaces, "they are needed as long as the weights are"
-    offload.away("weights")
+    offload.offload("weights")
     assert linear._fp8_workspaces == {}
 
 

@@ -15,13 +15,13 @@ class Parts:
     def __init__(self):
         self.events = []
 
-    def away(self, *parts):
+    def offload(self, *parts):
         self.events.append(("offload", *parts))
 
-    def back(self, *parts):
+    def onload(self, *parts):
         self.events.append(("onload", *parts))
 
-    def held(self):
+    def bytes_on_device(self):
         return {"weights": 2**30}
 
     def wake(self, tag):

@@ -75,11 +75,11 @@ def test_parts_leave_the_device_and_come_back_bit_for_bit(tiny_model):
         policy.begin_stage(OptimizerConfig(lr=1e-2), total_steps=10)
         for _ in range(3):
             if switching:
-                here = offload.held()
-                offload.away("gradients", "optimizer", "weights")
-                assert offload.held() == {"weights": 0, "gradients": 0, "optimizer": 0}
-                offload.back("weights", "gradients", "optimizer")
-                assert offload.held() == here and here["weights"] > 0 and here["gradients"] > 0
+                here = offload.bytes_on_device()
+                offload.offload("gradients", "optimizer", "weights")
+                assert offload.bytes_on_device() == {"weights": 0, "gradients": 0, "optimizer": 0}
+                offload.onload("weights", "gradients", "optimizer")
+                assert offload.bytes_on_device() == here and here["weights"] > 0 and here["gradients"] > 0
             policy.accumulate(sequences, supervised_objective(), 1.0, denominator=tokens)
             policy.apply_update()
         return [row.tolist() for row in policy.log_probs(sequences, 1.0)]
@@ -117,8 +117,10 @@ def test_a_side_that_leaves_more_on_the_device_than_it_may_stops_the_run(tiny_mo
     coordinator = RankCoordinator(60.0)
     try:
         phases(1e-6).sync_weights("v1")
-        away = Offload.away
-        monkeypatch.setattr(Offload, "away", lambda self, *parts: away(self, *(p for p in parts if p != "optimizer")))
+        offload = Offload.offload
+        monkeypatch.setattr(
+            Offload, "offload", lambda self, *parts: offload(self, *(p for p in parts if p != "optimizer"))
+        )
         phases(1.0).sync_weights("v1")
         with pytest.raises(RunStopped, match=r"the trainer left .* GiB .* than placement.max_asleep_gb \(1e-06\)"):
             phases(1e-6).sync_weights("v1")
