@@ -53,8 +53,8 @@ class Form:
                 yield name, tensor.to(self._cast(stored) or tensor.dtype)
 
     def _cast(self, stored: Stored) -> torch.dtype | None:
-        """The dtype that a parameter is cast to, if it is; buffers keep their dtype."""
-        return self.format if isinstance(self.format, torch.dtype) and not stored.parameter.is_buffer else None
+        """The dtype that a parameter is cast to, if it is; what is always in fp32 stays so."""
+        return self.format if isinstance(self.format, torch.dtype) and not stored.parameter.keeps_dtype else None
 
 
 def convert_to_huggingface(

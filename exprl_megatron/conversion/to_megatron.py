@@ -86,7 +86,7 @@ class _FromHuggingFace(DefaultSavePlanner):
         self._weights = weights
         self._dtypes = dtypes
         self._wrote = wrote
-        self._places = {(stored.key, stored.index): stored for stored in file}
+        self._places = {(tensor.key, tensor.index): (stored, tensor) for stored in file for tensor in stored.tensors}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         """The piece's data: [1, ..., 1, rows, columns]."""
@@ -95,20 +95,27 @@ class _FromHuggingFace(DefaultSavePlanner):
             torch.save([{}], buffer)
             return buffer
         key, offset = write_item.index.fqn, tuple(write_item.index.offset)
-        stored = next(self._places[key, offset[:ahead]] for ahead in (2, 1, 0) if (key, offset[:ahead]) in self._places)
+        stored, tensor = next(
+            self._places[key, offset[:ahead]] for ahead in (2, 1, 0) if (key, offset[:ahead]) in self._places
+        )
         within = offset[len(stored.index) :]
         tensors = self._weights.tensors(stored)
         pieces = stored.pieces
         value = (
             stored.parameter.rule.merge(tensors) if len(pieces) == 1 else tensors[[p[0] for p in pieces].index(within)]
         )
+        if tensor is not stored:
+            keys = [section.key for section in stored.tensors]
+            value = value.split([section.shape[0] for section in stored.tensors])[keys.index(key)]
         value = value.to(self._dtypes[key]).view(write_item.tensor_data.chunk.sizes)
         self._wrote(value.nbytes)
         return value
 
 
 def _plan(file: list[Stored], dtypes: dict[str, torch.dtype]) -> SavePlan:
-    return SavePlan([item for stored in file for item in _items(stored, dtypes[stored.key])])
+    return SavePlan(
+        [item for stored in file for tensor in stored.tensors for item in _items(tensor, dtypes[tensor.key])]
+    )
 
 
 def _items(stored: Stored, dtype: torch.dtype) -> Iterator[WriteItem]:
@@ -123,12 +130,13 @@ def _dtypes(weights: HuggingFaceWeights, table: list[Stored], dtype: torch.dtype
     """Metadata of each of Megatron's tensors, which contain all layers."""
     found: dict[str, torch.dtype] = {}
     for stored in table:
-        wanted = weights.dtype(stored) if dtype is None or stored.parameter.is_buffer else dtype
-        if found.setdefault(stored.key, wanted) != wanted:
-            raise UserError(
-                f"{weights.origin}: {stored.parameter.hf_names[0]} is {wanted}, other layers' are {found[stored.key]}; "
-                f"give --dtype."
-            )
+        wanted = weights.dtype(stored) if dtype is None or stored.parameter.keeps_dtype else dtype
+        for key in (tensor.key for tensor in stored.tensors):
+            if found.setdefault(key, wanted) != wanted:
+                raise UserError(
+                    f"{weights.origin}: {stored.parameter.hf_names[0]} is {wanted}, other layers' are {found[key]}; "
+                    f"give --dtype."
+                )
     return found
 
 
@@ -145,7 +153,7 @@ def _cut(table: list[Stored], dtypes: dict[str, torch.dtype], file_bytes: int) -
 
 
 def _size(stored: Stored, dtypes: dict[str, torch.dtype]) -> int:
-    return torch.Size(stored.shape).numel() * dtypes[stored.key].itemsize
+    return torch.Size(stored.shape).numel() * dtypes[stored.tensors[0].key].itemsize
 
 
 def _name(dtypes: dict[str, torch.dtype]) -> str:
@@ -159,7 +167,6 @@ def _account(directory: Path, table: list[Stored], dtypes: dict[str, torch.dtype
         raise UserError(f"{directory / LEFT_OUT} was not written as it should have been; convert again.")
     files = MegatronFiles(directory / MEGATRON, read_architecture(directory))
     for stored in table:
-        if files.dtype(stored) != dtypes[stored.key]:
-            raise UserError(
-                f"{directory}: {stored.key} was written as {files.dtype(stored)}, not {dtypes[stored.key]}."
-            )
+        key = stored.tensors[0].key
+        if files.dtype(stored) != dtypes[key]:
+            raise UserError(f"{directory}: {key} was written as {files.dtype(stored)}, not {dtypes[key]}.")

@@ -12,7 +12,7 @@ from exprl_megatron.conversion.safetensors_files import DTYPES, headers, read_te
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, read_architecture
 from exprl_megatron.models.left_out import left_out_tensors
-from exprl_megatron.models.name_map import EMBEDDING, HEAD
+from exprl_megatron.models.name_map import HEAD, embedding
 from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.models.stored_parameters import Stored
 from exprl_megatron.models.weight_readers import Safetensors, weight_files
@@ -76,13 +76,10 @@ class HuggingFaceWeights:
 
     def _check_tied(self) -> None:
         """A second, different output layer beside a tied embedding would be lost silently."""
-        if (
-            self.architecture.tied
-            and HEAD in self._headers
-            and not torch.equal(self._read(HEAD), self._read(EMBEDDING))
-        ):
+        name = embedding(self.architecture)
+        if self.architecture.tied and HEAD in self._headers and not torch.equal(self._read(HEAD), self._read(name)):
             raise UserError(
-                f"{self.origin} ties its embeddings but {HEAD} differs from {EMBEDDING}; "
+                f"{self.origin} ties its embeddings but {HEAD} differs from {name}; "
                 f"set tie_word_embeddings to false in its config.json."
             )
 

@@ -9,6 +9,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, layout_violations, position_violations, read_architecture
 from exprl_megatron.models.precision_matrix import Setting, precision_violations
 from exprl_megatron.models.routing import replay_violations
+from exprl_megatron.models.unserved import unserved_violations
 from exprl_megatron.policy.gradient_fusion import fusion_violations
 from exprl_megatron.utils.accelerator import cuda_capability, uses_cuda
 
@@ -27,6 +28,7 @@ def model_violations(config: RunConfig) -> list[str]:
         *_fused_rotation_violations(config, architecture),
         *_server_violations(config, architecture),
         *replay_violations(config, architecture),
+        *unserved_violations(config, architecture),
     ]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
 from exprl_megatron.models import olmo3
+from exprl_megatron.models.delta_net import DeltaNet
+from exprl_megatron.models.qwen3_5 import LINEAR, delta_net, layer_types, left_out, prefix, text_settings
 from exprl_megatron.models.rope import Rope, RopeScaling, YarnScaling, read_rope
 from exprl_megatron.models.unsupported import unsupported
 
@@ -24,9 +26,13 @@ FAMILIES = {
     "SeedOssForCausalLM": "seed-oss",
     "Glm4MoeForCausalLM": "glm4-moe",
     "Olmo3ForCausalLM": "olmo3",
+    "Qwen3_5ForCausalLM": "qwen3.5",
+    "Qwen3_5ForConditionalGeneration": "qwen3.5",
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 """Layers whose tokens see a window of those before them, and layers whose tokens see all."""
+_HEAD_DIM = {"seed-oss": 128, "qwen3.5": 256}
+"""Dimensions of a head where config.json does not say and it is not the hidden size divided by the heads."""
 _WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")
 
 
@@ -90,6 +96,14 @@ class Architecture:
     post_norms: bool = False
     """Whether the norms of a layer are behind attention and MLP, and those of queries and keys over all heads together
     (Olmo 3); else in front of attention and MLP, and over each head."""
+    delta_net: DeltaNet | None = None
+    """What layers of type `linear_attention` have in place of attention; None: there are none."""
+    output_gate: bool = False
+    """Whether attention's output is multiplied by the sigmoid of a gate, projected beside the query."""
+    zero_centered_norms: bool = False
+    """Whether norms multiply by 1 + their weight (a gated delta net's output norm does not)."""
+    prefix: str = "model."
+    """Beginning of the names of all tensors but the output layer's."""
     left_out: tuple[str, ...] = ()
     """Prefixes of the names of tensors that a policy has no use for, as those of multi-token prediction: they are not
     loaded, and an exported model has them as the original has."""
@@ -104,7 +118,8 @@ class Architecture:
             return found
         if self.layer_types[layer] == SLIDING:
             return replace(found, layer_types=(), rope_scaling=None)
-        return replace(found, layer_types=(), window=None)
+        delta_net = found.delta_net if self.layer_types[layer] == LINEAR else None
+        return replace(found, layer_types=(), window=None, delta_net=delta_net)
 
     def kinds(self, layers: Iterable[int] | None = None) -> dict["Architecture", int]:
         """What `of_layer` gives for `layers` (None: for all), and for how many of them."""
@@ -116,6 +131,11 @@ class Architecture:
             first.setdefault(mark, layer)
             counts[mark] += 1
         return {self.of_layer(first[mark]): count for mark, count in counts.items()}
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers with attention, which keep keys and values; the others have a gated delta net."""
+        return sum(count for kind, count in self.kinds().items() if kind.delta_net is None)
 
     @property
     def attention_factor(self) -> float:
@@ -149,6 +169,7 @@ def read_architecture(directory: str | Path) -> Architecture:
             f"{path} describes the architecture {names[0]}, which is not supported; the nearest supported one is "
             f"{_nearest(names[0], tree)}, and docs/models.md lists all and tells how one is added."
         )
+    tree = text_settings(tree, str(path))
     if (setting := unsupported(tree)) is not None:
         raise UserError(f"{path} has {setting}, which is not supported; choose another model.")
     try:
@@ -178,16 +199,17 @@ def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
             f"policy.layout.cp is {layout.cp} but attention of this {architecture.family} model has windows, which is "
             f"not supported under context parallelism; set it to 1."
         )
-    for what, count in (
-        ("attention heads", architecture.heads),
-        ("KV groups", architecture.kv_groups),
-        *_mlp_columns(architecture),
-    ):
+    for what, count in (*_attention_heads(architecture), *_mlp_columns(architecture)):
         if count % layout.tp:
             found.append(
                 f"policy.layout.tp is {layout.tp}, which does not divide the model's {count} {what}; "
                 f"use one of {_divisors(architecture)}."
             )
+    if architecture.delta_net is not None and layout.cp > 1:
+        found.append(
+            f"policy.layout.cp is {layout.cp}, but the model's gated delta net layers need each sequence whole; set it "
+            f"to 1."
+        )
     found += _expert_violations(architecture.experts, layout)
     slots = architecture.layers + layout.embedding_as_layer + layout.head_as_layer
     if slots % layout.stages:
@@ -244,6 +266,14 @@ def check_layout(architecture: Architecture, layout: Layout) -> None:
         raise UserError("\n".join(found))
 
 
+def _attention_heads(architecture: Architecture) -> list[tuple[str, int]]:
+    """What of layers' attention tensor parallelism divides, and how many there are."""
+    found = [("attention heads", architecture.heads), ("KV groups", architecture.kv_groups)]
+    if (net := architecture.delta_net) is not None:
+        found += [("key heads of gated delta nets", net.key_heads), ("value heads", net.value_heads)]
+    return found
+
+
 def _mlp_columns(architecture: Architecture) -> list[tuple[str, int]]:
     """What of layers' MLPs tensor parallelism divides, and how many there are."""
     kinds = [kind.experts for kind in architecture.kinds()]
@@ -278,36 +308,40 @@ def _expert_violations(experts: Experts | None, layout: Layout) -> list[str]:
 
 def _divisors(architecture: Architecture) -> str:
     """The tensor-parallel sizes that fit."""
-    counts = (architecture.heads, architecture.kv_groups, *(count for _, count in _mlp_columns(architecture)))
+    counts = [count for _, count in (*_attention_heads(architecture), *_mlp_columns(architecture))]
     return ", ".join(str(n) for n in range(1, architecture.kv_groups + 1) if not any(count % n for count in counts))
 
 
 def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
     heads = tree["num_attention_heads"]
-    glm = family == "glm4-moe"
+    glm, qwen3_5 = family == "glm4-moe", family == "qwen3.5"
     return Architecture(
         family=family,
         layers=tree["num_hidden_layers"],
         hidden=tree["hidden_size"],
         heads=heads,
         kv_groups=_kv_groups(family, tree) or heads,
-        head_dim=tree.get("head_dim", 128 if family == "seed-oss" else None) or tree["hidden_size"] // heads,
+        head_dim=tree.get("head_dim", _HEAD_DIM.get(family)) or tree["hidden_size"] // heads,
         ffn=tree["intermediate_size"],
         vocabulary=tree["vocab_size"],
         norm_eps=tree["rms_norm_eps"],
         rope_base=rope.base,
         rope_scaling=rope.scaling,
-        qk_norm=family in ("qwen3", "qwen3-moe", "olmo3") or (glm and tree.get("use_qk_norm", False)),
+        qk_norm=family in ("qwen3", "qwen3-moe", "olmo3", "qwen3.5") or (glm and tree.get("use_qk_norm", False)),
         qkv_bias=family in ("qwen2", "seed-oss") or (glm and tree.get("attention_bias", False)),
         tied=tree.get("tie_word_embeddings", False),
         max_positions=tree.get("max_position_embeddings", 2048),
         initializer_range=tree.get("initializer_range", 0.02),
         experts=_experts(family, tree),
         rotary_share=rope.share,
-        layer_types=olmo3.layer_types(tree) if family == "olmo3" else (),
+        layer_types=olmo3.layer_types(tree) if family == "olmo3" else layer_types(tree) if qwen3_5 else (),
         window=olmo3.window(tree) if family == "olmo3" else None,
         post_norms=family == "olmo3",
-        left_out=_left_out(tree) if glm else (),
+        delta_net=delta_net(tree) if qwen3_5 and LINEAR in layer_types(tree) else None,
+        output_gate=qwen3_5,
+        zero_centered_norms=qwen3_5,
+        prefix=prefix(tree) if qwen3_5 else "model.",
+        left_out=left_out(tree) if qwen3_5 else _left_out(tree) if glm else (),
     )
 
 

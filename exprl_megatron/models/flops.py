@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.delta_net import CHUNK, DeltaNet
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,14 @@ class Gemm:
 
 
 def attention_gemms(architecture: Architecture, tokens: float, tp: int) -> tuple[Gemm, Gemm]:
-    """A rank's projections around attention: queries, keys and values together; then the output."""
+    """A rank's projections around attention or a gated delta net: all of its inputs together; then the output."""
+    if (net := architecture.delta_net) is not None:
+        return (
+            Gemm(tokens, net.projected / tp, architecture.hidden),
+            Gemm(tokens, architecture.hidden, net.values / tp),
+        )
     width = architecture.heads * architecture.head_dim
-    both = width + 2 * architecture.kv_groups * architecture.head_dim
+    both = (2 if architecture.output_gate else 1) * width + 2 * architecture.kv_groups * architecture.head_dim
     return Gemm(tokens, both / tp, architecture.hidden), Gemm(tokens, architecture.hidden, width / tp)
 
 
@@ -75,11 +81,33 @@ def attention_flops(architecture: Architecture, sequence_length: float) -> float
     """Operations of causal attention's two products, forward, per token of a layer.
 
     The mean token sees half of the sequence; in a layer with a window w, tokens see all before them up to w, then w.
+    A gated delta net's do not grow with the sequence (see delta_net_flops).
     """
+    if architecture.delta_net is not None:
+        return delta_net_flops(architecture.delta_net)
     seen = sequence_length / 2
     if architecture.window is not None and architecture.window < sequence_length:
         seen = architecture.window - architecture.window**2 / (2 * sequence_length)
     return 2.0 * 2.0 * architecture.heads * architecture.head_dim * seen
+
+
+def delta_net_flops(net: DeltaNet) -> float:
+    """Operations of a gated delta net between its projections, forward, per token.
+
+    Per value head with keys of K and values of V: reading the state for the correction and for the output, and writing
+    it, 2 K V each; within a chunk of C tokens, of which the mean token sees half, C (3 K + 2 V): products of keys with
+    keys and with queries, the triangular system for both, and the output (arXiv 2412.06464, section 3.3). The
+    convolution has 2 operations for each channel and tap.
+    """
+    within = CHUNK * (3 * net.key_dim + 2 * net.value_dim)
+    return net.value_heads * (6.0 * net.key_dim * net.value_dim + within) + 2 * net.kernel * net.convolved
+
+
+def attention_growth(architecture: Architecture) -> float:
+    """By how much the operations per token of all layers' attention grow with each token of the sequence."""
+    return sum(
+        count * (attention_flops(kind, 1) - attention_flops(kind, 0)) for kind, count in architecture.kinds().items()
+    )
 
 
 def layer_flops(architecture: Architecture) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import EMBEDDING, HEAD, Parameter
+from exprl_megatron.models.name_map import HEAD, Parameter, is_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
     """Whether the Hugging Face tensor `name` is quantized: a matrix of attention or of an MLP or expert."""
     router = name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
-    return len(shape) == 2 and name not in (EMBEDDING, HEAD) and not router
+    return len(shape) == 2 and not is_vocabulary(name) and not router
 
 
 def quantisation_config(names: list[str], left_out: list[str] | None = None) -> dict:
@@ -68,6 +68,10 @@ def check_quantisable(table: list[Parameter], shapes: dict[str, tuple[int, ...]]
 
     They lay query, key and value, and gate and up, one below the other: blocks must not lie across the seams.
     """
+    if architecture.delta_net is not None:
+        raise UserError(
+            f"This {architecture.family} model has gated delta nets, whose FP8 blocks are not supported; write bf16."
+        )
     for parameter in table:
         for name in parameter.hf_names:
             if len(parameter.hf_names) > 1 and is_quantised(name, shapes[name]) and shapes[name][0] % BLOCK:

@@ -6,19 +6,19 @@ and torch only where tensors are joined: the planner counts parameters by it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture, Experts, stage_layers
+from exprl_megatron.models.delta_net_names import DECAY, delta_net_rows, delta_net_shapes
+from exprl_megatron.models.rules import GatedQueryKeyValue, GateUp, QueryKeyValue, Row, Rule, Vocabulary
 
 if TYPE_CHECKING:
     import torch
 
 type Bucket = list[tuple[str, torch.Tensor]]
 """Full tensors under their Hugging Face names."""
-EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 ROUTER_BIAS = ".mlp.gate.e_score_correction_bias"
 """End of the name of the bias that a sigmoid router adds for the choice: fp32, whatever the rest of the model is in."""
@@ -26,75 +26,14 @@ _BUFFERS = ("mlp.router.expert_bias",)
 """Ends of Megatron's names for what is no parameter: without gradient and optimizer state, fp32 in every precision."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How a Megatron parameter is made of Hugging Face tensors: here, one tensor, the same on every rank.
-
-    `split_dim` is the dimension of the Hugging Face tensors that tensor parallelism cuts into equal parts
-    (None: not cut); every rank merges its parts into its parameter.
-    """
-
-    split_dim: int | None = None
-
-    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One rank's parts of the Hugging Face tensors -> that rank's Megatron parameter."""
-        return parts[0]
-
-    def parts(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The inverse of merge."""
-        return (parameter,)
-
-    def join(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The Megatron parameters of all tensor-parallel ranks, in their order -> the full Hugging Face tensors."""
-        if self.split_dim is None:
-            return self.parts(shards[0])
-        by_tensor = zip(*(self.parts(shard) for shard in shards), strict=True)
-        return tuple(_joined(parts, self.split_dim) for parts in by_tensor)
+def embedding(architecture: Architecture) -> str:
+    """The name of the input embedding."""
+    return f"{architecture.prefix}embed_tokens.weight"
 
 
-@dataclass(frozen=True)
-class GateUp(Rule):
-    """SwiGLU's two matrices, each cut by rows, gate above up."""
-
-    split_dim: int = 0
-
-    def merge(self, parts):
-        return _joined(parts)
-
-    def parts(self, parameter):
-        return parameter.chunk(2)
-
-
-@dataclass(frozen=True)
-class QueryKeyValue(Rule):
-    """Query, key and value, cut by rows; in Megatron each KV group's queries, key and value lie together."""
-
-    split_dim: int = 0
-    heads_per_group: int = 1
-    head_dim: int = 1
-
-    def merge(self, parts):
-        query, key, value = parts
-        groups = key.shape[0] // self.head_dim
-        grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in (query, key, value)]
-        return _joined(grouped, 1).flatten(0, 1)
-
-    def parts(self, parameter):
-        rows = (self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
-        grouped = parameter.reshape(-1, sum(rows), *parameter.shape[1:])
-        return tuple(part.flatten(0, 1) for part in grouped.split(rows, dim=1))
-
-
-@dataclass(frozen=True)
-class Vocabulary(Rule):
-    """An embedding or output layer, cut by rows after its rows were padded with zeros to fit."""
-
-    split_dim: int = 0
-    rows: int = 0
-    """Rows without padding."""
-
-    def join(self, shards):
-        return (_joined(shards)[: self.rows],)
+def is_vocabulary(name: str) -> bool:
+    """Whether the Hugging Face tensor `name` has a row for each token: the embedding or the output layer."""
+    return name == HEAD or name.endswith(".embed_tokens.weight")
 
 
 def is_buffer(name: str) -> bool:
@@ -104,7 +43,7 @@ def is_buffer(name: str) -> bool:
 
 def dtype_of(name: str, dtype: str) -> str:
     """What the Hugging Face tensor `name` is kept in where the model is in `dtype` (a torch dtype's name)."""
-    return "float32" if name.endswith(ROUTER_BIAS) else dtype
+    return "float32" if name.endswith((ROUTER_BIAS, DECAY)) else dtype
 
 
 @dataclass(frozen=True)
@@ -129,6 +68,11 @@ class Parameter:
         """See is_buffer."""
         return is_buffer(self.name)
 
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether it is in fp32, whatever the rest of the model is in."""
+        return dtype_of(self.hf_names[0], "bfloat16") == "float32"
+
 
 def parameters(architecture: Architecture, layout: Layout, grouped: bool = False) -> list[Parameter]:
     """All Megatron parameters of all pipeline stages, from the embedding to the output layer.
@@ -137,32 +81,32 @@ def parameters(architecture: Architecture, layout: Layout, grouped: bool = False
     """
     last = (layout.pp - 1, layout.vpp - 1)
     vocabulary = Vocabulary(rows=architecture.vocabulary)
-    table = [Parameter(0, 0, "embedding.word_embeddings.weight", (EMBEDDING,), vocabulary)]
+    table = [Parameter(0, 0, "embedding.word_embeddings.weight", (embedding(architecture),), vocabulary)]
     stages = stage_layers(architecture, layout)
     places = [(layers, pp, chunk) for pp, chunks in enumerate(stages) for chunk, layers in enumerate(chunks)]
     for layers, pp_rank, chunk in sorted(places, key=lambda place: place[0].start):
         for local, layer in enumerate(layers):
             for name, hf_names, rule, ep_rank in _layer(architecture.of_layer(layer), layout.ep, grouped):
-                hf_full = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)
+                hf_full = tuple(f"{architecture.prefix}layers.{layer}.{hf_name}" for hf_name in hf_names)
                 full = f"decoder.layers.{local}.{name}"
                 table.append(Parameter(pp_rank, chunk, full, hf_full, rule, ep_rank=ep_rank))
-    table.append(Parameter(*last, "decoder.final_layernorm.weight", ("model.norm.weight",), Rule()))
+    table.append(Parameter(*last, "decoder.final_layernorm.weight", (f"{architecture.prefix}norm.weight",), Rule()))
     if not architecture.tied:
         table.append(Parameter(*last, "output_layer.weight", (HEAD,), vocabulary))
     elif layout.pp > 1:
-        table.append(Parameter(*last, "output_layer.weight", (EMBEDDING,), vocabulary, exported=False))
+        table.append(Parameter(*last, "output_layer.weight", (embedding(architecture),), vocabulary, exported=False))
     return table
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model in Hugging Face form, in the order of export."""
     hidden = architecture.hidden
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocabulary, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {embedding(architecture): (architecture.vocabulary, hidden)}
     layers = {kind: _layer_shapes(kind) for kind in architecture.kinds()}
     for index in range(architecture.layers):
         layer = layers[architecture.of_layer(index)]
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
+        shapes |= {f"{architecture.prefix}layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes[f"{architecture.prefix}norm.weight"] = (hidden,)
     if not architecture.tied:
         shapes[HEAD] = (architecture.vocabulary, hidden)
     return shapes
@@ -180,7 +124,7 @@ def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     query, key = architecture.heads * architecture.head_dim, architecture.kv_groups * architecture.head_dim
     known: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query, hidden),
+        "self_attn.q_proj.weight": (2 * query if architecture.output_gate else query, hidden),
         "self_attn.k_proj.weight": (key, hidden),
         "self_attn.v_proj.weight": (key, hidden),
         "self_attn.q_proj.bias": (query,),
@@ -195,27 +139,14 @@ def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj.weight": (ffn, hidden),
         "mlp.down_proj.weight": (hidden, ffn),
         **_expert_shapes(architecture),
+        **(delta_net_shapes(architecture.delta_net, hidden) if architecture.delta_net else {}),
     }
     return {name: known[name] for _, hf_names, _, _ in _layer(architecture, 1, False) for name in hf_names}
 
 
-Row = tuple[str, tuple[str, ...], Rule, int | None]
-"""Megatron name, Hugging Face names, rule, expert-parallel rank."""
-
-
 def _layer(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
     """One layer's parameters, experts laid over `ep` ranks."""
-    heads_per_group = architecture.heads // architecture.kv_groups
-    qkv = QueryKeyValue(heads_per_group=heads_per_group, head_dim=architecture.head_dim)
-    rows: list[Row] = []
-    if not architecture.post_norms:
-        rows.append(("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), Rule(), None))
-    rows.append(("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), qkv, None))
-    if architecture.qkv_bias:
-        rows.append(("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), qkv, None))
-    if architecture.qk_norm:
-        rows += _query_and_key_norms(architecture.post_norms)
-    rows.append(("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Rule(split_dim=1), None))
+    rows = delta_net_rows(architecture.delta_net) if architecture.delta_net else _attention_rows(architecture)
     if architecture.experts is not None:
         return rows + _expert_rows(architecture, architecture.experts, ep, grouped)
     if architecture.post_norms:
@@ -230,6 +161,21 @@ def _layer(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
     if architecture.post_norms:
         rows.append(("mlp.linear_fc2.post_layernorm.weight", ("post_feedforward_layernorm.weight",), Rule(), None))
     return rows
+
+
+def _attention_rows(architecture: Architecture) -> list[Row]:
+    """Attention, and the norm before it where it has one."""
+    kind = GatedQueryKeyValue if architecture.output_gate else QueryKeyValue
+    qkv = kind(heads_per_group=architecture.heads // architecture.kv_groups, head_dim=architecture.head_dim)
+    rows: list[Row] = []
+    if not architecture.post_norms:
+        rows.append(("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), Rule(), None))
+    rows.append(("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), qkv, None))
+    if architecture.qkv_bias:
+        rows.append(("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), qkv, None))
+    if architecture.qk_norm:
+        rows += _query_and_key_norms(architecture.post_norms)
+    return [*rows, ("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Rule(split_dim=1), None)]
 
 
 def _query_and_key_norms(whole_width: bool) -> list[Row]:
@@ -288,9 +234,3 @@ def _expert_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         shapes |= {f"mlp.shared_experts.{x}_proj.weight": (experts.shared_ffn, hidden) for x in ("gate", "up")}
         shapes["mlp.shared_experts.down_proj.weight"] = (hidden, experts.shared_ffn)
     return shapes
-
-
-def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
-    import torch
-
-    return torch.cat(tuple(parts), dim=dim)

@@ -45,6 +45,11 @@ def precision_violations(setting: Setting) -> list[str]:
     precision = setting.precision
     if not precision.fp8:
         return [*_without_fp8(precision), *_fp32_on_cuda(setting)]
+    if setting.architecture is not None and setting.architecture.delta_net is not None:
+        return [
+            f"policy.precision is {precision.kind}, in which gated delta nets, as this {setting.architecture.family} "
+            f"model has them, are not supported; choose bf16."
+        ]
     if precision.emulate and setting.capability is None:
         return list(_layers(setting))
     checks = (_device, _layers, _parameters, _attention, _context_parallelism, _products)

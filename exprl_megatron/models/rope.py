@@ -75,9 +75,15 @@ _FIELDS: dict[str, tuple[set[str], set[str]]] = {
 }
 """Of each rope type the settings that it needs and those that it may have."""
 _COMMON = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+_SECTIONS = {"mrope_section", "mrope_interleaved"}
+"""Which pairs turn with a picture's height and width; a text's tokens have one position for all of them."""
 _DEFAULT_BASE = {"MixtralForCausalLM": 1e6}
 """Where a config.json without `rope_theta` does not mean 10,000, as transformers reads it."""
-_DEFAULT_SHARE = {"Glm4MoeForCausalLM": 0.5}
+_DEFAULT_SHARE = {
+    "Glm4MoeForCausalLM": 0.5,
+    "Qwen3_5ForCausalLM": 0.25,
+    "Qwen3_5ForConditionalGeneration": 0.25,
+}
 """Architectures that may turn a share of each head, and the share where config.json does not say."""
 _UNSCALED = {"MixtralForCausalLM": "Mixtral"}
 """Architectures that SGLang serves without any scaling, and with a whole base, whatever config.json says."""
@@ -146,7 +152,8 @@ def _scaling(rope: dict, tree: dict) -> tuple[str, RopeScaling | None]:
     if kind not in _FIELDS:
         raise _Unsupported(f"rope type {kind}")
     needed, allowed = _FIELDS[kind]
-    unknown = sorted(rope.keys() - needed - allowed - _COMMON)
+    sections = _SECTIONS if (tree.get("architectures") or [""])[0].startswith("Qwen3_5") else set()
+    unknown = sorted(rope.keys() - needed - allowed - _COMMON - sections)
     if unknown:
         raise _Unsupported(f"{unknown[0]} beside rope type {kind}")
     lacking = sorted(name for name in needed if rope.get(name) is None)

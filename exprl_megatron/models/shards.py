@@ -72,7 +72,7 @@ def shard_shape(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) 
 def lands_whole(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, index: int) -> bool:
     """Whether the `index`-th shard is one piece of its only Hugging Face tensor: it needs no place beside it."""
     dim = parameter.rule.split_dim
-    if len(parameter.hf_names) > 1 or dim not in (None, 0):
+    if len(parameter.hf_names) > 1 or dim not in (None, 0) or len(parameter.rule.sections(0)) > 1:
         return False
     rows = shard_shape(parameter, shapes, layout)[0]
     return dim is None or (index + 1) * rows <= shapes[parameter.hf_names[0]][0]

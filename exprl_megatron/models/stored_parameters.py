@@ -8,13 +8,16 @@ that wrote it.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import GateUp, Parameter, Vocabulary, hf_shapes, layers_are_alike, parameters
+from exprl_megatron.models.name_map import Parameter, hf_shapes, layers_are_alike, parameters
+from exprl_megatron.models.rules import GateUp, Stacked, Vocabulary
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_SECTIONS = ("query", "key", "value", "z", "beta", "alpha")
+"""Megatron's names for the sections of a gated delta net's matrices, in order (gdn.py); a convolution has three."""
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 
 
@@ -43,6 +46,18 @@ class Stored:
             return [(origin, self.shape)]
         half = (self.shape[0] // 2, *self.shape[1:])
         return [(origin, half), ((half[0], *origin[1:]), half)]
+
+    @property
+    def tensors(self) -> list["Stored"]:
+        """What is written under a key of its own: all of it, or each section of a gated delta net's matrices."""
+        rule = self.parameter.rule
+        if not isinstance(rule, Stacked):
+            return [self]
+        rows = [size for sections in rule.rows for size in sections]
+        return [
+            replace(self, key=f"{self.key}.{name}", shape=(size, *self.shape[1:]))
+            for name, size in zip(_SECTIONS, rows, strict=False)
+        ]
 
 
 def stored_parameters(architecture: Architecture) -> list[Stored]:

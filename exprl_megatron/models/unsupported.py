@@ -1,5 +1,6 @@
 """What a config.json asks for beside its rotary positions that this policy would not compute as transformers does."""
 
+from exprl_megatron.models import qwen3_5
 from exprl_megatron.models.olmo3 import unsupported_of_olmo3
 
 
@@ -17,6 +18,8 @@ def unsupported(tree: dict) -> str | None:
     if name == "Olmo3ForCausalLM" and (setting := unsupported_of_olmo3(tree)) is not None:
         return setting
     if name == "Glm4MoeForCausalLM" and (setting := _of_glm(tree)) is not None:
+        return setting
+    if name in qwen3_5.NAMES and (setting := qwen3_5.unsupported_setting(tree)) is not None:
         return setting
     if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
         return "dense layers between its layers of experts"

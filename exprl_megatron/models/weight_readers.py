@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import EMBEDDING, HEAD, ROUTER_BIAS, hf_shapes
+from exprl_megatron.models.delta_net_names import DECAY
+from exprl_megatron.models.name_map import HEAD, ROUTER_BIAS, Parameter, embedding, hf_shapes
+from exprl_megatron.models.rules import spans
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +62,7 @@ class Safetensors:
         shapes = hf_shapes(architecture)
         if architecture.tied and HEAD in self._files:
             # Some writers store the tied output layer a second time.
-            shapes[HEAD] = shapes[EMBEDDING]
+            shapes[HEAD] = shapes[embedding(architecture)]
         given = {
             name
             for name in self._files
@@ -101,6 +103,7 @@ class Random:
     def __init__(self, architecture: Architecture, seed: int):
         self._shapes = hf_shapes(architecture)
         self._std = architecture.initializer_range
+        self._zero_centered = architecture.zero_centered_norms
         self._seed = seed
 
     def __enter__(self) -> Random:
@@ -115,7 +118,13 @@ class Random:
 
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
+            zero = self._zero_centered and not name.endswith(".linear_attn.norm.weight")
+            whole = torch.zeros(shape) if zero else torch.ones(shape)
+        elif name.endswith(".linear_attn.dt_bias"):
             whole = torch.ones(shape)
+        elif name.endswith(DECAY):
+            # As transformers draws them, with equal steps in place of random ones.
+            whole = torch.linspace(0.01, 16, shape[0]).log()
         elif name.endswith((".bias", ROUTER_BIAS)):
             whole = torch.zeros(shape)
         else:
@@ -125,24 +134,27 @@ class Random:
         return whole[start:stop] if dim == 0 else whole[:, start:stop]
 
 
-def read_part(
-    source: Safetensors | Random, name: str, shape: tuple[int, ...], dim: int | None, rank: int, ranks: int
-) -> torch.Tensor:
-    """Rank `rank`'s part of the tensor `name` cut into `ranks` equal parts along `dim`; None: all of it.
+def read_parts(
+    source: Safetensors | Random, parameter: Parameter, shapes: dict[str, tuple[int, ...]], rank: int, ranks: int
+) -> list[torch.Tensor]:
+    """Shard `rank` of `ranks` of each Hugging Face tensor of `parameter`, whose rule merges them.
 
     Where `ranks` does not divide the rows (the vocabulary), they count as padded with zeros until it does.
     """
     import torch
 
+    rule, dim = parameter.rule, parameter.rule.split_dim
     if dim is None:
-        return source.read(name)
-    size = math.ceil(shape[dim] / ranks)
-    start, stop = min(rank * size, shape[dim]), min((rank + 1) * size, shape[dim])
-    part = source.read(name, dim, start, stop)
-    if stop - start == size:
-        return part
-    padding = part.new_zeros(size - (stop - start), *shape[1:])
-    return torch.cat([part, padding])
+        return [source.read(name) for name in parameter.hf_names]
+    found = []
+    for number, name in enumerate(parameter.hf_names):
+        size = shapes[name][dim]
+        parts = [source.read(name, dim, *span) for span in spans(rule, number, size, rank, ranks)]
+        missing = math.ceil(size / ranks) - sum(part.shape[dim] for part in parts)
+        if missing:
+            parts.append(parts[0].new_zeros(missing, *shapes[name][1:]))
+        found.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim))
+    return found
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from itertools import chain
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.precision import PrecisionConfig
 from exprl_megatron.models.architecture import Architecture, stage_layers
+from exprl_megatron.models.delta_net import CHUNK, DeltaNet
 
 
 def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision: PrecisionConfig) -> float:
@@ -25,11 +26,26 @@ def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision:
     # Both norms: inputs, and outputs as the next product's input.
     kept = (2 * wide + 2 * entry) * hidden / sp
     # Queries, keys, values and output of attention, the last of which the projection quantizes once more.
-    attention = wide * (2 * queries + 2 * keys) + (queries if precision.fp8 else 0) + 4 * architecture.heads
+    attention: float = wide * (2 * queries + 2 * keys) + (queries if precision.fp8 else 0) + 4 * architecture.heads
     if architecture.qk_norm:
         attention += wide * (queries + keys)
+    if architecture.output_gate:
+        # The gate, and the output before it.
+        attention += wide * 2 * queries
+    if architecture.delta_net is not None:
+        attention = _delta_net(architecture.delta_net, wide)
     kept += attention / layout.tp
     return kept + _mlp(architecture, layout, wide, entry)
+
+
+def _delta_net(net: DeltaNet, wide: int) -> float:
+    """Between the projections of a gated delta net, as flash-linear-attention keeps it.
+
+    The projection's output, the convolution's, keys and queries repeated to the value heads, values, decay and beta,
+    the triangular system's rows, the output, and what its norm and gate give.
+    """
+    heads = 2 * net.value_heads * net.key_dim + net.value_heads * CHUNK
+    return wide * (net.projected + net.convolved + heads + 3 * net.values) + 8 * net.value_heads
 
 
 def _mlp(architecture: Architecture, layout: Layout, wide: int, entry: int) -> float:

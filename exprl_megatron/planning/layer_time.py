@@ -145,7 +145,7 @@ def _attention(rank: RankWorkload, backward: bool) -> float:
 def _forward_bytes(rank: RankWorkload) -> float:
     """HBM bytes outside the products: two norms, two residual additions, rotation, activation, casts, permutation."""
     architecture, layout = rank.architecture, rank.layout
-    heads = (architecture.heads + 2 * architecture.kv_groups) * architecture.head_dim / layout.tp
+    heads = _projected(architecture) / layout.tp
     between = 10 * rank.sharded_tokens * architecture.hidden
     inside = rank.tokens * 2 * heads + 3 * _activated(rank)
     casts = cast_bytes(
@@ -160,7 +160,7 @@ def _forward_bytes(rank: RankWorkload) -> float:
 def _backward_bytes(rank: RankWorkload) -> float:
     """The same backwards: gradients of norms, residual sums, rotation and activation; casts of gradients."""
     architecture, layout = rank.architecture, rank.layout
-    heads = (architecture.heads + 2 * architecture.kv_groups) * architecture.head_dim / layout.tp
+    heads = _projected(architecture) / layout.tp
     between = 12 * rank.sharded_tokens * architecture.hidden
     inside = rank.tokens * 2 * heads + 5 * _activated(rank)
     casts = cast_bytes(
@@ -168,6 +168,11 @@ def _backward_bytes(rank: RankWorkload) -> float:
         rank.precision,
     )
     return rank.width * (between + inside + _permuted(rank)) + casts
+
+
+def _projected(architecture: Architecture) -> float:
+    """Numbers for each token that the input projection gives."""
+    return attention_gemms(architecture, 1, 1)[0].n
 
 
 def _kernels(rank: RankWorkload, backward: bool) -> float:

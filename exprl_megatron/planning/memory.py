@@ -228,9 +228,12 @@ def server_memory(
 
 
 def kv_bytes_per_token(architecture: Architecture, tp: int, value: int = 2) -> float:
-    """A device's part of one token's keys and values; with more devices than groups each holds one group."""
+    """A device's part of one token's keys and values; with more devices than groups each holds one group.
+
+    Gated delta nets keep none.
+    """
     groups = max(1.0, architecture.kv_groups / tp)
-    return 2 * architecture.layers * groups * architecture.head_dim * value
+    return 2 * architecture.attention_layers * groups * architecture.head_dim * value
 
 
 def _with_more(memory: Memory, **extra: float) -> Memory:

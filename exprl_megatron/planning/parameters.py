@@ -78,7 +78,7 @@ def _ends(architecture: Architecture, layout: Layout, pp_rank: int) -> Parameter
 
 @cache
 def _layer(architecture: Architecture) -> tuple[int, int, int, int]:
-    """One layer's elements: (whole on every rank, vectors cut over tp, matrices cut over tp, experts)."""
+    """One layer's elements: (whole on every rank, cut over tp and no matrix, matrices cut over tp, experts)."""
     one = replace(architecture, layers=1)
     shapes = hf_shapes(one)
     whole = cut = matrices = experts = 0
@@ -91,7 +91,7 @@ def _layer(architecture: Architecture) -> tuple[int, int, int, int]:
             experts += count
         elif entry.rule.split_dim is None:
             whole += count
-        elif len(sizes[0]) == 1:
+        elif len(sizes[0]) != 2:
             cut += count
         else:
             matrices += count

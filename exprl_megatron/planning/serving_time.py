@@ -118,7 +118,8 @@ def serving_time(
         answers.share_longer(length) * (prompt_tokens + length)
         for length in (longest * piece / _SLICES for piece in range(_SLICES))
     )
-    concurrent = min(each, _kv_cache_tokens(architecture, servers) / fullest)
+    state = state_bytes(architecture) / cache_bytes(architecture, servers)
+    concurrent = min(each, _kv_cache_tokens(architecture, servers) / (fullest + state))
     if concurrent < 1 <= each:
         raise UserError(
             f"{servers.tp} {servers.gpu.name} hold the weights but not one request of {prompt_tokens:.0f} tokens; "
@@ -152,7 +153,9 @@ def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch
         experts *= 1 - (1 - architecture.experts.chosen / architecture.experts.count) ** batch
     weights = (dense + experts) * servers.weight_bytes + architecture.vocabulary * architecture.hidden * 2.0
     compute = batch * linear_flops(architecture) / (servers.tp * gemm_flops_per_s(gpu, servers.kind))
-    cache = batch * _tokens_read(architecture, context) * cache_bytes(architecture, servers)
+    # A state is read and written.
+    each = _tokens_read(architecture, context) * cache_bytes(architecture, servers) + 2 * state_bytes(architecture)
+    cache = batch * each
     fixed = ITERATION_S + layers * _KERNELS * KERNEL_GAP
     return max(weights / bandwidth, compute) + cache / bandwidth + fixed + _all_reduces(architecture, servers, batch)
 
@@ -165,7 +168,13 @@ def _tokens_read(architecture: Architecture, context: float) -> float:
 
 def cache_bytes(architecture: Architecture, servers: ServerHardware) -> float:
     """Bytes of KV cache of one token."""
-    return 2 * architecture.layers * architecture.kv_groups * architecture.head_dim * servers.kv_bytes
+    return 2 * architecture.attention_layers * architecture.kv_groups * architecture.head_dim * servers.kv_bytes
+
+
+def state_bytes(architecture: Architecture) -> int:
+    """Bytes of one request that do not grow with it: the states of its gated delta nets."""
+    net = architecture.delta_net
+    return (architecture.layers - architecture.attention_layers) * net.state_bytes if net is not None else 0
 
 
 def _all_reduces(architecture: Architecture, servers: ServerHardware, batch: float) -> float:

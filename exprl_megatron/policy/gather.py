@@ -8,6 +8,7 @@ import torch.distributed as dist
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import Bucket, Parameter, dtype_of, hf_shapes, parameters
+from exprl_megatron.models.rules import spans
 from exprl_megatron.models.shards import cut_into, holders, lands_whole, shard_shape
 from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.precision import plain
@@ -41,7 +42,7 @@ class Gatherer:
         if self._world.rank == root:
             for index, rank in enumerate(ranks):
                 if rank == root:
-                    _place(parameter, self.own(parameter), into, index)
+                    _place(parameter, self.own(parameter), into, index, len(ranks))
                 else:
                     self._receive(parameter, rank, into, index)
         elif self._world.rank in ranks:
@@ -62,7 +63,7 @@ class Gatherer:
             self._scratch = torch.empty(shape.numel(), dtype=self.dtype, device=self._world.device)
         shard = self._scratch[: shape.numel()].view(shape)
         dist.recv(shard, src=rank)
-        _place(parameter, shard, into, index)
+        _place(parameter, shard, into, index, len(holders(parameter, layout)))
 
 
 def bucket_plan(
@@ -103,14 +104,15 @@ def gather_buckets(
         yield gathered
 
 
-def _place(parameter: Parameter, shard: torch.Tensor, into: Sequence[torch.Tensor], index: int) -> None:
-    """Copies the `index`-th shard of a parameter to where it belongs in the full tensors."""
-    dim = parameter.rule.split_dim
-    for tensor, part in zip(into, parameter.rule.parts(shard), strict=True):
+def _place(parameter: Parameter, shard: torch.Tensor, into: Sequence[torch.Tensor], index: int, ranks: int) -> None:
+    """Copies the `index`-th of `ranks` shards of a parameter to where it belongs in the full tensors."""
+    rule, dim = parameter.rule, parameter.rule.split_dim
+    for number, (tensor, part) in enumerate(zip(into, rule.parts(shard), strict=True)):
         if dim is None:
             tensor.copy_(part)
             continue
         # The last parts of a vocabulary may be padding.
-        start = min(index * part.shape[dim], tensor.shape[dim])
-        size = min(part.shape[dim], tensor.shape[dim] - start)
-        tensor.narrow(dim, start, size).copy_(part.narrow(dim, 0, size))
+        placed = 0
+        for start, stop in spans(rule, number, tensor.shape[dim], index, ranks):
+            tensor.narrow(dim, start, stop - start).copy_(part.narrow(dim, placed, stop - start))
+            placed += stop - start

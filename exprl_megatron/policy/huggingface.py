@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.left_out import left_out_tensors
-from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, parameters
-from exprl_megatron.models.weight_readers import INDEX, SINGLE, Random, Safetensors, open_safetensors, read_part
+from exprl_megatron.models.name_map import HEAD, embedding, hf_shapes, parameters
+from exprl_megatron.models.rules import Rule, spans
+from exprl_megatron.models.weight_readers import INDEX, SINGLE, Random, Safetensors, open_safetensors, read_parts
 from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.host_group import from_rank
 from exprl_megatron.policy.named_weights import named_weights
@@ -91,7 +92,10 @@ def save_huggingface(
 def write_config(origin: Path, directory: Path, dtype: str, **changes) -> None:
     """Writes `origin`'s config.json into `directory`, with the weights' dtype and `changes` in it."""
     config = json.loads((origin / "config.json").read_text(encoding="utf-8"))
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    # A vision model says it of its language model too.
+    for section in (config, config.get("text_config")):
+        if section is config or (section and {"dtype", "torch_dtype"} & section.keys()):
+            section["torch_dtype" if "torch_dtype" in section else "dtype"] = dtype
     (directory / "config.json").write_text(json.dumps(config | changes, indent=2) + "\n", encoding="utf-8")
 
 
@@ -113,8 +117,7 @@ def _fill(
             continue
         parameter = empty.pop((entry.chunk, entry.name))
         rank, ranks = (world.tp_rank, layout.tp) if entry.ep_rank is None else (world.etp_rank, layout.etp)
-        parts = [read_part(source, name, shapes[name], entry.rule.split_dim, rank, ranks) for name in entry.hf_names]
-        value = entry.rule.merge(parts)
+        value = entry.rule.merge(read_parts(source, entry, shapes, rank, ranks))
         if value.shape != parameter.shape:
             raise ValueError(f"{entry.name}: the table gives shape {tuple(value.shape)}, Megatron {parameter.shape}")
         set_parameter(parameter, value)
@@ -126,11 +129,12 @@ def _check_tied(source: Safetensors, directory: str | Path, architecture: Archit
     """A second, different output layer beside a tied embedding would be lost silently."""
     if not source.has(HEAD):
         return
-    shape = hf_shapes(architecture)[EMBEDDING]
-    head, embedding = (read_part(source, n, shape, 0, world.tp_rank, world.layout.tp) for n in (HEAD, EMBEDDING))
-    if not torch.equal(head, embedding):
+    tied = embedding(architecture)
+    rows = [spans(Rule(split_dim=0), 0, architecture.vocabulary, world.tp_rank, world.layout.tp)[0]] * 2
+    head, own = (source.read(name, 0, *span) for name, span in zip((HEAD, tied), rows, strict=True))
+    if not torch.equal(head, own):
         raise UserError(
-            f"{directory} ties its embeddings but {HEAD} differs from {EMBEDDING}; "
+            f"{directory} ties its embeddings but {HEAD} differs from {tied}; "
             f"set tie_word_embeddings to false in its config.json."
         )
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.ssm.gated_delta_net.common import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,7 +22,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.policy.attention import CausalAttention
+from exprl_megatron.policy.gated_delta_net import LocalGatedDeltaNet, PlainRMSNorm
 from exprl_megatron.policy.local_layers import SwiGlu
 from exprl_megatron.policy.post_norm import Modules, PostNorm, ScaledWhereStretched
 
@@ -33,6 +36,18 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # Each tensor-parallel rank then sees a part of the tokens: Megatron sums such gradients.
         self.weight.sequence_parallel = config.sequence_parallel
+        self._zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [..., hidden_size]."""
+        return normed(hidden, self.weight, self.eps, self._zero_centered)
+
+
+def normed(hidden: torch.Tensor, weight: torch.Tensor, eps: float | None, zero_centered: bool) -> torch.Tensor:
+    """The root-mean-square norm of [..., weight's size]; `zero_centered` multiplies by 1 + weight, summed in fp32."""
+    if not zero_centered:
+        return torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)
+    return torch.nn.functional.rms_norm(hidden.float(), weight.shape, 1 + weight.float(), eps).type_as(hidden)
 
 
 class PlainProduct:
@@ -77,38 +92,50 @@ class NormColumnParallelLinear(PlainProduct, ColumnParallelLinear):
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
         """hidden: [sequence, batch, input_size]; returns (output, bias or None) as the linear layer does."""
-        normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], self.layer_norm_weight, self.layer_norm_eps)
-        return super().forward(normed, *args, **kwargs)
+        zero_centered = self.config.layernorm_zero_centered_gamma
+        norm = normed(hidden, self.layer_norm_weight, self.layer_norm_eps, zero_centered)
+        return super().forward(norm, *args, **kwargs)
 
 
 POST_NORM = Modules(ColumnLinear, RowLinearWithNorm, ScaledCausalAttention, RMSNorm, SwiGlu)
 
 
-def local_block(config: TransformerConfig, with_experts: Sequence[bool]) -> TransformerBlockSubmodules:
-    """Decoder layers with experts or without, and the final norm (which Megatron builds on the last stage alone)."""
-    return TransformerBlockSubmodules(layer_specs=[_layer(config, e) for e in with_experts], layer_norm=RMSNorm)
+def local_block(config: TransformerConfig, layers: Sequence[Architecture]) -> TransformerBlockSubmodules:
+    """Decoder layers like those of `layers`, and the final norm (which Megatron builds on the last stage alone)."""
+    return TransformerBlockSubmodules(layer_specs=[_layer(config, layer) for layer in layers], layer_norm=RMSNorm)
 
 
-def _layer(config: TransformerConfig, with_experts: bool) -> ModuleSpec:
-    qk_norm = RMSNorm if config.qk_layernorm else None
+def _layer(config: TransformerConfig, layer: Architecture) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=NormColumnParallelLinear,
-                    core_attention=CausalAttention,
-                    linear_proj=RowLinear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
+            self_attention=_attention(config) if layer.delta_net is None else _delta_net(),
             self_attn_bda=get_bias_dropout_add,
-            **(_experts() if with_experts else _dense_mlp()),
+            **(_experts() if layer.experts is not None else _dense_mlp()),
             mlp_bda=get_bias_dropout_add,
         ),
+    )
+
+
+def _attention(config: TransformerConfig) -> ModuleSpec:
+    qk_norm = RMSNorm if config.qk_layernorm else None
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=NormColumnParallelLinear,
+            core_attention=CausalAttention,
+            linear_proj=RowLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _delta_net() -> ModuleSpec:
+    return ModuleSpec(
+        module=LocalGatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(in_proj=NormColumnParallelLinear, out_norm=PlainRMSNorm, out_proj=RowLinear),
     )
 
 

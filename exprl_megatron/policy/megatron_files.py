@@ -45,12 +45,16 @@ class MegatronFiles:
 
     def dtype(self, stored: Stored) -> torch.dtype:
         """The dtype of one parameter."""
-        return self._tensors[stored.key].properties.dtype
+        return self._tensors[stored.tensors[0].key].properties.dtype
 
     def read(self, stored: Stored) -> torch.Tensor:
         """One parameter, as a single rank would hold it, without padding."""
+        tensors = [self._read(tensor) for tensor in stored.tensors]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def _read(self, stored: Stored) -> torch.Tensor:
         ahead = (1,) * len(stored.index)
-        target = torch.empty(ahead + stored.shape, dtype=self.dtype(stored))
+        target = torch.empty(ahead + stored.shape, dtype=self._tensors[stored.key].properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(stored.index + (0,) * len(stored.shape)), target.shape)
         tensor = self._tensors[stored.key]
         pieces = TensorStorageMetadata(tensor.properties, tensor.size, self._pieces[stored.key][stored.index])
@@ -72,7 +76,7 @@ class MegatronFiles:
             raise UserError(f"{self.directory}/.metadata is damaged ({error}); convert or copy it again.") from error
 
     def _check(self, metadata: Metadata, architecture: Architecture) -> None:
-        table = stored_parameters(architecture)
+        table = [tensor for stored in stored_parameters(architecture) for tensor in stored.tensors]
         known = {stored.key: len(stored.index) for stored in table}
         unknown = {key for key in self._tensors if key not in known and not _OTHERS.fullmatch(key)}
         for what, names in (("lacks the", known.keys() - self._tensors.keys()), ("has the unknown", unknown)):

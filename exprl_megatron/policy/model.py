@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,6 +23,7 @@ from exprl_megatron.models.architecture import (
 )
 from exprl_megatron.policy.emulation import emulate_fp8
 from exprl_megatron.policy.frequencies import rope_frequencies
+from exprl_megatron.policy.gated_delta_net import cuda_block, delta_net_settings
 from exprl_megatron.policy.gradient_fusion import fuses_gradients
 from exprl_megatron.policy.local_layers import RotationTable
 from exprl_megatron.policy.local_spec import POST_NORM, local_block
@@ -81,6 +81,9 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm and not architecture.post_norms,
+        layernorm_zero_centered_gamma=architecture.zero_centered_norms,
+        attention_output_gate=architecture.output_gate,
+        **delta_net_settings(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
@@ -245,8 +248,8 @@ def _block(
     if architecture.post_norms:
         return post_norm_block(_transformer_engine_modules() if cuda else POST_NORM, len(layers))
     if cuda:
-        return get_gpt_decoder_block_spec(megatron, use_transformer_engine=True, vp_stage=stage)
-    return local_block(megatron, [architecture.of_layer(layer).experts is not None for layer in layers])
+        return cuda_block(megatron, stage)
+    return local_block(megatron, [architecture.of_layer(layer) for layer in layers])
 
 
 def _transformer_engine_modules() -> Modules:

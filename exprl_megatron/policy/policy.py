@@ -19,7 +19,7 @@ from exprl_megatron.algorithms.batch import SampleOrOutline, replays_routing
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.models.architecture import read_architecture
-from exprl_megatron.models.flops import attention_flops, linear_flops
+from exprl_megatron.models.flops import attention_growth, linear_flops
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.balance import weigh_balance_by_tokens
@@ -232,8 +232,7 @@ class Policy:
             # Interleaved pipelines need as many micro-batches as stages at a time.
             group=layout.pp if layout.vpp > 1 else 1,
             # Attention's operations per token grow with the sequence; the matrices' do not.
-            parity=linear_flops(self.architecture)
-            / (self.architecture.layers * attention_flops(self.architecture, sequence_length=1)),
+            parity=linear_flops(self.architecture) / attention_growth(self.architecture),
         )
 
     def _padding(self, samples: Sequence[SampleOrOutline]) -> dict[str, float]:

@@ -4,6 +4,7 @@ Parameters that are cut identically, such as all experts, are computed once and 
 messages.py.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.name_map import Parameter, Rule, hf_shapes, parameters
+from exprl_megatron.models.name_map import Parameter, hf_shapes, parameters
+from exprl_megatron.models.rules import Rule, spans
 from exprl_megatron.models.shards import Shape, copies, holders, in_words, shard_shape
 
 SHARD = np.dtype(
@@ -70,7 +72,7 @@ def shard_table(
     shards = shards[np.argsort(shards["tensor"], kind="stable")]
     widths = np.empty(len(table), dtype=np.int32)
     for rows in alike.values():
-        widths[[number for number, _, _ in rows]] = (*shard_shape(table[rows[0][0]], shapes, layout), 1)[1]
+        widths[[number for number, _, _ in rows]] = math.prod(shard_shape(table[rows[0][0]], shapes, layout)[1:])
     starts = np.searchsorted(shards["tensor"], np.arange(len(shapes) + 1))
     merged, same = _merged(holdings)
     shards["holding"] = same[shards["holding"]]
@@ -97,16 +99,27 @@ def _pattern(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) -> 
     parts = len(holders(parameter, layout))
     dim = parameter.rule.split_dim
     runs_of = _runs(parameter.rule, shard_shape(parameter, shapes, layout)[0])
-    for which, (name, (count, runs)) in enumerate(zip(parameter.hf_names, runs_of, strict=True)):
-        height, width = (*shapes[name], 1)[:2]
+    for which, (name, (_, runs)) in enumerate(zip(parameter.hf_names, runs_of, strict=True)):
+        height, width = shapes[name][0], math.prod(shapes[name][1:])
         columns = width // parts if dim == 1 else width
         for index in range(parts):
-            first = index * count if dim == 0 else 0
-            # The last rows of a vocabulary may be padding.
+            held = spans(parameter.rule, which, height, index, parts) if dim == 0 else [(0, height)]
             for start, length, local_row in runs:
-                length = min(length, height - first - start)
-                if length > 0:
-                    yield which, index, first + start, length, index * columns if dim == 1 else 0, columns, local_row
+                for row, rows, skipped in _within(held, start, length):
+                    yield which, index, row, rows, index * columns if dim == 1 else 0, columns, local_row + skipped
+
+
+def _within(held: list[tuple[int, int]], start: int, length: int) -> Iterable[tuple[int, int, int]]:
+    """Rows `start` on of a part, which has the spans `held` of a tensor: (first, rows, rows of the run before it).
+
+    What is behind the spans is padding, as of a vocabulary's last part.
+    """
+    begin = 0
+    for first, stop in held:
+        low, high = max(start, begin), min(start + length, begin + stop - first)
+        if low < high:
+            yield first + low - begin, high - low, low - start
+        begin += stop - first
 
 
 @lru_cache(maxsize=64)

@@ -16,7 +16,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from exprl_megatron import planning
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.models.architecture import padded_vocabulary, read_architecture
-from exprl_megatron.models.name_map import Vocabulary, hf_shapes, is_buffer, parameters
+from exprl_megatron.models.name_map import hf_shapes, is_buffer, parameters
+from exprl_megatron.models.rules import Vocabulary
 from exprl_megatron.models.stored_parameters import stored_parameters
 from exprl_megatron.policy.named_weights import named_weights
 

@@ -31,6 +31,7 @@ FAMILIES = {
     "seed-oss": {"vocab_size": 107},
     "glm4-moe": {"vocab_size": 107, "mtp": True},
     "olmo3": {"layers": 4},
+    "qwen3.5": {"vocab_size": 107},
 }
 YARN = {
     "rope_type": "yarn",
@@ -75,7 +76,7 @@ def test_stretched_positions_come_back_with_every_setting(tiny_model, tmp_path, 
     assert read_architecture(tmp_path / "back") == read_architecture(model)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "glm4-moe", "olmo3"])
+@pytest.mark.parametrize("family", ["qwen3", "glm4-moe", "olmo3", "qwen3.5"])
 def test_a_policy_in_one_process_loads_a_converted_directory(tiny_model, tmp_path, world, tensors, same, family):
     model = tiny_model(family, **FAMILIES[family])
     convert_to_megatron(model, tmp_path / "megatron")

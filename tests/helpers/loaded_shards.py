@@ -6,7 +6,7 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.name_map import hf_shapes, parameters
 from exprl_megatron.models.shards import copies, holders
-from exprl_megatron.models.weight_readers import read_part
+from exprl_megatron.models.weight_readers import read_parts
 
 EXPERTS = Layout(tp=2, pp=2, dp=2, ep=2, etp=2, sequence_parallel=True)
 CASES = [
@@ -34,10 +34,7 @@ def shards(architecture, layout, source):
     for parameter in parameters(architecture, layout):
         ranks = holders(parameter, layout)
         for index, first in enumerate(ranks):
-            parts = [
-                read_part(source, name, shapes[name], parameter.rule.split_dim, index, len(ranks))
-                for name in parameter.hf_names
-            ]
+            parts = read_parts(source, parameter, shapes, index, len(ranks))
             for rank in copies(parameter, first, layout):
                 held[rank][parameter] = parameter.rule.merge(parts)
     return held

@@ -17,12 +17,17 @@ from transformers import (
     Olmo3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
 )
 
-Architecture = Literal["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe", "olmo3"]
+Architecture = Literal[
+    "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe", "olmo3", "qwen3.5"
+]
 CONFIGS = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
@@ -33,6 +38,7 @@ CONFIGS = {
     "seed-oss": SeedOssConfig,
     "glm4-moe": Glm4MoeConfig,
     "olmo3": Olmo3Config,
+    "qwen3.5": Qwen3_5TextConfig,
 }
 OWN_SETTINGS = {
     "mistral": {"sliding_window": None},
@@ -40,6 +46,14 @@ OWN_SETTINGS = {
     "seed-oss": {"head_dim": 24},
     "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3.5": {
+        "head_dim": 32,
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+    },
     "glm4-moe": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -118,6 +132,11 @@ def write_tiny_model(
     model = AutoModelForCausalLM.from_config(config).float()
     for name, parameter in model.named_parameters():
         mean, deviation = (1.0, 0.3) if "norm" in name else (0.0, 0.5 if name.endswith("bias") else 0.15)
+        if architecture == "qwen3.5" and "norm" in name and "linear_attn" not in name:
+            # These norms multiply by 1 + their weight.
+            mean = 0.0
+        if "conv1d" in name:
+            deviation = 0.5
         torch.nn.init.normal_(parameter.data, mean, deviation)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -126,6 +145,8 @@ def write_tiny_model(
     if mtp:
         _add_prediction_layer(directory / "model.safetensors", layers)
     tokenizer.save_pretrained(directory)
+    if architecture == "qwen3.5":
+        _write_interval(directory / "config.json")
     if published_form:
         _write_published_form(directory / "config.json")
     return directory
@@ -142,6 +163,43 @@ def _add_prediction_layer(path: Path, layers: int) -> None:
     extra[f"{added}embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
     extra[f"{added}shared_head.head.weight"] = weights["lm_head.weight"].clone()
     save_file(weights | extra, path, metadata={"format": "pt"})
+
+
+def write_tiny_vision_model(directory: Path, text_model: Path) -> Path:
+    """Write Qwen3.5 as it is published, with a vision tower and a layer of multi-token prediction.
+
+    Its language model is the tiny `text_model`.
+    """
+    text = json.loads((text_model / "config.json").read_text())
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
+    config = Qwen3_5Config(
+        text_config=text,
+        vision_config=vision | {"out_hidden_size": text["hidden_size"], "num_position_embeddings": 16},
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+    torch.manual_seed(1)
+    model = Qwen3_5ForConditionalGeneration(config).float()
+    weights = load_file(text_model / "model.safetensors")
+    named = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in weights.items()}
+    rest = model.load_state_dict(named, strict=False)
+    assert not rest.unexpected_keys and all(name.startswith(("model.visual.", "lm_head")) for name in rest.missing_keys)
+    model.save_pretrained(directory)
+    path = directory / "model.safetensors"
+    extra = {f"mtp.layers.0.{name}.weight": torch.randn(8, 4) for name in ("mlp.up_proj", "input_layernorm")}
+    save_file(load_file(path) | extra | {"mtp.norm.weight": torch.randn(4)}, path, metadata={"format": "pt"})
+    tree = json.loads((directory / "config.json").read_text())
+    tree["text_config"]["full_attention_interval"] = text["full_attention_interval"]
+    (directory / "config.json").write_text(json.dumps(tree, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (directory / name).write_bytes((text_model / name).read_bytes())
+    return directory
+
+
+def _write_interval(path: Path) -> None:
+    """Write what published files of Qwen3.5 say of their layers, which transformers 5 leaves out."""
+    config = json.loads(path.read_text())
+    config["full_attention_interval"] = config["layer_types"].index("full_attention") + 1
+    path.write_text(json.dumps(config, indent=2))
 
 
 def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -238,7 +238,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, said):
     [
         ("Glm4MoeLiteForCausalLM", {"n_routed_experts": 128}, "Glm4MoeForCausalLM"),
         ("Qwen3NextForCausalLM", {"num_experts": 512}, "Qwen3MoeForCausalLM"),
-        ("Qwen3_5ForConditionalGeneration", {}, "Qwen3ForCausalLM"),
+        ("Qwen3_6ForConditionalGeneration", {}, "Qwen3_5ForConditionalGeneration"),
         ("Ministral3ForCausalLM", {}, "MistralForCausalLM"),
         ("LlamaBidirectionalModel", {}, "LlamaForCausalLM"),
     ],

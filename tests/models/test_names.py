@@ -17,7 +17,7 @@ from exprl_megatron.models.name_map import (
 )
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss")
-TIED_OR_NOT = [(family, tied) for family in FAMILIES for tied in (False, True)] + [
+TIED_OR_NOT = [(family, tied) for family in (*FAMILIES, "qwen3.5") for tied in (False, True)] + [
     (family, False) for family in ("glm4-moe", "olmo3")
 ]
 """Embeddings of GLM-4.5 and Olmo 3 are not tied."""

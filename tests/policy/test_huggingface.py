@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
-from exprl_megatron.models.weight_readers import Random, read_part
+from exprl_megatron.models.name_map import parameters
+from exprl_megatron.models.weight_readers import Random, read_parts
 from exprl_megatron.policy.gather import bucket_plan, gather_buckets
 from exprl_megatron.policy.huggingface import initialize, load_huggingface, save_huggingface
 from exprl_megatron.policy.model import build_chunks
@@ -184,9 +185,10 @@ def test_random_weights_follow_the_architecture_and_the_seed(model, world):
 def test_parts_of_a_padded_vocabulary_are_filled_with_zeros(model):
     architecture = read_architecture(model)
     source = Random(architecture, seed=0)
-    shape = (architecture.vocabulary, architecture.hidden)
     name = "model.embed_tokens.weight"
-    parts = [read_part(source, name, shape, 0, rank, 3) for rank in range(3)]
+    shapes = {name: (architecture.vocabulary, architecture.hidden)}
+    table = parameters(architecture, Layout())
+    parts = [read_parts(source, table[0], shapes, rank, 3)[0] for rank in range(3)]
     assert {tuple(part.shape) for part in parts} == {(43, 64)}
     joined = torch.cat(parts)
     assert torch.equal(joined[:128], source.read(name))

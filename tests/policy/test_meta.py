@@ -11,7 +11,7 @@ from helpers.meta import meta_chunks, pretend_world
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.models.architecture import Architecture, layout_violations, padded_vocabulary, read_architecture
-from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, parameters
+from exprl_megatron.models.name_map import HEAD, embedding, hf_shapes, parameters
 from exprl_megatron.planning.parameters import rank_counts
 from exprl_megatron.policy.world import World
 
@@ -22,7 +22,7 @@ LLAMA_70B = read_architecture(PUBLISHED / "llama-3.3-70b")
 def by_the_table(architecture: Architecture, world: World) -> dict[tuple[int, str], tuple[int, ...]]:
     """The rank's parameters and their shapes, made of the Hugging Face shapes by the table of names."""
     shapes = hf_shapes(architecture)
-    for name in (EMBEDDING, HEAD):
+    for name in (embedding(architecture), HEAD):
         shapes[name] = (padded_vocabulary(architecture, world.layout.tp), architecture.hidden)
     found = {}
     for entry in parameters(architecture, world.layout):

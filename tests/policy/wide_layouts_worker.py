@@ -44,6 +44,14 @@ WINDOWS = {
     "PP2xVPP2xDP2": Layout(pp=2, vpp=2, dp=2),
 }
 """Of a model with windows in half of its layers, and norms of queries and keys over all heads."""
+DELTA_NETS = {
+    "TP1": Layout(),
+    "TP2": Layout(tp=2),
+    "PP2": Layout(pp=2),
+    "PP2xVPP2": Layout(pp=2, vpp=2),
+    "TP2xPP2xDP2+SP": DENSE["TP2xPP2xDP2+SP"],
+}
+"""Of a model with gated delta nets in every other layer."""
 UNEVEN = {
     "TP1": Layout(),
     "PP2 embedding as layer": Layout(pp=2, embedding_as_layer=True),
@@ -53,6 +61,7 @@ UNEVEN = {
     "PP4xEP2 embedding as layer": Layout(pp=4, dp=2, ep=2, embedding_as_layer=True),
 }
 """Of a model with seven layers."""
+FULL = {"recompute": "full"}
 CASES = {
     f"{family} {name}": (family, layout, {}, {})
     for family, layouts in (
@@ -61,6 +70,7 @@ CASES = {
         ("mixtral", UNEVEN),
         ("glm4-moe", UNLIKE),
         ("olmo3", WINDOWS),
+        ("qwen3.5", DELTA_NETS),
     )
     for name, layout in layouts.items()
 } | {
@@ -74,9 +84,9 @@ CASES = {
     "olmo3 TP2 padded": ("olmo3", Layout(tp=2), {"packing": False}, {}),
     "olmo3 PP2 recompute selective": ("olmo3", Layout(pp=2), {"recompute": "selective"}, {}),
     "olmo3 TP2xPP2xDP2+SP recompute full": ("olmo3", WINDOWS["TP2xPP2xDP2+SP"], {"recompute": "full"}, {}),
+    "qwen3.5 TP2xPP2 padded, recompute full": ("qwen3.5", Layout(tp=2, pp=2), {"packing": False, **FULL}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
-FULL = {"recompute": "full"}
 REPLAYED = {
     "qwen3-moe TP1": ("qwen3-moe", Layout(), {}),
     "qwen3-moe PP2 recompute full": ("qwen3-moe", Layout(pp=2), FULL),
@@ -89,7 +99,7 @@ REPLAYED = {
     "mixtral PP3 both as layers": ("mixtral", UNEVEN["PP3 both as layers"], FULL),
 }
 """With experts that no router chose: the model, the layout and settings of the policy."""
-LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4, "olmo3": 4}
+LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4, "olmo3": 4, "qwen3.5": 4}
 BALANCED = ("TP1", "PP2", "EP2", "CP2xEP2", "TP2xEP2+SP", "TP2xDP2xEP2xETP2+SP")
 BALANCE = 0.3
 """Weight of the router's load-balancing loss."""

@@ -33,7 +33,7 @@ from exprl_megatron.models.architecture import (  # noqa: E402
     padded_vocabulary,
     read_architecture,
 )
-from exprl_megatron.models.name_map import EMBEDDING, HEAD, hf_shapes, is_buffer, parameters  # noqa: E402
+from exprl_megatron.models.name_map import HEAD, embedding, hf_shapes, is_buffer, parameters  # noqa: E402
 from exprl_megatron.models.stored_parameters import stored_parameters  # noqa: E402
 from exprl_megatron.policy.named_weights import named_weights  # noqa: E402
 
@@ -79,7 +79,7 @@ def build_all(name: str) -> dict:
 def by_the_table(architecture: Architecture, config: PolicyConfig) -> dict[tuple[int, int], Shapes]:
     """Names and shapes of the parameters of each (pipeline, expert-parallel) rank, from the Hugging Face shapes."""
     layout, shapes = config.layout, hf_shapes(architecture)
-    for name in {EMBEDDING, HEAD} & shapes.keys():
+    for name in {embedding(architecture), HEAD} & shapes.keys():
         shapes[name] = (padded_vocabulary(architecture, layout.tp), architecture.hidden)
     found: dict[tuple[int, int], Shapes] = defaultdict(dict)
     for entry in parameters(architecture, layout, grouped=True):

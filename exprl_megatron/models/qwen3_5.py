@@ -1,0 +1,77 @@
+"""Qwen3.5 and 3.6, dense: what their config.json says beside what all families' do, as transformers 5 reads it."""
+
+from exprl_megatron.errors import UserError
+from exprl_megatron.models.delta_net import DeltaNet
+
+LINEAR, FULL = "linear_attention", "full_attention"
+VISION_MODEL = "Qwen3_5ForConditionalGeneration"
+NAMES = ("Qwen3_5ForCausalLM", VISION_MODEL)
+_INTERVAL = 4
+
+
+def text_settings(tree: dict, path: str) -> dict:
+    """The settings of the language model: a vision model has them under `text_config`; other trees are returned as is.
+
+    Raises UserError where the file, read from `path`, lacks them or contradicts itself.
+    """
+    if tree["architectures"][0] != VISION_MODEL:
+        return tree
+    text = tree.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{path} lacks text_config; fetch the model again.")
+    tied = bool(tree.get("tie_word_embeddings", False))
+    if bool(text.get("tie_word_embeddings", tied)) != tied:
+        raise UserError(
+            f"{path} has tie_word_embeddings {str(tied).lower()} and another value in text_config, which libraries "
+            f"read differently; make both the same."
+        )
+    return text | {"architectures": tree["architectures"], "tie_word_embeddings": tied}
+
+
+def layer_types(tree: dict) -> tuple[str, ...]:
+    """Of each layer whether it is a gated delta net or attention."""
+    if tree.get("layer_types"):
+        return tuple(tree["layer_types"])
+    interval = tree.get("full_attention_interval", _INTERVAL)
+    return tuple(LINEAR if (layer + 1) % interval else FULL for layer in range(tree["num_hidden_layers"]))
+
+
+def delta_net(tree: dict) -> DeltaNet:
+    """Sizes of the gated delta net layers."""
+    return DeltaNet(
+        key_heads=tree.get("linear_num_key_heads", 16),
+        value_heads=tree.get("linear_num_value_heads", 32),
+        key_dim=tree.get("linear_key_head_dim", 128),
+        value_dim=tree.get("linear_value_head_dim", 128),
+        kernel=tree.get("linear_conv_kernel_dim", 4),
+    )
+
+
+def prefix(tree: dict) -> str:
+    """Beginning of the names of the language model's tensors."""
+    return "model.language_model." if tree["architectures"][0] == VISION_MODEL else "model."
+
+
+def left_out(tree: dict) -> tuple[str, ...]:
+    """The vision tower and the layers of multi-token prediction."""
+    return ("model.visual.", "mtp.") if tree["architectures"][0] == VISION_MODEL else ("mtp.",)
+
+
+def unsupported_setting(tree: dict) -> str | None:
+    """The first setting, as a noun phrase, that this policy or SGLang computes otherwise than transformers."""
+    interval = tree.get("full_attention_interval", _INTERVAL)
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        return f"full_attention_interval {interval!r}"
+    types = tree.get("layer_types")
+    if types and list(types) != list(layer_types({**tree, "layer_types": None})):
+        return f"layer_types that are not one layer of {FULL} after each {interval - 1} of {LINEAR}"
+    if not tree.get("attn_output_gate", True):
+        return "attn_output_gate false"
+    if tree.get("output_gate_type") not in (None, "silu", "swish"):
+        return f"output_gate_type {tree['output_gate_type']}"
+    net = delta_net(tree)
+    if net.value_heads % net.key_heads:
+        return f"linear_num_value_heads {net.value_heads}, which linear_num_key_heads {net.key_heads} does not divide"
+    if tree.get("num_experts"):
+        return "experts"
+    return None

@@ -1,0 +1,163 @@
+"""How a Megatron parameter is made of Hugging Face tensors: merged on each rank, taken apart, and joined again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a Megatron parameter is made of Hugging Face tensors: here, one tensor, the same on every rank.
+
+    `split_dim` is the dimension of the Hugging Face tensors that tensor parallelism cuts into equal parts
+    (None: not cut); every rank merges its parts into its parameter.
+    """
+
+    split_dim: int | None = None
+
+    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One rank's parts of the Hugging Face tensors -> that rank's Megatron parameter."""
+        return parts[0]
+
+    def parts(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inverse of merge."""
+        return (parameter,)
+
+    def sections(self, tensor: int) -> tuple[int, ...]:
+        """Sizes, in any unit, of the sections of a Hugging Face tensor that are each cut on their own; (1,): the whole.
+
+        `tensor` is its place among the rule's tensors; a part has the rank's piece of each section, one after another.
+        """
+        return (1,)
+
+    def join(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The Megatron parameters of all tensor-parallel ranks, in their order -> the full Hugging Face tensors."""
+        if self.split_dim is None:
+            return self.parts(shards[0])
+        by_tensor = zip(*(self.parts(shard) for shard in shards), strict=True)
+        return tuple(self._joined(number, parts) for number, parts in enumerate(by_tensor))
+
+    def _joined(self, tensor: int, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        dim, sections = self.split_dim, self.sections(tensor)
+        if dim is None or len(sections) == 1:
+            return _joined(parts, dim or 0)
+        cut = [part.split([size * part.shape[dim] // sum(sections) for size in sections], dim) for part in parts]
+        return _joined([_joined(section, dim) for section in zip(*cut, strict=True)], dim)
+
+
+@dataclass(frozen=True)
+class GateUp(Rule):
+    """SwiGLU's two matrices, each cut by rows, gate above up."""
+
+    split_dim: int = 0
+
+    def merge(self, parts):
+        return _joined(parts)
+
+    def parts(self, parameter):
+        return parameter.chunk(2)
+
+
+@dataclass(frozen=True)
+class QueryKeyValue(Rule):
+    """Query, key and value, cut by rows; in Megatron each KV group's queries, key and value lie together."""
+
+    split_dim: int = 0
+    heads_per_group: int = 1
+    head_dim: int = 1
+
+    def merge(self, parts):
+        query, key, value = parts
+        groups = key.shape[0] // self.head_dim
+        grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in (query, key, value)]
+        return _joined(grouped, 1).flatten(0, 1)
+
+    def parts(self, parameter):
+        rows = (self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
+        grouped = parameter.reshape(-1, sum(rows), *parameter.shape[1:])
+        return tuple(part.flatten(0, 1) for part in grouped.split(rows, dim=1))
+
+
+@dataclass(frozen=True)
+class GatedQueryKeyValue(QueryKeyValue):
+    """As QueryKeyValue where attention's output has a gate: a head's query and gate lie together in the first tensor.
+
+    In Megatron each KV group has its queries, then their gates, then key and value (SelfAttention,
+    get_query_key_value_tensors with output_gate).
+    """
+
+    def merge(self, parts):
+        both, key, value = parts
+        heads = both.reshape(-1, self.heads_per_group, 2, self.head_dim, *both.shape[1:])
+        return super().merge((heads.transpose(1, 2).flatten(0, 3), key, value))
+
+    def parts(self, parameter):
+        rows = (2 * self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
+        grouped = parameter.reshape(-1, sum(rows), *parameter.shape[1:])
+        both, key, value = (part.flatten(0, 1) for part in grouped.split(rows, dim=1))
+        heads = both.reshape(-1, 2, self.heads_per_group, self.head_dim, *both.shape[1:])
+        return heads.transpose(1, 2).flatten(0, 3), key, value
+
+
+@dataclass(frozen=True)
+class Stacked(Rule):
+    """Tensors one above the other, and sections within them: each section is cut by rows on its own.
+
+    `rows` has, for every tensor, the rows of its sections in the whole model.
+    """
+
+    split_dim: int = 0
+    rows: tuple[tuple[int, ...], ...] = ()
+
+    def sections(self, tensor):
+        return self.rows[tensor]
+
+    def merge(self, parts):
+        return _joined(parts)
+
+    def parts(self, parameter):
+        sizes = [sum(sections) for sections in self.rows]
+        return parameter.split([size * len(parameter) // sum(sizes) for size in sizes])
+
+
+@dataclass(frozen=True)
+class Vocabulary(Rule):
+    """An embedding or output layer, cut by rows after its rows were padded with zeros to fit."""
+
+    split_dim: int = 0
+    rows: int = 0
+    """Rows without padding."""
+
+    def join(self, shards):
+        return (_joined(shards)[: self.rows],)
+
+
+Row = tuple[str, tuple[str, ...], Rule, int | None]
+"""Megatron name, Hugging Face names, rule, expert-parallel rank."""
+
+
+def spans(rule: Rule, tensor: int, size: int, rank: int, ranks: int) -> list[tuple[int, int]]:
+    """Begin and end of what shard `rank` of `ranks` has of the rule's Hugging Face tensor of `size` along split_dim.
+
+    In the order of the shard's part. Where `ranks` does not divide a size (the vocabulary), the last spans are short.
+    """
+    sections = rule.sections(tensor)
+    unit, found, begin = size // sum(sections), [], 0
+    for section in sections:
+        length = unit * section if len(sections) > 1 else size
+        each = math.ceil(length / ranks)
+        found.append((begin + min(rank * each, length), begin + min((rank + 1) * each, length)))
+        begin += length
+    return found
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    import torch
+
+    return torch.cat(tuple(parts), dim=dim)
