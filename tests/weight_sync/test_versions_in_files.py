@@ -1,6 +1,7 @@
 """Weights that go through files: each server has every version's own tensors under its name, and no others."""
 
 import asyncio
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,8 +64,12 @@ def model(tmp_path):
 
 @pytest.fixture
 def agent(monkeypatch, tmp_path):
-    """Settings of the agent that all servers share: `late`, it answers after a while; `error`, what it reports."""
-    local, settings = tmp_path / "local", SimpleNamespace(late=False, error=None)
+    """Settings of the agent that all servers share.
+
+    `late`: it answers after a while; `error`: what it reports; `local`: where its copy of the weights is.
+    """
+    local = tmp_path / "local"
+    settings = SimpleNamespace(late=False, error=None, local=local)
 
     def serve(path, request):
         apply_request(request, path.parent, local)
@@ -118,6 +123,8 @@ def test_by_delta_servers_that_are_connected_later_begin_with_whole_weights(mode
     pushed(transport, [("v1", 10)])
     newcomer = Server("policy-1")
     transport.connect([newcomer])
+    # Its agent has no weights yet.
+    shutil.rmtree(agent.local)
     pushed(transport, [("v2", 20)])
     assert newcomer.loaded == [("v2", weights(20))]
 
