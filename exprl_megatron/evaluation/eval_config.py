@@ -35,7 +35,7 @@ class EvalConfig(Config):
     verifier_workers: PositiveInt | Literal["auto"] = "auto"
 
     def check(self) -> None:
-        """Raise UserError where the settings contradict each other."""
+        """Check that the settings do not contradict each other. Raises UserError where they do."""
         found = [
             f"k contains {k}, more than the {self.samples} samples; raise --samples."
             for k in self.k

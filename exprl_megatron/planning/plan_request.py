@@ -25,10 +25,12 @@ def plan_target(
     stage_name: str | None = None,
     lengths: tuple[float | None, float | None] = (None, None),
 ) -> Plan:
-    """The plan of a config as it is, or, with `gpus`, of the best that so many GPUs can do.
+    """Plan a config as it is, or, with `gpus`, the best allocation and layout of that number of GPUs.
 
-    Then GPUs are divided between trainer and servers, unless `train_only`. `lengths`: mean tokens of a prompt and of a
-    response. Raises UserError where there is nothing to plan or nothing fits.
+    With `gpus`, they are divided between trainer and servers, unless `train_only`. `lengths`: mean tokens of a prompt
+    and of a response.
+
+    Raises: UserError where there is nothing to plan or nothing fits.
 
     More than 7 parameters: they are the options of `exprl plan`.
     """

@@ -49,7 +49,10 @@ class LengthDistribution:
 
     @cached_property
     def rate(self) -> float:
-        """Decay of the density; negative where the mean is above half of the bound."""
+        """Decay of the density, per token; negative where the mean is above half of the bound.
+
+        Raises: UserError where the mean is not between 0 and the bound.
+        """
         if not 0 < self.mean < self.bound:
             raise UserError(f"The mean length {self.mean:g} is not between 0 and the bound {self.bound:g}; change one.")
         low, high = -60.0 / self.bound, 60.0 / self.bound + 1 / self.mean
