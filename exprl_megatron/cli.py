@@ -63,15 +63,17 @@ def train(
             "--dry-run", help="Check all that a start checks; print config, processes and one problem's prompts."
         ),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last complete checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's last complete checkpoint.")] = False,
     servers: Annotated[
         ServersFrom, typer.Option(help="Start the servers here, or wait for those that `exprl serve` registers.")
     ] = ServersFrom.OWN,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes that share the trainer's processes.")] = 1,
-    node_rank: Annotated[int | None, typer.Option(min=0, help="This node's number; node 0 conducts.")] = None,
-    master: Annotated[str | None, typer.Option(help="HOST:PORT of node 0, a free port there.")] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="This node's number, from 0; node 0 has the controller rank.")
+    ] = None,
+    master: Annotated[str | None, typer.Option(help="Address of node 0 and a free port there, HOST:PORT.")] = None,
     check: Annotated[
-        bool, typer.Option("--assert", help="Stop where what must be equal is not: debug.assertions=true.")
+        bool, typer.Option("--assert", help="Stop where values that must agree do not (debug.assertions=true).")
     ] = False,
 ) -> None:
     """Run the stages of a config, one after the other."""
@@ -118,9 +120,11 @@ def _advice(run: "RunConfig | None") -> str:
 def serve(
     config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
-    kind: Annotated[ServerKind, typer.Option(help="Which of the run's servers.")] = ServerKind.POLICY,
+    kind: Annotated[ServerKind, typer.Option(help="Which servers of the run to start.")] = ServerKind.POLICY,
     node_rank: Annotated[int | None, typer.Option(min=0, help="This node's number. (default: Slurm's, else 0)")] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes that share them. (default: Slurm's, else 1)")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes that share the servers. (default: Slurm's, else 1)")
+    ] = None,
 ) -> None:
     """Keep this machine's share of a run's servers, for `exprl train --servers registered`, until the run has ended."""
     from exprl_megatron.config.load import load_config
@@ -133,15 +137,17 @@ def serve(
 def judge_bench(
     config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
-    traces: Annotated[Path | None, typer.Option(help="Judged traces, JSON lines; else those of judge.gate.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many.")] = None,
-    repeats: Annotated[int, typer.Option(min=0, help="Judge each trace so many times more, sampled.")] = 2,
-    champ: Annotated[bool, typer.Option("--champ", help="Score first wrong steps in CHAMP instead.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    traces: Annotated[
+        Path | None, typer.Option(help="Judged traces as JSON lines. (default: those of judge.gate)")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many traces, the first ones.")] = None,
+    repeats: Annotated[int, typer.Option(min=0, help="How many more times to judge each trace, with sampling.")] = 2,
+    champ: Annotated[bool, typer.Option("--champ", help="Score the first wrong steps in CHAMP instead.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
     json_file: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the three arms: F.png, F.svg or F.pdf.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the three arms to F.png, F.svg or F.pdf.")] = None,
 ) -> None:
-    """Say how far a config's judge can be trusted: with the right reference, none and a wrong one."""
+    """Measure how far a config's judge can be trusted: with the right reference, none and a wrong one."""
     from exprl_megatron.config.load import load_config
     from exprl_megatron.evaluation.judge_bench import BenchOutput, bench_judge, bench_judge_on_champ
 
@@ -166,19 +172,28 @@ app.command("report")(report_command)
 @app.command()
 def judgement(
     hash: Annotated[
-        str | None, typer.Argument(help="Its first six digits or more; the latest are listed without one.")
+        str | None,
+        typer.Argument(help="Six or more of its first digits. Without a hash the latest entries are listed."),
     ] = None,
-    run: Annotated[Path | None, typer.Option(help="The directory of a run that judged.")] = None,
-    store: Annotated[Path | None, typer.Option(help="The file that judge.store names.")] = None,
-    stage: Annotated[str | None, typer.Option(help="List those of this stage, from the rollout log of --run.")] = None,
-    step: Annotated[int | None, typer.Option(min=1, help="List those of this step.")] = None,
-    problem: Annotated[str | None, typer.Option(help="List those of this problem id.")] = None,
-    score: Annotated[str | None, typer.Option(help="List those with this score, or in a range: 0.25:0.75.")] = None,
-    abstained: Annotated[bool, typer.Option("--abstained", help="List abstentions.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="List at most so many.")] = 20,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    run: Annotated[Path | None, typer.Option(help="Directory of a run with a judge.")] = None,
+    store: Annotated[Path | None, typer.Option(help="File that judge.store names.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="List judgements of this stage, from the rollout log of --run.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="List judgements of this step.")] = None,
+    problem: Annotated[str | None, typer.Option(help="List judgements of this problem id.")] = None,
+    score: Annotated[
+        str | None, typer.Option(help="List judgements with this score, or in a range such as 0.25:0.75.")
+    ] = None,
+    abstained: Annotated[bool, typer.Option("--abstained", help="List only abstentions.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of entries.")] = 20,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Show what the judge, or the builder of a rubric, was asked and what it answered."""
+    from exprl_megatron.runs.directory import require_run
+
+    if run is not None:
+        require_run(run)
     from exprl_megatron.inspection.stored_judgements import show_judgement
 
     if not abstained and (stage, step, problem, score) == (None,) * 4:
@@ -195,12 +210,12 @@ def judgement(
 @app.command()
 def waterfall(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
-    stage: Annotated[str | None, typer.Option(help="Of this stage. (default: the latest)")] = None,
-    last: Annotated[int, typer.Option(min=1, help="Its last so many steps.")] = 20,
-    picture: Annotated[Path | None, typer.Option(help="Draw when what was done: F.png, F.svg or F.pdf.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    stage: Annotated[str | None, typer.Option(help="Stage to summarize. (default: the latest)")] = None,
+    last: Annotated[int, typer.Option(min=1, help="How many of its last steps to average.")] = 20,
+    picture: Annotated[Path | None, typer.Option(help="Draw the timeline to F.png, F.svg or F.pdf.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Say what a run's steps spend their time on, and which part is the bottleneck."""
+    """Show what a run's steps spend their time on, and which part is the bottleneck."""
     from exprl_megatron.inspection.run_waterfall import show_waterfall
 
     show_waterfall(run, stage, last, picture, json)
@@ -209,10 +224,13 @@ def waterfall(
 @app.command("leak-scan")
 def leak_scan(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
-    canary: Annotated[str | None, typer.Option(help="Look for this instead of leak_guard.canary.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    canary: Annotated[str | None, typer.Option(help="Text to look for instead of leak_guard.canary.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Look through a run's saved rollouts for references; exit status 1 where one has leaked."""
+    """Search a run's saved rollouts for references; exit status 1 if one has leaked."""
+    from exprl_megatron.runs.directory import require_run
+
+    require_run(run)
     from exprl_megatron.inspection.leak_scan import report_leaks
 
     if report_leaks(run, canary, json):
@@ -222,12 +240,12 @@ def leak_scan(
 @app.command()
 def doctor(
     target: Annotated[
-        str | None, typer.Argument(help="A run's YAML or a recipe (llama3p3_70b): look for what it needs too.")
+        str | None, typer.Argument(help="A run's YAML or a recipe (llama3p3_70b), whose needs are checked too.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
-    gpus: Annotated[bool, typer.Option("--gpus", help="Want what a node with GPUs needs.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Also require what a node with GPUs needs.")] = False,
 ) -> None:
-    """Say what this machine has, and what each missing part prevents; exit status 1 where an essential part is."""
+    """List what this machine has and what each missing part prevents; exit status 1 if an essential part is missing."""
     from exprl_megatron.commands.doctor import examine, lacking, print_findings
     from exprl_megatron.commands.run_needs import needs_of
 

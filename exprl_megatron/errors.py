@@ -62,11 +62,16 @@ _STORAGE = {
     errno.EROFS: "choose a directory that can be written to",
     errno.EACCES: "choose a directory that this user may write to",
     errno.EPERM: "choose a directory that this user may write to",
+    errno.EISDIR: "give the path of a file",
+    errno.ENOTDIR: "choose a path whose parts are directories",
+    errno.EEXIST: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
 def storage_sentence(error: BaseException, where: object = "a file") -> str | None:
-    """Where something cannot be read or written for want of room or rights, one sentence about it; else None.
+    """Where something cannot be read or written for want of room or rights, or because
+    of what is at its path, one sentence about it; else None.
 
     `where` is named if the error itself names no file, as when a disk is full.
     """

@@ -21,43 +21,49 @@ def eval_command(
     samples: Annotated[int, typer.Option(min=1, help="Samples for each problem.")] = 16,
     k: Annotated[
         str | None,
-        typer.Option(help="Which pass@k, for example 1,4,16. (default: those of 1,4,16,128 up to --samples)"),
+        typer.Option(help="Values of k for pass@k, for example 1,4,16. (default: those of 1,4,16,128 up to --samples)"),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 0.8,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 0.8,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longer samples are cut off. (default: 16384, without a GPU 512)")
     ] = None,
-    top_p: Annotated[float, typer.Option(help="Nucleus of the samples.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Likeliest tokens to sample from; -1: all.")] = -1,
+    top_p: Annotated[float, typer.Option(help="Share of probability to sample from (nucleus).")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Number of likeliest tokens to sample from; -1 is all.")] = -1,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     user: Annotated[str, typer.Option(help="User message; {problem} stands for the problem.")] = "{problem}",
-    template_arg: Annotated[list[str] | None, typer.Option(help=f"For the chat template: {PAIRS}")] = None,
+    template_arg: Annotated[list[str] | None, typer.Option(help=f"Argument of the chat template: {PAIRS}")] = None,
     field: Annotated[list[str] | None, typer.Option(help=f"Other names of the problems' fields: {PAIRS}")] = None,
-    split: Annotated[str, typer.Option(help="Of a directory or hub name.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many problems.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a directory or hub name.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many problems, the first ones.")] = None,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="Problems with longer prompts are left out.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory to keep and resume in. (default: runs/eval/...)")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
     json_file: Annotated[Path | None, typer.Option(help="Write the figures to this file too.")] = None,
     keep_unsolved: Annotated[Path | None, typer.Option(help="Write the problems that no sample solved.")] = None,
     max_solve_rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Count a problem as unsolved up to this share of right samples.")
+        float, typer.Option(min=0, max=1, help="Largest share of right samples at which a problem counts as unsolved.")
     ] = 0.0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
-    server_count: Annotated[int, typer.Option(min=1, help="Servers side by side.")] = 1,
-    server_tp: Annotated[int, typer.Option(min=1, help="Devices of one server.")] = 1,
-    server_port: Annotated[int | None, typer.Option(help="The first server's port. (default: free ones)")] = None,
-    server_arg: Annotated[list[str] | None, typer.Option(help="Passed to SGLang as it is; may be repeated.")] = None,
-    request_deadline_s: Annotated[float, typer.Option(help="For one sample, its wait for a place included.")] = 3600.0,
+    dtype: Annotated[
+        str, typer.Option(help="Number format of the server: float32, bfloat16, float16, or auto.")
+    ] = "auto",
+    server_count: Annotated[int, typer.Option(min=1, help="Number of servers.")] = 1,
+    server_tp: Annotated[int, typer.Option(min=1, help="Devices of one server (tensor parallelism).")] = 1,
+    server_port: Annotated[int | None, typer.Option(help="Port of the first server. (default: free ports)")] = None,
+    server_arg: Annotated[
+        list[str] | None, typer.Option(help="Argument that is passed to SGLang unchanged; may be repeated.")
+    ] = None,
+    request_deadline_s: Annotated[
+        float, typer.Option(help="Seconds for one sample, including its wait in the queue.")
+    ] = 3600.0,
     concurrency: Annotated[int, typer.Option(min=1, help="Samples in flight at one server.")] = 1024,
     verifier_workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that compare answers. (default: one per core, at most 8)")
+        int | None, typer.Option(min=1, help="Processes that verify answers. (default: one per core, at most 8)")
     ] = None,
-    verifier_deadline_s: Annotated[float, typer.Option(help="For the comparison of one answer.")] = 10.0,
-    program_deadline_s: Annotated[float, typer.Option(help="For all tests of one program.")] = 120.0,
+    verifier_deadline_s: Annotated[float, typer.Option(help="Seconds for the verification of one answer.")] = 10.0,
+    program_deadline_s: Annotated[float, typer.Option(help="Seconds for all tests of one program.")] = 120.0,
 ) -> None:
     """Measure pass@k of a model; an evaluation that was interrupted continues where it stopped."""
     if context.args:

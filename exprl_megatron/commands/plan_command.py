@@ -23,21 +23,28 @@ def plan_command(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value")] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="GPUs in all, to be divided and laid out at best. (default: as the config says)"),
+        typer.Option(
+            min=1, help="Number of GPUs, for which the best layout is searched. (default: as the config says)"
+        ),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="h100, h200, b200 or gb200. (default: h100; --against a run in fp32: this CPU)")
+        str | None,
+        typer.Option(help="GPU: h100, h200, b200 or gb200. (default: h100; --against a run in fp32: this CPU)"),
     ] = None,
-    judge: Annotated[str | None, typer.Option(help="With a model's name: the judge's model.")] = None,
-    train_only: Annotated[bool, typer.Option("--train-only", help="All --gpus train, none serves.")] = False,
-    stage: Annotated[str | None, typer.Option(help="The stage to plan. (default: the first)")] = None,
+    judge: Annotated[str | None, typer.Option(help="The judge's model, with the name of a model as target.")] = None,
+    train_only: Annotated[bool, typer.Option("--train-only", help="All --gpus train, and none serves.")] = False,
+    stage: Annotated[str | None, typer.Option(help="Stage to plan. (default: the first)")] = None,
     prompt_tokens: Annotated[float | None, typer.Option(help="Mean length of a prompt. (default: 256)")] = None,
-    response_tokens: Annotated[float | None, typer.Option(help="Mean length of a response. (default: half)")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 8,
-    against: Annotated[Path | None, typer.Option(help="A run's directory: predicted beside measured.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    response_tokens: Annotated[
+        float | None, typer.Option(help="Mean length of a response. (default: half the maximum)")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of layouts to show.")] = 8,
+    against: Annotated[
+        Path | None, typer.Option(help="A run's directory; predictions are printed beside what it measured.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Say what fits and how long a step takes, before anything is submitted."""
+    """Predict what fits and how long a step takes, before anything is submitted."""
     if against is not None:
         from exprl_megatron.inspection.plan_vs_run import print_comparison
 

@@ -9,12 +9,12 @@ from exprl_megatron.errors import UserError
 
 
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, which may be going on.")],
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, which may still be running.")],
     out: Annotated[Path | None, typer.Option(help="Write the page to this file, F.html.")] = None,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Serve it on this machine instead, refreshed as steps come.")
+        bool, typer.Option("--serve", help="Serve the page on this machine instead; it refreshes itself.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0: a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for --serve; 0 takes a free one.")] = 0,
     without_references: Annotated[
         bool,
         typer.Option(
@@ -22,13 +22,20 @@ def report_command(
             help="Leave out references and all that quotes them: judge prompts, rubrics, words of judge and verifier.",
         ),
     ] = False,
-    max_mb: Annotated[float, typer.Option("--max-mb", min=1, help="Size of the file at most.")] = 20.0,
+    max_mb: Annotated[float, typer.Option("--max-mb", min=1, help="Maximum size of the file, MB.")] = 20.0,
 ) -> None:
     """Make one self-contained page about runs: curves, traces, the judge's health, where the time goes."""
-    from exprl_megatron.inspection.report_page.page_model import PageReader
+    from exprl_megatron.runs.directory import require_run
 
     if (out is None) == (not serve):
         raise UserError("Say where the page goes: give --out F.html, or --serve.")
+    if out is not None and out.is_dir():
+        raise UserError(f"{out} is a directory; give --out the path of a file, F.html.")
+    # Before torch is imported, which takes seconds.
+    for run in runs:
+        require_run(run)
+    from exprl_megatron.inspection.report_page.page_model import PageReader
+
     reader = PageReader(runs, references=not without_references)
     if out is None:
         from exprl_megatron.inspection.report_page.page_server import serve_page

@@ -6,6 +6,7 @@ from exprl_megatron.commands.doctor import NEEDED_BY_RUN, Finding
 from exprl_megatron.commands.named_runs import as_file
 from exprl_megatron.config.load import load_config
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.errors import UserError
 from exprl_megatron.problems.sources import JSON_LINES, PARQUET
 
 
@@ -15,6 +16,8 @@ def needs_of(target: str) -> list[Finding]:
     Raises UserError where there is no such run.
     """
     with as_file(target) as file:
+        if not Path(file).is_file() and not Path(target).suffix:
+            raise UserError(f"{target} is neither a config file nor a recipe; `python -m recipes list` names those.")
         config = load_config(file)
     models = {"policy.model": config.policy.model}
     if config.needs_judge and config.judge is not None and config.judge.model is not None:

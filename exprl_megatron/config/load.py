@@ -13,7 +13,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from exprl_megatron.config.algorithms import expand_algorithms
 from exprl_megatron.config.base import Config
@@ -89,8 +89,10 @@ def _loaded(path: Path, above: tuple[Path, ...] = ()) -> Container:
         raise UserError(f"{path} extends itself; take its `extends` out.")
     try:
         tree = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not YAML: {_one_line(error)}; fix that line.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 (byte {error.start}); give the path of a YAML file.") from error
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path} is not YAML: {_fault(error)}; fix it.") from error
     if not isinstance(tree, DictConfig) or "extends" not in tree:
         return tree
     below = path.parent / str(tree.pop("extends"))
@@ -241,6 +243,14 @@ def _kinds() -> list[str]:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a YAML file, and in which line."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+    return _one_line(error)
 
 
 def _one_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from exprl_megatron.config.judging import GateConfig, JudgeConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
-from exprl_megatron.evaluation.judge_picture import ARM_NAMES, SUFFIXES, draw_arms
+from exprl_megatron.evaluation.judge_picture import ARM_NAMES, draw_arms
 from exprl_megatron.evaluation.judge_tables import arms_table, wrong_steps_table
 from exprl_megatron.judging.arms import ARMS, Arm, ArmFigures, GradeText, arm_figures, judge_arm
 from exprl_megatron.judging.champ import MarkedTrace, load_champ
@@ -26,6 +26,7 @@ from exprl_megatron.judging.judgement import Granularity, Judgement
 from exprl_megatron.judging.wrong_steps import GRANULARITIES, WrongStepFigures, judge_wrong_steps
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.problem import Problem
+from exprl_megatron.reporting.picture_file import check_picture
 from exprl_megatron.reporting.progress_bars import Bar, StepProgress
 from exprl_megatron.serving.http_client import HttpClient
 from exprl_megatron.serving.openai_endpoint import judge_endpoints
@@ -71,10 +72,8 @@ def bench_judge(
     at `judge.reask_temperature`. Raises UserError, before anything is started, where input or output cannot be used.
     """
     output = output or BenchOutput()
-    picture = output.picture
+    check_picture(output.picture)
     judge, tokenizer = _judge_of(config)
-    if picture is not None and picture.suffix not in SUFFIXES:
-        raise UserError(f"The picture {picture} is of no known kind; let its name end in {', '.join(SUFFIXES)}.")
     source = traces_file or (None if judge.gate is None else judge.gate.traces)
     if source is None:
         raise UserError("There are no judged traces to look at; give --traces, or set judge.gate.traces.")
@@ -92,8 +91,8 @@ def bench_judge(
         console.print(f"gate: {': '.join(says)}", markup=False, highlight=False, soft_wrap=True)
     record = {arm: figures.record() for arm, figures in arms.items()}
     output.put({"judge": judge.shown_name, "traces": str(source), "arms": record, "gate": gate})
-    if picture is not None:
-        draw_arms(list(arms.values()), title, picture)
+    if output.picture is not None:
+        draw_arms(list(arms.values()), title, output.picture)
 
 
 def bench_judge_on_champ(config: RunConfig, limit: int | None = None, output: BenchOutput | None = None) -> None:

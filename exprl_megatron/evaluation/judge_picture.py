@@ -8,14 +8,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from exprl_megatron.judging.arms import ArmFigures
+from exprl_megatron.reporting.picture_file import save_picture
 
 ARM_NAMES = {"right": "right reference", "none": "no reference", "wrong": "wrong reference"}
-SUFFIXES = (".png", ".svg", ".pdf")
 _RIGHT, _WRONG, _BAR = "#2a9d8f", "#e76f51", "#577590"
 
 
 def draw_arms(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
-    """Write the picture to `path`, whose suffix is one of SUFFIXES."""
+    """Write the picture to `path`, in the format of its suffix."""
     figure = Figure(figsize=(3.4 * (len(arms) + 1), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     *histograms, bars = figure.subplots(1, len(arms) + 1)
@@ -25,8 +25,7 @@ def draw_arms(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
     histograms[0].legend(frameon=False)
     _draw_misplacement(bars, arms)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path)
 
 
 def _draw_scores(axes: Axes, arm: ArmFigures) -> None:

@@ -50,10 +50,13 @@ class LoggedJudgement:
 def score_range(text: str) -> tuple[float, float]:
     """`0.5` or `0.25:0.75` as lowest and highest; UserError for anything else."""
     try:
-        low, _, high = text.partition(":")
-        return float(low) - _ROUNDING, float(high or low) + _ROUNDING
+        first, _, second = text.partition(":")
+        low, high = float(first), float(second or first)
     except ValueError as error:
         raise UserError(f"--score is {text!r}; give a score such as 0.5, or a range such as 0.25:0.75.") from error
+    if not low <= high:
+        raise UserError(f"--score is {text!r}, which no score can be; give the lower bound first, as in 0.25:0.75.")
+    return low - _ROUNDING, high + _ROUNDING
 
 
 def list_judgements(run: Path, conditions: Conditions, limit: int, as_json: bool) -> None:

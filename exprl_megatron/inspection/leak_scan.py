@@ -4,12 +4,12 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.config.problems import LeakGuardConfig, ProblemsConfig
 from exprl_megatron.config.run import RunConfig
@@ -23,6 +23,9 @@ from exprl_megatron.reporting.fitted_table import print_fitted
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LEAKS = ("leaking_requests", "canary_requests", "canary_traces")
 """The counts that must be 0."""
@@ -124,7 +127,7 @@ def _scan_stage(
     journal: Journal,
     stage: str,
     problems: _GuardedProblems,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     leaking: dict[str, None],
 ) -> StageScan:
     """`leaking` gets the problems that leak, in order."""
@@ -140,7 +143,7 @@ def _scan_stage(
     return StageScan(stage, len(steps), **counts, reproduced=found["reproduced"] / guarded if guarded else 0.0)
 
 
-def _findings(group: Group, problems: _GuardedProblems, tokenizer: PreTrainedTokenizerBase) -> Counter[str]:
+def _findings(group: Group, problems: _GuardedProblems, tokenizer: "PreTrainedTokenizerBase") -> Counter[str]:
     """A group's share of the counts of StageScan; `reproduced` is a sum here."""
     guard, own, other = problems.guard, group.problem_id, problems.next(group.problem_id)
     prompts = {sample.trace.prompt_ids.tobytes(): sample.trace.prompt_ids for sample in group.samples}
@@ -159,7 +162,7 @@ def _findings(group: Group, problems: _GuardedProblems, tokenizer: PreTrainedTok
     return found
 
 
-def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(config: RunConfig) -> "PreTrainedTokenizerBase":
     if not Path(config.policy.model).is_dir():
         raise UserError(
             f"The policy's tokenizer in {config.policy.model} is gone; put it back, or scan from the directory "

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.reporting.picture_file import check_picture
 from exprl_megatron.reporting.timeline import read_timeline
 from exprl_megatron.reporting.waterfall import (
     bottleneck,
@@ -14,7 +15,7 @@ from exprl_megatron.reporting.waterfall import (
     step_times,
     waterfall_table,
 )
-from exprl_megatron.runs.directory import RunDirectory
+from exprl_megatron.runs.directory import RunDirectory, require_run
 
 
 def show_waterfall(run: Path, stage: str | None, last: int, picture: Path | None, json: bool) -> None:
@@ -22,7 +23,11 @@ def show_waterfall(run: Path, stage: str | None, last: int, picture: Path | None
 
     Raises UserError where the run has no such steps.
     """
-    spans = read_timeline(RunDirectory(run).timeline)
+    check_picture(picture)
+    directory = RunDirectory(run)
+    if not directory.timeline.is_file():
+        require_run(run)
+    spans = read_timeline(directory.timeline)
     times = step_times(spans)
     stage = stage or (times[-1].stage if times else "")
     chosen = [time for time in times if time.stage == stage][-last:]

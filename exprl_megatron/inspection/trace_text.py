@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from rich.console import Group as Renderables
 from rich.console import RenderableType
 from rich.panel import Panel
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.inspection.rollout_tables import advantage_text, finding_text, score_text
 from exprl_megatron.judging.token_text import TokenText
@@ -16,6 +16,9 @@ from exprl_megatron.reporting.plain_text import plain, plain_line
 from exprl_megatron.rollout.group import GradedTrace, RewardTerm
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.train_samples import TokenAdvantages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Boundaries = Callable[[GradedTrace], list[int] | None]
 """Of a trace with segments: the characters of its text at which they begin; None where that is not known."""
@@ -52,7 +55,7 @@ class PolicyTokenizer:
         self._model = model
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
         """None where it is not there any more."""
         try:
             return load_tokenizer(self._model)

@@ -8,6 +8,7 @@ prompts/earlier/N holds the pieces of the N-th set of shipped prompts, as they w
 earlier one is selected by the hash of its content alone, and so is an earlier set.
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -228,11 +229,16 @@ def _from_file(name: str) -> tuple[JudgePrompt, str]:
     if not path.is_file():
         path = Path(name).expanduser()
     if not path.is_file():
-        shipped = ", ".join([*sorted(p.stem for p in SHIPPED.glob("*.md")), *shipped_names()])
-        raise UserError(
-            f"There is no judge prompt {name!r}; give the path of a file, the hash of an earlier shipped prompt or one "
-            f"of: {shipped}."
+        near = difflib.get_close_matches(name, [*(p.stem for p in SHIPPED.glob("*.md")), *shipped_names()], n=1)
+        advice = (
+            f"did you mean {near[0]}?"
+            if near
+            else (
+                "give the path of a file, the hash of an earlier shipped prompt or the name of a shipped one, such as "
+                "math-trace or miniature; docs/judging.md describes them."
+            )
         )
+        raise UserError(f"There is no judge prompt {name!r}; {advice}")
     return _parsed(path), str(path)
 
 

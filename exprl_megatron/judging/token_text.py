@@ -9,11 +9,14 @@ decoders that put spaces between words, and also for bytes that are no text.
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.utils.token_spelling import Spelling, decoded, spelling_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _STRETCH = 64
 _UNDECODABLE = "\ufffd"
@@ -22,7 +25,7 @@ _UNDECODABLE = "\ufffd"
 class TokenText:
     """A response's `text`, special tokens left out, and the places of its tokens in it."""
 
-    def __init__(self, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase"):
         ids = np.asarray(token_ids, np.int64)
         spelling = spelling_of(tokenizer)
         places = None if spelling is None else _BytePlaces.of(ids, spelling)
@@ -82,7 +85,7 @@ class _BytePlaces:
 class _StretchPlaces:
     """The places in any response, by decoding."""
 
-    def __init__(self, ids: list[int], tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, ids: list[int], tokenizer: "PreTrainedTokenizerBase"):
         self._ids = ids
         self._tokenizer = tokenizer
         self.text: str = self._decode(0, len(self._ids))

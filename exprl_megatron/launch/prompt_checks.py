@@ -148,7 +148,7 @@ def unchecked_model(config: RunConfig) -> str | None:
     """A sentence about what cannot be checked here, as a model is not on this machine; None where all can be."""
     judge = config.judge.model if config.judge is not None and config.needs_judge else None
     models = [config.policy.model, *([] if judge is None else [judge])]
-    missing = [model for model in models if not (Path(model) / "config.json").is_file()]
+    missing = [model for model in dict.fromkeys(models) if not (Path(model) / "config.json").is_file()]
     if not missing:
         return None
     return f"not checked: models, problems and prompts, since {' and '.join(missing)} cannot be read here."

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from exprl_megatron.reporting.picture_file import save_picture
 from exprl_megatron.reporting.timeline import GRADING, ROLLOUTS, SAMPLING, STEP, Span
 
 PHASES = ("sync", "sampling", "grading", "log_probs", "train", "save", "other")
@@ -135,8 +136,7 @@ def draw_timeline(spans: Sequence[Span], title: str, path: Path) -> None:
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     order = sorted(named, key=lambda label: PHASES.index(label.split(",")[0]))
     figure.legend([named[label] for label in order], order, frameon=False, fontsize=8, loc="outside right center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path)
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,17 @@ def _earlier_prompts(keys: Sequence[str], recorded: Mapping[str, str]) -> str:
     return f"resume it with {' '.join(named)} (the prompts that it was started with), " if named else ""
 
 
+def require_run(root: Path) -> None:
+    """Raise UserError where no run is in the directory `root`."""
+    if not RunDirectory(root).config.is_file():
+        raise UserError(f"There is no run in {root}; give the directory of one.")
+
+
 def read_config(directory: RunDirectory) -> RunConfig:
     """Return the resolved config that the run's directory holds, which an earlier version may have written.
 
     Raises UserError where there is none.
     """
-    if not directory.config.is_file():
-        raise UserError(f"There is no run in {directory.root}; give the directory of one.")
+    require_run(directory.root)
     tree = with_new_names(yaml.safe_load(directory.config.read_text()))
     return check_config(tree, str(directory.config))

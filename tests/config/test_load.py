@@ -325,7 +325,7 @@ def test_an_empty_list_of_stages_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("policy: [1,\nb: }\n", "is not YAML"),
+        ("policy: [1,\nb: }\n", "is not YAML: line 2, column"),
         ("a: 1\na: 2\n", "duplicate key a"),
         ("- 1\n- 2\n", "is not a mapping"),
         ("directory: ${nowhere}\n", "run.yaml has no nowhere, to which a ${nowhere} refers; correct the name."),
@@ -338,7 +338,7 @@ def test_a_file_that_is_no_config_gets_one_sentence(tmp_path, text, part):
 def test_a_file_that_is_no_text_gets_one_sentence(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(UserError, match="is not YAML"):
+    with pytest.raises(UserError, match=r"is not text in UTF-8 \(byte 0\)"):
         load_config(path)
 
 

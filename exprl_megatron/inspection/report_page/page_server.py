@@ -6,6 +6,7 @@ site whose name was made to mean this machine (DNS rebinding) does not.
 
 import asyncio
 import hmac
+import os
 import secrets
 from collections.abc import Awaitable, Callable
 
@@ -97,7 +98,7 @@ def serve_page(reader: PageReader, port: int) -> None:
         asyncio.run(_serve(reader, port))
     except OSError as error:
         raise UserError(
-            f"The page cannot be served on port {port} ({error.strerror}); choose another --port."
+            f"The page cannot be served on port {port} ({os.strerror(error.errno or 0)}); choose another --port."
         ) from error
 
 

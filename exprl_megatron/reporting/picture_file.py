@@ -1,0 +1,26 @@
+"""Files that pictures are written to."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exprl_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: Path | None) -> None:
+    """Raise UserError where `path` has no suffix of SUFFIXES; None is no picture.
+
+    It is called before the work of which the picture is made.
+    """
+    if path is not None and path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"The picture {path} has no known format; let its name end in {', '.join(SUFFIXES)}.")
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Write `figure` to `path` in the format of its suffix; missing directories are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
