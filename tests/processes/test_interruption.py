@@ -116,7 +116,7 @@ def test_a_signal_ends_a_command_in_the_midst_of_code_that_drops_exceptions(busy
 
 def test_a_request_to_stop_is_not_lost_in_the_midst_of_code_that_drops_exceptions():
     busy = DROPPING["in a finalizer"]
-    process = started(f"from exprl_megatron.launch.preemption import end_on_sigusr1; end_on_sigusr1(); {busy}")
+    process = started(f"from exprl_megatron.launch.preemption import stop_on_sigusr1; stop_on_sigusr1(); {busy}")
     os.kill(process.pid, signal.SIGUSR1)
     out, errors = process.communicate(timeout=30)
     assert (out, errors) == ("swallowed\ncleaning\nclean\n", "")

@@ -1,4 +1,4 @@
-"""Weights that go through groups: a server is told a version once, with the last of its weights, within one update."""
+"""Weights that go through groups: a server is given a version once, with the last of its weights, within one update."""
 
 import asyncio
 from concurrent.futures import Future
