@@ -240,6 +240,6 @@ def test_the_rubric_builder_shows_problem_and_reference():
         load_prompt("rubric-builder")
 
 
-def test_an_unknown_prompt_is_refused_with_the_shipped_names():
-    with pytest.raises(UserError, match=r"'nowhere'.*miniature, .*math-trace, math-trace-noref"):
+def test_an_unknown_prompt_is_refused_with_names_of_shipped_ones():
+    with pytest.raises(UserError, match=r"'nowhere'.*the name of a shipped one, such as math-trace or miniature"):
         load_prompt("nowhere")
