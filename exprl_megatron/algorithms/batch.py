@@ -38,6 +38,8 @@ class TrainSample(ArrayFields):
     routed_experts: np.ndarray | None = None
     """[tokens - 1, layers, top_k], uint8 or int16: the experts that the sampling server chose for each token, which the
     trainer then uses (router replay). None: the trainer's routers choose."""
+    routed_layers: tuple[int, ...] | None = None
+    """The model's layers, counted from 0, that `routed_experts` has, in its order. None: all of them."""
     place: tuple[int, int] | None = None
     """Group and sample of the trace in the rollout log; None: it is not from there."""
 
@@ -46,6 +48,9 @@ class TrainSample(ArrayFields):
         self._hold(np.float32, "advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs")
         self._hold(np.bool_, "on_policy_mask")
         object.__setattr__(self, "routed_experts", held_experts(self.routed_experts, len(self)))
+        layers = self.routed_layers
+        if layers is not None and np.shape(self.routed_experts)[1:2] != (len(layers),):
+            raise ValueError(f"routed_experts is of other layers than the {len(layers)} of routed_layers")
         for name in PER_TOKEN:
             value = getattr(self, name)
             if value is not None and len(value) != self.response_tokens:

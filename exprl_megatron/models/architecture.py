@@ -186,7 +186,9 @@ def read_architecture(directory: str | Path) -> Architecture:
 
 def _nearest(name: str, tree: dict) -> str:
     """The supported architecture whose name is most like `name`, of those with experts or of those without."""
-    experts = any(tree.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    # Models with a vision tower have the decoder's settings in a section of their own.
+    settings = tree | (tree.get("text_config") or {})
+    experts = any(settings.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
     candidates = [known for known in FAMILIES if (known in _WITH_EXPERTS) == experts]
     return max(candidates, key=lambda known: SequenceMatcher(None, name, known).ratio())
 

@@ -1,11 +1,13 @@
 """Which experts a mixture sends its tokens to: the shape of that choice, and the numbers that hold it."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Self
 
+from exprl_megatron.config.policy import Layout
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.models.architecture import Architecture, read_architecture
+from exprl_megatron.models.architecture import Architecture, read_architecture, stage_layers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +34,13 @@ class Routing:
         if experts is None:
             return None
         return cls(architecture.layers, experts.chosen, experts.count, experts.dense_layers)
+
+    def layers_of_stages(self, architecture: Architecture, layout: Layout) -> list[tuple[int, ...]]:
+        """For each pipeline rank its layers with experts, counted from 0 over the whole model, in order."""
+        return [
+            tuple(layer for layer in sorted(chain.from_iterable(chunks)) if layer >= self.dense_layers)
+            for chunks in stage_layers(architecture, layout)
+        ]
 
     @property
     def dtype(self) -> "np.dtype":

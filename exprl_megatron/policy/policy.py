@@ -217,7 +217,10 @@ class Policy:
         plan = self._micro_batch_plan(samples, shape)
         replay = replay and self.config.router_replay is not False and replays_routing(samples)
         routing = Routing.of(self.architecture) if replay else None
-        return plan, step.MicroBatches(samples, plan, shape, self.world, routing)
+        own = None
+        if routing is not None:
+            own = routing, routing.layers_of_stages(self.architecture, self.config.layout)[self.world.pp_rank]
+        return plan, step.MicroBatches(samples, plan, shape, self.world, own)
 
     def _shape(self) -> PackingShape:
         return shape_of(self.config, self.world.device.type == "cuda")

@@ -34,14 +34,18 @@ class Replay:
     """
 
     def __init__(self, model: Sequence[torch.nn.Module], recomputes: bool):
-        self._routers = {chunk: layer_routers(chunk) for chunk in model}
+        of_chunks = {chunk: layer_routers(chunk) for chunk in model}
+        layers = sorted(layer for routers in of_chunks.values() for layer, _ in routers)
+        self._routers = {
+            chunk: [(layers.index(layer), router) for layer, router in routers] for chunk, routers in of_chunks.items()
+        }
         self._recomputes = recomputes
 
     @contextmanager
     def forward(self, chunk: torch.nn.Module, experts: torch.Tensor) -> Iterator[None]:
-        """Within, `chunk` computes one micro-batch with `experts` [tokens, layers of the whole model, top_k]."""
-        for layer, router in self._routers[chunk]:
-            chosen = experts[:, layer].long()
+        """Within, `chunk` computes one micro-batch with `experts` [tokens, layers of all chunks, top_k]."""
+        for place, router in self._routers[chunk]:
+            chosen = experts[:, place].long()
             if self._recomputes:
                 router.set_target_indices(chosen)
             else:

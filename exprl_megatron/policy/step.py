@@ -30,7 +30,7 @@ PreparedMicroBatch = tuple[ModelInput, MicroBatch]
 class MicroBatches:
     """This rank's micro-batches of a plan; each is built when it is needed, so that a step never holds all of them.
 
-    Where `routing` is given, the routers take the experts that the samples carry.
+    Where `routing` is given, with this rank's layers of experts, the routers take the experts that the samples carry.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class MicroBatches:
         plan: MicroBatchPlan,
         shape: PackingShape,
         world: World,
-        routing: Routing | None = None,
+        routing: tuple[Routing, tuple[int, ...]] | None = None,
     ):
         self._samples = samples
         self._micros = plan[world.dp_rank]
@@ -55,7 +55,7 @@ class MicroBatches:
             length = max(map(len, rows))
             model = model_input(rows, length, self._shape, self._world.cp_rank)
             if self._routing is not None:
-                model = replace(model, routed_experts=routed_rows(rows, self._shape, self._routing, self._world))
+                model = replace(model, routed_experts=routed_rows(rows, self._shape, *self._routing, self._world))
             yield model.to(self._world.device), pad(rows, length).to(self._world.device)
 
     @property

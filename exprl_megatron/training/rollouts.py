@@ -153,11 +153,12 @@ class Rollouts:
     def read_logged(self, stage: RlStage, step: int) -> SampledStep | None:
         """Read a step from the rollout log; None where the log has no complete record of it.
 
-        Raises UserError where the trainer shall use the experts that servers chose and the log does not have them.
+        Raises UserError where the trainer shall use the experts that servers chose and the log does not have them, or
+        has those of another model.
         """
         sampled = self._journal.read(stage.name, step)
         if sampled is not None and self._routing is not None:
-            _check_routed(sampled, self._journal.path(stage.name, step))
+            _check_routed(sampled, self._routing, self._journal.path(stage.name, step))
         return sampled
 
     def has_sampled(self, stage: RlStage, step: int) -> bool:
@@ -295,13 +296,23 @@ class Rollouts:
             guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
 
 
-def _check_routed(sampled: SampledStep, path: Path) -> None:
-    members = (member for group in sampled.groups for member in group.samples)
-    if any(member.trace.routed_experts is None for member in members):
-        raise UserError(
-            f"The journal file {path} has no routed experts: it was sampled without policy.router_replay; set that to "
-            f"false, or sample again."
-        )
+def _check_routed(sampled: SampledStep, routing: Routing, path: Path) -> None:
+    found = [member.trace.routed_experts for group in sampled.groups for member in group.samples]
+    for experts in found:
+        if experts is None:
+            raise UserError(
+                f"The journal file {path} has no routed experts: it was sampled without policy.router_replay; set that "
+                f"to false, or sample again."
+            )
+        layers, top_k = experts.shape[1:]
+        largest = int(experts.max(initial=0))
+        if (layers, top_k) != (routing.layers, routing.top_k) or largest >= routing.experts:
+            raise UserError(
+                f"The journal file {path} has the routed experts of another model: {top_k} of at least {largest + 1} "
+                f"experts in each of {layers} layers, where policy.model has {routing.top_k} of {routing.experts} in "
+                f"each of {routing.layers}; set policy.router_replay to false, or policy.model to the one that was "
+                f"sampled from."
+            )
 
 
 def _has_variance(stage: SparseRlStage, group: Group) -> bool:

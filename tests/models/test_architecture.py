@@ -240,6 +240,12 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, said):
         ("Qwen3NextForCausalLM", {"num_experts": 512}, "Qwen3MoeForCausalLM"),
         ("Qwen3_6ForConditionalGeneration", {}, "Qwen3_5ForConditionalGeneration"),
         ("Ministral3ForCausalLM", {}, "MistralForCausalLM"),
+        ("Mistral3ForConditionalGeneration", {"text_config": {"num_attention_heads": 32}}, "MistralForCausalLM"),
+        ("Gemma3ForConditionalGeneration", {"text_config": None}, "LlamaForCausalLM"),
+        ("Llama4ForConditionalGeneration", {"text_config": {"num_local_experts": 16}}, "Glm4MoeForCausalLM"),
+        ("DeepseekV3ForCausalLM", {"n_routed_experts": 256}, "Qwen3MoeForCausalLM"),
+        ("Qwen2MoeForCausalLM", {"num_experts": 60}, "Qwen3MoeForCausalLM"),
+        ("GptOssForCausalLM", {"num_local_experts": 128}, "MixtralForCausalLM"),
         ("LlamaBidirectionalModel", {}, "LlamaForCausalLM"),
     ],
 )

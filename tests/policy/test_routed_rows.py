@@ -40,7 +40,7 @@ def rows_and_inputs(batch: list[TrainSample], packed: bool, layout: Layout, cp_r
     world = World(layout, torch.device("cpu"), 0, tp_rank, 0, 0, cp_rank)
     tokens = model_input(batch, max(map(len, batch)), shape, cp_rank)
     part = tokens.input_ids.T.chunk(tp)[tp_rank if tp > 1 else 0]
-    return routed_rows(batch, shape, ROUTING, world), part.flatten().tolist()
+    return routed_rows(batch, shape, ROUTING, range(ROUTING.layers), world), part.flatten().tolist()
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -67,7 +67,7 @@ def test_each_rank_s_routers_take_the_experts_of_the_tokens_that_they_see(packed
 def test_padding_and_last_tokens_go_to_all_experts_equally_often():
     shape, world = PackingShape(packed=True, row=100), World(Layout(), torch.device("cpu"), 0, 0, 0, 0)
     routing = Routing(layers=2, top_k=3, experts=5)
-    rows = routed_rows([TrainSample((1,), ())], shape, routing, world)
+    rows = routed_rows([TrainSample((1,), ())], shape, routing, range(2), world)
     assert all(len(set(chosen)) == 3 for token in rows.tolist() for chosen in token)
     assert np.bincount(rows[:, 1].flatten()).tolist() == [60] * 5
 
@@ -77,7 +77,7 @@ def test_many_experts_have_ids_of_two_bytes():
     assert (Routing(4, 2, 257).dtype, Routing(4, 2, 257).token_bytes) == (np.int16, 16)
     shape, world = PackingShape(packed=True), World(Layout(), torch.device("cpu"), 0, 0, 0, 0)
     sample = TrainSample((1,), (2,), routed_experts=np.array([[[511, 300]]], np.int16))
-    assert routed_rows([sample], shape, Routing(1, 2, 512), world)[0].long().tolist() == [[511, 300]]
+    assert routed_rows([sample], shape, Routing(1, 2, 512), [0], world)[0].long().tolist() == [[511, 300]]
 
 
 def test_ranks_that_do_not_learn_from_a_sample_know_that_it_has_its_experts():

@@ -1,15 +1,28 @@
 """Who gets which sequence; between processes it is the matter of layouts_worker.py."""
 
 import pickle
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers.witness import loss_function, sequences, tokens
 from megatron.core.parallel_state import RankGenerator
 
 from exprl_megatron.algorithms.batch import TrainSample, dummy_sample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy.policy import Policy
-from exprl_megatron.policy.scatter import SampleScatter, _of, dp_rank_of
+from exprl_megatron.policy.routed_rows import stage_experts
+from exprl_megatron.policy.scatter import (
+    SampleScatter,
+    _of,
+    _with_experts,
+    _without_experts,
+    dp_rank_of,
+    experts_of,
+    stage_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +63,56 @@ def test_one_process_learns_the_same_from_what_is_scattered(tiny_model, world):
     (found,) = SampleScatter(policy).scatter([batch])
     assert found == batch and policy.owners(batch) == [0] * len(batch)
     assert policy.accumulate(found, loss_function, 1.0, tokens(found))["loss"] != 0
+
+
+@pytest.mark.parametrize(("family", "dense"), [("qwen3-moe", 0), ("glm4-moe", 1)])
+@pytest.mark.parametrize("layout", [Layout(dp=2, pp=2), Layout(tp=2, dp=2, pp=2, vpp=2, sequence_parallel=True)])
+def test_each_byte_of_the_experts_goes_to_one_stage_of_one_data_parallel_rank(tiny_model, family, dense, layout):
+    """Megatron's own order says which ranks receive a message together: those that differ in tp and cp alone."""
+    order = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order="tp-cp-ep-dp-pp")
+    together = [[rank for rank in range(layout.world_size) if stage_of(layout, rank) == n] for n in range(4)]
+    assert together == order.get_ranks("tp-cp")
+    architecture = read_architecture(tiny_model(family, layers=4))
+    routing = Routing.of(architecture)
+    stages = routing.layers_of_stages(architecture, layout)
+    assert stages == _stages(dense, layout)
+    ids = np.arange(7 * 4 * 2, dtype=np.uint8).reshape(7, 4, 2)
+    batch = [TrainSample((1, 2), (3,) * n, routed_experts=ids[: n + 1]) for n in (6, 1, 3)]
+    owners, sent = [[0, 1, 0]] * 2, 0
+    for dp_rank in range(layout.dp):
+        share = _of(dp_rank, [batch, batch], owners)
+        bare = pickle.loads(pickle.dumps(_without_experts(share)))
+        assert not any(sample.routed_experts is not None for sample in bare[0] if isinstance(sample, TrainSample))
+        for layers in stages:
+            message = experts_of(share, layers)
+            sent += sum(experts.nbytes for experts in message)
+            received, again = _with_experts(bare, pickle.loads(pickle.dumps(message)), layers)
+            for index, sample in enumerate(received):
+                if owners[0][index] == dp_rank:
+                    assert sample is again[index] and sample.routed_layers == layers
+                    whole = replace(sample, routed_experts=None, routed_layers=None)
+                    assert whole == replace(batch[index], routed_experts=None)
+                    assert np.array_equal(sample.routed_experts, batch[index].routed_experts[:, layers])
+                    assert np.array_equal(stage_experts(sample, layers[-1:]), sample.routed_experts[:, -1:])
+                else:
+                    assert sample.has_routed_experts and not isinstance(sample, TrainSample)
+    assert sent == sum(len(sample) - 1 for sample in batch) * (4 - dense) * 2
+
+
+def _stages(dense: int, layout: Layout) -> list[tuple[int, ...]]:
+    whole = [(0, 2), (1, 3)] if layout.vpp > 1 else [(0, 1), (2, 3)]
+    return [tuple(layer for layer in layers if layer >= dense) for layers in whole]
+
+
+def test_samples_without_experts_of_a_mixture_stay_without():
+    share = [[TrainSample((1,), (2, 3)), TrainSample((1,), (2, 3), routed_experts=np.zeros((2, 2, 1), np.uint8))]]
+    experts = experts_of(share, (1,))
+    assert experts[0] is None and experts[1].shape == (2, 1, 1)
+    (found,) = _with_experts(_without_experts(share), experts, (1,))
+    assert found[0] == share[0][0] and found[1].routed_layers == (1,)
+
+
+def test_experts_of_other_layers_than_a_sample_names_are_refused():
+    for given in (None, np.zeros((2, 2, 1), np.uint8)):
+        with pytest.raises(ValueError, match="routed_experts is of other layers than the 3 of routed_layers"):
+            TrainSample((1,), (2, 3), routed_experts=given, routed_layers=(0, 1, 2))

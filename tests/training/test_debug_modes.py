@@ -84,6 +84,16 @@ def test_a_log_without_experts_is_not_learned_from_where_they_are_to_be_replayed
     (group,) = read[True](2).groups
     assert group.samples[0].trace.routed_experts.shape == (2, 2, 2)
     assert read[False](1).groups and read[True](3) is None
+    # Of a model with another number of layers, of experts for a token, of experts: each alone.
+    others = [np.zeros((2, 3, 2), np.uint8), np.zeros((2, 2, 1), np.uint8), np.full((2, 2, 2), 4, np.uint8)]
+    for step, experts in enumerate(others, 4):
+        graded = GradedTrace(replace(trace, routed_experts=experts), Scored(1.0))
+        journal.write("prime", step, SampledStep([Group("p1", (graded,))], 1))
+        with pytest.raises(
+            UserError, match=r"has the routed experts of another model: .* has 2 of 4 in each of 2; set"
+        ):
+            read[True](step)
+        assert read[False](step).groups
 
 
 @pytest.mark.parametrize("replays", [True, False, None])
