@@ -48,8 +48,8 @@ class TrainSample(ArrayFields):
         self._hold(np.float32, "advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs")
         self._hold(np.bool_, "on_policy_mask")
         object.__setattr__(self, "routed_experts", held_experts(self.routed_experts, len(self)))
-        layers = self.routed_layers
-        if layers is not None and np.shape(self.routed_experts)[1:2] != (len(layers),):
+        layers, experts = self.routed_layers, self.routed_experts
+        if layers is not None and (experts is None or experts.shape[1] != len(layers)):
             raise ValueError(f"routed_experts is of other layers than the {len(layers)} of routed_layers")
         for name in PER_TOKEN:
             value = getattr(self, name)
