@@ -190,7 +190,14 @@ def _nearest(name: str, tree: dict) -> str:
     settings = tree | (tree.get("text_config") or {})
     experts = any(settings.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
     candidates = [known for known in FAMILIES if (known in _WITH_EXPERTS) == experts]
-    return max(candidates, key=lambda known: SequenceMatcher(None, name, known).ratio())
+
+    def likeness(known: str) -> tuple[float, float]:
+        # What comes behind the family's own name, as `ForConditionalGeneration`, decides between its own forms alone.
+        pairs = ((name.split("For")[0], known.split("For")[0]), (name, known))
+        family, whole = (SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return family, whole
+
+    return max(candidates, key=likeness)
 
 
 def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
