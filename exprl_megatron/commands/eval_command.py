@@ -1,13 +1,14 @@
 """`exprl eval` on the command line."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from exprl_megatron.errors import UserError
 
 if TYPE_CHECKING:
+    from exprl_megatron.config.run import RunConfig
     from exprl_megatron.evaluation.eval_config import EvalConfig
 
 DEFAULT_K = (1, 4, 16, 128)
@@ -18,6 +19,9 @@ def eval_command(
     context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A model's directory in Hugging Face form.")],
     problems: Annotated[str, typer.Option(help="Problems: a JSON-lines or Parquet file, a directory, or a hub name.")],
+    config: Annotated[
+        Path | None, typer.Option(help="A run's YAML or directory: verify by its verifier.domains (docs/extending.md).")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples for each problem.")] = 16,
     k: Annotated[
         str | None,
@@ -70,9 +74,13 @@ def eval_command(
         words = " ".join(context.args)
         hint = f"--json prints and takes no file; use --json-file {words}" if json else "leave it out"
         raise UserError(f"What `{words}` means is unknown; {hint}.")
+    from exprl_megatron.config.problems import BuiltInDomain
+
+    run = None if config is None else _run_config(config)
     settings = _settings(
         model=str(model),
         problems={
+            "domains": () if run is None else run.domains[len(get_args(BuiltInDomain)) :],
             "source": problems,
             "split": split,
             "fields": _pairs(field),
@@ -102,8 +110,18 @@ def eval_command(
         verifier_workers=verifier_workers or "auto",
         verifier_deadline_s=verifier_deadline_s,
         program_deadline_s=program_deadline_s,
+        verifiers={} if run is None else run.verifier.domains,
+        plugin_path=() if run is None else run.plugin_path,
     )
     _run(settings, json, json_file, (keep_unsolved, max_solve_rate))
+
+
+def _run_config(path: Path) -> "RunConfig":
+    """Read a run's config from its YAML file or from its directory."""
+    from exprl_megatron.config.load import load_config
+    from exprl_megatron.runs.directory import RunDirectory, read_config
+
+    return read_config(RunDirectory(path)) if path.is_dir() else load_config(path, [])
 
 
 def _run(settings: "EvalConfig", as_json: bool, json_file: Path | None, unsolved: tuple[Path | None, float]) -> None:

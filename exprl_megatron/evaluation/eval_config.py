@@ -5,9 +5,11 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from exprl_megatron.config.base import Config
+from exprl_megatron.config.plugin_path import PluginPath
 from exprl_megatron.config.problems import ProblemsConfig, PromptConfig
 from exprl_megatron.config.serving import SamplingConfig, ServerConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.plugins.loading import plugin_source, use_plugin_path
 
 
 class EvalConfig(Config):
@@ -33,6 +35,10 @@ class EvalConfig(Config):
     program_deadline_s: float = Field(120.0, gt=0)
     """Seconds for all tests of one program."""
     verifier_workers: PositiveInt | Literal["auto"] = "auto"
+    verifiers: dict[str, PluginPath] = Field(default_factory=dict)
+    """Verifiers of the user by domain, as `verifier.domains` of a run."""
+    plugin_path: tuple[str, ...] = ()
+    """Directories in which their modules are searched."""
 
     def check(self) -> None:
         """Check that the settings do not contradict each other. Raises UserError where they do."""
@@ -54,4 +60,10 @@ class EvalConfig(Config):
             "prompt": self.prompt.model_dump(mode="json"),
             "seed": self.seed,
             "dtype": self.dtype,
+            **({"verifiers": self._verifier_sources()} if self.verifiers else {}),
         }
+
+    def _verifier_sources(self) -> dict[str, str]:
+        """The hash of each verifier's source: what another one found is not combined with it."""
+        use_plugin_path(self.plugin_path)
+        return {domain: f"{path} {plugin_source(path).sha256}" for domain, path in sorted(self.verifiers.items())}

@@ -1,19 +1,22 @@
 """`exprl eval`: pass@k of a model on a set of problems, with its own servers."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.eval_config import EvalConfig
 from exprl_megatron.evaluation.questions import EvalQuestion, EvalQuestions, read_questions
 from exprl_megatron.evaluation.result_store import ProblemResult, ResultStore
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Judgement
+from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import GradedTrace
+from exprl_megatron.rollout.own_functions import OwnFunction, own_verifiers
 from exprl_megatron.rollout.sampler import sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
@@ -41,6 +44,14 @@ class Evaluation:
     results: tuple[ProblemResult, ...]
 
 
+@dataclass(frozen=True)
+class Grading:
+    """The user's verifiers by domain, and where lines about the evaluation go."""
+
+    own: Mapping[str, OwnFunction]
+    log: Callable[[str], None]
+
+
 def evaluate(settings: EvalConfig, log: Callable[[str], None] = print) -> Evaluation:
     """Sample and verify the problems whose results are not in `settings.directory` yet.
 
@@ -48,6 +59,7 @@ def evaluate(settings: EvalConfig, log: Callable[[str], None] = print) -> Evalua
     finished by then stays. No process is left behind, however this ends.
     """
     settings.check()
+    own = _own_verifiers(settings, log)
     logs = Path(settings.directory) / "logs"
     specs = server_specs(
         "policy",
@@ -71,7 +83,7 @@ def evaluate(settings: EvalConfig, log: Callable[[str], None] = print) -> Evalua
         if waiting:
             if sentence := irreproducible_sampling(settings.server, uses_cuda()):
                 log(sentence)
-            found = _measure(settings, specs, asked, waiting, store, log)
+            found = _measure(settings, specs, asked, waiting, store, Grading(own, log))
             results |= {result.problem_id: result for result in found}
     finally:
         store.release()
@@ -84,24 +96,31 @@ def _measure(
     asked: EvalQuestions,
     questions: Sequence[EvalQuestion],
     store: ResultStore,
-    log: Callable[[str], None],
+    grading: Grading,
 ) -> list[ProblemResult]:
+    log = grading.log
     with AnswerVerifier(settings.verifier_workers) as verifier:
-        _check_sandbox(verifier, questions)
+        _check_sandbox(verifier, questions, grading.own)
         log(f"starting {len(specs)} server{'s' if len(specs) > 1 else ''}")
         servers = start_servers(specs)
         try:
             clients = [server.client() for server in servers]
             for client in clients:
                 client.vocabulary, client.text_check = asked.vocabulary, asked.text_check
-            return asyncio.run(_sample(settings, clients, questions, verifier, store, log))
+            return asyncio.run(_sample(settings, clients, questions, verifier, store, grading))
         finally:
             stop_servers(servers)
 
 
-def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[EvalQuestion]) -> None:
+def _own_verifiers(settings: EvalConfig, log: Callable[[str], None]) -> dict[str, OwnFunction]:
+    use_plugin_path(settings.plugin_path)
+    config = VerifierConfig(domains=settings.verifiers, answer_deadline_s=settings.verifier_deadline_s)
+    return own_verifiers(config, log)
+
+
+def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[EvalQuestion], own: Collection[str]) -> None:
     """Raise UserError where problems need programs and this machine cannot run them."""
-    problem = next((q.problem for q in questions if q.problem.domain == "code"), None)
+    problem = next((q.problem for q in questions if q.problem.domain == "code" and "code" not in own), None)
     if problem is None:
         return
     verdict = asyncio.run(verifier.verify(problem, "```python\npass\n```"))
@@ -118,7 +137,7 @@ async def _sample(
     questions: Sequence[EvalQuestion],
     verifier: AnswerVerifier,
     store: ResultStore,
-    log: Callable[[str], None],
+    grading: Grading,
 ) -> list[ProblemResult]:
     """Answer all questions, each on one server, with `settings.concurrency` in flight."""
     problems_in_flight = max(1, settings.concurrency // settings.samples)
@@ -127,11 +146,11 @@ async def _sample(
 
     async def one(question: EvalQuestion, client: SGLangClient, slot: asyncio.Semaphore) -> None:
         async with slot:
-            samples = await _graded(settings, client, question, verifier)
+            samples = await _graded(settings, client, question, verifier, grading.own)
         result = await asyncio.to_thread(store.save, question.problem.id, question.key, samples)
         finished.append(result)
         share = "-" if result.counts.solve_rate is None else f"{result.counts.solve_rate:.1%}"
-        log(f"{len(finished)}/{len(questions)} {question.problem.id}: {share} right")
+        grading.log(f"{len(finished)}/{len(questions)} {question.problem.id}: {share} right")
 
     async with AsyncExitStack() as stack:
         for client in clients:
@@ -143,7 +162,11 @@ async def _sample(
 
 
 async def _graded(
-    settings: EvalConfig, client: SGLangClient, question: EvalQuestion, verifier: AnswerVerifier
+    settings: EvalConfig,
+    client: SGLangClient,
+    question: EvalQuestion,
+    verifier: AnswerVerifier,
+    own: Mapping[str, OwnFunction],
 ) -> list[GradedTrace]:
     """Sample one problem and verify each sample as soon as it is finished; seeded as a run's evaluation is."""
     judgements: dict[int, Judgement] = {}
@@ -151,6 +174,9 @@ async def _graded(
     deadline_s = settings.program_deadline_s if is_code else settings.verifier_deadline_s
 
     async def grade(trace: Trace) -> None:
+        if question.problem.domain in own:
+            judgements[trace.sample] = await own[question.problem.domain].verify(question.problem, trace)
+            return
         judgements[trace.sample] = await verifier.verify(question.problem, trace.text, deadline_s)
 
     (traces,) = await sample_groups(

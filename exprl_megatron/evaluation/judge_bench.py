@@ -77,7 +77,8 @@ def bench_judge(
     source = traces_file or (None if judge.gate is None else judge.gate.traces)
     if source is None:
         raise UserError("There are no judged traces to look at; give --traces, or set judge.gate.traces.")
-    traces = read_judged_traces(source, limit or (judge.gate.limit if judge.gate and not traces_file else None))
+    count = limit or (judge.gate.limit if judge.gate and not traces_file else None)
+    traces = read_judged_traces(source, count, config.domains)
     with _servers(config) as clients:
         arms = asyncio.run(_arms(clients, _graders(judge, clients, tokenizer, repeats), traces))
     title = f"{judge.shown_name} on {len(traces)} traces of {len({trace.problem.id for trace in traces})} problems"

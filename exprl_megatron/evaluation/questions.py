@@ -58,10 +58,11 @@ def read_questions(settings: EvalConfig) -> EvalQuestions:
 
     Raises UserError where the problems, the tokenizer or the model's context do not serve, or nothing is left.
     """
+    own = settings.verifiers
     loaded = load_records(settings.problems)
     records = {problem.id: record for problem, record in loaded}
-    problems = [problem for problem, _ in loaded if verifiable(problem)]
-    unverifiable = missing_for([problem for problem, _ in loaded], "verification")
+    problems = [problem for problem, _ in loaded if problem.domain in own or verifiable(problem)]
+    unverifiable = missing_for([problem for problem, _ in loaded], "verification", own)
     if not problems:
         raise UserError("\n".join(unverifiable))
     model = AutoConfig.from_pretrained(settings.model).get_text_config()

@@ -1,14 +1,13 @@
 """Traces whose correctness is known, with their problems: what a judge is calibrated on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from exprl_megatron.config.problems import BuiltInDomain
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import Problem, Reference
-from exprl_megatron.problems.records import record_of, refuse_faults
+from exprl_megatron.problems.records import DOMAINS, record_of, refuse_faults
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,15 @@ class JudgedTrace:
     correct: bool
 
 
-def read_judged_traces(path: str | Path, limit: int | None = None) -> tuple[JudgedTrace, ...]:
+def read_judged_traces(
+    path: str | Path, limit: int | None = None, domains: Sequence[str] = DOMAINS
+) -> tuple[JudgedTrace, ...]:
     """The first `limit` traces of a JSON-lines file, in its order.
 
     A line is an object with `problem_id`, `problem`, `reference`, `trace` (texts), `correct` (true or
-    false), and optionally `answer`, `domain` and `choices`. Raises UserError with one sentence for each
-    fault (the first ten of them); also where there is no right trace, no wrong one, or only one problem,
-    which has nobody else's reference to be given.
+    false), and optionally `answer`, `domain` (one of `domains`) and `choices`. Raises UserError with one
+    sentence for each fault (the first ten of them); also where there is no right trace, no wrong one, or only one
+    problem, which has nobody else's reference to be given.
     """
     path = Path(path).expanduser()
     try:
@@ -38,7 +39,7 @@ def read_judged_traces(path: str | Path, limit: int | None = None) -> tuple[Judg
     faults: list[str] = []
     problems: dict[str, Problem] = {}
     for number, line in numbered:
-        trace = _judged_trace(line)
+        trace = _judged_trace(line, domains)
         if isinstance(trace, list):
             faults += [f"{path} line {number}: {sentence}" for sentence in trace]
         elif problems.setdefault(trace.problem.id, trace.problem) != trace.problem:
@@ -61,12 +62,12 @@ def _check_sides(path: Path, traces: list[JudgedTrace], problems: int) -> None:
         raise UserError(f"{path}: all traces are of one problem, so that there is no wrong reference; add others.")
 
 
-def _judged_trace(line: str) -> JudgedTrace | list[str]:
+def _judged_trace(line: str, domains: Sequence[str]) -> JudgedTrace | list[str]:
     """The line as a JudgedTrace, or what is wrong with it."""
     record = record_of(line)
     if isinstance(record, str):
         return [record]
-    if faults := list(_faults(record)):
+    if faults := list(_faults(record, domains)):
         return faults
     problem = Problem(
         id=record["problem_id"],
@@ -79,7 +80,7 @@ def _judged_trace(line: str) -> JudgedTrace | list[str]:
     return JudgedTrace(problem, record["trace"], record["correct"])
 
 
-def _faults(record: dict[str, Any]) -> Iterator[str]:
+def _faults(record: dict[str, Any], domains: Sequence[str]) -> Iterator[str]:
     for name in ("problem_id", "problem", "reference", "trace"):
         if not isinstance(record.get(name), str):
             yield f"the field {name!r} is {record.get(name)!r}, not text; write it as text."
@@ -89,8 +90,8 @@ def _faults(record: dict[str, Any]) -> Iterator[str]:
         yield f"the field 'correct' is {record.get('correct')!r}; write true or false."
     if not isinstance(record.get("answer", ""), str | None):
         yield f"the field 'answer' is {record['answer']!r}, not text; write it as text."
-    if record.get("domain", "math") not in get_args(BuiltInDomain):
-        yield f"the field 'domain' is {record['domain']!r}; write one of {', '.join(get_args(BuiltInDomain))}."
+    if record.get("domain", "math") not in domains:
+        yield f"the field 'domain' is {record['domain']!r}; write one of {', '.join(domains)}."
     choices = record.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         yield f"the field 'choices' is {choices!r}; write a list of texts."

@@ -41,3 +41,12 @@ def judgement_record(judgement: Judgement) -> dict:
     """In JSON's terms: {kind: Scored | Abstained, and the fields of that}, without a hash that there is not."""
     fields = {name: value for name, value in asdict(judgement).items() if name != "hash" or value is not None}
     return {"kind": type(judgement).__name__} | fields
+
+
+def value_and_evidence(judgement: Judgement | None) -> tuple[float | None, str]:
+    """Return the score and no evidence; None, and why, where there is no score."""
+    if judgement is None:
+        return None, "not verified"
+    if isinstance(judgement, Scored):
+        return judgement.value, ""
+    return None, f"{judgement.reason}: {judgement.evidence}"

@@ -19,10 +19,11 @@ from exprl_megatron.plugins.loading import plugin_source, use_plugin_path
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.sources import first_problem, is_own_source, load_problems
 from exprl_megatron.rollout.group import GradedTrace, Group, StepInfo
+from exprl_megatron.rollout.own_functions import OwnFunction, own_verifiers
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.directory import PLUGINS
 from exprl_megatron.training.own_metrics import own_step_metrics
-from exprl_megatron.training.own_rewards import OwnFunction, own_terms, own_verifiers
+from exprl_megatron.training.own_rewards import own_terms
 
 ScoredStage = ExprlOutcomeStage | SparseRlStage
 FAILURES = ("verifier-error", "verifier-timeout")

@@ -52,7 +52,7 @@ def _check_inputs(config: RunConfig) -> None:
         if isinstance(stage, SftStage):
             check_source(stage)
     if config.needs_judge and config.required_judge.gate is not None:
-        read_judged_traces(config.required_judge.gate.traces, config.required_judge.gate.limit)
+        read_judged_traces(config.required_judge.gate.traces, config.required_judge.gate.limit, config.domains)
     if config.needs_judge and config.required_judge.placement == "policy":
         _check_alike(config.policy.model, config.required_judge.served_model)
     if config.debug.rollouts is not None:

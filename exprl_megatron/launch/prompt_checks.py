@@ -10,6 +10,7 @@ from exprl_megatron.config.stages import ExprlProcessStage, JudgedStage, RlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judge import Judge
 from exprl_megatron.judging.judge_model import model_context
+from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.rubric import MOST, Checkpoint, Rubric
 from exprl_megatron.models.architecture import read_architecture
@@ -37,6 +38,10 @@ def check_prompts(config: RunConfig) -> None:
             _check_teacher(config, stage, tokenizer)
     if config.judge is not None and config.needs_judge:
         judge = _judge(config.judge)
+        if config.judge.gate is not None:
+            traces = read_judged_traces(config.judge.gate.traces, config.judge.gate.limit, config.domains)
+            for problem in {trace.problem.domain: trace.problem for trace in traces}.values():
+                judge.messages(problem, TRACE, "trace")
         for stage in config.stages:
             if isinstance(stage, JudgedStage):
                 if config.judge.model is None:

@@ -13,8 +13,9 @@ from exprl_megatron.judging.segments import segments_and_texts
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import GradedTrace, JudgedSegment
+from exprl_megatron.rollout.own_functions import OwnFunction
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.own_rewards import OwnFunction, reward_terms
+from exprl_megatron.training.own_rewards import reward_terms
 
 GradeTrace = Callable[[Problem, Trace], Awaitable[GradedTrace]]
 

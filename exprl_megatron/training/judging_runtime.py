@@ -19,8 +19,9 @@ from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.rewards.containment import Limits
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import GradedTrace, Group
+from exprl_megatron.rollout.own_functions import own_verifiers
 from exprl_megatron.training.grading import GradeTrace, grade_of, verified, with_terms
-from exprl_megatron.training.own_rewards import own_terms, own_verifiers
+from exprl_megatron.training.own_rewards import own_terms
 from exprl_megatron.training.run_logger import RunLogger
 
 
@@ -50,7 +51,9 @@ class JudgingRuntime:
             tokenizer = None if judge.model is None else load_tokenizer(judge.model)
             self._judge = Judge(judge, judges, tokenizer, store=kept)
             if judge.gate is not None:
-                self._gate = JudgeGate(judge.gate, read_judged_traces(judge.gate.traces, judge.gate.limit))
+                self._gate = JudgeGate(
+                    judge.gate, read_judged_traces(judge.gate.traces, judge.gate.limit, config.domains)
+                )
                 # With a store, a repeated check would read the earlier judgements.
                 self._uncached_judge = Judge(judge, judges, tokenizer)
 

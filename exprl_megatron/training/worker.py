@@ -137,7 +137,7 @@ def _longest_judging(config) -> float:
         if isinstance(stage, JudgedStage)
     )
     if config.judge.gate is not None:
-        judgements += 3 * len(read_judged_traces(config.judge.gate.traces, config.judge.gate.limit))
+        judgements += 3 * len(read_judged_traces(config.judge.gate.traces, config.judge.gate.limit, config.domains))
     rounds = math.ceil(judgements / config.judge.concurrency)
     judging_s = min(rounds * config.judge.deadline_s, max(_DAY_S, config.judge.deadline_s))
     return judging_s + config.judge.rubric.deadline_s

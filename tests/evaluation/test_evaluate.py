@@ -13,13 +13,15 @@ import pytest
 from rich.console import Console
 
 from exprl_megatron import cli
+from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.eval_config import EvalConfig
 from exprl_megatron.evaluation.eval_report import result_lines, result_record, result_table, write_unsolved
-from exprl_megatron.evaluation.evaluate import evaluate
+from exprl_megatron.evaluation.evaluate import Grading, evaluate
 from exprl_megatron.evaluation.questions import read_questions
 from exprl_megatron.evaluation.result_store import ResultStore
 from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.plugins.loading import load_plugin
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.trace import Trace
 
@@ -197,7 +199,7 @@ def test_servers_replies_are_checked_as_those_of_a_run(tmp_path, tiny_model, mon
     write_problems(tmp_path / "problems.jsonl")
     settings = settings_for(tmp_path, tiny_model("qwen3"))
     asked = read_questions(settings)
-    module._measure(settings, [None], asked, asked.questions, None, lambda line: None)
+    module._measure(settings, [None], asked, asked.questions, None, Grading({}, lambda line: None))
     (client,) = seen
     assert client.vocabulary == asked.vocabulary > 0
     with pytest.raises(ValueError, match="text is not that of"):
@@ -214,3 +216,70 @@ def test_by_default_a_sample_has_at_most_half_of_the_model_s_positions(tiny_mode
     config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 512}
     (short / "config.json").write_text(json.dumps(config))
     assert _max_new_tokens(short) == 256
+
+
+@pytest.fixture
+def measured(tmp_path, tiny_model, monkeypatch):
+    """The settings of an evaluation by a verifier of the user's own, whose module is in a directory of its own."""
+    record = {"id": "m", "problem": "How long?", "answer": "2.0", "domain": "measured"}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own_measures.py").write_text(
+        "from exprl_megatron.api import Scored\n\n\ndef near(problem, trace):\n"
+        "    return Scored(float(trace.text == problem.answer), trace.text)\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    problems = {"source": str(tmp_path / "problems.jsonl"), "domains": ["measured"]}
+    own = {"verifiers": {"measured": "own_measures:near"}, "plugin_path": (str(tmp_path / "mine"),)}
+    yield settings_for(tmp_path, tiny_model("qwen3"), problems=problems, **own)
+    sys.modules.pop("own_measures", None)
+    load_plugin.cache_clear()
+
+
+def test_a_domain_with_a_verifier_of_the_users_own_is_measured_by_it(measured, monkeypatch):
+    module = importlib.import_module("exprl_megatron.evaluation.evaluate")
+
+    async def sampled(*_, on_trace, **__):
+        traces = [
+            Trace("m", k, (1,), (2,), (-1.0,), text, "stop", ()) for k, text in enumerate(["2.0", "3", "2.0", ""])
+        ]
+        for trace in traces:
+            await on_trace(trace)
+        return [traces]
+
+    monkeypatch.setattr(module, "sample_groups", sampled)
+    monkeypatch.setattr(module, "start_servers", lambda specs: [SimpleNamespace(client=NoClient)])
+    monkeypatch.setattr(module, "stop_servers", lambda servers: None)
+    (result,) = evaluate(measured, lambda text: None).results
+    assert (result.counts.graded, result.counts.correct) == (4, 2)
+    without = measured.model_copy(update={"verifiers": {}, "directory": measured.directory + "-without"})
+    with pytest.raises(UserError, match=r"1 of 1 measured problems have no verifier in verifier\.domains"):
+        evaluate(without, lambda text: None)
+
+
+class NoClient:
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        return None
+
+
+def test_what_another_source_of_the_verifier_found_is_not_combined(measured):
+    before = measured.identity("model")["verifiers"]["measured"]
+    source = Path(measured.plugin_path[0]) / "own_measures.py"
+    source.write_text(source.read_text() + "# changed\n")
+    assert measured.identity("model")["verifiers"]["measured"] != before
+
+
+def test_the_verifiers_of_a_runs_config_are_taken_from_its_file(tmp_path, monkeypatch, command_line):
+    eval_command = importlib.import_module("exprl_megatron.commands.eval_command")
+    stage = {"kind": "sparse-rl", "steps": 1, "problems": {"source": "x", "domains": ["measured"]}}
+    tree = {"directory": "d", "policy": {"model": "m"}, "stages": [stage], "plugin_path": ["mine"]}
+    (tmp_path / "run.yaml").write_text(json.dumps(tree | {"verifier": {"domains": {"measured": "own_measures:near"}}}))
+    seen = []
+    monkeypatch.setattr(eval_command, "_run", lambda settings, *_: seen.append(settings))
+    arguments = ("--problems", "p.jsonl", "--config", tmp_path / "run.yaml", "--max-new-tokens", "8")
+    assert command_line("eval", tmp_path, *arguments)[0] == 0
+    assert seen[0].verifiers == {"measured": "own_measures:near"} and seen[0].plugin_path == ("mine",)
+    assert seen[0].problems.domains == ("measured",)

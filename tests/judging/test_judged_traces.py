@@ -63,3 +63,9 @@ def test_traces_that_cannot_calibrate_are_refused(written, tmp_path):
     assert "0 of the 1 traces" in refusal(written(WRONG))
     assert "all traces are of one problem" in refusal(written(RIGHT, {**RIGHT, "correct": False}))
     assert "cannot be read" in refusal(tmp_path / "nowhere.jsonl")
+
+
+def test_domains_of_the_users_own_are_read_where_the_config_has_them(written):
+    path = written({**RIGHT, "domain": "measured"}, WRONG)
+    assert "write one of math, multiple-choice, science, code." in refusal(path)
+    assert read_judged_traces(path, domains=("math", "measured"))[0].problem.domain == "measured"

@@ -11,6 +11,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.launch.model_checks import model_violations
 from exprl_megatron.launch.preflight import check_inputs, required_problem_sets
+from exprl_megatron.launch.prompt_checks import check_prompts
 from exprl_megatron.runs.directory import RunDirectory
 
 
@@ -208,3 +209,22 @@ def test_problems_must_have_what_is_asked_about_them_by_any_stage_or_evaluation(
     }
     judged, verified = {"reference"}, {"verification"}
     assert found == {"a": judged, "b": judged, "c": verified, "d": judged | verified, "h": verified}
+
+
+def test_the_gates_traces_may_have_domains_of_the_runs_own_where_a_prompt_is_for_them(tmp_path, tiny_model):
+    model = tiny_model("qwen3")
+    of_sparse = run(tmp_path, model, "sparse-rl").model_dump(mode="json")
+    traces = [
+        {"problem_id": name, "problem": "?", "reference": "r", "trace": "t", "correct": name == "a", "domain": "own"}
+        for name in "ab"
+    ]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+    problems = {"source": str(tmp_path / "problems.jsonl"), "domains": ["own"]}
+    stage = {"kind": "exprl-outcome", "steps": 1, "problems": problems, "sampling": {"max_new_tokens": 16}}
+    (tmp_path / "prompt.md").write_text("## user\n\n{problem} {trace}\n")
+    judge = {"model": str(model), "max_new_tokens": 8, "gate": {"traces": str(tmp_path / "traces.jsonl")}}
+    judge |= {"prompt": str(tmp_path / "prompt.md")}
+    of_judged = {**of_sparse, "stages": [stage], "judge": judge}
+    check_prompts(check_config(of_judged, "test"))
+    with pytest.raises(UserError, match=r"No shipped judge prompt is for the domain 'own'; set judge\.prompt"):
+        check_prompts(check_config({**of_judged, "judge": {**judge, "prompt": None}}, "test"))

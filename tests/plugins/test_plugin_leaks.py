@@ -10,10 +10,11 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.plugins.loading import load_plugin
+from exprl_megatron.rollout.own_functions import own_verifiers
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training import rollouts
 from exprl_megatron.training.grading import verified, with_terms
-from exprl_megatron.training.own_rewards import own_terms, own_verifiers
+from exprl_megatron.training.own_rewards import own_terms
 
 SECRET = "the hidden solution says that the sum of both numbers is certainly four in the end"
 HOSTILE = """

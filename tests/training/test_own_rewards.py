@@ -18,10 +18,11 @@ from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import load_plugin
 from exprl_megatron.problems.problem import Problem, Reference
 from exprl_megatron.rollout.group import GradedTrace, Group, RewardTerm
+from exprl_megatron.rollout.own_functions import own_verifiers
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training import judging_runtime
 from exprl_megatron.training.grading import verified, with_terms
-from exprl_megatron.training.own_rewards import own_terms, own_verifiers
+from exprl_megatron.training.own_rewards import own_terms
 from exprl_megatron.training.sample_rewards import rewards_of
 from exprl_megatron.training.statistics import group_statistics
 from exprl_megatron.training.train_samples import token_advantages
