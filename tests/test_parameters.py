@@ -9,7 +9,7 @@ MOST = 7
 REASON = f"More than {MOST} parameters: "
 EXCEPTIONS = {
     "commands/plan_command.py:_plan",
-    "planning/plan_request.py:study",
+    "planning/plan_request.py:plan_target",
     "planning/rl_time.py:judging_time",
     "planning/sync_broadcast.py:plan_sync",
     "planning/training_time.py:log_prob_time",
