@@ -115,6 +115,18 @@ def test_norms_over_all_heads_are_not_served_by_more_ranks_than_there_are_kv_gro
 
 
 @pytest.mark.parametrize(
+    ("kind", "family", "refused"),
+    [("sparse-rl", "qwen3.5", True), ("sft", "qwen3.5", False), ("sparse-rl", "qwen3", False)],
+)
+def test_a_model_that_servers_cannot_receive_is_trained_without_servers_alone(
+    tmp_path, tiny_model, kind, family, refused
+):
+    found = model_violations(run(tmp_path, tiny_model(family), kind))
+    assert len(found) == refused
+    assert all("gated delta nets" in sentence and "train it in sft stages" in sentence for sentence in found)
+
+
+@pytest.mark.parametrize(
     ("family", "router", "sentence"),
     [
         ("mixtral", False, None),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.tiny_models import write_tiny_vision_model
 from safetensors.torch import load_file
+from transformers import Qwen3_5TextConfig
 
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout
@@ -62,6 +63,16 @@ def test_what_is_left_out_of_config_json_is_as_transformers_has_it(tmp_path):
     tree["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000000}
     (tmp_path / "config.json").write_text(json.dumps(TREE | {"text_config": tree}))
     assert read_architecture(tmp_path) == read_architecture(PUBLISHED)
+
+
+def test_a_text_model_turns_the_share_of_a_head_that_transformers_turns(tmp_path):
+    tree = {key: value for key, value in TREE["text_config"].items() if key != "rope_parameters"}
+    rope = {"rope_type": "default", "rope_theta": 10000000}
+    (tmp_path / "config.json").write_text(
+        json.dumps(tree | {"architectures": ["Qwen3_5ForCausalLM"], "rope_parameters": rope})
+    )
+    share = Qwen3_5TextConfig(rope_parameters=rope).rope_parameters["partial_rotary_factor"]
+    assert read_architecture(tmp_path).rotary_share == share == 0.25
 
 
 @pytest.mark.parametrize(
