@@ -69,7 +69,7 @@ def graded(client, verifier, domain="math"):
         }
     )
     question = SimpleNamespace(problem=Problem("p", "?", domain=domain, answer="1"), prompt=Prompt("p", (1, 2)))
-    return asyncio.run(_graded(settings, client, question, verifier))
+    return asyncio.run(_graded(settings, client, question, verifier, {}))
 
 
 def test_each_sample_has_its_own_verdict_in_whichever_order_they_are_finished():
