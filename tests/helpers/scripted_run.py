@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from exprl_megatron.config.run import JournalConfig
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.progress import RunProgress
 from exprl_megatron.training import run as module
 from exprl_megatron.training.run import RankZero, Run, ServerLinks
 
-NO_CONFIG = SimpleNamespace(directory="nowhere")
+NO_CONFIG = SimpleNamespace(directory="nowhere", journal=JournalConfig())
 
 
 class OneRank:

@@ -80,7 +80,8 @@ def micro_batch(mode: FakeTensorMode) -> MicroBatch:
     """All sequences as a loss sees them, on the GPU."""
     with torch.utils._python_dispatch._disable_current_modes():
         made = pad(scored(), max(map(len, SEQUENCES)))
-    return MicroBatch(**{name: mode.from_tensor(tensor) for name, tensor in vars(made).items()}).to(CUDA)
+    tensors = {name: None if value is None else mode.from_tensor(value) for name, value in vars(made).items()}
+    return MicroBatch(**tensors).to(CUDA)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ class Evaluating(Run):
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._logger)
         self._trained, self._asserted = set(), AssertionCounts()
         self._sync_metrics = {}
+        self._trainer_log_probs = None
 
     def open_stage(self, stage):
         pass

@@ -42,6 +42,7 @@ def test_the_sum_of_the_losses_is_divided_by_what_is_kept(aggregation, kept, div
 
     run = SimpleNamespace(
         policy=SimpleNamespace(accumulate=accumulate),
+        recorded=lambda objective: objective,
         check_update=lambda stage, metrics: None,
         apply_update=apply_update,
     )

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from exprl_megatron.reporting.timeline import STEP, Span, read_timeline
 
 _LOOK_S = 0.005
 _END_S = 15.0
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 _HEARTBEAT_S = 0.3
 """A launcher continues that much later than what it has started, which it would find silent; it computes nothing."""
 
@@ -117,6 +118,7 @@ class Contestant:
         while found := {process.pid for process in self.processes()} - known:
             for pid in found:
                 _send(pid, signal.SIGSTOP)
+            _wait_until_stopped(found)
             known |= found
         # What was done until here is done; the next step's clock has it.
         self._stopped_at = time.time()
@@ -159,6 +161,16 @@ def _cpu_s(process: psutil.Process) -> float:
     except psutil.NoSuchProcess:
         return 0.0
     return times.user + times.system + times.children_user + times.children_system
+
+
+def _wait_until_stopped(pids: Iterable[int]) -> None:
+    """Wait until all have taken the signal, which a process on the other core does a moment later."""
+    deadline = time.monotonic() + _END_S
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            while process.status() not in _STOPPED and time.monotonic() < deadline:
+                time.sleep(0.001)
 
 
 def _send(pid: int, number: int) -> None:
