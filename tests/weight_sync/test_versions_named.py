@@ -6,9 +6,11 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.direct import DirectTransport
+from exprl_megatron.weight_sync.handles import HandlesTransport
 from exprl_megatron.weight_sync.timing import SyncTimes
 
 WORLD = SimpleNamespace(layout=SimpleNamespace(world_size=1), device="cpu")
@@ -83,4 +85,27 @@ def test_direct_transfers_are_finished_under_the_version_once_they_have_arrived(
         expected = []
         for version in ("v1", "v2"):
             expected += ["begin", ("receive", None, False), ("finish", version, True), "end"]
+        assert server.asked == expected
+
+
+def test_by_handles_the_last_round_names_the_version_and_empties_the_cache(coordinator):
+    class Colocated(Server):
+        first_gpu = 0
+
+        async def update_from_tensor(self, payloads, version, flush_cache, deadline_s):
+            self.asked.append((len(payloads), version, flush_cache))
+
+    coordinator.is_rank0, coordinator.collect = True, lambda own: [own]
+    coordinator.signal = lambda value=None: None
+    servers = [Colocated("policy-0"), Colocated("policy-1")]
+    world = SimpleNamespace(rank=0, device="cpu")
+    transport = HandlesTransport(servers, 1, world, coordinator, 60.0)
+    filled = SimpleNamespace(named=lambda: [("weight", torch.zeros(1))])
+    exporter = SimpleNamespace(rounds=ROUNDS, gather=lambda number: filled)
+    for version in ("v1", "v2"):
+        asyncio.run(transport.push(exporter, version, SyncTimes()))
+    for server in servers:
+        expected = []
+        for version in ("v1", "v2"):
+            expected += ["begin", (1, None, False), (1, None, False), (1, version, True), "end"]
         assert server.asked == expected
