@@ -14,7 +14,7 @@ def test_models_of_policy_and_judge_and_each_file_of_problems_are_named_once(tmp
         "policy": {"model": str(tmp_path / "policy")},
         "judge": {"model": str(tmp_path / "judge")},
         "stages": [stage | {"kind": "exprl-outcome"}, stage | {"kind": "sparse-rl"}],
-        "evaluation": {"problems": problems, "sampling": {"max_new_tokens": 16}},
+        "evaluation": {"problems": problems | {"limit": 1}, "sampling": {"max_new_tokens": 16}},
     }
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
     found = [(finding.part.removeprefix(NEEDED_BY_RUN), finding.ok) for finding in needs_of(str(tmp_path / "run.yaml"))]
