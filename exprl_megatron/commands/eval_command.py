@@ -1,7 +1,7 @@
 """`exprl eval` on the command line."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -74,13 +74,11 @@ def eval_command(
         words = " ".join(context.args)
         hint = f"--json prints and takes no file; use --json-file {words}" if json else "leave it out"
         raise UserError(f"What `{words}` means is unknown; {hint}.")
-    from exprl_megatron.config.problems import BuiltInDomain
-
     run = None if config is None else _run_config(config)
     settings = _settings(
         model=str(model),
         problems={
-            "domains": () if run is None else run.domains[len(get_args(BuiltInDomain)) :],
+            "domains": () if run is None else run.own_domains,
             "source": problems,
             "split": split,
             "fields": _pairs(field),
@@ -160,8 +158,8 @@ def _settings(**tree: Any) -> "EvalConfig":
     try:
         return EvalConfig.model_validate(tree)
     except ValidationError as error:
-        slots = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}." for e in error.errors()]
-        raise UserError("\n".join(slots)) from error
+        faults = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}." for e in error.errors()]
+        raise UserError("\n".join(faults)) from error
 
 
 def _ks(text: str | None, samples: int) -> tuple[int, ...]:

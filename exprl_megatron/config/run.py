@@ -203,10 +203,14 @@ class RunConfig(Config):
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """The domains that problems of this run may have: the built-in ones, and those of its `problems` sections."""
+        """The domains that problems of this run may have: the built-in ones, and the user's own."""
+        return (*get_args(BuiltInDomain), *self.own_domains)
+
+    @property
+    def own_domains(self) -> tuple[str, ...]:
+        """The domains that the `problems` sections of this run name beside the built-in ones."""
         held_out = [] if self.evaluation is None else [self.evaluation.problems]
-        own = {domain for problems in (*self.problem_sets(), *held_out) for domain in problems.domains}
-        return (*get_args(BuiltInDomain), *sorted(own))
+        return tuple(sorted({domain for problems in (*self.problem_sets(), *held_out) for domain in problems.domains}))
 
     def violations(self, run_config=None) -> list[str]:
         names = [stage.name for stage in self.stages]

@@ -6,7 +6,6 @@ from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import JudgedStage, SelfDistillStage, SftStage, SparseRlStage
 from exprl_megatron.errors import UserError
-from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.launch.model_checks import model_violations
 from exprl_megatron.launch.plugin_checks import check_plugin_code, check_plugins_on_problems
 from exprl_megatron.launch.prompt_checks import check_prompts, unchecked_model
@@ -51,8 +50,6 @@ def _check_inputs(config: RunConfig) -> None:
     for stage in config.stages:
         if isinstance(stage, SftStage):
             check_source(stage)
-    if config.needs_judge and config.required_judge.gate is not None:
-        read_judged_traces(config.required_judge.gate.traces, config.required_judge.gate.limit, config.domains)
     if config.needs_judge and config.required_judge.placement == "policy":
         _check_alike(config.policy.model, config.required_judge.served_model)
     if config.debug.rollouts is not None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
-from exprl_megatron.models import olmo3
+from exprl_megatron.models import olmo3, qwen3_5
 from exprl_megatron.models.delta_net import DeltaNet
-from exprl_megatron.models.qwen3_5 import LINEAR, delta_net, layer_types, left_out, prefix, text_settings
+from exprl_megatron.models.layer_types import LINEAR, SLIDING
 from exprl_megatron.models.rope import Rope, RopeScaling, YarnScaling, read_rope
 from exprl_megatron.models.unsupported import unsupported
 
@@ -29,8 +29,6 @@ FAMILIES = {
     "Qwen3_5ForCausalLM": "qwen3.5",
     "Qwen3_5ForConditionalGeneration": "qwen3.5",
 }
-SLIDING, FULL = "sliding_attention", "full_attention"
-"""Layers whose tokens see a window of those before them, and layers whose tokens see all."""
 _HEAD_DIM = {"seed-oss": 128, "qwen3.5": 256}
 """Dimensions of a head where config.json does not say and it is not the hidden size divided by the heads."""
 _WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")
@@ -169,7 +167,7 @@ def read_architecture(directory: str | Path) -> Architecture:
             f"{path} describes the architecture {names[0]}, which is not supported; the nearest supported one is "
             f"{_nearest(names[0], tree)}, and docs/models.md lists all and tells how one is added."
         )
-    tree = text_settings(tree, str(path))
+    tree = qwen3_5.text_settings(tree, str(path))
     if (setting := unsupported(tree)) is not None:
         raise UserError(f"{path} has {setting}, which is not supported; choose another model.")
     try:
@@ -323,7 +321,7 @@ def _divisors(architecture: Architecture) -> str:
 
 def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
     heads = tree["num_attention_heads"]
-    glm, qwen3_5 = family == "glm4-moe", family == "qwen3.5"
+    glm, qwen, olmo = family == "glm4-moe", family == "qwen3.5", family == "olmo3"
     return Architecture(
         family=family,
         layers=tree["num_hidden_layers"],
@@ -343,14 +341,14 @@ def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
         initializer_range=tree.get("initializer_range", 0.02),
         experts=_experts(family, tree),
         rotary_share=rope.share,
-        layer_types=olmo3.layer_types(tree) if family == "olmo3" else layer_types(tree) if qwen3_5 else (),
-        window=olmo3.window(tree) if family == "olmo3" else None,
-        post_norms=family == "olmo3",
-        delta_net=delta_net(tree) if qwen3_5 and LINEAR in layer_types(tree) else None,
-        output_gate=qwen3_5,
-        zero_centered_norms=qwen3_5,
-        prefix=prefix(tree) if qwen3_5 else "model.",
-        left_out=left_out(tree) if qwen3_5 else _left_out(tree) if glm else (),
+        layer_types=olmo3.layer_types(tree) if olmo else qwen3_5.layer_types(tree) if qwen else (),
+        window=olmo3.window(tree) if olmo else None,
+        post_norms=olmo,
+        delta_net=qwen3_5.delta_net(tree) if qwen and LINEAR in qwen3_5.layer_types(tree) else None,
+        output_gate=qwen,
+        zero_centered_norms=qwen,
+        prefix=qwen3_5.prefix(tree) if qwen else "model.",
+        left_out=qwen3_5.left_out(tree) if qwen else _left_out(tree) if glm else (),
     )
 
 

@@ -1,14 +1,15 @@
 """What a config.json of Olmo 3 says beyond those of other models, and what is refused of it."""
 
+from exprl_megatron.models.layer_types import FULL, SLIDING
+
 BASE = 500_000
 """The only `rope_theta`: transformers 5.19 takes it for layers with windows whatever config.json says, SGLang what is
 there."""
-LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 def layer_types(tree: dict) -> tuple[str, ...]:
     """Of each layer; what is left out is that every fourth layer sees all tokens."""
-    default = [LAYER_TYPES[index % 4 == 3] for index in range(tree["num_hidden_layers"])]
+    default = [FULL if index % 4 == 3 else SLIDING for index in range(tree["num_hidden_layers"])]
     return tuple(tree.get("layer_types") or default)
 
 
@@ -47,6 +48,6 @@ def _layers(tree: dict) -> str | None:
         return f"sliding_window {width}, which is no window of two tokens or more"
     if len(types) != tree["num_hidden_layers"]:
         return f"{len(types)} layer_types for {tree['num_hidden_layers']} layers"
-    if set(types) != set(LAYER_TYPES):
-        return f"layer_types {', '.join(sorted(set(types)))}, where both {' and '.join(LAYER_TYPES)} are expected"
+    if set(types) != {FULL, SLIDING}:
+        return f"layer_types {', '.join(sorted(set(types)))}, where both {SLIDING} and {FULL} are expected"
     return None

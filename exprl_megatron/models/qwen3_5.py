@@ -2,8 +2,8 @@
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.delta_net import DeltaNet
+from exprl_megatron.models.layer_types import FULL, LINEAR
 
-LINEAR, FULL = "linear_attention", "full_attention"
 VISION_MODEL = "Qwen3_5ForConditionalGeneration"
 NAMES = ("Qwen3_5ForCausalLM", VISION_MODEL)
 _INTERVAL = 4

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from exprl_megatron.errors import UserError
+from exprl_megatron.models import qwen3_5
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,7 @@ _SECTIONS = {"mrope_section", "mrope_interleaved"}
 """Which pairs turn with a picture's height and width; a text's tokens have one position for all of them."""
 _DEFAULT_BASE = {"MixtralForCausalLM": 1e6}
 """Where a config.json without `rope_theta` does not mean 10,000, as transformers reads it."""
-_DEFAULT_SHARE = {
-    "Glm4MoeForCausalLM": 0.5,
-    "Qwen3_5ForCausalLM": 0.25,
-    "Qwen3_5ForConditionalGeneration": 0.25,
-}
+_DEFAULT_SHARE = {"Glm4MoeForCausalLM": 0.5} | dict.fromkeys(qwen3_5.NAMES, 0.25)
 """Architectures that may turn a share of each head, and the share where config.json does not say."""
 _UNSCALED = {"MixtralForCausalLM": "Mixtral"}
 """Architectures that SGLang serves without any scaling, and with a whole base, whatever config.json says."""
@@ -152,7 +149,7 @@ def _scaling(rope: dict, tree: dict) -> tuple[str, RopeScaling | None]:
     if kind not in _FIELDS:
         raise _Unsupported(f"rope type {kind}")
     needed, allowed = _FIELDS[kind]
-    sections = _SECTIONS if (tree.get("architectures") or [""])[0].startswith("Qwen3_5") else set()
+    sections = _SECTIONS if (tree.get("architectures") or [""])[0] in qwen3_5.NAMES else set()
     unknown = sorted(rope.keys() - needed - allowed - _COMMON - sections)
     if unknown:
         raise _Unsupported(f"{unknown[0]} beside rope type {kind}")

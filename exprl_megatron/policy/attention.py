@@ -13,6 +13,11 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from exprl_megatron.policy.context_parallel import chunk_count, natural_order, own_chunks
 
 
+def has_window(config: TransformerConfig, layer_number: int) -> bool:
+    """Whether attention of the layer (Megatron counts from 1) sees a window, and its positions are not stretched."""
+    return is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+
+
 class CausalAttention(MegatronModule):
     """Causal attention with grouped queries by torch's scaled_dot_product_attention.
 
@@ -32,9 +37,8 @@ class CausalAttention(MegatronModule):
         **_,
     ):
         super().__init__(config=config)
-        windows = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         # Megatron counts the tokens before a token, as FlashAttention does.
-        self.window = config.window_size[0] + 1 if windows else None
+        self.window = config.window_size[0] + 1 if has_window(config, layer_number) else None
         self.softmax_scale = softmax_scale
         self.group = pg_collection.cp if pg_collection else parallel_state.get_context_parallel_group()
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.qwen3_5 import LINEAR
+from exprl_megatron.models.layer_types import LINEAR
 from exprl_megatron.policy.attention import of_runs
 from exprl_megatron.policy.gated_delta_rule import gated_delta_rule
 

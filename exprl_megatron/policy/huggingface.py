@@ -130,8 +130,8 @@ def _check_tied(source: Safetensors, directory: str | Path, architecture: Archit
     if not source.has(HEAD):
         return
     tied = embedding(architecture)
-    rows = [spans(Rule(split_dim=0), 0, architecture.vocabulary, world.tp_rank, world.layout.tp)[0]] * 2
-    head, own = (source.read(name, 0, *span) for name, span in zip((HEAD, tied), rows, strict=True))
+    (span,) = spans(Rule(split_dim=0), 0, architecture.vocabulary, world.tp_rank, world.layout.tp)
+    head, own = (source.read(name, 0, *span) for name in (HEAD, tied))
     if not torch.equal(head, own):
         raise UserError(
             f"{directory} ties its embeddings but {HEAD} differs from {tied}; "

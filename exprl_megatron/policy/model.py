@@ -12,15 +12,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.policy import PolicyConfig
-from exprl_megatron.models.architecture import (
-    FULL,
-    SLIDING,
-    Architecture,
-    Experts,
-    check_layout,
-    padded_vocabulary,
-    stage_layers,
-)
+from exprl_megatron.models.architecture import Architecture, Experts, check_layout, padded_vocabulary, stage_layers
+from exprl_megatron.models.layer_types import FULL, SLIDING
 from exprl_megatron.policy.emulation import emulate_fp8
 from exprl_megatron.policy.frequencies import rope_frequencies
 from exprl_megatron.policy.gated_delta_net import cuda_block, delta_net_settings

@@ -19,8 +19,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.autograd.function import once_differentiable
+
+from exprl_megatron.policy.attention import has_window
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,6 @@ def post_norm_block(modules: Modules, layers: int) -> TransformerBlockSubmodules
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=modules.norm)
-
-
-def has_window(config: TransformerConfig, layer_number: int) -> bool:
-    """Whether attention of the layer (Megatron counts from 1) sees a window, and its positions are not stretched."""
-    return is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
 
 
 class PostNorm(torch.nn.Module):

@@ -40,10 +40,11 @@ def stage_experts(sample: TrainSample, layers: Sequence[int]) -> np.ndarray | No
     """[tokens - 1, layers, top_k]: the experts of `sample` for `layers`, which are among its own; None: it has none."""
     if sample.routed_experts is None:
         return None
-    if sample.routed_layers is None:
-        return sample.routed_experts[:, list(layers)]
-    places = {layer: place for place, layer in enumerate(sample.routed_layers)}
-    return sample.routed_experts[:, [places[layer] for layer in layers]]
+    own = sample.routed_layers or tuple(range(sample.routed_experts.shape[1]))
+    if own == tuple(layers):
+        # A rank that received its stage's layers alone; a copy for each pass would be of most of the bytes of a step.
+        return sample.routed_experts
+    return sample.routed_experts[:, [own.index(layer) for layer in layers]]
 
 
 def _any_experts(tokens: int, layers: int, routing: Routing) -> np.ndarray:
