@@ -39,6 +39,24 @@ def test_every_reader_says_the_same_about_a_directory_without_a_run(monkeypatch,
     assert said(monkeypatch, capsys, *place) == f"exprl: There is no run in {tmp_path}; give the directory of one."
 
 
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        (("show",), "show"),
+        (("report", "--out", "x.html"), "report_page.page_model"),
+        (("judgement", "--run"), "stored_judgements"),
+        (("leak-scan",), "leak_scan"),
+    ],
+)
+def test_a_directory_without_a_run_is_refused_before_what_reads_runs_is_imported(
+    monkeypatch, capsys, tmp_path, command, module
+):
+    """The module imports torch, which takes seconds; None in sys.modules makes its import fail."""
+    monkeypatch.setitem(sys.modules, f"exprl_megatron.inspection.{module}", None)
+    words = [command[0], tmp_path, *command[1:]] if command[0] == "report" else [*command, tmp_path]
+    assert "There is no run in" in said(monkeypatch, capsys, *words)
+
+
 def test_a_picture_of_an_unknown_format_is_refused_before_anything_is_read(monkeypatch, capsys, tmp_path):
     for name in ("steps.xyz", "steps"):
         text = said(monkeypatch, capsys, "waterfall", tmp_path, "--picture", name)

@@ -14,6 +14,7 @@ from report_runs import CANARY, FIRST, POLICY, REFERENCE, SECOND, STEPS, write_r
 from exprl_megatron.inspection.report_page.page_blocks import PageBlock, Room, pack
 from exprl_megatron.inspection.report_page.page_file import write_page
 from exprl_megatron.inspection.report_page.page_model import PageReader
+from exprl_megatron.inspection.report_page.run_pages import Place, RunPages
 from exprl_megatron.inspection.report_page.trace_records import TraceRecords
 from exprl_megatron.inspection.rollout_steps import logged_groups
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
@@ -165,6 +166,21 @@ def test_a_damaged_step_is_named_and_the_others_are_shown(page, tmp_path):
     places = page(run).model["runs"][0]["places"]
     assert "step-000002.parquet is damaged" in places[1]["fault"]
     assert [place.get("kept") for place in places[:3]] == [4, None, 4]
+
+
+def test_a_step_is_read_again_when_the_trainers_log_probs_of_it_are_complete(tmp_path):
+    run = write_run(tmp_path / "run")
+    complete, elsewhere = run / "trainer_log_probs" / "parts" / "step-000001", tmp_path / "elsewhere"
+    complete.rename(elsewhere)
+    pages = RunPages(run, "run", references=True)
+
+    def has_gaps() -> bool:
+        ((_, block),) = pages.read([Place("parts", 1)], lambda: 10**6)
+        return "gaps" in _opened(block.packed)["groups"][0]["traces"][0]["texts"]["tokens"]
+
+    assert not has_gaps()
+    elsewhere.rename(complete)
+    assert has_gaps()
 
 
 def test_what_does_not_fit_is_left_out_and_counted_and_disagreements_come_first(runs):

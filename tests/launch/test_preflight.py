@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import pytest
 
@@ -240,3 +241,24 @@ def test_the_gates_traces_may_have_domains_of_the_runs_own_where_a_prompt_is_for
     check_prompts(check_config(of_judged, "test"))
     with pytest.raises(UserError, match=r"No shipped judge prompt is for the domain 'own'; set judge\.prompt"):
         check_prompts(check_config({**of_judged, "judge": {**judge, "prompt": None}}, "test"))
+
+
+def test_the_process_that_checks_the_inputs_reads_their_problems_once_for_checks_and_hashes(
+    tmp_path, tiny_model, monkeypatch
+):
+    from exprl_megatron.launch import input_checks
+    from exprl_megatron.problems import sources
+
+    read, rows = [], sources._rows
+    monkeypatch.setattr(sources, "_rows", lambda problems: read.append(problems.source) or rows(problems))
+    monkeypatch.setattr(input_checks, "die_with_parent", lambda parent: None)
+    ours, theirs = socket.socketpair()
+    monkeypatch.setenv("EXPRL_INPUT_CHECKS", str(theirs.detach()))
+    monkeypatch.setenv("EXPRL_INPUT_CHECKS_PARENT", "0")
+    config = run(tmp_path, tiny_model("qwen3"), "sparse-rl")
+    with ours:
+        ours.sendall(config.model_dump_json().encode())
+        ours.shutdown(socket.SHUT_WR)
+        input_checks.main()
+        assert {"policy.model", "stages.0.problems"} <= json.loads(ours.recv(2**20))["contents"].keys()
+    assert read == [config.stages[0].problems.source]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
+from exprl_megatron.policy import gated_delta_net as module
+from exprl_megatron.policy.gated_delta_net import PlainRMSNorm
 from exprl_megatron.policy.gated_delta_rule import gated_delta_rule
 from exprl_megatron.policy.policy import Policy
 
@@ -81,3 +84,13 @@ def test_in_bf16_the_decay_rate_stays_in_fp32_through_a_step(tiny_model, world, 
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert torch.equal(saved["model.layers.0.linear_attn.A_log"], after)
     assert {tensor.dtype for key, tensor in saved.items() if not key.endswith("A_log")} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("ranks", "summed"), [(1, 1.0), (2, 3.0)])
+def test_the_gradient_of_the_output_norm_is_the_sum_over_the_ranks_that_have_other_heads(monkeypatch, ranks, summed):
+    monkeypatch.setattr(module.parallel_state, "get_tensor_model_parallel_group", lambda: "tp")
+    others = {"tp": 2.0}
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda gradient, group: gradient.add_(others[group]))
+    norm = PlainRMSNorm(SimpleNamespace(params_dtype=torch.float32, tensor_model_parallel_size=ranks), 4, eps=0.0)
+    norm(torch.ones(1, 4)).sum().backward()
+    assert norm.weight.grad.tolist() == [summed] * 4

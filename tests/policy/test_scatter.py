@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from exprl_megatron.algorithms.batch import TrainSample, dummy_sample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.routing import Routing
+from exprl_megatron.policy import scatter as module
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.routed_rows import stage_experts
 from exprl_megatron.policy.scatter import (
@@ -97,6 +99,35 @@ def test_each_byte_of_the_experts_goes_to_one_stage_of_one_data_parallel_rank(ti
                 else:
                     assert sample.has_routed_experts and not isinstance(sample, TrainSample)
     assert sent == sum(len(sample) - 1 for sample in batch) * (4 - dense) * 2
+
+
+def test_a_rank_of_a_later_stage_is_given_its_own_layers_experts_and_rank_0_keeps_all(tiny_model, monkeypatch):
+    architecture, layout = read_architecture(tiny_model("qwen3-moe", layers=4)), Layout(pp=2)
+    batch = [TrainSample((1, 2), (3,) * n, routed_experts=np.full((n + 1, 4, 2), n, np.uint8)) for n in (6, 1)]
+    shared, sent = [], []
+    monkeypatch.setattr(module, "host_group", lambda: None)
+    monkeypatch.setattr(module, "send_object", lambda found, to, group: sent.append((to, pickle.dumps(found))))
+    monkeypatch.setattr(module, "receive_object", lambda source, group: pickle.loads(sent.pop(0)[1]))
+
+    def broadcast(found, source, group):
+        if source == ranks[-1]:
+            shared.append(pickle.dumps(found))
+            return found
+        return pickle.loads(shared.pop(0))
+
+    monkeypatch.setattr(module, "broadcast_object", broadcast)
+    found, ranks = [], []
+    for rank in (0, 1):
+        ranks.append(rank)
+        processes = {"get_rank": lambda: ranks[-1], "new_group": lambda ranks, backend: ranks, "get_world_size": len}
+        monkeypatch.setattr(module, "dist", SimpleNamespace(**processes))
+        world = SimpleNamespace(layout=layout, pp_rank=rank)
+        policy = SimpleNamespace(architecture=architecture, world=world, owners=lambda batch: [0] * len(batch))
+        found.append(SampleScatter(policy).scatter([batch] if rank == 0 else None)[0])
+    assert found[0] == batch and not sent
+    assert [sample.routed_layers for sample in found[1]] == [(2, 3)] * 2
+    for sample, whole in zip(found[1], batch, strict=True):
+        assert np.array_equal(sample.routed_experts, whole.routed_experts[:, 2:])
 
 
 def _stages(dense: int, layout: Layout) -> list[tuple[int, ...]]:

@@ -1,15 +1,17 @@
 """When the judge is checked against its gate, with which judge, and over which judgements abstentions are counted."""
 
 import asyncio
-from contextlib import ExitStack
+import json
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 
 import pytest
 from helpers.graded import cut, graded
 
 from exprl_megatron.config.load import check_config
-from exprl_megatron.errors import RunStopped
+from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.rollout.group import Group
+from exprl_megatron.training import judging_runtime as module
 from exprl_megatron.training.judging_runtime import JudgingRuntime
 
 
@@ -65,6 +67,24 @@ def checked(of_config, gate):
         for step in range(1, stage.steps + 1):
             asyncio.run(made.check_judge(stage, step))
     return gate.required
+
+
+def test_the_gates_traces_may_have_a_domain_of_the_runs_own(tmp_path, monkeypatch):
+    line = {"reference": "r", "trace": "t", "domain": "counting"}
+    rows = [
+        line | {"problem_id": name, "problem": name, "correct": right} for name, right in (("a", True), ("b", False))
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(module, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(module, "_verifier", lambda config: nullcontext())
+    tree = config().model_dump(mode="json")
+    tree["judge"]["gate"]["traces"] = str(tmp_path / "t.jsonl")
+    tree["stages"][1]["problems"]["domains"] = ["counting"]
+    made = JudgingRuntime(check_config(tree, "test"), tmp_path / "s.sqlite", [], SimpleNamespace(log=None))
+    assert made._gate is not None
+    tree["stages"][1]["problems"]["domains"] = []
+    with pytest.raises(UserError, match="the field 'domain' is 'counting'"):
+        JudgingRuntime(check_config(tree, "test"), tmp_path / "s.sqlite", [], SimpleNamespace(log=None))
 
 
 def test_the_judge_is_checked_before_the_first_step_that_it_grades_and_never_again_without_an_interval():

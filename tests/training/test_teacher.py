@@ -72,3 +72,10 @@ def test_the_experts_that_the_server_chose_are_the_students_alone():
     trace = Trace("a", 0, (1, 2), (5, 6), (-0.5, -0.5), "t", "stop", (("v0", 0, 2),), routed_experts=experts)
     (student,), (teacher,) = student_and_teacher([Group("a", (GradedTrace(trace, Scored(1.0)),))], {"a": (3,)})
     assert np.array_equal(student.routed_experts, experts) and teacher.routed_experts is None
+
+
+def test_students_name_their_groups_and_traces_in_the_rollout_log():
+    trace = Trace("a", 3, (1, 2), (5, 6), (-0.5, -0.5), "t", "stop", (("v0", 0, 2),))
+    groups = [Group("a", ()), Group("a", (GradedTrace(trace, Scored(1.0)),))]
+    (student,), (teacher,) = student_and_teacher(groups, {"a": (3,)})
+    assert student.place == (1, 3) and teacher.place is None

@@ -66,6 +66,12 @@ def test_samples_have_the_experts_of_their_traces():
     assert [s.routed_experts for s in sequences_of(stage("sparse-rl"), [made])] == [None, None]
 
 
+def test_samples_name_their_groups_and_traces_in_the_rollout_log_whichever_update_they_are_in():
+    groups = [group(1.0, None), group(0.0, 1.0)]
+    first, second = update_samples(stage("sparse-rl", updates_per_step=2), groups)
+    assert [[sample.place for sample in update] for update in (first, second)] == [[(0, 0)], [(1, 0), (1, 1)]]
+
+
 def test_sparse_advantages_are_centred_and_not_scaled():
     found = first_tokens(stage("sparse-rl"), group(1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0))
     assert found == [0.75, -0.25, -0.25, 0.75, -0.25, -0.25, -0.25, -0.25]
