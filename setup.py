@@ -36,7 +36,7 @@ setup(
             "**/*.json",
             "**/*.yaml",
             "serving/plugins/**/*",
-            "serving/stand_ins/**/*",
+            "serving/cpu_backend/**/*",
             "inspection/report_page/assets/*",
         ],
         "recipes": ["configs/**/*.yaml"],

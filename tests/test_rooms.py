@@ -37,7 +37,7 @@ ORDER = (
     "cli",
 )
 """From the ground up, as in README.md's table of the rooms."""
-STAND_INS = PACKAGE / "serving" / "stand_ins"
+CPU_BACKEND = PACKAGE / "serving" / "cpu_backend"
 """Modules under the names of packages that they replace inside SGLang's servers."""
 
 
@@ -47,7 +47,7 @@ def modules() -> dict[str, Path]:
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and STAND_INS not in path.parents:
+        if name and CPU_BACKEND not in path.parents:
             found[name] = path
     return found
 

@@ -52,7 +52,7 @@ def examine() -> list[Finding]:
         _package("torch", "torch", "everything"),
         _package("megatron-core", "megatron.core", "training"),
         _package("sglang", "sglang", "sampling and judging"),
-        _stand_ins(),
+        _cpu_backend(),
         _package("transformer-engine", "transformer_engine", "FP8 and the fast kernels on GPUs"),
         _apex(),
         Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
@@ -112,8 +112,8 @@ def _apex() -> Finding:
     return Finding("apex", found, "with its CUDA kernels" if found else "not installed", "" if found else prevents)
 
 
-def _stand_ins() -> Finding:
-    return Finding("SGLang kernels", True, "CUDA" if uses_cuda() else "stand-ins for a machine without CUDA")
+def _cpu_backend() -> Finding:
+    return Finding("SGLang kernels", True, "CUDA" if uses_cuda() else "replacements for a machine without CUDA")
 
 
 def _accelerator() -> Finding:

@@ -12,7 +12,7 @@ from exprl_megatron.utils import accelerator
 from exprl_megatron.utils.cuda_environment import DETERMINISTIC, is_deterministic, shared_variables
 from exprl_megatron.utils.ports import LOCAL
 
-STAND_INS = Path(__file__).parent / "stand_ins"
+CPU_BACKEND = Path(__file__).parent / "cpu_backend"
 PLUGINS = Path(__file__).parent / "plugins"
 SERVER = "exprl_megatron.serving.keyed_server"
 CPU_MAX_TOTAL_TOKENS = 65_536
@@ -108,7 +108,7 @@ def server_environment(
     environment.update(shared_variables(inherited, extra_args, tp))
     # A family that SGLang has no class of its own for; a package that the user names has to have one.
     environment.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", "exprl_served_models")
-    path = [str(PLUGINS), *([] if cuda else [str(STAND_INS)]), inherited.get("PYTHONPATH", "")]
+    path = [str(PLUGINS), *([] if cuda else [str(CPU_BACKEND)]), inherited.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
     if not cuda:
         environment.update(

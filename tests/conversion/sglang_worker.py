@@ -1,4 +1,4 @@
-"""Run by test_fp8.py beside SGLang's stand-ins: what SGLang makes of quantized matrices and of a config."""
+"""Run by test_fp8.py with the CPU backend of the servers: what SGLang makes of quantized matrices and of a config."""
 
 import json
 import sys

@@ -44,7 +44,7 @@ def quantized(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_sglang(quantized, tmp_path_factory) -> dict:
-    """What SGLang says of `matrix` in all SHAPES and of a config; it needs stand-ins that must not come in here."""
+    """What SGLang says of `matrix` in all SHAPES and of a config; in a process with the servers' CPU backend."""
     out = tmp_path_factory.mktemp("sglang")
     config = json.loads((quantized("qwen3-moe")[1] / "config.json").read_text())["quantization_config"]
     asked = {"matrices": [quantize(matrix(*shape)) for shape in SHAPES], "config": json.dumps(config)}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exprl_megatron.serving.server_command import STAND_INS
+from exprl_megatron.serving.server_command import CPU_BACKEND
 
 PLACES, CONTEXT, POOLS = 500, 64, 20
 ROOT = Path(__file__).parents[2]
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def attention():
-    """The stand-in's module, loaded again."""
-    spec = importlib.util.spec_from_file_location("exprl_cpu_attention", STAND_INS / "exprl_cpu_attention.py")
+    """The CPU backend's module, loaded again."""
+    spec = importlib.util.spec_from_file_location("exprl_cpu_attention", CPU_BACKEND / "exprl_cpu_attention.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exprl_megatron.serving.server_command import STAND_INS
+from exprl_megatron.serving.server_command import CPU_BACKEND
 
 
 @pytest.fixture
 def products():
-    """The stand-in's module."""
-    spec = importlib.util.spec_from_file_location("exprl_cpu_linear", STAND_INS / "exprl_cpu_linear.py")
+    """The CPU backend's module."""
+    spec = importlib.util.spec_from_file_location("exprl_cpu_linear", CPU_BACKEND / "exprl_cpu_linear.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

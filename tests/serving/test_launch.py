@@ -261,7 +261,7 @@ def test_sampling_that_ignores_the_seeds_of_requests_is_reported(cuda, extra_arg
     assert reproducible or "--enable-deterministic-inference" in sentence
 
 
-def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda():
+def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_the_cpu_backend_on_cuda():
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x"}
     inherited = {**rank, "PATH": "/bin", "PYTHONPATH": "/mine"}
     on_cuda = server_environment(inherited, cuda=True)
@@ -275,9 +275,9 @@ def test_a_server_does_not_inherit_the_rank_of_its_trainer_or_stand_ins_on_cuda(
     plugins, mine = on_cuda["PYTHONPATH"].split(os.pathsep)
     assert mine == "/mine" and (Path(plugins) / "exprl_private_stores.py").is_file()
     on_cpu = server_environment(inherited, cuda=False)
-    plugins_too, stand_ins, mine = on_cpu["PYTHONPATH"].split(os.pathsep)
+    plugins_too, cpu_backend, mine = on_cpu["PYTHONPATH"].split(os.pathsep)
     assert plugins_too == plugins
-    assert mine == "/mine" and (Path(stand_ins) / "sgl_kernel").is_dir()
+    assert mine == "/mine" and (Path(cpu_backend) / "sgl_kernel").is_dir()
     assert not rank.keys() & on_cpu.keys()
 
 

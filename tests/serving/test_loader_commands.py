@@ -17,7 +17,7 @@ from exprl_megatron.errors import ServerError
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_commands import LOADER, CommandGate, CommandNumbers, CommandRefused, signed
 from exprl_megatron.serving.model_checksums import checksums, pack_expected
-from exprl_megatron.serving.server_command import STAND_INS
+from exprl_megatron.serving.server_command import CPU_BACKEND
 from exprl_megatron.serving.transfer_tables import RECTANGLE
 
 START = 41
@@ -26,13 +26,13 @@ STOOD_IN = ("torchvision", "sgl_kernel")
 
 @pytest.fixture(scope="module")
 def loader():
-    """The module that runs in a server, imported with the stand-ins that a server without a GPU has."""
+    """The module that runs in a server, imported with the CPU backend, as in a server without a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         # At the end: what is installed comes first.
-        patch.setattr(sys, "path", [*sys.path, str(STAND_INS)])
+        patch.setattr(sys, "path", [*sys.path, str(CPU_BACKEND)])
         from exprl_megatron.serving import loader
     for name in [name for name in sys.modules if name.partition(".")[0] in STOOD_IN]:
-        if (sys.modules[name].__file__ or "").startswith(str(STAND_INS)):
+        if (sys.modules[name].__file__ or "").startswith(str(CPU_BACKEND)):
             del sys.modules[name]
     return loader
 

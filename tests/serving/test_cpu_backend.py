@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from exprl_megatron.config.resuming import FREE_ARGUMENTS
-from exprl_megatron.serving.server_command import STAND_INS, server_environment
+from exprl_megatron.serving.server_command import CPU_BACKEND, server_environment
 
 ROOT = Path(__file__).parents[2]
 _OURS = ("exprl_placeholder", "sgl_kernel", "torchvision")
 
 
 @pytest.fixture(scope="module")
-def stand_in():
+def stub():
     """Imports a stand-in by name; once for all tests here, as its operator can be registered only once."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(STAND_INS)
+        patch.syspath_prepend(CPU_BACKEND)
         yield importlib.import_module
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in _OURS:
@@ -56,8 +56,8 @@ def test_the_plain_murmur3_gives_the_published_values():
     assert murmur3(b"The quick brown fox jumps over the lazy dog", 0x9747B28C) == 0x2FA826CD
 
 
-def test_the_hash_of_seeded_sampling_is_murmur3_of_seed_position_and_column(stand_in):
-    stand_in("sgl_kernel")
+def test_the_hash_of_seeded_sampling_is_murmur3_of_seed_position_and_column(stub):
+    stub("sgl_kernel")
     seeds = torch.tensor([0, 1, 42, 2**31 - 1, 2**40 + 17, 2**63 - 1])
     positions = torch.tensor([0, 5, 2**31 - 1, 1000, 7, 3])
     columns = torch.cat([torch.tensor([0, 1, 127, 151_935]), torch.arange(3, 152_000, 1999)])
@@ -70,22 +70,22 @@ def test_the_hash_of_seeded_sampling_is_murmur3_of_seed_position_and_column(stan
         ]
 
 
-def test_a_placeholder_may_be_imported_but_not_called(stand_in):
-    kernels = stand_in("sgl_kernel")
+def test_a_placeholder_may_be_imported_but_not_called(stub):
+    kernels = stub("sgl_kernel")
     with pytest.raises(NotImplementedError, match=r"sgl_kernel\.fused_marlin_moe does not exist on a machine without"):
         kernels.fused_marlin_moe(1, gate=2)
     with pytest.raises(AttributeError):
         _ = kernels.__wrapped__
     with pytest.raises(ImportError):
-        stand_in("sgl_kernel.scalar_type")
+        stub("sgl_kernel.scalar_type")
 
 
-def test_torchvision_answers_every_name_that_transformers_and_sglang_import(stand_in):
-    transforms = stand_in("torchvision.transforms")
-    functional = stand_in("torchvision.transforms.v2.functional")
+def test_torchvision_answers_every_name_that_transformers_and_sglang_import(stub):
+    transforms = stub("torchvision.transforms")
+    functional = stub("torchvision.transforms.v2.functional")
     assert functional.InterpolationMode.NEAREST_EXACT.value == "nearest-exact"
     assert transforms.InterpolationMode is functional.InterpolationMode
-    for use in (transforms.Compose, functional.resize, stand_in("torchvision.io").decode_image):
+    for use in (transforms.Compose, functional.resize, stub("torchvision.io").decode_image):
         with pytest.raises(NotImplementedError, match="torchvision"):
             use([])
 
@@ -103,7 +103,7 @@ def test_a_built_wheel_carries_every_stand_in_and_plugin(tmp_path):
     subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=copy, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert "exprl_megatron/py.typed" in zipfile.ZipFile(wheel).namelist()
-    for place in ("/stand_ins/", "/plugins/"):
+    for place in ("/cpu_backend/", "/plugins/"):
         carried = {n for n in zipfile.ZipFile(wheel).namelist() if place in n}
         assert carried == {name for name in tracked if place in name}
         assert any(name.endswith("dist-info/entry_points.txt") for name in carried)
