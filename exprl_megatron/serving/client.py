@@ -272,7 +272,10 @@ class SGLangClient(HttpClient):
         await self._command("/end_weight_update", {}, deadline_s)
 
     async def update_from_disk(self, directory: str | Path, version: str, *, deadline_s: float | None = None) -> None:
-        """Load the safetensors in `directory` (same architecture) and empty the cache."""
+        """Load the safetensors in `directory` (same architecture) and empty the cache.
+
+        Returns when every rank of the server has read its part, so that the caller may delete the files.
+        """
         request = {
             "model_path": str(directory),
             # Plain safetensors, also where the server was started with another format (flash_rl for FP8).
@@ -281,6 +284,9 @@ class SGLangClient(HttpClient):
             "flush_cache": not self._in_place,
         }
         await self._command("/update_weights_from_disk", request, deadline_s)
+        # SGLang answers when its first rank has loaded. The checker gathers from all ranks, here without any tensor:
+        # every name contains "".
+        await self._command("/weights_checker", {"action": "checksum", "skip_tensor_list": [""]}, deadline_s)
         self.source = str(directory)
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"] = "retract") -> None:
