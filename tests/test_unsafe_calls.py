@@ -32,7 +32,7 @@ ALLOWED = {
     ("exprl_megatron/rewards/code_program.py", "compile"),
     ("exprl_megatron/rewards/code_program.py", "exec"),
     # What another rank of the run wrote, once its authentication code was checked.
-    ("exprl_megatron/policy/sealed_objects.py", "pickle.loads"),
+    ("exprl_megatron/policy/signed_objects.py", "pickle.loads"),
     # What this process wrote itself: notes on the parts of an unfinished conversion, and what a benchmark measures.
     ("exprl_megatron/conversion/to_megatron.py", "pickle.loads"),
     ("tools/benchmarks/host/scattering.py", "pickle.loads"),

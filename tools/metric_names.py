@@ -166,7 +166,7 @@ SECTIONS = (
             Metric("loop/lag_max_s", "longest time that the loop which talks to servers was kept from it"),
             Metric("sync/seconds", "the whole weight sync"),
             Metric("sync/gather", "joining shards into buckets; parts overlap"),
-            Metric("sync/quantise", "rounding to FP8 blocks (`sync.fp8`)"),
+            Metric("sync/quantize", "rounding to FP8 blocks (`sync.fp8`)"),
             Metric("sync/send", "sending"),
             Metric("sync/load", "loading into the servers' models, after sending"),
             Metric("sync/check", "checksums after the last bucket"),

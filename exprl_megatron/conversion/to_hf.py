@@ -15,7 +15,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models import fp8_blocks as fp8
 from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import hf_shapes
-from exprl_megatron.models.stored_parameters import Stored, stored_parameters
+from exprl_megatron.models.stored_parameters import StoredParameter, stored_parameters
 from exprl_megatron.models.weight_readers import INDEX, SINGLE
 from exprl_megatron.policy.huggingface import copy_companions, write_config
 
@@ -30,29 +30,29 @@ class Form:
     shapes: dict[str, tuple[int, ...]]
     format: Format
 
-    def describe(self, weights: Weights, stored: Stored) -> Described:
+    def describe(self, weights: Weights, stored: StoredParameter) -> Described:
         """Return shapes and dtypes of what `tensors` will yield."""
         found: Described = {}
         for name in stored.parameter.hf_names:
             shape = self.shapes[name]
-            if self.format == "fp8" and fp8.is_quantised(name, shape):
+            if self.format == "fp8" and fp8.is_quantized(name, shape):
                 found[name] = shape, torch.float8_e4m3fn
                 found[name + fp8.SCALE] = tuple(-(-size // fp8.BLOCK) for size in shape), torch.float32
             else:
                 found[name] = shape, self._cast(stored) or weights.dtype(stored)
         return found
 
-    def tensors(self, weights: Weights, stored: Stored) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, weights: Weights, stored: StoredParameter) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the Hugging Face tensors of one parameter."""
         for name, tensor in zip(stored.parameter.hf_names, weights.tensors(stored), strict=True):
-            if self.format == "fp8" and fp8.is_quantised(name, self.shapes[name]):
+            if self.format == "fp8" and fp8.is_quantized(name, self.shapes[name]):
                 values, scale = fp8.quantize(tensor)
                 yield name, values
                 yield name + fp8.SCALE, scale
             else:
                 yield name, tensor.to(self._cast(stored) or tensor.dtype)
 
-    def _cast(self, stored: Stored) -> torch.dtype | None:
+    def _cast(self, stored: StoredParameter) -> torch.dtype | None:
         """The dtype that a parameter is cast to, if it is; what is always in fp32 stays so."""
         return self.format if isinstance(self.format, torch.dtype) and not stored.parameter.keeps_dtype else None
 
@@ -72,7 +72,7 @@ def convert_to_huggingface(
     shapes = hf_shapes(weights.architecture)
     table = [stored for stored in stored_parameters(weights.architecture) if stored.parameter.exported]
     if form == "fp8":
-        fp8.check_quantisable([stored.parameter for stored in table], shapes, weights.architecture)
+        fp8.check_quantizable([stored.parameter for stored in table], shapes, weights.architecture)
     made = Form(shapes, form)
     files = _cut(weights, table, made, file_bytes)
     sources = left_out_tensors(weights.origin, weights.architecture)
@@ -94,12 +94,12 @@ def convert_to_huggingface(
         if len(names) > 1:
             _write_index(partial.path / INDEX, dict(zip(names, described, strict=True)), sum(sizes))
         every = shapes | {name: shape for name, (shape, _) in left_out.items()}
-        _write_config(weights, partial.path, form, fp8.quantisation_config(list(shapes), list(left_out)), table)
+        _write_config(weights, partial.path, form, fp8.quantization_config(list(shapes), list(left_out)), table)
         copy_companions(weights.origin, partial.path)
         partial.finish(lambda: _account(partial.path, names, described, every))
 
 
-def _cut(weights: Weights, table: list[Stored], form: Form, file_bytes: int) -> list[list[Stored]]:
+def _cut(weights: Weights, table: list[StoredParameter], form: Form, file_bytes: int) -> list[list[StoredParameter]]:
     files, filled = [[]], 0
     for stored in table:
         size = sum(map(_bytes, form.describe(weights, stored).values()))
@@ -124,7 +124,7 @@ def _cut_described(described: Described, file_bytes: int) -> list[Described]:
     return files
 
 
-def _described(weights: Weights, file: list[Stored], form: Form) -> Described:
+def _described(weights: Weights, file: list[StoredParameter], form: Form) -> Described:
     found: Described = {}
     for stored in file:
         found |= form.describe(weights, stored)
@@ -145,7 +145,9 @@ def _write_index(path: Path, files: dict[str, Described], total: int) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _write_config(weights: Weights, directory: Path, form: Format, quantized: dict, table: list[Stored]) -> None:
+def _write_config(
+    weights: Weights, directory: Path, form: Format, quantized: dict, table: list[StoredParameter]
+) -> None:
     """`quantized`: the config of quantization where the form is FP8."""
     dtype = form if isinstance(form, torch.dtype) else weights.dtype(table[0])
     changes = {"quantization_config": quantized} if form == "fp8" else {}

@@ -18,7 +18,7 @@ from exprl_megatron.conversion.weights import HuggingFaceWeights
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.left_out import LEFT_OUT, left_out_tensors
-from exprl_megatron.models.stored_parameters import Stored, stored_parameters
+from exprl_megatron.models.stored_parameters import StoredParameter, stored_parameters
 from exprl_megatron.policy.huggingface import copy_companions, write_config
 from exprl_megatron.policy.megatron_files import COMMON, MEGATRON, MegatronFiles
 from exprl_megatron.utils.files import write_atomically
@@ -78,7 +78,7 @@ class _FromHuggingFace(DefaultSavePlanner):
     def __init__(
         self,
         weights: HuggingFaceWeights,
-        file: list[Stored],
+        file: list[StoredParameter],
         dtypes: dict[str, torch.dtype],
         wrote: Callable[[int], None],
     ):
@@ -112,13 +112,13 @@ class _FromHuggingFace(DefaultSavePlanner):
         return value
 
 
-def _plan(file: list[Stored], dtypes: dict[str, torch.dtype]) -> SavePlan:
+def _plan(file: list[StoredParameter], dtypes: dict[str, torch.dtype]) -> SavePlan:
     return SavePlan(
         [item for stored in file for tensor in stored.tensors for item in _items(tensor, dtypes[tensor.key])]
     )
 
 
-def _items(stored: Stored, dtype: torch.dtype) -> Iterator[WriteItem]:
+def _items(stored: StoredParameter, dtype: torch.dtype) -> Iterator[WriteItem]:
     ahead = (1,) * len(stored.index)
     for offset, shape in stored.pieces:
         chunk = ChunkStorageMetadata(torch.Size(stored.index + offset), torch.Size(ahead + shape))
@@ -126,7 +126,9 @@ def _items(stored: Stored, dtype: torch.dtype) -> Iterator[WriteItem]:
         yield WriteItem(MetadataIndex(stored.key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
-def _dtypes(weights: HuggingFaceWeights, table: list[Stored], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def _dtypes(
+    weights: HuggingFaceWeights, table: list[StoredParameter], dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
     """Metadata of each of Megatron's tensors, which contain all layers."""
     found: dict[str, torch.dtype] = {}
     for stored in table:
@@ -140,7 +142,7 @@ def _dtypes(weights: HuggingFaceWeights, table: list[Stored], dtype: torch.dtype
     return found
 
 
-def _cut(table: list[Stored], dtypes: dict[str, torch.dtype], file_bytes: int) -> list[list[Stored]]:
+def _cut(table: list[StoredParameter], dtypes: dict[str, torch.dtype], file_bytes: int) -> list[list[StoredParameter]]:
     files, filled = [[]], 0
     for stored in table:
         size = _size(stored, dtypes)
@@ -152,7 +154,7 @@ def _cut(table: list[Stored], dtypes: dict[str, torch.dtype], file_bytes: int) -
     return files
 
 
-def _size(stored: Stored, dtypes: dict[str, torch.dtype]) -> int:
+def _size(stored: StoredParameter, dtypes: dict[str, torch.dtype]) -> int:
     return torch.Size(stored.shape).numel() * dtypes[stored.tensors[0].key].itemsize
 
 
@@ -161,7 +163,9 @@ def _name(dtypes: dict[str, torch.dtype]) -> str:
     return str(dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
 
 
-def _account(directory: Path, table: list[Stored], dtypes: dict[str, torch.dtype], left_out: Described) -> None:
+def _account(
+    directory: Path, table: list[StoredParameter], dtypes: dict[str, torch.dtype], left_out: Described
+) -> None:
     """Read the written files independently and check name, shape and dtype of every parameter."""
     if left_out and describe(dict.fromkeys(headers([directory / LEFT_OUT]), directory / LEFT_OUT)) != left_out:
         raise UserError(f"{directory / LEFT_OUT} was not written as it should have been; convert again.")

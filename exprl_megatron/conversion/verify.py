@@ -19,7 +19,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models import fp8_blocks as fp8
 from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import hf_shapes
-from exprl_megatron.models.stored_parameters import Stored, stored_parameters
+from exprl_megatron.models.stored_parameters import StoredParameter, stored_parameters
 from exprl_megatron.models.weight_readers import weight_files
 
 TOKENS = 64
@@ -71,7 +71,7 @@ def verify_weights(
     are of different architectures.
     """
     expected = open_weights(reference, origin)
-    quantized = _quantised(Path(copy))
+    quantized = _quantized(Path(copy))
     made = None if quantized else open_weights(copy, origin)
     if quantized:
         _check_config(Path(copy), expected)
@@ -82,7 +82,7 @@ def verify_weights(
     sizes = [prod(stored.shape) * expected.dtype(stored).itemsize for stored in table]
     for number, stored in enumerate(table):
         if quantized:
-            form, given = Form(hf_shapes(expected.architecture), "fp8"), _read_quantised(quantized, stored)
+            form, given = Form(hf_shapes(expected.architecture), "fp8"), _read_quantized(quantized, stored)
         else:
             form = Form(hf_shapes(expected.architecture), made.dtype(stored))
             given = dict(zip(stored.parameter.hf_names, made.tensors(stored), strict=True))
@@ -115,7 +115,7 @@ def _described(tensor: torch.Tensor) -> dict:
     return {"sha256": hashlib.sha256(content).hexdigest(), "shape": list(tensor.shape), "dtype": dtype}
 
 
-def _quantised(directory: Path) -> dict[str, Path]:
+def _quantized(directory: Path) -> dict[str, Path]:
     """The files of a block-quantized model's tensors; empty where it is none."""
     if not any(directory.glob("*.safetensors")):
         return {}
@@ -128,7 +128,7 @@ def _check_config(directory: Path, expected: Weights) -> None:
     given, wanted = (
         json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (directory, expected.origin)
     )
-    wanted["quantization_config"] = fp8.quantisation_config(
+    wanted["quantization_config"] = fp8.quantization_config(
         list(hf_shapes(expected.architecture)), list(left_out_tensors(expected.origin, expected.architecture))
     )
     differing = {key for key in given.keys() | wanted.keys() if given.get(key) != wanted.get(key)}
@@ -139,7 +139,7 @@ def _check_config(directory: Path, expected: Weights) -> None:
         )
 
 
-def _read_quantised(files: dict[str, Path], stored: Stored) -> dict[str, torch.Tensor]:
+def _read_quantized(files: dict[str, Path], stored: StoredParameter) -> dict[str, torch.Tensor]:
     names = [name + suffix for name in stored.parameter.hf_names for suffix in ("", fp8.SCALE)]
     return {name: read_tensor(files[name], name) for name in names if name in files}
 
@@ -147,7 +147,7 @@ def _read_quantised(files: dict[str, Path], stored: Stored) -> dict[str, torch.T
 def _compare_logits(found: Verified, expected: Weights, made: Weights | None, wanted: str) -> None:
     if wanted == "no" or made is None or not isinstance(expected, HuggingFaceWeights):
         found.logits = "not compared" + (
-            "" if wanted == "no" else ", that needs an unquantised copy of a model directory"
+            "" if wanted == "no" else ", that needs an unquantized copy of a model directory"
         )
         return
     needed = 2.5 * 4 * sum(torch.Size(shape).numel() for shape in hf_shapes(expected.architecture).values())

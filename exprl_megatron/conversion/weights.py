@@ -14,7 +14,7 @@ from exprl_megatron.models.architecture import Architecture, read_architecture
 from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import HEAD, embedding
 from exprl_megatron.models.recorded import differing_fields
-from exprl_megatron.models.stored_parameters import Stored
+from exprl_megatron.models.stored_parameters import StoredParameter
 from exprl_megatron.models.weight_readers import Safetensors, weight_files
 from exprl_megatron.policy.megatron_files import MEGATRON, MegatronFiles
 
@@ -28,10 +28,10 @@ class Weights(Protocol):
     origin: Path
     """The directory with config.json and tokenizer."""
 
-    def tensors(self, stored: Stored) -> tuple[torch.Tensor, ...]:
+    def tensors(self, stored: StoredParameter) -> tuple[torch.Tensor, ...]:
         """The Hugging Face tensors of one parameter, in the order of its hf_names."""
 
-    def dtype(self, stored: Stored) -> torch.dtype:
+    def dtype(self, stored: StoredParameter) -> torch.dtype:
         """The dtype of the tensors of one parameter."""
 
     def marks(self) -> list[list]:
@@ -53,11 +53,11 @@ class HuggingFaceWeights:
             raise UserError(f"{directory}: tensor {name} has dtype {dtype}; use weights in {', '.join(FLOATS)}.")
         self._check_tied()
 
-    def tensors(self, stored: Stored) -> tuple[torch.Tensor, ...]:
+    def tensors(self, stored: StoredParameter) -> tuple[torch.Tensor, ...]:
         """See Weights."""
         return tuple(self._read(name) for name in stored.parameter.hf_names)
 
-    def dtype(self, stored: Stored) -> torch.dtype:
+    def dtype(self, stored: StoredParameter) -> torch.dtype:
         """See Weights. Raises UserError where the tensors differ."""
         found = {self._headers[name][2] for name in stored.parameter.hf_names}
         if len(found) > 1:
@@ -92,11 +92,11 @@ class MegatronWeights:
         self.architecture = read_architecture(origin)
         self.files = MegatronFiles(files, self.architecture)
 
-    def tensors(self, stored: Stored) -> tuple[torch.Tensor, ...]:
+    def tensors(self, stored: StoredParameter) -> tuple[torch.Tensor, ...]:
         """See Weights."""
         return stored.parameter.rule.join([self.files.read(stored)])
 
-    def dtype(self, stored: Stored) -> torch.dtype:
+    def dtype(self, stored: StoredParameter) -> torch.dtype:
         """See Weights."""
         return self.files.dtype(stored)
 

@@ -88,7 +88,7 @@ def _conduct(
         claim = directory.claim(config, resume, contents)
     except (UserError, OSError, Interrupted):
         if registered and not Claim.is_held(directory.root):
-            registry.end()
+            registry.mark_ended()
         raise
     own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
     try:
@@ -121,7 +121,7 @@ def _run(
     stop_on_sigusr1()
     ranks: TrainerRanks | None = None
     try:
-        registry.begin()
+        registry.clear_end()
         log.say(f"{_starting(supervisor)}; logs in {directory.logs}")
         supervisor.start()
         request_stop_on_sigusr1(directory.stop_request)
@@ -136,7 +136,7 @@ def _run(
         if ranks is not None:
             ranks.stop()
         supervisor.stop()
-        registry.end()
+        registry.mark_ended()
 
 
 def _starting(supervisor: ServerSupervisor) -> str:

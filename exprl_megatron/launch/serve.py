@@ -61,14 +61,14 @@ def serve(config: RunConfig, kind: Kind, share: ServerShare) -> None:
         raise UserError(f"--kind is {kind}, but no stage of this config needs such a server; leave it out.")
     registry = Registry(directory.registry)
     # An end that is already there is that of an earlier attempt.
-    earlier = registry.ending()
+    earlier = registry.ended_at()
     # Beside the registrations, since the run may not have its directory yet.
     own = [replace(spec, host=this_host(), log_dir=registry.directory) for spec in side_by_side(share.of(specs))]
     ignore_sigusr1()
     supervisor = ServerSupervisor(own, registry, report=RunLog().say)
     try:
         supervisor.start()
-        while registry.ending() in (None, earlier):
+        while registry.ended_at() in (None, earlier):
             supervisor.poll()
             time.sleep(_POLL_S)
     finally:

@@ -44,13 +44,13 @@ def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return values.float() * spread
 
 
-def is_quantised(name: str, shape: tuple[int, ...]) -> bool:
+def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
     """Whether the Hugging Face tensor `name` is quantized: a matrix of attention or of an MLP or expert."""
     router = name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
     return len(shape) == 2 and not is_vocabulary(name) and not router
 
 
-def quantisation_config(names: list[str], left_out: list[str] | None = None) -> dict:
+def quantization_config(names: list[str], left_out: list[str] | None = None) -> dict:
     """`quantization_config` of config.json; `names` are all of the model's tensors but those that are `left_out`."""
     kept = [name.removesuffix(".weight") for name in names if name == HEAD or name.endswith("gate.weight")]
     kept += [name.removesuffix(".weight") for name in left_out or () if name.endswith(".weight")]
@@ -63,7 +63,7 @@ def quantisation_config(names: list[str], left_out: list[str] | None = None) -> 
     }
 
 
-def check_quantisable(table: list[Parameter], shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> None:
+def check_quantizable(table: list[Parameter], shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> None:
     """Raises UserError where servers could not read the blocks.
 
     They lay query, key and value, and gate and up, one below the other: blocks must not lie across the seams.
@@ -74,7 +74,7 @@ def check_quantisable(table: list[Parameter], shapes: dict[str, tuple[int, ...]]
         )
     for parameter in table:
         for name in parameter.hf_names:
-            if len(parameter.hf_names) > 1 and is_quantised(name, shapes[name]) and shapes[name][0] % BLOCK:
+            if len(parameter.hf_names) > 1 and is_quantized(name, shapes[name]) and shapes[name][0] % BLOCK:
                 raise UserError(
                     f"{name} of this {architecture.family} model has {shapes[name][0]} rows, no multiple of {BLOCK}, "
                     f"so its FP8 blocks could not be served; write bf16."

@@ -10,7 +10,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 Shape = tuple[int, ...]
 
 
-def in_words(shapes: dict[str, Shape], dtype: str) -> dict[str, Shape]:
+def shapes_in_words(shapes: dict[str, Shape], dtype: str) -> dict[str, Shape]:
     """`shapes` where every tensor's memory is seen as numbers of `dtype`: vectors that are kept in fp32 are longer."""
     found = {}
     for name, shape in shapes.items():
@@ -19,7 +19,7 @@ def in_words(shapes: dict[str, Shape], dtype: str) -> dict[str, Shape]:
     return found
 
 
-def cut_into(
+def split_into_buckets(
     table: Iterable[Parameter], bytes_of: Callable[[Parameter], int], bucket_bytes: int
 ) -> list[list[Parameter]]:
     """The parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has more)."""
@@ -69,7 +69,7 @@ def shard_shape(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) 
     return (*whole[0][:dim], cut, *whole[0][dim + 1 :])
 
 
-def lands_whole(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, index: int) -> bool:
+def is_contiguous_shard(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, index: int) -> bool:
     """Whether the `index`-th shard is one piece of its only Hugging Face tensor: it needs no place beside it."""
     dim = parameter.rule.split_dim
     if len(parameter.hf_names) > 1 or dim not in (None, 0) or len(parameter.rule.sections(0)) > 1:

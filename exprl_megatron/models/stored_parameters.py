@@ -22,7 +22,7 @@ _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredParameter:
     """One parameter's place: `key` names the tensor, `index` (layer, then expert) the part of it."""
 
     parameter: Parameter
@@ -48,7 +48,7 @@ class Stored:
         return [(origin, half), ((half[0], *origin[1:]), half)]
 
     @property
-    def tensors(self) -> list["Stored"]:
+    def tensors(self) -> list["StoredParameter"]:
         """What is written under a key of its own: all of it, or each section of a gated delta net's matrices."""
         rule = self.parameter.rule
         if not isinstance(rule, Stacked):
@@ -60,7 +60,7 @@ class Stored:
         ]
 
 
-def stored_parameters(architecture: Architecture) -> list[Stored]:
+def stored_parameters(architecture: Architecture) -> list[StoredParameter]:
     """Every parameter once, in the order of the table."""
     shapes = hf_shapes(architecture)
     alike = layers_are_alike(architecture)
@@ -69,7 +69,7 @@ def stored_parameters(architecture: Architecture) -> list[Stored]:
 
 def _stored(
     parameter: Parameter, shapes: dict[str, tuple[int, ...]], architecture: Architecture, alike: bool
-) -> Stored:
+) -> StoredParameter:
     parts = [shapes[name] for name in parameter.hf_names]
     shape = (sum(part[0] for part in parts), *parts[0][1:])
     key = parameter.name
@@ -85,4 +85,4 @@ def _stored(
         if architecture.experts is not None and (expert := _EXPERT.fullmatch(layer[2])):
             key = f"{prefix}mlp.experts.experts.{expert[2]}"
             index, counts = (*index, int(expert[1])), (*counts, architecture.experts.count)
-    return Stored(parameter, key, index, counts, shape)
+    return StoredParameter(parameter, key, index, counts, shape)

@@ -94,7 +94,7 @@ def is_left_out(name: str, architecture: Architecture) -> bool:
     return name.startswith(architecture.left_out) if architecture.left_out else False
 
 
-class Random:
+class RandomWeights:
     """Fresh weights: norms 1, biases 0, matrices normal with the architecture's initializer_range.
 
     Each tensor is drawn whole from a seed of its own, so it does not depend on the layout.
@@ -106,7 +106,7 @@ class Random:
         self._zero_centered = architecture.zero_centered_norms
         self._seed = seed
 
-    def __enter__(self) -> Random:
+    def __enter__(self) -> RandomWeights:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -135,7 +135,7 @@ class Random:
 
 
 def read_parts(
-    source: Safetensors | Random, parameter: Parameter, shapes: dict[str, tuple[int, ...]], rank: int, ranks: int
+    source: Safetensors | RandomWeights, parameter: Parameter, shapes: dict[str, tuple[int, ...]], rank: int, ranks: int
 ) -> list[torch.Tensor]:
     """Shard `rank` of `ranks` of each Hugging Face tensor of `parameter`, whose rule merges them.
 

@@ -58,7 +58,7 @@ class CausalAttention(MegatronModule):
         if packed_seq_params is None:
             return self._of_like_length(*(tensor.transpose(0, 1) for tensor in (query, key, value))).transpose(0, 1)
         runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-        tensors = zip(of_runs(query, runs, cp), of_runs(key, runs), of_runs(value, runs), strict=True)
+        tensors = zip(split_runs(query, runs, cp), split_runs(key, runs), split_runs(value, runs), strict=True)
         return _joined([self._of_like_length(*run).flatten(0, 1) for run in tensors], dim=0).unsqueeze(1)
 
     def _of_like_length(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class CausalAttention(MegatronModule):
         ).transpose(1, 2)
 
 
-def of_runs(packed: torch.Tensor, runs: list[tuple[int, int]], cp: int = 1) -> list[torch.Tensor]:
+def split_runs(packed: torch.Tensor, runs: list[tuple[int, int]], cp: int = 1) -> list[torch.Tensor]:
     """[tokens, heads, head_dim] as [count, length / cp, heads, head_dim] for each (length, count) of neighbors."""
     tokens = packed.split([length // cp * count for length, count in runs])
     return [run.unflatten(0, (count, -1)) for run, (_, count) in zip(tokens, runs, strict=True)]

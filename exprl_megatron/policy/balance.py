@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 
-def weigh_balance_by_tokens(chunks: Sequence[GPTModel], own_tokens: int) -> None:
+def weight_balance_loss_by_tokens(chunks: Sequence[GPTModel], own_tokens: int) -> None:
     """Makes the loss the mean over all micro-batches of the coming backward pass, weighted by their tokens.
 
     `own_tokens`: of this rank's micro-batches, with padding. A collective of the data-parallel ranks. Where Megatron

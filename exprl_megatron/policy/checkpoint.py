@@ -35,10 +35,10 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.policy import checkpoint_files as files
-from exprl_megatron.policy.host_group import from_rank, of_all_ranks
+from exprl_megatron.policy.gloo_group import broadcast_from_rank, gather_from_all_ranks
 from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.optimizer import separate_step_counters
-from exprl_megatron.policy.optimizer_state import divided_like, parts
+from exprl_megatron.policy.optimizer_state import parts, repartitioned
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.utils.files import sync_directory
 
@@ -78,7 +78,9 @@ def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
         record, wrong = _from_rank_0(lambda path=path: _record_or_fault(path))
         if record is not None:
             wrong = [
-                fault for found in of_all_ranks(files.faults(path, record["files"], rank, ranks)) for fault in found
+                fault
+                for found in gather_from_all_ranks(files.faults(path, record["files"], rank, ranks))
+                for fault in found
             ]
         if not wrong:
             return path, sentences
@@ -133,7 +135,7 @@ def _load(state: dict, path: str) -> dict:
     saved = dist_checkpointing.load_common_state_dict(path)["optimizer"]
     if len(parts(saved)) == len(parts(state["optimizer"])):
         return dist_checkpointing.load(state, path, _load_strategy())
-    plain = divided_like(state["optimizer"], saved)
+    plain = repartitioned(state["optimizer"], saved)
     # Under a name at which the files have nothing that is divided otherwise.
     state["divided"] = state.pop("optimizer")
     loaded = dist_checkpointing.load(state, path, _load_strategy())
@@ -212,14 +214,14 @@ def _record(policy: Policy, extra: dict) -> dict:
 def _read_record(path: str | Path) -> dict:
     try:
         return files.read_record(path)
-    except files.Damaged as error:
+    except files.DamagedCheckpoint as error:
         raise UserError(f"{path} is not a complete checkpoint ({error}); choose another.") from error
 
 
 def _record_or_fault(path: Path) -> tuple[dict | None, list[str]]:
     try:
         return files.read_record(path), []
-    except files.Damaged as error:
+    except files.DamagedCheckpoint as error:
         return None, [str(error)]
 
 
@@ -281,7 +283,7 @@ def _shared(action, policy: Policy, root: Path):
             message[0] = action()
         except OSError as error:
             message[1] = error
-    result, error = from_rank(0, message)
+    result, error = broadcast_from_rank(0, message)
     if error is not None:
         raise _unwritten(root, error) from error
     return result
@@ -289,12 +291,12 @@ def _shared(action, policy: Policy, root: Path):
 
 def _from_rank_0[T](action: Callable[[], T]) -> T:
     """Rank 0's result of `action`, which must not fail, on every rank."""
-    return from_rank(0, action() if dist.get_rank() == 0 else None)
+    return broadcast_from_rank(0, action() if dist.get_rank() == 0 else None)
 
 
 def _merged(mine: dict[str, str]) -> dict[str, str]:
     """The checksums of all ranks."""
-    return {name: value for found in of_all_ranks(mine) for name, value in sorted(found.items())}
+    return {name: value for found in gather_from_all_ranks(mine) for name, value in sorted(found.items())}
 
 
 def _one_line(error: BaseException) -> str:

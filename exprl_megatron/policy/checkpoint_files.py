@@ -24,7 +24,7 @@ _WRITER = re.compile(r"__(\d+)_\d+\.distcp")
 """torch names the file of a rank's shards so."""
 
 
-class Damaged(Exception):
+class DamagedCheckpoint(Exception):
     """A checkpoint that cannot be trusted; the message says which of its files is what."""
 
 
@@ -56,18 +56,18 @@ def write_record(directory: Path, record: dict) -> None:
 
 
 def read_record(directory: str | Path) -> dict:
-    """Read a record of `write_record`. Raises Damaged where the file is missing or has another content."""
+    """Read a record of `write_record`. Raises DamagedCheckpoint where the file is missing or has another content."""
     try:
         text = (Path(directory) / STATE).read_bytes().decode()
         record = json.loads(text)
         # The text as a whole is compared: JSON has several spellings of one value.
         intact = _text(record) == text and record.pop("checksum", None) == _checksum_of(record)
     except OSError as error:
-        raise Damaged(_unread(STATE, error)) from error
+        raise DamagedCheckpoint(_unread(STATE, error)) from error
     except (ValueError, RecursionError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise Damaged(f"{STATE} is not what was written")
+        raise DamagedCheckpoint(f"{STATE} is not what was written")
     return record
 
 

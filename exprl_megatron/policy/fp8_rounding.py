@@ -68,7 +68,7 @@ class Delayed:
     """For the next pass."""
 
     def __call__(self, operand, role, training):
-        once = cast_there_and_back(operand, self.scales[role], HYBRID[role])
+        once = cast_round_trip(operand, self.scales[role], HYBRID[role])
         if training:
             self._learn(operand, role)
         return once, once if training else None
@@ -98,11 +98,11 @@ def round_blocks(
     padded = torch.nn.functional.pad(values, (0, -columns % width, 0, -rows % height))
     blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
     amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
-    rounded = cast_there_and_back(blocks, (scale or scale_of_amax)(amax, dtype), dtype)
+    rounded = cast_round_trip(blocks, (scale or scale_of_amax)(amax, dtype), dtype)
     return rounded.view_as(padded)[:rows, :columns]
 
 
-def cast_there_and_back(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast_round_trip(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """cast(values * scale) / scale, saturating; a number that is not one stays so."""
     largest = torch.finfo(dtype).max
     return (values * scale).clamp(-largest, largest).to(dtype).to(values.dtype) * scale.reciprocal()

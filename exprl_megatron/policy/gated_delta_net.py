@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.layer_types import LINEAR
-from exprl_megatron.policy.attention import of_runs
+from exprl_megatron.policy.attention import split_runs
 from exprl_megatron.policy.gated_delta_rule import gated_delta_rule
 
 _EPS = 1e-6
@@ -112,7 +112,7 @@ class LocalGatedDeltaNet(GatedDeltaNet):
         else:
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
             runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-            parts = [self._of_like_length(run).flatten(0, 1) for run in of_runs(projected.squeeze(1), runs)]
+            parts = [self._of_like_length(run).flatten(0, 1) for run in split_runs(projected.squeeze(1), runs)]
             mixed = (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(1)
         return self.out_proj(mixed)
 

@@ -9,7 +9,7 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import Bucket, Parameter, dtype_of, hf_shapes, parameters
 from exprl_megatron.models.rules import spans
-from exprl_megatron.models.shards import cut_into, holders, lands_whole, shard_shape
+from exprl_megatron.models.shards import holders, is_contiguous_shard, shard_shape, split_into_buckets
 from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.precision import plain
 from exprl_megatron.policy.world import World
@@ -56,7 +56,7 @@ class Gatherer:
         """The `index`-th shard from `rank` to its place, by way of memory that the next one takes again if need be."""
         layout = self._world.layout
         shape = torch.Size(shard_shape(parameter, self.shapes, layout))
-        if lands_whole(parameter, self.shapes, layout, index):
+        if is_contiguous_shard(parameter, self.shapes, layout, index):
             dist.recv(into[0].narrow(0, index * shape[0], shape[0]), src=rank)
             return
         if self._scratch.numel() < shape.numel():
@@ -75,7 +75,7 @@ def bucket_plan(
     """
     shapes = hf_shapes(architecture)
     exported = (parameter for parameter in parameters(architecture, layout, grouped) if parameter.exported)
-    return cut_into(
+    return split_into_buckets(
         exported, lambda p: itemsize * sum(torch.Size(shapes[name]).numel() for name in p.hf_names), bucket_bytes
     )
 

@@ -14,9 +14,9 @@ from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import HEAD, embedding, hf_shapes, parameters
 from exprl_megatron.models.rules import Rule, spans
-from exprl_megatron.models.weight_readers import INDEX, SINGLE, Random, Safetensors, open_safetensors, read_parts
+from exprl_megatron.models.weight_readers import INDEX, SINGLE, RandomWeights, Safetensors, open_safetensors, read_parts
 from exprl_megatron.policy.gather import gather_buckets
-from exprl_megatron.policy.host_group import from_rank
+from exprl_megatron.policy.gloo_group import broadcast_from_rank
 from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.precision import set_parameter
 from exprl_megatron.policy.world import World
@@ -52,7 +52,7 @@ def load_huggingface(
 
 def initialize(chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, seed: int) -> None:
     """Fills this rank's parameters with fresh weights, the same model for every layout."""
-    with Random(architecture, seed) as source:
+    with RandomWeights(architecture, seed) as source:
         _fill(chunks, architecture, world, source)
 
 
@@ -85,7 +85,7 @@ def save_huggingface(
         problem[0] = _attempt(_finish, directory, partial, Path(origin), written, _dtype(chunks))
     if world.rank == 0 and problem[0] is not None and partial.exists():
         shutil.rmtree(partial, ignore_errors=True)
-    if (found := from_rank(0, problem[0])) is not None:
+    if (found := broadcast_from_rank(0, problem[0])) is not None:
         raise UserError(f"The model cannot be written to {directory}: {found}; choose another place or make room.")
 
 
@@ -108,7 +108,7 @@ def copy_companions(origin: Path, directory: Path) -> None:
 
 @torch.no_grad()
 def _fill(
-    chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, source: Safetensors | Random
+    chunks: Sequence[torch.nn.Module], architecture: Architecture, world: World, source: Safetensors | RandomWeights
 ) -> None:
     shapes, layout = hf_shapes(architecture), world.layout
     empty = {(index, name): p for index, chunk in enumerate(chunks) for name, p in named_weights(chunk)}

@@ -40,10 +40,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [..., hidden_size]."""
-        return normed(hidden, self.weight, self.eps, self._zero_centered)
+        return rms_norm(hidden, self.weight, self.eps, self._zero_centered)
 
 
-def normed(hidden: torch.Tensor, weight: torch.Tensor, eps: float | None, zero_centered: bool) -> torch.Tensor:
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float | None, zero_centered: bool) -> torch.Tensor:
     """The root-mean-square norm of [..., weight's size]; `zero_centered` multiplies by 1 + weight, summed in fp32."""
     if not zero_centered:
         return torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)
@@ -93,7 +93,7 @@ class NormColumnParallelLinear(PlainProduct, ColumnParallelLinear):
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
         """hidden: [sequence, batch, input_size]; returns (output, bias or None) as the linear layer does."""
         zero_centered = self.config.layernorm_zero_centered_gamma
-        norm = normed(hidden, self.layer_norm_weight, self.layer_norm_eps, zero_centered)
+        norm = rms_norm(hidden, self.layer_norm_weight, self.layer_norm_eps, zero_centered)
         return super().forward(norm, *args, **kwargs)
 
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
-from exprl_megatron.models.stored_parameters import Stored, stored_parameters
+from exprl_megatron.models.stored_parameters import StoredParameter, stored_parameters
 
 MEGATRON = "megatron"
 """Subdirectory of Megatron's files in a converted model directory, next to config.json and tokenizer."""
@@ -43,16 +43,16 @@ class MegatronFiles:
         self._tensors: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata
         self._check(metadata, architecture)
 
-    def dtype(self, stored: Stored) -> torch.dtype:
+    def dtype(self, stored: StoredParameter) -> torch.dtype:
         """The dtype of one parameter."""
         return self._tensors[stored.tensors[0].key].properties.dtype
 
-    def read(self, stored: Stored) -> torch.Tensor:
+    def read(self, stored: StoredParameter) -> torch.Tensor:
         """One parameter, as a single rank would hold it, without padding."""
         tensors = [self._read(tensor) for tensor in stored.tensors]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    def _read(self, stored: Stored) -> torch.Tensor:
+    def _read(self, stored: StoredParameter) -> torch.Tensor:
         ahead = (1,) * len(stored.index)
         target = torch.empty(ahead + stored.shape, dtype=self._tensors[stored.key].properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(stored.index + (0,) * len(stored.shape)), target.shape)
@@ -91,7 +91,7 @@ class MegatronFiles:
             self._check_whole(stored)
         self._check_files(metadata, known.keys())
 
-    def _check_shape(self, stored: Stored) -> None:
+    def _check_shape(self, stored: StoredParameter) -> None:
         size = tuple(self._tensors[stored.key].size)
         expected = stored.counts + stored.shape
         rows = len(stored.counts)
@@ -106,7 +106,7 @@ class MegatronFiles:
                 f"use files that fit its config.json."
             )
 
-    def _check_whole(self, stored: Stored) -> None:
+    def _check_whole(self, stored: StoredParameter) -> None:
         ahead = len(stored.index)
         pieces = self._pieces[stored.key].get(stored.index, [])
         whole = math.prod(self._tensors[stored.key].size[ahead:])

@@ -14,7 +14,7 @@ from exprl_megatron.policy.precision import optimizer_settings
 
 
 def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """A fresh optimizer on the chunks' current weights; `set_rates` says what decays.
+    """A fresh optimizer on the chunks' current weights; `set_learning_rates` says what decays.
 
     Raises UserError where its state shall be offloaded from a GPU and there is none.
     """
@@ -66,7 +66,7 @@ def _offload(config: OptimizerConfig) -> dict:
     }
 
 
-def set_rates(optimizer: MegatronOptimizer, config: OptimizerConfig, learning_rate: float) -> None:
+def set_learning_rates(optimizer: MegatronOptimizer, config: OptimizerConfig, learning_rate: float) -> None:
     """Set the next step's rates. Megatron's `wd_mult` is 0 for vectors (norms, biases) and 1 for matrices."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

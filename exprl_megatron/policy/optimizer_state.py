@@ -17,7 +17,7 @@ def parts(state: dict) -> list[dict]:
     return [state[number] for number in range(len(state))] if 0 in state else [state]
 
 
-def divided_like(described: dict, saved: dict) -> dict:
+def repartitioned(described: dict, saved: dict) -> dict:
     """What a checkpoint would hold besides tensors, had an optimizer with the parts of `described` written it.
 
     `described` is an optimizer's sharded state dict, `saved` what is no tensor in a checkpoint's.

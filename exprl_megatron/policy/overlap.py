@@ -55,7 +55,7 @@ def gather_weights(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 
 @contextmanager
-def reductions_wait(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
+def no_grad_sync(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Within it no reduction of gradients begins, as more are still to be added."""
     config = wrapped[0].config
     functions = config.no_sync_func, config.grad_sync_func

@@ -22,13 +22,13 @@ from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.flops import attention_growth, linear_flops
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy import overlap, step
-from exprl_megatron.policy.balance import weigh_balance_by_tokens
+from exprl_megatron.policy.balance import weight_balance_loss_by_tokens
 from exprl_megatron.policy.host_memory import HostMemory, host_copies, storages_of
 from exprl_megatron.policy.huggingface import initialize, load_huggingface, save_huggingface
 from exprl_megatron.policy.megatron_loading import is_converted, load_converted
 from exprl_megatron.policy.model import build_chunks
 from exprl_megatron.policy.named_weights import named_weights
-from exprl_megatron.policy.optimizer import build_optimizer, set_rates
+from exprl_megatron.policy.optimizer import build_optimizer, set_learning_rates
 from exprl_megatron.policy.packing import MicroBatchPlan, PackingShape, padding_share, plan_micro_batches, shape_of
 from exprl_megatron.policy.schedule import learning_rate
 from exprl_megatron.policy.world import current_world
@@ -147,8 +147,8 @@ class Policy:
         self._check(samples)
         _, work = self._plan(samples, replay=True)
         if self.architecture.experts and self.config.moe_aux_loss:
-            weigh_balance_by_tokens(self.chunks, work.computed_tokens)
-        with overlap.reductions_wait(self._wrapped) if more_follow else nullcontext():
+            weight_balance_loss_by_tokens(self.chunks, work.computed_tokens)
+        with overlap.no_grad_sync(self._wrapped) if more_follow else nullcontext():
             collected = step.forward_backward(
                 self._model(), work, self.config, self.architecture.vocabulary, temperature, loss_fn, denominator
             )
@@ -171,7 +171,7 @@ class Policy:
             self._zero_grad()
             raise GradientNotFinite(f"The gradient norm of update {stage.updates + 1} is {grad_norm}")
         rate = learning_rate(stage.config, stage.updates, stage.total_steps)
-        set_rates(stage.optimizer, stage.config, rate)
+        set_learning_rates(stage.optimizer, stage.config, rate)
         done, _, _ = stage.optimizer.step()
         stage.updates += 1
         self._zero_grad()

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from exprl_megatron.algorithms.batch import SampleOrOutline, TrainSample
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.routing import Routing
-from exprl_megatron.policy.host_group import host_group
+from exprl_megatron.policy.gloo_group import gloo_group
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.routed_rows import stage_experts
-from exprl_megatron.policy.sealed_objects import broadcast_object, receive_object, send_object
+from exprl_megatron.policy.signed_objects import broadcast_object, receive_object, send_object
 
 SampleBatch = list[SampleOrOutline]
 
@@ -73,9 +73,9 @@ class _Receivers:
         message: Any = None
         if here == 0:
             for number, other in enumerate(self._leaders[1:], 1):
-                send_object(message_of(number), other, host_group())
+                send_object(message_of(number), other, gloo_group())
         if here == leader:
-            message = message_of(0) if here == 0 else receive_object(0, host_group())
+            message = message_of(0) if here == 0 else receive_object(0, gloo_group())
         if dist.get_world_size(self._group) > 1:
             message = broadcast_object(message, leader, self._group)
         return message

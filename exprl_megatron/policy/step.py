@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from exprl_megatron.algorithms.batch import LossFunction, MicroBatch, SampleOrOutline, TrainSample, dummy_sample, pad
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.models.routing import Routing
-from exprl_megatron.policy.host_group import from_rank
+from exprl_megatron.policy.gloo_group import broadcast_from_rank
 from exprl_megatron.policy.log_probs import response_log_probs
 from exprl_megatron.policy.model_input import ModelInput, model_input
 from exprl_megatron.policy.packing import MicroBatchPlan, PackingShape
@@ -202,7 +202,7 @@ def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> di
         totals = dict(zip(names, torch.where(largest, maxima, sums).tolist(), strict=True))
     if world.layout.pp > 1:
         # Pipeline stages are the outermost dimension of the layout: the last rank has the model's end.
-        return from_rank(dist.get_world_size() - 1, totals)
+        return broadcast_from_rank(dist.get_world_size() - 1, totals)
     return totals
 
 

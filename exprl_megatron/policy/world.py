@@ -13,8 +13,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
-from exprl_megatron.policy.host_group import host_group
-from exprl_megatron.policy.sealed_objects import use_key
+from exprl_megatron.policy.gloo_group import gloo_group
+from exprl_megatron.policy.signed_objects import use_key
 from exprl_megatron.utils.accelerator import group_backend, uses_cuda
 from exprl_megatron.utils.keyed_store import keyed_names, listening_store, reached_store
 from exprl_megatron.utils.ports import interface
@@ -48,7 +48,7 @@ class World:
 def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0, key: str | None = None) -> World:
     """Join the processes that torchrun or srun started (otherwise a world of one rank) in the groups of `layout`.
 
-    Tensors go over NCCL where CUDA is and over gloo elsewhere, objects over gloo (host_group). An existing torch
+    Tensors go over NCCL where CUDA is and over gloo elsewhere, objects over gloo (gloo_group). An existing torch
     process group is used as it is; groups of another layout are dropped first, so one set of processes can go through
     several layouts. Processes find each other, and believe each other's objects, only with the same `key`.
     Every collective that waits longer than `timeout_s` raises. Raises UserError where the number of
@@ -66,7 +66,7 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0, key: st
             f"{processes} trainer processes were started but policy.layout needs {layout.world_size} ({sizes}); "
             f"start {layout.world_size}, or change the layout."
         )
-    host_group(timeout_s)
+    gloo_group(timeout_s)
     make_groups(layout, timeout_s)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

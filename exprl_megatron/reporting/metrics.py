@@ -14,6 +14,9 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.reporting.tags import EVALUATION, tag
 from exprl_megatron.reporting.trackers import SampleTable, Trackers
 
+RENAMED_METRICS = {"sync/quantise": "sync/quantize"}
+"""From a name in the metrics.jsonl of an earlier version to today's."""
+
 
 class MetricsWriter:
     """Appends to `jsonl` and passes on to `trackers`; one process alone may hold it.
@@ -84,7 +87,12 @@ def read_metrics(jsonl: Path) -> list[dict]:
             records.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{jsonl} line {number} is damaged ({error}); delete that line.") from error
-    return _by_step(records)
+    return _by_step([_with_new_names(record) for record in records])
+
+
+def _with_new_names(record: dict) -> dict:
+    metrics = {RENAMED_METRICS.get(name, name): value for name, value in record["metrics"].items()}
+    return record | {"metrics": metrics}
 
 
 def _by_step(records: list[dict]) -> list[dict]:

@@ -105,7 +105,7 @@ async def sample_groups(
         if group_size > 1:
             await starts.take()
             # Requests that arrive together are prefilled together: none of them would find the prompt in the cache.
-            await servers.ask(home, lambda client: client.read(prompt.token_ids))
+            await servers.ask(home, lambda client: client.prefill(prompt.token_ids))
         if whole_groups:
             traces = await servers.ask(home, lambda client: generate_group(client, prompt))
             return await gather_or_cancel([passed_on(trace) for trace in traces])

@@ -12,7 +12,7 @@ import torch
 
 from exprl_megatron.serving.sharding import Device, rank_cut
 from exprl_megatron.serving.weight_hash import Sha256, WeightHash, WordHash
-from exprl_megatron.serving.weight_layout import FUSED, OF_EXPERTS, ServerPart, served_dtype, server_part
+from exprl_megatron.serving.weight_layout import EXPERT_PARTS, FUSED, ServerPart, served_dtype, server_part
 
 
 @dataclass
@@ -60,7 +60,7 @@ class ServerChecksums:
             kind = str(self._dtype or tensor.dtype).removeprefix("torch.")
             tensor = tensor.detach().to(getattr(torch, served_dtype(name, kind, self._sigmoid_router)))
             part = server_part(name)
-            if part.of_experts:
+            if part.is_expert:
                 self._add_expert(part, tensor)
             elif not (self._tied and name == "lm_head.weight"):
                 self._add_dense(part, tensor)
@@ -94,7 +94,7 @@ class ServerChecksums:
 
     def _add_expert(self, part: ServerPart, tensor: torch.Tensor) -> None:
         name = part.parameter
-        parts = OF_EXPERTS[name.rpartition(".")[2]]
+        parts = EXPERT_PARTS[name.rpartition(".")[2]]
         count = self._experts * len(parts)
         if name not in self._growing:
             nbytes = count * len(self._rank_bytes(part.module, tensor, 0))

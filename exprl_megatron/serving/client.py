@@ -10,7 +10,7 @@ import numpy as np
 from exprl_megatron.errors import RequestRefused, WeightsReplaced
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.generation import (
-    Asked,
+    ExpectedReply,
     Generation,
     Scores,
     read_generation,
@@ -32,7 +32,7 @@ _LONG_REPLY = 2**14
 """Bytes from which on a reply is read in a thread; a shorter one costs less than the way there and back."""
 
 
-class Served(msgspec.Struct, frozen=True):
+class ServedModel(msgspec.Struct, frozen=True):
     """The weights that a server says it serves."""
 
     weight_version: str
@@ -140,9 +140,9 @@ class SGLangClient(HttpClient):
 
     def _asked(
         self, max_new_tokens: int, log_probs: bool, watched_ids: Sequence[int], routing: Routing | None
-    ) -> Asked:
+    ) -> ExpectedReply:
         log_probs = log_probs or bool(watched_ids)
-        return Asked(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check, routing)
+        return ExpectedReply(max_new_tokens, self.vocabulary, log_probs, tuple(watched_ids), self.text_check, routing)
 
     async def _read_reply[T](self, path: str, parse: Callable[[bytes], T], reply: bytes) -> T:
         """A long reply is read in a thread: the event loop continues meanwhile."""
@@ -150,7 +150,7 @@ class SGLangClient(HttpClient):
             return self._read(path, parse, reply)
         return await in_reply_thread(self._read, path, parse, reply)
 
-    async def read(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:
+    async def prefill(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:
         """Return when the radix cache holds `input_ids`, for the requests that begin with them."""
         request = {"input_ids": _listed(input_ids), "sampling_params": {"max_new_tokens": 0}}
         await self._post("/generate", request, deadline_s, reply_limit(0))
@@ -342,10 +342,10 @@ class SGLangClient(HttpClient):
         """Return where the server answers /health within the deadline, else raise."""
         await self._request("GET", "/health", None, deadline_s)
 
-    async def served(self, *, deadline_s: float | None = None) -> Served:
+    async def served(self, *, deadline_s: float | None = None) -> ServedModel:
         """Which weights the server serves, as it says itself."""
         reply = await self._request("GET", "/model_info", None, deadline_s)
-        return self._read("/model_info", lambda body: msgspec.convert(body, Served), reply)
+        return self._read("/model_info", lambda body: msgspec.convert(body, ServedModel), reply)
 
     async def check_served(self, version: str | None, *, deadline_s: float | None = None) -> None:
         """Raise WeightsReplaced where it serves another version, or weights loaded from elsewhere than we requested."""
@@ -382,11 +382,11 @@ class SGLangClient(HttpClient):
         return reply
 
 
-def _experts_wanted(asked: Asked) -> dict[str, bool]:
+def _experts_wanted(asked: ExpectedReply) -> dict[str, bool]:
     return {} if asked.routing is None else {"return_routed_experts": True}
 
 
-def _limit(asked: Asked, prompt_tokens: int, new_tokens: int) -> int:
+def _limit(asked: ExpectedReply, prompt_tokens: int, new_tokens: int) -> int:
     """Bytes that the reply to one prompt may have."""
     experts = 0 if asked.routing is None else sent_bytes(prompt_tokens + new_tokens, asked.routing)
     return reply_limit(new_tokens, len(asked.watched_ids)) + experts

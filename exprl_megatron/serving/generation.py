@@ -63,7 +63,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExpectedReply:
     """What a request of /generate asked for, by which its reply is checked."""
 
     max_new_tokens: int | None = None
@@ -77,7 +77,7 @@ class Asked:
     """The shape of the choice of experts that was asked for, if any was."""
 
 
-_ANYTHING = Asked()
+_ANYTHING = ExpectedReply()
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -126,7 +126,7 @@ def reply_limit(tokens: int, watched: int = 0) -> int:
     return 65_536 + tokens * (1024 + 64 * watched)
 
 
-def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
+def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation:
     """The continuation that a reply of /generate holds.
 
     Raises ValueError that names the field where it is not of SGLang's form, a log-prob is missing, not finite or above
@@ -173,7 +173,7 @@ def read_generation(body: bytes, asked: Asked = _ANYTHING) -> Generation:
     )
 
 
-def read_generations(body: bytes, asked: Asked, count: int) -> list[Generation]:
+def read_generations(body: bytes, asked: ExpectedReply, count: int) -> list[Generation]:
     """The `count` continuations that a reply to a request for several holds, in their order.
 
     Raises ValueError as read_generation does for any of them, and where there are not `count`.
@@ -184,7 +184,7 @@ def read_generations(body: bytes, asked: Asked, count: int) -> list[Generation]:
     return [read_generation(bytes(reply), asked) for reply in replies]
 
 
-def _check_length(token_ids: np.ndarray, asked: Asked, reason: str) -> None:
+def _check_length(token_ids: np.ndarray, asked: ExpectedReply, reason: str) -> None:
     if asked.max_new_tokens and not len(token_ids) and reason != "abort":
         raise ValueError("output_ids is empty")
     if asked.max_new_tokens is not None and len(token_ids) > asked.max_new_tokens:

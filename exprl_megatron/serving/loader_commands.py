@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from exprl_megatron.utils.authentication import code, is_code
+from exprl_megatron.utils.authentication import mac, verify_mac
 
 LOADER = "exprl_megatron.serving.loader.load"
 NOT_FOLLOWED = "set sync.transport to broadcast"
@@ -74,7 +74,7 @@ class CommandGate:
             raise CommandRefused("this server has no key; start it with exprl serve")
         claimed, _, text = signed.partition(" ")
         try:
-            authentic = is_code(bytes.fromhex(claimed), self._key, _PURPOSE, text.encode())
+            authentic = verify_mac(bytes.fromhex(claimed), self._key, _PURPOSE, text.encode())
         except ValueError:
             authentic = False
         if not authentic:
@@ -91,7 +91,7 @@ class CommandGate:
 def signed(command: Mapping[str, Any], key: str, start: int, number: int) -> str:
     """Return `command` after its authentication code, for the server with `key` whose start is `start`."""
     text = json.dumps({**command, "start": start, "number": number})
-    return f"{code(key, _PURPOSE, text.encode()).hex()} {text}"
+    return f"{mac(key, _PURPOSE, text.encode()).hex()} {text}"
 
 
 def payload(text: str) -> str:

@@ -16,7 +16,7 @@ from exprl_megatron.serving.loader_commands import RequiredSlice
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterView:
     """A part of a parameter, and what belongs there."""
 
     need: RequiredSlice
@@ -40,7 +40,7 @@ def trace(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     others: Mapping[str, torch.dtype] | None = None,
-) -> list[Place]:
+) -> list[ParameterView]:
     """The places of all tensors of `shapes` in `model`, whose parameters stay as they are but for what is padding.
 
     `dtype` is what will be sent. Vectors of `others` have these wider dtypes, and their memory is sent as words of
@@ -64,7 +64,7 @@ class _Noted(TorchDispatchMode):
     def __init__(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype):
         super().__init__()
         self._dtype = dtype
-        self.places: list[Place] = []
+        self.places: list[ParameterView] = []
         self._tensors = tensors
         self._names = {tensor.untyped_storage()._cdata: name for name, tensor in tensors.items()}
         self._parameters = {
@@ -83,14 +83,14 @@ class _Noted(TorchDispatchMode):
             raise ValueError(f"it computes {function} of a weight and other numbers")
         return function(*args, **(kwargs or {}))
 
-    def _place(self, into: torch.Tensor, part: torch.Tensor) -> Place:
+    def _place(self, into: torch.Tensor, part: torch.Tensor) -> ParameterView:
         name = self._names.get(part.untyped_storage()._cdata)
         parameter = None if into.is_meta else self._parameters.get(into.untyped_storage().data_ptr())
         if name is None or parameter is None or into.shape != part.shape:
             raise ValueError(f"{name or 'a changed tensor'} does not go into a parameter as it is")
         row, rows, column, columns = _rectangle(name, part, self._tensors[name])
         stride = (into.stride(0), into.stride(1) if into.dim() == 2 else 1)
-        place = Place(
+        place = ParameterView(
             RequiredSlice(name, row, rows, column, columns), parameter, into.storage_offset(), (rows, columns), stride
         )
         kind = self._tensors[name].dtype
@@ -101,10 +101,10 @@ class _Noted(TorchDispatchMode):
         return _in_words(place, kind.itemsize // self._dtype.itemsize, self._dtype)
 
 
-def _in_words(place: Place, count: int, words: torch.dtype) -> Place:
+def _in_words(place: ParameterView, count: int, words: torch.dtype) -> ParameterView:
     """A vector's place where each of its numbers is `count` words."""
     need = RequiredSlice(place.need.name, count * place.need.row, count * place.need.rows, 0, 1)
-    return Place(need, place.parameter, count * place.offset, (need.rows, 1), (1, 1), words)
+    return ParameterView(need, place.parameter, count * place.offset, (need.rows, 1), (1, 1), words)
 
 
 def _rectangle(name: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int]:

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import torch
 
-from exprl_megatron.serving.part_hash import add_up, hash_parts
+from exprl_megatron.serving.part_hash import accumulate_hashes, hash_parts
 from exprl_megatron.serving.transfer_tables import Slice, pack_needs, unpack_needs
 
 
@@ -71,8 +71,8 @@ def checksums(held: Mapping[str, torch.Tensor], expected: bytes) -> dict[str, st
     parts = parts[np.isin(parts["of"], able)]
     grid = {number: as_grid(held[names[number]]) for number in able}
     hashes = hash_parts((Slice(*part), cut(grid[part[0]], Slice(*part))) for part in parts.tolist())
-    sums = add_up(parts["of"], hashes, len(names))
-    return found | {names[number]: written(sums[number]) for number in able}
+    sums = accumulate_hashes(parts["of"], hashes, len(names))
+    return found | {names[number]: to_hex(sums[number]) for number in able}
 
 
 def as_grid(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,6 +85,6 @@ def cut(grid: torch.Tensor, part: Slice) -> torch.Tensor:
     return grid.narrow(0, part.row, part.rows).narrow(1, part.column, part.columns)
 
 
-def written(checksum: int) -> str:
+def to_hex(checksum: int) -> str:
     """A checksum as text."""
     return f"{int(checksum):016x}"

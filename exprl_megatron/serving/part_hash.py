@@ -43,7 +43,7 @@ def hash_parts(parts: Iterable[tuple[Slice, torch.Tensor]]) -> np.ndarray:
     return np.array([xxhash.xxh3_64_intdigest(each) for each in packed], dtype=np.uint64)
 
 
-def add_up(numbers: np.ndarray, hashes: np.ndarray, count: int) -> np.ndarray:
+def accumulate_hashes(numbers: np.ndarray, hashes: np.ndarray, count: int) -> np.ndarray:
     """uint64 [count]: the sums, modulo 2**64, of the hashes that have the same of `count` numbers (both [parts])."""
     sums = np.zeros(count, dtype=np.uint64)
     np.add.at(sums, numbers, hashes)

@@ -52,7 +52,7 @@ class PoolMemory:
     async def memory_holders(self, replicas: dict[str, Replica]) -> list[str]:
         """Names of the servers that are starting, or hold memory that they should have released."""
         # A server is registered before its mark as starting is removed.
-        starting = await asyncio.to_thread(self._registry.starting, self._kind)
+        starting = await asyncio.to_thread(self._registry.starting_servers, self._kind)
         registered = await asyncio.to_thread(self._registry.all)
         return starting + [
             server.name

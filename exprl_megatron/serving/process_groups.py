@@ -52,10 +52,10 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 def destroy(group: dist.ProcessGroup, deadline_s: float) -> None:
     """Destroy an idle group together with its other members, for which NCCL waits; abort it after `deadline_s`."""
-    wait_destroyed(group, begin_to_destroy(group), deadline_s)
+    wait_destroyed(group, start_destroy(group), deadline_s)
 
 
-def begin_to_destroy(group: dist.ProcessGroup) -> Future[None]:
+def start_destroy(group: dist.ProcessGroup) -> Future[None]:
     """Start to destroy an idle group."""
     return in_background("destroy", lambda: dist.destroy_process_group(group))
 

@@ -49,8 +49,8 @@ class Registry:
         self.key_file = directory / "key"
         """The key of all servers of the run."""
         self._ended = directory / "ended"
-        self._complaints: list[str] = []
-        self._complained: set[str] = set()
+        self._warnings: list[str] = []
+        self._warned: set[str] = set()
 
     def register(self, server: RegisteredServer) -> None:
         """Register the server; replaces the registration of an earlier instance."""
@@ -60,11 +60,11 @@ class Registry:
     def withdraw(self, name: str) -> None:
         """Remove the server's registration, if there is one."""
         self._file(name).unlink(missing_ok=True)
-        self._wish(name).unlink(missing_ok=True)
+        self._restart_request(name).unlink(missing_ok=True)
         self._start(name).unlink(missing_ok=True)
 
     def find(self, name: str) -> RegisteredServer | None:
-        """The server of that name, if it is registered; invalid files are skipped, see `complaints`."""
+        """The server of that name, if it is registered; invalid files are skipped, see `warnings`."""
         file = self._file(name)
         try:
             text = file.read_text()
@@ -74,13 +74,13 @@ class Registry:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, RecursionError, ServerError) as error:
-            self._complain(f"The registration {file} is skipped: {str(error).splitlines()[0]}")
+            self._warn(f"The registration {file} is skipped: {str(error).splitlines()[0]}")
             return None
         return server
 
-    def complaints(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """A sentence on each registration that was skipped, once."""
-        found, self._complaints = self._complaints, []
+        found, self._warnings = self._warnings, []
         return found
 
     def key(self, server: RegisteredServer) -> Key | None:
@@ -108,39 +108,39 @@ class Registry:
         if self.key_file.is_file() and server.run != fingerprint(read_key(self.key_file)):
             raise ValueError("it belongs to another run")
 
-    def _complain(self, sentence: str) -> None:
-        if sentence not in self._complained:
-            self._complained.add(sentence)
-            self._complaints.append(sentence)
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            self._warnings.append(sentence)
 
     def all(self) -> list[RegisteredServer]:
         """All registered servers, by name."""
         found = (self.find(file.stem) for file in sorted(self.directory.glob("*.json")))
         return [server for server in found if server is not None]
 
-    def ask_restart(self, server: RegisteredServer) -> None:
+    def request_restart(self, server: RegisteredServer) -> None:
         """Ask the server's supervisor to restart it, since this instance keeps failing."""
-        write_atomically(self._wish(server.name), server.instance_id.encode())
+        write_atomically(self._restart_request(server.name), server.instance_id.encode())
 
-    def restart_asked(self, name: str) -> str | None:
+    def requested_restart(self, name: str) -> str | None:
         """The `instance_id` of the server that should be restarted, if any."""
         try:
-            return self._wish(name).read_text()
+            return self._restart_request(name).read_text()
         except FileNotFoundError:
             return None
 
-    def end(self) -> None:
+    def mark_ended(self) -> None:
         """Inform the servers' supervisor that the run has ended."""
         write_atomically(self._ended, b"")
 
-    def ending(self) -> int | None:
+    def ended_at(self) -> int | None:
         """When the run was last marked as ended (nanoseconds of that file's clock), or None."""
         try:
             return self._ended.stat().st_mtime_ns
         except FileNotFoundError:
             return None
 
-    def begin(self) -> None:
+    def clear_end(self) -> None:
         """Forget that an earlier attempt at the run has ended."""
         self._ended.unlink(missing_ok=True)
 
@@ -156,7 +156,7 @@ class Registry:
         """Whether servers of `kind` must not start."""
         return self._hold(kind).is_file()
 
-    def begin_start(self, name: str) -> bool:
+    def try_start(self, name: str) -> bool:
         """Whether the server of that name may start; it then counts as starting until it is registered or withdrawn."""
         write_atomically(self._start(name), b"")
         if self.starts_held(name.rpartition("-")[0]):
@@ -164,14 +164,14 @@ class Registry:
             return False
         return True
 
-    def starting(self, kind: Kind) -> list[str]:
+    def starting_servers(self, kind: Kind) -> list[str]:
         """Names of the servers of `kind` that are starting."""
         return [file.stem for file in sorted(self.directory.glob(f"{kind}-*.starting"))]
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.json"
 
-    def _wish(self, name: str) -> Path:
+    def _restart_request(self, name: str) -> Path:
         return self.directory / f"{name}.restart"
 
     def _start(self, name: str) -> Path:

@@ -380,7 +380,7 @@ class ServerPool:
         async with asyncio.TaskGroup() as tries:
             while True:
                 registered = [s for s in await asyncio.to_thread(self._registry.all) if s.kind == self._kind]
-                for sentence in self._registry.complaints():
+                for sentence in self._registry.warnings():
                     self._log(sentence)
                 await self._follow_registry({server.name: server for server in registered})
                 for replica in self._replicas.values():
@@ -466,7 +466,7 @@ class ServerPool:
         pause_s = min(2.0 ** (replica.failures - 1), _LONGEST_PAUSE_S)
         replica.next_try = asyncio.get_running_loop().time() + pause_s
         if replica.failures >= _MAX_FAILURES:
-            self._registry.ask_restart(replica.server)
+            self._registry.request_restart(replica.server)
         replica.release()
 
 

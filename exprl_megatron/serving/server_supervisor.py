@@ -68,7 +68,7 @@ class ServerSupervisor:
                 self._start_if_allowed(spec)
             elif not server.alive() and (server.registered or self._restarts[spec.name]):
                 self._restart(spec, server, "died")
-            elif server.registered and self._registry.restart_asked(spec.name) == server.instance_id:
+            elif server.registered and self._registry.requested_restart(spec.name) == server.instance_id:
                 self._restart(spec, server, "fails again and again")
             elif not server.registered and server.ready():
                 self._registry.register(self._registration(spec, server))
@@ -92,7 +92,7 @@ class ServerSupervisor:
         self._start_if_allowed(spec)
 
     def _start_if_allowed(self, spec: ServerSpec) -> None:
-        if self._registry.begin_start(spec.name):
+        if self._registry.try_start(spec.name):
             self._waiting.discard(spec.name)
             self._started[spec.name] = time.monotonic()
             (self._servers[spec.name],) = launch_servers([spec], self._starter)

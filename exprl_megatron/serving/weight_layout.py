@@ -17,10 +17,10 @@ from exprl_megatron.serving.transfer_tables import RECTANGLE, areas
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Dense parameters that are joined, and their parts in order."""
-OF_EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
+EXPERT_PARTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 """The same of the experts of a layer: expert by expert these parts."""
 _FUSED_BY = {part: fused for fused, parts in FUSED.items() for part in parts}
-_EXPERTS_BY = {part: name for name, parts in OF_EXPERTS.items() for part in parts}
+_EXPERTS_BY = {part: name for name, parts in EXPERT_PARTS.items() for part in parts}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -43,7 +43,7 @@ class ServerPart:
     """`q_proj`, `embed_tokens` and so on; an expert's as in Qwen's models."""
     position: int
     """Among the parts, which follow one another along the rows."""
-    of_experts: bool = False
+    is_expert: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def server_part(name: str) -> ServerPart:
     if expert := _EXPERT.fullmatch(name):
         module = _MIXTRAL.get(expert[3], expert[3])
         joined = _EXPERTS_BY[module]
-        parts = OF_EXPERTS[joined]
+        parts = EXPERT_PARTS[joined]
         return ServerPart(f"{expert[1]}.{joined}", module, int(expert[2]) * len(parts) + parts.index(module), True)
     path, _, kind = name.rpartition(".")
     parent, _, module = path.rpartition(".")
@@ -156,8 +156,8 @@ def _held_of(shape: tuple[int, ...], cut: Cut | None) -> tuple[tuple[int, ...], 
 
 def _shape(last: ServerPart, height: int, width: int, dims: int) -> tuple[int, ...]:
     """Of a parameter of `height` rows, whose `last` part has `dims` dimensions; experts are one dimension more."""
-    if last.of_experts:
-        count = last.position // len(OF_EXPERTS[last.parameter.rpartition(".")[2]]) + 1
+    if last.is_expert:
+        count = last.position // len(EXPERT_PARTS[last.parameter.rpartition(".")[2]]) + 1
         return (count, height // count, width)
     return (height, width) if dims == 2 else (height,)
 

@@ -1,45 +1,49 @@
-"""Codes by which the processes of a run know each other's messages: HMAC-SHA256 under the run's key.
+"""Message authentication codes of a run's processes: HMAC-SHA256 under the run's key.
 
-A code is made for one purpose, so that a message of one kind is never taken for one of another kind.
+A code is computed for one purpose, so a message of one kind is never accepted as one of another kind.
 """
 
 import hashlib
 import hmac
 
-CODE_BYTES = 32
+MAC_BYTES = 32
 
 
 class NotAuthentic(ValueError):
-    """A message that somebody without the run's key wrote, or that was changed on its way."""
+    """A message that was written without the run's key, or that was changed in transit."""
 
 
-def code(key: str, purpose: str, data: bytes | memoryview) -> bytes:
-    """The authentication code of `data`, CODE_BYTES long."""
+def mac(key: str, purpose: str, data: bytes | memoryview) -> bytes:
+    """Return the message authentication code of `data`, of MAC_BYTES bytes."""
     kind = purpose.encode()
     digest = hmac.new(key.encode(), len(kind).to_bytes(4, "big") + kind, hashlib.sha256)
     digest.update(data)
     return digest.digest()
 
 
-def is_code(claimed: bytes | memoryview, key: str, purpose: str, data: bytes | memoryview) -> bool:
-    """Whether `claimed` is the code of `data`; how long it takes does not tell how much of it is right."""
-    return hmac.compare_digest(claimed, code(key, purpose, data))
+def verify_mac(claimed: bytes | memoryview, key: str, purpose: str, data: bytes | memoryview) -> bool:
+    """Return whether `claimed` is the code of `data`; the comparison takes constant time."""
+    return hmac.compare_digest(claimed, mac(key, purpose, data))
 
 
-def seal(key: str, purpose: str, data: bytes) -> bytes:
-    """`data` behind its code."""
-    return code(key, purpose, data) + data
+def sign(key: str, purpose: str, data: bytes) -> bytes:
+    """Return the code of `data` followed by `data`."""
+    return mac(key, purpose, data) + data
 
 
-def unseal(key: str, purpose: str, sealed: bytes | memoryview) -> memoryview:
-    """What `seal` was given. Raises NotAuthentic where the code is not that of the rest."""
-    view = memoryview(sealed)
-    data = view[CODE_BYTES:]
-    if not is_code(view[:CODE_BYTES], key, purpose, data):
+def verify(key: str, purpose: str, signed: bytes | memoryview) -> memoryview:
+    """Return the data of a message that `sign` made.
+
+    Raises:
+        NotAuthentic: the code is not that of the data.
+    """
+    view = memoryview(signed)
+    data = view[MAC_BYTES:]
+    if not verify_mac(view[:MAC_BYTES], key, purpose, data):
         raise NotAuthentic(f"somebody without this run's key wrote {purpose!r}")
     return data
 
 
 def hidden_name(key: str, purpose: str) -> str:
-    """A name that only a holder of the key can compute: 128 bits of HMAC in hexadecimal digits."""
-    return code(key, purpose, b"name").hex()[:32]
+    """Return a name that only a holder of the key can compute: 128 bits of HMAC in hexadecimal digits."""
+    return mac(key, purpose, b"name").hex()[:32]

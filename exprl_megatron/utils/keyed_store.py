@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from exprl_megatron.utils.authentication import NotAuthentic, hidden_name, seal, unseal
+from exprl_megatron.utils.authentication import NotAuthentic, hidden_name, sign, verify
 from exprl_megatron.utils.ports import EVERYWHERE, LOCAL
 
 _BACKLOG = 4096
@@ -54,11 +54,11 @@ class Records:
     def set(self, name: str, record: str | bytes) -> None:
         """Put `record` there, in place of any before."""
         data = record.encode() if isinstance(record, str) else record
-        self._store.set(name, seal(self.key, self._of(name), data))
+        self._store.set(name, sign(self.key, self._of(name), data))
 
     def get(self, name: str) -> bytes:
         """The record, which is waited for. Raises NotAuthentic where another wrote it, RuntimeError after a timeout."""
-        return bytes(unseal(self.key, self._of(name), self._store.get(name)))
+        return bytes(verify(self.key, self._of(name), self._store.get(name)))
 
     def check(self, names: list[str]) -> bool:
         """Whether there is something under all `names`; `get` says whether it can be believed."""

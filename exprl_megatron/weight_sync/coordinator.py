@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from exprl_megatron.policy.host_group import from_rank
-from exprl_megatron.policy.sealed_objects import broadcast_object, gather_objects
+from exprl_megatron.policy.gloo_group import broadcast_from_rank
+from exprl_megatron.policy.signed_objects import broadcast_object, gather_objects
 
 T = TypeVar("T")
 RANK_ZERO = 0
@@ -60,7 +60,7 @@ class RankCoordinator:
                 box = [True, work()]
             except Exception as caught:  # re-raised below, after the other ranks know
                 error = caught
-        done, result = from_rank(RANK_ZERO, box)
+        done, result = broadcast_from_rank(RANK_ZERO, box)
         if error is not None:
             raise error
         if not done:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.models.name_map import dtype_of
-from exprl_megatron.models.shards import Shape, in_words
+from exprl_megatron.models.shards import Shape, shapes_in_words
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_commands import ABORTED, LOADER, NOT_FOLLOWED, RECORDS
@@ -180,7 +180,7 @@ class DirectTransport:
         self._coordinator.signal((self._name, self._size, address, self._store.port))
         meeting = asyncio.wrap_future(self._init_group(address, self._store.port))
         await self._join(meeting)
-        packed, alike = self._reported(in_words(gatherer.shapes, word))
+        packed, alike = self._reported(shapes_in_words(gatherer.shapes, word))
         self._coordinator.signal((packed, alike))
         self._group = meeting.result()
         plan = await asyncio.to_thread(self._plan, exporter, packed, alike)
@@ -249,7 +249,7 @@ class DirectTransport:
         """Plan the transfers; the arguments are as `_reported` returns them."""
         gatherer, layout = exporter.gatherer, self._world.layout
         word = _dtype_name(gatherer.dtype)
-        shapes = in_words(gatherer.shapes, word)
+        shapes = shapes_in_words(gatherer.shapes, word)
         tables = [unpack_needs(table, shapes) for table in packed]
         needs = [[tables[which] for which in server] for server in alike]
         held = shard_table(exporter.architecture, layout, self._world.device.type == "cuda", word)

@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from exprl_megatron.serving.process_groups import abort, begin_to_destroy, on_device, wait_destroyed
+from exprl_megatron.serving.process_groups import abort, on_device, start_destroy, wait_destroyed
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import hidden_name
 from exprl_megatron.utils.keyed_store import listening_store, reached_store
@@ -96,7 +96,7 @@ def follow_destroy(group: dist.ProcessGroup | None, coordinator: RankCoordinator
 
     NCCL may wait for all members. Where rank 0 aborts, this rank does not wait for them.
     """
-    destroying = None if group is None else begin_to_destroy(group)
+    destroying = None if group is None else start_destroy(group)
     try:
         coordinator.wait_signal()
     except RankZeroFailed:

@@ -15,11 +15,11 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.models import fp8_blocks as blocks
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import Parameter, dtype_of, hf_shapes, parameters
-from exprl_megatron.models.shards import ITEMSIZE, Shape, cut_into, holders, lands_whole, shard_shape
+from exprl_megatron.models.shards import ITEMSIZE, Shape, holders, is_contiguous_shard, shard_shape, split_into_buckets
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlot:
     """The position of one tensor in the bytes of a message."""
 
     name: str
@@ -42,7 +42,7 @@ class Message:
     stage: int
     """The pipeline stage that has the parameters."""
     parameters: tuple[Parameter, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[TensorSlot, ...]
     """Sorted so that each tensor is aligned to the size of its elements; without gaps."""
 
     @property
@@ -74,12 +74,14 @@ def stage_messages(
     made = []
     for stage, table in enumerate(staged):
         scratch = max(scratch_bytes(parameter, shapes, layout, dtype, fp8) for parameter in table)
-        cuts = cut_into(table, lambda parameter: _sent_bytes(parameter, shapes, dtype, fp8), bucket_bytes - scratch)
+        cuts = split_into_buckets(
+            table, lambda parameter: _sent_bytes(parameter, shapes, dtype, fp8), bucket_bytes - scratch
+        )
         made.append([_message(stage, cut, shapes, dtype, fp8) for cut in cuts])
     return made
 
 
-def smallest(messages: Sequence[Message], shapes: dict[str, Shape], dtype: str, fp8: bool = False) -> Message:
+def smallest_message(messages: Sequence[Message], shapes: dict[str, Shape], dtype: str, fp8: bool = False) -> Message:
     """The parameter of `messages` with the fewest bytes, as a message of its own."""
     table = [parameter for message in messages for parameter in message.parameters]
     least = min(table, key=lambda parameter: _sent_bytes(parameter, shapes, dtype, fp8))
@@ -98,9 +100,9 @@ def scratch_bytes(parameter: Parameter, shapes: dict[str, Shape], layout: Layout
     before it is quantized.
     """
     count = len(holders(parameter, layout))
-    apart = any(not lands_whole(parameter, shapes, layout, index) for index in range(1, count))
+    apart = any(not is_contiguous_shard(parameter, shapes, layout, index) for index in range(1, count))
     shard = math.prod(shard_shape(parameter, shapes, layout)) if apart else 0
-    blocked = [shapes[name] for name in parameter.hf_names if fp8 and blocks.is_quantised(name, shapes[name])]
+    blocked = [shapes[name] for name in parameter.hf_names if fp8 and blocks.is_quantized(name, shapes[name])]
     return ITEMSIZE[dtype] * (shard + sum(map(math.prod, blocked)))
 
 
@@ -109,7 +111,7 @@ def _message(stage: int, cut: list[Parameter], shapes: dict[str, Shape], dtype: 
     sent.sort(key=lambda tensor: -ITEMSIZE[tensor[1]])
     slots, start = [], 0
     for name, kind, shape in sent:
-        slots.append(Slot(name, kind, shape, start))
+        slots.append(TensorSlot(name, kind, shape, start))
         start += slots[-1].nbytes
     return Message(stage, tuple(cut), tuple(slots))
 
@@ -123,7 +125,7 @@ def _sent(parameter: Parameter, shapes: dict[str, Shape], dtype: str, fp8: bool)
     found = []
     for name in parameter.hf_names:
         shape = shapes[name]
-        if fp8 and blocks.is_quantised(name, shape):
+        if fp8 and blocks.is_quantized(name, shape):
             found.append((name, "float8_e4m3fn", shape))
             found.append((name + blocks.SCALE, "float32", tuple(-(-size // blocks.BLOCK) for size in shape)))
         else:

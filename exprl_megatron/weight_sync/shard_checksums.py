@@ -26,8 +26,8 @@ from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_commands import LOADER, RECORDS
-from exprl_megatron.serving.model_checksums import Report, as_grid, cut, pack_expected, written
-from exprl_megatron.serving.part_hash import add_up, hash_parts
+from exprl_megatron.serving.model_checksums import Report, as_grid, cut, pack_expected, to_hex
+from exprl_megatron.serving.part_hash import accumulate_hashes, hash_parts
 from exprl_megatron.serving.process_groups import in_background, on_device
 from exprl_megatron.serving.transfer_tables import RECTANGLE, Slice
 from exprl_megatron.serving.weight_layout import ServerParameters, served_dtype, server_parameters
@@ -106,20 +106,20 @@ def plan_checksums(architecture: Architecture, world: World, server_tp: int) -> 
 
 def own_sums(plan: ChecksumPlan, gatherer: Gatherer, world: World) -> np.ndarray:
     """uint64 [plan.count]: for each parameter the sum, modulo 2**64, of the hashes of this rank's parts."""
-    sums = add_up(plan.numbers, hash_parts(_own_parts(plan, gatherer)), plan.count)
+    sums = accumulate_hashes(plan.numbers, hash_parts(_own_parts(plan, gatherer)), plan.count)
     if world.rank == 0:
         zeros = (
             (Slice(*place), torch.zeros(place[2], place[4], dtype=gatherer.dtype, device=world.device))
             for place in plan.padding.tolist()
         )
-        sums += add_up(plan.padding_numbers, hash_parts(zeros), plan.count)
+        sums += accumulate_hashes(plan.padding_numbers, hash_parts(zeros), plan.count)
     return sums
 
 
 def as_checksums(plan: ChecksumPlan, sums: Sequence[np.ndarray]) -> list[dict[str, str]]:
     """All ranks' `sums` together: for each rank of a server what `model_checksums.checksums` is to find."""
     total = iter(np.sum(np.stack(sums), axis=0, dtype=np.uint64).tolist())
-    return [{name: written(next(total)) for name in server.shapes} for server in plan.servers]
+    return [{name: to_hex(next(total)) for name in server.shapes} for server in plan.servers]
 
 
 class ShardChecksums:

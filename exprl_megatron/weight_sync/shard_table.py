@@ -17,7 +17,7 @@ from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.name_map import Parameter, hf_shapes, parameters
 from exprl_megatron.models.rules import Rule, spans
-from exprl_megatron.models.shards import Shape, copies, holders, in_words, shard_shape
+from exprl_megatron.models.shards import Shape, copies, holders, shapes_in_words, shard_shape
 
 SHARD = np.dtype(
     [(field, np.int32) for field in ("tensor", "row", "rows", "column", "columns", "holding", "parameter", "local_row")]
@@ -49,11 +49,11 @@ def shard_table(
 ) -> ShardTable:
     """Build the table for a model and a layout. `grouped` is as in name_map.parameters.
 
-    `words`: view the tensors' memory as elements of this dtype (see shards.in_words); None: of their own dtype.
+    `words`: view the tensors' memory as elements of this dtype (see shards.shapes_in_words); None: of their own dtype.
     """
     shapes = hf_shapes(architecture)
     if words is not None:
-        shapes = in_words(shapes, words)
+        shapes = shapes_in_words(shapes, words)
     numbers = {name: number for number, name in enumerate(shapes)}
     table = tuple(parameter for parameter in parameters(architecture, layout, grouped) if parameter.exported)
     places: dict[tuple, np.ndarray] = {}

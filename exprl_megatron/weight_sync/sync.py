@@ -163,11 +163,11 @@ class WeightSync:
                 # Servers compute their checksums while the trainer computes its own.
                 asking = self._coordinator.start(check.held(self._targets.clients))
             own = check.own(exporter)
-        found = self._coordinator.collect((exporter.gather_s, exporter.quantise_s, own))
+        found = self._coordinator.collect((exporter.gather_s, exporter.quantize_s, own))
         if found is None:
             return
-        gathering, quantising, parts = zip(*found, strict=True)
-        times.gather_s, times.quantise_s = max(gathering), max(quantising)
+        gathering, quantizing, parts = zip(*found, strict=True)
+        times.gather_s, times.quantize_s = max(gathering), max(quantizing)
         if check is not None:
             compare(self._targets.clients, asking.result(), check.expected(parts), version)
         times.check_s = time.monotonic() - pushed

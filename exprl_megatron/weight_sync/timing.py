@@ -11,7 +11,7 @@ class SyncTimes:
 
     gather_s: float = 0.0
     """Gathering shards into buckets; the maximum over senders."""
-    quantise_s: float = 0.0
+    quantize_s: float = 0.0
     """Quantizing to FP8 blocks; the maximum over senders."""
     send_s: float = 0.0
     """From the request that makes servers receive a bucket until it was sent; for transports through files, writing."""
@@ -29,7 +29,7 @@ class SyncTimes:
     def metrics(self) -> dict[str, float]:
         """The metrics `sync/...` for the logs."""
         seconds = {
-            f"sync/{part}": getattr(self, f"{part}_s") for part in ("gather", "quantise", "send", "load", "check")
+            f"sync/{part}": getattr(self, f"{part}_s") for part in ("gather", "quantize", "send", "load", "check")
         }
         return seconds | {
             "sync/seconds": self.push_s + self.check_s,

@@ -88,7 +88,7 @@ class WholeCheck:
         )
 
     def bucket_check(self, bucket: Bucket) -> None:
-        self._sums.add(as_served(bucket))
+        self._sums.add(to_served_dtypes(bucket))
 
     def begin(self, exporter: WeightExporter) -> None:
         return None
@@ -108,7 +108,7 @@ class WholeCheck:
         return None
 
 
-def as_served(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+def to_served_dtypes(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
     """What a server's checksums are of: for matrices in FP8 blocks the bf16 numbers that they stand for."""
     scales = {name: tensor for name, tensor in bucket if name.endswith(blocks.SCALE)}
     for name, tensor in bucket:

@@ -15,7 +15,7 @@ from exprl_megatron.models.name_map import Bucket, Parameter
 from exprl_megatron.models.shards import sender
 from exprl_megatron.policy.gather import Gatherer
 from exprl_megatron.policy.world import World
-from exprl_megatron.weight_sync.messages import Message, Slot, rounds, smallest, stage_messages
+from exprl_megatron.weight_sync.messages import Message, TensorSlot, rounds, smallest_message, stage_messages
 
 BucketCheck = Callable[[Bucket], None]
 """Called with each bucket's tensors, to hash them."""
@@ -70,14 +70,14 @@ class WeightExporter:
         staged = stage_messages(architecture, world.layout, dtype, bucket_bytes, fp8=fp8, grouped=self._cuda)
         if fp8:
             table = [parameter for messages in staged for message in messages for parameter in message.parameters]
-            blocks.check_quantisable(table, self.gatherer.shapes, architecture)
+            blocks.check_quantizable(table, self.gatherer.shapes, architecture)
         one_by_one = [(message,) for messages in staged for message in messages]
         self.rounds: list[tuple[Message, ...]] = rounds(staged) if source_ranks is None else one_by_one
         """The messages that are filled, and may be sent, at the same time."""
-        self.smallest = [smallest(messages, self.gatherer.shapes, dtype, fp8) for messages in staged]
+        self.smallest_messages = [smallest_message(messages, self.gatherer.shapes, dtype, fp8) for messages in staged]
         """For each pipeline stage, a message of its smallest parameter, which the rounds contain too."""
         self.gather_s = 0.0
-        self.quantise_s = 0.0
+        self.quantize_s = 0.0
         self._allocate = allocate or (lambda size: torch.empty(size, dtype=torch.uint8, device=world.device))
         self._buffers: list[torch.Tensor | None] = [None, None]
         self._check = check
@@ -111,8 +111,8 @@ class WeightExporter:
         return filled
 
     def gather_smallest(self, stage: int) -> FilledBucket | None:
-        """`smallest[stage]`, on the stage's first rank; a collective of the stage's ranks."""
-        message, root = self.smallest[stage], sender(stage, self._world.layout)
+        """`smallest_messages[stage]`, on the stage's first rank; a collective of the stage's ranks."""
+        message, root = self.smallest_messages[stage], sender(stage, self._world.layout)
         if self._world.rank != root:
             for parameter in message.parameters:
                 self.gatherer.collect(parameter, root, None)
@@ -176,13 +176,13 @@ class WeightExporter:
         return any(self._world.rank in chain for chain in self.source_ranks(message))
 
     def _fill(self, filled: FilledBucket) -> None:
-        started, quantized = time.monotonic(), self.quantise_s
+        started, quantized = time.monotonic(), self.quantize_s
         views = dict(filled.named())
         for parameter in filled.message.parameters:
             into = [self._destination(views, name) for name in parameter.hf_names]
             self.gatherer.collect(parameter, self._world.rank, into)
-            self._quantise(parameter, into, views)
-        self.gather_s += time.monotonic() - started - (self.quantise_s - quantized)
+            self._quantize(parameter, into, views)
+        self.gather_s += time.monotonic() - started - (self.quantize_s - quantized)
 
     def _destination(self, views: dict[str, torch.Tensor], name: str) -> torch.Tensor:
         """Where a full tensor is assembled: its slot in the message, or a buffer where it is quantized first."""
@@ -190,12 +190,12 @@ class WeightExporter:
             return views[name]
         return torch.empty(views[name].shape, dtype=self.gatherer.dtype, device=self._world.device)
 
-    def _quantise(self, parameter: Parameter, full: Sequence[torch.Tensor], views: dict[str, torch.Tensor]) -> None:
+    def _quantize(self, parameter: Parameter, full: Sequence[torch.Tensor], views: dict[str, torch.Tensor]) -> None:
         started = time.monotonic()
         for name, tensor in zip(parameter.hf_names, full, strict=True):
             if name + blocks.SCALE in views:
-                quantise_into(tensor, views[name], views[name + blocks.SCALE])
-        self.quantise_s += time.monotonic() - started
+                quantize_into(tensor, views[name], views[name + blocks.SCALE])
+        self.quantize_s += time.monotonic() - started
 
 
 def forward_along(data: torch.Tensor, chain: Sequence[int], rank: int) -> None:
@@ -208,7 +208,7 @@ def forward_along(data: torch.Tensor, chain: Sequence[int], rank: int) -> None:
             dist.send(piece, dst=chain[place + 1])
 
 
-def quantise_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+def quantize_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
     """Quantize `weight` [rows, columns] into `values` and `scales`, few rows at a time to bound memory."""
     rows = max(1, _BLOCKS_AT_ONCE // (weight.shape[1] * blocks.BLOCK)) * blocks.BLOCK
     for start in range(0, weight.shape[0], rows):
@@ -218,7 +218,7 @@ def quantise_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tens
         scales[first : first + len(scale)].copy_(scale)
 
 
-def view(data: torch.Tensor, slot: Slot) -> torch.Tensor:
+def view(data: torch.Tensor, slot: TensorSlot) -> torch.Tensor:
     """The tensor of `slot` in a message's bytes."""
     stop = slot.start + slot.nbytes
     return data[slot.start : stop].view(getattr(torch, slot.dtype)).view(torch.Size(slot.shape))

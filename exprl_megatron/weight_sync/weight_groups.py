@@ -89,7 +89,7 @@ class WeightGroups:
             self._coordinator.signal()
             filled = await asyncio.to_thread(exporter.gather_smallest, stage)
             own = set() if filled is None else {asyncio.wrap_future(self.send(filled))}
-            message = exporter.smallest[stage]
+            message = exporter.smallest_messages[stage]
             await self._wait_for_servers({client: self.ask(client, [message], None) for client in clients}, own, stage)
 
     def follow_open(self, exporter: WeightExporter) -> None:

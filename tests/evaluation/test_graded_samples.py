@@ -23,7 +23,7 @@ class Client:
     def __init__(self, version=WEIGHT_VERSION):
         self.version, self.seeds, self.sampling = version, [], []
 
-    async def read(self, token_ids):
+    async def prefill(self, token_ids):
         pass
 
     async def generate(self, token_ids, seed, **sampling):

@@ -15,7 +15,7 @@ from exprl_megatron.models.architecture import Experts, layout_violations, read_
 from exprl_megatron.models.flops import model_flops
 from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import dtype_of, hf_shapes, parameters
-from exprl_megatron.models.shards import in_words
+from exprl_megatron.models.shards import shapes_in_words
 from exprl_megatron.models.stored_parameters import stored_parameters
 from exprl_megatron.models.weight_readers import Safetensors
 from exprl_megatron.planning.parameters import model_parameters
@@ -145,7 +145,7 @@ def test_the_bias_of_the_router_is_a_buffer_in_fp32_and_nothing_else_is():
     buffers = [entry for entry in parameters(air, Layout()) if entry.is_buffer]
     assert len(buffers) == 45
     assert (buffers[0].name, buffers[0].hf_names) == ("decoder.layers.1.mlp.router.expert_bias", (bias,))
-    words = in_words(shapes, "bfloat16")
+    words = shapes_in_words(shapes, "bfloat16")
     assert words.pop(bias) == (256,) and shapes.pop(bias) == (128,)
     assert words == shapes
 

@@ -20,7 +20,7 @@ from exprl_megatron.models.name_map import dtype_of, hf_shapes, parameters
 from exprl_megatron.models.rules import GatedQueryKeyValue, spans
 from exprl_megatron.models.shards import holders
 from exprl_megatron.models.stored_parameters import stored_parameters
-from exprl_megatron.models.weight_readers import Random, Safetensors, read_parts
+from exprl_megatron.models.weight_readers import RandomWeights, Safetensors, read_parts
 from exprl_megatron.planning.memory import kv_bytes_per_token
 from exprl_megatron.planning.parameters import model_parameters
 from exprl_megatron.planning.serving_time import state_bytes
@@ -133,7 +133,7 @@ def test_each_section_is_cut_by_heads_and_joined_again(tiny_model, ranks):
     architecture = read_architecture(tiny_model("qwen3.5"))
     net, shapes = architecture.delta_net, hf_shapes(architecture)
     entry = next(e for e in parameters(architecture, Layout()) if e.name.endswith("in_proj.weight"))
-    source = Random(architecture, seed=1)
+    source = RandomWeights(architecture, seed=1)
     shards = [entry.rule.merge(read_parts(source, entry, shapes, rank, ranks)) for rank in range(ranks)]
     qkv, z, b, a = (source.read(name) for name in entry.hf_names)
     query, key, value = qkv.split([net.keys, net.keys, net.values])
@@ -148,7 +148,7 @@ def test_each_section_is_cut_by_heads_and_joined_again(tiny_model, ranks):
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, pp=2)])
 def test_a_table_of_shards_has_every_number_once_where_loading_puts_it(tiny_model, layout):
     architecture = read_architecture(tiny_model("qwen3.5"))
-    shapes, source = hf_shapes(architecture), Random(architecture, seed=1)
+    shapes, source = hf_shapes(architecture), RandomWeights(architecture, seed=1)
     table = shard_table(architecture, layout)
     for number, name in enumerate(table.tensors):
         whole, left = source.read(name).flatten(1) if len(shapes[name]) > 1 else source.read(name)[:, None], 0
@@ -183,7 +183,7 @@ def test_the_sections_have_megatron_s_names_in_its_files(tiny_model):
 
 def test_fresh_weights_make_every_norm_multiply_by_one(tiny_model):
     architecture = read_architecture(tiny_model("qwen3.5"))
-    source = Random(architecture, seed=0)
+    source = RandomWeights(architecture, seed=0)
     for name in hf_shapes(architecture):
         if name.endswith("norm.weight"):
             wanted = 1.0 if name.endswith("linear_attn.norm.weight") else 0.0

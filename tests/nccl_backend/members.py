@@ -21,7 +21,7 @@ import torch.distributed as dist
 from nccl_like.records import PATIENCE, Hang
 from remote_server import CONTROL, WORLD, Asker, exporter, serve
 
-from exprl_megatron.policy.host_group import from_rank, of_all_ranks
+from exprl_megatron.policy.gloo_group import broadcast_from_rank, gather_from_all_ranks
 from exprl_megatron.serving.process_groups import GroupThread, destroy
 from exprl_megatron.weight_sync.broadcast import BroadcastTransport
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
@@ -318,7 +318,7 @@ def product_objects(m: Member) -> list:
     everywhere = coordinator.broadcast_from_rank0(lambda: {"only": "rank 0"})
     coordinator.signal("go") if m.first else coordinator.wait_signal()
     collected = coordinator.collect(m.rank)
-    shared = [from_rank(1, m.rank), of_all_ranks(m.rank)]
+    shared = [broadcast_from_rank(1, m.rank), gather_from_all_ranks(m.rank)]
     coordinator.close()
     return [everywhere, collected, shared]
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.weight_sync.groups import init_group
-from exprl_megatron.weight_sync.messages import Message, Slot
+from exprl_megatron.weight_sync.messages import Message, TensorSlot
 from exprl_megatron.weight_sync.weight_exporter import FilledBucket
 
 WORLD = SimpleNamespace(rank=0, pp_rank=0, layout=Layout(), device=torch.device("cpu"))
@@ -77,10 +77,10 @@ def serve() -> list[tuple[str | None, int]]:
 
 def exporter(count: int) -> SimpleNamespace:
     """Messages of 64 bytes: of ones, twos, and so on; the smallest one is of zeros."""
-    rounds = [(Message(0, (), (Slot(f"w{i}", "float32", (4, 4), 0),)),) for i in range(count)]
+    rounds = [(Message(0, (), (TensorSlot(f"w{i}", "float32", (4, 4), 0),)),) for i in range(count)]
     return SimpleNamespace(
         rounds=rounds,
-        smallest=[rounds[0][0]],
+        smallest_messages=[rounds[0][0]],
         gather=lambda number: FilledBucket(rounds[number][0], torch.full((64,), number + 1, dtype=torch.uint8)),
         gather_smallest=lambda stage: FilledBucket(rounds[0][0], torch.zeros(64, dtype=torch.uint8)),
     )

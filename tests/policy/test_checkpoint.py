@@ -15,7 +15,7 @@ from helpers.witness import loss_function, sequences, tokens
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.policy.checkpoint import intact_checkpoint, load_checkpoint, read_extra, save_checkpoint
-from exprl_megatron.policy.checkpoint_files import Damaged, checksums, read_record
+from exprl_megatron.policy.checkpoint_files import DamagedCheckpoint, checksums, read_record
 from exprl_megatron.policy.policy import Policy
 
 BATCH = sequences(128)
@@ -170,7 +170,7 @@ def test_every_byte_of_the_record_counts(two_checkpoints, tmp_path):
     whole = file.read_bytes()
     for place in range(len(whole)):
         flip(file, 8 * place + place % 8)
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedCheckpoint):
             read_record(newer)
         file.write_bytes(whole)
     assert read_record(newer)["extra"] == {"n": 2}

@@ -35,8 +35,8 @@ from exprl_megatron.policy.packing import PackingShape, plan_micro_batches
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.step import MicroBatches
 from exprl_megatron.policy.world import World
-from exprl_megatron.weight_sync.weight_check import as_served
-from exprl_megatron.weight_sync.weight_exporter import WeightExporter, quantise_into
+from exprl_megatron.weight_sync.weight_check import to_served_dtypes
+from exprl_megatron.weight_sync.weight_exporter import WeightExporter, quantize_into
 
 CUDA = torch.device("cuda", 0)
 WORLD = World(Layout(), CUDA, 0, 0, 0, 0)
@@ -164,13 +164,13 @@ def policy(tiny_model, world) -> Policy:
 
 @pytest.mark.parametrize("eight_bits", [False, True])
 def test_buckets_are_filled_on_the_gpu(policy, gpu, eight_bits, monkeypatch):
-    monkeypatch.setattr(fp8, "check_quantisable", lambda *_: None)
+    monkeypatch.setattr(fp8, "check_quantizable", lambda *_: None)
     chunks = [moved(chunk) for chunk in policy.chunks]
     exporter = WeightExporter(chunks, policy.architecture, WORLD, 40_000, source_ranks=None, fp8=eight_bits)
     assert len(exporter.rounds) > 2
     for number in range(len(exporter.rounds)):
         bucket = exporter.gather(number).named()
-        assert on_gpu(*(tensor for _, tensor in bucket), *(tensor for _, tensor in as_served(bucket)))
+        assert on_gpu(*(tensor for _, tensor in bucket), *(tensor for _, tensor in to_served_dtypes(bucket)))
 
 
 def stage_on_gpu() -> tuple[SimpleNamespace, list[torch.nn.Parameter]]:
@@ -270,7 +270,7 @@ def quantizes_with_scales_of_the_host(monkeypatch, mode):
     where = torch.where
     monkeypatch.setattr(torch, "where", lambda *arguments: where(*arguments).to("cpu"))
     weight = torch.empty(256, 256, device=CUDA)
-    quantise_into(weight, torch.empty(256, 256, device=CUDA, dtype=torch.float8_e4m3fn), torch.empty(2, 2, device=CUDA))
+    quantize_into(weight, torch.empty(256, 256, device=CUDA, dtype=torch.float8_e4m3fn), torch.empty(2, 2, device=CUDA))
 
 
 @pytest.mark.parametrize(

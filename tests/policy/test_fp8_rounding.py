@@ -1,4 +1,4 @@
-"""Rounding against torch's casts, plain loops, SGLang's quantisers and closed forms."""
+"""Rounding against torch's casts, plain loops, SGLang's quantizers and closed forms."""
 
 import ast
 import importlib.util
@@ -14,7 +14,7 @@ from exprl_megatron.policy.fp8_rounding import (
     Blockwise,
     Delayed,
     Tensorwise,
-    cast_there_and_back,
+    cast_round_trip,
     e8m0_scale,
     power_of_two_scale,
     round_blocks,
@@ -57,13 +57,13 @@ def test_tensorwise_is_torchs_cast_of_the_tensor_scaled_to_the_formats_largest(r
         assert torch.equal(rounded, expected)
 
 
-def test_tensorwise_agrees_with_sglangs_quantiser_bit_for_bit():
+def test_tensorwise_agrees_with_sglangs_quantizer_bit_for_bit():
     values = gaussian(64, 96)
     quantized, inverse = from_sglang("input_to_float8")["input_to_float8"](values)
     assert torch.equal(Tensorwise()(values, "weight", training=False)[0], quantized.float() * inverse)
 
 
-def test_square_blocks_agree_with_sglangs_quantiser_bit_for_bit_also_at_the_edges():
+def test_square_blocks_agree_with_sglangs_quantizer_bit_for_bit_also_at_the_edges():
     values = gaussian(200, 300) * torch.logspace(-3, 3, 300)
     quantized, inverse = from_sglang("per_block_cast_to_fp8", "ceil_to_ue8m0")["per_block_cast_to_fp8"](values)
     spread = inverse.repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :300]
@@ -138,7 +138,7 @@ def test_zeros_infinities_and_nans_keep_what_they_are(recipe):
 
 
 def test_what_is_too_large_saturates():
-    assert cast_there_and_back(torch.tensor([1e6, -1e6]), torch.tensor(2.0), E4M3).tolist() == [224.0, -224.0]
+    assert cast_round_trip(torch.tensor([1e6, -1e6]), torch.tensor(2.0), E4M3).tolist() == [224.0, -224.0]
 
 
 @pytest.mark.parametrize(("dtype", "bits", "smallest"), [(E4M3, 3, 2.0**-6), (E5M2, 2, 2.0**-14)])

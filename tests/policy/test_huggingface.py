@@ -16,7 +16,7 @@ from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.name_map import parameters
-from exprl_megatron.models.weight_readers import Random, read_parts
+from exprl_megatron.models.weight_readers import RandomWeights, read_parts
 from exprl_megatron.policy.gather import bucket_plan, gather_buckets
 from exprl_megatron.policy.huggingface import initialize, load_huggingface, save_huggingface
 from exprl_megatron.policy.model import build_chunks
@@ -184,7 +184,7 @@ def test_random_weights_follow_the_architecture_and_the_seed(model, world):
 
 def test_parts_of_a_padded_vocabulary_are_filled_with_zeros(model):
     architecture = read_architecture(model)
-    source = Random(architecture, seed=0)
+    source = RandomWeights(architecture, seed=0)
     name = "model.embed_tokens.weight"
     shapes = {name: (architecture.vocabulary, architecture.hidden)}
     table = parameters(architecture, Layout())

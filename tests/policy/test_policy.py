@@ -13,7 +13,7 @@ from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.policy import overlap
-from exprl_megatron.policy.optimizer import build_optimizer, set_rates
+from exprl_megatron.policy.optimizer import build_optimizer, set_learning_rates
 from exprl_megatron.policy.packing import plan_micro_batches
 from exprl_megatron.policy.policy import Policy
 
@@ -113,7 +113,7 @@ def test_what_does_not_decay_is_what_the_trainer_of_transformers_leaves_out(tiny
     for all_decay, expected in ((False, left_out), (True, 0)):
         settings = OptimizerConfig(weight_decay=0.1, decay_norms_and_biases=all_decay, distributed=False)
         optimizer = build_optimizer(settings, overlap.wrap(learner.chunks, settings))
-        set_rates(optimizer, settings, 1.0)
+        set_learning_rates(optimizer, settings, 1.0)
         groups = [group for group in optimizer.param_groups if group["weight_decay"] == 0]
         assert sum(parameter.numel() for group in groups for parameter in group["params"]) == expected
 

@@ -105,7 +105,7 @@ def test_a_rank_of_a_later_stage_is_given_its_own_layers_experts_and_rank_0_keep
     architecture, layout = read_architecture(tiny_model("qwen3-moe", layers=4)), Layout(pp=2)
     batch = [TrainSample((1, 2), (3,) * n, routed_experts=np.full((n + 1, 4, 2), n, np.uint8)) for n in (6, 1)]
     shared, sent = [], []
-    monkeypatch.setattr(module, "host_group", lambda: None)
+    monkeypatch.setattr(module, "gloo_group", lambda: None)
     monkeypatch.setattr(module, "send_object", lambda found, to, group: sent.append((to, pickle.dumps(found))))
     monkeypatch.setattr(module, "receive_object", lambda source, group: pickle.loads(sent.pop(0)[1]))
 

@@ -103,3 +103,9 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
         writer.write("priming", 1, {"loss": float("nan"), "grad_norm": float("inf")})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["metrics"] == {"loss": None, "grad_norm": None}
+
+
+def test_metrics_of_an_earlier_version_are_read_under_their_new_names(tmp_path):
+    jsonl = tmp_path / "metrics.jsonl"
+    jsonl.write_text(json.dumps({"stage": "s", "step": 1, "wall_s": 1.0, "metrics": {"sync/quantise": 0.5}}) + "\n")
+    assert read_metrics(jsonl)[0]["metrics"] == {"sync/quantize": 0.5}

@@ -22,7 +22,7 @@ class Server:
     async def ask(self, home, request):
         return await request(self)
 
-    async def read(self, token_ids):
+    async def prefill(self, token_ids):
         pass
 
     async def generate(self, token_ids, seed, **sampling):

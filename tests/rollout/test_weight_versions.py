@@ -105,7 +105,7 @@ def test_all_requests_about_a_prompt_prefer_one_server_and_the_prompts_are_sprea
             self.home = home
             return await request(self)
 
-        async def read(self, token_ids):
+        async def prefill(self, token_ids):
             self.homes.setdefault(token_ids[0], set()).add(self.home)
 
         async def generate(self, token_ids, seed, **sampling):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.operations import instructions
 
-from exprl_megatron.serving.generation import Asked, read_generation, read_scores
+from exprl_megatron.serving.generation import ExpectedReply, read_generation, read_scores
 
 COMPACT = {"separators": (",", ":")}
 
@@ -48,7 +48,7 @@ def test_a_generation_is_what_the_json_says_bit_for_bit(tokens, style):
 
 def test_log_probs_of_watched_ids_are_read_where_they_were_asked():
     watched = [[[-0.5, 7, None], [-1.5, 9, "x"]], [[-2.0, 7, None], [-0.25, 9, None]]]
-    found = read_generation(encoded(reply(2, output_token_ids_logprobs=watched)), Asked(watched_ids=(7, 9)))
+    found = read_generation(encoded(reply(2, output_token_ids_logprobs=watched)), ExpectedReply(watched_ids=(7, 9)))
     assert found.watched_log_probs == ((-0.5, -1.5), (-2.0, -0.25))
     assert read_generation(encoded(reply(2))).watched_log_probs == ()
 

@@ -117,7 +117,7 @@ def test_the_experts_returned_are_those_that_transformers_chooses(servers, tiny_
     routing = replace(ROUTING, dense_layers=dense_layers)
 
     async def ask(client):
-        await client.read(PROMPT)
+        await client.prefill(PROMPT)
         one = await client.generate(PROMPT, temperature=1.0, max_new_tokens=30, seed=1, routing=routing)
         prompts = [PROMPT[5:40], PROMPT[:97]]
         several = await client.generate_all(prompts, [2, 3], temperature=1.0, max_new_tokens=20, routing=routing)

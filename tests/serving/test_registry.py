@@ -33,25 +33,25 @@ def test_a_server_is_known_from_its_registration_to_its_withdrawal(tmp_path):
 
 def test_the_wish_to_start_a_server_anew_is_for_one_incarnation_of_it(tmp_path):
     registry = Registry(tmp_path)
-    assert registry.restart_asked("policy-0") is None
+    assert registry.requested_restart("policy-0") is None
     registry.register(server())
-    registry.ask_restart(server())
-    assert registry.restart_asked("policy-0") == server().instance_id
+    registry.request_restart(server())
+    assert registry.requested_restart("policy-0") == server().instance_id
     assert registry.all() == [server()]
     registry.withdraw("policy-0")
-    assert registry.restart_asked("policy-0") is None
+    assert registry.requested_restart("policy-0") is None
 
 
 def test_the_end_of_an_earlier_attempt_is_told_from_that_of_this_one(tmp_path):
     registry = Registry(tmp_path)
-    assert registry.ending() is None
-    registry.end()
-    earlier = registry.ending()
-    registry.begin()
-    assert registry.ending() is None
+    assert registry.ended_at() is None
+    registry.mark_ended()
+    earlier = registry.ended_at()
+    registry.clear_end()
+    assert registry.ended_at() is None
     time.sleep(0.01)
-    registry.end()
-    assert registry.ending() not in (None, earlier)
+    registry.mark_ended()
+    assert registry.ended_at() not in (None, earlier)
 
 
 def test_servers_are_dealt_out_to_nodes_as_slurm_numbers_them(tmp_path, monkeypatch):
@@ -89,9 +89,9 @@ def test_a_registration_that_cannot_be_taken_is_reported_once_and_skipped(tmp_pa
     (tmp_path / "policy-0.json").write_bytes(content)
     for _ in range(3):
         assert registry.all() == [server("policy-2")]
-    (told,) = registry.complaints()
+    (told,) = registry.warnings()
     assert told.startswith(f"The registration {tmp_path}/policy-0.json is skipped: ") and len(told) < 500
-    assert registry.all() == [server("policy-2")] and registry.complaints() == []
+    assert registry.all() == [server("policy-2")] and registry.warnings() == []
     registry.register(server())
     assert registry.all() == [server(), server("policy-2")]
 
@@ -100,7 +100,7 @@ def test_a_registration_that_may_not_be_read_is_skipped(tmp_path):
     registry = Registry(tmp_path)
     (tmp_path / "policy-0.json").mkdir()
     assert registry.all() == []
-    assert "is skipped" in registry.complaints()[0]
+    assert "is skipped" in registry.warnings()[0]
 
 
 def test_servers_that_do_not_know_the_runs_key_are_not_taken(tmp_path):
@@ -111,6 +111,6 @@ def test_servers_that_do_not_know_the_runs_key_are_not_taken(tmp_path):
     registry.register(server("policy-1"))
     registry.register(server("policy-2", run="0" * 16))
     assert registry.all() == [own]
-    assert [told.rpartition(": ")[2] for told in registry.complaints()] == ["it belongs to another run"] * 2
+    assert [told.rpartition(": ")[2] for told in registry.warnings()] == ["it belongs to another run"] * 2
     assert registry.authorization(own) == {"Authorization": f"Bearer {registry.key_file.read_text()}"}
     assert registry.key_file.read_text() not in (tmp_path / "policy-0.json").read_text()

@@ -9,7 +9,7 @@ import pytest
 
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.client import SGLangClient
-from exprl_megatron.serving.generation import Asked, read_generation
+from exprl_megatron.serving.generation import ExpectedReply, read_generation
 from exprl_megatron.serving.routed_experts import read_routed_experts, sent_bytes
 
 ROUTING = Routing(layers=3, top_k=2, experts=7)
@@ -36,7 +36,7 @@ def reply(experts: np.ndarray | None, finish: str = "stop") -> bytes:
 
 def test_experts_have_a_row_for_each_token_but_the_last():
     body = reply(chosen(5))
-    found = read_generation(body, Asked(routing=ROUTING)).routed_experts
+    found = read_generation(body, ExpectedReply(routing=ROUTING)).routed_experts
     assert found.dtype == np.uint8 and np.array_equal(found, chosen(5))
     assert read_generation(body).routed_experts is None
 
@@ -69,7 +69,7 @@ def _changed(place: tuple[int, ...], value: int) -> np.ndarray:
 )
 def test_what_no_router_chose_is_refused(experts, message):
     with pytest.raises(ValueError, match=message):
-        read_generation(reply(experts), Asked(routing=ROUTING))
+        read_generation(reply(experts), ExpectedReply(routing=ROUTING))
 
 
 class Noted(SGLangClient):
@@ -106,4 +106,4 @@ def test_layers_without_experts_have_any_ids():
 
 
 def test_an_aborted_request_needs_none():
-    assert read_generation(reply(None, "abort"), Asked(routing=ROUTING)).routed_experts is None
+    assert read_generation(reply(None, "abort"), ExpectedReply(routing=ROUTING)).routed_experts is None

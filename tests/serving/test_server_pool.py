@@ -189,7 +189,7 @@ def test_the_trainer_does_not_take_memory_before_every_server_has_given_its_up_a
         async with opened(registry, "policy-0", "policy-1") as (pool, one, two):
             one.well, one.status = False, 500
             assert await who(pool) == "policy-1"
-            assert registry.begin_start("policy-2")
+            assert registry.try_start("policy-2")
             sleeping = asyncio.create_task(pool.sleep())
             await until(lambda: slept(two))
             one.well = True
@@ -199,12 +199,12 @@ def test_the_trainer_does_not_take_memory_before_every_server_has_given_its_up_a
             registry.register(RegisteredServer("policy", "policy-2", two.url, "", "c"))
             assert await sleeping
             assert all(replica.asleep == {"kv_cache", "weights"} for replica in pool._replicas.values())
-            assert not registry.begin_start("policy-1") and registry.starting("policy") == []
-            assert registry.begin_start("judge-0"), "it has devices of its own"
+            assert not registry.try_start("policy-1") and registry.starting_servers("policy") == []
+            assert registry.try_start("judge-0"), "it has devices of its own"
             await pool.wake("weights")
-            assert not registry.begin_start("policy-1"), "the trainer's weights are still there"
+            assert not registry.try_start("policy-1"), "the trainer's weights are still there"
             await pool.wake("kv_cache")
-            assert registry.begin_start("policy-1")
+            assert registry.try_start("policy-1")
 
     asyncio.run(run())
 
@@ -425,7 +425,7 @@ def test_a_server_that_fails_on_and_on_is_to_be_started_anew_and_none_at_all_is_
             one.well, one.status = False, 500
             with pytest.raises(ServerError, match=r"no policy server for start_deadline_s \(4 s\); .*HTTP 500"):
                 await who(pool)
-            assert registry.restart_asked("policy-0") == "a"
+            assert registry.requested_restart("policy-0") == "a"
 
     asyncio.run(run())
 
@@ -442,7 +442,7 @@ def test_a_server_that_fails_now_and_then_and_answers_in_between_is_not_started_
                 assert await pool.prepare("v0")
                 await pool.commit("v0")
                 assert await asked == "policy-0"
-            assert registry.restart_asked("policy-0") is None
+            assert registry.requested_restart("policy-0") is None
 
     asyncio.run(run())
 

@@ -61,7 +61,7 @@ def test_a_server_that_died_while_its_devices_are_the_trainer_s_starts_when_it_m
     for _ in range(3):
         supervisor.poll()
     assert [server.name for server in launched[2:]] == ["judge-0"], "it has devices of its own"
-    assert registry.find("policy-0") is None and registry.starting("policy") == []
+    assert registry.find("policy-0") is None and registry.starting_servers("policy") == []
     registry.allow_starts("policy")
     supervisor.poll()
     assert [server.name for server in launched[2:]] == ["judge-0", "policy-0"]
@@ -75,19 +75,19 @@ def test_a_server_that_starts_again_counts_as_starting_until_it_is_registered(tm
     supervisor.poll()
     launched[2].is_ready = False
     supervisor.poll()
-    assert registry.starting("policy") == ["policy-0"]
+    assert registry.starting_servers("policy") == ["policy-0"]
     launched[2].is_ready = True
     supervisor.poll()
-    assert registry.starting("policy") == [] and registry.find("policy-0") is not None
+    assert registry.starting_servers("policy") == [] and registry.find("policy-0") is not None
 
 
 def test_a_server_that_is_of_no_use_is_ended_though_its_successor_has_to_wait(tmp_path, supervisor, launched):
     registry, ended = Registry(tmp_path), []
     launched[0].stop = lambda: ended.append("policy-0")
-    registry.ask_restart(registry.find("policy-0"))
+    registry.request_restart(registry.find("policy-0"))
     registry.hold_starts("policy")
     supervisor.poll()
     assert ended == ["policy-0"] and len(launched) == 2, "it holds memory that the trainer wants"
     assert registry.find("policy-0") is None
     supervisor.stop()
-    assert registry.starting("policy") == []
+    assert registry.starting_servers("policy") == []

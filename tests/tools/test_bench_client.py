@@ -4,7 +4,7 @@ import asyncio
 
 import bench_client
 import pytest
-from benchmarks.client_load import Load, Place, Served, through_bench_serving, through_our_client
+from benchmarks.client_load import Load, Place, ServedModel, through_bench_serving, through_our_client
 
 
 @pytest.mark.slow
@@ -23,7 +23,7 @@ def test_our_side_counts_requests_and_their_tokens(qwen3_server):
     load = Load(4, 6, 3)
     served = asyncio.run(through_our_client(place(qwen3_server), load.prompts(bench_client.MODEL), load.sampling))
     assert served.requests == 4 and 4 <= served.output_tokens <= 12
-    assert Served(2.0, 4, 12).requests_per_s == 2.0
+    assert ServedModel(2.0, 4, 12).requests_per_s == 2.0
 
 
 def place(server) -> Place:

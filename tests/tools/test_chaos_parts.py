@@ -20,12 +20,12 @@ from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.serving.generation import Asked, read_generation, reply_limit
+from exprl_megatron.serving.generation import ExpectedReply, read_generation, reply_limit
 from exprl_megatron.utils.text_check import TextCheck
 
 CHAOS = Path("recipes/configs/chaos.yaml")
 TOKENS = (b"", b"Score", b": ", b"3", b"5", b"\n")
-ASKED = Asked(max_new_tokens=8, vocabulary=len(TOKENS), text_check=TextCheck(TOKENS))
+ASKED = ExpectedReply(max_new_tokens=8, vocabulary=len(TOKENS), text_check=TextCheck(TOKENS))
 IDS = [1, 2, 3, 0]
 
 

@@ -40,7 +40,7 @@ class Servers:
     async def ask(self, home, call):
         return await call(self)
 
-    async def read(self, token_ids):
+    async def prefill(self, token_ids):
         self.events.append(f"read {token_ids[0]}")
 
     async def generate(self, token_ids, seed, **sampling):

@@ -38,7 +38,7 @@ def exprl(command: str, config, *flags: str) -> subprocess.Popen:
 
 def test_a_run_learns_from_servers_that_another_command_keeps(config):
     registry = Registry(RunDirectory(config.directory).registry)
-    registry.end()  # of an earlier attempt: nobody minds
+    registry.mark_ended()  # of an earlier attempt: nobody minds
     serving = exprl("serve", config)
     training = exprl("train", config, "--servers", "registered")
     try:

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from exprl_megatron.utils.authentication import NotAuthentic, hidden_name, seal, unseal
+from exprl_megatron.utils.authentication import NotAuthentic, hidden_name, sign, verify
 from exprl_megatron.utils.keyed_store import Records, keyed_names, listening_store, reached_store
 
 
@@ -60,7 +60,7 @@ def test_a_record_that_somebody_without_the_key_wrote_is_not_believed(store, for
     if forged == "moved":
         forged = outside.get(name.replace("record", "elsewhere"))
     elif forged == "another purpose":
-        forged = seal("key", "another: record", b"false")
+        forged = sign("key", "another: record", b"false")
     outside.set(name, forged)
     assert not records.has("record") and records.check(["record"])
     with pytest.raises(NotAuthentic, match="somebody without this run's key wrote 'forged: record'"):
@@ -77,8 +77,8 @@ def test_names_are_hidden_from_who_has_not_the_key(store):
 
 @pytest.mark.parametrize("change", [0, 31, 32, -1])
 def test_one_flipped_bit_anywhere_is_noticed(change):
-    sealed = bytearray(seal("key", "purpose", b"text"))
-    assert bytes(unseal("key", "purpose", sealed)) == b"text"
-    sealed[change] ^= 1
+    signed = bytearray(sign("key", "purpose", b"text"))
+    assert bytes(verify("key", "purpose", signed)) == b"text"
+    signed[change] ^= 1
     with pytest.raises(NotAuthentic):
-        unseal("key", "purpose", sealed)
+        verify("key", "purpose", signed)

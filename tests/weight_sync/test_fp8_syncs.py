@@ -8,10 +8,10 @@ from helpers.ranks import run_ranks
 from safetensors.torch import load_file
 
 from exprl_megatron.errors import UserError
-from exprl_megatron.models.fp8_blocks import SCALE, dequantize, is_quantised, quantize
+from exprl_megatron.models.fp8_blocks import SCALE, dequantize, is_quantized, quantize
 from exprl_megatron.serving.checksums import rank_checksums
-from exprl_megatron.weight_sync.weight_check import as_served
-from exprl_megatron.weight_sync.weight_exporter import quantise_into
+from exprl_megatron.weight_sync.weight_check import to_served_dtypes
+from exprl_megatron.weight_sync.weight_exporter import quantize_into
 
 LAYOUTS = ("TP1", "TP2", "TP4", "TP2xPP2")
 
@@ -39,7 +39,7 @@ def test_blocks_are_those_of_the_whole_tensor_bit_for_bit(model, sent, layout):
     whole = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
     expected = {}
     for name, tensor in whole.items():
-        if is_quantised(name, tuple(tensor.shape)):
+        if is_quantized(name, tuple(tensor.shape)):
             expected[name], expected[name + SCALE] = quantize(tensor)
         else:
             expected[name] = tensor
@@ -55,7 +55,7 @@ def test_rows_at_a_time_give_the_same_as_all_at_once(shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     values = torch.empty(shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty([-(-size // 128) for size in shape])
-    quantise_into(weight, values, scales)
+    quantize_into(weight, values, scales)
     expected = quantize(weight)
     assert torch.equal(values.view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(scales, expected[1])
 
@@ -71,7 +71,7 @@ def test_a_server_reports_the_numbers_that_blocks_stand_for():
         bucket += [(name + SCALE, scale), (name, values)]
         plain.append((name, dequantize(values, scale).bfloat16()))
     expected = rank_checksums(plain, tp=2, kv_heads=2, tied=False)
-    assert rank_checksums(as_served(bucket), tp=2, kv_heads=2, tied=False) == expected
+    assert rank_checksums(to_served_dtypes(bucket), tp=2, kv_heads=2, tied=False) == expected
 
 
 def test_a_model_whose_blocks_would_lie_across_seams_is_refused(tiny_model):

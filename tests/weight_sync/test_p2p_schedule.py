@@ -11,7 +11,7 @@ from helpers.loaded_shards import CASES, architecture_of, shards
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.name_map import hf_shapes
-from exprl_megatron.models.weight_readers import Random
+from exprl_megatron.models.weight_readers import RandomWeights
 from exprl_megatron.serving.loader_commands import RequiredSlice
 from exprl_megatron.serving.sharding import server_needs
 from exprl_megatron.serving.transfer_tables import needs_table
@@ -41,7 +41,7 @@ def numbered_rounds(transfers):
 @pytest.mark.parametrize(("family", "layout", "tp"), CASES)
 def test_every_server_rank_gets_every_number_that_it_holds_once(tiny_model, family, layout, tp):
     architecture = architecture_of(tiny_model, family)
-    source, shapes = Random(architecture, 3), hf_shapes(architecture)
+    source, shapes = RandomWeights(architecture, 3), hf_shapes(architecture)
     held = shards(architecture, layout, source)
     needs = [server_needs(shapes, tp, architecture.kv_groups)] * 2
     got = [[torch.full((need.rows, need.columns), torch.nan) for need in rank] for server in needs for rank in server]

@@ -111,7 +111,7 @@ def sync_of(monkeypatch):
             gathered.count += 1
 
         exporter = SimpleNamespace(
-            nbytes=8, gather_s=0.5, quantise_s=0.25, wait_checks=lambda: transport.events.append("checked")
+            nbytes=8, gather_s=0.5, quantize_s=0.25, wait_checks=lambda: transport.events.append("checked")
         )
         policy = SimpleNamespace(chunks=[], architecture=None, world=None, gather_weights=gather_weights)
         made = WeightSync(SyncConfig(verify=verify), policy, Alone(), members, transport)
@@ -134,7 +134,7 @@ def test_a_version_is_pushed_once_to_servers_that_are_connected_once(sync_of):
     sync.push_weights("v2")
     assert pushes(transport) == [("connect", members.clients), ("push", "v1"), ("push", "v2")]
     assert members.events == ["commit v1", "commit v2"]
-    assert (first["sync/gather"], first["sync/quantise"], first["sync/gb"]) == (0.5, 0.25, 8e-9)
+    assert (first["sync/gather"], first["sync/quantize"], first["sync/gb"]) == (0.5, 0.25, 8e-9)
     assert sync.gathered.count == 2, "every push is of the policy's current weights"
 
 

@@ -11,7 +11,7 @@ from helpers.loaded_shards import CASES, architecture_of, shards
 
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models.name_map import hf_shapes
-from exprl_megatron.models.weight_readers import Random
+from exprl_megatron.models.weight_readers import RandomWeights
 from exprl_megatron.policy.world import World
 from exprl_megatron.serving.checksums import differing, rank_checksums
 from exprl_megatron.serving.model_checksums import Expected, checksums, pack_expected
@@ -22,7 +22,7 @@ from exprl_megatron.weight_sync.shard_checksums import as_checksums, own_sums, p
 GATE = ("weight", "e_score_correction_bias")
 
 
-class Unlike(Random):
+class Unlike(RandomWeights):
     """Norms and biases are drawn too, so that no two tensors are alike."""
 
     def read(self, name, dim=0, start=0, stop=None):

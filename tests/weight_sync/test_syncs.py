@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 TARGETS = ("two", "tp2")
 UNDER_NCCL = ("TP1", "PP2", "TP2xPP2")
 LAYOUTS = ("TP1", "TP2", "PP2", "VPP2xDP2", "TP2xPP2")
-PARTS = ("gather", "quantise", "send", "load", "check", "seconds", "gb", "moved_gb", "gb_per_s")
+PARTS = ("gather", "quantize", "send", "load", "check", "seconds", "gb", "moved_gb", "gb_per_s")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import torch
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.models import fp8_blocks as blocks
 from exprl_megatron.weight_sync import weight_exporter as module
-from exprl_megatron.weight_sync.messages import Message, Slot
-from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter, forward_along, quantise_into
+from exprl_megatron.weight_sync.messages import Message, TensorSlot
+from exprl_megatron.weight_sync.weight_exporter import FilledBucket, WeightExporter, forward_along, quantize_into
 
 
 def message(stage, size, name="w"):
     parameter = SimpleNamespace(name=name, hf_names=(name,))
-    return Message(stage, (parameter,), (Slot(name, "float32", (size,), 0),))
+    return Message(stage, (parameter,), (TensorSlot(name, "float32", (size,), 0),))
 
 
 class Gatherer:
@@ -40,7 +40,7 @@ def made(rounds, rank=0, layout=None, source_ranks=None, check=None):
     out._source_ranks, out._check, out._buffers, out._checks = source_ranks, check, [None, None], []
     out._allocate = lambda size: torch.full((size,), 99, dtype=torch.uint8)
     out._checker = ThreadPoolExecutor(1)
-    out.gather_s = out.quantise_s = 0.0
+    out.gather_s = out.quantize_s = 0.0
     out._gathered = 0
     return out
 
@@ -136,12 +136,12 @@ def test_rows_are_quantized_few_at_a_time_as_all_at_once(monkeypatch):
     values, scales = blocks.quantize(weight)
     monkeypatch.setattr(module, "_BLOCKS_AT_ONCE", 1)
     found = torch.empty(300, 130, dtype=torch.float8_e4m3fn), torch.empty(3, 2)
-    quantise_into(weight, *found)
+    quantize_into(weight, *found)
     assert torch.equal(found[0].float(), values.float()) and torch.equal(found[1], scales)
 
 
 def test_a_messages_tensors_are_views_of_its_bytes():
-    slots = (Slot("a", "float32", (1, 2), 0), Slot("b", "bfloat16", (3,), 8))
+    slots = (TensorSlot("a", "float32", (1, 2), 0), TensorSlot("b", "bfloat16", (3,), 8))
     filled = FilledBucket(Message(0, (), slots), torch.zeros(14, dtype=torch.uint8))
     (_, first), (_, second) = filled.named()
     second.fill_(1.0)

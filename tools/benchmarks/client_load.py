@@ -59,7 +59,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What became of a load."""
 
     seconds: float
@@ -80,7 +80,7 @@ class Place:
     key_file: str
 
 
-async def through_our_client(server: Place, prompts: list[list[int]], sampling: SamplingConfig) -> Served:
+async def through_our_client(server: Place, prompts: list[list[int]], sampling: SamplingConfig) -> ServedModel:
     """All prompts at once, as a step's traces are sampled. Raises ServerError."""
     key = authorization(server.key_file)
     async with SGLangClient(server.url, "server", deadline_s=3600.0, headers=key) as client:
@@ -89,10 +89,10 @@ async def through_our_client(server: Place, prompts: list[list[int]], sampling: 
             client.generate(prompt, seed=_SAMPLING_SEED, **sampling.model_dump()) for prompt in prompts
         )
         seconds = time.perf_counter() - started
-    return Served(seconds, len(generations), sum(len(generation.token_ids) for generation in generations))
+    return ServedModel(seconds, len(generations), sum(len(generation.token_ids) for generation in generations))
 
 
-def through_bench_serving(server: Place, model: Path, load: Load, stream: bool, directory: Path) -> Served:
+def through_bench_serving(server: Place, model: Path, load: Load, stream: bool, directory: Path) -> ServedModel:
     """The same in a process of `sglang.bench_serving`; `stream` is its default. Raises RunStopped where it fails."""
     result = directory / f"bench_serving-{time.monotonic_ns()}.jsonl"
     sampling = load.sampling.model_dump() | {"sampling_seed": _SAMPLING_SEED}
@@ -110,7 +110,7 @@ def through_bench_serving(server: Place, model: Path, load: Load, stream: bool, 
     found = json.loads(result.read_text().splitlines()[-1])
     if found["completed"] != load.requests:
         raise RunStopped(f"sglang.bench_serving had {found['completed']} of {load.requests} requests answered.")
-    return Served(found["duration"], found["completed"], sum(found["output_lens"]))
+    return ServedModel(found["duration"], found["completed"], sum(found["output_lens"]))
 
 
 def peak_of_in_flight(server: Place, prompts: list[list[int]], sampling: SamplingConfig) -> dict[str, float]:

@@ -15,7 +15,7 @@ from exprl_megatron.config.serving import SyncConfig
 from exprl_megatron.config.transport import TransportChoice
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.name_map import hf_shapes
-from exprl_megatron.models.weight_readers import Random
+from exprl_megatron.models.weight_readers import RandomWeights
 from exprl_megatron.policy.policy import Policy
 from exprl_megatron.policy.world import enter_world, leave_world
 from exprl_megatron.serving.client import SGLangClient
@@ -77,7 +77,7 @@ def write_model(directory: Path, size_bytes: float, seed: int = 0) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     architecture = read_architecture(directory)
-    source = Random(architecture, seed)
+    source = RandomWeights(architecture, seed)
     tensors = {name: source.read(name).bfloat16() for name in hf_shapes(architecture)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -160,7 +160,7 @@ def _medians(
     layout: Layout, server_tp: int, settings: dict, floors: list[float], syncs: list[dict[str, float]]
 ) -> Measured:
     parts = {
-        part: median(sync[f"sync/{part}"] for sync in syncs) for part in ("gather", "quantise", "send", "load", "check")
+        part: median(sync[f"sync/{part}"] for sync in syncs) for part in ("gather", "quantize", "send", "load", "check")
     }
     return Measured(
         layout=f"TP{layout.tp} x PP{layout.pp} x DP{layout.dp}",

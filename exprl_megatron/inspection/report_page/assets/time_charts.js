@@ -75,7 +75,7 @@ function family(run, title, names, unit) {
 
 function parts(run) {
   const names = Object.keys(run.curves.metrics);
-  const sync = ["gather", "quantise", "send", "load", "check", "seconds"].map((part) => `sync/${part}`);
+  const sync = ["gather", "quantize", "send", "load", "check", "seconds"].map((part) => `sync/${part}`);
   const of = (prefix) => names.filter((name) => name.startsWith(prefix));
   const charts = [
     family(run, "weight sync, its parts", sync, "s"),

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.utils.authentication import CODE_BYTES, NotAuthentic, code, unseal
+from exprl_megatron.utils.authentication import MAC_BYTES, NotAuthentic, mac, verify
 
 _PURPOSE = "object of a rank"
 _key = ""
@@ -27,7 +27,7 @@ def use_key(key: str | None) -> None:
 def broadcast_object[T](item: T, source: int, group: dist.ProcessGroup) -> T:
     """Rank `source`'s `item`, on every rank of `group`; a collective."""
     here = dist.get_rank() == source
-    data = _sealed(item) if here else None
+    data = _signed(item) if here else None
     size = torch.tensor([len(data) if here else 0])
     dist.broadcast(size, source, group=group)
     data = data if here else torch.empty(int(size), dtype=torch.uint8)
@@ -54,7 +54,7 @@ def all_gather_objects[T](item: T, group: dist.ProcessGroup) -> list[T]:
 
 def send_object(item: Any, destination: int, group: dist.ProcessGroup) -> None:
     """Send `item` to a rank that calls `receive_object`."""
-    data = _sealed(item)
+    data = _signed(item)
     dist.send(torch.tensor([len(data)]), destination, group=group)
     dist.send(data, destination, group=group)
 
@@ -69,29 +69,29 @@ def receive_object(source: int, group: dist.ProcessGroup) -> Any:
 
 
 def _alike(item: Any, group: dist.ProcessGroup) -> tuple[list[int], torch.Tensor]:
-    """The sizes of all ranks' sealed items, and this rank's, as long as the longest."""
-    data = _sealed(item)
+    """The sizes of all ranks' signed items, and this rank's, as long as the longest."""
+    data = _signed(item)
     sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64)
     dist.all_gather_single(sizes, torch.tensor([len(data)]), group=group)
     longest = int(sizes.max())
     return sizes.tolist(), torch.nn.functional.pad(data, (0, longest - len(data)))
 
 
-def _sealed(item: Any) -> torch.Tensor:
+def _signed(item: Any) -> torch.Tensor:
     """[bytes] uint8: the code, then the pickle."""
     # Sequences of a step are gigabytes: they are written once, behind the place for the code.
-    buffer = io.BytesIO(bytes(CODE_BYTES))
+    buffer = io.BytesIO(bytes(MAC_BYTES))
     buffer.seek(0, io.SEEK_END)
     pickle.dump(item, buffer, pickle.HIGHEST_PROTOCOL)
     view = buffer.getbuffer()
-    view[:CODE_BYTES] = code(_key, _PURPOSE, view[CODE_BYTES:])
+    view[:MAC_BYTES] = mac(_key, _PURPOSE, view[MAC_BYTES:])
     return torch.frombuffer(view, dtype=torch.uint8)
 
 
 def _opened(data: torch.Tensor) -> Any:
     """The item. Raises RunStopped where a peer has not the key."""
     try:
-        return pickle.loads(unseal(_key, _PURPOSE, data.numpy().data))
+        return pickle.loads(verify(_key, _PURPOSE, data.numpy().data))
     except NotAuthentic as error:
         raise RunStopped(
             f"A trainer process refuses a message of another one: {error}. A stranger is connected to the run; see "

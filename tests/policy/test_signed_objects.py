@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from exprl_megatron.errors import RunStopped
-from exprl_megatron.policy import sealed_objects
-from exprl_megatron.policy.sealed_objects import broadcast_object, gather_objects, receive_object, use_key
+from exprl_megatron.policy import signed_objects
+from exprl_megatron.policy.signed_objects import broadcast_object, gather_objects, receive_object, use_key
 from exprl_megatron.utils.keyed_store import listening_store
 
 STRANGER = """
@@ -72,10 +72,10 @@ def test_nothing_that_a_peer_without_the_key_sends_is_unpickled(key, tmp_path):
 
 @pytest.mark.parametrize("item", [None, {"rank": 1}, [b"\0" * 100_000], float("nan")])
 def test_an_object_is_read_with_its_key_and_with_no_other_one(key, item):
-    sealed = sealed_objects._sealed(item)
-    assert sealed.dtype == torch.uint8
-    assert repr(sealed_objects._opened(sealed)) == repr(item)
-    assert pickle.loads(sealed[32:].numpy().tobytes()) == item or item != item
+    signed = signed_objects._signed(item)
+    assert signed.dtype == torch.uint8
+    assert repr(signed_objects._opened(signed)) == repr(item)
+    assert pickle.loads(signed[32:].numpy().tobytes()) == item or item != item
     use_key("another")
     with pytest.raises(RunStopped):
-        sealed_objects._opened(sealed)
+        signed_objects._opened(signed)

@@ -8,13 +8,13 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from exprl_megatron.policy.sealed_objects import all_gather_objects, broadcast_object
+from exprl_megatron.policy.signed_objects import all_gather_objects, broadcast_object
 
 _made: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 """The default group, and the host group of the same ranks."""
 
 
-def host_group(timeout_s: float = 600.0) -> dist.ProcessGroup:
+def gloo_group(timeout_s: float = 600.0) -> dist.ProcessGroup:
     """The group of all ranks. The first call for a default group, which makes it, is a collective.
 
     A rank that waits in it longer than `timeout_s` of that call raises RuntimeError.
@@ -26,11 +26,11 @@ def host_group(timeout_s: float = 600.0) -> dist.ProcessGroup:
     return _made[1]
 
 
-def from_rank[T](source: int, item: T) -> T:
+def broadcast_from_rank[T](source: int, item: T) -> T:
     """Rank `source`'s `item`, on every rank; a collective."""
-    return broadcast_object(item, source, host_group())
+    return broadcast_object(item, source, gloo_group())
 
 
-def of_all_ranks[T](item: T) -> list[T]:
+def gather_from_all_ranks[T](item: T) -> list[T]:
     """Every rank's `item`, in the order of ranks, on every rank; a collective."""
-    return all_gather_objects(item, host_group())
+    return all_gather_objects(item, gloo_group())
