@@ -133,7 +133,8 @@ def read_step(path: Path) -> SampledStep:
                 f"The journal file {path} has version {version}, and this program reads version {VERSION}; resume with "
                 f"the program that wrote it, or delete the file to sample that step again."
             )
-        return _sampled_step(groups_of(file.read(use_threads=False)), counts)
+        parts = (file.read_row_group(number, use_threads=False) for number in range(file.num_row_groups))
+        return _sampled_step(groups_of(parts), counts)
 
 
 def _rows_of_a_group(groups: Sequence[Group]) -> int:

@@ -4,7 +4,7 @@ docs/rollouts.md describes the columns. Numbers come back bit for bit. Text that
 surrogate in a judge's answer) is written with backslash escapes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -93,22 +93,31 @@ def batch_of(rows: Sequence[TraceRow]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def groups_of(table: pa.Table) -> list[Group]:
-    """The groups whose traces are the rows of `table`, in their order; ValueError for numbers that none can have."""
-    table = table.combine_chunks()
+def groups_of(parts: Iterable[pa.Table]) -> list[Group]:
+    """The groups whose traces are the rows of `parts`, in their order; ValueError for numbers that none can have.
+
+    A group may continue in the next part. What is read of a part is dropped when the next one is taken, so that small
+    parts need little memory beside the groups.
+    """
+    members: dict[int, list[GradedTrace]] = {}
+    named: dict[int, tuple[str, str]] = {}
+    for part in parts:
+        for row, member in _members(part):
+            named.setdefault(row["group"], (row["problem_id"], row["domain"]))
+            members.setdefault(row["group"], []).append(member)
+    return [Group(problem_id, tuple(members[number]), domain) for number, (problem_id, domain) in named.items()]
+
+
+def _members(table: pa.Table) -> Iterator[tuple[dict[str, Any], GradedTrace]]:
+    """Each row without its arrays, and the graded trace that it holds."""
     arrays = {name: _slices(table[name]) for name in ("prompt_ids", "token_ids", "log_probs")}
     if not all(np.isfinite(log_probs).all() for log_probs in arrays["log_probs"]):
         raise ValueError("log_probs has a number that is not finite")
     experts = _read_experts(table)
-    others = table.select([name for name in table.column_names if name not in (*arrays, "routed_experts")]).to_pylist()
-    members: dict[int, list[GradedTrace]] = {}
-    first: dict[int, dict] = {}
-    for index, row in enumerate(others):
-        first.setdefault(row["group"], row)
+    others = table.select([name for name in table.column_names if name not in (*arrays, "routed_experts")])
+    for index, row in enumerate(others.to_pylist()):
         own: dict[str, Any] = {name: slices[index] for name, slices in arrays.items()}
-        own["routed_experts"] = experts[index]
-        members.setdefault(row["group"], []).append(_member(row, own))
-    return [Group(row["problem_id"], tuple(members[number]), row["domain"]) for number, row in first.items()]
+        yield row, _member(row, own | {"routed_experts": experts[index]})
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:

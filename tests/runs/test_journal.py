@@ -4,6 +4,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.operations import instructions
@@ -12,6 +13,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.runs import rollout_table
 from exprl_megatron.runs.journal import Journal, SampledStep
 
 
@@ -35,6 +37,32 @@ def test_a_step_comes_back_bit_for_bit(tmp_path):
     journal.write("prime", 3, step("a", "b"))
     assert journal.read("prime", 3) == step("a", "b")
     assert journal.steps("prime") == [3]
+
+
+def test_a_group_may_continue_in_the_next_row_group(tmp_path, monkeypatch):
+    monkeypatch.setattr("exprl_megatron.runs.journal._ROWS", 2)
+    journal, written = Journal(tmp_path), step("a", "b", "a", "c")
+    journal.write("prime", 1, written)
+    with pq.ParquetFile(journal.path("prime", 1)) as file:
+        assert file.num_row_groups == 6
+    assert journal.read("prime", 1) == written
+
+
+def test_what_is_read_of_a_row_group_is_dropped_before_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("exprl_megatron.runs.journal._ROWS", 3)
+    member, held = rollout_table._member, []
+
+    def watched(row, arrays):
+        held.append(pa.total_allocated_bytes() - before)
+        return member(row, arrays)
+
+    journal = Journal(tmp_path)
+    long = replace(group("a").samples[0].trace, text="x" * 2**20)
+    journal.write("prime", 1, SampledStep([Group("a", (GradedTrace(long, Scored(1.0)),) * 30)], 1))
+    monkeypatch.setattr(rollout_table, "_member", watched)
+    before = pa.total_allocated_bytes()
+    journal.read("prime", 1)
+    assert len(held) == 30 and max(held) < 8 * 2**20
 
 
 def test_a_step_never_sampled_reads_as_none(tmp_path):
