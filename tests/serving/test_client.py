@@ -30,6 +30,21 @@ def test_a_dead_server_is_named_with_its_last_words(tmp_path):
     assert [line.strip() for line in last] == [*(f"line {i}" for i in range(986, 1000)), "out of memory"]
 
 
+def test_the_error_of_the_rank_that_failed_first_is_named_before_the_others_last_words(tmp_path):
+    log_file = tmp_path / "policy-0.log"
+    others = ["RuntimeError: Connection closed by peer", *(f"line {i}" for i in range(20))]
+    log_file.write_text(
+        "warm-up failed\nTraceback (most recent call last):\nConnectionRefusedError: [Errno 111] refused\n"
+        "[TP1] Scheduler hit an exception: Traceback (most recent call last):\n"
+        '  File "loader.py", line 3\n    raise ValueError: no\nFileNotFoundError: No such file: model-00017\n\n'
+        "During handling of the above exception, another exception occurred:\nsome.hub.ValidationError: a repo id\n"
+        "[TP0] Scheduler hit an exception: Traceback (most recent call last):\n" + "\n".join(others)
+    )
+    first, *last = log_tail(log_file).splitlines()
+    assert first == f" Log: {log_file}; first error: FileNotFoundError: No such file: model-00017; its last lines:"
+    assert [line.strip() for line in last] == [f"line {i}" for i in range(5, 20)]
+
+
 def test_a_server_that_does_not_become_ready_is_named_with_its_deadline(tmp_path):
     async def wait():
         async with SGLangClient(f"http://127.0.0.1:{free_ports(1)[0]}", "ref-0", tmp_path / "ref-0.log") as client:
