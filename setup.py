@@ -59,6 +59,7 @@ setup(
         "omegaconf",
         "plotly",
         "pyarrow",
+        "pybase64",
         "pydantic>=2",
         "psutil",
         "pyyaml",

@@ -1,6 +1,6 @@
 """The products of a model: which matrices a rank multiplies for a micro-batch, and how many operations that is."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from exprl_megatron.models.architecture import Architecture
@@ -103,13 +103,6 @@ def delta_net_flops(net: DeltaNet) -> float:
     return net.value_heads * (6.0 * net.key_dim * net.value_dim + within) + 2 * net.kernel * net.convolved
 
 
-def attention_growth(architecture: Architecture) -> float:
-    """By how much the operations per token of all layers' attention grow with each token of the sequence."""
-    return sum(
-        count * (attention_flops(kind, 1) - attention_flops(kind, 0)) for kind, count in architecture.kinds().items()
-    )
-
-
 def layer_flops(architecture: Architecture) -> float:
     """Operations of a layer's linear products, forward, per token."""
     gemms = (*attention_gemms(architecture, 1, 1), *mlp_gemms(architecture, 1, 1, 1, 1))
@@ -126,9 +119,20 @@ def model_flops(architecture: Architecture, sequence_length: float, training: bo
 
     The embedding is a look-up and counts nothing; a training step is three times the forward pass.
     """
-    attention = sum(count * attention_flops(kind, sequence_length) for kind, count in architecture.kinds().items())
-    forward = linear_flops(architecture) + attention + head_gemm(architecture, 1, 1).flops
-    return forward * (3.0 if training else 1.0)
+    return _forward_flops(architecture)(sequence_length) * (3.0 if training else 1.0)
+
+
+def sequence_flops(architecture: Architecture, lengths: Iterable[int]) -> list[float]:
+    """Operations of a forward pass over a sequence of each of `lengths`, counted as in model_flops."""
+    of_token = _forward_flops(architecture)
+    return [length * of_token(length) for length in lengths]
+
+
+def _forward_flops(architecture: Architecture) -> Callable[[float], float]:
+    """A function from a sequence's length to the operations per token of a forward pass over it."""
+    kinds = architecture.kinds()
+    linear = linear_flops(architecture) + head_gemm(architecture, 1, 1).flops
+    return lambda length: linear + sum(count * attention_flops(kind, length) for kind, count in kinds.items())
 
 
 def linear_parameters(architecture: Architecture, layers: Iterable[int] | None = None) -> tuple[float, float]:

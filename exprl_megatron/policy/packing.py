@@ -61,15 +61,15 @@ def plan_micro_batches(
     budget: int,
     shape: PackingShape,
     group: int = 1,
-    parity: float = math.inf,
+    work: Sequence[float] | None = None,
 ) -> MicroBatchPlan:
     """Spreads sequences over ranks so that these get like work, and there over micro-batches.
 
     A micro-batch holds at most `budget` tokens with its padding (a single longer sequence makes a micro-batch of
-    its own). All ranks get the same number of micro-batches, a multiple of `group`. The work of a sequence is its
-    tokens, and attention's share that grows with their square: as much again at `parity` tokens.
+    its own). All ranks get the same number of micro-batches, a multiple of `group`. `work` is that of each sequence, in
+    any unit; None: its tokens.
     """
-    work = [length * (1 + length / parity) for length in lengths]
+    work = lengths if work is None else work
     order = sorted(range(len(lengths)), key=lambda index: (-work[index], index))
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0.0, rank) for rank in range(ranks)]

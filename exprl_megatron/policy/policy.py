@@ -19,7 +19,7 @@ from exprl_megatron.algorithms.batch import SampleOrOutline, replays_routing
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
 from exprl_megatron.models.architecture import read_architecture
-from exprl_megatron.models.flops import attention_growth, linear_flops
+from exprl_megatron.models.flops import sequence_flops
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.policy import overlap, step
 from exprl_megatron.policy.balance import weight_balance_loss_by_tokens
@@ -227,15 +227,16 @@ class Policy:
 
     def _micro_batch_plan(self, samples: Sequence[SampleOrOutline], shape: PackingShape) -> MicroBatchPlan:
         layout = self.config.layout
+        lengths = tuple(map(len, samples))
         return _cached_plan(
-            tuple(map(len, samples)),
+            lengths,
             ranks=layout.dp,
             budget=self.config.micro_batch_tokens,
             shape=shape,
             # Interleaved pipelines need as many micro-batches as stages at a time.
             group=layout.pp if layout.vpp > 1 else 1,
-            # Attention's operations per token grow with the sequence; the matrices' do not.
-            parity=linear_flops(self.architecture) / attention_growth(self.architecture),
+            # A longer sequence has more operations per token, as far as its layers see all of it.
+            work=tuple(sequence_flops(self.architecture, lengths)),
         )
 
     def _padding(self, samples: Sequence[SampleOrOutline]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 One description for CUDA and CPU: `post_norm_block` is given the linear layers and the attention of the machine.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,7 +106,8 @@ class WholeWidthAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[sequence, batch, heads or groups of this rank, head_dim], queries and keys normalized."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        return self.q_norm(query), self.k_norm(key), value
+        weights = self.q_norm(), self.k_norm()
+        return (*whole_width_norms((query, key), weights, self.q_norm.eps, self.q_norm.group), value)
 
 
 def two_tables(full: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,7 @@ def one_table(both: torch.Tensor, number: int, pairs: int) -> torch.Tensor:
 
 
 class WholeWidthNorm(torch.nn.Module):
-    """Root-mean-square norm over all heads; tensor-parallel ranks have some heads each, with those heads' weights."""
+    """The weight of a root-mean-square norm over all heads, of which tensor-parallel ranks have some each."""
 
     def __init__(self, config: TransformerConfig, heads: int, groups: ProcessGroupCollection):
         super().__init__()
@@ -132,9 +134,9 @@ class WholeWidthNorm(torch.nn.Module):
         # Each rank has other weights: their gradients are this rank's own, and all of them are in the gradient's norm.
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """[..., heads of this rank, head_dim] -> the same."""
-        return _WholeWidthNorm.apply(states, self.weight.view(self.shape), self.eps, self.group)
+    def forward(self) -> torch.Tensor:
+        """[heads of this rank, head_dim]; by a call, as Megatron waits for a gathered weight in its module's hooks."""
+        return self.weight.view(self.shape)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -150,31 +152,58 @@ class WholeWidthNorm(torch.nn.Module):
         )
 
 
-class _WholeWidthNorm(torch.autograd.Function):
+def whole_width_norms(
+    states: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], eps: float, group
+) -> tuple[torch.Tensor, ...]:
+    """Each of `states`, [..., heads of this rank, head_dim], normalized over the heads of all ranks of `group`.
+
+    weights: [heads of this rank, head_dim] of each. One collective for all of them, and one for their gradients.
+    """
+    return _WholeWidthNorms.apply(eps, group, *states, *weights)
+
+
+class _WholeWidthNorms(torch.autograd.Function):
     """y = w x r, r = 1 / sqrt(mean x^2 + eps), in fp32; the gradient of x is r (g w - x r^2 mean(g w x))."""
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, eps: float, group) -> torch.Tensor:
-        exact = states.float()
-        inverse = (_mean_over_ranks(exact.square(), group) + eps).rsqrt()
-        ctx.save_for_backward(states, weight, inverse)
+    def forward(ctx, eps: float, group, *states_and_weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        count = len(states_and_weights) // 2
+        states, weights = states_and_weights[:count], states_and_weights[count:]
+        exact = [each.float() for each in states]
+        means = _means_over_ranks((each.square() for each in exact), group)
+        inverses = [(mean + eps).rsqrt() for mean in means]
+        ctx.save_for_backward(*states, *weights, *inverses)
         ctx.group = group
-        return (exact * inverse * weight).to(states.dtype)
+        parts = zip(states, exact, inverses, weights, strict=True)
+        return tuple((x * inverse * weight).to(each.dtype) for each, x, inverse, weight in parts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        states, weight, inverse = ctx.saved_tensors
-        normed, grad = states.float() * inverse, grad.float()
-        of_weight = (grad * normed).flatten(0, -3).sum(0).to(weight.dtype)
-        grad = grad * weight
-        of_states = inverse * (grad - normed * _mean_over_ranks(grad * normed, ctx.group))
-        return of_states.to(states.dtype), of_weight, None, None
+    def backward(ctx, *grads: torch.Tensor):
+        saved, count = ctx.saved_tensors, len(grads)
+        states, weights, inverses = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        normed = [each.float() * inverse for each, inverse in zip(states, inverses, strict=True)]
+        exact = [grad.float() for grad in grads]
+        of_weights = [
+            (grad * norm).flatten(0, -3).sum(0).to(weight.dtype)
+            for grad, norm, weight in zip(exact, normed, weights, strict=True)
+        ]
+        exact = [grad * weight for grad, weight in zip(exact, weights, strict=True)]
+        means = _means_over_ranks((grad * norm for grad, norm in zip(exact, normed, strict=True)), ctx.group)
+        of_states = [
+            (inverse * (grad - norm * mean)).to(each.dtype)
+            for each, inverse, grad, norm, mean in zip(states, inverses, exact, normed, means, strict=True)
+        ]
+        return None, None, *of_states, *of_weights
 
 
-def _mean_over_ranks(values: torch.Tensor, group) -> torch.Tensor:
-    """[..., heads of this rank, head_dim] -> [..., 1, 1]: the mean over all ranks' heads."""
-    total = values.sum((-2, -1), keepdim=True)
+def _means_over_ranks(values: Iterable[torch.Tensor], group) -> list[torch.Tensor]:
+    """[..., heads of this rank, head_dim] each -> [..., 1, 1] each: the means over all ranks' heads."""
+    sums, sizes = [], []
+    for each in values:
+        sums.append(each.sum((-2, -1), keepdim=True))
+        sizes.append(each.shape[-2] * each.shape[-1] * group.size())
+    totals = torch.stack(sums)
     if group.size() > 1:
-        torch.distributed.all_reduce(total, group=group)
-    return total / (values.shape[-2] * values.shape[-1] * group.size())
+        torch.distributed.all_reduce(totals, group=group)
+    return [total / size for total, size in zip(totals, sizes, strict=True)]

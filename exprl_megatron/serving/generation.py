@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from exprl_megatron.models.routing import Routing
-from exprl_megatron.serving.routed_experts import read_routed_experts
+from exprl_megatron.serving.routed_experts import cut_routed_experts, read_routed_experts
 from exprl_megatron.utils.text_check import TextCheck
 
 _OUTPUT, _INPUT = b'"output_token_logprobs":', b'"input_token_logprobs":'
@@ -98,8 +98,8 @@ class _Meta(msgspec.Struct):
     weight_version: str | None = None
     weight_versions: list[_Span] | None = None
     output_token_ids_logprobs: list[list[tuple[float, int, str | None]]] | None = None
-    # JSON has it in base64.
-    routed_experts: bytes | None = None
+    routed_experts: str | None = None
+    """Has been cut out where it was asked for."""
 
 
 class _Reply(msgspec.Struct):
@@ -133,6 +133,9 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
     0, an id is not one or has another log-prob's id beside it, the numbers of ids and log-probs differ, the text is not
     that of the ids, or it is not what was `asked` for.
     """
+    sent = None
+    if asked.routing is not None:
+        body, sent = cut_routed_experts(body)
     rest, block = _cut(body, _OUTPUT)
     rest, ids = _cut(rest, _IDS)
     _refuse_repeats(rest, _FIELDS)
@@ -159,7 +162,7 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
         _check_watched(watched, len(token_ids), asked.watched_ids)
     experts = None
     if asked.routing is not None and meta.finish_reason.type != "abort":
-        experts = read_routed_experts(meta.routed_experts, meta.prompt_tokens + len(token_ids), asked.routing)
+        experts = read_routed_experts(sent, meta.prompt_tokens + len(token_ids), asked.routing)
     return Generation(
         token_ids=token_ids,
         log_probs=log_probs,

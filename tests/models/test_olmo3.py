@@ -12,7 +12,7 @@ from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import layout_violations, read_architecture
-from exprl_megatron.models.flops import attention_flops, model_flops
+from exprl_megatron.models.flops import attention_flops, linear_flops, model_flops, sequence_flops
 from exprl_megatron.models.name_map import parameters
 from exprl_megatron.models.rope import YarnScaling
 from exprl_megatron.models.stored_parameters import stored_parameters
@@ -153,3 +153,16 @@ def test_attention_s_operations_stop_growing_at_the_window():
     assert of_attention == pytest.approx(48 * 1.75 * short + 16 * 4 * short)
     stretched = replace(architecture, window=10**6)
     assert model_flops(stretched, 16384) > model_flops(architecture, 16384)
+
+
+def test_a_sequence_s_operations_count_layers_with_windows_up_to_the_window():
+    """Closed form of the 32B's 48 layers with windows of 4,096 and 16 without, 40 heads of 128."""
+    architecture = read_architecture(ARCHITECTURES / "olmo-3-32b")
+    assert (architecture.layers, architecture.window, architecture.heads, architecture.head_dim) == (64, 4096, 40, 128)
+    of_linear = linear_flops(architecture) + 2 * 5120 * 100278
+    for length, found in zip((1000, 4096, 16384), sequence_flops(architecture, (1000, 4096, 16384)), strict=True):
+        window = min(length, 4096)
+        # Pairs of a query and a key that it sees: the triangle of the first `window` tokens, then a band.
+        pairs = 16 * length**2 / 2 + 48 * (window**2 / 2 + (length - window) * window)
+        assert found == pytest.approx(length * of_linear + 4 * 40 * 128 * pairs, rel=1e-12)
+        assert found == pytest.approx(length * model_flops(architecture, length, training=False), rel=1e-12)

@@ -11,13 +11,18 @@ PADDED = PackingShape(packed=False)
 PACKED = PackingShape(packed=True)
 
 
+def work_of(lengths: list[int], parity: float) -> list[float]:
+    """Tokens, and attention's share that grows with their square: as much again at `parity` tokens."""
+    return [length * (1 + length / parity) for length in lengths]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("group", [1, 4])
 def test_every_sequence_is_in_one_place_and_no_micro_batch_is_over_budget(packed, ranks, group):
     lengths = [random.Random(number).randint(1, 60) for number in range(50)]
     shape = PackingShape(packed, sequence=4, row=8)
-    plan = plan_micro_batches(lengths, ranks, 100, shape, group, parity=40)
+    plan = plan_micro_batches(lengths, ranks, 100, shape, group, work=work_of(lengths, 40))
     assert sorted(i for micros in plan for rows in micros for i in rows) == list(range(50))
     assert len({len(micros) for micros in plan}) == 1
     assert len(plan[0]) % group == 0
@@ -34,14 +39,14 @@ def test_ranks_get_like_work(shape):
 def test_attention_makes_a_long_sequence_count_for_more():
     lengths = [100, *[10] * 10]
     by_tokens = plan_micro_batches(lengths, 2, 1000, PACKED)
-    by_work = plan_micro_batches(lengths, 2, 1000, PACKED, parity=100)
+    by_work = plan_micro_batches(lengths, 2, 1000, PACKED, work=work_of(lengths, 100))
     assert [sum(map(len, micros)) for micros in by_tokens] == [1, 10]
     # 100 tokens at 2 each against ten times 10 at 1.1 each.
     assert [sum(map(len, micros)) for micros in by_work] == [1, 10]
     lengths = [100, *[10] * 30]
     work = [
         sum(lengths[i] * (1 + lengths[i] / 100) for rows in micros for i in rows)
-        for micros in plan_micro_batches(lengths, 2, 1000, PACKED, parity=100)
+        for micros in plan_micro_batches(lengths, 2, 1000, PACKED, work=work_of(lengths, 100))
     ]
     assert abs(work[0] - work[1]) <= 11
 
@@ -51,7 +56,7 @@ def test_packed_micro_batches_are_alike_and_few(seed):
     """On long-tailed lengths: work within 5 % over ranks and 15 % over micro-batches, one more of these than needed."""
     draw = random.Random(seed)
     lengths = [min(4096, int(math.exp(draw.gauss(6, 0.9)))) for _ in range(512)]
-    plan = plan_micro_batches(lengths, 8, 8192, PACKED, parity=20000)
+    plan = plan_micro_batches(lengths, 8, 8192, PACKED, work=work_of(lengths, 20000))
 
     def work(rows):
         return sum(lengths[i] * (1 + lengths[i] / 20000) for i in rows)
@@ -71,7 +76,7 @@ def long_tailed(count: int, seed: int = 0, sigma: float = 0.6, longest: int = 81
 
 def plain_packing(lengths: list[int], budget: int, shape: PackingShape, parity: float) -> list[list[int]]:
     """One rank's micro-batches by the definition: to the least loaded with room, with the first count that will do."""
-    work = [length * (1 + length / parity) for length in lengths]
+    work = work_of(lengths, parity)
     order = sorted(range(len(lengths)), key=lambda index: (-work[index], index))
     sizes = [padded(length, shape.sequence) for length in lengths]
     count = math.ceil(sum(min(size, budget) for size in sizes) / budget)
@@ -99,7 +104,7 @@ def plain_packing(lengths: list[int], budget: int, shape: PackingShape, parity: 
 def test_packing_is_that_of_its_definition(shape, sigma, budget):
     for seed in range(3):
         lengths = long_tailed(90, seed, sigma)
-        (found,) = plan_micro_batches(lengths, 1, budget, shape, parity=1e5)
+        (found,) = plan_micro_batches(lengths, 1, budget, shape, work=work_of(lengths, 1e5))
         assert found == plain_packing(lengths, budget, shape, 1e5)
 
 
@@ -107,10 +112,12 @@ def test_packing_is_that_of_its_definition(shape, sigma, budget):
 def test_planning_grows_like_n_log_n(ranks, shape):
     # The search for the number of micro-batches has its full length from 512 of them on.
     few, many = 2048, 8192
-    cost = [
-        instructions(lambda n=n: plan_micro_batches(long_tailed(n), ranks, 8192, shape, parity=1e5))
-        for n in (few, many)
-    ]
+
+    def planned(count):
+        lengths = long_tailed(count)
+        plan_micro_batches(lengths, ranks, 8192, shape, work=work_of(lengths, 1e5))
+
+    cost = [instructions(lambda n=n: planned(n)) for n in (few, many)]
     assert cost[1] <= 1.2 * cost[0] * (many * math.log(many)) / (few * math.log(few))
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.policy import Layout, OptimizerConfig, PolicyConfig
 from exprl_megatron.errors import GradientNotFinite, UserError
+from exprl_megatron.models.flops import sequence_flops
 from exprl_megatron.policy import overlap
 from exprl_megatron.policy.optimizer import build_optimizer, set_learning_rates
 from exprl_megatron.policy.packing import plan_micro_batches
@@ -199,6 +200,20 @@ def test_micro_batches_are_planned_once_for_all_passes_of_a_step(policy, monkeyp
     step(policy)
     # The padded plan is what the share of padding without packing is computed from.
     assert planned == [True, False]
+
+
+def test_micro_batches_are_balanced_by_the_operations_of_the_model(policy, monkeypatch):
+    planned = []
+
+    def plan(lengths, **limits):
+        planned.append(limits["work"])
+        return plan_micro_batches(lengths, **limits)
+
+    monkeypatch.setattr("exprl_megatron.policy.policy.plan_micro_batches", plan)
+    # Sizes that no other test plans for.
+    policy.config = policy.config.model_copy(update={"micro_batch_tokens": 78})
+    listed(policy.log_probs(BATCH, 1.0))
+    assert planned == [tuple(sequence_flops(policy.architecture, map(len, BATCH)))]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_were(policy):

@@ -11,7 +11,7 @@ from exprl_megatron.policy.local_spec import RMSNorm
 from exprl_megatron.policy.model import build_chunks, transformer_config
 from exprl_megatron.policy.post_norm import one_table, two_tables
 
-TOKENS, HEADS, DIM, EPS = 5, 4, 8, 1e-3
+TOKENS, HEADS, KEY_HEADS, DIM, EPS = 5, 4, 2, 8, 1e-3
 
 
 class Group:
@@ -21,39 +21,57 @@ class Group:
         return 2
 
 
-@pytest.fixture
-def whole():
+def whole(heads):
     """States and weights of all heads, what is done with the norm, and what torch's norm makes of it."""
-    torch.manual_seed(0)
-    states, grad = torch.randn(TOKENS, 2, HEADS * DIM, requires_grad=True), torch.randn(TOKENS, 2, HEADS * DIM)
-    weight = torch.randn(HEADS * DIM, requires_grad=True)
-    normed = torch.nn.functional.rms_norm(states, (HEADS * DIM,), weight, EPS)
+    torch.manual_seed(heads)
+    states, grad = torch.randn(TOKENS, 2, heads * DIM, requires_grad=True), torch.randn(TOKENS, 2, heads * DIM)
+    weight = torch.randn(heads * DIM, requires_grad=True)
+    normed = torch.nn.functional.rms_norm(states, (heads * DIM,), weight, EPS)
     normed.backward(grad)
     return states, weight, grad, normed
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_s_heads_are_normalized_by_all_and_so_is_their_gradient(monkeypatch, whole, rank):
-    states, weight, grad, normed = whole
-    own, other = (slice(r * HEADS // 2 * DIM, (r + 1) * HEADS // 2 * DIM) for r in (rank, 1 - rank))
-    inverse = 1 / (states.detach().square().mean(-1, keepdim=True) + EPS).sqrt()
-    of_gradient = (grad * weight * states * inverse).detach()
-    # What the other rank adds: the sum of its squares, then of its gradients' products with what it normalized.
-    others = [part[..., other].sum(-1)[..., None, None] for part in (states.detach().square(), of_gradient)]
+def part(tensor, rank):
+    """The rank's half of the last dimension, [..., heads, DIM]."""
+    return tensor.detach().chunk(2, -1)[rank].unflatten(-1, (-1, DIM))
 
-    def all_reduce(total, group):
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_queries_and_keys_are_normalized_by_all_ranks_heads_by_one_sum_forward_and_one_backward(monkeypatch, rank):
+    wholes = whole(HEADS), whole(KEY_HEADS)
+    summed = []
+    for states, weight, grad, _ in wholes:
+        inverse = 1 / (states.square().mean(-1, keepdim=True) + EPS).sqrt()
+        summed.append((states.square(), grad * weight * states * inverse))
+    # What the other rank adds: the sums of its squares, then of its gradients' products with what it normalized.
+    others = [
+        torch.stack([part(of_both, 1 - rank).sum((-2, -1), keepdim=True) for of_both in both])
+        for both in zip(*summed, strict=True)
+    ]
+
+    def all_reduce(totals, group):
         assert isinstance(group, Group)
-        total += others.pop(0)
+        totals += others.pop(0)
 
     monkeypatch.setattr(post_norm.torch.distributed, "all_reduce", all_reduce)
-    mine = states.detach()[..., own].unflatten(-1, (HEADS // 2, DIM)).requires_grad_()
-    weights = weight.detach()[own].requires_grad_()
-    found = post_norm._WholeWidthNorm.apply(mine, weights.view(HEADS // 2, DIM), EPS, Group())
-    found.backward(grad[..., own].unflatten(-1, (HEADS // 2, DIM)))
-    assert others == []
-    assert torch.allclose(found.flatten(-2), normed[..., own], atol=1e-6)
-    assert torch.allclose(mine.grad.flatten(-2), states.grad[..., own], atol=1e-6)
-    assert torch.allclose(weights.grad, weight.grad[own], atol=1e-5)
+    mine = [part(states, rank).requires_grad_() for states, *_ in wholes]
+    weights = [part(weight, rank).requires_grad_() for _, weight, *_ in wholes]
+    found = post_norm.whole_width_norms(mine, weights, EPS, Group())
+    torch.autograd.backward(found, [part(grad, rank) for _, _, grad, _ in wholes])
+    assert others == [], "two collectives"
+    for (states, weight, _, normed), own, own_weight, one in zip(wholes, mine, weights, found, strict=True):
+        assert torch.allclose(one, part(normed, rank), atol=1e-6)
+        assert torch.allclose(own.grad, part(states.grad, rank), atol=1e-6)
+        assert torch.allclose(own_weight.grad, part(weight.grad, rank), atol=1e-5)
+
+
+def test_a_layer_calls_both_norms_so_that_hooks_run_before_their_weights_are_read(tiny_model, world):
+    (chunk,) = build_chunks(read_architecture(tiny_model("olmo3")), PolicyConfig(model="none"), world)
+    attention, called = chunk.decoder.layers[0].self_attention, []
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.register_forward_pre_hook(lambda module, inputs: called.append(module))
+    attention.get_query_key_value_tensors(torch.zeros(3, 1, chunk.config.hidden_size))
+    assert called == [attention.q_norm, attention.k_norm]
 
 
 def test_weights_are_shards_of_which_each_rank_has_others(tiny_model, world):

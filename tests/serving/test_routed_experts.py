@@ -3,17 +3,30 @@
 import asyncio
 import base64
 import json
+import sys
+from importlib.metadata import distributions
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.generation import ExpectedReply, read_generation
 from exprl_megatron.serving.routed_experts import read_routed_experts, sent_bytes
+from exprl_megatron.serving.server_command import PLUGINS
 
 ROUTING = Routing(layers=3, top_k=2, experts=7)
 TOKENS = 6
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(PLUGINS)])
+    import exprl_compact_experts
+
+    return exprl_compact_experts
 
 
 def chosen(rows: int, routing: Routing = ROUTING) -> np.ndarray:
@@ -50,18 +63,107 @@ def test_many_experts_and_one_token():
     assert len(base64.b64encode(experts.tobytes())) <= sent_bytes(1, routing)
 
 
+def _compact(experts: np.ndarray, dtype: type = np.uint8) -> np.ndarray:
+    """As the plugin sends them."""
+    return np.frombuffer(experts.astype(dtype).tobytes() + bytes([np.dtype(dtype).itemsize]), np.uint8)
+
+
 def _changed(place: tuple[int, ...], value: int) -> np.ndarray:
     experts = chosen(5)
     experts[place] = value
     return experts
 
 
+@pytest.mark.parametrize(("experts", "dtype"), [(7, np.uint8), (256, np.uint8), (257, np.int16), (600, np.int16)])
+def test_a_server_with_the_plugin_sends_ids_of_one_or_two_bytes_and_they_are_read_as_sglang_s_own(
+    plugin, experts, dtype
+):
+    routing = Routing(layers=3, top_k=2, experts=experts)
+    ids = chosen(5, routing)
+    ids[0, 0] = experts - 1, 0
+    sent = plugin.compact(torch.from_numpy(ids)).numpy()
+    assert sent.tobytes() == _compact(ids, dtype).tobytes()
+    expected = read_routed_experts(ids.tobytes(), 6, routing)
+    found = read_routed_experts(sent.tobytes(), 6, routing)
+    assert np.array_equal(found, expected) and found.dtype == expected.dtype == routing.dtype
+
+
+def test_ids_of_few_experts_are_read_whatever_size_a_reply_has_for_them():
+    """A reply of a model with more than 256 experts in which no larger id is."""
+    routing = Routing(layers=3, top_k=2, experts=300)
+    ids = chosen(5)
+    for sent in (ids, _compact(ids), _compact(ids, np.int16)):
+        found = read_routed_experts(sent.tobytes(), 6, routing)
+        assert np.array_equal(found, ids) and found.dtype == np.int16
+
+
+def test_what_fits_into_no_two_bytes_is_sent_as_it_is(plugin):
+    for value in (-1, 2**15):
+        ids = torch.tensor([[[0, value]]], dtype=torch.int32)
+        assert plugin.compact(ids) is ids
+    assert plugin.compact(torch.empty(0, 3, 2, dtype=torch.int32)).tolist() == [1]
+
+
+def test_before_the_detokenizer_encodes_a_batch_its_ids_are_made_compact(plugin, monkeypatch):
+    """And nothing else of the batch is changed."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    registered = []
+    monkeypatch.setattr(HookRegistry, "register", lambda *hook: registered.append(hook))
+    plugin.activate()
+    ((target, hook, kind),) = registered
+    assert target.endswith(".DetokenizerManager.handle_batch_token_id_out") and kind.value == "before"
+    ids = torch.from_numpy(chosen(5))
+    batch = SimpleNamespace(routed_experts=[None, ids], indexer_topk=[ids, None])
+    assert hook(None, batch) is None
+    none, found = batch.routed_experts
+    # SGLang encodes what it finds here: item.numpy().tobytes().
+    assert none is None and found.numpy().tobytes() == _compact(chosen(5)).tobytes()
+    assert batch.indexer_topk[0] is ids
+    nothing = SimpleNamespace(routed_experts=None)
+    hook(None, nothing)
+    assert nothing.routed_experts is None
+
+
+def test_sglang_finds_the_plugin_where_servers_look(plugin):
+    entries = [entry for found in distributions(path=[str(PLUGINS)]) for entry in found.entry_points]
+    assert plugin.activate in [entry.load() for entry in entries if entry.group == "sglang.srt.plugins"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b'"AAA*"', "routed_experts is not base64"),
+        (b'"AAA"', "routed_experts is not base64"),
+        (b'"AAAA', "routed_experts is not"),
+        (b'"AAAA","routed_experts":"AAAA"', "routed_experts is there more than once"),
+        (b"[1,2]", "routed_experts"),
+        (b"7", "routed_experts"),
+        (b"null", "routed_experts is missing"),
+        (b' "\\u0041AAA"', "routed_experts is not base64"),
+    ],
+)
+def test_a_value_that_is_no_base64_is_refused_by_the_field_s_name(value, message):
+    whole = reply(chosen(5))
+    start = whole.index(b'"routed_experts":') + len(b'"routed_experts":')
+    end = whole.index(b'"', whole.index(b'"', start) + 1) + 1
+    body = whole[:start] + value + whole[end:]
+    with pytest.raises(ValueError, match=message):
+        read_generation(body, Asked(routing=ROUTING))
+
+
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
         (None, "routed_experts is missing; a server returns it with --enable-return-routed-experts"),
-        (chosen(4), "routed_experts has 24 ids, but 5 tokens have 2 experts in each of 3 layers"),
-        (chosen(6), "routed_experts has 36 ids, but 5 tokens have"),
+        (chosen(4), "routed_experts has 96 bytes, 24 ids of int32, but 5 tokens have 2 experts in each of 3 layers"),
+        (chosen(6), "routed_experts has 144 bytes, 36 ids of int32, but 5 tokens have"),
+        (chosen(5).astype(np.uint8), "ids of .*, but 5 tokens have 2 experts in each of 3 layers"),
+        (chosen(5).astype(np.int64), "routed_experts has 240 bytes, 60 ids of int32, but 5 tokens have"),
+        (_compact(chosen(4)), "routed_experts has 24 bytes, 24 ids of uint8, but 5 tokens have"),
+        (_compact(chosen(5), np.int16)[:-2], "ids of .*, but 5 tokens have 2 experts in each of 3 layers"),
+        (_compact(_changed((4, 2, 1), 7)), "an id that is none of the 7 experts'"),
+        (_compact(_changed((2, 1), 3)), "the same expert twice for a token"),
         (_changed((4, 2, 1), 7), "an id that is none of the 7 experts'"),
         (_changed((0, 0, 0), -1), "an id that is none of the 7 experts'"),
         (_changed((2, 1), 3), "the same expert twice for a token"),

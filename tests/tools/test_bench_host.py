@@ -45,3 +45,13 @@ def test_the_command_measures_each_size_in_a_process_of_its_own(tmp_path, capsys
     assert "| plan of micro-batches |" in capsys.readouterr().out
     costs = json.loads((tmp_path / "costs.json").read_text())
     assert [cost["traces"] for cost in costs["plan of micro-batches"].values()] == [16, 32]
+
+
+def test_replies_with_routed_experts_have_a_size_and_a_cost(capsys):
+    main = runpy.run_path(str(ROOT / "tools" / "bench_router_replay.py"))["main"]
+    main(["--tokens", "24", "--repeats", "1"])
+    _, _, *rows, _, _ = capsys.readouterr().out.splitlines()
+    sizes = [int(row.split(" | ")[1].replace(",", "")) for row in rows]
+    assert [row.split(" | ")[0] for row in rows] == ["| without experts", "| int32", "| uint8"]
+    # All but the same few bytes is base64 of four bytes an id, or of one.
+    assert (sizes[1] - sizes[0]) == pytest.approx(4 * (sizes[2] - sizes[0]), rel=0.01)

@@ -13,7 +13,8 @@ SHAPE = PackingShape(packed=True, sequence=4, row=256, cp=2)
 def prepare(workload: Workload) -> Callable[[], object]:
     """Plans the step once, as a step does."""
     lengths = [len(sequence) for sequence in workload.sequences]
-    return lambda: plan_micro_batches(lengths, 1, workload.budget, SHAPE, group=5, parity=1e5)
+    work = [length * (1 + length / 1e5) for length in lengths]
+    return lambda: plan_micro_batches(lengths, 1, workload.budget, SHAPE, group=5, work=work)
 
 
 STATION = Station("plan of micro-batches", blocks=True, prepare=prepare)

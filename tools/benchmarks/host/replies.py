@@ -21,10 +21,10 @@ def prepare(workload: Workload) -> Callable[[], object]:
     return lambda: [read_generation(bodies[i % count]) for i in range(len(traces))]
 
 
-def body(trace: Trace) -> bytes:
-    """The reply of /generate that gives `trace`, as SGLang writes it."""
+def body(trace: Trace, experts: bytes | None = None) -> bytes:
+    """The reply of /generate that gives `trace`, as SGLang writes it, with these routed experts."""
     token_ids, log_probs = trace.token_ids.tolist(), trace.log_probs.tolist()
-    meta = {
+    meta: dict[str, object] = {
         "id": "0" * 32,
         "finish_reason": {"type": "stop", "matched": 2},
         "prompt_tokens": len(trace.prompt_ids),
@@ -34,6 +34,9 @@ def body(trace: Trace) -> bytes:
         "cached_tokens": trace.cached_tokens,
         "weight_versions": [{"version": "v3", "start": 0, "end": len(token_ids)}],
     }
+    if experts is not None:
+        # msgspec writes bytes in base64.
+        meta["routed_experts"] = experts
     return msgspec.json.encode({"text": trace.text, "output_ids": token_ids, "meta_info": meta})
 
 
