@@ -5,7 +5,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from pathlib import Path
 
 from exprl_megatron.config.policy import Layout
@@ -13,6 +12,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models import olmo3, qwen3_5
 from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.models.layer_types import LINEAR, SLIDING
+from exprl_megatron.models.nearest import nearest
 from exprl_megatron.models.rope import Rope, RopeScaling, YarnScaling, read_rope
 from exprl_megatron.models.unsupported import unsupported
 
@@ -31,7 +31,6 @@ FAMILIES = {
 }
 _HEAD_DIM = {"seed-oss": 128, "qwen3.5": 256}
 """Dimensions of a head where config.json does not say and it is not the hidden size divided by the heads."""
-_WITH_EXPERTS = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def read_architecture(directory: str | Path) -> Architecture:
     if names[0] not in FAMILIES:
         raise UserError(
             f"{path} describes the architecture {names[0]}, which is not supported; the nearest supported one is "
-            f"{_nearest(names[0], tree)}, and docs/models.md lists all and tells how one is added."
+            f"{nearest(names[0], tree)}, and docs/models.md lists all and tells how one is added."
         )
     tree = qwen3_5.text_settings(tree, str(path))
     if (setting := unsupported(tree)) is not None:
@@ -180,22 +179,6 @@ def read_architecture(directory: str | Path) -> Architecture:
             f"not turn in pairs; choose another model."
         )
     return found
-
-
-def _nearest(name: str, tree: dict) -> str:
-    """The supported architecture whose name is most like `name`, of those with experts or of those without."""
-    # Models with a vision tower have the decoder's settings in a section of their own.
-    settings = tree | (tree.get("text_config") or {})
-    experts = any(settings.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
-    candidates = [known for known in FAMILIES if (known in _WITH_EXPERTS) == experts]
-
-    def likeness(known: str) -> tuple[float, float]:
-        # What comes behind the family's own name, as `ForConditionalGeneration`, decides between its own forms alone.
-        pairs = ((name.split("For")[0], known.split("For")[0]), (name, known))
-        family, whole = (SequenceMatcher(None, *pair).ratio() for pair in pairs)
-        return family, whole
-
-    return max(candidates, key=likeness)
 
 
 def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:

@@ -233,28 +233,6 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, said):
         read_architecture(written(tmp_path, LLAMA_32_1B | change))
 
 
-@pytest.mark.parametrize(
-    ("name", "more", "nearest"),
-    [
-        ("Glm4MoeLiteForCausalLM", {"n_routed_experts": 128}, "Glm4MoeForCausalLM"),
-        ("Qwen3NextForCausalLM", {"num_experts": 512}, "Qwen3MoeForCausalLM"),
-        ("Qwen3_6ForConditionalGeneration", {}, "Qwen3_5ForConditionalGeneration"),
-        ("Ministral3ForCausalLM", {}, "MistralForCausalLM"),
-        ("Mistral3ForConditionalGeneration", {"text_config": {"num_attention_heads": 32}}, "MistralForCausalLM"),
-        ("Gemma3ForConditionalGeneration", {"text_config": None}, "LlamaForCausalLM"),
-        ("Llama4ForConditionalGeneration", {"text_config": {"num_local_experts": 16}}, "Glm4MoeForCausalLM"),
-        ("DeepseekV3ForCausalLM", {"n_routed_experts": 256}, "Qwen3MoeForCausalLM"),
-        ("Qwen2MoeForCausalLM", {"num_experts": 60}, "Qwen3MoeForCausalLM"),
-        ("GptOssForCausalLM", {"num_local_experts": 128}, "MixtralForCausalLM"),
-        ("LlamaBidirectionalModel", {}, "LlamaForCausalLM"),
-    ],
-)
-def test_an_unknown_architecture_is_refused_with_the_nearest_one_and_the_page_of_models(tmp_path, name, more, nearest):
-    said = f"{name}, which is not supported; the nearest supported one is {nearest}, and docs/models.md"
-    with pytest.raises(UserError, match=said):
-        read_architecture(written(tmp_path, LLAMA_32_1B | {"architectures": [name]} | more))
-
-
 def test_a_directory_without_config_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         read_architecture(tmp_path)
