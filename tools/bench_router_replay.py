@@ -18,7 +18,7 @@ from benchmarks.host.replies import body
 from benchmarks.host.workload import PROMPT_TOKENS, Workload
 
 from exprl_megatron.models.routing import Routing
-from exprl_megatron.serving.generation import Asked, read_generation
+from exprl_megatron.serving.generation import ExpectedReply, read_generation
 
 ROUTING = Routing(layers=94, top_k=8, experts=128)
 SKEW = 0.8
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for name, (reply, routing) in replies(args.tokens).items():
-        asked = Asked(routing=routing)
+        asked = ExpectedReply(routing=routing)
         tokens = len(read_generation(reply, asked).token_ids)
         cost = seconds(lambda reply=reply, asked=asked: read_generation(reply, asked), args.repeats)
         step = 2048 * 6000 / tokens

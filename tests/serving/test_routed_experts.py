@@ -149,7 +149,7 @@ def test_a_value_that_is_no_base64_is_refused_by_the_field_s_name(value, message
     end = whole.index(b'"', whole.index(b'"', start) + 1) + 1
     body = whole[:start] + value + whole[end:]
     with pytest.raises(ValueError, match=message):
-        read_generation(body, Asked(routing=ROUTING))
+        read_generation(body, ExpectedReply(routing=ROUTING))
 
 
 @pytest.mark.parametrize(
