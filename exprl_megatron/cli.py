@@ -199,11 +199,11 @@ def judgement(
     if not abstained and (stage, step, problem, score) == (None,) * 4:
         show_judgement(hash, run, store, json, limit)
         return
-    from exprl_megatron.inspection.judgement_list import Conditions, list_judgements, score_range
+    from exprl_megatron.inspection.judgement_list import JudgementFilter, list_judgements, score_range
 
     if run is None or hash is not None or store is not None:
         raise UserError("Conditions look through the rollout log of a run; give --run DIR, and no hash and no --store.")
-    found = Conditions(stage, step, problem, None if score is None else score_range(score), abstained)
+    found = JudgementFilter(stage, step, problem, None if score is None else score_range(score), abstained)
     list_judgements(run, found, limit, json)
 
 

@@ -167,7 +167,7 @@ def run_rank(told: dict) -> None:
     """One trainer process."""
     import torch
     from benchmarks.checksum_cost import measure_checksums
-    from benchmarks.sync_runs import as_record, measure
+    from benchmarks.sync_runs import measure, to_dict
 
     torch.set_num_threads(1)
     sync = parsed(told["layout"]), Path(told["model"]), told["servers"], told["server_tp"]
@@ -175,7 +175,7 @@ def run_rank(told: dict) -> None:
         record = measure_checksums(*sync, told["settings"])
     else:
         measured = measure(*sync, told["floor_port"], told["settings"])
-        record = measured and as_record(measured)
+        record = measured and to_dict(measured)
     if record is not None:
         Path(told["result"]).write_text(json.dumps(record))
 

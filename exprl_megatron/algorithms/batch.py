@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from exprl_megatron.utils.array_fields import ArrayFields
-from exprl_megatron.utils.held_experts import held_experts
+from exprl_megatron.utils.routed_experts_array import routed_experts_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class TrainSample(ArrayFields):
         self._hold(np.int32, "prompt_ids", "response_ids")
         self._hold(np.float32, "advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs")
         self._hold(np.bool_, "on_policy_mask")
-        object.__setattr__(self, "routed_experts", held_experts(self.routed_experts, len(self)))
+        object.__setattr__(self, "routed_experts", routed_experts_array(self.routed_experts, len(self)))
         layers, experts = self.routed_layers, self.routed_experts
         if layers is not None and (experts is None or experts.shape[1] != len(layers)):
             raise ValueError(f"routed_experts is of other layers than the {len(layers)} of routed_layers")

@@ -44,12 +44,12 @@ def show_command(
     # Before torch is imported, which takes seconds.
     require_run(run)
     from exprl_megatron.inspection.selection import Selection
-    from exprl_megatron.inspection.show import Shown, show_evaluation, show_steps
+    from exprl_megatron.inspection.show import DisplayOptions, show_evaluation, show_steps
 
     if evaluation is not None and (stage is not None or step is not None):
         raise UserError("--evaluation names all answers of one evaluation; leave out --stage and --step.")
     selection = Selection(problem, sample, abstained, sort, ascending)
-    shown = Shown(limit, text, tokens, as_json=json)
+    shown = DisplayOptions(limit, text, tokens, as_json=json)
     if evaluation is not None:
         show_evaluation(run, evaluation, selection, shown)
     else:

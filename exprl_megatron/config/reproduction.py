@@ -1,7 +1,7 @@
 """`reproduce: released`: every setting by which a run does what the released ExpRL code does.
 
 The key sets what the config leaves open. A value that the config gives itself takes precedence, and each one that is
-another than the released is reported (`departures`). Some values exist for this key alone (`ONLY_RELEASED`): a config
+another than the released is reported (`deviations`). Some values exist for this key alone (`ONLY_RELEASED`): a config
 without the key that has one of them is refused.
 """
 
@@ -101,7 +101,7 @@ def expand_reproduction(tree: Any) -> tuple[Any, list[str]]:
     return tree, []
 
 
-def departures(tree: Any) -> list[str]:
+def deviations(tree: Any) -> list[str]:
     """One sentence for each value of a resolved config (plain dicts and lists) that is not the released one."""
     if tree.get("reproduce") != "released":
         return []
@@ -113,7 +113,7 @@ def departures(tree: Any) -> list[str]:
     ]
 
 
-def alone(tree: Any) -> list[str]:
+def released_only_values(tree: Any) -> list[str]:
     """One sentence for each value of a resolved config that only `reproduce: released` may have set."""
     if tree.get("reproduce") is not None:
         return []

@@ -169,7 +169,7 @@ FREE_ARGUMENTS: Mapping[str, str] = {
 
 
 def row_of(key: str) -> ResumeRule | None:
-    """The row that speaks of `key` (see `plain`); the longest where several do."""
+    """The row that speaks of `key` (see `without_stage_number`); the longest where several do."""
     rows = {name: row for row in TABLE for name in row.keys}
     if key in rows:
         return rows[key]
@@ -177,7 +177,7 @@ def row_of(key: str) -> ResumeRule | None:
     return rows[max(sections, key=len)] if sections else None
 
 
-def plain(key: str) -> str:
+def without_stage_number(key: str) -> str:
     """`stages.0.steps` as the table has it: `stages.steps`."""
     return ".".join(part for part in key.split(".") if not part.isdigit())
 
@@ -191,7 +191,7 @@ def refused_changes(old: RunConfig, new: RunConfig, same_contents: bool) -> list
     before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     for key in sorted(before.keys() | after.keys()):
         values = before.get(key), after.get(key)
-        row = row_of(plain(key)) or ResumeRule((), "fixed", "there is no row for it")
+        row = row_of(without_stage_number(key)) or ResumeRule((), "fixed", "there is no row for it")
         if values[0] != values[1] and not _allowed(row.verdict, values, (old, new), same_contents):
             refused.append(f"{key} ({row.reason})")
     return refused

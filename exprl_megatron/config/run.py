@@ -11,7 +11,7 @@ from exprl_megatron.config.placement import COLOCATED_MEM_FRACTION, PlacementCon
 from exprl_megatron.config.plugin_path import PluginPath
 from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import BuiltInDomain, LeakGuardConfig, ProblemsConfig, PromptConfig
-from exprl_megatron.config.reproduction import alone, departures
+from exprl_megatron.config.reproduction import deviations, released_only_values
 from exprl_megatron.config.serving import RETURN_ROUTED_EXPERTS, SamplingConfig, ServerConfig, SyncConfig
 from exprl_megatron.config.stages import AnyStage, JudgedStage, RlStage
 from exprl_megatron.config.tracking import TrackerName, TrackingConfig
@@ -129,9 +129,9 @@ class RunConfig(Config):
         return self.evaluation
 
     @property
-    def departures(self) -> list[str]:
+    def deviations(self) -> list[str]:
         """One sentence for each value that differs from the released program, although `reproduce` is set."""
-        return departures(self.model_dump(mode="json"))
+        return deviations(self.model_dump(mode="json"))
 
     @property
     def needs_sampling_servers(self) -> bool:
@@ -227,7 +227,7 @@ class RunConfig(Config):
         ]
         if len(set(self.trackers)) < len(self.trackers):
             found.append("trackers has a name twice; list each tracker once.")
-        found += alone(self.model_dump(mode="json"))
+        found += released_only_values(self.model_dump(mode="json"))
         if self.policy.initialize == "random" and self.needs_sampling_servers:
             found.append("`policy.initialize` is random, but servers need weights to start with; train by SFT first.")
         if (

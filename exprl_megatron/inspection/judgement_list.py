@@ -13,7 +13,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.rollout_steps import logged_steps
 from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, score_text, versions_text
 from exprl_megatron.judging.judgement import Abstained, Judgement, judgement_record
-from exprl_megatron.reporting.plain_text import plain_line
+from exprl_megatron.reporting.plain_text import escaped_line
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
@@ -23,7 +23,7 @@ _ROUNDING = 5e-4
 
 
 @dataclass(frozen=True)
-class Conditions:
+class JudgementFilter:
     """What is asked for; None: no such condition."""
 
     stage: str | None = None
@@ -59,7 +59,7 @@ def score_range(text: str) -> tuple[float, float]:
     return low - _ROUNDING, high + _ROUNDING
 
 
-def list_judgements(run: Path, conditions: Conditions, limit: int, as_json: bool) -> None:
+def list_judgements(run: Path, conditions: JudgementFilter, limit: int, as_json: bool) -> None:
     """Print the judgements that meet the conditions, those of the latest steps first.
 
     Raises UserError where the run has no such step, or no judgement is as asked for.
@@ -83,7 +83,7 @@ def list_judgements(run: Path, conditions: Conditions, limit: int, as_json: bool
         "hash", "stage", "step", "weights", "problem", "sample", "verdict", caption=f"the latest, at most {limit}"
     )
     for each in found[:limit]:
-        table.add_row(*(plain_line(cell) for cell in _cells(each)))
+        table.add_row(*(escaped_line(cell) for cell in _cells(each)))
     Console(highlight=False).print(table)
 
 
@@ -112,7 +112,7 @@ def _of_step(journal: Journal, stage: str, step: int) -> Iterator[LoggedJudgemen
                 yield LoggedJudgement(stage, step, group.problem_id, sample, segment, judgement)
 
 
-def _fits(each: LoggedJudgement, conditions: Conditions) -> bool:
+def _fits(each: LoggedJudgement, conditions: JudgementFilter) -> bool:
     without = isinstance(each.judgement, Abstained)
     if conditions.problem not in (None, each.problem_id) or (conditions.abstained and not without):
         return False

@@ -19,7 +19,7 @@ from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.problems.sources import load_problems
-from exprl_megatron.reporting.fitted_table import print_fitted
+from exprl_megatron.reporting.fitted_table import print_table
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
@@ -80,7 +80,7 @@ def report_leaks(run: Path, canary: str | None, as_json: bool) -> bool:
     if as_json:
         print(json.dumps({"leaks": scan.leaks} | asdict(scan), indent=2))
     else:
-        print_fitted(Console(), _table(scan))
+        print_table(Console(), _table(scan))
         Console().print(_sentence(scan))
     return scan.leaks > 0
 

@@ -14,7 +14,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.planning.hardware import Gpu, find_gpu
 from exprl_megatron.planning.plan import Plan, plan
 from exprl_megatron.planning.workload import Workload, workload_of
-from exprl_megatron.reporting.fitted_table import print_fitted
+from exprl_megatron.reporting.fitted_table import print_table
 
 MEASURED = {
     "sample and judge": ("sample", "judge"),
@@ -74,7 +74,7 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(row.stage, row.phase, *map(_number, (row.predicted_s, row.measured_s, row.ratio)))
-    print_fitted(console, table)
+    print_table(console, table)
     console.print(how, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -88,14 +88,14 @@ def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
         # A record of step 0 is an evaluation alone.
         steps = [record["metrics"] for record in records if record["stage"] == stage.name and record["step"]]
         if steps:
-            workload = lived(config, stage, steps, directory)
+            workload = observed_workload(config, stage, steps, directory)
             found += _rows(stage.name, plan(config, stage, workload, gpu), steps)
     if not found:
         raise UserError(f"The run in {directory.root} has finished no step; wait for one.")
     return found
 
 
-def lived(config: RunConfig, stage: Stage, steps: list[dict], directory) -> Workload:
+def observed_workload(config: RunConfig, stage: Stage, steps: list[dict], directory) -> Workload:
     """The stage's step with the lengths that the run had: responses from its metrics, prompts from its journal."""
     responses = [step["length/mean"] for step in steps if step.get("length/mean")]
     guessed = workload_of(config, stage, response_tokens=fmean(responses) if responses else None)

@@ -5,9 +5,15 @@ from rich.table import Table
 from rich.text import Text
 
 from exprl_megatron.inspection.rollout_steps import span_advantage
-from exprl_megatron.inspection.selection import SelectedGroup, has_abstention, mean_score, mean_tokens, spread
+from exprl_megatron.inspection.selection import (
+    SelectedGroup,
+    group_mean_score,
+    has_abstention,
+    mean_tokens,
+    score_spread,
+)
 from exprl_megatron.judging.judgement import Abstained, Judgement
-from exprl_megatron.reporting.plain_text import plain_line
+from exprl_megatron.reporting.plain_text import escaped_line
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.train_samples import TokenAdvantages
@@ -73,7 +79,7 @@ def _rows(sample: GradedTrace, learned: bool, advantages: TokenAdvantages) -> li
         advantage = advantage_text(learned, advantages, *span)
         tokens = f"{segment.start}-{segment.end}"
         rows.append([f" .{number}", score, "", advantage, tokens, "", "", _hash(segment.judgement)])
-    return [[plain_line(cell) for cell in row] for row in rows]
+    return [[escaped_line(cell) for cell in row] for row in rows]
 
 
 def _hash(judgement: Judgement) -> str:
@@ -82,15 +88,15 @@ def _hash(judgement: Judgement) -> str:
 
 def _title(selected: SelectedGroup) -> Text:
     inspected = selected.inspected
-    problem = plain_line(inspected.group.problem_id, "bold")
+    problem = escaped_line(inspected.group.problem_id, "bold")
     return Text.assemble(f"{inspected.place}, group {inspected.number}: ", problem, f" ({inspected.group.domain})")
 
 
 def _caption(selected: SelectedGroup) -> str:
     group = selected.inspected.group
     parts = [f"{len(group.samples)} traces"]
-    if (mean := mean_score(group)) is not None:
-        parts += [f"mean score {mean:.3g}", f"spread {spread(group):.3g}"]
+    if (mean := group_mean_score(group)) is not None:
+        parts += [f"mean score {mean:.3g}", f"spread {score_spread(group):.3g}"]
     if missing := sum(map(has_abstention, group.samples)):
         parts.append(f"{missing} with an abstention")
     return ", ".join([*parts, f"mean length {mean_tokens(group):.0f} tokens"]) + "\n"

@@ -47,12 +47,12 @@ def select(groups: Iterable[InspectedGroup], selection: Selection) -> list[Selec
     return _ordered(chosen, lambda each: key(each.inspected), selection.ascending)
 
 
-def spread(group: Group) -> float | None:
+def score_spread(group: Group) -> float | None:
     """Highest less lowest score of the group; None where it has no score."""
     return max(group.scores) - min(group.scores) if group.scores else None
 
 
-def mean_score(group: Group) -> float | None:
+def group_mean_score(group: Group) -> float | None:
     """Mean over the traces with a score; None where there is none."""
     return sum(group.scores) / len(group.scores) if group.scores else None
 
@@ -116,8 +116,8 @@ def _largest_gap(inspected: InspectedGroup) -> float | None:
 
 
 _GROUP_KEYS: dict[SortKey, Callable[[InspectedGroup], float | None]] = {
-    SortKey.SCORE: lambda inspected: mean_score(inspected.group),
-    SortKey.SPREAD: lambda inspected: spread(inspected.group),
+    SortKey.SCORE: lambda inspected: group_mean_score(inspected.group),
+    SortKey.SPREAD: lambda inspected: score_spread(inspected.group),
     SortKey.LENGTH: lambda inspected: mean_tokens(inspected.group),
     SortKey.DISAGREEMENT: lambda inspected: _largest_disagreement(inspected.group),
     SortKey.GAP: _largest_gap,

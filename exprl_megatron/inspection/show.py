@@ -12,7 +12,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.rollout_steps import InspectedGroup, evaluation_groups, logged_groups, logged_steps
 from exprl_megatron.inspection.rollout_tables import group_table
 from exprl_megatron.inspection.selection import SelectedGroup, Selection, select
-from exprl_megatron.inspection.show_records import group_record
+from exprl_megatron.inspection.show_records import group_to_dict
 from exprl_megatron.inspection.token_gaps import token_gap_table
 from exprl_megatron.inspection.trace_text import Boundaries, PolicyTokenizer, trace_panels
 from exprl_megatron.plugins.loading import use_plugin_path
@@ -20,7 +20,7 @@ from exprl_megatron.runs.directory import RunDirectory, read_config
 
 
 @dataclass(frozen=True)
-class Shown:
+class DisplayOptions:
     """How much of the groups is printed, and in which form."""
 
     limit: int
@@ -31,7 +31,7 @@ class Shown:
     as_json: bool = False
 
 
-def show_steps(run: Path, stage: str | None, step: int | None, selection: Selection, shown: Shown) -> None:
+def show_steps(run: Path, stage: str | None, step: int | None, selection: Selection, shown: DisplayOptions) -> None:
     """Print groups of the rollout log: of one step, or of all where a problem or abstentions are looked for.
 
     Raises UserError where the run, the step or what is looked for is not there.
@@ -51,7 +51,7 @@ def show_steps(run: Path, stage: str | None, step: int | None, selection: Select
     _print(chosen, first if first == last else f"{first} to {last}", config, shown)
 
 
-def show_evaluation(run: Path, name: str, selection: Selection, shown: Shown) -> None:
+def show_evaluation(run: Path, name: str, selection: Selection, shown: DisplayOptions) -> None:
     """Print groups of held-out answers of the evaluation `name`; raises UserError as show_steps."""
     directory = RunDirectory(run)
     config = read_config(directory)
@@ -60,7 +60,7 @@ def show_evaluation(run: Path, name: str, selection: Selection, shown: Shown) ->
     _print(chosen, f"evaluation {name}", config, shown)
 
 
-def _print(chosen: list[SelectedGroup], where: str, config: RunConfig, shown: Shown) -> None:
+def _print(chosen: list[SelectedGroup], where: str, config: RunConfig, shown: DisplayOptions) -> None:
     if not chosen:
         raise UserError(f"No trace of {where} is as asked for; leave out --problem, --sample or --abstained.")
     first = chosen[: shown.limit]
@@ -71,7 +71,9 @@ def _print(chosen: list[SelectedGroup], where: str, config: RunConfig, shown: Sh
         )
     if shown.as_json:
         print(
-            json.dumps({"groups": [group_record(each, shown.tokens) for each in first], "found": len(chosen)}, indent=2)
+            json.dumps(
+                {"groups": [group_to_dict(each, shown.tokens) for each in first], "found": len(chosen)}, indent=2
+            )
         )
         return
     console = Console(highlight=False)

@@ -11,7 +11,7 @@ from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.training.train_samples import TokenAdvantages
 
 
-def group_record(selected: SelectedGroup, tokens: bool = False) -> dict:
+def group_to_dict(selected: SelectedGroup, tokens: bool = False) -> dict:
     """{place, group, problem_id, domain, traces: [...]}; docs/show.md describes them.
 
     With `tokens` each trace has its token ids and their log-probs.

@@ -13,7 +13,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.judgement_list import scored_by
 from exprl_megatron.judging.judgement import Scored, judgement_record
 from exprl_megatron.judging.store import Entry, JudgementStore
-from exprl_megatron.reporting.plain_text import plain
+from exprl_megatron.reporting.plain_text import escaped_text
 from exprl_megatron.runs.directory import RunDirectory, read_config
 
 
@@ -27,7 +27,7 @@ def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_
         entries = kept.newest(limit) if prefix is None else [kept.entry(prefix)]
     places = [] if run is None or prefix is None else scored_by(run, entries[0].key, limit)
     if as_json:
-        records = [entry_record(entry) for entry in entries]
+        records = [entry_to_dict(entry) for entry in entries]
         if prefix is not None:
             records[0]["scored"] = places
         print(json.dumps({"entries": records} if prefix is None else records[0], indent=2))
@@ -48,7 +48,7 @@ def store_file(run: Path | None, store: Path | None) -> Path:
     return store
 
 
-def entry_record(entry: Entry) -> dict:
+def entry_to_dict(entry: Entry) -> dict:
     """{hash, kind, kept, asked, answer} and, by its kind, {judgement: {kind, ...}} or {rubric}."""
     record = {"hash": entry.key, "kind": _kind(entry), "kept": _time(entry)}
     record |= {"asked": entry.asked, "answer": entry.answer}
@@ -62,7 +62,7 @@ def _page(entry: Entry, places: list[dict]) -> RenderableType:
     for name, value in (("hash", entry.key), ("kind", _kind(entry)), ("kept", _time(entry))):
         facts.add_row(name, value)
     for number, place in enumerate(places):
-        facts.add_row("scored" if number == 0 else "", plain(_place_text(place)))
+        facts.add_row("scored" if number == 0 else "", escaped_text(_place_text(place)))
     parts: list[RenderableType] = []
     for name, value in entry.asked.items():
         if name == "messages":
@@ -70,7 +70,7 @@ def _page(entry: Entry, places: list[dict]) -> RenderableType:
         elif isinstance(value, dict | list):
             parts.append(_panel(f"asked: {name}", json.dumps(value, indent=2, ensure_ascii=False)))
         elif value is not None:
-            facts.add_row(plain(name), plain(str(value)))
+            facts.add_row(escaped_text(name), escaped_text(str(value)))
     parts.append(_panel("answered", entry.answer))
     if isinstance(entry.result, str):
         parts.append(_panel("rubric", json.dumps(json.loads(entry.result), indent=2, ensure_ascii=False)))
@@ -88,13 +88,13 @@ def _place_text(place: dict) -> str:
 def _listing(entries: list[Entry], limit: int) -> Table:
     table = Table("hash", "kind", "kept", "problem", "verdict", caption=f"the latest, at most {limit}")
     for entry in entries:
-        problem = plain(str(entry.asked.get("problem", "")))
+        problem = escaped_text(str(entry.asked.get("problem", "")))
         table.add_row(entry.key[:12], _kind(entry), _time(entry)[:19], problem, _verdict(entry))
     return table
 
 
 def _panel(title: str, text: str) -> Panel:
-    return Panel(plain(text), title=Text(title), title_align="left")
+    return Panel(escaped_text(text), title=Text(title), title_align="left")
 
 
 def _kind(entry: Entry) -> str:

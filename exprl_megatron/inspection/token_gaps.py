@@ -8,7 +8,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from exprl_megatron.inspection.rollout_steps import InspectedGroup
-from exprl_megatron.reporting.plain_text import plain_line
+from exprl_megatron.reporting.plain_text import escaped_line
 
 MOST = 20
 """Tokens of a trace."""
@@ -33,7 +33,7 @@ def token_gap_table(inspected: InspectedGroup, place: int, tokenizer: Tokenizer 
         text = "" if tokenizer is None else repr(tokenizer.decode([int(trace.token_ids[index])]))
         sampler = float(trace.log_probs[index])
         numbers = (f"{sampler:.5f}", f"{sampler + float(gap[index]):.5f}", f"{float(gap[index]):+.2e}")
-        table.add_row(str(index), plain_line(text), *numbers)
+        table.add_row(str(index), escaped_line(text), *numbers)
     mean, largest = distances.mean(), distances.max()
     table.caption = f"{min(MOST, len(gap))} of {len(gap)} tokens, mean {mean:.2e}, max {largest:.2e}"
     return table

@@ -12,7 +12,7 @@ from rich.text import Text
 from exprl_megatron.inspection.rollout_tables import advantage_text, finding_text, score_text
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.models.tokenizer import load_tokenizer
-from exprl_megatron.reporting.plain_text import plain, plain_line
+from exprl_megatron.reporting.plain_text import escaped_line, escaped_text
 from exprl_megatron.rollout.group import GradedTrace, RewardTerm
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.train_samples import TokenAdvantages
@@ -30,16 +30,16 @@ def trace_panels(
     """The text, with a line before each segment, the words of judge and verifier, and the terms of the reward."""
     panels = [_panel(f"sample {sample.trace.sample}", _body(sample, learned, advantages, boundaries))]
     if not sample.segments and sample.judgement.evidence:
-        panels.append(_panel(f"judgement: {score_text(sample.judgement)}", plain(sample.judgement.evidence)))
+        panels.append(_panel(f"judgement: {score_text(sample.judgement)}", escaped_text(sample.judgement.evidence)))
     for number, segment in enumerate(sample.segments):
         if segment.judgement.evidence:
             title = f"judgement .{number}: {score_text(segment.judgement)}"
-            panels.append(_panel(title, plain(segment.judgement.evidence)))
+            panels.append(_panel(title, escaped_text(segment.judgement.evidence)))
     if sample.verified is not None and sample.verified.evidence:
-        panels.append(_panel(f"verifier: {finding_text(sample.verified)}", plain(sample.verified.evidence)))
+        panels.append(_panel(f"verifier: {finding_text(sample.verified)}", escaped_text(sample.verified.evidence)))
     if sample.terms:
         total = "none" if sample.reward is None else f"{sample.reward:.3g}"
-        panels.append(_panel(f"reward: {total}", plain("\n".join(map(_term_line, sample.terms)))))
+        panels.append(_panel(f"reward: {total}", escaped_text("\n".join(map(_term_line, sample.terms)))))
     return Renderables(*panels)
 
 
@@ -83,20 +83,20 @@ class PolicyTokenizer:
 def _body(sample: GradedTrace, learned: bool, advantages: TokenAdvantages, boundaries: Boundaries) -> Text:
     text = sample.trace.text
     if not sample.segments:
-        return plain(text)
+        return escaped_text(text)
     if (starts := boundaries(sample)) is None:
         note = "The policy's tokenizer does not give this text, so that its segments are not marked.\n"
-        return Text.assemble((note, "italic"), plain(text))
+        return Text.assemble((note, "italic"), escaped_text(text))
     body = Text()
     ends = [*starts[1:], len(text)]
     for number, (segment, start, end) in enumerate(zip(sample.segments, starts, ends, strict=True)):
         advantage = advantage_text(learned, advantages, segment.start, segment.end)
         heading = f".{number}  tokens {segment.start}-{segment.end}  score {score_text(segment.judgement)}"
         heading += f"  advantage {advantage}" if advantage else ""
-        body.append("\n" if number else "").append(plain_line(heading, "bold reverse")).append("\n")
-        body.append(plain(text[start:end]))
+        body.append("\n" if number else "").append(escaped_line(heading, "bold reverse")).append("\n")
+        body.append(escaped_text(text[start:end]))
     return body
 
 
 def _panel(title: str, text: Text) -> Panel:
-    return Panel(text, title=plain_line(title), title_align="left")
+    return Panel(text, title=escaped_line(title), title_align="left")

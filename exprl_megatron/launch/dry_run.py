@@ -69,7 +69,7 @@ def transport_lines(config: RunConfig) -> list[str]:
     return lines
 
 
-def print_plan(config: RunConfig) -> None:
+def print_dry_run(config: RunConfig) -> None:
     """Print the config as a run on this machine would record it, the processes, and how weights travel to servers."""
     config = with_router_replay(config.with_precision())
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -92,7 +92,7 @@ def print_start(config: RunConfig, check_servers: Callable[[RunConfig], None] = 
     left_out = dry_run(config)
     if left_out is None:
         check_servers(config)
-    print_plan(config)
+    print_dry_run(config)
     print_differences_from_released(config)
     if left_out is None:
         print_prompts(config)
@@ -102,7 +102,7 @@ def print_start(config: RunConfig, check_servers: Callable[[RunConfig], None] = 
 
 def print_differences_from_released(config: RunConfig) -> None:
     """Print how the run differs from the released one that `reproduce` asks for."""
-    for sentence in config.departures:
+    for sentence in config.deviations:
         print(f"exprl: {sentence}", file=sys.stderr, flush=True)
 
 

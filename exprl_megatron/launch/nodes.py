@@ -254,10 +254,10 @@ def _listen_store(node: Node) -> "TCPStore":
     """Node 0's store."""
     from torch.distributed import DistError
 
-    from exprl_megatron.utils.keyed_store import listening_store
+    from exprl_megatron.utils.keyed_store import start_store
 
     try:
-        return listening_store(interface(node.host), node.port, _CONNECT_S)
+        return start_store(interface(node.host), node.port, _CONNECT_S)
     except (DistError, OSError) as error:
         raise _unreachable(node, "cannot be listened at", error) from error
 
@@ -266,10 +266,10 @@ def _connect_store(node: Node) -> "TCPStore":
     """The store, as a client on another node."""
     from torch.distributed import DistError
 
-    from exprl_megatron.utils.keyed_store import reached_store
+    from exprl_megatron.utils.keyed_store import connect_store
 
     try:
-        return reached_store(node.host, node.port, _CONNECT_S)
+        return connect_store(node.host, node.port, _CONNECT_S)
     except DistError as error:
         raise _unreachable(node, "does not answer", error) from error
 

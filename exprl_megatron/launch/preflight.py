@@ -18,7 +18,7 @@ from exprl_megatron.reporting.trackers import missing_packages
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.examples import check_source
-from exprl_megatron.utils.accelerator import half_installed
+from exprl_megatron.utils.accelerator import installation_fault
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -31,7 +31,7 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def _check_inputs(config: RunConfig) -> None:
-    if (fault := half_installed()) is not None:
+    if (fault := installation_fault()) is not None:
         raise UserError(fault)
     use_plugin_path(config.plugin_path)
     check_plugin_code(config)

@@ -18,12 +18,12 @@ from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.launch.nodes import ExitReport, Node, RankKilled, exit_error, parse_exit_report
 from exprl_megatron.processes.child import Child
-from exprl_megatron.processes.heartbeat import SILENCE_S, Pulse, states
+from exprl_megatron.processes.heartbeat import SILENCE_S, RankHeartbeat, states
 from exprl_megatron.processes.log_tail import log_tail
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.processes.supervise import HEARTBEAT
 from exprl_megatron.runs.directory import RunDirectory
-from exprl_megatron.utils.accelerator import environment, settle, uses_cuda
+from exprl_megatron.utils.accelerator import environment, hide_unused_cuda, uses_cuda
 from exprl_megatron.utils.cuda_environment import rank_variables
 from exprl_megatron.utils.ports import LOCAL, free_ports
 
@@ -49,9 +49,9 @@ class TrainerRanks:
         node = node or Node()
         ranks = node.ranks(self._world_size)
         meeting = _rendezvous(node)
-        settle()
+        hide_unused_cuda()
         self._processes: dict[int, Child] = {}
-        self._pulses = {rank: Pulse() for rank in ranks}
+        self._pulses = {rank: RankHeartbeat() for rank in ranks}
         for rank in ranks:
             # An earlier attempt may have left it.
             self._end(rank).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """The imports of a rank, for the fork server on a CPU (processes/fork_process.py)."""
 
-from exprl_megatron.utils.package_names import answer_quickly
+from exprl_megatron.utils.package_names import install_fast_lookup
 
-answer_quickly()
+install_fast_lookup()
 
 import exprl_megatron.launch.input_hashes  # noqa: E402
 import exprl_megatron.launch.preflight  # noqa: E402

@@ -14,7 +14,7 @@ from exprl_megatron.planning.overrides import layout_text, overrides
 from exprl_megatron.planning.phases import Phase
 from exprl_megatron.planning.plan import GpuAllocation, Plan, allocation_of
 from exprl_megatron.planning.plan_json import CAUSES, update_seconds
-from exprl_megatron.reporting.fitted_table import print_fitted
+from exprl_megatron.reporting.fitted_table import print_table
 
 if TYPE_CHECKING:
     from exprl_megatron.planning.sync_broadcast import SyncPlan
@@ -54,18 +54,18 @@ SYNC_COLUMNS = (
 def print_plan(plan: Plan, console: Console, top: int) -> None:
     """Print the whole plan, the verdict first."""
     _print_lines(console, _headlines(plan))
-    print_fitted(console, _memory_table(plan))
+    print_table(console, _memory_table(plan))
     if len(plan.trainer.stages) > 1:
-        print_fitted(console, _stages_table(plan.trainer))
-    print_fitted(console, _time_table(plan))
-    print_fitted(console, _causes_table(plan.trainer))
+        print_table(console, _stages_table(plan.trainer))
+    print_table(console, _time_table(plan))
+    print_table(console, _causes_table(plan.trainer))
     if plan.syncs:
-        print_fitted(console, _syncs_table(plan))
+        print_table(console, _syncs_table(plan))
     _print_lines(console, _host_lines(plan))
     if plan.ranking is not None:
-        print_fitted(console, ranking_table(plan.ranking, top))
+        print_table(console, ranking_table(plan.ranking, top))
     if plan.allocations:
-        print_fitted(console, _allocations_table(plan.allocations, top))
+        print_table(console, _allocations_table(plan.allocations, top))
     _print_lines(console, [f"note: {note}" for note in plan.notes])
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from exprl_megatron.policy.rotation import rotate_packed_row, rotate_rows
-from exprl_megatron.utils.accelerator import settle
+from exprl_megatron.utils.accelerator import hide_unused_cuda
 from exprl_megatron.utils.gloo_device import share_gloo_device
 
 CPU = torch.device("cpu")
@@ -280,7 +280,7 @@ def install() -> bool:
 
     Calling it again changes nothing. Raises RuntimeError where megatron.core was imported before.
     """
-    if settle():
+    if hide_unused_cuda():
         return False
     if any(isinstance(finder, _Importer) for finder in sys.meta_path):
         return True

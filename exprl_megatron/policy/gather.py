@@ -11,7 +11,7 @@ from exprl_megatron.models.name_map import Bucket, Parameter, dtype_of, hf_shape
 from exprl_megatron.models.rules import spans
 from exprl_megatron.models.shards import holders, is_contiguous_shard, shard_shape, split_into_buckets
 from exprl_megatron.policy.named_weights import named_weights
-from exprl_megatron.policy.precision import plain
+from exprl_megatron.policy.precision import dequantized
 from exprl_megatron.policy.world import World
 
 
@@ -50,7 +50,7 @@ class Gatherer:
 
     def own(self, parameter: Parameter) -> torch.Tensor:
         """This rank's shard, which it must hold, in numbers of its tensors' dtype."""
-        return plain(self._local[parameter.chunk][parameter.name].detach())
+        return dequantized(self._local[parameter.chunk][parameter.name].detach())
 
     def _receive(self, parameter: Parameter, rank: int, into: Sequence[torch.Tensor], index: int) -> None:
         """The `index`-th shard from `rank` to its place, by way of memory that the next one takes again if need be."""

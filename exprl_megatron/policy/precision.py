@@ -43,7 +43,7 @@ def optimizer_settings(config: TransformerConfig) -> dict[str, Any]:
     return {"fp8_recipe": config.fp8_recipe} if config.fp8 else {}
 
 
-def plain(parameter: torch.Tensor) -> torch.Tensor:
+def dequantized(parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's values as an ordinary tensor of its nominal dtype; no copy where it is one already."""
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
 

@@ -16,7 +16,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.policy.gloo_group import gloo_group
 from exprl_megatron.policy.signed_objects import use_key
 from exprl_megatron.utils.accelerator import group_backend, uses_cuda
-from exprl_megatron.utils.keyed_store import keyed_names, listening_store, reached_store
+from exprl_megatron.utils.keyed_store import connect_store, keyed_names, start_store
 from exprl_megatron.utils.ports import interface
 
 _store: dist.TCPStore | None = None
@@ -165,9 +165,9 @@ def _meeting_store(timeout_s: float) -> dist.TCPStore:
         address, port = _variable("MASTER_ADDR"), int(_variable("MASTER_PORT"))
         held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if int(_variable("RANK")) == 0 and not held:
-            _store = listening_store(interface(address), port, timeout_s)
+            _store = start_store(interface(address), port, timeout_s)
         else:
-            _store = reached_store(address, port, timeout_s)
+            _store = connect_store(address, port, timeout_s)
     return _store
 
 

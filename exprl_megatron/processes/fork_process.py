@@ -22,7 +22,7 @@ from setproctitle import getproctitle, setproctitle
 
 from exprl_megatron.processes.child import ForkedChild, die_with_parent
 from exprl_megatron.processes.fork_server import LENGTH_BYTES, ForkRequest
-from exprl_megatron.processes.supervise import shell_status, supervise, supervised
+from exprl_megatron.processes.supervise import shell_status, supervise, supervised_command
 
 _MOST_DESCRIPTORS = 8
 
@@ -96,7 +96,7 @@ def _become(request: ForkRequest, descriptors: list[int], parent: int) -> None:
     if request.grace_s is None:
         die_with_parent(parent)
         _run(request)
-    setproctitle(_title(supervised(request.command, request.grace_s, parent), request))
+    setproctitle(_title(supervised_command(request.command, request.grace_s, parent), request))
     supervisor = os.getpid()
 
     def start(environment: dict[str, str]) -> ForkedChild:

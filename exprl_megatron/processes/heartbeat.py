@@ -18,7 +18,7 @@ SILENCE_S = 45.0
 _BEAT_S = 2.0
 
 
-def beat() -> None:
+def start_heartbeat() -> None:
     """Touch this rank's file from now on, in a thread of its own; does nothing where there is none to touch."""
     if file := os.environ.pop(HEARTBEAT, None):
         threading.Thread(target=_beat, args=(int(file),), name="heartbeat", daemon=True).start()
@@ -33,7 +33,7 @@ def _beat(file: int) -> None:
         time.sleep(_BEAT_S)
 
 
-class Pulse:
+class RankHeartbeat:
     """The launcher's side of one rank."""
 
     def __init__(self):

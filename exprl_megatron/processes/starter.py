@@ -6,7 +6,7 @@ from typing import IO, Self
 
 from exprl_megatron.processes.child import Child
 from exprl_megatron.processes.fork_server import ForkRequest, ForkServer
-from exprl_megatron.processes.supervise import supervised
+from exprl_megatron.processes.supervise import supervised_command
 
 
 class Starter:
@@ -47,7 +47,7 @@ class Starter:
                 if child is not None:
                     return child
         return subprocess.Popen(
-            command if grace_s is None else supervised(command, grace_s),
+            command if grace_s is None else supervised_command(command, grace_s),
             env=dict(environment) | {variable: str(number) for variable, number in inherited.items()},
             pass_fds=tuple(inherited.values()),
             stdin=subprocess.DEVNULL,

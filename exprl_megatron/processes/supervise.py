@@ -26,7 +26,7 @@ _SHARED = "/dev/shm/sgl"
 _PR_SET_PDEATHSIG = 1
 
 
-def supervised(command: list[str], grace_s: float = 5.0, parent: int | None = None) -> list[str]:
+def supervised_command(command: list[str], grace_s: float = 5.0, parent: int | None = None) -> list[str]:
     """The command that runs `command` supervised, for this process to start; from SIGTERM to SIGKILL are `grace_s`."""
     return [sys.executable, "-E", "-S", __file__, str(parent or os.getpid()), str(grace_s), *command]
 
@@ -69,7 +69,7 @@ def supervise(parent: int, grace_s: float, start: Callable[[dict[str, str]], "su
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def by_exec(command: list[str]) -> Callable[[dict[str, str]], subprocess.Popen]:
+def start_by_exec(command: list[str]) -> Callable[[dict[str, str]], subprocess.Popen]:
     """Start `command` with further environment variables, in its own session, to be killed when this process ends."""
     libc = ctypes.CDLL(None)
     return lambda environment: subprocess.Popen(
@@ -119,4 +119,4 @@ def _kill_group(group: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(shell_status(supervise(int(sys.argv[1]), float(sys.argv[2]), by_exec(sys.argv[3:]))))
+    sys.exit(shell_status(supervise(int(sys.argv[1]), float(sys.argv[2]), start_by_exec(sys.argv[3:]))))

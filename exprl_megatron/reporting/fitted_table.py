@@ -5,13 +5,13 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 
 
-def print_fitted(console: Console, table: Table) -> None:
+def print_table(console: Console, table: Table) -> None:
     """Print `table`; where it is wider than the terminal, turned, in as many pieces as it takes."""
-    for piece in fitted(console, table):
+    for piece in fit_table(console, table):
         console.print(piece)
 
 
-def fitted(console: Console, table: Table) -> list[Table]:
+def fit_table(console: Console, table: Table) -> list[Table]:
     """`table` alone where it fits; else its records as columns of one or more tables, with its headings on the left.
 
     A single record that is too wide has its cells folded.

@@ -11,17 +11,17 @@ _SHOWN_AS = (
 )
 
 
-def shown(text: str) -> str:
+def escaped(text: str) -> str:
     """`text` with pictures of its control characters, and a sign for each character that reorders others or that
     cannot be encoded; as long as `text`."""
     return text.encode("utf-8", "replace").decode().translate(_SHOWN_AS)
 
 
-def plain(text: str, style: str = "") -> Text:
-    """`text` as `shown` has it, without markup."""
-    return Text(shown(text), style)
+def escaped_text(text: str, style: str = "") -> Text:
+    """`text` as `escaped` has it, without markup."""
+    return Text(escaped(text), style)
 
 
-def plain_line(text: str, style: str = "") -> Text:
+def escaped_line(text: str, style: str = "") -> Text:
     """The same on one line: line breaks and tabs are shown as pictures too."""
-    return plain(text.replace("\n", "\u240a").replace("\t", "\u2409"), style)
+    return escaped_text(text.replace("\n", "\u240a").replace("\t", "\u2409"), style)

@@ -140,7 +140,7 @@ def draw_timeline(spans: Sequence[Span], title: str, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Bar:
+class TimelineBar:
     """What is drawn in one color: where spans of a name begin and end, in the timeline's seconds."""
 
     name: str
@@ -158,7 +158,7 @@ class Bar:
         return "grading, waited for" if self.waited_for else "grading, beside sampling"
 
 
-def bars(spans: Sequence[Span]) -> list[Bar]:
+def bars(spans: Sequence[Span]) -> list[TimelineBar]:
     """The picture's bars; a later one is drawn over an earlier one, so short ones come last."""
     of_name: dict[str, list[tuple[float, float]]] = defaultdict(list)
     written: dict[tuple[str, int], float] = {}
@@ -173,6 +173,6 @@ def bars(spans: Sequence[Span]) -> list[Bar]:
         if span.name == GRADING
     ]
     lanes = {GRADING: 0, SAMPLING: 1}
-    drawn = [Bar(name, lanes.get(name, 2), ranges, name != GRADING) for name, ranges in of_name.items()]
-    drawn.append(Bar(GRADING, 0, [(start, end) for start, end in waited if end > start]))
+    drawn = [TimelineBar(name, lanes.get(name, 2), ranges, name != GRADING) for name, ranges in of_name.items()]
+    drawn.append(TimelineBar(GRADING, 0, [(start, end) for start, end in waited if end > start]))
     return sorted(drawn, key=lambda bar: -max((end - start for start, end in bar.ranges), default=0.0))

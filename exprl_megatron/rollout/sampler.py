@@ -13,8 +13,8 @@ from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import Generation, SGLangClient
 from exprl_megatron.serving.static_pool import SamplingServers
 from exprl_megatron.utils.array_fields import ArrayFields
+from exprl_megatron.utils.loop_throttle import LoopThrottle
 from exprl_megatron.utils.together import first_n, gather_or_cancel
-from exprl_megatron.utils.turns import Turns
 
 STARTS_EACH_PASS = 16
 """Requests that begin in the same pass of the event loop, at half a millisecond each: a step may have thousands."""
@@ -111,7 +111,7 @@ async def sample_groups(
             return await gather_or_cancel([passed_on(trace) for trace in traces])
         return await gather_or_cancel([one(home, prompt, k) for k in range(group_size)])
 
-    starts = Turns(STARTS_EACH_PASS)
+    starts = LoopThrottle(STARTS_EACH_PASS)
     groups = (group(i, prompt) for i, prompt in enumerate(prompts))
     return await first_n(groups, len(prompts) if target_groups is None else target_groups, accept_fn)
 

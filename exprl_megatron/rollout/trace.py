@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from exprl_megatron.utils.array_fields import ArrayFields
-from exprl_megatron.utils.held_experts import held_experts
+from exprl_megatron.utils.routed_experts_array import routed_experts_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Trace(ArrayFields):
         self._hold(np.int32, "prompt_ids", "token_ids")
         self._hold(np.float32, "log_probs")
         tokens = len(self.prompt_ids) + len(self.token_ids)
-        object.__setattr__(self, "routed_experts", held_experts(self.routed_experts, tokens))
+        object.__setattr__(self, "routed_experts", routed_experts_array(self.routed_experts, tokens))
 
     @property
     def overlong(self) -> bool:

@@ -28,14 +28,14 @@ class RunProgress:
         """Return the progress at the start of the next stage."""
         return replace(self, stage=self.stage + 1, step=0, prompts_consumed=0)
 
-    def as_record(self) -> dict:
+    def to_dict(self) -> dict:
         """Convert to plain values for a checkpoint, where `prompts_consumed` has the name `problems_drawn`."""
         record = asdict(self)
         return record | {"problems_drawn": record.pop("prompts_consumed")}
 
     @classmethod
-    def from_record(cls, record: dict) -> "RunProgress":
-        """Read what as_record wrote."""
+    def from_dict(cls, record: dict) -> "RunProgress":
+        """Read what to_dict wrote."""
         return cls(**{"prompts_consumed" if key == "problems_drawn" else key: value for key, value in record.items()})
 
 

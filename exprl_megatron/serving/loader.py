@@ -34,7 +34,7 @@ from exprl_megatron.serving.transfer_tables import (
     unpack_transfers,
 )
 from exprl_megatron.utils.authentication import NotAuthentic
-from exprl_megatron.utils.keyed_store import Records, reached_store
+from exprl_megatron.utils.keyed_store import Records, connect_store
 
 _log = logging.getLogger(__name__)
 _CONNECT_S = 30.0
@@ -107,7 +107,7 @@ def _compared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _connection(command: dict[str, Any]) -> dist.TCPStore:
     """Connect to the trainer's store. A call that waits blocks other calls on the same connection."""
     # The trainer waits for this rank: its store can be reached immediately or not at all.
-    return reached_store(command["address"], command["port"], min(_CONNECT_S, command["deadline_s"]))
+    return connect_store(command["address"], command["port"], min(_CONNECT_S, command["deadline_s"]))
 
 
 def _records(command: dict[str, Any]) -> Records:

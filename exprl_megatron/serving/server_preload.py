@@ -1,8 +1,8 @@
 """What an SGLang server imports; importing this does, in the fork server on a CPU (processes/fork_process.py)."""
 
-from exprl_megatron.utils.package_names import answer_quickly
+from exprl_megatron.utils.package_names import install_fast_lookup
 
-answer_quickly()
+install_fast_lookup()
 
 # The plugin has its hooks in place before SGLang's other modules come, as in keyed_server.
 from sglang.srt.plugins import load_plugins  # noqa: E402

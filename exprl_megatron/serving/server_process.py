@@ -17,7 +17,7 @@ from exprl_megatron.processes.starter import Starter
 from exprl_megatron.serving.health import healthy
 from exprl_megatron.serving.keys import KEY_FILE, authorization, ensure_key
 from exprl_megatron.serving.server_command import server_command, server_environment
-from exprl_megatron.utils.accelerator import settle, uses_cuda
+from exprl_megatron.utils.accelerator import hide_unused_cuda, uses_cuda
 from exprl_megatron.utils.ports import LOCAL, free_ports, gloo_on_loopback, interface, is_free
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def launch_servers(specs: Sequence[ServerSpec], starter: Starter | None = None) 
     directory is none.
     """
     ports = check_servers(specs)
-    settle()
+    hide_unused_cuda()
     starter = starter or Starter()
     return [_launch(spec, port, starter) for spec, port in zip(specs, ports, strict=True)]
 

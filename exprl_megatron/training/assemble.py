@@ -50,7 +50,7 @@ def assemble(
     """
     coordinator = RankCoordinator(_SIGNAL_ROOM * config.sync.deadline_s, paths.stop_request.is_file)
     checkpoint, damaged = intact_checkpoint(paths.checkpoints)
-    progress = RunProgress() if checkpoint is None else RunProgress.from_record(read_extra(checkpoint))
+    progress = RunProgress() if checkpoint is None else RunProgress.from_dict(read_extra(checkpoint))
     pool, rollouts, prefetch, evaluator, logger = None, None, None, None, None
     if coordinator.is_rank0:
         logger = RunLogger(config, paths, progress)

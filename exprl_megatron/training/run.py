@@ -282,7 +282,7 @@ class Run:
                     # A resumed run does not learn again from the steps that the checkpoint has.
                     self._trainer_log_probs.wait()
                 save_checkpoint(
-                    self._directory.checkpoints, self.policy, self._progress.as_record(), keep=checkpoint.keep
+                    self._directory.checkpoints, self.policy, self._progress.to_dict(), keep=checkpoint.keep
                 )
             if self._coordinator.is_rank0 and isinstance(stage, RlStage):
                 self._rollouts.prune_log(stage, step)

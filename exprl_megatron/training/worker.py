@@ -17,7 +17,7 @@ from pathlib import Path
 
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError, exit_status, storage_sentence
 from exprl_megatron.plugins.failures import PluginError
-from exprl_megatron.processes.heartbeat import beat
+from exprl_megatron.processes.heartbeat import start_heartbeat
 from exprl_megatron.serving.keys import read_key
 from exprl_megatron.serving.registry import Registry
 from exprl_megatron.utils.accelerator import uses_cuda
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--servers", type=Path, required=True, help="Directory in which the servers are registered.")
     arguments = parser.parse_args()
-    beat()
+    start_heartbeat()
     sys.exit(guarded(arguments.directory, arguments.servers))
 
 

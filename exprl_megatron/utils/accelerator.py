@@ -106,7 +106,7 @@ def environment(cuda: bool) -> dict[str, str]:
     return {} if cuda else {VISIBLE: ""}
 
 
-def settle() -> bool:
+def hide_unused_cuda() -> bool:
     """`uses_cuda()`, and where that is False hide the CUDA devices from this process's libraries and its children.
 
     A hidden device is reported on stderr, in one line, by the first process that hides it.
@@ -115,7 +115,7 @@ def settle() -> bool:
         return True
     if os.environ.get(VISIBLE) != "":
         if device_visible():
-            print(f"exprl: {hidden_device()}", file=sys.stderr, flush=True)
+            print(f"exprl: {hidden_device_note()}", file=sys.stderr, flush=True)
         os.environ.update(environment(cuda=False))
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -124,7 +124,7 @@ def settle() -> bool:
     return False
 
 
-def hidden_device() -> str:
+def hidden_device_note() -> str:
     """The sentence about a CUDA device that is not used."""
     missing = " and ".join(missing_gpu_packages())
     return (
@@ -133,7 +133,7 @@ def hidden_device() -> str:
     )
 
 
-def half_installed() -> str | None:
+def installation_fault() -> str | None:
     """Why neither CUDA nor the CPU would work as they should, as a sentence; None where one of them does."""
     missing = missing_gpu_packages()
     if len(missing) == len(GPU_PACKAGES) or uses_cuda():

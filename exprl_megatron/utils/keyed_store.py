@@ -16,7 +16,7 @@ from exprl_megatron.utils.ports import EVERYWHERE, LOCAL
 _BACKLOG = 4096
 
 
-def listening_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+def start_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     """A store of this process that listens at `address` alone, at `port` (0: any free one). Raises OSError."""
     # torch's own socket would listen on every interface, whatever the address.
     listening = socket.create_server((address, port), backlog=_BACKLOG)
@@ -31,7 +31,7 @@ def listening_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     )
 
 
-def reached_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
     """A connection of its own to a store that listens elsewhere. Raises torch's DistError."""
     timeout = timedelta(seconds=timeout_s)
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)

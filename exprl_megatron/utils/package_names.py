@@ -14,7 +14,7 @@ from importlib.metadata import Distribution
 _NAME = re.compile(r"^Name: *(\S+) *$", re.MULTILINE)
 
 
-def answer_quickly() -> None:
+def install_fast_lookup() -> None:
     """Let importlib.metadata.packages_distributions of this process be the one below."""
     importlib.metadata.packages_distributions = packages_distributions
 

@@ -89,19 +89,19 @@ class BroadcastTransport:
     def _follow_rounds(self, exporter: WeightExporter) -> None:
         """Take part in every round; after a failed broadcast, wait for rank 0's abort: all ranks end together."""
         sent: dict[int, Future[float]] = {}
-        broken: BaseException | None = None
+        failure: BaseException | None = None
         for number in range(len(exporter.rounds)):
             self._coordinator.wait_signal()
             # A server has answered for the round whose buffer is next, but one of its ranks may still be receiving.
-            broken = broken or self._failure(sent.pop(number - 2, None))
+            failure = failure or self._failure(sent.pop(number - 2, None))
             filled = exporter.gather(number)
-            if filled is not None and broken is None:
+            if filled is not None and failure is None:
                 sent[number] = self._groups.send(filled)
         self._coordinator.wait_signal()
         for one in sent.values():
-            broken = broken or self._failure(one)
-        if broken is not None:
-            raise broken
+            failure = failure or self._failure(one)
+        if failure is not None:
+            raise failure
 
     def _failure(self, sending: Future[float] | None) -> BaseException | None:
         """Wait for a broadcast up to the deadline and return its exception, if any."""
@@ -127,10 +127,10 @@ class BroadcastTransport:
             await replies
         finally:
             replies.cancel()
-        taken_s = time.monotonic() - started
+        elapsed_s = time.monotonic() - started
         times.moved += sum(message.nbytes for message in messages)
         times.send_s += sent_s
-        times.load_s += taken_s - sent_s
+        times.load_s += elapsed_s - sent_s
 
     async def _send_own(self, filled: FilledBucket, replies: asyncio.Future) -> float:
         """Send rank 0's own message; returns the time when it was sent. Raises a server's refusal at its arrival."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from exprl_megatron.errors import ServerError
-from exprl_megatron.processes.supervise import supervised
+from exprl_megatron.processes.supervise import supervised_command
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.utils.together import gather_or_cancel
 from exprl_megatron.weight_sync.base_snapshot import VERSION, BaseSnapshot, DeltaWriter
@@ -88,7 +88,7 @@ class DeltaTransport(FileTransport):
             if is_local_host(host):
                 agent = [sys.executable, "-m", "exprl_megatron.weight_sync.delta_agent", str(self._directory)]
                 agent += [str(self._directory / f"local-{host}"), host]
-                self._agents.append(subprocess.Popen(supervised(agent)))
+                self._agents.append(subprocess.Popen(supervised_command(agent)))
 
     async def _write(self, exporter: WeightExporter, version: str, times: SyncTimes) -> tuple[str, str]:
         """Write full weights the first time, later the changes; returns which of both, and the file's name."""

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import (
 from exprl_megatron.serving.process_groups import abort, on_device, start_destroy, wait_destroyed
 from exprl_megatron.utils.accelerator import group_backend
 from exprl_megatron.utils.authentication import hidden_name
-from exprl_megatron.utils.keyed_store import listening_store, reached_store
+from exprl_megatron.utils.keyed_store import connect_store, start_store
 from exprl_megatron.weight_sync.coordinator import RankCoordinator, RankZeroFailed
 
 _POLL_S = 0.001
@@ -42,7 +42,7 @@ def rendezvous_store(address: str, deadline_s: float, port: int = 0) -> dist.TCP
 
     A process that waits in it gets an error when it is released; a group may need it for as long as it exists.
     """
-    return listening_store(address, port, deadline_s)
+    return start_store(address, port, deadline_s)
 
 
 def group_name(secret: str) -> str:
@@ -63,7 +63,7 @@ def init_group(name: str, address: str, port: int, rank: int, world_size: int, d
     operation connects it. SGLang's servers use the same helper, so that the keys in the store agree.
     """
     # A separate connection, since a waiting call blocks other calls on the same connection.
-    store = reached_store(address, port, deadline_s)
+    store = connect_store(address, port, deadline_s)
     group, _ = _new_process_group_helper(
         world_size,
         rank,

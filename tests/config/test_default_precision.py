@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from exprl_megatron.config.load import check_config, load_config
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.launch.dry_run import print_plan
+from exprl_megatron.launch.dry_run import print_dry_run
 from exprl_megatron.planning.targets import find_config
 
 CONFIGS = ("recipes/configs/demo.yaml", "recipes/configs/demo-smollm.yaml")
@@ -42,7 +42,7 @@ def test_a_config_that_is_only_read_is_left_open(expected):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_the_dry_run_shows_what_a_run_here_would_record(expected, path, capsys):
-    print_plan(load_config(path))
+    print_dry_run(load_config(path))
     shown = yaml.safe_load(capsys.readouterr().out.partition("\n\n")[0])
     assert shown["policy"]["precision"]["kind"] == expected
 

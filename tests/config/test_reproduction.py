@@ -78,7 +78,7 @@ def test_every_setting_of_the_key_is_held_by_a_row_above():
 
 def test_the_papers_runs_depart_from_nothing_and_stay_the_same_when_they_are_read_again(resolved):
     for name, config in resolved.items():
-        assert (config.reproduce, config.departures) == ("released", []), name
+        assert (config.reproduce, config.deviations) == ("released", []), name
         assert check_config(config.model_dump(mode="json"), name) == config
 
 
@@ -86,7 +86,7 @@ def test_the_papers_runs_depart_from_nothing_and_stay_the_same_when_they_are_rea
 def test_without_the_key_a_run_has_the_recommended_values(name):
     found = load_config(PAPER / f"qwen3-{name}.yaml", ["reproduce=null"])
     plain = leaves(found.model_dump(mode="json"))
-    assert not found.departures
+    assert not found.deviations
     for key, values in ONLY_RELEASED.items():
         assert plain.get(key.replace("stages.", "stages.0."), "absent") not in values
     assert plain["stages.0.optimizer.decay_norms_and_biases"] is False
@@ -132,7 +132,7 @@ def test_a_value_of_the_config_takes_precedence_and_is_reported():
     found = check_config(given, "t")
     assert (found.stages[0].granularity, found.judge.reasks, found.judge.parser) == ("prefix", 2, "released")
     used = "the config's own value is used."
-    assert sorted(found.departures) == [
+    assert sorted(found.deviations) == [
         f"reproduce is released, but judge.reasks is 2 where the released code has 0: {used}",
         f"reproduce is released, but stages.0.granularity is prefix where the released code has segment: {used}",
     ]

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from report_runs import CANARY, FIRST, POLICY, REFERENCE, SECOND, STEPS, write_run
 
-from exprl_megatron.inspection.report_page.page_blocks import PageBlock, Room, pack
+from exprl_megatron.inspection.report_page.page_blocks import PageBlock, SizeBudget, pack
 from exprl_megatron.inspection.report_page.page_file import write_page
 from exprl_megatron.inspection.report_page.page_model import PageReader
-from exprl_megatron.inspection.report_page.run_pages import Place, RunPages
+from exprl_megatron.inspection.report_page.run_pages import RunPages, StepKey
 from exprl_megatron.inspection.report_page.trace_records import TraceRecords
 from exprl_megatron.inspection.rollout_steps import logged_groups
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
@@ -175,7 +175,7 @@ def test_a_step_is_read_again_when_the_trainers_log_probs_of_it_are_complete(tmp
     pages = RunPages(run, "run", references=True)
 
     def has_gaps() -> bool:
-        ((_, block),) = pages.read([Place("parts", 1)], lambda: 10**6)
+        ((_, block),) = pages.read([StepKey("parts", 1)], lambda: 10**6)
         return "gaps" in _opened(block.packed)["groups"][0]["traces"][0]["texts"]["tokens"]
 
     assert not has_gaps()
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_left_out_and_counted_and_disagreements_come_first(
 
 
 def test_what_one_step_leaves_of_its_room_is_for_those_after_it():
-    room = Room(1000, 4)
+    room = SizeBudget(1000, 4)
     assert room.share() == 250
     room.spend(PageBlock({}, "x" * 100))
     assert room.share() == 300

@@ -16,7 +16,7 @@ from exprl_megatron.launch.nodes import HeadNode, Node, WorkerNode, exit_error, 
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.serving.keys import ensure_key, fingerprint, read_key
 from exprl_megatron.serving.registry import RegisteredServer, Registry
-from exprl_megatron.utils.keyed_store import reached_store
+from exprl_megatron.utils.keyed_store import connect_store
 from exprl_megatron.utils.ports import free_ports
 
 STEPS = 6
@@ -52,7 +52,7 @@ def launchers(tmp_path):
     (port,) = free_ports(1)
     host = HeadNode(Node.of(0, 2, f"127.0.0.1:{port}"), key_file)
     worker = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
-    return host, worker, reached_store("127.0.0.1", port, 10.0)
+    return host, worker, connect_store("127.0.0.1", port, 10.0)
 
 
 def test_launchers_hear_each_other(launchers):

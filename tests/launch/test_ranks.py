@@ -18,7 +18,7 @@ from exprl_megatron.launch import ranks as module
 from exprl_megatron.launch.nodes import Node, RankFailed, RankKilled
 from exprl_megatron.launch.ranks import TrainerRanks
 from exprl_megatron.processes.starter import Starter
-from exprl_megatron.processes.supervise import supervised
+from exprl_megatron.processes.supervise import supervised_command
 from exprl_megatron.runs.directory import RunDirectory
 
 LOST = {"status": 1, "message": "trainer 1 failed: RuntimeError: Connection closed by peer", "unexpected": True}
@@ -40,8 +40,8 @@ target.with_suffix(".part").rename(target)
 """
 BEATS = """
 import time
-from exprl_megatron.processes.heartbeat import beat
-beat()
+from exprl_megatron.processes.heartbeat import start_heartbeat
+start_heartbeat()
 print("beats", flush=True)
 time.sleep(300)
 """
@@ -56,7 +56,8 @@ def start(tmp_path, monkeypatch):
 
     def start(command: list[str], count: int, **server) -> TrainerRanks:
         monkeypatch.setattr(
-            "exprl_megatron.processes.starter.supervised", lambda _, grace_s: supervised(command, grace_s)
+            "exprl_megatron.processes.starter.supervised_command",
+            lambda _, grace_s: supervised_command(command, grace_s),
         )
         config = SimpleNamespace(
             policy=SimpleNamespace(layout=Layout(dp=count)), server=ServerConfig(**server), directory=str(tmp_path)

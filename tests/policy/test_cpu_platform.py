@@ -64,7 +64,7 @@ except RuntimeError as error:
 
 
 def test_nothing_is_installed_where_cuda_is(monkeypatch):
-    monkeypatch.setattr(cpu_platform, "settle", lambda: True)
+    monkeypatch.setattr(cpu_platform, "hide_unused_cuda", lambda: True)
     finders = list(sys.meta_path)
     assert cpu_platform.install() is False
     assert sys.meta_path == finders

@@ -8,7 +8,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.config.precision import PrecisionConfig
-from exprl_megatron.policy.precision import ddp_settings, fp8_settings, optimizer_settings, plain, set_parameter
+from exprl_megatron.policy.precision import ddp_settings, dequantized, fp8_settings, optimizer_settings, set_parameter
 
 
 def megatron(**precision) -> TransformerConfig:
@@ -67,4 +67,4 @@ def test_the_optimizers_weights_start_from_the_loaded_values_and_not_from_those_
 
     parameter.get_high_precision_init_val = MethodType(lambda self: None, parameter)
     set_parameter(parameter, 2 * value)
-    assert torch.equal(plain(parameter), 2 * value)
+    assert torch.equal(dequantized(parameter), 2 * value)

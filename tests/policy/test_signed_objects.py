@@ -12,7 +12,7 @@ import torch.distributed as dist
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.policy import signed_objects
 from exprl_megatron.policy.signed_objects import broadcast_object, gather_objects, receive_object, use_key
-from exprl_megatron.utils.keyed_store import listening_store
+from exprl_megatron.utils.keyed_store import start_store
 
 STRANGER = """
 import pickle, sys
@@ -50,7 +50,7 @@ def key():
 
 def test_nothing_that_a_peer_without_the_key_sends_is_unpickled(key, tmp_path):
     ran = tmp_path / "ran"
-    store = listening_store("127.0.0.1", 0, 60.0)
+    store = start_store("127.0.0.1", 0, 60.0)
     command = [sys.executable, "-W", "ignore", "-c", STRANGER, str(store.port), str(ran)]
     stranger = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     dist.init_process_group("gloo", store=store, rank=0, world_size=2)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exprl_megatron.processes.supervise import supervised
+from exprl_megatron.processes.supervise import supervised_command
 
 # As SGLang does: a child has a file in shared memory mapped, and is killed without a chance to remove it.
 MAPS = """
@@ -45,12 +45,12 @@ def test_nothing_is_left_in_shared_memory(shared, program, how):
     command = [sys.executable, "-S", str(program), str(shared)]
     if how == "its parent is gone":
         starter = (
-            "import subprocess, sys; from exprl_megatron.processes.supervise import supervised; "
-            "subprocess.Popen(supervised(sys.argv[1:])).wait()"
+            "import subprocess, sys; from exprl_megatron.processes.supervise import supervised_command; "
+            "subprocess.Popen(supervised_command(sys.argv[1:])).wait()"
         )
         parent = subprocess.Popen([sys.executable, "-c", starter, *command], stdout=subprocess.PIPE, text=True)
     else:
-        parent = subprocess.Popen(supervised(command), stdout=subprocess.PIPE, text=True)
+        parent = subprocess.Popen(supervised_command(command), stdout=subprocess.PIPE, text=True)
     assert parent.stdout.readline() == "mapped\n"
     assert shared.exists()
     if how == "it is killed itself":
@@ -72,7 +72,7 @@ def test_what_others_have_in_shared_memory_is_left_alone(program, shared):
     other = shared.with_name(f"{shared.name}.other")
     other.write_bytes(b"of another server")
     parent = subprocess.Popen(
-        supervised([sys.executable, "-S", str(program), str(shared)]), stdout=subprocess.PIPE, text=True
+        supervised_command([sys.executable, "-S", str(program), str(shared)]), stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout.readline() == "mapped\n"
     parent.terminate()

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from exprl_megatron.reporting.fitted_table import print_fitted
+from exprl_megatron.reporting.fitted_table import print_table
 
 HEADINGS = ("stage", "requests", "not guarded", "traces with overlap", "of the reference", "by chance")
 
@@ -16,7 +16,7 @@ def _printed(width, records):
     for number in range(records):
         table.add_row(f"stage-{number}", *(f"{number}{place}" for place in range(5)))
     console = Console(file=io.StringIO(), width=width)
-    print_fitted(console, table)
+    print_table(console, table)
     return console.file.getvalue()
 
 

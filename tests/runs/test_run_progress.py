@@ -12,7 +12,7 @@ def test_a_new_stage_begins_with_its_first_step_and_its_first_problem_and_keeps_
 
 def test_a_checkpoint_holds_it_whole():
     progress = RunProgress(1, 7, 9, 40, 80, 900, 3, 0.25)
-    assert RunProgress.from_record(json.loads(json.dumps(progress.as_record()))) == progress
+    assert RunProgress.from_dict(json.loads(json.dumps(progress.to_dict()))) == progress
 
 
 def test_weights_are_named_after_the_updates_that_made_them():

@@ -7,7 +7,7 @@ import bench_reshard
 import pytest
 import torch
 from benchmarks.broadcast_floor import Floor
-from benchmarks.sync_runs import Measured, as_record, write_model
+from benchmarks.sync_runs import Measured, to_dict, write_model
 from safetensors.torch import load_file
 
 from exprl_megatron.config.policy import Layout
@@ -33,7 +33,7 @@ def test_the_model_has_about_the_size_asked_for_and_all_its_tensors(tmp_path):
 
 def test_a_share_is_the_floor_s_seconds_over_the_sync_s():
     parts = {"gather": 0.1, "quantize": 0.0, "send": 1.0, "load": 0.5, "check": 0.25}
-    record = as_record(Measured("TP1 x PP1 x DP1", 2, "broadcast", 64.0, 1.0, 1.2, 1.6, parts))
+    record = to_dict(Measured("TP1 x PP1 x DP1", 2, "broadcast", 64.0, 1.0, 1.2, 1.6, parts))
     assert record["share"] == pytest.approx(0.75)
     assert bench_reshard.line(record).split()[-8:] == [
         "1.00",

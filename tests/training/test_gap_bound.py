@@ -71,7 +71,7 @@ def test_what_the_first_step_showed_is_in_the_checkpoint_and_bounds_the_resumed_
     assert run._progress.first_gap is None, "a step without tokens to compare is not the first"
     for gap in (0.01, 0.04):
         run.check_update(None, {"sampler_gap/mean": gap})
-    progress = RunProgress.from_record(json.loads(json.dumps(run._progress.as_record())))
+    progress = RunProgress.from_dict(json.loads(json.dumps(run._progress.to_dict())))
     resumed = run_at(progress, precision="bf16")
     resumed.check_update(None, {"sampler_gap/mean": 0.049})
     for gap in (0.051, math.nan):
@@ -80,8 +80,8 @@ def test_what_the_first_step_showed_is_in_the_checkpoint_and_bounds_the_resumed_
 
 
 def test_a_checkpoint_from_before_has_no_first_step_to_go_by():
-    record = {key: value for key, value in RunProgress(step=3).as_record().items() if key != "first_gap"}
-    assert RunProgress.from_record(record) == RunProgress(step=3)
+    record = {key: value for key, value in RunProgress(step=3).to_dict().items() if key != "first_gap"}
+    assert RunProgress.from_dict(record) == RunProgress(step=3)
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo-smollm"])

@@ -66,8 +66,8 @@ def test_a_gpu_in_the_cpu_environment_is_reported_once_and_hidden(machine, capfd
     import torch
 
     machine(True, CPU_ENVIRONMENT)
-    assert accelerator.settle() is False
-    assert accelerator.settle() is False
+    assert accelerator.hide_unused_cuda() is False
+    assert accelerator.hide_unused_cuda() is False
     (line,) = capfd.readouterr().err.splitlines()
     for part in (
         "transformer-engine and sglang-kernel",
@@ -85,15 +85,15 @@ def test_a_device_that_the_process_has_opened_already_is_hidden_from_its_librari
     machine(True, CPU_ENVIRONMENT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert accelerator.settle() is False
+    assert accelerator.hide_unused_cuda() is False
     assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
 
 
 def test_nothing_is_reported_without_a_gpu_or_hidden_where_it_is_used(machine, capfd):
     machine(True, GPU_ENVIRONMENT)
-    assert accelerator.settle() is True and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert accelerator.hide_unused_cuda() is True and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     machine(False, CPU_ENVIRONMENT)
-    assert accelerator.settle() is False
+    assert accelerator.hide_unused_cuda() is False
     assert capfd.readouterr().err == ""
 
 
@@ -128,7 +128,7 @@ def test_half_an_environment_is_refused_with_both_remedies_before_anything_is_re
 )
 def test_a_whole_environment_is_not_refused(machine, gpu, modules):
     machine(gpu, modules)
-    assert accelerator.half_installed() is None
+    assert accelerator.installation_fault() is None
 
 
 DECISIONS = """

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from exprl_megatron.utils.authentication import NotAuthentic, hidden_name, sign, verify
-from exprl_megatron.utils.keyed_store import Records, keyed_names, listening_store, reached_store
+from exprl_megatron.utils.keyed_store import Records, connect_store, keyed_names, start_store
 
 
 def listening() -> set[tuple[str, int]]:
@@ -16,33 +16,33 @@ def listening() -> set[tuple[str, int]]:
 
 def test_a_store_listens_at_its_address_alone_and_no_longer_when_it_is_let_go_of():
     before = listening()
-    store = listening_store("127.0.0.1", 0, 10.0)
+    store = start_store("127.0.0.1", 0, 10.0)
     assert listening() - before == {("127.0.0.1", store.port)}
-    other = reached_store("127.0.0.1", store.port, 10.0)
+    other = connect_store("127.0.0.1", store.port, 10.0)
     other.set("name", "value")
     assert store.get("name") == b"value"
     port = store.port
     del store, other
     gc.collect()
     assert ("127.0.0.1", port) not in listening()
-    again = listening_store("127.0.0.1", port, 10.0)
+    again = start_store("127.0.0.1", port, 10.0)
     assert again.port == port
 
 
 def test_a_port_in_use_is_an_os_error():
-    store = listening_store("127.0.0.1", 0, 10.0)
+    store = start_store("127.0.0.1", 0, 10.0)
     with pytest.raises(OSError, match="in use"):
-        listening_store("127.0.0.1", store.port, 10.0)
+        start_store("127.0.0.1", store.port, 10.0)
 
 
 @pytest.fixture(scope="module")
 def store():
-    return listening_store("127.0.0.1", 0, 10.0)
+    return start_store("127.0.0.1", 0, 10.0)
 
 
 def test_a_record_is_read_by_who_has_the_key(store):
     Records(store, "key", "a purpose").set("record", bytes(range(256)))
-    outside = reached_store("127.0.0.1", store.port, 10.0)
+    outside = connect_store("127.0.0.1", store.port, 10.0)
     reader = Records(outside, "key", "a purpose")
     assert reader.has("record") and reader.get("record") == bytes(range(256))
     for key, purpose in (("another", "a purpose"), ("key", "another purpose")):
@@ -69,7 +69,7 @@ def test_a_record_that_somebody_without_the_key_wrote_is_not_believed(store, for
 
 def test_names_are_hidden_from_who_has_not_the_key(store):
     keyed_names(store, "key", "ranks").set("address", "here")
-    outside = reached_store("127.0.0.1", store.port, 10.0)
+    outside = connect_store("127.0.0.1", store.port, 10.0)
     for key in (None, "", "another"):
         assert not keyed_names(outside, key, "ranks").check(["address"])
     assert keyed_names(outside, "key", "ranks").get("address") == b"here"

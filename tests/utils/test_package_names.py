@@ -36,7 +36,7 @@ def test_packages_are_what_was_installed_at_the_top(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["serving/server_preload.py", "launch/trainer_preload.py"])
-def test_fork_servers_answer_quickly_before_they_import_anything_else(module):
+def test_fork_servers_install_fast_lookup_before_they_import_anything_else(module):
     _, first, second, *_ = ast.parse((ROOT / module).read_text(encoding="utf-8")).body
-    assert ast.unparse(first) == "from exprl_megatron.utils.package_names import answer_quickly"
-    assert ast.unparse(second) == "answer_quickly()"
+    assert ast.unparse(first) == "from exprl_megatron.utils.package_names import install_fast_lookup"
+    assert ast.unparse(second) == "install_fast_lookup()"

@@ -151,7 +151,7 @@ def measure(
     return _medians(layout, server_tp, settings, floors[1:], syncs[1:]) if floor is not None else None
 
 
-def as_record(measured: Measured) -> dict:
+def to_dict(measured: Measured) -> dict:
     """What goes into the JSON file."""
     return asdict(measured) | {"share": measured.share}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from exprl_megatron.inspection.rollout_steps import InspectedGroup
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.reporting.plain_text import escaped
 from exprl_megatron.rollout.group import GradedTrace
 
 BINS = 10
@@ -23,7 +23,7 @@ def judge_figures(groups: Sequence[InspectedGroup], most_tokens: int) -> dict[st
     samples = [sample for inspected in groups for sample in inspected.group.samples]
     units = [unit for sample in samples for unit in sample.judgements]
     scores = np.array([unit.value for unit in units if isinstance(unit, Scored)])
-    reasons = Counter(shown(unit.reason) for unit in units if isinstance(unit, Abstained))
+    reasons = Counter(escaped(unit.reason) for unit in units if isinstance(unit, Abstained))
     return {
         "units": len(units),
         "scores": np.histogram(scores, BINS, (0, 1))[0].tolist(),

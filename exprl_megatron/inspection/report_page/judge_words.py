@@ -7,7 +7,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.stored_judgements import store_file
 from exprl_megatron.judging.store import Entry, JudgementStore
 from exprl_megatron.judging.verdict import read_marks
-from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.reporting.plain_text import escaped
 
 
 class JudgeWords:
@@ -41,8 +41,8 @@ class JudgeWords:
             entry = self._store.entry(key)
         except UserError:
             return None
-        messages = [[shown(str(m["role"])), shown(str(m["content"]))] for m in entry.asked.get("messages", [])]
-        return {"messages": messages, "rubric": _marked_rubric(entry), "answer": shown(entry.answer)}
+        messages = [[escaped(str(m["role"])), escaped(str(m["content"]))] for m in entry.asked.get("messages", [])]
+        return {"messages": messages, "rubric": _marked_rubric(entry), "answer": escaped(entry.answer)}
 
 
 def _marked_rubric(entry: Entry) -> list[dict[str, Any]]:
@@ -50,6 +50,6 @@ def _marked_rubric(entry: Entry) -> list[dict[str, Any]]:
     checkpoints = (entry.asked.get("rubric") or {}).get("checkpoints", [])
     marks = read_marks(entry.answer, len(checkpoints)) or (None,) * len(checkpoints)
     return [
-        {"text": shown(each["text"]), "weight": each["weight"], "quote": shown(each["quote"]), "mark": mark}
+        {"text": escaped(each["text"]), "weight": each["weight"], "quote": escaped(each["quote"]), "mark": mark}
         for each, mark in zip(checkpoints, marks, strict=True)
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from exprl_megatron.inspection.report_page.page_json import compact, packed
 from exprl_megatron.inspection.report_page.trace_records import TraceRecords
 from exprl_megatron.inspection.rollout_steps import InspectedGroup
-from exprl_megatron.inspection.selection import disagreement, has_abstention, spread
+from exprl_megatron.inspection.selection import disagreement, has_abstention, score_spread
 
 _LARGEST_SHARE = 0.25
 """Of a step's bytes that one group may take while others wait."""
@@ -30,7 +30,7 @@ class PageBlock:
         return hashlib.sha256(self.packed.encode()).hexdigest()[:16]
 
 
-class Room:
+class SizeBudget:
     """Bytes of a page for so many blocks; what one leaves is shared by those after it."""
 
     def __init__(self, total: int, blocks: int):
@@ -120,7 +120,7 @@ class _Meter:
 def _interest(inspected: InspectedGroup) -> tuple[float, int, float]:
     samples = inspected.group.samples
     largest = max((found for sample in samples if (found := disagreement(sample)) is not None), default=0.0)
-    return largest, sum(map(has_abstention, samples)), spread(inspected.group) or 0.0
+    return largest, sum(map(has_abstention, samples)), score_spread(inspected.group) or 0.0
 
 
 def _places(inspected: InspectedGroup) -> list[int]:
@@ -136,7 +136,7 @@ def _places(inspected: InspectedGroup) -> list[int]:
     return sorted(range(len(samples)), key=key)
 
 
-def evenly(items: Sequence, count: int) -> list:
+def evenly_spaced(items: Sequence, count: int) -> list:
     """At most `count` of `items`, evenly spaced, the first and the last among them."""
     if len(items) <= count:
         return list(items)

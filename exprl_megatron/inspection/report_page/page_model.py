@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from exprl_megatron.inspection.report_page.page_blocks import PageBlock, Room, evenly
+from exprl_megatron.inspection.report_page.page_blocks import PageBlock, SizeBudget, evenly_spaced
 from exprl_megatron.inspection.report_page.page_json import embedded
 from exprl_megatron.inspection.report_page.run_figures import config_rows, run_names
 from exprl_megatron.inspection.report_page.run_pages import RunPages
@@ -63,7 +63,7 @@ class PageReader:
         }
         places = [run.places() for run in self._runs]
         count = sum(len(of_run) for of_run, _ in places)
-        room = Room(page_bytes - len(embedded(tree)) - _PLACE_BYTES * count, count)
+        room = SizeBudget(page_bytes - len(embedded(tree)) - _PLACE_BYTES * count, count)
         blocks: dict[str, PageBlock] = {}
         for pages, run, (of_run, steps) in zip(self._runs, runs, places, strict=True):
             run["logged_steps"], run["places"] = steps, []
@@ -88,7 +88,7 @@ def _thin_out(runs: Sequence[dict[str, Any]]) -> None:
         of_run = run["curves"]
         count = len(of_run["steps"])
         if count > most:
-            kept = evenly(range(count), most)
+            kept = evenly_spaced(range(count), most)
             for name in ("steps", "stages", "wall"):
                 of_run[name] = [of_run[name][index] for index in kept]
             of_run["metrics"] = {name: [v[index] for index in kept] for name, v in of_run["metrics"].items()}

@@ -8,7 +8,7 @@ from typing import Any
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.reporting.metrics import read_metrics
-from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.reporting.plain_text import escaped
 from exprl_megatron.reporting.tags import EVALUATION
 from exprl_megatron.reporting.timeline import ROLLOUTS, STEP, Span, read_timeline
 from exprl_megatron.reporting.waterfall import PHASES, REMEDIES, bottleneck, mean_phases, step_times
@@ -37,13 +37,13 @@ def curves(directory: RunDirectory) -> dict[str, Any]:
     }
 
 
-def record(directory: RunDirectory) -> dict[str, Any]:
+def run_to_dict(directory: RunDirectory) -> dict[str, Any]:
     """What run.json says of the run, as texts; empty where it is missing or damaged."""
     try:
         found = json.loads(directory.record.read_bytes())
         found |= found.get("exit") or {}
         return {
-            name: shown(str(found[name])) for name in (*_RECORDED, "status", "message") if found.get(name) is not None
+            name: escaped(str(found[name])) for name in (*_RECORDED, "status", "message") if found.get(name) is not None
         }
     except (OSError, ValueError, AttributeError):
         return {}
@@ -78,7 +78,7 @@ def predictions(config: RunConfig, directory: RunDirectory) -> dict[str, Any]:
         gpu, how = prediction_device(config, None)
         rows = compare_run(config, directory, gpu)
     except (UserError, OSError, ValueError, KeyError) as error:
-        return {"missing": shown(f"The planner has no prediction for this run: {error}")}
+        return {"missing": escaped(f"The planner has no prediction for this run: {error}")}
     found = [
         {"stage": row.stage, "phase": row.phase, "predicted_s": row.predicted_s, "measured_s": row.measured_s}
         for row in rows
@@ -96,8 +96,8 @@ def config_rows(configs: Sequence[RunConfig], without_references: bool) -> list[
     keys = dict.fromkeys(key for values in flat for key in values)
     found = []
     for key in keys:
-        texts = [shown(of_run.get(key, "")) for of_run in flat]
-        found.append({"key": shown(key), "values": texts, "differs": len(set(texts)) > 1})
+        texts = [escaped(of_run.get(key, "")) for of_run in flat]
+        found.append({"key": escaped(key), "values": texts, "differs": len(set(texts)) > 1})
     return found
 
 
@@ -153,4 +153,4 @@ def run_names(paths: Sequence[Path]) -> list[str]:
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(set(parts)):
             break
-    return [shown(name) for name in names]
+    return [escaped(name) for name in names]

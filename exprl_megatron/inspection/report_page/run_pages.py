@@ -11,12 +11,12 @@ from exprl_megatron.config.stages import RlStage, Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.report_page.judge_figures import judge_figures
 from exprl_megatron.inspection.report_page.judge_words import JudgeWords
-from exprl_megatron.inspection.report_page.page_blocks import PageBlock, evenly, pack
+from exprl_megatron.inspection.report_page.page_blocks import PageBlock, evenly_spaced, pack
 from exprl_megatron.inspection.report_page.run_figures import (
     curves,
     evaluation_names,
     predictions,
-    record,
+    run_to_dict,
     time_spent,
 )
 from exprl_megatron.inspection.report_page.trace_records import TraceRecords
@@ -31,7 +31,7 @@ from exprl_megatron.inspection.trace_text import PolicyTokenizer
 from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.sources import is_own_source, load_problems
-from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.reporting.plain_text import escaped
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.runs.log_prob_files import TrainerLogProbFiles
@@ -41,7 +41,7 @@ MOST_STEPS = 50
 
 
 @dataclass(frozen=True)
-class Place:
+class StepKey:
     """A step of the rollout log, or an evaluation."""
 
     stage: str
@@ -71,15 +71,15 @@ class RunPages:
         use_plugin_path(self.config.plugin_path)
         self._references = references
         self._tokenizer = PolicyTokenizer(self.config.policy.model)
-        self._read: dict[Place, _Read] = {}
+        self._read: dict[StepKey, _Read] = {}
         self._loaded: dict[ProblemsConfig, dict[str, Problem]] = {}
 
     def figures(self) -> dict[str, Any]:
         """{name, directory, record, curves, time, stages} of the whole run."""
         return {
             "name": self.name,
-            "directory": shown(str(self.directory.root)),
-            "record": record(self.directory),
+            "directory": escaped(str(self.directory.root)),
+            "record": run_to_dict(self.directory),
             "curves": curves(self.directory),
             "time": time_spent(self.directory),
             "stages": [{"name": stage.name, "kind": stage.kind} for stage in self.config.stages],
@@ -89,17 +89,17 @@ class RunPages:
         """The planner's seconds beside the run's."""
         return predictions(self.config, self.directory)
 
-    def places(self) -> tuple[list[Place], int]:
+    def places(self) -> tuple[list[StepKey], int]:
         """The steps and evaluations whose traces are shown, in the order of the run, and how many steps there are."""
         try:
             pairs = logged_steps(self.directory, self.config, None, None, every=True)
         except UserError:
             pairs = []
-        steps = [Place(stage, step) for stage, step in evenly(pairs, MOST_STEPS)]
-        evaluations = [Place(name, None) for name in evaluation_names(self.directory)]
-        return steps + evenly(evaluations, MOST_STEPS), len(pairs)
+        steps = [StepKey(stage, step) for stage, step in evenly_spaced(pairs, MOST_STEPS)]
+        evaluations = [StepKey(name, None) for name in evaluation_names(self.directory)]
+        return steps + evenly_spaced(evaluations, MOST_STEPS), len(pairs)
 
-    def read(self, places: Sequence[Place], most: Callable[[], int]) -> Iterator[tuple[dict[str, Any], PageBlock]]:
+    def read(self, places: Sequence[StepKey], most: Callable[[], int]) -> Iterator[tuple[dict[str, Any], PageBlock]]:
         """For each place {stage, step, judge} with its index of traces, and the block.
 
         `most` says, before each, how many bytes of the page its block may take. A file that cannot be read is named in
@@ -107,15 +107,15 @@ class RunPages:
         """
         with JudgeWords(self.directory.root) as words:
             for place in places:
-                what = {"stage": shown(place.stage), "step": place.step}
+                what = {"stage": escaped(place.stage), "step": place.step}
                 try:
                     read = self._place(place, words, most())
                 except UserError as error:
-                    yield what | {"fault": shown(str(error))}, PageBlock({}, "")
+                    yield what | {"fault": escaped(str(error))}, PageBlock({}, "")
                     continue
                 yield what | read.block.index | {"judge": read.figures}, read.block
 
-    def _place(self, place: Place, words: JudgeWords, most: int) -> _Read:
+    def _place(self, place: StepKey, words: JudgeWords, most: int) -> _Read:
         stamp = self._stamp(place)
         known = self._read.get(place)
         if known is not None and known.stamp == stamp:
@@ -131,7 +131,7 @@ class RunPages:
         self._read[place] = _Read(stamp, figures, pack(groups, records, most))
         return self._read[place]
 
-    def _settings(self, place: Place) -> tuple[ProblemsConfig | None, int]:
+    def _settings(self, place: StepKey) -> tuple[ProblemsConfig | None, int]:
         """Where the problems come from, and how many tokens a response may have; nothing where config.yaml lacks it."""
         if place.step is None:
             settings: EvaluationConfig | Stage | None = self.config.evaluation
@@ -141,7 +141,7 @@ class RunPages:
             return settings.problems, settings.sampling.max_new_tokens
         return None, 1
 
-    def _stamp(self, place: Place) -> tuple[int, ...]:
+    def _stamp(self, place: StepKey) -> tuple[int, ...]:
         if place.step is None:
             paths = [evaluation_file(self.directory, place.stage)]
         else:

@@ -10,7 +10,7 @@ from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, versions_text
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
 from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.reporting.plain_text import shown
+from exprl_megatron.reporting.plain_text import escaped
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.training.train_samples import TokenAdvantages
 
@@ -41,14 +41,14 @@ class TraceRecords:
         problem = self._problems.get(group.problem_id)
         record = {
             "number": inspected.number,
-            "problem": shown(group.problem_id),
+            "problem": escaped(group.problem_id),
             "domain": group.domain,
             "prompt": self._prompt(group.samples[0], problem),
         }
         if self._references and problem is not None:
             reference = problem.reference
-            record["reference"] = None if reference is None else shown(reference.for_judge())
-            record["answer"] = None if problem.answer is None else shown(problem.answer)
+            record["reference"] = None if reference is None else escaped(reference.for_judge())
+            record["answer"] = None if problem.answer is None else escaped(problem.answer)
         return record
 
     def row(self, inspected: InspectedGroup, place: int) -> dict[str, Any]:
@@ -64,8 +64,8 @@ class TraceRecords:
             "advantage": None if sample.segments else _rounded(span_advantage(advantages, 0, tokens)),
             "out": learned and advantages is None,
             "tokens": tokens,
-            "finish": shown(sample.trace.finish_reason),
-            "weights": shown(versions_text(sample.trace)),
+            "finish": escaped(sample.trace.finish_reason),
+            "weights": escaped(versions_text(sample.trace)),
             "hash": (sample.judgement.hash or "")[:HASH_DIGITS],
         }
 
@@ -81,7 +81,7 @@ class TraceRecords:
         if not sample.segments:
             record["judged"] = self._judged(sample.judgement)
         if self._references and sample.verified is not None:
-            record["finding"] = shown(sample.verified.evidence)
+            record["finding"] = escaped(sample.verified.evidence)
         return record
 
     def _segments(
@@ -89,13 +89,13 @@ class TraceRecords:
     ) -> list[dict[str, Any]]:
         text = sample.trace.text
         if not sample.segments:
-            return [{"text": shown(text)}]
+            return [{"text": escaped(text)}]
         starts = [0] if places is None else [places(segment.start) for segment in sample.segments]
         texts = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
         texts += [""] * (len(sample.segments) - len(texts))
         return [
             {
-                "text": shown(piece),
+                "text": escaped(piece),
                 "tokens": [segment.start, segment.end],
                 **_verdict(segment.judgement),
                 "advantage": _rounded(span_advantage(advantages, segment.start, segment.end)),
@@ -109,18 +109,18 @@ class TraceRecords:
         """What was asked and said; nothing of it without references, which judges and verifiers quote."""
         if not self._references:
             return None
-        return {"words": shown(judgement.evidence), "asked": self._asked(judgement.hash)}
+        return {"words": escaped(judgement.evidence), "asked": self._asked(judgement.hash)}
 
     def _prompt(self, sample: GradedTrace, problem: Problem | None) -> str | None:
         """What the policy read; the problem's statement where its tokenizer is missing."""
         if self._tokenizer.tokenizer is not None:
-            return shown(self._tokenizer.tokenizer.decode(sample.trace.prompt_ids, skip_special_tokens=True))
-        return None if problem is None else shown(problem.statement)
+            return escaped(self._tokenizer.tokenizer.decode(sample.trace.prompt_ids, skip_special_tokens=True))
+        return None if problem is None else escaped(problem.statement)
 
 
 def _verdict(judgement: Judgement) -> dict[str, Any]:
     if isinstance(judgement, Abstained):
-        return {"score": None, "reason": shown(judgement.reason)}
+        return {"score": None, "reason": escaped(judgement.reason)}
     return {"score": _rounded(judgement.value)}
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 
 
-class Turns:
+class LoopThrottle:
     """Lets so many callers continue in each pass of the event loop; the others continue in later passes, in order.
 
     Between two passes the loop does everything else that has become ready, so that none of it waits for all callers.

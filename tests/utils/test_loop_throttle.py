@@ -2,12 +2,12 @@
 
 import asyncio
 
-from exprl_megatron.utils.turns import Turns
+from exprl_megatron.utils.loop_throttle import LoopThrottle
 
 
 async def passes(each_pass: int, callers: int, cancelled: tuple[int, ...] = ()) -> list[list[int]]:
     """Which callers continued in each pass; those of `cancelled` are cancelled in the first."""
-    shared, found = Turns(each_pass), []
+    shared, found = LoopThrottle(each_pass), []
 
     async def call(number: int) -> None:
         await shared.take()
@@ -38,7 +38,7 @@ def test_who_is_cancelled_takes_no_turn_of_another():
 
 def test_later_callers_find_new_turns():
     async def twice() -> int:
-        shared = Turns(2)
+        shared = LoopThrottle(2)
         for _ in range(5):
             await asyncio.gather(*(shared.take() for _ in range(5)))
             await asyncio.sleep(0)

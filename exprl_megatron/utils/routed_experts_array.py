@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def held_experts(value: np.ndarray | None, tokens: int) -> np.ndarray | None:
+def routed_experts_array(value: np.ndarray | None, tokens: int) -> np.ndarray | None:
     """`value` as a read-only array [tokens - 1, layers, top_k]: the last token was sampled, and read by no layer.
 
     Raises ValueError where it has another shape, or is not of integers.
