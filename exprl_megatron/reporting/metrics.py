@@ -23,7 +23,8 @@ class MetricsWriter:
 
     `resumed_step` is the last step that the resumed run has behind it (0 for a new run), counted over
     all stages. Records of later steps, written before the interruption, are taken out, so that
-    no step is there twice. Raises UserError where `jsonl` is damaged anywhere but in its last line.
+    no step is there twice; the others are passed on again, for trackers that have not received them.
+    Raises UserError where `jsonl` is damaged anywhere but in its last line.
     """
 
     def __init__(self, jsonl: Path, trackers: Trackers, resumed_step: int = 0):
@@ -34,6 +35,8 @@ class MetricsWriter:
         self._started = time.monotonic() - (kept[-1]["wall_s"] if kept else 0.0)
         self._file = open(jsonl, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the writer is
         self._trackers = trackers
+        if kept:
+            trackers.log_all([(record["step"], _tagged(record)) for record in kept])
 
     def write(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record a step; `step` counts over all stages, from 1. In metrics.jsonl when this returns.
@@ -96,13 +99,19 @@ def _with_new_names(record: dict) -> dict:
 
 
 def _by_step(records: list[dict]) -> list[dict]:
-    """The records in the order of their steps, those of the same step as one."""
+    """The records in the order of their steps, those of the same step as one, with the stage of the step itself."""
     found: dict[int, dict] = {}
     for record in records:
-        former = found.get(record["step"])
-        metrics = {} if former is None else {"metrics": former["metrics"] | record["metrics"]}
-        found[record["step"]] = record | metrics
+        former = found.get(record["step"], record)
+        stage = (former if _is_evaluated(record) else record)["stage"]
+        found[record["step"]] = record | {"stage": stage, "metrics": former["metrics"] | record["metrics"]}
     return [found[step] for step in sorted(found)]
+
+
+def _tagged(record: dict) -> dict[str, float]:
+    """The metrics of a record by tag; null stands for what is not finite."""
+    values = record["metrics"].items()
+    return {tag(record["stage"], name): math.nan if value is None else value for name, value in values}
 
 
 def _is_evaluated(record: dict) -> bool:

@@ -4,7 +4,9 @@ import math
 import os
 import re
 import time
+import uuid
 from collections.abc import Mapping
+from pathlib import Path
 
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -17,6 +19,9 @@ from exprl_megatron.reporting.trackers import SampleTable, TrackedRun
 _FORBIDDEN = re.compile(r"[^\w\-./ ]", re.ASCII)
 _BATCH = 1_000
 """MLflow's limit for one request."""
+_TABLE = "step-"
+_OWN_ID = "exprl_megatron.run"
+"""The tag by which a run is found that was created when a process was killed."""
 
 
 class MlflowTracker:
@@ -29,13 +34,20 @@ class MlflowTracker:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             uri = (run.directory / "mlflow").absolute().as_uri()
         self._client = MlflowClient(tracking_uri=uri)
-        self._id = stored_id(run.directory, "mlflow") or self._create(run)
+        self._id = stored_id(run.directory, "mlflow") or self._find_or_create(run)
         self._client.update_run(self._id, status="RUNNING")
+        self._last: dict[str, int] = {}
 
-    def _create(self, run: TrackedRun) -> str:
-        created = self._client.create_run(self._experiment(run.project), run_name=run.name)
-        store_id(run.directory, "mlflow", created.info.run_id)
+    def _find_or_create(self, run: TrackedRun) -> str:
+        own = stored_id(run.directory, _OWN_ID)
+        experiment = self._experiment(run.project)
+        if own is None:
+            own = uuid.uuid4().hex
+            store_id(run.directory, _OWN_ID, own)
+        found = self._client.search_runs([experiment], f"tags.`{_OWN_ID}` = '{own}'")
+        created = found[0] if found else self._client.create_run(experiment, tags={_OWN_ID: own}, run_name=run.name)
         self._client.log_dict(created.info.run_id, dict(run.config), "config.yaml")
+        store_id(run.directory, "mlflow", created.info.run_id)
         return created.info.run_id
 
     def _experiment(self, name: str) -> str:
@@ -49,6 +61,16 @@ class MlflowTracker:
                 raise
             return found.experiment_id
 
+    def last_step(self, tag: str) -> int:
+        if tag not in self._last:
+            history = self._client.get_metric_history(self._id, mlflow_name(tag))
+            self._last[tag] = max((metric.step for metric in history), default=-1)
+        return self._last[tag]
+
+    def last_table_step(self, name: str) -> int:
+        found = [Path(artifact.path).stem for artifact in self._client.list_artifacts(self._id, name)]
+        return max((int(stem.removeprefix(_TABLE)) for stem in found), default=-1)
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         metrics = [Metric(mlflow_name(n), v, now, step) for n, v in values.items() if math.isfinite(v)]
@@ -57,7 +79,7 @@ class MlflowTracker:
 
     def log_table(self, step: int, table: SampleTable) -> None:
         columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
-        self._client.log_table(self._id, columns, f"{table.name}/step-{step:06}.json")
+        self._client.log_table(self._id, columns, f"{table.name}/{_TABLE}{step:06}.json")
 
     def close(self) -> None:
         self._client.set_terminated(self._id)

@@ -1,21 +1,36 @@
 """TensorBoard's files in RUN/tensorboard."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import yaml
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch.utils.tensorboard import SummaryWriter
 
 from exprl_megatron.reporting.trackers import SampleTable, TrackedRun
+
+_CONFIG = "config"
+_TEXT = "/text_summary"
+"""What TensorBoard appends to the tag of a text."""
 
 
 class TensorBoardTracker:
     """Scalars, the config and tables of traces as text; steps after the resumed one are taken out first."""
 
     def __init__(self, run: TrackedRun):
-        self._board = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.resumed_step + 1)
-        if run.config and not run.resumed_step:
-            self._board.add_text("config", f"```yaml\n{yaml.safe_dump(dict(run.config), sort_keys=False)}\n```", 0)
+        directory = run.directory / "tensorboard"
+        self._last = _before(run.resumed_step + 1, _last_steps(directory))
+        self._board = SummaryWriter(str(directory), purge_step=run.resumed_step + 1)
+        if run.config and self.last_table_step(_CONFIG) < 0:
+            self._board.add_text(_CONFIG, f"```yaml\n{yaml.safe_dump(dict(run.config), sort_keys=False)}\n```", 0)
         self._board.flush()
+
+    def last_step(self, tag: str) -> int:
+        return self._last.get(tag, -1)
+
+    def last_table_step(self, name: str) -> int:
+        return self._last.get(name + _TEXT, -1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -30,6 +45,25 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         self._board.close()
+
+
+def _last_steps(directory: Path) -> dict[str, int]:
+    """The last step of each tag in a directory's files, without what a later file takes out.
+
+    A file that a killed process left ends where it is torn.
+    """
+    last: dict[str, int] = {}
+    for file in sorted(directory.glob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(file)).Load():
+            if event.session_log.status == SessionLog.START:
+                last = _before(event.step, last)
+            last |= {value.tag: event.step for value in event.summary.value}
+    return last
+
+
+def _before(purge_step: int, last: dict[str, int]) -> dict[str, int]:
+    """What `last` becomes with a file that begins at `purge_step`: TensorBoard takes out later scalars, but no text."""
+    return {tag: step if tag.endswith(_TEXT) else min(step, purge_step - 1) for tag, step in last.items()}
 
 
 def _cell(value: object) -> str:

@@ -1,7 +1,8 @@
 """Trackers: services and files that show a run's metrics beside metrics.jsonl.
 
 Each tracker has a thread of its own, so that neither a slow nor a dead service delays a step. One that fails is
-reported once and left out from then on.
+reported once and left out from then on. A resumed run passes on all that metrics.jsonl has kept, and each tracker takes
+what it does not have: a process that is killed leaves neither a step that is missing nor one that is there twice.
 """
 
 import importlib
@@ -46,6 +47,12 @@ class SampleTable:
 class Tracker(Protocol):
     """One service; all calls come from one thread."""
 
+    def last_step(self, tag: str) -> int:
+        """The last step at which the service has `tag` from former attempts of the run; -1 without any."""
+
+    def last_table_step(self, name: str) -> int:
+        """The same for tables of that name."""
+
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Show `values` by tag at `step`, which counts over all stages."""
 
@@ -86,13 +93,17 @@ class Trackers:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Pass on `values` by tag; returns at once."""
+        self.log_all([(step, values)])
+
+    def log_all(self, records: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Pass on what several steps have by tag, in their order; returns at once."""
         for thread in self._threads:
-            thread.put(lambda tracker: tracker.log(step, values))
+            thread.put(lambda tracker: _log_missing(tracker, records))
 
     def log_table(self, step: int, table: SampleTable) -> None:
         """Pass on a table; returns at once."""
         for thread in self._threads:
-            thread.put(lambda tracker: tracker.log_table(step, table))
+            thread.put(lambda tracker: _log_missing_table(tracker, step, table))
 
     def close(self, deadline_s: float = _CLOSE_S) -> None:
         """Let every tracker finish; one that has not within `deadline_s` is reported and left behind."""
@@ -100,6 +111,19 @@ class Trackers:
             thread.put_end()
         for thread in self._threads:
             thread.join(deadline_s)
+
+
+def _log_missing(tracker: Tracker, records: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+    """Log what the tracker does not have: a resumed run repeats the steps after its checkpoint."""
+    for step, values in records:
+        missing = {tag: value for tag, value in values.items() if step > tracker.last_step(tag)}
+        if missing:
+            tracker.log(step, missing)
+
+
+def _log_missing_table(tracker: Tracker, step: int, table: SampleTable) -> None:
+    if step > tracker.last_table_step(table.name):
+        tracker.log_table(step, table)
 
 
 class _TrackerThread:

@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Mapping
 
 import trackio
+from trackio.sqlite_storage import SQLiteStorage
 
 from exprl_megatron.reporting.tracker_ids import store_id, stored_id
 from exprl_megatron.reporting.trackers import SampleTable, TrackedRun
@@ -13,7 +14,14 @@ class TrackioTracker:
     """A run is found again by its name, so that a new run gets a name that no other run has."""
 
     def __init__(self, run: TrackedRun):
-        name = stored_id(run.directory, "trackio") or f"{run.name}-{uuid.uuid4().hex[:6]}"
+        name = stored_id(run.directory, "trackio")
+        self._last: dict[str, int] = {}
+        if name is None:
+            name = f"{run.name}-{uuid.uuid4().hex[:6]}"
+            store_id(run.directory, "trackio", name)
+        else:
+            for row in SQLiteStorage.get_logs(run.project, name):
+                self._last |= {tag: max(row["step"], self._last.get(tag, -1)) for tag in row}
         self._run = trackio.init(
             project=run.project,
             name=name,
@@ -23,7 +31,12 @@ class TrackioTracker:
             auto_log_cpu=False,
             auto_log_gpu=False,
         )
-        store_id(run.directory, "trackio", name)
+
+    def last_step(self, tag: str) -> int:
+        return self._last.get(tag, -1)
+
+    def last_table_step(self, name: str) -> int:
+        return self._last.get(name, -1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

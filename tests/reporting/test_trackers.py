@@ -1,7 +1,6 @@
 """Each tracker shows what a run measured, in its own files; one that fails is reported once and left out."""
 
 import json
-import shutil
 import struct
 import threading
 import time
@@ -65,26 +64,22 @@ def test_tensorboard_has_curves_of_each_stage_the_config_and_traces_as_text_with
 
 def test_wandb_offline_keeps_every_step_and_a_resumed_run_is_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    # In two directories, as W&B names its own by the second.
-    places = tmp_path / "first", tmp_path / "second"
-    assert not _run(places[0], ["wandb"])
-    places[1].mkdir()
-    shutil.copy(places[0] / "trackers.json", places[1])
-    assert not _run(places[1], ["wandb"], resumed_step=2)
-    identifier = json.loads((places[1] / "trackers.json").read_text())["wandb"]
-    files = [path for place in places for path in place.glob("wandb/offline-run-*/*.wandb")]
-    assert [path.name for path in files] == [f"run-{identifier}.wandb"] * 2
-    first, second = (list(_wandb_rows(path)) for path in files)
-    assert [(row["step"], row["evaluation/pass@1"]) for row in first if "evaluation/pass@1" in row] == [
+    assert not _run(tmp_path, ["wandb"])
+    assert not _run(tmp_path, ["wandb"], resumed_step=2)
+    identifier = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
+    (first,) = tmp_path.glob(f"wandb-former/offline-run-*-{identifier}/run-{identifier}.wandb")
+    (second,) = tmp_path.glob(f"wandb/offline-run-*-{identifier}/run-{identifier}.wandb")
+    assert [(row["step"], row["evaluation/pass@1"]) for row in _wandb_rows(first) if "evaluation/pass@1" in row] == [
         (0, 0.125),
         (2, 0.375),
     ]
-    assert [(r["step"], r["prime/reward/mean"]) for r in first if "prime/reward/mean" in r] == [(1, 0.25)]
-    (table,) = (row for row in first if "prime/traces/path" in row)
+    (table,) = (row for row in _wandb_rows(first) if "prime/traces/path" in row)
     assert (table["step"], table["prime/traces/_type"]) == (1, "table-file")
-    kept = json.loads((files[0].parent / "files" / table["prime/traces/path"]).read_text())
+    kept = json.loads((first.parent / "files" / table["prime/traces/path"]).read_text())
     assert kept["columns"] == list(TABLE.columns) and kept["data"][0] == list(TABLE.rows[0])
-    assert [(r["step"], r["sparse/reward/mean"]) for r in second if "sparse/reward/mean" in r] == [(3, 0.75)]
+    rows = list(_wandb_rows(second))
+    assert [(r["step"], r["prime/reward/mean"]) for r in rows if "prime/reward/mean" in r] == [(1, 0.25)]
+    assert [(r["step"], r["sparse/reward/mean"]) for r in rows if "sparse/reward/mean" in r] == [(2, 0.5), (3, 0.75)]
 
 
 def _wandb_rows(path):
@@ -148,13 +143,18 @@ def test_mlflow_keeps_every_step_and_a_resumed_run_is_the_same_run(tmp_path, mon
     assert "seed: 3" in Path(client.download_artifacts(run.info.run_id, "config.yaml")).read_text()
 
 
-def test_trackio_keeps_every_step_in_its_database_and_a_resumed_run_is_the_same_run(tmp_path, monkeypatch):
+def _trackio_in(directory, monkeypatch):
     import trackio
-    from trackio import utils
+    from trackio import sqlite_storage, utils
+
+    for module in (trackio, utils, sqlite_storage):
+        monkeypatch.setattr(module, "TRACKIO_DIR", directory)
+
+
+def test_trackio_keeps_every_step_in_its_database_and_a_resumed_run_is_the_same_run(tmp_path, monkeypatch):
+    _trackio_in(tmp_path / "trackio", monkeypatch)
     from trackio.sqlite_storage import SQLiteStorage
 
-    for module in (trackio, utils, __import__("trackio.sqlite_storage").sqlite_storage):
-        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     assert not _run(tmp_path, ["trackio"])
     assert not _run(tmp_path, ["trackio"], resumed_step=2)
     name = json.loads((tmp_path / "trackers.json").read_text())["trackio"]
@@ -177,6 +177,147 @@ def test_a_service_that_nobody_reaches_is_reported_once_and_the_others_go_on(tmp
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def _three_attempts(directory, name):
+    """A run whose tracker lost steps 4 and 5 to a kill, went on from checkpoints 4 and 6, and ended with step 8."""
+    reported = []
+
+    def attempt(resumed, steps, names):
+        run = TrackedRun(directory, "tests", "first", {"seed": 3}, resumed)
+        writer = MetricsWriter(directory / "metrics.jsonl", Trackers(names, run, reported.append), resumed)
+        if not resumed:
+            writer.write_evaluation("prime", 0, {"evaluation/pass@1": 0.0})
+        for step in steps:
+            writer.write("prime", step, {"reward/mean": step / 8, "loss": 1.0})
+            writer.write_table(step, TABLE)
+            if step % 2 == 0:
+                writer.write_evaluation("prime", step, {"evaluation/pass@1": step / 8})
+        writer.close(_DEADLINE_S)
+
+    attempt(0, range(1, 4), [name])
+    attempt(3, range(4, 6), [])
+    attempt(4, range(5, 8), [name])
+    attempt(6, range(7, 9), [name])
+    assert not reported
+    return directory
+
+
+STEPS = [(step, step / 8) for step in range(1, 9)]
+EVALUATIONS = [(step, step / 8) for step in range(0, 9, 2)]
+TABLES = [1, 2, 3, 5, 6, 7, 8]
+
+
+def test_tensorboard_of_a_run_that_was_killed_has_each_step_once(tmp_path):
+    board = EventAccumulator(str(_three_attempts(tmp_path, "tensorboard") / "tensorboard")).Reload()
+    points = {name: [(e.step, e.value) for e in board.Scalars(name)] for name in board.Tags()["scalars"]}
+    assert points["prime/reward/mean"] == STEPS
+    assert points["evaluation/pass@1"] == EVALUATIONS
+    assert [event.step for event in board.Tensors("prime/traces/text_summary")] == TABLES
+    assert len(board.Tensors("config/text_summary")) == 1
+
+
+def test_tensorboard_of_a_run_that_was_killed_before_its_first_step_has_its_config_once(tmp_path):
+    for _ in range(2):
+        assert not _attempt_without_a_step(tmp_path, "tensorboard")
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(board.Tensors("config/text_summary")) == 1
+    assert [event.step for event in board.Scalars("evaluation/pass@1")] == [0]
+
+
+def test_a_torn_file_of_tensorboard_loses_no_step(tmp_path):
+    _run(tmp_path, ["tensorboard"])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[: content.rindex(b"evaluation/pass@1/low") + 4])
+    _run(tmp_path, ["tensorboard"], resumed_step=2)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("evaluation/pass@1/low")] == [(2, 0.25)]
+    assert [e.step for e in board.Scalars("sparse/reward/mean")] == [2, 3]
+
+
+def _attempt_without_a_step(directory, name):
+    reported, run = [], TrackedRun(directory, "tests", "first", {"seed": 3})
+    writer = MetricsWriter(directory / "metrics.jsonl", Trackers([name], run, reported.append))
+    writer.write_evaluation("prime", 0, {"evaluation/pass@1": 0.0})
+    writer.close(_DEADLINE_S)
+    return reported
+
+
+def test_mlflow_of_a_run_that_was_killed_has_each_step_once_in_one_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    _three_attempts(tmp_path, "mlflow")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+
+    def points(name):
+        return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name)]
+
+    assert points("prime/reward/mean") == STEPS
+    assert points("evaluation/pass_at_1") == EVALUATIONS
+    tables = client.list_artifacts(run.info.run_id, "prime/traces")
+    assert [Path(table.path).stem for table in tables] == [f"step-{step:06}" for step in TABLES]
+    content = json.loads(Path(client.download_artifacts(run.info.run_id, tables[3].path)).read_text())
+    assert len(content["data"]) == len(TABLE.rows), "a table that is logged again grows"
+
+
+def test_mlflow_finds_a_run_whose_process_was_killed_before_it_knew_its_id(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert not _attempt_without_a_step(tmp_path, "mlflow")
+    ids = json.loads((tmp_path / "trackers.json").read_text())
+    (tmp_path / "trackers.json").write_text(json.dumps({name: i for name, i in ids.items() if name != "mlflow"}))
+    assert not _attempt_without_a_step(tmp_path, "mlflow")
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
+    assert len(client.search_runs([client.get_experiment_by_name("tests").experiment_id])) == 1
+
+
+def test_trackio_of_a_run_that_was_killed_has_each_step_once_in_one_run(tmp_path, monkeypatch):
+    _trackio_in(tmp_path / "trackio", monkeypatch)
+    _three_attempts(tmp_path, "trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (name,) = SQLiteStorage.get_runs("tests")
+    logs = SQLiteStorage.get_logs("tests", name)
+    assert [(row["step"], row["prime/reward/mean"]) for row in logs if "prime/reward/mean" in row] == STEPS
+    assert [(r["step"], r["evaluation/pass@1"]) for r in logs if "evaluation/pass@1" in r] == EVALUATIONS
+    assert [row["step"] for row in logs if "prime/traces" in row] == TABLES
+
+
+def test_wandb_offline_of_a_run_that_was_killed_has_each_step_once_in_one_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    _three_attempts(tmp_path, "wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = list(_wandb_rows(file))
+    assert [(row["step"], row["prime/reward/mean"]) for row in rows if "prime/reward/mean" in row] == STEPS
+    assert [(r["step"], r["evaluation/pass@1"]) for r in rows if "evaluation/pass@1" in r] == EVALUATIONS
+
+
+def test_a_resumed_run_takes_from_a_service_what_it_has(tmp_path):
+    """As of W&B online, whose server gives a resumed run its summary."""
+    has, logged = {"prime/update/loss": 2, "evaluation/pass@1": 0}, []
+    tracker = _Faulty("")
+    tracker.last_step = lambda tag: has.get(tag, -1)
+    tracker.log = lambda step, values: logged.append((step, values))
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", Trackers([], TrackedRun(tmp_path, "p", "n"), print))
+    for step in (1, 2, 3):
+        writer.write("prime", step, {"loss": step / 2})
+        writer.write_evaluation("sparse", step, {"evaluation/pass@1": step / 4})
+    writer.close()
+    run = TrackedRun(tmp_path, "p", "n", {}, 3)
+    MetricsWriter(
+        tmp_path / "metrics.jsonl", Trackers(["wandb"], run, print, lambda name, run: tracker), resumed_step=3
+    ).close()
+    assert logged == [
+        (1, {"evaluation/pass@1": 0.25}),
+        (2, {"evaluation/pass@1": 0.5}),
+        (3, {"prime/update/loss": 1.5, "evaluation/pass@1": 0.75}),
+    ]
+
+
 class _Faulty:
     """Raises in the call of this name."""
 
@@ -188,6 +329,12 @@ class _Faulty:
         self.calls.append(name)
         if name == self._where:
             raise ConnectionError("gone")
+
+    def last_step(self, tag):
+        return -1
+
+    def last_table_step(self, name):
+        return -1
 
     def log(self, step, values):
         self._called("log")
