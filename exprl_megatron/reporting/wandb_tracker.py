@@ -73,7 +73,9 @@ def _kind(tag: str) -> str:
 def _move_away(directories: Iterable[Path], place: Path) -> None:
     for directory in list(directories):
         place.mkdir(exist_ok=True)
-        directory.rename(place / directory.name)
+        # W&B names a directory by the second.
+        number = len(list(place.glob(f"{directory.name}*")))
+        directory.rename(place / f"{directory.name}{f'.{number}' if number else ''}")
 
 
 def open_run(run: TrackedRun) -> WandbTracker:
