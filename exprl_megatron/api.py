@@ -11,6 +11,7 @@ from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.problems.problem import CodeTest, Problem, Reference
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm, StepInfo
+from exprl_megatron.rollout.own_stage import LearnContext, LearnedTrace, OwnStage, PromptProblem, RolloutContext
 from exprl_megatron.rollout.trace import Trace
 
 if TYPE_CHECKING:
@@ -42,12 +43,17 @@ __all__ = [
     "Group",
     "JudgedSegment",
     "Judgement",
+    "LearnContext",
+    "LearnedTrace",
+    "OwnStage",
     "PluginError",
     "Problem",
     "ProblemSource",
+    "PromptProblem",
     "Reference",
     "RewardFunction",
     "RewardTerm",
+    "RolloutContext",
     "Scored",
     "StepInfo",
     "StepMetrics",

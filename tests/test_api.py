@@ -25,6 +25,8 @@ FIELDS = {
         "terms: tuple[RewardTerm, ...] = ()",
     ],
     "Group": ["problem_id: str", "samples: tuple[GradedTrace, ...]", "domain: str = 'math'"],
+    "LearnedTrace": ["trace: Trace", "advantages: float | ndarray | None = None"],
+    "PromptProblem": ["id: str", "statement: str", "domain: str = 'math'"],
     "JudgedSegment": ["start: int", "end: int", "judgement: Scored | Abstained"],
     "Problem": [
         "id: str",
@@ -77,6 +79,32 @@ ALIASES = {
     "Verifier": "Callable[[Problem, Trace], Scored | Abstained | Awaitable[Scored | Abstained]]",
 }
 
+HOOKS = {
+    "LearnContext": {
+        "default_learn": "(self, groups: Sequence[Group]) -> list[LearnedTrace]",
+        "log": "(self, text: str) -> None",
+        "log_metrics": "(self, metrics: Mapping[str, float]) -> None",
+    },
+    "OwnStage": {
+        "kept_problems": "(self) -> Collection[str] | None",
+        "learn": "(self, ctx: LearnContext, groups: Sequence[Group]) -> Sequence[LearnedTrace]",
+        "load_state_dict": "(self, state: dict[str, Any]) -> None",
+        "rollout": "(self, ctx: RolloutContext) -> Sequence[Group]",
+        "state_dict": "(self) -> dict[str, Any]",
+    },
+    "RolloutContext": {
+        "judge": "(self, trace: Trace) -> Scored | Abstained",
+        "log": "(self, text: str) -> None",
+        "next_problems": "(self, count: int | None = None) -> list[PromptProblem]",
+        "problems": "property",
+        "sample": "(self, problems: Sequence[PromptProblem], group_size: int | None = None, "
+        "prompt: Callable[[PromptProblem], str] | None = None) -> list[Group]",
+        "sample_step": "(self) -> list[Group]",
+        "verify": "(self, trace: Trace) -> Scored | Abstained",
+    },
+}
+ASYNC = {"rollout", "judge", "sample", "sample_step", "verify"}
+
 
 def plain(annotation: object) -> str:
     """An annotation without the modules of its names."""
@@ -93,7 +121,7 @@ def described(field: dataclasses.Field) -> str:
 
 def test_the_names_are_those_of_this_version():
     assert api.API_VERSION == 1
-    assert sorted(api.__all__) == sorted([*FIELDS, *ALIASES, "API_VERSION", "PluginError", "Reference"])
+    assert sorted(api.__all__) == sorted([*FIELDS, *ALIASES, *HOOKS, "API_VERSION", "PluginError", "Reference"])
     assert all(hasattr(api, name) for name in api.__all__)
 
 
@@ -109,6 +137,20 @@ def test_the_members_that_plugins_may_call_are_there():
 
 def test_the_signatures_of_plugins_are_those_of_this_version():
     assert {name: plain(str(getattr(api, name)).replace("typing.", "")) for name in ALIASES} == ALIASES
+
+
+def test_the_hooks_of_a_stage_and_what_they_are_given_are_those_of_this_version():
+    found: dict[str, dict[str, str]] = {}
+    for name in HOOKS:
+        members = {key: value for key, value in vars(getattr(api, name)).items() if not key.startswith("_")}
+        functions = {key: value for key, value in members.items() if inspect.isfunction(value)}
+        found[name] = {key: plain(str(inspect.signature(value))) for key, value in functions.items()}
+        found[name] |= {key: "property" for key, value in members.items() if isinstance(value, property)}
+        assert {key for key, value in functions.items() if inspect.iscoroutinefunction(value)} == ASYNC & found[
+            name
+        ].keys()
+    assert found == HOOKS
+    assert plain(str(inspect.signature(api.OwnStage))) == "(settings: Mapping[str, Any])"
 
 
 def test_every_class_and_kind_of_plugin_is_documented():

@@ -21,6 +21,7 @@ from exprl_megatron.config.renamed import new_name
 from exprl_megatron.config.reproduction import expand_reproduction
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.shorthand import expand_shorthand
+from exprl_megatron.config.stage_kinds import BUILT_IN, OWN_TAG, Base, stage_tag, tag_of
 from exprl_megatron.errors import UserError
 
 _TO_REFER_TO = "x-"
@@ -223,7 +224,9 @@ def _sentence(item: ErrorDetails, tree: Any) -> str:
     if item["type"] == "missing":
         return f"{path} is missing; set it."
     if item["type"].startswith("union_tag"):
-        return f"{path}.kind is {_given(item)}; set it to one of {', '.join(_kinds())}."
+        if _given(item).startswith(f"'{OWN_TAG}"):
+            return f"{path}.base is {item['input']['base']!r}; set it to one of {', '.join(get_args(Base))}."
+        return f"{path}.kind is {_given(item)}; set it to one of {', '.join(_kinds())}, or to module:Class of your own."
     if not path:
         return "the config is not a mapping of keys to values; write key: value lines."
     return f"{path} is {_shown(item['input'])}: {_lower(item['msg'])}; change the value."
@@ -235,9 +238,8 @@ def _given(item: ErrorDetails) -> str:
 
 
 def _kinds() -> list[str]:
-    """The stages that a config may name."""
-    classes = _classes(RunConfig.model_fields["stages"].annotation)
-    return [name for c in classes for name in _kind_of(c)]
+    """The built-in stages that a config may name."""
+    return [str(tag_of(stage)) for stage in BUILT_IN]
 
 
 def _shown(value: Any) -> str:
@@ -265,10 +267,10 @@ def _lower(text: str) -> str:
 
 
 def _keys(loc: tuple, tree: Any) -> list[str | int]:
-    """The keys as the user wrote them: pydantic adds the chosen stage kind, which no YAML has."""
+    """The keys as the user wrote them: pydantic adds the tag of the chosen stage, which no YAML has."""
     keys = []
     for part in loc:
-        if isinstance(tree, dict) and part not in tree and tree.get("kind") == part:
+        if isinstance(tree, dict) and part not in tree and stage_tag(tree) == part:
             continue
         keys.append(part)
         if isinstance(tree, dict):
@@ -288,13 +290,8 @@ def _known(loc: tuple) -> list[str]:
         if named:
             classes = [k for c in named for k in _classes(c.model_fields[part].annotation)]
         else:
-            classes = [c for c in classes if part in _kind_of(c)] or classes
+            classes = [c for c in classes if part == tag_of(c)] or classes
     return [name for c in classes for name in c.model_fields]
-
-
-def _kind_of(config_class: type[BaseModel]) -> tuple:
-    field = config_class.model_fields.get("kind")
-    return get_args(field.annotation) if field else ()
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:

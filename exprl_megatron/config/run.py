@@ -13,7 +13,8 @@ from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import BuiltInDomain, LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.reproduction import deviations, released_only_values
 from exprl_megatron.config.serving import RETURN_ROUTED_EXPERTS, SamplingConfig, ServerConfig, SyncConfig
-from exprl_megatron.config.stages import AnyStage, JudgedStage, RlStage
+from exprl_megatron.config.stage_kinds import AnyStage, OwnStageConfig
+from exprl_megatron.config.stages import JudgedStage, RlStage
 from exprl_megatron.config.tracking import TrackerName, TrackingConfig
 from exprl_megatron.config.verifying import VerifierConfig
 
@@ -100,7 +101,7 @@ class RunConfig(Config):
     (docs/extending.md)."""
     sync: SyncConfig = SyncConfig()
     stages: tuple[AnyStage, ...]
-    """The stages in their order; `kind` selects what a stage does."""
+    """The stages in their order; `kind` selects what a stage does: a built-in kind, or a class of your own."""
     evaluation: EvaluationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     journal: JournalConfig = JournalConfig()
@@ -218,6 +219,7 @@ class RunConfig(Config):
         found = [f"stages: the name {name} is given twice; names must differ." for name in twice]
         if not names:
             found.append("stages is empty; list at least one stage.")
+        found += self._kept_violations()
         if self.evaluation is not None and "start" in names:
             found.append("stages: the name start is that of the evaluation before the first stage; choose another.")
         found += [
@@ -239,4 +241,23 @@ class RunConfig(Config):
                 "sync.pause_mode is in_place, by which traces continue with the cache of older weights, but "
                 "sync.max_log_prob_gap wants log-probs of the newest; set it to auto or null, or pause_mode to retract."
             )
+        return found
+
+    def _kept_violations(self) -> list[str]:
+        """Reasons why no stage could have kept problems for another one."""
+        found, earlier = [], set[str]()
+        for stage in self.stages:
+            wanted = stage.problems_from if isinstance(stage, RlStage) else None
+            if wanted is not None and wanted not in earlier:
+                found.append(
+                    f"stage {stage.name}: problems_from is {wanted!r}, but the stages of your own before it are "
+                    f"{', '.join(sorted(earlier)) or 'none'}; name one of them, or remove it."
+                )
+            elif wanted is not None and not self.learns:
+                found.append(
+                    f"stage {stage.name}: problems_from is {wanted!r}, but debug.only is sampling, where no stage "
+                    "keeps problems; remove one of them."
+                )
+            if isinstance(stage, OwnStageConfig):
+                earlier.add(stage.name)
         return found

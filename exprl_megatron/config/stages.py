@@ -1,7 +1,7 @@
 """The stages of a run, which follow each other; each one starts from the weights of the stage before."""
 
 import math
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -79,6 +79,13 @@ class RlStage(Stage):
     next n steps are sampled while a step learns, and the weights change within traces."""
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
+    problems_from: str | None = None
+    """Learn from those of `problems` alone that this earlier stage of your own kept (docs/extending.md)."""
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether its updates are those of supervised fine-tuning on its traces."""
+        return False
 
     @property
     def needs_ref_policy(self) -> bool:
@@ -342,8 +349,3 @@ class SftStage(Stage):
         if (self.examples is None) == (self.problems is None):
             return [f"stage {self.name}: give either `examples` or `problems` to learn from."]
         return []
-
-
-AnyStage = Annotated[
-    ExprlOutcomeStage | ExprlProcessStage | SparseRlStage | SelfDistillStage | SftStage, Field(discriminator="kind")
-]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stage_kinds import OwnStageConfig
 from exprl_megatron.config.stages import SelfDistillStage, Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.plugins.failures import PluginError
@@ -106,11 +107,12 @@ def evaluation_file(directory: RunDirectory, name: str) -> Path:
 
 
 def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvantages]] | None:
-    """Compute advantages by the stage's own rules; None where it has none, or where its own estimator is gone.
+    """Compute advantages by the stage's own rules; None where it has none, where its own estimator is gone, or where
+    the user's own code chooses what is learned.
 
     Raises UserError where the log does not fit the stage.
     """
-    if isinstance(stage, SelfDistillStage):
+    if isinstance(stage, SelfDistillStage | OwnStageConfig):
         return None
     try:
         return token_advantages(stage, groups)

@@ -73,6 +73,7 @@ class LeakGuard:
         for problem in problems:
             self._problems.setdefault(problem.id, []).append(problem)
         self._hidden: dict[str, list[tuple[int, np.ndarray]]] = {}
+        self._of_all: dict[int, np.ndarray] | None = None
         self._lock = threading.Lock()
 
     def check_request(self, problem_id: str, text: str) -> None:
@@ -93,6 +94,39 @@ class LeakGuard:
                 f"Leak guard: a request to the policy for problem {problem_id} holds leak_guard.canary; see what "
                 "prompt.system, prompt.user and the problem's record put there."
             )
+
+    def check_own_text(self, problem_id: str, text: str) -> None:
+        """As `check_request`, of a prompt that the user's own code wrote: it may hold no problem's reference.
+
+        What the statement of `problem_id` has itself is no leak of another problem.
+        """
+        self.check_request(problem_id, text)
+        words = _hashed_words(text)
+        statements = [_hashed_words(problem.statement) for problem in self._problems[problem_id]]
+        for n, hidden in self._all_hidden().items():
+            shown = np.concatenate([_ngrams(statement, n) for statement in statements])
+            found = np.setdiff1d(_ngrams(words, n), shown)
+            if not np.isin(found, hidden).any():
+                continue
+            other = next(id for id in self._problems if self._hides(id, n, found))
+            raise RunStopped(
+                f"Leak guard: a request to the policy for problem {problem_id} shares a run of {n} words with the "
+                f"reference of problem {other}, and leak_guard allows none; see what the stage's own code puts into "
+                "its prompts, or raise leak_guard.ngram_words where it is a common phrase."
+            )
+
+    def _hides(self, problem_id: str, n: int, ngrams: np.ndarray) -> bool:
+        return any(n == own and np.isin(ngrams, hidden).any() for own, hidden in self._references(problem_id))
+
+    def _all_hidden(self) -> dict[int, np.ndarray]:
+        """The n-grams of every reference, by n; made once."""
+        if self._of_all is None:
+            found: dict[int, list[np.ndarray]] = {}
+            for problem_id in self._problems:
+                for n, hidden in self._references(problem_id):
+                    found.setdefault(n, []).append(hidden)
+            self._of_all = {n: np.unique(np.concatenate(ngrams)) for n, ngrams in found.items()}
+        return self._of_all
 
     @property
     def watches_traces(self) -> bool:

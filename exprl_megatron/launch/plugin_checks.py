@@ -7,12 +7,12 @@ import asyncio
 from collections.abc import Iterator
 from typing import get_args
 
-import numpy as np
-
 from exprl_megatron.config.losses import Advantage, Surrogate
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stage_kinds import OwnStageConfig
 from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage, SftStage, SparseRlStage
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.launch.own_stage_trial import check_own_stages, empty_trace, try_own_stage
 from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import plugin_source, use_plugin_path
@@ -20,7 +20,6 @@ from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.sources import first_problem, is_own_source, load_problems
 from exprl_megatron.rollout.group import GradedTrace, Group, StepInfo
 from exprl_megatron.rollout.own_functions import OwnFunction, own_verifiers
-from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.directory import PLUGINS
 from exprl_megatron.training.own_metrics import own_step_metrics
 from exprl_megatron.training.own_rewards import own_terms
@@ -40,6 +39,8 @@ def _plugins(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.evaluation is not None and is_own_source(config.evaluation.problems.source):
         yield "evaluation.problems.source", config.evaluation.problems.source
     for number, stage in enumerate(config.stages):
+        if isinstance(stage, OwnStageConfig):
+            yield f"stages.{number}.kind", stage.kind
         if isinstance(stage, RlStage | SftStage) and stage.problems and is_own_source(stage.problems.source):
             yield f"stages.{number}.problems.source", stage.problems.source
         if isinstance(stage, ScoredStage):
@@ -62,8 +63,11 @@ def check_plugin_code(config: RunConfig) -> None:
     Raises:
         PluginError: one cannot be loaded, takes other arguments, fails, or returns what it must not.
     """
+    own_kinds = {stage.kind for stage in config.stages if isinstance(stage, OwnStageConfig)}
     for key, path in plugins_of(config).items():
-        Plugin.load(key, path)
+        if path not in own_kinds:
+            Plugin.load(key, path)
+    check_own_stages(config)
     own_verifiers(config.verifier, _silent)
     own_step_metrics(config.step_metrics)(StepInfo("a", 1), [_sample_group()])
     for stage in config.stages:
@@ -78,6 +82,8 @@ def check_plugin_code(config: RunConfig) -> None:
 def check_plugins_on_problems(config: RunConfig) -> None:
     """Call every verifier and reward term of the user with the first problem that it is for, and an empty trace.
 
+    A stage of the user's own is tried with such traces of the first problems.
+
     Raises:
         PluginError: one raises an exception, gives no answer in time, or returns what it must not.
     """
@@ -90,6 +96,8 @@ def check_plugins_on_problems(config: RunConfig) -> None:
             if domain in verifiers:
                 asyncio.run(_try(verifiers[domain], problem, verdict=True))
     for stage in config.stages:
+        if isinstance(stage, OwnStageConfig):
+            try_own_stage(config, stage)
         if isinstance(stage, ScoredStage) and any(term.is_own for term in stage.reward):
             problem = first_problem(stage.problems)
             for term in own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent).values():
@@ -97,7 +105,7 @@ def check_plugins_on_problems(config: RunConfig) -> None:
 
 
 async def _try(own: OwnFunction, problem: Problem, verdict: bool) -> None:
-    trace = _empty_trace(problem.id)
+    trace = empty_trace(problem.id)
     if verdict:
         judgement = await own.verify(problem, trace)
         failed = judgement.evidence if isinstance(judgement, Abstained) and judgement.reason in FAILURES else None
@@ -111,14 +119,10 @@ async def _try(own: OwnFunction, problem: Problem, verdict: bool) -> None:
         )
 
 
-def _empty_trace(problem_id: str, sample: int = 0) -> Trace:
-    return Trace(problem_id, sample, np.zeros(1), np.zeros(1), np.zeros(1), "", "stop", (("v0", 0, 1),))
-
-
 def _sample_group() -> Group:
     """Two traces, of which one has no score."""
     judgements = (Scored(0.5, "as a trial"), Abstained("timeout"))
-    return Group("sample", tuple(GradedTrace(_empty_trace("sample", k), j) for k, j in enumerate(judgements)))
+    return Group("sample", tuple(GradedTrace(empty_trace("sample", k), j) for k, j in enumerate(judgements)))
 
 
 def _try_estimator(stage: ScoredStage) -> None:

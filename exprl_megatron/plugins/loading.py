@@ -32,12 +32,11 @@ def use_plugin_path(directories: Iterable[str]) -> None:
     sys.path[:] = [*wanted, *(entry for entry in sys.path if entry not in wanted)]
 
 
-@cache
-def load_plugin(path: str) -> Callable[..., Any]:
-    """Return the function of `path`; of a class, an instance made without arguments, one in each process.
+def load_object(path: str) -> Any:
+    """Return what `path` names.
 
     Raises:
-        PluginError: the module cannot be imported, has no such name, or what it has cannot be called.
+        PluginError: the module cannot be imported, or has no such name.
     """
     module_name, name = _module_and_name(path)
     working_directory = str(Path.cwd())
@@ -52,6 +51,17 @@ def load_plugin(path: str) -> Callable[..., Any]:
         if not hasattr(found, part):
             raise PluginError(f"The plugin {path} is not there: {file} defines no {part}; correct the name.")
         found = getattr(found, part)
+    return found
+
+
+@cache
+def load_plugin(path: str) -> Callable[..., Any]:
+    """Return the function of `path`; of a class, an instance made without arguments, one in each process.
+
+    Raises:
+        PluginError: as load_object, or what it names cannot be called.
+    """
+    found = load_object(path)
     if inspect.isclass(found):
         try:
             found = found()
@@ -62,19 +72,23 @@ def load_plugin(path: str) -> Callable[..., Any]:
             ) from error
     if not callable(found):
         raise PluginError(
-            f"The plugin {path} is a {type(found).__name__}, which cannot be called; name a function in {file}, or a "
-            "class with a __call__ method."
+            f"The plugin {path} is a {type(found).__name__}, which cannot be called; name a function in {_file(path)}, "
+            "or a class with a __call__ method."
         )
     return found
 
 
 def plugin_source(path: str) -> PluginSource:
-    """Return the file of the module that defines `path`, and its hash; raises what load_plugin raises."""
-    load_plugin(path)
-    file = getattr(sys.modules[_module_and_name(path)[0]], "__file__", None)
+    """Return the file of the module that defines `path`, and its hash; raises what load_object raises."""
+    load_object(path)
+    file = _file(path)
     if file is None or not Path(file).is_file():
         return PluginSource(file or "unknown", "unknown")
     return PluginSource(file, hashlib.sha256(Path(file).read_bytes()).hexdigest())
+
+
+def _file(path: str) -> str | None:
+    return getattr(sys.modules[_module_and_name(path)[0]], "__file__", None)
 
 
 def _module_and_name(path: str) -> tuple[str, str]:

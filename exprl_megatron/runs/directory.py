@@ -41,6 +41,7 @@ class RunDirectory:
         self.timeline = self.root / "timeline.jsonl"
         self.sync = self.root / "sync"
         self.judgements = self.root / "judgements.sqlite"
+        self.kept_problems = self.root / "kept_problems"
         self.registry = self.root / "servers"
         self.resolved = self.root / "resolved.yaml"
         self.stop_request = self.root / "stop"

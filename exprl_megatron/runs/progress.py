@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, dataclass, replace
 
+OWN_STAGE = "own_stage"
+"""The key of a checkpoint's record with the state of a stage of the user's own."""
+
 
 @dataclass(frozen=True)
 class RunProgress:
@@ -35,8 +38,9 @@ class RunProgress:
 
     @classmethod
     def from_dict(cls, record: dict) -> "RunProgress":
-        """Read what to_dict wrote."""
-        return cls(**{"prompts_consumed" if key == "problems_drawn" else key: value for key, value in record.items()})
+        """Read what to_dict wrote; a checkpoint has the state of a stage of the user's own beside it."""
+        names = {key: "prompts_consumed" if key == "problems_drawn" else key for key in record if key != OWN_STAGE}
+        return cls(**{name: record[key] for key, name in names.items()})
 
 
 def updates_of(weight_version: str) -> int:

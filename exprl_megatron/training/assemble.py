@@ -26,6 +26,7 @@ from exprl_megatron.serving.shared_judge import SharedJudgeClient
 from exprl_megatron.serving.static_pool import StaticPool
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.judging_runtime import JudgingRuntime
+from exprl_megatron.training.own_stages import own_stages
 from exprl_megatron.training.phase_switch import PhaseSwitch, put_to_sleep
 from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
@@ -60,7 +61,8 @@ def assemble(
         judges = _judges(config, registry, pool)
         judging = JudgingRuntime(config, paths.judgements, judges, logger)
         kept = RunDirectory(config.debug.rollouts) if config.debug.rollouts else paths
-        rollouts = Rollouts(config, Journal(kept.journal), pool, judges, judging, logger)
+        own = own_stages(config, logger.log)
+        rollouts = Rollouts(config, Journal(kept.journal), pool, judges, judging, logger, own)
         prefetch = RolloutPrefetch(coordinator, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, logger)
     # Prompts first: their errors are known before the servers are ready.

@@ -16,10 +16,12 @@ from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.judging.store import JudgementStore
 from exprl_megatron.models.tokenizer import load_tokenizer
+from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rewards.containment import Limits
 from exprl_megatron.rewards.verifier import AnswerVerifier
 from exprl_megatron.rollout.group import GradedTrace, Group
 from exprl_megatron.rollout.own_functions import own_verifiers
+from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training.grading import GradeTrace, grade_of, verified, with_terms
 from exprl_megatron.training.own_rewards import own_terms
 from exprl_megatron.training.run_logger import RunLogger
@@ -67,6 +69,17 @@ class JudgingRuntime:
     def grade_by_answer(self) -> GradeTrace:
         """Return the function that grades traces by their final answer, as evaluations do."""
         return verified(self._verifier, self._config.verifier, self._own_verifiers)
+
+    async def judgement_of(self, problem: Problem, trace: Trace, by: str) -> Judgement:
+        """Return the judgement of the `judge`, or else the verifier, on a whole trace.
+
+        Raises ValueError where the run has no judge that is asked for.
+        """
+        if by != "judge":
+            return (await self.grade_by_answer()(problem, trace)).judgement
+        if self._judge is None:
+            raise ValueError("the stage has no judge; set its base to exprl-outcome or exprl-process")
+        return await self._judge.grade(problem, trace.text)
 
     async def check_judge(self, stage: RlStage, step: int) -> None:
         """Check the judge against its gate, where that is due before this step. Raises RunStopped where it fails."""

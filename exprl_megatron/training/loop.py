@@ -4,7 +4,8 @@ A run is a list of stages. In a stage that learns from its own traces, one step 
 each problem under the newest weights; grade each trace as soon as it is finished (ExpRL: a judge grades the whole trace
 or its segments; sparse-reward RL: a verifier checks the answer); compute the advantages of each group; take one or more
 clipped policy-gradient updates; push the new weights to the sampling servers. A stage with `max_staleness` samples its
-next steps in the meantime (prefetch.py). Self-distillation has a teacher instead of advantages.
+next steps in the meantime (prefetch.py). Self-distillation has a teacher instead of advantages. A stage of the user's
+own samples, or chooses what is learned, by its own code (own_stages.py).
 
 Every rank executes this file. Rank 0 alone talks to the servers and holds the graded groups; each rank receives the
 training samples that it learns from.
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from exprl_megatron.algorithms.aggregation import denominator_of, kept_denominator
 from exprl_megatron.algorithms.batch import SampleOrOutline
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
+from exprl_megatron.config.stage_kinds import OwnStageConfig
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.run import Batches, Run
@@ -47,16 +49,18 @@ def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     if run.config.debug.only == "sampling":
         return metrics
     with run.clock("log_probs"):
-        scattered = run.scattered(lambda: batches_of(run, stage, groups))
+        scattered = run.scattered(lambda: batches_of(run, stage, step, groups))
         batches = [with_log_probs(run, stage, *pair) for pair in scattered]
     with run.clock("train"):
         for batch in batches:
-            if batch:
+            if batch and stage.is_supervised:
+                metrics |= supervised_update(run, batch)
+            elif batch:
                 metrics |= update(run, stage, batch)
     return metrics
 
 
-def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> Sequence[Batches]:
+def batches_of(run: Run, stage: RlStage, step: int, groups: list[Group]) -> Sequence[Batches]:
     """Build the training samples of each update, and beside them the samples that the reference policy scores.
 
     The two differ only in self-distillation: its reference policy is the teacher, whose prompts include the reference
@@ -65,7 +69,8 @@ def batches_of(run: Run, stage: RlStage, groups: list[Group]) -> Sequence[Batche
     if isinstance(stage, SelfDistillStage):
         return [student_and_teacher(groups, run.teacher_prompts)]
     version = run.weight_version if stage.max_staleness else None
-    return [(batch, batch) for batch in update_samples(stage, groups, version)]
+    advantages = run.own_advantages(stage, step, groups) if isinstance(stage, OwnStageConfig) else None
+    return [(batch, batch) for batch in update_samples(stage, groups, version, advantages)]
 
 
 def with_log_probs(
@@ -75,6 +80,8 @@ def with_log_probs(
 
     `ref_samples` are the same responses behind the prompts that the reference policy reads.
     """
+    if stage.is_supervised:
+        return samples
     temperature = stage.sampling.temperature
     if stage.needs_ref_policy and samples:
         ref_log_probs = run.ref_log_probs(ref_samples, temperature)
@@ -104,7 +111,12 @@ def update(run: Run, stage: RlStage, samples: Sequence[SampleOrOutline]) -> dict
 def sft_step(run: Run, stage: SftStage, step: int) -> dict[str, float]:
     """Take one optimizer step of maximum likelihood on the next rows of the stage's examples; returns its metrics."""
     samples = run.sft_batch(stage, step)
-    tokens = sum(s.response_tokens for s in samples)
     with run.clock("train"):
-        sums = run.policy.accumulate(samples, supervised_objective(), 1.0, denominator=tokens)
-        return update_statistics(sums, tokens) | run.apply_update()
+        return supervised_update(run, samples)
+
+
+def supervised_update(run: Run, samples: Sequence[SampleOrOutline]) -> dict[str, float]:
+    """Take one optimizer step of maximum likelihood on the responses of `samples`; returns its metrics."""
+    tokens = sum(s.response_tokens for s in samples)
+    sums = run.policy.accumulate(samples, supervised_objective(), 1.0, denominator=tokens)
+    return update_statistics(sums, tokens) | run.apply_update()

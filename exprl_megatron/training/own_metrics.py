@@ -31,7 +31,7 @@ def own_step_metrics(paths: Sequence[str]) -> StepMetrics:
     def metrics(step: StepInfo, groups: Sequence[Group]) -> dict[str, float]:
         found: dict[str, float] = {}
         for plugin in plugins:
-            own = _checked(plugin, plugin(step, tuple(groups)))
+            own = checked_metrics(plugin, plugin(step, tuple(groups)))
             if twice := sorted(own.keys() & found.keys()):
                 raise plugin.failure(f"returned {twice[0].removeprefix(OWN)!r}, as another of step_metrics does")
             found |= own
@@ -56,7 +56,8 @@ def never_stopping(metrics: StepMetrics, say: Callable[[str], None]) -> StepMetr
     return found
 
 
-def _checked(plugin: Plugin, found: object) -> dict[str, float]:
+def checked_metrics(plugin: Plugin, found: object) -> dict[str, float]:
+    """Return the numbers under names that begin with `own/`. Raises PluginError where it is no such mapping."""
     if not isinstance(found, Mapping):
         raise plugin.failure(f"returned {described(found)} instead of a mapping of names to numbers")
     checked = {}

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from exprl_megatron.algorithms.advantages import informative
@@ -14,6 +15,7 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SparseRlStage
 from exprl_megatron.errors import UserError
+from exprl_megatron.judging.judgement import Judgement
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.routing import Routing
@@ -22,8 +24,10 @@ from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_problems
 from exprl_megatron.rollout.group import GradedTrace, Group
+from exprl_megatron.rollout.own_stage import PromptProblem
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
@@ -33,6 +37,8 @@ from exprl_megatron.serving.shared_judge import SharedJudgeClient
 from exprl_megatron.training.grading import GradeTrace
 from exprl_megatron.training.judging_runtime import JudgingRuntime
 from exprl_megatron.training.loop_lag import LoopLag
+from exprl_megatron.training.own_rollouts import OwnPrompts, StepContext
+from exprl_megatron.training.own_stages import StageHooks, read_kept, write_kept
 from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.training.sample_rewards import rewards_of
 from exprl_megatron.utils.text_check import text_check_of
@@ -55,6 +61,8 @@ class SamplePlan:
     """The weight versions that may sample them (see sample_groups)."""
     routing: Routing | None = None
     """Of the policy, where the experts that the servers choose are wanted."""
+    own_prompts: Mapping[int, tuple[int, ...]] | None = None
+    """Token ids of prompts that the user's own code wrote, in place of the problems' own, by index."""
 
 
 class Rollouts:
@@ -68,8 +76,12 @@ class Rollouts:
         judges: Sequence[SGLangClient | OpenAIEndpoint | SharedJudgeClient],
         judging: JudgingRuntime,
         logger: RunLogger,
+        own_stages: Mapping[str, StageHooks] = MappingProxyType({}),
     ):
         self._config = config
+        self._own_stages = own_stages
+        self._kept = RunDirectory(config.directory).kept_problems
+        self._choices: dict[str, Sequence[int]] = {}
         self._journal = journal
         self._pool = pool
         # Judges on the policy's servers are opened and closed with the pool.
@@ -182,7 +194,14 @@ class Rollouts:
         judgements than the config allows are abstentions.
         """
         await self._judging.check_judge(stage, step)
-        sampled = await self._sampled(stage, step, prompts_consumed, versions)
+        hooks = self._own_stages.get(stage.name)
+        if hooks is not None and hooks.samples:
+            context = StepContext(self, stage, step, prompts_consumed, versions)
+            groups = await hooks.rollout(context)
+            consumed = context.next_problem - prompts_consumed
+            sampled = SampledStep(groups, consumed, self._judging.take_counts())
+        else:
+            sampled = await self._sampled(stage, step, prompts_consumed, versions)
         self._judging.check_abstentions(stage, step, sampled.groups)
         # In a thread, so that other steps' requests, judge deadlines and health checks continue in the meantime.
         await asyncio.to_thread(self._journal.write, stage.name, step, sampled)
@@ -193,7 +212,6 @@ class Rollouts:
     ) -> SampledStep:
         """Sample the step's groups; dynamic sampling replaces zero-variance groups as long as rounds are left."""
         grade = self._judging.grade(stage, self._tokenizer)
-        count = len(self._prompted[stage.problems])
         target_groups = stage.problems_per_step
         rounds = stage.dynamic_sampling if isinstance(stage, SparseRlStage) else None
 
@@ -207,7 +225,7 @@ class Rollouts:
         for _ in range(1 + (rounds or 0)):
             missing = target_groups - len(groups)
             draws = stage.prompts_for(missing)
-            indices = problem_indices(self._config.seed, stage.name, next_problem, draws, count)
+            indices = self._drawn(stage, next_problem, draws)
             next_problem += draws
             purpose = (stage.name, step)
             sampled = await self.sample(
@@ -225,6 +243,96 @@ class Rollouts:
         # Where too few groups have variance, zero-variance groups fill the step, so that every step has one size.
         groups = (groups + zero_variance)[:target_groups]
         return SampledStep(groups, next_problem - prompts_consumed, self._judging.take_counts())
+
+    def own_stage(self, stage: RlStage) -> StageHooks:
+        """The hooks of a stage of the user's own."""
+        return self._own_stages[stage.name]
+
+    def write_kept_problems(self, stage: RlStage) -> None:
+        """Write which problems a stage of the user's own keeps for later ones, if it keeps any."""
+        kept = self._own_stages[stage.name].kept_problems([problem.id for problem in self.shown_problems(stage)])
+        if kept is not None:
+            write_kept(self._kept, stage.name, kept)
+
+    def shown_problems(self, stage: RlStage) -> Sequence[PromptProblem]:
+        """What the policy may read of the problems that the stage may sample."""
+        problems = self._prompted[stage.problems].problems
+        found = (problems[i] for i in self._choice(stage))
+        return [PromptProblem(problem.id, problem.statement, problem.domain) for problem in found]
+
+    def drawn_problems(self, stage: RlStage, first: int, count: int) -> list[PromptProblem]:
+        """The same of the `count` problems from the place `first` of the stage's order on."""
+        problems = self._prompted[stage.problems].problems
+        found = (problems[i] for i in self._drawn(stage, first, count))
+        return [PromptProblem(problem.id, problem.statement, problem.domain) for problem in found]
+
+    async def sample_problems(
+        self, context: StepContext, problem_ids: Sequence[str], group_size: int, prompts: OwnPrompts | None
+    ) -> list[Group]:
+        """Sample and grade traces of problems that the user's own code chose; one group for each id.
+
+        Raises UserError where a text of `prompts` does not fit or would not reach the policy unchanged.
+        """
+        stage = context.stage
+        places = {problem.id: i for i, problem in enumerate(self._prompted[stage.problems].problems)}
+        own = None if prompts is None else {places[id]: self._own_prompt(stage, id, prompts[id]) for id in prompts}
+        plan = SamplePlan(
+            (stage.name, context.info.step),
+            stage.problems,
+            [places[problem_id] for problem_id in problem_ids],
+            group_size,
+            stage.sampling,
+            context.versions,
+            self._routing,
+            own,
+        )
+        grade = self._judging.grade(stage, self._tokenizer)
+        judged = isinstance(stage, JudgedStage)
+        return await self.sample(plan, grade, judged=judged, occurrences=context.occurrences)
+
+    async def sample_built_in(self, context: StepContext) -> SampledStep:
+        """Sample and grade a step as the base of the user's own stage does."""
+        return await self._sampled(context.stage, context.info.step, context.next_problem, context.versions)
+
+    async def judgement_of(self, stage: RlStage, trace: Trace, by: str) -> Judgement:
+        """Return the judgement on a trace by the `judge` or the `verifier`."""
+        problems = self._prompted[stage.problems].problems
+        problem = next(problem for problem in problems if problem.id == trace.problem_id)
+        return await self._judging.judgement_of(problem, trace, by)
+
+    def log(self, text: str) -> None:
+        """Print a line for the user."""
+        self._logger.log(text)
+
+    def _own_prompt(self, stage: RlStage, problem_id: str, text: str) -> tuple[int, ...]:
+        builder = PromptBuilder(self._tokenizer, self._config.prompt)
+        if (fault := builder.fault(text)) is not None:
+            raise UserError(f"stage {stage.name}: the prompt of its own code for problem {problem_id} {fault}")
+        ids, room = builder.token_ids(text), self._config.policy.max_tokens - stage.sampling.max_new_tokens
+        if len(ids) > room:
+            raise UserError(
+                f"stage {stage.name}: the prompt of its own code for problem {problem_id} has {len(ids)} tokens, but "
+                f"policy.max_tokens leaves room for {room}; shorten it, or raise the limit."
+            )
+        return ids
+
+    def _choice(self, stage: RlStage) -> Sequence[int]:
+        """The indices of the problems that the stage may sample."""
+        if stage.name not in self._choices:
+            problems, every = self._prompted[stage.problems].problems, range(len(self._prompted[stage.problems]))
+            kept = None if stage.problems_from is None else read_kept(self._kept, stage.problems_from)
+            found = every if kept is None else [i for i in every if problems[i].id in kept]
+            if not found:
+                raise UserError(
+                    f"Stage {stage.name} has none of the problems that stage {stage.problems_from} kept; give both the "
+                    "same `problems`."
+                )
+            self._choices[stage.name] = found
+        return self._choices[stage.name]
+
+    def _drawn(self, stage: RlStage, first: int, count: int) -> list[int]:
+        choice = self._choice(stage)
+        return [choice[i] for i in problem_indices(self._config.seed, stage.name, first, count, len(choice))]
 
     async def sample(
         self,
@@ -251,9 +359,11 @@ class Rollouts:
         occurrences = Counter() if occurrences is None else occurrences
         prompts = []
         for i in plan.indices:
-            prompts.append(Prompt(prompted.problems[i].id, prompted.prompts[i], occurrences[i]))
+            token_ids = prompted.prompts[i] if plan.own_prompts is None else plan.own_prompts[i]
+            prompts.append(Prompt(prompted.problems[i].id, token_ids, occurrences[i]))
             occurrences[i] += 1
-        await asyncio.to_thread(self._check_prompts, guard, prompts)
+        check = guard.check_request if plan.own_prompts is None else guard.check_own_text
+        await asyncio.to_thread(self._check_prompts, check, prompts)
         graded: dict[Trace, GradedTrace] = {}
         grade_after_sampling = judged and self._shared_judge is not None
         with self._logger.rollouts(*plan.purpose, len(prompts) * plan.group_size) as bar:
@@ -291,9 +401,9 @@ class Rollouts:
                 await gather_or_cancel(grade_one(trace) for traces in found for trace in traces)
         return [group_of(traces) for traces in found]
 
-    def _check_prompts(self, guard: LeakGuard, prompts: Sequence[Prompt]) -> None:
+    def _check_prompts(self, check: Callable[[str, str], None], prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            guard.check_request(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
+            check(prompt.problem_id, self._tokenizer.decode(prompt.token_ids.tolist()))
 
 
 def _check_routed(sampled: SampledStep, routing: Routing, path: Path) -> None:

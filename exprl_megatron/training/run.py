@@ -8,12 +8,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from exprl_megatron.algorithms.batch import LossFunction, SampleOrOutline, TrainSample
 from exprl_megatron.config.run import RunConfig
+from exprl_megatron.config.stage_kinds import OwnStageConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
 from exprl_megatron.models.tokenizer import load_tokenizer
@@ -25,7 +26,7 @@ from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.rollout.group import Group, StepInfo
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
-from exprl_megatron.runs.progress import RunProgress
+from exprl_megatron.runs.progress import OWN_STAGE, RunProgress
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
 from exprl_megatron.training.first_update import AssertionCounts, check_first_update
@@ -39,6 +40,7 @@ from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.teacher import teacher_prompts
+from exprl_megatron.training.train_samples import TokenAdvantages
 from exprl_megatron.training.trainer_log_probs import TrainerLogProbs
 from exprl_megatron.utils.collector import collect
 from exprl_megatron.weight_sync.coordinator import RankCoordinator
@@ -135,7 +137,10 @@ class Run:
         if needs_ref_policy and self._ref_scorer is not None:
             self._ref_scorer.begin_stage(stage.name)
         if self._resumed_from is not None and self._progress.step > 0:
-            load_checkpoint(self._resumed_from, self.policy)
+            record = load_checkpoint(self._resumed_from, self.policy)
+            if isinstance(stage, OwnStageConfig):
+                state = record.get(OWN_STAGE, {})
+                self._coordinator.on_rank0(lambda: self._rollouts.own_stage(stage).load_state(state))
         self._resumed_from = None
         self._examples = ExampleReader(self.config, stage) if isinstance(stage, SftStage) else None
         if self._examples is not None and self._logger is not None and self._examples.dropped:
@@ -174,6 +179,12 @@ class Run:
         if self._step_metrics is None:
             self._step_metrics = never_stopping(own_step_metrics(self.config.step_metrics), self._logger.log)
         return self._step_metrics(StepInfo(stage.name, step), groups)
+
+    def own_advantages(self, stage: RlStage, step: int, groups: list[Group]) -> list[list[TokenAdvantages]]:
+        """Let a stage of the user's own choose what is learned from `groups`, on rank 0; see update_samples."""
+        advantages, metrics = self._rollouts.own_stage(stage).learn(step, groups)
+        self._counted |= metrics
+        return advantages
 
     def scattered(self, batches: Callable[[], Sequence[Batches]]) -> list[Batches]:
         """Build `batches` on rank 0 and send each rank the samples that it learns from (see SampleScatter)."""
@@ -281,9 +292,7 @@ class Run:
                 if self._trainer_log_probs is not None:
                     # A resumed run does not learn again from the steps that the checkpoint has.
                     self._trainer_log_probs.wait()
-                save_checkpoint(
-                    self._directory.checkpoints, self.policy, self._progress.to_dict(), keep=checkpoint.keep
-                )
+                save_checkpoint(self._directory.checkpoints, self.policy, self._record(stage), keep=checkpoint.keep)
             if self._coordinator.is_rank0 and isinstance(stage, RlStage):
                 self._rollouts.prune_log(stage, step)
                 if self._trainer_log_probs is not None and self.config.journal.keep_steps is not None:
@@ -294,10 +303,19 @@ class Run:
                 f"{', with a checkpoint' if self.config.learns else ''}; continue with --resume."
             )
 
+    def _record(self, stage: Stage) -> dict[str, Any]:
+        """What a checkpoint has beside the policy; rank 0's counts."""
+        record = self._progress.to_dict()
+        if isinstance(stage, OwnStageConfig):
+            record[OWN_STAGE] = self._coordinator.on_rank0(lambda: self._rollouts.own_stage(stage).state()) or {}
+        return record
+
     def close_stage(self, stage: Stage) -> None:
         """Save the stage's weights in Hugging Face format, once, if the run learns: copies would look like results."""
         if not self.config.learns:
             return
+        if isinstance(stage, OwnStageConfig):
+            self._coordinator.on_rank0(lambda: self._rollouts.write_kept_problems(cast(RlStage, stage)))
         target = self._directory.models / stage.name
         if stage.name not in self._trained and self._coordinator.broadcast_from_rank0(target.is_dir):
             return

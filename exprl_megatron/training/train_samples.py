@@ -23,19 +23,26 @@ TokenAdvantages = np.ndarray | None
 """[tokens], float32: the advantage of each token of a trace; None: the trace is out of the loss."""
 
 
-def update_samples(stage: GradedStage, groups: list[Group], version: str | None = None) -> list[list[TrainSample]]:
+def update_samples(
+    stage: GradedStage,
+    groups: list[Group],
+    version: str | None = None,
+    advantages: Sequence[Sequence[TokenAdvantages]] | None = None,
+) -> list[list[TrainSample]]:
     """Build the training samples of each of the step's `updates_per_step` updates, in the order of the groups.
 
     Batch estimators take their statistics over all groups of the step. An update whose traces are all out of the loss
     is an empty list. `version` is the version of the weights that learn, where some traces may come from older ones.
+    `advantages` of each trace of each group take the place of `token_advantages`.
     """
+    of_all = token_advantages(stage, groups) if advantages is None else advantages
     of_groups = [
         [
             _train_sample(number, sample, row, version)
             for sample, row in zip(group.samples, rows, strict=True)
             if row is not None
         ]
-        for number, (group, rows) in enumerate(zip(groups, token_advantages(stage, groups), strict=True))
+        for number, (group, rows) in enumerate(zip(groups, of_all, strict=True))
     ]
     bounds = [i * len(groups) // stage.updates_per_step for i in range(stage.updates_per_step + 1)]
     parts = [chain.from_iterable(of_groups[first:last]) for first, last in pairwise(bounds)]

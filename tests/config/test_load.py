@@ -225,9 +225,8 @@ def test_unknown_keys_do_not_hide_what_contradicts_itself(tmp_path):
 
 def test_an_unknown_stage_is_refused_with_the_known_ones(tmp_path):
     line = _only(tmp_path, _tree(), "stages.0.kind=exprl")
-    assert (
-        "stages.0.kind is 'exprl'; set it to one of exprl-outcome, exprl-process, sparse-rl, self-distill, sft." in line
-    )
+    kinds = "exprl-outcome, exprl-process, sparse-rl, self-distill, sft, or to module:Class of your own."
+    assert f"stages.0.kind is 'exprl'; set it to one of {kinds}" in line
     tree = _tree()
     del tree["stages"][0]["kind"]
     assert "stages.0.kind is missing" in _only(tmp_path, tree)

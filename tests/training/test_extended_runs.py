@@ -1,12 +1,13 @@
-"""A run on real servers whose verifier, rewards, estimator and loss are those of examples/own_rewards.yaml."""
+"""Runs on real servers with the code of examples/: own_rewards.yaml, and the stages of stages.py."""
 
 import json
 import math
+from collections import Counter
 
 import pytest
-from helpers.runs import finish, start_ranks
+from helpers.runs import finish, kill_when, start_ranks, write_problems
 
-from exprl_megatron.config.load import load_config
+from exprl_megatron.config.load import check_config, load_config
 from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
@@ -90,3 +91,44 @@ def test_a_run_learns_from_rewards_of_the_users_own(trained_server, tiny_model, 
         assert math.isfinite(found["grad_norm"]) and found["grad_norm"] > 0
     # Both verifiers were asked: one counts words, the other compares numbers.
     assert "words" in evidence and len(evidence) > 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_has_counted_every_step_and_later_stages_learn_from_what_was_kept(
+    trained_server, tiny_model, tmp_path
+):
+    shared = {
+        "problems": str(write_problems(tmp_path / "problems.jsonl")),
+        "steps": 2,
+        "problems_per_step": 3,
+        "group_size": 2,
+        "sampling": {"max_new_tokens": 8},
+    }
+    config = check_config(
+        {
+            "directory": str(tmp_path / "run"),
+            "policy": {"model": str(tiny_model("qwen3")), "max_tokens": 160},
+            "checkpoint": {"every_steps": 1},
+            "sync": {"max_log_prob_gap": 1e-4},
+            "stages": [
+                {"kind": "examples.stages:KeepSolvable"} | shared,
+                {"kind": "examples.stages:SecondAttempt", "problems_from": "keep-solvable"} | shared | {"steps": 1},
+            ],
+        },
+        "test",
+    )
+    paths = RunDirectory(config.directory)
+    ranks = start_ranks(config, {"policy": trained_server})
+    kill_when(ranks, lambda: Journal(paths.journal).has("keep-solvable", 2))
+    assert not paths.kept_problems.exists()
+    finish(start_ranks(config, {"policy": trained_server}, resume=True))
+    sampled = [Journal(paths.journal).read("keep-solvable", step).groups for step in (1, 2)]
+    kept = json.loads((paths.kept_problems / "keep-solvable.json").read_bytes())["problems"]
+    # Every pass rate is within the bounds: what both steps sampled is kept.
+    assert set(kept) == {group.problem_id for groups in sampled for group in groups} and len(kept) == 6
+    last = Journal(paths.journal).read("second-attempt", 1)
+    assert last.prompts_consumed == 3 and {group.problem_id for group in last.groups} <= set(kept)
+    assert Counter(len(group.samples) for group in last.groups) == {2: 3}
+    metrics = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    assert [line["metrics"].get("own/tried") for line in metrics] == [3.0, 6.0, None]
+    assert [line["metrics"].get("loss") is None for line in metrics] == [True, True, False]

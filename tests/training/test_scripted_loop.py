@@ -35,6 +35,10 @@ class Recorder:
     def on_rank0(self, work):
         return work()
 
+    def own_advantages(self, stage, step, groups):
+        self.calls.append(("own", step, [group.problem_id for group in groups]))
+        return self.advantages
+
     def own_metrics(self, stage, step, groups):
         return {"own/groups": len(groups)}
 
@@ -81,7 +85,8 @@ def _groups():
 
 def _stage(kind="sparse-rl", aggregation="token-mean", kl=0.0, **changes):
     tree = {"sampling": {"max_new_tokens": 16, "temperature": 0.7}, "group_size": 2, "problems_per_step": 2}
-    loss = {} if kind == "self-distill" else {"loss": {"aggregation": aggregation, "kl_coefficient": kl}}
+    lossless = kind == "self-distill" or changes.get("objective") == "supervised"
+    loss = {} if lossless else {"loss": {"aggregation": aggregation, "kl_coefficient": kl}}
     return stage(kind, **tree | loss | changes)
 
 
@@ -174,6 +179,36 @@ def test_supervised_learning_divides_by_the_tokens_of_the_batch_at_temperature_1
     assert loop.sft_step(run, SimpleNamespace(), 2)["tokens"] == 7
     assert run.named("accumulate") == [("accumulate", batch, 1.0, 7)]
     assert run.named("apply") == [("apply", 1.0)]
+
+
+def _own(**changes):
+    return _stage("my_code:Stage", **changes)
+
+
+def test_a_stage_of_the_users_own_learns_what_it_chooses():
+    run = Recorder(_groups())
+    run.advantages = [[None, np.full(5, 0.25, np.float32)], [np.full(2, -1.0, np.float32), None]]
+    loop.rl_step(run, _own(), 4)
+    assert run.named("own") == [("own", 4, ["p", "q"])]
+    ((_, samples, temperature, divisor),) = run.named("accumulate")
+    assert [s.advantages.tolist() for s in samples] == [[0.25] * 5, [-1.0] * 2]
+    assert (temperature, divisor) == (0.7, 7) and run.named("check") == [("check", 7)]
+    assert [s.place for s in samples] == [(0, 1), (1, 0)]
+
+
+def test_a_stage_of_the_users_own_that_learns_nothing_takes_no_update():
+    run = Recorder(_groups())
+    run.advantages = [[None, None], [None, None]]
+    metrics = loop.rl_step(run, _own(), 1)
+    assert run.named("accumulate") == run.named("apply") == [] and metrics["reward/mean"] == 0.5
+
+
+def test_a_supervised_stage_of_the_users_own_maximizes_likelihood_without_old_or_reference_log_probs():
+    run = Recorder(_groups())
+    run.advantages = [[np.ones(3, np.float32), None], [None, np.ones(4, np.float32)]]
+    loop.rl_step(run, _own(objective="supervised", updates_per_step=2), 1)
+    assert [(len(samples), *rest) for _, samples, *rest in run.named("accumulate")] == [(1, 1.0, 3), (1, 1.0, 4)]
+    assert [call[0] for call in run.calls] == ["sample", "own", "accumulate", "apply", "accumulate", "apply"]
 
 
 class Stages:
