@@ -20,8 +20,14 @@ from exprl_megatron.models.fp8_blocks import dequantize, quantize
 from exprl_megatron.serving.server_command import server_environment
 
 SHAPES = [(128, 128), (256, 384), (130, 200), (1, 1)]
-FAMILIES = ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral"]
-PLAIN = ("norm.weight", ".bias", "embed_tokens.weight", "lm_head.weight", "gate.weight")
+FAMILIES = ["llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe", "olmo3"]
+WHOLE_BLOCKS = {
+    "qwen3-moe": {"moe_intermediate_size": 128},
+    "glm4-moe": {"moe_intermediate_size": 128},
+    "seed-oss": {"head_dim": 64},
+}
+"""Sizes without which blocks would lie across seams."""
+PLAIN = ("norm.weight", "bias", "embed_tokens.weight", "lm_head.weight", "gate.weight")
 """Ends of the names of what is not quantized; `gate` is a router."""
 
 
@@ -33,7 +39,7 @@ def quantized(tiny_model, tmp_path_factory):
     def get(family: str) -> tuple[Path, Path]:
         if family not in written:
             out = tmp_path_factory.mktemp(family)
-            model = tiny_model(family, hidden=256, **({"moe_intermediate_size": 128} if family == "qwen3-moe" else {}))
+            model = tiny_model(family, hidden=256, **WHOLE_BLOCKS.get(family, {}))
             convert_to_megatron(model, out / "megatron")
             convert_to_huggingface(open_weights(out / "megatron"), out / "fp8", "fp8", file_bytes=500_000)
             written[family] = model, out / "fp8"

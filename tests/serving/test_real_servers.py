@@ -155,6 +155,75 @@ def test_after_an_update_the_experts_of_all_tokens_are_those_of_the_new_weights(
     assert returned(held) == chosen_by_transformers(other, PROMPT[:3], held)
 
 
+def test_traces_that_were_held_aborted_or_asked_for_again_have_the_experts_of_the_tokens_that_they_kept(
+    servers, tiny_model
+):
+    """Held by `retract` they are prefilled again, as where the cache runs full; an aborted one is asked for again."""
+    directory = tiny_model("qwen3-moe", **MODELS["qwen3-moe"])
+    settings = {"temperature": 1.0, "regex": "[a-z ]{2000}", "max_new_tokens": 300, "routing": ROUTING}
+    prompts = [PROMPT[:3], PROMPT[:50]]
+
+    async def ask(client):
+        async def held_by(mode):
+            running = [
+                asyncio.create_task(client.generate(prompt, seed=k, **settings)) for k, prompt in enumerate(prompts)
+            ]
+            await client.generate(PROMPT, temperature=1.0, max_new_tokens=20, seed=1)
+            await client.pause(mode)
+            await client.continue_()
+            return await asyncio.gather(*running)
+
+        aborted = await held_by("abort")
+        again = [await client.generate(prompt, seed=k, **settings) for k, prompt in enumerate(prompts)]
+        return aborted, again, await held_by("retract"), await held_by("in_place")
+
+    aborted, *kept = on(servers["qwen3-moe"], ask)
+    assert all(one.finish_reason == "abort" and one.routed_experts is None for one in aborted)
+    assert all(0 < len(one.token_ids) < 300 for one in aborted)
+    for generations in kept:
+        for prompt, generation in zip(prompts, generations, strict=True):
+            assert len(generation.token_ids) == 300
+            assert returned(generation) == chosen_by_transformers(directory, prompt, generation)
+
+
+def test_a_trace_that_continues_in_place_has_the_experts_of_the_weights_that_computed_each_token(
+    servers, tiny_model, tmp_path
+):
+    """Until the update those of the old weights; then those of the new ones behind the old weights' cache."""
+    original = tiny_model("qwen3-moe", **MODELS["qwen3-moe"])
+    other = write_tiny_model(tmp_path / "other", "qwen3-moe", **MODELS["qwen3-moe"], seed=5)
+    prompt = PROMPT[:3]
+
+    async def ask(client):
+        long = client.generate(
+            prompt, temperature=1.0, seed=1, max_new_tokens=300, regex="[a-z ]{2000}", routing=ROUTING
+        )
+        running = asyncio.create_task(long)
+        await client.generate(PROMPT, temperature=1.0, max_new_tokens=20, seed=1)
+        await client.pause("in_place")
+        await client.update_from_disk(other, "other")
+        await client.continue_()
+        held = await running
+        await client.update_from_disk(original, "initial")
+        return held
+
+    held = on(servers["qwen3-moe"], ask)
+    (_, _, switch), (version, _, _) = held.weight_versions
+    assert version == "other" and 0 < switch < 300
+    # The last token under the old weights was read under the new ones, to sample the one behind it.
+    read = len(prompt) + switch - 1
+    ids, chosen, cache = torch.tensor([[*prompt, *held.token_ids]]), [], None
+    for directory, part in ((original, ids[:, :read]), (other, ids[:, read:])):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        layers = []
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(lambda gate, inputs, output, layers=layers: layers.append(output[2]))
+        with torch.no_grad():
+            cache = model(part, past_key_values=cache, use_cache=True).past_key_values
+        chosen.append(torch.stack(layers, dim=1))
+    assert returned(held) == torch.cat(chosen)[:-1].sort().values.tolist()
+
+
 def test_a_server_that_was_not_started_to_return_experts_is_asked_for_them_in_vain(servers):
     ask = lambda client: client.generate(PROMPT, temperature=1.0, max_new_tokens=3, seed=1, routing=ROUTING)  # noqa: E731
     with pytest.raises(ServerError, match="routed_experts is missing; a server returns it with --enable-return-routed"):

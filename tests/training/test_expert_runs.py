@@ -1,10 +1,12 @@
 """A policy of experts, learned expert-parallel in Megatron and sampled by SGLang."""
 
+import filecmp
 import json
+import shutil
 
 import pytest
 from helpers.forking import starter
-from helpers.runs import SAMPLING, finish, run_config, start_ranks, write_problems
+from helpers.runs import SAMPLING, finish, kill_when, run_config, start_ranks, write_problems
 from safetensors.torch import load_file
 
 from exprl_megatron.config.serving import ServerConfig
@@ -13,6 +15,23 @@ from exprl_megatron.runs.journal import Journal
 from exprl_megatron.serving.server_process import ServerSpec, start_servers
 
 pytestmark = pytest.mark.slow
+
+
+def _kill_and_compare(config, server, directory):
+    """Killed in the middle of step 2, resumed, and then learned again from the same traces without an interruption."""
+    paths, whole = RunDirectory(config.directory), RunDirectory(directory)
+    sampled = Journal(paths.journal).path("distill", 2)
+    kill_when(start_ranks(config, {"policy": server}), sampled.is_file)
+    before = sampled.read_bytes()
+    assert not any('"step": 2' in line for line in paths.metrics.read_text().splitlines()), "it was in the middle of it"
+    finish(start_ranks(config, {"policy": server}, resume=True))
+    assert sampled.read_bytes() == before, "traces and their experts were sampled again"
+    again = config.model_copy(update={"directory": directory})
+    whole.claim(again, resume=False).release()
+    shutil.copytree(paths.journal, whole.journal, dirs_exist_ok=True)
+    finish(start_ranks(again, {"policy": server}, resume=True))
+    name = "distill/model.safetensors"
+    assert filecmp.cmp(paths.models / name, whole.models / name, shallow=False), "not bitwise the same"
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "direct"])
@@ -37,9 +56,12 @@ def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(ti
     server = ServerConfig(
         request_deadline_s=120, max_total_tokens=16384, extra_args=("--enable-return-routed-experts",)
     )
-    with start_servers([ServerSpec("policy-0", model, server, tmp_path)], starter())[0] as started:
-        finish(start_ranks(config, {"policy": started}))
     paths = RunDirectory(config.directory)
+    with start_servers([ServerSpec("policy-0", model, server, tmp_path)], starter())[0] as started:
+        if transport == "direct":
+            _kill_and_compare(config, started, tmp_path / "whole")
+        else:
+            finish(start_ranks(config, {"policy": started}))
     assert read_config(paths).policy.router_replay, "the default for a mixture"
     for step in (1, 2, 3):
         (*groups,) = Journal(paths.journal).read("distill", step).groups
