@@ -111,7 +111,11 @@ class JudgeConfig(Config):
 
     @property
     def served_model(self) -> str:
-        """The directory of the model that servers of the run load; ValueError for a closed API, which has none."""
+        """Return the directory of the model that servers of the run load.
+
+        Raises:
+            ValueError: the judge is behind a closed API, which has none.
+        """
         if self.model is None:
             raise ValueError("a judge behind a closed API has no model of its own")
         return self.model

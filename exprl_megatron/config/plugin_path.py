@@ -32,7 +32,11 @@ def _checked(value: str) -> str:
 
 
 def choice_or_plugin(names: tuple[str, ...]) -> BeforeValidator:
-    """Accept one of `names` or a plugin, with one error for anything else."""
+    """Return a validator that accepts one of `names` or a plugin.
+
+    Raises:
+        PydanticCustomError: in validation, for any other value.
+    """
 
     def checked(value: object) -> object:
         if isinstance(value, str) and (value in names or is_plugin(value)):

@@ -61,7 +61,9 @@ def write_safetensors(
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """Read one tensor; the file is mapped into memory only as long as the tensor exists."""
+    """Read one tensor, in the shape and dtype of the file, which is mapped into memory only as long as the tensor
+    exists.
+    """
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 

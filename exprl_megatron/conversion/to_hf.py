@@ -43,7 +43,7 @@ class Form:
         return found
 
     def tensors(self, weights: Weights, stored: StoredParameter) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the Hugging Face tensors of one parameter."""
+        """Yield the names and tensors of one parameter, in the shapes and dtypes that `describe` states."""
         for name, tensor in zip(stored.parameter.hf_names, weights.tensors(stored), strict=True):
             if self.format == "fp8" and fp8.is_quantized(name, self.shapes[name]):
                 values, scale = fp8.quantize(tensor)

@@ -29,7 +29,9 @@ class Weights(Protocol):
     """The directory with config.json and tokenizer."""
 
     def tensors(self, stored: StoredParameter) -> tuple[torch.Tensor, ...]:
-        """The Hugging Face tensors of one parameter, in the order of its hf_names."""
+        """Return the Hugging Face tensors of one parameter, whole and in their stored dtype, in the order of its
+        hf_names.
+        """
 
     def dtype(self, stored: StoredParameter) -> torch.dtype:
         """The dtype of the tensors of one parameter."""
@@ -54,7 +56,7 @@ class HuggingFaceWeights:
         self._check_tied()
 
     def tensors(self, stored: StoredParameter) -> tuple[torch.Tensor, ...]:
-        """See Weights."""
+        """Return the Hugging Face tensors of one parameter, whole and in their stored dtype."""
         return tuple(self._read(name) for name in stored.parameter.hf_names)
 
     def dtype(self, stored: StoredParameter) -> torch.dtype:
@@ -93,7 +95,7 @@ class MegatronWeights:
         self.files = MegatronFiles(files, self.architecture)
 
     def tensors(self, stored: StoredParameter) -> tuple[torch.Tensor, ...]:
-        """See Weights."""
+        """Return the Hugging Face tensors of one parameter, whole and in their stored dtype."""
         return stored.parameter.rule.join([self.files.read(stored)])
 
     def dtype(self, stored: StoredParameter) -> torch.dtype:

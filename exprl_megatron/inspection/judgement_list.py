@@ -48,7 +48,11 @@ class LoggedJudgement:
 
 
 def score_range(text: str) -> tuple[float, float]:
-    """`0.5` or `0.25:0.75` as lowest and highest; UserError for anything else."""
+    """Return the lowest and highest score of `0.5` or `0.25:0.75`.
+
+    Raises:
+        UserError: `text` is neither, or no score is between its bounds.
+    """
     try:
         first, _, second = text.partition(":")
         low, high = float(first), float(second or first)

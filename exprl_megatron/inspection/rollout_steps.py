@@ -33,7 +33,9 @@ class InspectedGroup:
     """Of each sample [response tokens], None where it is out of the loss; None where the run keeps none."""
 
     def gap(self, place: int) -> np.ndarray | None:
-        """Trainer's less sampler's log-prob of each token of a sample, float32; None where the trainer's is unknown."""
+        """Return the trainer's minus the sampler's log-probs of a sample, float32 [response tokens]; None where the
+        trainer's are unknown.
+        """
         trainer = None if self.trainer_log_probs is None else self.trainer_log_probs[place]
         return None if trainer is None else trainer - self.group.samples[place].trace.log_probs
 
@@ -95,7 +97,11 @@ def evaluation_groups(directory: RunDirectory, name: str) -> Iterator[InspectedG
 
 
 def evaluation_file(directory: RunDirectory, name: str) -> Path:
-    """Where the answers of the evaluation `name` are; UserError, naming those that are there, where they are not."""
+    """Return the file with the answers of the evaluation `name`.
+
+    Raises:
+        UserError: there is none; the error names the evaluations that have answers.
+    """
     kept = sorted(path.relative_to(directory.evaluations) for path in directory.evaluations.rglob("*.parquet"))
     names = [str(path.with_suffix("")) for path in kept]
     if name not in names:

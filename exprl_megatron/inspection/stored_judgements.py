@@ -36,7 +36,11 @@ def show_judgement(prefix: str | None, run: Path | None, store: Path | None, as_
 
 
 def store_file(run: Path | None, store: Path | None) -> Path:
-    """The store that is meant: `store` itself or that of the run in directory `run`."""
+    """Return the path of the judgement store: `store` itself, or that of the run in directory `run`.
+
+    Raises:
+        UserError: neither is given, or the file does not exist.
+    """
     if (run is None) == (store is None):
         raise UserError("Say which store is meant: give --run DIR or --store FILE.")
     if run is not None:

@@ -38,7 +38,9 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The inverse of quantize, in fp32 and up to its rounding."""
+    """Return the matrix [rows, columns] of FP8 `values` and `scale` [row blocks, column blocks] in fp32: the inverse of
+    quantize up to its rounding.
+    """
     rows, columns = values.shape
     spread = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return values.float() * spread

@@ -22,11 +22,15 @@ class Rule:
     split_dim: int | None = None
 
     def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One rank's parts of the Hugging Face tensors -> that rank's Megatron parameter."""
+        """Merge one rank's parts of the Hugging Face tensors, in order, into that rank's Megatron parameter; shapes as
+        in Rule.
+        """
         return parts[0]
 
     def parts(self, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The inverse of merge."""
+        """Split one rank's Megatron parameter into its parts of the Hugging Face tensors, in shape: the inverse of
+        merge.
+        """
         return (parameter,)
 
     def sections(self, tensor: int) -> tuple[int, ...]:
@@ -37,7 +41,9 @@ class Rule:
         return (1,)
 
     def join(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The Megatron parameters of all tensor-parallel ranks, in their order -> the full Hugging Face tensors."""
+        """Join the Megatron parameters of all tensor-parallel ranks, in order, into the full Hugging Face tensors, in
+        their shapes.
+        """
         if self.split_dim is None:
             return self.parts(shards[0])
         by_tensor = zip(*(self.parts(shard) for shard in shards), strict=True)
@@ -58,9 +64,11 @@ class GateUp(Rule):
     split_dim: int = 0
 
     def merge(self, parts):
+        """Concatenate gate and up, [rows, in] each: [2 rows, in]."""
         return _joined(parts)
 
     def parts(self, parameter):
+        """Split [2 rows, in] into gate and up."""
         return parameter.chunk(2)
 
 
@@ -73,12 +81,14 @@ class QueryKeyValue(Rule):
     head_dim: int = 1
 
     def merge(self, parts):
+        """Interleave query, key and value, [rows, ...] each, by KV group: [all rows, ...]."""
         query, key, value = parts
         groups = key.shape[0] // self.head_dim
         grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in (query, key, value)]
         return _joined(grouped, 1).flatten(0, 1)
 
     def parts(self, parameter):
+        """Split [all rows, ...] into query, key and value."""
         rows = (self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
         grouped = parameter.reshape(-1, sum(rows), *parameter.shape[1:])
         return tuple(part.flatten(0, 1) for part in grouped.split(rows, dim=1))
@@ -93,11 +103,13 @@ class GatedQueryKeyValue(QueryKeyValue):
     """
 
     def merge(self, parts):
+        """Interleave query with gate, key and value, [rows, ...] each, by KV group: [all rows, ...]."""
         both, key, value = parts
         heads = both.reshape(-1, self.heads_per_group, 2, self.head_dim, *both.shape[1:])
         return super().merge((heads.transpose(1, 2).flatten(0, 3), key, value))
 
     def parts(self, parameter):
+        """Split [all rows, ...] into query with gate, key and value."""
         rows = (2 * self.heads_per_group * self.head_dim, self.head_dim, self.head_dim)
         grouped = parameter.reshape(-1, sum(rows), *parameter.shape[1:])
         both, key, value = (part.flatten(0, 1) for part in grouped.split(rows, dim=1))
@@ -116,12 +128,15 @@ class Stacked(Rule):
     rows: tuple[tuple[int, ...], ...] = ()
 
     def sections(self, tensor):
+        """Return the rows of the sections of a tensor."""
         return self.rows[tensor]
 
     def merge(self, parts):
+        """Concatenate the tensors along their rows."""
         return _joined(parts)
 
     def parts(self, parameter):
+        """Split the rows of a parameter into its tensors."""
         sizes = [sum(sections) for sections in self.rows]
         return parameter.split([size * len(parameter) // sum(sizes) for size in sizes])
 
@@ -135,6 +150,7 @@ class Vocabulary(Rule):
     """Rows without padding."""
 
     def join(self, shards):
+        """Concatenate the shards [rows of a rank, hidden] and drop the padding: [rows, hidden]."""
         return (_joined(shards)[: self.rows],)
 
 

@@ -50,7 +50,9 @@ class Safetensors:
         self._stack.close()
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The tensor `name`, or its slice [start, stop) along `dim` (0 or 1); nothing else is read."""
+        """Read the tensor `name` in its stored shape and dtype, or its slice [start, stop) along `dim` (0 or 1),
+        without the rest of the file.
+        """
         view = self._files[name].get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
@@ -113,7 +115,7 @@ class RandomWeights:
         return None
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """As Safetensors.read."""
+        """Return the tensor `name`, fp32 in its whole shape, or its slice [start, stop) along `dim`."""
         import torch
 
         shape = self._shapes[name]
@@ -137,7 +139,7 @@ class RandomWeights:
 def read_parts(
     source: Safetensors | RandomWeights, parameter: Parameter, shapes: dict[str, tuple[int, ...]], rank: int, ranks: int
 ) -> list[torch.Tensor]:
-    """Shard `rank` of `ranks` of each Hugging Face tensor of `parameter`, whose rule merges them.
+    """Return shard `rank` of `ranks` of each Hugging Face tensor of `parameter`, in the shapes that its rule merges.
 
     Where `ranks` does not divide the rows (the vocabulary), they count as padded with zeros until it does.
     """

@@ -27,9 +27,12 @@ def find_config(target: str, overrides: list[str], judge: str | None = None) -> 
 
 
 def find_architecture(model: str) -> tuple[Architecture, str | None]:
-    """The architecture of a model's directory, or the published one that its name begins with.
+    """Return the architecture of a model's directory, or the published one that its name begins with.
 
-    Of the latter the name too, unless it is all that was given.
+    For a published one, its name is returned too, unless it is all that was given.
+
+    Raises:
+        UserError: `model` is neither.
     """
     if (Path(model) / "config.json").is_file():
         return read_architecture(model), None

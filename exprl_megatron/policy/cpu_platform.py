@@ -101,11 +101,11 @@ class CudaOnCpu(types.ModuleType):
         torch.default_generator.manual_seed(seed)
 
     def get_rng_state(self, device=None) -> torch.Tensor:
-        """State of the CPU generator, for the same tracker."""
+        """Return the state of the CPU generator, uint8 [bytes], for Megatron's tracker of random states."""
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, device=None) -> None:
-        """Sets the CPU generator, for the same tracker."""
+        """Set the state of the CPU generator, uint8 [bytes]."""
         torch.set_rng_state(state)
 
 

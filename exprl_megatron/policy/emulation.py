@@ -36,7 +36,10 @@ class RoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values: torch.Tensor, weight: torch.Tensor, rounding: Rounding, training: bool) -> torch.Tensor:
-        """`training`: a backward pass follows."""
+        """Return `values` [..., in] times the transpose of `weight` [out, in], both rounded: [..., out].
+
+        `training`: a backward pass follows.
+        """
         flat, flat_again = rounding(values.reshape(-1, values.shape[-1]), "input", training)
         matrix, matrix_again = rounding(weight, "weight", training)
         ctx.rounding = rounding
@@ -46,7 +49,7 @@ class RoundedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
-        """Gradients of input and weight."""
+        """Return the gradients of input and weight, from that of the output, [..., out]."""
         values, weight = ctx.saved_tensors
         to_input, to_weight = ctx.rounding(gradient.reshape(-1, gradient.shape[-1]), "gradient", True)
         of_input = (to_input @ weight).view(*gradient.shape[:-1], weight.shape[1])

@@ -103,28 +103,32 @@ def round_blocks(
 
 
 def cast_round_trip(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """cast(values * scale) / scale, saturating; a number that is not one stays so."""
+    """Return cast(values * scale) / scale in the shape and dtype of `values`, saturating; NaN stays NaN."""
     largest = torch.finfo(dtype).max
     return (values * scale).clamp(-largest, largest).to(dtype).to(values.dtype) * scale.reciprocal()
 
 
 def scale_of_amax(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The format's largest / amax, at most fp32's largest; 1 where amax is 0 or not finite."""
+    """Return the largest number of `dtype` divided by `amax`, fp32 in its shape, at most fp32's largest; 1 where amax
+    is 0 or not finite.
+    """
     # Number / tensor would be number * (1 / tensor) to torch: rounded twice.
     scale = torch.full_like(amax, torch.finfo(dtype).max).div(amax).clamp(max=_LARGEST)
     return torch.where(amax.isfinite() & (amax > 0), scale, torch.ones_like(scale))
 
 
 def power_of_two_scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """scale_of_amax, rounded down to a power of two (Float8BlockScaling)."""
+    """Return scale_of_amax, in the shape of `amax`, rounded down to a power of two (Float8BlockScaling)."""
     _, exponent = torch.frexp(scale_of_amax(amax, dtype))
     return torch.ldexp(torch.ones_like(amax), exponent - 1)
 
 
 def e8m0_scale(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """1 / (amax / the format's largest, rounded up to a power of two from 2^-127 to 2^127) (MXFP8BlockScaling).
+    """Return 1 / (amax / the largest of `dtype`), in the shape of `amax`, as MXFP8BlockScaling computes it.
 
-    The scale that is stored, E8M0, is the reciprocal. A block with something that is no number becomes that.
+    The quotient is rounded up to a power of two from 2^-127 to 2^127; the scale that is stored, E8M0, is the
+    reciprocal.
+    A block that contains NaN gets NaN.
     """
     least = amax * (1 / torch.finfo(dtype).max)
     mantissa, exponent = torch.frexp(least)

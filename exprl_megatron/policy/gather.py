@@ -33,10 +33,11 @@ class Gatherer:
 
     @torch.no_grad()
     def collect(self, parameter: Parameter, root: int, into: Sequence[torch.Tensor] | None) -> None:
-        """Fills `into` on rank `root` (the parameter's full Hugging Face tensors, in order); None elsewhere.
+        """Gather a parameter's full Hugging Face tensors, in order, into the tensors `into` of their shapes and dtypes.
 
-        A collective of `root` and the parameter's holders; the others do nothing. Besides `into`, root holds at most
-        one shard.
+        `into` is needed on rank `root`, and None elsewhere. A collective of `root` and the parameter's holders; the
+        others do
+        nothing. Besides `into`, root holds at most one shard.
         """
         ranks = holders(parameter, self._world.layout)
         if self._world.rank == root:

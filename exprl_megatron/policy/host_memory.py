@@ -66,7 +66,9 @@ class HostMemory:
 
 
 def storages_of(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
-    """The memory of `tensors`, each piece once; of tensors in 8 bits that of their numbers, without their scales."""
+    """Return the storages of `tensors`, of any shape and dtype, each once; for FP8 tensors that of their values,
+    without the scales.
+    """
     found: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
         quantized = getattr(tensor, "get_data_tensors", None)
@@ -79,7 +81,9 @@ def storages_of(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
 
 @torch.no_grad()
 def host_copies(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copies of `tensors` of `device` as plain tensors in host memory, contiguous in few blocks."""
+    """Return copies of `tensors`, with their shapes and dtypes, as plain tensors in host memory, contiguous in few
+    blocks.
+    """
     pinned = device.type == "cuda"
     sizes = {
         name: -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED for name, tensor in tensors.items()

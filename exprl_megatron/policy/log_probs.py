@@ -99,6 +99,7 @@ class VocabularyParallelLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradients of hidden states and weight, of their shapes, from that of the log-probs, [slots]."""
         hidden, weight, targets, log_sums, entropy = ctx.saved_tensors
         tiles = _Tiles(weight, *ctx.constants)
         # Block after block of the vocabulary: no second copy of the weight's gradient is needed in fp32.

@@ -48,7 +48,7 @@ class MegatronFiles:
         return self._tensors[stored.tensors[0].key].properties.dtype
 
     def read(self, stored: StoredParameter) -> torch.Tensor:
-        """One parameter, as a single rank would hold it, without padding."""
+        """Read one parameter in its stored dtype and in the shape that a single rank would hold, without padding."""
         tensors = [self._read(tensor) for tensor in stored.tensors]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 

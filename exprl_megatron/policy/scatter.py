@@ -92,7 +92,9 @@ def stage_of(layout: Layout, rank: int) -> int:
 
 
 def experts_of(share: Sequence[SampleBatch], layers: Sequence[int]) -> list[np.ndarray | None]:
-    """The experts for `layers` of each complete sample of `share`, those in several batches once; None: it has none."""
+    """Return the experts for `layers` of each complete sample of `share`, [tokens - 1, layers, top_k], each sample
+    once; None: it has none.
+    """
     return [stage_experts(sample, layers) for sample in _complete(share)]
 
 

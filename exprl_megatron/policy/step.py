@@ -186,9 +186,11 @@ def _packed(tokens: ModelInput) -> PackedSeqParams | None:
 
 
 def global_metrics(collected: list[dict[str, torch.Tensor]], world: World) -> dict[str, float]:
-    """Reduce metrics to sums (or maxima) over micro-batches and data-parallel ranks; returns the same on every rank.
+    """Reduce metrics, 0-dim tensors by name, to sums or maxima over micro-batches and data-parallel ranks.
 
-    All ranks of a context-parallel group have the metrics of their whole micro-batches, so they are not summed.
+    Returns the same on every rank. All ranks of a context-parallel group have the metrics of their whole micro-batches,
+    so
+    these are not summed over the group.
     """
     totals: dict[str, float] = {}
     names = sorted(collected[0]) if world.last_stage else []

@@ -62,26 +62,31 @@ class MlflowTracker:
             return found.experiment_id
 
     def last_step(self, tag: str) -> int:
+        """Return the last step of `tag` in former attempts of the run; -1 without any."""
         if tag not in self._last:
             history = self._client.get_metric_history(self._id, mlflow_name(tag))
             self._last[tag] = max((metric.step for metric in history), default=-1)
         return self._last[tag]
 
     def last_table_step(self, name: str) -> int:
+        """Return the last step of the tables of that name in former attempts; -1 without any."""
         found = [Path(artifact.path).stem for artifact in self._client.list_artifacts(self._id, name)]
         return max((int(stem.removeprefix(_TABLE)) for stem in found), default=-1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log `values` by tag at `step`, which counts over all stages."""
         now = int(time.time() * 1000)
         metrics = [Metric(mlflow_name(n), v, now, step) for n, v in values.items() if math.isfinite(v)]
         for first in range(0, len(metrics), _BATCH):
             self._client.log_batch(self._id, metrics=metrics[first : first + _BATCH])
 
     def log_table(self, step: int, table: SampleTable) -> None:
+        """Log a table of traces at `step`."""
         columns = {name: [row[i] for row in table.rows] for i, name in enumerate(table.columns)}
         self._client.log_table(self._id, columns, f"{table.name}/{_TABLE}{step:06}.json")
 
     def close(self) -> None:
+        """Finish: what was logged is on disk or sent when this returns."""
         self._client.set_terminated(self._id)
 
 

@@ -27,23 +27,28 @@ class TensorBoardTracker:
         self._board.flush()
 
     def last_step(self, tag: str) -> int:
+        """Return the last step of `tag` in former attempts of the run; -1 without any."""
         return self._last.get(tag, -1)
 
     def last_table_step(self, name: str) -> int:
+        """Return the last step of the tables of that name in former attempts; -1 without any."""
         return self._last.get(name + _TEXT, -1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log `values` by tag at `step`, which counts over all stages."""
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
 
     def log_table(self, step: int, table: SampleTable) -> None:
+        """Log a table of traces at `step`."""
         lines = [table.columns, ["---"] * len(table.columns), *table.rows]
         text = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
         self._board.add_text(table.name, text, step)
         self._board.flush()
 
     def close(self) -> None:
+        """Finish: what was logged is on disk or sent when this returns."""
         self._board.close()
 
 
@@ -75,5 +80,5 @@ def _cell(value: object) -> str:
 
 
 def open_run(run: TrackedRun) -> TensorBoardTracker:
-    """Open the tracker."""
+    """Open the tracker in the run's directory."""
     return TensorBoardTracker(run)

@@ -33,15 +33,19 @@ class TrackioTracker:
         )
 
     def last_step(self, tag: str) -> int:
+        """Return the last step of `tag` in former attempts of the run; -1 without any."""
         return self._last.get(tag, -1)
 
     def last_table_step(self, name: str) -> int:
+        """Return the last step of the tables of that name in former attempts; -1 without any."""
         return self._last.get(name, -1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log `values` by tag at `step`, which counts over all stages."""
         self._run.log(dict(values), step=step)
 
     def log_table(self, step: int, table: SampleTable) -> None:
+        """Log a table of traces at `step`."""
         # Slow to import, and only for tables.
         import pandas
 
@@ -49,6 +53,7 @@ class TrackioTracker:
         self._run.log({table.name: trackio.Table(dataframe=frame)}, step=step)
 
     def close(self) -> None:
+        """Finish: what was logged is on disk or sent when this returns."""
         self._run.finish()
 
 

@@ -45,9 +45,11 @@ class WandbTracker:
         self._last: dict[str, int] = {}
 
     def last_step(self, tag: str) -> int:
+        """Return the last step of `tag` in former attempts of the run; -1 without any."""
         return self._last_of(_kind(tag))
 
     def last_table_step(self, name: str) -> int:
+        """Return the last step of the tables of that name in former attempts; -1 without any."""
         return self._last_of(_TABLE)
 
     def _last_of(self, kind: str) -> int:
@@ -56,13 +58,16 @@ class WandbTracker:
         return self._last[kind]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log `values` by tag at `step`, which counts over all stages."""
         self._run.log({_STEP: step, **{_kind(tag): step for tag in values}, **values})
 
     def log_table(self, step: int, table: SampleTable) -> None:
+        """Log a table of traces at `step`."""
         shown = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
         self._run.log({_STEP: step, _TABLE: step, table.name: shown})
 
     def close(self) -> None:
+        """Finish: what was logged is on disk or sent when this returns."""
         self._run.finish()
 
 

@@ -40,6 +40,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the step."""
         return sum(self.phases.values())
 
 

@@ -94,9 +94,11 @@ class TrainerLogProbFiles:
             shutil.rmtree(path, ignore_errors=True)
 
     def read(self, stage: str, step: int) -> dict[tuple[int, int], np.ndarray] | None:
-        """Return the log-probs of each trace by (group, sample); None where the step has none.
+        """Return the log-probs of each trace by (group, sample): float32 [response tokens]; None where the step has
+        none.
 
-        Raises UserError where a file is damaged.
+        Raises:
+            UserError: a file is damaged.
         """
         directory = self.directory(stage, step)
         if not directory.is_dir():

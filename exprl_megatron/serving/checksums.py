@@ -55,7 +55,7 @@ class ServerChecksums:
         self._growing: dict[str, _Experts] = {}
 
     def add(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take some of the weights; the caller may reuse their memory when this returns."""
+        """Hash whole Hugging Face tensors, of any dtype; the caller may reuse their memory when this returns."""
         for name, tensor in named_tensors:
             kind = str(self._dtype or tensor.dtype).removeprefix("torch.")
             tensor = tensor.detach().to(getattr(torch, served_dtype(name, kind, self._sigmoid_router)))
@@ -129,7 +129,11 @@ def rank_checksums(
     dtype: torch.dtype | None = None,
     server: Device = "cpu",
 ) -> tuple[dict[str, str], ...]:
-    """ServerChecksums of all tensors at once; raises what its `result` raises."""
+    """Return the ServerChecksums of whole Hugging Face tensors, of any dtype, by rank and parameter.
+
+    Raises:
+        ValueError: as ServerChecksums.result.
+    """
     found = ServerChecksums(tp=tp, kv_heads=kv_heads, experts=experts, tied=tied, dtype=dtype, server=server)
     found.add(named_tensors)
     return found.result()
@@ -143,7 +147,7 @@ def checksums(
     dtype: torch.dtype | None = None,
     server: Device = "cpu",
 ) -> dict[str, str]:
-    """`rank_checksums` for a server of one tensor-parallel rank."""
+    """Return the checksums of whole Hugging Face tensors, of any dtype, for a server of one tensor-parallel rank."""
     return rank_checksums(named_tensors, tp=1, kv_heads=1, tied=tied, experts=experts, dtype=dtype, server=server)[0]
 
 

@@ -76,15 +76,18 @@ class SGLangClient(HttpClient):
         routing: Routing | None = None,
         deadline_s: float | None = None,
     ) -> Generation:
-        """Continue `input_ids`; the same seed gives the same tokens under the same weights.
+        """Continue `input_ids`, int [tokens]; the same seed gives the same tokens under the same weights.
 
-        The keywords are the fields of SamplingConfig, so `**sampling.model_dump()` fits. Temperature 0
-        is greedy. `regex` or `json_schema` (JSON text) constrains the text. The end-of-sequence token, where
-        sampled, is among the tokens. `watched_ids` are tokens whose log-probs at every place are wanted.
-        Without `log_probs` (and `watched_ids`) the reply is shorter and has none. `routing` is that of the model where
-        the chosen experts are wanted, which a server returns that has `--enable-return-routed-experts`.
+        The keywords are the fields of SamplingConfig, so `**sampling.model_dump()` fits. Temperature 0 is greedy.
+        `regex` or `json_schema` (JSON text) constrains the text. The end-of-sequence token, where sampled, is among the
+        tokens. `watched_ids` are tokens whose log-probs are returned at every position. Without `log_probs` and
+        `watched_ids` the reply is shorter and has none. `routing`, that of the model, asks for the chosen experts,
+        which a server with `--enable-return-routed-experts` returns. `deadline_s`: seconds until the request fails.
 
         More than 7 parameters: they are the fields of SGLang's request.
+
+        Raises:
+            ServerError: the server refuses, dies or exceeds the deadline.
         """
         params = {
             "temperature": temperature,
@@ -119,10 +122,14 @@ class SGLangClient(HttpClient):
         deadline_s: float | None = None,
         **sampling: Any,
     ) -> list[Generation]:
-        """What `generate` returns for each of `prompts` with its seed and the same keywords, by one request.
+        """Return what `generate` returns for each of `prompts`, int [tokens] each, with its seed and the same keywords,
+        by one request.
 
         The reply comes when all continuations are written. One that the server refuses, or an unreadable one, fails the
-        whole request: ask for each alone then.
+        whole request; send each prompt in a request of its own then.
+
+        Raises:
+            ServerError: as `generate`.
         """
         asked = self._asked(max_new_tokens, log_probs, watched_ids, routing)
         params = {"max_new_tokens": max_new_tokens} | {k: v for k, v in sampling.items() if v is not None}
@@ -151,17 +158,21 @@ class SGLangClient(HttpClient):
         return await in_reply_thread(self._read, path, parse, reply)
 
     async def prefill(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:
-        """Return when the radix cache holds `input_ids`, for the requests that begin with them."""
+        """Return when the radix cache holds `input_ids`, int [tokens], for the requests that begin with them."""
         request = {"input_ids": _listed(input_ids), "sampling_params": {"max_new_tokens": 0}}
         await self._post("/generate", request, deadline_s, reply_limit(0))
 
     async def score(
         self, input_ids: Sequence[int] | np.ndarray, first: int, *, deadline_s: float | None = None
     ) -> Scores:
-        """The log-prob of each token from the `first`-th (counted from 0, at least 1) on, given those before it.
+        """Return the log-probs of `input_ids`, int [tokens], from token number `first` on (at least 1), given those
+        before.
 
-        At temperature 1: SGLang's log-probs of a prompt are of raw logits, whatever the request's temperature.
+        They are at temperature 1: SGLang's log-probs of a prompt are of raw logits, whatever the request's temperature.
         Nothing is sampled. See SCORED_BELOW_ROOM (config/serving.py) for the longest sequence.
+
+        Raises:
+            ServerError: the server refuses, dies or exceeds the deadline of `deadline_s` seconds.
         """
         request = {
             "input_ids": _listed(input_ids),

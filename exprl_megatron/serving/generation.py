@@ -222,9 +222,11 @@ def _check_watched(watched: Sequence[Sequence[tuple]], tokens: int, ids: tuple[i
 
 
 def read_scores(body: bytes, token_ids: Sequence[int] | np.ndarray) -> Scores:
-    """The scores of `token_ids` in a reply of /generate, whose first entry is that of the token before them.
+    """Read the scores of `token_ids` (int [tokens]) from a reply of /generate, whose first entry belongs to the token
+    before.
 
-    Raises ValueError as read_generation, and where the reply is of other tokens.
+    Raises:
+        ValueError: the reply is damaged (see read_generation), or is about other tokens.
     """
     rest, block = _cut(body, _INPUT)
     _refuse_repeats(rest, _FIELDS)

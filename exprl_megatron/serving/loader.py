@@ -48,9 +48,10 @@ _expected: tuple[str, bytes] = ("", b"")
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """SGLang's custom weight loader: executes the command that is passed as the name of the only tensor.
 
-    `join` makes this rank a member of the trainer's group in place of any former group, and reports the slices that it
-    needs; `receive` fills the parameters; `leave` ends the membership; `finish` does nothing: the request that carries
-    it sets the version of the weights. `checksums` reports the parameters' checksums; it needs no membership.
+    The tensor has no values (shape []). `join` makes this rank a member of the trainer's group in place of any former
+    group, and reports the slices that it needs; `receive` fills the parameters; `leave` ends the membership; `finish`
+    does nothing: the request that carries it sets the version of the weights. `checksums` reports the parameters'
+    checksums; it needs no membership.
     """
     global _member, _gate
     if _gate is None:

@@ -81,7 +81,7 @@ def as_grid(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def cut(grid: torch.Tensor, part: Slice) -> torch.Tensor:
-    """A rectangle of it."""
+    """Return the rectangle `part` of `grid` [rows, columns], as a view."""
     return grid.narrow(0, part.row, part.rows).narrow(1, part.column, part.columns)
 
 

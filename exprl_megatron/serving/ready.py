@@ -10,7 +10,11 @@ _POLL_S = 0.5
 
 
 async def wait_ready(client: SGLangClient, deadline_s: float) -> None:
-    """Return when the server answers /health; ServerError when it does not within `deadline_s`."""
+    """Return when the server answers /health.
+
+    Raises:
+        ServerError: it does not answer within `deadline_s` seconds.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + deadline_s
     while True:

@@ -6,10 +6,11 @@ import torch
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without a copy; valid while the tensor is.
+    """Return the bytes of a contiguous CPU tensor, of any shape and dtype, without a copy; valid while the tensor
+    exists.
 
-    `Tensor.numpy()` would do the same, but its storage could never be resized again: a colocated trainer's weights
-    could then no longer leave memory.
+    `Tensor.numpy()` returns the same, but its storage could never be resized again: the weights of a colocated trainer
+    could then no longer be offloaded.
     """
     nbytes = tensor.numel() * tensor.element_size()
     if not nbytes:

@@ -88,7 +88,11 @@ def areas(rectangles: np.ndarray) -> np.ndarray:
 
 
 def needs_table(needs: Sequence[RequiredSlice], tensors: Sequence[str]) -> np.ndarray:
-    """Convert `needs` to a RECTANGLE table, with indices in `tensors`. Raises ValueError for an unknown tensor."""
+    """Convert `needs` to a RECTANGLE table [needs], with indices in `tensors`.
+
+    Raises:
+        ValueError: a tensor is unknown.
+    """
     places = {name: place for place, name in enumerate(tensors)}
     unknown = next((need.name for need in needs if need.name not in places), None)
     if unknown is not None:
@@ -97,7 +101,7 @@ def needs_table(needs: Sequence[RequiredSlice], tensors: Sequence[str]) -> np.nd
 
 
 def pack_needs(needs: np.ndarray) -> bytes:
-    """Encode the slices that a server's rank needs, for the trainer."""
+    """Encode the slices that a server's rank needs, a RECTANGLE table [needs], for the trainer."""
     return msgspec.msgpack.encode(_packed(needs))
 
 
@@ -114,7 +118,11 @@ def pack_transfers(transfers: RankTransfers) -> bytes:
 
 
 def unpack_transfers(packed: bytes, needs: np.ndarray) -> RankTransfers:
-    """The inverse of pack_transfers, checked against the rank's `needs`. Raises ValueError where it does not fit."""
+    """Decode what pack_transfers encoded and check it against the rank's `needs`, a RECTANGLE table [needs].
+
+    Raises:
+        ValueError: the bytes are damaged or do not fit the needs.
+    """
     read = _decoded(packed, _RankTransfers)
     made = RankTransfers(_unpacked(read.messages, MESSAGE), _unpacked(read.parts, RECTANGLE))
     rounds, counts = made.messages["round"], made.messages["parts"]

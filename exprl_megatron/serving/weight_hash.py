@@ -33,9 +33,11 @@ class Sha256:
         self._digest = hashlib.sha256()
 
     def update(self, data: torch.Tensor) -> None:
+        """Continue with `data`, uint8 [n], on any device."""
         self._digest.update(tensor_bytes(data.cpu().contiguous()))
 
     def hexdigest(self) -> str:
+        """Return the hash of all data so far."""
         return self._digest.hexdigest()[:16]
 
 
@@ -55,6 +57,7 @@ class WordHash:
         """What came since the last whole tile."""
 
     def update(self, data: torch.Tensor) -> None:
+        """Continue with `data`, uint8 [n], on any device."""
         if self._left is not None:
             data = torch.cat([self._left, data])
         whole = len(data) - len(data) % (4 * _TILE)
@@ -62,6 +65,7 @@ class WordHash:
         self._left = data[whole:].clone()
 
     def hexdigest(self) -> str:
+        """Return the hash of all data; nothing may be added after it."""
         if self._words == 0:
             return f"{0:016x}"
         if self._left is not None:

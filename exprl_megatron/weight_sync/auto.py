@@ -39,15 +39,22 @@ class AutoTransport:
         """Whether one of these servers cannot receive by `direct`."""
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Push weights to these servers from now on; releases what was shared with the former ones. A collective."""
         self._direct.connect(clients)
         self._broadcast.connect(clients)
         self._clients = list(clients)
         self._refused = False
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """Allocate a bucket: uint8 [nbytes], in the memory that the chosen transport sends from."""
         return self._direct.allocate(nbytes)
 
     async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
+        """Send all rounds of `exporter` as `version` and add the seconds to `times`; rank 0 only.
+
+        Raises:
+            ServerError: a server refuses, dies or exceeds the deadline.
+        """
         if not self._refused:
             try:
                 return await self._direct.push(exporter, version, times)
@@ -65,6 +72,11 @@ class AutoTransport:
         await self._broadcast.push(exporter, version, times)
 
     def follow(self, exporter: WeightExporter) -> None:
+        """Take part in `push` on the other ranks.
+
+        Raises:
+            RankZeroFailed: rank 0 has an error.
+        """
         if not self._refused:
             try:
                 return self._direct.follow(exporter)
@@ -74,9 +86,11 @@ class AutoTransport:
         self._broadcast.follow(exporter)
 
     async def close(self) -> None:
+        """Release everything on the servers except the weights; rank 0 only."""
         await self._direct.close()
         await self._broadcast.close()
 
     def follow_close(self) -> None:
+        """Take part in `close` on the other ranks."""
         self._direct.follow_close()
         self._broadcast.follow_close()

@@ -31,7 +31,7 @@ class BaseSnapshot:
 
     @property
     def version(self) -> str:
-        """The version of the weights that it holds."""
+        """Version of the weights that the snapshot has."""
         return (self._directory / VERSION).read_text()
 
     @version.setter
@@ -39,12 +39,16 @@ class BaseSnapshot:
         (self._directory / VERSION).write_text(version)
 
     def read(self, name: str) -> numpy.ndarray:
-        """The tensor's bytes, uint8."""
+        """Return the bytes of the tensor `name`: uint8 [bytes]."""
         path, start, size = self._places[name]
         return numpy.fromfile(path, numpy.uint8, size, offset=start)
 
     def write(self, name: str, data: numpy.ndarray) -> None:
-        """Replace the tensor's bytes."""
+        """Replace the bytes of the tensor `name` by `data`, uint8 [bytes].
+
+        Raises:
+            ValueError: `data` has another number of bytes.
+        """
         path, start, size = self._places[name]
         if data.nbytes != size:
             raise ValueError(f"{name} has {size} bytes in {path}, not {data.nbytes}")

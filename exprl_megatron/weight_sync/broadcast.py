@@ -43,13 +43,20 @@ class BroadcastTransport:
         self._groups = WeightGroups(server_tp, world, coordinator, deadline_s)
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Push weights to these servers from now on; releases what was shared with the former ones. A collective."""
         self._groups.abort()
         self._clients = list(clients)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """Allocate a bucket: uint8 [nbytes], on this rank's device."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
 
     async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
+        """Send all rounds of `exporter` as `version` and add the seconds to `times`; rank 0 only.
+
+        Raises:
+            ServerError: a server refuses, dies or exceeds the deadline.
+        """
         try:
             with self._coordinator.abort_on_error():
                 await gather_or_cancel(
@@ -72,6 +79,11 @@ class BroadcastTransport:
             raise
 
     def follow(self, exporter: WeightExporter) -> None:
+        """Take part in `push` on the other ranks.
+
+        Raises:
+            RankZeroFailed: rank 0 has an error.
+        """
         try:
             if not self._groups.names:
                 self._groups.follow_open(exporter)
@@ -81,9 +93,11 @@ class BroadcastTransport:
             raise
 
     async def close(self) -> None:
+        """Release everything on the servers except the weights; rank 0 only."""
         await self._groups.close(self._clients)
 
     def follow_close(self) -> None:
+        """Take part in `close` on the other ranks."""
         self._groups.follow_close()
 
     def _follow_rounds(self, exporter: WeightExporter) -> None:

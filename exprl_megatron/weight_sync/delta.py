@@ -48,6 +48,11 @@ class DeltaTransport(FileTransport):
         self._agents: list[subprocess.Popen] = []
 
     async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
+        """Send all rounds of `exporter` as `version` and add the seconds to `times`; rank 0 only.
+
+        Raises:
+            ServerError: a server refuses, dies or exceeds the deadline.
+        """
         with self._coordinator.abort_on_error():
             if self._request_id is None:
                 self._begin()
@@ -63,12 +68,14 @@ class DeltaTransport(FileTransport):
             self._coordinator.signal()
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Push weights to these servers from now on; releases what was shared with the former ones. A collective."""
         super().connect(clients)
         # Every agent starts with full weights again.
         self._end_agents()
         self._request_id = None
 
     async def close(self) -> None:
+        """Release everything on the servers except the weights; rank 0 only."""
         self._end_agents()
         await super().close()
 

@@ -82,13 +82,20 @@ class DirectTransport:
         self._commands = 0
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Push weights to these servers from now on; releases what was shared with the former ones. A collective."""
         self._abort()
         self._clients = list(clients)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """Allocate a bucket: uint8 [nbytes], on this rank's device."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
 
     async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
+        """Send all rounds of `exporter` as `version` and add the seconds to `times`; rank 0 only.
+
+        Raises:
+            ServerError: a server refuses, dies or exceeds the deadline.
+        """
         try:
             with self._coordinator.abort_on_error():
                 await gather_or_cancel(
@@ -113,6 +120,11 @@ class DirectTransport:
         times.moved += self._moved
 
     def follow(self, exporter: WeightExporter) -> None:
+        """Take part in `push` on the other ranks.
+
+        Raises:
+            RankZeroFailed: rank 0 has an error.
+        """
         try:
             if self._group is None:
                 self._follow_open(exporter)
@@ -125,6 +137,7 @@ class DirectTransport:
             raise
 
     async def close(self) -> None:
+        """Release everything on the servers except the weights; rank 0 only."""
         group, self._group = self._group, None
         if group is not None:
             try:
@@ -146,6 +159,7 @@ class DirectTransport:
         self._store = None
 
     def follow_close(self) -> None:
+        """Take part in `close` on the other ranks."""
         group, self._group = self._group, None
         if group is not None:
             follow_destroy(group, self._coordinator, self._deadline_s)

@@ -42,22 +42,31 @@ class FileTransport:
         self._deadline_s = deadline_s
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Push weights to these servers from now on; releases what was shared with the former ones. A collective."""
         self._clients = list(clients)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """Allocate a bucket: uint8 [nbytes], in host memory."""
         # Files are written from host memory.
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def follow(self, exporter: WeightExporter) -> None:
+        """Take part in `push` on the other ranks.
+
+        Raises:
+            RankZeroFailed: rank 0 has an error.
+        """
         for number in range(len(exporter.rounds)):
             self._coordinator.wait_signal()
             exporter.gather(number)
         self._coordinator.wait_signal()
 
     async def close(self) -> None:
+        """Release everything on the servers except the weights; rank 0 only."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def follow_close(self) -> None:
+        """Take part in `close` on the other ranks."""
         return None
 
 
@@ -65,6 +74,11 @@ class DiskTransport(FileTransport):
     """See Transport. All weights are written once and read by every server."""
 
     async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
+        """Send all rounds of `exporter` as `version` and add the seconds to `times`; rank 0 only.
+
+        Raises:
+            ServerError: a server refuses, dies or exceeds the deadline.
+        """
         target = self._directory / version
         with self._coordinator.abort_on_error():
             shutil.rmtree(target, ignore_errors=True)

@@ -78,9 +78,12 @@ def init_group(name: str, address: str, port: int, rank: int, world_size: int, d
 
 
 def broadcast(group: dist.ProcessGroup, tensor: torch.Tensor) -> float:
-    """Broadcast `tensor` to all other members; returns the time when it was sent. Call on the group's thread.
+    """Broadcast `tensor`, of any shape and dtype, to all other members; must be called on the group's thread.
 
-    Raises RuntimeError where a connection breaks, or the group is aborted.
+    Returns the time (time.monotonic, seconds) when it was sent.
+
+    Raises:
+        RuntimeError: a connection breaks, or the group is aborted.
     """
     with on_device(tensor.device):
         work = dist.broadcast(tensor, group=group, group_src=0, async_op=True)

@@ -57,10 +57,12 @@ class HandlesTransport:
         self.connect(clients)
 
     def connect(self, clients: Sequence[SGLangClient]) -> None:
+        """Push weights to these servers from now on; releases what was shared with the former ones. A collective."""
         self._clients = list(clients)
         self._sources, self.source_ranks = self._find_sources()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        """Allocate a bucket: uint8 [nbytes], in memory that the servers of this machine can map."""
         buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._world.device)
         if buffer.device.type == "cpu":
             with _files_in_shared_memory():
@@ -68,6 +70,11 @@ class HandlesTransport:
         return buffer
 
     async def push(self, exporter: WeightExporter, version: str, times: SyncTimes) -> None:
+        """Send all rounds of `exporter` as `version` and add the seconds to `times`; rank 0 only.
+
+        Raises:
+            ServerError: a server refuses, dies or exceeds the deadline.
+        """
         count = len(exporter.rounds)
 
         async def send(number: int, payloads: Payloads) -> None:
@@ -94,15 +101,22 @@ class HandlesTransport:
         )
 
     def follow(self, exporter: WeightExporter) -> None:
+        """Take part in `push` on the other ranks.
+
+        Raises:
+            RankZeroFailed: rank 0 has an error.
+        """
         for number in range(len(exporter.rounds)):
             self._coordinator.wait_signal()
             self._gather(exporter, number)
         self._coordinator.wait_signal()
 
     async def close(self) -> None:
+        """Release everything on the servers except the weights; rank 0 only."""
         return None
 
     def follow_close(self) -> None:
+        """Take part in `close` on the other ranks."""
         return None
 
     def _gather(self, exporter: WeightExporter, number: int) -> Payloads | None:

@@ -150,7 +150,11 @@ class TransferPlan:
 
 
 def shard_sources(needs: np.ndarray, held: ShardTable) -> ShardSources:
-    """Find the sources of the slices that one rank needs. Raises ValueError where no rank holds one."""
+    """Find the sources of the slices that one rank needs: `needs`, a RECTANGLE table [slices].
+
+    Raises:
+        ValueError: no rank holds one of them.
+    """
     starts = held.starts[needs["of"]]
     counts = held.starts[needs["of"] + 1] - starts
     number = np.repeat(np.arange(len(needs), dtype=np.int32), counts)

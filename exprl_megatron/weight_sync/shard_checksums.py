@@ -117,7 +117,10 @@ def own_sums(plan: ChecksumPlan, gatherer: Gatherer, world: World) -> np.ndarray
 
 
 def as_checksums(plan: ChecksumPlan, sums: Sequence[np.ndarray]) -> list[dict[str, str]]:
-    """All ranks' `sums` together: for each rank of a server what `model_checksums.checksums` is to find."""
+    """Add up the `sums` of all ranks, uint64 [plan.count] each.
+
+    Returns, for each rank of a server, the checksums that `model_checksums.checksums` should find.
+    """
     total = iter(np.sum(np.stack(sums), axis=0, dtype=np.uint64).tolist())
     return [{name: to_hex(next(total)) for name in server.shapes} for server in plan.servers]
 
@@ -136,7 +139,9 @@ class ShardChecksums:
         """Of each rank of a server the store's name of what its parameters are to be."""
 
     def begin(self, gatherer: Gatherer) -> Future[np.ndarray]:
-        """Begin to hash this rank's parts, on a thread, while the weights move; see `own_sums`."""
+        """Start to hash this rank's parts on a thread while the weights are sent; the result is that of `own_sums`:
+        uint64 [count].
+        """
         if self._planning is None:
             self._planning = in_background(
                 "plan of checksums", lambda: plan_checksums(self._architecture, self._world, self._server_tp)
@@ -150,7 +155,9 @@ class ShardChecksums:
         return in_background("checksums", work)
 
     def expected(self, sums: Sequence[np.ndarray]) -> list[dict[str, str]]:
-        """See `as_checksums`; rank 0 only."""
+        """Return the checksums that each rank of a server should have, from all ranks' sums, uint64 [count] each; rank
+        0 only.
+        """
         return as_checksums(self._planning.result(), sums)
 
     async def held(self, clients: Sequence[SGLangClient], dtype: torch.dtype) -> list[tuple[dict[str, str], ...]]:

@@ -56,19 +56,26 @@ class ShardCheck:
         self._dtype: torch.dtype | None = None
 
     def begin(self, exporter: WeightExporter) -> None:
+        """Prepare the check, before the push."""
         self._dtype = exporter.gatherer.dtype
         self._hashing = self._shards.begin(exporter.gatherer)
 
     def own(self, exporter: WeightExporter) -> np.ndarray:
+        """Return this rank's sums, uint64 [count]; waits for the hashing that `begin` started."""
         return self._hashing.result()
 
     def expected(self, parts: Sequence[np.ndarray]) -> RankChecksums:
+        """Return the checksums that each server's ranks should have, from all ranks' sums, uint64 [count] each; rank 0
+        only.
+        """
         return self._shards.expected(parts)
 
     async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
+        """Return the checksums of each server's ranks, after the push; rank 0 only."""
         return await self._shards.held(clients, self._dtype)
 
     def end(self) -> None:
+        """Return when nothing reads the weights any more."""
         if self._hashing is not None:
             wait([self._hashing])
 
@@ -88,28 +95,36 @@ class WholeCheck:
         )
 
     def bucket_check(self, bucket: Bucket) -> None:
+        """Add the tensors of a bucket to the checksums, with FP8 blocks dequantized to bf16."""
         self._sums.add(to_served_dtypes(bucket))
 
     def begin(self, exporter: WeightExporter) -> None:
+        """Prepare the check, before the push."""
         return None
 
     def own(self, exporter: WeightExporter) -> tuple[dict[str, str], ...]:
+        """Return this rank's part of the expected checksums, after the push; a collective."""
         exporter.drain()
         exporter.wait_checks()
         return self._sums.result()
 
     def expected(self, parts: Sequence[tuple[dict[str, str], ...]]) -> RankChecksums:
+        """Return the checksums that each server's ranks should have, from all ranks' parts; rank 0 only."""
         return [dict(ChainMap(*ranks)) for ranks in zip(*parts, strict=True)]
 
     async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
+        """Return the checksums of each server's ranks, after the push; rank 0 only."""
         return await held_checksums(clients, self._deadline_s)
 
     def end(self) -> None:
+        """Return when nothing reads the weights any more."""
         return None
 
 
 def to_served_dtypes(bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a server's checksums are of: for matrices in FP8 blocks the bf16 numbers that they stand for."""
+    """Yield the tensors that a server's checksums cover: for matrices in FP8 blocks their dequantized bf16 values, of
+    the same shape.
+    """
     scales = {name: tensor for name, tensor in bucket if name.endswith(blocks.SCALE)}
     for name, tensor in bucket:
         if name + blocks.SCALE in scales:

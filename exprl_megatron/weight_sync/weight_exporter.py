@@ -199,7 +199,9 @@ class WeightExporter:
 
 
 def forward_along(data: torch.Tensor, chain: Sequence[int], rank: int) -> None:
-    """Forward `data` from the chain's first rank to the others, in pieces that each rank forwards at once."""
+    """Send `data`, uint8 [bytes], from the chain's first rank to the others, in pieces that each rank forwards on
+    arrival.
+    """
     place = chain.index(rank)
     for piece in data.split(_FORWARDED):
         if place > 0:
@@ -219,6 +221,6 @@ def quantize_into(weight: torch.Tensor, values: torch.Tensor, scales: torch.Tens
 
 
 def view(data: torch.Tensor, slot: TensorSlot) -> torch.Tensor:
-    """The tensor of `slot` in a message's bytes."""
+    """Return a view of the tensor of `slot`, in its shape and dtype, in a message's bytes, uint8 [bytes]."""
     stop = slot.start + slot.nbytes
     return data[slot.start : stop].view(getattr(torch, slot.dtype)).view(torch.Size(slot.shape))

@@ -52,7 +52,7 @@ def test_its_name_is_made_from_that_of_the_class(kind, name):
         ({"objective": "supervised", "loss": {"clip_low": 0.1}}, "objective is supervised, which has no ratio"),
         ({"objective": "supervised", "max_staleness": 1}, "supervised, which nothing corrects"),
         ({"problems_from": "keep-easy"}, "the stages of your own before it are none"),
-        ({"group_size": 1}, "group_size is 1, but advantage mean-centred"),
+        ({"group_size": 1}, "group_size is 1, but advantage"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(stage, said):
