@@ -70,15 +70,18 @@ def own_surrogate(path: str, batch: SurrogateBatch) -> torch.Tensor:
     """
     plugin = Plugin.load("loss.surrogate", path)
     plugin.check_arguments(("batch",))
+    inside = batch.mask > 0
     loss = plugin(batch)
     shape = tuple(batch.log_probs.shape)
     if not isinstance(loss, torch.Tensor) or tuple(loss.shape) != shape:
         raise plugin.failure(f"returned {described(loss)} instead of a tensor of the shape {shape} of log_probs")
     if batch.log_probs.requires_grad and not loss.requires_grad:
         raise plugin.failure("returned a loss without a gradient; compute it from batch.log_probs")
-    return torch.where(batch.mask > 0, loss, torch.zeros_like(loss))
+    return torch.where(inside, loss, torch.zeros_like(loss))
 
 
 def _batch(config: LossConfig, log_probs: torch.Tensor, old: torch.Tensor, micro: MicroBatch) -> SurrogateBatch:
     assert micro.advantages is not None
-    return SurrogateBatch(log_probs, old.detach(), micro.advantages, micro.mask, config.clip_low, config.clip_high)
+    # Copies: what the function does to them reaches neither the KL term nor the aggregation.
+    advantages, mask = micro.advantages.clone(), micro.mask.clone()
+    return SurrogateBatch(log_probs.clone(), old.detach().clone(), advantages, mask, config.clip_low, config.clip_high)

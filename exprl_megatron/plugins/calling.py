@@ -95,6 +95,8 @@ async def _in_daemon_thread(function: Callable[..., Any], arguments: tuple[Any, 
         set_it: Callable[[Any], None]
         try:
             value, set_it = function(*arguments), future.set_result
+        except StopIteration as error:  # no future takes it
+            value, set_it = contained(error), future.set_exception
         except Exception as error:
             value, set_it = error, future.set_exception
         except BaseException as error:  # SystemExit would end the event loop

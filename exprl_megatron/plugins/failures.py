@@ -1,5 +1,6 @@
 """What is said of a plugin that fails: one sentence with the user's file and line."""
 
+import functools
 import inspect
 import sysconfig
 import traceback
@@ -9,6 +10,9 @@ from exprl_megatron.errors import UserError
 
 _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+_LONGEST = 500
+"""Characters of an exception's message that are shown."""
 
 
 class PluginError(UserError):
@@ -20,7 +24,7 @@ def place_of_error(error: BaseException, function: object = None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((_PACKAGE, "<"))]
     users = [frame for frame in own if not frame.filename.startswith(_LIBRARIES)]
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": .")
+    said = f"{type(error).__name__}: {_words(error)}".rstrip(": .")
     # A plugin of an installed package is in a library's directory itself.
     innermost = next(iter([*users[::-1], *own[::-1]]), None)
     if innermost is None:
@@ -28,8 +32,21 @@ def place_of_error(error: BaseException, function: object = None) -> str:
     return f"{innermost.filename}, line {innermost.lineno}, in {innermost.name}: {said}"
 
 
+def _words(error: BaseException) -> str:
+    """The message of an exception in one line; of one that cannot say it, nothing."""
+    try:
+        words = " ".join(str(error).split())
+    except Exception:
+        return ""
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
+
+
 def place_of_function(function: object) -> str:
     """`FILE, line N` of the definition of a function, a class, or of the class of an instance."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if callable(function):
+        function = inspect.unwrap(function)
     defined = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
     try:
         file = inspect.getsourcefile(defined)

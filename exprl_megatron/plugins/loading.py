@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from exprl_megatron.config.plugin_path import installed_plugins
+from exprl_megatron.config.plugin_path import entry_points_named, installed_plugins
 from exprl_megatron.plugins.failures import PluginError, place_of_error
 
 
@@ -99,7 +99,13 @@ def _module_and_name(path: str) -> tuple[str, str]:
                 f"There is no plugin {path!r} among the entry points of the group exprl_megatron.plugins "
                 f"({', '.join(sorted(points)) or 'none is installed'}); install its package, or give module:function."
             )
-        path = points[path].value
+        named = entry_points_named(path)
+        if len(named) > 1:
+            packages = ", ".join(f"{point.value} of {point.dist.name if point.dist else '?'}" for point in named)
+            raise PluginError(
+                f"The entry point {path!r} is in several packages ({packages}); give module:function, or uninstall one."
+            )
+        path = named[0].value
     module_name, _, name = path.partition(":")
     return module_name, name.partition("[")[0].strip()
 

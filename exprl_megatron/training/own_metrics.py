@@ -2,7 +2,9 @@
 
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from exprl_megatron.plugins.calling import Plugin, described
 from exprl_megatron.plugins.failures import PluginError
@@ -11,7 +13,11 @@ from exprl_megatron.rollout.group import Group, StepInfo
 ARGUMENTS = ("step", "groups")
 OWN = "own/"
 """The names of the user's metrics begin so, and are thus no others."""
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.@-]*")
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.@-]{,59}")
+_MOST = 200
+"""Numbers that one function returns for a step."""
+_DEADLINE_S = 60.0
+"""So long a step waits for all of them."""
 
 
 StepMetrics = Callable[[StepInfo, Sequence[Group]], dict[str, float]]
@@ -31,7 +37,7 @@ def own_step_metrics(paths: Sequence[str]) -> StepMetrics:
     def metrics(step: StepInfo, groups: Sequence[Group]) -> dict[str, float]:
         found: dict[str, float] = {}
         for plugin in plugins:
-            own = checked_metrics(plugin, plugin(step, tuple(groups)))
+            own = plugin.guarded(partial(checked_metrics, plugin, plugin(step, tuple(groups))))
             if twice := sorted(own.keys() & found.keys()):
                 raise plugin.failure(f"returned {twice[0].removeprefix(OWN)!r}, as another of step_metrics does")
             found |= own
@@ -40,18 +46,37 @@ def own_step_metrics(paths: Sequence[str]) -> StepMetrics:
     return metrics
 
 
-def never_stopping(metrics: StepMetrics, say: Callable[[str], None]) -> StepMetrics:
-    """Return `metrics` as a function that gives `say` the first failure and returns no metrics instead of failing."""
+def never_stopping(metrics: StepMetrics, say: Callable[[str], None], deadline_s: float = _DEADLINE_S) -> StepMetrics:
+    """Return `metrics` as a function that gives `say` the first failure and returns no metrics instead of failing.
+
+    What has no result within `deadline_s` is not called again.
+    """
     failed: list[str] = []
+    hangs: list[bool] = []
 
     def found(step: StepInfo, groups: Sequence[Group]) -> dict[str, float]:
-        try:
-            return metrics(step, groups)
-        except PluginError as error:
-            if not failed:
-                say(f"{error} The step has no metrics of step_metrics; later failures are not reported.")
-            failed.append(str(error))
+        if hangs:
             return {}
+        results: list[dict[str, float]] = []
+        errors: list[PluginError] = []
+
+        def work() -> None:
+            try:
+                results.append(metrics(step, groups))
+            except PluginError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, name="step-metrics", daemon=True)
+        thread.start()
+        thread.join(deadline_s)
+        if thread.is_alive():
+            hangs.append(True)
+            say(f"step_metrics gave no result within {deadline_s:g} s and is not called again; the run continues.")
+        elif errors:
+            if not failed:
+                say(f"{errors[0]} The step has no metrics of step_metrics; later failures are not reported.")
+            failed.append(str(errors[0]))
+        return results[0] if results and not hangs else {}
 
     return found
 
@@ -60,13 +85,15 @@ def checked_metrics(plugin: Plugin, found: object) -> dict[str, float]:
     """Return the numbers under names that begin with `own/`. Raises PluginError where it is no such mapping."""
     if not isinstance(found, Mapping):
         raise plugin.failure(f"returned {described(found)} instead of a mapping of names to numbers")
+    if len(found) > _MOST:
+        raise plugin.failure(f"returned {len(found)} numbers for a step, more than {_MOST}")
     checked = {}
     for name, value in found.items():
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-            raise plugin.failure(f"returned the name {name!r}; use lower-case letters, digits, and _ . @ -")
+            raise plugin.failure(f"returned the name {name!r}; use at most 60 lower-case letters, digits, and _ . @ -")
         try:
             checked[OWN + name] = float(value)
-        except (TypeError, ValueError):
+        except Exception:
             checked[OWN + name] = math.nan
         if math.isnan(checked[OWN + name]):
             raise plugin.failure(f"returned {name!r} as {described(value)} that is not a number")
