@@ -93,7 +93,7 @@ def train(
             here = servers is ServersFrom.OWN and nodes == 1
             print_start(load_config(config, changes), **({"check_servers": check_server_start} if here else {}))
             return
-        node = Node.of(node_rank, nodes, master)
+        node = Node.from_options(node_rank, nodes, master)
         registered = servers is ServersFrom.REGISTERED
         if nodes > 1 and not registered:
             raise UserError(
@@ -130,7 +130,7 @@ def serve(
     from exprl_megatron.config.load import load_config
     from exprl_megatron.launch.serve import ServerShare, serve
 
-    serve(load_config(config, overrides or []), kind.value, ServerShare.of_this_node(node_rank, nodes))
+    serve(load_config(config, overrides or []), kind.value, ServerShare.from_slurm(node_rank, nodes))
 
 
 @app.command("judge-bench")

@@ -157,7 +157,7 @@ def test_an_unknown_architecture_is_refused(run, monkeypatch, capsys, tmp_path):
         ("{}}\n", "line 1: this is not JSON"),
         ("", "is empty; give one with at least one problem."),
         ('{"id": "a", "reference": "r", "answer": "1"}\n', "line 1: the field 'problem' is missing"),
-        ('{"id": "a", "problem": "p", "reference": "r", "answer": "1"}\n' * 2, "line 2: the id 'a' was given at"),
+        ('{"id": "a", "problem": "p", "reference": "r", "answer": "1"}\n' * 2, "line 2: the id 'a' also occurs at"),
     ],
     ids=["bad line", "empty", "missing field", "duplicate ids"],
 )

@@ -197,7 +197,7 @@ def main() -> None:
     cases = make_cases(Random(args.seed), words_of(tokenizer), args)
     with tempfile.TemporaryDirectory() as directory:
         longest = max(
-            len(Judge(JudgeConfig(model=str(args.model)), [], tokenizer).request(problem, trace, "prefix"))
+            len(Judge(JudgeConfig(model=str(args.model)), [], tokenizer).prompt_ids(problem, trace, "prefix"))
             for problem, traces in cases
             for trace in traces
         )

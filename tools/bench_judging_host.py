@@ -41,7 +41,7 @@ from transformers import AutoTokenizer
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.judging.prompt import shipped_prompt
-from exprl_megatron.judging.store import Asked, JudgementStore
+from exprl_megatron.judging.store import JudgementStore, StoredQuestion
 from exprl_megatron.training.loop_lag import HOST_THREADS
 from exprl_megatron.utils.collector import collect_between_steps
 
@@ -137,8 +137,8 @@ def _keep_problem(store: JudgementStore, random: Random, outputs: list[str], sys
         text = f"{row} " + "\n\n".join(random.choices(outputs[::2], k=40))[:23_100]
         for prefix in range(1, SEGMENTS + 1):
             answer = "".join(random.choices(outputs[1::2], k=4))[:ANSWER]
-            asked = Asked(frame, text, prefix * len(text) // SEGMENTS)
-            written.append(store.keep_judgements_soon([(_key(row), asked, answer, Scored(0.75, answer))]))
+            asked = StoredQuestion(frame, text, prefix * len(text) // SEGMENTS)
+            written.append(store.submit_judgements([(_key(row), asked, answer, Scored(0.75, answer))]))
             row += 1
     for future in written:
         future.result()

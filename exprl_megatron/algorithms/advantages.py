@@ -1,9 +1,9 @@
-"""Advantage estimators: from the scores of groups of traces to one advantage for each trace.
+"""Advantage estimators: they compute one advantage for each trace from the scores of groups of traces.
 
-Every function takes `scores` [..., K] (any float dtype) and `valid` [..., K] (bool), the last
-dimension being the traces of one problem, and returns float64 [..., K]. Invalid scores
-(abstentions) are in no statistic, and their advantage is 0, as is that of a trace with no other to
-compare it with. The estimators of a batch take their statistics over all dimensions.
+Every function takes `scores` [..., K] (any float dtype) and `valid` [..., K] (bool), where the last
+dimension has the traces of one problem, and returns float64 [..., K]. Invalid scores
+(abstentions) are excluded from all statistics, and their advantage is 0; so is the advantage of a trace
+without another one to compare with. The estimators of a batch use statistics over all dimensions.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,20 @@ AdvantageFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(scores [G, K], valid [G, K]) -> advantages [G, K], float64."""
 
 
-def estimator(name: str) -> AdvantageFn:
+def advantage_fn(name: str) -> AdvantageFn:
     """Return the advantage function of a config's `advantage`: a built-in one, or the user's.
 
-    Raises PluginError where the user's cannot be loaded; the function raises it where theirs fails, or returns
-    something else than finite advantages of the shape of the scores.
+    Raises:
+        PluginError: the user's function cannot be loaded. The returned function raises it where the user's fails, or
+            returns anything but finite advantages of the shape of the scores.
     """
-    return _ESTIMATORS[name] if name in _ESTIMATORS else _own_estimator(Plugin.load("advantage", name))
+    return _ESTIMATORS[name] if name in _ESTIMATORS else _custom_estimator(Plugin.load("advantage", name))
 
 
 def group_normalized(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """A_i = (s_i - mean) / (std + 1e-6), std with ddof=1 (GRPO, arXiv 2402.03300).
+    """Compute A_i = (s_i - mean) / (std + 1e-6) [..., K], std with ddof=1 (GRPO, arXiv 2402.03300).
 
-    A group of one trace has no baseline: mean 0 and std 1 are taken, as in ExpRL's code.
+    A group of one trace has no baseline: it uses mean 0 and std 1, as ExpRL's code does.
     Where only one trace of a larger group is valid, its advantage is 0: its raw score would be an
     advantage without a baseline.
     """
@@ -40,38 +41,39 @@ def group_normalized(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def mean_centered(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """A_i = s_i - mean, not divided by the std (ExpRL's second stage; Dr. GRPO, arXiv 2503.20783)."""
+    """Compute A_i = s_i - mean [..., K], not divided by the std (ExpRL's second stage; Dr. GRPO, arXiv 2503.20783)."""
     return _deviation(scores, valid)[0]
 
 
 def leave_one_out(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """A_i = s_i - mean of the others' scores (RLOO, arXiv 2402.14740), which is n / (n - 1) (s_i - mean)."""
+    """Compute A_i = s_i - mean of the others' scores [..., K] (RLOO, arXiv 2402.14740): n / (n - 1) (s_i - mean)."""
     deviation, count = _deviation(scores, valid)
     return deviation * count / (count - 1).clamp(min=1)
 
 
 def batch_normalized(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """A_i = (s_i - mean) / (std + 1e-6) over all valid traces of the batch (REINFORCE++, arXiv 2501.03262).
+    """Compute A_i = (s_i - mean) / (std + 1e-6) [..., K] over all valid traces (REINFORCE++, arXiv 2501.03262).
 
     The return of every token of a trace is its score: no discount, and the KL is a term of the loss. Each trace
-    counts once in mean and std, however long it is; std has ddof=1.
+    counts once in mean and std, regardless of its length; std has ddof=1.
     """
     return _scaled(*_deviation(scores.flatten(), valid.flatten())).view(scores.shape)
 
 
 def group_centered_batch_normalized(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """A_i = (s_i - mean of its group), then normalized over the batch (REINFORCE++ with baseline, arXiv 2501.03262).
+    """Compute A_i = s_i - mean of its group, normalized over the batch [..., K] (arXiv 2501.03262, with baseline).
 
-    The only valid trace of a group always equals its group's mean, and is left out of the batch's std.
+    The only valid trace of a group always equals its group's mean, and is excluded from the batch's std.
     """
     deviation, count = _deviation(scores, valid)
     return batch_normalized(deviation, valid & (count > 1))
 
 
-def informative(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Whether the valid scores of each group differ: [...], bool; dynamic sampling (DAPO) keeps these groups.
+def has_variance(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Whether the valid scores of each group differ: bool [...]; dynamic sampling (DAPO) keeps these groups.
 
-    With scores 0 and 1: neither all nor none right (arXiv 2503.14476). Zero-variance groups have no gradient.
+    With scores of 0 and 1 these are the groups with right and wrong traces (arXiv 2503.14476). Zero-variance groups
+    have no gradient.
     """
     scores = scores.double()
     highest = scores.masked_fill(~valid, -torch.inf).amax(-1)
@@ -93,7 +95,7 @@ def _scaled(deviation: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return deviation / (variance.sqrt() + STD_EPSILON)
 
 
-def _own_estimator(plugin: Plugin) -> AdvantageFn:
+def _custom_estimator(plugin: Plugin) -> AdvantageFn:
     plugin.check_arguments(("scores", "valid"))
 
     def advantages(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -40,10 +40,15 @@ def token_weights(mask: torch.Tensor, aggregation: Aggregation) -> torch.Tensor:
 
 
 def denominator_of(aggregation: Aggregation, samples: Sequence[SampleOrOutline], max_new_tokens: int) -> float:
-    """Compute the denominator of an update from all its `samples`; samples without a response do not count.
+    """Compute the denominator of an update.
 
-    `max_new_tokens` is the limit of the stage's sampling, which only `constant-length` uses. Raises ValueError where no
-    sample has a response token.
+    Args:
+        aggregation: the config's aggregation.
+        samples: all samples of the update, on all ranks; those without a response do not count.
+        max_new_tokens: the limit of the stage's sampling, which only `constant-length` uses.
+
+    Raises:
+        ValueError: no sample has a response token.
     """
     tokens = sum(sample.response_tokens for sample in samples)
     if not tokens:
@@ -51,17 +56,17 @@ def denominator_of(aggregation: Aggregation, samples: Sequence[SampleOrOutline],
     return _divisor(aggregation, tokens, sum(sample.response_tokens > 0 for sample in samples), max_new_tokens)
 
 
-def kept_denominator(
+def accepted_denominator(
     aggregation: Aggregation, sums: Mapping[str, float], max_new_tokens: int, denominator: float
 ) -> float:
     """Compute the denominator of an update in which rejected tokens do not count; `denominator` where they count.
 
-    `sums` are the metrics of the update. They contain `kept/tokens` and `kept/sequences` where only kept tokens and
-    sequences count. If nothing is kept, the sum of losses is 0 and `denominator` is returned.
+    `sums` are the metrics of the update. They contain `accepted/tokens` and `accepted/sequences` where only accepted
+    tokens and sequences count. If all are rejected, the sum of losses is 0 and `denominator` is returned.
     """
-    if not sums.get("kept/tokens"):
+    if not sums.get("accepted/tokens"):
         return denominator
-    return _divisor(aggregation, sums["kept/tokens"], sums["kept/sequences"], max_new_tokens)
+    return _divisor(aggregation, sums["accepted/tokens"], sums["accepted/sequences"], max_new_tokens)
 
 
 def _divisor(aggregation: Aggregation, tokens: float, sequences: float, max_new_tokens: int) -> float:

@@ -16,8 +16,10 @@ class TrainSample(ArrayFields):
     """A prompt and its response, with one value per response token for each input of the loss.
 
     Every array except `prompt_ids` and `routed_experts` has the length of the response; None means that the loss does
-    not use it.
-    Array-likes are accepted and converted. Raises ValueError where a per-token array has another length.
+    not use it. Array-likes are converted.
+
+    Raises:
+        ValueError: a per-token array has another length than the response.
     """
 
     prompt_ids: np.ndarray
@@ -25,11 +27,11 @@ class TrainSample(ArrayFields):
     response_ids: np.ndarray
     """[response tokens], int32."""
     advantages: np.ndarray | None = None
-    """[response tokens], float32, as the three arrays of log-probs."""
+    """[response tokens], float32, like the three arrays of log-probs."""
     rollout_log_probs: np.ndarray | None = None
     """Log-probs that the sampling server reported, in nats."""
     old_log_probs: np.ndarray | None = None
-    """Log-probs before the step's first update. None: strictly on-policy, the current ones, detached, are taken."""
+    """Log-probs before the step's first update. None: strictly on-policy, the loss uses the current ones, detached."""
     ref_log_probs: np.ndarray | None = None
     """Log-probs under the reference policy (the frozen weights of the stage's start), for the KL term."""
     on_policy_mask: np.ndarray | None = None
@@ -41,7 +43,7 @@ class TrainSample(ArrayFields):
     routed_layers: tuple[int, ...] | None = None
     """The model's layers, counted from 0, that `routed_experts` has, in its order. None: all of them."""
     place: tuple[int, int] | None = None
-    """Group and sample of the trace in the rollout log; None: it is not from there."""
+    """Group and sample of the trace in the rollout log; None: the sample is not from the log."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "prompt_ids", "response_ids")
@@ -50,7 +52,7 @@ class TrainSample(ArrayFields):
         object.__setattr__(self, "routed_experts", routed_experts_array(self.routed_experts, len(self)))
         layers, experts = self.routed_layers, self.routed_experts
         if layers is not None and (experts is None or experts.shape[1] != len(layers)):
-            raise ValueError(f"routed_experts is of other layers than the {len(layers)} of routed_layers")
+            raise ValueError(f"routed_experts does not have the {len(layers)} layers of routed_layers")
         for name in PER_TOKEN:
             value = getattr(self, name)
             if value is not None and len(value) != self.response_tokens:
@@ -61,7 +63,7 @@ class TrainSample(ArrayFields):
 
     @property
     def token_ids(self) -> np.ndarray:
-        """[tokens], int32: prompt and response."""
+        """Prompt and response, int32 [tokens]."""
         return np.concatenate([self.prompt_ids, self.response_ids])
 
     @property
@@ -81,7 +83,7 @@ class TrainSample(ArrayFields):
 
     @property
     def outline(self) -> "SampleOutline":
-        """The part of the sample that ranks need which do not learn from it."""
+        """The part of the sample that the other ranks need, which do not learn from it."""
         return SampleOutline(
             self.prompt_tokens, self.response_tokens, self.token_fields, has_routed_experts=self.has_routed_experts
         )
@@ -92,7 +94,7 @@ class TrainSample(ArrayFields):
         return self.routed_experts is not None
 
     def with_values(self, name: str, values: np.ndarray) -> Self:
-        """A copy in which the per-token array `name` is `values` [response tokens]."""
+        """Return a copy in which the per-token array `name` is `values`, float32 or bool [response tokens]."""
         changed: dict[str, Any] = {name: values}
         return replace(self, **changed)
 
@@ -110,7 +112,7 @@ class SampleOutline:
         return self.prompt_tokens + self.response_tokens
 
     def with_values(self, name: str, values: np.ndarray) -> Self:
-        """As TrainSample.with_values, but only the name is kept."""
+        """Return a copy with the per-token array `name`; of its `values` [response tokens] only the name is stored."""
         return replace(self, token_fields=self.token_fields | {name})
 
 
@@ -136,7 +138,7 @@ class MicroBatch:
     places: torch.Tensor | None = None  # [B, 2], int32: group and sample of each row in the rollout log
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """A copy on `device`."""
+        """Return a copy on `device`."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: tensor.to(device) for name, tensor in given.items() if tensor is not None})
 
@@ -151,7 +153,16 @@ PER_TOKEN = ("advantages", "rollout_log_probs", "old_log_probs", "ref_log_probs"
 
 
 def pad(samples: Sequence[TrainSample], length: int, pad_id: int = 0) -> MicroBatch:
-    """Pad `samples` (at most `length` tokens each) to one micro-batch [B, length]."""
+    """Pad `samples` to one micro-batch [B, length].
+
+    Args:
+        samples: B samples of at most `length` tokens each.
+        length: number of tokens of each row.
+        pad_id: token id of the padding.
+
+    Raises:
+        ValueError: a per-token array is given for only some of the samples.
+    """
     shape = (len(samples), length)
     targets = np.full(shape, pad_id, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.float32)
@@ -180,14 +191,22 @@ def pad(samples: Sequence[TrainSample], length: int, pad_id: int = 0) -> MicroBa
 
 
 def dummy_sample(samples: Sequence[SampleOrOutline]) -> TrainSample:
-    """A sample without a response, with the same per-token fields as `samples`, that adds nothing to any sum."""
+    """Build a sample without a response, with the same per-token fields as `samples`, that adds 0 to every sum.
+
+    Raises:
+        ValueError: a per-token array is given for only some of the samples.
+    """
     none = np.empty(0)
     given: dict[str, Any] = {name: none for name in PER_TOKEN if _is_set(samples, name)}
     return replace(TrainSample(np.zeros(1, np.int32), np.empty(0, np.int32)), **given)
 
 
 def replays_routing(samples: Sequence[SampleOrOutline]) -> bool:
-    """Whether the samples have the sampling server's choice of experts. Raises ValueError where only some have it."""
+    """Whether the samples have the sampling server's choice of experts.
+
+    Raises:
+        ValueError: only some of the samples have it.
+    """
     present = [sample.has_routed_experts for sample in samples]
     if any(present) and not all(present):
         raise ValueError("routed_experts is given for some samples of a batch and missing for others")
@@ -195,7 +214,7 @@ def replays_routing(samples: Sequence[SampleOrOutline]) -> bool:
 
 
 def _is_set(samples: Sequence[SampleOrOutline], name: str) -> bool:
-    """Whether the samples have the per-token array `name`. Raises ValueError where only some of them have it."""
+    """Whether the samples have the per-token array `name`; raises ValueError where only some of them have it."""
     present = [name in sample.token_fields for sample in samples]
     if any(present) and not all(present):
         raise ValueError(f"{name} is given for some samples of a batch and missing for others")

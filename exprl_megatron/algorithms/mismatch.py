@@ -1,4 +1,4 @@
-"""Train-inference mismatch: the trainer's log-probs against those that the servers reported for the same tokens."""
+"""Train-inference mismatch: the trainer's log-probs compared with those that the servers reported."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from exprl_megatron.algorithms.losses import k3_divergence
 
 @dataclass(frozen=True)
 class LogProbGap:
-    """Sums over the tokens of a mask, and the largest difference; scalar tensors, to be reduced over ranks."""
+    """Sums over the tokens of a mask, and the largest difference; scalar tensors that the caller reduces over ranks."""
 
     absolute: torch.Tensor
     """Sum of |trainer - sampler|, in nats."""

@@ -13,7 +13,7 @@ from exprl_megatron.algorithms.batch import LossFunction, MicroBatch
 from exprl_megatron.algorithms.corrections import correction_weights
 from exprl_megatron.algorithms.losses import distillation_loss, k3_divergence, unbiased_divergence
 from exprl_megatron.algorithms.mismatch import log_prob_gap
-from exprl_megatron.algorithms.rejection import kept_tokens
+from exprl_megatron.algorithms.rejection import acceptance_mask
 from exprl_megatron.algorithms.surrogates import surrogate
 from exprl_megatron.config.losses import Aggregation, LossConfig
 
@@ -21,13 +21,17 @@ from exprl_megatron.config.losses import Aggregation, LossConfig
 def policy_objective(config: LossConfig) -> LossFunction:
     """Build the objective of a config: surrogate + KL to the reference policy - entropy bonus, with one aggregation.
 
-    The micro-batch needs advantages. Old log-probs default to the current ones, detached (strictly
-    on-policy). Reference log-probs are needed where `kl_coefficient` is not 0 (ValueError without them).
-    With `use_rollout_log_probs` the ratio is to the rollout log-probs instead (ValueError without them).
-    The gap to the sampler is measured on the trainer's old log-probs, over the tokens that the same weights sampled
-    (`on_policy_mask`). `config.correction` and `config.rejection` need rollout
-    log-probs (ValueError without them). Rejected tokens have no policy loss; where they do not count in the
-    denominator, they have no other term either, and the metrics `kept/tokens` and `kept/sequences` count the rest.
+    Old log-probs default to the current ones, detached (strictly on-policy). With `use_rollout_log_probs` the ratio is
+    to the rollout log-probs instead. The gap to the sampler is measured on the trainer's old log-probs, over the tokens
+    that the same weights sampled (`on_policy_mask`). Rejected tokens have no policy loss; where they do not count in
+    the denominator, they have no other term either, and the metrics `accepted/tokens` and `accepted/sequences` count
+    the others.
+
+    Raises:
+        ValueError: (by the returned function) the micro-batch lacks an input: advantages, the log-probs of the
+            reference policy where `kl_coefficient` is not 0, or the rollout log-probs where `use_rollout_log_probs`,
+            `config.correction` or `config.rejection` needs them.
+        PluginError: (by the returned function) the user's surrogate failed.
     """
 
     def loss_function(log_probs, entropy, micro):
@@ -41,19 +45,19 @@ def policy_objective(config: LossConfig) -> LossFunction:
             policy, kept, terms = policy * weights, (weights != 0).to(kept.dtype), terms | weighing
         if config.rejection.rejects:
             sampler = _rollout_log_probs(micro)
-            kept = kept * kept_tokens(config.rejection, log_probs, trained, sampler, micro.advantages, micro.mask)
+            kept = kept * acceptance_mask(config.rejection, log_probs, trained, sampler, micro.advantages, micro.mask)
             terms["rejected"] = 1.0 - kept
         policy = policy * kept
         total = policy
         if config.entropy_coefficient:
             total = total - config.entropy_coefficient * entropy
         if (divergence := _ref_divergence(config, log_probs, old, micro)) is not None:
-            terms["kl/start"] = divergence
+            terms["kl/ref"] = divergence
             total = total + config.kl_coefficient * divergence
         counted = micro.mask
         if not config.rejection.in_denominator:
             counted = micro.mask * kept
-            found |= {"kept/tokens": counted.sum(), "kept/sequences": (counted.sum(-1) > 0).sum()}
+            found |= {"accepted/tokens": counted.sum(), "accepted/sequences": (counted.sum(-1) > 0).sum()}
         weights = token_weights(counted, config.aggregation)
         loss = (total * weights).sum()
         metrics = _sums(terms, micro) | _rollout_gap(trained, micro) | found
@@ -65,12 +69,15 @@ def policy_objective(config: LossConfig) -> LossFunction:
 def distillation_objective(aggregation: Aggregation) -> LossFunction:
     """Build the objective of self-distillation; the micro-batch's reference log-probs are those of the frozen teacher.
 
-    `kl/teacher` estimates KL(student || teacher) for each token. Raises ValueError without reference log-probs.
+    `kl/teacher` estimates KL(student || teacher) for each token.
+
+    Raises:
+        ValueError: (by the returned function) the micro-batch has no reference log-probs.
     """
 
     def loss_function(log_probs, entropy, micro):
         if micro.ref_log_probs is None:
-            raise ValueError("self-distillation needs the teacher's log-probs, but the batch carries none")
+            raise ValueError("self-distillation needs the teacher's log-probs, but the batch has none")
         values, difference = distillation_loss(log_probs, micro.ref_log_probs)
         loss = (values * token_weights(micro.mask, aggregation)).sum()
         metrics = _sums({"entropy": entropy, "kl/teacher": difference}, micro) | _rollout_gap(log_probs, micro)
@@ -95,7 +102,7 @@ def _ref_divergence(
     """Compute per token the divergence from the reference policy [B, T]; None where the batch lacks its log-probs."""
     if micro.ref_log_probs is None:
         if config.kl_coefficient:
-            raise ValueError("the loss has a KL term, but the batch carries no log-probs of the reference policy")
+            raise ValueError("the loss has a KL term, but the batch has no log-probs of the reference policy")
         return None
     if config.kl_gradient == "unbiased":
         return unbiased_divergence(log_probs, micro.ref_log_probs, old)
@@ -105,7 +112,7 @@ def _ref_divergence(
 def _rollout_log_probs(micro: MicroBatch) -> torch.Tensor:
     if micro.rollout_log_probs is None:
         raise ValueError(
-            "the loss compares with the policy that sampled, but the batch carries no log-probs of the sampler"
+            "the loss compares with the policy that sampled, but the batch has no log-probs of the sampler"
         )
     return micro.rollout_log_probs
 

@@ -1,13 +1,13 @@
-"""Process rewards: estimators from the scores of a trace's segments to one advantage for each segment.
+"""Process rewards: estimators that compute one advantage for each segment from the scores of a trace's segments.
 
 s_1..s_T are the scores of one trace, in [0, 1]; K is the number of traces of a problem. The equations are those of the
 ExpRL paper (arXiv 2606.17024). Three variants:
 
 * `recommended`, the default: the equations; an EndNorm trace of a single segment gets 0, like a DeltaNorm one (a
-  trace that cannot be compared with itself must earn nothing by that); a trace with an abstained segment is out of
-  the loss, of K and of every mean; an overlong trace is in no baseline, and what it gets is a setting.
-* `paper`: the equations to the letter (EndNorm gives a single segment s_1); an overlong trace's scores are all 0. The
-  paper is silent on abstentions and has no BatchNorm and no basic scores: there it is the recommended form.
+  trace must not gain from having a single segment); a trace with an abstained segment is excluded from the loss, from K
+  and from every mean; an overlong trace is excluded from the baselines, and its own advantage is a setting.
+* `paper`: the exact equations (EndNorm gives a single segment s_1); an overlong trace's scores are all 0. The paper
+  does not define abstentions, BatchNorm and basic scores: there this is the recommended form.
 * `code`: the arithmetic of the released code, with its sentinel -100 in place of a missing score.
 """
 
@@ -43,7 +43,7 @@ class SegmentedTrace:
 
     @property
     def given_scores(self) -> tuple[float, ...]:
-        """The scores of the segments that have one: all of them where the trace is valid."""
+        """The scores of the segments that have one; all of them where the trace is valid."""
         return tuple(score for score in self.scores if score is not None)
 
 
@@ -64,14 +64,21 @@ def process_credits(
 ) -> list[list[Credit]]:
     """Compute the Credit of every trace of every group of one batch, in order.
 
-    `overlong` is the recommended variant's: advantage 0, minus the mean last score of the group's valid traces, or
-    out of the loss. `padded_length`, the tokens that the released code pads responses to, is needed for its GroupNorm
-    (ValueError without it).
+    Args:
+        groups: the traces of each problem.
+        estimator: the equation.
+        variant: see the top of this file.
+        overlong: what the recommended variant gives an overlong trace: the advantage 0, minus the mean last score of
+            the group's valid traces, or no place in the loss.
+        padded_length: number of tokens to which the released code pads responses; its GroupNorm needs it.
+
+    Raises:
+        ValueError: the released code's GroupNorm has no `padded_length`.
     """
     if variant == "code":
         return _released_credits(groups, estimator, padded_length)
     if variant == "paper":
-        groups = [[_worthless(trace) if trace.overlong else trace for trace in group] for group in groups]
+        groups = [[_zeroed(trace) if trace.overlong else trace for trace in group] for group in groups]
     batch_mean = mean_score(list(chain.from_iterable(groups)))
     return [
         _group_credits(group, batch_mean if estimator == "batch" else mean_score(group), estimator, variant, overlong)
@@ -80,20 +87,20 @@ def process_credits(
 
 
 def delta_norm(scores: Sequence[float]) -> tuple[float, ...]:
-    """A_t = s_t - s_(t-1), and A_1 = s_1 - s_T: they sum to 0 (equations 2 and 5)."""
+    """Compute A_t = s_t - s_(t-1), and A_1 = s_1 - s_T, which sum to 0 (equations 2 and 5)."""
     return tuple(score - before for score, before in zip(scores, (scores[-1], *scores[:-1]), strict=True))
 
 
 def end_norm(scores: Sequence[float]) -> tuple[float, ...]:
-    """A_t = s_t - s_T before the last segment, A_T = s_T (equation 4)."""
+    """Compute A_t = s_t - s_T before the last segment, and A_T = s_T (equation 4)."""
     return (*(score - scores[-1] for score in scores[:-1]), scores[-1])
 
 
 def mean_score(traces: Sequence[SegmentedTrace]) -> float:
-    """Mean over traces of the mean over their segments, of those valid and not overlong; 0 where there is none.
+    """Compute the mean over valid traces that are not overlong of the mean over their segments; 0 if there is none.
 
-    The baseline of GroupNorm, A_t = s_t - (1/K) sum_k (1/T_k) sum_t s_kt (equation 6), and over all groups
-    that of BatchNorm.
+    It is the baseline of GroupNorm, A_t = s_t - (1/K) sum_k (1/T_k) sum_t s_kt (equation 6), and over all groups
+    the baseline of BatchNorm.
     """
     means = [fmean(trace.given_scores) for trace in traces if trace.valid and not trace.overlong]
     return fmean(means) if means else 0.0
@@ -130,7 +137,7 @@ def _equation(scores: Sequence[float], baseline: float, estimator: SegmentEstima
     return tuple(score - (0.0 if estimator == "basic" else baseline) for score in scores)
 
 
-def _worthless(trace: SegmentedTrace) -> SegmentedTrace:
+def _zeroed(trace: SegmentedTrace) -> SegmentedTrace:
     """Return the trace as one that is not overlong and whose scores are all 0."""
     return replace(trace, scores=tuple(None if s is None else 0.0 for s in trace.scores), overlong=False)
 
@@ -150,9 +157,9 @@ def _released_credits(
     if estimator == "batch":
         baselines = [fmean(chain.from_iterable(means))] * len(groups)
     elif padded_length is None:
-        raise ValueError("the released code's GroupNorm needs padded_length, the tokens that responses are padded to")
+        raise ValueError("the released code's GroupNorm needs padded_length, the length of padded responses")
     else:
-        # It averages over the padded tokens what it has already divided by the response's own.
+        # The released code averages over the padded tokens after it has divided by the response's own tokens.
         baselines = [fmean(of_group) / padded_length for of_group in means]
     return [
         [_shifted(credit, baseline) for credit in credits] for credits, baseline in zip(rewards, baselines, strict=True)
@@ -162,10 +169,10 @@ def _released_credits(
 def released_rewards(trace: SegmentedTrace, difference: bool) -> Credit:
     """Compute the released code's reward of each segment, and whether the trace stays in its loss.
 
-    With `difference` (DeltaNorm) a reward is the score less the last one there was, and s_T is taken off segment 1
+    With `difference` (DeltaNorm) a reward is the score minus the previous score, and s_T is subtracted from segment 1
     before the last segment's reward is written: a single segment thus gets s_1. A missing score is -100, and the trace
-    is masked where a reward equals -100: where s_T > 0 was taken off it, it does not, and is learned from. An
-    overlong trace that is not masked has the reward 0 everywhere.
+    is masked where a reward equals -100; if s_T > 0 was subtracted from it, it does not equal -100, and the trace stays
+    in the loss. An overlong trace that is not masked has the reward 0 everywhere.
     """
     rewards, before = [0.0] * len(trace.scores), 0.0
     for t, score in enumerate(trace.scores):

@@ -10,7 +10,7 @@ from exprl_megatron.algorithms.corrections import importance_ratio
 from exprl_megatron.config.losses import RejectionConfig
 
 
-def kept_tokens(
+def acceptance_mask(
     config: RejectionConfig,
     log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,
@@ -18,10 +18,16 @@ def kept_tokens(
     advantages: torch.Tensor,
     mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Compute which tokens are kept: [B, T], 1.0 or 0.0; undefined outside of `mask` (1.0 at response tokens).
+    """Compute which tokens are accepted: [B, T], 1.0 or 0.0; undefined outside of `mask` (1.0 at response tokens).
 
-    `old_log_probs` are the trainer's before the update; their ratio to the sampler's is bounded as `level` says;
-    `log_probs` are the current ones, for the off-policy threshold.
+    Args:
+        config: the bounds.
+        log_probs: [B, T], current log-probs, for the off-policy threshold.
+        old_log_probs: [B, T], the trainer's log-probs before the update; `config.level` bounds their ratio to the
+            sampler's.
+        rollout_log_probs: [B, T], log-probs that the servers reported.
+        advantages: [B, T].
+        mask: [B, T], 1.0 at response tokens.
     """
     kept = torch.ones_like(mask)
     if config.level != "none":
@@ -41,8 +47,9 @@ def off_policy_mask(
 ) -> torch.Tensor:
     """Compute DeepSeek-V3.2's off-policy mask M of each token: [B, T] (arXiv 2512.02556, equation 9).
 
-    0 where the token's advantage is negative and the mean of log(b / p) over its sequence is above `threshold`, else 1;
-    b is what the sampler reported, so that the gap between sampler and trainer counts as well as later updates do.
+    M is 0 where the token's advantage is negative and the mean of log(b / p) over its sequence is above `threshold`
+    (nats per token), else 1. b is the probability that the sampler reported, so that M depends on the gap between
+    sampler and trainer as well as on later updates.
     """
     gap = (rollout_log_probs - log_probs.detach()) * mask
     mean = gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)

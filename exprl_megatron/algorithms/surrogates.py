@@ -18,15 +18,15 @@ from exprl_megatron.plugins.calling import Plugin, described
 
 @dataclass(frozen=True)
 class SurrogateBatch:
-    """What a surrogate reads of a micro-batch. All tensors are [B, T], float32, one row for each trace.
+    """The inputs of a surrogate. All tensors are [B, T], float32, one row for each trace.
 
-    Values outside of the response, where `mask` is 0, have no meaning and do not count.
+    Values outside of the response, where `mask` is 0, are undefined and do not count.
     """
 
     log_probs: torch.Tensor
-    """Of the sampled tokens under the policy that learns, with its gradient."""
+    """Log-probs of the sampled tokens under the policy that learns, with gradient."""
     old_log_probs: torch.Tensor
-    """Under the policy before the step's updates (the sampler's with `use_rollout_log_probs`), without a gradient."""
+    """Log-probs before the step's updates (the sampler's with `use_rollout_log_probs`), without gradient."""
     advantages: torch.Tensor
     mask: torch.Tensor
     """1.0 for each token of the response."""
@@ -42,12 +42,12 @@ def surrogate(
 
     Raises:
         ValueError: the micro-batch has no advantages.
-        PluginError: the user's surrogate failed, or returned something else than a loss for each token.
+        PluginError: the user's surrogate failed, or did not return a loss for each token.
     """
     if micro.advantages is None:
-        raise ValueError("the policy's loss needs advantages, but the batch carries none")
+        raise ValueError("the policy's loss needs advantages, but the batch has none")
     if config.surrogate not in get_args(Surrogate):
-        loss = own_surrogate(config.surrogate, _batch(config, log_probs, old, micro))
+        loss = custom_surrogate(config.surrogate, _batch(config, log_probs, old, micro))
         return loss, probability_ratio(log_probs, old), torch.zeros_like(loss)
     if config.surrogate == "sequence-clip":
         ratio = sequence_ratio(log_probs, old, micro.mask)
@@ -62,11 +62,11 @@ def surrogate(
     return loss, ratio, clipped
 
 
-def own_surrogate(path: str, batch: SurrogateBatch) -> torch.Tensor:
+def custom_surrogate(path: str, batch: SurrogateBatch) -> torch.Tensor:
     """Compute the loss of each token [B, T] by the user's function; 0 outside of the responses.
 
     Raises:
-        PluginError: it failed, or returned no tensor [B, T] that has a gradient.
+        PluginError: the function failed, or did not return a tensor [B, T] with a gradient.
     """
     plugin = Plugin.load("loss.surrogate", path)
     plugin.check_arguments(("batch",))

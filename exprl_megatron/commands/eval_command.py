@@ -78,7 +78,7 @@ def eval_command(
     settings = _settings(
         model=str(model),
         problems={
-            "domains": () if run is None else run.own_domains,
+            "domains": () if run is None else run.custom_domains,
             "source": problems,
             "split": split,
             "fields": _pairs(field),

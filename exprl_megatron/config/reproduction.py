@@ -17,16 +17,16 @@ FIRST, SECOND = "stage 1", "stage 2"
 
 @dataclass(frozen=True)
 class Released:
-    """A setting of the released code, and the place there that it is read from (repository violetxi/ExpRL, dde1f7c)."""
+    """A setting of the released code, and its place in that code (repository violetxi/ExpRL, dde1f7c)."""
 
     key: str
     """Dotted, within a stage where there are `kinds`."""
     value: Any
     source: str
     kinds: tuple[str, ...] = ()
-    """Of the stages that have it; none: it is the run's."""
+    """Kinds of the stages that have the setting; empty: it belongs to the run."""
     program: str | None = None
-    """FIRST or SECOND, where only that one does so."""
+    """FIRST or SECOND, where only that program has the value."""
 
 
 _GENRM = "stage1_verl/verl/trainer/ppo/ray_trainer_genrm.py"

@@ -205,10 +205,10 @@ class RunConfig(Config):
     @property
     def domains(self) -> tuple[str, ...]:
         """The domains that problems of this run may have: the built-in ones, and the user's own."""
-        return (*get_args(BuiltInDomain), *self.own_domains)
+        return (*get_args(BuiltInDomain), *self.custom_domains)
 
     @property
-    def own_domains(self) -> tuple[str, ...]:
+    def custom_domains(self) -> tuple[str, ...]:
         """The domains that the `problems` sections of this run name beside the built-in ones."""
         held_out = [] if self.evaluation is None else [self.evaluation.problems]
         return tuple(sorted({domain for problems in (*self.problem_sets(), *held_out) for domain in problems.domains}))

@@ -41,7 +41,11 @@ class EvalConfig(Config):
     """Directories in which their modules are searched."""
 
     def check(self) -> None:
-        """Check that the settings do not contradict each other. Raises UserError where they do."""
+        """Check that the settings do not contradict each other.
+
+        Raises:
+            UserError: they do.
+        """
         found = [
             f"k contains {k}, more than the {self.samples} samples; raise --samples."
             for k in self.k
@@ -52,7 +56,7 @@ class EvalConfig(Config):
             raise UserError("\n".join(found))
 
     def identity(self, model: str) -> dict:
-        """The settings that must be equal to combine results, as JSON values; `model` is a hash of its content."""
+        """Return the settings that must be equal to combine results, as JSON types; `model` is the model's hash."""
         return {
             "model": model,
             "samples": self.samples,
@@ -64,6 +68,6 @@ class EvalConfig(Config):
         }
 
     def _verifier_sources(self) -> dict[str, str]:
-        """The hash of each verifier's source: what another one found is not combined with it."""
+        """Return the hash of each verifier's source: results of different verifiers are not combined."""
         use_plugin_path(self.plugin_path)
         return {domain: f"{path} {plugin_source(path).sha256}" for domain, path in sorted(self.verifiers.items())}

@@ -15,20 +15,21 @@ from exprl_megatron.utils.files import write_atomically
 
 
 def result_table(settings: EvalConfig, evaluation: Evaluation) -> Table:
-    """pass@k with its intervals."""
+    """Build the table of pass@k with its intervals."""
     name = Path(settings.model).name or settings.model
     return evaluation_table({name: _counts(evaluation)}, settings.k, settings.problems.source, settings.confidence)
 
 
 def result_lines(settings: EvalConfig, evaluation: Evaluation) -> list[str]:
-    """Lines for what the table omits: lengths, abstentions, problems left out, values of k without enough samples."""
+    """Return lines about lengths, abstentions, problems left out, and values of k without enough samples."""
     record = result_record(settings, evaluation)
-    lines = [f"{record['mean_tokens']:.0f} tokens a sample, {record['overlong_share']:.1%} ended by the length limit"]
+    tokens, overlong = record["mean_tokens"], record["overlong_share"]
+    lines = [f"{tokens:.0f} tokens per sample, {overlong:.1%} ended by the length limit"]
     abstained = record["abstained"]
     if abstained["samples"]:
         reasons = ", ".join(f"{number} {reason}" for reason, number in abstained["reasons"].items())
         lines.append(f"abstentions: {abstained['samples']} samples of {abstained['problems']} problems ({reasons})")
-        lines.append(f"problems without any verdict: {abstained['problems_without_verdict']}")
+        lines.append(f"problems without any result: {abstained['problems_without_verdict']}")
     for what, number in record["left_out"].items():
         if number:
             lines.append(f"{number} problems left out: {what}")
@@ -38,7 +39,7 @@ def result_lines(settings: EvalConfig, evaluation: Evaluation) -> list[str]:
 
 
 def result_record(settings: EvalConfig, evaluation: Evaluation) -> dict:
-    """Return all figures as JSON values; `counts` holds [graded samples, correct ones] of each problem."""
+    """Return all results as JSON types; `counts` has [graded samples, correct samples] of each problem."""
     results = evaluation.results
     samples = settings.samples * len(results)
     reasons = sum((Counter(result.counts.abstained) for result in results), Counter())
@@ -68,20 +69,20 @@ def result_record(settings: EvalConfig, evaluation: Evaluation) -> dict:
 
 
 def record_text(settings: EvalConfig, evaluation: Evaluation) -> str:
-    """The figures as JSON."""
+    """Return `result_record` as JSON text."""
     return json.dumps(result_record(settings, evaluation), indent=1) + "\n"
 
 
 def write_unsolved(path: Path, evaluation: Evaluation, max_solve_rate: float) -> int:
     """Write the problems with at most this share of correct samples; returns their number.
 
-    Records are written as they were read. Problems without any verdict are left out: nobody knows.
+    Records are written as they were read. Problems of which all samples are abstentions are left out.
     """
     pairs = zip(evaluation.questions.questions, evaluation.results, strict=True)
     rates = [(question.record, result.counts.solve_rate) for question, result in pairs]
-    kept = [record for record, rate in rates if rate is not None and rate <= max_solve_rate]
-    write_atomically(path, "".join(json.dumps(record, default=str) + "\n" for record in kept).encode())
-    return len(kept)
+    unsolved = [record for record, rate in rates if rate is not None and rate <= max_solve_rate]
+    write_atomically(path, "".join(json.dumps(record, default=str) + "\n" for record in unsolved).encode())
+    return len(unsolved)
 
 
 def _counts(evaluation: Evaluation) -> dict[str, list[int]]:

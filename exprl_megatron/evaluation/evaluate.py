@@ -15,8 +15,8 @@ from exprl_megatron.judging.judge_model import model_identity
 from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.rewards.verifier import AnswerVerifier
+from exprl_megatron.rollout.custom_functions import CustomFunction, custom_verifiers
 from exprl_megatron.rollout.group import GradedTrace
-from exprl_megatron.rollout.own_functions import OwnFunction, own_verifiers
 from exprl_megatron.rollout.sampler import sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.serving.client import SGLangClient
@@ -33,7 +33,7 @@ from exprl_megatron.utils.accelerator import uses_cuda
 from exprl_megatron.utils.together import gather_or_cancel
 
 WEIGHT_VERSION = "initial"
-"""The weight version that traces carry."""
+"""The weight version of the traces."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,23 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Grading:
-    """The user's verifiers by domain, and where lines about the evaluation go."""
+    """The user's verifiers by domain, and the function that prints lines about the evaluation."""
 
-    own: Mapping[str, OwnFunction]
+    custom: Mapping[str, CustomFunction]
     log: Callable[[str], None]
 
 
 def evaluate(settings: EvalConfig, log: Callable[[str], None] = print) -> Evaluation:
     """Sample and verify the problems whose results are not in `settings.directory` yet.
 
-    Raises UserError before anything is started where the input is bad, ServerError where a server fails; what was
-    finished by then stays. No process is left behind, however this ends.
+    Finished problems stay there if the evaluation fails, and no process is left running.
+
+    Raises:
+        UserError: the input is bad; nothing has been started then.
+        ServerError: a server fails.
     """
     settings.check()
-    own = _own_verifiers(settings, log)
+    custom = _custom_verifiers(settings, log)
     logs = Path(settings.directory) / "logs"
     specs = server_specs(
         "policy",
@@ -71,63 +74,63 @@ def evaluate(settings: EvalConfig, log: Callable[[str], None] = print) -> Evalua
         weight_version=WEIGHT_VERSION,
     )
     check_servers(specs)
-    asked = read_questions(settings)
-    for line in asked.left_out():
+    evaluated = read_questions(settings)
+    for line in evaluated.left_out():
         log(line)
     store = ResultStore(Path(settings.directory), settings.identity(model_identity(settings.model)))
     try:
-        stored = [store.find(q.problem.id, q.key) for q in asked.questions]
+        stored = [store.find(q.problem.id, q.key) for q in evaluated.questions]
         results = {result.problem_id: result for result in stored if result is not None}
-        waiting = [q for q in asked.questions if q.problem.id not in results]
+        remaining = [q for q in evaluated.questions if q.problem.id not in results]
         log(f"{len(stored)} problems, {len(results)} of them finished before")
-        if waiting:
+        if remaining:
             if sentence := irreproducible_sampling(settings.server, uses_cuda()):
                 log(sentence)
-            found = _measure(settings, specs, asked, waiting, store, Grading(own, log))
+            found = _measure(settings, specs, evaluated, remaining, store, Grading(custom, log))
             results |= {result.problem_id: result for result in found}
     finally:
         store.release()
-    return Evaluation(asked, tuple(results[q.problem.id] for q in asked.questions))
+    return Evaluation(evaluated, tuple(results[q.problem.id] for q in evaluated.questions))
 
 
 def _measure(
     settings: EvalConfig,
     specs: Sequence[ServerSpec],
-    asked: EvalQuestions,
+    evaluated: EvalQuestions,
     questions: Sequence[EvalQuestion],
     store: ResultStore,
     grading: Grading,
 ) -> list[ProblemResult]:
     log = grading.log
     with AnswerVerifier(settings.verifier_workers) as verifier:
-        _check_sandbox(verifier, questions, grading.own)
+        _check_sandbox(verifier, questions, grading.custom)
         log(f"starting {len(specs)} server{'s' if len(specs) > 1 else ''}")
         servers = start_servers(specs)
         try:
             clients = [server.client() for server in servers]
             for client in clients:
-                client.vocabulary, client.text_check = asked.vocabulary, asked.text_check
+                client.vocabulary, client.text_check = evaluated.vocabulary, evaluated.text_check
             return asyncio.run(_sample(settings, clients, questions, verifier, store, grading))
         finally:
             stop_servers(servers)
 
 
-def _own_verifiers(settings: EvalConfig, log: Callable[[str], None]) -> dict[str, OwnFunction]:
+def _custom_verifiers(settings: EvalConfig, log: Callable[[str], None]) -> dict[str, CustomFunction]:
     use_plugin_path(settings.plugin_path)
     config = VerifierConfig(domains=settings.verifiers, answer_deadline_s=settings.verifier_deadline_s)
-    return own_verifiers(config, log)
+    return custom_verifiers(config, log)
 
 
-def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[EvalQuestion], own: Collection[str]) -> None:
+def _check_sandbox(verifier: AnswerVerifier, questions: Sequence[EvalQuestion], custom: Collection[str]) -> None:
     """Raise UserError where problems need programs and this machine cannot run them."""
-    problem = next((q.problem for q in questions if q.problem.domain == "code" and "code" not in own), None)
+    problem = next((q.problem for q in questions if q.problem.domain == "code" and "code" not in custom), None)
     if problem is None:
         return
-    verdict = asyncio.run(verifier.verify(problem, "```python\npass\n```"))
-    if isinstance(verdict, Abstained) and verdict.reason == "no-sandbox":
+    judgement = asyncio.run(verifier.verify(problem, "```python\npass\n```"))
+    if isinstance(judgement, Abstained) and judgement.reason == "no-sandbox":
         raise UserError(
-            f"Programs cannot be run safely on this machine ({verdict.evidence}); leave out the code problems, or use "
-            "another machine."
+            f"Programs cannot be run safely on this machine ({judgement.evidence}); leave out the code problems, or "
+            "use another machine."
         )
 
 
@@ -146,7 +149,7 @@ async def _sample(
 
     async def one(question: EvalQuestion, client: SGLangClient, slot: asyncio.Semaphore) -> None:
         async with slot:
-            samples = await _graded(settings, client, question, verifier, grading.own)
+            samples = await _graded(settings, client, question, verifier, grading.custom)
         result = await asyncio.to_thread(store.save, question.problem.id, question.key, samples)
         finished.append(result)
         share = "-" if result.counts.solve_rate is None else f"{result.counts.solve_rate:.1%}"
@@ -166,16 +169,16 @@ async def _graded(
     client: SGLangClient,
     question: EvalQuestion,
     verifier: AnswerVerifier,
-    own: Mapping[str, OwnFunction],
+    custom: Mapping[str, CustomFunction],
 ) -> list[GradedTrace]:
-    """Sample one problem and verify each sample as soon as it is finished; seeded as a run's evaluation is."""
+    """Sample one problem with the seeds of a run's evaluation, and verify each sample as soon as it is finished."""
     judgements: dict[int, Judgement] = {}
     is_code = question.problem.domain == "code"
     deadline_s = settings.program_deadline_s if is_code else settings.verifier_deadline_s
 
     async def grade(trace: Trace) -> None:
-        if question.problem.domain in own:
-            judgements[trace.sample] = await own[question.problem.domain].verify(question.problem, trace)
+        if question.problem.domain in custom:
+            judgements[trace.sample] = await custom[question.problem.domain].verify(question.problem, trace)
             return
         judgements[trace.sample] = await verifier.verify(question.problem, trace.text, deadline_s)
 

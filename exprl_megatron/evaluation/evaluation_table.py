@@ -14,7 +14,7 @@ Evaluations = Mapping[str, GradedCounts]
 def evaluation_table(evaluations: Evaluations, ks: Sequence[int], title: str, confidence: float) -> Table:
     """Build a table with a row for each model and a column for each k: percent, and the gain over the first row.
 
-    The caption gives the methods of the intervals, and on how many seeds and problems they rest.
+    The caption gives the methods of the intervals, and the numbers of seeds and problems.
     """
     reached = max((graded for counts in evaluations.values() for graded, _ in counts.values()), default=0)
     ks = sorted(k for k in set(ks) if k <= reached)

@@ -17,13 +17,13 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.evaluation.judge_picture import ARM_NAMES, draw_arms
 from exprl_megatron.evaluation.judge_tables import arms_table, wrong_steps_table
-from exprl_megatron.judging.arms import ARMS, Arm, ArmFigures, GradeText, arm_figures, judge_arm
+from exprl_megatron.judging.arms import ARMS, Arm, ArmMetrics, GradeText, arm_metrics, judge_arm
 from exprl_megatron.judging.champ import MarkedTrace, load_champ
 from exprl_megatron.judging.gate import GateResult, JudgeGate
 from exprl_megatron.judging.judge import Judge
-from exprl_megatron.judging.judged_traces import JudgedTrace, read_judged_traces
 from exprl_megatron.judging.judgement import Granularity, Judgement
-from exprl_megatron.judging.wrong_steps import GRANULARITIES, WrongStepFigures, judge_wrong_steps
+from exprl_megatron.judging.labeled_traces import LabeledTrace, read_labeled_traces
+from exprl_megatron.judging.wrong_steps import GRANULARITIES, WrongStepMetrics, judge_wrong_steps
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.reporting.picture_file import check_picture
@@ -32,13 +32,13 @@ from exprl_megatron.serving.http_client import HttpClient
 from exprl_megatron.serving.openai_endpoint import judge_endpoints
 from exprl_megatron.serving.server_process import SERVED_DTYPES, server_specs, start_servers, stop_servers
 
-# The judge itself takes the next few seeds where it asks again.
+# The judge itself uses the next few seeds for repeated questions.
 _SEED_STEP = 1000
 
 
 @dataclass(frozen=True)
 class BenchOutput:
-    """What is printed and written; with `as_json` JSON alone is on stdout, and the tables are on stderr."""
+    """The outputs of a command; with `as_json` stdout has only JSON, and the tables are on stderr."""
 
     as_json: bool = False
     json_file: Path | None = None
@@ -46,11 +46,11 @@ class BenchOutput:
 
     @property
     def console(self) -> Console:
-        """Where the tables go."""
+        """The console for the tables."""
         return Console(stderr=self.as_json)
 
-    def put(self, record: dict[str, Any]) -> None:
-        """Print and write the figures, as far as they are wanted."""
+    def write(self, record: dict[str, Any]) -> None:
+        """Print and write the results where this was requested."""
         text = json.dumps(record, indent=2, allow_nan=False)
         if self.as_json:
             print(text)
@@ -66,19 +66,26 @@ def bench_judge(
     repeats: int = 0,
     output: BenchOutput | None = None,
 ) -> None:
-    """Judge traces of known correctness with the right reference, none and a wrong one; print and write the figures.
+    """Judge traces of known correctness with the right, no and a wrong reference; print and write the metrics.
 
-    `traces_file` is by default that of `judge.gate`; with `repeats` each trace is judged so many times more, sampled
-    at `judge.reask_temperature`. Raises UserError, before anything is started, where input or output cannot be used.
+    Args:
+        config: the config of a run.
+        traces_file: JSON lines of labeled traces; by default those of `judge.gate`.
+        limit: number of traces to read from the beginning of the file.
+        repeats: number of further judgements of each trace, sampled at `judge.reask_temperature`.
+        output: where the results go.
+
+    Raises:
+        UserError: input or output cannot be used; nothing has been started then.
     """
     output = output or BenchOutput()
     check_picture(output.picture)
     judge, tokenizer = _judge_of(config)
     source = traces_file or (None if judge.gate is None else judge.gate.traces)
     if source is None:
-        raise UserError("There are no judged traces to look at; give --traces, or set judge.gate.traces.")
+        raise UserError("There are no labeled traces to judge; give --traces, or set judge.gate.traces.")
     count = limit or (judge.gate.limit if judge.gate and not traces_file else None)
-    traces = read_judged_traces(source, count, config.domains)
+    traces = read_labeled_traces(source, count, config.domains)
     with _servers(config) as clients:
         arms = asyncio.run(_arms(clients, _graders(judge, clients, tokenizer, repeats), traces))
     title = f"{judge.shown_name} on {len(traces)} traces of {len({trace.problem.id for trace in traces})} problems"
@@ -90,16 +97,22 @@ def bench_judge(
     if gate is not None:
         says = [*(["passed"] if gate["passed"] else []), *([gate["says"]] if gate["says"] else [])]
         console.print(f"gate: {': '.join(says)}", markup=False, highlight=False, soft_wrap=True)
-    record = {arm: figures.record() for arm, figures in arms.items()}
-    output.put({"judge": judge.shown_name, "traces": str(source), "arms": record, "gate": gate})
+    record = {arm: figures.to_dict() for arm, figures in arms.items()}
+    output.write({"judge": judge.shown_name, "traces": str(source), "arms": record, "gate": gate})
     if output.picture is not None:
         draw_arms(list(arms.values()), title, output.picture)
 
 
 def bench_judge_on_champ(config: RunConfig, limit: int | None = None, output: BenchOutput | None = None) -> None:
-    """Score the judge as a process judge at the first wrong steps that people marked in CHAMP; print and write it.
+    """Measure the judge as a process judge at the first wrong steps that annotators marked in CHAMP.
 
-    Raises UserError, before anything is started, where the data or the judge cannot be used.
+    Args:
+        config: the config of a run.
+        limit: number of traces to read from the beginning of the data.
+        output: where the results go.
+
+    Raises:
+        UserError: the data or the judge cannot be used; nothing has been started then.
     """
     output = output or BenchOutput()
     judge, tokenizer = _judge_of(config)
@@ -107,11 +120,11 @@ def bench_judge_on_champ(config: RunConfig, limit: int | None = None, output: Be
     with _servers(config) as clients:
         units = asyncio.run(_wrong_steps(clients, Judge(judge, clients, tokenizer).grade, traces))
     output.console.print(wrong_steps_table(units, f"{judge.shown_name} on {len(traces)} outputs of CHAMP"))
-    output.put({"judge": judge.shown_name, "units": {unit.granularity: unit.record() for unit in units}})
+    output.write({"judge": judge.shown_name, "units": {unit.granularity: unit.to_dict() for unit in units}})
 
 
 def _judge_of(config: RunConfig) -> tuple[JudgeConfig, Any]:
-    """Read the judge's config and tokenizer. Raises UserError where they do not describe a judge."""
+    """Read the judge's config and tokenizer; raises UserError where they do not describe a judge."""
     if config.judge is None:
         raise UserError("The config has no judge; add the section `judge`.")
     model = config.judge.model
@@ -147,25 +160,25 @@ def _servers(config: RunConfig) -> Iterator[Sequence[HttpClient]]:
         yield [server.client() for server in servers]
     finally:
         stop_servers(servers)
-    # Only where all went well: an error names its log file.
+    # The logs are deleted only on success, since an error names its log file.
     shutil.rmtree(logs)
 
 
 async def _arms(
-    clients: Sequence[HttpClient], rounds: Sequence[GradeText], traces: Sequence[JudgedTrace]
-) -> dict[Arm, ArmFigures]:
+    clients: Sequence[HttpClient], rounds: Sequence[GradeText], traces: Sequence[LabeledTrace]
+) -> dict[Arm, ArmMetrics]:
     figures = {}
     async with _open(clients):
         for arm in ARMS:
             with StepProgress(0).bar(ARM_NAMES[arm], len(traces) * len(rounds)) as bar:
                 judged = [await judge_arm(_counted(grade, bar), traces, arm) for grade in rounds]
-            figures[arm] = arm_figures(arm, traces, judged[0], judged[1:])
+            figures[arm] = arm_metrics(arm, traces, judged[0], judged[1:])
     return figures
 
 
 async def _wrong_steps(
     clients: Sequence[HttpClient], grade: GradeText, traces: Sequence[MarkedTrace]
-) -> list[WrongStepFigures]:
+) -> list[WrongStepMetrics]:
     figures = []
     async with _open(clients):
         for granularity in GRANULARITIES:
@@ -183,7 +196,7 @@ async def _open(clients: Sequence[HttpClient]) -> AsyncIterator[None]:
 
 
 def _graders(config: JudgeConfig, clients: Sequence[HttpClient], tokenizer: Any, repeats: int) -> list[GradeText]:
-    """Return the run's judge, and `repeats` judges that sample with other seeds, rubrics included."""
+    """Return the run's judge, and `repeats` judges that sample with other seeds, also their rubrics."""
     sampling = config.model_copy(update={"temperature": config.reask_temperature})
     sampled = [Judge(sampling, [_Reseeded(c, i) for c in clients], tokenizer) for i in range(1, repeats + 1)]
     return [judge.grade for judge in (Judge(config, clients, tokenizer), *sampled)]
@@ -209,23 +222,23 @@ class _Reseeded:
         return getattr(self._client, name)
 
     async def generate(self, *args: Any, seed: int, **settings: Any) -> Any:
-        """The client's."""
+        """Call the client's `generate` with the shifted seed."""
         return await self._client.generate(*args, seed=(seed + self._shift) % 2**31, **settings)
 
     async def generate_all(self, prompts: Any, seeds: Sequence[int], **settings: Any) -> Any:
-        """The client's."""
+        """Call the client's `generate_all` with shifted seeds."""
         return await self._client.generate_all(prompts, [(s + self._shift) % 2**31 for s in seeds], **settings)
 
     async def chat(self, *args: Any, seed: int, **settings: Any) -> Any:
-        """The client's."""
+        """Call the client's `chat` with the shifted seed."""
         return await self._client.chat(*args, seed=(seed + self._shift) % 2**31, **settings)
 
 
-def _gate_record(config: GateConfig, traces: Sequence[JudgedTrace], arms: dict[Arm, ArmFigures]) -> dict[str, Any]:
-    """Whether the gate would pass, why not, and a note on a judge that needs no reference."""
+def _gate_record(config: GateConfig, traces: Sequence[LabeledTrace], arms: dict[Arm, ArmMetrics]) -> dict[str, Any]:
+    """Return whether the gate would pass, with the reason or a note on a judge that needs no reference."""
     gate, result = JudgeGate(config, traces), GateResult(**arms)
     try:
-        gate.require(result, "this judge would stop a run")
+        gate.require_pass(result, "this judge would stop a run")
     except RunStopped as stopped:
         return {"passed": False, "says": str(stopped)}
-    return {"passed": True, "says": gate.remark(result)}
+    return {"passed": True, "says": gate.no_reference_note(result)}

@@ -7,15 +7,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from exprl_megatron.judging.arms import ArmFigures
+from exprl_megatron.judging.arms import ArmMetrics
 from exprl_megatron.reporting.picture_file import save_picture
 
 ARM_NAMES = {"right": "right reference", "none": "no reference", "wrong": "wrong reference"}
 _RIGHT, _WRONG, _BAR = "#2a9d8f", "#e76f51", "#577590"
 
 
-def draw_arms(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
-    """Write the picture to `path`, in the format of its suffix."""
+def draw_arms(arms: Sequence[ArmMetrics], title: str, path: Path) -> None:
+    """Draw the metrics of `arms` to the file `path`, in the format of its suffix."""
     figure = Figure(figsize=(3.4 * (len(arms) + 1), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     *histograms, bars = figure.subplots(1, len(arms) + 1)
@@ -28,7 +28,7 @@ def draw_arms(arms: Sequence[ArmFigures], title: str, path: Path) -> None:
     save_picture(figure, path)
 
 
-def _draw_scores(axes: Axes, arm: ArmFigures) -> None:
+def _draw_scores(axes: Axes, arm: ArmMetrics) -> None:
     for side, counts, color in (("right", arm.right_scores, _RIGHT), ("wrong", arm.wrong_scores, _WRONG)):
         total = max(1, sum(counts))
         places = [score + (-0.2 if side == "right" else 0.2) for score in range(1, 6)]
@@ -37,7 +37,7 @@ def _draw_scores(axes: Axes, arm: ArmFigures) -> None:
     axes.set(title=ARM_NAMES[arm.arm], xlabel="score", ylim=(0, 1), xticks=range(1, 6))
 
 
-def _draw_misplacement(axes: Axes, arms: Sequence[ArmFigures]) -> None:
+def _draw_misplacement(axes: Axes, arms: Sequence[ArmMetrics]) -> None:
     for place, arm in enumerate(arms):
         rate = arm.misplaced.rate
         axes.bar(place, rate, 0.6, color=_BAR)

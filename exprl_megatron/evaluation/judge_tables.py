@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from exprl_megatron.evaluation.judge_picture import ARM_NAMES
-from exprl_megatron.judging.arms import ArmFigures
-from exprl_megatron.judging.wrong_steps import WrongStepFigures
+from exprl_megatron.judging.arms import ArmMetrics
+from exprl_megatron.judging.wrong_steps import WrongStepMetrics
 from exprl_megatron.utils.intervals import Interval
 
-_ARM_ROWS: dict[str, Callable[[ArmFigures], str]] = {
+_ARM_ROWS: dict[str, Callable[[ArmMetrics], str]] = {
     "misplacement": lambda arm: _percent(arm.misplaced.rate),
     "95 %, over problems": lambda arm: _bounds(arm.interval, 100),
     "FPR, wrong passed": lambda arm: _percent(arm.misplaced.false_positive),
@@ -21,11 +21,11 @@ _ARM_ROWS: dict[str, Callable[[ArmFigures], str]] = {
     "scores 1-5 of wrong": lambda arm: " ".join(map(str, arm.wrong_scores)),
     "length bias, right": lambda arm: _number(arm.right_length_bias),
     "length bias, wrong": lambda arm: _number(arm.wrong_length_bias),
-    "asked again, same": lambda arm: "-" if arm.consistency is None else _percent(arm.consistency.agreement),
-    "asked again, s. d.": lambda arm: "-" if arm.consistency is None else _number(arm.consistency.deviation),
+    "repeated, same score": lambda arm: "-" if arm.consistency is None else _percent(arm.consistency.agreement),
+    "repeated, std. dev.": lambda arm: "-" if arm.consistency is None else _number(arm.consistency.deviation),
 }
 
-_STEP_ROWS: dict[str, Callable[[WrongStepFigures], str]] = {
+_STEP_ROWS: dict[str, Callable[[WrongStepMetrics], str]] = {
     "score before the marked step": lambda granularity: _number(granularity.mean_before),
     "score with the marked step": lambda granularity: _number(granularity.mean_after),
     "score where nothing is marked": lambda granularity: _number(granularity.mean_unmarked),
@@ -39,15 +39,15 @@ _STEP_ROWS: dict[str, Callable[[WrongStepFigures], str]] = {
 }
 
 
-def arms_table(arms: Sequence[ArmFigures], title: str) -> Table:
+def arms_table(arms: Sequence[ArmMetrics], title: str) -> Table:
     """Build a table with a column for each arm."""
     caption = "misplacement: (FPR + FNR) / 2; length bias: rank correlation of score and length"
     return _table(title, caption, [ARM_NAMES[arm.arm] for arm in arms], _ARM_ROWS, arms)
 
 
-def wrong_steps_table(units: Sequence[WrongStepFigures], title: str) -> Table:
+def wrong_steps_table(units: Sequence[WrongStepMetrics], title: str) -> Table:
     """Build a table with a column for each granularity."""
-    caption = "AUROC: chance that what is right scores higher than what holds the first wrong step"
+    caption = "AUROC: probability that a right text scores higher than one with the first wrong step"
     return _table(title, caption, [granularity.granularity for granularity in units], _STEP_ROWS, units)
 
 
@@ -76,6 +76,6 @@ def _bounds(interval: Interval | None, scale: float = 1.0) -> str:
     return f"{scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f}"
 
 
-def _abstained(arm: ArmFigures) -> str:
+def _abstained(arm: ArmMetrics) -> str:
     reasons = [f"{reason} {count}" for reason, count in arm.abstained.items()]
     return "\n".join([f"{sum(arm.abstained.values())} of {arm.traces}", *reasons])

@@ -25,10 +25,12 @@ class PassAtK:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Probability that at least one of `k` samples, drawn without replacement from `samples`, is correct.
+    """Compute the probability that at least one of `k` samples, drawn without replacement, is correct.
 
-    1 - C(samples - correct, k) / C(samples, k) (arXiv 2107.03374). Raises ValueError unless
-    1 <= k <= samples and 0 <= correct <= samples.
+    It is 1 - C(samples - correct, k) / C(samples, k) (arXiv 2107.03374).
+
+    Raises:
+        ValueError: not 1 <= k <= samples and 0 <= correct <= samples.
     """
     if not (1 <= k <= samples and 0 <= correct <= samples):
         raise ValueError(f"pass@{k} cannot be computed from {correct} correct of {samples} samples")
@@ -36,10 +38,13 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def estimate_pass_at_k(counts: Sequence[Sequence[int]], k: int, confidence: float = 0.95) -> PassAtK:
-    """Mean pass@k over problems; `counts` holds (graded samples, correct ones) of each problem.
+    """Estimate the mean pass@k over problems; `counts` has (graded samples, correct samples) of each problem.
 
     The interval (`intervals.mean_bounds` with one seed) shows how much another choice of problems would change the
-    mean. A problem with fewer than `k` graded samples is left out. Raises ValueError where none is left.
+    mean. A problem with fewer than `k` graded samples is left out.
+
+    Raises:
+        ValueError: no problem has `k` graded samples.
     """
     values = np.array([pass_at_k(samples, correct, k) for samples, correct in counts if samples >= k])
     if not values.size:
@@ -49,10 +54,10 @@ def estimate_pass_at_k(counts: Sequence[Sequence[int]], k: int, confidence: floa
 
 
 def estimate_gain(before: GradedCounts, after: GradedCounts, k: int, confidence: float = 0.95) -> PassAtK | None:
-    """Mean of pass@k `after` minus `before`, paired by problem; None where no problem has `k` graded samples in both.
+    """Estimate the mean of pass@k `after` minus `before`, paired by problem.
 
-    The interval (`intervals.difference_bounds` with one seed a side) shows how much another choice of problems would
-    change the gain.
+    The interval (`intervals.difference_bounds` with one seed per side) shows how much another choice of problems would
+    change the gain. None where no problem has `k` graded samples in both.
     """
     shared = [name for name in before if name in after and min(before[name][0], after[name][0]) >= k]
     if not shared:

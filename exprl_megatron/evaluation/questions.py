@@ -9,7 +9,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.eval_config import EvalConfig
 from exprl_megatron.evaluation.result_store import question_key
 from exprl_megatron.models.tokenizer import load_tokenizer
-from exprl_megatron.problems.needs import missing_for, verifiable
+from exprl_megatron.problems.needs import is_verifiable, unmet_needs
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_records
@@ -35,10 +35,10 @@ class EvalQuestions:
 
     questions: tuple[EvalQuestion, ...]
     unverifiable: tuple[str, ...]
-    """A sentence for each domain about problems that have nothing to verify with."""
+    """A sentence for each domain about problems that cannot be verified."""
     unverifiable_count: int
     overlong_count: int
-    """Problems whose prompt is longer than `longest_prompt` tokens."""
+    """Number of problems whose prompt is longer than `longest_prompt` tokens."""
     longest_prompt: int
     vocabulary: int
     """Number of token ids of the model."""
@@ -56,13 +56,14 @@ class EvalQuestions:
 def read_questions(settings: EvalConfig) -> EvalQuestions:
     """Read the problems and build their prompts with the model's own tokenizer.
 
-    Raises UserError where the problems, the tokenizer or the model's context do not serve, or nothing is left.
+    Raises:
+        UserError: the problems, the tokenizer or the model's context cannot be used, or no problem is left.
     """
-    own = settings.verifiers
+    custom = settings.verifiers
     loaded = load_records(settings.problems)
     records = {problem.id: record for problem, record in loaded}
-    problems = [problem for problem, _ in loaded if problem.domain in own or verifiable(problem)]
-    unverifiable = missing_for([problem for problem, _ in loaded], "verification", own)
+    problems = [problem for problem, _ in loaded if problem.domain in custom or is_verifiable(problem)]
+    unverifiable = unmet_needs([problem for problem, _ in loaded], "verification", custom)
     if not problems:
         raise UserError("\n".join(unverifiable))
     model = AutoConfig.from_pretrained(settings.model).get_text_config()
@@ -90,8 +91,8 @@ def _longest_prompt(settings: EvalConfig, positions: int) -> int:
     room = positions - settings.sampling.max_new_tokens
     if room < 1:
         raise UserError(
-            f"max_new_tokens is {settings.sampling.max_new_tokens}, but {settings.model} was made for {positions} "
-            "positions, prompt included; lower --max-new-tokens."
+            f"max_new_tokens is {settings.sampling.max_new_tokens}, but {settings.model} has {positions} positions, "
+            "including the prompt; lower --max-new-tokens."
         )
     return min(room, settings.problems.max_prompt_tokens or room)
 

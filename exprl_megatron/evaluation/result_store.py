@@ -1,9 +1,9 @@
 """Store of an evaluation's finished problems; a stored problem is not sampled again.
 
-DIR/evaluation.json           what was measured: model, sampling, prompt, seed
-DIR/results/<problem>.json    the counts of one finished problem; its presence says that it is finished
-DIR/traces/<problem>.jsonl.gz its samples with their verdicts
-DIR/logs/                     the servers'
+DIR/evaluation.json           identity of the evaluation: model, sampling, prompt, seed
+DIR/results/<problem>.json    counts of one problem; the file exists if the problem is finished
+DIR/traces/<problem>.jsonl.gz its samples with their judgements
+DIR/logs/                     logs of the servers
 """
 
 import gzip
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.sample_counts import SampleCounts, count_samples
-from exprl_megatron.judging.judgement import judgement_record
+from exprl_megatron.judging.judgement import judgement_to_dict
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.utils.files import Claim, keep_private, write_atomically
 
@@ -26,29 +26,33 @@ class ProblemResult:
 
     problem_id: str
     question: str
-    """Hash of the question and of everything that the answers were compared with."""
+    """Hash of the question and of everything with which answers were compared."""
     counts: SampleCounts
-    """In the file under the key `tally`."""
+    """Its key in the file is `tally`."""
     overlong: int
-    """Samples that the length limit ended."""
+    """Number of samples that the length limit ended."""
     tokens: int
-    """Of all samples together."""
+    """Number of tokens of all samples together."""
 
 
 class ResultStore:
-    """The results in one directory, which this process locks until `release`."""
+    """The results in one directory, which this process locks until `release`.
+
+    Args:
+        directory: the directory; it is created if it does not exist.
+        identity: the identity of the evaluation (see EvalConfig.identity).
+
+    Raises:
+        UserError: the directory has another evaluation or other files, or another process has locked it.
+    """
 
     def __init__(self, directory: Path, identity: dict):
-        """Take `directory` for an evaluation with `identity` (see EvalConfig.identity).
-
-        Raises UserError where it holds another evaluation or other files, or where a live process has it.
-        """
         self.logs = directory / "logs"
         self._directory = directory
         file = directory / "evaluation.json"
         if directory.exists() and not file.is_file() and (not directory.is_dir() or any(directory.iterdir())):
             raise UserError(f"The directory {directory} holds other files; choose a new or empty directory with --out.")
-        # Samples show what a model that is not published can do, and the logs hold hidden answers.
+        # Samples may be of an unpublished model, and the logs contain hidden answers.
         keep_private(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(directory)
@@ -61,9 +65,14 @@ class ResultStore:
             raise
 
     def find(self, problem_id: str, question: str) -> ProblemResult | None:
-        """The result of a finished problem; None where it is not finished.
+        """Return the result of a finished problem; None where it is not finished.
 
-        Raises UserError where another `question` was asked under this id, or the file cannot be read back.
+        Args:
+            problem_id: id of the problem.
+            question: the hash of the question (see `question_key`).
+
+        Raises:
+            UserError: the stored result is of another question with this id, or its file is damaged.
         """
         path = self._result(problem_id)
         if not path.is_file():
@@ -75,13 +84,13 @@ class ResultStore:
             raise UserError(f"The result {path} is damaged ({error!r}); delete it to measure it again.") from error
         if result.question != question:
             raise UserError(
-                f"The problem {problem_id} was another one when {self._directory} was filled (its text, its answer or "
-                "the prompt has changed); choose another directory with --out."
+                f"The problem {problem_id} has changed since {self._directory} was written (its text, its answer or "
+                "the prompt); choose another directory with --out."
             )
         return result
 
     def save(self, problem_id: str, question: str, samples: Sequence[GradedTrace]) -> ProblemResult:
-        """Put all graded samples of a problem on disk, the counts last; complete when this returns."""
+        """Write all graded samples of a problem to disk, and then their counts."""
         result = ProblemResult(
             problem_id=problem_id,
             question=question,
@@ -95,7 +104,7 @@ class ResultStore:
         return result
 
     def traces(self, problem_id: str) -> Path:
-        """The file of a problem's samples."""
+        """Return the file of a problem's samples."""
         return self._directory / "traces" / f"{_name(problem_id)}.jsonl.gz"
 
     def release(self) -> None:
@@ -107,7 +116,7 @@ class ResultStore:
 
 
 def question_key(*parts: object) -> str:
-    """SHA-256 (hex) over the JSON of a problem's parts."""
+    """Hash the JSON of a problem's parts (SHA-256, hex)."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -125,7 +134,7 @@ def _sample(sample: GradedTrace) -> dict:
         "text": trace.text,
         "tokens": len(trace.token_ids),
         "finish_reason": trace.finish_reason,
-        "judgement": judgement_record(sample.judgement),
+        "judgement": judgement_to_dict(sample.judgement),
     }
 
 
@@ -138,6 +147,6 @@ def _refuse_another(old: dict, new: dict, directory: Path) -> None:
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:
         raise UserError(
-            f"The directory {directory} holds an evaluation with another {' and another '.join(changed)}; give it the "
-            "same again, or choose another directory with --out."
+            f"The directory {directory} has an evaluation with another {' and another '.join(changed)}; use the same, "
+            "or choose another directory with --out."
         )

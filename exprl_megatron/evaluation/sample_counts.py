@@ -32,7 +32,7 @@ def count_samples(judgements: Iterable[Judgement]) -> SampleCounts:
 
 
 def estimate_each_k(counts: Sequence[SampleCounts], ks: Sequence[int], confidence: float) -> list[PassAtK]:
-    """pass@k over problems, for each k for which any problem has enough graded samples."""
+    """Estimate pass@k over problems, for each k for which a problem has enough graded samples."""
     pairs = [(each.graded, each.correct) for each in counts]
     reachable = max((graded for graded, _ in pairs), default=0)
     return [estimate_pass_at_k(pairs, k, confidence) for k in ks if k <= reachable]

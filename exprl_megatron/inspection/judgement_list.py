@@ -12,7 +12,7 @@ from exprl_megatron.config.stages import JudgedStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.rollout_steps import logged_steps
 from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, score_text, versions_text
-from exprl_megatron.judging.judgement import Abstained, Judgement, judgement_record
+from exprl_megatron.judging.judgement import Abstained, Judgement, judgement_to_dict
 from exprl_megatron.reporting.plain_text import escaped_line
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.runs.directory import RunDirectory, read_config
@@ -134,7 +134,7 @@ def _cells(each: LoggedJudgement) -> list[str]:
 
 
 def _record(each: LoggedJudgement) -> dict:
-    return _place(each) | {"judgement": judgement_record(each.judgement)}
+    return _place(each) | {"judgement": judgement_to_dict(each.judgement)}
 
 
 def _place(each: LoggedJudgement) -> dict:

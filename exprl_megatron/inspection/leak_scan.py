@@ -152,13 +152,13 @@ def _findings(group: Group, problems: _GuardedProblems, tokenizer: "PreTrainedTo
     for trace in (sample.trace for sample in group.samples):
         request, overlap = requests[trace.prompt_ids.tobytes()], guard.overlap(own, trace.text)
         found["requests"] += 1
-        found["unguarded_requests"] += not guard.guarded(own)
-        found["leaking_requests"] += guard.overlap(own, request).runs > 0
+        found["unguarded_requests"] += not guard.is_guarded(own)
+        found["leaking_requests"] += guard.overlap(own, request).matches > 0
         found["canary_requests"] += guard.has_canary(request)
         found["canary_traces"] += guard.has_canary(trace.text)
-        found["reciting_traces"] += overlap.runs > 0
-        found["reciting_by_chance"] += other != own and guard.overlap(other, trace.text).runs > 0
-        found["reproduced"] += overlap.reproduced
+        found["reciting_traces"] += overlap.matches > 0
+        found["reciting_by_chance"] += other != own and guard.overlap(other, trace.text).matches > 0
+        found["reproduced"] += overlap.coverage
     return found
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from exprl_megatron.inspection.rollout_steps import InspectedGroup, span_advantage
 from exprl_megatron.inspection.selection import SelectedGroup
-from exprl_megatron.judging.judgement import judgement_record
+from exprl_megatron.judging.judgement import judgement_to_dict
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.training.train_samples import TokenAdvantages
 
@@ -54,8 +54,8 @@ def _trace_record(sample: GradedTrace, advantages: TokenAdvantages) -> dict:
     trace = sample.trace
     return {
         "sample": trace.sample,
-        "judgement": judgement_record(sample.judgement),
-        "verified": None if sample.verified is None else judgement_record(sample.verified),
+        "judgement": judgement_to_dict(sample.judgement),
+        "verified": None if sample.verified is None else judgement_to_dict(sample.verified),
         "reward": sample.reward,
         "terms": [asdict(term) for term in sample.terms],
         "advantage": None if sample.segments else span_advantage(advantages, 0, len(trace.token_ids)),
@@ -63,7 +63,7 @@ def _trace_record(sample: GradedTrace, advantages: TokenAdvantages) -> dict:
             {
                 "start": segment.start,
                 "end": segment.end,
-                "judgement": judgement_record(segment.judgement),
+                "judgement": judgement_to_dict(segment.judgement),
                 "advantage": span_advantage(advantages, segment.start, segment.end),
             }
             for segment in sample.segments

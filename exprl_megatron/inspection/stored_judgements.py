@@ -11,7 +11,7 @@ from rich.text import Text
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.inspection.judgement_list import scored_by
-from exprl_megatron.judging.judgement import Scored, judgement_record
+from exprl_megatron.judging.judgement import Scored, judgement_to_dict
 from exprl_megatron.judging.store import Entry, JudgementStore
 from exprl_megatron.reporting.plain_text import escaped_text
 from exprl_megatron.runs.directory import RunDirectory, read_config
@@ -55,10 +55,10 @@ def store_file(run: Path | None, store: Path | None) -> Path:
 def entry_to_dict(entry: Entry) -> dict:
     """{hash, kind, kept, asked, answer} and, by its kind, {judgement: {kind, ...}} or {rubric}."""
     record = {"hash": entry.key, "kind": _kind(entry), "kept": _time(entry)}
-    record |= {"asked": entry.asked, "answer": entry.answer}
+    record |= {"asked": entry.question, "answer": entry.answer}
     if isinstance(entry.result, str):
         return record | {"rubric": json.loads(entry.result)}
-    return record | {"judgement": judgement_record(entry.result)}
+    return record | {"judgement": judgement_to_dict(entry.result)}
 
 
 def _page(entry: Entry, places: list[dict]) -> RenderableType:
@@ -68,7 +68,7 @@ def _page(entry: Entry, places: list[dict]) -> RenderableType:
     for number, place in enumerate(places):
         facts.add_row("scored" if number == 0 else "", escaped_text(_place_text(place)))
     parts: list[RenderableType] = []
-    for name, value in entry.asked.items():
+    for name, value in entry.question.items():
         if name == "messages":
             parts += [_panel(f"asked: {message['role']}", message["content"]) for message in value]
         elif isinstance(value, dict | list):
@@ -92,7 +92,7 @@ def _place_text(place: dict) -> str:
 def _listing(entries: list[Entry], limit: int) -> Table:
     table = Table("hash", "kind", "kept", "problem", "verdict", caption=f"the latest, at most {limit}")
     for entry in entries:
-        problem = escaped_text(str(entry.asked.get("problem", "")))
+        problem = escaped_text(str(entry.question.get("problem", "")))
         table.add_row(entry.key[:12], _kind(entry), _time(entry)[:19], problem, _verdict(entry))
     return table
 

@@ -1,4 +1,4 @@
-"""Counting judgements that were not given, and stopping a run that has too many of them."""
+"""Counts abstentions, and stops a run that has too many of them."""
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
@@ -16,24 +16,29 @@ class AbstentionWindow:
         self._last: deque[Judgement] = deque(maxlen=size)
 
     def add(self, judgements: Iterable[Judgement], where: str) -> None:
-        """Take in a step's judgements; raise RunStopped where more than `max_rate` of the window are abstentions.
+        """Add a step's judgements to the window, and check its share of abstentions.
 
-        A window that is not full yet counts as it is. `where` names the step in the message, for example "stage
-        priming, step 3".
+        Args:
+            judgements: the judgements of one step.
+            where: the step's name in the message, for example "stage priming, step 3".
+
+        Raises:
+            RunStopped: more than `max_rate` of the window are abstentions. A window that is not full is checked too.
         """
         self._last.extend(judgements)
         check_abstention_rate(self._last, self._max_rate, where)
 
 
 def count_abstentions(judgements: Iterable[Judgement]) -> Counter[str]:
-    """How often each reason for an abstention occurs."""
+    """Count the abstentions by reason."""
     return Counter(judgement.reason for judgement in judgements if isinstance(judgement, Abstained))
 
 
 def check_abstention_rate(judgements: Sequence[Judgement], max_rate: float, where: str) -> None:
-    """Raise RunStopped where more than `max_rate` (0..1) of the judgements are abstentions.
+    """Check the share of abstentions; `max_rate` is in [0, 1], and `where` names the step in the message.
 
-    `where` names the step in the message.
+    Raises:
+        RunStopped: more than `max_rate` of the judgements are abstentions.
     """
     reasons = count_abstentions(judgements)
     abstained = reasons.total()
@@ -42,8 +47,9 @@ def check_abstention_rate(judgements: Sequence[Judgement], max_rate: float, wher
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     commonest = reasons.most_common(1)[0][0]
     example = next(j.evidence for j in judgements if isinstance(j, Abstained) and j.reason == commonest)
-    said = " ".join(example.split())[:200]
+    evidence = " ".join(example.split())[:200]
     raise RunStopped(
         f"{where}: of the last {len(judgements)} judgements {abstained} are abstentions ({counts}), more than "
-        f"max_abstention_rate ({max_rate:g}) allows" + (f"; one of them ({commonest}): {said!r}." if said else ".")
+        f"max_abstention_rate ({max_rate:g}) allows"
+        + (f"; one of them ({commonest}): {evidence!r}." if evidence else ".")
     )

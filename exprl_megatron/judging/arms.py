@@ -1,4 +1,4 @@
-"""The three arms of a calibration: the same traces judged with the right reference, with none and with a wrong one."""
+"""The three arms of a calibration: the same traces are judged with the right, no and a wrong reference."""
 
 import asyncio
 import math
@@ -19,8 +19,8 @@ from exprl_megatron.judging.calibration import (
     rank_correlation,
     wrong_references,
 )
-from exprl_megatron.judging.judged_traces import JudgedTrace
 from exprl_megatron.judging.judgement import Granularity, Judgement, Scored
+from exprl_megatron.judging.labeled_traces import LabeledTrace
 from exprl_megatron.judging.verdict import HIGHEST, LOWEST
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.utils.intervals import Interval
@@ -30,50 +30,50 @@ Arm = Literal["right", "none", "wrong"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 
 GradeText = Callable[[Problem, str, Granularity], Awaitable[Judgement]]
-"""Judge.grade: the problem (without a reference: None), the text, and what of a trace the text is."""
+"""The signature of Judge.grade: problem, text, and the granularity of the text."""
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """How far several sampled judgements of one trace agree, over the traces that have at least two scores."""
+    """The agreement of several sampled judgements of one trace, over the traces that have at least two scores."""
 
     repeats: int
-    """Judgements asked for, of each trace."""
+    """Number of judgements requested for each trace."""
     agreement: float
-    """Mean share of pairs of judgements of a trace that have the same score."""
+    """Mean over traces of the share of pairs of judgements with the same score."""
     deviation: float
-    """Mean standard deviation (n - 1) of a trace's scores, in points of the scale 1..5."""
+    """Mean over traces of the standard deviation (n - 1) of the scores, in points of the scale 1..5."""
 
 
 @dataclass(frozen=True)
-class ArmFigures:
-    """What one arm shows; shares in [0, 1], scores on 1..5, nan (in JSON null) where nothing was to be measured."""
+class ArmMetrics:
+    """Metrics of one arm; shares are in [0, 1], scores on 1..5; nan (null in JSON) where nothing can be measured."""
 
     arm: Arm
     traces: int
     misplaced: Misplacement
     interval: Interval | None
-    """Of the misplacement, 95 %, bootstrap over problems."""
+    """95 % bootstrap interval of the misplacement, over problems."""
     auroc: float
     abstained: dict[str, int]
-    """Reason -> traces."""
+    """Reason -> number of traces."""
     right_scores: tuple[int, int, int, int, int]
-    """Right traces with a score of 1, 2, 3, 4, 5."""
+    """Numbers of right traces with a score of 1, 2, 3, 4, 5."""
     wrong_scores: tuple[int, int, int, int, int]
     right_length_bias: float
     """Spearman correlation of score and length in characters among right traces."""
     wrong_length_bias: float
     consistency: Consistency | None
 
-    def record(self) -> dict[str, Any]:
-        """The same in JSON's terms."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the metrics as JSON types."""
         return without_nan({**asdict(self), "misplacement": self.misplaced.rate})
 
 
 def arm_problems(problems: Sequence[Problem], arm: Arm) -> dict[str, Problem]:
-    """By id: each problem with the reference that the arm gives it.
+    """Return each problem by its id, with the reference and short answer that the arm gives it.
 
-    The short answer goes with its reference. A wrong one is that of another of `problems`, by the released rule.
+    A wrong reference is the reference of another of `problems`, chosen by the released rule.
     """
     by_id = {problem.id: problem for problem in problems}
     if arm == "none":
@@ -87,17 +87,17 @@ def arm_problems(problems: Sequence[Problem], arm: Arm) -> dict[str, Problem]:
     return by_id
 
 
-async def judge_arm(grade: GradeText, traces: Sequence[JudgedTrace], arm: Arm) -> list[Judgement]:
-    """The judgements of whole traces under an arm, in their order; all requests are in flight at once.
+async def judge_arm(grade: GradeText, traces: Sequence[LabeledTrace], arm: Arm) -> list[Judgement]:
+    """Judge whole traces under an arm; returns the judgements in the order of `traces`.
 
-    The first failure cancels everything else and is raised as it is.
+    All requests are in flight at the same time. The first exception cancels the other requests and propagates.
     """
     problems = arm_problems([trace.problem for trace in traces], arm)
     return await judge_all(grade, [(problems[trace.problem.id], trace.text, "trace") for trace in traces])
 
 
 async def judge_all(grade: GradeText, requests: Sequence[tuple[Problem, str, Granularity]]) -> list[Judgement]:
-    """The judgements on (problem, text, unit), in their order; see judge_arm."""
+    """Judge each (problem, text, granularity), and return the judgements in the same order; see judge_arm."""
     tasks = [asyncio.ensure_future(grade(*request)) for request in requests]
     try:
         return await asyncio.gather(*tasks)
@@ -106,20 +106,27 @@ async def judge_all(grade: GradeText, requests: Sequence[tuple[Problem, str, Gra
             task.cancel()
 
 
-def arm_figures(
+def arm_metrics(
     arm: Arm,
-    traces: Sequence[JudgedTrace],
+    traces: Sequence[LabeledTrace],
     judgements: Sequence[Judgement],
     repeats: Sequence[Sequence[Judgement]] = (),
-) -> ArmFigures:
-    """What the judgements on `traces`, in their order, show; `repeats` holds further sampled rounds of judgements."""
+) -> ArmMetrics:
+    """Compute the metrics of an arm.
+
+    Args:
+        arm: which reference the judge had.
+        traces: the judged traces.
+        judgements: one judgement for each trace, in the same order.
+        repeats: further sampled rounds of judgements of the same traces.
+    """
     scores = [on_scale(judgement) for judgement in judgements]
     correct = [trace.correct for trace in traces]
 
     def rate(indices: np.ndarray) -> float:
         return misplacement([scores[i] for i in indices], [correct[i] for i in indices]).rate
 
-    return ArmFigures(
+    return ArmMetrics(
         arm=arm,
         traces=len(traces),
         misplaced=misplacement(scores, correct),
@@ -135,7 +142,7 @@ def arm_figures(
 
 
 def on_scale(judgement: Judgement) -> float | None:
-    """The score on the scale 1..5; None where the judge abstained."""
+    """Return the score on the scale 1..5; None where the judge abstained."""
     return LOWEST + (HIGHEST - LOWEST) * judgement.value if isinstance(judgement, Scored) else None
 
 
@@ -143,7 +150,7 @@ def _side(scores: Sequence[float | None], correct: Sequence[bool], right: bool) 
     return [score for score, truth in zip(scores, correct, strict=True) if score is not None and truth == right]
 
 
-def _length_bias(scores: Sequence[float | None], traces: Sequence[JudgedTrace], right: bool) -> float:
+def _length_bias(scores: Sequence[float | None], traces: Sequence[LabeledTrace], right: bool) -> float:
     pairs = [
         (score, len(trace.text))
         for score, trace in zip(scores, traces, strict=True)
@@ -165,7 +172,7 @@ def _consistency(rounds: Sequence[Sequence[Judgement]]) -> Consistency:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no nan: null instead, in dicts however deep."""
+    """Replace nan by None in nested dicts, since JSON has no nan."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, float) and math.isnan(value):

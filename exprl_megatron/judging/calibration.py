@@ -1,4 +1,4 @@
-"""How well a judge's scores tell right traces from wrong ones: the arithmetic of calibration, without a judge.
+"""Calibration metrics: how well scores of a judge separate right traces from wrong ones.
 
 Scores are on the judge's scale 1..5. The measures are those of the ExpRL paper's calibration (misplacement, AUROC).
 """
@@ -12,13 +12,13 @@ import numpy as np
 
 from exprl_megatron.utils.intervals import Interval, boundary_margin
 
-RIGHT_FROM = 4
-"""A score of 4 or 5 means that the judge takes the trace for right."""
+MIN_RIGHT_SCORE = 4
+"""A score of 4 or 5 means that the judge considers the trace right."""
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 _WRONG_REFERENCE_SEED = 0xC0DE
-ROUNDING = 1e-9
-"""Scores that differ by less are equal: a score may be a weighted sum, and 4 then miss itself by a rounding."""
+SCORE_TOLERANCE = 1e-9
+"""Scores that differ by less count as equal: a score may be a weighted sum with a rounding error."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class Misplacement:
 
     @property
     def rate(self) -> float:
-        """(FNR + FPR) / 2: 0.5 is what a judge gets that does not look."""
+        """(FNR + FPR) / 2; a judge that ignores the trace has 0.5."""
         return (self.false_negative + self.false_positive) / 2
 
 
 def misplacement(scores: Sequence[float | None], correct: Sequence[bool]) -> Misplacement:
-    """From scores (None: abstained, not counted) and whether each trace is right in truth."""
+    """Compute the misplacement from scores (None: abstained, not counted) and whether each trace is right."""
     values, right = _scored(scores, correct)
-    passed = values >= RIGHT_FROM - ROUNDING
+    passed = values >= MIN_RIGHT_SCORE - SCORE_TOLERANCE
     return Misplacement(_share(~passed[right]), _share(passed[~right]))
 
 
 def auroc(scores: Sequence[float | None], correct: Sequence[bool]) -> float:
-    """Chance that a right trace has a higher score than a wrong one, ties counted half (None: not counted).
+    """Compute the probability that a right trace has a higher score than a wrong one; ties count half.
 
-    The Mann-Whitney statistic from mid-ranks; nan where either side has no score.
+    This is the Mann-Whitney statistic, from mid-ranks. It is nan where either side has no score (None: not counted).
     """
     values, right = _scored(scores, correct)
     positives, negatives = int(right.sum()), int((~right).sum())
@@ -57,41 +57,48 @@ def auroc(scores: Sequence[float | None], correct: Sequence[bool]) -> float:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's: Pearson's correlation of mid-ranks; nan for fewer than 3 pairs or where one side is constant."""
+    """Compute Spearman's rank correlation; nan for fewer than 3 pairs or where one side is constant."""
     if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return float("nan")
     return float(np.corrcoef(mid_ranks(x), mid_ranks(y))[0, 1])
 
 
 def mid_ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Ranks from 1, float64 [n]; equal values share the mean of theirs."""
-    _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    """Return the ranks of `values` [n], from 1, as float64 [n]; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
+    return (last - (counts - 1) / 2)[inverse]
 
 
 def histogram(scores: Sequence[float]) -> tuple[int, int, int, int, int]:
-    """How many scores are nearest to 1, 2, 3, 4 and 5."""
+    """Count the scores that are nearest to 1, 2, 3, 4 and 5."""
     nearest = np.floor(np.asarray(scores, dtype=float) + 0.5).astype(int)
     one, two, three, four, five = (int((nearest == score).sum()) for score in range(1, 6))
     return one, two, three, four, five
 
 
 def agreement(repeats: Sequence[float]) -> float:
-    """Share of pairs of one trace's scores that are equal; nan for fewer than two scores."""
+    """Compute the share of pairs of one trace's scores that are equal; nan for fewer than two scores."""
     pairs = list(combinations(repeats, 2))
-    return _share([abs(a - b) <= ROUNDING for a, b in pairs])
+    return _share([abs(a - b) <= SCORE_TOLERANCE for a, b in pairs])
 
 
 def bootstrap_interval(
     clusters: Sequence[Hashable], statistic: Callable[[np.ndarray], float], seed: int = 0
 ) -> Interval | None:
-    """The percentile bootstrap over clusters (95 %, 2,000 resamples, seeded) of `statistic`, a share in [0, 1].
+    """Compute the percentile bootstrap interval over clusters (95 %, 2,000 resamples) of a share in [0, 1].
 
-    `clusters` names each item's cluster (the traces of one problem are not independent); `statistic` gets
-    the indices of a resample's items, int64. Resamples on which it is nan are left out; None where all are. A share
-    of 0 or 1 is the same in every resample; a bound next to 0 or 1 is therefore nowhere closer to it than the exact
+    A share of 0 or 1 is the same in every resample. A bound is therefore at least as far from 0 and 1 as the exact
     binomial bound of as many units as there are clusters.
+
+    Args:
+        clusters: the cluster of each item (the traces of one problem are not independent).
+        statistic: computes the share from the indices of a resample's items, int64 [items]. Resamples where it is nan
+            are left out.
+        seed: seed of the resampling.
+
+    Returns:
+        The interval; None where no resample has a share.
     """
     members: dict[Hashable, list[int]] = {}
     for index, cluster in enumerate(clusters):
@@ -100,7 +107,7 @@ def bootstrap_interval(
         return None
     items = [np.array(indices) for indices in members.values()]
     draws = np.random.default_rng(seed).integers(len(items), size=(RESAMPLES, len(items)))
-    values = np.array([statistic(np.concatenate([items[i] for i in drawn])) for drawn in draws])
+    values = np.array([statistic(np.concatenate([items[i] for i in draw])) for draw in draws])
     values = values[~np.isnan(values)]
     if not values.size:
         return None
@@ -110,9 +117,9 @@ def bootstrap_interval(
 
 
 def wrong_references(keys: Sequence[str]) -> dict[str, str]:
-    """For each problem another one whose reference it is given: the sorted keys shuffled, each takes the next one's.
+    """Map each problem to another one, whose reference it gets: the sorted keys are shuffled, each gets the next one.
 
-    The released calibration's rule (seed 0xC0DE).
+    This is the rule of the released calibration (seed 0xC0DE).
     """
     order = sorted(keys)
     random.Random(_WRONG_REFERENCE_SEED).shuffle(order)
@@ -120,7 +127,7 @@ def wrong_references(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _scored(scores: Sequence[float | None], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-    """The scores that there are, float64 [n], and whether their traces are right, bool [n]."""
+    """Return the scores that are not None, float64 [n], and whether their traces are right, bool [n]."""
     pairs = [(score, right) for score, right in zip(scores, correct, strict=True) if score is not None]
     return np.array([score for score, _ in pairs], dtype=float), np.array([right for _, right in pairs], dtype=bool)
 

@@ -1,4 +1,4 @@
-"""What a judge is asked about a trace: the prompt filled in, its key, and what the store keeps of it."""
+"""Builds the questions to a judge: the filled-in prompt, its key, and the form in which it is stored."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,11 @@ from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.judging.content_key import content_keys
-from exprl_megatron.judging.data import DataGuard, control_tokens
+from exprl_megatron.judging.injection_guard import InjectionGuard, control_token_pattern
 from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.prompt import JudgePrompt, Measure, PromptFrame, load_prompt, shipped_prompt
 from exprl_megatron.judging.rubric import Rubric
-from exprl_megatron.judging.store import Asked
+from exprl_megatron.judging.store import StoredQuestion
 from exprl_megatron.problems.problem import Problem
 
 _FRAMES = 4096
@@ -20,14 +20,14 @@ _FRAMES = 4096
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be judged, and by what."""
+    """One text to judge, with its prompt."""
 
     problem: Problem
     text: str
-    shown: str
-    """The text as plain data, as the judge is shown it."""
+    sanitized: str
+    """The text as the judge reads it (see InjectionGuard)."""
     longest: str
-    """The longest of the texts that came with it, as plain data."""
+    """The longest of the texts that are judged together, sanitized."""
     rubric: Rubric | None
     granularity: Granularity
     prompt: JudgePrompt
@@ -36,28 +36,33 @@ class Case:
 
 
 class CaseBuilder:
-    """Makes cases for one judge; for any number of threads at once."""
+    """Builds the cases of one judge; safe for use by several threads.
+
+    Args:
+        config: the section `judge` of the run's config.
+        tokenizer: the judge's Hugging Face tokenizer; None for a closed API.
+        identity: what distinguishes the judge from others; part of every key.
+    """
 
     def __init__(self, config: JudgeConfig, tokenizer: Any, identity: Mapping[str, str]):
-        """`identity` tells the judge from others in the keys."""
         self._config = config
         self._identity = identity
         self._overrides = _overrides(config)
-        self._control = control_tokens(tokenizer)
+        self._control = control_token_pattern(tokenizer)
         # A problem's frame is the same for all its traces.
         self._frame = lru_cache(_FRAMES)(self._new_frame)
         self._asked_frame = lru_cache(_FRAMES)(self._new_asked_frame)
 
-    def cases(
+    def build(
         self, problem: Problem, texts: Sequence[str], granularity: Granularity, rubric: Rubric | None
     ) -> list[Case]:
-        """A case for each of `texts`; beginnings of the longest one cost little."""
+        """Build a case for each of `texts`; prefixes of the longest text cost little."""
         prompt = self._prompt(problem, granularity, rubric)
         hidden = problem.reference if self._config.show_reference else None
         reference = hidden.for_judge() if hidden is not None else None
         frame = self._frame(prompt, problem.statement, reference, rubric)
         guard = self.guard(prompt.tags)
-        shown = guard.each(texts)
+        shown = guard.sanitize_all(texts)
         longest = max(shown, key=len, default="")
         keys = content_keys(
             *("judgement", "trace", texts),
@@ -73,15 +78,15 @@ class CaseBuilder:
             for text, data, key in zip(texts, shown, keys, strict=True)
         ]
 
-    def asked(self, case: Case) -> Asked:
-        """What the store keeps of the question."""
+    def stored_question(self, case: Case) -> StoredQuestion:
+        """Return the question of a case in the form in which it is stored."""
         frame = self._asked_frame(case.problem.id, case.granularity, case.prompt, case.rubric, case.frame)
-        trace = case.longest if case.longest.startswith(case.shown) else case.shown
-        return Asked(frame, trace, len(case.shown))
+        trace = case.longest if case.longest.startswith(case.sanitized) else case.sanitized
+        return StoredQuestion(frame, trace, len(case.sanitized))
 
-    def guard(self, tags: frozenset[str]) -> DataGuard:
-        """Makes text plain data for this judge and a prompt with these tags."""
-        return DataGuard(
+    def guard(self, tags: frozenset[str]) -> InjectionGuard:
+        """Return the guard for this judge and a prompt with these tags."""
+        return InjectionGuard(
             tags,
             self._control,
             every_score=self._config.parser == "released",
@@ -119,7 +124,7 @@ class CaseBuilder:
 
 
 def _overrides(config: JudgeConfig) -> dict[Granularity, JudgePrompt]:
-    """The prompts that the config names; one that shows {rubric} is for marking checkpoints, another one is not."""
+    """Load the prompts that the config names."""
     names: dict[Granularity, str | None] = {
         "trace": config.prompt,
         "prefix": config.prefix_prompt,

@@ -1,8 +1,8 @@
 """CHAMP: 540 model outputs in which people marked the first wrong step (arXiv 2401.06961, package champ-dataset).
 
-A mark is a stretch of characters, mostly a sentence or a line; all before it is right, and what follows it was not
-looked at. 96 outputs are without a mistake. Outputs are free text without steps of their own, so that a step
-to compare a marked one with is cut here.
+A mark is a span of characters, mostly a sentence or a line; all before it is right, and what follows it was not
+annotated. 96 outputs have no mistake. Outputs are free text without steps, so that the step that a marked one is
+compared with is cut here.
 """
 
 import importlib.util
@@ -17,16 +17,18 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.problems.problem import Problem, Reference
 
-TYPICAL_STEP = 100
-"""Characters: about the median of the marked steps."""
+TYPICAL_STEP_CHARS = 100
+"""About the median length of the marked steps, in characters."""
 _PIECE = re.compile(r"\S.*?(?:\n|\Z|(?<=[.!?:]) )", re.DOTALL)
 
 
 def champ_problems() -> dict[str, dict]:
-    """CHAMP's own records by name: problems, solutions, and outputs of models with the marks of annotators.
+    """Return CHAMP's records by name: problems, solutions, and outputs of models with the marks of annotators.
 
-    The file alone: the package builds everything it has, 19,000 conversations, when asked for anything. Raises
-    UserError where it is not installed.
+    Only the file is read, since the package itself builds 19,000 conversations when it is imported.
+
+    Raises:
+        UserError: the package champ-dataset is not installed.
     """
     package = importlib.util.find_spec("champ_dataset")
     if package is None or not package.submodule_search_locations:
@@ -37,46 +39,47 @@ def champ_problems() -> dict[str, dict]:
 
 @dataclass(frozen=True)
 class MarkedTrace:
-    """A model's output and where its first wrong step is."""
+    """A model's output and the position of its first wrong step."""
 
     problem: Problem
-    author: str
-    """The model that wrote it, and the prompt that it had."""
+    generator: str
+    """The model that wrote the output, and its prompt."""
     text: str
-    mark: tuple[int, int] | None
-    """First character of the first wrong step and one past its last; None: there is no wrong step."""
+    error_span: tuple[int, int] | None
+    """Half-open span of characters of the first wrong step; None: there is no wrong step."""
 
-    def before(self, granularity: Granularity) -> str | None:
-        """What the judge is shown of the part before the mark, all of which is right; of all where nothing is marked.
+    def text_before_error(self, granularity: Granularity) -> str | None:
+        """Return the text before the error, which is right, or the whole text where there is no error.
 
-        As a prefix all of it; as a segment its last sentences or lines that are together at least as long
-        as the marked step. None where the mark is at the very beginning.
+        As a prefix this is all of it; as a segment its last sentences or lines that are together at least as long
+        as the marked step. None where the error is at the very beginning.
         """
-        right = self.text if self.mark is None else self.text[: self.mark[0]]
+        right = self.text if self.error_span is None else self.text[: self.error_span[0]]
         if not right.strip():
             return None
-        length = TYPICAL_STEP if self.mark is None else self.mark[1] - self.mark[0]
+        length = TYPICAL_STEP_CHARS if self.error_span is None else self.error_span[1] - self.error_span[0]
         return right if granularity == "prefix" else _last_pieces(right, length)
 
-    def after(self, granularity: Granularity) -> str | None:
-        """The marked step, and as a prefix all up to its end; None where nothing is marked."""
-        if self.mark is None:
+    def text_with_error(self, granularity: Granularity) -> str | None:
+        """Return the marked step, or as a prefix all text up to its end; None where there is no error."""
+        if self.error_span is None:
             return None
-        start, end = self.mark
+        start, end = self.error_span
         return self.text[0 if granularity == "prefix" else start : end]
 
 
 def load_champ(limit: int | None = None) -> tuple[MarkedTrace, ...]:
-    """The first `limit` marked traces of the package champ-dataset, in its order.
+    """Load the first `limit` marked traces of the package champ-dataset, in its order.
 
-    Raises UserError where the package is not installed.
+    Raises:
+        UserError: the package is not installed.
     """
     traces = [trace for record in champ_problems().values() for trace in marked_traces(record)]
     return tuple(traces[:limit])
 
 
 def marked_traces(record: Mapping[str, Any]) -> list[MarkedTrace]:
-    """One problem of CHAMP's JSON with its `fws_annotations`."""
+    """Read the marked traces of one problem of CHAMP's JSON from its `fws_annotations`."""
     steps = [_plain(step["_raw_text"]) for step in record["solution"]["steps"]]
     problem = Problem(
         id=record["identifier"],
@@ -88,16 +91,16 @@ def marked_traces(record: Mapping[str, Any]) -> list[MarkedTrace]:
     return [
         MarkedTrace(
             problem,
-            author,
+            generator,
             annotation["text"],
             None if annotation["start_idx"] is None else (annotation["start_idx"], annotation["end_idx"]),
         )
-        for author, annotation in (record["fws_annotations"] or {}).items()
+        for generator, annotation in (record["fws_annotations"] or {}).items()
     ]
 
 
 def _plain(text: str) -> str:
-    """CHAMP puts @@ around formulas."""
+    """Remove the @@ that CHAMP puts around formulas."""
     return text.replace("@@", "")
 
 

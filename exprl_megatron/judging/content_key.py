@@ -1,4 +1,4 @@
-"""Keys by content: the same question has the same key in every run."""
+"""Content hashes as keys: the same question has the same key in every run."""
 
 import hashlib
 import json
@@ -8,10 +8,13 @@ Scalar = str | int | float | bool | None
 
 
 def content_key(kind: str, /, **parts: Scalar) -> str:
-    """SHA-256 (hex) over the canonical JSON of `kind` and the named parts.
+    """Hash the canonical JSON of `kind` and the named parts with SHA-256; returns the hexadecimal digest.
 
-    The order of the parts does not matter; their names, values and types do (1, 1.0, True and "1" differ). Raises
-    TypeError for a part that is no scalar and ValueError for one that is nan or infinite.
+    The order of the parts does not matter; their names, values and types do (1, 1.0, True and "1" differ).
+
+    Raises:
+        TypeError: a part is not a scalar.
+        ValueError: a part is nan or infinite.
     """
     for name, value in parts.items():
         if not isinstance(value, Scalar):
@@ -20,8 +23,10 @@ def content_key(kind: str, /, **parts: Scalar) -> str:
 
 
 def content_keys(kind: str, name: str, texts: Sequence[str], /, **parts: Scalar) -> list[str]:
-    """`content_key(kind, **parts, name=text)` for each of `texts`; a text that extends the one before it is hashed
-    from there on."""
+    """Return `content_key(kind, **parts, name=text)` for each of `texts`.
+
+    Where a text extends the one before it, only the extension is hashed.
+    """
     head, separator, tail = _json([kind, {**parts, name: ""}]).rpartition(f'{_json(name)}:""')
     shared = hashlib.sha256((head + separator[:-1]).encode())
     keys, state, before = [], shared.copy(), ""

@@ -12,16 +12,16 @@ from typing import Any
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.answers import Answer, ChatAnswerer, JudgeQuestion, TokenAnswerer
-from exprl_megatron.judging.asking import REQUEST_GRACE_S, Inquiry, JudgeServers
+from exprl_megatron.judging.asking import REQUEST_GRACE_S, Inquiry, JudgePool
 from exprl_megatron.judging.cases import Case, CaseBuilder
 from exprl_megatron.judging.judge_model import model_context, model_identity, model_vocabulary
 from exprl_megatron.judging.judge_tokenizer import JudgeTokenizer
 from exprl_megatron.judging.judgement import Abstained, Granularity, Judgement, Scored
+from exprl_megatron.judging.null_tokenizer import NullTokenizer
 from exprl_megatron.judging.question_locks import QuestionLock, QuestionLocks
-from exprl_megatron.judging.rubric import VALUES, Rubric
+from exprl_megatron.judging.rubric import MARK_VALUES, Rubric
 from exprl_megatron.judging.rubric_builder import RubricBuilder
 from exprl_megatron.judging.store import JudgementStore, is_final
-from exprl_megatron.judging.uncounted import UncountedPrompts
 from exprl_megatron.judging.verdict import (
     expected_score,
     normalize,
@@ -70,7 +70,7 @@ class Judge:
         store: judgements and rubrics of earlier requests; with a store no question is asked twice.
 
     All requests about a problem normally go to the same server, whose radix cache then has their common prefix.
-    `counts` has the numbers of requests `asked`, `reasked`, `retried`, `hedged`, `hedge-won` (see JudgeServers) and of
+    `counts` has the numbers of requests `asked`, `reasked`, `retried`, `hedged`, `hedge-won` (see JudgePool) and of
     judgements `stored` that came from the store.
 
     Raises:
@@ -88,9 +88,9 @@ class Judge:
         if tokenizer is not None and not tokenizer.chat_template:
             raise UserError(f"The judge's tokenizer in {config.model} has no chat template; add one to it.")
         self._config = config
-        self._tokenizer: JudgeTokenizer | UncountedPrompts
+        self._tokenizer: JudgeTokenizer | NullTokenizer
         if tokenizer is None:
-            self._tokenizer, self._context_tokens = UncountedPrompts(), sys.maxsize
+            self._tokenizer, self._context_tokens = NullTokenizer(), sys.maxsize
         else:
             self._tokenizer = JudgeTokenizer(tokenizer, config.template_args)
             self._context_tokens = context_tokens or model_context(config.served_model)
@@ -101,7 +101,7 @@ class Judge:
             check_template(tokenizer, self.messages(_SAMPLE, "2"), config.template_args, "judge")
         self._locks = QuestionLocks()
         self.counts: Counter[str] = Counter()
-        self._servers = JudgeServers(config, [self._answerer(client, tokenizer) for client in clients], self.counts)
+        self._servers = JudgePool(config, [self._answerer(client, tokenizer) for client in clients], self.counts)
         self._rubrics = RubricBuilder(
             config, self._servers, self._tokens, self._cases.guard, self._context_tokens, identity, store
         )
@@ -128,56 +128,56 @@ class Judge:
 
         The longest prefix is prefilled first, alone: requests that arrive together would each be prefilled in full.
         """
-        return await self._judgements(problem, texts, "prefix", read_last=len(texts) > 1)
+        return await self._judgements(problem, texts, "prefix", prefill_last=len(texts) > 1)
 
     def messages(
         self, problem: Problem, text: str, granularity: Granularity = "trace", rubric: Rubric | None = None
     ) -> list[dict]:
         """Build the chat messages of the judge's prompt."""
-        (case,) = self._cases.cases(problem, [text], granularity, rubric)
-        return case.frame.messages(case.shown)
+        (case,) = self._cases.build(problem, [text], granularity, rubric)
+        return case.frame.messages(case.sanitized)
 
-    def request(
+    def prompt_ids(
         self, problem: Problem, text: str, granularity: Granularity = "trace", rubric: Rubric | None = None
     ) -> list[int]:
         """Build the token ids of the judge's prompt, under its chat template."""
-        return self._tokenizer.request(self.messages(problem, text, granularity, rubric)).tolist()
+        return self._tokenizer.prompt_ids(self.messages(problem, text, granularity, rubric)).tolist()
 
     async def _judgements(
-        self, problem: Problem, texts: Sequence[str], granularity: Granularity, read_last: bool = False
+        self, problem: Problem, texts: Sequence[str], granularity: Granularity, prefill_last: bool = False
     ) -> list[Judgement]:
         """Judge several texts of one problem; prompts, keys, tokens and the store are handled outside the event loop.
 
-        `read_last` prefills the last text before any question is sent.
+        `prefill_last` prefills the last text before any question is sent.
         """
         rubric = None
         if self._config.rubric.kind == "checkpoints" and self._cases.shows_reference(problem):
             rubric = await self._rubrics.rubric(problem)
-        cases = await asyncio.to_thread(self._cases.cases, problem, texts, granularity, rubric)
+        cases = await asyncio.to_thread(self._cases.build, problem, texts, granularity, rubric)
         # Locks are looked up before the store is read: a judgement that another caller makes is either in the store by
         # then, or its lock has the judgement.
         locks = [QuestionLock() if self._store is None else self._locks.of(case.key) for case in cases]
-        found, requests = await asyncio.to_thread(self._found_and_requests, cases)
-        if read_last and not self._config.endpoints and (last := requests[-1]) is not None:
-            await self._read(cases[-1], last)
-        judged = await self._judged(list(map(_Pending, cases, locks, found, requests)))
+        found, requests = await asyncio.to_thread(self._look_up_and_tokenize, cases)
+        if prefill_last and not self._config.endpoints and (last := requests[-1]) is not None:
+            await self._prefill(cases[-1], last)
+        judged = await self._judge_all(list(map(_Pending, cases, locks, found, requests)))
         return list(map(self._with_hash, cases, judged))
 
     def _with_hash(self, case: Case, judgement: Judgement) -> Judgement:
         """Add the key of the store to a judgement that is stored."""
         return replace(judgement, hash=case.key) if is_final(judgement) and self._store is not None else judgement
 
-    def _found_and_requests(self, cases: Sequence[Case]) -> tuple[list[Judgement | None], list[TokenIds | None]]:
+    def _look_up_and_tokenize(self, cases: Sequence[Case]) -> tuple[list[Judgement | None], list[TokenIds | None]]:
         """Look the cases up in the store, and tokenize the prompts of those that it does not have."""
         found: list[Judgement | None] = [None] * len(cases)
         if self._store is not None:
             found = list(self._store.find_judgements([case.key for case in cases]))
         missing = [case for case, judgement in zip(cases, found, strict=True) if judgement is None]
-        shown = [case.shown for case in missing]
-        requests = iter(self._tokenizer.requests(missing[0].frame, shown) if missing else ())
+        shown = [case.sanitized for case in missing]
+        requests = iter(self._tokenizer.batch_prompt_ids(missing[0].frame, shown) if missing else ())
         return found, [next(requests) if judgement is None else None for judgement in found]
 
-    async def _judged(self, pending: Sequence[_Pending]) -> list[Judgement]:
+    async def _judge_all(self, pending: Sequence[_Pending]) -> list[Judgement]:
         """Judge all cases; of equal cases that are pending at the same time, one is sent and the others wait for it.
 
         Cases that no other caller is judging are sent as one batch.
@@ -186,33 +186,33 @@ class Judge:
             each for each in pending if each.found is None and each.lock.judgement is None and each.lock.try_acquire()
         ]
         # Awaited here and not in a task: a task that is canceled before its first step would never release the locks.
-        asked = dict(zip(free, await self._asked(free), strict=True)) if free else {}
-        rest = await gather_or_cancel(self._judged_after_others(each) for each in pending if each not in asked)
+        asked = dict(zip(free, await self._ask_and_store(free), strict=True)) if free else {}
+        rest = await gather_or_cancel(self._wait_or_ask(each) for each in pending if each not in asked)
         others = iter(rest)
         return [asked[each] if each in asked else next(others) for each in pending]
 
-    async def _judged_after_others(self, each: _Pending) -> Judgement:
+    async def _wait_or_ask(self, each: _Pending) -> Judgement:
         known = each.found
         if known is None:
             await each.lock.acquire()
             if each.lock.judgement is None:
-                return (await self._asked([each]))[0]
+                return (await self._ask_and_store([each]))[0]
             known = each.lock.judgement
             each.lock.release()
         self.counts["stored"] += 1
         return known
 
-    async def _asked(self, pending: Sequence[_Pending]) -> list[Judgement]:
+    async def _ask_and_store(self, pending: Sequence[_Pending]) -> list[Judgement]:
         """Send the cases to the judge and store the judgements; releases the locks, which the caller has taken."""
         try:
             verdicts = await self._verdicts(pending)
             if self._store is not None:
                 # Judgements are on disk before anything is learned from them.
                 rows = [
-                    (each.case.key, self._cases.asked(each.case), answer, judgement)
+                    (each.case.key, self._cases.stored_question(each.case), answer, judgement)
                     for each, (judgement, answer) in zip(pending, verdicts, strict=True)
                 ]
-                await asyncio.wrap_future(self._store.keep_judgements_soon(rows))
+                await asyncio.wrap_future(self._store.submit_judgements(rows))
                 for each, (judgement, _) in zip(pending, verdicts, strict=True):
                     if is_final(judgement):
                         each.lock.judgement = judgement
@@ -234,13 +234,13 @@ class Judge:
     def _abstained_too_long(self, request: TokenIds) -> Abstained:
         return Abstained("too-long", f"{len(request)} prompt tokens, {self._context_tokens} in all")
 
-    async def _read(self, case: Case, request: TokenIds) -> None:
+    async def _prefill(self, case: Case, request: TokenIds) -> None:
         """Prefill the prompt of `case`, so that the server's prefix cache has it when prompts that extend it arrive."""
         if self._too_long(request):
             return
         deadline_s = self._config.deadline_s
         question = JudgeQuestion(
-            case.frame, case.shown, request, 0, temperature=0.0, seed=0, deadline_s=deadline_s + REQUEST_GRACE_S
+            case.frame, case.sanitized, request, 0, temperature=0.0, seed=0, deadline_s=deadline_s + REQUEST_GRACE_S
         )
         # A failure here is ignored: the questions themselves fail in the same way and report it.
         await self._servers.ask([question], self._home(case.problem), deadline_s, lambda answer: None)
@@ -257,7 +257,7 @@ class Judge:
         for attempt in range(1 + config.reasks):
             yield JudgeQuestion(
                 frame=case.frame,
-                trace=case.shown,
+                trace=case.sanitized,
                 input_ids=request,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.reask_temperature if attempt else config.temperature,
@@ -273,7 +273,7 @@ class Judge:
             return lambda answer: read_answer(answer, self._config)
 
         def marked(answer: Answer) -> Judgement:
-            if answer.cut_off:
+            if answer.truncated:
                 return Abstained("cut-off", answer.text)
             marks = read_marks(answer.text, len(rubric.checkpoints))
             soundness = read_soundness(answer.text) if case.prompt.asks_soundness else None
@@ -290,7 +290,7 @@ class Judge:
         return TokenAnswerer(client, tokenizer, model_vocabulary(self._config.served_model))
 
     async def _tokens(self, messages: Sequence[dict]) -> TokenIds:
-        return await asyncio.to_thread(self._tokenizer.request, messages)
+        return await asyncio.to_thread(self._tokenizer.prompt_ids, messages)
 
 
 def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
@@ -299,13 +299,13 @@ def read_answer(answer: Answer, config: JudgeConfig) -> Judgement:
     An answer that the length limit cut off is an abstention, except for the released parser, which reads any text.
     Where the server does not report the probabilities of the digits, the stated digit is taken.
     """
-    if answer.cut_off and config.parser != "released":
+    if answer.truncated and config.parser != "released":
         return Abstained("cut-off", answer.text)
     verdict = read_verdict(answer.text, config.parser)
     if config.score_reading == "stated" or not isinstance(verdict, Scored):
         return verdict
     stated = stated_score(answer.text, config.parser)
-    probabilities = answer.digit_probabilities(stated.place) if stated is not None else None
+    probabilities = answer.digit_probabilities(stated.position) if stated is not None else None
     expected = expected_score(probabilities) if probabilities is not None else None
     return verdict if expected is None else Scored(normalize(expected), answer.text)
 
@@ -314,7 +314,7 @@ def _answer_regex(case: Case) -> str:
     """Build the regular expression that constrains an answer to the verdict alone."""
     if case.rubric is None:
         return SCORE_REGEX
-    marks = "|".join(VALUES)
+    marks = "|".join(MARK_VALUES)
     lines = [f"Mark {number}: ({marks})" for number in range(1, len(case.rubric.checkpoints) + 1)]
     return r"\n".join([*lines, SOUNDNESS_REGEX] if case.prompt.asks_soundness else lines)
 

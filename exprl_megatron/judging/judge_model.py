@@ -1,4 +1,4 @@
-"""What a judge's model directory says: how long its context is, and which model it is."""
+"""Reads a judge's model directory: the context length, the vocabulary and the identity of the model."""
 
 import hashlib
 import json
@@ -13,7 +13,11 @@ _DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer.json", "tok
 
 
 def model_context(model: str) -> int:
-    """Positions that the model in directory `model` was made for; UserError where its config does not say."""
+    """Read the context length, in tokens, of the model in directory `model`.
+
+    Raises:
+        UserError: config.json cannot be read or does not have it.
+    """
     path = Path(model) / "config.json"
     try:
         return int(json.loads(path.read_text())["max_position_embeddings"])
@@ -25,7 +29,7 @@ def model_context(model: str) -> int:
 
 
 def model_vocabulary(model: str) -> int | None:
-    """How many token ids the model in directory `model` has; None where its config does not say."""
+    """Read the number of token ids of the model in directory `model`; None where config.json does not have it."""
     try:
         return int(json.loads((Path(model) / "config.json").read_text())["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -34,12 +38,11 @@ def model_vocabulary(model: str) -> int | None:
 
 @lru_cache(maxsize=16)
 def model_identity(model: str) -> str:
-    """A hash by content (SHA-256, hex) of config, tokenizer and weights in directory `model`; names of files and
-    their times do not matter to it, copies of a model are the same model.
+    """Hash config, tokenizer and weights in directory `model` by content (SHA-256, hex).
 
-    Of a weights file above 64 MiB it reads the size, the head (names, shapes and places of the tensors) and 256
-    pieces of 64 KiB spread evenly: training moves every tensor, and a model of 70B is identified in a second.
-    Computed once in a process for each directory.
+    File names and times have no effect, so that copies of a model have the same identity. Of a weights file above
+    64 MiB only the size, the header (names, shapes and offsets of the tensors) and 256 evenly spaced pieces of 64 KiB
+    are read: training changes every tensor, and a 70B model is identified in a second. The result is cached.
     """
     directory = Path(model)
     digest = hashlib.sha256()

@@ -1,12 +1,11 @@
-"""The judge's questions in token ids: what they share is tokenized once, and what is sent is what the tokenizer would
-make of each question alone.
+"""Tokenizes the judge's questions: common text is tokenized once, with the same ids as if each question was alone.
 
-A question is the chat template's text around a trace or a beginning of one. The text before the trace is the same for
-all traces of a problem, and a trace's beginnings are parts of the longest of them. Each text is cut where that is safe
-(see token_cuts), each part is tokenized once, and what was cut is looked at again in a window around every cut that is
-not proven to be safe. Where no cut is safe, or a window shows that one is not, the whole is tokenized.
+A question is the chat template's text around a trace or a prefix of one. The text before the trace is the same for
+all traces of a problem, and a trace's prefixes are parts of the longest of them. Each text is cut where that is safe
+(see token_cuts), each part is tokenized once, and a window around every cut that is not proven to be safe is tokenized
+again as a check. Where no cut is safe, or a window differs, the whole question is tokenized.
 
-Where every space behind a word is proven to be a safe cut (see token_splits), each word is tokenized once.
+Where every space after a word is proven to be a safe cut (see token_splits), each word is tokenized once.
 """
 
 import threading
@@ -30,7 +29,7 @@ _KEPT_FRAMES = 4096
 
 @dataclass(frozen=True)
 class _Shared:
-    """How all questions of a frame begin and end, up to and from a safe cut on."""
+    """The common beginning and end of all questions of a frame, up to and from a safe cut."""
 
     head: str
     head_ids: TokenPart
@@ -40,7 +39,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Joint:
-    """A question: as far as `cut` it is the longest one, from there to `end` its own, then the shared tail."""
+    """A question: up to `cut` it equals the longest one, from there to `end` it has its own text, then the tail."""
 
     text: str
     cut: int
@@ -48,10 +47,14 @@ class _Joint:
 
 
 class JudgeTokenizer:
-    """Tokenizes questions under a chat template; for any number of threads at once.
+    """Tokenizes questions under a chat template; safe for use by several threads.
 
-    `characters` and `calls` count what was given to the tokenizer and how often, `wholes` the questions that were
-    tokenized each for itself because they could not be cut.
+    `characters` and `calls` count the characters that were tokenized and the calls of the tokenizer, `uncut` the
+    questions that were tokenized as a whole because they could not be cut.
+
+    Args:
+        tokenizer: the judge's Hugging Face tokenizer.
+        template_args: arguments of its chat template.
     """
 
     def __init__(self, tokenizer: Any, template_args: Mapping[str, Any]):
@@ -64,23 +67,23 @@ class JudgeTokenizer:
             self._words = WordTokens(self._encoded, separator_of(self._backend))
         self._shared: OrderedDict[PromptFrame, _Shared] = OrderedDict()
         self._lock = threading.Lock()
-        self.characters = self.calls = self.wholes = 0
+        self.characters = self.calls = self.uncut = 0
 
-    def request(self, messages: Sequence[Mapping[str, str]]) -> TokenIds:
-        """The chat in tokens, ready for the judge to answer."""
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> TokenIds:
+        """Return the token ids of chat messages, with the generation prompt."""
         return TokenIds(*self._parts([self._rendered(messages)]))
 
-    def requests(self, frame: PromptFrame, traces: Sequence[str]) -> list[TokenIds]:
-        """The chats that show each of `traces` in this frame, in tokens; beginnings of the longest one cost little."""
+    def batch_prompt_ids(self, frame: PromptFrame, traces: Sequence[str]) -> list[TokenIds]:
+        """Return the token ids of this frame with each of `traces`; prefixes of the longest trace cost little."""
         texts = [self._rendered(frame.messages(trace)) for trace in traces]
         joined = self._joined(texts, self._shared_by(frame)) if self._cuts and texts else None
         if joined is None:
-            self.wholes += len(texts)
+            self.uncut += len(texts)
             return [TokenIds(part) for part in self._parts(texts)]
         return joined
 
     def _joined(self, texts: Sequence[str], shared: _Shared) -> list[TokenIds] | None:
-        """The tokens of texts that all begin and end as `shared` says; None where a cut is not safe."""
+        """Return the tokens of texts that all begin and end with `shared`; None where a cut is not safe."""
         if not all(text.startswith(shared.head) and text.endswith(shared.tail) for text in texts):
             return None
         longest, first = max(texts, key=len), len(shared.head)
@@ -99,7 +102,7 @@ class JudgeTokenizer:
     def _joint(self, text: str, longest: str, first: int, tail: int) -> _Joint:
         end = len(text) - tail
         if text is longest:
-            # Cut where the last of the others is, its remainder is as short as theirs.
+            # It is cut where the last of the others is cut, so its remainder is as short as theirs.
             return _Joint(text, self._cuts.last(text, first, end) or first, end)
         common = end if text[:end] == longest[:end] else min(common_prefix(text, longest), end)
         return _Joint(text, self._cuts.last(text, first, common) or first, end)
@@ -148,7 +151,7 @@ class JudgeTokenizer:
         return [TokenPart.of(ids) for ids in self._encoded(texts)]
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text for itself."""
+        """Return the token ids of each text, tokenized by itself."""
         self.calls += 1
         self.characters += sum(map(len, texts))
         if self._backend is None:
@@ -158,7 +161,7 @@ class JudgeTokenizer:
 
 
 def common_prefix(one: str, other: str) -> int:
-    """How many characters both begin with alike."""
+    """Return the length of the common prefix, in characters."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -170,7 +173,7 @@ def common_prefix(one: str, other: str) -> int:
 
 
 def _copied(tokenizer: Any) -> Tokenizer | None:
-    """The fast tokenizer in `tokenizer`, as a copy: padding and truncation change the original."""
+    """Return a copy of the fast tokenizer in `tokenizer`, since padding and truncation change the original."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

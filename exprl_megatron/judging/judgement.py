@@ -1,29 +1,33 @@
-"""A verdict on a trace, or the reason why there is none."""
+"""Judgements: a score of a trace, or an abstention with its reason."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 Granularity = Literal["trace", "prefix", "segment"]
-"""What a judge is shown: the whole trace, all of it up to the end of a segment, or a segment alone."""
+"""What a judge reads: the whole trace, all of it up to the end of a segment, or one segment."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A score in [0, 1] and what it rests on (the judge's words, the verifier's finding); any other: ValueError."""
+    """A score in [0, 1] and its evidence (the judge's answer, or the verifier's finding).
+
+    Raises:
+        ValueError: the score is not in [0, 1].
+    """
 
     value: float
     evidence: str = ""
     hash: str | None = field(default=None, compare=False)
-    """Under which the judgement store has it; None: in no store."""
+    """The judgement's key in the judgement store; None: it is not stored."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.value <= 1:  # neither is what is not a number
+        if not 0 <= self.value <= 1:  # nan fails the comparison too
             raise ValueError(f"a score is in [0, 1], not {self.value}")
 
 
 @dataclass(frozen=True)
 class Abstained:
-    """No verdict: out of the loss, out of the group's statistics, and counted.
+    """No score: the trace is excluded from the loss and from the group's statistics, and counted.
 
     `reason` is a short stable word: unreadable, out-of-range, cut-off, timeout, too-long, refused, server-error,
     verifier-timeout, verifier-error, no-verifier, no-sandbox.
@@ -37,14 +41,14 @@ class Abstained:
 Judgement = Scored | Abstained
 
 
-def judgement_record(judgement: Judgement) -> dict:
-    """In JSON's terms: {kind: Scored | Abstained, and the fields of that}, without a hash that there is not."""
+def judgement_to_dict(judgement: Judgement) -> dict:
+    """Return a judgement as JSON types: `kind` (Scored or Abstained) and its fields; without `hash` if it is None."""
     fields = {name: value for name, value in asdict(judgement).items() if name != "hash" or value is not None}
     return {"kind": type(judgement).__name__} | fields
 
 
 def value_and_evidence(judgement: Judgement | None) -> tuple[float | None, str]:
-    """Return the score and no evidence; None, and why, where there is no score."""
+    """Return the score and no evidence; or None and the reason, where there is no score."""
     if judgement is None:
         return None, "not verified"
     if isinstance(judgement, Scored):

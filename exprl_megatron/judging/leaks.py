@@ -1,8 +1,8 @@
-"""Watches that nothing of a reference reaches the policy.
+"""Checks that no reference reaches the policy.
 
-Two nets. Word n-grams: a request to the policy may share with its problem's reference no run of n words that the
-problem's statement does not have itself. Canaries: a string planted into the references must turn up in no request and
-in no trace. What is found is reported by place and length alone, for messages end in logs.
+There are two checks. Word n-grams: a request to the policy must not share an n-gram with its problem's reference that
+the problem's statement does not have. Canaries: a string planted into the references must not occur in any request or
+trace. Messages contain only positions and lengths, since they are logged.
 """
 
 import re
@@ -18,50 +18,55 @@ from exprl_megatron.config.problems import LeakGuardConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.problems.problem import Problem
 
-FEWEST_WORDS = 4
-"""A shorter reference is not looked for: "x = 4" turns up by chance. One shorter than n words is looked for whole."""
+MIN_WORDS = 4
+"""A reference with fewer words is not checked: "x = 4" occurs by chance. One shorter than n words is checked whole."""
 
-SHORTEST_CANARY = 8
-"""Letters and signs without blanks; a shorter one turns up by chance."""
+MIN_CANARY_LENGTH = 8
+"""In characters without blanks; a shorter canary occurs by chance."""
 
-# Scripts without blanks: each character is a word. Else letters and digits; all other characters part words.
+# In scripts without blanks each character is a word. Elsewhere words are letters and digits.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of a run loses its bits
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of an n-gram loses its bits
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a text shares with a reference beyond what the problem's statement has."""
+    """The n-grams that a text shares with a reference, without those of the problem's statement."""
 
-    runs: int
-    """Places in the text where a shared n-gram begins."""
-    first: int
-    """The first word, counted from 1, that is in one; 0 where there is none."""
-    last: int
-    """The last such word."""
+    matches: int
+    """Number of positions in the text where a shared n-gram begins."""
+    first_word: int
+    """The first word, counted from 1, of a shared n-gram; 0 where there is none."""
+    last_word: int
+    """The last word of a shared n-gram."""
     ngram_words: int
-    """Words in an n-gram: the config's, or all of a shorter reference."""
-    reproduced: float
-    """Share of the reference's n-grams, without those of the statement, that the text has."""
+    """Words in an n-gram: the config's number, or all words of a shorter reference."""
+    coverage: float
+    """Share of the reference's n-grams, without those of the statement, that occur in the text."""
 
 
 NO_OVERLAP = Overlap(0, 0, 0, 0, 0.0)
 
 
 def check_canary(canary: str) -> None:
-    """Raises UserError where `canary` is too short to be one."""
-    if len(_squeezed(canary)) < SHORTEST_CANARY:
-        raise UserError(
-            f"The canary {canary!r} turns up by chance; plant and give one of at least {SHORTEST_CANARY} characters."
-        )
+    """Check the length of a canary.
+
+    Raises:
+        UserError: `canary` is too short.
+    """
+    if len(_squeezed(canary)) < MIN_CANARY_LENGTH:
+        raise UserError(f"The canary {canary!r} occurs by chance; use one of at least {MIN_CANARY_LENGTH} characters.")
 
 
 class LeakGuard:
-    """Knows the references of `problems` as hashed n-grams, each built when its problem is first asked about.
+    """Checks texts against the references of `problems`; safe for use by several threads.
 
-    Of problems that share an id, as in two files of one run, all references and all statements count. For any number
-    of threads at once. Raises UserError where the canary is too short to be one.
+    The hashed n-grams of a reference are built when its problem is first checked. Of problems that share an id, as in
+    two files of one run, all references and all statements count.
+
+    Raises:
+        UserError: the canary is too short.
     """
 
     def __init__(self, config: LeakGuardConfig, problems: Iterable[Problem]):
@@ -77,22 +82,24 @@ class LeakGuard:
         self._lock = threading.Lock()
 
     def check_request(self, problem_id: str, text: str) -> None:
-        """Raise RunStopped where a request to the policy, `text` with its chat template, holds what it must not.
+        """Check a request to the policy; `text` is the whole prompt under its chat template.
 
-        Raises KeyError for a problem that the guard was not given.
+        Raises:
+            RunStopped: the request contains an n-gram of the reference, or the canary.
+            KeyError: the guard does not know the problem.
         """
         overlap = self.overlap(problem_id, text)
-        if overlap.runs:
+        if overlap.matches:
             raise RunStopped(
-                f"Leak guard: a request to the policy for problem {problem_id} shares {overlap.runs} runs of "
-                f"{overlap.ngram_words} words (within its words {overlap.first} to {overlap.last}) with the reference "
-                "that its statement does not have, and leak_guard allows none; see what prompt.system, prompt.user and "
-                "the problem's record put there, or raise leak_guard.ngram_words where it is a common phrase."
+                f"Leak guard: a request to the policy for problem {problem_id} shares {overlap.matches} runs of "
+                f"{overlap.ngram_words} words (within its words {overlap.first_word} to {overlap.last_word}) with the "
+                "reference that its statement does not have, and leak_guard allows none; check prompt.system, "
+                "prompt.user and the problem's record, or raise leak_guard.ngram_words where it is a common phrase."
             )
         if self.has_canary(text):
             raise RunStopped(
-                f"Leak guard: a request to the policy for problem {problem_id} holds leak_guard.canary; see what "
-                "prompt.system, prompt.user and the problem's record put there."
+                f"Leak guard: a request to the policy for problem {problem_id} contains leak_guard.canary; check "
+                "prompt.system, prompt.user and the problem's record."
             )
 
     def check_own_text(self, problem_id: str, text: str) -> None:
@@ -129,34 +136,46 @@ class LeakGuard:
         return self._of_all
 
     @property
-    def watches_traces(self) -> bool:
-        """Whether `check_trace` looks for anything."""
+    def checks_traces(self) -> bool:
+        """Whether there is a canary, for which `check_trace` searches."""
         return self._canary is not None
 
     def check_trace(self, problem_id: str, text: str) -> None:
-        """Raise RunStopped where a trace of the policy holds the canary."""
+        """Check a trace of the policy.
+
+        Raises:
+            RunStopped: the trace contains the canary.
+        """
         if self.has_canary(text):
             raise RunStopped(
-                f"Leak guard: a trace of problem {problem_id} holds leak_guard.canary, so the policy has seen "
-                "references; see what it was trained on (SFT on references or distillation teaches it the canary too)."
+                f"Leak guard: a trace of problem {problem_id} contains leak_guard.canary, so the policy has seen "
+                "references; check its training data (SFT on references or distillation teaches it the canary too)."
             )
 
     def has_canary(self, text: str) -> bool:
-        """Whether the canary is in `text`, whatever the case and the blanks; False without a canary."""
+        """Whether the canary is in `text`, regardless of case and blanks; False without a canary."""
         return self._canary is not None and self._canary in _squeezed(text)
 
-    def guarded(self, problem_id: str) -> bool:
-        """Whether a reference of the problem has anything to look for; KeyError for an unknown problem."""
+    def is_guarded(self, problem_id: str) -> bool:
+        """Whether a reference of the problem has n-grams to search for.
+
+        Raises:
+            KeyError: the guard does not know the problem.
+        """
         return bool(self._references(problem_id))
 
     def overlap(self, problem_id: str, text: str) -> Overlap:
-        """What `text` shares with the problem's reference (the most, of several); KeyError for an unknown problem."""
+        """Return what `text` shares with the problem's reference; of several references, the largest overlap.
+
+        Raises:
+            KeyError: the guard does not know the problem.
+        """
         words = _hashed_words(text)
         found = [_overlap(words, hidden, n) for n, hidden in self._references(problem_id)]
-        return max(found, key=lambda overlap: overlap.runs, default=NO_OVERLAP)
+        return max(found, key=lambda overlap: overlap.matches, default=NO_OVERLAP)
 
     def _references(self, problem_id: str) -> list[tuple[int, np.ndarray]]:
-        """(n, hashes of its n-grams that no statement has) of each reference that has any."""
+        """Return (n, hashes of the n-grams that no statement has) of each reference that has such n-grams."""
         with self._lock:
             if problem_id not in self._hidden:
                 self._hidden[problem_id] = self._hidden_of(problem_id)
@@ -166,22 +185,22 @@ class LeakGuard:
         problems = self._problems[problem_id]
         statements = [_hashed_words(statement) for statement in {problem.statement for problem in problems}]
         texts = {problem.reference.for_judge() for problem in problems if problem.reference is not None}
-        # A planted canary is no part of the solution: a short one has to be found without it too.
+        # A planted canary is not part of the solution: a short solution is searched for without it too.
         solutions = [text.replace(self._config.canary or "", "") for text in sorted(texts)]
         hidden = [_hidden(_hashed_words(text), statements, self._config.ngram_words) for text in solutions]
         return [(n, ngrams) for n, ngrams in hidden if len(ngrams)]
 
 
 def _hidden(reference: np.ndarray, statements: list[np.ndarray], ngram_words: int) -> tuple[int, np.ndarray]:
-    """n and the hashes to look for, sorted, each once."""
+    """Return n and the hashes to search for, uint64 [n-grams], sorted and unique."""
     n = min(ngram_words, len(reference))
-    if n < min(FEWEST_WORDS, ngram_words):
+    if n < min(MIN_WORDS, ngram_words):
         return n, reference[:0]
     return n, np.setdiff1d(_ngrams(reference, n), np.concatenate([_ngrams(words, n) for words in statements]))
 
 
 def _overlap(words: np.ndarray, hidden: np.ndarray, n: int) -> Overlap:
-    """`hidden` is sorted and not empty."""
+    """Compare the words of a text, uint64 [words], with `hidden`, uint64 [n-grams], sorted and not empty."""
     ngrams = _ngrams(words, n)
     nearest = hidden[np.minimum(np.searchsorted(hidden, ngrams), len(hidden) - 1)]
     places = np.flatnonzero(nearest == ngrams)
@@ -193,13 +212,13 @@ def _overlap(words: np.ndarray, hidden: np.ndarray, n: int) -> Overlap:
 
 @lru_cache(maxsize=2)  # the traces of a group share their request, and a trace is compared more than once
 def _hashed_words(text: str) -> np.ndarray:
-    """64-bit hashes of the words, uint64 [words], alike for any case, blanks and punctuation; for this process only."""
+    """Hash the words to uint64 [words], regardless of case, blanks and punctuation; the hashes differ by process."""
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
 
 
 def _ngrams(words: np.ndarray, n: int) -> np.ndarray:
-    """Hashes of all runs of `n` words, uint64 [max(0, words - n + 1)]: a polynomial in the words, modulo 2**64."""
+    """Hash all n-grams of `words`, uint64 [max(0, words - n + 1)]: a polynomial in the words, modulo 2**64."""
     count = max(0, len(words) - n + 1)
     hashes = np.zeros(count, np.uint64)
     for offset in range(n):
@@ -208,5 +227,5 @@ def _ngrams(words: np.ndarray, n: int) -> np.ndarray:
 
 
 def _squeezed(text: str) -> str:
-    """Without case and blanks, which decoding may change."""
+    """Remove case and blanks, which decoding may change."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -1,11 +1,11 @@
-"""Judge prompts: text from files, filled in with data that stays data.
+"""Judge prompts: templates from files, which are filled in with sanitized data.
 
-The shipped prompts have names like `math-trace`, `code-segment-noref` and `science-prefix-checkpoints`: domain, unit
-and what a trace is measured against. They are put together from the pieces in prompts/parts, so that what they share
-is written once. Anything else is one file with a system and a user section.
+The shipped prompts have names like `math-trace`, `code-segment-noref` and `science-prefix-checkpoints`: domain,
+granularity and measure. They are assembled from the pieces in prompts/parts, so that common text is written once. Any
+other prompt is one file with a system and a user section.
 
-prompts/earlier/N holds the pieces of the N-th set of shipped prompts, as they were. A name means the newest prompt; an
-earlier one is selected by the hash of its content alone, and so is an earlier set.
+prompts/earlier/N has the pieces of the N-th set of shipped prompts. A name means the newest prompt; an earlier prompt,
+or an earlier set, is selected only by the hash of its content.
 """
 
 import difflib
@@ -26,74 +26,74 @@ from exprl_megatron.judging.judgement import Granularity
 SHIPPED = Path(__file__).parent / "prompts"
 PARTS = SHIPPED / "parts"
 EARLIER = tuple(sorted(path for path in (SHIPPED / "earlier").iterdir() if path.is_dir()))
-"""The pieces of the shipped prompts of today, and those of earlier ones, the first set first."""
+"""Directories of the current pieces (PARTS) and of earlier sets, the oldest first."""
 PLACEHOLDERS = ("problem", "reference", "rubric", "trace")
 
 Measure = Literal["reference", "noref", "checkpoints"]
-"""What a trace is measured against: the reference, the judge's own knowledge, or a rubric of checkpoints."""
+"""What a trace is compared with: the reference, the judge's own knowledge, or a rubric of checkpoints."""
 PromptOrder = Literal["shared", "upstream"]
-"""Trace last, so that the requests about one problem begin alike; or the reference last, as in the released code, whose
-questions and scales the first set follows: by default this order takes the prompts of that set."""
+"""`shared`: the trace is last, so that the requests about one problem share a prefix. `upstream`: the reference is
+last, as in the released code; by default it uses the first set, which has the questions and scales of that code."""
 
 _SECTION = re.compile(r"^## (system|user)[ \t]*$", re.MULTILINE)
 _PART = re.compile(r"^## ([a-z-]+)[ \t]*$", re.MULTILINE)
 _HASH = re.compile(r"[0-9a-f]{16}")
 _SOUNDNESS = re.compile(r"\bSound: ", re.ASCII)
-# A brace after a letter or a brace belongs to TeX (\boxed{x}, a_{n}), not to us.
+# A brace after a letter or a brace belongs to TeX (\boxed{x}, a_{n}) and is not a placeholder.
 _PLACEHOLDER = re.compile(r"(?<![\w}^\\])\{([a-z_]+)\}")
 _TAG = re.compile(r"</([a-z]+)>")
 
 
 @dataclass(frozen=True)
 class PromptFrame:
-    """The messages that a judge gets about one problem, but for the trace: what all its traces share."""
+    """The messages about one problem without the trace: the part that all traces of the problem share."""
 
     parts: tuple[tuple[str, tuple[str, ...]], ...]
-    """For each message its role and the pieces of its content; between two pieces the trace is shown."""
+    """For each message its role and the pieces of its content; the trace goes between two pieces."""
 
     def messages(self, trace: str) -> list[dict[str, str]]:
-        """The chat about `trace`, which must be plain data already (see DataGuard)."""
+        """Build the chat messages about `trace`, which must be sanitized already (see InjectionGuard)."""
         return [{"role": role, "content": trace.join(pieces)} for role, pieces in self.parts]
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """Templates of the two messages that a judge gets; `{problem}`, `{reference}`, ... are filled in."""
+    """Templates of the two messages to a judge; `{problem}`, `{reference}`, ... are filled in."""
 
     system: str | None
     user: str
 
     @cached_property
     def version(self) -> str:
-        """Hash of the content."""
+        """The hash of the content, 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps([self.system, self.user]).encode()).hexdigest()[:16]
 
     @cached_property
     def placeholders(self) -> frozenset[str]:
-        """Names of all that is filled in."""
+        """Names of the placeholders."""
         return frozenset(_PLACEHOLDER.findall(self._text))
 
     @cached_property
     def tags(self) -> frozenset[str]:
-        """Names of the tags that set off data; what is filled in must not hold them (see DataGuard)."""
+        """Names of the tags around data, which data must not contain (see InjectionGuard)."""
         return frozenset(_TAG.findall(self._text)) | {*PLACEHOLDERS, "checkpoints"}
 
     @cached_property
     def asks_soundness(self) -> bool:
-        """Whether it asks for a line `Sound: ` beside the marks of checkpoints (see Rubric.score)."""
+        """Whether the prompt asks for a line `Sound: ` in addition to the marks of checkpoints (see Rubric.score)."""
         return "rubric" in self.placeholders and _SOUNDNESS.search(self._text) is not None
 
     def messages(
         self, problem: str, reference: str, trace: str, rubric: str = "", guard: Callable[[str], str] = str
     ) -> list[dict[str, str]]:
-        """The chat, with each text filled in as `guard` returns it.
+        """Build the chat messages, with each text sanitized by `guard`.
 
-        All placeholders are filled in one pass: braces within the data are not looked at.
+        All placeholders are filled in one pass, so that braces within the data are not placeholders.
         """
         return self.frame(problem, reference, rubric, guard).messages(guard(trace))
 
     def frame(self, problem: str, reference: str, rubric: str = "", guard: Callable[[str], str] = str) -> PromptFrame:
-        """The same without a trace."""
+        """Build the messages without a trace; arguments as of `messages`."""
         texts = {"problem": problem, "reference": reference, "rubric": rubric}
         data = {name: guard(text) for name, text in texts.items() if name in self.placeholders}
         parts = [("system", self.system), ("user", self.user)]
@@ -105,32 +105,36 @@ class JudgePrompt:
 
 
 def load_prompt(name: str, order: PromptOrder = "shared", shows: str = "trace") -> JudgePrompt:
-    """The prompt shipped under `name`, that whose content has this hash (`JudgePrompt.version`), or that in the file of
-    this path.
+    """Load a judge prompt. A prompt file is text with the sections `## system` (optional) and `## user`.
 
-    A prompt file is text with the sections `## system` (optional) and `## user`; `order` is about the shipped prompts
-    that are put together. Raises UserError where the file is missing, has no user section, names an unknown
-    placeholder or does not have the placeholder `shows`.
+    Args:
+        name: the name of a shipped prompt, the hash of one (`JudgePrompt.version`), or the path of a file.
+        order: the order of the sections, for shipped prompts that are assembled.
+        shows: the placeholder that the prompt must have.
+
+    Raises:
+        UserError: the file does not exist, has no user section, has an unknown placeholder, or does not have the
+            placeholder `shows`.
     """
     if name in shipped_names():
         return shipped_prompt(*shipped_names()[name], order)
     if _HASH.fullmatch(name) and name in _prompts_by_hash():
-        prompt, place = _prompts_by_hash()[name], name
+        prompt, source = _prompts_by_hash()[name], name
     else:
-        prompt, place = _from_file(name)
+        prompt, source = _from_file(name)
     if unknown := sorted(prompt.placeholders - set(PLACEHOLDERS)):
         raise UserError(
-            f"The judge prompt {place} has the unknown placeholder {{{unknown[0]}}}; "
+            f"The judge prompt {source} has the unknown placeholder {{{unknown[0]}}}; "
             f"the known ones are {', '.join(PLACEHOLDERS)}."
         )
     if shows not in prompt.placeholders:
-        raise UserError(f"The judge prompt {place} never shows the {shows}; put {{{shows}}} into its user section.")
+        raise UserError(f"The judge prompt {source} never shows the {shows}; put {{{shows}}} into its user section.")
     return prompt
 
 
 @cache
 def shipped_names() -> dict[str, tuple[BuiltInDomain, Granularity, Measure]]:
-    """Names of the prompts that are put together."""
+    """Return the names of the shipped prompts with their domain, granularity and measure."""
     return {
         f"{domain}-{granularity}" + ("" if measure == "reference" else f"-{measure}"): (domain, granularity, measure)
         for domain in get_args(BuiltInDomain)
@@ -146,10 +150,18 @@ def shipped_prompt(
     order: PromptOrder = "shared",
     prompt_set: str | None = None,
 ) -> JudgePrompt:
-    """The shipped prompt for judging this part of a trace by this measure.
+    """Assemble the shipped prompt of a domain, granularity and measure.
 
-    `prompt_set` is the hash of a set of shipped prompts (see `prompt_set_hash`); None: today's, or the first one for
-    the order `upstream`. Raises UserError where there is no such set, or the domain is not built in.
+    Args:
+        domain: a built-in domain.
+        granularity: what part of a trace is judged.
+        measure: what it is compared with.
+        order: the order of the sections.
+        prompt_set: hash of a set of shipped prompts (see `prompt_set_hash`); None: the current set, or the first one
+            for the order `upstream`.
+
+    Raises:
+        UserError: there is no such set, or the domain is not built in.
     """
     if domain not in get_args(BuiltInDomain):
         setting = {"trace": "judge.prompt", "prefix": "judge.prefix_prompt", "segment": "judge.segment_prompt"}
@@ -162,17 +174,21 @@ def shipped_prompt(
 
 
 def prompt_set_hash(order: PromptOrder = "shared", prompt_set: str | None = None) -> str:
-    """SHA-256 (hex) over the versions of all prompts of a set, in the order `shared`; arguments as shipped_prompt."""
+    """Hash the versions of all prompts of a set in the order `shared` (SHA-256, hex); arguments as of `shipped_prompt`.
+
+    Raises:
+        UserError: there is no such set.
+    """
     return _set_hash(_set_parts(order, prompt_set))
 
 
 def is_shipped_hash(content: str) -> bool:
-    """Whether a shipped prompt, or a set of them, of today or of earlier, has this hash."""
+    """Whether a current or earlier shipped prompt, or a set of them, has this hash."""
     return content in _prompts_by_hash() or content in map(_set_hash, (*EARLIER, PARTS))
 
 
 def _set_parts(order: PromptOrder, prompt_set: str | None) -> Path:
-    """The directory of a set's pieces."""
+    """Return the directory of a set's pieces."""
     if prompt_set is None:
         return EARLIER[0] if order == "upstream" else PARTS
     known = {_set_hash(parts): parts for parts in (*EARLIER, PARTS)}
@@ -191,7 +207,7 @@ def _set_hash(parts: Path) -> str:
 
 @cache
 def _prompts_by_hash() -> dict[str, JudgePrompt]:
-    """All prompts of all sets, in both orders, and the rubric builders, by version."""
+    """Return all prompts of all sets, in both orders, and the rubric builders, by version."""
     sets = product((*EARLIER, PARTS), shipped_names().values(), get_args(PromptOrder))
     prompts = [_assembled(parts, *case, order) for parts, case, order in sets]
     prompts += [_parsed(path / "rubric-builder.md") for path in (*EARLIER, SHIPPED)]
@@ -224,7 +240,7 @@ def _parts(path: Path) -> dict[str, str]:
 
 
 def _from_file(name: str) -> tuple[JudgePrompt, str]:
-    """The prompt in the shipped or other file of this name, and the file's path."""
+    """Read the prompt in the shipped or other file of this name; returns it with the file's path."""
     path = SHIPPED / f"{name}.md"
     if not path.is_file():
         path = Path(name).expanduser()
@@ -254,7 +270,7 @@ def _parsed(path: Path) -> JudgePrompt:
 
 
 def _pieces(template: str, data: dict[str, str]) -> tuple[str, ...]:
-    """The template with `data` filled in, cut where it shows the trace."""
+    """Fill `data` into the template, and cut it at each `{trace}`."""
     pieces, end = [""], 0
     for match in _PLACEHOLDER.finditer(template):
         pieces[-1] += template[end : match.start()]

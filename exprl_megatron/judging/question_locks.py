@@ -1,4 +1,4 @@
-"""Coalescing of equal questions: of several callers with the same question one asks, the others wait for its answer."""
+"""Coalesces equal questions: of several callers with the same question one sends it, the others wait for its answer."""
 
 import asyncio
 import weakref

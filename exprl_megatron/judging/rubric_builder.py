@@ -9,40 +9,47 @@ from typing import Any
 
 from exprl_megatron.config.judging import JudgeConfig
 from exprl_megatron.judging.answers import Answer, JudgeQuestion
-from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgeServers
+from exprl_megatron.judging.asking import REQUEST_GRACE_S, JudgePool
 from exprl_megatron.judging.content_key import content_key
-from exprl_megatron.judging.data import DataGuard
+from exprl_megatron.judging.injection_guard import InjectionGuard
 from exprl_megatron.judging.judgement import Abstained
 from exprl_megatron.judging.prompt import PromptFrame, load_prompt
-from exprl_megatron.judging.rubric import Rubric, RubricError, checked_rubric, rubric_schema
-from exprl_megatron.judging.store import TRANSIENT, JudgementStore
+from exprl_megatron.judging.rubric import Rubric, RubricError, parse_rubric, rubric_schema
+from exprl_megatron.judging.store import TRANSIENT_REASONS, JudgementStore
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.utils.thinking import mask_thinking
 
 _NO_RUBRIC = "null"
-"""What the store holds where no rubric passed its checks."""
+"""The stored text where no rubric passed its checks."""
 
 
 class RubricBuilder:
-    """Builds, remembers and stores the rubric of each problem; use within one event loop.
+    """Builds, caches and stores the rubric of each problem; use it within one event loop.
 
     `fallbacks` counts, by reason, the problems that are judged by their reference alone because no rubric passed its
-    checks (`failed-checks`), or none came (`too-long`, `refused`, `timeout`, `server-error`). The last two are not
-    held against the problem: who needs the rubric next asks again.
+    checks (`failed-checks`), or the request failed (`too-long`, `refused`, `timeout`, `server-error`). After the last
+    two the next caller requests the rubric again.
+
+    Args:
+        config: the section `judge` of the run's config.
+        servers: clients of the judge's servers.
+        tokens: returns the token ids of chat messages under the judge's template.
+        guard: returns the guard for a prompt with these tags (see InjectionGuard).
+        context_tokens: longest request plus answer, in tokens.
+        identity: what distinguishes the judge from others in the store's keys.
+        store: the judgement store, if there is one.
     """
 
     def __init__(
         self,
         config: JudgeConfig,
-        servers: JudgeServers,
+        servers: JudgePool,
         tokens: Callable[[list], Awaitable[Sequence[int]]],
-        guard: Callable[[frozenset[str]], DataGuard],
+        guard: Callable[[frozenset[str]], InjectionGuard],
         context_tokens: int,
         identity: Mapping[str, Any],
         store: JudgementStore | None,
     ):
-        """`tokens` puts messages into the judge's template, `guard` makes data plain for a prompt with such tags,
-        `identity` tells the judge from others in the store's keys."""
         self._config = config
         self._servers = servers
         self._tokens = tokens
@@ -56,10 +63,12 @@ class RubricBuilder:
         self.fallbacks: Counter[str] = Counter()
 
     async def rubric(self, problem: Problem) -> Rubric | None:
-        """The problem's rubric, or None where it has to be judged by its reference alone.
+        """Return the problem's rubric, or None where the problem has to be judged by its reference alone.
 
-        Raises ServerError where no server is alive. Of those who ask at the same time one builds; where that one is
-        cancelled, the next does.
+        Of several callers at the same time one builds the rubric; if that one is canceled, the next does.
+
+        Raises:
+            ServerError: no server of the judge is healthy.
         """
         key = self._key(problem)
         if key not in self._known:
@@ -69,20 +78,20 @@ class RubricBuilder:
         return self._known[key]
 
     async def _found(self, problem: Problem, key: str) -> Rubric | None:
-        """The rubric from the store, or a new one; whatever is final is remembered and stored."""
+        """Return the rubric from the store, or a new one; a final result is cached and stored."""
         rubric: Rubric | Abstained
-        kept = None if self._store is None else await asyncio.to_thread(self._store.find_rubric, key)
-        if kept == _NO_RUBRIC:
+        stored = None if self._store is None else await asyncio.to_thread(self._store.find_rubric, key)
+        if stored == _NO_RUBRIC:
             rubric = Abstained("failed-checks")
-        elif kept is not None:
-            rubric = checked_rubric(kept, self._reference(problem))
+        elif stored is not None:
+            rubric = parse_rubric(stored, self._reference(problem))
         else:
             rubric = await self._built(problem, key)
         if isinstance(rubric, Rubric):
             self._known[key] = rubric
             return rubric
         self.fallbacks[rubric.reason] += 1
-        if rubric.reason not in TRANSIENT:
+        if rubric.reason not in TRANSIENT_REASONS:
             self._known[key] = None
         return None
 
@@ -94,19 +103,19 @@ class RubricBuilder:
             return Abstained("too-long")
         home = zlib.crc32(problem.id.encode())
 
-        def read(answer: Answer) -> Rubric | Abstained:
+        def parse(answer: Answer) -> Rubric | Abstained:
             try:
-                return checked_rubric(mask_thinking(answer.text), self._reference(problem))
+                return parse_rubric(mask_thinking(answer.text), self._reference(problem))
             except RubricError as error:
                 return Abstained("failed-checks", str(error))
 
         questions = self._questions(frame, input_ids, home)
-        rubric, answer = await self._servers.ask(questions, home, self._config.rubric.deadline_s, read)
+        rubric, answer = await self._servers.ask(questions, home, self._config.rubric.deadline_s, parse)
         final = isinstance(rubric, Rubric) or rubric.reason == "failed-checks"
         if self._store is not None and final:
             asked = {"problem": problem.id, "messages": messages, **self._identity}
             text = rubric.to_json() if isinstance(rubric, Rubric) else _NO_RUBRIC
-            await asyncio.to_thread(self._store.keep_rubric, key, asked, answer, text)
+            await asyncio.to_thread(self._store.add_rubric, key, asked, answer, text)
         return rubric
 
     def _questions(self, frame: PromptFrame, input_ids: Sequence[int], seed: int) -> Iterator[JudgeQuestion]:
@@ -124,7 +133,7 @@ class RubricBuilder:
             )
 
     def _reference(self, problem: Problem) -> str:
-        """As the builder reads it, and therefore quotes it."""
+        """The reference as the builder reads it, and therefore quotes it."""
         return self._guard(_solution(problem))
 
     def _key(self, problem: Problem) -> str:
@@ -139,7 +148,7 @@ class RubricBuilder:
 
 
 def _solution(problem: Problem) -> str:
-    """The text of the problem's reference; ValueError where it has none, as a rubric is made from it."""
+    """Return the text of the problem's reference; raises ValueError where it has none."""
     if problem.reference is None:
         raise ValueError(f"a rubric needs a reference, but problem {problem.id!r} has none")
     return problem.reference.for_judge()

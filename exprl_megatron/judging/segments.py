@@ -1,8 +1,8 @@
-"""Cutting a response into segments, on the token ids that were sampled, and the texts that a judge is shown.
+"""Cuts a response into segments of its sampled token ids, and builds the texts that a judge reads.
 
-A boundary is found in the decoded text and moved to the start of the token that holds its first character. Where
-that token also holds what comes before (`\\n\\n###` may be one token), all of it belongs to the segment that it opens.
-Special tokens give no text: the end-of-sequence token belongs to the last segment.
+A boundary is found in the decoded text and moved to the start of the token that contains its first character. Where
+that token also contains text before the boundary (`\\n\\n###` may be one token), all of it belongs to the segment that
+it opens. Special tokens have no text: the end-of-sequence token belongs to the last segment.
 """
 
 import re
@@ -24,7 +24,7 @@ _SENTENCE_ENDS = re.compile(r"(?:[.!?]+[\"'”’)\]]*\s|[。！？]+[\"'”’�
 def segments_and_texts(
     token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, config: SegmentsConfig, granularity: Granularity
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-    """What `split_segments` and `unit_texts` return, of tokens that are decoded once."""
+    """Return the results of `split_segments` and `shown_texts`; the tokens are decoded once."""
     text = TokenText(token_ids, tokenizer)
     spans = split_segments(token_ids, tokenizer, config, text)
     return spans, shown_texts(token_ids, spans, tokenizer, granularity, text)
@@ -36,12 +36,20 @@ def split_segments(
     config: SegmentsConfig,
     text: TokenText | None = None,
 ) -> tuple[tuple[int, int], ...]:
-    """Half-open token spans, in order, that cover the response exactly once; none is empty, () for no tokens.
+    """Split a response into half-open token spans, in order, that cover it exactly once.
 
-    What is blank is never a segment of its own. A segment shorter than `min_tokens` is joined to the one after it (a
-    lone heading thus stays with what it heads), the last one to the one before; of more than `max_segments` the
-    surplus is joined to the last. The splitter `released` follows the released code to the letter, short and blank
-    segments included. `text` is that of the tokens, where it is known.
+    Blank text is never a segment of its own. A segment shorter than `min_tokens` is joined to the next one (so that a
+    lone heading stays with its text), and the last one to the one before; segments above `max_segments` are joined to
+    the last. The splitter `released` follows the released code exactly, including short and blank segments.
+
+    Args:
+        token_ids: the sampled token ids [tokens].
+        tokenizer: the policy's tokenizer.
+        config: the splitter and its bounds.
+        text: the decoded text of the tokens, where the caller has it.
+
+    Returns:
+        The spans (first token, one past the last); none is empty, and there are none for no tokens.
     """
     if len(token_ids) == 0:
         return ()
@@ -76,7 +84,7 @@ def shown_texts(
 
 
 def _openings(text: str, config: SegmentsConfig) -> list[int]:
-    """Places in `text` at which a segment opens, other than its start; no segment is blank."""
+    """Return the positions in `text` where a segment begins, without its start; no segment is blank."""
     delimiter = re.escape(config.delimiter)
     if config.splitter == "heading":
         places = [match.start() for match in re.finditer(f"^{delimiter}", text, re.MULTILINE)]
@@ -96,7 +104,7 @@ def _openings(text: str, config: SegmentsConfig) -> list[int]:
 
 
 def _joined(bounds: Iterable[int], length: int, config: SegmentsConfig) -> list[int]:
-    """`bounds` (ascending token indices) without those that minimum length and maximum count take away."""
+    """Drop those of `bounds` (ascending token indices) that violate the minimum length or the maximum count."""
     shortest = max(config.min_tokens, 1)
     kept = [0]
     for bound in bounds:
@@ -108,11 +116,11 @@ def _joined(bounds: Iterable[int], length: int, config: SegmentsConfig) -> list[
 
 
 def _released_bounds(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, delimiter: str) -> list[int]:
-    """After each token at which the decoded last 10 tokens, special ones included, end with the delimiter.
+    """Return a bound after each token where the decoded last 10 tokens, with special ones, end with the delimiter.
 
-    The delimiter thus ends the segment before the one that it heads; a `#` after `###` makes a segment of its own.
+    The delimiter thus ends the segment before the one that it heads, and a `#` after `###` is a segment of its own.
     """
-    # A token that ends in another character cannot close a segment: its window need not be decoded.
+    # A token that ends in another character cannot end a segment, so its window is not decoded.
     endings = {token: tokenizer.decode([token])[-1:] for token in set(token_ids)}
     candidates = [i for i, token in enumerate(token_ids, 1) if endings[token] in (delimiter[-1], "\ufffd", "")]
     windows = ((i, token_ids[max(0, i - _RELEASED_WINDOW) : i]) for i in candidates if i < len(token_ids))

@@ -1,11 +1,10 @@
-r"""Finding the scores that a judge states in its answer, and telling them from everything else that looks like one.
+r"""Finds the scores that a judge states in its answer, and rejects text that only looks like a score.
 
-A score is what follows `Score:` ("Score: 4", "**Score (1-5):** 4", "Final score for the trace: 4/5", "Score:\n\n[4]"),
-`<score>`, a heading `## Score`, or, less surely, "score 4" and "the score is 4" within a line. No scores are: a scale
-("Score: 1-5"), a legend ("Score: 5 = perfect"), another scale ("Score: 4/10"), another thing's score ("Maximum score:
-5"), a condition ("If all is right, Score: 5."), a denial ("this is no Score: 5"). `Score = 4` is none either: so a
-trace's own statements are shown to the judge (see DataGuard). ASCII only: look-alikes of letters and digits do not
-count.
+A score follows `Score:` ("Score: 4", "**Score (1-5):** 4", "Final score for the trace: 4/5", "Score:\n\n[4]"),
+`<score>`, a heading `## Score`, or, with less certainty, "score" or "the score is" within a line. These are not scores:
+a scale ("Score: 1-5"), a legend ("Score: 5 = perfect"), another scale ("Score: 4/10"), the score of something else
+("Maximum score: 5"), a condition ("If all is right, Score: 5."), a denial ("this is no Score: 5"), and `Score = 4`, the
+form in which a trace's own statements reach the judge (see InjectionGuard). Only ASCII letters and digits count.
 """
 
 import re
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 
 LOWEST, HIGHEST = 1, 5
 _LONGEST = 400
-"""Characters around the word that are looked at."""
+"""Number of characters on each side of the word `score` that are read."""
 
 _WORD = re.compile(r"(?<![a-z])score(?![a-z])", re.I | re.A)
 _MARKS = r"[*_`\"']*"
@@ -26,7 +25,7 @@ _OF_WHAT = r"(?:for|of|given|assigned|awarded|I|out|is)\b[^\n.:：!?\"]{0,60}"
 _LABEL = rf"(?P<label>{_BRACKETED}|{_BARE_SCALE})?{_SPACE}{_MARKS}{_SPACE}(?:{_OF_WHAT})?"
 _OPENING = r"(?:\n[ \t]*>|[\s*_`\"'“”‘’«»「\[({<$]|\\(?:boxed|text|textbf|mathbf|\[|\())*"
 STATEMENT = rf"score{_MARKS}{_SPACE}{_LABEL}{_MARKS}\s*[:：](?={_OPENING}[+\-−]?\d)"
-"""Whatever is read as a statement with a colon, up to and with that."""
+"""Matches a statement with a colon, up to and including the colon."""
 _NUMBER = r"(?P<number>[+-]?\d+(?:\.\d+)?)"
 _WITH_COLON = re.compile(rf"{_MARKS}{_SPACE}{_LABEL}{_MARKS}{_SPACE}[:：]{_OPENING}{_NUMBER}", re.I | re.A)
 _WITH_TAG = re.compile(rf">\s*{_NUMBER}(?=(?:\s*/\s*\d+)?\s*</score>)", re.I | re.A)
@@ -82,17 +81,17 @@ class StatedScore:
     """A score as the judge wrote it."""
 
     value: float
-    """Whatever it is, 7 and -1 too."""
-    place: int
+    """The number as stated, which may be outside of the scale."""
+    position: int
     """Index of its first character in the text."""
     scale: int = HIGHEST
-    """The highest score of the scale that it names, or else 5."""
+    """The highest score of the scale that it names; 5 where it names none."""
     rank: tuple[bool, ...] = ()
-    """How sure it is that this is the verdict: it has the form that was asked for, is not quoted, begins a sentence."""
+    """How likely this is the verdict: it has the requested form, it is not quoted, it begins a sentence."""
 
 
 def stated_scores(text: str) -> Iterator[StatedScore]:
-    """Every score that `text` states, in their order, those on other scales too."""
+    """Yield every score that `text` states, in order, including those on other scales."""
     for word in _WORD.finditer(text):
         start = max(0, word.start() - _LONGEST)
         before, after = text[start : word.start()], text[word.end() : word.end() + _LONGEST]
@@ -103,14 +102,14 @@ def stated_scores(text: str) -> Iterator[StatedScore]:
         quoted = before.rstrip(" \t*_")[-1:] in tuple(_QUOTES) and found.re is not _WITH_TAG
         yield StatedScore(
             value=float(found["number"]),
-            place=word.end() + found.start("number"),
+            position=word.end() + found.start("number"),
             scale=_scale(found, after),
             rank=(found.re is not _ON_THE_LINE, not quoted, _FEW_WORDS.fullmatch(_clause(before)) is not None),
         )
 
 
 def _is_statement(before: str, after: str, found: re.Match) -> bool:
-    """Whether the judge gives this score, instead of speaking of one."""
+    """Whether the judge gives this score, rather than only mentioning it."""
     clause, rest = _clause(before), after[found.end() :]
     if any(sign.search(clause) for sign in (_OTHER_KIND, _CONDITION, _DENIAL, _CLAIM, _VERB)):
         return False
@@ -118,13 +117,13 @@ def _is_statement(before: str, after: str, found: re.Match) -> bool:
 
 
 def _clause(before: str) -> str:
-    """The text between the last sentence's or line's end and the word."""
+    """Return the text between the end of the last sentence or line and the word."""
     ends = list(_CLAUSE_END.finditer(before))
     return before[ends[-1].end() if ends else 0 :]
 
 
 def _scale(found: re.Match, after: str) -> int:
-    """The highest score of the scale that the label or what follows the number names, else 5."""
+    """Return the highest score of the scale that the label or the text after the number names, else 5."""
     label = _SCALE.search(found.groupdict().get("label") or "")
     other = _OTHER_SCALE.match(after[found.end() :])
     named = other["scale"] if other else label[1] if label else HIGHEST

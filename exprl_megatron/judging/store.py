@@ -1,8 +1,8 @@
-"""Rubrics and judgements on disk, keyed by the content of what was asked, so that nothing is asked twice.
+"""Stores rubrics and judgements on disk, by the content of the question, so that no question is asked twice.
 
-A SQLite file in WAL mode. What is kept is committed when the call returns, or when its future is done: kill -9 takes
-back nothing of it, and a power failure at most the last moments. Any number of processes of one machine may read and
-write at once; of two that keep the same key the first wins.
+The store is a SQLite file in WAL mode. A row is committed when the call returns, or when its future is done: kill -9
+loses no committed row, and a power failure at most the last moments. Several processes of one machine may read and
+write at the same time; of two that add the same key the first wins.
 """
 
 import json
@@ -17,12 +17,13 @@ from pathlib import Path
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
-from exprl_megatron.judging.store_file import has_version_1, open_store, unusable
+from exprl_megatron.judging.store_file import has_version_1, open_store, store_error
 from exprl_megatron.judging.store_texts import StoredTexts
 
-TRANSIENT = frozenset({"timeout", "server-error"})
-"""Abstentions that say something about the servers and nothing about the trace: another time may bring a verdict."""
-SHORTEST_PREFIX = 6
+TRANSIENT_REASONS = frozenset({"timeout", "server-error"})
+"""Reasons of abstentions that are about the servers and not about the trace: a later request may give a score."""
+MIN_PREFIX_LENGTH = 6
+"""Hexadecimal digits by which an entry can be looked up."""
 
 # Text goes in as bytes, because SQLite's binding refuses the lone surrogates that a JSON answer may hold.
 _KEEP_RUBRIC = """
@@ -39,30 +40,30 @@ _RUBRICS = "SELECT key, created, asked, answer, rubric FROM rubrics"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What went into a question about a trace, or a beginning of one, so that what many questions share is kept once.
+class StoredQuestion:
+    """A question about a trace, or a prefix of one, in the parts that are stored once for many questions.
 
-    `frame` is JSON; where a message's content is a list there, the trace's text is between its pieces.
+    `frame` is JSON; where a message's content is a list, the text of the trace goes between its pieces.
     """
 
     frame: bytes
     trace: str | None = None
-    """The whole trace, as the judge is shown it; None where the frame is all."""
-    shown: int = 0
-    """How many of its characters the question shows."""
+    """The whole trace, sanitized; None where the frame is the whole question."""
+    num_chars: int = 0
+    """Number of characters of the trace that the question contains."""
 
     @classmethod
-    def of(cls, asked: dict) -> "Asked":
-        """Of what went into any question, in JSON's types."""
-        return cls(json.dumps(asked, separators=(",", ":")).encode())
+    def from_dict(cls, question: dict) -> "StoredQuestion":
+        """Make a question of one part from JSON types."""
+        return cls(json.dumps(question, separators=(",", ":")).encode())
 
-    def whole(self) -> dict:
-        """All that went into the question."""
+    def to_dict(self) -> dict:
+        """Return the whole question as JSON types."""
         asked = json.loads(self.frame)
         if self.trace is not None:
             for message in asked["messages"]:
                 if isinstance(message["content"], list):
-                    message["content"] = self.trace[: self.shown].join(message["content"])
+                    message["content"] = self.trace[: self.num_chars].join(message["content"])
         return asked
 
 
@@ -71,10 +72,10 @@ class Entry:
     """One row of the store."""
 
     key: str
-    asked: dict
-    """What went into the question, as the asker kept it."""
+    question: dict
+    """The question as JSON types."""
     answer: str
-    """The language model's words."""
+    """The answer of the language model."""
     created: float
     """Seconds since the epoch."""
     result: Judgement | str
@@ -86,31 +87,32 @@ class _Row:
     """A judgement that waits to be written."""
 
     key: bytes
-    asked: Asked
+    question: StoredQuestion
     answer: bytes
     judgement: Judgement
     created: float
 
 
 class JudgementStore:
-    """The store in the file `path`, made where there is none; for any number of threads at once.
+    """The store in the file `path`, which is created if it does not exist; safe for use by several threads.
 
-    Judgements are written in a thread of the store's own: all that come while it writes go into one transaction.
+    Judgements are written in a thread of the store: all that arrive while it writes go into one transaction.
 
-    Raises UserError, here and in every call, where the file is not such a store, was made by another version, is
-    damaged, or cannot be read or written.
+    Raises:
+        UserError: (also in every method) the file is not a judgement store, was made by another version, is damaged,
+            or cannot be read or written.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._reader, self._writer = _Side(self.path), _Side(self.path)
+        self._reader, self._writer = _Connection(self.path), _Connection(self.path)
         self._has_version_1 = has_version_1(self._reader.connection)
         self._waiting: list[tuple[list[_Row], Future[None]]] = []
         self._waiting_lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "judgement-store")
 
     def close(self) -> None:
-        """Write what waits, and release the file."""
+        """Write the pending judgements, and close the file."""
         self._thread.shutdown()
         self._reader.close()
         self._writer.close()
@@ -122,32 +124,32 @@ class JudgementStore:
         self.close()
 
     def find_judgement(self, key: str) -> Judgement | None:
-        """What was kept under `key`, bit for bit, or None."""
+        """Return the judgement stored under `key`, bit for bit, or None."""
         return self.find_judgements([key])[0]
 
     def find_judgements(self, keys: Sequence[str]) -> list[Judgement | None]:
-        """The same for each of `keys`."""
+        """Return the judgement stored under each of `keys`, or None."""
         with self._reader.lock:
             return [self._found(key) for key in keys]
 
-    def keep_judgement(self, key: str, asked: dict | Asked, answer: str, judgement: Judgement) -> None:
-        """Keep a judgement, what was asked (a dict: in JSON's types) and the judge's whole answer.
+    def add_judgement(self, key: str, asked: dict | StoredQuestion, answer: str, judgement: Judgement) -> None:
+        """Add a judgement with its question and the whole answer of the judge, and wait until it is on disk.
 
-        Does nothing where `key` (hexadecimal) has one already, or where the judgement is a transient abstention.
+        Does nothing where `key` (hexadecimal) has a judgement already, or where this one is a transient abstention.
         """
-        asked = asked if isinstance(asked, Asked) else Asked.of(asked)
-        self.keep_judgements_soon([(key, asked, answer, judgement)]).result()
+        asked = asked if isinstance(asked, StoredQuestion) else StoredQuestion.from_dict(asked)
+        self.submit_judgements([(key, asked, answer, judgement)]).result()
 
-    def keep_judgements_soon(self, kept: Sequence[tuple[str, Asked, str, Judgement]]) -> Future[None]:
-        """The same for several (key, what was asked, answer, judgement), in one transaction, without waiting.
+    def submit_judgements(self, judgements: Sequence[tuple[str, StoredQuestion, str, Judgement]]) -> Future[None]:
+        """Add several (key, question, answer, judgement) in one transaction, without waiting.
 
-        All are on disk when the future is done.
+        All of them are on disk when the future is done.
         """
         written: Future[None] = Future()
-        written.set_running_or_notify_cancel()  # who no longer waits takes nothing back
+        written.set_running_or_notify_cancel()  # a caller that no longer waits does not cancel the write
         rows = [
             _Row(bytes.fromhex(key), asked, _bytes(answer), judgement, time.time())
-            for key, asked, answer, judgement in kept
+            for key, asked, answer, judgement in judgements
             if is_final(judgement)
         ]
         if not rows:
@@ -160,25 +162,26 @@ class JudgementStore:
         return written
 
     def find_rubric(self, key: str) -> str | None:
-        """The rubric (JSON text) kept under `key`, or None."""
+        """Return the rubric (JSON text) stored under `key`, or None."""
         with self._reader.lock:
             rows = self._reader.run("SELECT rubric FROM rubrics WHERE key = ?", (key,))
         return rows[0][0] if rows else None
 
-    def keep_rubric(self, key: str, asked: dict, answer: str, rubric: str) -> None:
-        """Keep a rubric (JSON text), what was asked and the whole answer; nothing where `key` has one already."""
+    def add_rubric(self, key: str, asked: dict, answer: str, rubric: str) -> None:
+        """Add a rubric (JSON text) with its question and answer; does nothing where `key` has a rubric already."""
         packed = zlib.compress(json.dumps(asked, separators=(",", ":")).encode(), level=1)
         with self._writer.lock:
             self._writer.run(_KEEP_RUBRIC, (key, packed, _bytes(answer), _bytes(rubric), time.time()))
 
     def entry(self, prefix: str) -> Entry:
-        """The one row whose key begins with `prefix`, hexadecimal and at least SHORTEST_PREFIX long.
+        """Return the one row whose key begins with `prefix`, hexadecimal and at least MIN_PREFIX_LENGTH long.
 
-        Raises UserError, naming the nearest keys, where there is none or more than one.
+        Raises:
+            UserError: no row or more than one has this prefix; the message names the nearest keys.
         """
         prefix = prefix.strip().lower()
-        if len(prefix) < SHORTEST_PREFIX or prefix.strip("0123456789abcdef"):
-            raise UserError(f"{prefix!r} is no hash; give at least {SHORTEST_PREFIX} of its hexadecimal digits.")
+        if len(prefix) < MIN_PREFIX_LENGTH or prefix.strip("0123456789abcdef"):
+            raise UserError(f"{prefix!r} is not a hash; give at least {MIN_PREFIX_LENGTH} of its hexadecimal digits.")
         found = self._beginning(prefix)
         if len(found) == 1:
             return found[0]
@@ -186,15 +189,15 @@ class JudgementStore:
             raise UserError(
                 f"{len(found)} hashes in {self.path} begin with {prefix}: {_listed(found)}; give more digits."
             )
-        near = self._beginning(prefix[:SHORTEST_PREFIX])
-        which = "that begin alike are" if near else "kept last are"
+        near = self._beginning(prefix[:MIN_PREFIX_LENGTH])
+        which = "similar ones" if near else "the newest ones"
         raise UserError(
-            f"There is nothing under {prefix} in {self.path}; give another hash, those {which} "
-            f"{_listed(near or self.newest(5)) or 'none, for the store is empty'}."
+            f"There is nothing under {prefix} in {self.path}; give another hash, {which} are "
+            f"{_listed(near or self.newest(5)) or 'none, since the store is empty'}."
         )
 
     def newest(self, count: int) -> list[Entry]:
-        """The rows kept last, newest first."""
+        """Return the `count` newest rows, newest first."""
         found = self._entries("ORDER BY rowid DESC LIMIT ?", (count,), (count,))
         return sorted(found, key=lambda entry: entry.created, reverse=True)[:count]
 
@@ -206,7 +209,7 @@ class JudgementStore:
         return sorted(found, key=lambda entry: entry.key)
 
     def _entries(self, clause: str, parameters: tuple, blob_parameters: tuple) -> list[Entry]:
-        """The rows of each table that `clause` picks; keys are text, but for those of judgements (blobs)."""
+        """Return the rows of each table that `clause` selects; keys are text, but blobs in the table of judgements."""
         with self._reader.lock:
             run = self._reader.run
             entries = [_rubric_entry(*row) for row in run(f"{_RUBRICS} {clause}", parameters)]
@@ -229,12 +232,12 @@ class JudgementStore:
     def _entry(self, key: bytes, created: float, frame: int, trace: int | None, shown: int | None, *rest) -> Entry:
         texts = self._reader.texts
         answer, judgement = self._judgement(frame, trace, shown, *rest)
-        asked = Asked(texts.read(frame), None if trace is None else _text(texts.read(trace)), shown or 0)
-        return Entry(key.hex(), asked.whole(), answer, created, judgement)
+        question = StoredQuestion(texts.read(frame), None if trace is None else _text(texts.read(trace)), shown or 0)
+        return Entry(key.hex(), question.to_dict(), answer, created, judgement)
 
     def _judgement(self, frame, trace, _shown, answer, value, reason, evidence) -> tuple[str, Judgement]:
-        words = _text(self._reader.texts.unpacked(answer, frame, trace))
-        because = words if evidence is None else _text(self._reader.texts.unpacked(evidence, frame, trace))
+        words = _text(self._reader.texts.decompress(answer, frame, trace))
+        because = words if evidence is None else _text(self._reader.texts.decompress(evidence, frame, trace))
         return words, self._verdict(value, reason, because)
 
     def _verdict(self, value: float | None, reason: str | None, evidence: str) -> Judgement:
@@ -245,10 +248,10 @@ class JudgementStore:
                 raise ValueError("a judgement has neither a score nor a reason")
             return Scored(value, evidence)
         except (ValueError, TypeError) as error:
-            raise unusable(self.path, error) from error
+            raise store_error(self.path, error) from error
 
     def _write_waiting(self) -> None:
-        """Write all that waits in one transaction."""
+        """Write all pending judgements in one transaction."""
         with self._waiting_lock:
             waiting, self._waiting = self._waiting, []
         try:
@@ -267,18 +270,18 @@ class JudgementStore:
 
     def _write(self, row: _Row) -> None:
         texts, judgement = self._writer.texts, row.judgement
-        frame, trace, shown = texts.keep(row.asked.frame), None, None
-        if row.asked.trace is not None:
-            trace, shown = texts.keep(_bytes(row.asked.trace), frame), row.asked.shown
+        frame, trace, shown = texts.add(row.question.frame), None, None
+        if row.question.trace is not None:
+            trace, shown = texts.add(_bytes(row.question.trace), frame), row.question.num_chars
         evidence = _bytes(judgement.evidence)
-        packed = None if evidence == row.answer else texts.packed(evidence, frame, trace)
+        packed = None if evidence == row.answer else texts.compress(evidence, frame, trace)
         value, reason = (judgement.value, None) if isinstance(judgement, Scored) else (None, judgement.reason)
-        answer = texts.packed(row.answer, frame, trace)
+        answer = texts.compress(row.answer, frame, trace)
         self._writer.run(_KEEP_JUDGEMENT, (row.key, frame, trace, shown, answer, value, reason, packed, row.created))
 
 
-class _Side:
-    """A connection to the store and what belongs to it; hold the lock while using it."""
+class _Connection:
+    """A connection to the store with its cached texts; hold the lock while using it."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -290,30 +293,30 @@ class _Side:
         self.connection.close()
 
     def run(self, sql: str, parameters: tuple = ()) -> list[tuple]:
-        """The rows of one statement; UserError where the file fails."""
+        """Run one statement and return its rows; raises UserError where the file fails."""
         try:
             return self.connection.execute(sql, parameters).fetchall()
         except (sqlite3.ProgrammingError, sqlite3.IntegrityError):
             raise
         except sqlite3.DatabaseError as error:
-            raise unusable(self._path, error) from error
+            raise store_error(self._path, error) from error
 
     def transact(self, work) -> None:
-        """Commit what `work` writes, or nothing of it."""
+        """Run `work` in one transaction."""
         self.run("BEGIN IMMEDIATE")
         try:
             work()
             self.run("COMMIT")
         except BaseException:
-            self.texts.forget()
+            self.texts.clear_caches()
             if self.connection.in_transaction:
                 self.connection.rollback()
             raise
 
 
 def is_final(judgement: Judgement) -> bool:
-    """Whether another time would not bring another verdict."""
-    return isinstance(judgement, Scored) or judgement.reason not in TRANSIENT
+    """Whether a repeated question would not give another judgement: a score, or an abstention that is not transient."""
+    return isinstance(judgement, Scored) or judgement.reason not in TRANSIENT_REASONS
 
 
 def _rubric_entry(key: str, created: float, asked: bytes, answer: str, rubric: str) -> Entry:

@@ -1,4 +1,4 @@
-"""The SQLite file of a judgement store: its schema, how it is made, and how older files are upgraded."""
+"""The SQLite file of a judgement store: its schema, its creation, and the upgrade of older files."""
 
 import os
 import sqlite3
@@ -12,10 +12,9 @@ BUSY_TIMEOUT_S = 30.0
 SCHEMA_VERSION = 2
 
 _APPLICATION_ID = int.from_bytes(b"ExpR")
-# Texts are there once, by the hash of their content, compressed with the text `base` as dictionary. A judgement was
-# asked by the question `frame` about the first `shown` characters of the text `trace`; its answer is compressed with
-# both. Evidence is null where it is the answer. Ids grow, so that the newest rows are found without an index of their
-# own.
+# Each text is stored once, by the hash of its content, compressed with the text `base` as dictionary. The question of a
+# judgement is `frame` with the first `shown` characters of the text `trace`; its answer is compressed with both.
+# Evidence is null where it equals the answer. Ids grow, so that the newest rows are found without a further index.
 _JUDGEMENTS = """
 CREATE TABLE texts (id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, base INTEGER, data BLOB NOT NULL);
 CREATE TABLE judgements (
@@ -25,7 +24,7 @@ CREATE TABLE judgements (
     CHECK ((value IS NULL) <> (reason IS NULL))
 );
 """
-# `asked` is JSON, deflated. Behind a trace's last page half a page is empty on average: small ones.
+# `asked` is JSON, deflated. Pages are small, since half of a trace's last page is empty on average.
 _SCHEMA = f"""
 PRAGMA page_size = 2048;
 PRAGMA journal_mode = WAL;
@@ -36,7 +35,7 @@ CREATE TABLE rubrics (
 );
 {_JUDGEMENTS}
 """
-# Judgements of version 1 hold all that was asked, each for itself; they are read where they are.
+# Judgements of version 1 have the whole question in each row; they are read where they are.
 _FROM_VERSION_1 = f"""
 ALTER TABLE judgements RENAME TO judgements_1;
 {_JUDGEMENTS}
@@ -45,14 +44,15 @@ PRAGMA user_version = {SCHEMA_VERSION};
 
 
 def open_store(path: Path) -> sqlite3.Connection:
-    """A connection in autocommit mode to the store in `path`, which is made where there is none.
+    """Connect in autocommit mode to the store in `path`, which is created if it does not exist.
 
-    Raises UserError where the file is not such a store, is of a version that is not known, or cannot be used.
+    Raises:
+        UserError: the file is not a judgement store, has an unknown version, or cannot be used.
     """
     try:
         if not path.exists():
             _create(path)
-        # Without a cursor left open no read blocks a checkpoint.
+        # No cursor stays open, so that no read blocks a checkpoint.
         connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     except (sqlite3.Error, OSError) as error:
         raise UserError(f"The judgement store {path} cannot be opened ({error}); correct judge.store.") from error
@@ -62,15 +62,15 @@ def open_store(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = NORMAL")
     except sqlite3.DatabaseError as error:
         connection.close()
-        raise unusable(path, error) from error
+        raise store_error(path, error) from error
     except UserError:
         connection.close()
         raise
     return connection
 
 
-def unusable(path: Path, error: Exception) -> UserError:
-    """What to say where SQLite fails at a store, or a row of it is none that was written."""
+def store_error(path: Path, error: Exception) -> UserError:
+    """Return the error for a store that SQLite cannot use, or that has an invalid row."""
     return UserError(
         f"The judgement store {path} cannot be used ({error}); "
         "make room or correct its access rights, or move the file away to judge again."
@@ -78,13 +78,13 @@ def unusable(path: Path, error: Exception) -> UserError:
 
 
 def has_version_1(connection: sqlite3.Connection) -> bool:
-    """Whether the store holds judgements that version 1 wrote."""
+    """Whether the store has judgements that version 1 wrote."""
     return bool(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'judgements_1'").fetchall())
 
 
 def _bring_up_to_date(connection: sqlite3.Connection, path: Path) -> None:
     if _pragma(connection, "application_id") != _APPLICATION_ID:
-        raise UserError(f"{path} is no judgement store; give another path, or move the file away.")
+        raise UserError(f"{path} is not a judgement store; give another path, or move the file away.")
     if _pragma(connection, "user_version") == 1:
         connection.execute("BEGIN IMMEDIATE")
         # Another process may have been first.
@@ -104,7 +104,7 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _create(path: Path) -> None:
-    """Make an empty store beside `path` and link it there, so that nobody ever sees half of one."""
+    """Create an empty store under another name and link it to `path`, so that no process sees an incomplete one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")
     try:

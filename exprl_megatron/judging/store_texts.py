@@ -1,4 +1,4 @@
-"""Texts of a judgement store: each there once, and compressed with what it resembles."""
+"""Texts of a judgement store: each is stored once, compressed with similar texts as dictionary."""
 
 import hashlib
 from collections import OrderedDict
@@ -14,7 +14,7 @@ TextRun = Callable[..., list[tuple]]
 
 
 class StoredTexts:
-    """The table `texts`, through one connection; for one thread at a time."""
+    """The table `texts` of one connection; for one thread at a time."""
 
     def __init__(self, run: TextRun):
         self._run = run
@@ -22,33 +22,33 @@ class StoredTexts:
         self._texts: OrderedDict[int, bytes] = OrderedDict()
         self._dictionaries: OrderedDict[tuple[bool, tuple[int, ...]], zstandard.ZstdCompressionDict] = OrderedDict()
 
-    def keep(self, text: bytes, base: int | None = None) -> int:
-        """The id of `text`, which is written where it is not there yet, compressed with the text `base`.
+    def add(self, text: bytes, base: int | None = None) -> int:
+        """Return the id of `text`, which is written unless it exists, compressed with the text `base`.
 
-        Belongs into a transaction; call `forget` where that fails.
+        Call it within a transaction, and `clear_caches` where that fails.
         """
         digest = hashlib.sha256(text).digest()
-        return _remembered(self._ids, (digest, base), lambda: self._kept(digest, text, base))
+        return _cached(self._ids, (digest, base), lambda: self._kept(digest, text, base))
 
     def read(self, text: int) -> bytes:
-        """The text with this id."""
+        """Return the text with the id `text`."""
 
         def stored() -> bytes:
             ((base, data),) = self._run("SELECT base, data FROM texts WHERE id = ?", (text,))
-            return self.unpacked(data, base)
+            return self.decompress(data, base)
 
-        return _remembered(self._texts, text, stored)
+        return _cached(self._texts, text, stored)
 
-    def packed(self, text: bytes, *bases: int | None) -> bytes:
-        """`text`, compressed with the texts `bases` as dictionary."""
+    def compress(self, text: bytes, *bases: int | None) -> bytes:
+        """Compress `text` with the texts `bases` as dictionary."""
         return zstandard.ZstdCompressor(_LEVEL, self._dictionary(bases, True), write_checksum=False).compress(text)
 
-    def unpacked(self, data: bytes, *bases: int | None) -> bytes:
-        """What `packed` was given."""
+    def decompress(self, data: bytes, *bases: int | None) -> bytes:
+        """Undo `compress` with the same bases."""
         return zstandard.ZstdDecompressor(self._dictionary(bases, False)).decompress(data)
 
-    def forget(self) -> None:
-        """Give up what is remembered of rows that were not committed."""
+    def clear_caches(self) -> None:
+        """Forget rows that were not committed."""
         for memory in (self._ids, self._texts, self._dictionaries):
             memory.clear()
 
@@ -56,7 +56,7 @@ class StoredTexts:
         if not (rows := self._run("SELECT id FROM texts WHERE hash = ?", (digest,))):
             rows = self._run(
                 "INSERT INTO texts (hash, base, data) VALUES (?, ?, ?) RETURNING id",
-                (digest, base, self.packed(text, base)),
+                (digest, base, self.compress(text, base)),
             )
         return rows[0][0]
 
@@ -70,11 +70,11 @@ class StoredTexts:
                 made.precompute_compress(_LEVEL)
             return made
 
-        return _remembered(self._dictionaries, (compressing, ids), joined) if ids else None
+        return _cached(self._dictionaries, (compressing, ids), joined) if ids else None
 
 
-def _remembered[K, V](memory: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
-    """The value under `key`, made where it is not remembered; the one that was used least recently is given up."""
+def _cached[K, V](memory: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
+    """Return the cached value of `key`, made if needed; the least recently used value is evicted."""
     if key in memory:
         memory.move_to_end(key)
         return memory[key]

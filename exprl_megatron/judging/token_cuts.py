@@ -1,13 +1,13 @@
-"""Where a text may be cut so that the tokens of its parts, put together, are the tokens of the whole.
+"""Finds safe cuts of a text: the concatenated tokens of the two parts are the tokens of the whole text.
 
-A tokenizer normalizes a text, splits it into pre-tokens, and tokenizes each of them for itself. A cut is safe where a
-pre-token ends whatever comes before and after (`word| word`, `word|\\n`), and where the part behind it is normalized
-and split as it is in the whole. Where a tokenizer has no pre-tokens, or whole lines as such, merges of byte-pair
-encoding on the two sides of a cut do not depend on each other as long as no token of the vocabulary spans it.
+A tokenizer normalizes a text, splits it into pre-tokens, and tokenizes each of them independently. A cut is safe where
+a pre-token ends regardless of the text around it (`word| word`, `word|\\n`), and where the part after it is normalized
+and split as within the whole. Where a tokenizer has no pre-tokens, or whole lines as pre-tokens, merges of byte-pair
+encoding on the two sides of a cut are independent as long as no token of the vocabulary spans it.
 
-None of this is taken on trust. The components of the tokenizer must be known to look at nothing far away, and each
-kind of cut is tried on some thousand texts before it is used. Cuts of which more is known, that a pre-token ends there
-in every text (see token_splits), are named as proven.
+All of this is checked. The components of the tokenizer must be known to depend on nearby text only, and each kind of
+cut is tested on some thousand texts before it is used. Cuts where a pre-token is proven to end in every text (see
+token_splits) are called proven.
 """
 
 import json
@@ -23,9 +23,9 @@ from exprl_megatron.judging.word_tokens import SPACES
 WORDS = re.compile(r"(?<=[a-z])(?= [a-z])")
 """Between two words of one line."""
 LINES = re.compile(r"(?<=[^\W\d_])(?=\n)")
-"""Behind a letter of any script at the end of a line."""
+"""After a letter of any script at the end of a line."""
 ASCII_LINES = re.compile(r"(?<=[A-Za-z])(?=\n)")
-"""Behind an ASCII letter at the end of a line."""
+"""After an ASCII letter at the end of a line."""
 
 _NEAR, _FAR = 256, 8192
 _LEFT = (
@@ -90,16 +90,18 @@ _LOCAL_NORMALIZERS = frozenset(
 _LOCAL_SPLITTERS = frozenset(
     {"ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Metaspace", "BertPreTokenizer"}
 )
-# What lets a pattern look behind itself, at the ends of the text, or ahead by more than a character.
+# Matches what makes a pattern look back, at the ends of the text, or ahead by more than a character.
 _LOOKS_AROUND = re.compile(r"\(\?(?!:|i:|!\\S\))|\\[bBAzZGK1-9]|\^|\$")
 _CLASS = re.compile(r"\[(?:\\.|\[[^\]]*\]|[^\]\\])*\]")
 _SPANS_WORDS = re.compile(r"[a-z][ ▁Ġ]+[a-z]")
 
 
 class Cuts:
-    """Finds safe cuts for one tokenizer; falsy where none is known to be safe.
+    """Finds safe cuts for one tokenizer; falsy where no kind of cut is known to be safe.
 
-    `proven` are those of the kinds, or of parts of them, that are proven to be safe in every text.
+    Args:
+        kinds: patterns whose empty matches are cuts.
+        proven: those of the kinds, or subsets of them, that are proven to be safe in every text.
     """
 
     def __init__(self, kinds: Iterable[re.Pattern], proven: Iterable[re.Pattern] = ()):
@@ -110,7 +112,7 @@ class Cuts:
         return bool(self._kinds)
 
     def last(self, text: str, start: int, end: int) -> int | None:
-        """The last safe cut of text[start:end] behind `start`, as far as that part alone shows it to be one."""
+        """Return the last safe cut of text[start:end] after `start`, judged by that part alone, or None."""
         for size in (_NEAR, _FAR):
             low = max(start + 1, end - size)
             places = [match.start() for kind in self._kinds for match in kind.finditer(text, low, end)]
@@ -119,17 +121,17 @@ class Cuts:
         return None
 
     def is_proven(self, text: str, cut: int) -> bool:
-        """Whether this cut is one of those that are proven to be safe."""
+        """Whether this cut is proven to be safe."""
         return any(kind.match(text, cut) for kind in self.proven)
 
     def first(self, text: str, start: int) -> int | None:
-        """The first safe cut of `text` behind `start`."""
+        """Return the first safe cut of `text` after `start`, or None."""
         matches = (kind.search(text, start + 1) for kind in self._kinds)
         return min((match.start() for match in matches if match), default=None)
 
 
 def safe_cuts(backend: Tokenizer) -> Cuts:
-    """The cuts that are safe for this tokenizer."""
+    """Determine the kinds of cuts that are safe for this tokenizer."""
     normalizer, splitter = (
         json.loads(part.__getstate__()) if part is not None else None
         for part in (backend.normalizer, backend.pre_tokenizer)
@@ -149,9 +151,9 @@ def safe_cuts(backend: Tokenizer) -> Cuts:
 
 
 def _joins(backend: Tokenizer, left: Iterable[str], right: Iterable[str], within_words: bool) -> bool:
-    """Whether tokens of each left text and each right text are those of both together.
+    """Whether the tokens of each left text and each right text are those of both together.
 
-    A pre-token must end between them, if not `within_words`.
+    Unless `within_words`, a pre-token must end between them.
     """
     pairs = list(product(left, right))
     wholes = backend.encode_batch([a + b for a, b in pairs], add_special_tokens=False)
@@ -170,7 +172,7 @@ def _joins(backend: Tokenizer, left: Iterable[str], right: Iterable[str], within
 
 
 def _normalizer_is_local(normalizer: dict | None) -> bool:
-    """Whether it does to `word| word` and `word|\\n` the same, part by part, as in one."""
+    """Whether the normalizer does the same to the parts of `word| word` and `word|\\n` as to the whole."""
     for component in _components(normalizer, "normalizers"):
         if component["type"] == "Replace":
             if len(component["pattern"].get("String", "")) != 1:
@@ -181,7 +183,7 @@ def _normalizer_is_local(normalizer: dict | None) -> bool:
 
 
 def _splitter_is_local(splitter: dict | None) -> bool:
-    """Whether what it splits depends on nothing far away."""
+    """Whether the splits depend on nearby text only."""
     for component in _components(splitter, "pretokenizers"):
         if component["type"] == "Split":
             pattern = component["pattern"]
@@ -193,7 +195,7 @@ def _splitter_is_local(splitter: dict | None) -> bool:
 
 
 def _never_splits_words(splitter: dict | None) -> bool:
-    """Whether, if at all, it splits at spaces alone, so that a cut shifts nothing behind it."""
+    """Whether the splitter splits only at spaces, if at all, so that a cut does not change the splits after it."""
     return all(
         component["type"] in ("Metaspace", "WhitespaceSplit")
         or (component["type"] == "ByteLevel" and not component["use_regex"])

@@ -1,13 +1,13 @@
-"""Whether a tokenizer provably ends a pre-token between two characters, whatever comes before and after them.
+"""Proves that a tokenizer ends a pre-token between two characters, regardless of the text around them.
 
-Where a pre-token always ends before the space behind a word, each word of a text has the same tokens in every text.
-The proof needs components whose rules are known; any other tokenizer is not proven, and says nothing wrong.
+Where a pre-token always ends before the space after a word, each word has the same tokens in every text. The proof
+needs components whose rules are known; for any other tokenizer there is no proof.
 
-Of a pattern, one alternative makes a whole match. Where no alternative has a part that accepts a character `before`
-and, at that place again or later, a part that accepts `behind`, no match spans a cut between the two, and no attempt to
-match reads across it: the only look-ahead that is allowed, `(?!\\S)`, treats white space as the end of the text. Where
-each character `before` is also a match by itself, a match ends at every such cut, and the next one begins there. Of
-several components that split one after the other, one that ends a pre-token there is enough.
+One alternative of a pattern makes a whole match. Where no alternative has a part that accepts a character `before` and,
+at that position or later, a part that accepts `behind`, no match spans a cut between the two, and no attempt to match
+reads across it: the only look-ahead that is allowed, `(?!\\S)`, treats white space as the end of the text. Where each
+character `before` is also a match by itself, a match ends at every such cut, and the next one begins there. Of several
+components that split in sequence, one that ends a pre-token there is enough.
 """
 
 import json
@@ -32,8 +32,12 @@ _TOKENS = re.compile(
 
 
 def always_splits(backend: Tokenizer, before: str, behind: str) -> bool:
-    """Whether a text's tokens up to any cut between a character of `before` and the character `behind`, which is white
-    space, and those from the cut on, are the tokens of the whole.
+    """Whether every cut between a character of `before` and `behind` is safe in every text.
+
+    Args:
+        backend: the fast tokenizer.
+        before: characters, one of which is before the cut.
+        behind: the white-space character after the cut.
     """
     model = json.loads(backend.model.__getstate__())
     if model["type"] not in ("BPE", "WordPiece", "WordLevel", "Unigram") or model.get("dropout"):
@@ -42,7 +46,7 @@ def always_splits(backend: Tokenizer, before: str, behind: str) -> bool:
     if not {component["type"] for component in normalizers} <= _NORMALIZERS:
         return False
     if any(component["type"] == "ByteLevel" for component in splitters[:-1]):
-        return False  # what comes behind it is given other characters
+        return False  # the components after it get other characters
     patterns = [_pattern(component) for component in splitters]
     known = [pattern for pattern in patterns if pattern is not None]
     return (
@@ -54,7 +58,7 @@ def always_splits(backend: Tokenizer, before: str, behind: str) -> bool:
 
 
 def _components(part: Any) -> list[dict]:
-    """The normalizers or pre-tokenizers that `part` is made of, in order."""
+    """Return the normalizers or pre-tokenizers of `part`, in order."""
     return [] if part is None else list(_flat(json.loads(part.__getstate__())))
 
 
@@ -67,9 +71,9 @@ def _flat(part: dict) -> Iterator[dict]:
 
 
 def _pattern(component: dict) -> str | None:
-    """The pattern whose matches a component makes pre-tokens, together with what is between them; None: not known.
+    """Return the pattern whose matches, and the text between them, become pre-tokens; None where it is not known.
 
-    One that makes no pre-tokens has an empty pattern.
+    A component that makes no pre-tokens has an empty pattern.
     """
     match component:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
@@ -79,13 +83,13 @@ def _pattern(component: dict) -> str | None:
         case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
             return pattern
         case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}:
-            # What is between the matches is lost, so that nothing may be.
+            # The text between the matches is lost, so there must be none.
             return pattern if all(_matches_all(pattern, character) for character in PRINTABLE + " \n") else None
     return None
 
 
 def _never_spans(pattern: str, before: str, behind: str) -> bool:
-    """Whether no match can hold a character of `before` and `behind` next to it; False where that cannot be seen."""
+    """Whether no match can contain a character of `before` followed by `behind`; False where that is not decidable."""
     depth, place, passed = 0, 0, False
     kind: str | None = "open"
     accepts = (False, False)
@@ -109,15 +113,15 @@ def _never_spans(pattern: str, before: str, behind: str) -> bool:
 
 
 def _repeats_apart(repeated: str | None, sign: str, accepts: tuple[bool, bool]) -> bool:
-    """Whether a sign of repetition adds no match that spans a cut; `accepts`: what the part before it does."""
+    """Whether a quantifier adds no match that spans a cut; `accepts`: what the repeated part accepts."""
     if repeated == "atom":
         return sign == "?" or not all(accepts)
-    # A sign behind a sign says how to search. Of groups only those that are optional are read.
+    # A quantifier after a quantifier makes it lazy or possessive. Of groups only optional ones are supported.
     return sign in "?+" if repeated == "repeat" else sign == "?" and repeated == "close"
 
 
 def _matches_any(pattern: str, characters: str) -> bool:
-    """Whether some of `characters` matches, upper and lower case alike."""
+    """Whether one of `characters` matches, regardless of case."""
     left = Split(Regex(f"(?i:{pattern})"), "removed").pre_tokenize_str(characters)
     return [(characters, (0, len(characters)))] != left
 
@@ -131,7 +135,7 @@ def _added(backend: Tokenizer) -> list[Any]:
 
 
 def _added_token_is_apart(backend: Tokenizer, token: Any, before: str, behind: str) -> bool:
-    """Whether an added token, which is found before anything is split, never reaches across a cut."""
+    """Whether an added token, which is matched before anything is split, never spans a cut."""
     contents = [token.content]
     if backend.normalizer is not None:
         contents.append(backend.normalizer.normalize_str(token.content))

@@ -1,9 +1,9 @@
-"""Sampled token ids beside their decoded text: which token holds which character.
+"""Aligns sampled token ids with their decoded text: which token contains which character.
 
-Nothing is tokenized again. Byte-level tokenizers spell every token in bytes, so that the places are sums. For others
-the text is decoded once in full and once more in overlapping stretches of some 64 tokens, so that the work grows with
-the length of the response alone. That holds for every decoder whose output grows with its input, such as word-level
-decoders that put spaces between words, and also for bytes that are no text.
+Nothing is tokenized again. Tokens of byte-level tokenizers have known bytes, so that the offsets are sums. For others
+the text is decoded once in full and once more in overlapping chunks of some 64 tokens, so that the work is linear in
+the length of the response. This works for every decoder whose output grows with its input, such as word-level
+decoders that put spaces between words, and also for bytes that are not valid text.
 """
 
 from bisect import bisect_left, bisect_right
@@ -23,7 +23,12 @@ _UNDECODABLE = "\ufffd"
 
 
 class TokenText:
-    """A response's `text`, special tokens left out, and the places of its tokens in it."""
+    """A response's `text` without special tokens, and the offsets of its tokens.
+
+    Args:
+        token_ids: the sampled token ids [tokens].
+        tokenizer: the Hugging Face tokenizer that decodes them.
+    """
 
     def __init__(self, token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase"):
         ids = np.asarray(token_ids, np.int64)
@@ -33,22 +38,22 @@ class TokenText:
         self.text: str = self._places.text
 
     def characters_before(self, token: int) -> int:
-        """How many characters of the text the first `token` tokens give; one that they only begin is not counted."""
+        """Count the characters that the first `token` tokens complete."""
         return self._places.characters_before(token)
 
     def token_at(self, character: int) -> int:
-        """The token in which `character` begins.
+        """Return the index of the token in which `character` begins.
 
-        Where a token ends the character before and also holds the first bytes of this one, it is the next token.
+        Where a token ends the character before and also has the first bytes of this one, it is the next token.
         """
         return 0 if character == 0 else self._places.token_at(character)
 
 
 class _BytePlaces:
-    """The places in a response of a byte-level tokenizer whose bytes are valid UTF-8."""
+    """Token offsets in a response of a byte-level tokenizer whose bytes are valid UTF-8."""
 
     def __init__(self, text: str, data: bytes, ends: np.ndarray):
-        """`ends` (int64): the bytes of the first 0, 1, ... tokens."""
+        """`ends`, int64 [tokens + 1]: the number of bytes of the first 0, 1, ... tokens."""
         self.text = text
         self._ends = ends
         # The byte at which each character begins; None where all are single bytes.
@@ -58,7 +63,7 @@ class _BytePlaces:
 
     @classmethod
     def of(cls, ids: np.ndarray, spelling: Spelling) -> "_BytePlaces | None":
-        """None where the tokens are not all known, or their bytes are no text."""
+        """Build the offsets; None where a token is unknown, or the bytes are not valid UTF-8."""
         if len(ids) and not 0 <= ids.min() <= ids.max() < len(spelling.ends) - 1:
             return None
         data, ends = spelling.spelled(ids)
@@ -72,7 +77,7 @@ class _BytePlaces:
         if self._starts is None:
             return end
         started = int(np.searchsorted(self._starts, end))
-        # The last character that begins before `end` is whole where the next one, or the end of the text, is there.
+        # The last character that begins before `end` is complete where the next one, or the end of the text, is there.
         whole = end in (self._starts[started] if started < len(self._starts) else self._ends[-1], 0)
         return started if whole else started - 1
 
@@ -83,14 +88,14 @@ class _BytePlaces:
 
 
 class _StretchPlaces:
-    """The places in any response, by decoding."""
+    """Token offsets in any response, by decoding."""
 
     def __init__(self, ids: list[int], tokenizer: "PreTrainedTokenizerBase"):
         self._ids = ids
         self._tokenizer = tokenizer
         self.text: str = self._decode(0, len(self._ids))
-        # Tokens before each anchor, characters that they give, and the token from where the stretch behind it is
-        # decoded: what comes first in a decoded stretch can look different (no space before it, say).
+        # Tokens before each anchor, their characters, and the token from which the chunk after the anchor is decoded:
+        # the first text of a decoded chunk can differ (for example, have no space before it).
         self._tokens, self._characters, self._contexts = [0], [0], [0]
         self._lay_anchors()
 
@@ -111,7 +116,7 @@ class _StretchPlaces:
         return after if self.characters_before(after) == character else after - 1
 
     def _lay_anchors(self) -> None:
-        """Anchors are where a character ends, so that what is decoded from there on is the same as in the whole."""
+        """Place anchors where a character ends, so that text decoded from there equals that of the whole response."""
         size = _STRETCH
         while (end := self._tokens[-1] + size) < len(self._ids):
             start, characters = self._tokens[-1], self._characters[-1]
@@ -125,7 +130,7 @@ class _StretchPlaces:
             size = _STRETCH
 
     def _stretch(self, context: int, start: int, end: int) -> str:
-        """What the tokens from `start` to `end` add to those from `context` to `start`."""
+        """Return the text that the tokens from `start` to `end` add to those from `context` to `start`."""
         return self._decode(context, end)[len(self._decode(context, start)) :]
 
     def _decode(self, start: int, end: int) -> str:

@@ -1,5 +1,4 @@
-"""Reading a judge's verdict out of its words: a score of 1..5, or a mark for each checkpoint of a rubric and whether
-what was marked is sound."""
+"""Reads a judge's verdict from its answer: a score of 1..5, or marks of a rubric's checkpoints and the soundness."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ Mark = Literal["established", "partial", "absent", "contradicted"]
 _MARK = re.compile(
     r"(?<![a-z])mark[*_ \t]*#?(?P<checkpoint>\d+)[*_ \t]*:[\s*_\[(`\"'“‘]*"
     r"(?P<mark>established|partial|absent|contradicted)\b"
-    # "Mark 1: absent or partial" is no mark; "Mark 1: absent, Mark 2: partial" are two.
+    # "Mark 1: absent or partial" is not a mark; "Mark 1: absent, Mark 2: partial" are two.
     r"(?![*_`\"'”’) \t]*(?:[/|,→]|[-=]>|(?:or|and|to)\b)[*_`\"'“‘( \t]*(?:established|partial|absent|contradicted)\b)",
     re.IGNORECASE | re.ASCII,
 )
@@ -37,33 +36,36 @@ _QUOTES = "\"'`“”‘’«»„「>"
 
 @dataclass(frozen=True)
 class Soundness:
-    """Whether all that a judge was shown is valid."""
+    """Whether the judged text is valid throughout."""
 
     sound: bool
     words: str = ""
-    """The first words that are not, as the judge quotes them; empty where it quotes none."""
+    """The first invalid words, as the judge quotes them; empty where it quotes none."""
 
 
 def stated_score(text: str, parser: Parser = "last") -> StatedScore | None:
-    """The score that `text` states; None where it states none.
+    """Find the score that an answer states.
 
-    `last`: a judge that goes through several scores means the last one; what it thinks before it answers counts for
-    nothing. What directly follows a quotation mark is somebody else's score, and counts only where there is no other;
-    so does a score without a colon. Where the last one is out of something other than 5, none is stated.
+    The parser `last` takes the last score outside of thinking blocks. A score directly after a quotation mark, or
+    without a colon, counts only where there is no other. Where the last score is on a scale other than 5, there is
+    none.
 
-    `released`, as the released code reads: the first character of the first line after the first `Score:` (or else
-    the first `Score`), asterisks left out.
+    The parser `released` reads as the released code does: the first character of the first line after the first
+    `Score:` (or else the first `Score`), without asterisks.
+
+    Returns:
+        The score and its position; None where there is none.
     """
     return _last_stated(text) if parser == "last" else _released(text)
 
 
 def parse_score(text: str, parser: Parser = "last") -> int | None:
-    """The score that `text` states, where it is within 1..5 (the fraction of 4.5 is dropped), else None."""
+    """Return the score that `text` states, where it is within 1..5 (4.5 becomes 4), else None."""
     return _score_within(stated_score(text, parser))
 
 
 def read_verdict(text: str, parser: Parser = "last") -> Judgement:
-    """A judge's words as a judgement: the score in [0, 1], or an abstention that says why."""
+    """Read an answer as a judgement: the score in [0, 1], or an abstention (`unreadable`, `out-of-range`)."""
     stated = stated_score(text, parser)
     score = _score_within(stated)
     if score is not None:
@@ -72,9 +74,9 @@ def read_verdict(text: str, parser: Parser = "last") -> Judgement:
 
 
 def read_marks(text: str, checkpoints: int) -> tuple[Mark, ...] | None:
-    """The marks of checkpoints 1, 2, ..., each in the last line `Mark N: ...` about it; None where one is missing.
+    """Read the marks of checkpoints 1, 2, ..., each from its last line `Mark N: ...`; None where one is missing.
 
-    What directly follows a quotation mark counts only where nothing else does; what is in a thinking block, nowhere.
+    A mark directly after a quotation mark counts only where there is no other; thinking blocks are ignored.
     """
     found: dict[int, Mark] = {}
     text = mask_thinking(text)
@@ -86,9 +88,9 @@ def read_marks(text: str, checkpoints: int) -> tuple[Mark, ...] | None:
 
 
 def read_soundness(text: str) -> Soundness | None:
-    """What the last line `Sound: yes` or `Sound: no - "..."` says; None where there is none.
+    """Read the last line `Sound: yes` or `Sound: no - "..."`; None where there is none.
 
-    What directly follows a quotation mark counts only where nothing else does; what is in a thinking block, nowhere.
+    A line after a quotation mark counts only where there is no other; thinking blocks are ignored.
     """
     found = None
     text = mask_thinking(text)
@@ -102,12 +104,12 @@ def read_soundness(text: str) -> Soundness | None:
 
 
 def normalize(score: float) -> float:
-    """A score of 1..5 as a number in [0, 1]: (score - 1) / 4."""
+    """Map a score of 1..5 to [0, 1]: (score - 1) / 4."""
     return (score - LOWEST) / (HIGHEST - LOWEST)
 
 
 def expected_score(probabilities: Mapping[int, float]) -> float | None:
-    """The mean over the digits 1..5 under their probabilities, which need not sum to 1; None where all are 0."""
+    """Compute the mean of the digits 1..5, weighted by probabilities that need not sum to 1; None where all are 0."""
     total = sum(probabilities.values())
     return sum(digit * p for digit, p in probabilities.items()) / total if total > 0 else None
 

@@ -1,4 +1,4 @@
-"""Tokens of texts from those of their words, for tokenizers that tokenize each word for itself."""
+"""Tokenizes texts by their words, for tokenizers that provably tokenize each word independently."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,18 +9,21 @@ from tokenizers import Tokenizer
 from exprl_megatron.utils.token_ids import TokenPart
 
 SPACES = re.compile(r"(?<=[!-~])(?= )")
-"""Where a word ends: between printable ASCII and a space."""
+"""The end of a word: between a printable ASCII character and a space."""
 _SPACE = re.compile(r"(?<=[!-~]) ")
 _LONGEST_KEPT = 64
 _MOST_KEPT = 2**16
 
 
 class WordTokens:
-    """Knows the tokens of the words that it has seen; for any number of threads at once.
+    """Caches the tokens of words; safe for use by several threads.
 
-    Only for tokenizers that always split at SPACES (see `always_splits`). `encode` returns the token ids of each text.
-    `separator` is the text and the id of a token that is found in a text before anything else is done to it: words
-    between two of them are tokenized each for itself, which costs less in one text than in many.
+    It is only for tokenizers that always split at SPACES (see `always_splits`).
+
+    Args:
+        encode: returns the token ids of each text.
+        separator: text and id of a token that the tokenizer finds before it splits a text. New words are joined by it
+            and tokenized in one call, which costs less than one call for each.
     """
 
     def __init__(self, encode: Callable[[Sequence[str]], list[list[int]]], separator: tuple[str, int] | None = None):
@@ -30,7 +33,7 @@ class WordTokens:
         self._known: dict[str, bytes] = {}
 
     def parts(self, texts: Sequence[str]) -> list[TokenPart]:
-        """The token ids of each text."""
+        """Return the token ids of each text."""
         known = self._known
         split = [_SPACE.split(text) for text in texts]
         rows = [list(map(known.get, words)) for words in split]
@@ -49,14 +52,14 @@ class WordTokens:
         return list(map(_joined, rows))
 
     def _encoded(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids of each text in JSON, without brackets."""
+        """Return the ids of each text in JSON, without brackets."""
         if self._separator is not None:
             content, token = self._separator
             plain = [text for text in texts if text and content not in text]
             ids = self._encode([content + content.join([*plain, ""])])[0]
             mark = f",{token},".encode()
             found = (b",%b," % _json(ids)).split(mark) if ids.count(token) == len(plain) + 1 else ()
-            # Two marks share a comma where a text has no tokens; then there are too few parts.
+            # Where a text has no tokens two separators share a comma, and there are too few parts.
             if len(found) == len(plain) + 2:
                 others = iter(map(_json, self._encode([text for text in texts if content in text])))
                 between = iter(found[1:-1])
@@ -65,13 +68,13 @@ class WordTokens:
 
     def _keep(self, new: Mapping[str, bytes]) -> None:
         if len(self._known) + len(new) > _MOST_KEPT:
-            # Threads that are looking words up keep the old ones.
+            # Threads that look words up at this moment keep the old dict.
             self._known = {}
         self._known.update((word, ids) for word, ids in new.items() if len(word) <= _LONGEST_KEPT)
 
 
 def separator_of(backend: Tokenizer) -> tuple[str, int] | None:
-    """A token's content and id for WordTokens, where there is one."""
+    """Return content and id of a token that WordTokens can use as its separator, or None."""
     if backend.encode_special_tokens:
         return None
     for token, added in sorted(backend.get_added_tokens_decoder().items()):

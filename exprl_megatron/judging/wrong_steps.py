@@ -1,4 +1,4 @@
-"""How a process judge's scores fall at the first wrong step of a trace."""
+"""Measures how a process judge's scores fall at the first wrong step of a trace."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from exprl_megatron.judging.arms import GradeText, judge_all, on_scale, without_nan
-from exprl_megatron.judging.calibration import ROUNDING, auroc, bootstrap_interval
+from exprl_megatron.judging.calibration import SCORE_TOLERANCE, auroc, bootstrap_interval
 from exprl_megatron.judging.champ import MarkedTrace
 from exprl_megatron.judging.judgement import Abstained, Granularity, Judgement
 from exprl_megatron.problems.problem import Problem
@@ -17,10 +17,10 @@ GRANULARITIES: tuple[Granularity, ...] = ("prefix", "segment")
 
 
 @dataclass(frozen=True)
-class WrongStepFigures:
-    """How a judge's scores (1..5) fall at the first wrong step; nan (in JSON null) where nothing was scored.
+class WrongStepMetrics:
+    """Metrics of a judge's scores (1..5) at the first wrong step; nan (null in JSON) where nothing was scored.
 
-    The AUROCs are chances that what is right scores higher than what holds the wrong step, ties half.
+    An AUROC is the probability that a right text scores higher than one with the wrong step; ties count half.
     """
 
     granularity: Granularity
@@ -33,11 +33,11 @@ class WrongStepFigures:
     mean_unmarked: float
     """Mean score of whole traces without a wrong step (of their last step)."""
     auroc: float
-    """Over all: right is what is before marks, and the unmarked traces."""
+    """Over all texts; those before marks and the unmarked traces are right."""
     interval: Interval | None
-    """Of the AUROC, 95 %, bootstrap over problems."""
+    """95 % bootstrap interval of the AUROC, over problems."""
     paired_auroc: float
-    """Before against after within the same trace: the difficulty of problems cancels out."""
+    """Before against after within the same trace, so that the difficulty of problems cancels out."""
     falls: int
     """Traces whose score is lower with the marked step than before it."""
     equals: int
@@ -46,18 +46,20 @@ class WrongStepFigures:
     abstained: int
     judgements: int
 
-    def record(self) -> dict[str, Any]:
-        """The same in JSON's terms."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the metrics as JSON types."""
         return without_nan(asdict(self))
 
 
 async def judge_wrong_steps(
     grade: GradeText, traces: Sequence[MarkedTrace], granularity: Granularity
-) -> WrongStepFigures:
-    """Ask for every trace's score before and after its mark, and compare them."""
-    before = await _judged(grade, granularity, [(trace.problem, trace.before(granularity)) for trace in traces])
-    after = await _judged(grade, granularity, [(trace.problem, trace.after(granularity)) for trace in traces])
-    return wrong_step_figures(granularity, traces, before, after)
+) -> WrongStepMetrics:
+    """Judge every trace before and after its mark, and compute the metrics."""
+    before = await _judged(
+        grade, granularity, [(trace.problem, trace.text_before_error(granularity)) for trace in traces]
+    )
+    after = await _judged(grade, granularity, [(trace.problem, trace.text_with_error(granularity)) for trace in traces])
+    return wrong_step_metrics(granularity, traces, before, after)
 
 
 async def _judged(
@@ -69,14 +71,14 @@ async def _judged(
     return [None if text is None else next(judgements) for _, text in texts]
 
 
-def wrong_step_figures(
+def wrong_step_metrics(
     granularity: Granularity,
     traces: Sequence[MarkedTrace],
     before: Sequence[Judgement | None],
     after: Sequence[Judgement | None],
-) -> WrongStepFigures:
-    """From the judgements before and after each trace's mark (None: there was nothing to judge)."""
-    marked = [trace.mark is not None for trace in traces]
+) -> WrongStepMetrics:
+    """Compute the metrics from the judgements before and after each trace's mark (None: there was no text)."""
+    marked = [trace.error_span is not None for trace in traces]
     low = [None if judgement is None else on_scale(judgement) for judgement in after]
     high = [None if judgement is None else on_scale(judgement) for judgement in before]
     problems = [trace.problem.id for trace in traces]
@@ -86,10 +88,10 @@ def wrong_step_figures(
         return auroc([scores[i] for i in indices], [right[i] for i in indices])
 
     pairs = [(b, a) for b, a in zip(high, low, strict=True) if b is not None and a is not None]
-    falls = sum(a < b - ROUNDING for b, a in pairs)
-    equals = sum(abs(b - a) <= ROUNDING for b, a in pairs)
+    falls = sum(a < b - SCORE_TOLERANCE for b, a in pairs)
+    equals = sum(abs(b - a) <= SCORE_TOLERANCE for b, a in pairs)
     given = [judgement for judgement in (*before, *after) if judgement is not None]
-    return WrongStepFigures(
+    return WrongStepMetrics(
         granularity=granularity,
         traces=len(traces),
         marked=sum(marked),

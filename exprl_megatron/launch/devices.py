@@ -9,10 +9,20 @@ from exprl_megatron.serving.server_process import ServerSpec, side_by_side
 
 
 def assign_gpus(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> list[ServerSpec]:
-    """Return the servers, each with its first GPU: after the trainer's GPUs, in order.
+    """Assign GPUs of this machine to servers: in order, after the trainer's GPUs.
 
-    Sampling servers that take turns with the trainer have its GPUs. `gpus`: how many this machine has; without any
-    the servers are returned as they are. Raises UserError where there are too few.
+    Sampling servers that take turns with the trainer share its GPUs.
+
+    Args:
+        specs: the servers.
+        config: the config of the run.
+        gpus: number of GPUs of this machine; without any the servers are returned unchanged.
+
+    Returns:
+        The servers, each with its first GPU.
+
+    Raises:
+        UserError: there are too few GPUs.
     """
     if gpus == 0:
         return list(specs)
@@ -26,8 +36,8 @@ def assign_gpus(specs: Sequence[ServerSpec], config: RunConfig, gpus: int) -> li
     if needed > gpus:
         servers = ", ".join(f"{spec.name} {spec.config.tp}" for spec in computing)
         raise UserError(
-            f"The trainer needs {ranks} GPUs of this machine and its servers more ({servers}): {needed} in all, of "
-            f"{gpus}; make policy.layout or the servers' count or tp smaller, let them take turns (placement.kind: "
-            "colocated), or give servers other machines (`exprl serve`)."
+            f"The trainer needs {ranks} GPUs of this machine and the servers need more ({servers}): {needed} in total, "
+            f"of {gpus}; reduce policy.layout or the servers' count or tp, let them take turns (placement.kind: "
+            "colocated), or start servers on other machines (`exprl serve`)."
         )
     return [found.get(spec.name, spec) for spec in specs]

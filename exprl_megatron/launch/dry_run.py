@@ -1,4 +1,4 @@
-"""What `exprl train --dry-run` prints: the resolved config and the processes that a run would start."""
+"""`exprl train --dry-run`: prints the resolved config and the processes that a run would start."""
 
 import sys
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class PlannedProcess:
 
 
 def planned_processes(config: RunConfig) -> list[PlannedProcess]:
-    """Servers and trainer ranks in the order in which they start."""
+    """Return the servers and trainer ranks of a run in the order in which they start."""
     planned = []
     if config.needs_sampling_servers:
         planned += [_server("policy", i, config.policy.model, config.server) for i in range(config.server.count)]
@@ -41,12 +41,12 @@ def planned_processes(config: RunConfig) -> list[PlannedProcess]:
     layout = config.policy.layout
     for rank in range(layout.world_size):
         # Megatron's order of ranks, from the innermost dimension outwards.
-        place, rest = [], rank
+        coordinates, rest = [], rank
         for name, size in (("tp", layout.tp), ("cp", layout.cp), ("dp", layout.dp), ("pp", layout.pp)):
-            place.append(f"{name} {rest % size}")
+            coordinates.append(f"{name} {rest % size}")
             rest //= size
-        role = "trainer, conducts" if rank == 0 else "trainer"
-        planned.append(PlannedProcess(f"trainer-{rank}", role, ", ".join(place)))
+        role = "trainer, coordinator" if rank == 0 else "trainer"
+        planned.append(PlannedProcess(f"trainer-{rank}", role, ", ".join(coordinates)))
     return planned
 
 
@@ -56,7 +56,7 @@ def _server(kind: str, number: int, model: str, server) -> PlannedProcess:
 
 
 def transport_lines(config: RunConfig) -> list[str]:
-    """Return one line for each kind of server that receives weights: its transport, and why."""
+    """Return one line for each kind of server that receives weights: its transport and the reason."""
     receiving: dict[Literal["policy", "ref"], tuple[str, bool]] = {
         "policy": ("the sampling servers", config.needs_sampling_servers),
         "ref": ("ref-0", config.has_ref_server),
@@ -65,7 +65,7 @@ def transport_lines(config: RunConfig) -> list[str]:
     for servers, (what, exist) in receiving.items():
         if exist:
             choice = choose_transport(config, servers)
-            lines.append(f"Weights travel to {what} by {choice.kind} ({choice.reason}).")
+            lines.append(f"Weights are sent to {what} by {choice.kind} ({choice.reason}).")
     return lines
 
 
@@ -82,11 +82,15 @@ def print_dry_run(config: RunConfig) -> None:
 
 
 def print_start(config: RunConfig, check_servers: Callable[[RunConfig], None] = lambda config: None) -> None:
-    """Check what a start would check, and print what it would start; UserError as `check_inputs` raises it.
+    """Check what a start would check, and print what it would start.
 
-    `check_servers` checks what a start on this machine does beyond the inputs; not where a model is elsewhere.
+    `check_servers` does the checks of a start on this machine besides the inputs; it is not called where a model is
+    on another machine.
+
+    Raises:
+        UserError: see `check_inputs`.
     """
-    # The launcher takes its sentences from this module, and nothing that reads models.
+    # Imported here: the launcher imports this module, and must not import anything that reads models.
     from exprl_megatron.launch.preflight import dry_run
 
     left_out = dry_run(config)
@@ -107,7 +111,7 @@ def print_differences_from_released(config: RunConfig) -> None:
 
 
 def print_prompts(config: RunConfig) -> None:
-    """Print one problem of each stage as the policy and the judge will read it: the reference is the judge's alone."""
+    """Print one problem of each stage as the policy and the judge read it; only the judge's text has the reference."""
     from exprl_megatron.launch.prompt_checks import preview_prompts
 
     for title, text in preview_prompts(config):

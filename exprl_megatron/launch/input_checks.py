@@ -1,7 +1,7 @@
 """Checks a run's inputs in a separate process, so that the launcher never holds tokenizers and data sets.
 
-Run as `python -m exprl_megatron.launch.input_checks`: a config comes over the descriptor that CHANNEL names, and the
-answer goes back over it.
+It runs as `python -m exprl_megatron.launch.input_checks`: it receives a config over the file descriptor in the variable
+CHANNEL, and sends its answer back over it.
 """
 
 import json
@@ -22,7 +22,12 @@ _PARENT = "EXPRL_INPUT_CHECKS_PARENT"
 
 
 def hash_checked_inputs(config: RunConfig, starter: Starter) -> dict[str, str]:
-    """What `hash_inputs` says of `config`, after `check_inputs`. Raises UserError as these do."""
+    """Return `hash_inputs` of `config`, after `check_inputs`.
+
+    Raises:
+        UserError: see `check_inputs` and `hash_inputs`.
+        RunStopped: the process ended without an answer.
+    """
     ours, theirs = socket.socketpair()
     with ours, theirs:
         child = starter.start(
@@ -43,7 +48,7 @@ def hash_checked_inputs(config: RunConfig, starter: Starter) -> dict[str, str]:
             child.kill()
             status = child.wait()
     if not answer:
-        raise RunStopped(f"The process that checks the run's inputs ended with status {status}; its output says why.")
+        raise RunStopped(f"The process that checks the run's inputs ended with status {status}; see its output.")
     return _contents(json.loads(answer))
 
 
@@ -54,16 +59,16 @@ def _contents(answer: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Answer with the contents, or with what the user can fix; anything else ends this process with a traceback."""
+    """Answer with the hashes, or with an error that the user can fix; other errors end the process with a traceback."""
     die_with_parent(int(os.environ[_PARENT]))
     from exprl_megatron.launch.input_hashes import hash_inputs
     from exprl_megatron.launch.preflight import check_inputs
-    from exprl_megatron.problems.sources import reading_once
+    from exprl_megatron.problems.sources import cached_sources
 
     with socket.socket(fileno=int(os.environ[CHANNEL])) as channel:
         config = check_config(json.loads(_read(channel)), "the run's config")
         try:
-            with reading_once():
+            with cached_sources():
                 check_inputs(config)
                 answer: dict[str, dict[str, str] | str] = {"contents": hash_inputs(config)}
         except UserError as error:

@@ -1,7 +1,7 @@
-"""Hashes of the inputs of a run besides its config: problems, examples, prompts, models. A resumed run has the same.
+"""Hashes of the inputs of a run besides its config: problems, examples, prompts, models.
 
-`inputs.json` in the run's directory holds a hash for each of them; a path may change between stop and resume, and what
-it leads to may not.
+`inputs.json` in the run's directory has a hash for each of them. Between stop and resume a path may change, but not the
+content of its file.
 """
 
 import dataclasses
@@ -30,8 +30,11 @@ _PIECES, _PIECE_BYTES = 64, 2**16
 def hash_inputs(config: RunConfig) -> dict[str, str]:
     """Return a hash of the content of every file that `config` names, by its config key.
 
-    Of models see `model_identity`; the prompts that are shipped count as `judge.shipped_prompts` where a judge may take
-    them. Raises UserError where something cannot be read.
+    For models see `model_identity`; the shipped prompts have the key `judge.shipped_prompts` where a judge may use
+    them.
+
+    Raises:
+        UserError: an input cannot be read.
     """
     return dict(_contents(config))
 
@@ -54,14 +57,14 @@ def _contents(config: RunConfig) -> Iterator[tuple[str, str]]:
         for key, name in named.items():
             if name is not None:
                 yield f"judge.{key}", load_prompt(name, judge.prompt_order).version
-        # Prompts of one's own do for one unit and kind of judging; the shipped ones fill in for all others.
+        # A custom prompt is for one granularity and kind of judging; all others use the shipped prompts.
         yield "judge.shipped_prompts", prompt_set_hash(judge.prompt_order, judge.shipped_prompts)
         if judge.rubric.kind == "checkpoints":
             yield "judge.rubric.prompt", load_prompt(judge.rubric.prompt, shows="reference").version
 
 
 def _model(directory: str) -> str:
-    """`model_identity`, and where the weights are in Megatron's form pieces of those files too."""
+    """Return `model_identity`; of weights in Megatron's format, together with a hash of pieces of these files."""
     converted = [(path.name, _sampled(path)) for path in sorted((Path(directory) / MEGATRON).glob("*.distcp"))]
     return _hash([model_identity(directory), converted]) if converted else model_identity(directory)
 

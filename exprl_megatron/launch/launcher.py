@@ -44,53 +44,61 @@ _POLL_S = 0.2
 
 
 def launch(config: RunConfig, resume: bool, registered: bool = False, node: Node | None = None) -> None:
-    """Run `config` to its end; where its servers are `registered`, start none but wait for those.
+    """Run `config` to its end. This machine is node 0 of the trainer's nodes; the others call `run_worker_node`.
 
-    This machine is node 0 of the trainer's nodes, and the only one without `node`; the others run `run_worker_node`. No
-    process is left behind, however the run ends.
+    No process is left running, regardless of how the run ends.
 
-    Raises: UserError before anything is started where the input is bad; ServerError or RunStopped where the run ends
-    early; Preempted where SIGUSR1 asked for it.
+    Args:
+        config: the config of the run.
+        resume: whether to continue an earlier attempt.
+        registered: whether the servers are started elsewhere (`exprl serve`) and found by their registrations.
+        node: this machine among the trainer's nodes; None: it is the only one.
+
+    Raises:
+        UserError: the input is bad; nothing has been started then.
+        ServerError: a server failed.
+        RunStopped: the run ended early.
+        Preempted: SIGUSR1 requested the end of the run.
     """
     node = node or Node()
     node.ranks(config.policy.layout.world_size)
-    # The ranks' lines count from here too.
+    # The ranks' log lines show the time since this moment too.
     os.environ[STARTED] = str(command_started())
     log = RunLog()
     log.say(f"checking {config.directory}: models, problems and prompts")
     key_file = Registry(RunDirectory(config.directory).registry).key_file
     try:
         if node.nodes > 1:
-            # The other nodes believe nobody without it, not even that this one has ended.
+            # Without it the other nodes accept no message, not even the end of this node.
             ensure_key(key_file)
         if not registered:
             # Ranks and servers inherit it.
             os.environ.update(gloo_on_loopback(os.environ))
-        with HeadNode(node, key_file) as host, starter(config, servers=not registered) as start:
-            _conduct(config, resume, registered, node, host, start, log)
+        with HeadNode(node, key_file) as head, starter(config, servers=not registered) as start:
+            _launch(config, resume, registered, node, head, start, log)
     except OSError as error:
         if (sentence := storage_sentence(error, config.directory)) is None:
             raise
         raise UserError(sentence) from error
 
 
-def _conduct(
-    config: RunConfig, resume: bool, registered: bool, node: Node, host: HeadNode, start: Starter, log: RunLog
+def _launch(
+    config: RunConfig, resume: bool, registered: bool, node: Node, head: HeadNode, start: Starter, log: RunLog
 ) -> None:
     directory = RunDirectory(config.directory)
     registry = Registry(directory.registry)
-    wanted = required_servers(config, directory)
+    specs = required_servers(config, directory)
     try:
         contents = hash_checked_inputs(config, start)
         if not registered:
-            wanted = assign_server_gpus(wanted, config)
+            specs = assign_server_gpus(specs, config)
         changed = directory.changed_plugins(contents) if resume else []
         claim = directory.claim(config, resume, contents)
     except (UserError, OSError, Interrupted):
         if registered and not Claim.is_held(directory.root):
             registry.mark_ended()
         raise
-    own = [spec for spec in wanted if not registered or isinstance(spec, RouterSpec)]
+    started = [spec for spec in specs if not registered or isinstance(spec, RouterSpec)]
     try:
         log.keep(directory.run_log)
         print_differences_from_released(config)
@@ -98,22 +106,22 @@ def _conduct(
             print(f"exprl: {change}", file=sys.stderr, flush=True)
         if config.needs_sampling_servers and (sentence := irreproducible_sampling(config.server, uses_cuda())):
             log.say(sentence)
-        # Servers that are registered elsewhere may have made it already.
+        # Servers that are registered elsewhere may have created the key already.
         (ensure_key if registered else renew_key)(registry.key_file)
         with RunRecord(directory.record, _plugins(contents)):
-            _run(config, ServerSupervisor(own, registry, start, log.say), node, host, start, log)
+            _run(config, ServerSupervisor(started, registry, start, log.say), node, head, start, log)
     finally:
         registry.key_file.unlink(missing_ok=True)
         claim.release()
 
 
 def _plugins(contents: Mapping[str, str]) -> dict[str, str]:
-    """The hashes of the user's own code, by its path."""
+    """Return the hashes of the user's code by its path."""
     return {key.removeprefix(PLUGINS): value for key, value in contents.items() if key.startswith(PLUGINS)}
 
 
 def _run(
-    config: RunConfig, supervisor: ServerSupervisor, node: Node, host: HeadNode, start: Starter, log: RunLog
+    config: RunConfig, supervisor: ServerSupervisor, node: Node, head: HeadNode, start: Starter, log: RunLog
 ) -> None:
     """Start servers and ranks, watch them, and stop them all."""
     directory = RunDirectory(config.directory)
@@ -125,11 +133,11 @@ def _run(
         log.say(f"{_starting(supervisor)}; logs in {directory.logs}")
         supervisor.start()
         request_stop_on_sigusr1(directory.stop_request)
-        host.signal_start()
+        head.signal_start()
         log.say(_ranks_sentence(len(node.ranks(config.policy.layout.world_size)), node))
         ranks = TrainerRanks(directory, config, directory.registry, node, start)
-        while _all_run(ranks, host):
-            host.raise_reported()
+        while _all_run(ranks, head):
+            head.raise_reported()
             supervisor.poll()
             time.sleep(_POLL_S)
     finally:
@@ -140,7 +148,7 @@ def _run(
 
 
 def _starting(supervisor: ServerSupervisor) -> str:
-    """The line for what is started here: `starting policy-0, policy-1 (MODEL), judge-0 (MODEL)`."""
+    """Return the line about the servers to start: `starting policy-0, policy-1 (MODEL), judge-0 (MODEL)`."""
     by_model: dict[str, list[str]] = {}
     for spec in supervisor.specs:
         by_model.setdefault(str(spec.model), []).append(spec.name)
@@ -152,32 +160,37 @@ def _ranks_sentence(here: int, node: Node) -> str:
     return f"starting {here} trainer process{'es' if here > 1 else ''}{' on this node' if node.nodes > 1 else ''}"
 
 
-def _all_run(ranks: TrainerRanks, host: HeadNode) -> bool:
-    """As TrainerRanks.running, with the cause that another node may know."""
+def _all_run(ranks: TrainerRanks, head: HeadNode) -> bool:
+    """Return TrainerRanks.running; where a rank failed, raises the cause that another node may have reported."""
     try:
         return ranks.running()
     except RankFailed:
-        host.check_for_killed()
+        head.check_for_killed()
         raise
 
 
 def check_server_start(config: RunConfig) -> None:
-    """Raise UserError where this machine could not start the run's servers: GPUs, ports, models, formats."""
+    """Check whether this machine can start the run's servers: GPUs, ports, models, formats.
+
+    Raises:
+        UserError: it cannot.
+    """
     assign_server_gpus(required_servers(config, RunDirectory(config.directory)), config)
 
 
-def assign_server_gpus(wanted: list[ServerSpec], config: RunConfig) -> list[ServerSpec]:
-    """Return the servers `wanted`, each with its first GPU of this machine; starts nothing.
+def assign_server_gpus(specs: list[ServerSpec], config: RunConfig) -> list[ServerSpec]:
+    """Assign GPUs of this machine to servers, and check the servers; nothing is started.
 
-    Raises: UserError as `assign_gpus` and `check_servers` do.
+    Raises:
+        UserError: see `assign_gpus` and `check_servers`.
     """
-    found = assign_gpus(wanted, config, gpu_count())
+    found = assign_gpus(specs, config, gpu_count())
     check_servers(found)
     return found
 
 
 def required_servers(config: RunConfig, directory: RunDirectory) -> list[ServerSpec]:
-    """The servers that the stages and the evaluation of `config` need."""
+    """Return the servers that the stages and the evaluation of `config` need."""
     specs: list[ServerSpec] = []
     dtype = SERVED_DTYPES[config.policy.precision.dtype]
     if config.needs_sampling_servers:
@@ -200,5 +213,5 @@ def required_servers(config: RunConfig, directory: RunDirectory) -> list[ServerS
 
 
 def _router(name: str, model: str, servers: ServerConfig, directory: RunDirectory) -> RouterSpec:
-    """The router of `servers`, which uses no GPU."""
+    """Return the router of `servers`, which uses no GPU."""
     return RouterSpec(name, Path(model), servers.model_copy(update={"tp": 1, "port": None}), directory.logs)

@@ -1,4 +1,4 @@
-"""Checks of a run's config against its models, from each model's config.json alone."""
+"""Checks a run's config against its models; of each model only config.json is read."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from exprl_megatron.utils.accelerator import cuda_capability, uses_cuda
 
 
 def model_violations(config: RunConfig) -> list[str]:
-    """Return one sentence for everything in `config` that its model does not allow: layout, precision, lengths."""
+    """Return one sentence for each setting that the model does not allow: layout, precision, lengths."""
     try:
         architecture = read_architecture(config.policy.model)
     except UserError as error:
@@ -49,22 +49,22 @@ def _length_violations(config: RunConfig, architecture: Architecture) -> Iterato
 
 
 def _fused_rotation_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
-    """SGLang's fused kernel takes every stretching for YaRN's, and YaRN's factor from max_position_embeddings."""
+    """SGLang's fused kernel treats every RoPE scaling as YaRN, and computes its factor from max_position_embeddings."""
     name = "--enable-fused-qk-norm-rope"
     if architecture.family == "qwen3-moe" and architecture.rope_scaling and name in config.server.extra_args:
         yield (
-            f"server.extra_args hold {name}, whose kernel computes the stretched positions of {config.policy.model} "
-            f"otherwise than the trainer; leave it out."
+            f"server.extra_args has {name}, whose kernel computes the scaled positions of {config.policy.model} "
+            f"differently from the trainer; remove it."
         )
 
 
 def _server_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
-    """SGLang's norm over all heads' keys cannot be cut over more ranks than there are heads of keys."""
+    """SGLang cannot divide the norm over all key heads among more ranks than there are key heads."""
     served = config.needs_sampling_servers or config.has_ref_server
     if served and architecture.post_norms and config.server.tp > architecture.kv_groups:
         yield (
             f"server.tp is {config.server.tp}, more than the {architecture.kv_groups} KV groups of "
-            f"{config.policy.model}, over which SGLang cannot cut this {architecture.family} model; lower it."
+            f"{config.policy.model}, and SGLang cannot divide this {architecture.family} model further; lower it."
         )
 
 
@@ -87,7 +87,7 @@ def _precision_violations(config: RunConfig, architecture: Architecture) -> list
 
 
 def _servers(config: RunConfig) -> dict[str, ServerConfig]:
-    """Those that the run starts with weights in the policy's format, by their keys."""
+    """Return the servers that the run starts with weights in the policy's format, by their config keys."""
     found = {}
     if config.needs_sampling_servers or config.has_ref_server:
         found["server"] = config.server

@@ -1,13 +1,13 @@
 """A trainer on several nodes: the ranks of each node, and the messages between the nodes' launchers.
 
 Each node has its own `exprl train`. Node 0 is the head node: it has the run's directory, decides how the run ended, and
-holds the store in which launchers and ranks meet, as torchrun's agent does. Worker nodes start their ranks at its
+runs the rendezvous store of launchers and ranks, as torchrun's agent does. Worker nodes start their ranks at its
 signal, report failures to it, and end when it ends. Messages are accepted only with an authentication code of the run's
 key.
 
 Why not torch.distributed.elastic: its rendezvous and its store accept messages from anyone who can connect, its agent
-imports torch (the launcher here imports no library that computes), it knows workers alone where a run also has servers,
-and it restarts workers in place where a run ends with a status and resumes from its checkpoint.
+imports torch (the launcher here imports no compute library), it manages only workers where a run also has servers, and
+it restarts workers in place where a run ends with a status and resumes from its checkpoint.
 """
 
 import json
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from exprl_megatron.utils.keyed_store import Records
 
 _CONNECT_S = 600.0
-"""The longest between the starts of two nodes' launchers."""
+"""Maximum time in seconds between the starts of two nodes' launchers."""
 _LEAVE_S = 20.0
 _KILLED_S = 6.0
-"""The longest until another node's report of a killed rank arrives; see TrainerRanks.running."""
+"""Maximum time in seconds until another node's report of a killed rank arrives; see TrainerRanks.running."""
 _PURPOSE = "launchers"
 _BEGIN, _FAILED, _KILLED, _ENDED, _GONE = "begin", "failed", "killed", "ended", "gone"
 _ENDS = {2: UserError, os.EX_TEMPFAIL: Preempted}
@@ -56,13 +56,22 @@ class Node:
     number: int = 0
     nodes: int = 1
     host: str = LOCAL
-    """Address at which the others reach node 0."""
+    """Address of node 0 for the other nodes."""
     port: int | None = None
     """Port of the store there; None for a single node."""
 
     @classmethod
-    def of(cls, number: int | None, nodes: int, master: str | None) -> Self:
-        """Build from the command line's options. Raises UserError where they do not describe a node of several."""
+    def from_options(cls, number: int | None, nodes: int, master: str | None) -> Self:
+        """Build from the command line's options.
+
+        Args:
+            number: number of this node, from 0.
+            nodes: number of the trainer's nodes.
+            master: HOST:PORT of node 0.
+
+        Raises:
+            UserError: the options do not describe one of several nodes.
+        """
         if nodes == 1:
             return cls()
         if number is None or not 0 <= number < nodes:
@@ -73,10 +82,14 @@ class Node:
         return cls(number, nodes, host, int(port))
 
     def ranks(self, world_size: int) -> range:
-        """This node's ranks. Raises UserError where `world_size` is not a multiple of the number of nodes."""
+        """Return this node's ranks.
+
+        Raises:
+            UserError: `world_size` is not a multiple of the number of nodes.
+        """
         if world_size % self.nodes:
             raise UserError(
-                f"policy.layout needs {world_size} trainer processes, which {self.nodes} --nodes cannot share evenly; "
+                f"policy.layout needs {world_size} trainer processes, which is not a multiple of {self.nodes} --nodes; "
                 "change one of them."
             )
         each = world_size // self.nodes
@@ -88,7 +101,7 @@ class _Messages:
 
     def __init__(self, records: "Records"):
         self._records = records
-        self._complained: set[str] = set()
+        self._reported_invalid: set[str] = set()
 
     def write(self, name: str, text: str = "") -> None:
         """Write the record `name`."""
@@ -101,22 +114,30 @@ class _Messages:
         try:
             return self._records.get(name) if self._records.check([name]) else None
         except NotAuthentic as error:
-            if name not in self._complained:
-                self._complained.add(name)
+            if name not in self._reported_invalid:
+                self._reported_invalid.add(name)
                 where = f"the trainer's store at {self._records.host}:{self._records.port}"
                 print(f"exprl: {error} in {where}; it is ignored.", file=sys.stderr, flush=True)
             return None
 
     def count(self, one_more: int) -> int:
-        """The number of nodes that have finished reporting."""
+        """Add `one_more` to the number of nodes that have finished reporting, and return it."""
         return self._records.add(_GONE, one_more)
 
 
 class HeadNode:
-    """Node 0's side; does nothing for a single node. As a context manager, notifies the others at its end."""
+    """Node 0's side; does nothing for a single node. As a context manager, it notifies the others at its end.
+
+    Args:
+        node: this node.
+        key_file: file of the run's key.
+
+    Raises:
+        RunStopped: the port is taken.
+        ServerError: there is no key, and other nodes need it.
+    """
 
     def __init__(self, node: Node, key_file: Path):
-        """Raises RunStopped where the port is taken, ServerError where there is no key and other nodes need it."""
         self._others = node.nodes - 1
         self._messages: _Messages | None = None
         if self._others:
@@ -131,7 +152,7 @@ class HeadNode:
             return
         self._messages.write(_ENDED)
         deadline = time.monotonic() + _LEAVE_S
-        # The store ends with this process: the others are to hear of it first.
+        # The store ends with this process, so the other nodes must read the record first.
         while self._messages.count(0) < self._others and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -141,27 +162,42 @@ class HeadNode:
             self._messages.write(_BEGIN)
 
     def raise_reported(self) -> None:
-        """Raise the error that another node has reported."""
-        if self._messages is not None and (words := self._messages.read(_FAILED)) is not None:
-            error = exit_error(parse_exit_report(words, "What another node reported"))
+        """Raise the error that another node has reported, if any.
+
+        Raises:
+            UserError, RunStopped, Preempted: the error that ended the other node's ranks.
+        """
+        if self._messages is not None and (report := self._messages.read(_FAILED)) is not None:
+            error = exit_error(parse_exit_report(report, "What another node reported"))
             if isinstance(error, RankFailed):
                 self.check_for_killed()
             raise error
 
     def check_for_killed(self) -> None:
-        """Raise another node's report of a killed rank, the cause of the failures here."""
+        """Wait briefly for another node's report of a killed rank, which is the cause of the failures here.
+
+        Raises:
+            RunStopped: the error of the killed rank.
+        """
         deadline = time.monotonic() + _KILLED_S
         while self._messages is not None and time.monotonic() < deadline:
-            if (words := self._messages.read(_KILLED)) is not None:
-                raise exit_error(parse_exit_report(words, "What another node reported"))
+            if (report := self._messages.read(_KILLED)) is not None:
+                raise exit_error(parse_exit_report(report, "What another node reported"))
             time.sleep(0.1)
 
 
 class WorkerNode:
-    """The side of a worker node."""
+    """The side of a worker node; it waits for node 0 when it is created.
+
+    Args:
+        node: this node.
+        key_file: file of the run's key.
+
+    Raises:
+        RunStopped: node 0 does not start.
+    """
 
     def __init__(self, node: Node, key_file: Path):
-        """Wait for node 0. Raises RunStopped where it does not appear."""
         self._node = node
         self._key_file = key_file
         self._store = _connect_store(node)
@@ -169,30 +205,38 @@ class WorkerNode:
         self._messages: _Messages | None = None
         """The store's records, authenticated with the run's key."""
         self._heard = False
-        """Whether a valid record of node 0 was read: from then on the key is known to be that of its run."""
+        """Whether a valid record of node 0 was read: the key is then known to be the run's."""
 
     def wait_for_start(self, deadline_s: float) -> bool:
-        """Whether ranks may start, rather than that node 0 has ended. Raises RunStopped without a report."""
+        """Wait at most `deadline_s` seconds; returns whether ranks may start, False where node 0 has ended.
+
+        Raises:
+            RunStopped: there is no signal in time, or node 0's store is gone.
+        """
         deadline = time.monotonic() + deadline_s
         while not self._has_record(_BEGIN):
             if self.has_ended():
                 return False
             if time.monotonic() > deadline:
-                raise RunStopped(f"Node 0 of the trainer did not begin within {deadline_s:g} s; see its output.")
+                raise RunStopped(f"Node 0 of the trainer did not start within {deadline_s:g} s; see its output.")
             time.sleep(0.2)
         return True
 
     def has_ended(self) -> bool:
-        """Whether node 0 has ended. Raises RunStopped where its store is gone without a report."""
+        """Whether node 0 has ended.
+
+        Raises:
+            RunStopped: its store is gone without a report.
+        """
         return self._has_record(_ENDED)
 
     def report(self, error: Exception) -> None:
-        """Report to node 0 what has ended this node's ranks; node 0 reads the first report."""
+        """Report to node 0 the error that ended this node's ranks; node 0 reads the first report."""
         unexpected = isinstance(error, RankFailed)
-        words = json.dumps({"status": exit_status(error), "message": str(error), "unexpected": unexpected})
+        report = json.dumps({"status": exit_status(error), "message": str(error), "unexpected": unexpected})
         if isinstance(error, RankKilled):
-            self._messages.write(_KILLED, words)
-        self._messages.write(_FAILED, words)
+            self._messages.write(_KILLED, report)
+        self._messages.write(_FAILED, report)
 
     def leave(self) -> None:
         """Report that this node has finished."""
@@ -204,7 +248,7 @@ class WorkerNode:
         try:
             if not self._heard:
                 self._read_key()
-            # Asking is also how this node notices that node 0 is gone.
+            # The request also detects that node 0 is gone.
             found = self._store.check([name]) if self._messages is None else self._messages.read(name) is not None
         except DistError as error:
             raise RunStopped(f"Node 0 of the trainer ({self._node.host}) is gone; see its output.") from error
@@ -229,17 +273,17 @@ class ExitReport(msgspec.Struct, frozen=True):
     unexpected: bool
 
 
-def parse_exit_report(words: bytes, what: str) -> ExitReport:
-    """Parse the report in `words`; where it is garbled, return a report that says so about `what`."""
+def parse_exit_report(text: bytes, what: str) -> ExitReport:
+    """Parse a report (JSON); where it is damaged, return a report that says so about `what`."""
     try:
-        return msgspec.json.decode(words, type=ExitReport)
+        return msgspec.json.decode(text, type=ExitReport)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         message = f"{what} of its end is garbled ({error}); see the logs of that node, and continue with --resume."
         return ExitReport(1, message, unexpected=True)
 
 
 def exit_error(reported: ExitReport) -> Exception:
-    """The exception for this report."""
+    """Return the exception of a report."""
     kind = RankFailed if reported.unexpected else _ENDS.get(reported.status, RunStopped)
     return kind(reported.message)
 
@@ -251,7 +295,7 @@ def _messages(store: "TCPStore", key: str) -> _Messages:
 
 
 def _listen_store(node: Node) -> "TCPStore":
-    """Node 0's store."""
+    """Start node 0's store."""
     from torch.distributed import DistError
 
     from exprl_megatron.utils.keyed_store import start_store
@@ -263,7 +307,7 @@ def _listen_store(node: Node) -> "TCPStore":
 
 
 def _connect_store(node: Node) -> "TCPStore":
-    """The store, as a client on another node."""
+    """Connect to node 0's store from another node."""
     from torch.distributed import DistError
 
     from exprl_megatron.utils.keyed_store import connect_store

@@ -1,6 +1,7 @@
-"""The user's own functions in a config: loaded, called once on small inputs, and hashed, before anything is started.
+"""Loads the user's functions in a config, calls them once on small inputs, and hashes them, before a run starts.
 
-What fails here would fail in the run: an import, a signature, a result of another type, an exception on an empty trace.
+A failure here would also occur in the run: an import, a signature, a result of another type, an exception on an empty
+trace.
 """
 
 import asyncio
@@ -17,12 +18,12 @@ from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import plugin_source, use_plugin_path
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.sources import first_problem, is_own_source, load_problems
+from exprl_megatron.problems.sources import first_problem, is_custom_source, load_problems
+from exprl_megatron.rollout.custom_functions import CustomFunction, custom_verifiers
 from exprl_megatron.rollout.group import GradedTrace, Group, StepInfo
-from exprl_megatron.rollout.own_functions import OwnFunction, own_verifiers
 from exprl_megatron.runs.directory import PLUGINS
-from exprl_megatron.training.own_metrics import own_step_metrics
-from exprl_megatron.training.own_rewards import own_terms
+from exprl_megatron.training.custom_metrics import custom_step_metrics
+from exprl_megatron.training.custom_rewards import custom_terms
 
 ScoredStage = ExprlOutcomeStage | SparseRlStage
 FAILURES = ("verifier-error", "verifier-timeout")
@@ -36,12 +37,12 @@ def plugins_of(config: RunConfig) -> dict[str, str]:
 def _plugins(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from ((f"verifier.domains.{domain}", path) for domain, path in config.verifier.domains.items())
     yield from ((f"step_metrics.{i}", path) for i, path in enumerate(config.step_metrics))
-    if config.evaluation is not None and is_own_source(config.evaluation.problems.source):
+    if config.evaluation is not None and is_custom_source(config.evaluation.problems.source):
         yield "evaluation.problems.source", config.evaluation.problems.source
     for number, stage in enumerate(config.stages):
         if isinstance(stage, OwnStageConfig):
             yield f"stages.{number}.kind", stage.kind
-        if isinstance(stage, RlStage | SftStage) and stage.problems and is_own_source(stage.problems.source):
+        if isinstance(stage, RlStage | SftStage) and stage.problems and is_custom_source(stage.problems.source):
             yield f"stages.{number}.problems.source", stage.problems.source
         if isinstance(stage, ScoredStage):
             yield from ((f"stages.{number}.reward.{i}.term", t.term) for i, t in enumerate(stage.reward) if t.is_own)
@@ -52,7 +53,11 @@ def _plugins(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def plugin_hashes(config: RunConfig) -> dict[str, str]:
-    """Return the hash of the source of each plugin, under `plugins.PATH`. Raises PluginError."""
+    """Return the hash of the source of each plugin, under `plugins.PATH`.
+
+    Raises:
+        PluginError: a plugin cannot be loaded.
+    """
     use_plugin_path(config.plugin_path)
     return {f"{PLUGINS}{path}": plugin_source(path).sha256 for path in sorted({*plugins_of(config).values()})}
 
@@ -61,18 +66,18 @@ def check_plugin_code(config: RunConfig) -> None:
     """Load every plugin, and try those that need no problem.
 
     Raises:
-        PluginError: one cannot be loaded, takes other arguments, fails, or returns what it must not.
+        PluginError: a plugin cannot be loaded, takes other arguments, fails, or returns an invalid result.
     """
     own_kinds = {stage.kind for stage in config.stages if isinstance(stage, OwnStageConfig)}
     for key, path in plugins_of(config).items():
         if path not in own_kinds:
             Plugin.load(key, path)
     check_own_stages(config)
-    own_verifiers(config.verifier, _silent)
-    own_step_metrics(config.step_metrics)(StepInfo("a", 1), [_sample_group()])
+    custom_verifiers(config.verifier, _silent)
+    custom_step_metrics(config.step_metrics)(StepInfo("a", 1), [_sample_group()])
     for stage in config.stages:
         if isinstance(stage, ScoredStage):
-            own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent)
+            custom_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent)
             if stage.advantage not in get_args(Advantage):
                 _try_estimator(stage)
         if isinstance(stage, RlStage) and stage.loss.surrogate not in get_args(Surrogate):
@@ -80,47 +85,47 @@ def check_plugin_code(config: RunConfig) -> None:
 
 
 def check_plugins_on_problems(config: RunConfig) -> None:
-    """Call every verifier and reward term of the user with the first problem that it is for, and an empty trace.
+    """Call every verifier and reward term of the user with the first problem of its domain, and an empty trace.
 
     A stage of the user's own is tried with such traces of the first problems.
 
     Raises:
-        PluginError: one raises an exception, gives no answer in time, or returns what it must not.
+        PluginError: a function raises an exception, gives no answer in time, or returns an invalid result.
     """
-    verifiers = own_verifiers(config.verifier, _silent)
+    verifiers = custom_verifiers(config.verifier, _silent)
     for problems in config.problem_sets() if verifiers else ():
         first: dict[str, Problem] = {}
         for problem in load_problems(problems):
             first.setdefault(problem.domain, problem)
         for domain, problem in first.items():
             if domain in verifiers:
-                asyncio.run(_try(verifiers[domain], problem, verdict=True))
+                asyncio.run(_try(verifiers[domain], problem, is_verifier=True))
     for stage in config.stages:
         if isinstance(stage, OwnStageConfig):
             try_own_stage(config, stage)
         if isinstance(stage, ScoredStage) and any(term.is_own for term in stage.reward):
             problem = first_problem(stage.problems)
-            for term in own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent).values():
-                asyncio.run(_try(term, problem, verdict=False))
+            for term in custom_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent).values():
+                asyncio.run(_try(term, problem, is_verifier=False))
 
 
-async def _try(own: OwnFunction, problem: Problem, verdict: bool) -> None:
+async def _try(function: CustomFunction, problem: Problem, is_verifier: bool) -> None:
     trace = empty_trace(problem.id)
-    if verdict:
-        judgement = await own.verify(problem, trace)
+    if is_verifier:
+        judgement = await function.verify(problem, trace)
         failed = judgement.evidence if isinstance(judgement, Abstained) and judgement.reason in FAILURES else None
     else:
-        value, evidence = await own.value(problem, trace)
+        value, evidence = await function.value(problem, trace)
         failed = evidence if value is None and evidence.startswith(FAILURES) else None
     if failed is not None:
         raise PluginError(
-            f"{own.plugin.key}: {own.plugin.path} was called with problem {problem.id} and an empty trace, which a "
-            f"policy may write, and gave no result: {failed}"
+            f"{function.plugin.key}: {function.plugin.path} was called with problem {problem.id} and an empty trace, "
+            f"which a policy may write, and gave no result: {failed}"
         )
 
 
 def _sample_group() -> Group:
-    """Two traces, of which one has no score."""
+    """Return a group of two traces, of which one has no score."""
     judgements = (Scored(0.5, "as a trial"), Abstained("timeout"))
     return Group("sample", tuple(GradedTrace(empty_trace("sample", k), j) for k, j in enumerate(judgements)))
 
@@ -128,30 +133,30 @@ def _sample_group() -> Group:
 def _try_estimator(stage: ScoredStage) -> None:
     import torch
 
-    from exprl_megatron.algorithms.advantages import estimator
+    from exprl_megatron.algorithms.advantages import advantage_fn
 
     scores = torch.linspace(0, 1, 2 * stage.group_size, dtype=torch.float64).view(2, stage.group_size)
     valid = torch.ones_like(scores, dtype=torch.bool)
     for count in (0, 1, 2 * stage.group_size):
-        # Nothing abstains, one trace does, and all do.
+        # No trace abstains, one does, and all do.
         valid.view(-1)[:count] = False
-        estimator(stage.advantage)(scores, valid)
+        advantage_fn(stage.advantage)(scores, valid)
 
 
 def _try_surrogate(stage: RlStage) -> None:
     import torch
 
-    from exprl_megatron.algorithms.surrogates import SurrogateBatch, own_surrogate
+    from exprl_megatron.algorithms.surrogates import SurrogateBatch, custom_surrogate
 
     log_probs = torch.tensor([[-1.0, -0.5, 0.0], [-2.0, -0.1, -0.2]], requires_grad=True)
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
     advantages = mask * torch.tensor([[1.0], [-1.0]])
     loss = stage.loss
-    own_surrogate(
+    custom_surrogate(
         loss.surrogate,
         SurrogateBatch(log_probs, log_probs.detach() - 0.1, advantages, mask, loss.clip_low, loss.clip_high),
     ).sum().backward()
 
 
 def _silent(text: str) -> None:
-    """Trials report their failures as errors."""
+    """Print nothing: these checks raise failures as errors."""

@@ -1,7 +1,7 @@
-"""Slurm's signal ahead of a time limit or a preemption: the run ends at its next checkpoint, and can be resumed.
+"""Slurm's signal before a time limit or a preemption: the run ends at its next checkpoint, and can be resumed.
 
-The launcher answers SIGUSR1, and nobody else: Slurm may send it to every process of a job. It leaves the request as
-a file in the run's directory, where rank 0 finds it after each step and in each long wait, on whichever node it runs.
+Only the launcher handles SIGUSR1, since Slurm may send it to every process of a job. It writes the request as a file in
+the run's directory, where rank 0 finds it after each step and in each long wait, also on another node.
 """
 
 import signal
@@ -13,17 +13,17 @@ from exprl_megatron.processes.interruption import raise_from_handler
 
 
 def stop_on_sigusr1() -> None:
-    """From now on SIGUSR1 raises Preempted: there is nothing yet to be saved."""
+    """Make SIGUSR1 raise Preempted, since there is nothing to save yet."""
     signal.signal(signal.SIGUSR1, _end)
 
 
 def request_stop_on_sigusr1(request: Path) -> None:
-    """From now on SIGUSR1 makes the file `request`, which RankCoordinator.asked_to_stop sees."""
+    """Make SIGUSR1 create the file `request`, which RankCoordinator.asked_to_stop reads."""
     signal.signal(signal.SIGUSR1, lambda *_: request.touch())
 
 
 def ignore_sigusr1() -> None:
-    """From now on SIGUSR1 means nothing here: the run says when its servers end."""
+    """Ignore SIGUSR1: the run decides when its servers end."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 

@@ -1,4 +1,4 @@
-"""Checks everything that a run will read, before any process is started."""
+"""Checks all inputs of a run before any process is started."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from exprl_megatron.launch.prompt_checks import check_prompts, unchecked_model
 from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.plugins.loading import use_plugin_path
-from exprl_megatron.problems.needs import ProblemNeed, missing_for
-from exprl_megatron.problems.sources import load_problems, reading_once
+from exprl_megatron.problems.needs import ProblemNeed, unmet_needs
+from exprl_megatron.problems.sources import cached_sources, load_problems
 from exprl_megatron.reporting.trackers import missing_packages
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
@@ -22,11 +22,15 @@ from exprl_megatron.utils.accelerator import installation_fault
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Raise UserError where the environment, the model, the layout, the problems or the examples cannot be used.
+    """Check the environment, the model, the layout, the problems, the examples and the user's functions.
 
-    The user's own functions are called on small inputs; PluginError where one fails. Each set of problems is read once.
+    Each set of problems is read once. The user's functions are called on small inputs.
+
+    Raises:
+        UserError: one of them cannot be used.
+        PluginError: a function of the user fails.
     """
-    with reading_once():
+    with cached_sources():
         _check_inputs(config)
 
 
@@ -42,7 +46,7 @@ def _check_inputs(config: RunConfig) -> None:
     for problems, needs in required_problem_sets(config).items():
         loaded = load_problems(problems)
         lacking = [
-            sentence for need in sorted(needs) for sentence in missing_for(loaded, need, config.verifier.domains)
+            sentence for need in sorted(needs) for sentence in unmet_needs(loaded, need, config.verifier.domains)
         ]
         if lacking:
             raise UserError("\n".join(f"{problems.source}: {sentence}" for sentence in lacking))
@@ -58,7 +62,12 @@ def _check_inputs(config: RunConfig) -> None:
 
 
 def dry_run(config: RunConfig) -> str | None:
-    """Check what a start would check; where a model is not on this machine, a sentence that says what was not."""
+    """Check what a start would check; where a model is not on this machine, return a sentence about what was not.
+
+    Raises:
+        UserError: see `check_inputs`.
+        PluginError: see `check_inputs`.
+    """
     use_plugin_path(config.plugin_path)
     check_plugin_code(config)
     left_out = unchecked_model(config)
@@ -78,14 +87,14 @@ def _check_weights(config: RunConfig) -> None:
             return
     if config.needs_sampling_servers:
         raise UserError(
-            f"policy.model is {model}, whose weights are in Megatron's form, which the sampling servers cannot read; "
-            f"give the model in Hugging Face form (tools/convert_checkpoint.py to-hf)."
+            f"policy.model is {model}, whose weights are in Megatron's format, which the sampling servers cannot read; "
+            f"give the model in Hugging Face format (tools/convert_checkpoint.py to-hf)."
         )
     open_weights(Path(model))
 
 
 def _check_alike(policy: str, judge: str) -> None:
-    """Raise UserError where servers of `policy` cannot hold the weights of `judge`, or read and write its tokens."""
+    """Raise UserError where servers of `policy` cannot load the weights of `judge`, or have another vocabulary."""
     what = None
     if read_architecture(policy) != read_architecture(judge):
         what = "another architecture"
@@ -94,26 +103,26 @@ def _check_alike(policy: str, judge: str) -> None:
     if what:
         raise UserError(
             f"judge.placement is policy, but judge.model ({judge}) has {what} than policy.model ({policy}), and the "
-            f"same servers must hold both; set judge.placement to own."
+            f"same servers must load both; set judge.placement to own."
         )
 
 
 def _check_rollouts(config: RunConfig) -> None:
-    """Raise UserError where the run that is learned from has not kept every step."""
+    """Raise UserError where the run of `debug.rollouts` does not have every step."""
     journal = Journal(RunDirectory(config.debug.rollouts).journal)
     for stage in config.stages:
         lacking = sorted(set(range(1, stage.steps + 1)) - set(journal.steps(stage.name)))
         if lacking:
             raise UserError(
-                f"debug.rollouts is {config.debug.rollouts}, which has not kept step {lacking[0]} of stage "
-                f"{stage.name}; it has kept {stage.steps - len(lacking)} of {stage.steps}: name one that has all."
+                f"debug.rollouts is {config.debug.rollouts}, whose rollout log does not have step {lacking[0]} of "
+                f"stage {stage.name}; it has {stage.steps - len(lacking)} of {stage.steps} steps; name a run with all."
             )
 
 
 def required_problem_sets(config: RunConfig) -> dict[ProblemsConfig, set[ProblemNeed]]:
-    """Every set of problems that is sampled from, with what its stages need of them.
+    """Return every set of problems that is sampled, with what its stages need of the problems.
 
-    Steps that another run kept are graded already: with `debug.only=learning` only a teacher needs references.
+    With `debug.only=learning` the steps are graded already, and only a teacher needs references.
     """
     found: dict[ProblemsConfig, set[ProblemNeed]] = {}
     graded = config.debug.only != "learning"

@@ -33,7 +33,15 @@ _CAUSE_GRACE_S = 3.0
 
 
 class TrainerRanks:
-    """The workers of one run that are `node`'s, with torchrun's environment; rank 0 shares our standard output."""
+    """The ranks of one run on one node, with torchrun's environment; rank 0 shares this process's standard output.
+
+    Args:
+        directory: directory of the run.
+        config: config of the run.
+        servers: directory in which the servers are registered.
+        node: this node; None: it is the only one.
+        starter: starts the processes.
+    """
 
     def __init__(
         self,
@@ -48,23 +56,23 @@ class TrainerRanks:
         self._world_size = config.policy.layout.world_size
         node = node or Node()
         ranks = node.ranks(self._world_size)
-        meeting = _rendezvous(node)
+        rendezvous = _rendezvous(node)
         hide_unused_cuda()
         self._processes: dict[int, Child] = {}
         self._pulses = {rank: RankHeartbeat() for rank in ranks}
         for rank in ranks:
-            # An earlier attempt may have left it.
+            # An earlier attempt may have written it.
             self._end(rank).unlink(missing_ok=True)
             log = open(self._log(rank), "ab")  # noqa: SIM115 - the child keeps it
             worker = [sys.executable, "-m", WORKER, str(directory.root)]
-            # What a rank starts (checkpoint writers, verifiers) must end with it, even by kill -9.
+            # Processes that a rank starts (checkpoint writers, verifiers) must end with it, even by kill -9.
             place = {"RANK": rank, "LOCAL_RANK": rank - ranks.start, "WORLD_SIZE": self._world_size}
             self._processes[rank] = starter.start(
                 f"trainer-{rank}",
                 [*worker, "--servers", str(servers)],
                 rank_environment(os.environ, config.server)
                 | {name: str(number) for name, number in place.items()}
-                | meeting,
+                | rendezvous,
                 None if rank == 0 else log,
                 log,
                 inherited={HEARTBEAT: self._pulses[rank].file},
@@ -77,7 +85,11 @@ class TrainerRanks:
         return [process.pid for process in self._processes.values()]
 
     def running(self) -> bool:
-        """Whether all ranks still run; False when all ended well. Raises what ended the first that failed."""
+        """Whether ranks still run; False when all have ended successfully.
+
+        Raises:
+            UserError, RunStopped, Preempted: the error of the rank that failed first.
+        """
         if self._failed():
             self._wait_for_cause()
             raise self._cause(self._failed())
@@ -116,8 +128,8 @@ class TrainerRanks:
             # A debugger holds it.
             if found and psutil.STATUS_TRACING_STOP not in found:
                 raise RunStopped(
-                    f"trainer-{rank} (process {process.pid} supervises it) has not been heard of for {SILENCE_S:g} s, "
-                    f"its state is {', '.join(found)}; see that nothing stops it, and continue with --resume."
+                    f"trainer-{rank} (process {process.pid} supervises it) has sent no heartbeat for {SILENCE_S:g} s, "
+                    f"its state is {', '.join(found)}; check what stops it, and continue with --resume."
                     f"{log_tail(self._log(rank))}"
                 )
 
@@ -128,9 +140,9 @@ class TrainerRanks:
             time.sleep(0.05)
 
     def _cause(self, failed: list[int]) -> Exception:
-        """The first cause: a rank that was killed by a signal comes before lost connections that other ranks report.
+        """Return the first cause: a rank that was killed by a signal comes before lost connections of other ranks.
 
-        Then what a rank says in a sentence of ours. SIGABRT comes late, as NCCL ends so the ranks that others left.
+        An expected error of a rank comes next. SIGABRT comes late, since NCCL aborts ranks whose peers have left.
         """
         reported = {rank: self._reported(rank) for rank in failed if self._end(rank).is_file()}
         killed = {rank: number for rank in failed if rank not in reported and (number := self._signal(rank))}
@@ -142,7 +154,7 @@ class TrainerRanks:
                 return exit_error(end)
         if killed:
             return self._killed(*next(iter(killed.items())))
-        # The rank that knows may be another node's.
+        # The rank with the cause may be on another node.
         for rank in range(self._world_size):
             if self._end(rank).is_file():
                 return exit_error(self._reported(rank))
@@ -156,7 +168,7 @@ class TrainerRanks:
         return parse_exit_report(self._end(rank).read_bytes(), f"What trainer-{rank} reported")
 
     def _signal(self, rank: int) -> int:
-        """The signal that ended the rank, or 0."""
+        """Return the signal that ended the rank, or 0."""
         status = self._processes[rank].returncode
         if status is None:
             return 0
@@ -179,14 +191,14 @@ class TrainerRanks:
 
 
 def _rendezvous(node: Node) -> dict[str, str]:
-    """Where ranks find each other: at the store of node 0's launcher, or at rank 0 where they are all here."""
+    """Return the rendezvous of the ranks: the store of node 0's launcher, or rank 0 where all ranks are here."""
     if node.port is None:
         return {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(free_ports(1)[0])}
     return {"MASTER_ADDR": node.host, "MASTER_PORT": str(node.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 def rank_environment(inherited: Mapping[str, str], server: ServerConfig) -> dict[str, str]:
-    """The environment of a rank that sends weights to such servers, without its place among the ranks."""
-    # Several ranks share the cores: one thread each, unless the user says otherwise.
+    """Return the environment of a rank that sends weights to such servers, without its rank number."""
+    # Several ranks share the cores: one thread each, unless the user sets another number.
     found = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(inherited)
     return found | rank_variables(inherited, server.extra_args, server.tp) | environment(uses_cuda())

@@ -17,13 +17,16 @@ from exprl_megatron.version import package_versions, this_build
 
 
 class RunRecord:
-    """As a context: the file is there from the beginning, with `end` and `exit` null until the run has ended.
+    """A context manager: the file exists from its start, with `end` and `exit` null until the run has ended.
 
     `exit` is {status, message}; it stays null where the process was killed.
+
+    Args:
+        path: the file.
+        plugins: SHA-256 of the source of the user's code, by its path.
     """
 
     def __init__(self, path: Path, plugins: Mapping[str, str] = MappingProxyType({})):
-        """`plugins` has the SHA-256 of the source of the user's own code, by its path."""
         self._path = path
         build = this_build()
         self._record: dict[str, Any] = {
@@ -51,7 +54,7 @@ class RunRecord:
         try:
             self._write()
         except OSError as unwritten:
-            # What ended the run is what counts; a disk that is full is often just that.
+            # The error that ended the run has priority; a full disk is often that error.
             print(f"exprl: {self._path} was not completed: {unwritten}", file=sys.stderr)
 
     def _write(self) -> None:
@@ -59,7 +62,7 @@ class RunRecord:
 
 
 def _earlier(path: Path) -> list[dict]:
-    """The attempts before this one; for an unreadable file, its first characters."""
+    """Return the records of earlier attempts; of an unreadable file, its first characters."""
     try:
         last = json.loads(path.read_text(encoding="utf-8"))
         return [*last.pop("earlier"), last]

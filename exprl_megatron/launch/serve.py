@@ -23,16 +23,17 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True)
 class ServerShare:
-    """Node number `node_rank` of `nodes` that share servers: server i belongs to node i modulo their number."""
+    """The servers of node `node_rank` of `nodes`: server i belongs to node i modulo `nodes`."""
 
     node_rank: int
     nodes: int
 
     @classmethod
-    def of_this_node(cls, node_rank: int | None = None, nodes: int | None = None) -> Self:
-        """Take what is not given from Slurm's step; without one, this is the only node.
+    def from_slurm(cls, node_rank: int | None = None, nodes: int | None = None) -> Self:
+        """Build from the arguments and, for None, from Slurm's step; without a step this is the only node.
 
-        Raises UserError where `node_rank` is not below `nodes`.
+        Raises:
+            UserError: `node_rank` is not below `nodes`.
         """
         if node_rank is None:
             node_rank = int(os.environ.get("SLURM_NODEID") or os.environ.get("SLURM_PROCID") or 0)
@@ -42,30 +43,34 @@ class ServerShare:
             raise UserError(f"--node-rank is {node_rank}, but there are only {nodes} --nodes; count nodes from 0.")
         return cls(node_rank, nodes)
 
-    def of(self, specs: Sequence[ServerSpec]) -> list[ServerSpec]:
-        """The servers of `specs` that belong to this node."""
+    def select(self, specs: Sequence[ServerSpec]) -> list[ServerSpec]:
+        """Return the servers of `specs` that belong to this node."""
         return [spec for i, spec in enumerate(specs) if i % self.nodes == self.node_rank]
 
 
 def serve(config: RunConfig, kind: Kind, share: ServerShare) -> None:
     """Start this node's share of the run's servers of `kind`, register them, and restart those that die.
 
-    Returns when the run has ended. Raises UserError where the run has no such server or its model cannot be served;
-    ServerError where one does not start or dies too often. Whatever happens, no process is left behind.
+    It returns when the run has ended. No process is left running in any case.
+
+    Raises:
+        UserError: the run has no such server, or its model cannot be served.
+        ServerError: a server does not start or dies too often.
     """
     directory = RunDirectory(config.directory)
     if config.permissions == "private":
         keep_private(directory.root)
     specs = [spec for spec in required_servers(config, directory) if spec.name.startswith(f"{kind}-")]
     if not specs:
-        raise UserError(f"--kind is {kind}, but no stage of this config needs such a server; leave it out.")
+        raise UserError(f"--kind is {kind}, but no stage of this config needs such a server; use another kind.")
     registry = Registry(directory.registry)
-    # An end that is already there is that of an earlier attempt.
+    # An end that is recorded already belongs to an earlier attempt.
     earlier = registry.ended_at()
-    # Beside the registrations, since the run may not have its directory yet.
-    own = [replace(spec, host=this_host(), log_dir=registry.directory) for spec in side_by_side(share.of(specs))]
+    # The logs are next to the registrations, since the run may not have its directory yet.
+    selected = side_by_side(share.select(specs))
+    started = [replace(spec, host=this_host(), log_dir=registry.directory) for spec in selected]
     ignore_sigusr1()
-    supervisor = ServerSupervisor(own, registry, report=RunLog().say)
+    supervisor = ServerSupervisor(started, registry, report=RunLog().say)
     try:
         supervisor.start()
         while registry.ended_at() in (None, earlier):

@@ -1,4 +1,4 @@
-"""How a run's processes start on this machine: on a CPU they are forked from processes with their libraries loaded."""
+"""Starts a run's processes on this machine; on a CPU they are forked from processes with loaded libraries."""
 
 import os
 
@@ -12,10 +12,10 @@ from exprl_megatron.utils.accelerator import uses_cuda
 
 
 def starter(config: RunConfig, servers: bool) -> Starter:
-    """The starter of this run's ranks, and of `servers` that are started here; close it at the end.
+    """Return the starter of this run's ranks, and of its servers if `servers`; close it at the end.
 
-    On CUDA each process imports for itself: one that has CUDA initialized must not be forked, and what the libraries
-    do when they are imported is not ours to know.
+    On CUDA each process imports its libraries itself: a process with initialized CUDA must not be forked, and the
+    libraries may initialize it when they are imported.
     """
     if uses_cuda():
         return Starter()

@@ -1,4 +1,4 @@
-"""`exprl train` on the trainer's worker nodes: their ranks, until the head node ends."""
+"""`exprl train` on the trainer's worker nodes: runs their ranks until the head node ends."""
 
 import os
 import signal
@@ -15,16 +15,20 @@ from exprl_megatron.serving.registry import Registry
 
 _POLL_S = 0.2
 _BEFORE_S = 600.0
-"""The longest that node 0 checks the run's inputs before it waits for servers."""
+"""Maximum time in seconds in which node 0 checks the run's inputs before it waits for servers."""
 _LAST_RANKS_S = 20.0
 
 
 def run_worker_node(config: RunConfig, node: Node) -> None:
     """Run this node's ranks of `config` until node 0 ends; node 0 reports how the run ended.
 
-    Raises RunStopped where node 0 does not come, or goes without a word. No process is left behind.
+    No process is left running.
+
+    Raises:
+        UserError: the ranks cannot be divided among the nodes.
+        RunStopped: node 0 does not start, or is gone without a report.
     """
-    # Slurm sends it to every node; node 0 answers.
+    # Slurm sends it to every node, and node 0 handles it.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if config.permissions == "private":
         os.umask(0o077)
@@ -63,7 +67,7 @@ def _has_failed(ranks: TrainerRanks, worker: WorkerNode) -> bool:
     try:
         ranks.running()
     except Preempted:
-        # Node 0 may still be writing; it knows.
+        # Node 0 knows, and may still be writing.
         return True
     except (RunStopped, UserError) as error:
         worker.report(error)

@@ -7,7 +7,7 @@ import random
 def problem_indices(seed: int, stage_name: str, position: int, count: int, n: int) -> list[int]:
     """Return the indices (0-based, below `n`) of the `count` problems after the first `position` ones.
 
-    Each epoch has every problem once, in an order of its own; a step may contain the end of one epoch and the start of
+    Each epoch has every problem once, in a different order; a step may contain the end of one epoch and the start of
     the next. A resumed run needs only its position.
 
     Raises:
@@ -15,12 +15,10 @@ def problem_indices(seed: int, stage_name: str, position: int, count: int, n: in
     """
     if n < 1:
         raise ValueError("there are no problems to put in order")
-    indices, place = [], position
+    indices: list[int] = []
     while len(indices) < count:
-        epoch, offset = divmod(place, n)
-        taken = _shuffled(seed, stage_name, epoch, n)[offset : offset + count - len(indices)]
-        indices += taken
-        place += len(taken)
+        epoch, offset = divmod(position + len(indices), n)
+        indices += _shuffled(seed, stage_name, epoch, n)[offset : offset + count - len(indices)]
     return indices
 
 

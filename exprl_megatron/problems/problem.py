@@ -10,9 +10,9 @@ from exprl_megatron.config.problems import Domain
 class Reference:
     """A worked solution, hidden from the policy.
 
-    Its text is returned only by methods whose names say who may call them. It has no string form and no fields that
-    `dataclasses.asdict`, `vars` or `json` could expose, so that it cannot enter a prompt, a log line or an f-string by
-    accident.
+    Its text is returned only by methods whose names state the permitted callers. It has no string form and no fields
+    that `dataclasses.asdict`, `vars` or `json` could expose, so that it cannot enter a prompt, a log line or an
+    f-string by accident.
     """
 
     __slots__ = ("_solution",)

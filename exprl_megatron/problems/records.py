@@ -12,50 +12,50 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import CodeTest, Problem, Reference
 
 DOMAINS: tuple[str, ...] = get_args(BuiltInDomain)
-SHOWN_FAULTS = 10
+MAX_SHOWN_FAULTS = 10
 OPTIONAL_TEXTS = ("reference", "answer", "source")
-OTHER_NAMES = {
+COMMON_NAMES = {
     "id": ("uid", "uuid", "qid", "_id", "idx", "index", "question_id", "problem_id", "unique_id"),
     "problem": ("question", "prompt", "query", "input", "instruction", "text", "Problem", "Question"),
 }
-"""Names that data sets give to the fields that a problem needs; the first that a record has is suggested."""
-NUMBERS_TOO = ("id", "answer")
-"""Fields that may be numbers in a source; they are kept as text."""
+"""Common names in data sets of the fields that a problem needs; the first that a record has is suggested."""
+NUMERIC_FIELDS = ("id", "answer")
+"""Fields that may be numbers in a source; they are converted to text."""
 
 
-def record_of(line: str) -> dict[str, Any] | str:
-    """Parse a line of JSON; return the record, or a sentence that says why it is none."""
+def parse_record(line: str) -> dict[str, Any] | str:
+    """Parse a line of JSON; return the record, or a sentence about the fault of the line."""
     try:
         record = json.loads(line, object_pairs_hook=_object)
-    except _GivenTwice as error:
+    except _DuplicateKey as error:
         return str(error)
     except (ValueError, RecursionError) as error:
         return f"this is not JSON ({error}); fix or delete the line."
     return _record(record)
 
 
-def list_of(text: str) -> list[dict[str, Any] | str] | str:
+def parse_records(text: str) -> list[dict[str, Any] | str] | str:
     """Parse a JSON list; return its records, a sentence in place of each faulty one, or a sentence about the list."""
     try:
         records = json.loads(text, object_pairs_hook=_object)
-    except _GivenTwice as error:
+    except _DuplicateKey as error:
         return str(error)
     except (ValueError, RecursionError) as error:
         return f"this is not a JSON list ({error}); fix it, or write one object a line."
     return [_record(record) for record in records]
 
 
-class _GivenTwice(Exception):
-    """A JSON object has a key twice; the json module would silently take the last one."""
+class _DuplicateKey(Exception):
+    """A JSON object has a key twice; the json module would silently use the last one."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _GivenTwice(f"the key {twice!r} is given twice in one object; leave one of them out.")
-    return made
+        raise _DuplicateKey(f"the key {twice!r} occurs twice in one object; remove one of them.")
+    return record
 
 
 def _record(record: Any) -> dict[str, Any] | str:
@@ -64,15 +64,21 @@ def _record(record: Any) -> dict[str, Any] | str:
     return f"this is a JSON {type(record).__name__}, not an object; write {{...}} with named fields."
 
 
-def refuse_faults(faults: Sequence[str]) -> None:
-    """Raise UserError with the first ten of the sentences, if there are any."""
+def raise_faults(faults: Sequence[str]) -> None:
+    """Report faults as one error.
+
+    Raises:
+        UserError: there are faults; the message has the first ten of the sentences.
+    """
     if faults:
-        rest = len(faults) - SHOWN_FAULTS
-        raise UserError("\n".join([*faults[:SHOWN_FAULTS], *([f"... and {rest} more faults."] if rest > 0 else [])]))
+        rest = len(faults) - MAX_SHOWN_FAULTS
+        raise UserError(
+            "\n".join([*faults[:MAX_SHOWN_FAULTS], *([f"... and {rest} more faults."] if rest > 0 else [])])
+        )
 
 
-def grouped(faults: Sequence[tuple[str, str]], source: str, count: int) -> list[str]:
-    """Return a sentence for each different fault of `count` records: at its only place, or with how many have it.
+def group_faults(faults: Sequence[tuple[str, str]], source: str, count: int) -> list[str]:
+    """Return one sentence for each different fault of `count` records, with its place or the number of such records.
 
     `faults` are pairs of a place and a sentence.
     """
@@ -91,12 +97,12 @@ def _of_all(places: Sequence[str], sentence: str, source: str, count: int) -> st
     return f"{source}: in {len(places)} of {count} records, the first at {first}, {sentence}"
 
 
-def problem_of(record: dict[str, Any], fields: FieldNames, domains: Sequence[str] = ()) -> Problem | list[str]:
-    """Convert a record to a Problem, or return a sentence for each thing that is wrong with it.
+def parse_problem(record: dict[str, Any], fields: FieldNames, domains: Sequence[str] = ()) -> Problem | list[str]:
+    """Convert a record to a Problem, or return a sentence for each fault of the record.
 
-    `domains` are allowed in addition to the built-in ones.
     Only the id and the problem are required; any other field may be missing or null. `choices` is a list of text,
-    `tests` a list of {"input": text, "output": text} with an optional "function".
+    `tests` a list of {"input": text, "output": text} with an optional "function". `domains` are allowed in addition
+    to the built-in ones.
     """
     reader = _Reader(record, fields, domains)
     texts = {role: reader.text(role, needed=role in ("id", "problem")) for role in ("id", "problem", *OPTIONAL_TEXTS)}
@@ -119,7 +125,7 @@ def problem_of(record: dict[str, Any], fields: FieldNames, domains: Sequence[str
 
 
 class _Reader:
-    """Reads the fields of one record and collects what is wrong with them."""
+    """Reads the fields of one record and collects their faults."""
 
     def __init__(self, record: dict[str, Any], fields: FieldNames, domains: Sequence[str]):
         self._record = record
@@ -129,28 +135,28 @@ class _Reader:
 
     def text(self, role: str, *, needed: bool) -> str | None:
         name, value = self._field(role)
-        if role in NUMBERS_TOO and isinstance(value, int | float) and not isinstance(value, bool):
+        if role in NUMERIC_FIELDS and isinstance(value, int | float) and not isinstance(value, bool):
             return self._number(name, value)
         if value is None:
             if needed:
                 known = ", ".join(self._record)
-                near = next((other for other in OTHER_NAMES[role] if other in self._record), None)
+                near = next((other for other in COMMON_NAMES[role] if other in self._record), None)
                 remedy = f"set problems.fields.{role}={near}" if near else f"add it or set problems.fields.{role}"
-                self.faults.append(f"the field {name!r} is missing (there are: {known}); {remedy}.")
+                self.faults.append(f"the field {name!r} is missing (the record has: {known}); {remedy}.")
         elif not isinstance(value, str):
             self.faults.append(f"the field {name!r} is a {type(value).__name__}, not text; write it as text.")
         elif not value.strip():
             self.faults.append(
                 f"the field {name!r} is empty; fill it or leave the {'problem' if needed else 'field'} out."
             )
-        elif (fault := unencodable(value)) is not None:
+        elif (fault := encoding_fault(value)) is not None:
             self.faults.append(f"the field {name!r} {fault}")
         else:
             return value
         return None
 
     def _number(self, name: str, value: float) -> str | None:
-        """Format a number as people write it: 0.00001 and not 1e-05."""
+        """Format a number without an exponent: 0.00001 and not 1e-05."""
         if not math.isfinite(value):
             self.faults.append(f"the field {name!r} is {value}, not a number; write the value, or leave the field out.")
             return None
@@ -176,7 +182,7 @@ class _Reader:
             return ()
         if len(value) > len(string.ascii_uppercase):
             self.faults.append(f"the field {name!r} has {len(value)} choices, more than there are letters; shorten it.")
-        self.faults += [f"the field {name!r}: a choice {fault}" for fault in map(unencodable, value) if fault]
+        self.faults += [f"the field {name!r}: a choice {fault}" for fault in map(encoding_fault, value) if fault]
         return tuple(value)
 
     def tests(self) -> tuple[CodeTest, ...]:
@@ -209,7 +215,7 @@ def _test_fault(test: Any) -> str | None:
     for key in ("input", "output"):
         if not isinstance(test.get(key), str):
             return f"has no text {key!r}; add it."
-        if (fault := unencodable(test[key])) is not None:
+        if (fault := encoding_fault(test[key])) is not None:
             return f"has a {key} that {fault}"
     function = test.get("function")
     if function is not None and not (isinstance(function, str) and function.isidentifier()):
@@ -243,10 +249,10 @@ def _contradictions(
     return found
 
 
-def unencodable(text: str) -> str | None:
-    """Return what is wrong with a text that cannot be encoded in UTF-8, which no tokenizer accepts; else None."""
+def encoding_fault(text: str) -> str | None:
+    """Return the fault of a text that cannot be encoded in UTF-8, which no tokenizer accepts; else None."""
     found = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
-    return None if found is None else f"holds {found!a}, half of a character; write the character, or leave it out."
+    return None if found is None else f"contains {found!a}, a lone surrogate; write the character, or leave it out."
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Problems from JSON lines, Parquet, a directory of either, the Hugging Face hub, or a function of the user."""
+"""Reads problems from JSON lines, Parquet, a directory of either, the Hugging Face hub, or a function of the user."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.errors import UserError
 from exprl_megatron.plugins.calling import Plugin, described
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.records import grouped, list_of, problem_of, record_of, refuse_faults
+from exprl_megatron.problems.records import group_faults, parse_problem, parse_record, parse_records, raise_faults
 
 JSON_LINES = (".jsonl", ".json")
 PARQUET = (".parquet",)
@@ -23,10 +23,10 @@ _BATCH_ROWS = 1024
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 _END = object()
-_kept: ContextVar[dict[ProblemsConfig, list[Problem]] | None] = ContextVar("_kept", default=None)
-"""What was read within `reading_once`."""
+_cache: ContextVar[dict[ProblemsConfig, list[Problem]] | None] = ContextVar("_cache", default=None)
+"""The problems that were read within `cached_sources`."""
 SourceRow = tuple[str, dict | str]
-"""The place of a record, and the record or a sentence that says why it could not be read."""
+"""The place of a record, and the record or a sentence about its fault."""
 
 
 def load_problems(config: ProblemsConfig) -> list[Problem]:
@@ -38,60 +38,70 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
     Raises:
         UserError: the source cannot be read or is empty, a line or a field is faulty, or an id occurs twice; one
             sentence for each of the first ten different faults.
-        PluginError: the user's function failed, or yielded something that is no record.
+        PluginError: the user's function failed, or yielded something other than a record.
     """
-    kept = _kept.get()
-    if kept is None:
+    cache = _cache.get()
+    if cache is None:
         return [problem for problem, _ in load_records(config)]
-    if config not in kept:
-        kept[config] = [problem for problem, _ in load_records(config)]
-    return list(kept[config])
+    if config not in cache:
+        cache[config] = [problem for problem, _ in load_records(config)]
+    return list(cache[config])
 
 
 def first_problem(config: ProblemsConfig) -> Problem:
-    """Read the first problem of the source, and no other outside of reading_once; raises what load_problems raises."""
-    if _kept.get() is not None:
+    """Read the first problem of the source; within `cached_sources` all of them are read.
+
+    Raises:
+        UserError: see `load_problems`.
+        PluginError: see `load_problems`.
+    """
+    if _cache.get() is not None:
         return load_problems(config)[0]
     return load_problems(config.model_copy(update={"limit": 1}))[0]
 
 
 @contextmanager
-def reading_once() -> Iterator[None]:
-    """Within this context, in this thread, load_problems reads each source once and keeps what it read until the end.
+def cached_sources() -> Iterator[None]:
+    """Cache the problems that `load_problems` reads in this thread until the end of the context.
 
-    Another such context within it keeps the same.
+    A nested context uses the cache of the outer one.
     """
-    if _kept.get() is not None:
+    if _cache.get() is not None:
         yield
         return
-    token = _kept.set({})
+    token = _cache.set({})
     try:
         yield
     finally:
-        _kept.reset(token)
+        _cache.reset(token)
 
 
 def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
-    """Read the same problems, each with its record; raises what load_problems raises."""
+    """Read the problems of `load_problems`, each with its record.
+
+    Raises:
+        UserError: see `load_problems`.
+        PluginError: see `load_problems`.
+    """
     found, faults, seen, count = [], [], {}, 0
     for place, record in itertools.islice(_rows(config), config.limit):
         count += 1
-        problem = [record] if isinstance(record, str) else problem_of(record, config.fields, config.domains)
+        problem = [record] if isinstance(record, str) else parse_problem(record, config.fields, config.domains)
         if isinstance(problem, list):
             faults += [(place, sentence) for sentence in problem]
             continue
         if problem.id in seen:
-            faults.append((place, f"the id {problem.id!r} was given at {seen[problem.id]}; make the ids differ."))
+            faults.append((place, f"the id {problem.id!r} also occurs at {seen[problem.id]}; make the ids differ."))
         seen.setdefault(problem.id, place)
         found.append((problem, record))
-    refuse_faults(grouped(faults, config.source, count))
+    raise_faults(group_faults(faults, config.source, count))
     if not found:
         raise UserError(f"The problem source {config.source} is empty; give one with at least one problem.")
     return found
 
 
-def is_own_source(source: str) -> bool:
-    """Whether `problems.source` names a function of the user, and no file that is there."""
+def is_custom_source(source: str) -> bool:
+    """Whether `problems.source` names a function of the user, and not an existing file."""
     return is_plugin(source) and not Path(source).expanduser().exists()
 
 
@@ -101,8 +111,8 @@ def _rows(config: ProblemsConfig) -> Iterator[SourceRow]:
         return itertools.chain.from_iterable(_file_rows(file) for file in _files(path, config.split))
     if path.is_file():
         return _file_rows(path)
-    if is_own_source(config.source):
-        return _own_rows(config)
+    if is_custom_source(config.source):
+        return _custom_rows(config)
     if path.suffix in JSON_LINES + PARQUET or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.source):
         raise UserError(f"There is no problem file {config.source}; correct the path.")
     return _hub_rows(config)
@@ -140,7 +150,7 @@ def json_rows(path: Path, what: str) -> Iterator[SourceRow]:
     Raises:
         UserError: the file is not UTF-8.
     """
-    # `datasets` treats paths as patterns, does not name the line of a fault and needs answers of one type.
+    # The package `datasets` treats paths as patterns, does not name the line of a fault, and needs answers of one type.
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             first = next((line for line in file if line.strip()), "")
@@ -151,13 +161,13 @@ def json_rows(path: Path, what: str) -> Iterator[SourceRow]:
             for number, line in enumerate(file, start=1):
                 line = line.lstrip("\ufeff") if number == 1 else line
                 if line.strip():
-                    yield f"{path} line {number}", record_of(line)
+                    yield f"{path} line {number}", parse_record(line)
     except UnicodeDecodeError as error:
         raise UserError(f"The {what} {path} is not UTF-8 text ({error}); convert it.") from error
 
 
 def _json_list(path: Path, text: str) -> Iterator[SourceRow]:
-    records = list_of(text)
+    records = parse_records(text)
     if isinstance(records, str):
         yield str(path), records
         return
@@ -177,8 +187,8 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
         raise UserError(f"The problem file {path} cannot be read as Parquet ({error}); write it again.") from error
 
 
-def _own_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
-    """The records that the user's function yields; PluginError where it fails, or yields nothing to iterate over."""
+def _custom_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
+    """Yield the records of the user's function; raises PluginError where it fails or does not return an iterable."""
     plugin = Plugin.load("problems.source", config.source)
     plugin.check_arguments(("split",))
     records = plugin(config.split)
@@ -186,7 +196,7 @@ def _own_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
         raise plugin.failure(f"returned {described(records)} instead of an iterable of records")
     iterator = iter(records)
     for number in itertools.count(1):
-        # What a generator raises, it raises here and not where it is called.
+        # A generator raises its exceptions here, and not where it is called.
         record = plugin.guarded(lambda: next(iterator, _END))
         if record is _END:
             return
@@ -205,7 +215,7 @@ def _hub_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
             yield f"{config.source} row {number}", record
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"The problem source {config.source} is not a file here and cannot be read from the Hugging Face hub "
+            f"The problem source {config.source} is not a local file and cannot be read from the Hugging Face hub "
             f"({_one_line(error)}); correct the name, the split {config.split!r} or the connection."
         ) from error
 

@@ -10,7 +10,7 @@ SHOWN = (
     ("overlong", "length/overlong"),
     ("gap", "sampler_gap/mean"),
     ("abstained", "reward/abstained"),
-    ("kl", "kl/start"),
+    ("kl", "kl/ref"),
     ("tokens", "length/mean"),
     ("entropy", "entropy"),
     ("grad", "grad_norm"),

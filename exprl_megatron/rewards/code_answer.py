@@ -10,18 +10,24 @@ from decimal import Decimal, InvalidOperation
 
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.problems.problem import CodeTest
-from exprl_megatron.rewards.code_sandbox import CodeSandbox, NoSandbox, ProgramOutcome, SandboxFailed
+from exprl_megatron.rewards.code_sandbox import CodeSandbox, ProgramOutcome, SandboxFailed, SandboxUnavailable
 from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
 from exprl_megatron.rewards.extraction import extract_program
 
 _SHOWN = 100
 _PROBE_S = 30.0
-"""Seconds for a program that does nothing."""
+"""Seconds that a program which does nothing may take."""
 _OVERRUN = {"time": "out of time", "output": "too much output"}
 
 
 class CodeVerifier:
-    """Runs programs in at most `workers` sandboxes concurrently; works from any event loop. `close` ends them."""
+    """Runs programs in at most `workers` sandboxes concurrently; works from any event loop. `close` ends them.
+
+    Args:
+        workers: number of sandboxes.
+        limits: limits of one test.
+        optional_layers: whether to use the optional layers of containment (containment.py).
+    """
 
     def __init__(self, workers: int = 1, limits: Limits = DEFAULT_LIMITS, optional_layers: bool = True):
         self._limits = limits
@@ -34,7 +40,7 @@ class CodeVerifier:
         """Score 1.0 where the last Python block of the trace passes every test, else 0.0; the evidence names the test.
 
         All tests together may take `deadline_s` seconds, without the time before a sandbox is free. A program fails
-        that takes longer, exceeds a limit of a single test, or makes the sandbox fail twice while the sandbox still
+        if it takes longer, exceeds a limit of a single test, or makes the sandbox fail twice while the sandbox still
         runs another program. Abstains with `no-sandbox` where this machine cannot contain programs,
         and with `verifier-error` where the sandbox itself fails or a test is unreadable.
         """
@@ -65,7 +71,7 @@ class CodeVerifier:
                 fault = _fault(sandbox, program, test, min(self._limits.wall_s, end - time.monotonic()))
                 if fault is not None:
                     return Scored(0.0, f"test {number} of {len(tests)}: {fault}")
-        except NoSandbox as error:
+        except SandboxUnavailable as error:
             return Abstained("no-sandbox", str(error))
         except (SandboxFailed, _UnreadableTest) as error:
             return Abstained("verifier-error", str(error))
@@ -83,7 +89,7 @@ def _fault(sandbox: CodeSandbox, program: str, test: CodeTest, left_s: float) ->
     expected = _read_call(test) if test.function else None
     if left_s <= 0:
         return _OVERRUN["time"]
-    outcome = _settled(sandbox, program, test, left_s)
+    outcome = _run_with_retry(sandbox, program, test, left_s)
     if outcome is None:
         return "the sandbox fails with this program alone"
     if outcome.ending in _OVERRUN:
@@ -94,8 +100,8 @@ def _fault(sandbox: CodeSandbox, program: str, test: CodeTest, left_s: float) ->
     return None if right else f"expected {_shorten(test.output)}, got {_shorten(outcome.output)}"
 
 
-def _settled(sandbox: CodeSandbox, program: str, test: CodeTest, wall_s: float) -> ProgramOutcome | None:
-    """Return the outcome of the program; None where the program made the sandbox fail. Raises SandboxFailed."""
+def _run_with_retry(sandbox: CodeSandbox, program: str, test: CodeTest, wall_s: float) -> ProgramOutcome | None:
+    """Return the outcome of the program; None where the program made the sandbox fail; raises SandboxFailed."""
     try:
         return sandbox.run(program, test.input, test.function, wall_s)
     except SandboxFailed:
@@ -111,20 +117,20 @@ def _settled(sandbox: CodeSandbox, program: str, test: CodeTest, wall_s: float) 
 def same_output(output: str, expected: str) -> bool:
     """Whether the lines are equal, without surrounding white space, as text or as decimal numbers.
 
-    The rule of LiveCodeBench.
+    This is the rule of LiveCodeBench.
     """
-    lines, wanted = (text.strip().split("\n") for text in (output, expected))
-    return len(lines) == len(wanted) and all(map(_same_line, lines, wanted))
+    lines, expected_lines = (text.strip().split("\n") for text in (output, expected))
+    return len(lines) == len(expected_lines) and all(map(_same_line, lines, expected_lines))
 
 
-def _same_line(line: str, wanted: str) -> bool:
-    if line.strip() == wanted.strip():
+def _same_line(line: str, expected: str) -> bool:
+    if line.strip() == expected.strip():
         return True
-    numbers, wanted_numbers = line.split(), wanted.split()
-    if len(numbers) != len(wanted_numbers):
+    numbers, expected_numbers = line.split(), expected.split()
+    if len(numbers) != len(expected_numbers):
         return False
     try:
-        return all(Decimal(a) == Decimal(b) for a, b in zip(numbers, wanted_numbers, strict=True))
+        return all(Decimal(a) == Decimal(b) for a, b in zip(numbers, expected_numbers, strict=True))
     except InvalidOperation:
         return False
 
@@ -136,7 +142,7 @@ def _read_call(test: CodeTest) -> object:
             json.loads(line)
         return json.loads(test.output)
     except ValueError as error:
-        raise _UnreadableTest(f"a test of {test.function} is no JSON: {error}") from error
+        raise _UnreadableTest(f"a test of {test.function} is not JSON: {error}") from error
 
 
 def _same_value(output: str, expected: object) -> bool:
@@ -149,7 +155,7 @@ def _same_value(output: str, expected: object) -> bool:
 
 def _last_line(outcome: ProgramOutcome) -> str:
     lines = outcome.error.strip().splitlines()
-    return _shorten(lines[-1]) if lines else "it ended without a word"
+    return _shorten(lines[-1]) if lines else "it ended without a message"
 
 
 def _shorten(text: str) -> str:

@@ -78,7 +78,8 @@ def run(program: str, function: str | None, arguments: str, names: dict[str, obj
     """Run the program, whose input is at file descriptor 0; returns the exit status.
 
     With `function` the program is imported, the function is called with one argument from each line of `arguments`, and
-    its value is written to RESULT. Exceptions are printed to standard error.
+    its value is written to RESULT. Exceptions, also of a missing function, are printed to standard error and not
+    raised; the exit status is then 1.
     """
     write, dumps, loads, exit_functions = os.write, json.dumps, json.loads, atexit._run_exitfuncs
     module = _prepare("solution" if function else "__main__", names)
@@ -95,7 +96,7 @@ def run(program: str, function: str | None, arguments: str, names: dict[str, obj
     except BaseException:
         traceback.print_exc()
         status = 1
-    # What Python does at the end of a process: join threads, call exit functions, flush output.
+    # As Python does at the end of a process: join threads, call exit functions, flush output.
     threading._shutdown()
     exit_functions()
     for stream in (sys.stdout, sys.__stdout__, sys.__stderr__):
@@ -109,37 +110,37 @@ def _prepare(name: str, names: dict[str, object]) -> types.ModuleType:
     module.__dict__.update(names)
     module.__dict__["__builtins__"] = builtins
     sys.modules[name] = module
-    # What the module `site` would have added.
+    # The module `site` would have added these.
     builtins.exit = builtins.quit = sys.exit
     sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     module.__dict__.update(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr)
     sys.argv = [""]
-    # Files cannot be read any more; without these entries the error says that there is no such module.
+    # Files cannot be read any more; without these entries the error says that the module does not exist.
     sys.path.clear()
     sys.path_importer_cache.clear()
     atexit._clear()
     random.seed(0)
     allow_deep_recursion()
-    # Contest solutions first raise the stack's limit, which is already raised and which the filter refuses.
+    # Contest solutions first raise the stack's limit, which is raised already and which the filter refuses.
     resource.setrlimit = lambda limited, limits: None
     return module
 
 
 def _find(module: types.ModuleType, function: str) -> typing.Callable:
-    """The method of `Solution`, or the function of the module."""
+    """Return the method of `Solution`, or the function of the module."""
     owner = getattr(module, "Solution", None)
     if isinstance(owner, type) and hasattr(owner, function):
         return getattr(owner(), function)
     found = getattr(module, function, None)
     if found is None:
-        raise NameError(f"the program defines no {function}")
+        raise NameError(f"the program does not define {function}")
     return found
 
 
 def _plain(value: object) -> object:
-    """Convert a number of numpy to one of Python; JSON has no form for anything else."""
+    """Convert a NumPy number to a Python one; JSON has no form for other types."""
     if type(value).__module__ == "numpy" and hasattr(value, "item"):
         return value.item()
-    raise TypeError(f"the value is a {type(value).__name__}, which JSON does not have")
+    raise TypeError(f"the value is a {type(value).__name__}, which JSON does not support")

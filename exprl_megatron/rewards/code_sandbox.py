@@ -32,17 +32,17 @@ def deepest(depth):
 print(deepest(0))
 """
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-"""The worker's environment; programs have none. The seed makes verdicts repeatable; a forked process has no threads."""
+"""The worker's environment; programs have none. The seed makes results repeatable; a forked process has no threads."""
 _INTERPRETER_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME")
-"""Variables that a Python outside the system's directories may need to start, such as `module load python` sets."""
+"""Variables that a Python outside of the system's directories may need to start; `module load python` sets them."""
 
 
-class NoSandbox(Exception):
-    """This machine cannot contain programs; the message says why."""
+class SandboxUnavailable(Exception):
+    """This machine cannot contain programs; the message has the reason."""
 
 
 class SandboxFailed(Exception):
-    """A program was not run to its end for a reason that is not its own; the message says why."""
+    """A program did not run to its end, and the program is not the cause; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,12 @@ class Availability:
 class CodeSandbox:
     """A worker process that runs one program at a time; the first program starts it.
 
-    Programs can import `modules` in addition to `code_program.MODULES`. Without `optional_layers` only the layers are
-    used that need no privilege and no recent kernel. Only one thread at a time may use it.
+    Only one thread at a time may use it.
+
+    Args:
+        limits: limits of one program.
+        modules: modules that programs can import in addition to `code_program.MODULES`.
+        optional_layers: whether to use layers that need privileges or a recent kernel (containment.py).
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS, modules: tuple[str, ...] = (), optional_layers: bool = True):
@@ -80,7 +84,12 @@ class CodeSandbox:
         self._worker: WorkerProcess | None = None
 
     def layers(self) -> list[str]:
-        """Return the names of the layers that contain programs here. Raises NoSandbox, SandboxFailed."""
+        """Start the worker if needed, and return the names of the layers that contain programs on this machine.
+
+        Raises:
+            SandboxUnavailable: this machine cannot contain programs.
+            SandboxFailed: the worker does not start.
+        """
         if self._worker is None or not self._worker.alive:
             self.close()
             self._worker = self._start()
@@ -89,13 +98,17 @@ class CodeSandbox:
         except RuntimeError as error:
             raise SandboxFailed(str(error)) from error
         if "refused" in greeting:
-            raise NoSandbox(greeting["refused"])
+            raise SandboxUnavailable(greeting["refused"])
         return greeting["layers"]
 
     def run(self, program: str, text: str, function: str | None, wall_s: float) -> ProgramOutcome:
         """Run `program` on the input `text`, or call its `function` with one argument from each line of `text`.
 
-        It is killed after `wall_s` seconds. Raises NoSandbox, SandboxFailed.
+        The program is killed after `wall_s` seconds.
+
+        Raises:
+            SandboxUnavailable: this machine cannot contain programs.
+            SandboxFailed: the program did not run to its end, and the program is not the cause.
         """
         self.layers()
         request = {"program": program, "function": function, "input": text, "wall_s": wall_s}
@@ -127,7 +140,12 @@ class CodeSandbox:
 
 
 def recursion_depth() -> int:
-    """Measure how deep a program can recurse through `functools.cache`, up to 10,000; raises what `run` raises."""
+    """Measure the depth to which a program can recurse through `functools.cache`, up to 10,000.
+
+    Raises:
+        SandboxUnavailable: this machine cannot contain programs.
+        SandboxFailed: the program did not run to its end.
+    """
     sandbox = CodeSandbox()
     try:
         return int(sandbox.run(_DEPTH, "", None, START_DEADLINE_S).output)
@@ -136,11 +154,11 @@ def recursion_depth() -> int:
 
 
 def sandbox_available() -> Availability:
-    """Whether this machine can contain programs, found out by trying."""
+    """Whether this machine can contain programs; a program is run to find out."""
     sandbox = CodeSandbox()
     try:
         return Availability(True, ", ".join(sandbox.layers()))
-    except (NoSandbox, SandboxFailed) as error:
+    except (SandboxUnavailable, SandboxFailed) as error:
         return Availability(False, str(error))
     finally:
         sandbox.close()

@@ -22,7 +22,16 @@ _ERROR_BYTES = 4096
 
 
 class Watch:
-    """Watches one program until its end, and kills it where it exceeds its limits."""
+    """Watches one program until its end, and kills it where it exceeds its limits.
+
+    Args:
+        pid: identifier of the program's process.
+        zygote: its parent.
+        control: the socket of the process for messages of containment and threads.
+        pipes: file descriptors of standard output, standard error and the result.
+        end: deadline in seconds of `time.monotonic`.
+        limits: limits of the program.
+    """
 
     def __init__(self, pid: int, zygote: Zygote, control: socket.socket, pipes: list[int], end: float, limits: Limits):
         self._pid = pid
@@ -36,21 +45,21 @@ class Watch:
         self._size = 0
         self._threads = 0
         self._listener: int | None = None
-        self._said = b""
+        self._message = b""
         self._overran: str | None = None
 
     def reply(self, of_call: bool) -> dict:
-        """Return the outcome of the program, whose process has ended afterwards."""
+        """Wait for the end of the program, and return the worker's reply (see code_worker.py)."""
         try:
             followed = {*self._read, self._control.fileno()}
             while self._overran is None and self._open & followed:
-                self._attend()
+                self._handle_next_event()
             status, cpu_s = self._wait()
         finally:
             if self._listener is not None:
                 os.close(self._listener)
-        if self._said != CONTAINED:
-            return {"failure": f"the program was not contained: {self._said.decode(errors='replace') or status}"}
+        if self._message != CONTAINED:
+            return {"failure": f"the program was not contained: {self._message.decode(errors='replace') or status}"}
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if self._overran is None and killed:
             if cpu_s < 0.9 * self._limits.cpu_s:
@@ -63,7 +72,7 @@ class Watch:
         value = self._read[self._result if of_call else self._output]
         return {"ending": ending, "output": value.decode(errors="replace"), "error": error}
 
-    def _attend(self) -> None:
+    def _handle_next_event(self) -> None:
         """Wait for the next event and handle it."""
         left = self._end - time.monotonic()
         if left <= 0:
@@ -74,7 +83,7 @@ class Watch:
             poll.register(fd, select.POLLIN)
         for fd, event in poll.poll(1000 * left):
             if fd == _REQUESTS:
-                # No request comes while a program runs, so that this is the end of the client's process.
+                # No request arrives while a program runs, so this is the end of the client's process.
                 os.kill(self._pid, signal.SIGKILL)
                 os._exit(0)
             elif fd == self._control.fileno():
@@ -90,7 +99,7 @@ class Watch:
             self._listener = fds[0]
             self._open.add(self._listener)
         elif message:
-            self._said = message
+            self._message = message
         else:
             self._open.discard(self._control.fileno())
 
@@ -100,7 +109,7 @@ class Watch:
             return
         # The waiting thread may have ended with its process.
         with contextlib.suppress(OSError):
-            seccomp.answer_thread(self._listener, allow=self._threads < self._limits.threads)
+            seccomp.decide_thread(self._listener, allow=self._threads < self._limits.threads)
         self._threads += 1
 
     def _collect(self, fd: int) -> None:

@@ -2,10 +2,10 @@
 
 It has loaded every module in advance, so that a program starts in milliseconds and never opens a file. It gets programs
 and inputs, and never the expected outputs. Programs are forked from its zygote, which gets none of these.
-Its first line is {"layers": names of the layers}, or {"refused": why} where it cannot contain programs on this machine.
+Its first line is {"layers": names}, or {"refused": reason} where it cannot contain programs on this machine.
 A request is {"program", "input", "function", "wall_s", "limits"}; the reply is {"ending": "finished" | "failed" |
-"time" | "output", "output", "error"}, or {"failure": text} where the program could not run for a reason that is not its
-own. The process exits at the end of its input.
+"time" | "output", "output", "error"}, or {"failure": text} where the program could not run and is not the cause.
+The process exits at the end of its input.
 """
 
 import contextlib
@@ -56,12 +56,12 @@ class Sandbox:
         self._zygote: Zygote | None = None
         self.layers: list[str] = []
 
-    def close_in(self) -> str | None:
-        """Drop the rights that the worker does not need and try a program; returns why none can be contained."""
-        if not seccomp.supported():
+    def contain_worker(self) -> str | None:
+        """Drop the rights that the worker does not need, and test a program; returns a reason if that fails."""
+        if not seccomp.is_supported():
             return f"there is no seccomp filter for {sys.platform} on {os.uname().machine}"
         containment.limit_worker()
-        layers = containment.leave_the_machine() if self._optional_layers else []
+        layers = containment.drop_machine_access() if self._optional_layers else []
         os.environ.clear()
         self._zygote = Zygote(self._begin)
         tried = self.run(_ATTEMPTS, None, "", 30.0, DEFAULT_LIMITS)
@@ -76,8 +76,13 @@ class Sandbox:
         return None
 
     def run(self, program: str, function: str | None, text: str, wall_s: float, limits: Limits) -> dict:
-        """Return the reply to one request. Raises OSError where a process or a pipe cannot be made, and ZygoteDied."""
-        end_of_time = time.monotonic() + wall_s
+        """Run one program, and return the reply to its request (see the top of this file).
+
+        Raises:
+            OSError: a process or a pipe cannot be made.
+            ZygoteDied: the zygote has ended.
+        """
+        deadline = time.monotonic() + wall_s
         task = json.dumps({"program": program, "function": function, "input": text, "limits": asdict(limits)})
         with contextlib.ExitStack() as opened:
             source = opened.enter_context(_memory_file(b"" if function else text.encode()))
@@ -88,7 +93,7 @@ class Sandbox:
             pid = self._zygote.start([end.fileno() for end in ends])
             for end in ends:
                 end.close()
-            watch = Watch(pid, self._zygote, control, [reader.fileno() for reader, _ in pipes], end_of_time, limits)
+            watch = Watch(pid, self._zygote, control, [reader.fileno() for reader, _ in pipes], deadline, limits)
             return watch.reply(of_call=function is not None)
 
     def _begin(self, fds: list[int]) -> int:
@@ -103,15 +108,15 @@ class Sandbox:
     def _contain(self, zygote: int, limits: Limits) -> None:
         """Contain this forked process, report that over the control socket, and close the socket."""
         try:
-            containment.begin_program(zygote, limits)
+            containment.contain_program(zygote, limits)
             if self._landlock:
                 containment.deny_with_landlock()
-            listener = seccomp.announce_threads()
+            listener = seccomp.notify_threads()
             if listener is not None:
                 with socket.socket(fileno=os.dup(_CONTROL)) as control:
                     socket.send_fds(control, [THREADS], [listener])
                 os.close(listener)
-            seccomp.forbid(threads=listener is not None)
+            seccomp.install_filter(threads=listener is not None)
             os.write(_CONTROL, CONTAINED)
             os.close(_CONTROL)
         except BaseException as error:
@@ -149,21 +154,21 @@ def _write(fd: int, content: bytes) -> None:
 def serve(optional_layers: bool, modules: tuple[str, ...]) -> None:
     """Answer requests from standard input until it ends."""
     sandbox = Sandbox(optional_layers, modules)
-    refused = sandbox.close_in()
-    _say({"layers": sandbox.layers} if refused is None else {"refused": refused})
+    refused = sandbox.contain_worker()
+    _reply({"layers": sandbox.layers} if refused is None else {"refused": refused})
     with open(_REQUESTS, "rb", closefd=False) as requests:
         while refused is None and (line := requests.readline()):
-            asked = json.loads(line)
-            limits = Limits(**asked["limits"])
+            task = json.loads(line)
+            limits = Limits(**task["limits"])
             try:
-                reply = sandbox.run(asked["program"], asked["function"], asked["input"], asked["wall_s"], limits)
+                reply = sandbox.run(task["program"], task["function"], task["input"], task["wall_s"], limits)
             except (OSError, UnicodeEncodeError) as error:
                 reply = {"failure": f"{type(error).__name__}: {error}"}
             except ZygoteDied as error:
                 # No reply: the end of this worker makes the client replace it.
                 sys.exit(f"code sandbox: {error}")
-            _say(reply)
+            _reply(reply)
 
 
-def _say(reply: dict) -> None:
+def _reply(reply: dict) -> None:
     _write(_REPLIES, json.dumps(reply).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""The zygote: the process that every program is forked from. It never sees a request or an output.
+"""The zygote: the process from which every program is forked. It never sees a request or an output.
 
 A forked process can read all memory of its parent, including freed memory. The worker's memory has the output of
 earlier programs; the zygote is forked from it before the first request and only passes file descriptors on, so that
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from exprl_megatron.processes.child import die_with_parent
 
-_MOST_FDS = 16
+_MAX_FDS = 16
 _PID = struct.Struct("=q")
 """The identifier of a new process, or the negative errno of the fork that failed."""
 _END = struct.Struct("=qd")
@@ -22,13 +22,15 @@ _START, _ENDED, _REAP = b"s", b"e", b"r"
 
 
 class ZygoteDied(Exception):
-    """The zygote has ended, without which the worker cannot run programs."""
+    """The zygote has ended; the worker cannot run programs without it."""
 
 
 class Zygote:
-    """Forks a zygote from this process, which must have a single thread. `begin` runs in each process forked from it.
+    """Forks a zygote from this process, which must have a single thread.
 
-    `begin` takes the file descriptors that were sent to it and returns the exit status.
+    Args:
+        begin: runs in each process that the zygote forks; takes the file descriptors that were sent to it, and returns
+            the exit status.
     """
 
     def __init__(self, begin: Callable[[list[int]], int]):
@@ -43,7 +45,12 @@ class Zygote:
         theirs.close()
 
     def start(self, fds: list[int]) -> int:
-        """Fork a process that gets `fds`; returns its identifier. Raises OSError where that fails, and ZygoteDied."""
+        """Fork a process that gets `fds`; returns its identifier.
+
+        Raises:
+            OSError: the fork failed.
+            ZygoteDied: the zygote has ended.
+        """
         try:
             socket.send_fds(self._channel, [_START], fds)
         except BrokenPipeError as error:
@@ -54,11 +61,15 @@ class Zygote:
         return pid
 
     def ended(self, within_s: float) -> bool:
-        """Whether the started process ends within this time. It stays a zombie, so its identifier is not reused."""
+        """Whether the started process ends within `within_s` seconds. It stays a zombie, which keeps its identifier."""
         return bool(select.select([self._channel], [], [], max(0.0, within_s))[0])
 
     def reap(self) -> tuple[int, float]:
-        """Wait for the end of the started process; returns its wait status and CPU seconds. Raises ZygoteDied."""
+        """Wait for the end of the started process; returns its wait status and CPU time in seconds.
+
+        Raises:
+            ZygoteDied: the zygote has ended.
+        """
         self._receive()
         self._channel.send(_REAP)
         return _END.unpack(self._receive())
@@ -76,7 +87,7 @@ def _serve(worker: int, channel: socket.socket, begin: Callable[[list[int]], int
     for fd in (0, 1):  # these are for the worker's requests and replies
         os.close(fd)
     while True:
-        message, fds, _, _ = socket.recv_fds(channel, len(_START), _MOST_FDS)
+        message, fds, _, _ = socket.recv_fds(channel, len(_START), _MAX_FDS)
         if not message:
             return
         try:

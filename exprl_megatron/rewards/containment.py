@@ -5,13 +5,13 @@ Required, and available to any process on Linux (x86-64, ARM64):
 * seccomp filter: files, network, processes, programs, signals, other processes' limits and memory;
 * resource limits: memory, CPU time, number of open files, size of files, core dumps;
 * wall clock and output limit, enforced by the worker: sleeping, endless output;
-* no capabilities and no new privileges: what root could still do.
+* no capabilities and no new privileges: the rights that root still has.
 
 Optional:
 
 * thread limit, enforced by the worker (Linux 5.5): number of threads; without it there are no threads at all;
 * Landlock (Linux 5.13, switched on): files; TCP (6.7); signals and abstract sockets (6.12);
-* user, network and IPC namespace (where permitted): network, System V IPC, and what is left of root's rights;
+* user, network and IPC namespace (where permitted): network, System V IPC, and the remaining rights of root;
 * empty root directory (with the namespace, or as root): names and sizes of files, which the filter leaves visible
   to raw system calls.
 
@@ -46,31 +46,31 @@ _LANDLOCK_VERSION = 1
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use in one test."""
+    """Limits of a program in one test."""
 
     cpu_s: int = 6
-    """Seconds of CPU time of all threads together."""
+    """CPU time of all threads together, in seconds."""
     wall_s: float = 12.0
-    """Seconds of wall-clock time; more than `cpu_s`, as a busy machine delays a program that computes."""
+    """Wall-clock time in seconds; more than `cpu_s`, since a busy machine delays a program that computes."""
     memory_bytes: int = 2 * 2**30
-    """Address space."""
+    """Address space in bytes."""
     output_bytes: int = 16 * 2**20
-    """Standard output, standard error and result together."""
+    """Bytes of standard output, standard error and result together."""
     threads: int = 64
-    """Number of threads that it may start in total."""
+    """Total number of threads that the program may start."""
 
 
 DEFAULT_LIMITS = Limits()
 
 
 def limit_worker() -> None:
-    """Limit this process's open files, and make the kernel kill it and its programs first where memory runs out."""
+    """Limit this process's open files, and make the kernel kill it and its programs first if memory runs out."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")
 
 
-def leave_the_machine() -> list[str]:
+def drop_machine_access() -> list[str]:
     """Drop the access of this process, and of all programs that it starts, to network and files.
 
     Returns the names of the layers that the kernel granted. The process must have a single thread and must have loaded
@@ -88,11 +88,11 @@ def leave_the_machine() -> list[str]:
     return layers
 
 
-def begin_program(parent: int, limits: Limits) -> None:
-    """Do the first part of containment in a program's process: limits, no capabilities, and an end with its parent.
+def contain_program(parent: int, limits: Limits) -> None:
+    """Do the first part of containment in a program's process: limits, no capabilities, and its end with its parent.
 
     Raises:
-        OSError: the kernel refuses any of it.
+        OSError: the kernel refuses a part of it.
     """
     os.setsid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -110,18 +110,21 @@ def begin_program(parent: int, limits: Limits) -> None:
     recursion.enlarge_stack()
     header, nothing = struct.pack("=Ii", _CAPABILITIES_VERSION, 0), struct.pack("=6I", *(6 * [0]))
     _check(libc.capset(header, nothing))
-    seccomp.forbid_privileges()
+    seccomp.set_no_new_privileges()
 
 
 def landlock_version() -> int:
-    """Return the version of this kernel's Landlock; 0 where there is none."""
+    """Return the version of this kernel's Landlock; 0 where the kernel has none."""
     return max(0, ctypes.CDLL(None, use_errno=True).syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION))
 
 
 def deny_with_landlock() -> None:
-    """Deny this process everything that the kernel's Landlock can deny. Raises OSError where that is refused.
+    """Deny this process everything that the kernel's Landlock can deny; open files stay usable.
 
-    Open files stay usable. Needs `seccomp.forbid_privileges` to have been called.
+    Call `seccomp.set_no_new_privileges` first.
+
+    Raises:
+        OSError: the kernel refuses it.
     """
     version = landlock_version()
     files = 2 ** (13 + (version >= 2) + (version >= 3) + (version >= 5)) - 1

@@ -7,13 +7,13 @@ from html import unescape
 
 from exprl_megatron.utils.thinking import mask_thinking
 
-LONGEST_ANSWER = 1000
+MAX_ANSWER_LENGTH = 1000
 """Largest length of an answer, in characters."""
 _LONGEST_BETWEEN = 80
 """Largest number of characters between two boxes that are one answer."""
 
 _Box = tuple[int, int, str | None]
-"""Start, end and content; None where it is not closed."""
+"""Start, end and content of a box; the content is None where the box is not closed."""
 # List and quotation marks may precede a fence, and prose may precede one that names its language.
 _FENCE = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>[^`]*)")
 _MARKERS = re.compile(r"(?:[ \t]*(?:>|[-*+]|\d{1,9}[.)])(?=[ \t]|$|`|~))*[ \t]*")
@@ -35,7 +35,7 @@ _ANSWER_IS = re.compile(
 _NOT = re.compile(r"\W*(?:not|n't|never|no longer|unclear|unknown|wrong|incorrect)\b", re.I)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _ANS = re.compile(r"\bans\s+(\S+)")
-# Between boxes that are one answer there may be a few words of a unit or a part, a separator, and a name.
+# Boxes that are one answer may be separated by a few words of a unit or a part, a separator, and a name.
 _LATEX_SPACE = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\q?quad\b|\\[,;:! ()\[\]]|[$~]|\\\\|&")
 _UNIT = r"(?:(?!no\b|not\b|so\b|wait\b|then\b|thus\b|hence\b|is\b|or\b|and\b)[\w()/%-]+\s+)"
 _SEPARATOR = r"(?:(?:[,;]|and|or|or else)\s*)"
@@ -61,7 +61,7 @@ def extract_answer(text: str) -> str | None:
         return None
     else:
         answer = ", ".join(dict.fromkeys(box.strip() for box in boxes))
-    if answer is None or not answer.strip() or len(answer) > LONGEST_ANSWER:
+    if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_LENGTH:
         return None
     return answer.strip()
 
@@ -98,17 +98,17 @@ def _together(text: str, spans: list[_Box]) -> list[tuple[_Box, str]]:
     return list(zip(group, [first["name"] if first else "", *names], strict=True))
 
 
-def last_box_group(text: str, counts: Callable[[str], bool]) -> tuple[int, str] | None:
-    """Return start and content of the last boxes that are together and of which one `counts`; None without any.
+def last_box_group(text: str, accept: Callable[[str], bool]) -> tuple[int, str] | None:
+    """Return start and content of the last boxes that are together and of which `accept` accepts one, or None.
 
-    A box that is not closed does not count.
+    A box that is not closed is ignored.
     """
     spans = [box for box in _boxes(text) if box[2] is not None]
     while spans:
         group = _together(text, spans)
-        held = [box[2].strip() for box, _ in group if counts(box[2])]
-        if held:
-            return group[0][0][0], ", ".join(dict.fromkeys(held))
+        accepted = [box[2].strip() for box, _ in group if accept(box[2])]
+        if accepted:
+            return group[0][0][0], ", ".join(dict.fromkeys(accepted))
         spans = spans[: -len(group)]
     return None
 
@@ -162,7 +162,7 @@ def extract_boxed_tail(text: str) -> str | None:
     """
     start = text.rfind(r"\boxed{")
     tail = text[start:]
-    if start < 0 or r"\boxed{}" in tail or len(tail) > LONGEST_ANSWER:
+    if start < 0 or r"\boxed{}" in tail or len(tail) > MAX_ANSWER_LENGTH:
         return None
     return tail
 
@@ -214,7 +214,7 @@ class _Opened:
         before = fence["before"][quoted.end() if quoted else 0 :]
         self._indent = len(before.expandtabs(4)) if _MARKERS.fullmatch(before) else 0
 
-    def could_hold(self, fence: str) -> bool:
+    def may_contain(self, fence: str) -> bool:
         """Whether such a fence within the block would start a new block instead of being text of this one."""
         return fence[0] == self._fence[0] and len(fence) >= len(self._fence)
 
@@ -245,7 +245,7 @@ def _opens(fence: re.Match, opened: _Opened | None) -> bool:
     info, before = fence["info"].strip(), fence["before"]
     if opened is not None:
         # Within a block only the name of a language distinguishes an opening fence from text.
-        return bool(info) and _MARKERS.fullmatch(before) is not None and opened.could_hold(fence["fence"])
+        return bool(info) and _MARKERS.fullmatch(before) is not None and opened.may_contain(fence["fence"])
     return _MARKERS.fullmatch(before) is not None or (bool(info) and _PYTHON.fullmatch(info) is not None)
 
 

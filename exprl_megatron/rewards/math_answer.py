@@ -16,8 +16,8 @@ DEADLINE_S = 5.0
 CODE_DEADLINE_S = 1.0
 
 MathVariant = Literal["recommended", "prime", "code"]
-"""`code` is the released code's stage-2 reward: only a `\\boxed` counts, math-verify reads all from it on, and every
-failure (unreadable, empty, overlong, later than a second) scores 0 instead of an abstention.
+"""`code` is the released code's stage-2 reward: only a `\\boxed` counts, math-verify reads the text from it on, and
+every failure (unreadable, empty, overlong, later than a second) scores 0 instead of an abstention.
 `prime` is the reward of its first stage (prime_answer.py), in which every failure scores 0 too."""
 EXTRACTION = {"recommended": extract_answer, "prime": extract_prime_answer, "code": extract_boxed_tail}
 
@@ -25,7 +25,11 @@ EXTRACTION = {"recommended": extract_answer, "prime": extract_prime_answer, "cod
 class MathVerifier:
     """Compares answers in `workers` processes that are kept running; a process that hangs is killed and replaced.
 
-    Works from any event loop. The processes end with `close` or with this process.
+    It works from any event loop. The processes end with `close` or with this process.
+
+    Args:
+        workers: number of processes.
+        variant: how answers are extracted and compared.
     """
 
     def __init__(self, workers: int = 1, variant: MathVariant = "recommended"):
@@ -40,7 +44,7 @@ class MathVerifier:
 
         A trace without an answer scores 0; one that the length limit cut off after a right answer scores 1. Where
         math-verify fails, hangs or crashes on the answer, the trace scores 0 if `answer` alone can be read within
-        `deadline_s`; otherwise the verifier abstains with `verifier-timeout` or `verifier-error`.
+        `deadline_s` seconds; otherwise the verifier abstains with `verifier-timeout` or `verifier-error`.
 
         Raises:
             RuntimeError: no process can be started.
@@ -52,7 +56,7 @@ class MathVerifier:
         if self._variant == "code":
             deadline_s = min(deadline_s, CODE_DEADLINE_S)
         request = {"gold": answer, "answer": found, "limit_s": deadline_s, "variant": self._variant}
-        reply = await asyncio.get_running_loop().run_in_executor(self._threads, self._settled, request)
+        reply = await asyncio.get_running_loop().run_in_executor(self._threads, self._compare_with_retry, request)
         if "equal" in reply:
             return Scored(float(reply["equal"]), reply.get("evidence", found))
         evidence = f"{found}: {reply['error']}"
@@ -70,8 +74,8 @@ class MathVerifier:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _settled(self, request: dict) -> dict:
-        """Return the reply to `request`; where none comes in time, find out whether the trace's answer is the cause."""
+    def _compare_with_retry(self, request: dict) -> dict:
+        """Return the reply to `request`; if there is none in time, find out whether the trace's answer is the cause."""
         reply = self._compare(request)
         if "equal" in reply or request["variant"] != "recommended" or not reply.pop("lost", False):
             return reply

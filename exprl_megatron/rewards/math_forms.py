@@ -1,8 +1,8 @@
 r"""Compares answers in forms that math-verify reads too loosely or not at all, before math-verify is called.
 
-`1 000`, `1e-5`, `**5**` and `5.` become what it reads. Plain numbers are compared relatively (it rounds to six
-decimals, so that 1e-7 and 2e-7 are the same to it); clock times, numbers of different bases, ordered pairs and sets,
-and values with names are distinguished (it takes 12:30 and 6:15 as equal ratios, leaves bases out, and sorts).
+`1 000`, `1e-5`, `**5**` and `5.` are converted to forms that it reads. Plain numbers are compared relatively (it rounds
+to six decimals, so that 1e-7 and 2e-7 are equal); clock times, numbers of different bases, ordered pairs and sets, and
+values with names are distinguished (it treats 12:30 and 6:15 as equal ratios, ignores bases, and sorts).
 """
 
 import re
@@ -13,10 +13,10 @@ from fractions import Fraction
 
 Compare = Callable[[str, str], bool]
 
-RELATIVE = 2e-5
+RELATIVE_TOLERANCE = 2e-5
 """Largest relative difference of equal decimals; the largest absolute one is 5e-7, as in math-verify."""
-_ABSOLUTE = 5e-7
-_LONGEST_EXPONENT = 60
+_ABSOLUTE_TOLERANCE = 5e-7
+_MAX_EXPONENT = 60
 
 _UNICODE = str.maketrans(
     {
@@ -77,8 +77,8 @@ _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
 
 
 def same_answer(gold: str, answer: str, by_math_verify: Compare) -> bool:
-    """Whether `answer` is `gold` in another form; what is not decided here is asked of `by_math_verify`."""
-    gold, answer = normalise_answer(gold), normalise_answer(answer)
+    """Whether `answer` is `gold` in another form; `by_math_verify` compares what cannot be decided here."""
+    gold, answer = normalize_answer(gold), normalize_answer(answer)
     if gold == answer:
         return True
     if not answer:
@@ -92,8 +92,8 @@ def same_answer(gold: str, answer: str, by_math_verify: Compare) -> bool:
     return _same_list(gold, answer, by_math_verify)
 
 
-def normalise_answer(text: str) -> str:
-    """`text` without markup and final punctuation around it, in ASCII signs, with numbers that math-verify can read."""
+def normalize_answer(text: str) -> str:
+    """Remove markup and final punctuation, use ASCII signs, and write numbers as math-verify reads them."""
     text = unicodedata.normalize("NFKC", text).translate(_UNICODE)
     text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1].strip('()')}}}", text)
     before = None
@@ -111,7 +111,7 @@ def normalise_answer(text: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without the command or the braces that hold all of it."""
+    """Remove a command or braces around the whole text."""
     wrapper = _WRAPPER.match(text)
     start = wrapper.end() if wrapper else 0
     if text[start : start + 1] == "{" and _closing(text, start) == len(text) - 1:
@@ -138,7 +138,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _expanded(mantissa: str, exponent: str) -> str | None:
-    if abs(int(exponent)) > _LONGEST_EXPONENT:
+    if abs(int(exponent)) > _MAX_EXPONENT:
         return None
     return format(Decimal(mantissa).scaleb(int(exponent)), "f")
 
@@ -156,7 +156,7 @@ def _same_clock(gold: str, answer: str) -> bool | None:
     if times[0] is None:
         return None
     (hours, minutes, _), half = times[0]
-    # 3:10 may be a ratio; 12:30, which is no ratio in its lowest terms, is not.
+    # 3:10 may be a ratio; 12:30 is not, since it is not in its lowest terms.
     ratio = not half and minutes and not gold.startswith("0") and Fraction(hours, minutes).denominator == minutes
     return None if ratio else False
 
@@ -208,7 +208,7 @@ def same_value(first: Fraction, second: Fraction, exactly: bool = False) -> bool
     if first == second or exactly:
         return first == second
     difference = abs(first - second)
-    return difference <= _ABSOLUTE and difference <= RELATIVE * max(abs(first), abs(second))
+    return difference <= _ABSOLUTE_TOLERANCE and difference <= RELATIVE_TOLERANCE * max(abs(first), abs(second))
 
 
 def _number(text: str) -> Fraction | None:
@@ -217,7 +217,7 @@ def _number(text: str) -> Fraction | None:
     try:
         if _PLAIN.fullmatch(text):
             return Fraction(Decimal(text.replace(",", "")))
-        if (match := _POWER_OF_TEN.fullmatch(text)) and abs(int(match[2])) <= _LONGEST_EXPONENT:
+        if (match := _POWER_OF_TEN.fullmatch(text)) and abs(int(match[2])) <= _MAX_EXPONENT:
             return Fraction(Decimal(match[1]).scaleb(int(match[2])))
         if (match := _MIXED.fullmatch(text)) and int(match["above"]) < int(match["below"]):
             value = int(match["whole"]) + Fraction(int(match["above"]), int(match["below"]))
@@ -292,11 +292,11 @@ class _List:
         self.items = _split(text)
         self.named: dict[str, str] = {}
         if self.kind == "bare" and len(self.items) > 1:
-            self._take_names()
+            self._read_names()
         if len(self.items) < 2 and self.kind != "set":
             self.kind = "single"
 
-    def _take_names(self) -> None:
+    def _read_names(self) -> None:
         """Keep values by name where every item has its own; roots of one unknown (x_1, x_2) are not ordered."""
         pairs = [_NAMED.fullmatch(item) for item in self.items]
         if None in pairs:
@@ -310,7 +310,7 @@ class _List:
 
 
 def _split(text: str) -> list[str]:
-    """Parts between the commas, semicolons and `and`s that are in no bracket."""
+    """Split at commas, semicolons and `and` outside of brackets."""
     text = re.sub(r",?\s*\band\b\s*", ", ", _without_text(text)) if "and" in text else text
     text = re.sub(r"\\q?quad\b|\\[,;:! ]", " ", text)
     parts, start, depth = [], 0, 0

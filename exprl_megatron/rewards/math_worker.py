@@ -1,7 +1,7 @@
 """A process that runs math-verify, so that it can be killed; it reads and writes JSON lines.
 
-A request is {"gold": text, "answer": text or null, "limit_s": seconds, "variant": name}; the reply is {"equal": bool},
-which without an answer means that the gold can be read, or {"reason": "verifier-error", "error": text}. The process
+A request is {"gold": text, "answer": text or null, "limit_s": seconds, "variant": name}; the reply is {"equal": bool}
+(without an answer: whether the gold can be read), or {"reason": "verifier-error", "error": text}. The process
 prints {"ready": true} when it is ready, and exits at the end of its input.
 """
 
@@ -13,7 +13,7 @@ import signal
 import sys
 from fractions import Fraction
 
-from exprl_megatron.rewards.math_forms import normalise_answer, same_answer, same_value
+from exprl_megatron.rewards.math_forms import normalize_answer, same_answer, same_value
 from exprl_megatron.rewards.prime_answer import same_as_prime
 
 MEMORY_BYTES = 4 * 2**30
@@ -46,13 +46,13 @@ def serve() -> None:
 
 
 def _equal(parse, verify, gold: str, answer: str | None) -> bool:
-    """Raises ValueError where `gold` cannot be read; an answer with which math-verify fails is not equal.
+    """Compare an answer with the gold; without an `answer`, only read `gold`.
 
-    Without an `answer` only `gold` is read.
+    An answer with which math-verify fails is not equal. Raises ValueError where `gold` cannot be read.
     """
-    wanted = _parsed(parse, normalise_answer(gold))
+    wanted = _parsed(parse, normalize_answer(gold))
     if not wanted:
-        raise ValueError(f"the right answer {gold!r} is nothing that math-verify can read")
+        raise ValueError(f"math-verify cannot read the right answer {gold!r}")
     if answer is None:
         return True
 
@@ -63,7 +63,7 @@ def _equal(parse, verify, gold: str, answer: str | None) -> bool:
 
     try:
         return same_answer(gold, answer, by_math_verify)
-    except Exception:  # the gold was read, so that the answer caused whatever math-verify raises
+    except Exception:  # the gold was read, so that the answer is the cause of every exception
         return False
 
 
@@ -77,7 +77,7 @@ def _tiny_and_different(one: object, other: object) -> bool:
 
 
 def _equal_as_released(parse, verify, gold: str, boxed_tail: str) -> bool:
-    """`boxed_tail` is the trace from its last box on; math-verify looks for the answer in it."""
+    """Compare as the released code does; math-verify finds the answer in the trace's text from its last box on."""
     answer = parse(boxed_tail, parsing_timeout=None, raise_on_error=True)
     return verify(_parsed(parse, gold), answer, strict=True, timeout_seconds=None, raise_on_error=True)
 
@@ -97,7 +97,7 @@ def _parsed(parse, text: str) -> list:
 
 
 def _limit_memory() -> None:
-    """Limit the memory of this process, which an expression that explodes would exhaust."""
+    """Limit the memory of this process, since an expression can become arbitrarily large."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

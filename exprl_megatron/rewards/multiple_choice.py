@@ -83,14 +83,14 @@ _TAGS = re.compile(r"<\|[^<>|\n]{1,40}\|>|</?(?:s|answer|response|solution)>")
 
 
 def grade_choice(answer: str, choices: Sequence[str], trace_text: str) -> Judgement:
-    r"""1.0 where the last statement of the trace names the choice `answer` (a letter) and no other, else 0.0.
+    r"""Score 1.0 where the last statement of the trace names the choice `answer` (a letter) and no other, else 0.0.
 
     Statements are `\boxed{C}`, "Answer: C", "the answer is (C)", a heading "Answer" above the letter, `#### C` and a
-    last line that is the letter; less surely, and only where there is none of these, "C is correct" or "so I choose C".
-    Instead of the letter they may hold the text of exactly one of `choices`. A statement without a letter or a choice,
-    be it in a box, decides nothing, nor does anything in a thinking block. Letters beyond the choices, and several
-    letters at once, are wrong. Without `choices` (they may be in the question) every letter of the alphabet is one.
-    Abstains with `verifier-error` where `answer` is no choice.
+    last line that is the letter; only where there is none of these, "C is correct" or "so I choose C". Instead of the
+    letter they may contain the text of exactly one of `choices`. A statement without a letter or a choice is ignored,
+    also in a box, and so are thinking blocks. Letters beyond the choices, and several letters together, are wrong.
+    Without `choices` (they may be in the question) every letter of the alphabet is one.
+    Abstains with `verifier-error` where `answer` is not a choice.
     """
     letters = string.ascii_uppercase[: len(choices) or None]
     right = answer.strip(" ().").upper()
@@ -138,7 +138,7 @@ def _last_line(text: str, choices: Sequence[str]) -> Iterator[tuple[int, str]]:
 
 
 def _headings(text: str) -> Iterator[tuple[int, str]]:
-    """What is behind the last `####`; a heading of four signs is no statement where there is a better one."""
+    """Yield the text after the last `####`, which may be a heading and is used only where no better one exists."""
     for heading in list(_HASHES.finditer(text))[-1:]:
         yield heading.start(), heading["rest"]
 
@@ -153,9 +153,9 @@ def _unsure(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _letter(fragment: str, choices: Sequence[str]) -> str | None:
-    """The letter that the fragment begins with, or that of the choice that it states; None without either.
+    """Return the letter that begins the fragment, or the letter of the choice that it states; None without either.
 
-    Several letters, or a letter with the text of another choice, are given as they are written.
+    Several letters, or a letter with the text of another choice, are returned as written.
     """
     fragment = _plain(fragment)
     if skipped := _SKIPPED.match(fragment):
@@ -207,8 +207,8 @@ def _is_letter(match: re.Match, fragment: str, letters: str) -> bool:
 
 def _beginning(fragment: str, choices: Sequence[str]) -> str | None:
     """Return the letter of the only choice with whose text the fragment starts, where a clause ends after it."""
-    text = _normalised(fragment)
-    lettered = zip(string.ascii_uppercase, map(_normalised, choices), strict=False)
+    text = _normalized(fragment)
+    lettered = zip(string.ascii_uppercase, map(_normalized, choices), strict=False)
     found = [(len(choice), letter) for letter, choice in lettered if choice and _begins(text, choice)]
     longest = [letter for length, letter in found if length == max(found)[0]]
     return longest[0] if len(longest) == 1 else None
@@ -222,19 +222,19 @@ def _begins(text: str, choice: str) -> bool:
 
 
 def _without_letter(text: str) -> str:
-    """`C. Paris` without its letter, as a choice's text reads."""
+    """Return the text of a choice without its letter: `Paris` of `C. Paris`."""
     first = _ALONE.match(_plain(text))
     return _plain(text)[first.end() :].lstrip(" .:)-–—") if first else text
 
 
 def _with_text(text: str, choices: Sequence[str]) -> list[str]:
     """Return the letters of the choices with this text."""
-    wanted = _normalised(text)
+    wanted = _normalized(text)
     lettered = zip(string.ascii_uppercase, choices, strict=False)
-    return [letter for letter, choice in lettered if _normalised(choice) == wanted]
+    return [letter for letter, choice in lettered if _normalized(choice) == wanted]
 
 
-def _normalised(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(_plain(text).casefold().split())
 
 

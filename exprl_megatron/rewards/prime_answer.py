@@ -1,16 +1,16 @@
 """The verifier of the released first stage (verl's `prime_math`), which rewards its sparse GRPO baseline.
 
-It accepts much as an answer: the text after "answer is" anywhere, otherwise the whole response, of which the part after
-the last "is" or "=" is taken; a box in it takes precedence. Two numbers are equal within a relative 1e-4, and a
-percentage equals its number. Anything else is compared by math-verify, where the released code uses parsers of sympy.
+The answer is the text after "answer is" anywhere, otherwise the part of the whole response after the last "is" or "=";
+a box in it takes precedence. Two numbers are equal within a relative 1e-4, and a percentage equals its number. Anything
+else is compared by math-verify, where the released code uses parsers of sympy.
 """
 
 import re
 from collections.abc import Callable
 from math import isclose
 
-LONGEST_ANSWER = 1000
-"""Characters that are compared."""
+MAX_ANSWER_LENGTH = 1000
+"""Number of characters that are compared."""
 _ANSWER_FOLLOWS = ("answer:", "answer is", "answers are")
 _ANSWER_PRECEDES = ("is answer", "is the answer", "are answers", "are the answers")
 _VALUE_FOLLOWS = ("be ", "is ", "are ", "=", ": ", "get ", "be\n", "is\n", "are\n", ":\n", "get\n")
@@ -35,8 +35,8 @@ def extract_prime_answer(text: str) -> str:
 
 
 def same_as_prime(gold: str, answer: str, compare: Callable[[str, str], bool]) -> bool:
-    """Whether `answer` counts as `gold`; `compare` decides about what are no numbers, and may raise."""
-    wanted, found = (_plain(text) for text in (gold, answer[:LONGEST_ANSWER]))
+    """Whether `answer` counts as `gold`; `compare` compares texts that are not numbers, and may raise."""
+    wanted, found = (_plain(text) for text in (gold, answer[:MAX_ANSWER_LENGTH]))
     if wanted == found:
         return True
     numbers = _number(wanted), _number(found)
@@ -56,7 +56,7 @@ def _after_last(text: str, marker: str) -> str:
 
 
 def _last_box(text: str) -> str | None:
-    r"""What is in the braces behind the last `\boxed`, or else `\fbox`; None where they do not close."""
+    r"""Return the text in the braces after the last `\boxed`, or else `\fbox`; None where they are not closed."""
     start = text.rfind(r"\boxed") if r"\boxed" in text else text.rfind(r"\fbox")
     first = text.find("{", start) if start >= 0 else -1
     depth = 0

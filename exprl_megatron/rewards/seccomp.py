@@ -3,7 +3,7 @@
 System calls that open a file, make a socket, start a process or a program, send a signal, or change another process or
 limits fail with EPERM. The filter needs no privilege and cannot be removed.
 
-The filter is written here and not by libseccomp because a cluster's image often lacks that C library, and nobody can
+The filter is written here and not by libseccomp because a cluster's image often lacks that C library, and users cannot
 install it there without root's rights. PyPI has no binding that contains it: `pyseccomp` (MIT, 0.1.2 of January 2021
 is its last release) loads the system's copy, which it looks up by running ldconfig or a compiler; libseccomp's own
 binding needs the same copy. An allow list needs one comparison for each call, so that the library would save little.
@@ -50,7 +50,7 @@ _CLONE3 = 435
 _NEW_THREAD = 0x3D0F00
 """The flags with which glibc starts a thread: everything shared, no new namespace."""
 _FCNTL_COMMANDS = (0, 1, 2, 3, 1030)
-"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC. F_SETOWN would have the kernel send signals to any process."""
+"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC. F_SETOWN would make the kernel send signals to any process."""
 _IOCTL_REQUESTS = (0x5401, 0x5450, 0x5451)
 """TCGETS (is this a terminal?), FIONCLEX, FIOCLEX."""
 _AT_EMPTY_PATH = 0x1000
@@ -66,20 +66,24 @@ _RECEIVE, _SEND = 0xC0502100, 0xC0182101
 _CONTINUE = 1
 
 
-def supported() -> bool:
+def is_supported() -> bool:
     """Whether there is a filter for this machine's system calls."""
     return hasattr(os, "uname") and os.uname().sysname == "Linux" and os.uname().machine in _ALLOWED
 
 
-def forbid_privileges() -> None:
-    """Prevent this process from gaining privileges by exec, which seccomp and Landlock require. Raises OSError."""
+def set_no_new_privileges() -> None:
+    """Prevent this process from gaining privileges by exec, which seccomp and Landlock require.
+
+    Raises:
+        OSError: the kernel refuses it.
+    """
     _check(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
-def announce_threads() -> int | None:
+def notify_threads() -> int | None:
     """Let the holder of the returned file descriptor decide on every new thread; None before Linux 5.5.
 
-    Must be called before `forbid`, whose filter decides on everything else.
+    Call it before `install_filter`, whose filter decides on all other system calls.
     """
     clone = _NUMBERS[os.uname().machine]["clone"]
     program = [_load(0), _skip_unless(clone, 1), _return(_NOTIFY), _return(_ALLOW)]
@@ -89,7 +93,7 @@ def announce_threads() -> int | None:
         return None
 
 
-def answer_thread(listener: int, allow: bool) -> None:
+def decide_thread(listener: int, allow: bool) -> None:
     """Allow the thread that waits at `listener`, or make its start fail with EAGAIN."""
     import fcntl
 
@@ -100,8 +104,15 @@ def answer_thread(listener: int, allow: bool) -> None:
     fcntl.ioctl(listener, _SEND, _RESPONSE.pack(identifier, 0, error, flags))
 
 
-def forbid(threads: bool) -> None:
-    """Restrict this process to computing and to reading and writing its open files. Raises OSError."""
+def install_filter(threads: bool) -> None:
+    """Restrict this process to computing and to reading and writing its open files.
+
+    Args:
+        threads: whether it may start threads; `notify_threads` has been called before.
+
+    Raises:
+        OSError: the kernel refuses the filter.
+    """
     machine = os.uname().machine
     numbers = _NUMBERS[machine]
     program = [_load(4), _skip_unless(_AUDIT_ARCH[machine], 1), _skip(1), _return(_KILL), _load(0)]
@@ -128,9 +139,9 @@ def _allow_argument(number: int, place: int, values: tuple[int, ...]) -> list[by
 
 
 def _allow_reading_limits(number: int) -> list[bytes]:
-    """Allow prlimit64 of this process alone and without new limits, a null pointer in both halves; else EPERM.
+    """Allow prlimit64 only of this process and without new limits (a null pointer in both halves); else EPERM.
 
-    A program that lowered its own CPU limit would be killed before its time, as if from outside.
+    A program that lowered its own CPU limit would be killed early, as if from outside.
     """
     refuse, block = _return(_ERROR | errno.EPERM), []
     for offset in (16, 16 + 8 * 2, 16 + 8 * 2 + 4):

@@ -10,20 +10,24 @@ from exprl_megatron.rewards.containment import DEFAULT_LIMITS, Limits
 from exprl_megatron.rewards.math_answer import DEADLINE_S, MathVariant, MathVerifier
 from exprl_megatron.rewards.multiple_choice import grade_choice
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 
 
 def default_workers() -> int:
-    """Return the number of cores that this process may use, at most `MOST_WORKERS`."""
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    """Return the number of cores that this process may use, at most `MAX_WORKERS`."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
 class AnswerVerifier:
     """Verifies math by math-verify, multiple choice by the letter, and code by running its tests.
 
-    Math and code have `workers` processes each (`auto`: `default_workers()`). The processes of math start immediately,
-    those of code with the first programs. `variant` applies to math only. Works from any event loop; `close` ends the
-    processes.
+    It works from any event loop; `close` ends the processes.
+
+    Args:
+        workers: number of processes for math, which start immediately, and for code, which start with the first
+            programs (`auto`: `default_workers()`).
+        variant: how mathematical answers are verified.
+        code_limits: limits of one test of a program.
     """
 
     def __init__(
@@ -39,9 +43,9 @@ class AnswerVerifier:
     async def verify(self, problem: Problem, trace_text: str, deadline_s: float = DEADLINE_S) -> Judgement:
         """Score 1.0 where the trace's answer is right, else 0.0; the evidence is the answer that was found.
 
-        `deadline_s` starts when a process is free; it limits the comparison of a mathematical answer, or all tests of
-        a program together. Abstains with `no-verifier` where the problem is open-ended or has no answer or tests, and
-        with `verifier-timeout`, `verifier-error` or `no-sandbox` where the verifier itself failed.
+        `deadline_s` (seconds) starts when a process is free; it limits the comparison of a mathematical answer, or all
+        tests of a program together. Abstains with `no-verifier` where the problem is open-ended or has no answer or
+        tests, and with `verifier-timeout`, `verifier-error` or `no-sandbox` where the verifier itself failed.
 
         Raises:
             RuntimeError: the process of math-verify cannot be started.

@@ -1,4 +1,9 @@
-"""A child process that answers requests, one JSON object a line, each within a deadline."""
+"""A child process that answers requests, one JSON object per line, each within a deadline.
+
+Why neither `concurrent.futures.ProcessPoolExecutor` nor pebble: the first cannot kill a worker that hangs in C code, so
+a hostile answer would occupy it for ever; both fork or spawn this process's modules, while the sandbox's worker needs
+a Python that has loaded nothing of the trainer and has no environment (code_sandbox.py).
+"""
 
 import json
 import os
@@ -11,7 +16,14 @@ _PIECE = 2**16
 
 
 class WorkerProcess:
-    """Starts `command`, whose first line of output means that it is ready; each further line is a reply."""
+    """Starts `command`, whose first line of output means that it is ready; each further line is a reply.
+
+    Args:
+        command: program and arguments.
+        env: environment variables; None: those of this process.
+        cwd: working directory; None: that of this process.
+        new_session: whether the process gets a new session, which signals of this terminal do not reach.
+    """
 
     def __init__(
         self,
@@ -35,10 +47,15 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
+        """Whether the process runs."""
         return self._process.poll() is None
 
     def wait_until_ready(self, deadline_s: float) -> dict:
-        """Return the first line of the process; RuntimeError, and it is killed, where none comes in time."""
+        """Wait at most `deadline_s` seconds for the first line of the process, and return it.
+
+        Raises:
+            RuntimeError: there is no line in time; the process is killed.
+        """
         if self._greeting is None:
             try:
                 self._greeting = self._reply(time.monotonic() + deadline_s)
@@ -48,7 +65,12 @@ class WorkerProcess:
         return self._greeting
 
     def ask(self, request: dict, deadline_s: float) -> dict:
-        """Return the reply to `request`. Raises TimeoutError after the deadline, EOFError where the process died."""
+        """Send `request`, and return the reply.
+
+        Raises:
+            TimeoutError: there is no reply within `deadline_s` seconds.
+            EOFError: the process died.
+        """
         end = time.monotonic() + deadline_s
         pipe = self._process.stdin.fileno()
         unsent = memoryview(json.dumps(request).encode() + b"\n")
@@ -64,6 +86,7 @@ class WorkerProcess:
         return self._reply(end)
 
     def kill(self) -> None:
+        """Kill the process, and wait for its end."""
         self._process.kill()
         self._process.wait()
         self._process.stdin.close()

@@ -9,7 +9,7 @@ from exprl_megatron.rollout.trace import Trace
 
 @dataclass(frozen=True)
 class JudgedSegment:
-    """A half-open span of a trace's tokens, and the judgement on it or on everything up to its end."""
+    """A half-open span of a trace's tokens, and the judgement of it or of the prefix that ends with it."""
 
     start: int
     end: int
@@ -25,9 +25,9 @@ class RewardTerm:
     """`judge`, `verifier`, `length`, or the path of the user's function."""
     weight: float
     value: float | None
-    """Before it is weighted; None: whatever computes it abstained."""
+    """The value before weighting; None: an abstention."""
     evidence: str = ""
-    """What it is based on; of an abstention its reason comes first."""
+    """What the value is based on; of an abstention it begins with the reason."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,20 @@ class GradedTrace:
 
     trace: Trace
     judgement: Judgement
-    """On the whole trace. Where the trace was judged by segments: that of the last one, or the first abstention."""
+    """The judgement of the whole trace. Of a trace that was judged by segments: the last one, or the first
+    abstention."""
     segments: tuple[JudgedSegment, ...] = ()
-    """Cover the trace's tokens exactly once, in order; empty where the trace was judged whole."""
+    """They cover the trace's tokens exactly once, in order; empty where the trace was judged as a whole."""
     verified: Judgement | None = None
     """The answer verifier's result where a judge made the judgement."""
     terms: tuple[RewardTerm, ...] = ()
-    """Of a reward that is a mixture; empty where the reward is the score."""
+    """The terms of a reward that is a weighted sum; empty where the reward is the score."""
 
     @property
     def reward(self) -> float | None:
-        """What the policy learns from: the weighted sum of the terms, or the score; None where any of them is missing.
+        """The reward of the trace: the weighted sum of the terms, or the score; None where any of them is missing.
 
-        Without what a stage takes off for length.
+        A stage's length penalty is not included.
         """
         if not self.terms:
             return self.score

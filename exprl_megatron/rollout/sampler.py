@@ -1,4 +1,4 @@
-"""Sampling of groups of traces from the policy's servers; each trace is passed on as soon as it is finished."""
+"""Samples groups of traces from the policy's servers; each trace is delivered as soon as it is finished."""
 
 import hashlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -16,20 +16,20 @@ from exprl_megatron.utils.array_fields import ArrayFields
 from exprl_megatron.utils.loop_throttle import LoopThrottle
 from exprl_megatron.utils.together import first_n, gather_or_cancel
 
-STARTS_EACH_PASS = 16
-"""Requests that begin in the same pass of the event loop, at half a millisecond each: a step may have thousands."""
+MAX_STARTS_PER_PASS = 16
+"""Requests that start in one pass of the event loop; each takes half a millisecond, and a step may have thousands."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt(ArrayFields):
-    """The tokens that the policy reads of one problem."""
+    """The token ids of one problem's prompt."""
 
     problem_id: str
     token_ids: np.ndarray
     """[tokens], int32; array-likes are converted."""
 
     occurrence: int = 0
-    """How often the problem was drawn earlier in the same step; each occurrence has seeds of its own."""
+    """How often the problem was drawn before in the same step; each occurrence has different seeds."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "token_ids")
@@ -52,67 +52,74 @@ async def sample_groups(
     on_trace: Callable[[Trace], Awaitable[None]] | None = None,
     target_groups: int | None = None,
     accept_fn: Callable[[list[Trace]], bool] = lambda traces: True,
-    whole_groups: bool = False,
+    group_requests: bool = False,
     routing: Routing | None = None,
 ) -> list[list[Trace]]:
-    """Sample `group_size` traces of every prompt; returns one list per group, in the order of `prompts`.
+    """Sample `group_size` traces of every prompt.
 
     All groups are in flight at the same time. A group stays on one server, which prefills the prompt once for all its
-    traces. As soon as `target_groups` groups (None: all) that `accept_fn` accepts are finished, the other groups are
-    cancelled and left out of the result.
+    traces. The first exception of `servers` or of `on_trace` cancels everything else and propagates.
 
-    `seed_of(problem_id, k)` returns the seed of sample k, counted over all occurrences of the problem. `on_trace` is
-    awaited for each finished trace while other traces are still being generated; the call returns when every
-    `on_trace` has returned.
+    Args:
+        servers: the sampling servers.
+        prompts: the prompt of each group.
+        group_size: traces per prompt.
+        sampling: parameters of each request.
+        seed_of: returns the seed of sample k of a problem, counted over all its occurrences.
+        weight_versions: at the time when a trace is finished, each of its tokens must come from one of these versions.
+            A caller that updates the servers' weights in mid-generation adds the new version first.
+        on_trace: awaited for each finished trace while other traces are still being generated.
+        target_groups: number of accepted groups after which the other groups are canceled; None: all.
+        accept_fn: whether a group counts toward `target_groups`.
+        group_requests: send one request for all traces of a group, which then finish together. That is less work than
+            one request for each trace, but the first traces wait for the longest one.
+        routing: the model's routing, where traces need the experts that the server chose.
 
-    Every token must come from one of `weight_versions` at the time when its trace is finished: a caller that updates
-    the servers' weights in mid-generation adds the new version to the collection first.
+    Returns:
+        One list of traces for each group that was not canceled, in the order of `prompts`.
 
-    With `whole_groups` one request asks for all traces of a group, which are then finished together. That is less work
-    than one request for each trace, but the first traces wait for the longest one. `routing` is the model's where the
-    traces shall hold the experts that the server chose.
+    Raises:
+        ServerError: a server fails, ends a trace early, or samples it under other weights, and `servers` does not
+            retry the request.
 
-    Raises ServerError where a server fails, ends a trace early, or samples it under other weights, and `servers` does
-    not retry that. The first failure of `servers` or of `on_trace` cancels everything else and is raised unchanged.
-
-    More than 7 parameters: the sampling, and what its caller wants of it while it continues.
+    More than 7 parameters: the sampling, and its control by the caller while it runs.
     """
 
-    asked = sampling.model_dump() | ({} if routing is None else {"routing": routing})
+    arguments = sampling.model_dump() | ({} if routing is None else {"routing": routing})
 
     def seed(prompt: Prompt, k: int) -> int:
         return seed_of(prompt.problem_id, k + prompt.occurrence * group_size)
 
     async def generate(client: SGLangClient, prompt: Prompt, k: int) -> Trace:
-        generation = await client.generate(prompt.token_ids, seed=seed(prompt, k), **asked)
+        generation = await client.generate(prompt.token_ids, seed=seed(prompt, k), **arguments)
         return _trace(client, prompt, k, generation, weight_versions)
 
     async def generate_group(client: SGLangClient, prompt: Prompt) -> list[Trace]:
         seeds = [seed(prompt, k) for k in range(group_size)]
-        generations = await client.generate_all([prompt.token_ids] * group_size, seeds, **asked)
+        generations = await client.generate_all([prompt.token_ids] * group_size, seeds, **arguments)
         return [_trace(client, prompt, k, generation, weight_versions) for k, generation in enumerate(generations)]
 
-    async def passed_on(trace: Trace) -> Trace:
+    async def deliver(trace: Trace) -> Trace:
         if on_trace is not None:
             await on_trace(trace)
         return trace
 
-    async def one(home: int, prompt: Prompt, k: int) -> Trace:
+    async def sample_one(home: int, prompt: Prompt, k: int) -> Trace:
         await starts.take()
-        return await passed_on(await servers.ask(home, lambda client: generate(client, prompt, k)))
+        return await deliver(await servers.ask(home, lambda client: generate(client, prompt, k)))
 
-    async def group(home: int, prompt: Prompt) -> list[Trace]:
+    async def sample_group(home: int, prompt: Prompt) -> list[Trace]:
         if group_size > 1:
             await starts.take()
-            # Requests that arrive together are prefilled together: none of them would find the prompt in the cache.
+            # Requests that arrive together are prefilled together, and none of them finds the prompt in the cache.
             await servers.ask(home, lambda client: client.prefill(prompt.token_ids))
-        if whole_groups:
+        if group_requests:
             traces = await servers.ask(home, lambda client: generate_group(client, prompt))
-            return await gather_or_cancel([passed_on(trace) for trace in traces])
-        return await gather_or_cancel([one(home, prompt, k) for k in range(group_size)])
+            return await gather_or_cancel([deliver(trace) for trace in traces])
+        return await gather_or_cancel([sample_one(home, prompt, k) for k in range(group_size)])
 
-    starts = LoopThrottle(STARTS_EACH_PASS)
-    groups = (group(i, prompt) for i, prompt in enumerate(prompts))
+    starts = LoopThrottle(MAX_STARTS_PER_PASS)
+    groups = (sample_group(i, prompt) for i, prompt in enumerate(prompts))
     return await first_n(groups, len(prompts) if target_groups is None else target_groups, accept_fn)
 
 
@@ -127,7 +134,7 @@ def _trace(
     versions = {version for version, _, _ in generation.weight_versions}
     if not versions or not versions <= set(weight_versions):
         raise ServerError(
-            f"{client.name} ({client.url}) wrote sample {k} of problem {prompt.problem_id} under weight version "
+            f"{client.name} ({client.url}) sampled trace {k} of problem {prompt.problem_id} under weight version "
             f"{', '.join(sorted(versions)) or 'none'}, not {' or '.join(weight_versions)}."
         )
     tokens = len(prompt.token_ids) + len(generation.token_ids)

@@ -12,13 +12,13 @@ from exprl_megatron.utils.routed_experts_array import routed_experts_array
 class Trace(ArrayFields):
     """One sampled response to one problem (slime and verl: a rollout or response; TRL: a completion).
 
-    `token_ids` holds the response alone, with the end-of-sequence token where one was sampled; `log_probs` holds the
-    log-prob of each of these tokens that the server reported, at the sampling temperature. Array-likes are converted.
+    `token_ids` has the tokens of the response, with the end-of-sequence token if one was sampled; `log_probs` has the
+    log-prob of each of them as the server reported it, at the sampling temperature. Array-likes are converted.
     """
 
     problem_id: str
     sample: int
-    """Place in its group, 0-based."""
+    """Number of the trace in its group, from 0."""
     prompt_ids: np.ndarray
     """[prompt tokens], int32."""
     token_ids: np.ndarray
@@ -30,12 +30,12 @@ class Trace(ArrayFields):
     finish_reason: str
     """`stop`, or `length` where max_new_tokens (or the context) ended it."""
     weight_versions: tuple[tuple[str, int, int], ...]
-    """(version, first token, one past the last) for each stretch of tokens."""
+    """(weight version, first token, one past the last) for each span of tokens."""
     cached_tokens: int = field(default=0, compare=False)
     """Prompt tokens that the server found in its prefix cache."""
     routed_experts: np.ndarray | None = None
     """[prompt tokens + tokens - 1, layers, top_k], uint8 or int16: the experts that the server chose (router replay).
-    None: not asked for."""
+    None: they were not requested."""
 
     def __post_init__(self) -> None:
         self._hold(np.int32, "prompt_ids", "token_ids")

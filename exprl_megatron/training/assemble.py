@@ -38,7 +38,7 @@ from exprl_megatron.weight_sync.sync import SyncTargets, WeightSync
 from exprl_megatron.weight_sync.transports import make_transport
 
 _SIGNAL_ROOM = 2.0
-"""Ranks wait for rank 0's signal longer than rank 0 waits for a server, by this factor."""
+"""By this factor ranks wait longer for rank 0's signal than rank 0 waits for a server."""
 
 
 def assemble(
@@ -46,8 +46,16 @@ def assemble(
 ) -> Run:
     """Return this rank's Run with the progress of the last complete checkpoint (or at the start).
 
-    Its servers are found in `registry`; `on_failure` is passed to RolloutPrefetch.
-    Raises Preempted where the run is asked to stop before the servers are ready.
+    Args:
+        config: the config of the run.
+        paths: the directory of the run.
+        registry: registrations of the servers.
+        on_failure: see RolloutPrefetch.
+
+    Raises:
+        Preempted: the run is asked to stop before the servers are ready.
+        UserError: an input cannot be used.
+        ServerError: a server does not start.
     """
     coordinator = RankCoordinator(_SIGNAL_ROOM * config.sync.deadline_s, paths.stop_request.is_file)
     checkpoint, damaged = intact_checkpoint(paths.checkpoints)
@@ -72,7 +80,7 @@ def assemble(
         return Policy(_initial_policy(config, paths, progress), config.seed)
 
     if config.placement.kind == "colocated":
-        # A server allocates what is free on its GPU, which must be the same on all its GPUs: the trainer comes second.
+        # A server allocates the free memory of its GPUs, which must be equal on all of them: the trainer starts later.
         _await_servers(coordinator, rollouts)
         put_to_sleep(coordinator, pool)
         policy = policy_on_device()
@@ -95,7 +103,7 @@ def assemble(
 
 
 def _await_servers(coordinator: RankCoordinator, rollouts: Rollouts | None) -> None:
-    """Return when all servers are ready. Raises Preempted where the run is asked to stop before."""
+    """Wait until all servers are ready; raises Preempted where the run is asked to stop before."""
     if not coordinator.broadcast_from_rank0(lambda: coordinator.run_unless_asked_to_stop(rollouts.open())):
         raise Preempted("The run was asked to stop while it waited for its servers; continue with --resume.")
 
@@ -107,7 +115,7 @@ def _pool(config: RunConfig, registry: Registry, logger: RunLogger) -> ServerPoo
 
 
 def _initial_policy(config: RunConfig, paths: RunDirectory, progress: RunProgress) -> PolicyConfig:
-    """Return the policy config with the weights that the current stage starts from."""
+    """Return the policy config with the weights with which the current stage starts."""
     if progress.stage == 0:
         return config.policy
     model = paths.models / config.stages[progress.stage - 1].name

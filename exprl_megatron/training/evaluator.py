@@ -1,4 +1,4 @@
-"""pass@k of the servers' weights on held-out problems; each evaluation is made once and stored."""
+"""Measures pass@k of the servers' weights on held-out problems; each evaluation is made once and stored."""
 
 import asyncio
 import json
@@ -24,9 +24,9 @@ START = "start"
 
 
 class Evaluator:
-    """Makes evaluations, on rank 0; each has a JSON file of figures and a file of answers in the rollout log's format.
+    """Makes evaluations, on rank 0; each has a JSON file of results and a file of answers in the rollout log's format.
 
-    The JSON file holds weight_version, counts (problem: [graded, correct]), estimates, mean_tokens (of a response),
+    The JSON file has weight_version, counts (problem: [graded, correct]), estimates, mean_tokens (of a response),
     shares of the samples (overlong_share, abstained_share), and seconds.
     """
 
@@ -46,7 +46,7 @@ class Evaluator:
     async def evaluate(self, name: str, version: str) -> None:
         """Sample the held-out problems under the weights `version` and verify every trace.
 
-        All evaluations of a run have the same seeds, so that they differ by the weights alone.
+        All evaluations of a run have the same seeds, so that only the weights differ.
         """
         settings, started = self._config.evaluation, time.monotonic()
         plan = SamplePlan(
@@ -68,7 +68,7 @@ class Evaluator:
             "seconds": time.monotonic() - started,
         }
         self._file(name).parent.mkdir(exist_ok=True)
-        # The figures come last: their file says that the evaluation has been made.
+        # The results are written last: their file marks the evaluation as made.
         answers = SampledStep(groups, prompts_consumed=len(groups))
         await asyncio.to_thread(write_step, self._file(name).with_suffix(".parquet"), answers)
         write_atomically(self._file(name), json.dumps(record, indent=1).encode())
@@ -76,13 +76,13 @@ class Evaluator:
         self._logger.log(f"evaluation of {name}: {shown}")
 
     def log(self, stage: Stage | None, step: int | None) -> None:
-        """Record an evaluation that has been made in the run's metrics, once; arguments as for its name."""
+        """Record an evaluation in the run's metrics, once; arguments as of `evaluation_name`."""
         record = self._read(evaluation_name(stage, step))
         steps = 0 if stage is None else stage.steps if step is None else step
         self._logger.evaluated(stage, steps, evaluation_metrics(record))
 
     def all(self) -> dict[str, GradedCounts]:
-        """The counts of every evaluation made so far, in the order in which they are made."""
+        """Return the counts of every evaluation made so far, in the order in which they are made."""
         names = [START, *(name for stage in self._config.stages for name in self._of_stage(stage))]
         return {name: self._read(name)["counts"] for name in names if self.done(name)}
 
@@ -98,7 +98,7 @@ class Evaluator:
 
 
 def evaluation_name(stage: Stage | None, step: int | None) -> str:
-    """Name of the evaluation before the first stage (None), after all steps of `stage`, or after `step` of them."""
+    """Return the name of an evaluation: before the first stage (None), after all steps of `stage`, or after `step`."""
     if stage is None:
         return START
     return stage.name if step is None else f"{stage.name}/step-{step}"
@@ -116,7 +116,7 @@ def evaluation_metrics(record: dict[str, Any]) -> dict[str, float]:
         "abstained": "abstained_share",
         "seconds": "seconds",
     }
-    # Files of earlier versions hold counts and estimates alone.
+    # Files of earlier versions have only counts and estimates.
     return found | {f"{EVALUATION}{name}": record[key] for name, key in more.items() if key in record}
 
 

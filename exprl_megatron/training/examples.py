@@ -8,11 +8,11 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.stages import SftStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.tokenizer import load_tokenizer
-from exprl_megatron.problems.needs import missing_for
+from exprl_megatron.problems.needs import unmet_needs
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import PromptBuilder, drop_overlong
-from exprl_megatron.problems.records import unencodable
+from exprl_megatron.problems.records import encoding_fault
 from exprl_megatron.problems.sources import json_rows, load_problems
 
 ExampleRow = tuple[str, str, str]
@@ -22,9 +22,11 @@ ExampleRow = tuple[str, str, str]
 class ExampleReader:
     """The batches of an SFT stage; each is a pure function of its step.
 
-    The lines of `examples` come in their order, over again after the last; `problems` in a new seeded order each
-    epoch. The prompt is put as `stage.prompt` says, else as the run's does. Raises UserError where the source
-    cannot be used.
+    The lines of `examples` are read in order, repeatedly; `problems` in a new seeded order each epoch. Prompts are
+    built by `stage.prompt`, or by the run's `prompt`.
+
+    Raises:
+        UserError: the source cannot be used.
     """
 
     def __init__(self, config: RunConfig, stage: SftStage):
@@ -42,24 +44,25 @@ class ExampleReader:
         return self._rows.dropped
 
     def batch(self, step: int, size: int) -> list[TrainSample]:
-        """The `size` rows of step `step` (1-based); the end-of-sequence token closes every completion.
+        """Return the `size` rows of step `step` (1-based); every completion ends with the end-of-sequence token.
 
-        Raises UserError where a row is longer than policy.max_tokens.
+        Raises:
+            UserError: a row is longer than policy.max_tokens, or its text cannot be encoded.
         """
-        return [self._sequence(*row) for row in self._rows.take((step - 1) * size, size)]
+        return [self._sample(*row) for row in self._rows.take((step - 1) * size, size)]
 
-    def _sequence(self, name: str, prompt: str, completion: str) -> TrainSample:
+    def _sample(self, name: str, prompt: str, completion: str) -> TrainSample:
         for what, text in (("prompt", prompt), ("completion", completion)):
             if (fault := self._prompts.fault(text)) is not None:
                 raise UserError(f"{name}: its {what} {fault}")
         response = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-        sequence = TrainSample(self._prompts.token_ids(prompt), (*response, self._tokenizer.eos_token_id))
-        if len(sequence) > self._max_tokens:
+        sample = TrainSample(self._prompts.token_ids(prompt), (*response, self._tokenizer.eos_token_id))
+        if len(sample) > self._max_tokens:
             raise UserError(
-                f"{name} has {len(sequence)} tokens, more than policy.max_tokens ({self._max_tokens}); "
+                f"{name} has {len(sample)} tokens, more than policy.max_tokens ({self._max_tokens}); "
                 "shorten it, or raise the limit."
             )
-        return sequence
+        return sample
 
 
 class FileRows:
@@ -79,7 +82,7 @@ class FileRows:
 class ReferenceRows:
     """Problems with their references as completions, in a new seeded order each epoch.
 
-    Left out are those whose prompt is longer than `max_tokens` or the set's `max_prompt_tokens`.
+    Problems whose prompt is longer than `max_tokens` or the set's `max_prompt_tokens` are left out.
     """
 
     def __init__(self, stage: SftStage, prompts: PromptBuilder, max_tokens: int, seed: int):
@@ -96,7 +99,11 @@ class ReferenceRows:
 
 
 def check_source(stage: SftStage) -> None:
-    """Check the stage's examples. Raises UserError where they cannot be used."""
+    """Check the stage's examples.
+
+    Raises:
+        UserError: they cannot be used.
+    """
     if stage.problems is None:
         read_examples(Path(stage.examples))
     else:
@@ -104,15 +111,23 @@ def check_source(stage: SftStage) -> None:
 
 
 def problems_with_references(stage: SftStage) -> list[Problem]:
-    """The stage's problems; raises UserError where some have no reference to learn."""
+    """Read the stage's problems.
+
+    Raises:
+        UserError: they cannot be read, or some have no reference.
+    """
     problems = load_problems(stage.problems)
-    if missing := missing_for(problems, "reference"):
+    if missing := unmet_needs(problems, "reference"):
         raise UserError("\n".join(f"stage {stage.name}: {sentence}" for sentence in missing))
     return problems
 
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
-    """(prompt, completion) of every line; raises UserError naming the first bad line by number."""
+    """Read (prompt, completion) of every line.
+
+    Raises:
+        UserError: the file cannot be read, or a line is faulty; the message has the number of the first such line.
+    """
     if not path.is_file():
         raise UserError(f"There is no file of examples {path}; give the path of a JSON-lines file.")
     rows = [_row(place, record) for place, record in json_rows(path, "file of examples")]
@@ -127,6 +142,6 @@ def _row(place: str, record: dict[str, Any] | str) -> tuple[str, str]:
     for key in ("prompt", "completion"):
         if not isinstance(record.get(key), str):
             raise UserError(f"{place} has no text in `{key}`; add it.")
-        if fault := unencodable(record[key]):
+        if fault := encoding_fault(record[key]):
             raise UserError(f"{place}: the field {key!r} {fault}")
     return record["prompt"], record["completion"]

@@ -1,4 +1,4 @@
-"""Grading of finished traces: by the judge (whole or by segments), or by the answer verifier."""
+"""Grades finished traces by the judge (as a whole or by segments), or by the answer verifier."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,10 +12,10 @@ from exprl_megatron.judging.judgement import Abstained, Granularity, Judgement
 from exprl_megatron.judging.segments import segments_and_texts
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rewards.verifier import AnswerVerifier
+from exprl_megatron.rollout.custom_functions import CustomFunction
 from exprl_megatron.rollout.group import GradedTrace, JudgedSegment
-from exprl_megatron.rollout.own_functions import OwnFunction
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.own_rewards import reward_terms
+from exprl_megatron.training.custom_rewards import reward_terms
 
 GradeTrace = Callable[[Problem, Trace], Awaitable[GradedTrace]]
 
@@ -23,9 +23,13 @@ GradeTrace = Callable[[Problem, Trace], Awaitable[GradedTrace]]
 class TextGrader(Protocol):
     """The interface of the judge that grading uses."""
 
-    async def grade(self, problem: Problem, text: str, granularity: Granularity = "trace") -> Judgement: ...
+    async def grade(self, problem: Problem, text: str, granularity: Granularity = "trace") -> Judgement:
+        """Judge a text; see Judge.grade."""
+        ...
 
-    async def grade_prefixes(self, problem: Problem, texts: Sequence[str]) -> list[Judgement]: ...
+    async def grade_prefixes(self, problem: Problem, texts: Sequence[str]) -> list[Judgement]:
+        """Judge prefixes of one trace; see Judge.grade_prefixes."""
+        ...
 
 
 def grade_of(stage: RlStage, judge: TextGrader | None, by_answer: GradeTrace, tokenizer: Any) -> GradeTrace:
@@ -41,7 +45,7 @@ def grade_of(stage: RlStage, judge: TextGrader | None, by_answer: GradeTrace, to
 
 
 def with_terms(
-    stage: ExprlOutcomeStage | SparseRlStage, grade_trace: GradeTrace, own: Mapping[str, OwnFunction]
+    stage: ExprlOutcomeStage | SparseRlStage, grade_trace: GradeTrace, own: Mapping[str, CustomFunction]
 ) -> GradeTrace:
     """Return a function that grades as `grade_trace` does and adds the terms of the stage's reward.
 
@@ -59,7 +63,7 @@ def with_terms(
 
 
 def verified(
-    verifier: AnswerVerifier, config: VerifierConfig, own: Mapping[str, OwnFunction] = MappingProxyType({})
+    verifier: AnswerVerifier, config: VerifierConfig, own: Mapping[str, CustomFunction] = MappingProxyType({})
 ) -> GradeTrace:
     """Return a function that grades by the final answer: 1 where it is right, else 0.
 

@@ -12,18 +12,18 @@ from exprl_megatron.config.verifying import VerifierConfig
 from exprl_megatron.judging.abstentions import AbstentionWindow
 from exprl_megatron.judging.gate import JudgeGate
 from exprl_megatron.judging.judge import Judge
-from exprl_megatron.judging.judged_traces import read_judged_traces
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
+from exprl_megatron.judging.labeled_traces import read_labeled_traces
 from exprl_megatron.judging.store import JudgementStore
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.rewards.containment import Limits
 from exprl_megatron.rewards.verifier import AnswerVerifier
+from exprl_megatron.rollout.custom_functions import custom_verifiers
 from exprl_megatron.rollout.group import GradedTrace, Group
-from exprl_megatron.rollout.own_functions import own_verifiers
 from exprl_megatron.rollout.trace import Trace
+from exprl_megatron.training.custom_rewards import custom_terms
 from exprl_megatron.training.grading import GradeTrace, grade_of, verified, with_terms
-from exprl_megatron.training.own_rewards import own_terms
 from exprl_megatron.training.run_logger import RunLogger
 
 
@@ -35,9 +35,9 @@ class JudgingRuntime:
         self._logger = logger
         self._open = ExitStack()
         self._verifier = self._open.enter_context(_verifier(config.verifier)) if config.needs_sampling_servers else None
-        self._own_verifiers = own_verifiers(config.verifier, logger.log)
-        self._own_terms = {
-            stage.name: own_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, logger.log)
+        self._custom_verifiers = custom_verifiers(config.verifier, logger.log)
+        self._custom_terms = {
+            stage.name: custom_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, logger.log)
             for stage in config.stages
             if isinstance(stage, ExprlOutcomeStage | SparseRlStage)
         }
@@ -49,12 +49,12 @@ class JudgingRuntime:
         self._gate_metrics: dict[tuple[str, int], dict[str, float]] = {}
         if config.needs_judge:
             judge = config.judge
-            kept = self._open.enter_context(JudgementStore(Path(judge.store) if judge.store else store))
+            opened = self._open.enter_context(JudgementStore(Path(judge.store) if judge.store else store))
             tokenizer = None if judge.model is None else load_tokenizer(judge.model)
-            self._judge = Judge(judge, judges, tokenizer, store=kept)
+            self._judge = Judge(judge, judges, tokenizer, store=opened)
             if judge.gate is not None:
                 self._gate = JudgeGate(
-                    judge.gate, read_judged_traces(judge.gate.traces, judge.gate.limit, config.domains)
+                    judge.gate, read_labeled_traces(judge.gate.traces, judge.gate.limit, config.domains)
                 )
                 # With a store, a repeated check would read the earlier judgements.
                 self._uncached_judge = Judge(judge, judges, tokenizer)
@@ -63,12 +63,12 @@ class JudgingRuntime:
         """Return the function that grades the traces of `stage`."""
         grade = grade_of(stage, self._judge, self.grade_by_answer(), policy_tokenizer)
         if isinstance(stage, ExprlOutcomeStage | SparseRlStage) and stage.reward:
-            return with_terms(stage, grade, self._own_terms[stage.name])
+            return with_terms(stage, grade, self._custom_terms[stage.name])
         return grade
 
     def grade_by_answer(self) -> GradeTrace:
         """Return the function that grades traces by their final answer, as evaluations do."""
-        return verified(self._verifier, self._config.verifier, self._own_verifiers)
+        return verified(self._verifier, self._config.verifier, self._custom_verifiers)
 
     async def judgement_of(self, problem: Problem, trace: Trace, by: str) -> Judgement:
         """Return the judgement of the `judge`, or else the verifier, on a whole trace.
@@ -82,25 +82,33 @@ class JudgingRuntime:
         return await self._judge.grade(problem, trace.text)
 
     async def check_judge(self, stage: RlStage, step: int) -> None:
-        """Check the judge against its gate, where that is due before this step. Raises RunStopped where it fails."""
+        """Check the judge against its gate, where a check is due before this step.
+
+        Raises:
+            RunStopped: the judge does not pass.
+        """
         if self._gate is None or not isinstance(stage, JudgedStage):
             return
         every = self._config.judge.gate.every_steps
         first = next(s.name for s in self._config.stages if isinstance(s, JudgedStage))
         if (stage.name, step) == (first, 1) or (every is not None and (step - 1) % every == 0):
-            result = await self._gate.check(self._uncached_judge.grade)
+            result = await self._gate.evaluate(self._uncached_judge.grade)
             metrics = result.metrics()
             self._gate_metrics[stage.name, step] = {f"gate/{name}": value for name, value in metrics.items()}
             figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             self._logger.log(f"the judge before step {step} of {stage.name}: {figures}")
-            self._gate.require(result, f"stage {stage.name}, before step {step}")
+            self._gate.require_pass(result, f"stage {stage.name}, before step {step}")
 
     def take_gate_metrics(self, stage: str, step: int) -> dict[str, float]:
-        """Return the figures of the gate before this step; {} where it was not checked."""
+        """Return the metrics of the gate before this step; {} where it was not checked."""
         return self._gate_metrics.pop((stage, step), {})
 
     def check_abstentions(self, stage: RlStage, step: int, groups: Sequence[Group]) -> None:
-        """Raise RunStopped where too many of the latest judgements are abstentions."""
+        """Check the share of abstentions among the latest judgements.
+
+        Raises:
+            RunStopped: it is larger than the config allows.
+        """
         if isinstance(stage, SelfDistillStage):
             return  # learns without grades
         judged = isinstance(stage, JudgedStage)
@@ -128,7 +136,7 @@ class JudgingRuntime:
 
 
 def _outcomes(sample: GradedTrace) -> list[Judgement]:
-    """The judgements of a trace; of one whose reward is a mixture, whether all its terms have a value."""
+    """Return the judgements of a trace; of a reward with several terms, whether all terms have a value."""
     if not sample.terms:
         return sample.judgements
     missing = [f"{term.name}: {term.evidence}" for term in sample.terms if term.value is None]

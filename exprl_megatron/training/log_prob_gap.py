@@ -6,26 +6,26 @@ from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import RunStopped
 
 _MULTIPLE = 5.0
-"""Later steps may have a gap of this many times the gap of the run's first step."""
+"""The gap of later steps may be this many times the gap of the run's first step."""
 _COARSE = ("--quantization", "--kv-cache-dtype")
-"""Arguments of SGLang by which its arithmetic is coarser than the trainer's; such a server counts as FP8."""
+"""Arguments of SGLang that make its arithmetic coarser than the trainer's; such a server counts as FP8."""
 
 
 @dataclass(frozen=True)
 class _Default:
-    """Bounds in nats a token; docs/config.md has them."""
+    """Bounds in nats per token; docs/config.md lists them."""
 
     first: float
-    """For the first step that compares."""
+    """Bound of the first step that compares log-probs."""
     floor: float
-    """For later steps, even where the first step's gap was tiny."""
+    """Smallest bound of later steps."""
 
 
 _DEFAULTS = {"fp32": _Default(1e-4, 1e-4), "bf16": _Default(0.1, 0.02), "fp8": _Default(0.3, 0.05)}
 
 
 def gap_bound(config: RunConfig, first_gap: float | None) -> float | None:
-    """Compute the bound on `sampler_gap/mean`, in nats a token; None where nothing is compared.
+    """Compute the bound on `sampler_gap/mean`, in nats per token; None where nothing is compared.
 
     `first_gap` is the gap of the run's first step, None in that step itself.
     """
@@ -38,18 +38,22 @@ def gap_bound(config: RunConfig, first_gap: float | None) -> float | None:
 
 
 def coarsest_precision(config: RunConfig) -> str:
-    """`fp32`, `bf16` or `fp8`: the coarsest that the trainer or a sampling server computes in."""
+    """Return the coarsest precision of the trainer and the sampling servers: `fp32`, `bf16` or `fp8`."""
     precision = config.policy.precision
     coarse = any(argument.partition("=")[0] in _COARSE for argument in config.server.extra_args)
     return "fp8" if precision.fp8 or config.sync.fp8 or coarse else precision.dtype
 
 
 def check_log_prob_gap(metrics: dict[str, float], bound: float | None) -> None:
-    """Raise RunStopped where `sampler_gap/mean` (nats a token) exceeds `bound`, or is not a number."""
+    """Compare `sampler_gap/mean` (nats per token) with `bound`; None: there is no bound.
+
+    Raises:
+        RunStopped: the gap exceeds the bound, or is nan.
+    """
     gap = metrics.get("sampler_gap/mean")
-    if bound is not None and gap is not None and not gap <= bound:  # not a number is no agreement
+    if bound is not None and gap is not None and not gap <= bound:  # true for nan
         raise RunStopped(
             f"Trainer and sampler log-probs of the same tokens differ by {gap:.2e} on average, more than "
-            f"sync.max_log_prob_gap ({bound:.2e}); nothing was learned from this step. "
+            f"sync.max_log_prob_gap ({bound:.2e}); no update was made in this step. "
             "Look for a weight sync that failed, or set a larger bound."
         )

@@ -13,7 +13,7 @@ training samples that it learns from.
 
 from collections.abc import Sequence
 
-from exprl_megatron.algorithms.aggregation import denominator_of, kept_denominator
+from exprl_megatron.algorithms.aggregation import accepted_denominator, denominator_of
 from exprl_megatron.algorithms.batch import SampleOrOutline
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
 from exprl_megatron.config.stage_kinds import OwnStageConfig
@@ -45,7 +45,7 @@ def run_stages(run: Run) -> None:
 def rl_step(run: Run, stage: RlStage, step: int) -> dict[str, float]:
     """Sample, grade and learn; returns the metrics of the step."""
     groups = run.graded_groups(stage, step)
-    metrics = run.on_rank0(lambda: step_statistics(stage, groups) | run.own_metrics(stage, step, groups)) or {}
+    metrics = run.on_rank0(lambda: step_statistics(stage, groups) | run.custom_metrics(stage, step, groups)) or {}
     if run.config.debug.only == "sampling":
         return metrics
     with run.clock("log_probs"):
@@ -78,7 +78,7 @@ def with_log_probs(
 ) -> Sequence[SampleOrOutline]:
     """Add the reference policy's log-probs and, where a step has several updates, the old policy's log-probs.
 
-    `ref_samples` are the same responses behind the prompts that the reference policy reads.
+    `ref_samples` are the same responses after the prompts that the reference policy reads.
     """
     if stage.is_supervised:
         return samples
@@ -102,10 +102,10 @@ def update(run: Run, stage: RlStage, samples: Sequence[SampleOrOutline]) -> dict
     sums = run.policy.accumulate(samples, run.recorded(objective), stage.sampling.temperature, denominator=denominator)
     # Which tokens the loss rejects is known only now. Where they do not count, the same gradients have a smaller
     # denominator, and the optimizer step rescales them.
-    kept = kept_denominator(aggregation, sums, stage.sampling.max_new_tokens, denominator)
-    metrics = update_statistics(sums, sum(s.response_tokens for s in samples), kept)
+    accepted = accepted_denominator(aggregation, sums, stage.sampling.max_new_tokens, denominator)
+    metrics = update_statistics(sums, sum(s.response_tokens for s in samples), accepted)
     run.check_update(stage, metrics)
-    return metrics | run.apply_update(gradient_scale=denominator / kept)
+    return metrics | run.apply_update(gradient_scale=denominator / accepted)
 
 
 def sft_step(run: Run, stage: SftStage, step: int) -> dict[str, float]:

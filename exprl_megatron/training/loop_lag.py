@@ -1,7 +1,7 @@
 """The lag of the coordinator's event loop, as a metric of every step.
 
-While the loop is busy with one thing, requests, judge deadlines and the watch over servers wait. What takes long is
-done in threads, of which there are few: each may keep the interpreter's lock for some milliseconds.
+While the loop is busy, requests, judge deadlines and health checks wait. Long work is done in a few threads: each may
+hold the interpreter's lock for some milliseconds.
 """
 
 import asyncio
@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 INTERVAL_S = 0.01
 """Seconds between two measurements, and the precision of a stall. A measurement takes some microseconds."""
 HOST_THREADS = max(4, min(8, (os.cpu_count() or 2) // 2))
-"""Threads for what must not be done on the event loop: prompts, tokens, segments, files."""
+"""Threads for work that must not block the event loop: prompts, tokens, segments, files."""
 
 
 class LoopLag:
-    """Measures the lag of the event loop that it is started in."""
+    """Measures the lag of the event loop in which it is started."""
 
     def __init__(self) -> None:
         self._longest_s = 0.0

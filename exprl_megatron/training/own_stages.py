@@ -18,7 +18,7 @@ from exprl_megatron.plugins.failures import PluginError, place_of_error
 from exprl_megatron.plugins.loading import load_object
 from exprl_megatron.rollout.group import Group, StepInfo
 from exprl_megatron.rollout.own_stage import LearnedTrace, OwnStage
-from exprl_megatron.training.own_metrics import checked_metrics
+from exprl_megatron.training.custom_metrics import checked_metrics
 from exprl_megatron.training.own_rollouts import StepContext
 from exprl_megatron.training.train_samples import GradedStage, TokenAdvantages, token_advantages
 from exprl_megatron.utils.files import write_atomically

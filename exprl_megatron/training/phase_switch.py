@@ -21,7 +21,7 @@ _GIB = 2**30
 
 
 class PhaseSwitch:
-    """The phase that this rank is in. Every rank calls the same methods; `pool` is needed on rank 0 alone."""
+    """The phase of this rank. Every rank calls the same methods; only rank 0 needs `pool`."""
 
     def __init__(
         self,
@@ -38,19 +38,20 @@ class PhaseSwitch:
         self._offload = Offload(policy)
         self._device = policy.world.device
         self._phase: Literal["learning", "sampling"] | None = None if config.kind == "colocated" else "learning"
-        """None at the start, when the servers may hold memory or not."""
+        """None at the start, when it is not known whether the servers have released their memory."""
         self._memory_stats: dict[str, float] = {}
 
     def sync_weights(self, version: str) -> dict[str, float]:
         """Push the policy's current weights to the servers as `version` and switch to sampling; returns metrics.
 
-        Raises RunStopped where the trainer leaves more memory on its device than the config allows; see also
-        WeightSync.push_weights.
+        Raises:
+            RunStopped: the trainer keeps more memory on its device than the config allows.
+            ServerError: see WeightSync.push_weights.
         """
         if self._config.kind == "separate":
             return self._sync.push_weights(version)
         self._offload.offload(*TRAINING)
-        # Servers may have joined while they were asleep.
+        # Servers may have registered while they were asleep.
         self._offload.onload("weights")
         self._wake("weights")
         metrics = self._sync.push_weights(version)
@@ -63,9 +64,10 @@ class PhaseSwitch:
         return metrics
 
     def switch_to_training(self) -> None:
-        """Switch to training, if this is not the phase; called before the trainer allocates memory.
+        """Switch to training, unless this is the phase; called before the trainer allocates memory.
 
-        Raises RunStopped where the servers leave more memory on a device than the config allows.
+        Raises:
+            RunStopped: the servers keep more memory on a device than the config allows.
         """
         if self._phase == "learning":
             return
@@ -84,34 +86,34 @@ class PhaseSwitch:
         self._coordinator.broadcast_run(lambda: self._pool.wake(tag))
 
     def _note(self, phase: str, asleep: int) -> None:
-        """Record the device's memory at the start of `phase`; `asleep` is that of the sleeping side, in bytes."""
-        held = self._offload.bytes_on_device()
-        self._memory_stats |= {f"memory/{phase}/{part}": size / _GIB for part, size in held.items()}
+        """Record the device's memory at the start of `phase`; `asleep` is the memory of the sleeping side in bytes."""
+        resident = self._offload.bytes_on_device()
+        self._memory_stats |= {f"memory/{phase}/{part}": size / _GIB for part, size in resident.items()}
         self._memory_stats[f"memory/{phase}/asleep"] = asleep / _GIB
         bound = self._config.max_asleep_gb
         if bound is not None and asleep > bound * _GIB:
-            whose = "the trainer" if phase == "sampling" else "the servers"
+            side = "the trainer" if phase == "sampling" else "the servers"
             raise RunStopped(
-                f"{whose} left {asleep / _GIB:.2f} GiB on the device of trainer-{torch.distributed.get_rank()} for the "
-                f"phase of {phase}, more than placement.max_asleep_gb ({bound:g}); raise it, or see what holds memory."
+                f"{side} left {asleep / _GIB:.2f} GiB on the device of trainer-{torch.distributed.get_rank()} in the "
+                f"phase of {phase}, more than placement.max_asleep_gb ({bound:g}); raise it, or find what uses memory."
             )
 
 
 def put_to_sleep(coordinator: RankCoordinator, pool: ServerPool | None) -> bool:
     """Let all sampling servers release their memory; returns whether they can (on a CPU they cannot).
 
-    Every rank calls it; `pool` is needed on rank 0 alone, and is None there where a run has no such servers.
+    Every rank calls it; only rank 0 needs `pool`, which is None where a run has no such servers.
     """
     return coordinator.broadcast_from_rank0(lambda: pool is not None and coordinator.run(pool.sleep()))
 
 
 def _own_memory() -> int:
-    """Bytes that this process holds on its GPU, the allocator's reserve included."""
+    """Return the bytes that this process uses on its GPU, including the allocator's reserve."""
     return torch.cuda.memory_reserved()
 
 
 def _foreign_memory(device: torch.device) -> int:
-    """Bytes that other processes hold on this rank's GPU, CUDA contexts included; 0 on a CPU."""
+    """Return the bytes that other processes use on this rank's GPU, including CUDA contexts; 0 on a CPU."""
     if device.type == "cpu":
         return 0
     free, total = torch.cuda.mem_get_info()

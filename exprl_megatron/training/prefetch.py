@@ -2,9 +2,9 @@
 
 With w_t the weights after t steps, step t learns under w_(t-1). Sampling of a step starts when the servers have
 w_(t-1-n) or newer weights, where n is the stage's `max_staleness`. Every update then reaches the servers in
-mid-generation, and unfinished traces continue under the new weights. So no token is older than n steps when it is
-learned from, and with n = 0 every token comes from the weights that learn. Steps keep their problems and are learned in
-order, regardless of when their traces are finished: short traces gain no weight.
+mid-generation, and unfinished traces continue under the new weights. So no token is more than n steps old in its
+update, and with n = 0 every token is from the current weights. Steps keep their problems and are learned in order,
+regardless of when their traces are finished, so that short traces are not preferred.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,8 @@ class InFlightStep(NamedTuple):
 class RolloutPrefetch:
     """The steps in flight; exists on rank 0 and is called from its main thread.
 
-    `on_failure` receives the error of a step as soon as it happens, in the event loop's thread: the main thread may be
-    in a collective and asks for that step much later. The error of the step that is waited for is raised by `take`
-    alone.
+    `on_failure` receives the error of a step immediately, in the event loop's thread, since the main thread may be in a
+    collective and take that step much later. The error of the awaited step is raised only by `take`.
     """
 
     def __init__(self, coordinator: RankCoordinator, rollouts: Rollouts, on_failure: Callable[[BaseException], None]):
@@ -43,24 +42,24 @@ class RolloutPrefetch:
         self._paused = False
 
     def needs_weights(self, stage: RlStage, step: int, version: str) -> bool:
-        """Whether anything is to be sampled under `version`, the weights under which step `step` learns.
+        """Whether traces are to be sampled under `version`, the weights that step `step` updates.
 
         If so, traces in flight are paused, and the caller updates the servers' weights before it calls `start`. Tokens
-        of these traces may be of this version from then on.
+        of these traces may have this version from then on.
         """
         unfinished = self._allow_version(version)
         if not unfinished and not self._missing(stage, step):
             return False
         if stage.max_staleness:
-            # Also if nothing is in flight: a run that was killed may have left the servers paused.
+            # Also if nothing is in flight: the servers may still be paused by a run that was killed.
             self._coordinator.run(self._rollouts.pause_generation())
             self._paused = True
         return True
 
     def pause(self, version: str) -> None:
-        """Pause the traces in flight until `resume`, because the servers get `version` for another purpose than a step.
+        """Pause the traces in flight until `resume`, since the servers get `version` for another purpose than a step.
 
-        Their tokens may be of this version from then on, as after `needs_weights`.
+        Their tokens may have this version from then on, as after `needs_weights`.
         """
         if self._allow_version(version):
             self._coordinator.run(self._rollouts.pause_generation())
@@ -92,7 +91,10 @@ class RolloutPrefetch:
     def take(self, stage: RlStage, step: int) -> SampledStep:
         """Wait for a started step and return it; a step that the rollout log has is read from there.
 
-        Raises what Rollouts.collect and Rollouts.read_logged raise.
+        Raises:
+            UserError: see Rollouts.read_logged.
+            ServerError: see Rollouts.collect.
+            RunStopped: see Rollouts.collect.
         """
         in_flight = self._in_flight.pop(step, None)
         return self._rollouts.read_logged(stage, step) if in_flight is None else in_flight.sampled.result()

@@ -1,4 +1,4 @@
-"""Scoring of traces by a server that holds the weights of the reference policy, for the KL term."""
+"""Scores traces by a server with the weights of the reference policy, for the KL term."""
 
 from collections.abc import Sequence
 
@@ -24,14 +24,20 @@ class RefScorer:
         self._version: str | None = None
 
     def open(self) -> None:
-        """Open the connection and wait until the server is ready. Raises ServerError where it does not start."""
+        """Open the connection and wait until the server is ready.
+
+        Raises:
+            ServerError: the server does not start.
+        """
         self._coordinator.broadcast_run(lambda: self._open())
 
     def begin_stage(self, stage: str) -> None:
         """Push the policy's current weights to the server; they stay there until the next stage.
 
-        A run that resumes within `stage` must call this before it loads the checkpoint. Raises what
-        WeightSync.push_weights raises.
+        A run that resumes within `stage` must call this before it loads the checkpoint.
+
+        Raises:
+            ServerError: see WeightSync.push_weights.
         """
         self._version = f"ref-{stage}"
         self._sync.push_weights(self._version)
@@ -39,9 +45,11 @@ class RefScorer:
     def log_probs(self, samples: Sequence[SampleOrOutline]) -> list[np.ndarray]:
         """Compute the log-probs [response tokens] of each sample at temperature 1; returns the same on every rank.
 
-        As Policy.log_probs(ref_policy=True). All requests are in flight at once: the server's scheduler runs as many as
-        fit, and each has the full request deadline. Raises ServerError where the server is dead, does not answer within
-        its deadline, refuses, or holds other weights.
+        The result is that of Policy.log_probs(ref_policy=True), float32. All requests are in flight at the same time:
+        the server's scheduler runs as many as fit, and each has the full request deadline.
+
+        Raises:
+            ServerError: the server is dead, does not answer within its deadline, refuses, or has other weights.
         """
         return self._coordinator.broadcast_run(lambda: gather_or_cancel(map(self._score, samples)))
 

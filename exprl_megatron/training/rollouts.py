@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from exprl_megatron.algorithms.advantages import informative
+from exprl_megatron.algorithms.advantages import has_variance
 from exprl_megatron.config.problems import ProblemsConfig
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.serving import SamplingConfig
@@ -40,7 +40,7 @@ from exprl_megatron.training.loop_lag import LoopLag
 from exprl_megatron.training.own_rollouts import OwnPrompts, StepContext
 from exprl_megatron.training.own_stages import StageHooks, read_kept, write_kept
 from exprl_megatron.training.run_logger import RunLogger
-from exprl_megatron.training.sample_rewards import rewards_of
+from exprl_megatron.training.sample_rewards import group_rewards
 from exprl_megatron.utils.text_check import text_check_of
 from exprl_megatron.utils.together import gather_or_cancel
 
@@ -52,7 +52,7 @@ class SamplePlan:
     """The traces to sample: `group_size` of each problem at `indices`."""
 
     purpose: tuple[str, int]
-    """Stage and step, which are displayed and seed the samples."""
+    """Stage and step, which are displayed and determine the seeds of the samples."""
     problems: ProblemsConfig
     indices: Sequence[int]
     group_size: int
@@ -99,7 +99,11 @@ class Rollouts:
         self.loop_lag = LoopLag()
 
     async def open(self) -> None:
-        """Open the connections and wait until every server is ready. Raises ServerError where one does not start."""
+        """Open the connections and wait until every server is ready.
+
+        Raises:
+            ServerError: a server does not start.
+        """
         self.loop_lag.start()
         for judge in self._judges:
             await judge.__aenter__()
@@ -130,12 +134,16 @@ class Rollouts:
         return await self._pool.wait_for(work, _POLL_S)
 
     async def check_served(self) -> None:
-        """Check the weights of the servers that joined (see ServerPool.check_served); does nothing without servers."""
+        """Check the weights of newly registered servers (see ServerPool.check_served); does nothing without servers."""
         if self._pool is not None:
             await self._pool.check_served()
 
     def prepare(self) -> None:
-        """Read every problem and build every prompt of the run, so that bad input ends the run at its start."""
+        """Read every problem and build every prompt of the run, so that bad input stops the run at its start.
+
+        Raises:
+            UserError: a problem or a prompt cannot be used.
+        """
         builder, model = PromptBuilder(self._tokenizer, self._config.prompt), self._config.policy.model
         for problems, sampling in self._config.problem_sets().items():
             room = self._config.policy.max_tokens - sampling.max_new_tokens
@@ -165,8 +173,8 @@ class Rollouts:
     def read_logged(self, stage: RlStage, step: int) -> SampledStep | None:
         """Read a step from the rollout log; None where the log has no complete record of it.
 
-        Raises UserError where the trainer shall use the experts that servers chose and the log does not have them, or
-        has those of another model.
+        Raises:
+            UserError: the log is damaged; or router replay is on, and the log has no experts or those of another model.
         """
         sampled = self._journal.read(stage.name, step)
         if sampled is not None and self._routing is not None:
@@ -189,9 +197,15 @@ class Rollouts:
     async def collect(self, stage: RlStage, step: int, prompts_consumed: int, versions: Collection[str]) -> SampledStep:
         """Sample and grade one step and write it to the rollout log.
 
-        The step takes the stage's problems after the first `prompts_consumed`. Every token must come from weights
-        among `versions` (see sample_groups). Raises ServerError, or RunStopped where the judge fails its gate or more
-        judgements than the config allows are abstentions.
+        Args:
+            stage: the stage.
+            step: number of the step in the stage, from 1.
+            prompts_consumed: number of the stage's problems that earlier steps have sampled.
+            versions: every token must come from one of these weight versions (see sample_groups).
+
+        Raises:
+            ServerError: a server fails, and the request cannot be repeated elsewhere.
+            RunStopped: the judge fails its gate, too many judgements are abstentions, or a reference leaks.
         """
         await self._judging.check_judge(stage, step)
         hooks = self._own_stages.get(stage.name)
@@ -352,7 +366,9 @@ class Rollouts:
         `occurrences` counts how often each problem was drawn for the plan's purpose, so that copies of a problem in a
         step have different seeds.
 
-        Raises RunStopped, before any request, where a prompt contains a piece of its problem's reference.
+        Raises:
+            RunStopped: a prompt contains a part of its problem's reference; no request has been sent then.
+            ServerError: see sample_groups.
         """
         prompted, guard = self._prompted[plan.problems], self._guards[plan.problems]
         by_id = {prompted.problems[i].id: prompted.problems[i] for i in plan.indices}
@@ -370,7 +386,7 @@ class Rollouts:
 
             async def on_trace(trace: Trace) -> None:
                 bar.sampled()
-                if guard.watches_traces:
+                if guard.checks_traces:
                     await asyncio.to_thread(guard.check_trace, trace.problem_id, trace.text)
                 if not grade_after_sampling:
                     await grade_one(trace)
@@ -393,7 +409,7 @@ class Rollouts:
                 on_trace=on_trace,
                 target_groups=target_groups,
                 accept_fn=lambda traces: grade_after_sampling or accept_fn(group_of(traces)),
-                whole_groups=self._config.server.group_requests,
+                group_requests=self._config.server.group_requests,
                 routing=plan.routing,
             )
             if grade_after_sampling:
@@ -407,12 +423,12 @@ class Rollouts:
 
 
 def _check_routed(sampled: SampledStep, routing: Routing, path: Path) -> None:
-    found = [member.trace.routed_experts for group in sampled.groups for member in group.samples]
+    found = [sample.trace.routed_experts for group in sampled.groups for sample in group.samples]
     for experts in found:
         if experts is None:
             raise UserError(
-                f"The journal file {path} has no routed experts: it was sampled without policy.router_replay; set that "
-                f"to false, or sample again."
+                f"The journal file {path} has no routed experts: it was sampled without policy.router_replay; set the "
+                f"key to false, or sample again."
             )
         layers, top_k = experts.shape[1:]
         largest = int(experts.max(initial=0))
@@ -420,11 +436,11 @@ def _check_routed(sampled: SampledStep, routing: Routing, path: Path) -> None:
             raise UserError(
                 f"The journal file {path} has the routed experts of another model: {top_k} of at least {largest + 1} "
                 f"experts in each of {layers} layers, where policy.model has {routing.top_k} of {routing.experts} in "
-                f"each of {routing.layers}; set policy.router_replay to false, or policy.model to the one that was "
-                f"sampled from."
+                f"each of {routing.layers}; set policy.router_replay to false, or policy.model to the model that "
+                f"sampled the traces."
             )
 
 
 def _has_variance(stage: SparseRlStage, group: Group) -> bool:
     """Whether the rewards of the group differ, so that its advantages are not all 0."""
-    return bool(informative(*rewards_of(group, stage.overlong)))
+    return bool(has_variance(*group_rewards(group, stage.overlong)))

@@ -27,17 +27,17 @@ from exprl_megatron.rollout.group import Group, StepInfo
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
 from exprl_megatron.runs.progress import OWN_STAGE, RunProgress
+from exprl_megatron.training.custom_metrics import StepMetrics, custom_step_metrics, log_failures
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
 from exprl_megatron.training.first_update import AssertionCounts, check_first_update
 from exprl_megatron.training.log_prob_gap import check_log_prob_gap, gap_bound
-from exprl_megatron.training.own_metrics import StepMetrics, never_stopping, own_step_metrics
 from exprl_megatron.training.phase_switch import PhaseSwitch
 from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
 from exprl_megatron.training.rollouts import Rollouts
 from exprl_megatron.training.run_logger import RunLogger
-from exprl_megatron.training.skipped_updates import SkippedUpdates, not_learned
+from exprl_megatron.training.skipped_updates import SkippedUpdates, nonfinite_gradient_error
 from exprl_megatron.training.statistics import staleness_statistics
 from exprl_megatron.training.teacher import teacher_prompts
 from exprl_megatron.training.train_samples import TokenAdvantages
@@ -48,22 +48,22 @@ from exprl_megatron.weight_sync.sync import WeightSync
 
 T = TypeVar("T")
 Batches = tuple[Sequence[SampleOrOutline], Sequence[SampleOrOutline]]
-"""The samples of an update, and the samples that the reference policy scores in their place."""
+"""The samples of an update, and the samples that the reference policy scores for them."""
 
 
 @dataclass(frozen=True)
 class ServerLinks:
-    """How this rank's policy and the servers share weights and devices."""
+    """The components by which this rank's policy and the servers share weights and devices."""
 
     sync: WeightSync
     phases: PhaseSwitch
     ref_scorer: RefScorer | None
-    """Scores under the reference policy, where a server of its own does that."""
+    """Scores under the reference policy, where a separate server does that."""
 
 
 @dataclass(frozen=True)
 class RankZero:
-    """The parts of a run that exist on rank 0 alone; None on the other ranks."""
+    """The parts of a run that exist only on rank 0; None on the other ranks."""
 
     rollouts: Rollouts | None = None
     prefetch: RolloutPrefetch | None = None
@@ -96,7 +96,7 @@ class Run:
         self._phases = servers.phases
         self._ref_scorer = servers.ref_scorer
         self._scatter = SampleScatter(policy)
-        # They are used in work for rank 0 only, where they exist.
+        # They are used only in work for rank 0, where they exist.
         self._rollouts = cast(Rollouts, rank_zero.rollouts)
         self._prefetch = cast(RolloutPrefetch, rank_zero.prefetch)
         self._evaluator = cast(Evaluator, rank_zero.evaluator)
@@ -105,12 +105,12 @@ class Run:
         self._examples: ExampleReader | None = None
         self._teacher_prompts: dict[str, tuple[int, ...]] = {}
         self._seconds: dict[str, float] = {}
-        self._counted: dict[str, float] = {}
+        self._step_counts: dict[str, float] = {}
         self._sync_metrics: dict[str, float] = {}
         self._updates_in_step = 0
-        self._now = ("", 0)
-        self._trained: set[str] = set()
-        self._asserted = AssertionCounts()
+        self._current_step = ("", 0)
+        self._trained_stages: set[str] = set()
+        self._assertions = AssertionCounts()
         self._step_metrics: StepMetrics | None = None
         self._trainer_log_probs = (
             TrainerLogProbs(directory.trainer_log_probs, policy.world, coordinator.is_rank0)
@@ -164,7 +164,7 @@ class Run:
             sampled = self._coordinator.on_rank0(lambda: self._prefetch.take(stage, step))
             self._coordinator.broadcast_run(lambda: self._rollouts.check_served())
         self._phases.switch_to_training()
-        self._counted = {} if sampled is None else self._counts(stage, sampled)
+        self._step_counts = {} if sampled is None else self._counts(stage, sampled)
         if sampled is not None and self._logger is not None:
             self._logger.sampled(stage, step, sampled.groups, self._rollouts.problem_texts(stage))
         self._progress = self._coordinator.broadcast_from_rank0(lambda: self._progress_after(sampled))
@@ -174,16 +174,16 @@ class Run:
         """Return the result of `work` on rank 0, None elsewhere; an error on rank 0 ends every rank."""
         return self._coordinator.on_rank0(work)
 
-    def own_metrics(self, stage: RlStage, step: int, groups: list[Group]) -> dict[str, float]:
+    def custom_metrics(self, stage: RlStage, step: int, groups: list[Group]) -> dict[str, float]:
         """Compute the metrics of `step_metrics` on rank 0; a failure is reported once and stops nothing."""
         if self._step_metrics is None:
-            self._step_metrics = never_stopping(own_step_metrics(self.config.step_metrics), self._logger.log)
+            self._step_metrics = log_failures(custom_step_metrics(self.config.step_metrics), self._logger.log)
         return self._step_metrics(StepInfo(stage.name, step), groups)
 
     def own_advantages(self, stage: RlStage, step: int, groups: list[Group]) -> list[list[TokenAdvantages]]:
         """Let a stage of the user's own choose what is learned from `groups`, on rank 0; see update_samples."""
         advantages, metrics = self._rollouts.own_stage(stage).learn(step, groups)
-        self._counted |= metrics
+        self._step_counts |= metrics
         return advantages
 
     def scattered(self, batches: Callable[[], Sequence[Batches]]) -> list[Batches]:
@@ -213,13 +213,14 @@ class Run:
         return self.policy.log_probs(samples, temperature, ref_policy=True)
 
     def recorded(self, objective: LossFunction) -> LossFunction:
-        """Return `objective`, such that the trainer's log-probs are kept for the disk where the config asks for it."""
+        """Wrap `objective` so that it records the trainer's log-probs, where the config requests that."""
         return objective if self._trainer_log_probs is None else self._trainer_log_probs.recorded(objective)
 
     def apply_update(self, gradient_scale: float = 1.0) -> dict[str, float]:
         """Take an optimizer step on the accumulated gradients times `gradient_scale`; returns its metrics.
 
-        Raises RunStopped where a gradient is not finite. A resumed run that meets the same gradient skips the update.
+        Raises:
+            RunStopped: a gradient is not finite. A resumed run that gets the same gradient skips the update.
         """
         self._updates_in_step += 1
         try:
@@ -233,40 +234,41 @@ class Run:
     def check_update(self, stage: RlStage, metrics: dict[str, float]) -> None:
         """Check an update before it is taken.
 
-        Raises RunStopped where the log-probs of trainer and sampler differ too much, or an assertion fails.
+        Raises:
+            RunStopped: the log-probs of trainer and sampler differ too much, or an assertion fails.
         """
         first = self._progress.first_gap
         try:
             check_log_prob_gap(metrics, gap_bound(self.config, first))
         except RunStopped:
-            # They show which tokens differ.
-            self._write_trainer_log_probs(*self._now)
+            # The log-probs show which tokens differ.
+            self._write_trainer_log_probs(*self._current_step)
             raise
         self._progress = replace(self._progress, first_gap=metrics.get("sampler_gap/mean") if first is None else first)
         replays, first_in_step = bool(self.config.policy.router_replay), not self._updates_in_step
         if self.config.debug.assertions and first_in_step:
             check_first_update(stage.name, self._progress.step + 1, metrics, replays)
-        self._asserted.updated(self._progress.step + 1, metrics, first_in_step, replays)
+        self._assertions.updated(self._progress.step + 1, metrics, first_in_step, replays)
 
     @contextmanager
     def step(self, stage: Stage, step: int) -> Iterator[dict[str, float]]:
         """Measure one step; at its end, print its line and write its metrics."""
         started, at = time.monotonic(), time.time()
-        self._seconds, self._counted = {}, {}
-        self._now = (stage.name, step)
+        self._seconds, self._step_counts = {}, {}
+        self._current_step = (stage.name, step)
         self._updates_in_step = 0
         metrics: dict[str, float] = {}
         yield metrics
         if isinstance(stage, RlStage):
             self._write_trainer_log_probs(stage.name, step, wait=False)
         collect()
-        self._trained.add(stage.name)
+        self._trained_stages.add(stage.name)
         self._progress = replace(self._progress, step=step)
-        metrics |= self._counted | self._sync_metrics | self._phases.take_memory_stats()
+        metrics |= self._step_counts | self._sync_metrics | self._phases.take_memory_stats()
         self._sync_metrics = {}
         metrics |= {f"seconds/{name}": value for name, value in self._seconds.items()}
         metrics["seconds/step"] = time.monotonic() - started
-        self._keep_span(STEP, at)
+        self._record_span(STEP, at)
         if self._logger is not None:
             metrics |= self._rollouts.take_metrics(stage.name, step)
             self._logger.step_done(stage, step, metrics)
@@ -277,20 +279,22 @@ class Run:
         started, at = time.monotonic(), time.time()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
-        self._keep_span(name, at)
+        self._record_span(name, at)
 
     def checkpoint_if_due(self, stage: Stage, step: int) -> None:
         """Write a checkpoint every `checkpoint.every_steps` steps, after the last step, and when asked to stop.
 
-        Where nothing is learned there is none: a resumed run reads its steps from the rollout log.
-        Raises Preempted where the run was asked to stop.
+        A run that makes no updates has no checkpoints: a resumed one reads its steps from the rollout log.
+
+        Raises:
+            Preempted: the run was asked to stop.
         """
         checkpoint, asked_to_stop = self.config.checkpoint, self._coordinator.asked_to_stop()
         due = asked_to_stop or step % checkpoint.every_steps == 0 or step == stage.steps
         if due and self.config.learns:
             with self.clock("save"):
                 if self._trainer_log_probs is not None:
-                    # A resumed run does not learn again from the steps that the checkpoint has.
+                    # A resumed run does not repeat the steps before the checkpoint.
                     self._trainer_log_probs.wait()
                 save_checkpoint(self._directory.checkpoints, self.policy, self._record(stage), keep=checkpoint.keep)
             if self._coordinator.is_rank0 and isinstance(stage, RlStage):
@@ -317,9 +321,9 @@ class Run:
         if isinstance(stage, OwnStageConfig):
             self._coordinator.on_rank0(lambda: self._rollouts.write_kept_problems(cast(RlStage, stage)))
         target = self._directory.models / stage.name
-        if stage.name not in self._trained and self._coordinator.broadcast_from_rank0(target.is_dir):
+        if stage.name not in self._trained_stages and self._coordinator.broadcast_from_rank0(target.is_dir):
             return
-        # A run that resumed from an older checkpoint, as a newer one was damaged, already has a model of this stage.
+        # A run that resumed from an older checkpoint, since a newer one was damaged, already has a model of this stage.
         former = target.with_name(target.name + ".former")
         self._coordinator.on_rank0(lambda: _rename(target, former))
         self.policy.save_huggingface(target)
@@ -328,13 +332,16 @@ class Run:
     def evaluate(self, stage: Stage | None = None, step: int | None = None) -> None:
         """Measure pass@k of the current weights on the held-out problems, unless that was done.
 
-        Called before the first stage (None), after all steps of `stage`, and after `step` of them, where an evaluation
-        is due. Raises Preempted where the run is asked to stop; a resumed run then repeats the evaluation.
+        It is called before the first stage (None), after all steps of `stage`, and after `step` of them; it does
+        nothing where no evaluation is due.
+
+        Raises:
+            Preempted: the run was asked to stop; a resumed run repeats the evaluation.
         """
         if not self.config.has_evaluation or not (step is None or self.config.required_evaluation.is_due(step)):
             return
         if stage is not None and not self.config.learns:
-            # The weights are those of the start.
+            # The weights have not changed.
             return
         name = evaluation_name(stage, step)
         if not self._coordinator.broadcast_from_rank0(lambda: self._evaluator.done(name)):
@@ -348,7 +355,7 @@ class Run:
         that has nothing to send, since the servers have the version, has no metrics.
         """
         metrics = self._phases.sync_weights(version)
-        self._asserted.synced(metrics)
+        self._assertions.synced(metrics)
         self._sync_metrics = metrics or self._sync_metrics
 
     def _measure(self, name: str) -> None:
@@ -365,20 +372,20 @@ class Run:
                 self._coordinator.on_rank0(lambda: work.cancel())
                 raise Preempted(
                     f"The run was asked to stop and did so in the evaluation of {name}; "
-                    "continue with --resume, which makes it again."
+                    "continue with --resume, which repeats it."
                 )
         self._coordinator.broadcast_from_rank0(lambda: work.result())
         self._phases.switch_to_training()
 
     def close_logs(self, deadline_s: float) -> None:
-        """Close logs and trackers of a run that ended early, within about `deadline_s`."""
+        """Close logs and trackers of a run that ended early, within about `deadline_s` seconds."""
         if self._logger is not None:
             self._logger.close(deadline_s)
 
     def close(self) -> None:
         """Print the closing table, disconnect from the servers, end the verifier's processes and close the logs."""
         if self._coordinator.is_rank0:
-            self._logger.closing(self._evaluator.all(), self._asserted)
+            self._logger.closing(self._evaluator.all(), self._assertions)
         self._sync.close()
         if self._ref_scorer is not None:
             self._ref_scorer.close()
@@ -388,19 +395,20 @@ class Run:
         self._coordinator.close()
 
     def _stop_unless_known(self, error: GradientNotFinite) -> None:
-        """Raise RunStopped, unless an earlier attempt of the run met the same gradient that is not finite."""
-        stage, step = self._now
+        """Raise RunStopped, unless an earlier attempt of the run had the same gradient that is not finite."""
+        stage, step = self._current_step
         skipped = SkippedUpdates(self._directory.skipped_updates)
         if self._coordinator.broadcast_from_rank0(lambda: skipped.add(stage, step, self._updates_in_step)):
-            self._coordinator.on_rank0(lambda: self._logger.log(f"{error} again; step {step} of {stage} is left out"))
+            self._coordinator.on_rank0(lambda: self._logger.log(f"{error} again; step {step} of {stage} is skipped"))
             return
         journal = Journal(RunDirectory(self.config.debug.rollouts or self._directory.root).journal)
-        raise not_learned(error, stage, step, journal.path(stage, step) if self._examples is None else None)
+        traces = journal.path(stage, step) if self._examples is None else None
+        raise nonfinite_gradient_error(error, stage, step, traces)
 
     def _waiting_for(self, work: Future | None) -> str:
         """Wait briefly for rank 0's `work` with the servers; returns its state on every rank (see ServerPool.wait_for).
 
-        Called in a loop, so that the ranks stay in contact however long the work takes.
+        It is called in a loop, so that the ranks stay in contact regardless of how long the work takes.
         """
         return self._coordinator.broadcast_from_rank0(
             lambda: "done" if work is None else self._coordinator.run(self._rollouts.wait_for(work))
@@ -412,9 +420,9 @@ class Run:
             if wait:
                 self._trainer_log_probs.wait()
 
-    def _keep_span(self, name: str, start: float) -> None:
+    def _record_span(self, name: str, start: float) -> None:
         if self._logger is not None:
-            self._logger.span(*self._now, name, start)
+            self._logger.span(*self._current_step, name, start)
 
     def _read_teacher_prompts(self, stage: SelfDistillStage) -> dict[str, tuple[int, ...]]:
         tokenizer = load_tokenizer(self.config.policy.model)

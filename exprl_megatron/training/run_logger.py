@@ -1,4 +1,4 @@
-"""What a run reports to people and machines: lines and bars, metrics on disk and in trackers, the closing table."""
+"""The outputs of a run: lines and progress bars, metrics on disk and in trackers, the closing table."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from exprl_megatron.training.sample_table import sample_table
 
 
 class RunLogger:
-    """Exists on rank 0; `progress` is where the run continues from."""
+    """Writes the outputs of a run, on rank 0; `progress` is the progress with which the run continues."""
 
     def __init__(self, config: RunConfig, paths: RunDirectory, progress: RunProgress):
         self._config = config
@@ -60,7 +60,7 @@ class RunLogger:
         self._progress.step_done(stage.name, step, stage.steps, metrics, metrics["seconds/step"])
 
     def sampled(self, stage: Stage, step: int, groups: Sequence[Group], problem_of: Callable[[str], str]) -> None:
-        """Some traces of a step in the trackers; `problem_of` returns the text of a problem for its id."""
+        """Send some traces of a step to the trackers; `problem_of` returns the text of a problem for its id."""
         count = self._config.tracking.sample_traces
         if count and groups and self._config.trackers:
             place = self._steps_before(self._config.stages.index(stage)) + step
@@ -72,7 +72,7 @@ class RunLogger:
         self._metrics.write_evaluation(stage.name, self._steps_before(self._config.stages.index(stage)) + step, metrics)
 
     def closing(self, evaluations: Evaluations, asserted: AssertionCounts) -> None:
-        """Print the table of all evaluations, where everything is stored, and what `debug.assertions` compared."""
+        """Print the table of all evaluations, the paths of all outputs, and the counts of `debug.assertions`."""
         if evaluations:
             settings = self._config.evaluation
             self._terminal.print(evaluation_table(evaluations, settings.k, "held-out problems", settings.confidence))
@@ -82,17 +82,15 @@ class RunLogger:
         if self._config.debug.assertions:
             self.log(asserted.sentence())
         if not self._config.learns:
-            self.log(
-                f"rollouts: {paths.journal} (debug.only is sampling: nothing was learned, and no model is written)"
-            )
+            self.log(f"rollouts: {paths.journal} (debug.only is sampling: no update was made, and no model is written)")
             return
         self.log(f"models: {paths.models}  checkpoints: {paths.checkpoints}  metrics: {paths.metrics}")
         if "tensorboard" in self._config.trackers:
             self.log(f"curves: tensorboard --logdir {paths.tensorboard}")
-        self.log(f"look at it: exprl show {paths.root}; exprl report {paths.root} --out report.html")
+        self.log(f"inspect it: exprl show {paths.root}; exprl report {paths.root} --out report.html")
 
     def close(self, deadline_s: float | None = None) -> None:
-        """Finish the files and the trackers, which have `deadline_s` for it (None: their own)."""
+        """Close the files and the trackers, which get `deadline_s` seconds (None: their own deadline)."""
         if not self._closed:
             self._closed = True
             self._metrics.close(deadline_s)
@@ -117,7 +115,7 @@ class RolloutsProgress:
 
     def __init__(self, bar: Bar):
         self._bar = bar
-        self._began = time.time()
+        self._start = time.time()
         self._sampled: list[float] = []
         self._graded: list[float] = []
 
@@ -132,8 +130,8 @@ class RolloutsProgress:
         self._graded.append(time.time())
 
     def spans(self, stage: str, step: int) -> list[Span]:
-        """The times during which traces were sampled and graded."""
+        """Return the spans in which traces were sampled and graded."""
         return [
-            Span(stage, step, SAMPLING, self._began, self._sampled[-1]),
+            Span(stage, step, SAMPLING, self._start, self._sampled[-1]),
             Span(stage, step, GRADING, self._sampled[0], self._graded[-1]),
         ]

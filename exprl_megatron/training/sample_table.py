@@ -1,6 +1,6 @@
-"""A few traces of a step for trackers: what the policy wrote, and how it was scored.
+"""A few traces of a step for trackers: the policy's text and its scores.
 
-References, judge prompts and the judge's words stay out: a tracker may be a service elsewhere.
+References, judge prompts and the judge's answers are not included, since a tracker may be an external service.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from exprl_megatron.reporting.trackers import SampleTable
 from exprl_megatron.rollout.group import GradedTrace, Group
 
 COLUMNS = ("problem_id", "sample", "problem", "trace", "score", "verifier", "tokens", "finish")
-_LETTERS = 4_000
-"""So much of a problem or a trace is in the table."""
+_MAX_CHARS = 4_000
+"""Number of characters of a problem or a trace in the table."""
 
 
 def sample_table(stage: str, groups: Sequence[Group], problem_of: Callable[[str], str], count: int) -> SampleTable:
-    """Return `count` traces of groups that are evenly spaced, in turn the best and the worst of a group.
+    """Return `count` traces of evenly spaced groups, alternately the best and the worst of a group.
 
     `problem_of` returns the text of a problem for its id.
     """
@@ -33,8 +33,8 @@ def _row(group: Group, sample: GradedTrace, problem_of: Callable[[str], str]) ->
     return (
         group.problem_id,
         float(sample.trace.sample),
-        problem_of(group.problem_id)[:_LETTERS],
-        sample.trace.text[:_LETTERS],
+        problem_of(group.problem_id)[:_MAX_CHARS],
+        sample.trace.text[:_MAX_CHARS],
         sample.score,
         _finding(sample.verified),
         float(len(sample.trace.token_ids)),

@@ -1,6 +1,6 @@
-"""The updates of a run that are left out, because their gradient was not finite when the run first came to them.
+"""The updates of a run that are skipped, since their gradient was not finite in an earlier attempt.
 
-Without this record a resumed run would learn from the same journal, meet the same gradient and stop again, for ever.
+Without this record a resumed run would learn from the same journal, get the same gradient, and stop every time.
 """
 
 import json
@@ -11,13 +11,17 @@ from exprl_megatron.utils.files import write_atomically
 
 
 class SkippedUpdates:
-    """Kept in a JSON file, as lists of [stage, step, update of that step]; steps and updates count from 1."""
+    """A JSON file of lists of [stage, step, update of that step]; steps and updates count from 1."""
 
     def __init__(self, path: Path):
         self._path = path
 
     def add(self, stage: str, step: int, update: int) -> bool:
-        """Whether the update was known; it is from now on, also after a crash."""
+        """Add an update, also for later attempts of the run; returns whether the file had it already.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         known, entry = self._read(), [stage, step, update]
         if entry in known:
             return True
@@ -34,11 +38,11 @@ class SkippedUpdates:
         return known
 
 
-def not_learned(error: GradientNotFinite, stage: str, step: int, journal: Path | None) -> RunStopped:
-    """What the user reads; `journal` holds the step's traces, None in SFT."""
+def nonfinite_gradient_error(error: GradientNotFinite, stage: str, step: int, journal: Path | None) -> RunStopped:
+    """Build the error for a gradient that is not finite; `journal` has the step's traces, None in SFT."""
     where = "the step's examples" if journal is None else f"the traces, log-probs and scores in {journal}"
     again = "" if journal is None else "; to sample the step again instead, delete that file first"
     return RunStopped(
-        f"{error} in step {step} of {stage}; the weights are as they were. Look at {where}, the learning rate and "
-        f"the losses before it. --resume continues without this update{again}."
+        f"{error} in step {step} of {stage}; the weights are unchanged. Check {where}, the learning rate and the "
+        f"losses before it. --resume continues without this update{again}."
     )

@@ -69,13 +69,17 @@ def staleness_statistics(groups: list[Group], updates: int) -> dict[str, float]:
 
 
 def update_statistics(sums: dict[str, float], tokens: int, denominator: float | None = None) -> dict[str, float]:
-    """Turn sums over response tokens into means; names ending in `/max`, `/tokens`, `/sequences` stay, `padding/` are
-    shares.
+    """Divide sums over response tokens into means.
 
-    `loss` and what begins with `loss/` are divided by `denominator`, which is that of the loss's aggregation
-    (None: the number of tokens), and what begins with `sampler_gap/` by `sampler_gap/tokens`, if given: of no tokens
-    there is no gap. Where a correction weighs tokens, `correction/effective` is the share of the tokens whose mean,
-    with equal weights, would have the same variance (Kish: mean squared by mean of squares).
+    Names ending in `/max`, `/tokens` and `/sequences` and the shares `padding/` are unchanged. `loss` and `loss/...`
+    are divided by `denominator`, and `sampler_gap/...` by `sampler_gap/tokens` if it is given; without tokens there is
+    no gap. Where a correction weighs tokens, `correction/effective` is the share of the tokens whose mean, with equal
+    weights, would have the same variance (Kish: mean squared by mean of squares).
+
+    Args:
+        sums: sums of an update's metrics.
+        tokens: number of response tokens.
+        denominator: denominator of the loss's aggregation; None: the number of tokens.
     """
     compared = sums.get("sampler_gap/tokens", tokens)
     divisors = {"loss": denominator or tokens, "padding": 1, "sampler_gap": compared}
@@ -106,7 +110,7 @@ def _verifier_statistics(findings: list[list[Judgement | None]]) -> dict[str, fl
 
 
 def _term_statistics(samples: list[GradedTrace]) -> dict[str, float]:
-    """Compute the mean of each term of a reward that is a mixture, before it is weighted; {} for a bare score."""
+    """Compute the mean of each term of a reward before weighting; {} where the reward is the score."""
     values: dict[str, list[float]] = {}
     for term in (term for sample in samples for term in sample.terms):
         if term.value is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.config.problems import PromptConfig
 from exprl_megatron.errors import UserError
-from exprl_megatron.problems.needs import SHOWN_IDS, missing_for
+from exprl_megatron.problems.needs import MAX_SHOWN_IDS, unmet_needs
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.problems.prompts import chat_token_ids
 from exprl_megatron.rollout.group import Group
@@ -30,19 +30,20 @@ def teacher_prompts(
 ) -> dict[str, tuple[int, ...]]:
     """Build the teacher's prompts by problem id.
 
-    Raises UserError where a problem has no reference, or a prompt is longer than `max_tokens`.
+    Raises:
+        UserError: a problem has no reference, or a prompt is longer than `max_tokens`.
     """
     problems = list(problems)
-    if missing := missing_for(problems, "reference"):
+    if missing := unmet_needs(problems, "reference"):
         raise UserError("\n".join(missing))
     prompts = {problem.id: teacher_token_ids(tokenizer, config, problem) for problem in problems}
     long = [problem_id for problem_id, ids in prompts.items() if len(ids) > max_tokens]
     if long:
-        shown = ", ".join(long[:SHOWN_IDS]) + (", ..." if len(long) > SHOWN_IDS else "")
+        shown = ", ".join(long[:MAX_SHOWN_IDS]) + (", ..." if len(long) > MAX_SHOWN_IDS else "")
         longest = max(len(prompts[problem_id]) for problem_id in long)
         raise UserError(
             f"{len(long)} of {len(prompts)} prompts of the teacher have more than the {max_tokens} tokens that "
-            f"policy.max_tokens leaves beside sampling.max_new_tokens ({shown}; the longest has {longest}); "
+            f"remain of policy.max_tokens after sampling.max_new_tokens ({shown}; the longest has {longest}); "
             "raise policy.max_tokens, or leave these problems out."
         )
     return prompts
@@ -51,7 +52,7 @@ def teacher_prompts(
 def student_and_teacher(
     groups: Iterable[Group], prompts: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[TrainSample], list[TrainSample]]:
-    """Return every trace that is not empty, behind the student's prompt and behind the teacher's, in the same order.
+    """Return every trace that is not empty, after the student's prompt and after the teacher's, in the same order.
 
     Traces without a score are included. The log-probs of the second list under
     the reference policy become the `ref_log_probs` of the first.

@@ -1,4 +1,4 @@
-"""From graded groups to training samples with advantages."""
+"""Builds training samples with advantages from graded groups."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,20 +7,20 @@ from itertools import chain, pairwise
 import numpy as np
 import torch
 
-from exprl_megatron.algorithms.advantages import estimator, group_normalized
+from exprl_megatron.algorithms.advantages import advantage_fn, group_normalized
 from exprl_megatron.algorithms.batch import TrainSample
 from exprl_megatron.algorithms.process import SegmentedTrace, process_credits
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SparseRlStage
 from exprl_megatron.errors import UserError
 from exprl_megatron.judging.judgement import Scored
 from exprl_megatron.rollout.group import GradedTrace, Group
-from exprl_megatron.training.sample_rewards import OverlongRule, overlong_penalties, rewards_of
+from exprl_megatron.training.sample_rewards import OverlongRule, group_rewards, overlong_penalties
 
 GradedStage = ExprlOutcomeStage | ExprlProcessStage | SparseRlStage
 """Stages that learn from scores; self-distillation has a teacher instead."""
 
 TokenAdvantages = np.ndarray | None
-"""[tokens], float32: the advantage of each token of a trace; None: the trace is out of the loss."""
+"""[tokens], float32: the advantage of each token of a trace; None: the trace is excluded from the loss."""
 
 
 def update_samples(
@@ -50,10 +50,13 @@ def update_samples(
 
 
 def token_advantages(stage: GradedStage, groups: list[Group]) -> list[list[TokenAdvantages]]:
-    """Compute the advantages of every sample of every group by the stage's rules; abstentions are out of the loss.
+    """Compute the advantages of every sample of every group; abstentions are excluded from the loss.
 
-    All groups have the same size. Raises ValueError where a trace was not judged in the stage's granularity, UserError
-    where its reward has other terms than the stage's.
+    All groups have the same size.
+
+    Raises:
+        ValueError: a trace was not judged with the stage's granularity.
+        UserError: a trace was graded with other reward terms than the stage's.
     """
     if not groups:
         return []
@@ -98,13 +101,13 @@ def _trace_advantages(stage: ExprlOutcomeStage | SparseRlStage, groups: list[Gro
     if isinstance(stage, ExprlOutcomeStage) and stage.variant == "code":
         # In the released code an abstention's reward 0 is part of mean and std.
         counted = valid | ~torch.tensor([[isinstance(m.judgement, Scored) for m in g.samples] for g in groups])
-    return _per_token(groups, estimator(stage.advantage)(scores, counted), valid)
+    return _per_token(groups, advantage_fn(stage.advantage)(scores, counted), valid)
 
 
 def _routed_outcome(stage: ExprlProcessStage, groups: list[Group]) -> list[list[TokenAdvantages]]:
-    """Compute the advantages of traces judged whole in a process stage. An overlong one that is kept has the score 0.
+    """Compute the advantages of traces judged as a whole in a process stage; overlong traces that count have score 0.
 
-    The released code puts the bare score on the last token; the paper does not define this case.
+    The released code puts the score itself on the last token; the paper does not define this case.
     """
     scores, valid = _scores(groups, "exclude" if stage.overlong == "exclude" else "zero")
     if stage.variant != "code":
@@ -143,7 +146,7 @@ def _segmented(sample: GradedTrace) -> SegmentedTrace:
 
 def _scores(groups: list[Group], overlong: OverlongRule) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute rewards and validity [G, K] of traces judged whole."""
-    pairs = [rewards_of(group, overlong) for group in groups]
+    pairs = [group_rewards(group, overlong) for group in groups]
     return torch.stack([scores for scores, _ in pairs]), torch.stack([valid for _, valid in pairs])
 
 

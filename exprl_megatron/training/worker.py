@@ -1,6 +1,6 @@
 """One trainer process: `python -m exprl_megatron.training.worker RUN_DIRECTORY` under torchrun's variables.
 
-The rank's end is written to RUN_DIRECTORY/logs/trainer-RANK.end, for the launcher to show to the user.
+The exit report of the rank is written to RUN_DIRECTORY/logs/trainer-RANK.end, which the launcher shows to the user.
 """
 
 import argparse
@@ -29,50 +29,50 @@ _DAY_S = 24 * 3600.0
 _CLOSE_LOGS_S = 1.5
 
 _end_lock = threading.RLock()
-"""The thread that fails first writes the rank's end alone."""
+"""Only the thread that fails first writes the exit report."""
 
 
 def main() -> None:
-    """Run the rank; exit status 0, 2 (the user can fix it), 75 (asked to stop) or 1."""
+    """Run the rank; the exit status is 0, 2 (the user can fix the error), 75 (asked to stop) or 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--servers", type=Path, required=True, help="Directory in which the servers are registered.")
     arguments = parser.parse_args()
     start_heartbeat()
-    sys.exit(guarded(arguments.directory, arguments.servers))
+    sys.exit(run_rank(arguments.directory, arguments.servers))
 
 
-def guarded(directory: Path, servers: Path) -> int:
+def run_rank(directory: Path, servers: Path) -> int:
     """Run the rank and return its exit status; errors are written to the rank's `.end` file."""
     from exprl_megatron.weight_sync.coordinator import RankZeroFailed
 
     end = directory / "logs" / f"trainer-{os.environ['RANK']}.end"
-    # Closed after the end is written: the launcher waits only briefly for a rank that knows the cause.
+    # Closed after the report is written: the launcher waits only briefly for the rank with the cause.
     logs = ExitStack()
 
-    def end_at_once(error: BaseException) -> None:
-        """End the process from any thread, while the main one may wait in a collective; all data is on disk."""
+    def exit_now(error: BaseException) -> None:
+        """End the process from any thread, since the main one may wait in a collective; all data is on disk."""
         with _end_lock:
             sys.stdout.flush()
             os._exit(_write_end(end, error))
 
     with logs:
         try:
-            work(directory, Registry(servers), end_at_once, logs)
+            work(directory, Registry(servers), exit_now, logs)
         except RankZeroFailed:
             return 1
-        except BaseException as error:  # torch's failures in collectives are no subclasses of Exception
+        except BaseException as error:  # torch's errors in collectives are not subclasses of Exception
             return _write_end(end, error)
     return 0
 
 
 def _write_end(end: Path, error: BaseException) -> int:
-    """Write how the rank ends; returns its exit status."""
+    """Write the exit report of the rank; returns its exit status."""
     status, message, unexpected = exit_status(error), str(error), False
     if (sentence := storage_sentence(error, end.parent.parent)) is not None:
         message = sentence
     elif isinstance(error, PluginError):
-        # The sentence names one line; the log has the others.
+        # The message names one line; the log has the whole traceback.
         traceback.print_exception(error)
     elif not isinstance(error, UserError | ServerError | RunStopped | Preempted):
         traceback.print_exception(error)
@@ -88,11 +88,15 @@ def _write_end(end: Path, error: BaseException) -> int:
 
 
 def work(directory: Path, registry: Registry, on_failure: Callable[[BaseException], None], logs: ExitStack) -> None:
-    """Build this rank's part of the run and take it to its end; `on_failure` is RolloutPrefetch's.
+    """Build this rank's part of the run and run it to its end.
 
-    `logs` closes the run's logs when it is closed.
+    Args:
+        directory: directory of the run.
+        registry: registrations of the servers.
+        on_failure: see RolloutPrefetch.
+        logs: gets a callback that closes the run's logs.
     """
-    # The libraries make a million objects that stay: looked through again and again, they cost a sixth of the start.
+    # The libraries create a million permanent objects; their repeated collection would take a sixth of the start.
     gc.disable()
     from exprl_megatron.plugins.loading import use_plugin_path
     from exprl_megatron.policy.world import enter_world, leave_world
@@ -109,7 +113,7 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
     enter_world(config.policy.layout, config.seed, _longest_wait(config), key=read_key(registry.key_file))
     run = assemble(config, paths, registry, on_failure)
     logs.callback(run.close_logs, _CLOSE_LOGS_S)
-    # What the run is made of stays as well, but for what loading it has left.
+    # The objects of the run are permanent as well; only temporary objects of loading are collected.
     collect()
     collect_between_steps()
     run_stages(run)
@@ -118,18 +122,18 @@ def work(directory: Path, registry: Registry, on_failure: Callable[[BaseExceptio
 
 
 def _longest_wait(config) -> float:
-    """The longest that rank 0 may work while the other ranks wait for it in a collective, in seconds."""
+    """Return the maximum time in seconds for which ranks wait in a collective for rank 0."""
     judge = config.judge.server.start_deadline_s + _longest_judging(config) if config.needs_judge else 0.0
     return config.server.start_deadline_s + config.server.request_deadline_s + config.sync.deadline_s + judge + 60.0
 
 
 def _longest_judging(config) -> float:
-    """Sum of the deadlines of a step's judgements, the gate's and a rubric's, with `concurrency` requests in flight.
+    """Sum the deadlines of the judgements of a step, the gate and a rubric, with `concurrency` requests in flight.
 
-    At most a day for the judgements: before that many deadlines pass, abstentions stop the run.
+    The judgements count at most a day: abstentions stop the run before more deadlines pass.
     """
     from exprl_megatron.config.stages import JudgedStage
-    from exprl_megatron.judging.judged_traces import read_judged_traces
+    from exprl_megatron.judging.labeled_traces import read_labeled_traces
 
     judgements = max(
         (1 + stage.max_staleness) * stage.problems_per_step * stage.group_size * stage.judgements_per_trace
@@ -137,7 +141,7 @@ def _longest_judging(config) -> float:
         if isinstance(stage, JudgedStage)
     )
     if config.judge.gate is not None:
-        judgements += 3 * len(read_judged_traces(config.judge.gate.traces, config.judge.gate.limit, config.domains))
+        judgements += 3 * len(read_labeled_traces(config.judge.gate.traces, config.judge.gate.limit, config.domains))
     rounds = math.ceil(judgements / config.judge.concurrency)
     judging_s = min(rounds * config.judge.deadline_s, max(_DAY_S, config.judge.deadline_s))
     return judging_s + config.judge.rubric.deadline_s

@@ -18,7 +18,7 @@ import math
 import pytest
 import torch
 
-from exprl_megatron.algorithms.advantages import estimator
+from exprl_megatron.algorithms.advantages import advantage_fn
 from exprl_megatron.algorithms.aggregation import denominator_of
 from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.algorithms.objective import policy_objective
@@ -57,7 +57,7 @@ def _loss(
 ) -> torch.Tensor | float:
     """What an update minimizes: groups of (index of a trace, judgement), all of one size."""
     pairs = [group_scores([judgement for _, judgement in group], [False] * len(group)) for group in groups]
-    advantages = estimator(name)(*(torch.stack(tensors) for tensors in zip(*pairs, strict=True)))
+    advantages = advantage_fn(name)(*(torch.stack(tensors) for tensors in zip(*pairs, strict=True)))
     sequences = [
         TrainSample((9,), TRACES[index], (advantage,) * len(TRACES[index]))
         for group, row in zip(groups, advantages.tolist(), strict=True)
@@ -225,6 +225,6 @@ def _expected_by_counts(name: str, size: int, failure: float, as_zero: bool = Fa
     trace, failed = kind % len(TRACES), kind >= len(TRACES)
     values = torch.tensor(SCORES, dtype=torch.float64)[trace].masked_fill(failed, 0.0)
     valid = torch.ones_like(failed) if as_zero else ~failed
-    advantages = estimator(name)(values, valid)
+    advantages = advantage_fn(name)(values, valid)
     share = weight / valid.sum(-1).clamp(min=1)
     return torch.einsum("g,gk,gkxy->xy", share, advantages, gradients[trace])

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from exprl_megatron.algorithms.advantages import (
+    advantage_fn,
     batch_normalized,
-    estimator,
     group_centered_batch_normalized,
     group_normalized,
-    informative,
+    has_variance,
     leave_one_out,
     mean_centered,
 )
@@ -115,10 +115,10 @@ def test_leave_one_out_is_the_score_less_the_mean_of_the_others():
 def test_an_invalid_score_is_worth_nothing_to_any_estimator(name):
     valid = torch.tensor([[True, True, False, True], [True, False, False, False], [True, True, True, True]])
     scores = torch.tensor(GROUPS)
-    found = estimator(name)(scores, valid)
+    found = advantage_fn(name)(scores, valid)
     assert found.dtype == torch.float64
     assert (found[~valid] == 0).all()
-    assert torch.equal(estimator(name)(scores.masked_fill(~valid, 1e9), valid), found)
+    assert torch.equal(advantage_fn(name)(scores.masked_fill(~valid, 1e9), valid), found)
 
 
 def test_batch_statistics_are_those_of_the_valid_scores_alone():
@@ -142,8 +142,8 @@ def test_a_group_of_one_has_nothing_to_be_compared_with(function):
 def test_dynamic_sampling_keeps_the_groups_whose_valid_scores_differ():
     scores = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.25, 0.5, 0.5], [1.0, 0.0, 0.0]])
     valid = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1], [0, 0, 0]]).bool()
-    assert informative(scores, valid).tolist() == [True, False, False, True, False]
-    assert informative(scores[0], valid[0]).item()
+    assert has_variance(scores, valid).tolist() == [True, False, False, True, False]
+    assert has_variance(scores[0], valid[0]).item()
 
 
 def test_many_groups_at_once_are_the_groups_one_by_one():

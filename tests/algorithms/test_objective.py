@@ -41,7 +41,7 @@ def test_the_first_stage_objective_reproduces_the_released_loss():
     loss, metrics = policy_objective(config)(*_outputs(), _batch(old_log_probs=OLD, ref_log_probs=START))
     assert loss.item() / TOKENS == pytest.approx(0.752611, abs=1e-6)
     assert metrics["loss/policy"].item() / TOKENS == pytest.approx(0.752527, abs=1e-6)
-    assert metrics["kl/start"].item() / TOKENS == pytest.approx(0.084353, abs=1e-6)
+    assert metrics["kl/ref"].item() / TOKENS == pytest.approx(0.084353, abs=1e-6)
     assert metrics["clip_share"].item() / TOKENS == pytest.approx(4 / 6)
     assert metrics["entropy"].item() / TOKENS == pytest.approx(0.5)
 
@@ -81,7 +81,7 @@ def test_the_ratio_to_the_sampler_is_the_released_second_stage(advantage, surrog
 
 
 def test_the_ratio_to_the_sampler_needs_its_log_probs():
-    with pytest.raises(ValueError, match="carries no log-probs of the sampler"):
+    with pytest.raises(ValueError, match="has no log-probs of the sampler"):
         policy_objective(SparseLossConfig(use_rollout_log_probs=True))(*_outputs(), _batch(old_log_probs=OLD))
 
 
@@ -205,4 +205,4 @@ def test_an_unbiased_kl_gradient_is_chosen_by_the_config():
     (loss - plain).backward()
     # 0.5 r (log p - log p_start), written out for the second sequence's tokens.
     assert log_probs.grad[1, 1:3].tolist() == pytest.approx([0.0, 0.5 * math.exp(-0.5) * -0.5], abs=1e-6)
-    assert metrics["kl/start"].item() / TOKENS == pytest.approx(0.084353, abs=1e-6)
+    assert metrics["kl/ref"].item() / TOKENS == pytest.approx(0.084353, abs=1e-6)

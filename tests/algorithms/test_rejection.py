@@ -6,10 +6,10 @@ from statistics import fmean
 import pytest
 import torch
 
-from exprl_megatron.algorithms.aggregation import denominator_of, kept_denominator
+from exprl_megatron.algorithms.aggregation import accepted_denominator, denominator_of
 from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.algorithms.objective import policy_objective
-from exprl_megatron.algorithms.rejection import kept_tokens, off_policy_mask
+from exprl_megatron.algorithms.rejection import acceptance_mask, off_policy_mask
 from exprl_megatron.config.load import check_config
 from exprl_megatron.config.losses import LossConfig, RejectionConfig
 from exprl_megatron.errors import UserError
@@ -33,7 +33,7 @@ MASK = tensor([[1.0] * len(row) for row in NEW])
 
 def masks(config, advantages=None):
     advantages = tensor([[a] * 4 for a in ADVANTAGES]) if advantages is None else advantages
-    kept = kept_tokens(config, tensor(NEW), tensor(NEW), tensor(SAMPLER), advantages, MASK)
+    kept = acceptance_mask(config, tensor(NEW), tensor(NEW), tensor(SAMPLER), advantages, MASK)
     return [row[: len(new)] for row, new in zip(kept.tolist(), NEW, strict=True)]
 
 
@@ -94,7 +94,7 @@ def minimized(loss, sequences, packing=((0, 1, 2),)):
         total = total + summed / whole
         sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
     total.backward()
-    kept = kept_denominator(loss.aggregation, sums, MAX_NEW_TOKENS, whole)
+    kept = accepted_denominator(loss.aggregation, sums, MAX_NEW_TOKENS, whole)
     gradients = {}
     for rows, leaf in zip(packing, leaves, strict=True):
         for row, index in enumerate(rows):
@@ -166,7 +166,7 @@ def test_an_update_of_which_nothing_is_kept_has_the_gradient_zero():
 def test_a_rejection_needs_the_sampler_s_log_probs():
     sequences = [TrainSample((1,), (2, 3), (1.0, 1.0))]
     objective = policy_objective(LossConfig(kl_coefficient=0, rejection={"off_policy_threshold": 0.5}))
-    with pytest.raises(ValueError, match="carries no log-probs of the sampler"):
+    with pytest.raises(ValueError, match="has no log-probs of the sampler"):
         objective(torch.zeros(1, 4), torch.zeros(1, 4), pad(sequences, 4))
 
 

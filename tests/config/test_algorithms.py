@@ -6,7 +6,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from exprl_megatron.algorithms.advantages import estimator
+from exprl_megatron.algorithms.advantages import advantage_fn
 from exprl_megatron.algorithms.aggregation import denominator_of
 from exprl_megatron.algorithms.batch import TrainSample, pad
 from exprl_megatron.algorithms.objective import policy_objective
@@ -123,7 +123,7 @@ def papers_advantages(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_advantages_of_a_name_are_its_papers(name):
     scores = torch.tensor(SCORES, dtype=torch.float64)
-    found = estimator(stage({"algorithm": name}).advantage)(scores, torch.ones_like(scores, dtype=torch.bool))
+    found = advantage_fn(stage({"algorithm": name}).advantage)(scores, torch.ones_like(scores, dtype=torch.bool))
     expected = papers_advantages(name)
     assert [pytest.approx(row, rel=1e-4) for row in expected] == found.tolist()
 

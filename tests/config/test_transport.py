@@ -39,8 +39,8 @@ def test_a_server_on_gpus_of_its_own_gets_shards_beside_colocated_ones():
     assert choose_transport(both, "policy").kind == "handles"
     assert choose_transport(both, "ref").kind == "direct"
     sampling, start = transport_lines(both)
-    assert sampling.startswith("Weights travel to the sampling servers by handles (trainer and servers share GPUs")
-    assert start.startswith("Weights travel to ref-0 by direct (servers that exprl starts")
+    assert sampling.startswith("Weights are sent to the sampling servers by handles (trainer and servers share GPUs")
+    assert start.startswith("Weights are sent to ref-0 by direct (servers that exprl starts")
 
 
 def test_a_run_that_only_reads_examples_sends_no_weights():

@@ -110,7 +110,7 @@ def test_the_report_counts_what_was_right_abstained_and_left_out(finished):
     assert "36.1 %" in console.file.getvalue() and "pass@4" in console.file.getvalue()
     assert result_lines(settings, evaluation)[1:] == [
         "abstentions: 5 samples of 2 problems (5 verifier-error)",
-        "problems without any verdict: 1",
+        "problems without any result: 1",
         "1 problems left out: nothing to verify with",
         "1 problems left out: prompt too long",
     ]
@@ -164,7 +164,7 @@ def run(tmp_path, tiny_model, monkeypatch, capsys):
             ("--json", "f.json"),
             "What `f.json` means is unknown; --json prints and takes no file; use --json-file f.json.",
         ),
-        (("--max-new-tokens", "2048"), "was made for 1024 positions, prompt included; lower --max-new-tokens."),
+        (("--max-new-tokens", "2048"), "has 1024 positions, including the prompt; lower --max-new-tokens."),
         (("--max-prompt-tokens", "3"), "None of the 5 problems has a prompt of at most 3 tokens"),
         (("--field", "answer=level", "--field", "problem=nothing"), "the field 'nothing' is missing"),
         (("--dtype", "int8"), "dtype is 'int8': Input should be"),

@@ -210,7 +210,11 @@ def test_a_process_judge_is_scored_at_champs_first_wrong_steps(config, bench, ca
 def test_both_forms_of_judging_prefixes_have_the_same_figures_at_champs_marks(
     config, bench, marking_endpoint, tiny_model, monkeypatch, tmp_path
 ):
-    pairs = [(t.before("prefix"), t.after("prefix")) for t in load_champ(8) if t.mark and t.before("prefix")]
+    pairs = [
+        (t.text_before_error("prefix"), t.text_with_error("prefix"))
+        for t in load_champ(8)
+        if t.error_span and t.text_before_error("prefix")
+    ]
     assert len(pairs) > 4
     # The first pair rises, the second is equal, all others fall.
     approved = {pairs[0][1], *pairs[1], *(before for before, _ in pairs[2:])}
@@ -244,12 +248,12 @@ def test_both_forms_of_judging_prefixes_have_the_same_figures_at_champs_marks(
 @pytest.mark.parametrize(
     "change, arguments, sentence",
     [
-        ({"gate": None}, [], "There are no judged traces to look at; give --traces, or set judge.gate.traces."),
+        ({"gate": None}, [], "There are no labeled traces to judge; give --traces, or set judge.gate.traces."),
         ({}, ["--picture", "bench.bmp"], "let its name end in .png, .svg, .pdf."),
         ({}, ["--champ", "--picture", "bench.svg"], "leave --traces and --picture out."),
         ({"model": "nowhere"}, [], "nowhere, the judge's model, has no config.json"),
         ({"prompt": "nowhere"}, [], "There is no judge prompt 'nowhere'"),
-        ({}, ["--traces", "nowhere.jsonl"], "The judged traces nowhere.jsonl cannot be read"),
+        ({}, ["--traces", "nowhere.jsonl"], "The labeled traces nowhere.jsonl cannot be read"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_a_sentence(config, bench, capsys, change, arguments, sentence):

@@ -75,7 +75,7 @@ def test_samples_without_counts_are_no_finished_problem(directory, tmp_path):
 )
 def test_a_directory_of_another_evaluation_is_refused(directory, changes, what):
     directory()
-    with pytest.raises(UserError, match=f"holds an evaluation with another {what}; give it the same again"):
+    with pytest.raises(UserError, match=f"has an evaluation with another {what}; use the same"):
         directory(**changes)
     directory()
 

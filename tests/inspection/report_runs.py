@@ -113,7 +113,7 @@ def _stored(sample: GradedTrace, said: str, store: JudgementStore, step: int) ->
     asked["messages"] = [{"role": "user", "content": f"The reference is: {REFERENCE}. {said}"}]
     last = sample.segments[-1]
     answer = f"Mark 1: established\nMark 2: absent\nas {CANARY} {said}"
-    store.keep_judgement(key, asked, answer, replace(last.judgement, evidence=answer))
+    store.add_judgement(key, asked, answer, replace(last.judgement, evidence=answer))
     judged = replace(last.judgement, evidence=answer, hash=key)
     return replace(sample, judgement=judged, segments=(*sample.segments[:-1], replace(last, judgement=judged)))
 

@@ -90,7 +90,7 @@ def test_what_cannot_be_listed_is_one_sentence(exprl, run, arguments, sentence):
 
 def test_a_judgement_s_entry_names_the_traces_that_it_scored_with_stage_and_step(exprl, run):
     with JudgementStore(run / "judgements.sqlite") as store:
-        store.keep_judgement(HASH, {"problem": "p"}, "Score: 2", Scored(0.25, "Score: 2"))
+        store.add_judgement(HASH, {"problem": "p"}, "Score: 2", Scored(0.25, "Score: 2"))
     _, printed, _ = exprl(HASH[:12], "--run", run)
     assert "parts, step 1: p, sample 0.1, weights v2" in printed
     assert "prime, step 2: [b]␛[2J, sample 0, weights v1" in printed

@@ -24,9 +24,9 @@ ASKED = {
 def file(tmp_path):
     file = tmp_path / "run" / "judgements.sqlite"
     with JudgementStore(file) as store:
-        store.keep_judgement(JUDGED, ASKED, "\x1b[2JReasoning: fine.\n\nScore: 4 \ud83d", Scored(0.75, "Score: 4"))
-        store.keep_judgement(REFUSED, {"problem": "p8"}, "I cannot.", Abstained("refused", "I cannot."))
-        store.keep_rubric(RUBRIC, {"problem": "p7"}, "Here: []", '{"checkpoints": []}')
+        store.add_judgement(JUDGED, ASKED, "\x1b[2JReasoning: fine.\n\nScore: 4 \ud83d", Scored(0.75, "Score: 4"))
+        store.add_judgement(REFUSED, {"problem": "p8"}, "I cannot.", Abstained("refused", "I cannot."))
+        store.add_rubric(RUBRIC, {"problem": "p7"}, "Here: []", '{"checkpoints": []}')
     return file
 
 
@@ -93,8 +93,8 @@ def test_a_runs_store_is_found(exprl, file, tmp_path, elsewhere):
         (["a1a1a1", "--store", "nowhere.sqlite"], "There is no judgement store nowhere.sqlite"),
         (["a1a1a1", "--run", "nowhere"], "There is no run in nowhere"),
         (["a1a1a1", "--store", "FILE"], "begin with a1a1a1: a1a1a1a1a1a1a1a1, a1a1a1a1a1a1a1a1; give more digits."),
-        (["d4d4d4", "--store", "FILE"], "give another hash, those kept last are c3c3c3c3c3c3c3c3, a1a1a1"),
-        (["a1", "--store", "FILE"], "'a1' is no hash"),
+        (["d4d4d4", "--store", "FILE"], "give another hash, the newest ones are c3c3c3c3c3c3c3c3, a1a1a1"),
+        (["a1", "--store", "FILE"], "'a1' is not a hash"),
     ],
 )
 def test_what_cannot_be_shown_is_one_sentence(exprl, file, arguments, sentence):

@@ -1,6 +1,6 @@
 """A process that keeps judgements until it is killed or done: `store_writer.py FILE FIRST LAST SCORE`.
 
-It prints each key after `keep_judgement` has returned.
+It prints each key after `add_judgement` has returned.
 """
 
 import sys
@@ -19,5 +19,5 @@ if __name__ == "__main__":
     file, first, last, score = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
     with JudgementStore(file) as store:
         for number in range(first, last):
-            store.keep_judgement(key_of(number), {"text": f"trace {number} " * 40}, f"by {score}", Scored(score))
+            store.add_judgement(key_of(number), {"text": f"trace {number} " * 40}, f"by {score}", Scored(score))
             print(key_of(number), flush=True)

@@ -6,16 +6,16 @@ import math
 
 import pytest
 
-from exprl_megatron.judging.arms import ARMS, Consistency, arm_figures, arm_problems, judge_arm
-from exprl_megatron.judging.judged_traces import JudgedTrace
+from exprl_megatron.judging.arms import ARMS, Consistency, arm_metrics, arm_problems, judge_arm
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.judging.labeled_traces import LabeledTrace
 from exprl_megatron.problems.problem import Problem, Reference
 
 PROBLEMS = [
     Problem(f"p{i}", f"What is {i}?", Reference(f"It is {i}."), str(i), choices=("x", "y")) for i in range(1, 7)
 ]
 TRACES = [
-    JudgedTrace(problem, text, text == problem.answer)
+    LabeledTrace(problem, text, text == problem.answer)
     for problem in PROBLEMS
     for text in (problem.answer, problem.answer + "0")
 ]
@@ -29,7 +29,7 @@ async def reads_the_reference(problem, text, granularity):
 
 
 def figures(grade, arm):
-    return arm_figures(arm, TRACES, asyncio.run(judge_arm(grade, TRACES, arm)))
+    return arm_metrics(arm, TRACES, asyncio.run(judge_arm(grade, TRACES, arm)))
 
 
 def test_the_arms_change_nothing_but_what_the_judge_may_know():
@@ -67,12 +67,12 @@ def test_abstentions_are_counted_by_reason_and_left_out():
 
 
 def test_a_judge_that_likes_long_traces_shows_its_bias():
-    traces = [JudgedTrace(PROBLEMS[i % 6], "x" * (i + 1), i % 2 == 0) for i in range(12)]
+    traces = [LabeledTrace(PROBLEMS[i % 6], "x" * (i + 1), i % 2 == 0) for i in range(12)]
     judgements = [Scored(min(len(trace.text), 8) / 8) for trace in traces]
-    found = arm_figures("right", traces, judgements)
+    found = arm_metrics("right", traces, judgements)
     assert found.right_length_bias > 0.8
     assert found.wrong_length_bias > 0.8
-    assert math.isnan(arm_figures("right", traces, [Scored(0.5)] * 12).right_length_bias)
+    assert math.isnan(arm_metrics("right", traces, [Scored(0.5)] * 12).right_length_bias)
 
 
 def test_consistency_is_taken_over_traces_with_two_scores():
@@ -82,14 +82,14 @@ def test_consistency_is_taken_over_traces_with_two_scores():
         [Scored(1.0), Scored(1.0), Abstained("unreadable")],
         [Scored(1.0), Abstained("timeout"), Scored(0.5)],
     ]
-    found = arm_figures("right", traces, rounds[0], rounds)
+    found = arm_metrics("right", traces, rounds[0], rounds)
     # The first trace agrees with itself; the second has 1 and 5, whose standard deviation is sqrt(8).
     assert found.consistency == Consistency(3, 0.5, pytest.approx(math.sqrt(8) / 2))
-    assert arm_figures("right", traces, rounds[0]).consistency is None
+    assert arm_metrics("right", traces, rounds[0]).consistency is None
 
 
 def test_the_record_is_json_without_nan():
-    record = arm_figures("none", TRACES, [Abstained("timeout")] * len(TRACES)).record()
+    record = arm_metrics("none", TRACES, [Abstained("timeout")] * len(TRACES)).to_dict()
     assert json.loads(json.dumps(record, allow_nan=False)) == {
         "arm": "none",
         "traces": 12,

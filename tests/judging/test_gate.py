@@ -3,12 +3,12 @@ import asyncio
 from exprl_megatron.config.judging import GateConfig
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.judging.gate import JudgeGate
-from exprl_megatron.judging.judged_traces import JudgedTrace
 from exprl_megatron.judging.judgement import Abstained, Scored
+from exprl_megatron.judging.labeled_traces import LabeledTrace
 from exprl_megatron.problems.problem import Problem, Reference
 
 PROBLEMS = [Problem(f"p{i}", f"What is {i}?", Reference(f"It is {i}."), str(i)) for i in range(1, 11)]
-TRACES = [JudgedTrace(problem, text, text == problem.answer) for problem in PROBLEMS for text in (problem.answer, "0")]
+TRACES = [LabeledTrace(problem, text, text == problem.answer) for problem in PROBLEMS for text in (problem.answer, "0")]
 
 
 def gate(**bounds) -> JudgeGate:
@@ -18,9 +18,9 @@ def gate(**bounds) -> JudgeGate:
 def checked(grade, **bounds):
     """The result, and what `require` says (None: nothing)."""
     judge_gate = gate(**bounds)
-    result = asyncio.run(judge_gate.check(grade))
+    result = asyncio.run(judge_gate.evaluate(grade))
     try:
-        judge_gate.require(result, "before stage priming")
+        judge_gate.require_pass(result, "before stage priming")
     except RunStopped as stopped:
         return result, str(stopped)
     return result, None
@@ -56,7 +56,7 @@ def test_a_judge_that_reads_the_reference_passes():
         "auroc": 1,
         "abstained": 0,
     }
-    assert result.record()["wrong"]["misplacement"] == 0.5
+    assert result.to_dict()["wrong"]["misplacement"] == 0.5
 
 
 def test_a_judge_that_passes_everything_is_stopped_by_both_bounds():
@@ -68,14 +68,14 @@ def test_a_judge_that_passes_everything_is_stopped_by_both_bounds():
     assert "\n" not in told
 
 
-def test_a_judge_that_needs_no_reference_passes_and_is_remarked_on():
+def test_a_judge_that_needs_no_reference_passes_with_a_note():
     result, told = checked(knower)
     assert told is None
-    remark = gate().remark(result)
+    note = gate().no_reference_note(result)
     # No error in ten problems: the exact 95 % bound is 1 - 0.025 ** (1 / 10).
-    assert remark.startswith("without a reference it misplaces 0.0% [0.0, 30.8], so that no separation is asked for; ")
-    assert remark.endswith("with a wrong reference it misplaces 0.0% [0.0, 30.8]")
-    assert gate().remark(checked(reader)[0]) is None
+    assert note.startswith("without a reference it misplaces 0.0% [0.0, 30.8], so that no separation is required; ")
+    assert note.endswith("with a wrong reference it misplaces 0.0% [0.0, 30.8]")
+    assert gate().no_reference_note(checked(reader)[0]) is None
 
 
 def test_a_judge_that_needs_no_reference_and_obeys_a_wrong_one_passes():

@@ -69,7 +69,7 @@ def _judge(family, parser="last", order="shared"):
 def _turns(judge, text, **case):
     """The control tokens of the request, in order."""
     added = judge._tokenizer.tokenizer.added_tokens_decoder
-    return [added[i].content for i in judge.request(PROBLEM, text, **case) if i in added]
+    return [added[i].content for i in judge.prompt_ids(PROBLEM, text, **case) if i in added]
 
 
 def _control_ids(tokenizer, text):

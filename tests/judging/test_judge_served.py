@@ -108,7 +108,7 @@ def test_the_prefixes_of_a_trace_are_read_once_and_asked_about_by_one_request(wi
         client.generate, client.generate_all = counted, all_counted
         await client.flush_cache()
         together = await judge.grade_prefixes(PROBLEM, texts)
-        whole, end = (len(judge.request(PROBLEM, text, "prefix")) for text in (texts[-1], ""))
+        whole, end = (len(judge.prompt_ids(PROBLEM, text, "prefix")) for text in (texts[-1], ""))
         return read, whole, end, together, [await judge.grade(PROBLEM, text, "prefix") for text in texts]
 
     read, whole, end, together, alone = with_judge(ask, prefix_prompt=str(PROMPT))
@@ -128,7 +128,7 @@ def test_the_probabilities_of_the_digits_are_those_of_transformers(with_judge, m
             JudgeQuestion(
                 PromptFrame(()),
                 "",
-                judge.request(PROBLEM, text),
+                judge.prompt_ids(PROBLEM, text),
                 8,
                 0.0,
                 0,
@@ -147,7 +147,7 @@ def test_the_probabilities_of_the_digits_are_those_of_transformers(with_judge, m
         with torch.no_grad():
             logits = lm(torch.tensor([[*ids, *answer.token_ids[:place]]])).logits[0, -1]
         chances = torch.softmax(logits[tokenizer.convert_tokens_to_ids(list("12345"))], dim=-1).tolist()
-        found = answer.digit_probabilities(stated.place)
+        found = answer.digit_probabilities(stated.position)
         total = sum(found.values())
         assert [found[digit] / total for digit in range(1, 6)] == pytest.approx(chances, abs=1e-5)
         assert max(chances) < 0.999
@@ -160,7 +160,7 @@ def test_the_expected_score_is_read_from_a_server(with_judge):
 
 def test_watched_tokens_come_in_the_order_asked_for(with_judge):
     async def ask(judge, client):
-        ids = judge.request(PROBLEM, TEXTS[0])
+        ids = judge.prompt_ids(PROBLEM, TEXTS[0])
         settings = {"temperature": 0, "max_new_tokens": 4, "seed": 0}
         watched = [(await client.generate(ids, watched_ids=w, **settings)) for w in ((40, 30, 50), (50, 40), ())]
         return [generation.watched_log_probs for generation in watched]
@@ -174,7 +174,7 @@ def test_watched_tokens_come_in_the_order_asked_for(with_judge):
 
 def test_json_is_forced_into_a_schema(with_judge):
     async def ask(judge, client):
-        ids = judge.request(PROBLEM, TEXTS[0])
+        ids = judge.prompt_ids(PROBLEM, TEXTS[0])
         schema = json.dumps(SCHEMA)
         return await client.generate(ids, temperature=1, max_new_tokens=400, seed=3, json_schema=schema)
 
@@ -243,7 +243,7 @@ def test_the_servers_own_endpoint_shows_the_same_chat_and_tells_probabilities(qw
         ) as endpoint:
             await endpoint.health()
             judge = Judge(config, [endpoint], tokenizer)
-            messages, ids = judge.messages(PROBLEM, TEXTS[0]), judge.request(PROBLEM, TEXTS[0])
+            messages, ids = judge.messages(PROBLEM, TEXTS[0]), judge.prompt_ids(PROBLEM, TEXTS[0])
             settings = {"temperature": 0, "max_new_tokens": 8, "seed": 0}
             completion = await endpoint.chat(messages, log_probs=True, **settings)
             return completion, ids, await judge.grade(PROBLEM, TEXTS[0])

@@ -91,7 +91,7 @@ def test_joined_tokens_are_those_of_the_whole(name, phrase):
         text = plain(pieces)
         others = [text[:end] for end in ends] if nested else [text[end:] + plain(pieces[:end]) for end in ends]
         texts = [*others, text]
-        found = judge.requests(shown_in, texts)
+        found = judge.batch_prompt_ids(shown_in, texts)
         assert [ids.tolist() for ids in found] == [whole(tokenizer, shown_in.messages(each)) for each in texts]
         assert [len(ids) for ids in found] == [len(ids.tolist()) for ids in found]
 
@@ -102,8 +102,8 @@ def test_joined_tokens_are_those_of_the_whole(name, phrase):
 def test_a_tokenizer_whose_tokens_cannot_be_put_together_is_found_out(name):
     assert not safe_cuts(tokenizer_of(name).backend_tokenizer)
     judge = JudgeTokenizer(tokenizer_of(name), {})
-    judge.requests(frame(), [TEXT, TEXT * 2])
-    assert judge.wholes == 2
+    judge.batch_prompt_ids(frame(), [TEXT, TEXT * 2])
+    assert judge.uncut == 2
 
 
 def test_a_cut_that_turns_out_to_be_wrong_is_seen_in_its_window(monkeypatch):
@@ -113,8 +113,8 @@ def test_a_cut_that_turns_out_to_be_wrong_is_seen_in_its_window(monkeypatch):
     monkeypatch.setattr("exprl_megatron.judging.judge_tokenizer.safe_cuts", lambda backend: cuts)
     judge = JudgeTokenizer(tokenizer, {})
     texts = ["x of the first n terms is", "x of the first n terms is at most"]
-    found = judge.requests(frame(), texts)
-    assert judge.wholes == 2
+    found = judge.batch_prompt_ids(frame(), texts)
+    assert judge.uncut == 2
     assert [ids.tolist() for ids in found] == [whole(tokenizer, frame().messages(text)) for text in texts]
 
 
@@ -132,11 +132,11 @@ def trace(number, segments=10, words=120):
 def test_the_beginnings_of_a_trace_are_tokenized_once_and_so_is_what_a_problems_questions_share(name, order):
     judge = JudgeTokenizer(tokenizer_of(name), {})
     shown_in = frame(order, "The reference is long, and it is so for a good reason. " * 80)
-    judge.requests(shown_in, trace(0))  # the frame is tokenized now
+    judge.batch_prompt_ids(shown_in, trace(0))  # the frame is tokenized now
     calls, characters = judge.calls, judge.characters
     texts = trace(1)
-    judge.requests(shown_in, texts)
-    assert judge.wholes == 0
+    judge.batch_prompt_ids(shown_in, texts)
+    assert judge.uncut == 0
     assert judge.calls - calls == 2
     # Each beginning has its own last words, the prompt's end, and windows around its cuts.
     assert judge.characters - characters < len(texts[-1]) + len(texts) * 600
@@ -146,19 +146,19 @@ def test_the_beginnings_of_a_trace_are_tokenized_once_and_so_is_what_a_problems_
 @pytest.mark.parametrize("name", PROVEN)
 def test_a_word_that_was_seen_before_is_not_tokenized_again(name):
     judge = JudgeTokenizer(tokenizer_of(name, phrase=False), {})
-    judge.requests(frame(), trace(0))
+    judge.batch_prompt_ids(frame(), trace(0))
     characters = judge.characters
-    judge.requests(frame(), [text.replace("Let", "So we let") for text in trace(0)])
+    judge.batch_prompt_ids(frame(), [text.replace("Let", "So we let") for text in trace(0)])
     # What each piece begins with, and the words around the changes.
     assert judge.characters - characters < 1500 < len(trace(0)[-1]) / 4
-    assert judge.wholes == 0
+    assert judge.uncut == 0
 
 
 def test_work_grows_with_the_trace_and_not_with_its_square():
     work = []
     for segments in (10, 40):
         judge = JudgeTokenizer(tokenizer_of("qwen"), {})
-        judge.requests(frame(), trace(1, segments))
+        judge.batch_prompt_ids(frame(), trace(1, segments))
         work.append(judge.characters)
     assert work[1] < 4.5 * work[0]
 
@@ -166,10 +166,10 @@ def test_work_grows_with_the_trace_and_not_with_its_square():
 def test_segments_share_the_prompt_alone():
     judge = JudgeTokenizer(tokenizer_of("qwen"), {})
     texts = ["Let x be 3.", "So the sum is 4."]
-    judge.requests(frame(), texts)
+    judge.batch_prompt_ids(frame(), texts)
     characters = judge.characters
-    judge.requests(frame(), texts)
-    assert judge.wholes == 0
+    judge.batch_prompt_ids(frame(), texts)
+    assert judge.uncut == 0
     assert judge.characters - characters < 1000 < len(frame().messages("")[0]["content"])
 
 

@@ -20,13 +20,13 @@ from exprl_megatron.training import grading
 
 WORK = [
     (grading, "segments_and_texts"),
-    (cases.CaseBuilder, "cases"),
+    (cases.CaseBuilder, "build"),
     (judge_tokenizer.JudgeTokenizer, "_encoded"),
     (judge_tokenizer.JudgeTokenizer, "_rendered"),
     (store.JudgementStore, "find_judgements"),
     (store.JudgementStore, "_write"),
-    (store_texts.StoredTexts, "packed"),
-    (asking, "_read"),
+    (store_texts.StoredTexts, "compress"),
+    (asking, "_parse"),
 ]
 
 
@@ -71,12 +71,12 @@ def test_nothing_that_takes_long_is_done_on_the_event_loop_and_each_but_once(cal
     prefixes = len(graded.segments)
     assert prefixes >= 8 and graded.score == 0.75
     assert calls.pop("main thread", 0) == 0
-    assert calls["_write"] == prefixes and calls["_read"] == prefixes + 1
+    assert calls["_write"] == prefixes and calls["_parse"] == prefixes + 1
     # The shared text needs two renderings and a call, once for the problem; the trace two calls.
-    assert {name: calls[name] for name in ("segments_and_texts", "cases", "find_judgements")} == {
+    assert {name: calls[name] for name in ("segments_and_texts", "build", "find_judgements")} == {
         "segments_and_texts": 1,
-        "cases": 1,
+        "build": 1,
         "find_judgements": 1,
     }
     assert calls["_encoded"] == 3 and calls["_rendered"] == prefixes + 2
-    assert calls["packed"] == prefixes + 2
+    assert calls["compress"] == prefixes + 2

@@ -61,8 +61,8 @@ def test_the_message_tells_place_and_size_and_no_word_of_the_reference():
     assert "leak_guard.ngram_words" in told
     assert "parabola" not in told and "25" not in told
     overlap = guard().overlap("p", text)
-    assert f"its words {overlap.first} to {overlap.last}" in told
-    assert (overlap.ngram_words, overlap.reproduced) == (12, 1.0)
+    assert f"its words {overlap.first_word} to {overlap.last_word}" in told
+    assert (overlap.ngram_words, overlap.coverage) == (12, 1.0)
 
 
 def test_scripts_without_blanks_are_compared_by_character():
@@ -76,7 +76,7 @@ def test_a_reference_that_the_statement_holds_has_nothing_to_hide():
     choices = ("Mitochondria produce most of the ATP of a cell", "Ribosomes produce it")
     problem = Problem("mc", "Which is true?", Reference(choices[0]), "A", "multiple-choice", choices)
     guard(problem).check_request("mc", chat(problem.statement))
-    assert not guard(problem).guarded("mc")
+    assert not guard(problem).is_guarded("mc")
 
 
 def test_a_choice_with_more_said_about_it_is_looked_for_whole():
@@ -89,14 +89,14 @@ def test_a_choice_with_more_said_about_it_is_looked_for_whole():
 
 def test_a_reference_of_a_word_or_two_is_not_looked_for():
     problem = Problem("s", "What is 2 + 2?", Reference("It is 4"))
-    assert not guard(problem).guarded("s")
+    assert not guard(problem).is_guarded("s")
     guard(problem).check_request("s", chat("What is 2 + 2? It is 4"))
 
 
 def test_a_problem_without_a_reference_passes():
     problem = Problem("b", "What is 2 + 2?", None, "4")
     guard(problem).check_request("b", chat(problem.statement))
-    assert not guard(problem).guarded("b")
+    assert not guard(problem).is_guarded("b")
 
 
 def test_the_miniatures_prompts_pass_and_its_hinted_ones_do_not():
@@ -136,9 +136,9 @@ def test_an_unknown_problem_is_a_defect_of_the_caller():
 @pytest.mark.parametrize("text", [CANARY, CANARY.lower(), "EXPRL - CANARY -\n7f3a"])
 def test_a_planted_canary_is_found_in_requests_and_traces(text):
     watching = guard(canary=CANARY)
-    with pytest.raises(RunStopped, match=r"a request .* problem p holds leak_guard\.canary") as request:
+    with pytest.raises(RunStopped, match=r"a request .* problem p contains leak_guard\.canary") as request:
         watching.check_request("p", chat(f"{STATEMENT} {text}"))
-    with pytest.raises(RunStopped, match=r"a trace of problem p holds leak_guard\.canary") as trace:
+    with pytest.raises(RunStopped, match=r"a trace of problem p contains leak_guard\.canary") as trace:
         watching.check_trace("p", f"First, {text}, then")
     assert CANARY not in str(request.value) + str(trace.value)
     watching.check_request("p", chat(STATEMENT))
@@ -164,5 +164,5 @@ def test_without_a_canary_traces_pass():
 
 @pytest.mark.parametrize("canary", ["", "   ", "abc d"])
 def test_a_canary_that_turns_up_by_chance_is_refused(canary):
-    with pytest.raises(UserError, match=r"The canary .* turns up by chance; .* at least 8 characters"):
+    with pytest.raises(UserError, match=r"The canary .* occurs by chance; .* at least 8 characters"):
         guard(canary=canary)

@@ -7,7 +7,7 @@ from itertools import product
 import jsonschema
 import pytest
 
-from exprl_megatron.judging.rubric import Checkpoint, Rubric, RubricError, checked_rubric, rubric_schema, supported
+from exprl_megatron.judging.rubric import Checkpoint, Rubric, RubricError, is_quoted, parse_rubric, rubric_schema
 
 REFERENCE = "First take 12.\nThen add 34,  which gives\n$x = 46$. So the answer is 46."
 GOOD = [
@@ -25,10 +25,10 @@ def _with(**change):
 
 
 def test_a_rubric_is_read_out_of_the_builders_words():
-    rubric = checked_rubric(f"Here {{it}} is: {{}}\n```json\n{_json(GOOD)}\n```", REFERENCE)
+    rubric = parse_rubric(f"Here {{it}} is: {{}}\n```json\n{_json(GOOD)}\n```", REFERENCE)
     assert rubric.checkpoints[1] == Checkpoint("The sum is 46", 3.0, "add 34, which gives $x = 46$")
     assert rubric.text == "1. 12 is taken first\n2. The sum is 46"
-    assert checked_rubric(rubric.to_json(), REFERENCE) == rubric
+    assert parse_rubric(rubric.to_json(), REFERENCE) == rubric
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_a_rubric_is_read_out_of_the_builders_words():
         (_with(weight=-1), "weight"),
         (_with(weight=float("inf")), "weight"),
         (_with(text=""), "text"),
-        (_with(text=" \n"), "says nothing"),
-        (_with(text="12 is  TAKEN first"), "say the same"),
+        (_with(text=" \n"), "is empty"),
+        (_with(text="12 is  TAKEN first"), "are equal"),
         (_with(note="extra"), "note"),
         (_with(quote="add 35"), "quote of checkpoint 2"),
         (_with(quote="the sum is forty-six"), "quote of checkpoint 2"),
@@ -55,7 +55,7 @@ def test_a_rubric_is_read_out_of_the_builders_words():
 )
 def test_a_rubric_that_fails_a_check_says_which(text, why):
     with pytest.raises(RubricError, match=why):
-        checked_rubric(text, REFERENCE)
+        parse_rubric(text, REFERENCE)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_rubric_that_fails_a_check_says_which(text, why):
     ],
 )
 def test_a_quote_supports_a_checkpoint_where_it_stands_in_the_reference_word_for_word(quote, is_there):
-    assert supported(quote, REFERENCE) is is_there
+    assert is_quoted(quote, REFERENCE) is is_there
 
 
 RUBRIC = Rubric(tuple(Checkpoint(f"claim {w}", w, "46") for w in (1, 2, 5)))

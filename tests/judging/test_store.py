@@ -16,7 +16,7 @@ from exprl_megatron.judging.champ import champ_problems
 from exprl_megatron.judging.content_key import content_key
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.prompt import shipped_prompt
-from exprl_megatron.judging.store import Asked, JudgementStore
+from exprl_megatron.judging.store import JudgementStore, StoredQuestion
 
 WRITER = Path(__file__).parent / "store_writer.py"
 KEY = content_key("judgement", trace="a")
@@ -56,7 +56,7 @@ def integrity(file: Path) -> str:
 def test_a_judgement_comes_back_bit_for_bit_even_in_another_process_life(tmp_path, judgement):
     file = tmp_path / "s.sqlite"
     with JudgementStore(file) as store:
-        store.keep_judgement(KEY, {"trace": "x"}, "the whole answer", judgement)
+        store.add_judgement(KEY, {"trace": "x"}, "the whole answer", judgement)
     with JudgementStore(file) as store:
         found = store.find_judgement(KEY)
     assert found == judgement
@@ -66,7 +66,7 @@ def test_a_judgement_comes_back_bit_for_bit_even_in_another_process_life(tmp_pat
 
 def test_a_rubric_comes_back_exactly(store):
     rubric = json.dumps({"checkpoints": [{"claim": "x = \\frac{1}{2}", "weight": 0.1}]})
-    store.keep_rubric(KEY, {"reference": "r"}, f"Here it is: {rubric}", rubric)
+    store.add_rubric(KEY, {"reference": "r"}, f"Here it is: {rubric}", rubric)
     assert store.find_rubric(KEY) == rubric
 
 
@@ -76,26 +76,26 @@ def test_what_was_never_kept_is_none(store):
 
 
 def test_the_first_of_two_judgements_under_one_key_stays(store):
-    store.keep_judgement(KEY, {}, "first", Scored(0.25))
-    store.keep_judgement(KEY, {}, "second", Scored(0.75))
-    store.keep_rubric(KEY, {}, "first", "[1]")
-    store.keep_rubric(KEY, {}, "second", "[2]")
+    store.add_judgement(KEY, {}, "first", Scored(0.25))
+    store.add_judgement(KEY, {}, "second", Scored(0.75))
+    store.add_rubric(KEY, {}, "first", "[1]")
+    store.add_rubric(KEY, {}, "second", "[2]")
     assert store.find_judgement(KEY) == Scored(0.25)
     assert store.find_rubric(KEY) == "[1]"
 
 
 @pytest.mark.parametrize("reason", ["timeout", "server-error"])
 def test_a_failure_of_the_servers_is_not_kept_and_a_later_verdict_is(store, reason):
-    store.keep_judgement(KEY, {}, "", Abstained(reason))
+    store.add_judgement(KEY, {}, "", Abstained(reason))
     assert store.find_judgement(KEY) is None
-    store.keep_judgement(KEY, {}, "Score: 5", Scored(1.0))
+    store.add_judgement(KEY, {}, "Score: 5", Scored(1.0))
     assert store.find_judgement(KEY) == Scored(1.0)
 
 
 @pytest.mark.parametrize("value", [-0.25, 1.5, float("nan")])
 def test_a_score_outside_the_unit_interval_is_a_defect_of_the_caller(store, value):
     with pytest.raises(ValueError, match="a score is in"):
-        store.keep_judgement(KEY, {}, "", Scored(value))
+        store.add_judgement(KEY, {}, "", Scored(value))
 
 
 def test_a_resumed_run_asks_only_for_what_it_has_not(tmp_path):
@@ -106,7 +106,7 @@ def test_a_resumed_run_asks_only_for_what_it_has_not(tmp_path):
         if found is None:
             asked.append(number)
             found = Scored(number / 7)
-            store.keep_judgement(key_of(number), {"number": number}, "", found)
+            store.add_judgement(key_of(number), {"number": number}, "", found)
         return found
 
     with JudgementStore(tmp_path / "s.sqlite") as store:
@@ -132,7 +132,7 @@ def test_writers_at_once_and_one_killed_lose_nothing_that_was_kept(tmp_path):
     with JudgementStore(file) as store:
         assert {key_of(number) for number in range(1000)} <= promised
         assert all(store.find_judgement(key).value in (0.125, 0.25, 0.5, 0.75) for key in promised)
-        store.keep_judgement(KEY, {}, "after the kill", Scored(1.0))
+        store.add_judgement(KEY, {}, "after the kill", Scored(1.0))
         assert store.find_judgement(KEY) == Scored(1.0)
 
 
@@ -164,7 +164,7 @@ def test_an_sqlite_file_of_another_program_is_refused(tmp_path):
     connection = sqlite3.connect(tmp_path / "other.sqlite")
     connection.execute("CREATE TABLE judgements (key)")
     connection.close()
-    with pytest.raises(UserError, match=r"other\.sqlite is no judgement store"):
+    with pytest.raises(UserError, match=r"other\.sqlite is not a judgement store"):
         JudgementStore(tmp_path / "other.sqlite")
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_store_is_named(tmp_path):
     file = tmp_path / "s.sqlite"
     with JudgementStore(file) as store:
         for number in range(200):
-            store.keep_judgement(key_of(number), {"text": "x" * 100}, "y" * 400, Scored(0.5))
+            store.add_judgement(key_of(number), {"text": "x" * 100}, "y" * 400, Scored(0.5))
     content = bytearray(file.read_bytes())
     content[4096 : len(content)] = b"\x5a" * (len(content) - 4096)
     file.write_bytes(content)
@@ -199,7 +199,7 @@ def test_a_damaged_store_is_named(tmp_path):
 def test_a_score_that_is_none_is_a_damaged_store(tmp_path, value):
     file = tmp_path / "s.sqlite"
     with JudgementStore(file) as store:
-        store.keep_judgement(key_of(1), {"text": "x"}, "y", Scored(0.5))
+        store.add_judgement(key_of(1), {"text": "x"}, "y", Scored(0.5))
     with closing(sqlite3.connect(file, isolation_level=None)) as connection:
         connection.execute("PRAGMA ignore_check_constraints = ON")
         connection.execute("UPDATE judgements SET value = ?", (value,))
@@ -208,11 +208,11 @@ def test_a_score_that_is_none_is_a_damaged_store(tmp_path, value):
 
 
 def test_a_row_is_found_by_the_beginning_of_its_hash(store):
-    store.keep_judgement("a" * 64, {"trace": "t"}, "Score: 4", Scored(0.75, "Score: 4"))
-    store.keep_judgement("a" * 10 + "b" * 54, {}, "", Abstained("refused"))
-    store.keep_rubric("c" * 64, {"reference": "r"}, "raw", "{}")
+    store.add_judgement("a" * 64, {"trace": "t"}, "Score: 4", Scored(0.75, "Score: 4"))
+    store.add_judgement("a" * 10 + "b" * 54, {}, "", Abstained("refused"))
+    store.add_rubric("c" * 64, {"reference": "r"}, "raw", "{}")
     entry = store.entry("AAAAAAAAAAA")
-    assert (entry.key, entry.asked, entry.answer, entry.result) == (
+    assert (entry.key, entry.question, entry.answer, entry.result) == (
         "a" * 64,
         {"trace": "t"},
         "Score: 4",
@@ -224,48 +224,48 @@ def test_a_row_is_found_by_the_beginning_of_its_hash(store):
 
 
 def test_an_unknown_hash_is_answered_with_those_that_are_near(store):
-    with pytest.raises(UserError, match="those kept last are none, for the store is empty"):
+    with pytest.raises(UserError, match="the newest ones are none, since the store is empty"):
         store.entry("abcdef")
-    store.keep_judgement("a" * 64, {}, "", Scored(0.5))
-    with pytest.raises(UserError, match=f"those that begin alike are {'a' * 16}"):
+    store.add_judgement("a" * 64, {}, "", Scored(0.5))
+    with pytest.raises(UserError, match=f"similar ones are {'a' * 16}"):
         store.entry("a" * 20 + "f")
-    with pytest.raises(UserError, match=f"those kept last are {'a' * 16}"):
+    with pytest.raises(UserError, match=f"the newest ones are {'a' * 16}"):
         store.entry("f" * 8)
 
 
 @pytest.mark.parametrize("prefix", ["abcde", "", "xyzxyz", "abc%__"])
 def test_what_is_no_hash_is_refused(store, prefix):
-    with pytest.raises(UserError, match="is no hash; give at least 6"):
+    with pytest.raises(UserError, match="is not a hash; give at least 6"):
         store.entry(prefix)
 
 
 def test_the_newest_rows_come_first(store):
     for number in range(4):
-        store.keep_judgement(key_of(number), {}, "", Scored(0.5))
+        store.add_judgement(key_of(number), {}, "", Scored(0.5))
     assert [entry.key for entry in store.newest(2)] == [key_of(3), key_of(2)]
 
 
 def kept_soon(store, key, asked, answer, judgement):
-    return store.keep_judgements_soon(
-        [(key, asked if isinstance(asked, Asked) else Asked.of(asked), answer, judgement)]
+    return store.submit_judgements(
+        [(key, asked if isinstance(asked, StoredQuestion) else StoredQuestion.from_dict(asked), answer, judgement)]
     )
 
 
-def asked_about(text: str, shown: int, **changes) -> Asked:
+def asked_about(text: str, shown: int, **changes) -> StoredQuestion:
     messages = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": ["<t>", "</t>"]}]
-    return Asked(json.dumps({"problem": "p", "messages": messages} | changes).encode(), text, shown)
+    return StoredQuestion(json.dumps({"problem": "p", "messages": messages} | changes).encode(), text, shown)
 
 
 @pytest.mark.parametrize("text", ["Let x be 3.\n\nSo it is.", "", "步骤🙂e\u0301", "lone \ud83d, null \x00"])
 def test_what_was_asked_about_a_beginning_comes_back_to_the_character(store, text):
     for shown in range(len(text) + 1):
-        store.keep_judgement(key_of(shown), asked_about(text, shown), f"about {shown}", Scored(0.5, "because"))
+        store.add_judgement(key_of(shown), asked_about(text, shown), f"about {shown}", Scored(0.5, "because"))
     for shown in range(len(text) + 1):
         entry = store.entry(key_of(shown))
-        system, user = entry.asked["messages"]
+        system, user = entry.question["messages"]
         assert (system["content"], user["content"]) == ("Be strict.", f"<t>{text[:shown]}</t>")
         assert (entry.answer, entry.result) == (f"about {shown}", Scored(0.5, "because"))
-        assert entry.asked["problem"] == "p"
+        assert entry.question["problem"] == "p"
 
 
 def long_texts(tree) -> list[str]:
@@ -298,10 +298,10 @@ def test_a_judgement_takes_little_more_than_its_answer(tmp_path):
 def test_texts_that_many_questions_share_are_there_once(store):
     text = "So x is 3 and y is 4. " * 10
     for number in range(20):
-        store.keep_judgement(key_of(number), asked_about(text, 10 * number), "Score: 3", Scored(0.5, "Score: 3"))
+        store.add_judgement(key_of(number), asked_about(text, 10 * number), "Score: 3", Scored(0.5, "Score: 3"))
     with sqlite3.connect(store.path) as connection:
         assert connection.execute("SELECT count(*) FROM texts").fetchone() == (2,)
-    assert {entry.asked["messages"][1]["content"][3:-4] for entry in store.newest(20)} == {
+    assert {entry.question["messages"][1]["content"][3:-4] for entry in store.newest(20)} == {
         text[: 10 * number] for number in range(20)
     }
 
@@ -330,8 +330,8 @@ def test_a_failed_write_is_an_error_for_each_that_waited_and_the_next_is_written
             future.result()
     with closing(sqlite3.connect(store.path)) as other:
         other.execute("DROP TRIGGER full")
-    store.keep_judgement(key_of(1), {"a": 1}, "now", Scored(0.25))
-    assert store.entry(key_of(1)).asked == {"a": 1}
+    store.add_judgement(key_of(1), {"a": 1}, "now", Scored(0.25))
+    assert store.entry(key_of(1)).question == {"a": 1}
     assert store.find_judgement(key_of(0)) is None
 
 
@@ -367,9 +367,9 @@ def test_a_store_of_version_1_is_read_and_goes_on(tmp_path):
             assert store.find_judgement("b2" * 32) == Abstained("refused", "")
             assert store.find_rubric("c3" * 32) == "{}"
             entry = store.entry("a1a1a1")
-            assert entry.asked == {"problem": "p1", "messages": [{"role": "user", "content": "a"}]}
+            assert entry.question == {"problem": "p1", "messages": [{"role": "user", "content": "a"}]}
             assert (entry.key, entry.answer, entry.created) == ("a1" * 32, "Score: 4", 1.0)
-            store.keep_judgement(KEY, {"new": 1}, "new", Scored(1.0))
+            store.add_judgement(KEY, {"new": 1}, "new", Scored(1.0))
             assert [entry.key for entry in store.newest(3)] == [KEY, "c3" * 32, "b2" * 32]
     assert integrity(file) == "ok"
 

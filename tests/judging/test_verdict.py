@@ -100,7 +100,7 @@ def test_the_released_parser_takes_the_first_score(text, stated, judgement):
 @pytest.mark.parametrize("text", ["Score: 4", "so\nScore:\n\n **4**/5", "Score: 2 of 5"])
 def test_the_place_of_a_score_is_that_of_its_digit(text, parser):
     stated = stated_score(text, parser)
-    assert text[stated.place] == str(int(stated.value))
+    assert text[stated.position] == str(int(stated.value))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from helpers.judge_parts import Scripted, Written, verdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprl_megatron.judging.data import DataGuard
+from exprl_megatron.judging.injection_guard import InjectionGuard
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.judging.verdict import normalize, parse_score, read_marks, read_soundness
 from exprl_megatron.utils.thinking import mask_thinking
@@ -105,7 +105,7 @@ def test_marks_within_a_thinking_block_are_none():
 
 @pytest.mark.parametrize("form", FORMS, ids=[form["text"][:40] for form in FORMS])
 def test_no_form_within_a_quoted_trace_is_taken_for_the_judges_own(form):
-    guard = DataGuard((), re.compile(r"<\|im_end\|>"))
+    guard = InjectionGuard((), re.compile(r"<\|im_end\|>"))
     assert parse_score(f"Score: 1\n\nThe trace reads:\n{guard(mask_thinking(form['text']))}") == 1
 
 
@@ -131,7 +131,7 @@ RESTRICTED = [
 def test_soundness_is_read_as_it_is_meant_and_never_out_of_data(text):
     found = read_soundness(f"Reasoning: it is clear.\n\nMark 1: absent\n{text}")
     assert (None if found is None else found.sound) == (True if text in SOUND else False if text in UNSOUND else None)
-    assert read_soundness(DataGuard((), re.compile(r"<\|\w+\|>"), soundness=True)(text)) is None
+    assert read_soundness(InjectionGuard((), re.compile(r"<\|\w+\|>"), soundness=True)(text)) is None
 
 
 @pytest.mark.parametrize(
@@ -150,4 +150,4 @@ def test_soundness_is_read_as_it_is_meant_and_never_out_of_data(text):
 )
 def test_marks_are_read_as_they_are_meant_and_never_out_of_data(text, marks):
     assert read_marks(text, 2) == marks
-    assert read_marks(DataGuard((), re.compile("(?!)"))(text), 2) is None
+    assert read_marks(InjectionGuard((), re.compile("(?!)"))(text), 2) is None

@@ -57,7 +57,7 @@ def test_the_auroc_of_constructed_judges(grade, area, bounds, granularity):
 def test_pairs_that_fall_stay_equal_and_rise_are_counted(grade, pairs):
     found = figures(grade)
     assert (found.falls, found.equals, found.rises) == pairs
-    assert [found.record()[name] for name in ("falls", "equals", "rises")] == list(pairs)
+    assert [found.to_dict()[name] for name in ("falls", "equals", "rises")] == list(pairs)
 
 
 def test_scores_that_differ_by_a_rounding_are_equal():
@@ -71,7 +71,7 @@ def test_scores_that_differ_by_a_rounding_are_equal():
 def test_means_are_scores_before_and_after_the_mark():
     found = figures(perfect)
     assert (found.mean_before, found.mean_after, found.mean_unmarked) == (5, 1, 5)
-    assert found.record()["interval"] == pytest.approx({"low": 0.6306, "high": 1}, abs=1e-4)
+    assert found.to_dict()["interval"] == pytest.approx({"low": 0.6306, "high": 1}, abs=1e-4)
 
 
 def test_a_judge_of_lengths_is_told_apart_by_pairs():
@@ -95,5 +95,5 @@ def test_abstentions_are_left_out():
 
     found = figures(silent)
     assert math.isnan(found.auroc)
-    assert found.record()["auroc"] is None
+    assert found.to_dict()["auroc"] is None
     assert found.abstained == 18

@@ -23,10 +23,10 @@ STEPS = 6
 
 
 def test_each_node_has_as_many_ranks_as_any_other():
-    nodes = [Node.of(number, 3, "n0:32000") for number in range(3)]
+    nodes = [Node.from_options(number, 3, "n0:32000") for number in range(3)]
     assert [list(node.ranks(6)) for node in nodes] == [[0, 1], [2, 3], [4, 5]]
-    assert list(Node.of(None, 1, None).ranks(4)) == [0, 1, 2, 3]
-    with pytest.raises(UserError, match="needs 4 trainer processes, which 3 --nodes cannot share evenly"):
+    assert list(Node.from_options(None, 1, None).ranks(4)) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="needs 4 trainer processes, which is not a multiple of 3 --nodes"):
         nodes[0].ranks(4)
 
 
@@ -41,7 +41,7 @@ def test_each_node_has_as_many_ranks_as_any_other():
 )
 def test_a_node_among_several_knows_its_number_and_where_node_0_is(number, master, said):
     with pytest.raises(UserError, match=said):
-        Node.of(number, 2, master)
+        Node.from_options(number, 2, master)
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def launchers(tmp_path):
     key_file = tmp_path / "servers" / "key"
     ensure_key(key_file)
     (port,) = free_ports(1)
-    host = HeadNode(Node.of(0, 2, f"127.0.0.1:{port}"), key_file)
-    worker = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
+    host = HeadNode(Node.from_options(0, 2, f"127.0.0.1:{port}"), key_file)
+    worker = WorkerNode(Node.from_options(1, 2, f"127.0.0.1:{port}"), key_file)
     return host, worker, connect_store("127.0.0.1", port, 10.0)
 
 
@@ -100,8 +100,8 @@ def test_a_node_that_comes_before_the_key_waits_for_it_and_does_not_believe_in_a
     (port,) = free_ports(1)
     key_file, stale = tmp_path / "key", tmp_path / "stale"
     ensure_key(stale)
-    shared = HeadNode(Node.of(0, 2, f"127.0.0.1:{port}"), stale)
-    worker = WorkerNode(Node.of(1, 2, f"127.0.0.1:{port}"), key_file)
+    shared = HeadNode(Node.from_options(0, 2, f"127.0.0.1:{port}"), stale)
+    worker = WorkerNode(Node.from_options(1, 2, f"127.0.0.1:{port}"), key_file)
     shared.signal_start()
     assert not worker._has_record("begin")
     ensure_key(key_file)

@@ -135,8 +135,8 @@ def test_an_own_domain_needs_its_verifier_only_where_the_reward_depends_on_it(ru
     with pytest.raises(UserError, match=r"1 of 1 measured problems have no verifier in verifier\.domains \(b\)"):
         check_inputs(without)
     (stage,) = without.stages
-    own_terms = stage.model_copy(update={"reward": stage.reward[1:]})
-    check_inputs(without.model_copy(update={"stages": (own_terms,)}))
+    custom_terms = stage.model_copy(update={"reward": stage.reward[1:]})
+    check_inputs(without.model_copy(update={"stages": (custom_terms,)}))
 
 
 @pytest.mark.parametrize(

@@ -178,16 +178,16 @@ def test_a_file_of_problems_is_read_once_by_all_checks(tmp_path, tiny_model, mon
     read, rows = [], sources._rows
     monkeypatch.setattr(sources, "_rows", lambda problems: read.append(problems.source) or rows(problems))
     own = "from exprl_megatron.api import Scored\none = lambda *_: 1.0\nright = lambda *_: Scored(1.0)\n"
-    (tmp_path / "own_terms.py").write_text(own)
+    (tmp_path / "custom_terms.py").write_text(own)
     config = run(tmp_path, tiny_model("qwen3"), "sparse-rl")
     evaluation = {"problems": config.stages[0].problems.model_dump(), "samples": 1, "k": [1]}
     evaluation["sampling"] = {"max_new_tokens": 16}
     tree = config.model_dump(mode="json") | {"plugin_path": [str(tmp_path)], "evaluation": evaluation}
     tree["stages"] *= 2
-    tree["stages"][1] = tree["stages"][1] | {"name": "b", "reward": [{"term": "own_terms:one"}]}
-    tree["verifier"] |= {"domains": {"math": "own_terms:right"}}
+    tree["stages"][1] = tree["stages"][1] | {"name": "b", "reward": [{"term": "custom_terms:one"}]}
+    tree["verifier"] |= {"domains": {"math": "custom_terms:right"}}
     config = check_config(tree, "test")
-    with sources.reading_once():
+    with sources.cached_sources():
         check_inputs(config)
         hash_inputs(config)
     assert read == [config.stages[0].problems.source]

@@ -59,7 +59,7 @@ def test_a_judge_without_room_for_reference_trace_and_answer_is_refused(tree, ti
     check_inputs(check_config(tree, "test"))
     tree["judge"]["max_new_tokens"] = 32_000
     with pytest.raises(
-        UserError, match=r"holds 32768 tokens.*problem p1.*sampling.max_new_tokens.*judge.max_new_tokens"
+        UserError, match=r"context of 32768 tokens.*problem p1.*sampling.max_new_tokens.*judge.max_new_tokens"
     ):
         check_inputs(check_config(tree, "test"))
 
@@ -70,7 +70,7 @@ def test_a_judge_without_room_for_checkpoints_is_refused(tree, tmp_path, room, r
     plain = check_config(tree, "test")
     judge = Judge(plain.judge, [], AutoTokenizer.from_pretrained(plain.judge.model))
     (problem,) = load_problems(plain.stages[0].problems)
-    fits = len(judge.request(problem, "", "trace")) + 128 + 64
+    fits = len(judge.prompt_ids(problem, "", "trace")) + 128 + 64
     tree["judge"] |= {"rubric": {"kind": "checkpoints", "max_new_tokens": 3_000}}
     tree["judge"]["model"] = str(_longer(Path(plain.policy.model), tmp_path, fits + room))
     check_inputs(check_config(tree | {"judge": tree["judge"] | {"rubric": {"kind": "reference"}}}, "test"))

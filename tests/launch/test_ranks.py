@@ -116,7 +116,7 @@ def test_a_stopped_rank_is_found_by_its_silence_and_ended(start, tmp_path, monke
     assert ranks.running()
     (rank,) = psutil.Process(ranks.pids[1]).children()
     rank.suspend()
-    with pytest.raises(RunStopped, match=r"trainer-1 .* not been heard of for 5 s, its state is stopped; see that"):
+    with pytest.raises(RunStopped, match=r"trainer-1 .* sent no heartbeat for 5 s, its state is stopped; check what"):
         wait_until(lambda: not ranks.running(), 30)
     ranks.stop()
     assert not rank.is_running()

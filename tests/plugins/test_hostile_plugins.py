@@ -17,17 +17,17 @@ from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import load_plugin
 from exprl_megatron.problems.problem import Problem
+from exprl_megatron.rollout.custom_functions import CustomFunction
 from exprl_megatron.rollout.group import StepInfo
-from exprl_megatron.rollout.own_functions import OwnFunction
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.own_metrics import never_stopping
+from exprl_megatron.training.custom_metrics import log_failures
 
 PROBLEM = Problem("p", "What is 2 + 2?", answer="4")
 REFERENCE = "forty two apples and seven pears"
 
 
 def own(function, deadline_s=60.0):
-    return OwnFunction(Plugin("verifier.domains.math", "mine:function", function), deadline_s)
+    return CustomFunction(Plugin("verifier.domains.math", "mine:function", function), deadline_s)
 
 
 def verdict(function, deadline_s=60.0):
@@ -213,7 +213,7 @@ def test_step_metrics_that_never_return_are_left_out_and_the_run_goes_on():
         go_on.wait()
         return {"own/late": 1.0}
 
-    metrics = never_stopping(hangs, said.append, deadline_s=0.01)
+    metrics = log_failures(hangs, said.append, deadline_s=0.01)
     assert [metrics(StepInfo("a", number), []) for number in (1, 2)] == [{}, {}]
     go_on.set()
     assert len(calls) == 1

@@ -10,11 +10,11 @@ import pytest
 from exprl_megatron.config.load import check_config
 from exprl_megatron.errors import RunStopped
 from exprl_megatron.plugins.loading import load_plugin
-from exprl_megatron.rollout.own_functions import own_verifiers
+from exprl_megatron.rollout.custom_functions import custom_verifiers
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training import rollouts
+from exprl_megatron.training.custom_rewards import custom_terms
 from exprl_megatron.training.grading import verified, with_terms
-from exprl_megatron.training.own_rewards import own_terms
 
 SECRET = "the hidden solution says that the sum of both numbers is certainly four in the end"
 HOSTILE = """
@@ -82,8 +82,8 @@ def sampling(tmp_path, monkeypatch, tiny_model):
 
         monkeypatch.setattr(rollouts, "sample_groups", sample)
         (stage,) = config.stages
-        by_answer = verified(None, config.verifier, own_verifiers(config.verifier, print))
-        grade = with_terms(stage, by_answer, own_terms("a", stage.reward, 5.0, print))
+        by_answer = verified(None, config.verifier, custom_verifiers(config.verifier, print))
+        grade = with_terms(stage, by_answer, custom_terms("a", stage.reward, 5.0, print))
 
         def step(number: int):
             plan = rollouts.SamplePlan(("a", number), stage.problems, [0], 2, stage.sampling, ["v0"])

@@ -145,5 +145,5 @@ def test_samples_without_experts_of_a_mixture_stay_without():
 
 def test_experts_of_other_layers_than_a_sample_names_are_refused():
     for given in (None, np.zeros((2, 2, 1), np.uint8)):
-        with pytest.raises(ValueError, match="routed_experts is of other layers than the 3 of routed_layers"):
+        with pytest.raises(ValueError, match="routed_experts does not have the 3 layers of routed_layers"):
             TrainSample((1,), (2, 3), routed_experts=given, routed_layers=(0, 1, 2))

@@ -99,14 +99,14 @@ def test_faults_of_a_json_list_name_the_item(tmp_path):
 def test_half_a_character_is_refused_with_line_and_field(tmp_path, field, half):
     line = json.dumps(RECORD | {field: "HALF"}).replace("HALF", half)
     message = _fault(tmp_path / "a.jsonl", f"{json.dumps(RECORD | {'id': 'p0'})}\n{line}\n")
-    assert "line 2" in message and f"'{field}'" in message and "half of a character" in message
+    assert "line 2" in message and f"'{field}'" in message and "a lone surrogate" in message
 
 
 def test_half_a_character_in_a_test_or_a_choice_is_refused(tmp_path):
     code = json.dumps({"id": "p", "problem": "q", "domain": "code", "tests": [{"input": "HALF", "output": ""}]})
-    assert "half of a character" in _fault(tmp_path / "a.jsonl", code.replace("HALF", r"\ud800"))
+    assert "a lone surrogate" in _fault(tmp_path / "a.jsonl", code.replace("HALF", r"\ud800"))
     choice = json.dumps({"id": "p", "problem": "q", "domain": "multiple-choice", "choices": ["a", "HALF"]})
-    assert "half of a character" in _fault(tmp_path / "a.jsonl", choice.replace("HALF", r"\ud800"))
+    assert "a lone surrogate" in _fault(tmp_path / "a.jsonl", choice.replace("HALF", r"\ud800"))
     whole = json.dumps(RECORD | {"problem": "PAIR"}).replace("PAIR", r"\ud83d\ude00")
     (tmp_path / "a.jsonl").write_text(whole)
     assert _load(tmp_path / "a.jsonl")[0].text == "\U0001f600"
@@ -155,7 +155,7 @@ def _drop(tokenizer, text):
 
 def test_a_control_token_in_a_problem_is_refused_with_its_id(tokenizer):
     for token in {"<|end|>", *tokenizer.all_special_tokens}:
-        with pytest.raises(UserError, match=r"problem p7 holds .* control token"):
+        with pytest.raises(UserError, match=r"problem p7 contains .* control token"):
             _drop(tokenizer, f"3 {token} 4")
     assert len(_drop(tokenizer, "3 < |end|> 4, <think> and a < b > c")) == 1
 
@@ -190,4 +190,4 @@ def test_a_text_of_unknown_tokens_is_refused(tokenizer, monkeypatch):
 @pytest.mark.parametrize("wrap", ["%s", "[%s]"])
 def test_a_key_that_is_given_twice_is_refused_and_not_read_as_the_last(tmp_path, wrap):
     line = '{"id": "a", "problem": "1?", "answer": "2", "problem": "3?"}'
-    assert "the key 'problem' is given twice in one object" in _fault(tmp_path / "a.jsonl", wrap % line)
+    assert "the key 'problem' occurs twice in one object" in _fault(tmp_path / "a.jsonl", wrap % line)

@@ -1,6 +1,6 @@
 """Which problems lack what a stage needs, in sentences."""
 
-from exprl_megatron.problems.needs import missing_for, verifiable
+from exprl_megatron.problems.needs import is_verifiable, unmet_needs
 from exprl_megatron.problems.problem import CodeTest, Problem, Reference
 
 WITH_ALL = Problem("all", "p", Reference("r"), "1")
@@ -14,22 +14,22 @@ JUDGED = [
 
 
 def test_nothing_is_missing_where_all_have_it():
-    assert missing_for([WITH_ALL, LETTER, RUNS, *JUDGED], "reference") == []
-    assert missing_for([WITH_ALL, LETTER, RUNS], "verification") == []
-    assert all(map(verifiable, (WITH_ALL, LETTER, RUNS)))
+    assert unmet_needs([WITH_ALL, LETTER, RUNS, *JUDGED], "reference") == []
+    assert unmet_needs([WITH_ALL, LETTER, RUNS], "verification") == []
+    assert all(map(is_verifiable, (WITH_ALL, LETTER, RUNS)))
 
 
 def test_missing_references_are_one_sentence():
     bare = [Problem(f"p{i}", "p", answer="1") for i in range(5)]
-    assert missing_for([WITH_ALL, *bare], "reference") == [
+    assert unmet_needs([WITH_ALL, *bare], "reference") == [
         "5 of 6 problems have no reference (p0, p1, p2, ...); fix them or leave them out."
     ]
 
 
 def test_what_cannot_be_verified_is_one_sentence_for_each_domain():
-    assert missing_for([WITH_ALL, RUNS, *JUDGED], "verification") == [
+    assert unmet_needs([WITH_ALL, RUNS, *JUDGED], "verification") == [
         "1 of 2 math problems have no answer to compare with (proof); fix them or leave them out.",
         "1 of 2 code problems have no tests to run (program); fix them or leave them out.",
         "1 of 1 science problems have no verifier, only a judge can grade them (essay); fix them or leave them out.",
     ]
-    assert not any(map(verifiable, JUDGED))
+    assert not any(map(is_verifiable, JUDGED))

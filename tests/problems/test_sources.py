@@ -160,7 +160,7 @@ def test_a_missing_an_empty_and_an_odd_field_are_named_with_their_line(tmp_path)
     del missing["problem"]
     path = _lines(tmp_path / "a.jsonl", [missing, _record(2, problem="  "), _record(3, answer=["4"])])
     faults = _faults(path)
-    assert "line 1: the field 'problem' is missing (there are: id, reference, answer)" in faults[0]
+    assert "line 1: the field 'problem' is missing (the record has: id, reference, answer)" in faults[0]
     assert "line 2: the field 'problem' is empty" in faults[1]
     assert "line 3: the field 'answer' is a list, not text" in faults[2]
 
@@ -168,7 +168,7 @@ def test_a_missing_an_empty_and_an_odd_field_are_named_with_their_line(tmp_path)
 def test_an_id_given_twice_is_named_with_both_places(tmp_path):
     path = _lines(tmp_path / "a.jsonl", [_record(1), _record(2), _record(1)])
     (fault,) = _faults(path)
-    assert f"{path} line 3: the id 'p1' was given at {path} line 1" in fault
+    assert f"{path} line 3: the id 'p1' also occurs at {path} line 1" in fault
 
 
 def test_many_faults_are_counted_after_the_first_ten(tmp_path):
@@ -180,7 +180,7 @@ def test_many_faults_are_counted_after_the_first_ten(tmp_path):
 def test_a_fault_of_all_records_is_one_sentence_with_its_remedy(tmp_path):
     records = [{"uid": n, "question": "1 + 1?", "solution": "It is 2.", "final": "2"} for n in range(20)]
     path = _lines(tmp_path / "a.jsonl", records)
-    known = "(there are: uid, question, solution, final)"
+    known = "(the record has: uid, question, solution, final)"
     assert _faults(path) == [
         f"{path}: in all 20 records the field 'id' is missing {known}; set problems.fields.id=uid.",
         f"{path}: in all 20 records the field 'problem' is missing {known}; set problems.fields.problem=question.",
@@ -221,4 +221,4 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
 def test_an_unreachable_hub_is_one_sentence(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (fault,) = _faults("nobody-here/no-such-set")
-    assert "nobody-here/no-such-set is not a file here and cannot be read from the Hugging Face hub" in fault
+    assert "nobody-here/no-such-set is not a local file and cannot be read from the Hugging Face hub" in fault

@@ -48,7 +48,7 @@ JUDGED = {
     "reward/abstained": 0.007812,
     "length/overlong": 0.0156,
     "sampler_gap/mean": 1.2345e-06,
-    "kl/start": 1.23e-3,
+    "kl/ref": 1.23e-3,
     "length/mean": 1432.7,
     "entropy": 0.512,
     "grad_norm": 0.5231,

@@ -21,7 +21,7 @@ REFUSING = """#!{python}
 # Starts Python with a filter that refuses system calls, as containers have it.
 import errno, os, sys
 from exprl_megatron.rewards import seccomp
-seccomp.forbid_privileges()
+seccomp.set_no_new_privileges()
 program = [seccomp._load(0)]
 for number in {numbers}:
     program += [seccomp._skip_unless(number, 1), seccomp._return(seccomp._ERROR | errno.EPERM)]
@@ -32,7 +32,7 @@ LISTENING = """#!{python}
 # Starts Python where somebody else listens to a filter already: there can be one such only.
 import os, sys
 from exprl_megatron.rewards import seccomp
-seccomp.forbid_privileges()
+seccomp.set_no_new_privileges()
 os.set_inheritable(seccomp._install([seccomp._return(seccomp._ALLOW)], seccomp._NEW_LISTENER), True)
 os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 """
@@ -132,7 +132,7 @@ def _alone(code: str, *arguments: str) -> str:
 def test_landlock_by_itself(attempt, since, tmp_path):
     if containment.landlock_version() < since:
         pytest.skip(f"this kernel's Landlock is older than version {since}")
-    code = f"seccomp.forbid_privileges()\ncontainment.deny_with_landlock()\n{attempt}\nprint('done')"
+    code = f"seccomp.set_no_new_privileges()\ncontainment.deny_with_landlock()\n{attempt}\nprint('done')"
     file = tmp_path / "file"
     file.write_text("whole")
     assert _alone(code, str(file)).startswith("PermissionError")
@@ -140,22 +140,22 @@ def test_landlock_by_itself(attempt, since, tmp_path):
 
 
 def test_namespaces_by_themselves():
-    layers = _alone("print(containment.leave_the_machine())")
+    layers = _alone("print(containment.drop_machine_access())")
     if "network namespace" in layers:
         code = (
-            "server = socket.create_server(('127.0.0.1', 0))\ncontainment.leave_the_machine()\n"
+            "server = socket.create_server(('127.0.0.1', 0))\ncontainment.drop_machine_access()\n"
             "socket.socket().connect(server.getsockname())\nprint('done')"
         )
         assert _alone(code).startswith(("OSError", "ConnectionRefusedError"))
     if "empty root directory" in layers:
-        assert _alone("containment.leave_the_machine()\nprint(os.path.exists('/etc'), os.listdir('/'))") == "False []"
+        assert _alone("containment.drop_machine_access()\nprint(os.path.exists('/etc'), os.listdir('/'))") == "False []"
     if not layers.strip("[]"):
         pytest.skip("there are none here")
 
 
 def test_limits_and_rights_by_themselves():
     code = (
-        "import resource\ncontainment.begin_program(os.getppid(), containment.Limits(memory_bytes=2**28))\n"
+        "import resource\ncontainment.contain_program(os.getppid(), containment.Limits(memory_bytes=2**28))\n"
         "print([l for l in open('/proc/self/status').read().splitlines() if l.startswith(('CapEff', 'NoNew'))],\n"
         "      resource.getrlimit(resource.RLIMIT_AS), resource.getrlimit(resource.RLIMIT_FSIZE))"
     )

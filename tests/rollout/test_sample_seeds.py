@@ -8,7 +8,7 @@ import pytest
 
 from exprl_megatron.config.serving import SamplingConfig
 from exprl_megatron.errors import ServerError
-from exprl_megatron.rollout.sampler import STARTS_EACH_PASS, Prompt, sample_groups, sample_seed
+from exprl_megatron.rollout.sampler import MAX_STARTS_PER_PASS, Prompt, sample_groups, sample_seed
 
 
 class Server:
@@ -85,7 +85,7 @@ def test_whole_groups_are_one_request_each_and_the_same_traces_as_one_by_one():
         handed_on.append((trace.problem_id, trace.sample))
 
     one_by_one = _sampled(alone, prompts, 4)
-    together = _sampled(whole, prompts, 4, whole_groups=True, on_trace=on_trace)
+    together = _sampled(whole, prompts, 4, group_requests=True, on_trace=on_trace)
     assert len(alone.requests) == 20 and len(whole.requests) == 5
     assert whole.requests[0] == alone.requests[0] == SamplingConfig().model_dump()
     assert sorted(whole.seeds) == sorted(alone.seeds)
@@ -98,8 +98,8 @@ def test_whole_groups_are_one_request_each_and_the_same_traces_as_one_by_one():
 
 
 def test_a_whole_group_of_other_weights_is_an_error():
-    with pytest.raises(ServerError, match="wrote sample 0 of problem p under weight version 2, not 1"):
-        _sampled(Server(version="2"), [Prompt("p", (1, 2))], 3, whole_groups=True)
+    with pytest.raises(ServerError, match="sampled trace 0 of problem p under weight version 2, not 1"):
+        _sampled(Server(version="2"), [Prompt("p", (1, 2))], 3, group_requests=True)
 
 
 def test_a_few_requests_begin_in_each_pass_of_the_event_loop():
@@ -125,4 +125,4 @@ def test_a_few_requests_begin_in_each_pass_of_the_event_loop():
 
     asyncio.run(sampled())
     # Some of a pass's are counted with the next one's, by their place in it.
-    assert begun.total() == 500 and max(begun.values()) <= 2 * STARTS_EACH_PASS
+    assert begun.total() == 500 and max(begun.values()) <= 2 * MAX_STARTS_PER_PASS

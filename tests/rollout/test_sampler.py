@@ -76,7 +76,7 @@ def test_groups_come_in_order_each_from_one_server_with_a_seed_for_each_sample(q
     assert all(t.token_ids[-1] % 4 == 0 for t in traces if t.finish_reason == "stop")
     again = sample([Watched(qwen3_server)], SHORT, 3, weight_versions=["initial"])
     assert token_ids(again) == token_ids(groups)
-    by_groups = sample([Watched(qwen3_server)], SHORT, 3, weight_versions=["initial"], whole_groups=True)
+    by_groups = sample([Watched(qwen3_server)], SHORT, 3, weight_versions=["initial"], group_requests=True)
     assert token_ids(by_groups) == token_ids(groups)
 
 

@@ -88,7 +88,7 @@ def test_a_trace_keeps_what_the_server_said_of_each_token():
     ],
 )
 def test_one_token_of_other_weights_or_of_unknown_ones_is_refused(spans, allowed, named):
-    with pytest.raises(ServerError, match=f"policy-0 .* wrote sample 0 of problem p under weight version {named}"):
+    with pytest.raises(ServerError, match=f"policy-0 .* sampled trace 0 of problem p under weight version {named}"):
         sampled(Server(spans), *allowed)
 
 

@@ -56,16 +56,16 @@ def test_the_end_of_an_earlier_attempt_is_told_from_that_of_this_one(tmp_path):
 
 def test_servers_are_dealt_out_to_nodes_as_slurm_numbers_them(tmp_path, monkeypatch):
     specs = server_specs("policy", tmp_path, ServerConfig(count=5), tmp_path)
-    shares = [[spec.name for spec in ServerShare(rank, 2).of(specs)] for rank in range(2)]
+    shares = [[spec.name for spec in ServerShare(rank, 2).select(specs)] for rank in range(2)]
     assert shares == [["policy-0", "policy-2", "policy-4"], ["policy-1", "policy-3"]]
-    assert ServerShare.of_this_node() == ServerShare(0, 1)
+    assert ServerShare.from_slurm() == ServerShare(0, 1)
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_NNODES", "4")
-    assert ServerShare.of_this_node() == ServerShare(2, 4)
+    assert ServerShare.from_slurm() == ServerShare(2, 4)
     monkeypatch.setenv("SLURM_NODEID", "1")
-    assert ServerShare.of_this_node() == ServerShare(1, 4)
+    assert ServerShare.from_slurm() == ServerShare(1, 4)
     with pytest.raises(UserError, match="--node-rank is 4, but there are only 4 --nodes"):
-        ServerShare.of_this_node(4)
+        ServerShare.from_slurm(4)
 
 
 GARBAGE = {

@@ -17,7 +17,7 @@ from problem_sets.record import text_id
 from exprl_megatron.config.problems import FieldNames
 from exprl_megatron.errors import UserError
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.records import problem_of
+from exprl_megatron.problems.records import parse_problem
 
 ROWS = Path(__file__).parents[1] / "data" / "rows"
 SUM_TESTS = [
@@ -285,7 +285,7 @@ def test_every_data_set_of_the_hub_gives_sound_problems(name):
     rows = "livecodebench" if name.startswith("livecodebench") else name
     solutions = ROWS / "livecodebench-solutions.json"
     found = list(candidates(name, Options(), copy=ROWS / f"{rows}.json", solutions=solutions))
-    problems = [problem_of(record, FieldNames()) for record in found if record is not None]
+    problems = [parse_problem(record, FieldNames()) for record in found if record is not None]
     assert problems and all(isinstance(problem, Problem) for problem in problems)
     assert all(problem.source for problem in problems)
 
@@ -293,7 +293,7 @@ def test_every_data_set_of_the_hub_gives_sound_problems(name):
 @pytest.mark.parametrize(("name", "size"), [("champ", 270), ("gsm8k-test", 100), ("gsm-symbolic", 300)])
 def test_every_packaged_data_set_gives_sound_problems(name, size):
     found = list(candidates(name, Options(variants=3)))
-    assert all(isinstance(problem_of(record, FieldNames()), Problem) for record in found)
+    assert all(isinstance(parse_problem(record, FieldNames()), Problem) for record in found)
     assert all(record["reference"] and record["answer"] for record in found)
     assert len({record["id"] for record in found}) == len({record["problem"] for record in found}) == size
 

@@ -68,7 +68,7 @@ def test_a_canary_too_short_to_be_one_is_refused_before_anything_is_written(prep
     out = tmp_path / "champ.jsonl"
     done = prepare("champ", "--out", str(out), "--limit", "3", "--canary", "CAN-7")
     assert (done.returncode, out.exists()) == (2, False)
-    assert "'CAN-7' turns up by chance; plant and give one of at least 8 characters" in done.stderr
+    assert "'CAN-7' occurs by chance; use one of at least 8 characters" in done.stderr
 
 
 def test_rows_left_out_are_counted_and_a_known_size_is_told(prepare, tmp_path):

@@ -40,14 +40,14 @@ def _weights(config, stage):
 
 
 def test_ratios_and_the_kl_to_a_stage_s_start_must_be_exact_at_first():
-    check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 0.0})
-    check_first_update("prime", 2, {"kl/old": 0.0, "kl/start": 0.3})
+    check_first_update("prime", 1, {"kl/old": 0.0, "kl/ref": 0.0})
+    check_first_update("prime", 2, {"kl/old": 0.0, "kl/ref": 0.3})
     # The reference policy's routers choose for themselves: the servers' choice may differ where two experts are equal.
-    check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 1e-12}, replays_routing=True)
+    check_first_update("prime", 1, {"kl/old": 0.0, "kl/ref": 1e-12}, replays_routing=True)
     with pytest.raises(RunStopped, match="kl/old"):
         check_first_update("prime", 1, {"kl/old": 1e-12}, replays_routing=True)
-    with pytest.raises(RunStopped, match=r"step 1 of prime.* kl/start is 1\.000e-12 .*reference policy"):
-        check_first_update("prime", 1, {"kl/old": 0.0, "kl/start": 1e-12})
+    with pytest.raises(RunStopped, match=r"step 1 of prime.* kl/ref is 1\.000e-12 .*reference policy"):
+        check_first_update("prime", 1, {"kl/old": 0.0, "kl/ref": 1e-12})
     with pytest.raises(RunStopped, match=r"step 7 of sparse.* kl/old is 1\.000e-12 .*before the step"):
         check_first_update("sparse", 7, {"kl/old": 1e-12})
 
@@ -129,7 +129,9 @@ def test_learning_alone_needs_every_step_that_it_learns_from(tiny_model, tmp_pat
         _config(tmp_path / "run", model, problems, debug={"only": "learning"})
     other = tmp_path / "other"
     config = _config(tmp_path / "run", model, problems, debug={"only": "learning", "rollouts": str(other)})
-    with pytest.raises(UserError, match=r"other, which has not kept step 1 of stage prime; it has kept 0 of 3"):
+    with pytest.raises(
+        UserError, match=r"other, whose rollout log does not have step 1 of stage prime; it has 0 of 3 steps"
+    ):
         check_inputs(config)
 
 

@@ -40,8 +40,8 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
     whole._pool = whole._shared_judge = whole._routing = None
     asked = []
 
-    async def nothing_found(pool, prompts, *further, whole_groups, **named):
-        assert whole_groups == by_groups
+    async def nothing_found(pool, prompts, *further, group_requests, **named):
+        assert group_requests == by_groups
         asked.extend((prompt.problem_id, prompt.occurrence) for prompt in prompts)
         return []
 

@@ -60,7 +60,7 @@ def test_what_befalls_the_trainer_stops_the_run_with_its_cause_and_it_is_resumed
 
 def test_a_rank_that_was_stopped_is_named(run):
     (end,) = run.outcomes[STOPPED].ended
-    assert "has not been heard of for 45 s, its state is stopped" in end
+    assert "has sent no heartbeat for 45 s, its state is stopped" in end
 
 
 def test_servers_that_were_killed_are_started_anew(run):

@@ -120,7 +120,7 @@ class Evaluating(Run):
         self.servers = self._phases = self._prefetch = self._rollouts = Servers(self._coordinator)
         self._logger = RunLogger(config, paths, self._progress)
         self._evaluator = Evaluator(config, paths, self.servers, self.servers, self._logger)
-        self._trained, self._asserted = set(), AssertionCounts()
+        self._trained_stages, self._assertions = set(), AssertionCounts()
         self._sync_metrics = {}
         self._trainer_log_probs = None
 

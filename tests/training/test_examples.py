@@ -151,8 +151,8 @@ def test_examples_are_read_like_problems(tmp_path, text):
         (PAIR.encode("utf-16"), "is not UTF-8 text"),
         (b"[" * 100_000, "this is not a JSON list"),
         (b'{"a": ' + b"[" * 100_000, "line 1: this is not JSON"),
-        (b'{"prompt": "p", "completion": "c", "prompt": "q"}', "line 1: the key 'prompt' is given twice"),
-        (b'{"prompt": "p", "completion": "\\ud800"}', "line 1: the field 'completion' holds"),
+        (b'{"prompt": "p", "completion": "c", "prompt": "q"}', "line 1: the key 'prompt' occurs twice"),
+        (b'{"prompt": "p", "completion": "\\ud800"}', "line 1: the field 'completion' contains"),
         (b"[1]", "item 1: this is a JSON int"),
     ],
 )

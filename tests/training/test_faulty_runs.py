@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(r
     assert (newest.with_name(newest.name + ".damaged")).is_dir()
     # The same rank, and as it was not dead, only a missing heartbeat shows it.
     assert status == 1
-    assert re.match(r"exprl: trainer-1 .* has not been heard of for 45 s, its state is stopped; see that", errors)
+    assert re.match(r"exprl: trainer-1 .* has sent no heartbeat for 45 s, its state is stopped; check what", errors)
     assert nothing_left(everyone)
 
 
@@ -166,12 +166,12 @@ def test_a_gradient_that_is_not_finite_stops_a_run_once(tmp_path, tiny_model):
     status, _, errors = launched.end(600)
     assert status == 1
     assert re.match(
-        r"exprl: The gradient norm of update 2 is nan in step 2 of sft; the weights are as they were\.", errors
+        r"exprl: The gradient norm of update 2 is nan in step 2 of sft; the weights are unchanged\.", errors
     )
     assert "--resume continues without this update" in errors
     launched.start("--resume")
     status, out, errors = launched.end(600)
     assert (status, errors) == (0, "")
-    assert "The gradient norm of update 2 is nan again; step 2 of sft is left out" in out
+    assert "The gradient norm of update 2 is nan again; step 2 of sft is skipped" in out
     last = json.loads(launched.paths.metrics.read_text().splitlines()[-1])
     assert last["step"] == 2 and last["metrics"]["update_skipped"] == 1 and last["metrics"]["grad_norm"] is None

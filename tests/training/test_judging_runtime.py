@@ -21,11 +21,11 @@ class Gate:
     def __init__(self, *fails):
         self.fails, self.checked, self.required = fails, [], []
 
-    async def check(self, grade):
+    async def evaluate(self, grade):
         self.checked.append(grade)
         return SimpleNamespace(metrics=lambda: {"auroc": 0.5})
 
-    def require(self, result, where):
+    def require_pass(self, result, where):
         self.required.append(where)
         if where in self.fails:
             raise RunStopped(f"{where}: the judge did not pass its gate")

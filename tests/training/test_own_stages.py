@@ -9,7 +9,7 @@ import torch
 from helpers.graded import graded, group, stage
 from helpers.scripted_rollouts import PROBLEMS, SECRET, Judging, drawn, rollouts
 
-from exprl_megatron.algorithms.advantages import estimator
+from exprl_megatron.algorithms.advantages import advantage_fn
 from exprl_megatron.api import Group, LearnedTrace, OwnStage, PromptProblem, Scored
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.plugins.failures import PluginError
@@ -105,7 +105,7 @@ def test_the_class_gets_its_settings():
 def test_a_stage_that_leaves_learning_as_it_is_learns_what_its_base_learns():
     groups = [group(1.0, 0.0, tokens=3), group(1.0, None, tokens=3)]
     rows, metrics = hooks("Plain", advantage="mean-centred").learn(1, groups)
-    expected = estimator("mean-centred")(
+    expected = advantage_fn("mean-centred")(
         torch.tensor([[1.0, 0.0], [1.0, 0.0]]).double(), torch.tensor([[1, 1], [1, 0]]).bool()
     )
     assert metrics == {} and rows[1][1] is None

@@ -172,4 +172,4 @@ async def with_initial_weights(server, model):
 def divergences(paths: RunDirectory) -> list[float]:
     """Of every step: from the stage's start, or from the teacher that it is."""
     metrics = [json.loads(line)["metrics"] for line in paths.metrics.read_text().splitlines()]
-    return [step["kl/teacher"] if "kl/teacher" in step else step["kl/start"] for step in metrics]
+    return [step["kl/teacher"] if "kl/teacher" in step else step["kl/ref"] for step in metrics]

@@ -90,7 +90,7 @@ def run_of(of_config, parts, progress=None, checkpoint=None, scorer=None):
         progress=progress,
         checkpoint=checkpoint,
     )
-    made._now = (of_config.stages[0].name, 1)
+    made._current_step = (of_config.stages[0].name, 1)
     return made
 
 
@@ -151,7 +151,7 @@ def test_groups_are_sampled_under_the_newest_weights_and_the_servers_are_checked
     assert parts.events == ["sync v7", ("start", 3, 6, "v7"), ("take", 3), "check served", "train"]
     assert groups == parts.sampled.groups
     assert made._progress == RunProgress(0, 2, 7, prompts_consumed=8, traces=3, tokens=18, abstentions=1)
-    assert made._counted == {"judge/asked": 3.0} and made._sync_metrics == {"sync/seconds": 1.0}
+    assert made._step_counts == {"judge/asked": 3.0} and made._sync_metrics == {"sync/seconds": 1.0}
 
 
 def test_where_the_log_has_the_step_no_weights_are_sent(tmp_path):
@@ -213,13 +213,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run_once_and_is_then_left_out_w
     parts.norm = None
     (tmp_path / "run").mkdir()
     of_config = config(tmp_path / "run", {"name": "a"})
-    with pytest.raises(RunStopped, match="in step 1 of a; the weights are as they were"):
+    with pytest.raises(RunStopped, match="in step 1 of a; the weights are unchanged"):
         run_of(of_config, parts).apply_update()
     again = run_of(of_config, parts)
     again._logger = SimpleNamespace(log=parts.events.append)
     assert again.apply_update()["update_skipped"] == 1.0
     assert again.weight_version == "v0"
-    assert parts.events[-1] == "The gradient norm of update 1 is nan again; step 1 of a is left out"
+    assert parts.events[-1] == "The gradient norm of update 1 is nan again; step 1 of a is skipped"
 
 
 def test_the_reference_policy_scores_at_the_samples_temperature_and_by_its_server_where_there_is_one(tmp_path):
@@ -345,7 +345,7 @@ def test_the_trainers_log_probs_of_a_step_are_on_disk_before_the_checkpoint_that
 def test_where_the_gap_stops_the_run_the_log_probs_that_show_it_are_on_disk(tmp_path):
     made, learn = _keeping(tmp_path)
     (stage,) = made.config.stages
-    with pytest.raises(RunStopped, match="nothing was learned from this step"), made.step(stage, 1):
+    with pytest.raises(RunStopped, match="no update was made in this step"), made.step(stage, 1):
         learn(-3.0)
         made.check_update(stage, {"sampler_gap/mean": 7.0})
     assert TrainerLogProbFiles(tmp_path / "trainer_log_probs").read("a", 1)[0, 0].tolist() == [-3.0]

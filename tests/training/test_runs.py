@@ -175,7 +175,7 @@ def test_every_kind_of_stage_learns_and_logs_what_it_did(mixed_run):
     paths = RunDirectory(mixed_run.directory)
     records = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
     assert [record["stage"] for record in records] == ["process", "process", "distill", "dapo", "sft"]
-    logged = {"segments/mean", "kl/start", "clip_share", "entropy", "padding/padded", "padding/packed"}
+    logged = {"segments/mean", "kl/ref", "clip_share", "entropy", "padding/padded", "padding/packed"}
     assert logged <= records[0]["metrics"].keys()
     assert not undocumented(name for record in records for name in record["metrics"]), "docs/metrics.md lacks them"
     weights = [load_file(paths.models / name / "model.safetensors") for name in ("process", "distill", "sft")]

@@ -39,7 +39,7 @@ class Recorder:
         self.calls.append(("own", step, [group.problem_id for group in groups]))
         return self.advantages
 
-    def own_metrics(self, stage, step, groups):
+    def custom_metrics(self, stage, step, groups):
         return {"own/groups": len(groups)}
 
     def scattered(self, batches):

@@ -164,7 +164,7 @@ def test_a_damaged_file_is_named(tmp_path):
         files.read("a", 1)
 
 
-def test_only_the_newest_steps_are_kept(tmp_path):
+def test_only_the_newest_steps_are_recorded(tmp_path):
     files = TrainerLogProbFiles(tmp_path)
     for step in range(1, 6):
         files.write_part("a", step, (0, 1), rows((0, 0)))

@@ -15,10 +15,10 @@ SEQUENCES = [TrainSample((1,), (2, 3, 4, 5), (1.0,) * 4), TrainSample((1,), (2, 
     ("aggregation", "kept", "divisor"),
     [
         ("token-mean", {}, 6),
-        ("token-mean", {"kept/tokens": 4.0, "kept/sequences": 1.0}, 4),
-        ("sequence-mean", {"kept/tokens": 4.0, "kept/sequences": 1.0}, 1),
-        ("constant-length", {"kept/tokens": 4.0, "kept/sequences": 1.0}, 8),
-        ("token-mean", {"kept/tokens": 0.0, "kept/sequences": 0.0}, 6),
+        ("token-mean", {"accepted/tokens": 4.0, "accepted/sequences": 1.0}, 4),
+        ("sequence-mean", {"accepted/tokens": 4.0, "accepted/sequences": 1.0}, 1),
+        ("constant-length", {"accepted/tokens": 4.0, "accepted/sequences": 1.0}, 8),
+        ("token-mean", {"accepted/tokens": 0.0, "accepted/sequences": 0.0}, 6),
     ],
 )
 def test_the_sum_of_the_losses_is_divided_by_what_is_kept(aggregation, kept, divisor):

@@ -33,7 +33,7 @@ def rank(directory, hangs, error):
         time.sleep(300)
 
     worker.work = work
-    status = worker.guarded(directory, directory / "servers")
+    status = worker.run_rank(directory, directory / "servers")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -41,13 +41,13 @@ class JudgeWords:
             entry = self._store.entry(key)
         except UserError:
             return None
-        messages = [[escaped(str(m["role"])), escaped(str(m["content"]))] for m in entry.asked.get("messages", [])]
+        messages = [[escaped(str(m["role"])), escaped(str(m["content"]))] for m in entry.question.get("messages", [])]
         return {"messages": messages, "rubric": _marked_rubric(entry), "answer": escaped(entry.answer)}
 
 
 def _marked_rubric(entry: Entry) -> list[dict[str, Any]]:
     """The checkpoints that the judge marked, each with its mark; empty where it had no rubric."""
-    checkpoints = (entry.asked.get("rubric") or {}).get("checkpoints", [])
+    checkpoints = (entry.question.get("rubric") or {}).get("checkpoints", [])
     marks = read_marks(entry.answer, len(checkpoints)) or (None,) * len(checkpoints)
     return [
         {"text": escaped(each["text"]), "weight": each["weight"], "quote": escaped(each["quote"]), "mark": mark}

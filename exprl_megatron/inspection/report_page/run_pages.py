@@ -30,7 +30,7 @@ from exprl_megatron.inspection.rollout_steps import (
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
 from exprl_megatron.plugins.loading import use_plugin_path
 from exprl_megatron.problems.problem import Problem
-from exprl_megatron.problems.sources import is_own_source, load_problems
+from exprl_megatron.problems.sources import is_custom_source, load_problems
 from exprl_megatron.reporting.plain_text import escaped
 from exprl_megatron.runs.directory import RunDirectory, read_config
 from exprl_megatron.runs.journal import Journal
@@ -159,7 +159,7 @@ class RunPages:
             return {}
         if source not in self._loaded:
             self._loaded[source] = {}
-            if Path(source.source).expanduser().exists() or is_own_source(source.source):
+            if Path(source.source).expanduser().exists() or is_custom_source(source.source):
                 self._loaded[source] = {problem.id: problem for problem in _problems_of(source)}
         return self._loaded[source]
 

@@ -1,4 +1,4 @@
-"""Metrics of the user: functions of a step's graded groups whose numbers are logged beside the others."""
+"""Metrics of the user: functions of a step's graded groups whose numbers are logged with the other metrics."""
 
 import math
 import re
@@ -12,23 +12,23 @@ from exprl_megatron.rollout.group import Group, StepInfo
 
 ARGUMENTS = ("step", "groups")
 OWN = "own/"
-"""The names of the user's metrics begin so, and are thus no others."""
+"""Prefix of the user's metrics, which distinguishes them from all others."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.@-]{,59}")
-_MOST = 200
-"""Numbers that one function returns for a step."""
+_MAX_NUMBERS = 200
+"""Maximum number of metrics that one function returns for a step."""
 _DEADLINE_S = 60.0
-"""So long a step waits for all of them."""
+"""Maximum time in seconds that a step waits for all functions."""
 
 
 StepMetrics = Callable[[StepInfo, Sequence[Group]], dict[str, float]]
 
 
-def own_step_metrics(paths: Sequence[str]) -> StepMetrics:
+def custom_step_metrics(paths: Sequence[str]) -> StepMetrics:
     """Return a function that computes the metrics of all functions in `paths`.
 
     Raises:
-        PluginError: one cannot be loaded or takes other arguments. The function raises it where one fails, returns
-            no mapping of names to numbers, or has a name in common with another.
+        PluginError: a function cannot be loaded or takes other arguments. The returned function raises it where one
+            fails, does not return a mapping of names to numbers, or returns the same name as another.
     """
     plugins = [Plugin.load(f"step_metrics.{number}", path) for number, path in enumerate(paths)]
     for plugin in plugins:
@@ -46,10 +46,10 @@ def own_step_metrics(paths: Sequence[str]) -> StepMetrics:
     return metrics
 
 
-def never_stopping(metrics: StepMetrics, say: Callable[[str], None], deadline_s: float = _DEADLINE_S) -> StepMetrics:
-    """Return `metrics` as a function that gives `say` the first failure and returns no metrics instead of failing.
+def log_failures(metrics: StepMetrics, log: Callable[[str], None], deadline_s: float = _DEADLINE_S) -> StepMetrics:
+    """Return `metrics` as a function that logs the first failure, and returns no metrics instead of raising.
 
-    What has no result within `deadline_s` is not called again.
+    It is not called again if it has no result within `deadline_s` seconds.
     """
     failed: list[str] = []
     hangs: list[bool] = []
@@ -71,10 +71,10 @@ def never_stopping(metrics: StepMetrics, say: Callable[[str], None], deadline_s:
         thread.join(deadline_s)
         if thread.is_alive():
             hangs.append(True)
-            say(f"step_metrics gave no result within {deadline_s:g} s and is not called again; the run continues.")
+            log(f"step_metrics gave no result within {deadline_s:g} s and is not called again; the run continues.")
         elif errors:
             if not failed:
-                say(f"{errors[0]} The step has no metrics of step_metrics; later failures are not reported.")
+                log(f"{errors[0]} The step has no metrics of step_metrics; later failures are not reported.")
             failed.append(str(errors[0]))
         return results[0] if results and not hangs else {}
 
@@ -82,11 +82,15 @@ def never_stopping(metrics: StepMetrics, say: Callable[[str], None], deadline_s:
 
 
 def checked_metrics(plugin: Plugin, found: object) -> dict[str, float]:
-    """Return the numbers under names that begin with `own/`. Raises PluginError where it is no such mapping."""
+    """Return the numbers of a function's result under names that begin with `own/`.
+
+    Raises:
+        PluginError: the result is not a mapping of short names to numbers.
+    """
     if not isinstance(found, Mapping):
         raise plugin.failure(f"returned {described(found)} instead of a mapping of names to numbers")
-    if len(found) > _MOST:
-        raise plugin.failure(f"returned {len(found)} numbers for a step, more than {_MOST}")
+    if len(found) > _MAX_NUMBERS:
+        raise plugin.failure(f"returned {len(found)} numbers for a step, more than {_MAX_NUMBERS}")
     checked = {}
     for name, value in found.items():
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:

@@ -1,14 +1,14 @@
-"""Text that stays data, whatever it says: what is done to a problem, a reference and a trace before a judge reads them.
+"""Guards a judge against prompt injection: sanitizes problem, reference and trace before the judge reads them.
 
-A trace is written by a policy that is paid by the judge's score, so whatever works there will be found. Four things
-are changed, and nothing else:
+A policy is trained on the judge's score of its traces, so it finds every injection that works. Four things are
+changed, and nothing else:
 
-* characters that nobody sees (zero-width, bidirectional marks, other control characters) are left out;
-* tags like those that the prompt sets around its data, in look-alike letters and brackets too, get square brackets:
+* invisible characters (zero-width, bidirectional marks, other control characters) are removed;
+* tags like those that the prompt puts around its data, also in look-alike letters and brackets, get square brackets:
   `</trace>` becomes `[/trace]`, so that data cannot end its section;
-* control tokens of chat templates are broken up: `<|im_end|>` becomes `< |im_end|>`, so that data cannot open a turn;
+* control tokens of chat templates are split: `<|im_end|>` becomes `< |im_end|>`, so that data cannot open a turn;
 * statements in the form of the judge's verdict lose their colon: `Score: 5` becomes `Score = 5` (and a line `Score`
-  above a number `Score =`, `<score>` `[score]`), so that a judge who quotes the trace states no score.
+  above a number `Score =`, `<score>` `[score]`), so that a judge that quotes the trace states no score.
 """
 
 import re
@@ -48,20 +48,25 @@ _MARK = re.compile(
 )
 
 
-class DataGuard:
-    """Makes text plain data for one judge (its control tokens, its parser) and one prompt (its tags)."""
+class InjectionGuard:
+    """Sanitizes text for one judge (its control tokens, its parser) and one prompt (its tags).
+
+    Args:
+        tags: names of the tags around the prompt's data.
+        control: matches the control tokens of chat templates (see `control_token_pattern`).
+        every_score: whether the parser accepts a `Score:` that no number follows.
+        soundness: whether a line `Sound: yes` is part of the verdict.
+    """
 
     def __init__(self, tags: Iterable[str], control: re.Pattern, *, every_score: bool = False, soundness: bool = False):
-        """`every_score`: the parser takes a `Score:` for a verdict even where no number follows. `soundness`: a line
-        `Sound: yes` is part of the verdict."""
         self._tags = frozenset(tags) | {"score"}
         self._control = control
         self._every_score = every_score
         self._marks = (_MARK, _SOUNDNESS) if soundness else (_MARK,)
 
     def __call__(self, text: str) -> str:
-        """`text` as data; applied twice it is as applied once."""
-        text = _ANGLED.sub(self._tag_disarmed, seen(text))
+        """Sanitize `text`; the function is idempotent."""
+        text = _ANGLED.sub(self._neutralized_tag, strip_invisible(text))
         text = self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
         text = _SCORE.sub(lambda match: f"{match[0][:-1]} =", text)
         text = _SCORE_HEADING.sub(r"\1 =", text)
@@ -69,37 +74,37 @@ class DataGuard:
             text = pattern.sub(r"\1 =", text)
         return text.replace("Score:", "Score =") if self._every_score else text
 
-    def each(self, texts: Sequence[str]) -> list[str]:
-        """Every one of `texts` as data; beginnings of the longest one are not searched again where it is plain."""
+    def sanitize_all(self, texts: Sequence[str]) -> list[str]:
+        """Sanitize each of `texts`; prefixes of the longest text are not searched again where that one is clean."""
         longest = max(texts, key=len, default="")
-        plain = self._plain_until(longest)
-        return [text if len(text) <= plain and longest.startswith(text) else self(text) for text in texts]
+        clean = self._clean_prefix_length(longest)
+        return [text if len(text) <= clean and longest.startswith(text) else self(text) for text in texts]
 
-    def _plain_until(self, text: str) -> int:
-        """A length up to which all beginnings of `text` are data as they stand.
+    def _clean_prefix_length(self, text: str) -> int:
+        """Return a length up to which no prefix of `text` needs a change.
 
-        What is changed in a beginning is changed in the whole too, at the same place or at one before it.
+        What is changed in a prefix is also changed in the whole text, at the same position or before it.
         """
-        if seen(text) != text:
+        if strip_invisible(text) != text:
             return 0
-        tags = (match for match in _ANGLED.finditer(text) if self._tag_disarmed(match) != match[0])
+        tags = (match for match in _ANGLED.finditer(text) if self._neutralized_tag(match) != match[0])
         found = [next(tags, None), *(pattern.search(text) for pattern in (self._control, _SCORE, *self._marks))]
         places = [match.start() for match in found if match]
         if self._every_score and (place := text.find("Score:")) >= 0:
             places.append(place)
         return min(places, default=len(text))
 
-    def _tag_disarmed(self, match: re.Match) -> str:
+    def _neutralized_tag(self, match: re.Match) -> str:
         return f"[{match['inner']}]" if _folded(match["name"]) in self._tags else match[0]
 
 
-def seen(text: str) -> str:
-    """`text` without the characters that cannot be seen; every line end is a newline."""
+def strip_invisible(text: str) -> str:
+    """Remove invisible characters from `text`, and make every line end a newline."""
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
-def control_tokens(tokenizer: Any | None) -> re.Pattern:
-    """Match the control tokens of the usual chat templates and of this tokenizer, if there is one, in plain text."""
+def control_token_pattern(tokenizer: Any | None) -> re.Pattern:
+    """Return a pattern of the control tokens of the usual chat templates and of this tokenizer (None: no tokenizer)."""
     if tokenizer is None:
         return re.compile(_CONTROL)
     added = tokenizer.added_tokens_decoder.values()
@@ -110,24 +115,24 @@ def control_tokens(tokenizer: Any | None) -> re.Pattern:
 
 
 class _Visible(dict):
-    """For str.translate: what becomes of a character, worked out when it is first met."""
+    """A table for str.translate, which computes the replacement of a character when it first occurs."""
 
     def __missing__(self, code: int) -> int | None:
-        kept: int | None
+        replacement: int | None
         if code in _LINE_ENDS:
-            kept = ord("\n")
+            replacement = ord("\n")
         elif chr(code) in "\n\t":
-            kept = code
+            replacement = code
         else:
-            kept = None if unicodedata.category(chr(code)) in _UNSEEN else code
-        self[code] = kept
-        return kept
+            replacement = None if unicodedata.category(chr(code)) in _UNSEEN else code
+        self[code] = replacement
+        return replacement
 
 
 _VISIBLE = _Visible()
 
 
 def _folded(name: str) -> str:
-    """A tag's name in plain lower-case Latin letters: accents and look-alikes are taken away."""
+    """Return a tag's name in plain lower-case Latin letters, without accents and look-alikes."""
     letters = unicodedata.normalize("NFKD", name).casefold().translate(_LATIN)
     return "".join(letter for letter in letters if not unicodedata.combining(letter))

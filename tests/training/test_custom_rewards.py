@@ -17,13 +17,13 @@ from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import load_plugin
 from exprl_megatron.problems.problem import Problem, Reference
+from exprl_megatron.rollout.custom_functions import custom_verifiers
 from exprl_megatron.rollout.group import GradedTrace, Group, RewardTerm
-from exprl_megatron.rollout.own_functions import own_verifiers
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.training import judging_runtime
+from exprl_megatron.training.custom_rewards import custom_terms
 from exprl_megatron.training.grading import verified, with_terms
-from exprl_megatron.training.own_rewards import own_terms
-from exprl_megatron.training.sample_rewards import rewards_of
+from exprl_megatron.training.sample_rewards import group_rewards
 from exprl_megatron.training.statistics import group_statistics
 from exprl_megatron.training.train_samples import token_advantages
 
@@ -49,7 +49,7 @@ def module(tmp_path, monkeypatch):
 
 def verify(said: list[str] | None = None, deadline_s: float = 5.0):
     config = VerifierConfig(domains={"counting": "mine:verify"}, answer_deadline_s=deadline_s)
-    own = own_verifiers(config, (said if said is not None else []).append)
+    own = custom_verifiers(config, (said if said is not None else []).append)
     return asyncio.run(verified(None, config, own)(PROBLEM, TRACE)).judgement
 
 
@@ -89,7 +89,7 @@ def test_other_domains_keep_the_built_in_verifier(module):
             return Scored(1.0, "built in")
 
     config = VerifierConfig(domains={"counting": "mine:verify"})
-    own = own_verifiers(config, print)
+    own = custom_verifiers(config, print)
     grade = verified(BuiltIn(), config, own)
     math = Problem("m", "1 + 1?", answer="2")
     assert [asyncio.run(grade(p, TRACE)).judgement.value for p in (PROBLEM, math)] == [0.0, 1.0]
@@ -104,7 +104,7 @@ def test_an_exception_is_an_abstention_that_names_the_users_line_and_is_said_onc
     """)
     said: list[str] = []
     config = VerifierConfig(domains={"counting": "mine:verify"})
-    grade = verified(None, config, own_verifiers(config, said.append))
+    grade = verified(None, config, custom_verifiers(config, said.append))
 
     async def several():
         return await asyncio.gather(*(grade(PROBLEM, TRACE) for _ in range(3)))
@@ -160,7 +160,7 @@ def test_a_reward_is_the_weighted_sum_of_its_terms(module):
     async def grade(problem, trace):
         return GradedTrace(trace, Scored(0.75), verified=Scored(1.0))
 
-    own = own_terms("prime", stage.reward, 5.0, print)
+    own = custom_terms("prime", stage.reward, 5.0, print)
     found = asyncio.run(with_terms(stage, grade, own)(PROBLEM, TRACE))
     assert [(term.name, term.value) for term in found.terms] == [
         ("judge", 0.75),
@@ -177,7 +177,7 @@ def test_a_reward_is_the_weighted_sum_of_its_terms(module):
 def test_a_term_that_is_no_finite_number_stops_the_run(module, returned):
     module(f"def format(problem, trace): return {returned}")
     stage = outcome_stage({"term": "judge"}, {"term": "mine:format"})
-    (own,) = own_terms("prime", stage.reward, 5.0, print).values()
+    (own,) = custom_terms("prime", stage.reward, 5.0, print).values()
     with pytest.raises(PluginError, match=r"reward of stage prime: mine:format \(.*mine.py, line 3\) returned "):
         asyncio.run(own.value(PROBLEM, TRACE))
 
@@ -248,7 +248,7 @@ def test_a_trace_whose_term_is_missing_is_out_of_statistics_and_loss():
         graded(2, 0.0, terms=(term("judge", 0.0), term("f", 0.0, -1.0))),
     )
     group = Group("p", members)
-    rewards, valid = rewards_of(group, "score")
+    rewards, valid = group_rewards(group, "score")
     assert rewards.tolist() == [-1.0, 0.0, 0.0]
     assert valid.tolist() == [True, False, True]
     stage = outcome_stage({"term": "judge"}, {"term": "a:f", "weight": -1.0}, advantage="mean-centred")
@@ -265,9 +265,9 @@ def test_a_trace_whose_term_is_missing_is_out_of_statistics_and_loss():
 def test_an_overlong_trace_loses_the_judges_score_and_keeps_its_penalties():
     terms = (term("judge", 1.0), term("length", 1.0, -0.5))
     group = Group("p", (graded(0, 1.0, finish="length", terms=terms), graded(1, 1.0, terms=terms)))
-    assert rewards_of(group, "zero")[0].tolist() == [-0.5, 0.5]
-    assert rewards_of(group, "score")[0].tolist() == [0.5, 0.5]
-    rewards, valid = rewards_of(group, "exclude")
+    assert group_rewards(group, "zero")[0].tolist() == [-0.5, 0.5]
+    assert group_rewards(group, "score")[0].tolist() == [0.5, 0.5]
+    rewards, valid = group_rewards(group, "exclude")
     assert (rewards.tolist(), valid.tolist()) == ([0.0, 0.5], [False, True])
 
 

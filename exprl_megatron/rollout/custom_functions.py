@@ -1,7 +1,7 @@
-"""Verifiers and reward functions of the user: how they are called, and what their failures become.
+"""Calls verifiers and reward functions of the user.
 
-An exception or a missed deadline is an abstention, as of every verifier. A result of another type than is documented is
-an error of the program and stops the run.
+An exception or a missed deadline is an abstention, as of every verifier. A result of an undocumented type is an error
+of the program and stops the run.
 """
 
 import asyncio
@@ -20,34 +20,40 @@ from exprl_megatron.rollout.trace import Trace
 
 ARGUMENTS = ("problem", "trace")
 _THREADS = 16
-"""Calls of a function that is not async which run at the same time, at most."""
+"""Maximum number of concurrent calls of a function that is not async."""
 _TASKS = 256
-"""The same of an async one."""
+"""Maximum number of concurrent calls of an async function."""
 _REASON = re.compile(r"[a-z0-9][a-z0-9-]{,23}")
-"""It names a metric, which leaves the machine with trackers: too short for a reference."""
-_LONGEST_EVIDENCE = 20_000
-"""Characters of a finding that are kept with each trace."""
+"""A reason is part of a metric's name, which trackers may send elsewhere; it is too short for a reference."""
+_MAX_EVIDENCE_CHARS = 20_000
+"""Maximum length of the evidence that is stored with each trace."""
 
 
-class OwnFunction:
+class CustomFunction:
     """A function (problem, trace) of the user; all calls must come from one event loop.
 
-    `say` gets a line for the first failure at each place of the user's code.
+    Args:
+        plugin: the user's function.
+        deadline_s: seconds that one call may take.
+        log: gets a line for the first failure at each position of the user's code.
+
+    Raises:
+        PluginError: the function takes other arguments.
     """
 
-    def __init__(self, plugin: Plugin, deadline_s: float, say: Callable[[str], None] = lambda text: None):
+    def __init__(self, plugin: Plugin, deadline_s: float, log: Callable[[str], None] = lambda text: None):
         plugin.check_arguments(ARGUMENTS)
         self.plugin = plugin
         self._deadline_s = deadline_s
-        self._say = say
-        self._said: set[str] = set()
+        self._log = log
+        self._logged: set[str] = set()
         self._free = asyncio.Semaphore(_TASKS if plugin.is_async else _THREADS)
 
     async def verify(self, problem: Problem, trace: Trace) -> Judgement:
-        """Return the function's verdict; abstains with `verifier-timeout` or `verifier-error` where it has none.
+        """Return the function's judgement; abstains with `verifier-timeout` or `verifier-error` where it fails.
 
         Raises:
-            PluginError: it returned neither Scored nor Abstained.
+            PluginError: the function returned neither Scored nor Abstained.
         """
         found = await self._result(problem, trace)
         if not isinstance(found, Scored | Abstained):
@@ -55,10 +61,10 @@ class OwnFunction:
         return self._plain(found)
 
     async def value(self, problem: Problem, trace: Trace) -> tuple[float | None, str]:
-        """Return the function's number and its evidence; None, and why, where it abstained or failed.
+        """Return the function's number and its evidence; or None and the reason, where it abstained or failed.
 
         Raises:
-            PluginError: it returned no finite number, and neither Scored nor Abstained.
+            PluginError: the function returned neither a finite number nor Scored nor Abstained.
         """
         found = await self._result(problem, trace)
         if isinstance(found, Scored | Abstained):
@@ -75,7 +81,7 @@ class OwnFunction:
     async def _result(self, problem: Problem, trace: Trace) -> Any:
         try:
             async with self._free:
-                # Copies: what the function does to them reaches neither later prompts nor what is learned from.
+                # Copies: changes that the function makes must not reach later prompts or the training data.
                 return await asyncio.wait_for(self.plugin.ask(copy(problem), copy(trace)), self._deadline_s)
         except PluginError:
             raise
@@ -86,7 +92,7 @@ class OwnFunction:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # The function's own: one that a library of the user's cancelled must not end the step.
+            # The user's code canceled a task of its own, which must not end the step.
             what = f"{self.plugin.path} failed at {place_of_error(error, self.plugin.function)}"
             return self._abstained("verifier-error", what)
         except (Exception, SystemExit) as error:
@@ -94,8 +100,8 @@ class OwnFunction:
             return self._abstained("verifier-error", what)
 
     def _plain(self, found: Judgement) -> Judgement:
-        """The same in Python's own types, with evidence that can be kept, and a reason that can name a metric."""
-        evidence = _kept(found.evidence)
+        """Convert to built-in types, with evidence that can be stored and a reason that fits into a metric's name."""
+        evidence = _storable(found.evidence)
         if isinstance(found, Scored):
             return Scored(float(found.value), evidence)
         if isinstance(found.reason, str) and _REASON.fullmatch(found.reason):
@@ -108,24 +114,28 @@ class OwnFunction:
 
     def _abstained(self, reason: str, what: str) -> Abstained:
         place = what.partition(": ")[0]
-        if place not in self._said:
-            self._said.add(place)
-            self._say(f"{what}; such traces are abstentions, which verifier.answer_deadline_s and the code decide")
+        if place not in self._logged:
+            self._logged.add(place)
+            self._log(f"{what}; such traces are abstentions; fix the function, or raise verifier.answer_deadline_s")
         return Abstained(reason, what)
 
 
-def _kept(evidence: object) -> str:
-    """Evidence as text that a file can hold, without the middle of what is longer than _LONGEST_EVIDENCE."""
+def _storable(evidence: object) -> str:
+    """Return the evidence as text that can be encoded; the middle of text above _MAX_EVIDENCE_CHARS is left out."""
     text = "" if evidence is None else evidence if isinstance(evidence, str) else repr(evidence)
-    if len(text) > _LONGEST_EVIDENCE:
-        half = _LONGEST_EVIDENCE // 2
+    if len(text) > _MAX_EVIDENCE_CHARS:
+        half = _MAX_EVIDENCE_CHARS // 2
         text = f"{text[:half]} [{len(text) - 2 * half} characters left out] {text[-half:]}"
     return text.encode(errors="replace").decode()
 
 
-def own_verifiers(config: VerifierConfig, say: Callable[[str], None]) -> dict[str, OwnFunction]:
-    """Load the verifiers of `verifier.domains`, by domain. Raises PluginError."""
+def custom_verifiers(config: VerifierConfig, log: Callable[[str], None]) -> dict[str, CustomFunction]:
+    """Load the verifiers of `verifier.domains`, by domain; `log` gets a line for each new failure.
+
+    Raises:
+        PluginError: a function cannot be loaded or takes other arguments.
+    """
     return {
-        domain: OwnFunction(Plugin.load(f"verifier.domains.{domain}", path), config.deadline_s(domain), say)
+        domain: CustomFunction(Plugin.load(f"verifier.domains.{domain}", path), config.deadline_s(domain), log)
         for domain, path in config.domains.items()
     }

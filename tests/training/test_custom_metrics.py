@@ -8,7 +8,7 @@ from helpers.graded import group
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import load_plugin
 from exprl_megatron.rollout.group import StepInfo
-from exprl_megatron.training.own_metrics import own_step_metrics
+from exprl_megatron.training.custom_metrics import custom_step_metrics
 from exprl_megatron.training.run import Run
 
 MODULE = """
@@ -43,20 +43,20 @@ def run(tmp_path, monkeypatch):
 
 def test_a_step_has_the_metrics_of_every_function_under_names_of_their_own(run):
     made, _ = run("mine_metrics:counts", "mine_metrics:breaks_at_two")
-    found = made.own_metrics(STAGE, 1, [group(1.0, 0.0)])
+    found = made.custom_metrics(STAGE, 1, [group(1.0, 0.0)])
     assert found == {"own/groups": 1.0, "own/step": 1.0, "own/inverse": 1.0}
-    assert run()[0].own_metrics(STAGE, 1, []) == {}
+    assert run()[0].custom_metrics(STAGE, 1, []) == {}
 
 
 def test_a_failure_in_the_run_is_reported_once_and_stops_nothing(run):
     made, said = run("mine_metrics:breaks_at_two")
-    found = [made.own_metrics(STAGE, step, []) for step in (1, 2, 2, 3)]
+    found = [made.custom_metrics(STAGE, step, []) for step in (1, 2, 2, 3)]
     assert found == [{"own/inverse": 1.0}, {}, {}, {"own/inverse": -1.0}]
     assert len(said) == 1 and "mine_metrics.py, line 7, in breaks_at_two: ZeroDivisionError" in said[0]
 
 
 def test_two_functions_with_one_name_are_refused(run):
     run()
-    metrics = own_step_metrics(["mine_metrics:counts", "mine_metrics:again"])
+    metrics = custom_step_metrics(["mine_metrics:counts", "mine_metrics:again"])
     with pytest.raises(PluginError, match=r"step_metrics\.1: mine_metrics:again .* returned 'groups', as another of"):
         metrics(StepInfo("prime", 1), [])

@@ -57,7 +57,10 @@ def test_no_more_than_the_limit_is_read(load):
     ("body", "sentence"),
     [
         (GOOD, r"load: in all 3 records the field 'problem' is missing .* set problems.fields.problem=question"),
-        ("def load(split): return [{'id': 'a', 'problem': 'q'}] * 2", r"record 2: the id 'a' was given at .* record 1"),
+        (
+            "def load(split): return [{'id': 'a', 'problem': 'q'}] * 2",
+            r"record 2: the id 'a' also occurs at .* record 1",
+        ),
         ("def load(split): return []", r"The problem source mine_source:load is empty"),
     ],
 )
