@@ -268,7 +268,7 @@ def test_a_checkpoint_has_the_state_of_the_users_own_stage_and_a_resumed_run_con
     parts.own_stage = lambda stage: counting
     made = run_of(of_config, parts, RunProgress(step=4, updates=2))
     assert made.own_advantages(of_stage, 4, ["one", "two"]) == [["advantages"]]
-    assert made._counted == {"own/learned": 2.0}
+    assert made._step_counts == {"own/learned": 2.0}
     made.checkpoint_if_due(of_stage, 4)
     assert RunProgress.from_dict(records[0]) == made._progress
     counting = Counting()
