@@ -102,7 +102,7 @@ def test_sglangs_fused_rotation_is_refused_for_experts_with_stretched_positions(
     server = config.server.model_copy(update={"extra_args": ("--enable-fused-qk-norm-rope",)})
     found = model_violations(config.model_copy(update={"server": server}))
     assert [sentence.split(",")[0] for sentence in found] == [
-        "server.extra_args hold --enable-fused-qk-norm-rope"
+        "server.extra_args has --enable-fused-qk-norm-rope"
     ] * refused
 
 
