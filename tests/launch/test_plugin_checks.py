@@ -109,7 +109,11 @@ def test_all_kinds_of_plugins_pass(run):
         ("metrics", "def metrics(groups): return {}", r"takes other arguments than \(step, groups\)"),
         ("metrics", "def metrics(step, groups): return 1.0", "returned a float instead of a mapping of names"),
         ("metrics", "def metrics(step, groups): return {'a': 'b'}", "returned 'a' as a str that is not a number"),
-        ("metrics", "def metrics(step, groups): return {'A b': 1}", "returned the name 'A b'; use lower-case"),
+        (
+            "metrics",
+            "def metrics(step, groups): return {'A b': 1}",
+            "returned the name 'A b'; use at most 60 lower-case",
+        ),
         ("metrics", "def metrics(step, groups): return {'a': 1 / 0}", "line 4, in metrics: ZeroDivisionError"),
         ("surrogate", "def surrogate(batch): return batch.ratio", "AttributeError: 'SurrogateBatch' object has no"),
     ],
