@@ -17,7 +17,9 @@ from exprl_megatron.utils.loop_throttle import LoopThrottle
 from exprl_megatron.utils.together import first_n, gather_or_cancel
 
 MAX_STARTS_PER_PASS = 16
-"""Requests that start in one pass of the event loop; each takes half a millisecond, and a step may have thousands."""
+"""Most requests that start in one pass of the event loop, at half a millisecond each: a step may have thousands."""
+_LONG_PASS_S = 0.01
+"""After a pass of so many seconds fewer requests start in the next one: a judge's answer takes several passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ async def sample_groups(
             return await gather_or_cancel([deliver(trace) for trace in traces])
         return await gather_or_cancel([sample_one(home, prompt, k) for k in range(group_size)])
 
-    starts = LoopThrottle(MAX_STARTS_PER_PASS)
+    starts = LoopThrottle(MAX_STARTS_PER_PASS, _LONG_PASS_S)
     groups = (sample_group(i, prompt) for i, prompt in enumerate(prompts))
     return await first_n(groups, len(prompts) if target_groups is None else target_groups, accept_fn)
 

@@ -155,7 +155,7 @@ class SGLangClient(HttpClient):
         """A long reply is read in a thread: the event loop continues meanwhile."""
         if len(reply) < _LONG_REPLY:
             return self._read(path, parse, reply)
-        return await in_reply_thread(self._read, path, parse, reply)
+        return await in_reply_thread(self._read, path, parse, reply, size=len(reply))
 
     async def prefill(self, input_ids: Sequence[int] | np.ndarray, *, deadline_s: float | None = None) -> None:
         """Return when the radix cache holds `input_ids`, int [tokens], for the requests that begin with them."""

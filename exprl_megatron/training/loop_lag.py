@@ -6,12 +6,16 @@ hold the interpreter's lock for some milliseconds.
 
 import asyncio
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 INTERVAL_S = 0.01
 """Seconds between two measurements, and the precision of a stall. A measurement takes some microseconds."""
 HOST_THREADS = max(4, min(8, (os.cpu_count() or 2) // 2))
 """Threads for work that must not block the event loop: prompts, tokens, segments, files."""
+SWITCH_S = 0.001
+"""Seconds for which a thread keeps the interpreter's lock while others wait for it; Python's default is 0.005. The loop
+waits for each of the other threads in turn, at every call of the kernel."""
 
 
 class LoopLag:
@@ -22,9 +26,10 @@ class LoopLag:
         self._task: asyncio.Task | None = None
 
     def start(self) -> None:
-        """Start measuring, and bound the threads of `asyncio.to_thread`; call it in the loop."""
+        """Start measuring, and bound the threads of `asyncio.to_thread` and their turns; call it in the loop."""
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(HOST_THREADS, "host-work"))
+        sys.setswitchinterval(SWITCH_S)
         self._task = loop.create_task(self._watch())
 
     def stop(self) -> None:

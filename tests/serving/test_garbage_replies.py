@@ -202,9 +202,10 @@ def test_a_long_reply_is_read_in_another_thread_than_the_event_loops(monkeypatch
         return generation.read_generation(*arguments)
 
     monkeypatch.setattr(client, "read_generation", noted)
-    for padding in (0, 2**16):
+    monkeypatch.setattr("exprl_megatron.utils.reply_threads.LONG_REPLY", 2**15)
+    for padding in (0, 2**14, 2**16):
         generated(Server(GOOD.replace(b"{", b"{" + b" " * padding, 1)))
-    assert [thread is threading.main_thread() for thread in threads] == [True, False]
+    assert [thread.name.partition("_")[0] for thread in threads] == ["MainThread", "replies", "long-replies"]
     with pytest.raises(ServerError, match=r"policy-3 \(http://.*asked /generate: "):
         generated(Server(b" " * 2**16 + GARBAGE["empty"][0]))
 

@@ -1,6 +1,7 @@
 """The lag of an event loop as it is measured."""
 
 import asyncio
+import sys
 import threading
 import time
 
@@ -50,3 +51,17 @@ def test_few_threads_work_beside_the_loop():
 
     asyncio.run(many())
     assert len(names) == HOST_THREADS and all(name.startswith("host-work") for name in names)
+
+
+def test_the_loop_waits_for_each_other_thread_for_a_millisecond_at_most():
+    async def started() -> float:
+        lag = LoopLag()
+        lag.start()
+        lag.stop()
+        return sys.getswitchinterval()
+
+    before = sys.getswitchinterval()
+    try:
+        assert asyncio.run(started()) <= 0.001
+    finally:
+        sys.setswitchinterval(before)

@@ -45,3 +45,29 @@ def test_later_callers_find_new_turns():
         return len(shared._waiting)
 
     assert asyncio.run(twice()) == 0
+
+
+def test_fewer_continue_while_passes_take_long_and_more_again_afterwards():
+    now = 0.0
+
+    async def counted() -> list[int]:
+        nonlocal now
+        shared, found = Turns(16, 0.01, lambda: now), [0]
+
+        async def call() -> None:
+            await shared.take()
+            found[-1] += 1
+
+        tasks = [asyncio.create_task(call()) for _ in range(60)]
+        for turn in range(40):
+            await asyncio.sleep(0)
+            now += 0.02 if turn < 8 else 0.001
+            found.append(0)
+        await asyncio.gather(*tasks)
+        return [count for count in found if count]
+
+    found = asyncio.run(counted())
+    assert sum(found) == 60 and found[0] == 16
+    slow = found[1 : found.index(1) + 1]
+    assert slow == sorted(slow, reverse=True) and max(slow) <= 8
+    assert max(found[found.index(1) :]) > 4
