@@ -52,7 +52,7 @@ def test_fewer_continue_while_passes_take_long_and_more_again_afterwards():
 
     async def counted() -> list[int]:
         nonlocal now
-        shared, found = Turns(16, 0.01, lambda: now), [0]
+        shared, found = LoopThrottle(16, 0.01, lambda: now), [0]
 
         async def call() -> None:
             await shared.take()

@@ -11,7 +11,7 @@ def test_short_replies_do_not_wait_for_long_ones():
     read = threading.Event()
 
     async def both() -> list[str]:
-        long = [asyncio.ensure_future(in_reply_thread(read.wait, 60, size=LONG_REPLY)) for _ in range(8)]
+        long = [asyncio.ensure_future(in_reply_thread(read.wait, 20, size=LONG_REPLY)) for _ in range(8)]
         await asyncio.sleep(0)
         short = [await in_reply_thread(lambda: threading.current_thread().name, size=LONG_REPLY - 1) for _ in range(3)]
         assert not any(future.done() for future in long)
