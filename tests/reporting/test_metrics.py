@@ -109,3 +109,11 @@ def test_metrics_of_an_earlier_version_are_read_under_their_new_names(tmp_path):
     jsonl = tmp_path / "metrics.jsonl"
     jsonl.write_text(json.dumps({"stage": "s", "step": 1, "wall_s": 1.0, "metrics": {"sync/quantise": 0.5}}) + "\n")
     assert read_metrics(jsonl)[0]["metrics"] == {"sync/quantize": 0.5}
+
+
+def test_a_resumed_run_s_seconds_continue_from_the_last_record_that_is_kept(tmp_path):
+    jsonl = tmp_path / "metrics.jsonl"
+    records = [{"stage": "s", "step": step, "wall_s": 1000.0 * step, "metrics": {"loss": 1.0}} for step in (1, 2, 3)]
+    jsonl.write_text("".join(json.dumps(record) + "\n" for record in records))
+    _write(tmp_path, [3], resumed_step=2)
+    assert [record["wall_s"] // 1000 for record in read_metrics(jsonl)] == [1, 2, 2]

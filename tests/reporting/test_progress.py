@@ -41,6 +41,21 @@ def test_a_terminal_gets_bars_as_well():
     assert "priming 1/2  reward 0.25" in text
 
 
+def test_work_beside_other_work_has_no_bars():
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    progress = StepProgress(1, console)
+    with progress.bar("learning", 2) as bar:
+        bar.advance("done")
+        with progress.bar("sampling ahead", 2) as beside:
+            beside.advance("sampled")
+        bar.advance("done")
+    with progress.bar("evaluation", 1) as bar:
+        bar.advance("sampled")
+    text = console.file.getvalue()
+    assert "learning done" in text and "evaluation sampled" in text
+    assert "sampling ahead" not in text
+
+
 JUDGED = {
     "reward/mean": 0.8534,
     "verifier/right": 0.0,

@@ -5,6 +5,7 @@ import struct
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -240,6 +241,18 @@ def _attempt_without_a_step(directory, name):
     writer.write_evaluation("prime", 0, {"evaluation/pass@1": 0.0})
     writer.close(_DEADLINE_S)
     return reported
+
+
+def test_a_step_of_many_metrics_reaches_mlflow_whole_in_requests_of_at_most_a_thousand():
+    from exprl_megatron.reporting import mlflow_tracker
+
+    batches = []
+    tracker = object.__new__(mlflow_tracker.MlflowTracker)
+    tracker._id, tracker._last = "run", {}
+    tracker._client = SimpleNamespace(log_batch=lambda run, metrics: batches.append([each.value for each in metrics]))
+    tracker.log(1, {f"stage/group/{number}": float(number) for number in range(2001)})
+    assert [len(batch) for batch in batches] == [1000, 1000, 1]
+    assert [value for batch in batches for value in batch] == [float(number) for number in range(2001)]
 
 
 def test_mlflow_of_a_run_that_was_killed_has_each_step_once_in_one_run(tmp_path, monkeypatch):
