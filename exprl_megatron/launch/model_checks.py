@@ -9,7 +9,7 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, layout_violations, position_violations, read_architecture
 from exprl_megatron.models.precision_matrix import Setting, precision_violations
 from exprl_megatron.models.routing import replay_violations
-from exprl_megatron.models.unserved import unserved_violations
+from exprl_megatron.models.served_policy import served_violations
 from exprl_megatron.policy.gradient_fusion import fusion_violations
 from exprl_megatron.utils.accelerator import cuda_capability, uses_cuda
 
@@ -26,9 +26,8 @@ def model_violations(config: RunConfig) -> list[str]:
         *fusion_violations(config.policy, uses_cuda()),
         *_length_violations(config, architecture),
         *_fused_rotation_violations(config, architecture),
-        *_server_violations(config, architecture),
+        *served_violations(config, architecture),
         *replay_violations(config, architecture),
-        *unserved_violations(config, architecture),
     ]
 
 
@@ -55,16 +54,6 @@ def _fused_rotation_violations(config: RunConfig, architecture: Architecture) ->
         yield (
             f"server.extra_args has {name}, whose kernel computes the scaled positions of {config.policy.model} "
             f"differently from the trainer; remove it."
-        )
-
-
-def _server_violations(config: RunConfig, architecture: Architecture) -> Iterator[str]:
-    """SGLang cannot divide the norm over all key heads among more ranks than there are key heads."""
-    served = config.needs_sampling_servers or config.has_ref_server
-    if served and architecture.post_norms and config.server.tp > architecture.kv_groups:
-        yield (
-            f"server.tp is {config.server.tp}, more than the {architecture.kv_groups} KV groups of "
-            f"{config.policy.model}, and SGLang cannot divide this {architecture.family} model further; lower it."
         )
 
 

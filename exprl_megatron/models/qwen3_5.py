@@ -1,5 +1,7 @@
 """Qwen3.5 and 3.6, dense: what their config.json says beside what all families' do, as transformers 5 reads it."""
 
+from typing import Any
+
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.models.layer_types import FULL, LINEAR
@@ -45,6 +47,22 @@ def delta_net(tree: dict) -> DeltaNet:
         value_dim=tree.get("linear_value_head_dim", 128),
         kernel=tree.get("linear_conv_kernel_dim", 4),
     )
+
+
+def served_settings(tree: dict, rope_base: float, rotary_share: float) -> dict[str, Any]:
+    """What SGLang 0.5.23 is to read in place of config.json's own settings.
+
+    It knows the kinds of layers by `full_attention_interval`, which transformers 5 does not write, and the share of a
+    head that turns from beside the rotary settings, where published files do not have it; and it needs the latter.
+    """
+    types = layer_types(tree)
+    base = {"rope_type": "default", "rope_theta": rope_base}
+    sections = {name: value for name, value in (tree.get("rope_parameters") or {}).items() if name.startswith("mrope_")}
+    return {
+        "full_attention_interval": (types.index(FULL) if FULL in types else len(types)) + 1,
+        "partial_rotary_factor": rotary_share,
+        "rope_parameters": base | sections,
+    }
 
 
 def prefix(tree: dict) -> str:

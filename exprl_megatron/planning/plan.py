@@ -12,7 +12,7 @@ from exprl_megatron.config.transport import TransportKind
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, layout_violations, position_violations
 from exprl_megatron.models.precision_matrix import BLACKWELL, HOPPER, Setting, precision_violations
-from exprl_megatron.models.unserved import unserved_violations
+from exprl_megatron.models.served_policy import served_violations
 from exprl_megatron.planning.colocation import gpu_left_for_trainer, server_faults, with_sleeping_side
 from exprl_megatron.planning.hardware import GIB, Gpu
 from exprl_megatron.planning.layouts import Ranking, TrainerPlan, plan_trainer, rank_layouts
@@ -251,7 +251,7 @@ def _illegal(config, stage, architecture: Architecture, workload, gpu) -> list[s
     return [
         *layout_violations(architecture, config.policy.layout),
         *position_violations(architecture, config.policy.max_tokens, config.policy.model),
-        *unserved_violations(config, architecture),
+        *served_violations(config, architecture),
         *(precision_violations(setting) if gpu.fp8_kinds else []),
     ]
 

@@ -85,7 +85,10 @@ def _held(architecture: Architecture, layout: Layout) -> ShardTable:
 def _needs(architecture: Architecture, server_tp: int) -> list[np.ndarray]:
     """Of each rank of a server; the planner asks for several layouts and numbers of servers."""
     shapes = hf_shapes(architecture)
-    return [needs_table(rank, list(shapes)) for rank in server_needs(shapes, server_tp, architecture.kv_groups)]
+    return [
+        needs_table(rank, list(shapes))
+        for rank in server_needs(shapes, server_tp, architecture.kv_groups, architecture.delta_net)
+    ]
 
 
 def _seconds(volumes: Volumes, gpu: Gpu) -> float:

@@ -16,12 +16,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.delta_net import CHUNK
 from exprl_megatron.models.layer_types import LINEAR
 from exprl_megatron.policy.attention import split_runs
-from exprl_megatron.policy.gated_delta_rule import gated_delta_rule
-
-_EPS = 1e-6
-"""Of the length of queries and keys, as flash-linear-attention and transformers have it."""
+from exprl_megatron.utils.gated_delta_rule import gated_delta_rule, of_length_one
 
 
 def delta_net_settings(architecture: Architecture) -> dict[str, Any]:
@@ -124,12 +122,13 @@ class LocalGatedDeltaNet(GatedDeltaNet):
         )
         repeats = self.num_value_heads // self.num_key_heads
         query, key = (
-            _of_length_one(tensor.unflatten(-1, (-1, self.key_head_dim))).repeat_interleave(repeats, dim=2)
+            of_length_one(tensor.unflatten(-1, (-1, self.key_head_dim))).repeat_interleave(repeats, dim=2)
             for tensor in (query, key)
         )
         value = value.unflatten(-1, (-1, self.value_head_dim))
         decay = -self.A_log.exp() * torch.nn.functional.softplus(alpha.float() + self.dt_bias)
-        read = gated_delta_rule(query, key, value, decay, beta.sigmoid()).to(value.dtype)
+        read, _state = gated_delta_rule(query, key, value, decay, beta.sigmoid(), chunk=CHUNK)
+        read = read.to(value.dtype)
         opened = torch.nn.functional.silu(gate.unflatten(-1, (-1, self.value_head_dim)).float())
         return (self.out_norm(read) * opened).to(value.dtype).flatten(2)
 
@@ -145,12 +144,6 @@ def _summed_over_heads(gradient: torch.Tensor) -> torch.Tensor:
     summed = gradient.clone()
     torch.distributed.all_reduce(summed, group=parallel_state.get_tensor_model_parallel_group())
     return summed
-
-
-def _of_length_one(heads: torch.Tensor) -> torch.Tensor:
-    """[..., dim] divided by its length, in fp32."""
-    heads = heads.float()
-    return heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + _EPS)
 
 
 def _decay_parameter(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

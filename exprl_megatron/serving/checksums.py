@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from exprl_megatron.serving.sharding import Device, rank_cut
+from exprl_megatron.models.delta_net import DeltaNet
+from exprl_megatron.serving.sharding import Device, rank_cut, sections
 from exprl_megatron.serving.weight_hash import Sha256, WeightHash, WordHash
-from exprl_megatron.serving.weight_layout import EXPERT_PARTS, FUSED, ServerPart, served_dtype, server_part
+from exprl_megatron.serving.weight_layout import EXPERT_PARTS, FUSED, ServerPart, plus_one, served_dtype, server_part
 
 
 @dataclass
@@ -33,8 +34,8 @@ class ServerChecksums:
 
     Tensors may come in any order, on any device; parts of a fused parameter are kept until it is complete, and those
     of experts until all ahead of them are there. `kv_heads`: the model's; where `tp` is more, ranks share them.
-    `experts`: in a layer; `sigmoid_router`: see served_dtype. `tied`: the model has tie_word_embeddings, so that an
-    `lm_head.weight` is left out. `dtype`: the server's, where the tensors have another.
+    `experts`: in a layer; `sigmoid_router`: see served_dtype; `delta_net`: the model's. `tied`: the model has
+    tie_word_embeddings, so that an `lm_head.weight` is left out. `dtype`: the server's, where the tensors have another.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class ServerChecksums:
         tied: bool,
         dtype: torch.dtype | None = None,
         server: Device = "cpu",
+        delta_net: DeltaNet | None = None,
     ):
         self._tp, self._kv_heads, self._experts, self._sigmoid_router = tp, kv_heads, experts, sigmoid_router
-        self._tied, self._dtype, self._server = tied, dtype, server
+        self._tied, self._dtype, self._server, self._delta_net = tied, dtype, server, delta_net
         self._found: tuple[dict[str, str], ...] = tuple({} for _ in range(tp))
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._growing: dict[str, _Experts] = {}
@@ -59,11 +61,13 @@ class ServerChecksums:
         for name, tensor in named_tensors:
             kind = str(self._dtype or tensor.dtype).removeprefix("torch.")
             tensor = tensor.detach().to(getattr(torch, served_dtype(name, kind, self._sigmoid_router)))
-            part = server_part(name)
+            part = server_part(name, self._delta_net)
             if part.is_expert:
                 self._add_expert(part, tensor)
             elif not (self._tied and name == "lm_head.weight"):
                 self._add_dense(part, tensor)
+            if copy := plus_one(name, self._delta_net):
+                self._add_dense(ServerPart(copy, part.module, 0), tensor + 1)
         for parts in (*self._waiting.values(), *(growing.early for growing in self._growing.values())):
             parts |= {key: kept.clone() for key, kept in parts.items()}
 
@@ -115,8 +119,11 @@ class ServerChecksums:
         return Sha256() if self._server == "cpu" else WordHash(nbytes)
 
     def _rank_bytes(self, part: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
-        held = _rank_part(part, tensor, rank, self._tp, self._kv_heads, self._server)
-        return held.contiguous().reshape(-1).view(torch.uint8)
+        held = [
+            _rank_part(part, tensor.narrow(0, first, rows), rank, self._tp, self._kv_heads, self._server)
+            for first, rows in sections(part, len(tensor), self._delta_net)
+        ]
+        return (held[0] if len(held) == 1 else torch.cat(held)).contiguous().reshape(-1).view(torch.uint8)
 
 
 def rank_checksums(
@@ -128,13 +135,16 @@ def rank_checksums(
     experts: int = 0,
     dtype: torch.dtype | None = None,
     server: Device = "cpu",
+    delta_net: DeltaNet | None = None,
 ) -> tuple[dict[str, str], ...]:
     """Return the ServerChecksums of whole Hugging Face tensors, of any dtype, by rank and parameter.
 
     Raises:
         ValueError: as ServerChecksums.result.
     """
-    found = ServerChecksums(tp=tp, kv_heads=kv_heads, experts=experts, tied=tied, dtype=dtype, server=server)
+    found = ServerChecksums(
+        tp=tp, kv_heads=kv_heads, experts=experts, tied=tied, dtype=dtype, server=server, delta_net=delta_net
+    )
     found.add(named_tensors)
     return found.result()
 
@@ -146,9 +156,13 @@ def checksums(
     experts: int = 0,
     dtype: torch.dtype | None = None,
     server: Device = "cpu",
+    delta_net: DeltaNet | None = None,
 ) -> dict[str, str]:
     """Return the checksums of whole Hugging Face tensors, of any dtype, for a server of one tensor-parallel rank."""
-    return rank_checksums(named_tensors, tp=1, kv_heads=1, tied=tied, experts=experts, dtype=dtype, server=server)[0]
+    (found,) = rank_checksums(
+        named_tensors, tp=1, kv_heads=1, tied=tied, experts=experts, dtype=dtype, server=server, delta_net=delta_net
+    )
+    return found
 
 
 def differing(held: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:

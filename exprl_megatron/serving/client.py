@@ -21,6 +21,7 @@ from exprl_megatron.serving.generation import (
 from exprl_megatron.serving.http_client import REPLY_LIMIT, HttpClient
 from exprl_megatron.serving.loader_commands import CommandNumbers, payload, signed
 from exprl_megatron.serving.routed_experts import sent_bytes
+from exprl_megatron.serving.weight_layout import is_weight
 from exprl_megatron.utils.reply_threads import in_reply_thread
 from exprl_megatron.utils.text_check import TextCheck
 from exprl_megatron.utils.token_ids import TokenIds
@@ -342,12 +343,12 @@ class SGLangClient(HttpClient):
         await self._post("/flush_cache", None)
 
     async def checksums(self, *, deadline_s: float | None = None) -> tuple[dict[str, str], ...]:
-        """Checksum of every tensor under SGLang's (fused) names, one dict for each TP rank.
+        """Checksum of every tensor of the weights under SGLang's (fused) names, one dict for each TP rank.
 
         `serving.checksums` computes the same from Hugging Face-named tensors.
         """
         reply = await self._command("/weights_checker", {"action": "checksum"}, deadline_s, _CHECKSUMS_LIMIT)
-        return self._read("/weights_checker", lambda r: tuple(dict(rank["checksums"]) for rank in r["ranks"]), reply)
+        return self._read("/weights_checker", lambda r: tuple(map(_of_weights, r["ranks"])), reply)
 
     async def health(self, *, deadline_s: float = 10.0) -> None:
         """Return where the server answers /health within the deadline, else raise."""
@@ -407,3 +408,8 @@ def _listed(token_ids: Sequence[int] | np.ndarray) -> list[int] | msgspec.Raw:
     if isinstance(token_ids, TokenIds):
         return msgspec.Raw(token_ids.json)
     return token_ids.tolist() if isinstance(token_ids, np.ndarray) else list(token_ids)
+
+
+def _of_weights(rank: Mapping[str, Any]) -> dict[str, str]:
+    """The checksums that a rank reports, but of buffers that are derived from the config."""
+    return {name: checksum for name, checksum in rank["checksums"].items() if is_weight(name)}

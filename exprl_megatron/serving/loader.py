@@ -33,6 +33,7 @@ from exprl_megatron.serving.transfer_tables import (
     pack_needs,
     unpack_transfers,
 )
+from exprl_megatron.serving.weight_layout import is_weight
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records, connect_store
 
@@ -100,9 +101,9 @@ def _report_checksums(model: torch.nn.Module, command: dict[str, Any]) -> None:
 
 
 def _compared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that SGLang's own weight checker compares: all but buffers that are derived from the config."""
+    """The tensors that SGLang's own weight checker compares, but buffers that are derived from the config."""
     tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor for name, tensor in tensors if not _is_skip_weight_check(name, tensor)}
+    return {name: tensor for name, tensor in tensors if is_weight(name) and not _is_skip_weight_check(name, tensor)}
 
 
 def _connection(command: dict[str, Any]) -> dist.TCPStore:
@@ -237,8 +238,16 @@ class _Member:
 
         with self._while_wanted():
             run_rounds(self._transfers.rounds(), begin, end)
+            _refresh_copies(self._model)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
+
+
+def _refresh_copies(model: torch.nn.Module) -> None:
+    """Bring up to date what SGLang computes of weights in their own loaders: norms with 1 added (GemmaRMSNorm)."""
+    for module in model.modules():
+        if refresh := getattr(module, "refresh_gemma_weight", None):
+            refresh()
 
 
 def _cut(view: torch.Tensor, part: Slice) -> torch.Tensor:

@@ -88,7 +88,10 @@ class _Noted(TorchDispatchMode):
         parameter = None if into.is_meta else self._parameters.get(into.untyped_storage().data_ptr())
         if name is None or parameter is None or into.shape != part.shape:
             raise ValueError(f"{name or 'a changed tensor'} does not go into a parameter as it is")
-        row, rows, column, columns = _rectangle(name, part, self._tensors[name])
+        whole = self._tensors[name]
+        if part.dim() > 2:
+            into, part, whole = (_by_rows(name, tensor) for tensor in (into, part, whole))
+        row, rows, column, columns = _rectangle(name, part, whole)
         stride = (into.stride(0), into.stride(1) if into.dim() == 2 else 1)
         place = ParameterView(
             RequiredSlice(name, row, rows, column, columns), parameter, into.storage_offset(), (rows, columns), stride
@@ -105,6 +108,14 @@ def _in_words(place: ParameterView, count: int, words: torch.dtype) -> Parameter
     """A vector's place where each of its numbers is `count` words."""
     need = RequiredSlice(place.need.name, count * place.need.row, count * place.need.rows, 0, 1)
     return ParameterView(need, place.parameter, count * place.offset, (need.rows, 1), (1, 1), words)
+
+
+def _by_rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """[rows, all other dimensions together]: a view, for which these are contiguous."""
+    try:
+        return tensor.view(len(tensor), -1)
+    except RuntimeError as error:
+        raise ValueError(f"{name} is not cut into rectangles") from error
 
 
 def _rectangle(name: str, part: torch.Tensor, whole: torch.Tensor) -> tuple[int, int, int, int]:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exprl_megatron.config.serving import ServerConfig
+from exprl_megatron.models import qwen3_5
+from exprl_megatron.models.layer_types import LINEAR
+from exprl_megatron.models.rope import read_rope
 from exprl_megatron.serving.loader_commands import LOADER
 from exprl_megatron.utils import accelerator
 from exprl_megatron.utils.cuda_environment import DETERMINISTIC, is_deterministic, shared_variables
@@ -16,6 +19,12 @@ CPU_BACKEND = Path(__file__).parent / "cpu_backend"
 PLUGINS = Path(__file__).parent / "plugins"
 SERVER = "exprl_megatron.serving.keyed_server"
 CPU_MAX_TOTAL_TOKENS = 65_536
+CPU_MAX_STATES = 1536
+CPU_STATE_BYTES = 2**31
+"""On a CPU: how many states of gated delta nets a server keeps at most, and their memory over all ranks.
+
+SGLang 0.5.23 keeps three for each running request; by itself it would fill half of the machine's memory with them.
+"""
 # What torchrun tells its ranks; a server that inherits it looks for its own process group in the wrong place.
 _TORCHRUN = ("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
 _TORCHRUN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -53,9 +62,10 @@ def server_command(
     command += ["--random-seed", str(seed), "--weight-version", weight_version]
     command += ["--log-level-http", "warning", "--sleep-on-idle"]
     command += ["--custom-weight-loader", LOADER]
+    command += _arguments_of(model, cuda)
     max_total_tokens = config.max_total_tokens
     if cuda:
-        command += ["--base-gpu-id", str(first_gpu), *_cuda_arguments_of(model)]
+        command += ["--base-gpu-id", str(first_gpu)]
         if config.mem_fraction_static is not None:
             command += ["--mem-fraction-static", f"{config.mem_fraction_static:g}"]
     else:
@@ -69,14 +79,31 @@ def server_command(
     return [*command, *config.extra_args]
 
 
-def _cuda_arguments_of(model: Path) -> list[str]:
-    """What a server of this model needs so that its parameters are those that the policy sends.
+def _arguments_of(model: Path, cuda: bool) -> list[str]:
+    """What a server of this model needs so that it computes what the policy does, from the weights that it sends."""
+    path = model / "config.json"
+    tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = tree.get("architectures")
+    if names == ["Glm4MoeForCausalLM"] and cuda:
+        # There alone SGLang stores the shared expert as one more of the experts that a router chooses from.
+        return ["--disable-shared-experts-fusion"]
+    if not names or names[0] not in qwen3_5.NAMES:
+        return []
+    text = qwen3_5.text_settings(tree, str(path))
+    rope = read_rope(text, str(path))
+    settings = qwen3_5.served_settings(text, rope.base, rope.share)
+    arguments = [] if cuda else ["--max-mamba-cache-size", str(_cpu_states(text))]
+    if names[0] != qwen3_5.VISION_MODEL:
+        return ["--json-model-override-args", json.dumps(settings), *arguments]
+    return [
+        "--json-model-override-args", json.dumps({"text_config": settings}), "--language-model-only", *arguments
+    ]  # fmt: skip
 
-    On CUDA alone SGLang stores GLM-4.5's shared expert as one more of the experts that a router chooses from.
-    """
-    config = model / "config.json"
-    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
-    return ["--disable-shared-experts-fusion"] if names == ["Glm4MoeForCausalLM"] else []
+
+def _cpu_states(text: dict) -> int:
+    """How many states a server of gated delta nets keeps on a CPU; see CPU_MAX_STATES."""
+    each = qwen3_5.delta_net(text).state_bytes * max(1, qwen3_5.layer_types(text).count(LINEAR))
+    return min(CPU_MAX_STATES, max(3, CPU_STATE_BYTES // each))
 
 
 def irreproducible_sampling(config: ServerConfig, cuda: bool) -> str | None:
@@ -118,6 +145,8 @@ def server_environment(
             OMP_NUM_THREADS=str(cpu_threads),
             # Seeded sampling is decorated with torch.compile.
             TORCHDYNAMO_DISABLE="1",
+            # What a gated delta net's convolution keeps of a request: bf16 would round log-probs by 0.1.
+            SGLANG_MAMBA_CONV_DTYPE="float32",
         )
         if tp > 1:
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))

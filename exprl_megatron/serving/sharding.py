@@ -1,14 +1,17 @@
 """How an SGLang server cuts Hugging Face tensors over its tensor-parallel ranks, by the names of their modules.
 
 Query, key, value, gate and up projections, the embedding and the head are cut by rows, output and down projections by
-columns, the rest is whole on every rank (SGLang 0.5.23). What of that is equal parts is padded with zeros.
+columns, the rest is whole on every rank (SGLang 0.5.23). What of that is equal parts is padded with zeros. All of a
+gated delta net but its norm is cut by heads; where queries, keys and values are one tensor, each of them on its own.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.serving.loader_commands import RequiredSlice
 
 Device = Literal["cpu", "cuda"]
@@ -16,8 +19,12 @@ Device = Literal["cpu", "cuda"]
 _VOCABULARY = ("embed_tokens", "lm_head")
 _MLP_BY_ROWS = ("gate_proj", "up_proj", "w1", "w3")
 _MLP_BY_COLUMNS = ("down_proj", "w2")
-_BY_ROWS = ("q_proj", "k_proj", "v_proj", *_MLP_BY_ROWS, *_VOCABULARY)
-_BY_COLUMNS = ("o_proj", *_MLP_BY_COLUMNS)
+_BY_HEADS = ("A_log", "dt_bias")
+"""Vectors of a gated delta net, which are in no module of their own."""
+_QUERY_KEY_VALUE = ("in_proj_qkv", "conv1d")
+_DELTA_NET = (*_QUERY_KEY_VALUE, "in_proj_z", "in_proj_b", "in_proj_a", *_BY_HEADS)
+_BY_ROWS = ("q_proj", "k_proj", "v_proj", *_MLP_BY_ROWS, *_VOCABULARY, *_DELTA_NET)
+_BY_COLUMNS = ("o_proj", "out_proj", *_MLP_BY_COLUMNS)
 _VOCABULARY_MULTIPLE = 64
 _CPU_MLP_MULTIPLE = 32
 """On a CPU each rank holds a multiple of so many of an MLP's inner numbers, the last ones zero."""
@@ -32,6 +39,24 @@ class Cut:
     count: int
     padding: int
     """Zeros behind it."""
+
+
+def module_of(name: str) -> str:
+    """The module of the Hugging Face tensor `name`: `q_proj`, `embed_tokens`, or a vector that is in none."""
+    path, _, kind = name.rpartition(".")
+    return kind if kind in _BY_HEADS else path.rpartition(".")[2]
+
+
+def sections(module: str, rows: int, delta_net: DeltaNet | None) -> list[tuple[int, int]]:
+    """First row and rows of the sections of a module's tensor that are each cut on their own; `rows`: all of it."""
+    if delta_net is None or module not in _QUERY_KEY_VALUE:
+        return [(0, rows)]
+    return [(0, delta_net.keys), (delta_net.keys, delta_net.keys), (2 * delta_net.keys, delta_net.values)]
+
+
+def rectangle(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns as which a tensor is seen: a vector has one column."""
+    return shape[0], math.prod(shape[1:])
 
 
 @lru_cache(maxsize=4096)
@@ -53,22 +78,30 @@ def rank_cut(module: str, shape: tuple[int, ...], rank: int, tp: int, kv_heads: 
     return Cut(dim, start, count, size - count)
 
 
-def server_needs(shapes: Mapping[str, tuple[int, ...]], tp: int, kv_heads: int) -> list[list[RequiredSlice]]:
+def server_needs(
+    shapes: Mapping[str, tuple[int, ...]], tp: int, kv_heads: int, delta_net: DeltaNet | None = None
+) -> list[list[RequiredSlice]]:
     """What each rank of a server on CUDA holds of the tensors of `shapes`, without asking one."""
     return [
         [
-            _need(name, shape, rank_cut(name.split(".")[-2], shape, rank, tp, kv_heads, "cuda"))
+            _need(name, first, part, rank_cut(module_of(name), part, rank, tp, kv_heads, "cuda"))
             for name, shape in shapes.items()
+            for first, part in parts_of(name, shape, delta_net)
         ]
         for rank in range(tp)
     ]
 
 
-def _need(name: str, shape: tuple[int, ...], cut: Cut | None) -> RequiredSlice:
-    extents = [(0, size) for size in (*shape, 1)[:2]]
+def parts_of(name: str, shape: tuple[int, ...], delta_net: DeltaNet | None) -> list[tuple[int, tuple[int, ...]]]:
+    """First row and shape of each of a tensor's `sections`."""
+    return [(first, (rows, *shape[1:])) for first, rows in sections(module_of(name), shape[0], delta_net)]
+
+
+def _need(name: str, first: int, shape: tuple[int, ...], cut: Cut | None) -> RequiredSlice:
+    extents = [(0, size) for size in rectangle(shape)]
     if cut is not None:
         extents[cut.dim] = (cut.start, cut.count)
-    return RequiredSlice(name, *extents[0], *extents[1])
+    return RequiredSlice(name, first + extents[0][0], extents[0][1], *extents[1])
 
 
 def _up(size: int, multiple: int) -> int:

@@ -4,6 +4,7 @@ A large mixture of experts has a million slices: they are rows of numpy arrays, 
 round that is in flight.
 """
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def pack_needs(needs: np.ndarray) -> bytes:
 def unpack_needs(packed: bytes, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
     """The inverse of pack_needs, checked against the tensors' `shapes`. Raises ValueError where it does not fit."""
     needs = _unpacked(_decoded(packed, _Table), RECTANGLE)
-    _check_within(needs, np.array([(*shape, 1)[:2] for shape in shapes.values()]))
+    _check_within(needs, np.array([(shape[0], math.prod(shape[1:])) for shape in shapes.values()]))
     return needs
 
 

@@ -2,7 +2,11 @@
 
 These rules do not ask the server's loader, as loader_trace.py does: so a checksum finds a loader, or a trace of one,
 that puts a weight in the wrong place. SGLang 0.5.23 joins the query, key and value
-projections along the rows, the gate and up projections too, and those of all experts of a layer in order.
+projections along the rows, the gate and up projections too, and those of all experts of a layer in order. Of a gated
+delta net it joins query, key, value and gate, and the two projections to a number for each head.
+
+In models with gated delta nets norms multiply by 1 + their weight. SGLang has a second copy of each, `gemma_weight`,
+with the 1 added, from which kernels on CUDA read: a buffer that only its own loader of weights keeps up to date.
 """
 
 import re
@@ -11,17 +15,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.models.name_map import dtype_of
-from exprl_megatron.serving.sharding import Cut, Device, rank_cut
+from exprl_megatron.serving.sharding import Cut, Device, module_of, parts_of, rank_cut, rectangle
 from exprl_megatron.serving.transfer_tables import RECTANGLE, areas
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
 """Dense parameters that are joined, and their parts in order."""
 EXPERT_PARTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 """The same of the experts of a layer: expert by expert these parts."""
 _FUSED_BY = {part: fused for fused, parts in FUSED.items() for part in parts}
 _EXPERTS_BY = {part: name for name, parts in EXPERT_PARTS.items() for part in parts}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+PLUS_ONE = ".gemma_weight"
+"""End of the name of the copy of a norm's weight with 1 added."""
+_PLUS_ONE = ("layernorm.weight", ".q_norm.weight", ".k_norm.weight", ".norm.weight")
+_PLAIN_NORM = ".linear_attn.norm.weight"
+_OF_CONFIG = ".rotary_emb.axis_map"
+"""End of the name of a buffer that SGLang's weight checker reports, although it follows from the config."""
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
@@ -32,6 +48,18 @@ def served_dtype(name: str, dtype: str, sigmoid_router: bool) -> str:
     """
     router = sigmoid_router and name.endswith(".mlp.gate.weight")
     return "float32" if router else dtype_of(name, dtype)
+
+
+def is_weight(name: str) -> bool:
+    """Whether the tensor `name`, of those that SGLang's weight checker reports, is of the model's weights."""
+    return not name.endswith(_OF_CONFIG)
+
+
+def plus_one(name: str, delta_net: DeltaNet | None) -> str | None:
+    """The server's copy of the norm's weight `name` with 1 added, by its name; None: it has none."""
+    if delta_net is None or not name.endswith(_PLUS_ONE) or name.endswith(_PLAIN_NORM):
+        return None
+    return server_part(name, delta_net).parameter.removesuffix(".weight") + PLUS_ONE
 
 
 @dataclass(frozen=True)
@@ -60,57 +88,75 @@ class ServerParameters:
     """RECTANGLE: what of the parameters is zero and belongs to no tensor."""
 
 
-def server_part(name: str) -> ServerPart:
+def server_part(name: str, delta_net: DeltaNet | None = None) -> ServerPart:
     """Which part of which parameter the Hugging Face tensor `name` is."""
+    if delta_net is not None:
+        # SGLang's Qwen3.5 has attention's projections and norms in the layer itself.
+        name = name.replace("model.language_model.", "model.", 1).replace(".self_attn.", ".")
     if expert := _EXPERT.fullmatch(name):
         module = _MIXTRAL.get(expert[3], expert[3])
         joined = _EXPERTS_BY[module]
         parts = EXPERT_PARTS[joined]
         return ServerPart(f"{expert[1]}.{joined}", module, int(expert[2]) * len(parts) + parts.index(module), True)
-    path, _, kind = name.rpartition(".")
-    parent, _, module = path.rpartition(".")
+    module = module_of(name)
     if fused := _FUSED_BY.get(module):
-        return ServerPart(f"{parent}.{fused}.{kind}", module, FUSED[fused].index(module))
+        path, _, kind = name.rpartition(".")
+        return ServerPart(f"{path.rpartition('.')[0]}.{fused}.{kind}", module, FUSED[fused].index(module))
     return ServerPart(name, module, 0)
 
 
 def server_parameters(
-    shapes: Mapping[str, tuple[int, ...]], *, tp: int, kv_heads: int, server: Device
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    tp: int,
+    kv_heads: int,
+    server: Device,
+    delta_net: DeltaNet | None = None,
 ) -> list[ServerParameters]:
-    """The parameters of each rank of a server that holds the tensors of `shapes`; `kv_heads`: the model's."""
-    joined = _joined(shapes)
+    """The parameters of each rank of a server that holds the tensors of `shapes`, and their copies with 1 added.
+
+    `kv_heads` and `delta_net`: the model's.
+    """
+    joined = _joined(shapes, delta_net)
     return [_of_rank(joined, rank, tp, kv_heads, server) for rank in range(tp)]
 
 
 @dataclass(frozen=True)
 class _Joined:
-    """Tensors in the order in which they make up the parameters, contiguous."""
+    """Sections of tensors in the order in which they make up the parameters, contiguous."""
 
     parameters: dict[str, ServerPart]
     """Of each parameter its last part."""
     kinds: list[tuple[str, tuple[int, ...]]]
-    """Module and shape of tensors that are cut alike."""
+    """Module and shape of sections that are cut alike."""
     tensors: np.ndarray
-    """[tensors]: the place of each one's name."""
+    """[sections]: the place of the name of each one's tensor."""
+    rows: np.ndarray
+    """[sections]: the first of each in its tensor."""
     kind: np.ndarray
-    """[tensors]: number in `kinds`."""
+    """[sections]: number in `kinds`."""
     numbers: np.ndarray
-    """[tensors]: the parameter that each is a part of."""
+    """[sections]: the parameter that each is a part of."""
 
 
-def _joined(shapes: Mapping[str, tuple[int, ...]]) -> _Joined:
-    parts = [server_part(name) for name in shapes]
+def _joined(shapes: Mapping[str, tuple[int, ...]], delta_net: DeltaNet | None) -> _Joined:
     parameters: dict[str, ServerPart] = {}
     numbers: dict[str, int] = {}
     kinds: dict[tuple[str, tuple[int, ...]], int] = {}
-    for part in parts:
-        numbers.setdefault(part.parameter, len(numbers))
-        if part.parameter not in parameters or part.position > parameters[part.parameter].position:
-            parameters[part.parameter] = part
-    kind = [kinds.setdefault((p.module, shape), len(kinds)) for p, shape in zip(parts, shapes.values(), strict=True)]
-    number = np.array([numbers[part.parameter] for part in parts])
-    order = np.lexsort((np.array([part.position for part in parts]), number))
-    return _Joined(parameters, list(kinds), order, np.array(kind)[order], number[order])
+    found = []
+    for tensor, (name, shape) in enumerate(shapes.items()):
+        part = server_part(name, delta_net)
+        copy = plus_one(name, delta_net)
+        for target in (part, *([ServerPart(copy, part.module, 0)] if copy else [])):
+            number = numbers.setdefault(target.parameter, len(numbers))
+            if target.parameter not in parameters or target.position > parameters[target.parameter].position:
+                parameters[target.parameter] = target
+            for row, section in parts_of(name, shape, delta_net):
+                kind = kinds.setdefault((target.module, section), len(kinds))
+                found.append((number, target.position, row, tensor, kind))
+    table = np.array(found)
+    table = table[np.lexsort((table[:, 2], table[:, 1], table[:, 0]))]
+    return _Joined(parameters, list(kinds), table[:, 3], table[:, 2], table[:, 4], table[:, 0])
 
 
 def _of_rank(joined: _Joined, rank: int, tp: int, kv_heads: int, server: Device) -> ServerParameters:
@@ -133,8 +179,9 @@ def _of_rank(joined: _Joined, rank: int, tp: int, kv_heads: int, server: Device)
     shapes = {}
     for (name, part), last in zip(joined.parameters.items(), lasts.tolist(), strict=True):
         rows, width = int(row[last] + height[last]), int(widths[joined.kind[last]])
-        shapes[name] = _shape(part, rows, width, len(joined.kinds[joined.kind[last]][1]))
+        shapes[name] = _shape(part, rows, width, joined.kinds[joined.kind[last]][1])
     needs = _table(joined.tensors, held[joined.kind])
+    needs["row"] += joined.rows.astype(np.int32)
     places = _table(joined.numbers, held[joined.kind])
     places["row"], places["column"] = row, 0
     padding = _table(joined.numbers, zeros[joined.kind])
@@ -145,7 +192,7 @@ def _of_rank(joined: _Joined, rank: int, tp: int, kv_heads: int, server: Device)
 
 def _held_of(shape: tuple[int, ...], cut: Cut | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Row, rows, column and columns of a rank's part, and of the zeros behind it, seen from the part's first number."""
-    extents = [(0, size) for size in (*shape, 1)[:2]]
+    extents = [(0, size) for size in rectangle(shape)]
     zeros = [(0, 0), (0, 0)]
     if cut is not None:
         extents[cut.dim] = (cut.start, cut.count)
@@ -154,12 +201,12 @@ def _held_of(shape: tuple[int, ...], cut: Cut | None) -> tuple[tuple[int, ...], 
     return (*extents[0], *extents[1]), (*zeros[0], *zeros[1])
 
 
-def _shape(last: ServerPart, height: int, width: int, dims: int) -> tuple[int, ...]:
-    """Of a parameter of `height` rows, whose `last` part has `dims` dimensions; experts are one dimension more."""
+def _shape(last: ServerPart, height: int, width: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a parameter of `height` rows, whose `last` part has this `shape`; experts are one dimension more."""
     if last.is_expert:
         count = last.position // len(EXPERT_PARTS[last.parameter.rpartition(".")[2]]) + 1
         return (count, height // count, width)
-    return (height, width) if dims == 2 else (height,)
+    return (height, width) if len(shape) == 2 else (height, *shape[1:])
 
 
 def _table(numbers: np.ndarray, rectangles: np.ndarray) -> np.ndarray:

@@ -50,6 +50,6 @@ class P2PSender:
             own = gatherer.own(self._parameters[part.of])
             if own.dtype != gatherer.dtype:
                 own = own.view(gatherer.dtype)
-            rows = own if own.dim() == 2 else own.view(-1, 1)
+            rows = own if own.dim() == 2 else own.view(len(own), -1)
             cuts.append(rows.narrow(0, part.row, part.rows).narrow(1, part.column, part.columns))
         return cuts

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from urllib.parse import urlsplit
 
 import msgspec
@@ -30,7 +31,7 @@ from exprl_megatron.serving.model_checksums import Report, as_grid, cut, pack_ex
 from exprl_megatron.serving.part_hash import accumulate_hashes, hash_parts
 from exprl_megatron.serving.process_groups import in_background, on_device
 from exprl_megatron.serving.transfer_tables import RECTANGLE, Slice
-from exprl_megatron.serving.weight_layout import ServerParameters, served_dtype, server_parameters
+from exprl_megatron.serving.weight_layout import PLUS_ONE, ServerParameters, served_dtype, server_parameters
 from exprl_megatron.utils.authentication import NotAuthentic
 from exprl_megatron.utils.keyed_store import Records
 from exprl_megatron.utils.together import gather_or_cancel
@@ -60,6 +61,11 @@ class ChecksumPlan:
     sigmoid_router: bool
     """Of the model; see served_dtype."""
 
+    @cached_property
+    def adds_one(self) -> np.ndarray:
+        """bool [count]: which parameters are copies of norms with 1 added; see weight_layout.py."""
+        return np.array([name.endswith(PLUS_ONE) for server in self.servers for name in server.shapes])
+
     @property
     def count(self) -> int:
         """Parameters of all ranks of a server."""
@@ -71,7 +77,11 @@ def plan_checksums(architecture: Architecture, world: World, server_tp: int) -> 
     layout, cuda = world.layout, world.device.type == "cuda"
     held = shard_table(architecture, layout, cuda)
     servers = server_parameters(
-        hf_shapes(architecture), tp=server_tp, kv_heads=architecture.kv_groups, server="cuda" if cuda else "cpu"
+        hf_shapes(architecture),
+        tp=server_tp,
+        kv_heads=architecture.kv_groups,
+        server="cuda" if cuda else "cpu",
+        delta_net=architecture.delta_net,
     )
     every, numbers, places, sources, first = [], [], [], [], 0
     for server in servers:
@@ -215,10 +225,12 @@ class ShardChecksums:
 
 def _own_parts(plan: ChecksumPlan, gatherer: Gatherer) -> Iterator[tuple[Slice, torch.Tensor]]:
     number, grid = -1, None
-    for place, source in zip(plan.places.tolist(), plan.sources.tolist(), strict=True):
+    adds_one = plan.adds_one[plan.numbers].tolist()
+    for place, source, plus_one in zip(plan.places.tolist(), plan.sources.tolist(), adds_one, strict=True):
         if source[0] != number:
             number, grid = source[0], as_grid(_as_served(plan, gatherer, plan.held.parameters[source[0]]))
-        yield Slice(*place), cut(grid, Slice(*source))
+        part = cut(grid, Slice(*source))
+        yield Slice(*place), part + 1 if plus_one else part
 
 
 def _placed(wanted: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -92,6 +92,7 @@ class WholeCheck:
             sigmoid_router=architecture.experts is not None and architecture.experts.sigmoid,
             tied=architecture.tied,
             server="cuda" if uses_cuda() else "cpu",
+            delta_net=architecture.delta_net,
         )
 
     def bucket_check(self, bucket: Bucket) -> None:

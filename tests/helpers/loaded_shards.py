@@ -18,6 +18,9 @@ CASES = [
     ("mixtral", Layout(dp=4, ep=2, pp=2), 1),
     ("glm4-moe", EXPERTS, 2),
     ("olmo3", Layout(tp=2, pp=2), 2),
+    ("qwen3.5", Layout(), 2),
+    ("qwen3.5", Layout(tp=2, pp=2), 1),
+    ("qwen3.5", Layout(tp=2, dp=2), 2),
 ]
 """Family, the trainer's layout, ranks of a server."""
 

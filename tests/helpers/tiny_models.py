@@ -145,9 +145,9 @@ def write_tiny_model(
     if mtp:
         _add_prediction_layer(directory / "model.safetensors", layers)
     tokenizer.save_pretrained(directory)
-    if architecture == "qwen3.5":
+    if architecture == "qwen3.5" and published_form:
         _write_interval(directory / "config.json")
-    if published_form:
+    if published_form and architecture != "qwen3.5":
         _write_published_form(directory / "config.json")
     return directory
 
@@ -237,6 +237,9 @@ def _olmo3_rope(rope: dict | None) -> dict:
 def _rope(architecture: Architecture, rope: dict | None) -> dict:
     if rope:
         return {"rope_theta": 10_000.0} | rope
+    if architecture == "qwen3.5":
+        sections = {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+        return sections | {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
     if architecture != "llama":
         return {"rope_type": "default", "rope_theta": 10_000.0}
     return {

@@ -301,7 +301,5 @@ def test_of_pipelines_that_are_as_fast_the_one_with_most_room_is_listed():
     assert best.memory.total == min(other.memory.total for other in as_fast)
 
 
-def test_a_model_that_cannot_be_served_yet_is_planned_for_training_alone():
-    with pytest.raises(UserError, match="gated delta nets, whose weights a run cannot put into its servers yet"):
-        plan_target("qwen3.5-27b", [], H100, gpus=64)
-    assert plan_target("qwen3.5-27b", [], H100, gpus=64, train_only=True).ranking.layouts
+def test_gated_delta_nets_are_planned_with_their_servers():
+    assert plan_target("qwen3.5-27b", [], H100, gpus=64).ranking.layouts

@@ -15,22 +15,31 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_d
 from exprl_megatron.config.policy import OptimizerConfig, PolicyConfig
 from exprl_megatron.policy import gated_delta_net as module
 from exprl_megatron.policy.gated_delta_net import PlainRMSNorm
-from exprl_megatron.policy.gated_delta_rule import gated_delta_rule
 from exprl_megatron.policy.policy import Policy
+from exprl_megatron.utils.gated_delta_rule import gated_delta_rule
 
 BATCH = sequences(128)
 
 
 @pytest.mark.parametrize("length", [1, 5, 64, 65, 130])
-def test_the_rule_in_chunks_is_the_recurrence_token_by_token(length):
+def test_the_rule_in_chunks_is_the_recurrence_token_by_token_also_in_two_parts(length):
     generator = torch.Generator().manual_seed(length)
     query, key = (torch.randn(2, length, 3, 8, generator=generator) for _ in range(2))
     value = torch.randn(2, length, 3, 6, generator=generator)
     query, key = (torch.nn.functional.normalize(tensor, dim=-1) for tensor in (query, key))
     decay = -torch.rand(2, length, 3, generator=generator)
     beta = torch.rand(2, length, 3, generator=generator)
-    expected, _ = torch_recurrent_gated_delta_rule(query, key, value, g=decay, beta=beta)
-    assert torch.allclose(gated_delta_rule(query, key, value, decay, beta), expected, atol=1e-5)
+    expected, last = torch_recurrent_gated_delta_rule(query, key, value, g=decay, beta=beta, output_final_state=True)
+    found, state = gated_delta_rule(query, key, value, decay, beta)
+    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(state, last, atol=1e-5)
+    cut = length // 3
+    parts = [
+        [tensor[:, part] for tensor in (query, key, value, decay, beta)] for part in (slice(cut), slice(cut, None))
+    ]
+    first, between = gated_delta_rule(*parts[0]) if cut else (found[:, :0], None)
+    second, state = gated_delta_rule(*parts[1], between)
+    assert torch.allclose(torch.cat((first, second), dim=1), expected, atol=1e-5)
+    assert torch.allclose(state, last, atol=1e-5)
 
 
 def policy(model: Path, **settings) -> Policy:

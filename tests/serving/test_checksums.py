@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import exprl_megatron.serving.weight_hash as weight_hash
+from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.serving.checksums import ServerChecksums, checksums, differing, rank_checksums
 from exprl_megatron.serving.server_command import server_environment
+from exprl_megatron.serving.weight_layout import is_weight
 
 # SGLang's own CUDA kernel, run by Triton's interpreter on the tensors of the file given as its first argument.
 INTERPRETED = """
@@ -172,3 +174,47 @@ def test_on_a_cpu_ranks_hold_a_multiple_of_32_of_an_mlp():
     cut = {name: tensor[48:] for name, tensor in weights.items() if "down" not in name}
     cut[f"{mlp}.down_proj.weight"] = down[:, 48:]
     assert on_cuda == checksums(cut.items(), tied=False, server="cuda")
+
+
+NET = DeltaNet(key_heads=2, value_heads=4, key_dim=3, value_dim=2, kernel=4)
+LINEAR = "model.language_model.layers.0.linear_attn"
+
+
+def test_a_norm_that_adds_one_has_a_second_copy_in_models_with_gated_delta_nets():
+    """Which a transport that writes into parameters alone would leave as it was."""
+    names = ("layers.1.self_attn.q_norm", "layers.0.input_layernorm", "norm", "layers.0.linear_attn.norm")
+    norms = {f"model.language_model.{name}.weight": torch.randn(5).bfloat16() for name in names}
+    found = checksums(norms.items(), tied=False, delta_net=NET)
+    served = dict(zip(("layers.1.q_norm", *names[1:]), norms.values(), strict=True))
+    assert found == {f"model.{name}.weight": sha(norm.view(torch.uint16).numpy()) for name, norm in served.items()} | {
+        f"model.{name}.gemma_weight": sha((1 + norm).view(torch.uint16).numpy())
+        for name, norm in served.items()
+        if "linear_attn" not in name
+    }
+    assert len(checksums(norms.items(), tied=False)) == len(norms)
+
+
+def test_queries_keys_and_values_of_a_gated_delta_net_are_each_cut_by_heads():
+    """Rows of a tensor are numbered, so that what a rank of two holds can be read off."""
+    rows = {"in_proj_qkv.weight": 20, "in_proj_z.weight": 8, "in_proj_b.weight": 4, "in_proj_a.weight": 4}
+    weights = {name: torch.arange(count).float()[:, None].expand(-1, 3).contiguous() for name, count in rows.items()}
+    weights |= {"A_log": torch.arange(4.0), "dt_bias": 10 + torch.arange(4.0), "out_proj.weight": torch.randn(3, 8)}
+    weights["conv1d.weight"] = torch.arange(20.0)[:, None, None].expand(-1, 1, 4).contiguous()
+    second = rank_checksums(
+        ((f"{LINEAR}.{name}", tensor) for name, tensor in weights.items()), tp=2, kv_heads=2, tied=False, delta_net=NET
+    )[1]
+    qkv = [3, 4, 5, 9, 10, 11, 16, 17, 18, 19]
+    expected = {
+        "in_proj_qkvz.weight": (weights["in_proj_qkv.weight"][qkv], weights["in_proj_z.weight"][4:]),
+        "in_proj_ba.weight": (weights["in_proj_b.weight"][2:], weights["in_proj_a.weight"][2:]),
+        "conv1d.weight": (weights["conv1d.weight"][qkv],),
+        "A_log": (weights["A_log"][2:],),
+        "dt_bias": (weights["dt_bias"][2:],),
+        "out_proj.weight": (weights["out_proj.weight"][:, 4:].contiguous(),),
+    }
+    served = LINEAR.replace("language_model.", "")
+    assert second == {f"{served}.{name}": sha(*(t.numpy() for t in parts)) for name, parts in expected.items()}
+
+
+def test_a_buffer_that_follows_from_the_config_is_no_weight():
+    assert is_weight("model.norm.gemma_weight") and not is_weight("model.layers.3.rotary_emb.axis_map")

@@ -16,7 +16,7 @@ from exprl_megatron.config.resuming import FREE_ARGUMENTS
 from exprl_megatron.serving.server_command import CPU_BACKEND, server_environment
 
 ROOT = Path(__file__).parents[2]
-_OURS = ("exprl_placeholder", "sgl_kernel", "torchvision")
+_OURS = ("exprl_cpu_delta_net", "exprl_placeholder", "sgl_kernel", "torchvision")
 
 
 @pytest.fixture(scope="module")

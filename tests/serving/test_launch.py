@@ -15,7 +15,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from helpers.tiny_models import write_tiny_model, write_tiny_vision_model
 
+from exprl_megatron import planning
 from exprl_megatron.config.serving import ServerConfig
 from exprl_megatron.errors import ServerError, UserError
 from exprl_megatron.serving.server_command import irreproducible_sampling, server_command, server_environment
@@ -30,6 +32,7 @@ from exprl_megatron.serving.server_process import (
 )
 from exprl_megatron.utils.ports import free_ports, is_free
 
+ARCHITECTURES = Path(planning.__file__).parent / "architectures"
 # A program that starts one server from a model and a log directory and then waits to be killed.
 LAUNCHER = """
 import sys, time
@@ -181,6 +184,45 @@ def test_a_shared_expert_stays_apart_on_cuda(tmp_path, name, apart):
     assert (flag in server_command(tmp_path, ServerConfig(), cuda=True, **settings)) is apart
     # SGLang does not fuse it on a CPU.
     assert flag not in server_command(tmp_path, ServerConfig(), cuda=False, **settings)
+
+
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_server_of_qwen3_5_reads_the_settings_that_sglang_looks_for_elsewhere(tmp_path, cuda, published):
+    """transformers 5 does not write `full_attention_interval`; SGLang takes the rotary share from the top level."""
+    write_tiny_model(tmp_path, "qwen3.5", layers=4, full_attention_interval=4, published_form=published)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    tree["rope_parameters"]["partial_rotary_factor"] = tree["partial_rotary_factor"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0", "cuda": cuda}
+    command = server_command(tmp_path, ServerConfig(extra_args=("--max-mamba-cache-size", "7")), **settings)
+    read = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert (read["full_attention_interval"], read["partial_rotary_factor"]) == (4, 0.5)
+    assert read["rope_parameters"] == {
+        "rope_type": "default", "rope_theta": 10_000.0, "mrope_interleaved": True, "mrope_section": [2, 1, 1]
+    }  # fmt: skip
+    assert command.count("--max-mamba-cache-size") == (1 if cuda else 2) and command[-1] == "7"
+    assert ("SGLANG_MAMBA_CONV_DTYPE" in server_environment({}, cuda=cuda)) is not cuda
+    assert "--language-model-only" not in command
+
+
+def test_a_server_of_a_vision_model_has_its_language_model_alone(tiny_model, tmp_path):
+    model = write_tiny_vision_model(tmp_path / "vision", tiny_model("qwen3.5"))
+    settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0", "cuda": True}
+    command = server_command(model, ServerConfig(), **settings)
+    assert "--language-model-only" in command
+    read = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert read["text_config"]["full_attention_interval"] == 2
+
+
+def test_states_of_gated_delta_nets_have_bounded_memory_on_a_cpu(tmp_path):
+    """27B has 48 such layers of 48 heads of 128 x 128 numbers: 151 MB of fp32 a request, and the convolutions."""
+    settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0", "cuda": False}
+    counts = {}
+    for model in (ARCHITECTURES / "qwen3.5-27b", write_tiny_model(tmp_path / "tiny", "qwen3.5")):
+        command = server_command(model, ServerConfig(), **settings)
+        counts[model.name] = int(command[command.index("--max-mamba-cache-size") + 1])
+    assert counts == {"qwen3.5-27b": 2**31 // (48 * (48 * 128 * 128 * 4 + 3 * 10_240 * 2)), "tiny": 1536}
 
 
 def test_servers_on_one_machine_have_gpus_of_their_own(tmp_path):

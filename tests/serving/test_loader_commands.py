@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import pickle
 import socket
@@ -18,7 +19,7 @@ from exprl_megatron.serving.client import SGLangClient
 from exprl_megatron.serving.loader_commands import LOADER, CommandGate, CommandNumbers, CommandRefused, signed
 from exprl_megatron.serving.model_checksums import checksums, pack_expected
 from exprl_megatron.serving.server_command import CPU_BACKEND
-from exprl_megatron.serving.transfer_tables import RECTANGLE
+from exprl_megatron.serving.transfer_tables import MESSAGE, RECTANGLE, RankTransfers
 
 START = 41
 STOOD_IN = ("torchvision", "sgl_kernel")
@@ -156,3 +157,19 @@ def test_trainer_and_server_agree_on_checksums_through_orders_of_one_key(monkeyp
     assert found == checksums({"weight": model.weight}, pack_expected({"weight": (2, 3)}, ["float32"], parts))
     # A second time: what was expected is remembered.
     assert asyncio.run(sums.held([InProcess(model, loader.load)], torch.float32)) == [(found,)]
+
+
+def test_after_a_direct_sync_norms_with_1_added_are_those_of_the_new_weights(monkeypatch, loader):
+    """SGLang has a second copy of them, which kernels on CUDA read and its own loader alone brings up to date."""
+    from sglang.srt.layers.layernorm import GemmaRMSNorm
+
+    model = torch.nn.Sequential(GemmaRMSNorm(3), torch.nn.Linear(3, 3))
+    monkeypatch.setattr(loader, "run_rounds", lambda *_: model[0].weight.data.copy_(torch.tensor([1.0, 2.0, -3.0])))
+    member = object.__new__(loader._Member)
+    member._model, member._places, member._dtype, member._device = model, [], torch.float32, torch.device("cpu")
+    member._transfers = RankTransfers(np.empty(0, MESSAGE), np.empty(0, RECTANGLE))
+    member._while_wanted = contextlib.nullcontext
+    kept = model[0].gemma_weight.data_ptr()
+    member.receive()
+    assert model[0].gemma_weight.tolist() == [2.0, 3.0, -2.0] and model[0].gemma_weight.data_ptr() == kept
+    assert "0.gemma_weight" in loader._compared(model)

@@ -67,6 +67,33 @@ def test_places_are_filled_as_the_loader_fills_them():
         assert torch.equal(parameter, expected)
 
 
+class Convolution(torch.nn.Module):
+    """The second of two ranks' part of a gated delta net's convolution: of 4 queries, 4 keys and 6 values."""
+
+    def __init__(self, width=5):
+        super().__init__()
+        self.conv = torch.nn.Parameter(torch.full((7, 1, width), 7.0))
+
+    def load_weights(self, tensors):
+        for _, tensor in tensors:
+            for first, begin, count in ((0, 2, 2), (2, 6, 2), (4, 11, 3)):
+                self.conv.data[first : first + count, ...].copy_(tensor[begin : begin + count])
+
+
+def test_sections_of_a_tensor_of_three_dimensions_are_rectangles_of_its_rows():
+    model, whole = Convolution(), torch.randn(14, 1, 5)
+    places = trace(model, {"conv": (14, 1, 5)}, torch.float32)
+    assert [place.need for place in places] == [
+        RequiredSlice("conv", 2, 2, 0, 5), RequiredSlice("conv", 6, 2, 0, 5), RequiredSlice("conv", 11, 3, 0, 5)
+    ]  # fmt: skip
+    for place in places:
+        need = place.need
+        place.view(dict(model.named_parameters())).copy_(whole[need.row : need.row + need.rows, 0])
+    assert torch.equal(model.conv, torch.cat([whole[2:4], whole[6:8], whole[11:]]))
+    with pytest.raises(ValueError, match="conv does not go into a parameter"):
+        trace(Convolution(width=4), {"conv": (14, 1, 5)}, torch.float32)
+
+
 class WithBias(torch.nn.Module):
     """A router as SGLang has it in a model of bf16, and a layer of that model."""
 

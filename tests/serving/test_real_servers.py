@@ -1,4 +1,4 @@
-"""Models of eight families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
+"""Models of nine families served side by side: log-probs, stretched positions, checksums, weight updates, failures."""
 
 import asyncio
 import os
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from exprl_megatron.config.serving import SCORED_BELOW_ROOM, ServerConfig
 from exprl_megatron.errors import ServerError
+from exprl_megatron.models.architecture import read_architecture
 from exprl_megatron.models.routing import Routing
 from exprl_megatron.serving.checksums import checksums, differing
 from exprl_megatron.serving.server_process import ServerSpec, start_servers, stop_servers
@@ -44,6 +45,7 @@ MODELS = {
     "glm4-moe": {"vocab_size": 131, "tied": False, "mtp": True},
     # Windows and an original length that prompts are far past.
     "olmo3": {"vocab_size": 131, "tied": False},
+    "qwen3.5": {"vocab_size": 131, "tied": False},
 }
 EXPERTS = 4
 PROMPT = list(range(3, 100))
@@ -61,8 +63,13 @@ def servers(tiny_model, tmp_path_factory):
 
 
 def _config(name):
-    returned = ("--enable-return-routed-experts",) if name in ("qwen3-moe", "glm4-moe") else ()
-    return ServerConfig(request_deadline_s=60, extra_args=returned)
+    extra_args: tuple[str, ...] = ()
+    if name in ("qwen3-moe", "glm4-moe"):
+        extra_args = ("--enable-return-routed-experts",)
+    elif name == "qwen3.5":
+        # Prompts are computed in pieces, each of which begins with the states that the one before it left.
+        extra_args = ("--chunked-prefill-size", "64")
+    return ServerConfig(request_deadline_s=60, extra_args=extra_args)
 
 
 def on(server, ask):
@@ -278,16 +285,87 @@ def test_the_longest_sequence_that_is_scored(servers):
         on(servers["qwen3"], lambda client: client.score([5] * (longest + 1), 1))
 
 
+def log_probs_of(directory, ids):
+    """[tokens - 1]: of each token but the first one, as transformers has them at temperature 1."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(ids)[1:, None])[:, 0]
+
+
+def test_the_states_of_a_gated_delta_net_are_of_one_request_alone(servers, tiny_model):
+    """Of requests that join others in their middle, that are aborted, that come after these, and after a flush."""
+    directory, settings = tiny_model("qwen3.5", **MODELS["qwen3.5"]), {"temperature": 1.0, "max_new_tokens": 30}
+    prompts = [PROMPT[i : i + n] for i, n in enumerate((1, 2, 3, 5, 63, 64, 65, 90, 90, 90, 40, 7))]
+
+    async def ask(client):
+        long = client.generate(PROMPT[:3], temperature=1.0, max_new_tokens=900, seed=3, regex="[a-z ]{2000}")
+        aborted = asyncio.create_task(long)
+        first = await asyncio.gather(*(client.generate(p, seed=i, **settings) for i, p in enumerate(prompts)))
+        await client.pause("abort")
+        await client.continue_()
+        await asyncio.gather(aborted, return_exceptions=True)
+        again = await asyncio.gather(*(client.generate(p, seed=i, **settings) for i, p in enumerate(prompts)))
+        await client.flush_cache()
+        alone = [await client.generate(p, seed=i, **settings) for i, p in enumerate(prompts)]
+        # The conversation continues: the states at the end of the response before are in the cache.
+        follow = [*prompts[7], *alone[7].token_ids, *PROMPT[:20]]
+        return [*first, *again, *alone], follow, await client.generate(follow, seed=1, **settings)
+
+    generations, follow, continued = on(servers["qwen3.5"], ask)
+    for prompt, generation in zip([*prompts * 3, follow], [*generations, continued], strict=True):
+        expected = log_probs_of(directory, [*prompt, *generation.token_ids])[len(prompt) - 1 :]
+        assert (torch.tensor(generation.log_probs.tolist()) - expected).abs().max() < 1e-4
+    assert continued.cached_tokens > len(prompts[7])
+    assert all(generation.cached_tokens == 0 for generation in generations[-len(prompts) :])
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_what_an_update_makes_of_the_states_of_a_held_trace(servers, tiny_model, tmp_path, mode):
+    """`retract` computes them again with the new weights; with `in_place` the trace continues from the old ones."""
+    directory = tiny_model("qwen3.5", **MODELS["qwen3.5"])
+    other = write_tiny_model(tmp_path / "other", "qwen3.5", **MODELS["qwen3.5"], seed=5)
+    prompt = PROMPT[:70]
+
+    async def ask(client):
+        settings = {"temperature": 1.0, "max_new_tokens": 400}
+        running = [asyncio.create_task(client.generate(prompt, seed=seed, **settings)) for seed in range(8)]
+        await client.generate(prompt, temperature=1.0, max_new_tokens=8, seed=1)
+        await client.pause(mode)
+        await client.update_from_disk(other, "other")
+        await client.continue_()
+        traces = await asyncio.gather(*running)
+        await client.update_from_disk(directory, "initial")
+        return [trace for trace in traces if len(trace.weight_versions) == 2]
+
+    old, new = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (directory, other))
+    held = on(servers["qwen3.5"], ask)
+    assert held
+    for trace in held:
+        ids = [*prompt, *trace.token_ids.tolist()]
+        (_, _, count), _ = trace.weight_versions
+        # The last token before the update is the first one that the new weights read.
+        read = len(prompt) + count - 1
+        with torch.no_grad():
+            before = old(torch.tensor([ids[:read]]), use_cache=True)
+            cache = before.past_key_values if mode == "in_place" else None
+            after = new(torch.tensor([ids[read if cache else 0 : -1]]), past_key_values=cache)
+        logits = torch.cat((before.logits[0, len(prompt) - 1 :], after.logits[0, -(len(ids) - 1 - read) :]))
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[len(prompt) :, None])[:, 0]
+        assert (torch.tensor(trace.log_probs.tolist()) - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_checksums_are_computed_from_hugging_face_tensors(servers, tiny_model, name):
     weights = load_file(tiny_model(name, **MODELS[name]) / "model.safetensors")
     weights = {key: tensor for key, tensor in weights.items() if not key.startswith("model.layers.2.")}
     (held,) = on(servers[name], lambda client: client.checksums())
-    ours = checksums(weights.items(), tied=MODELS[name]["tied"], experts=EXPERTS)
-    assert differing(held, ours) == []
+    delta_net = read_architecture(tiny_model(name, **MODELS[name])).delta_net
+    settings = {"tied": MODELS[name]["tied"], "experts": EXPERTS, "delta_net": delta_net}
+    assert differing(held, checksums(weights.items(), **settings)) == []
     weights["model.layers.1.self_attn.v_proj.weight"][-1, -1] += 1e-3
-    ours = checksums(weights.items(), tied=MODELS[name]["tied"], experts=EXPERTS)
-    assert differing(held, ours) == ["model.layers.1.self_attn.qkv_proj.weight"]
+    attention = "model.layers.1" if name == "qwen3.5" else "model.layers.1.self_attn"
+    assert differing(held, checksums(weights.items(), **settings)) == [f"{attention}.qkv_proj.weight"]
 
 
 def test_the_seed_decides_the_tokens(servers):

@@ -17,7 +17,7 @@ from exprl_megatron.serving.transfer_tables import (
     unpack_transfers,
 )
 
-SHAPES = {"words": (100, 8), "norm": (8,)}
+SHAPES = {"words": (100, 2, 4), "norm": (8,)}
 NEEDS = np.array([(0, 50, 50, 0, 8), (1, 0, 8, 0, 1)], dtype=RECTANGLE)
 TWO_ROUNDS = RankTransfers(
     np.array([(0, 3, 1), (0, 1, 2), (4, 3, 1)], dtype=MESSAGE),

@@ -3,6 +3,7 @@
 import sys
 from collections import defaultdict, deque
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.weight_readers import RandomWeights
 from exprl_megatron.serving.loader_commands import RequiredSlice
 from exprl_megatron.serving.sharding import server_needs
-from exprl_megatron.serving.transfer_tables import needs_table
+from exprl_megatron.serving.transfer_tables import Slice, Transfer, needs_table
 from exprl_megatron.weight_sync.p2p_schedule import TransferPlan
+from exprl_megatron.weight_sync.p2p_sender import P2PSender
 from exprl_megatron.weight_sync.shard_table import shard_table
 
 BUDGET = 20_000
@@ -43,7 +45,7 @@ def test_every_server_rank_gets_every_number_that_it_holds_once(tiny_model, fami
     architecture = architecture_of(tiny_model, family)
     source, shapes = RandomWeights(architecture, 3), hf_shapes(architecture)
     held = shards(architecture, layout, source)
-    needs = [server_needs(shapes, tp, architecture.kv_groups)] * 2
+    needs = [server_needs(shapes, tp, architecture.kv_groups, architecture.delta_net)] * 2
     got = [[torch.full((need.rows, need.columns), torch.nan) for need in rank] for server in needs for rank in server]
     plan = plan_of(needs, architecture, layout, "float32", BUDGET)
     under_way = defaultdict(deque)
@@ -159,3 +161,16 @@ def test_experts_are_planned_together_and_not_one_by_one(tiny_model):
 
         counted.append(calls(work))
     assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize(("shape", "part", "expected"), [
+    ((6, 1, 4), (0, 2, 3, 0, 4), lambda own: own[2:5, 0]),
+    ((6, 4), (0, 2, 3, 1, 2), lambda own: own[2:5, 1:3]),
+    ((6,), (0, 2, 3, 0, 1), lambda own: own[2:5, None]),
+])  # fmt: skip
+def test_what_is_sent_of_parameters_of_one_to_three_dimensions_are_rectangles_of_their_rows(shape, part, expected):
+    own, sender = torch.randn(shape), object.__new__(P2PSender)
+    sender._parameters = {0: "parameter"}
+    gatherer = SimpleNamespace(own={"parameter": own}.__getitem__, dtype=own.dtype)
+    (cut,) = sender._cuts(gatherer, Transfer(1, (Slice(*part),)))
+    assert torch.equal(cut, expected(own)) and cut.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()

@@ -49,7 +49,9 @@ def model_of(server, source, shapes):
     names = list(shapes)
     for (tensor, row, rows, column, columns), where in zip(server.needs.tolist(), server.places.tolist(), strict=True):
         whole = source.read(names[tensor])
-        place(*where).copy_(whole.view(len(whole), -1)[row : row + rows, column : column + columns])
+        part = whole.view(len(whole), -1)[row : row + rows, column : column + columns]
+        plus_one = list(server.shapes)[where[0]].endswith(".gemma_weight")
+        place(*where).copy_(part + 1 if plus_one else part)
     for where in server.padding.tolist():
         place(*where).zero_()
     return dict(zip(server.shapes, held, strict=True))
@@ -74,11 +76,14 @@ def expected_of(tiny_model, family, layout, tp):
 
 
 @pytest.mark.parametrize("server", ["cpu", "cuda"])
-@pytest.mark.parametrize(("family", "tp"), [("qwen3", 1), ("qwen3", 4), ("qwen2", 2), ("qwen3-moe", 2), ("mixtral", 2)])
+@pytest.mark.parametrize(
+    ("family", "tp"),
+    [("qwen3", 1), ("qwen3", 4), ("qwen2", 2), ("qwen3-moe", 2), ("mixtral", 2), ("qwen3.5", 1), ("qwen3.5", 2)],
+)
 def test_a_rank_s_parameters_are_those_whose_checksums_sglang_reports(tiny_model, family, tp, server):
     architecture = architecture_of(tiny_model, family)
     source, shapes = Unlike(architecture, 3), hf_shapes(architecture)
-    settings = {"tp": tp, "kv_heads": architecture.kv_groups}
+    settings = {"tp": tp, "kv_heads": architecture.kv_groups, "delta_net": architecture.delta_net}
     experts = architecture.experts.count if architecture.experts else 0
     reported = rank_checksums(
         [(name, source.read(name)) for name in shapes],
@@ -110,7 +115,10 @@ def test_shards_of_every_layout_and_a_server_s_model_have_the_same_checksums(tin
         assert differing(checksums(model, packed), wanted) == []
 
 
-@pytest.mark.parametrize(("family", "layout", "tp"), [("qwen3", Layout(tp=2), 1), ("qwen2", Layout(tp=2, pp=2), 2)])
+@pytest.mark.parametrize(
+    ("family", "layout", "tp"),
+    [("qwen3", Layout(tp=2), 1), ("qwen2", Layout(tp=2, pp=2), 2), ("qwen3.5", Layout(tp=2), 2)],
+)
 def test_one_bit_anywhere_is_found_and_its_tensor_named(tiny_model, family, layout, tp):
     expected, told, models = expected_of(tiny_model, family, layout, tp)
     draw = np.random.default_rng(0)

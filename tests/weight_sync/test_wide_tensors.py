@@ -1,7 +1,8 @@
 """Every transport to servers of two ranks, of the families that no other test has there.
 
 GLM-4.5 in bf16, whose router's weight and bias servers keep in fp32; Olmo 3, whose norms of queries and keys servers
-have whole on every rank; Seed-OSS, which servers have the project's own class for, with biases; Mistral.
+have whole on every rank; Qwen3.5 in bf16, of whose tensors some are cut in sections, one is in fp32, and norms have a
+second copy; Seed-OSS, which servers have the project's own class for, with biases; Mistral.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from exprl_megatron.config.policy import Layout, PolicyConfig
 from exprl_megatron.config.serving import ServerConfig, SyncConfig
 from exprl_megatron.config.transport import TransportChoice
+from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.named_weights import named_weights
 from exprl_megatron.policy.policy import Policy
@@ -29,9 +31,10 @@ pytestmark = pytest.mark.slow
 TP = 2
 PROMPT = [3 + 7 * index % 120 for index in range(150)]
 SETTINGS = {"vocab_size": 131}
-LAYERS = {"glm4-moe": 3, "olmo3": 4, "seed-oss": 2, "mistral": 2}
-DTYPES = dict.fromkeys(LAYERS, "float32") | {"glm4-moe": "bfloat16"}
-CHECKED = {"glm4-moe": {"experts": 4, "sigmoid_router": True}}
+LAYERS = {"glm4-moe": 3, "olmo3": 4, "qwen3.5": 4, "seed-oss": 2, "mistral": 2}
+DTYPES = dict.fromkeys(LAYERS, "float32") | {"glm4-moe": "bfloat16", "qwen3.5": "bfloat16"}
+DELTA_NET = DeltaNet(key_heads=2, value_heads=4, key_dim=16, value_dim=24, kernel=4)
+CHECKED = {"glm4-moe": {"experts": 4, "sigmoid_router": True}, "qwen3.5": {"delta_net": DELTA_NET}}
 """What the checksums of a server have to know of its model."""
 
 
@@ -100,6 +103,6 @@ def test_every_transport_brings_every_bit_and_both_kinds_of_checksums_agree(serv
             wanted = torch.log_softmax(model(ids).logits[0, :-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]
         assert (torch.tensor(scored.tolist()) - wanted).abs().max() < 1e-4
         return
-    biases = [tensor for name, tensor in tensors if name.endswith("e_score_correction_bias")]
+    biases = [tensor for name, tensor in tensors if name.endswith(("e_score_correction_bias", "A_log"))]
     assert len(biases) == 2
     assert not any(torch.equal(bias.bfloat16().float(), bias) for bias in biases)

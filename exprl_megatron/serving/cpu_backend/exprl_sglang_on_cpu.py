@@ -10,6 +10,7 @@ def activate() -> None:
     does not depend on the batch it was computed in; what stays is that the sampler draws from the request's own seed.
     """
     import exprl_cpu_attention
+    import exprl_cpu_delta_net
     import exprl_cpu_linear
     from sglang.srt.arg_groups import choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -37,6 +38,11 @@ def activate() -> None:
         "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head",
         exprl_cpu_linear.output_layer,
         HookType.AROUND,
+    )
+    HookRegistry.register(
+        "sglang.kernels.ops.attention.fla.layernorm_gated.layernorm_fn",
+        exprl_cpu_delta_net.norm_of_output,
+        HookType.REPLACE,
     )
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork, HookType.AFTER)
     HookRegistry.register("sglang.srt.state_capturer.base.BaseHostCache.__init__", _plain_memory, HookType.BEFORE)

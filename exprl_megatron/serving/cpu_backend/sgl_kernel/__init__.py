@@ -1,9 +1,10 @@
-"""Stand-in for SGLang's CUDA kernels: placeholders, and the hash behind seeded sampling.
+"""Stand-in for SGLang's kernels: placeholders, the hash behind seeded sampling, and gated delta nets.
 
-Submodules are absent on purpose: where SGLang fails to import one, it takes its own fallback.
+Submodules but `mamba` are absent on purpose: where SGLang fails to import one, it takes its own fallback.
 """
 
 import torch
+from exprl_cpu_delta_net import OPERATIONS
 from exprl_placeholder import placeholders
 
 __version__ = "0.0.0"
@@ -57,5 +58,7 @@ def _shifted(words: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
 _library = torch.library.Library("sgl_kernel", "FRAGMENT")
 # A process that imports this again has the operator already.
 if not hasattr(torch.ops.sgl_kernel, "murmur_hash32_cpu"):
-    _library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
-    _library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+    _hash = "murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor"
+    for schema, function in (OPERATIONS | {_hash: murmur_hash32}).items():
+        _library.define(schema)
+        _library.impl(schema.partition("(")[0], function, "CPU")

@@ -3,20 +3,33 @@
 import torch
 from torch.nn.functional import pad
 
-from exprl_megatron.models.delta_net import CHUNK
+_EPS = 1e-6
+"""Of the length of queries and keys, as flash-linear-attention and transformers have it."""
+
+
+def of_length_one(heads: torch.Tensor) -> torch.Tensor:
+    """[..., dim] divided by its length, in fp32."""
+    heads = heads.float()
+    return heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + _EPS)
 
 
 def gated_delta_rule(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
-) -> torch.Tensor:
-    """The outputs [count, tokens, heads, value_dim], fp32, of sequences that each begin with an empty state S.
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor | None = None,
+    chunk: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs [count, tokens, heads, value_dim] and the last states, fp32, of sequences that begin with `state`.
 
-    Token by token S = exp(decay) S, then S += beta k (v - S' k)', and the output is S' q / sqrt(key_dim) (equation 10
-    of the paper, in its transpose). query and key [count, tokens, heads, key_dim] have length 1 each; `decay`, which is
-    not positive, and `beta` are [count, tokens, heads]. Within a chunk the corrections of all tokens are one triangular
-    system (section 3.3).
+    The state S of each is [heads, key_dim, value_dim]; None: zeros. Token by token S = exp(decay) S, then
+    S += beta k (v - S' k)', and the output is S' q / sqrt(key_dim) (equation 10 of the paper, in its transpose). query
+    and key [count, tokens, heads, key_dim] have length 1 each; `decay`, which is not positive, and `beta` are
+    [count, tokens, heads]. Within `chunk` tokens the corrections of all are one triangular system (section 3.3).
     """
-    tokens, chunk = query.shape[1], min(CHUNK, query.shape[1])
+    tokens, chunk = query.shape[1], min(chunk, query.shape[1])
     # [count, heads, chunks, chunk, dim], and without the last dimension.
     query, key, value, beta, decay = (_chunks(tensor, chunk) for tensor in (query, key, value, beta, decay))
     query = query * query.shape[-1] ** -0.5
@@ -35,21 +48,24 @@ def gated_delta_rule(
     query = query * total.exp()[..., None]
     key = key * (total[..., -1:] - total).exp()[..., None]
     kept = total[..., -1].exp()[..., None, None]
-    state = torch.zeros(())
     outputs = []
     for number in range(query.shape[2]):
         correction = written[:, :, number]
-        if number:
+        if state is not None:
             correction = correction - read[:, :, number] @ state
         output = within[:, :, number] @ correction
-        outputs.append(output + query[:, :, number] @ state if number else output)
+        outputs.append(output if state is None else output + query[:, :, number] @ state)
         added = key[:, :, number].mT @ correction
-        state = state * kept[:, :, number] + added if number else added
-    return torch.cat(outputs, dim=2)[:, :, :tokens].transpose(1, 2)
+        state = added if state is None else state * kept[:, :, number] + added
+    assert state is not None
+    return torch.cat(outputs, dim=2)[:, :, :tokens].transpose(1, 2), state
 
 
 def _chunks(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
-    """[count, tokens, heads, ...] -> fp32 [count, heads, chunks, chunk, ...], filled with zeros."""
+    """[count, tokens, heads, ...] -> fp32 [count, heads, chunks, chunk, ...].
+
+    It is filled with zeros, which leave a state as it is.
+    """
     moved = tensor.transpose(1, 2).float()
     missing = -moved.shape[2] % chunk
     if missing:
