@@ -36,7 +36,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One part: whether it is there, what exactly was found, and what its absence prevents."""
+    """One checked part: whether it is present, what was found, and what its absence prevents."""
 
     part: str
     ok: bool
@@ -45,7 +45,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Every finding, in the order of the table."""
+    """Return every finding, in the order of the table."""
     gpus = _gpus()
     return [
         _python(),

@@ -122,7 +122,7 @@ class JudgeConfig(Config):
 
     @property
     def shown_name(self) -> str:
-        """What the judge is called in tables and errors."""
+        """Return the judge's name in tables and errors."""
         return self.model or self.endpoint_model
 
     @property

@@ -11,7 +11,7 @@ PrecisionKind = Literal["fp32", "bf16", "fp8-delayed", "fp8-tensorwise", "fp8-bl
 
 
 def default_kind(cuda: bool) -> PrecisionKind:
-    """What `auto` is where trainer and servers run on CUDA, and where they do not."""
+    """Return the kind that `auto` stands for with CUDA and without."""
     return "bf16" if cuda else "fp32"
 
 
@@ -53,7 +53,7 @@ class PrecisionConfig(Config):
         return "fp32" if kind == "fp32" or self.emulate else "bf16"
 
     def resolved(self, cuda: bool | None = None) -> Self:
-        """The same with `auto` replaced, by what this machine computes on unless `cuda` says it."""
+        """Return the config with `auto` replaced, for this machine unless `cuda` is given."""
         if self.kind != "auto":
             return self
         return self.model_copy(update={"kind": default_kind(uses_cuda() if cuda is None else cuda)})

@@ -111,7 +111,7 @@ class RunConfig(Config):
     debug: DebugConfig = DebugConfig()
 
     def with_precision(self, cuda: bool | None = None) -> Self:
-        """The same with `policy.precision: auto` replaced; see PrecisionConfig.resolved."""
+        """Return the config with `policy.precision: auto` replaced; see PrecisionConfig.resolved."""
         precision = self.policy.precision.resolved(cuda)
         return self.model_copy(update={"policy": self.policy.model_copy(update={"precision": precision})})
 

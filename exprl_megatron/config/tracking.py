@@ -10,7 +10,7 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 class TrackingConfig(Config):
-    """What every tracker of `trackers` is given; servers and keys are in each tracker's own environment variables."""
+    """Settings of all trackers; servers and keys are in each tracker's own environment variables."""
 
     project: str = "exprl-megatron"
     """W&B's and trackio's project, MLflow's experiment."""

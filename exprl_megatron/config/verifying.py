@@ -29,6 +29,6 @@ class VerifierConfig(Config):
     for a built-in domain replaces the built-in verifier."""
 
     def deadline_s(self, domain: Domain) -> float:
-        """For one trace of a problem of `domain`."""
+        """Return the deadline in seconds for one trace of a problem of `domain`."""
         built_in = domain not in self.domains
         return self.program_deadline_s if domain == "code" and built_in else self.answer_deadline_s

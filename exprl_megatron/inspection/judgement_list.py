@@ -24,7 +24,7 @@ _ROUNDING = 5e-4
 
 @dataclass(frozen=True)
 class JudgementFilter:
-    """What is asked for; None: no such condition."""
+    """Conditions on the listed judgements; None: no such condition."""
 
     stage: str | None = None
     step: int | None = None

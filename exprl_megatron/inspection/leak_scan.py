@@ -34,7 +34,7 @@ SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True)
 class StageScan:
-    """What was found in the rollouts of one stage; every trace is the answer to one request."""
+    """Findings in the rollouts of one stage; every trace is the answer to one request."""
 
     stage: str
     steps: int
@@ -60,7 +60,7 @@ class StageScan:
 
 @dataclass(frozen=True)
 class RunScan:
-    """What was found in a run, and the problems whose requests or traces leak, each once."""
+    """Findings in a run, and the problems whose requests or traces leak, each once."""
 
     stages: list[StageScan]
     leaking_problems: list[str]

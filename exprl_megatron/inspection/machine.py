@@ -17,7 +17,7 @@ COPIED = 64 * 2**20
 
 
 def measured_cpu(processes: int) -> Gpu:
-    """One of `processes` equal trainer processes on this machine, each with one thread.
+    """Measure this machine as a planner's device: one of `processes` equal trainer processes with one thread each.
 
     What is measured is what is reached; the planner takes shares of peaks, so the peaks are set higher by as much.
     """

@@ -34,7 +34,7 @@ CLOCKS = {
 
 @dataclass(frozen=True)
 class ComparedFigure:
-    """One phase of one stage; None where a side knows nothing of it."""
+    """Predicted and measured seconds of one phase of one stage; None where a side has no figure."""
 
     stage: str
     phase: str
@@ -79,7 +79,7 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
 
 
 def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
-    """Every stage that has run at least one step. Raises UserError where none has."""
+    """Compare every stage that has run at least one step. Raises UserError where none has."""
     from exprl_megatron.reporting.metrics import read_metrics
 
     records = read_metrics(directory.metrics)

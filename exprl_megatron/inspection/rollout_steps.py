@@ -131,7 +131,7 @@ def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvanta
 
 
 def span_advantage(advantages: TokenAdvantages, start: int, end: int) -> float | None:
-    """That of the last token of the span: all of a span have the same, or the last alone has one.
+    """Return the advantage of the span's last token: all of a span have the same, or only the last has one.
 
     None where the trace is out of the loss or the span is empty.
     """

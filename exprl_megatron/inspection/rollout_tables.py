@@ -47,14 +47,14 @@ def score_text(judgement: Judgement) -> str:
 
 
 def finding_text(verified: Judgement | None) -> str:
-    """What the answer verifier found; empty where it was not asked beside a judge."""
+    """Return the answer verifier's finding as text; empty without one."""
     if verified is None or isinstance(verified, Abstained):
         return "" if verified is None else f"abstained: {verified.reason}"
     return {0.0: "wrong", 1.0: "right"}.get(verified.value, f"{verified.value:.3g}")
 
 
 def advantage_text(learned: bool, advantages: TokenAdvantages, start: int, end: int) -> str:
-    """Of one span; `out`: the trace is out of the loss; empty where the stage has no advantages."""
+    """Return the advantage of a span as text; `out`: the trace is left out of the loss; empty without advantages."""
     value = span_advantage(advantages, start, end)
     if value is not None:
         return f"{value:+.3f}"

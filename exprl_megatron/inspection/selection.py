@@ -13,7 +13,7 @@ from exprl_megatron.rollout.group import GradedTrace, Group
 
 @dataclass(frozen=True)
 class Selection:
-    """What is asked for; None: no such condition."""
+    """Conditions on the shown traces, and their order; None: no such condition."""
 
     problem: str | None = None
     sample: int | None = None

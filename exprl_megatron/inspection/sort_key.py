@@ -4,7 +4,7 @@ from enum import StrEnum
 
 
 class SortKey(StrEnum):
-    """What groups, and the traces within them, are ordered by."""
+    """The value by which groups, and the traces within them, are sorted."""
 
     SCORE = "score"
     SPREAD = "spread"

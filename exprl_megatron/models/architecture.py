@@ -119,7 +119,7 @@ class Architecture:
         return replace(found, layer_types=(), window=None, delta_net=delta_net)
 
     def kinds(self, layers: Iterable[int] | None = None) -> dict["Architecture", int]:
-        """What `of_layer` gives for `layers` (None: for all), and for how many of them."""
+        """Return each distinct result of `of_layer` for `layers` (None: all) and its number of layers."""
         first: dict[tuple[bool, str | None], int] = {}
         counts: Counter[tuple[bool, str | None]] = Counter()
         for layer in range(self.layers) if layers is None else layers:
@@ -136,7 +136,7 @@ class Architecture:
 
     @property
     def attention_factor(self) -> float:
-        """What rotated queries and keys are multiplied by, each."""
+        """The factor of rotated queries and of rotated keys."""
         return self.rope_scaling.attention_factor if isinstance(self.rope_scaling, YarnScaling) else 1.0
 
     @property

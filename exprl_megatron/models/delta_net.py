@@ -37,7 +37,7 @@ class DeltaNet:
 
     @property
     def state_bytes(self) -> int:
-        """What a server keeps for each request in place of keys and values: states in fp32, the convolution in bf16."""
+        """Bytes that a server keeps for each request instead of keys and values: fp32 states, bf16 convolution."""
         return 4 * self.value_heads * self.key_dim * self.value_dim + 2 * (self.kernel - 1) * self.convolved
 
     @property

@@ -42,13 +42,13 @@ def is_buffer(name: str) -> bool:
 
 
 def dtype_of(name: str, dtype: str) -> str:
-    """What the Hugging Face tensor `name` is kept in where the model is in `dtype` (a torch dtype's name)."""
+    """Return the dtype of the Hugging Face tensor `name` in a model of `dtype` (names of torch dtypes)."""
     return "float32" if name.endswith((ROUTER_BIAS, DECAY)) else dtype
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One Megatron parameter, or buffer: where it lives, what it is called there, and what it is made of."""
+    """One Megatron parameter or buffer: its rank, its name there, and the Hugging Face tensors that it consists of."""
 
     pp_rank: int
     chunk: int

@@ -8,7 +8,7 @@ there."""
 
 
 def layer_types(tree: dict) -> tuple[str, ...]:
-    """Of each layer; what is left out is that every fourth layer sees all tokens."""
+    """Return the type of each layer; by default every fourth layer has full attention."""
     default = [FULL if index % 4 == 3 else SLIDING for index in range(tree["num_hidden_layers"])]
     return tuple(tree.get("layer_types") or default)
 

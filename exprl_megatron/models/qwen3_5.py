@@ -31,7 +31,7 @@ def text_settings(tree: dict, path: str) -> dict:
 
 
 def layer_types(tree: dict) -> tuple[str, ...]:
-    """Of each layer whether it is a gated delta net or attention."""
+    """Return for each layer whether it is a gated delta net or attention."""
     if tree.get("layer_types"):
         return tuple(tree["layer_types"])
     interval = tree.get("full_attention_interval", _INTERVAL)

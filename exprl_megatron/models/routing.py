@@ -29,14 +29,14 @@ class Routing:
 
     @classmethod
     def of(cls, architecture: Architecture) -> Self | None:
-        """That of `architecture`; None for a dense model."""
+        """Return the routing of `architecture`; None for a dense model."""
         experts = architecture.experts
         if experts is None:
             return None
         return cls(architecture.layers, experts.chosen, experts.count, experts.dense_layers)
 
     def layers_of_stages(self, architecture: Architecture, layout: Layout) -> list[tuple[int, ...]]:
-        """For each pipeline rank its layers with experts, counted from 0 over the whole model, in order."""
+        """Return for each pipeline rank its layers with experts, counted from 0 over the whole model, in order."""
         return [
             tuple(layer for layer in sorted(chain.from_iterable(chunks)) if layer >= self.dense_layers)
             for chunks in stage_layers(architecture, layout)
@@ -44,7 +44,7 @@ class Routing:
 
     @property
     def dtype(self) -> "np.dtype":
-        """What ids are stored in: uint8 where that holds all, else int16."""
+        """The dtype of stored expert ids: uint8 where it is large enough, else int16."""
         # The launcher imports this module and no library that computes.
         import numpy as np
 

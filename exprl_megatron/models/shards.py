@@ -60,7 +60,7 @@ def sender(stage: int, layout: Layout) -> int:
 
 
 def shard_shape(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) -> Shape:
-    """Of the parameter on one of its holders; `shapes` are those of the whole Hugging Face tensors."""
+    """Return the parameter's shape on one of its holders; `shapes` are those of the whole Hugging Face tensors."""
     whole = [shapes[name] for name in parameter.hf_names]
     dim = parameter.rule.split_dim
     if dim is None:

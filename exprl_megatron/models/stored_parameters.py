@@ -23,7 +23,7 @@ _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """One parameter's place: `key` names the tensor, `index` (layer, then expert) the part of it."""
+    """The location of one parameter: `key` names the tensor, `index` (layer, then expert) the part of it."""
 
     parameter: Parameter
     key: str
@@ -61,7 +61,7 @@ class StoredParameter:
 
 
 def stored_parameters(architecture: Architecture) -> list[StoredParameter]:
-    """Every parameter once, in the order of the table."""
+    """Return the location of every parameter, in the order of the name map."""
     shapes = hf_shapes(architecture)
     alike = layers_are_alike(architecture)
     return [_stored(parameter, shapes, architecture, alike) for parameter in parameters(architecture, Layout())]

@@ -14,7 +14,7 @@ from exprl_megatron.models.delta_net import CHUNK, DeltaNet
 
 
 def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision: PrecisionConfig) -> float:
-    """What one layer keeps for each token of the rank (context-parallel ranks have their own), nothing recomputed.
+    """Return the bytes of activations that one layer keeps for each token of the rank, without recomputation.
 
     A linear layer keeps its input, in FP8 quantized; a norm keeps its input as it is.
     """
@@ -102,7 +102,7 @@ def chunks_in_flight(layout: Layout, pp_rank: int, micro_batches: int) -> int:
 
 
 def working_bytes(architecture: Architecture, policy: PolicyConfig, backward: bool) -> float:
-    """What the layer that runs holds beside: its gathered input and the widest intermediates, backward their gradients.
+    """Return the additional bytes of the running layer: its gathered input, the widest intermediates, their gradients.
 
     Sequence parallelism gathers the input again for the weight's gradient.
     """

@@ -13,12 +13,12 @@ from exprl_megatron.planning.phases import Phase
 
 
 def sleeping_server_bytes(server: ServerConfig) -> float:
-    """Of one rank of a server that has given up its weights and cache: its context, CUDA graphs and communicator."""
+    """Return the GPU bytes of one rank of a sleeping server: its context, CUDA graphs and communicator."""
     return CONTEXT + GRAPH_BYTES + (GROUP if server.tp > 1 else 0)
 
 
 def sleeping_trainer_bytes(policy: PolicyConfig) -> float:
-    """Of a trainer's rank whose weights, gradients and optimizer are away: its context and communicators."""
+    """Return the GPU bytes of an offloaded trainer rank: its context and communicators."""
     return CONTEXT + GROUP * communicators(policy.layout)
 
 

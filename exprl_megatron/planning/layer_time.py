@@ -63,7 +63,7 @@ class LayerTime:
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """The sum of all parts, in seconds."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def __add__(self, other: "LayerTime") -> "LayerTime":

@@ -52,17 +52,17 @@ class TrainerPlan:
 
     @property
     def training_s(self) -> float:
-        """Of all updates of a step."""
+        """Seconds of all updates of a step."""
         return self.slowdown * self.updates * self.training.total_s
 
     @property
     def log_probs_s(self) -> float:
-        """Of all forward passes of a step."""
+        """Seconds of all forward passes of a step."""
         return self.slowdown * self.passes * self.log_probs.total_s if self.log_probs else 0.0
 
     @property
     def seconds(self) -> float:
-        """Of all that the trainer computes in a step."""
+        """Seconds of all computation of the trainer in a step."""
         return self.training_s + self.log_probs_s
 
     @property
@@ -133,7 +133,7 @@ def rank_layouts(
     gpu: Gpu,
     gpus: int,
 ) -> Ranking:
-    """Those that fit into memory, the fastest first, of several pipelines that differ in virtual stages the best one.
+    """Rank the layouts that fit into memory, the fastest first; of those that differ in virtual stages only the best.
 
     Recomputation is taken where a layout does not fit without. Raises UserError, with the reason, where none fits.
     """

@@ -55,7 +55,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """The sum of all parts, in bytes."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     def excess_bytes(self, gpu: Gpu) -> float:
@@ -74,14 +74,14 @@ class HostBytes:
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """The sum of all parts, in bytes."""
         return self.ref_policy + self.optimizer + self.asleep
 
 
 def resident_memory(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, pp_rank: int, gpu: Gpu | None = None
 ) -> Memory:
-    """What a trainer's rank holds through all phases of a stage."""
+    """Return the memory that a trainer rank holds in all phases of a stage."""
     counts = rank_counts(architecture, policy.layout, pp_rank)
     wide = value_bytes(policy.precision)
     eight = _fp8_linear(architecture, policy, pp_rank)
@@ -169,7 +169,7 @@ def host_memory(
 
 
 def routed_experts_bytes(architecture: Architecture, config: RunConfig, tokens: float) -> float:
-    """What rank 0 holds of the experts that servers chose for `tokens` (router replay), in host memory."""
+    """Return the bytes of rank 0's host memory for the experts that servers chose for `tokens` (router replay)."""
     routing = Routing.of(architecture)
     if routing is None or config.policy.router_replay is False or config.server.router:
         return 0.0

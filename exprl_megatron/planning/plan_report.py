@@ -249,7 +249,7 @@ def _host_lines(plan: Plan) -> list[str]:
 
 
 def seconds_text(seconds: float) -> str:
-    """One decimal from a second on, below it two digits that count."""
+    """Format seconds: one decimal from 1 s on, two significant digits below."""
     return f"{seconds:.1f}" if seconds >= 1 or seconds == 0 else f"{seconds:.2g}"
 
 

@@ -31,7 +31,7 @@ Flow = Counter[tuple[str, str]]
 
 @dataclass(frozen=True)
 class SyncPlan:
-    """One sync."""
+    """The predicted messages, bytes and seconds of one sync."""
 
     messages: int
     nbytes: int

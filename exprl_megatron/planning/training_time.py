@@ -147,7 +147,7 @@ def log_prob_time(
 
 
 def micro_batches(layout: Layout, global_tokens: float, micro_batch_tokens: int) -> int:
-    """Of each data-parallel rank; an interleaved pipeline takes a multiple of its ranks, and makes them smaller."""
+    """Return the micro-batches of each data-parallel rank; with virtual stages, a multiple of the pipeline's ranks."""
     group = layout.pp if layout.vpp > 1 else 1
     return max(1, ceil(global_tokens / (micro_batch_tokens * layout.dp * group))) * group
 

@@ -48,7 +48,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of all sequences of the step."""
+        """Tokens of all sequences of the step."""
         return round(self.problems * self.traces * self.sequence_length)
 
 

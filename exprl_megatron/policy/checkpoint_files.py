@@ -42,7 +42,7 @@ def number_of(checkpoint: Path) -> int:
 
 
 def checksums(directory: Path, rank: int, ranks: int) -> dict[str, str]:
-    """By name, those of the files in `directory` that are for `rank` of `ranks` to read; together they read all."""
+    """Return, by name, the checksums of the files in `directory` that `rank` of `ranks` reads; together all of them."""
     names = [path.name for path in directory.iterdir() if path.name != STATE]
     return _checksums(directory, _share(names, rank, ranks))
 

@@ -27,10 +27,10 @@ def gloo_group(timeout_s: float = 600.0) -> dist.ProcessGroup:
 
 
 def broadcast_from_rank[T](source: int, item: T) -> T:
-    """Rank `source`'s `item`, on every rank; a collective."""
+    """Return the `item` of rank `source` on every rank; a collective."""
     return broadcast_object(item, source, gloo_group())
 
 
 def gather_from_all_ranks[T](item: T) -> list[T]:
-    """Every rank's `item`, in the order of ranks, on every rank; a collective."""
+    """Return every rank's `item`, in the order of ranks, on every rank; a collective."""
     return all_gather_objects(item, gloo_group())

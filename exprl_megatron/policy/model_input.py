@@ -35,7 +35,7 @@ class ModelInput:
     """What the routers take (see routed_rows); None: they choose."""
 
     def to(self, device: torch.device) -> "ModelInput":
-        """The same on `device`."""
+        """Return the same input on `device`."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **tensors)
 

@@ -13,12 +13,12 @@ EXPERT = "is_expert_parallel"
 
 
 def parts(state: dict) -> list[dict]:
-    """Of each chained optimizer; Megatron numbers them where there are several."""
+    """Return the state of each chained optimizer; Megatron numbers them where there are several."""
     return [state[number] for number in range(len(state))] if 0 in state else [state]
 
 
 def repartitioned(described: dict, saved: dict) -> dict:
-    """What a checkpoint would hold besides tensors, had an optimizer with the parts of `described` written it.
+    """Return the non-tensor state of a checkpoint in the parts of another optimizer, `described`.
 
     `described` is an optimizer's sharded state dict, `saved` what is no tensor in a checkpoint's.
     """

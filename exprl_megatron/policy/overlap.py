@@ -56,7 +56,7 @@ def gather_weights(wrapped: Sequence[DistributedDataParallel]) -> None:
 
 @contextmanager
 def no_grad_sync(wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Within it no reduction of gradients begins, as more are still to be added."""
+    """Keep gradients from being reduced within the block, since more will be added to them."""
     config = wrapped[0].config
     functions = config.no_sync_func, config.grad_sync_func
     config.no_sync_func = config.grad_sync_func = None

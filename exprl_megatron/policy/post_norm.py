@@ -28,7 +28,7 @@ from exprl_megatron.policy.attention import has_window
 
 @dataclass(frozen=True)
 class Modules:
-    """What of such a layer differs between CUDA and CPU."""
+    """The modules of such a layer that differ between CUDA and CPU."""
 
     column_linear: Any
     row_linear_with_norm: Any

@@ -25,7 +25,7 @@ def use_key(key: str | None) -> None:
 
 
 def broadcast_object[T](item: T, source: int, group: dist.ProcessGroup) -> T:
-    """Rank `source`'s `item`, on every rank of `group`; a collective."""
+    """Return the `item` of rank `source` on every rank of `group`; a collective."""
     here = dist.get_rank() == source
     data = _signed(item) if here else None
     size = torch.tensor([len(data) if here else 0])
@@ -36,7 +36,7 @@ def broadcast_object[T](item: T, source: int, group: dist.ProcessGroup) -> T:
 
 
 def gather_objects(item: Any, destination: int, group: dist.ProcessGroup) -> list[Any] | None:
-    """Every rank's `item` in the order of ranks, on rank `destination`; None elsewhere. A collective."""
+    """Return every rank's `item` in the order of ranks on rank `destination`, and None elsewhere; a collective."""
     sizes, data = _alike(item, group)
     here = dist.get_rank() == destination
     gathered = [torch.empty_like(data) for _ in sizes] if here else None
@@ -45,7 +45,7 @@ def gather_objects(item: Any, destination: int, group: dist.ProcessGroup) -> lis
 
 
 def all_gather_objects[T](item: T, group: dist.ProcessGroup) -> list[T]:
-    """Every rank's `item` in the order of ranks, on every rank; a collective."""
+    """Return every rank's `item` in the order of ranks, on every rank; a collective."""
     sizes, data = _alike(item, group)
     gathered = [torch.empty_like(data) for _ in sizes]
     dist.all_gather(gathered, data, group=group)

@@ -34,7 +34,7 @@ class Child(Protocol):
 
 
 class ForkedChild:
-    """See Child; `pid` is a child of this process."""
+    """A Child that was forked by a fork server; `pid` is a child of this process."""
 
     def __init__(self, pid: int):
         self.pid = pid
@@ -74,7 +74,7 @@ class ForkedChild:
 
 
 def die_with_parent(parent: int) -> None:
-    """From now on this process is killed when `parent` ends; immediately, if it has ended."""
+    """Have this process killed when `parent` ends; end it immediately if `parent` has ended."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -29,7 +29,7 @@ class Interrupted(SystemExit):
 
 
 def end_on_signals() -> None:
-    """From now on the first SIGINT or SIGTERM raises Interrupted, and later ones only print that the program is ending.
+    """Let the first SIGINT or SIGTERM raise Interrupted; later ones only print that the program is ending.
 
     A signal that is ignored, as SIGINT by a shell's background jobs, stays so.
     """

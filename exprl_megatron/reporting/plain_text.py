@@ -23,5 +23,5 @@ def escaped_text(text: str, style: str = "") -> Text:
 
 
 def escaped_line(text: str, style: str = "") -> Text:
-    """The same on one line: line breaks and tabs are shown as pictures too."""
+    """Return `text` escaped, on one line: line breaks and tabs are shown as pictures too."""
     return escaped_text(text.replace("\n", "\u240a").replace("\t", "\u2409"), style)

@@ -24,7 +24,7 @@ class Bar:
         self._total = total
 
     def advance(self, what: str) -> None:
-        """One more of `what` (for example "sampled", "graded") is done; each has a bar of its own."""
+        """Count one more of `what` (for example "sampled", "graded") as done; each has a bar of its own."""
         if self._progress is None:
             return
         if what not in self._tasks:
@@ -76,7 +76,7 @@ class StepProgress:
         self.say(step_line(f"{name} {step}/{of}", metrics, end, WIDTH - _STAMP))
 
     def say(self, text: str) -> None:
-        """One line, with the time since the start of the command."""
+        """Print one line, with the time since the start of the command."""
         self._log.say(text)
 
     def _print(self, line: str) -> None:

@@ -40,7 +40,7 @@ class RunLog:
         self._append("".join(early))
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print `text` as one line and append it to the log."""
         line = f"[{duration(time.time() - self._started)}] {text}"
         self._show(line)
         dated = f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n"

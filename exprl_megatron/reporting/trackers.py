@@ -24,7 +24,7 @@ _WAITING = 1_000
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is given at its start."""
+    """The description of a run with which a tracker is opened."""
 
     directory: Path
     """Where trackers keep files, and the ids by which they find the run again when it is resumed."""
@@ -51,7 +51,7 @@ class Tracker(Protocol):
         """The last step at which the service has `tag` from former attempts of the run; -1 without any."""
 
     def last_table_step(self, name: str) -> int:
-        """The same for tables of that name."""
+        """Return the last step of the tables of that name; -1 without any."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Show `values` by tag at `step`, which counts over all stages."""

@@ -45,7 +45,7 @@ class StepTime:
 
 
 def step_times(spans: Sequence[Span]) -> list[StepTime]:
-    """Of every finished step in the order of the timeline; of a step that was done again, the last time."""
+    """Return the times of every finished step in timeline order; of a repeated step, the last ones."""
     steps: dict[tuple[str, int], list[Span]] = defaultdict(list)
     for span in spans:
         steps[span.stage, span.step].append(span)
@@ -142,7 +142,7 @@ def draw_timeline(spans: Sequence[Span], title: str, path: Path) -> None:
 
 @dataclass(frozen=True)
 class TimelineBar:
-    """What is drawn in one color: where spans of a name begin and end, in the timeline's seconds."""
+    """The spans that are drawn in one color: starts and ends in the timeline's seconds."""
 
     name: str
     lane: int

@@ -30,7 +30,7 @@ class _Experts:
 
 
 class ServerChecksums:
-    """What `SGLangClient.checksums` returns for a server that holds the weights that are added, under SGLang's names.
+    """Computes what `SGLangClient.checksums` returns for a server that holds the added weights.
 
     Tensors may come in any order, on any device; parts of a fused parameter are kept until it is complete, and those
     of experts until all ahead of them are there. `kv_heads`: the model's; where `tp` is more, ranks share them.

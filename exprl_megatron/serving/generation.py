@@ -55,7 +55,7 @@ class Generation:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What /generate said of tokens that it was given."""
+    """Log-probs of given tokens, as /generate returned them."""
 
     log_probs: np.ndarray
     """[tokens], float32: natural log, at temperature 1."""
@@ -64,7 +64,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class ExpectedReply:
-    """What a request of /generate asked for, by which its reply is checked."""
+    """The request of /generate that a reply is checked against."""
 
     max_new_tokens: int | None = None
     vocabulary: int | None = None

@@ -15,7 +15,7 @@ from exprl_megatron.serving.transfer_tables import Slice, pack_needs, unpack_nee
 
 
 class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the trainer expects one rank's parameters to be, but for their numbers."""
+    """The names, shapes and dtypes that the trainer expects of one rank's parameters."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, list[int]]
@@ -25,7 +25,7 @@ class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one rank answers."""
+    """The answer of one rank."""
 
     checksums: dict[str, str] = {}
     """See `checksums`."""

@@ -22,12 +22,12 @@ class PoolMemory:
         """The tags of SLEEPING whose memory each server should have released."""
 
     def sleep(self) -> None:
-        """From now on, all servers should sleep and none may start."""
+        """Request that all servers sleep, and that none starts."""
         self._released = set(SLEEPING)
         self._registry.hold_starts(self._kind)
 
     def wake(self, tag: str) -> None:
-        """From now on, all servers should hold the memory of `tag`."""
+        """Request that all servers resume the memory of `tag`."""
         self._released.discard(tag)
 
     @property

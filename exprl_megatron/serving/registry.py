@@ -84,7 +84,7 @@ class Registry:
         return found
 
     def key(self, server: RegisteredServer) -> Key | None:
-        """What requests to the server need, if anything. Raises ServerError where it cannot be read."""
+        """Return the key for requests to the server, if it has one. Raises ServerError where it cannot be read."""
         file = server.key_file or (self.key_file if server.run else None)
         return None if file is None else read_key(file)
 

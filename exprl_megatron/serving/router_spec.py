@@ -25,4 +25,4 @@ class RouterSpec(ServerSpec):
         return [*command, "--prometheus-host", LOCAL, "--prometheus-port", str(metrics)]
 
     def check(self) -> None:
-        """It needs no model."""
+        """Check nothing: a router needs no model."""

@@ -106,7 +106,7 @@ def server_specs(
 
 
 def server_seed(run_seed: int, name: str, instance_id: str) -> int:
-    """What a start of a server draws from for requests whose own seed it does not use: 31 bits of SHA-256.
+    """Return the seed of a server's start for requests whose own seed it ignores: 31 bits of SHA-256.
 
     With one seed for all, servers would draw the same noise for different prompts, and a server that is started again
     would repeat what it drew before.

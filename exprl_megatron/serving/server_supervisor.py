@@ -49,7 +49,7 @@ class ServerSupervisor:
 
     @property
     def specs(self) -> Sequence[ServerSpec]:
-        """What it keeps running."""
+        """Return the specs of the servers that it keeps running."""
         return self._specs
 
     def server(self, name: str) -> Server:

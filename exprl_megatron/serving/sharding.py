@@ -61,7 +61,7 @@ def rectangle(shape: tuple[int, ...]) -> tuple[int, int]:
 
 @lru_cache(maxsize=4096)
 def rank_cut(module: str, shape: tuple[int, ...], rank: int, tp: int, kv_heads: int, server: Device) -> Cut | None:
-    """What rank `rank` of `tp` holds of a tensor of the module (`q_proj`, `embed_tokens`, ...); None: all of it.
+    """Return the part of a tensor of the module (`q_proj`, ...) that rank `rank` of `tp` holds; None: all of it.
 
     `kv_heads`: the model's; where `tp` is more, ranks share them.
     """
@@ -81,7 +81,7 @@ def rank_cut(module: str, shape: tuple[int, ...], rank: int, tp: int, kv_heads: 
 def server_needs(
     shapes: Mapping[str, tuple[int, ...]], tp: int, kv_heads: int, delta_net: DeltaNet | None = None
 ) -> list[list[RequiredSlice]]:
-    """What each rank of a server on CUDA holds of the tensors of `shapes`, without asking one."""
+    """Return the slices of the tensors of `shapes` that each rank of a CUDA server holds, without a request."""
     return [
         [
             _need(name, first, part, rank_cut(module_of(name), part, rank, tp, kv_heads, "cuda"))

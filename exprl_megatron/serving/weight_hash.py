@@ -17,7 +17,7 @@ _SEED = 0x243F6A88
 
 
 class WeightHash(Protocol):
-    """Of one tensor."""
+    """The hash of one tensor."""
 
     def update(self, data: torch.Tensor) -> None:
         """Go on with `data` ([n] uint8, on any device)."""

@@ -42,7 +42,7 @@ _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def served_dtype(name: str, dtype: str, sigmoid_router: bool) -> str:
-    """What a server whose model is in `dtype` keeps the parameter `name` in; both are torch dtypes' names.
+    """Return the dtype of the parameter `name` in a server whose model is in `dtype`; both are torch's names.
 
     SGLang 0.5.23 keeps a sigmoid router's weight and bias in fp32 (Glm4MoeGate).
     """

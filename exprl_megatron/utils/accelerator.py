@@ -102,7 +102,7 @@ def _loads(library: str) -> bool:
 
 
 def environment(cuda: bool) -> dict[str, str]:
-    """What a child process needs in its environment so that every library in it decides as `cuda` says."""
+    """Return the environment variables by which every library of a child process decides as `cuda` says."""
     return {} if cuda else {VISIBLE: ""}
 
 

@@ -21,7 +21,7 @@ _FOR_RANKS = {
 
 
 def shared_variables(inherited: Mapping[str, str], server_args: Sequence[str], tp: int) -> dict[str, str]:
-    """What every process that exchanges weights with a server of `tp` ranks and these extra arguments has.
+    """Return the variables of every process that exchanges weights with a server of `tp` ranks and these arguments.
 
     As SGLang 0.5.23 sets it for such a server (`entrypoints/engine.py:_set_envs_and_config` and
     `arg_groups/attention_hook.py`).
@@ -45,7 +45,7 @@ def shared_text(inherited: Mapping[str, str], server_args: Sequence[str], tp: in
 
 
 def rank_variables(inherited: Mapping[str, str], server_args: Sequence[str] = (), tp: int = 1) -> dict[str, str]:
-    """What the trainer's ranks have, whose weights go to servers of `tp` ranks with these extra arguments."""
+    """Return the variables of trainer ranks that send weights to servers of `tp` ranks with these arguments."""
     own = {name: inherited.get(name, value) for name, value in _FOR_RANKS.items()}
     return own | shared_variables(inherited, server_args, tp)
 

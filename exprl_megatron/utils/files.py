@@ -39,7 +39,7 @@ class Claim:
 
 
 def keep_private(root: Path) -> None:
-    """From now on this process and those it starts create files for their owner alone; so is all in `root` then."""
+    """Make new files of this process and its children, and all files in `root`, accessible to their owner only."""
     os.umask(0o077)
     if root.is_dir():
         for path in (root, *root.rglob("*")):

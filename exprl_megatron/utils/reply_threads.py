@@ -17,6 +17,6 @@ _SHORT, _LONG = ThreadPoolExecutor(2, "replies"), ThreadPoolExecutor(2, "long-re
 
 
 async def in_reply_thread[T](work: Callable[..., T], *arguments: Any, size: int = 0) -> T:
-    """What `work(*arguments)` returns or raises; `size` is the bytes of the reply that it reads."""
+    """Run `work(*arguments)` in a thread for replies and return its result; `size`: bytes of the reply."""
     threads = _LONG if size >= LONG_REPLY else _SHORT
     return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)

@@ -16,7 +16,7 @@ class TokenPart:
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> "TokenPart":
-        """Of Python's integers."""
+        """Build the part from Python's integers."""
         return cls(msgspec.json.encode(ids)[1:-1], len(ids))
 
 
@@ -42,5 +42,5 @@ class TokenIds(Sequence[int]):
         return b"[" + b",".join(part.json for part in self._parts) + b"]"
 
     def tolist(self) -> list[int]:
-        """As Python's integers."""
+        """Return the ids as Python's integers."""
         return msgspec.json.decode(self.json)

@@ -14,7 +14,7 @@ _spellings: weakref.WeakKeyDictionary[Any, "Spelling | None"] = weakref.WeakKeyD
 
 @dataclass(frozen=True)
 class Spelling:
-    """What a byte-level tokenizer's tokens stand for."""
+    """The bytes that a byte-level tokenizer's tokens stand for."""
 
     tokens: tuple[bytes, ...]
     """The bytes of every token, none for special ones."""
@@ -25,7 +25,7 @@ class Spelling:
 
     @classmethod
     def of(cls, tokens: Sequence[bytes]) -> "Spelling":
-        """Of the bytes of every token."""
+        """Build the table from the bytes of every token."""
         ends = _ends(np.array([len(token) for token in tokens], np.int64))
         return cls(tuple(tokens), np.frombuffer(b"".join(tokens), np.uint8), ends)
 
@@ -46,7 +46,7 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
 
 
 def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Their text, special tokens left out."""
+    """Decode `ids`, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

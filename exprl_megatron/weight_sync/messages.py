@@ -89,7 +89,7 @@ def smallest_message(messages: Sequence[Message], shapes: dict[str, Shape], dtyp
 
 
 def rounds(staged: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
-    """For each n, the n-th messages of all stages that have one: these are in flight at the same time."""
+    """Return, for each n, the n-th messages of all stages that have one: these are in flight together."""
     return [tuple(m for m in messages if m is not None) for messages in zip_longest(*staged)]
 
 

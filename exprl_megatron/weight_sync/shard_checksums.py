@@ -171,7 +171,7 @@ class ShardChecksums:
         return as_checksums(self._planning.result(), sums)
 
     async def held(self, clients: Sequence[SGLangClient], dtype: torch.dtype) -> list[tuple[dict[str, str], ...]]:
-        """What each rank of each server holds; rank 0 only, after `begin`.
+        """Return the checksums of each rank of each server; rank 0 only, after `begin`.
 
         Raises ServerError where one cannot say.
         """

@@ -39,14 +39,14 @@ class WeightCheck(Protocol):
         """The checksums that each server's ranks should have, from all ranks' parts; rank 0 only."""
 
     async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
-        """What each server's ranks have; rank 0 only, after the push."""
+        """Return the checksums of each server's ranks; rank 0 only, after the push."""
 
     def end(self) -> None:
         """Return when nothing reads the weights any more, also where the push failed."""
 
 
 class ShardCheck:
-    """By `ShardChecksums`: for servers that have exprl's loader."""
+    """A WeightCheck by `ShardChecksums`, for servers that have exprl's loader."""
 
     bucket_check = None
 
@@ -81,7 +81,7 @@ class ShardCheck:
 
 
 class WholeCheck:
-    """By SGLang's own checksums, which the trainer computes of joined tensors: for any server, and for FP8."""
+    """A WeightCheck by SGLang's own checksums of joined tensors, for any server and for FP8."""
 
     def __init__(self, architecture: Architecture, server_tp: int, deadline_s: float):
         self._deadline_s = deadline_s

@@ -37,7 +37,7 @@ class SizeBudget:
         self._left, self._waiting = total, blocks
 
     def share(self) -> int:
-        """Of the next block."""
+        """Return the bytes that the next block may take."""
         return max(0, self._left) // max(1, self._waiting)
 
     def spend(self, block: PageBlock) -> None:
@@ -137,7 +137,7 @@ def _places(inspected: InspectedGroup) -> list[int]:
 
 
 def evenly_spaced(items: Sequence, count: int) -> list:
-    """At most `count` of `items`, evenly spaced, the first and the last among them."""
+    """Return at most `count` of `items`, evenly spaced, with the first and the last."""
     if len(items) <= count:
         return list(items)
     last = len(items) - 1

@@ -19,7 +19,7 @@ _MOST_POINTS = 2000
 
 @dataclass(frozen=True)
 class PageModel:
-    """What the page's program draws: `tree` at once, and the blocks of traces when they are opened."""
+    """The data of a page: `tree` is drawn immediately, the blocks of traces when they are opened."""
 
     tree: dict[str, Any]
     """{made, references, runs, config}; a place of a run names its block by its key."""

@@ -38,7 +38,7 @@ def curves(directory: RunDirectory) -> dict[str, Any]:
 
 
 def run_to_dict(directory: RunDirectory) -> dict[str, Any]:
-    """What run.json says of the run, as texts; empty where it is missing or damaged."""
+    """Return the fields of run.json as texts; empty where it is missing or damaged."""
     try:
         found = json.loads(directory.record.read_bytes())
         found |= found.get("exit") or {}

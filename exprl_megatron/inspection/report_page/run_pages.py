@@ -100,7 +100,7 @@ class RunPages:
         return steps + evenly_spaced(evaluations, MOST_STEPS), len(pairs)
 
     def read(self, places: Sequence[StepKey], most: Callable[[], int]) -> Iterator[tuple[dict[str, Any], PageBlock]]:
-        """For each place {stage, step, judge} with its index of traces, and the block.
+        """Yield, for each place, {stage, step, judge} with its index of traces, and the block.
 
         `most` says, before each, how many bytes of the page its block may take. A file that cannot be read is named in
         `fault` in place of the rest.
