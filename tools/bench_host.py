@@ -1,8 +1,10 @@
 """What the host does in a step beside the model: processor seconds and memory of each station, and how they grow.
 
 Every station and size is measured in a process of its own, with one thread. A module in tools/benchmarks/host
-that has a STATION is a row. `by traces` and `by length` are exponents of growth: of four times as many traces, and of
-traces that are eight times as long. The share is that of a 404 s step, the planner's for a 70B model and 2,048 traces.
+that has a STATION is a row. `in the kernel` is how many of the nanoseconds a token the kernel takes, mostly for memory
+that the process uses for the first time. `by traces` and `by length` are exponents of growth: of four times as many
+traces, and of traces that are eight times as long. The share is that of a 404 s step, the planner's for a 70B model and
+2,048 traces.
 
     python tools/bench_host.py [--stations NAME ...] [--sizes 512x2000 ...] [--model DIR] [--json F]
 """
@@ -55,7 +57,7 @@ def table(costs: dict[str, dict[str, dict]], blocking: dict[str, bool]) -> str:
     """All figures as a Markdown table."""
     sizes = list(next(iter(costs.values())))
     heads = ["station", *(f"{size}: CPU s" for size in sizes), *(f"{size}: peak MB" for size in sizes)]
-    heads += ["ns a token", "by traces", "by length", f"share of {STEP_S:.0f} s"]
+    heads += ["ns a token", "in the kernel", "by traces", "by length", f"share of {STEP_S:.0f} s"]
     rows, total = [], 0.0
     for name, of_size in costs.items():
         share = "not waited for"
@@ -69,12 +71,13 @@ def table(costs: dict[str, dict[str, dict]], blocking: dict[str, bool]) -> str:
                 *(f"{of_size[size]['cpu_s']:.2f}" for size in sizes),
                 *(f"{of_size[size]['peak_mb']:.0f}" for size in sizes),
                 f"{last['cpu_s'] / last['tokens'] * 1e9:.0f}",
+                f"{last['kernel_s'] / last['tokens'] * 1e9:.0f}",
                 exponent(of_size, "512x2000", "2048x2000", "traces"),
                 exponent(of_size, "2048x2000", "2048x16000", "tokens"),
                 share,
             ]
         )
-    rows.append(["**all that the trainer waits for**", *[""] * (2 * len(sizes) + 3), f"**{total / STEP_S:.2%}**"])
+    rows.append(["**all that the trainer waits for**", *[""] * (2 * len(sizes) + 4), f"**{total / STEP_S:.2%}**"])
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
