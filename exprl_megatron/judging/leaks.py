@@ -103,9 +103,13 @@ class LeakGuard:
             )
 
     def check_own_text(self, problem_id: str, text: str) -> None:
-        """As `check_request`, of a prompt that the user's own code wrote: it may hold no problem's reference.
+        """Check a prompt that the user's code wrote: it must not contain the reference of any problem.
 
-        What the statement of `problem_id` has itself is no leak of another problem.
+        N-grams of the statement of `problem_id` are not leaks of other problems.
+
+        Raises:
+            RunStopped: the prompt contains an n-gram of a reference, or the canary.
+            KeyError: the guard does not know the problem.
         """
         self.check_request(problem_id, text)
         words = _hashed_words(text)
@@ -118,7 +122,7 @@ class LeakGuard:
             other = next(id for id in self._problems if self._hides(id, n, found))
             raise RunStopped(
                 f"Leak guard: a request to the policy for problem {problem_id} shares a run of {n} words with the "
-                f"reference of problem {other}, and leak_guard allows none; see what the stage's own code puts into "
+                f"reference of problem {other}, and leak_guard allows none; check what the stage's code puts into "
                 "its prompts, or raise leak_guard.ngram_words where it is a common phrase."
             )
 

@@ -1,4 +1,8 @@
-"""Coalesces equal questions: of several callers with the same question one sends it, the others wait for its answer."""
+"""Coalesces equal questions: of several callers with the same question one sends it, the others wait for its answer.
+
+Why not a caching decorator such as async-lru: it coalesces single calls, while here a caller acquires many questions
+and sends those that no other caller has as one batch.
+"""
 
 import asyncio
 import weakref

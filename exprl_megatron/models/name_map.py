@@ -2,6 +2,10 @@
 
 Loading, export and every weight transport read this one table. It is pure: no process group, no Megatron,
 and torch only where tensors are joined: the planner counts parameters by it.
+
+Why not Megatron-Bridge or mbridge: they load and export whole models on initialized ranks. A weight sync also needs the
+slice of a server's parameter for each shard, and the planner and the checks of a start read the table without Megatron.
+The tests compare the table with mbridge's.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ def run(program: str, function: str | None, arguments: str, names: dict[str, obj
     """Run the program, whose input is at file descriptor 0; returns the exit status.
 
     With `function` the program is imported, the function is called with one argument from each line of `arguments`, and
-    its value is written to RESULT. Exceptions, also of a missing function, are printed to standard error and not
-    raised; the exit status is then 1.
+    its value is written to RESULT. Exceptions, also the NameError of a missing function, are printed to standard error
+    and not raised; the exit status is then 1.
     """
     write, dumps, loads, exit_functions = os.write, json.dumps, json.loads, atexit._run_exitfuncs
     module = _prepare("solution" if function else "__main__", names)

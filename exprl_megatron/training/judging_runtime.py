@@ -71,9 +71,11 @@ class JudgingRuntime:
         return verified(self._verifier, self._config.verifier, self._custom_verifiers)
 
     async def judgement_of(self, problem: Problem, trace: Trace, by: str) -> Judgement:
-        """Return the judgement of the `judge`, or else the verifier, on a whole trace.
+        """Judge a whole trace by the `judge` or the `verifier`.
 
-        Raises ValueError where the run has no judge that is asked for.
+        Raises:
+            ValueError: `by` is judge, and the run has none.
+            ServerError: see Judge.grade.
         """
         if by != "judge":
             return (await self.grade_by_answer()(problem, trace)).judgement

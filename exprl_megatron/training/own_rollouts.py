@@ -62,24 +62,24 @@ class StepContext:
     """RolloutContext of a step."""
 
     def __init__(self, sampler: StepSampler, stage: Any, step: int, first: int, versions: Collection[str]):
-        """`first` is the place of the step's first problem in the stage's order."""
+        """`first` is the position of the step's first problem in the stage's order."""
         self.info = StepInfo(stage.name, step)
         self.stage: RlStage = stage
         self.versions = versions
         self.next_problem = first
         self.occurrences: Counter[int] = Counter()
         self.traces: list[Trace] = []
-        """Those that were sampled; an object is there as often as groups have it."""
+        """The sampled traces; an object is listed once for each group that has it."""
         self.failure: Exception | None = None
         self._sampler = sampler
 
     @property
     def problems(self) -> Sequence[PromptProblem]:
-        """As RolloutContext says."""
+        """See RolloutContext.problems."""
         return self._sampler.shown_problems(self.stage)
 
     def next_problems(self, count: int | None = None) -> list[PromptProblem]:
-        """As RolloutContext says."""
+        """See RolloutContext.next_problems."""
         wanted = self.stage.problems_per_step if count is None else count
         found = self._sampler.drawn_problems(self.stage, self.next_problem, wanted)
         self.next_problem += wanted
@@ -92,7 +92,11 @@ class StepContext:
         group_size: int | None = None,
         prompt: Callable[[PromptProblem], str] | None = None,
     ) -> list[Group]:
-        """As RolloutContext says. Raises ValueError for a problem that the stage does not have, and for no problem."""
+        """See RolloutContext.sample.
+
+        Raises:
+            ValueError: a problem does not belong to the stage, there is no problem, or `group_size` is below 1.
+        """
         known = {problem.id: problem for problem in self.problems}
         ids = [problem.id for problem in problems]
         if unknown := [problem_id for problem_id in ids if problem_id not in known]:
@@ -107,23 +111,31 @@ class StepContext:
 
     @_ending
     async def sample_step(self) -> list[Group]:
-        """As RolloutContext says."""
+        """See RolloutContext.sample_step."""
         sampled = await self._sampler.sample_built_in(self)
         self.next_problem += sampled.prompts_consumed
         return self._known(sampled.groups)
 
     @_ending
     async def verify(self, trace: Trace) -> Judgement:
-        """As RolloutContext says."""
+        """See RolloutContext.verify.
+
+        Raises:
+            ValueError: the trace was not sampled in this step.
+        """
         return await self._judgement(trace, "verifier")
 
     @_ending
     async def judge(self, trace: Trace) -> Judgement:
-        """As RolloutContext says."""
+        """See RolloutContext.judge.
+
+        Raises:
+            ValueError: the trace was not sampled in this step, or the stage has no judge.
+        """
         return await self._judgement(trace, "judge")
 
     def log(self, text: str) -> None:
-        """As RolloutContext says."""
+        """See RolloutContext.log."""
         self._sampler.log(text)
 
     async def _judgement(self, trace: Trace, by: str) -> Judgement:

@@ -1,4 +1,4 @@
-"""Stages of the user's own: their hooks, on rank 0, and what becomes of what these raise and return."""
+"""Stages of the user: calls their hooks on rank 0, and checks their results and errors."""
 
 import inspect
 import json
@@ -29,9 +29,13 @@ ENDS_THE_RUN = (UserError, ServerError, RunStopped, Preempted)
 class StageHooks:
     """The user's instance of one stage.
 
+    Args:
+        stage: the stage's config.
+        log: prints a line for the user.
+
     Raises:
-        PluginError: the class cannot be loaded, is no OwnStage, refuses the settings, or has a hook of another form.
-            Every method raises it where the hook fails or returns what it must not.
+        PluginError: the class cannot be loaded, is not an OwnStage, refuses the settings, or has a hook with another
+            signature. Every method raises it where the hook fails or returns an invalid result.
     """
 
     def __init__(self, stage: Any, log: Callable[[str], None]):
@@ -49,7 +53,7 @@ class StageHooks:
                 f"{key}: {stage.kind} is {shown} that does not inherit from exprl_megatron.api.OwnStage; derive it "
                 "from that class."
             )
-        # The class until there is an instance: its place is named where none can be made.
+        # Errors name the class until there is an instance.
         self._plugin = Plugin(key, stage.kind, found)
         self._instance: OwnStage = self._plugin.guarded(lambda: found(dict(stage.settings)))
         self._check_forms(found)
@@ -74,7 +78,12 @@ class StageHooks:
         return type(self._instance).kept_problems is not OwnStage.kept_problems
 
     async def rollout(self, context: StepContext) -> list[Group]:
-        """Return the groups of a step. What the context raised ends the run, whatever the user's code does with it."""
+        """Return the groups of a step; an error of the context ends the run, even if the user's code catches it.
+
+        Raises:
+            PluginError: the hook failed or returned an invalid result.
+            UserError, ServerError, RunStopped, Preempted: the error of the context.
+        """
         try:
             found = await self._instance.rollout(context)
         except ENDS_THE_RUN:
@@ -86,13 +95,23 @@ class StageHooks:
         return self._checked_groups(found, context)
 
     def learn(self, step: int, groups: list[Group]) -> tuple[list[list[TokenAdvantages]], dict[str, float]]:
-        """Return the advantages of each trace of each group, None for what is not learned from, and own metrics."""
+        """Return the advantages of each trace of each group (None: excluded from the loss), and the user's metrics.
+
+        Raises:
+            PluginError: the hook failed or returned an invalid result.
+        """
         context = UpdateContext(self._stage, step, self._log, self._plugin)
         found = self._plugin.guarded(lambda: list(self._instance.learn(context, tuple(groups))))
         return self._rows(found, groups), context.metrics
 
     def kept_problems(self, known: Sequence[str]) -> list[str] | None:
-        """Return the ids that the stage kept, in the order of `known`, the ids of its problems; None: it keeps none."""
+        """Return the ids of the problems for later stages, in the order of `known`; None: the stage selects none.
+
+        `known` has the ids of the stage's problems.
+
+        Raises:
+            PluginError: the hook failed, or returned an unknown id.
+        """
         found = self._plugin.guarded(self._instance.kept_problems)
         if found is None:
             return None
@@ -102,7 +121,11 @@ class StageHooks:
         return [problem_id for problem_id in known if problem_id in kept]
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint needs of the instance."""
+        """Return the state of the instance for a checkpoint.
+
+        Raises:
+            PluginError: the hook failed, or JSON cannot represent the state.
+        """
         found = self._plugin.guarded(self._instance.state_dict)
         try:
             same = isinstance(found, dict) and json.loads(json.dumps(found, allow_nan=False)) == found
@@ -116,7 +139,11 @@ class StageHooks:
         return found
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Give the instance what `state` returned."""
+        """Restore the instance from the result of `state`.
+
+        Raises:
+            PluginError: the hook failed.
+        """
         self._plugin.guarded(lambda: self._instance.load_state_dict(state))
 
     def _checked_groups(self, found: object, context: StepContext) -> list[Group]:
@@ -137,7 +164,7 @@ class StageHooks:
         return groups
 
     def _rows(self, learned: Sequence[object], groups: Sequence[Group]) -> list[list[TokenAdvantages]]:
-        # Two groups of a problem share the object of traces that are alike.
+        # Two groups of a problem share the objects of equal traces.
         places = defaultdict[int, list[tuple[int, int]]](list)
         for g, group in enumerate(groups):
             for k, sample in enumerate(group.samples):
@@ -191,7 +218,11 @@ class UpdateContext:
         self._plugin = plugin
 
     def default_learn(self, groups: Sequence[Group]) -> list[LearnedTrace]:
-        """As LearnContext says. Raises ValueError where the stage has no default or the groups have several sizes."""
+        """See LearnContext.default_learn.
+
+        Raises:
+            ValueError: the stage is supervised and has no default, or the groups have different sizes.
+        """
         if self._stage.is_supervised:
             raise ValueError("objective is supervised, which has no default: return the traces to learn from")
         if len({len(group.samples) for group in groups}) > 1:
@@ -205,23 +236,35 @@ class UpdateContext:
         ]
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """As LearnContext says."""
+        """See LearnContext.log_metrics.
+
+        Raises:
+            PluginError: a name or a number is invalid.
+        """
         self.metrics |= checked_metrics(self._plugin, metrics)
 
 
 def own_stages(config: RunConfig, log: Callable[[str], None]) -> dict[str, StageHooks]:
-    """Make the stages of the user's own, by name. Raises PluginError."""
+    """Create the instances of the user's stages, by name of the stage; `log` prints a line for the user.
+
+    Raises:
+        PluginError: see StageHooks.
+    """
     return {stage.name: StageHooks(stage, log) for stage in config.stages if isinstance(stage, OwnStageConfig)}
 
 
 def write_kept(directory: Path, stage: str, problem_ids: Sequence[str]) -> None:
-    """Write which problems `stage` kept."""
+    """Write the ids of the problems that `stage` selected for later stages."""
     directory.mkdir(exist_ok=True)
     write_atomically(directory / f"{stage}.json", json.dumps({"problems": list(problem_ids)}).encode())
 
 
 def read_kept(directory: Path, stage: str) -> frozenset[str]:
-    """Return the ids of the problems that `stage` kept. Raises UserError where it kept none."""
+    """Read the ids of the problems that `stage` selected for later stages.
+
+    Raises:
+        UserError: it selected none.
+    """
     path = directory / f"{stage}.json"
     kept = frozenset(json.loads(path.read_bytes())["problems"]) if path.is_file() else frozenset()
     if not kept:

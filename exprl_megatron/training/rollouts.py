@@ -263,19 +263,23 @@ class Rollouts:
         return self._own_stages[stage.name]
 
     def write_kept_problems(self, stage: RlStage) -> None:
-        """Write which problems a stage of the user's own keeps for later ones, if it keeps any."""
+        """Write the problems that a stage of the user selects for later stages, if it selects any."""
         kept = self._own_stages[stage.name].kept_problems([problem.id for problem in self.shown_problems(stage)])
         if kept is not None:
             write_kept(self._kept, stage.name, kept)
 
     def shown_problems(self, stage: RlStage) -> Sequence[PromptProblem]:
-        """What the policy may read of the problems that the stage may sample."""
+        """Return the parts that the policy may read of the problems that the stage may sample.
+
+        Raises:
+            UserError: the stage depends on an earlier one that selected no problem.
+        """
         problems = self._prompted[stage.problems].problems
         found = (problems[i] for i in self._choice(stage))
         return [PromptProblem(problem.id, problem.statement, problem.domain) for problem in found]
 
     def drawn_problems(self, stage: RlStage, first: int, count: int) -> list[PromptProblem]:
-        """The same of the `count` problems from the place `first` of the stage's order on."""
+        """Return the same parts of the `count` problems from position `first` of the stage's order."""
         problems = self._prompted[stage.problems].problems
         found = (problems[i] for i in self._drawn(stage, first, count))
         return [PromptProblem(problem.id, problem.statement, problem.domain) for problem in found]
@@ -283,9 +287,10 @@ class Rollouts:
     async def sample_problems(
         self, context: StepContext, problem_ids: Sequence[str], group_size: int, prompts: OwnPrompts | None
     ) -> list[Group]:
-        """Sample and grade traces of problems that the user's own code chose; one group for each id.
+        """Sample and grade traces of problems that the user's code chose; one group for each id.
 
-        Raises UserError where a text of `prompts` does not fit or would not reach the policy unchanged.
+        Raises:
+            UserError: a text of `prompts` is too long, or would not reach the policy unchanged.
         """
         stage = context.stage
         places = {problem.id: i for i, problem in enumerate(self._prompted[stage.problems].problems)}
@@ -305,7 +310,7 @@ class Rollouts:
         return await self.sample(plan, grade, judged=judged, occurrences=context.occurrences)
 
     async def sample_built_in(self, context: StepContext) -> SampledStep:
-        """Sample and grade a step as the base of the user's own stage does."""
+        """Sample and grade a step as the base of the user's stage does."""
         return await self._sampled(context.stage, context.info.step, context.next_problem, context.versions)
 
     async def judgement_of(self, stage: RlStage, trace: Trace, by: str) -> Judgement:

@@ -1,4 +1,8 @@
-"""Files that are whole or not there, and directories that one process has at a time."""
+"""Files that are complete or do not exist, and directories that one process has locked.
+
+Why neither filelock nor atomicwrites: the lock is one call of flock, which the kernel releases even after kill -9, and
+atomicwrites is no longer maintained.
+"""
 
 import fcntl
 import os
