@@ -2,8 +2,8 @@
 
 Scores are on the judge's scale 1..5. The metrics are those of the ExpRL paper's calibration (misplacement, AUROC).
 
-Why neither scikit-learn nor scipy.stats: the first is not a dependency, and the import of the second takes longer than
-all other imports of this package, in every trainer process, for a few lines on ranks.
+Why neither scikit-learn nor scipy.stats: the first is not a dependency, and the import of the second takes 0.8 CPU
+seconds in every trainer process, for a few lines on ranks.
 """
 
 import random
