@@ -1,10 +1,15 @@
 """Judgements: a score of a trace, or an abstention with its reason."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 Granularity = Literal["trace", "prefix", "segment"]
 """What a judge reads: the whole trace, all of it up to the end of a segment, or one segment."""
+
+REASON = re.compile(r"[a-z0-9][a-z0-9-]{,23}")
+"""A reason for an abstention: it names a metric, which leaves the machine with trackers, and is too short for a
+reference."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Scored:
 class Abstained:
     """No score: the trace is excluded from the loss and from the group's statistics, and counted.
 
-    `reason` is a short stable word: unreadable, out-of-range, cut-off, timeout, too-long, refused, server-error,
-    verifier-timeout, verifier-error, no-verifier, no-sandbox.
+    `reason` is a short stable word (REASON): unreadable, out-of-range, cut-off, timeout, too-long, refused,
+    server-error, verifier-timeout, verifier-error, no-verifier, no-sandbox.
     """
 
     reason: str

@@ -6,13 +6,12 @@ of the program and stops the run.
 
 import asyncio
 import math
-import re
 from collections.abc import Callable
 from copy import copy
 from typing import Any
 
 from exprl_megatron.config.verifying import VerifierConfig
-from exprl_megatron.judging.judgement import Abstained, Judgement, Scored, value_and_evidence
+from exprl_megatron.judging.judgement import REASON, Abstained, Judgement, Scored, value_and_evidence
 from exprl_megatron.plugins.calling import Plugin, described
 from exprl_megatron.plugins.failures import PluginError, place_of_error
 from exprl_megatron.problems.problem import Problem
@@ -23,8 +22,6 @@ _THREADS = 16
 """Maximum number of concurrent calls of a function that is not async."""
 _TASKS = 256
 """Maximum number of concurrent calls of an async function."""
-_REASON = re.compile(r"[a-z0-9][a-z0-9-]{,23}")
-"""A reason is part of a metric's name, which trackers may send elsewhere; it is too short for a reference."""
 _MAX_EVIDENCE_CHARS = 20_000
 """Maximum length of the evidence that is stored with each trace."""
 
@@ -104,7 +101,7 @@ class CustomFunction:
         evidence = _storable(found.evidence)
         if isinstance(found, Scored):
             return Scored(float(found.value), evidence)
-        if isinstance(found.reason, str) and _REASON.fullmatch(found.reason):
+        if isinstance(found.reason, str) and REASON.fullmatch(found.reason):
             return Abstained(found.reason, evidence)
         what = (
             "returned Abstained with a reason that is not a word of at most 24 lower-case letters, digits and hyphens; "

@@ -44,6 +44,12 @@ def write_run(root: Path, problem: str = "train-1", said: str = "well done", lea
     return root
 
 
+def write_step_of_an_earlier_version(root: Path) -> None:
+    """A step after the last whose verifier's reason for an abstention is the reference."""
+    samples = tuple(_graded("train-2", number, Abstained(REFERENCE, REFERENCE)) for number in range(2))
+    Journal(root / "journal").write("sparse", STEPS + 1, SampledStep([Group("train-2", samples)], 1))
+
+
 def _write_trainer_log_probs(root: Path, trace: Trace) -> None:
     """Of one trace of the first step: half a nat above the sampler's for its second token, the same for the others."""
     trainer = trace.log_probs.copy()

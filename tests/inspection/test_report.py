@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import html
 import json
 import stat
 from functools import partial
@@ -9,7 +10,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_runs import CANARY, FIRST, POLICY, REFERENCE, SECOND, STEPS, write_run
+from report_runs import (
+    CANARY,
+    FIRST,
+    POLICY,
+    REFERENCE,
+    SECOND,
+    STEPS,
+    write_run,
+    write_step_of_an_earlier_version,
+)
 
 from exprl_megatron.inspection.report_page.page_blocks import PageBlock, SizeBudget, pack
 from exprl_megatron.inspection.report_page.page_file import write_page
@@ -139,6 +149,35 @@ def test_without_references_nothing_of_one_is_in_the_file(page, first, runs, tmp
 
     assert found(_Page(first), first) == fragments
     assert found(page(runs[0], "--without-references"), tmp_path / "page.html") == set()
+
+
+def test_without_references_no_20_characters_of_one_are_in_the_file_in_any_form(page, tmp_path):
+    """Judge's words, prompt, rubric, marks; verifier's evidence and reasons; errors, the command, names of metrics."""
+    run = write_run(tmp_path / "run", said=REFERENCE)
+    write_step_of_an_earlier_version(run)
+    record = json.loads((run / "run.json").read_text())
+    record |= {"command": f"exprl train x.yaml leak_guard.canary={CANARY}"}
+    record["exit"] = {"status": 1, "message": f"The verifier failed on {REFERENCE}"}
+    (run / "run.json").write_text(json.dumps(record))
+    metrics = {f"abstained/{REFERENCE}": 0.5, "abstained/too-long": 0.1, "loss": 1.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "sparse", "step": 9, "wall_s": 99.0, "metrics": metrics}) + "\n")
+    windows = {CANARY} | {REFERENCE[at : at + 20] for at in range(len(REFERENCE) - 19)}
+
+    def found(made: _Page) -> set[str]:
+        text = (tmp_path / "page.html").read_text()
+        packed = [
+            gzip.decompress(base64.b64decode(data)).decode() for name, data in made.data.items() if "block" in name
+        ]
+        forms = [text, html.unescape(text), json.dumps(made.model, ensure_ascii=False), *packed]
+        forms += [json.dumps(json.loads(each), ensure_ascii=False) for each in packed]
+        return {window for window in windows for form in forms if window in " ".join(form.split())}
+
+    assert found(page(run)) == windows
+    without = page(run, "--without-references")
+    assert found(without) == set()
+    assert {"abstained/too-long", "loss"} <= without.model["runs"][0]["curves"]["metrics"].keys()
+    assert without.model["runs"][0]["record"]["status"] == "1"
 
 
 def test_a_page_with_references_is_its_owners_alone(first):

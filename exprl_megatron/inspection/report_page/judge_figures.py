@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from exprl_megatron.inspection.rollout_steps import InspectedGroup
-from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.reporting.plain_text import escaped
+from exprl_megatron.judging.judgement import REASON, Abstained, Scored
 from exprl_megatron.rollout.group import GradedTrace
 
 BINS = 10
@@ -19,11 +18,14 @@ _DISAGREES = 0.5
 
 
 def judge_figures(groups: Sequence[InspectedGroup], most_tokens: int) -> dict[str, Any]:
-    """Figures of all traces of one step; lengths are in LENGTH_BINS equal bins up to `most_tokens`."""
+    """Figures of all traces of one step; lengths are in LENGTH_BINS equal bins up to `most_tokens`.
+
+    A reason that is no short word, which a run of an earlier version may have from a verifier of its own, is `other`.
+    """
     samples = [sample for inspected in groups for sample in inspected.group.samples]
     units = [unit for sample in samples for unit in sample.judgements]
     scores = np.array([unit.value for unit in units if isinstance(unit, Scored)])
-    reasons = Counter(escaped(unit.reason) for unit in units if isinstance(unit, Abstained))
+    reasons = Counter(reason_word(unit.reason) for unit in units if isinstance(unit, Abstained))
     return {
         "units": len(units),
         "scores": np.histogram(scores, BINS, (0, 1))[0].tolist(),
@@ -31,6 +33,11 @@ def judge_figures(groups: Sequence[InspectedGroup], most_tokens: int) -> dict[st
         "lengths": _lengths(samples, most_tokens),
         "agreement": _agreement(samples),
     }
+
+
+def reason_word(reason: str) -> str:
+    """The reason of an abstention where it is a short word, else `other`."""
+    return reason if REASON.fullmatch(reason) else "other"
 
 
 def _lengths(samples: Sequence[GradedTrace], most_tokens: int) -> list[list[int]]:

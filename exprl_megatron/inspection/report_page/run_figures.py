@@ -7,6 +7,7 @@ from typing import Any
 
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.inspection.report_page.judge_figures import reason_word
 from exprl_megatron.reporting.metrics import read_metrics
 from exprl_megatron.reporting.plain_text import escaped
 from exprl_megatron.reporting.tags import EVALUATION
@@ -27,7 +28,7 @@ def curves(directory: RunDirectory) -> dict[str, Any]:
     """
     records = read_metrics(directory.metrics)
     steps = [record for record in records if _learned(record)]
-    names = dict.fromkeys(name for record in steps for name in record["metrics"] if not name.startswith(EVALUATION))
+    names = dict.fromkeys(name for record in steps for name in record["metrics"] if _is_curve(name))
     return {
         "steps": [record["step"] for record in steps],
         "stages": [record["stage"] for record in steps],
@@ -37,11 +38,25 @@ def curves(directory: RunDirectory) -> dict[str, Any]:
     }
 
 
-def run_to_dict(directory: RunDirectory) -> dict[str, Any]:
-    """Return the fields of run.json as texts; empty where it is missing or damaged."""
+def _is_curve(name: str) -> bool:
+    """Not of evaluations, nor what a verifier of the user's has named by a whole text in an earlier version."""
+    group, _, reason = name.partition("/")
+    return group != EVALUATION.rstrip("/") and (group != "abstained" or reason_word(reason) == reason)
+
+
+def run_to_dict(directory: RunDirectory, canary: str | None) -> dict[str, Any]:
+    """What run.json says of the run, as texts; empty where it is missing or damaged.
+
+    With a `canary`, which may be empty, the page is without references: no message of an error, which may quote one,
+    and no command that has the canary.
+    """
     try:
         found = json.loads(directory.record.read_bytes())
         found |= found.get("exit") or {}
+        if canary is not None:
+            found.pop("message", None)
+            if canary and canary in str(found.get("command")):
+                found.pop("command")
         return {
             name: escaped(str(found[name])) for name in (*_RECORDED, "status", "message") if found.get(name) is not None
         }

@@ -79,7 +79,7 @@ class RunPages:
         return {
             "name": self.name,
             "directory": escaped(str(self.directory.root)),
-            "record": run_to_dict(self.directory),
+            "record": run_to_dict(self.directory, None if self._references else self.config.leak_guard.canary or ""),
             "curves": curves(self.directory),
             "time": time_spent(self.directory),
             "stages": [{"name": stage.name, "kind": stage.kind} for stage in self.config.stages],

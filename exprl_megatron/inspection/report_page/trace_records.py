@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from exprl_megatron.inspection.report_page.judge_figures import reason_word
 from exprl_megatron.inspection.rollout_steps import InspectedGroup, span_advantage
 from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, versions_text
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
@@ -120,7 +121,7 @@ class TraceRecords:
 
 def _verdict(judgement: Judgement) -> dict[str, Any]:
     if isinstance(judgement, Abstained):
-        return {"score": None, "reason": escaped(judgement.reason)}
+        return {"score": None, "reason": reason_word(judgement.reason)}
     return {"score": _rounded(judgement.value)}
 
 

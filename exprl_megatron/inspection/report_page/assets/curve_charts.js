@@ -58,6 +58,8 @@ function curveGroup(group, names, forced) {
 }
 
 function metricChart(name) {
+  // Around a constant zero the library would draw an axis from -1 to 1.
+  const zero = shownRuns().every(([run]) => (run.curves.metrics[name] ?? []).every((value) => !value));
   return chart(name, (color) => ({
     traces: shownRuns().filter(([run]) => run.curves.metrics[name]).map(([run, index]) => ({
       type: "scatter", mode: run.curves.steps.length > 60 ? "lines" : "lines+markers", marker: { size: 4 },
@@ -66,7 +68,7 @@ function metricChart(name) {
       customdata: run.curves.stages.map((stage, place) => `${chartText(stage)}, step ${run.curves.steps[place]}`),
       hovertemplate: "%{customdata}: %{y:.4g}<extra>%{fullData.name}</extra>",
     })),
-    layout: { ...stageMarks(color), xaxis: { title: { text: axisTitle() } } },
+    layout: { ...stageMarks(color), xaxis: { title: { text: axisTitle() } }, yaxis: zero ? { range: [-0.02, 1] } : {} },
   }));
 }
 
