@@ -35,7 +35,7 @@ class ServerChecksums:
     Tensors may come in any order, on any device; parts of a fused parameter are kept until it is complete, and those
     of experts until all ahead of them are there. `kv_heads`: the model's; where `tp` is more, ranks share them.
     `experts`: in a layer; `sigmoid_router`: see served_dtype; `delta_net`: the model's. `tied`: the model has
-    tie_word_embeddings, so that an `lm_head.weight` is left out. `dtype`: the server's, where the tensors have another.
+    tie_word_embeddings, so that an `lm_head.weight` is left out.
     """
 
     def __init__(
@@ -46,12 +46,11 @@ class ServerChecksums:
         experts: int = 0,
         sigmoid_router: bool = False,
         tied: bool,
-        dtype: torch.dtype | None = None,
         server: Device = "cpu",
         delta_net: DeltaNet | None = None,
     ):
         self._tp, self._kv_heads, self._experts, self._sigmoid_router = tp, kv_heads, experts, sigmoid_router
-        self._tied, self._dtype, self._server, self._delta_net = tied, dtype, server, delta_net
+        self._tied, self._server, self._delta_net = tied, server, delta_net
         self._found: tuple[dict[str, str], ...] = tuple({} for _ in range(tp))
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._growing: dict[str, _Experts] = {}
@@ -59,8 +58,7 @@ class ServerChecksums:
     def add(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hash whole Hugging Face tensors, of any dtype; the caller may reuse their memory when this returns."""
         for name, tensor in named_tensors:
-            kind = str(self._dtype or tensor.dtype).removeprefix("torch.")
-            tensor = tensor.detach().to(getattr(torch, served_dtype(name, kind, self._sigmoid_router)))
+            tensor = _in_dtype(name, tensor.detach(), tensor.dtype, self._sigmoid_router)
             part = server_part(name, self._delta_net)
             if part.is_expert:
                 self._add_expert(part, tensor)
@@ -133,7 +131,6 @@ def rank_checksums(
     kv_heads: int,
     tied: bool,
     experts: int = 0,
-    dtype: torch.dtype | None = None,
     server: Device = "cpu",
     delta_net: DeltaNet | None = None,
 ) -> tuple[dict[str, str], ...]:
@@ -142,9 +139,7 @@ def rank_checksums(
     Raises:
         ValueError: as ServerChecksums.result.
     """
-    found = ServerChecksums(
-        tp=tp, kv_heads=kv_heads, experts=experts, tied=tied, dtype=dtype, server=server, delta_net=delta_net
-    )
+    found = ServerChecksums(tp=tp, kv_heads=kv_heads, experts=experts, tied=tied, server=server, delta_net=delta_net)
     found.add(named_tensors)
     return found.result()
 
@@ -159,10 +154,14 @@ def checksums(
     delta_net: DeltaNet | None = None,
 ) -> dict[str, str]:
     """Return the checksums of whole Hugging Face tensors, of any dtype, for a server of one tensor-parallel rank."""
-    (found,) = rank_checksums(
-        named_tensors, tp=1, kv_heads=1, tied=tied, experts=experts, dtype=dtype, server=server, delta_net=delta_net
-    )
+    served = ((name, _in_dtype(name, tensor, dtype or tensor.dtype, False)) for name, tensor in named_tensors)
+    (found,) = rank_checksums(served, tp=1, kv_heads=1, tied=tied, experts=experts, server=server, delta_net=delta_net)
     return found
+
+
+def _in_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, sigmoid_router: bool) -> torch.Tensor:
+    """`tensor` as a server keeps it whose model is in `dtype`."""
+    return tensor.to(getattr(torch, served_dtype(name, str(dtype).removeprefix("torch."), sigmoid_router)))
 
 
 def differing(held: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
