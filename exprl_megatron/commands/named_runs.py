@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def as_file(target: str) -> Iterator[str]:
     """Yield the path of a YAML file with the run of a recipe, where `target` names one; else `target` itself.
 
-    Raises UserError where `target` is neither a file nor a model nor a recipe, but near to the name of a recipe.
+    Raises:
+        UserError: `target` is neither a file nor a model nor a recipe, but near to the name of a recipe.
     """
     if Path(target).exists() or not is_recipe(target):
         near = difflib.get_close_matches(target.partition("/")[0], recipe_names(), n=1, cutoff=0.8)
@@ -59,7 +60,11 @@ def recipe_names() -> list[str]:
 
 
 def recipe_run(name: str) -> "RunConfig":
-    """Return the run of a recipe. Raises UserError where NeMo-Run is not installed, or there is no such recipe."""
+    """Return the run of a recipe.
+
+    Raises:
+        UserError: NeMo-Run is not installed, or there is no such recipe.
+    """
     if importlib.util.find_spec("nemo_run") is None:
         raise UserError(f"{name} is a recipe, and NeMo-Run is not installed; install exprl-megatron[launch].")
     # By name: the recipes are not part of this package.

@@ -13,7 +13,8 @@ from exprl_megatron.problems.sources import JSON_LINES, PARQUET
 def needs_of(target: str) -> list[Finding]:
     """Return a finding for each model and problem file of the run `target`, a YAML file or a recipe.
 
-    Raises UserError where there is no such run.
+    Raises:
+        UserError: there is no such run.
     """
     with as_file(target) as file:
         if not Path(file).is_file() and not Path(target).suffix:

@@ -53,7 +53,11 @@ def load_config(
 def resolve_config(
     tree: Container, overrides: tuple[str, ...] | list[str], path: str | Path, also: ConfigCheck = _nothing
 ) -> RunConfig:
-    """`tree` under the overrides, checked; errors name `path` as where it is from. Raises what load_config raises."""
+    """`tree` under the overrides, checked; errors name `path` as where it is from.
+
+    Raises:
+        UserError: as load_config.
+    """
     for override in overrides:
         _override(tree, override, Path(path))
     try:
@@ -160,7 +164,11 @@ def _require_fit(tree: Any, key: str) -> None:
 
 
 def check_config(tree: Any, origin: str, also: ConfigCheck = _nothing) -> RunConfig:
-    """`tree` (plain dicts and lists) as a RunConfig; see load_config for what it raises."""
+    """Return `tree` (plain dicts and lists) as a RunConfig.
+
+    Raises:
+        UserError: `tree` has unknown keys, invalid values or contradictions; the error lists all of them.
+    """
     tree, sentences = expand_algorithms(expand_shorthand(tree))
     if not sentences:
         tree, sentences = expand_reproduction(tree)

@@ -117,14 +117,22 @@ class RunConfig(Config):
 
     @property
     def required_judge(self) -> JudgeConfig:
-        """The section `judge` of a run that needs it (see `needs_judge`). Raises ValueError where there is none."""
+        """The section `judge` of a run that needs it (see `needs_judge`).
+
+        Raises:
+            ValueError: there is none.
+        """
         if self.judge is None:
             raise ValueError("the config has no judge; see needs_judge")
         return self.judge
 
     @property
     def required_evaluation(self) -> EvaluationConfig:
-        """The section `evaluation` of a run with `has_evaluation`. Raises ValueError where there is none."""
+        """The section `evaluation` of a run with `has_evaluation`.
+
+        Raises:
+            ValueError: there is none.
+        """
         if self.evaluation is None:
             raise ValueError("the config has no evaluation; see has_evaluation")
         return self.evaluation

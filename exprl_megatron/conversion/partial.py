@@ -16,8 +16,10 @@ class Partial:
     """`target` while it is written: `path` is its name plus `.partial`, and only this process has it.
 
     `plan` (JSON-able) says what will be written from what. What an interrupted conversion of the same plan left is
-    kept, anything else removed. `advance` receives the bytes done and in all. Raises UserError where `target` exists or
-    another process is at work; as a context manager also where the disk fails within.
+    kept, anything else removed. `advance` receives the bytes done and in all.
+
+    Raises:
+        UserError: `target` exists or another process is at work; as a context manager also where the disk fails within.
     """
 
     def __init__(self, target: Path, plan: dict, needed_bytes: int, advance: Callable[[int, int], None]):

@@ -35,8 +35,10 @@ def write_safetensors(
 ) -> None:
     """Write `tensors`, an iterator in the order of `described`, and sync the file.
 
-    `described` gives shape and dtype by name; `wrote` receives the bytes of each. Raises ValueError where they do not
-    come as described.
+    `described` gives shape and dtype by name; `wrote` receives the bytes of each.
+
+    Raises:
+        ValueError: they do not come as described.
     """
     partial = path.with_name(path.name + ".tmp")
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -76,7 +78,8 @@ def copied(path: Path, described: Described, sources: Mapping[str, Path], wrote:
 def describe(sources: Mapping[str, Path]) -> Described:
     """Shape and dtype of tensors by name, each from its file in `sources`.
 
-    Raises UserError for a dtype that is not known.
+    Raises:
+        UserError: a dtype is not known.
     """
     found = headers(set(sources.values()))
     for name in sources:

@@ -66,9 +66,11 @@ def verify_weights(
 ) -> Verified:
     """Compares `copy` with `reference`, each in any form (see open_weights).
 
-    Where the copy was written in another dtype, or quantized, the reference is converted to that form first.
-    `advance` receives the reference's bytes done and in all. Raises UserError where one of them is incomplete, or they
-    are of different architectures.
+    Where the copy was written in another dtype, or quantized, the reference is converted to that form first. `advance`
+    receives the reference's bytes done and in all.
+
+    Raises:
+        UserError: one of them is incomplete, or they are of different architectures.
     """
     expected = open_weights(reference, origin)
     quantized = _quantized(Path(copy))

@@ -41,7 +41,11 @@ class Weights(Protocol):
 
 
 class HuggingFaceWeights:
-    """A directory with safetensors; see Weights. Raises UserError where it does not hold its model."""
+    """A directory with safetensors; see Weights.
+
+    Raises:
+        UserError: it does not hold its model.
+    """
 
     def __init__(self, directory: Path):
         self.origin = directory
@@ -60,7 +64,11 @@ class HuggingFaceWeights:
         return tuple(self._read(name) for name in stored.parameter.hf_names)
 
     def dtype(self, stored: StoredParameter) -> torch.dtype:
-        """See Weights. Raises UserError where the tensors differ."""
+        """See Weights.
+
+        Raises:
+            UserError: the tensors differ.
+        """
         found = {self._headers[name][2] for name in stored.parameter.hf_names}
         if len(found) > 1:
             raise UserError(
@@ -111,8 +119,11 @@ class MegatronWeights:
 def open_weights(path: Path, origin: Path | None = None) -> Weights:
     """The weights in `path`: a model directory, a converted one, a checkpoint, or a run (then its newest checkpoint).
 
-    A checkpoint has neither config.json nor tokenizer: they are those of `origin`, by default of the model that its
-    run began with. Raises UserError where nothing of the kind is there, or `origin` describes another model.
+    A checkpoint has neither config.json nor tokenizer: they are those of `origin`, by default of the model that its run
+    began with.
+
+    Raises:
+        UserError: nothing of the kind is there, or `origin` describes another model.
     """
     path = Path(path)
     if path.name.endswith((".partial", ".tmp")):

@@ -66,7 +66,8 @@ def score_range(text: str) -> tuple[float, float]:
 def list_judgements(run: Path, conditions: JudgementFilter, limit: int, as_json: bool) -> None:
     """Print the judgements that meet the conditions, those of the latest steps first.
 
-    Raises UserError where the run has no such step, or no judgement is as asked for.
+    Raises:
+        UserError: the run has no such step, or no judgement is as asked for.
     """
     directory = RunDirectory(run)
     config = read_config(directory)

@@ -88,7 +88,8 @@ def report_leaks(run: Path, canary: str | None, as_json: bool) -> bool:
 def scan_run(directory: RunDirectory, canary: str | None = None) -> RunScan:
     """Scan every step in the journal; `canary` takes the place of the config's.
 
-    Raises UserError where there is no run or no saved rollout, or where its problems or tokenizer are gone.
+    Raises:
+        UserError: there is no run or no saved rollout, or where its problems or tokenizer are gone.
     """
     config = read_config(directory)
     use_plugin_path(config.plugin_path)

@@ -79,7 +79,11 @@ def print_comparison(run: Path, gpu_name: str | None, as_json: bool) -> None:
 
 
 def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
-    """Compare every stage that has run at least one step. Raises UserError where none has."""
+    """Compare every stage that has run at least one step.
+
+    Raises:
+        UserError: none has.
+    """
     from exprl_megatron.reporting.metrics import read_metrics
 
     records = read_metrics(directory.metrics)

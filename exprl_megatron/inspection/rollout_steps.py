@@ -45,7 +45,8 @@ def logged_steps(
 ) -> list[tuple[str, int]]:
     """The (stage, step) pairs that are meant: of one stage or of all, one step, `every` one, or else the latest.
 
-    Raises UserError where there is none in the rollout log.
+    Raises:
+        UserError: there is none in the rollout log.
     """
     names = [each.name for each in config.stages]
     if stage is not None and stage not in names:
@@ -83,7 +84,8 @@ def logged_groups(directory: RunDirectory, config: RunConfig, stage: str, step: 
 def evaluation_groups(directory: RunDirectory, name: str) -> Iterator[InspectedGroup]:
     """The groups of held-out answers of the evaluation `name`.
 
-    Raises UserError where they were not kept, or the file is damaged or of a later version.
+    Raises:
+        UserError: they were not kept, or the file is damaged or of a later version.
     """
     path = evaluation_file(directory, name)
     try:
@@ -116,7 +118,8 @@ def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvanta
     """Compute advantages by the stage's own rules; None where it has none, where its own estimator is gone, or where
     the user's own code chooses what is learned.
 
-    Raises UserError where the log does not fit the stage.
+    Raises:
+        UserError: the log does not fit the stage.
     """
     if isinstance(stage, SelfDistillStage | OwnStageConfig):
         return None

@@ -21,7 +21,8 @@ from exprl_megatron.runs.directory import RunDirectory, require_run
 def show_waterfall(run: Path, stage: str | None, last: int, picture: Path | None, json: bool) -> None:
     """Print the phases of the last steps of a stage (None: of the run's latest), and draw them.
 
-    Raises UserError where the run has no such steps.
+    Raises:
+        UserError: the run has no such steps.
     """
     check_picture(picture)
     directory = RunDirectory(run)

@@ -151,7 +151,8 @@ class Architecture:
 def read_architecture(directory: str | Path) -> Architecture:
     """The architecture that `directory`/config.json describes.
 
-    Raises UserError where there is no such file, or it describes a model that is not supported.
+    Raises:
+        UserError: there is no such file, or it describes a model that is not supported.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -250,7 +251,11 @@ def padded_vocabulary(architecture: Architecture, tp: int) -> int:
 
 
 def check_layout(architecture: Architecture, layout: Layout) -> None:
-    """Raises UserError with every violation, one a line."""
+    """Check that `architecture` can be divided as `layout` says.
+
+    Raises:
+        UserError: it cannot; the error lists every violation, one a line.
+    """
     found = layout_violations(architecture, layout)
     if found:
         raise UserError("\n".join(found))

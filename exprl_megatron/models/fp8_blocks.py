@@ -66,9 +66,12 @@ def quantization_config(names: list[str], left_out: list[str] | None = None) -> 
 
 
 def check_quantizable(table: list[Parameter], shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> None:
-    """Raises UserError where servers could not read the blocks.
+    """Check that servers can read the FP8 blocks of a model.
 
-    They lay query, key and value, and gate and up, one below the other: blocks must not lie across the seams.
+    Servers concatenate query, key and value, and gate and up: blocks must not cross the boundaries.
+
+    Raises:
+        UserError: a matrix has rows that are no multiple of a block's, or the model has gated delta nets.
     """
     if architecture.delta_net is not None:
         raise UserError(

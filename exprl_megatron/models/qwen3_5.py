@@ -14,7 +14,8 @@ _INTERVAL = 4
 def text_settings(tree: dict, path: str) -> dict:
     """The settings of the language model: a vision model has them under `text_config`; other trees are returned as is.
 
-    Raises UserError where the file, read from `path`, lacks them or contradicts itself.
+    Raises:
+        UserError: the file, read from `path`, lacks them or contradicts itself.
     """
     if tree["architectures"][0] != VISION_MODEL:
         return tree

@@ -93,7 +93,8 @@ class _Unsupported(Exception):
 def read_rope(tree: dict, path: str) -> Rope:
     """The rotary positions of the config.json `tree`, which was read from `path`.
 
-    Raises UserError for a setting that is not supported, that is not known, or that the libraries read differently.
+    Raises:
+        UserError: a setting is not supported, is unknown, or is read differently by the libraries.
     """
     try:
         return _rope(tree)

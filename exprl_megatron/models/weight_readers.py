@@ -160,7 +160,11 @@ def read_parts(
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors of a model directory. Raises UserError where there are none, or one of the index is missing."""
+    """The safetensors of a model directory.
+
+    Raises:
+        UserError: there are none, or one of the index is missing.
+    """
     index = directory / INDEX
     if not index.is_file():
         single = directory / SINGLE
@@ -178,7 +182,11 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def open_safetensors(path: Path):
-    """The open file, a context manager. Raises UserError where it is truncated or damaged."""
+    """The open file, a context manager.
+
+    Raises:
+        UserError: it is truncated or damaged.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

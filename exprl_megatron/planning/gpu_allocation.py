@@ -22,7 +22,8 @@ JUDGE_EIGHTHS = (1, 2, 3)
 def best_allocation(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Plan:
     """The plan of the config with the best layout and servers, and the ranking of as many trainer GPUs.
 
-    Raises UserError where no allocation fits.
+    Raises:
+        UserError: no allocation fits.
     """
 
     @cache

@@ -131,7 +131,11 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU called `name`, in any case. Raises UserError for a name that is not known."""
+    """The GPU called `name`, in any case.
+
+    Raises:
+        UserError: the name is unknown.
+    """
     if name.lower() not in GPUS:
         raise UserError(f"The planner knows no GPU called {name}; use one of {', '.join(GPUS)}.")
     return GPUS[name.lower()]

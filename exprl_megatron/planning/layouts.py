@@ -135,7 +135,10 @@ def rank_layouts(
 ) -> Ranking:
     """Rank the layouts that fit into memory, the fastest first; of those that differ in virtual stages only the best.
 
-    Recomputation is taken where a layout does not fit without. Raises UserError, with the reason, where none fits.
+    Recomputation is taken where a layout does not fit without.
+
+    Raises:
+        UserError: none fits; the error has the reason.
     """
     fitting: dict[str, list[TrainerPlan]] = {"none": [], "full": []}
     legal = list(legal_layouts(architecture, policy, optimizer, gpu, gpus))

@@ -206,7 +206,9 @@ def server_memory(
     and graphs (sglang/srt/arg_groups/memory_hook.py), and a bucket of arriving weights.
 
     Weights and cache fill `server.memory_share` of the device, or all but the reserve where that is not set.
-    Raises UserError where not even the weights fit.
+
+    Raises:
+        UserError: not even the weights fit.
     """
     weights = model_parameters(architecture) * weight_bytes / server.tp
     large = gpu.memory_bytes >= 160 * GIB

@@ -112,7 +112,11 @@ def allocation_of(plan: Plan) -> GpuAllocation:
 
 
 def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
-    """The step of `stage` as the config lays it out. Raises UserError where a model is not to be found."""
+    """The step of `stage` as the config lays it out.
+
+    Raises:
+        UserError: a model is not found.
+    """
     architecture, known = find_architecture(config.policy.model)
     notes = [assumed_architecture(config.policy.model, known)] if known else []
     faults = _illegal(config, stage, architecture, workload, gpu)

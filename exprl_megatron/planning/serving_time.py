@@ -112,8 +112,11 @@ def serving_time(
     read_tokens: float,
     answers: LengthDistribution,
 ) -> ServingTime:
-    """Seconds to answer `requests` prompts of `prompt_tokens`, of all of which only `read_tokens` must be read
-    (the rest is cached). Raises UserError where the weights do not leave room for one request.
+    """Seconds to answer `requests` prompts of `prompt_tokens`, of all of which only `read_tokens` must be read (the
+    rest is cached).
+
+    Raises:
+        UserError: the weights do not leave room for one request.
     """
     each = requests / servers.count
     longest = answers.expected_longest(requests)

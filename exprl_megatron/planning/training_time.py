@@ -153,7 +153,11 @@ def micro_batches(layout: Layout, global_tokens: float, micro_batch_tokens: int)
 
 
 def check_precision(precision: PrecisionConfig, gpu: Gpu) -> None:
-    """Raises UserError for an FP8 kind that the GPU does not run."""
+    """Check that `gpu` supports the precision.
+
+    Raises:
+        UserError: it is an FP8 kind that the GPU does not support.
+    """
     if precision.fp8 and precision.kind not in gpu.fp8_kinds:
         raise UserError(
             f"policy.precision is {precision.kind}, which {gpu.name} does not run; use bf16 or one of "

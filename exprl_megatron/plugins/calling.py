@@ -21,7 +21,11 @@ class Plugin:
 
     @classmethod
     def load(cls, key: str, path: str) -> "Plugin":
-        """Load the function of `path`. Raises PluginError, which names `key`, where it cannot be loaded."""
+        """Load the function of `path`.
+
+        Raises:
+            PluginError: it cannot be loaded; the error names `key`.
+        """
         try:
             return cls(key, path, load_plugin(path))
         except PluginError as error:
@@ -49,7 +53,11 @@ class Plugin:
         return self.guarded(lambda: self.function(*arguments))
 
     def guarded(self, work: Callable[[], Any]) -> Any:
-        """Return what `work`, which runs code of the plugin, returns. Raises PluginError where that raises."""
+        """Return what `work`, which runs code of the plugin, returns.
+
+        Raises:
+            PluginError: `work` raises.
+        """
         try:
             return work()
         except PluginError:

@@ -70,7 +70,10 @@ def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `root` whose files all hold what was written, and a sentence on each newer one.
 
     The newer ones are renamed; None where there was no checkpoint. Between them the ranks read every byte; a
-    collective. Raises UserError where there are checkpoints and none is intact.
+    collective.
+
+    Raises:
+        UserError: there are checkpoints and none is intact.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sentences: list[str] = []
@@ -100,8 +103,11 @@ def read_extra(path: str | Path) -> dict:
 def load_checkpoint(path: str | Path, policy: Policy) -> dict:
     """Puts `policy`, in any layout, where the checkpoint `path` left it; returns the caller's record (every rank).
 
-    The policy must have started the same stage (begin_stage with the same config). Random states are restored
-    where the layout is the checkpoint's. Raises UserError where the checkpoint does not fit the policy.
+    The policy must have started the same stage (begin_stage with the same config). Random states are restored where the
+    layout is the checkpoint's.
+
+    Raises:
+        UserError: the checkpoint does not fit the policy.
     """
     record = _read_record(path)
     stage = policy.stage

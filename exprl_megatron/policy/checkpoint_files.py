@@ -56,7 +56,11 @@ def write_record(directory: Path, record: dict) -> None:
 
 
 def read_record(directory: str | Path) -> dict:
-    """Read a record of `write_record`. Raises DamagedCheckpoint where the file is missing or has another content."""
+    """Read a record of `write_record`.
+
+    Raises:
+        DamagedCheckpoint: the file is missing or has another content.
+    """
     try:
         text = (Path(directory) / STATE).read_bytes().decode()
         record = json.loads(text)

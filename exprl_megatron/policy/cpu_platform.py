@@ -278,7 +278,10 @@ VIEW = TorchView()
 def install() -> bool:
     """Prepares this process for Megatron-Core on CPU; True if it did, False where CUDA makes it needless.
 
-    Calling it again changes nothing. Raises RuntimeError where megatron.core was imported before.
+    Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: megatron.core was imported before.
     """
     if hide_unused_cuda():
         return False

@@ -59,9 +59,11 @@ class RoundedLinear(torch.autograd.Function):
 def emulate_fp8(chunk: GPTModel, precision: PrecisionConfig) -> None:
     """Lets the linear layers of the chunk's transformer layers (experts' too) round their operands.
 
-    Router, embedding, norms, attention's own products and output layer stay as they are, and so do
-    `first_last_bf16` layers at either end of the model. No parameter or buffer is added, nothing is renamed.
-    Raises UserError on a device that has Transformer Engine's layers.
+    Router, embedding, norms, attention's own products and output layer stay as they are, and so do `first_last_bf16`
+    layers at either end of the model. No parameter or buffer is added, nothing is renamed.
+
+    Raises:
+        UserError: the device has Transformer Engine's layers.
     """
     if not chunk.config.use_cpu_initialization:
         raise UserError("policy.precision.emulate is for machines without CUDA; leave it out on this one.")

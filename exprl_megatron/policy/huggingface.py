@@ -67,8 +67,10 @@ def save_huggingface(
     """Writes the model as `directory`: safetensors (several with an index above `shard_bytes`), config, tokenizer.
 
     A collective; config, tokenizer files and the tensors that a policy is without are taken from `origin`. The
-    directory appears, complete, by one rename, and is refused where it exists. Raises UserError on every rank where it
-    cannot be written.
+    directory appears, complete, by one rename, and is refused where it exists.
+
+    Raises:
+        UserError: it cannot be written; on every rank.
     """
     directory = Path(directory)
     partial = directory.with_name(directory.name + ".tmp")

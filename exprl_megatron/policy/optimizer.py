@@ -16,7 +16,8 @@ from exprl_megatron.policy.precision import optimizer_settings
 def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """A fresh optimizer on the chunks' current weights; `set_learning_rates` says what decays.
 
-    Raises UserError where its state shall be offloaded from a GPU and there is none.
+    Raises:
+        UserError: its state should be offloaded from a GPU and there is none.
     """
     parameter = next(chunks[0].parameters())
     dtype = parameter.dtype

@@ -155,10 +155,11 @@ class Policy:
         return step.global_metrics(collected, self.world) | self._padding(samples)
 
     def apply_update(self, gradient_scale: float = 1.0) -> UpdateStats:
-        """Take an optimizer step on the accumulated gradients times `gradient_scale`, clipped to the global norm,
-        and zero the gradients. The scale is the same on every rank.
+        """Take an optimizer step on the accumulated gradients times `gradient_scale`, clipped to the global norm, and
+        zero the gradients. The scale is the same on every rank.
 
-        Raises GradientNotFinite, with unchanged weights and zeroed gradients, where the norm is not finite.
+        Raises:
+            GradientNotFinite: the norm is not finite; weights are unchanged and gradients zero.
         """
         stage = self._stage()
         finalize_model_grads(self._wrapped)

@@ -50,9 +50,11 @@ def enter_world(layout: Layout, seed: int = 0, timeout_s: float = 600.0, key: st
 
     Tensors go over NCCL where CUDA is and over gloo elsewhere, objects over gloo (gloo_group). An existing torch
     process group is used as it is; groups of another layout are dropped first, so one set of processes can go through
-    several layouts. Processes find each other, and believe each other's objects, only with the same `key`.
-    Every collective that waits longer than `timeout_s` raises. Raises UserError where the number of
-    processes is not the layout's.
+    several layouts. Processes find each other, and believe each other's objects, only with the same `key`. Every
+    collective that waits longer than `timeout_s` raises.
+
+    Raises:
+        UserError: the number of processes is not the layout's.
     """
     # NCCL takes the current device, which this sets.
     _device()
@@ -95,7 +97,11 @@ def make_groups(layout: Layout, timeout_s: float = 600.0, gloo: bool = True) -> 
 
 
 def current_world(layout: Layout) -> World:
-    """The world that enter_world made for `layout`. Raises RuntimeError where it made none or another."""
+    """The world that enter_world made for `layout`.
+
+    Raises:
+        RuntimeError: it made none or another.
+    """
     if not parallel_state.model_parallel_is_initialized():
         raise RuntimeError("this process is in no world; call enter_world first")
     sizes = (

@@ -49,7 +49,11 @@ class ForkedChild:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status at the end. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        """The exit status at the end.
+
+        Raises:
+            subprocess.TimeoutExpired: after `timeout` seconds.
+        """
         if timeout is None and self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         started = time.monotonic()

@@ -79,7 +79,9 @@ def read_metrics(jsonl: Path) -> list[dict]:
     """One record for each step in metrics.jsonl, in order; a last line cut off by a crash is left out.
 
     An evaluation's metrics are in the record of its step; the one before the first step is a record of step 0.
-    Raises UserError where any other line is damaged.
+
+    Raises:
+        UserError: any other line is damaged.
     """
     if not jsonl.is_file():
         return []

@@ -12,9 +12,10 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_picture(path: Path | None) -> None:
-    """Raise UserError where `path` has no suffix of SUFFIXES; None is no picture.
+    """Check the suffix of `path` before the work that the picture shows; None: no picture.
 
-    It is called before the work of which the picture is made.
+    Raises:
+        UserError: the suffix is none of SUFFIXES.
     """
     if path is not None and path.suffix.lower() not in SUFFIXES:
         raise UserError(f"The picture {path} has no known format; let its name end in {', '.join(SUFFIXES)}.")

@@ -63,7 +63,8 @@ def _drop_cut_off_line(path: Path) -> None:
 def read_timeline(path: Path) -> list[Span]:
     """All spans in the order in which they ended; a last line cut off by a crash is left out.
 
-    Raises UserError where there is no such file, or a line is damaged.
+    Raises:
+        UserError: there is no such file, or a line is damaged.
     """
     if not path.is_file():
         raise UserError(f"There is no {path}; name the directory of a run that has taken a step.")

@@ -49,9 +49,12 @@ class RunDirectory:
     def claim(self, config: RunConfig, resume: bool, contents: Mapping[str, str] | None = None) -> "Claim":
         """Take the directory for this process and write the resolved config into it: what follows reads that one.
 
-        `contents` is what `hash_inputs` returns of the config. Raises UserError where the directory holds another run,
-        where `resume` finds none, or one that learns something else (see config/resuming.py) or from other contents,
-        or where a live process has it. A run that ended before it had anything to keep does not count.
+        `contents` is what `hash_inputs` returns of the config. A run that ended before it had anything to keep does not
+        count.
+
+        Raises:
+            UserError: the directory holds another run, where `resume` finds none, or one that learns something else
+                (see config/resuming.py) or from other contents, or where a live process has it.
         """
         known, begun = self.config.is_file(), self._holds_work()
         if begun and not resume:
@@ -158,7 +161,11 @@ def _earlier_prompts(keys: Sequence[str], recorded: Mapping[str, str]) -> str:
 
 
 def require_run(root: Path) -> None:
-    """Raise UserError where no run is in the directory `root`."""
+    """Check that there is a run in the directory `root`.
+
+    Raises:
+        UserError: there is none.
+    """
     if not RunDirectory(root).config.is_file():
         raise UserError(f"There is no run in {root}; give the directory of one.")
 

@@ -68,7 +68,8 @@ class Journal:
     def read(self, stage: str, step: int) -> SampledStep | None:
         """Read a step; None where it is not in the log.
 
-        Raises UserError where the file is damaged, or where a later version of the program wrote it.
+        Raises:
+            UserError: the file is damaged, or where a later version of the program wrote it.
         """
         path = self.path(stage, step)
         try:
@@ -123,7 +124,8 @@ def write_step(path: Path, sampled: SampledStep) -> None:
 def read_step(path: Path) -> SampledStep:
     """Read a file of write_step.
 
-    Raises UserError where a later version of the program wrote the file, and one of DAMAGE where it is damaged.
+    Raises:
+        UserError: a later version of the program wrote the file, and one of DAMAGE where it is damaged.
     """
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         counts = json.loads(file.schema_arrow.metadata[_METADATA])

@@ -72,7 +72,8 @@ class TrainerLogProbFiles:
     def publish(self, stage: str, step: int, parts: int, deadline_s: float) -> None:
         """Give a step's directory its name as soon as all `parts` are there; replaces what an earlier attempt left.
 
-        Raises UserError where that takes longer than `deadline_s`.
+        Raises:
+            UserError: that takes longer than `deadline_s`.
         """
         source, target = self._unfinished(stage, step), self.directory(stage, step)
         end = time.monotonic() + deadline_s

@@ -70,7 +70,11 @@ class ServerChecksums:
             parts |= {key: kept.clone() for key, kept in parts.items()}
 
     def result(self) -> tuple[dict[str, str], ...]:
-        """The checksums of each rank's parameters. Raises ValueError where a part of one never came."""
+        """The checksums of each rank's parameters.
+
+        Raises:
+            ValueError: a part of one never came.
+        """
         missing = [f"{name} (has {', '.join(parts)})" for name, parts in self._waiting.items()]
         missing += [f"{name} (has {e.done} of {e.count} parts)" for name, e in self._growing.items()]
         if missing:

@@ -360,7 +360,11 @@ class SGLangClient(HttpClient):
         return self._read("/model_info", lambda body: msgspec.convert(body, ServedModel), reply)
 
     async def check_served(self, version: str | None, *, deadline_s: float | None = None) -> None:
-        """Raise WeightsReplaced where it serves another version, or weights loaded from elsewhere than we requested."""
+        """Check that the server has the weights that were pushed to it.
+
+        Raises:
+            WeightsReplaced: it has another version, or loaded its weights from another path.
+        """
         served = await self.served(deadline_s=deadline_s)
         held = {"weight_version": served.weight_version, "model_path": served.model_path}
         ours = {"weight_version": version, "model_path": self.source}

@@ -129,9 +129,10 @@ def reply_limit(tokens: int, watched: int = 0) -> int:
 def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation:
     """The continuation that a reply of /generate holds.
 
-    Raises ValueError that names the field where it is not of SGLang's form, a log-prob is missing, not finite or above
-    0, an id is not one or has another log-prob's id beside it, the numbers of ids and log-probs differ, the text is not
-    that of the ids, or it is not what was `asked` for.
+    Raises:
+        ValueError: its form is not SGLang's (the error names the field), a log-prob is missing, not finite or above 0,
+            an id is not one or has another log-prob's id beside it, the numbers of ids and log-probs differ, the text
+            is not that of the ids, or it is not what was `asked` for.
     """
     sent = None
     if asked.routing is not None:
@@ -179,7 +180,8 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
 def read_generations(body: bytes, asked: ExpectedReply, count: int) -> list[Generation]:
     """The `count` continuations that a reply to a request for several holds, in their order.
 
-    Raises ValueError as read_generation does for any of them, and where there are not `count`.
+    Raises:
+        ValueError: as read_generation does for any of them, and where there are not `count`.
     """
     replies = _REPLIES.decode(body)
     if len(replies) != count:

@@ -49,7 +49,11 @@ def ensure_key(path: Path) -> None:
 
 
 def read_key(path: str | Path) -> Key:
-    """The key in `path`. Raises ServerError where it cannot be read."""
+    """The key in `path`.
+
+    Raises:
+        ServerError: it cannot be read.
+    """
     try:
         return Key(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:

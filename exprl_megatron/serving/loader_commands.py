@@ -69,7 +69,11 @@ class CommandGate:
         self._last = 0
 
     def admit(self, signed: str) -> dict[str, Any]:
-        """Return the command in `signed`. Raises CommandRefused where it is not signed with the key, or not new."""
+        """Return the command in `signed`.
+
+        Raises:
+            CommandRefused: it is not signed with the key, or not new.
+        """
         if not self._key:
             raise CommandRefused("this server has no key; start it with exprl serve")
         claimed, _, text = signed.partition(" ")

@@ -44,8 +44,11 @@ def trace(
     """The places of all tensors of `shapes` in `model`, whose parameters stay as they are but for what is padding.
 
     `dtype` is what will be sent. Vectors of `others` have these wider dtypes, and their memory is sent as words of
-    `dtype`. Raises ValueError where the loader does more with a tensor than to copy parts of it into parameters, and
-    where the model keeps one of `others` in another dtype.
+    `dtype`.
+
+    Raises:
+        ValueError: the loader does more with a tensor than to copy parts of it into parameters, and where the model
+            keeps one of `others` in another dtype.
     """
     kinds = others or {}
     tensors = {name: torch.empty(shape, dtype=kinds.get(name, dtype), device="meta") for name, shape in shapes.items()}

@@ -36,7 +36,8 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def pack_expected(shapes: Mapping[str, tuple[int, ...]], dtypes: Sequence[str], parts: np.ndarray) -> bytes:
     """The trainer's side of `checksums`; `dtypes` as `shapes`.
 
-    Raises ValueError where `parts` do not cover the parameters.
+    Raises:
+        ValueError: `parts` do not cover the parameters.
     """
     counts = np.zeros(len(shapes), dtype=np.int64)
     np.add.at(counts, parts["of"], parts["rows"].astype(np.int64) * parts["columns"])

@@ -128,7 +128,8 @@ class OpenAIEndpoint(HttpClient):
 def judge_endpoints(config: JudgeConfig) -> list[OpenAIEndpoint]:
     """Clients of `config.endpoints`, named `judge-0`, `judge-1`, ..., with the key from the environment.
 
-    Raises UserError where `config.api_key_variable` names a variable that is not set.
+    Raises:
+        UserError: `config.api_key_variable` names a variable that is not set.
     """
     variable = config.api_key_variable
     key = None if variable is None else os.environ.get(variable)

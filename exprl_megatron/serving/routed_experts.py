@@ -27,7 +27,8 @@ def sent_bytes(tokens: int, routing: Routing) -> int:
 def cut_routed_experts(body: bytes) -> tuple[bytes, bytes | None]:
     """The reply `body` with null for its routed experts, and their bytes; None where it has none.
 
-    Raises ValueError where they are there more than once, or are not a string in base64.
+    Raises:
+        ValueError: they are there more than once, or are not a string in base64.
     """
     if (place := body.find(_KEY)) < 0:
         return body, None
@@ -50,8 +51,9 @@ def cut_routed_experts(body: bytes) -> tuple[bytes, bytes | None]:
 def read_routed_experts(sent: bytes | None, tokens: int, routing: Routing) -> np.ndarray:
     """[tokens - 1, layers, top_k], uint8 or int16: the experts of the `tokens` of prompt and response but the last.
 
-    Raises ValueError where they were not sent, are of another number, or a token has not `top_k` different experts of
-    the model's in each layer.
+    Raises:
+        ValueError: they were not sent, are of another number, or a token has not `top_k` different experts of the
+            model's in each layer.
     """
     if sent is None:
         raise ValueError(f"routed_experts is missing; a server returns it with {RETURN_ROUTED_EXPERTS}")

@@ -81,7 +81,11 @@ class ServerPool:
         self._watcher: asyncio.Task | None = None
 
     async def open(self) -> None:
-        """Return when `count` servers have registered and answered. Raises ServerError after start_deadline_s."""
+        """Return when `count` servers have registered and answered.
+
+        Raises:
+            ServerError: they did not within start_deadline_s.
+        """
         loop = asyncio.get_running_loop()
         # An earlier run may have ended while its servers slept.
         self._allow_starts()
@@ -199,8 +203,10 @@ class ServerPool:
     async def sleep(self) -> bool:
         """Make all servers release their GPU memory; returns False on a CPU, where servers cannot.
 
-        Returns when no registered server holds any, and none is starting. Raises ServerError naming the servers that
-        still hold memory after start_deadline_s.
+        Returns when no registered server holds any, and none is starting.
+
+        Raises:
+            ServerError: servers still hold memory after start_deadline_s; the error names them.
         """
         if not uses_cuda():
             return False
@@ -255,8 +261,10 @@ class ServerPool:
 
     async def check_served(self) -> None:
         """Ask every healthy server which weights it serves; one with other weights than we pushed becomes unhealthy.
+        Does nothing while the servers' version is not known.
 
-        Raises WeightsReplaced where no server is left then. Does nothing while the servers' version is not known.
+        Raises:
+            WeightsReplaced: no server is left then.
         """
         replaced: list[WeightsReplaced] = []
 

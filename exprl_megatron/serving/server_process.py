@@ -69,7 +69,11 @@ class ServerSpec:
         )
 
     def check(self) -> None:
-        """Raise UserError where the model cannot be served, or not in this format."""
+        """Check that the model can be served in this dtype.
+
+        Raises:
+            UserError: it cannot.
+        """
         _check_model(self)
         if self.dtype == "float32" and not self.config.names_attention_backend and uses_cuda():
             raise UserError(

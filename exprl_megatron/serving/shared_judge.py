@@ -57,7 +57,11 @@ class SharedJudgeClient:
         await self._pool.load_judge_weights(self._model, JUDGE_VERSION, self._deadline_s)
 
     async def health(self) -> None:
-        """Return if a server is healthy. Raises ServerError otherwise."""
+        """Return if a server is healthy.
+
+        Raises:
+            ServerError: none is healthy.
+        """
         if not self._pool.has_healthy:
             raise ServerError("No sampling server is available to judge.")
 

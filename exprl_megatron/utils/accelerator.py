@@ -152,9 +152,12 @@ def installation_fault() -> str | None:
 
 @functools.cache
 def cuda_capability() -> tuple[int, int] | None:
-    """Compute capability of the first CUDA device, None without CUDA. Raises UserError where it does not answer.
+    """Compute capability of the first CUDA device, None without CUDA.
 
     Asked for by a process of its own, as asking takes some of the device's memory for as long as a process lives.
+
+    Raises:
+        UserError: it does not answer.
     """
     if not uses_cuda():
         return None

@@ -36,7 +36,8 @@ class ArrayFields:
 def read_only(values: Any, dtype: type) -> np.ndarray:
     """`values` as an array [n] of `dtype` that cannot be written to; shares the memory of one that has that type.
 
-    Raises ValueError where it has another number of dimensions.
+    Raises:
+        ValueError: it has another number of dimensions.
     """
     array: np.ndarray = np.asarray(values, dtype=dtype).view()
     if array.ndim != 1:

@@ -16,7 +16,11 @@ from exprl_megatron.errors import UserError
 
 
 class Claim:
-    """An exclusive lock on an existing directory, held until this process ends or `release` is called."""
+    """An exclusive lock on an existing directory, held until this process ends or `release` is called.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
 
     def __init__(self, root: Path):
         self._file = open(root / "lock", "w")  # noqa: SIM115 - held open for as long as the claim lives

@@ -62,7 +62,10 @@ def difference_bounds(first: np.ndarray, second: np.ndarray, confidence: float =
     independent and may differ in number. A t interval with Satterthwaite's degrees of freedom (Welch's, with the
     problems as a third component). Where both means are so close to 0 or 1 that the data of one problem decide (within
     `boundary_margin`), Newcombe's square-and-add interval (Statistics in Medicine 17, 1998, method 10) of the two
-    `mean_bounds`. Raises ValueError for different numbers of problems.
+    `mean_bounds`.
+
+    Raises:
+        ValueError: the numbers of problems differ.
     """
     problems = first.shape[-1]
     if second.shape[-1] != problems:

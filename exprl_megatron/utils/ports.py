@@ -26,7 +26,8 @@ def is_free(port: int, host: str = LOCAL) -> bool:
 def free_ports(count: int, taken: Set[int] = frozenset()) -> list[int]:
     """`count` different ports on which nothing listens and which are not in `taken`.
 
-    Raises OSError where there are not that many.
+    Raises:
+        OSError: there are not that many.
     """
     candidates = random.SystemRandom().sample(_RANGE, len(_RANGE))
     found: list[int] = []

@@ -31,12 +31,15 @@ class TextCheck:
         self._tokens = pa.array(tokens, pa.large_binary())
 
     def check(self, token_ids: np.ndarray, text: str) -> None:
-        """Raise ValueError where `text` is not that of `token_ids` [n].
+        """Check that `text` is that of `token_ids`, int [n].
 
-        A server leaves out the stop token at the end, special tokens, and the space before some punctuation, and it
-        may show an incomplete character at the end, or not; some decoders put spaces between tokens, and so spaces do
-        not count. Ids that the tokenizer does not know, and ids whose bytes are no text before their end, are not
-        compared: what is shown of those depends on the server.
+        A server leaves out the stop token at the end, special tokens, and the space before some punctuation, and it may
+        show an incomplete character at the end, or not; some decoders put spaces between tokens, and so spaces do not
+        count. Ids that the tokenizer does not know, and ids whose bytes are no text before their end, are not compared:
+        what is shown of those depends on the server.
+
+        Raises:
+            ValueError: it is not.
         """
         if not len(token_ids):
             if text:

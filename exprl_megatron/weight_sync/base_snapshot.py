@@ -93,8 +93,9 @@ class DeltaWriter:
 def apply_delta(snapshot: BaseSnapshot, path: Path) -> str:
     """Apply the delta in `path` to `snapshot`; returns the name of the new version.
 
-    Raises UserError where the delta starts from another version than the snapshot has, and where a tensor does not
-    match its checksum afterwards: the snapshot must then be written again.
+    Raises:
+        UserError: the delta starts from another version than the snapshot has, and where a tensor does not match its
+            checksum afterwards: the snapshot must then be written again.
     """
     with open(path, "rb") as file:
         head = json.loads(file.readline())

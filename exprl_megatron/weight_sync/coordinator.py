@@ -51,7 +51,10 @@ class RankCoordinator:
     def broadcast_from_rank0(self, work: Callable[[], T]) -> T:
         """Call `work` on rank 0 and return its result on every rank; a collective.
 
-        An error is raised unchanged on rank 0 and as RankZeroFailed on the other ranks, so that none of them waits.
+        An error of `work` is raised unchanged on rank 0.
+
+        Raises:
+            RankZeroFailed: `work` failed; on the other ranks, so that none of them waits.
         """
         error: BaseException | None = None
         box: list[Any] = [False, None]
@@ -102,7 +105,11 @@ class RankCoordinator:
             raise
 
     def wait_signal(self) -> Any:
-        """Wait for rank 0's signal and return its payload. Raises RankZeroFailed where rank 0 aborts."""
+        """Wait for rank 0's signal and return its payload.
+
+        Raises:
+            RankZeroFailed: rank 0 aborts.
+        """
         running, payload = self._broadcast_signal(None)
         if not running:
             raise RankZeroFailed

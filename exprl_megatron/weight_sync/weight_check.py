@@ -147,7 +147,8 @@ def compare(
 ) -> None:
     """Compare what each server's ranks hold with the trainer's checksums for them.
 
-    Raises WeightsDiffer naming the server and the first tensors that differ.
+    Raises:
+        WeightsDiffer: they differ; the error names the server and the first such tensors.
     """
     for client, ranks in zip(clients, held, strict=True):
         for own, wanted in zip(ranks, expected, strict=True):

@@ -25,7 +25,8 @@ _RESERVE = 200_000
 def write_page(path: Path, reader: PageReader, most_bytes: int = MOST_BYTES) -> PageModel:
     """Write the page, for its owner alone where it shows references; complete on disk when this returns.
 
-    Raises UserError where it does not fit into `most_bytes`.
+    Raises:
+        UserError: it does not fit into `most_bytes`.
     """
     model = reader.model(page_bytes=most_bytes - len(get_plotlyjs()) - _RESERVE)
     page = render(model)

@@ -93,7 +93,11 @@ class PageServer:
 
 
 def serve_page(reader: PageReader, port: int) -> None:
-    """Serve until interrupted, and print the address. Raises UserError where the port is taken."""
+    """Serve until interrupted, and print the address.
+
+    Raises:
+        UserError: the port is taken.
+    """
     try:
         asyncio.run(_serve(reader, port))
     except OSError as error:

@@ -98,6 +98,9 @@ def read_prompts(
 
     q and k [1, tokens, key heads, key_dim], v [1, tokens, value heads, value_dim], g and beta as of `gates`. Returns
     what v is, and nothing in place of states, which are in their slots. Neighbors of one length are computed together.
+
+    Raises:
+        ValueError: the rule's settings are not those of Qwen3.5.
     """
     if head_first or not use_qk_l2norm_in_kernel:
         raise ValueError("the gated delta rule on a CPU is that of Qwen3.5")
@@ -173,6 +176,9 @@ def norm_of_output(
     """In place of SGLang's layernorm_fn: the norm of a layer's output, times its gate.
 
     x and z [..., value_dim]. More than 7 parameters: SGLang's.
+
+    Raises:
+        ValueError: the norm's settings are not those of Qwen3.5.
     """
     if bias is not None or group_size is not None or z is None or not (norm_before_gate and is_rms_norm):
         raise ValueError("the norm behind a gated delta net on a CPU is that of Qwen3.5")
