@@ -7,24 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "exprl_megatron"
-MISSING = {
-    "cli": 5,
-    "commands": 7,
-    "config": 4,
-    "conversion": 7,
-    "inspection": 9,
-    "models": 7,
-    "planning": 7,
-    "plugins": 2,
-    "policy": 10,
-    "processes": 1,
-    "reporting": 3,
-    "runs": 5,
-    "serving": 18,
-    "utils": 7,
-    "weight_sync": 4,
-}
-"""Number of public functions of a package that may still lack `Raises:`; it may only fall, and is 0 by default."""
+MISSING = {"cli": 5, "commands": 4}
+"""Number of public functions of a package that may lack `Raises:`: commands, whose docstrings `--help` prints."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
