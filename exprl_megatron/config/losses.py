@@ -36,7 +36,7 @@ class CorrectionConfig(Config):
     level: RatioLevel = "token"
     """Whether a weight is that of a token, of a sequence (product of its tokens' ratios) or of their geometric mean."""
     low: float = Field(0.5, ge=0, le=1)
-    """Used by `masked` alone."""
+    """Lower bound of the ratio, used only by `masked`."""
     high: float = Field(2.0, ge=1)
     """Upper bound of the weights."""
 
@@ -91,12 +91,12 @@ class LossConfig(Config):
     aggregation: Aggregation = "token-mean"
     """How the losses of tokens become one number (docs/algorithms.md)."""
     correction: CorrectionConfig = CorrectionConfig()
-    """Weights of the surrogate alone, not of the KL term or the entropy bonus."""
+    """Importance weights of the surrogate; the KL term and the entropy bonus have none."""
     rejection: RejectionConfig = RejectionConfig()
     use_rollout_log_probs: bool = False
-    """Take the surrogate's ratio to the sampling policy, by the log-probs that the servers reported, instead of to
-    the trainer's before the update (slime's `--use-rollout-logprobs`, verl's bypass mode). The clip then also bounds
-    staleness and the gap between sampler and trainer."""
+    """Compute the surrogate's ratio to the sampling policy, from the log-probs that the servers reported, instead of
+    to the trainer's policy before the update (slime's `--use-rollout-logprobs`, verl's bypass mode). The clip then also
+    bounds staleness and the gap between sampler and trainer."""
 
     @property
     def corrects(self) -> bool:

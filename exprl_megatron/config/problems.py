@@ -1,4 +1,4 @@
-"""Where problems come from and how they are put to the policy."""
+"""The sources of problems, and the prompts of the policy."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from exprl_megatron.config.base import Config
 BuiltInDomain = Literal["math", "multiple-choice", "science", "code"]
 """The domains that have a verifier (except `science`) and judge prompts."""
 Domain = str
-"""What kind of answer a problem needs; decides its verifier and its judge prompts. A domain that is not built in is
+"""The kind of answer of a problem, which selects its verifier and its judge prompts. A domain that is not built in is
 one of `problems.domains`."""
 
 
@@ -40,7 +40,7 @@ class LeakGuardConfig(Config):
     ngram_words: PositiveInt = 12
     """A request that shares this many consecutive words with a reference, but not with its problem, stops the run."""
     canary: str | None = None
-    """A string planted into references (prepare_data.py --canary); a request or a trace that holds it stops the run."""
+    """A string planted into references (prepare_data.py --canary); the run stops if a request or a trace contains it."""
 
 
 class ProblemsConfig(Config):
@@ -53,7 +53,7 @@ class ProblemsConfig(Config):
     """Split of a data set of the hub."""
     fields: FieldNames = FieldNames()
     limit: PositiveInt | None = None
-    """Take this many problems from the beginning."""
+    """Use this many problems from the beginning."""
     domains: tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")], ...] = ()
     """Domains of your own that its records may have (docs/extending.md)."""
     max_prompt_tokens: PositiveInt | None = None
@@ -61,7 +61,7 @@ class ProblemsConfig(Config):
 
 
 class PromptConfig(Config):
-    """The chat that the policy gets: an optional system message and the problem's text."""
+    """The policy's prompt: an optional system message and the problem's text."""
 
     system: str | None = None
     """System message; null: none."""

@@ -1,4 +1,4 @@
-"""What the reward of a trace is made of, where it is more than the judge's or the verifier's score."""
+"""The terms of a reward that is more than the judge's or the verifier's score."""
 
 from typing import Annotated, Literal
 
@@ -17,9 +17,9 @@ class RewardTermConfig(Config):
     term: Annotated[TermSource | PluginPath, choice_or_plugin(("judge", "verifier", "length"))]
     """`judge`, `verifier`, `length`, or a function of your own (problem, trace) -> float (docs/extending.md)."""
     weight: float = 1.0
-    """May be negative: a penalty."""
+    """Weight of the term; a negative one is a penalty."""
     name: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    """Its name in metrics and in the rollout log; None: the term's, or the function's."""
+    """Name of the term in metrics and in the rollout log; None: the term's, or the function's."""
 
     @property
     def shown_name(self) -> str:

@@ -1,4 +1,4 @@
-"""How traces are cut into segments, and which part of a trace the judge is shown."""
+"""How traces are cut into segments, and which part of a trace the judge reads."""
 
 from typing import Literal
 
@@ -14,16 +14,16 @@ class SegmentsConfig(Config):
     """Before a line that begins with the delimiter; before the delimiter anywhere; at an empty line; every
     `sentences_per_segment` sentences; or, set by `reproduce: released`, after a token that ends in the delimiter."""
     delimiter: str = Field("###", min_length=1)
-    """What opens a segment, for the splitters `heading`, `delimiter` and `released`."""
+    """Text at the start of a segment, for the splitters `heading`, `delimiter` and `released`."""
     sentences_per_segment: PositiveInt = 4
-    """For the splitter `sentences`."""
+    """Number of sentences of a segment, for the splitter `sentences`."""
     min_tokens: NonNegativeInt = 32
     """A shorter segment is joined to its neighbor; not used by `released`."""
     max_segments: PositiveInt | None = 10
     """Further segments are joined to the last; not used by `released`."""
 
-    def most(self, tokens: int) -> int:
-        """How many segments a response of so many tokens can have."""
+    def max_count(self, tokens: int) -> int:
+        """Return the maximum number of segments of a response of `tokens` tokens."""
         if self.splitter == "released":
             return tokens
         fitting = max(1, tokens // max(1, self.min_tokens))
@@ -34,7 +34,7 @@ class RouteConfig(Config):
     """How the traces of one domain are judged and credited."""
 
     granularity: Literal["trace", "prefix", "segment"]
-    """What one question to the judge shows: the whole trace, a prefix of it, or a segment."""
+    """The part of a trace in one question to the judge: the whole trace, a prefix of it, or a segment."""
     estimator: Literal["delta", "end", "group", "batch", "basic", "outcome"]
     """`outcome`: the whole trace's score, normalized within the group, on every token (with granularity `trace`)."""
 

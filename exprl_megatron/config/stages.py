@@ -75,8 +75,8 @@ class RlStage(Stage):
     updates_per_step: PositiveInt = 1
     """Number of optimizer steps that share the traces of one step."""
     max_staleness: NonNegativeInt = 0
-    """By how many steps the sampling weights may be older than those that learn; 0 is strictly on-policy. With n, the
-    next n steps are sampled while a step learns, and the weights change within traces."""
+    """Number of steps by which the sampling weights may be older than the current ones; 0 is strictly on-policy. With
+    n, the next n steps are sampled while a step is trained, and the weights change within traces."""
     sampling: SamplingConfig = SamplingConfig()
     loss: LossConfig = LossConfig()
     problems_from: str | None = None
@@ -178,7 +178,7 @@ class ExprlOutcomeStage(JudgedStage):
     overlong: Literal["zero", "score", "exclude"] = "zero"
     """Score of a trace that reached max_new_tokens: 0 (paper), the judge's score, or none (the trace is left out)."""
     variant: Literal["recommended", "code"] = "recommended"
-    """`code`: an abstention is out of the loss, but its reward 0 stays in the group's mean and std."""
+    """`code`: an abstention is excluded from the loss, but its reward 0 is part of the group's mean and std."""
     soft_overlong: SoftOverlongConfig | None = None
     """Penalize traces close to the length limit, in addition to what `overlong` does."""
     reward: tuple[RewardTermConfig, ...] = ()
@@ -233,8 +233,8 @@ class ExprlProcessStage(JudgedStage):
             )
         if self.overlong != "zero" and self.variant != "recommended":
             found.append(
-                f"stage {self.name}: overlong is {self.overlong}, but the variant {self.variant} says itself what "
-                "becomes of overlong traces; set overlong to zero."
+                f"stage {self.name}: overlong is {self.overlong}, but the variant {self.variant} has its own rule for "
+                "overlong traces; set overlong to zero."
             )
         return found
 
@@ -250,7 +250,7 @@ class ExprlProcessStage(JudgedStage):
     @property
     def judgements_per_trace(self) -> int:
         """Largest number of judgements of one trace."""
-        return self.segments.most(self.sampling.max_new_tokens)
+        return self.segments.max_count(self.sampling.max_new_tokens)
 
     def route(self, domain: Domain) -> RouteConfig:
         """Return how problems of `domain` are judged."""
@@ -261,7 +261,7 @@ class SparseRlStage(RlStage):
     """Sparse-reward RL: right answer or not, advantages centered within groups, loose clip, no KL."""
 
     kind: Literal["sparse-rl"]
-    """A verifier says whether the final answer is right."""
+    """A verifier checks the final answer."""
     advantage: AdvantageOrPlugin = "mean-centred"
     """How a group's scores become advantages (docs/algorithms.md)."""
     loss: SparseLossConfig = SparseLossConfig()
@@ -272,9 +272,10 @@ class SparseRlStage(RlStage):
     reward: tuple[RewardTermConfig, ...] = ()
     """Terms of the reward; () is the verifier's score alone."""
     dynamic_sampling: PositiveInt | None = None
-    """Rounds in which further problems replace zero-variance groups, at most (DAPO); None: such groups are kept."""
+    """Maximum number of rounds in which further problems replace zero-variance groups (DAPO); None: none is
+    replaced."""
     max_abstention_rate: float = Field(0.5, ge=0, le=1)
-    """Largest share of a step's traces that the verifier may abstain on; a larger one stops the run."""
+    """A larger share of abstentions among the traces of a step stops the run."""
 
     @property
     def verifies(self) -> bool:

@@ -10,7 +10,7 @@ from exprl_megatron.config.problems import Domain
 
 
 class VerifierConfig(Config):
-    """One set of worker processes serves the whole run."""
+    """Verification of final answers, by one set of worker processes for the whole run."""
 
     workers: PositiveInt | Literal["auto"] = "auto"
     """Processes that compare mathematical answers, and as many that run programs; `auto`: one per core, at most 8."""
@@ -18,11 +18,11 @@ class VerifierConfig(Config):
     """How mathematical answers are verified; `prime` and `code`, which `reproduce: released` sets, are the verifiers of
     the released first and second stage."""
     answer_deadline_s: float = Field(5.0, gt=0)
-    """For the comparison of one answer, and for one call of a verifier of your own."""
+    """Seconds for the comparison of one answer, and for one call of a verifier of your own."""
     program_deadline_s: float = Field(60.0, gt=0)
     """Seconds for all tests of one program."""
     test_deadline_s: float = Field(12.0, gt=0)
-    """For one test of a program, by the clock; its CPU time is bounded besides."""
+    """Wall-clock seconds for one test of a program; its CPU time is bounded too."""
 
     domains: dict[str, PluginPath] = Field(default_factory=dict)
     """Verifiers of your own by domain: (problem, trace) -> Scored | Abstained, async or not (docs/extending.md). One

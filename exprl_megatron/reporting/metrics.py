@@ -14,7 +14,12 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.reporting.tags import EVALUATION, tag
 from exprl_megatron.reporting.trackers import SampleTable, Trackers
 
-RENAMED_METRICS = {"sync/quantise": "sync/quantize"}
+RENAMED_METRICS = {
+    "sync/quantise": "sync/quantize",
+    "kl/start": "kl/ref",
+    "kept/tokens": "accepted/tokens",
+    "kept/sequences": "accepted/sequences",
+}
 """From a name in the metrics.jsonl of an earlier version to today's."""
 
 

@@ -136,7 +136,7 @@ def test_a_domain_without_a_shipped_prompt_is_refused_before_the_run(tiny_model,
         ({"endpoints": []}, r"judge\.model is missing; set it, or name the endpoints of an API"),
         ({"endpoint_model": "default"}, r"judge\.endpoint_model is default; set endpoint_model to the API's name"),
         ({"placement": "policy"}, r"judge\.placement is policy, but judge\.endpoints are given"),
-        ({"endpoint_args": {"messages": "x"}}, r"endpoint_args has 'messages', which the judge decides itself"),
+        ({"endpoint_args": {"messages": "x"}}, r"endpoint_args has 'messages', which the judge sets itself"),
         ({"endpoints": [], "model": "m", "endpoint_args": {"top_p": 1}}, r"endpoint_args is set, but there are no jud"),
     ],
 )

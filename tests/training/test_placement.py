@@ -133,7 +133,7 @@ def test_a_side_that_leaves_more_on_the_device_than_it_may_stops_the_run(tiny_mo
     ("judge", "changes", "message"),
     [
         ({"endpoints": ["http://host/v1"]}, {}, "judge.endpoints are given; drop one of them"),
-        ({"gate": {"traces": "t.jsonl"}}, {}, "judge.gate asks the judge before a step is sampled"),
+        ({"gate": {"traces": "t.jsonl"}}, {}, "judge.gate needs the judge before a step is sampled"),
         ({}, {"sync": {"fp8": True}}, "the judge's weights are not in FP8"),
     ],
 )
