@@ -40,7 +40,7 @@ class LeakGuardConfig(Config):
     ngram_words: PositiveInt = 12
     """A request that shares this many consecutive words with a reference, but not with its problem, stops the run."""
     canary: str | None = None
-    """A string planted into references (prepare_data.py --canary); the run stops if a request or a trace contains it."""
+    """A string planted into references (prepare_data.py --canary); a request or trace with it stops the run."""
 
 
 class ProblemsConfig(Config):

@@ -188,7 +188,7 @@ def test_random_tokens_are_covered_once_and_their_texts_are_the_decoded_response
         assert "".join(shown_texts(ids, spans, tokenizer, "segment")) == whole
         prefixes = shown_texts(ids, spans, tokenizer, "prefix")
         assert prefixes[-1] == whole
-        assert len(spans) <= config.most(len(ids))
+        assert len(spans) <= config.max_count(len(ids))
         if splitter != "released":
             assert config.max_segments is None or len(spans) <= config.max_segments
             assert len(spans) == 1 or all(end - start >= config.min_tokens for start, end in spans)
