@@ -73,5 +73,7 @@ def test_a_policy_of_experts_is_sampled_under_the_weights_that_it_has_learned(ti
     steps = [json.loads(line)["metrics"] for line in paths.metrics.read_text().splitlines()]
     assert len(steps) == 3
     # Each sync compared the checksums of all experts; were they not the trainer's, or did the trainer take experts for
-    # other tokens than the server, the log-probs would differ too.
-    assert all(step["sync/check"] > 0 and step["sampler_gap/max"] <= 1e-4 for step in steps)
+    # other tokens than the server, the log-probs would differ too. The killed run had step 2's traces already.
+    synced = [step["sync/check"] > 0 for step in steps if "sync/check" in step]
+    assert all(synced) and len(synced) == (2 if transport == "direct" else 3)
+    assert all(step["sampler_gap/max"] <= 1e-4 for step in steps)
