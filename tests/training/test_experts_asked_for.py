@@ -76,7 +76,7 @@ def rollouts_on(client, problems, whole_groups=False):
     found = rollouts.Rollouts.__new__(rollouts.Rollouts)
     found._config = SimpleNamespace(seed=0, server=ServerConfig(group_requests=whole_groups))
     found._prompted = {problems: PromptedProblems((Problem("p", "q"),), (PROMPT,), 0)}
-    found._guards = {problems: SimpleNamespace(check_request=lambda *_: None, watches_traces=False)}
+    found._guards = {problems: SimpleNamespace(check_request=lambda *_: None, checks_traces=False)}
     found._tokenizer = SimpleNamespace(decode=lambda ids: "")
     bar = SimpleNamespace(sampled=lambda: None, graded=lambda: None)
     found._logger = SimpleNamespace(rollouts=lambda *shown: nullcontext(bar), log=lambda text: None)
