@@ -197,7 +197,10 @@ def test_a_norm_that_adds_one_has_a_second_copy_in_models_with_gated_delta_nets(
 def test_queries_keys_and_values_of_a_gated_delta_net_are_each_cut_by_heads():
     """Rows of a tensor are numbered, so that what a rank of two holds can be read off."""
     rows = {"in_proj_qkv.weight": 20, "in_proj_z.weight": 8, "in_proj_b.weight": 4, "in_proj_a.weight": 4}
-    weights = {name: torch.arange(count).float()[:, None].expand(-1, 3).contiguous() for name, count in rows.items()}
+    weights = {
+        name: (100 * place + torch.arange(float(count)))[:, None].expand(-1, 3).contiguous()
+        for place, (name, count) in enumerate(rows.items())
+    }
     weights |= {"A_log": torch.arange(4.0), "dt_bias": 10 + torch.arange(4.0), "out_proj.weight": torch.randn(3, 8)}
     weights["conv1d.weight"] = torch.arange(20.0)[:, None, None].expand(-1, 1, 4).contiguous()
     second = rank_checksums(
