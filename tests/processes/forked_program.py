@@ -1,9 +1,11 @@
 """What the tests of the fork server run as `python -m forked_program WHAT`."""
 
 import atexit
+import gc
 import os
 import signal
 import sys
+import tempfile
 import time
 
 import preloaded
@@ -22,15 +24,21 @@ def report() -> None:
         os.getpid() != preloaded.PID,
     )
     print("session", os.getsid(0) == os.getpid(), "parent", os.getppid())
+    temporary = os.path.samefile(tempfile.gettempdir(), os.environ["TMPDIR"])
+    print("collects", gc.isenabled(), "own temporary", temporary, "unbuffered", sys.stdout.write_through)
     with os.fdopen(int(os.environ["EXPRL_HEARTBEAT"]), "w") as file:
         file.write("through the descriptor")
     atexit.register(print, "at the end")
 
 
-def wait() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+def idle() -> None:
     print("ready", os.getpid(), flush=True)
     time.sleep(600)
+
+
+def wait() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    idle()
 
 
 def fail() -> None:
@@ -38,4 +46,4 @@ def fail() -> None:
 
 
 if __name__ == "__main__":
-    {"report": report, "wait": wait, "fail": fail, "exit": lambda: sys.exit("a sentence")}[sys.argv[1]]()
+    {"report": report, "wait": wait, "idle": idle, "fail": fail, "exit": lambda: sys.exit("a sentence")}[sys.argv[1]]()

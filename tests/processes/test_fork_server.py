@@ -1,9 +1,12 @@
 """Processes forked from a fork server are to the launcher, and to themselves, what started ones are."""
 
+import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,12 +14,14 @@ import psutil
 import pytest
 
 from exprl_megatron.processes.child import ForkedChild
-from exprl_megatron.processes.fork_server import ForkServer
+from exprl_megatron.processes.fork_server import ForkRequest, ForkServer
 from exprl_megatron.processes.starter import Starter
 from exprl_megatron.processes.supervise import HEARTBEAT
 
+PR_GET_CHILD_SUBREAPER = 37
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(HERE)}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+ENVIRONMENT["PYTHONPATH"] = str(HERE)
 
 
 @pytest.fixture(params=["forked", "executed"])
@@ -31,7 +36,8 @@ def starter(request):
 def start(starter, log, what, *arguments, **settings):
     command = [sys.executable, "-m", "forked_program", what, *arguments]
     with open(log, "wb") as output:
-        return starter.start("program-0", command, ENVIRONMENT | {"MARK": "1"}, output, output, **settings)
+        environment = ENVIRONMENT | {"MARK": "1", "PYTHONUNBUFFERED": "1"}
+        return starter.start("program-0", command, environment, output, output, **settings)
 
 
 def eventually(condition, seconds=60):
@@ -60,6 +66,13 @@ def ready(log):
     return int(eventually(lambda: log.exists() and log.read_text().partition("ready ")[2].split())[0])
 
 
+def adopts():
+    """Whether this process becomes the parent of its descendants' orphans."""
+    found = ctypes.c_int(-1)
+    assert ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(found), 0, 0, 0) == 0
+    return bool(found.value)
+
+
 def test_a_process_has_its_arguments_environment_descriptors_and_end(starter, tmp_path):
     log = tmp_path / "log"
     read, write = os.pipe()
@@ -74,8 +87,10 @@ def test_a_process_has_its_arguments_environment_descriptors_and_end(starter, tm
         "argv report a b c main forked_program",
         f"mark 1 path True server's None preloaded in {forked}",
         f"session True parent {child.pid}",
+        "collects True own temporary True unbuffered True",
         "at the end",
     ]
+    assert not adopts()
 
 
 @pytest.mark.parametrize(("what", "words"), [("fail", "ValueError: as it should"), ("exit", "a sentence")])
@@ -85,11 +100,26 @@ def test_a_failure_is_in_the_log_and_the_status(starter, tmp_path, what, words):
     assert (tmp_path / "log").read_text().splitlines()[-1] == words
 
 
+def test_a_process_is_waited_for_no_longer_than_the_timeout(starter, tmp_path):
+    child = start(starter, tmp_path / "log", "wait")
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.1)
+    child.kill()
+    child.wait()
+
+
 def test_sigterm_to_the_supervisor_gives_the_program_time_to_end(starter, tmp_path):
     child = start(starter, tmp_path / "log", "wait", grace_s=60)
     ready(tmp_path / "log")
     child.terminate()
     assert child.wait(60) == 7
+
+
+def test_a_program_without_a_handler_ends_by_sigterm(starter, tmp_path):
+    child = start(starter, tmp_path / "log", "idle", grace_s=5)
+    ready(tmp_path / "log")
+    child.terminate()
+    assert child.wait(60) == 128 + signal.SIGTERM
 
 
 def test_a_program_that_is_killed_is_reported_with_its_signal(starter, tmp_path):
@@ -163,3 +193,18 @@ def test_the_end_of_the_fork_server_leaves_what_it_has_forked(tmp_path):
     assert child.poll() is None
     child.kill()
     child.wait()
+
+
+def test_a_fork_server_that_ends_before_it_answers_is_given_up_with_a_sentence(capfd):
+    server = object.__new__(ForkServer)
+    server.programs, server._log = frozenset({"forked_program"}), tempfile.TemporaryFile()  # noqa: SIM115
+    server._channel, other = socket.socketpair()
+    server._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    other.shutdown(socket.SHUT_WR)
+    request = ForkRequest([sys.executable, "-m", "forked_program", "fail"], {}, None, "program-0")
+    with other:
+        assert server.start(request, [1, 2]) is None
+        assert server.start(request, [1, 2]) is None
+    assert not adopts()
+    server.close()
+    assert capfd.readouterr().err == "exprl: the fork server of forked_program failed (it ended).\n"

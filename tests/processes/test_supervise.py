@@ -79,3 +79,30 @@ def test_what_others_have_in_shared_memory_is_left_alone(program, shared):
     parent.wait(30)
     assert other.exists()
     other.unlink()
+
+
+def test_the_temporary_directory_of_a_command_is_removed_at_its_end():
+    program = "import os; print(os.environ['TMPDIR'], os.path.isdir(os.environ['TMPDIR']))"
+    done = subprocess.run(supervised_command([sys.executable, "-c", program]), stdout=subprocess.PIPE, text=True)
+    directory, existed = done.stdout.split()
+    assert existed == "True" and not Path(directory).exists()
+
+
+def test_slurm_s_signal_ahead_of_a_time_limit_ends_neither_the_supervisor_nor_its_command():
+    program = "import os; print(os.getpid(), flush=True); input(); print('done')"
+    command = supervised_command([sys.executable, "-c", program])
+    supervisor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = int(supervisor.stdout.readline())
+    for pid in (supervisor.pid, server):
+        os.kill(pid, signal.SIGUSR1)
+    assert supervisor.communicate("\n", timeout=60)[0] == "done\n" and supervisor.returncode == 0
+
+
+def test_children_that_a_command_leaves_behind_are_killed_with_its_group():
+    leave = "import subprocess; print(subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL).pid)"
+    done = subprocess.run(supervised_command([sys.executable, "-c", leave]), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    status = Path(f"/proc/{int(done.stdout)}/status")
+    while status.exists() and "Z (zombie)" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not status.exists() or "Z (zombie)" in status.read_text()
