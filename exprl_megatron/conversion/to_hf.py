@@ -13,6 +13,8 @@ from exprl_megatron.conversion.safetensors_files import DTYPES, Described, copie
 from exprl_megatron.conversion.weights import Weights
 from exprl_megatron.errors import UserError
 from exprl_megatron.models import fp8_blocks as fp8
+from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.joined_experts import Joiner, joined_shape, place_of
 from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.stored_parameters import StoredParameter, stored_parameters
@@ -21,6 +23,8 @@ from exprl_megatron.policy.huggingface import copy_companions, write_config
 
 Format = Literal["fp8"] | torch.dtype | None
 """None keeps each tensor's dtype; `fp8` quantizes matrices in blocks and keeps the dtype of the rest."""
+Unit = tuple[StoredParameter, ...]
+"""Parameters that are written together."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,27 @@ class Form:
 
     shapes: dict[str, tuple[int, ...]]
     format: Format
+    joined: Architecture | None = None
+    """The model where all experts of a layer are written as one tensor; else None."""
+
+    def describe_all(self, weights: Weights, unit: Unit) -> Described:
+        """Return shapes and dtypes of what `tensors_of_all` will yield."""
+        found = {name: entry for stored in unit for name, entry in self.describe(weights, stored).items()}
+        if self.joined is None:
+            return found
+        described: Described = {}
+        for name, entry in found.items():
+            place = place_of(name, self.joined)
+            name, shape = (place.tensor, joined_shape(place.tensor, self.joined)) if place else (name, entry[0])
+            described[name] = shape, entry[1]
+        return described
+
+    def tensors_of_all(self, weights: Weights, unit: Unit) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the Hugging Face tensors of a unit."""
+        joiner = Joiner(self.joined) if self.joined else None
+        for stored in unit:
+            tensors = self.tensors(weights, stored)
+            yield from tensors if joiner is None else joiner.add(tensors)
 
     def describe(self, weights: Weights, stored: StoredParameter) -> Described:
         """Return shapes and dtypes of what `tensors` will yield."""
@@ -73,8 +98,8 @@ def convert_to_huggingface(
     table = [stored for stored in stored_parameters(weights.architecture) if stored.parameter.exported]
     if form == "fp8":
         fp8.check_quantizable([stored.parameter for stored in table], shapes, weights.architecture)
-    made = Form(shapes, form)
-    files = _cut(weights, table, made, file_bytes)
+    made = Form(shapes, form, weights.architecture if weights.joined_experts else None)
+    files = _cut(weights, _units(table, made), made, file_bytes)
     sources = left_out_tensors(weights.origin, weights.architecture)
     left_out = describe(sources)
     copies = _cut_described(left_out, file_bytes)
@@ -87,26 +112,49 @@ def convert_to_huggingface(
             if (partial.path / name).is_file():
                 partial.wrote(sizes[number])
             elif number < len(files):
-                tensors = (entry for stored in files[number] for entry in made.tensors(weights, stored))
+                tensors = (entry for unit in files[number] for entry in made.tensors_of_all(weights, unit))
                 write_safetensors(partial.path / name, described[number], tensors, partial.wrote)
             else:
                 copied(partial.path / name, described[number], sources, partial.wrote)
         if len(names) > 1:
             _write_index(partial.path / INDEX, dict(zip(names, described, strict=True)), sum(sizes))
-        every = shapes | {name: shape for name, (shape, _) in left_out.items()}
+        every = _written_shapes(shapes, made) | {name: shape for name, (shape, _) in left_out.items()}
         _write_config(weights, partial.path, form, fp8.quantization_config(list(shapes), list(left_out)), table)
         copy_companions(weights.origin, partial.path)
         partial.finish(lambda: _account(partial.path, names, described, every))
 
 
-def _cut(weights: Weights, table: list[StoredParameter], form: Form, file_bytes: int) -> list[list[StoredParameter]]:
-    files, filled = [[]], 0
+def _units(table: list[StoredParameter], form: Form) -> list[Unit]:
+    """What must be in one file: a parameter, or those that are joined."""
+    if form.joined is None:
+        return [(stored,) for stored in table]
+    units: dict[str, list[StoredParameter]] = {}
     for stored in table:
-        size = sum(map(_bytes, form.describe(weights, stored).values()))
+        place = place_of(stored.parameter.hf_names[0], form.joined)
+        units.setdefault(place.tensor if place else stored.key + str(stored.index), []).append(stored)
+    return [tuple(unit) for unit in units.values()]
+
+
+def _written_shapes(shapes: dict[str, tuple[int, ...]], form: Form) -> dict[str, tuple[int, ...]]:
+    """`shapes` with joined tensors in place of those that they are joined of."""
+    if form.joined is None:
+        return shapes
+    places = {name: place_of(name, form.joined) for name in shapes}
+    joined = {place.tensor for place in places.values() if place}
+    return {name: shape for name, shape in shapes.items() if places[name] is None} | {
+        name: joined_shape(name, form.joined) for name in joined
+    }
+
+
+def _cut(weights: Weights, units: list[Unit], form: Form, file_bytes: int) -> list[list[Unit]]:
+    files: list[list[Unit]] = [[]]
+    filled = 0
+    for unit in units:
+        size = sum(map(_bytes, form.describe_all(weights, unit).values()))
         if files[-1] and filled + size > file_bytes:
             files.append([])
             filled = 0
-        files[-1].append(stored)
+        files[-1].append(unit)
         filled += size
     return files
 
@@ -124,10 +172,10 @@ def _cut_described(described: Described, file_bytes: int) -> list[Described]:
     return files
 
 
-def _described(weights: Weights, file: list[StoredParameter], form: Form) -> Described:
+def _described(weights: Weights, file: list[Unit], form: Form) -> Described:
     found: Described = {}
-    for stored in file:
-        found |= form.describe(weights, stored)
+    for unit in file:
+        found |= form.describe_all(weights, unit)
     return found
 
 

@@ -17,6 +17,7 @@ from exprl_megatron.conversion.safetensors_files import Described, copied, descr
 from exprl_megatron.conversion.weights import HuggingFaceWeights
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import read_architecture
+from exprl_megatron.models.joined_experts import MARK
 from exprl_megatron.models.left_out import LEFT_OUT, left_out_tensors
 from exprl_megatron.models.stored_parameters import StoredParameter, stored_parameters
 from exprl_megatron.policy.huggingface import copy_companions, write_config
@@ -66,6 +67,8 @@ def convert_to_megatron(
             partial.wrote(copied_bytes)
         elif left_out:
             copied(partial.path / LEFT_OUT, left_out, sources, partial.wrote)
+        if weights.joined_experts:
+            (partial.path / MARK).touch()
         save_config(CheckpointingConfig("torch_dist", 1), str(partial.path / MEGATRON))
         write_config(weights.origin, partial.path, _name(dtypes))
         copy_companions(weights.origin, partial.path)

@@ -21,6 +21,7 @@ from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import hf_shapes
 from exprl_megatron.models.stored_parameters import StoredParameter, stored_parameters
 from exprl_megatron.models.weight_readers import weight_files
+from exprl_megatron.policy.megatron_files import MEGATRON
 
 TOKENS = 64
 """Random tokens whose logits are compared."""
@@ -119,7 +120,8 @@ def _described(tensor: torch.Tensor) -> dict:
 
 def _quantized(directory: Path) -> dict[str, Path]:
     """The files of a block-quantized model's tensors; empty where it is none."""
-    if not any(directory.glob("*.safetensors")):
+    # Beside Megatron's files are tensors that are left out, in a file of their own.
+    if (directory / MEGATRON).is_dir() or not any(directory.glob("*.safetensors")):
         return {}
     found = headers(weight_files(directory))
     return {name: path for name, (path, _, _) in found.items()} if any(n.endswith(fp8.SCALE) for n in found) else {}

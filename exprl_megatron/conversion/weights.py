@@ -11,11 +11,12 @@ from exprl_megatron.conversion.partial import file_marks
 from exprl_megatron.conversion.safetensors_files import DTYPES, headers, read_tensor
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture, read_architecture
+from exprl_megatron.models.joined_experts import pieces
 from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import HEAD, embedding
 from exprl_megatron.models.recorded import differing_fields
 from exprl_megatron.models.stored_parameters import StoredParameter
-from exprl_megatron.models.weight_readers import Safetensors, weight_files
+from exprl_megatron.models.weight_readers import Safetensors, has_joined_experts, open_safetensors, weight_files
 from exprl_megatron.policy.megatron_files import MEGATRON, MegatronFiles
 
 FLOATS = ("F32", "BF16", "F16")
@@ -27,6 +28,8 @@ class Weights(Protocol):
     architecture: Architecture
     origin: Path
     """The directory with config.json and tokenizer."""
+    joined_experts: bool
+    """Whether all experts of a layer are one tensor of the model in Hugging Face form (see models.joined_experts)."""
 
     def tensors(self, stored: StoredParameter) -> tuple[torch.Tensor, ...]:
         """Return the Hugging Face tensors of one parameter, whole and in their stored dtype, in the order of its
@@ -53,6 +56,8 @@ class HuggingFaceWeights:
         with Safetensors(directory, self.architecture):
             self._paths = weight_files(directory)
         self._headers = headers(self._paths)
+        self._pieces = pieces(self._headers, self.architecture)
+        self.joined_experts = bool(self._pieces)
         unknown = {(name, dtype) for name, (_, _, dtype) in self._headers.items() if dtype not in FLOATS}
         if unknown:
             name, dtype = min(unknown)
@@ -69,7 +74,8 @@ class HuggingFaceWeights:
         Raises:
             UserError: the tensors differ.
         """
-        found = {self._headers[name][2] for name in stored.parameter.hf_names}
+        files = {self._pieces[name].tensor if name in self._pieces else name for name in stored.parameter.hf_names}
+        found = {self._headers[name][2] for name in files}
         if len(found) > 1:
             raise UserError(
                 f"{self.origin}: {' and '.join(stored.parameter.hf_names)} have the dtypes {', '.join(sorted(found))}; "
@@ -82,7 +88,11 @@ class HuggingFaceWeights:
         return file_marks(self._paths)
 
     def _read(self, name: str) -> torch.Tensor:
-        return read_tensor(self._headers[name][0], name)
+        piece = self._pieces.get(name)
+        if piece is None:
+            return read_tensor(self._headers[name][0], name)
+        with open_safetensors(self._headers[piece.tensor][0]) as file:
+            return file.get_slice(piece.tensor)[piece.expert, piece.begin : piece.end]
 
     def _check_tied(self) -> None:
         """A second, different output layer beside a tied embedding would be lost silently."""
@@ -101,6 +111,7 @@ class MegatronWeights:
         self.origin = origin
         self.architecture = read_architecture(origin)
         self.files = MegatronFiles(files, self.architecture)
+        self.joined_experts = has_joined_experts(origin, self.architecture)
 
     def tensors(self, stored: StoredParameter) -> tuple[torch.Tensor, ...]:
         """Return the Hugging Face tensors of one parameter, whole and in their stored dtype."""

@@ -10,6 +10,7 @@ from exprl_megatron.models.architecture import Architecture, layout_violations, 
 from exprl_megatron.models.precision_matrix import Setting, precision_violations
 from exprl_megatron.models.routing import replay_violations
 from exprl_megatron.models.served_policy import served_violations
+from exprl_megatron.policy.delta_net_kernels import kernel_violations
 from exprl_megatron.policy.gradient_fusion import fusion_violations
 from exprl_megatron.utils.accelerator import cuda_capability, uses_cuda
 
@@ -24,6 +25,7 @@ def model_violations(config: RunConfig) -> list[str]:
         *layout_violations(architecture, config.policy.layout),
         *_precision_violations(config, architecture),
         *fusion_violations(config.policy, uses_cuda()),
+        *kernel_violations(architecture, uses_cuda()),
         *_length_violations(config, architecture),
         *_fused_rotation_violations(config, architecture),
         *served_violations(config, architecture),

@@ -28,8 +28,10 @@ FAMILIES = {
     "Olmo3ForCausalLM": "olmo3",
     "Qwen3_5ForCausalLM": "qwen3.5",
     "Qwen3_5ForConditionalGeneration": "qwen3.5",
+    "Qwen3_5MoeForCausalLM": "qwen3.5-moe",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3.5-moe",
 }
-_HEAD_DIM = {"seed-oss": 128, "qwen3.5": 256}
+_HEAD_DIM = {"seed-oss": 128, "qwen3.5": 256, "qwen3.5-moe": 256}
 """Dimensions of a head where config.json does not say and it is not the hidden size divided by the heads."""
 
 
@@ -48,6 +50,8 @@ class Experts:
     """Layers at the model's beginning that have a dense MLP instead."""
     shared_ffn: int = 0
     """Width of the expert that every token goes to in addition; 0: there is none."""
+    shared_gate: bool = False
+    """Whether the shared expert's output is multiplied by the sigmoid of a gate, one number for each token."""
     sigmoid: bool = False
     """Whether the router takes a sigmoid of each logit, and adds a stored bias for the choice alone (DeepSeek-V3's way,
     arXiv 2412.19437, section 2.1.2); else softmax."""
@@ -309,7 +313,7 @@ def _divisors(architecture: Architecture) -> str:
 
 def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
     heads = tree["num_attention_heads"]
-    glm, qwen, olmo = family == "glm4-moe", family == "qwen3.5", family == "olmo3"
+    glm, qwen, olmo = family == "glm4-moe", family in ("qwen3.5", "qwen3.5-moe"), family == "olmo3"
     return Architecture(
         family=family,
         layers=tree["num_hidden_layers"],
@@ -317,12 +321,12 @@ def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
         heads=heads,
         kv_groups=_kv_groups(family, tree) or heads,
         head_dim=tree.get("head_dim", _HEAD_DIM.get(family)) or tree["hidden_size"] // heads,
-        ffn=tree["intermediate_size"],
+        ffn=tree["moe_intermediate_size" if family == "qwen3.5-moe" else "intermediate_size"],
         vocabulary=tree["vocab_size"],
         norm_eps=tree["rms_norm_eps"],
         rope_base=rope.base,
         rope_scaling=rope.scaling,
-        qk_norm=family in ("qwen3", "qwen3-moe", "olmo3", "qwen3.5") or (glm and tree.get("use_qk_norm", False)),
+        qk_norm=qwen or family in ("qwen3", "qwen3-moe", "olmo3") or (glm and tree.get("use_qk_norm", False)),
         qkv_bias=family in ("qwen2", "seed-oss") or (glm and tree.get("attention_bias", False)),
         tied=tree.get("tie_word_embeddings", False),
         max_positions=tree.get("max_position_embeddings", 2048),
@@ -353,6 +357,15 @@ def _experts(family: str, tree: dict) -> Experts | None:
             chosen=tree["num_experts_per_tok"],
             ffn=tree["moe_intermediate_size"],
             normalised=tree.get("norm_topk_prob", False),
+        )
+    if family == "qwen3.5-moe":
+        return Experts(
+            count=tree["num_experts"] if "num_experts" in tree else tree["num_local_experts"],
+            chosen=tree["num_experts_per_tok"],
+            ffn=tree["moe_intermediate_size"],
+            normalised=True,
+            shared_ffn=tree["shared_expert_intermediate_size"],
+            shared_gate=True,
         )
     if family == "mixtral":
         return Experts(tree["num_local_experts"], tree["num_experts_per_tok"], tree["intermediate_size"], True)

@@ -26,6 +26,7 @@ type Bucket = list[tuple[str, torch.Tensor]]
 HEAD = "lm_head.weight"
 ROUTER_BIAS = ".mlp.gate.e_score_correction_bias"
 """End of the name of the bias that a sigmoid router adds for the choice: fp32, whatever the rest of the model is in."""
+_SHARED_GATE = "mlp.shared_expert_gate.weight"
 _BUFFERS = ("mlp.router.expert_bias",)
 """Ends of Megatron's names for what is no parameter: without gradient and optimizer state, fp32 in every precision."""
 
@@ -206,11 +207,18 @@ def _expert_rows(architecture: Architecture, experts: Experts, ep: int, grouped:
         )
         rows.append((fc1, (gate.format(expert), up.format(expert)), GateUp(), ep_rank))
         rows.append((fc2, (down.format(expert),), Rule(split_dim=1), ep_rank))
+    if experts.shared_gate:
+        rows.append(("mlp.shared_experts.gate_weight", (_SHARED_GATE,), Rule(), None))
     if experts.shared_ffn:
-        gate, up, down = (f"mlp.shared_experts.{x}_proj.weight" for x in ("gate", "up", "down"))
+        gate, up, down = (f"{_shared(experts)}.{x}_proj.weight" for x in ("gate", "up", "down"))
         rows.append(("mlp.shared_experts.linear_fc1.weight", (gate, up), GateUp(), None))
         rows.append(("mlp.shared_experts.linear_fc2.weight", (down,), Rule(split_dim=1), None))
     return rows
+
+
+def _shared(experts: Experts) -> str:
+    """Hugging Face's name of the expert that all tokens go to."""
+    return "mlp.shared_expert" if experts.shared_gate else "mlp.shared_experts"
 
 
 def _expert_names(family: str) -> tuple[str, str, str, str]:
@@ -235,6 +243,8 @@ def _expert_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     if experts.sigmoid:
         shapes[ROUTER_BIAS.removeprefix(".")] = (experts.count,)
     if experts.shared_ffn:
-        shapes |= {f"mlp.shared_experts.{x}_proj.weight": (experts.shared_ffn, hidden) for x in ("gate", "up")}
-        shapes["mlp.shared_experts.down_proj.weight"] = (hidden, experts.shared_ffn)
+        shapes |= {f"{_shared(experts)}.{x}_proj.weight": (experts.shared_ffn, hidden) for x in ("gate", "up")}
+        shapes[f"{_shared(experts)}.down_proj.weight"] = (hidden, experts.shared_ffn)
+    if experts.shared_gate:
+        shapes[_SHARED_GATE] = (1, hidden)
     return shapes

@@ -37,6 +37,8 @@ FEATURES: dict[str, frozenset[str]] = {
     "Olmo3ForCausalLM": frozenset({WINDOWS, QK_NORM}),
     "Qwen3_5ForCausalLM": frozenset({DELTA_NETS, PARTIAL, QK_NORM}),
     "Qwen3_5ForConditionalGeneration": frozenset({DELTA_NETS, PARTIAL, QK_NORM}),
+    "Qwen3_5MoeForCausalLM": frozenset({DELTA_NETS, EXPERTS, SHARED, PARTIAL, QK_NORM}),
+    "Qwen3_5MoeForConditionalGeneration": frozenset({DELTA_NETS, EXPERTS, SHARED, PARTIAL, QK_NORM}),
 }
 """Of each supported architecture, in the order in which those that are equally near are preferred."""
 

@@ -1,4 +1,4 @@
-"""Qwen3.5 and 3.6, dense: what their config.json says beside what all families' do, as transformers 5 reads it."""
+"""Qwen3.5 and 3.6: what their config.json says beside what all families' do, as transformers 5 reads it."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ from exprl_megatron.errors import UserError
 from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.models.layer_types import FULL, LINEAR
 
-VISION_MODEL = "Qwen3_5ForConditionalGeneration"
-NAMES = ("Qwen3_5ForCausalLM", VISION_MODEL)
+VISION_MODELS = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+MIXTURES = ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration")
+NAMES = ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", *VISION_MODELS)
 _INTERVAL = 4
 
 
@@ -17,7 +18,7 @@ def text_settings(tree: dict, path: str) -> dict:
     Raises:
         UserError: the file, read from `path`, lacks them or contradicts itself.
     """
-    if tree["architectures"][0] != VISION_MODEL:
+    if tree["architectures"][0] not in VISION_MODELS:
         return tree
     text = tree.get("text_config")
     if not isinstance(text, dict):
@@ -68,12 +69,12 @@ def served_settings(tree: dict, rope_base: float, rotary_share: float) -> dict[s
 
 def prefix(tree: dict) -> str:
     """Beginning of the names of the language model's tensors."""
-    return "model.language_model." if tree["architectures"][0] == VISION_MODEL else "model."
+    return "model.language_model." if tree["architectures"][0] in VISION_MODELS else "model."
 
 
 def left_out(tree: dict) -> tuple[str, ...]:
     """The vision tower and the layers of multi-token prediction."""
-    return ("model.visual.", "mtp.") if tree["architectures"][0] == VISION_MODEL else ("mtp.",)
+    return ("model.visual.", "mtp.") if tree["architectures"][0] in VISION_MODELS else ("mtp.",)
 
 
 def unsupported_setting(tree: dict) -> str | None:
@@ -91,6 +92,15 @@ def unsupported_setting(tree: dict) -> str | None:
     net = delta_net(tree)
     if net.value_heads % net.key_heads:
         return f"linear_num_value_heads {net.value_heads}, which linear_num_key_heads {net.key_heads} does not divide"
-    if tree.get("num_experts"):
-        return "experts"
+    if tree["architectures"][0] in MIXTURES:
+        return _unsupported_of_mixtures(tree)
+    return "experts" if tree.get("num_experts") else None
+
+
+def _unsupported_of_mixtures(tree: dict) -> str | None:
+    """Of the router transformers and SGLang make weights sum to 1, whatever the file says."""
+    if not tree.get("norm_topk_prob", True):
+        return "norm_topk_prob false"
+    if not tree.get("shared_expert_intermediate_size"):
+        return "no shared expert"
     return None

@@ -23,8 +23,9 @@ def unsupported(tree: dict) -> str | None:
         return setting
     if tree.get("decoder_sparse_step", 1) != 1 or tree.get("mlp_only_layers"):
         return "dense layers between its layers of experts"
-    # transformers normalizes in Mixtral always, and in GLM-4.5 unless the config says otherwise.
-    normalized = name == "MixtralForCausalLM" or tree.get("norm_topk_prob", name == "Glm4MoeForCausalLM")
+    # transformers normalizes in Mixtral and Qwen3.5 always, and in GLM-4.5 unless the config says otherwise.
+    always = name == "MixtralForCausalLM" or name in qwen3_5.MIXTURES
+    normalized = always or tree.get("norm_topk_prob", name == "Glm4MoeForCausalLM")
     if tree.get("num_experts_per_tok") == 1 and normalized:
         return "one expert for each token, whose weight is always 1"
     if tree.get("mlp_bias"):

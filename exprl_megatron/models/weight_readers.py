@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
 from exprl_megatron.models.delta_net_names import DECAY
+from exprl_megatron.models.joined_experts import MARK, is_joined, joined_shape, may_be_joined, pieces
 from exprl_megatron.models.name_map import HEAD, ROUTER_BIAS, Parameter, embedding, hf_shapes
 from exprl_megatron.models.rules import spans
 
@@ -40,6 +41,7 @@ class Safetensors:
             for path in weight_files(self._directory):
                 file = opened.enter_context(open_safetensors(path))
                 self._files |= dict.fromkeys(file.keys(), file)
+            self._pieces = pieces(self._files, architecture)
             self._check(architecture)
             self._stack = opened.pop_all()
 
@@ -53,12 +55,17 @@ class Safetensors:
         """Read the tensor `name` in its stored shape and dtype, or its slice [start, stop) along `dim` (0 or 1),
         without the rest of the file.
         """
+        if (piece := self._pieces.get(name)) is not None:
+            view, begin, end = self._files[piece.tensor].get_slice(piece.tensor), piece.begin, piece.end
+            if dim == 0:
+                return view[piece.expert, begin + start : end if stop is None else begin + stop]
+            return view[piece.expert, begin:end, start:stop]
         view = self._files[name].get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
     def has(self, name: str) -> bool:
         """Whether the files hold a tensor of that name."""
-        return name in self._files
+        return name in self._files or name in self._pieces
 
     def _check(self, architecture: Architecture) -> None:
         shapes = hf_shapes(architecture)
@@ -70,10 +77,12 @@ class Safetensors:
             for name in self._files
             if not name.endswith("rotary_emb.inv_freq") and not is_left_out(name, architecture)
         }
-        joined = sorted(name for name in given if name.endswith(_JOINED_EXPERTS))
-        if joined:
+        joined = {name for name in given if is_joined(name, architecture)}
+        self._check_shapes({name: joined_shape(name, architecture) for name in joined})
+        given = (given - joined) | self._pieces.keys()
+        if unread := sorted(name for name in given if name.endswith(_JOINED_EXPERTS)):
             raise UserError(
-                f"{self._directory} has all experts of a layer in one tensor ({joined[0]}), which SGLang does not "
+                f"{self._directory} has all experts of a layer in one tensor ({unread[0]}), which SGLang does not "
                 f"read; write the model with save_pretrained of transformers, which has a tensor for each."
             )
         for what, names in (("lacks", shapes.keys() - given), ("has the unknown", given - shapes.keys())):
@@ -82,6 +91,9 @@ class Safetensors:
                     f"{self._directory} {what} tensor {min(names)} ({len(names)} such); "
                     f"use weights that fit its config.json."
                 )
+        self._check_shapes({name: shape for name, shape in shapes.items() if name not in self._pieces})
+
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
             found = tuple(self._files[name].get_slice(name).get_shape())
             if found != shape:
@@ -94,6 +106,19 @@ class Safetensors:
 def is_left_out(name: str, architecture: Architecture) -> bool:
     """Whether the tensor `name` belongs to what a policy of this architecture is without."""
     return name.startswith(architecture.left_out) if architecture.left_out else False
+
+
+def has_joined_experts(directory: Path, architecture: Architecture) -> bool:
+    """Whether a model directory, in Hugging Face form or with Megatron's files, is of a model with joined experts."""
+    if not may_be_joined(architecture):
+        return False
+    if not any((directory / name).is_file() for name in (INDEX, SINGLE)):
+        return (directory / MARK).is_file()
+    for path in weight_files(directory):
+        with open_safetensors(path) as file:
+            if any(is_joined(name, architecture) for name in file.keys()):  # noqa: SIM118
+                return True
+    return False
 
 
 class RandomWeights:

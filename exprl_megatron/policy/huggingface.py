@@ -11,10 +11,19 @@ from safetensors.torch import save_file
 
 from exprl_megatron.errors import UserError
 from exprl_megatron.models.architecture import Architecture
+from exprl_megatron.models.joined_experts import Joiner
 from exprl_megatron.models.left_out import left_out_tensors
 from exprl_megatron.models.name_map import HEAD, embedding, hf_shapes, parameters
 from exprl_megatron.models.rules import Rule, spans
-from exprl_megatron.models.weight_readers import INDEX, SINGLE, RandomWeights, Safetensors, open_safetensors, read_parts
+from exprl_megatron.models.weight_readers import (
+    INDEX,
+    SINGLE,
+    RandomWeights,
+    Safetensors,
+    has_joined_experts,
+    open_safetensors,
+    read_parts,
+)
 from exprl_megatron.policy.gather import gather_buckets
 from exprl_megatron.policy.gloo_group import broadcast_from_rank
 from exprl_megatron.policy.named_weights import named_weights
@@ -78,9 +87,11 @@ def save_huggingface(
     written: list[dict[str, int]] = []
     if world.rank == 0:
         problem[0] = _attempt(_begin, directory, partial)
+    joiner = Joiner(architecture) if has_joined_experts(Path(origin), architecture) else None
     for bucket in gather_buckets(chunks, architecture, world, shard_bytes):
         if world.rank == 0 and problem[0] is None:
-            problem[0] = _attempt(_add_shard, partial, written, bucket)
+            complete = bucket if joiner is None else joiner.add(bucket)
+            problem[0] = _attempt(_add_shard, partial, written, complete) if complete else None
     if world.rank == 0 and problem[0] is None:
         problem[0] = _attempt(_copy_left_out, left_out_tensors(origin, architecture), partial, written, shard_bytes)
     if world.rank == 0 and problem[0] is None:

@@ -186,6 +186,7 @@ def _unlike_layers(layers: int, experts: Experts) -> dict:
         found["moe_layer_freq"] = [int(layer >= experts.dense_layers) for layer in range(layers)]
     if experts.shared_ffn:
         found["moe_shared_expert_intermediate_size"] = experts.shared_ffn
+        found["moe_shared_expert_gate"] = experts.shared_gate
     return found
 
 

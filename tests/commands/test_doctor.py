@@ -19,7 +19,7 @@ def programs_are_tried_once():
 
 def test_every_missing_part_says_what_it_prevents():
     findings = examine()
-    wanted = {"Python", "torch", "megatron-core", "sglang", "GPUs", "sandbox for programs", "ports", "disk"}
+    wanted = {"Python", "torch", "megatron-core", "sglang", "fla-core", "GPUs", "sandbox for programs", "ports", "disk"}
     assert wanted <= {finding.part for finding in findings}
     assert all(finding.ok or finding.prevents for finding in findings)
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from helpers.tiny_models import write_tiny_vision_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -32,6 +33,7 @@ FAMILIES = {
     "glm4-moe": {"vocab_size": 107, "mtp": True},
     "olmo3": {"layers": 4},
     "qwen3.5": {"vocab_size": 107},
+    "qwen3.5-moe": {"vocab_size": 107},
 }
 YARN = {
     "rope_type": "yarn",
@@ -44,7 +46,15 @@ YARN = {
     "truncate": False,
     "attention_factor": (0.2 * math.log(8) + 1) / (0.05 * math.log(8) + 1),
 }
+
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def _tool():
+    specification = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    return tool
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,6 +91,20 @@ def test_a_policy_in_one_process_loads_a_converted_directory(tiny_model, tmp_pat
     model = tiny_model(family, **FAMILIES[family])
     convert_to_megatron(model, tmp_path / "megatron")
     Policy(PolicyConfig(model=str(tmp_path / "megatron")), seed=0).save_huggingface(tmp_path / "saved")
+    assert same(tensors(tmp_path / "saved"), tensors(model))
+
+
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3.5-moe"])
+def test_a_vision_model_goes_there_and_back_by_the_command(tiny_model, tmp_path, world, tensors, same, family):
+    model = write_tiny_vision_model(tmp_path / "vision", tiny_model(family))
+    run, app = CliRunner().invoke, _tool().app
+    assert run(app, ["to-megatron", str(model), str(tmp_path / "m"), "--file-gb", "0.0001"]).exit_code == 0
+    assert run(app, ["to-hf", str(tmp_path / "m"), str(tmp_path / "back"), "--file-gb", "0.0001"]).exit_code == 0
+    assert same(tensors(tmp_path / "back"), tensors(model))
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((model / "config.json").read_text())
+    assert run(app, ["verify", str(model), str(tmp_path / "m"), "--logits", "no"]).exit_code == 0
+    Policy(PolicyConfig(model=str(tmp_path / "m")), seed=0).save_huggingface(tmp_path / "saved")
     assert same(tensors(tmp_path / "saved"), tensors(model))
 
 
@@ -165,10 +189,7 @@ def test_where_both_models_do_not_fit_into_memory_verify_compares_hashes_alone(t
 
 
 def test_the_command_line_converts_verifies_and_says_so_by_its_status(tiny_model, tmp_path):
-    specification = importlib.util.spec_from_file_location("convert_checkpoint", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
-    model, run, app = tiny_model("qwen2"), CliRunner().invoke, tool.app
+    model, run, app = tiny_model("qwen2"), CliRunner().invoke, _tool().app
     assert run(app, ["to-megatron", str(model), str(tmp_path / "m"), "--file-gb", "0.0001"]).exit_code == 0
     assert run(app, ["to-hf", str(tmp_path / "m"), str(tmp_path / "hf"), "--dtype", "bf16"]).exit_code == 0
     hashes = tmp_path / "hashes.json"

@@ -10,9 +10,11 @@ from helpers.tiny_models import write_tiny_vision_model
 from safetensors.torch import load_file, save_file
 
 from exprl_megatron.conversion.to_hf import convert_to_huggingface
+from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.conversion.verify import verify_weights
 from exprl_megatron.conversion.weights import open_weights
 from exprl_megatron.errors import UserError
+from exprl_megatron.models.left_out import LEFT_OUT
 
 
 def rewritten(model: Path, copy: Path, change) -> Path:
@@ -31,6 +33,18 @@ def test_a_copy_without_its_vision_tower_differs_in_it(tiny_model, tmp_path):
     copy = rewritten(model, tmp_path / "copy", lambda weights: {n: t for n, t in weights.items() if n not in tower})
     assert tower and set(verify_weights(model, copy, logits="no").differing) == tower
     assert set(verify_weights(copy, model, logits="no").differing) == tower
+
+
+@pytest.mark.parametrize("family", ["glm4-moe", "qwen3.5", "qwen3.5-moe"])
+def test_megatrons_files_are_compared_with_the_model_whose_left_out_tensors_they_have(tiny_model, tmp_path, family):
+    model = tiny_model(family, mtp=True) if family == "glm4-moe" else None
+    model = model or write_tiny_vision_model(tmp_path / "vision", tiny_model(family))
+    convert_to_megatron(model, tmp_path / "megatron")
+    assert verify_weights(model, tmp_path / "megatron", logits="no").equal
+    left_out = load_file(tmp_path / "megatron" / LEFT_OUT)
+    name = min(left_out)
+    save_file(left_out | {name: left_out[name] + 1}, tmp_path / "megatron" / LEFT_OUT)
+    assert verify_weights(model, tmp_path / "megatron", logits="no").differing == [name]
 
 
 def test_a_quantized_copy_with_a_tensor_too_many_differs_in_it(tiny_model, tmp_path):

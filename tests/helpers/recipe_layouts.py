@@ -27,4 +27,9 @@ RECIPES = {
         head_as_layer=True,
     ),
     "olmo-3-32b": Layout(tp=4, pp=2, vpp=3, dp=5, sequence_parallel=True, embedding_as_layer=True, head_as_layer=True),
+    "qwen3.5-27b": Layout(tp=4, pp=2, vpp=3, dp=5, sequence_parallel=True, embedding_as_layer=True, head_as_layer=True),
 }
+ON_TE = RECIPES | {"qwen3.5-35b-a3b": Layout(tp=2, pp=2, ep=8, dp=4, sequence_parallel=True)}
+"""Those, and what is built on Transformer Engine's layers alone."""
+BF16_ALONE = ("qwen3.5-27b", "qwen3.5-35b-a3b")
+"""Those that every FP8 kind is refused for."""

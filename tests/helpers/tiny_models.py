@@ -19,6 +19,9 @@ from transformers import (
     Qwen2Config,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -26,7 +29,17 @@ from transformers import (
 )
 
 Architecture = Literal[
-    "llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss", "glm4-moe", "olmo3", "qwen3.5"
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3-moe",
+    "mixtral",
+    "mistral",
+    "seed-oss",
+    "glm4-moe",
+    "olmo3",
+    "qwen3.5",
+    "qwen3.5-moe",
 ]
 CONFIGS = {
     "llama": LlamaConfig,
@@ -39,6 +52,15 @@ CONFIGS = {
     "glm4-moe": Glm4MoeConfig,
     "olmo3": Olmo3Config,
     "qwen3.5": Qwen3_5TextConfig,
+    "qwen3.5-moe": Qwen3_5MoeTextConfig,
+}
+_DELTA_NETS = {
+    "head_dim": 32,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
 }
 OWN_SETTINGS = {
     "mistral": {"sliding_window": None},
@@ -46,13 +68,13 @@ OWN_SETTINGS = {
     "seed-oss": {"head_dim": 24},
     "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3.5": {
-        "head_dim": 32,
-        "full_attention_interval": 2,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 24,
+    "qwen3.5": _DELTA_NETS,
+    "qwen3.5-moe": _DELTA_NETS
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
     },
     "glm4-moe": {
         "n_routed_experts": 4,
@@ -75,6 +97,7 @@ OLMO3_YARN = {
     "attention_factor": 0.1 * math.log(8.0) + 1.0,
 }
 """Of tiny models: many sequences are longer than both."""
+QWEN3_5 = ("qwen3.5", "qwen3.5-moe")
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -132,7 +155,7 @@ def write_tiny_model(
     model = AutoModelForCausalLM.from_config(config).float()
     for name, parameter in model.named_parameters():
         mean, deviation = (1.0, 0.3) if "norm" in name else (0.0, 0.5 if name.endswith("bias") else 0.15)
-        if architecture == "qwen3.5" and "norm" in name and "linear_attn" not in name:
+        if architecture in QWEN3_5 and "norm" in name and "linear_attn" not in name:
             # These norms multiply by 1 + their weight.
             mean = 0.0
         if "conv1d" in name:
@@ -145,9 +168,9 @@ def write_tiny_model(
     if mtp:
         _add_prediction_layer(directory / "model.safetensors", layers)
     tokenizer.save_pretrained(directory)
-    if architecture == "qwen3.5" and published_form:
+    if architecture in QWEN3_5 and published_form:
         _write_interval(directory / "config.json")
-    if published_form and architecture != "qwen3.5":
+    if published_form and architecture not in QWEN3_5:
         _write_published_form(directory / "config.json")
     return directory
 
@@ -168,23 +191,25 @@ def _add_prediction_layer(path: Path, layers: int) -> None:
 def write_tiny_vision_model(directory: Path, text_model: Path) -> Path:
     """Write Qwen3.5 as it is published, with a vision tower and a layer of multi-token prediction.
 
-    Its language model is the tiny `text_model`.
+    Its language model is the tiny `text_model`; a mixture's experts are in one tensor for each layer.
     """
     text = json.loads((text_model / "config.json").read_text())
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
-    config = Qwen3_5Config(
+    mixture = "num_experts" in text or "num_local_experts" in text
+    config = (Qwen3_5MoeConfig if mixture else Qwen3_5Config)(
         text_config=text,
         vision_config=vision | {"out_hidden_size": text["hidden_size"], "num_position_embeddings": 16},
         tie_word_embeddings=text["tie_word_embeddings"],
     )
     torch.manual_seed(1)
-    model = Qwen3_5ForConditionalGeneration(config).float()
-    weights = load_file(text_model / "model.safetensors")
+    model = (Qwen3_5MoeForConditionalGeneration if mixture else Qwen3_5ForConditionalGeneration)(config).float()
+    weights = with_joined_experts(load_file(text_model / "model.safetensors"))
     named = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in weights.items()}
     rest = model.load_state_dict(named, strict=False)
     assert not rest.unexpected_keys and all(name.startswith(("model.visual.", "lm_head")) for name in rest.missing_keys)
     model.save_pretrained(directory)
     path = directory / "model.safetensors"
+    save_file(with_joined_experts(load_file(path)), path, metadata={"format": "pt"})
     extra = {f"mtp.layers.0.{name}.weight": torch.randn(8, 4) for name in ("mlp.up_proj", "input_layernorm")}
     save_file(load_file(path) | extra | {"mtp.norm.weight": torch.randn(4)}, path, metadata={"format": "pt"})
     tree = json.loads((directory / "config.json").read_text())
@@ -193,6 +218,19 @@ def write_tiny_vision_model(directory: Path, text_model: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (directory / name).write_bytes((text_model / name).read_bytes())
     return directory
+
+
+def with_joined_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The experts of each layer in two tensors, as transformers holds them and published files have them."""
+    joined = {name: tensor for name, tensor in weights.items() if ".mlp.experts." not in name}
+    for layer in sorted({name.split("experts.")[0] for name in weights.keys() - joined.keys()}):
+        count = sum(name.startswith(f"{layer}experts.") and name.endswith("up_proj.weight") for name in weights)
+        each = [
+            {x: weights[f"{layer}experts.{e}.{x}_proj.weight"] for x in ("gate", "up", "down")} for e in range(count)
+        ]
+        joined[f"{layer}experts.gate_up_proj"] = torch.stack([torch.cat((e["gate"], e["up"])) for e in each])
+        joined[f"{layer}experts.down_proj"] = torch.stack([e["down"] for e in each])
+    return joined
 
 
 def _write_interval(path: Path) -> None:
@@ -237,7 +275,7 @@ def _olmo3_rope(rope: dict | None) -> dict:
 def _rope(architecture: Architecture, rope: dict | None) -> dict:
     if rope:
         return {"rope_theta": 10_000.0} | rope
-    if architecture == "qwen3.5":
+    if architecture in QWEN3_5:
         sections = {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}
         return sections | {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
     if architecture != "llama":

@@ -132,6 +132,18 @@ def test_a_server_s_ranks_divide_the_heads_of_gated_delta_nets(tmp_path, tiny_mo
         assert sentence.startswith(f"server.tp is {tp}, which does not divide the {heads} of the gated delta nets of ")
 
 
+@pytest.mark.parametrize(
+    ("kind", "family", "refused"),
+    [("sparse-rl", "qwen3.5-moe", True), ("sft", "qwen3.5-moe", False), ("sparse-rl", "qwen3.5", False)],
+)
+def test_a_mixture_that_servers_cannot_receive_is_trained_without_servers_alone(
+    tmp_path, tiny_model, kind, family, refused
+):
+    found = model_violations(run(tmp_path, tiny_model(family), kind))
+    assert len(found) == refused
+    assert all("gated delta nets and experts" in sentence and "train it in sft" in sentence for sentence in found)
+
+
 @pytest.mark.parametrize(("family", "refused"), [("qwen3.5", True), ("qwen3", False)])
 def test_gated_delta_nets_are_not_served_in_fp8(tmp_path, tiny_model, family, refused):
     config = run(tmp_path, tiny_model(family), "sparse-rl")

@@ -17,7 +17,7 @@ from exprl_megatron.models.name_map import (
 )
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3-moe", "mixtral", "mistral", "seed-oss")
-TIED_OR_NOT = [(family, tied) for family in (*FAMILIES, "qwen3.5") for tied in (False, True)] + [
+TIED_OR_NOT = [(family, tied) for family in (*FAMILIES, "qwen3.5", "qwen3.5-moe") for tied in (False, True)] + [
     (family, False) for family in ("glm4-moe", "olmo3")
 ]
 """Embeddings of GLM-4.5 and Olmo 3 are not tied."""
@@ -42,7 +42,7 @@ def test_every_tensor_is_exported_once_in_the_order_of_the_model(tiny_model, fam
     assert [e.name for e in copies] == (["output_layer.weight"] if tied and layout.pp > 1 else [])
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "glm4-moe"])
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "glm4-moe", "qwen3.5-moe"])
 def test_each_expert_lives_on_one_expert_parallel_rank_under_its_number_there(tiny_model, family):
     architecture = read_architecture(tiny_model(family))
     layout = Layout(dp=2, ep=2)

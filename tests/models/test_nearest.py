@@ -47,7 +47,7 @@ PLAIN_MIXTURE, GLM, OLMO = "MixtralForCausalLM", "Glm4MoeForCausalLM", "Olmo3For
         ("phimoe", PLAIN_MIXTURE),
         ("qwen2_moe", "Qwen3MoeForCausalLM"),
         # Gated delta nets.
-        ("qwen3_next", QWEN3_5),
+        ("qwen3_next", "Qwen3_5MoeForCausalLM"),
         # The name, where nothing else is another's.
         ("ministral3", "MistralForCausalLM"),
         ("olmo2", OLMO),

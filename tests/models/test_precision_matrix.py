@@ -53,6 +53,16 @@ def test_each_generation_of_gpu_has_its_kinds(capability, kinds):
 
 
 @pytest.mark.parametrize("kind", FP8)
+@pytest.mark.parametrize(("capability", "emulate"), [(CPU, True), (HOPPER, False), (BLACKWELL, False)])
+def test_gated_delta_nets_are_in_bf16_alone(kind, capability, emulate):
+    (found,) = refusals(kind, capability, architecture="qwen3.5-27b", emulate=emulate)
+    assert found.startswith(
+        f"policy.precision is {kind}, in which gated delta nets, as this qwen3.5 model has them, are"
+    )
+    assert not refusals("bf16", capability, architecture="qwen3.5-27b")
+
+
+@pytest.mark.parametrize("kind", FP8)
 def test_emulation_is_for_machines_without_cuda_alone(kind):
     assert not refusals(kind, CPU, emulate=True)
     assert any("policy.precision.emulate is for machines" in found for found in refusals(kind, BLACKWELL, emulate=True))

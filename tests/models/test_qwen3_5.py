@@ -12,7 +12,7 @@ from transformers import Qwen3_5TextConfig
 from exprl_megatron import planning
 from exprl_megatron.config.policy import Layout
 from exprl_megatron.errors import UserError
-from exprl_megatron.models.architecture import layout_violations, read_architecture
+from exprl_megatron.models.architecture import Experts, layout_violations, read_architecture
 from exprl_megatron.models.delta_net import DeltaNet
 from exprl_megatron.models.flops import attention_flops, model_flops
 from exprl_megatron.models.left_out import left_out_tensors
@@ -28,6 +28,10 @@ from exprl_megatron.weight_sync.shard_table import shard_table
 
 PUBLISHED = Path(planning.__file__).parent / "architectures" / "qwen3.5-27b"
 TREE = json.loads((PUBLISHED / "config.json").read_text())
+
+
+MIXTURE = {"architectures": ["Qwen3_5MoeForConditionalGeneration"]}
+SHARED = {"num_experts": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
 
 
 def written(directory: Path, outer: dict, **text) -> Path:
@@ -46,6 +50,21 @@ def test_the_language_model_of_a_vision_model_is_read():
     assert [kind.delta_net is None for kind in found.kinds()] == [False, True]
     assert list(found.kinds().values()) == [48, 16]
     assert model_parameters(found) / 1e9 == pytest.approx(26.9, abs=0.05)
+
+
+def test_the_mixture_of_the_vision_model_is_read():
+    found = read_architecture(PUBLISHED.with_name("qwen3.5-35b-a3b"))
+    assert found.experts == Experts(
+        count=256, chosen=8, ffn=512, normalised=True, shared_ffn=512, shared_gate=True, sigmoid=False, scaling=1.0
+    )
+    assert found.delta_net == DeltaNet(key_heads=16, value_heads=32, key_dim=128, value_dim=128, kernel=4)
+    assert (found.output_gate, found.zero_centered_norms, found.left_out) == (True, True, ("model.visual.", "mtp."))
+    # 40 layers of 256 experts, a shared one with its gate, and a router; 30 delta nets, 10 attentions; vocabularies.
+    experts = 40 * (257 * 3 * 2048 * 512 + 257 * 2048)
+    nets = 30 * (2048 * 12352 + 8192 * 4 + 2 * 32 + 128 + 4096 * 2048)
+    attention = 10 * (2048 * (2 * 4096 + 2 * 512) + 2 * 256 + 4096 * 2048)
+    assert model_parameters(found) == experts + nets + attention + 40 * 2 * 2048 + 2 * 248320 * 2048 + 2048
+    assert any("2 KV groups; use one of 1, 2" in said for said in layout_violations(found, Layout(tp=4)))
 
 
 def test_the_text_model_is_the_same_under_other_names(tmp_path):
@@ -85,6 +104,9 @@ def test_a_text_model_turns_the_share_of_a_head_that_transformers_turns(tmp_path
         ({}, {"linear_num_value_heads": 40}, "has linear_num_value_heads 40, which linear_num_key_heads 16"),
         ({}, {"attention_bias": True}, "has attention_bias"),
         ({}, {"num_experts": 8}, "has experts"),
+        (MIXTURE, {"norm_topk_prob": False} | SHARED, "has norm_topk_prob false"),
+        (MIXTURE, {"moe_intermediate_size": 512, "num_experts": 8, "num_experts_per_tok": 2}, "has no shared expert"),
+        (MIXTURE, {"num_experts_per_tok": 1} | SHARED, "has one expert for each token"),
         ({"tie_word_embeddings": True}, {}, "has tie_word_embeddings true and another value in text_config"),
         ({}, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "has rope type yarn where a share"),
         ({}, {"quantization_config": {"quant_method": "fp8"}}, "has quantization_config"),

@@ -2,6 +2,7 @@
 
 import hashlib
 
+import torch
 from helpers.ranks import Ranks
 from helpers.witness import listed, loss_function, sequences, tokens
 
@@ -29,13 +30,17 @@ KINDS = {
     "plain": ("qwen3", False, FOUR, OTHERS),
     "experts": ("qwen3-moe", True, EXPERTS, OTHERS_OF_EXPERTS),
     "plain experts": ("qwen3-moe", False, EXPERTS, {"one rank": Layout()}),
+    "delta nets": ("qwen3.5", True, FOUR, {"one rank": Layout()}),
+    "delta nets in bf16": ("qwen3.5", True, FOUR, {}),
 }
 """The model, whether its optimizer is sharded, the layout that is cut short, and those that continue."""
+BF16 = ("delta nets in bf16",)
 EXTRA = {"step": 2, "counters": {"traces": 14}}
 
 
-def begin(model: str, layout: Layout, distributed: bool, seed: int = 0) -> Policy:
-    policy = Policy(PolicyConfig(model=model, layout=layout, micro_batch_tokens=64, max_tokens=64), seed)
+def begin(model: str, layout: Layout, distributed: bool, precision: str, seed: int = 0) -> Policy:
+    lengths = {"micro_batch_tokens": 64, "max_tokens": 64}
+    policy = Policy(PolicyConfig(model=model, layout=layout, precision=precision, **lengths), seed)
     optimizer = OptimizerConfig(lr=3e-3, eps=1e-5, schedule="cosine", warmup_steps=1, distributed=distributed)
     policy.begin_stage(optimizer, total_steps=6, keep_ref_policy=True)
     return policy
@@ -59,7 +64,7 @@ def state(policy: Policy) -> dict:
     policy.gather_weights()
     for bucket in gather_buckets(policy.chunks, policy.architecture, policy.world, 10_000):
         for name, tensor in bucket:
-            digest.update(name.encode() + tensor.numpy().tobytes())
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return {
         "log_probs": listed(policy.log_probs(batch, 1.0)),
         "start": listed(policy.log_probs(batch, 1.0, ref_policy=True)),
@@ -71,15 +76,16 @@ def main() -> None:
     ranks = Ranks()
     for kind, (family, distributed, layout, others) in KINDS.items():
         model, root = ranks.arguments["models"][family], ranks.out / kind
+        made = (distributed, "bf16" if kind in BF16 else "fp32")
 
-        def uninterrupted(_, model=model, root=root, distributed=distributed, layout=layout):
-            policy = begin(model, layout, distributed)
+        def uninterrupted(_, model=model, root=root, made=made, layout=layout):
+            policy = begin(model, layout, *made)
             learn(policy, 1, 2)
             save_checkpoint(root, policy, EXTRA, keep=1)
             return {"updates": learn(policy, 3, 4), **state(policy)}
 
-        def resumed(_, layout, model=model, root=root, distributed=distributed, again=None):
-            policy = begin(model, layout, distributed, seed=99)
+        def resumed(_, layout, model=model, root=root, made=made, again=None):
+            policy = begin(model, layout, *made, seed=99)
             extra = load_checkpoint(intact_checkpoint(root)[0], policy)
             if again is not None:
                 save_checkpoint(again, policy, extra, keep=1)
@@ -91,6 +97,8 @@ def main() -> None:
             again = ranks.out / f"{kind}-again" if name == "one rank" else None
             ranks.within(other, lambda _, la=other, a=again, w=resumed: w(_, la, again=a), f"{kind} {name}")
         back = ranks.out / f"{kind}-again"
+        if "one rank" not in others:
+            continue
         ranks.within(layout, lambda _, la=layout, b=back, w=resumed: w(_, la, root=b), f"{kind} one rank and back")
     ranks.finish()
 

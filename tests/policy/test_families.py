@@ -19,6 +19,7 @@ MODELS = {
     "glm4-moe": None,
     "olmo3": None,
     "qwen3.5": None,
+    "qwen3.5-moe": None,
 }
 """Rotary settings, so that each family is seen with stretched positions; Mixtral and GLM-4.5 have none, Olmo 3 its
 own."""

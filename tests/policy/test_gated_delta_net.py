@@ -54,8 +54,11 @@ def test_sequences_of_a_packed_row_do_not_see_each_other(tiny_model, world):
     assert largest_difference(together, alone) <= 1e-5
 
 
-def test_the_language_model_of_a_vision_model_is_transformers_own_and_comes_back_whole(tiny_model, world, tmp_path):
-    model = write_tiny_vision_model(tmp_path / "vision", tiny_model("qwen3.5"))
+@pytest.mark.parametrize("family", ["qwen3.5", "qwen3.5-moe"])
+def test_the_language_model_of_a_vision_model_is_transformers_own_and_comes_back_whole(
+    tiny_model, world, tmp_path, family
+):
+    model = write_tiny_vision_model(tmp_path / "vision", tiny_model(family))
     learner = policy(model)
     found = listed(learner.log_probs(BATCH, 1.0))
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    models = {family: tiny_model(family, tied=True, vocab_size=107, layers=4) for family in ("qwen3", "qwen3-moe")}
+    models = {
+        family: tiny_model(family, tied=True, vocab_size=107, layers=4) for family in ("qwen3", "qwen3-moe", "qwen3.5")
+    }
     out = tmp_path_factory.mktemp("resharded")
     return run_ranks(Path(__file__).with_name("resharding_worker.py"), 4, out, timeout_s=900, models=models)
 
@@ -26,7 +28,8 @@ def test_in_the_same_layout_the_resumed_stage_is_the_uninterrupted_one_bit_for_b
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind, case in KINDS.items() for name in (*case[3], "one rank and back")]
+    ("kind", "name"),
+    [(kind, name) for kind, case in KINDS.items() if case[3] for name in (*case[3], "one rank and back")],
 )
 def test_in_any_other_layout_it_goes_on_with_the_same_steps(results, kind, name):
     expected, resumed = results[f"{kind} uninterrupted"], results[f"{kind} {name}"]

@@ -52,6 +52,8 @@ DELTA_NETS = {
     "TP2xPP2xDP2+SP": DENSE["TP2xPP2xDP2+SP"],
 }
 """Of a model with gated delta nets in every other layer."""
+DELTA_NETS_AND_EXPERTS = {name: EXPERTS[name] for name in ("TP1", "PP2", "EP2", "TP2+SP", "TP2xDP2xEP2xETP2+SP")}
+"""Of one with such layers and, in all of them, experts and a shared expert with a gate."""
 UNEVEN = {
     "TP1": Layout(),
     "PP2 embedding as layer": Layout(pp=2, embedding_as_layer=True),
@@ -71,6 +73,7 @@ CASES = {
         ("glm4-moe", UNLIKE),
         ("olmo3", WINDOWS),
         ("qwen3.5", DELTA_NETS),
+        ("qwen3.5-moe", DELTA_NETS_AND_EXPERTS),
     )
     for name, layout in layouts.items()
 } | {
@@ -85,6 +88,7 @@ CASES = {
     "olmo3 PP2 recompute selective": ("olmo3", Layout(pp=2), {"recompute": "selective"}, {}),
     "olmo3 TP2xPP2xDP2+SP recompute full": ("olmo3", WINDOWS["TP2xPP2xDP2+SP"], {"recompute": "full"}, {}),
     "qwen3.5 TP2xPP2 padded, recompute full": ("qwen3.5", Layout(tp=2, pp=2), {"packing": False, **FULL}, {}),
+    "qwen3.5-moe PP2xVPP2xEP2 padded": ("qwen3.5-moe", EXPERTS["PP2xVPP2xEP2"], {"packing": False}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
 REPLAYED = {
@@ -95,11 +99,13 @@ REPLAYED = {
     "qwen3-moe TP2xEP2+SP padded": ("qwen3-moe", EXPERTS["TP2xEP2+SP"], {"packing": False}),
     "qwen3-moe CP2xEP2": ("qwen3-moe", EXPERTS["CP2xEP2"], {}),
     "qwen3-moe TP2xCP2xDP2xEP4xETP2+SP": ("qwen3-moe", EXPERTS["TP2xCP2xDP2xEP4xETP2+SP"], FULL),
+    "qwen3.5-moe TP1": ("qwen3.5-moe", Layout(), {}),
+    "qwen3.5-moe PP2xVPP2xEP2 recompute full": ("qwen3.5-moe", EXPERTS["PP2xVPP2xEP2"], FULL),
     "mixtral TP1": ("mixtral", Layout(), {}),
     "mixtral PP3 both as layers": ("mixtral", UNEVEN["PP3 both as layers"], FULL),
 }
 """With experts that no router chose: the model, the layout and settings of the policy."""
-LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4, "olmo3": 4, "qwen3.5": 4}
+LAYERS = {"qwen3": 4, "qwen3-moe": 4, "mixtral": 7, "glm4-moe": 4, "olmo3": 4, "qwen3.5": 4, "qwen3.5-moe": 4}
 BALANCED = ("TP1", "PP2", "EP2", "CP2xEP2", "TP2xEP2+SP", "TP2xDP2xEP2xETP2+SP")
 BALANCE = 0.3
 """Weight of the router's load-balancing loss."""

@@ -1,4 +1,4 @@
-"""`build_recipes.py PRECISION FILE`: builds every recipe's model in one precision, for every rank, on the meta device.
+"""`build_recipes.py PRECISION FILE MODEL...`: builds recipes' models in one precision, for every rank, on meta tensors.
 
 Writes as JSON what the tests ask of each: how many ranks were built, and all that is not as it should be.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from fake_cuda import pretend_gpu
-from helpers.recipe_layouts import RECIPES
+from helpers.recipe_layouts import ON_TE
 
 PRECISION, FILE = sys.argv[1], Path(sys.argv[2])
 pretend_gpu((10, 0) if PRECISION == "mxfp8" else (9, 0))
@@ -22,6 +22,7 @@ from helpers.meta import meta_chunks, pretend_world  # noqa: E402
 from megatron.core import fp8_utils  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.ssm.gated_delta_net.gdn import GatedDeltaNet  # noqa: E402
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager  # noqa: E402
 
 from exprl_megatron import planning  # noqa: E402
@@ -34,7 +35,9 @@ from exprl_megatron.models.architecture import (  # noqa: E402
     read_architecture,
 )
 from exprl_megatron.models.name_map import HEAD, embedding, hf_shapes, is_buffer, parameters  # noqa: E402
+from exprl_megatron.models.rules import Rule, spans  # noqa: E402
 from exprl_megatron.models.stored_parameters import stored_parameters  # noqa: E402
+from exprl_megatron.policy.gated_delta_net import Fp32DecayNet, PlainRMSNorm  # noqa: E402
 from exprl_megatron.policy.named_weights import named_weights  # noqa: E402
 
 Shapes = dict[tuple[int, str], tuple[int, ...]]
@@ -44,7 +47,7 @@ BF16_LAYERS = 0 if PRECISION in ("bf16", "fp8-delayed") else 1
 def main() -> None:
     # Every world that is left collects garbage: none is among what was imported.
     gc.freeze()
-    found = {name: build_all(name) for name in RECIPES}
+    found = {name: build_all(name) for name in sys.argv[3:]}
     FILE.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -52,7 +55,7 @@ def build_all(name: str) -> dict:
     began = time.monotonic()
     architecture = read_architecture(Path(planning.__file__).parent / "architectures" / name)
     precision = PrecisionConfig(kind=PRECISION, first_last_bf16=BF16_LAYERS)
-    config = PolicyConfig(model="none", precision=precision, layout=RECIPES[name])
+    config = PolicyConfig(model="none", precision=precision, layout=ON_TE[name])
     wrong = layout_violations(architecture, config.layout)
     shards: dict[str, dict] = defaultdict(dict)
     table = by_the_table(architecture, config)
@@ -85,12 +88,20 @@ def by_the_table(architecture: Architecture, config: PolicyConfig) -> dict[tuple
     for entry in parameters(architecture, layout, grouped=True):
         ranks = layout.tp if entry.ep_rank is None else layout.etp
         whole = [torch.empty(shapes[name], device="meta") for name in entry.hf_names]
-        split = entry.rule.split_dim
-        parts = [tensor if split is None else tensor.chunk(ranks, split)[0] for tensor in whole]
+        parts = [first_part(entry.rule, number, tensor, ranks) for number, tensor in enumerate(whole)]
         shape = tuple(entry.rule.merge(parts).shape)
         for ep_rank in range(layout.ep) if entry.ep_rank is None else [entry.ep_rank]:
             found[entry.pp_rank, ep_rank][entry.chunk, entry.name] = shape
     return found
+
+
+def first_part(rule: Rule, number: int, tensor: torch.Tensor, ranks: int) -> torch.Tensor:
+    """What the first of `ranks` has of the rule's tensor."""
+    dim = rule.split_dim
+    if dim is None:
+        return tensor
+    cuts = spans(rule, number, tensor.shape[dim], 0, ranks)
+    return torch.cat([tensor.narrow(dim, begin, end - begin) for begin, end in cuts], dim)
 
 
 def check(chunks: list[GPTModel], expected: Shapes) -> list[str]:
@@ -100,14 +111,20 @@ def check(chunks: list[GPTModel], expected: Shapes) -> list[str]:
         wrong.append(f"names or shapes differ from the table's: {sorted(expected.keys() ^ found.keys())[:4]}")
     if {parameter.device.type for parameter in found.values()} != {"meta"}:
         wrong.append("a parameter is not on the meta device")
-    if {weight.dtype for (_, name), weight in found.items() if not is_buffer(name)} != {torch.bfloat16}:
+    if {weight.dtype for (_, name), weight in found.items() if not is_kept(name)} != {torch.bfloat16}:
         wrong.append("a parameter is not nominally bf16")
-    if not {weight.dtype for (_, name), weight in found.items() if is_buffer(name)} <= {torch.float32}:
-        wrong.append("a buffer is not in fp32")
+    if not {weight.dtype for (_, name), weight in found.items() if is_kept(name)} <= {torch.float32}:
+        wrong.append("a buffer or a decay rate is not in fp32")
     for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
         mlp = layer.mlp.experts if hasattr(layer.mlp, "experts") else layer.mlp
-        modules = (layer.self_attention.linear_qkv, layer.self_attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
-        modules += (layer.self_attention.core_attention,)
+        attention = layer.self_attention
+        modules = (mlp.linear_fc1, mlp.linear_fc2)
+        if isinstance(attention, GatedDeltaNet):
+            modules += (attention.in_proj, attention.out_proj)
+            if (type(attention), type(attention.out_norm)) != (Fp32DecayNet, PlainRMSNorm):
+                wrong.append(f"layer {layer.layer_number} is another gated delta net than it should be")
+        else:
+            modules += (attention.linear_qkv, attention.linear_proj, attention.core_attention)
         if (shared := getattr(layer.mlp, "shared_experts", None)) is not None:
             modules += (shared.linear_fc1, shared.linear_fc2)
         if not all(type(module).__name__.startswith("TE") for module in modules):
@@ -118,6 +135,11 @@ def check(chunks: list[GPTModel], expected: Shapes) -> list[str]:
         if missing:
             wrong.append(f"the sharded state dict of chunk {index} lacks {sorted(missing)[:4]}")
     return wrong
+
+
+def is_kept(name: str) -> bool:
+    """Whether what Megatron calls `name` is in fp32 in every precision."""
+    return is_buffer(name) or name.endswith(".A_log")
 
 
 def sharded(chunk: GPTModel) -> dict[str, ShardedTensor | ShardedTensorFactory]:
@@ -149,7 +171,7 @@ def untiled(shards: dict[str, dict]) -> list[str]:
 
 def unconverted(shards: dict[str, dict], architecture: Architecture) -> list[str]:
     """Keys that a converted model's files lack or have for nothing."""
-    written = {stored.key for stored in stored_parameters(architecture)}
+    written = {tensor.key for stored in stored_parameters(architecture) for tensor in stored.tensors}
     return [f"{key} is not both asked for and converted" for key in sorted(shards.keys() ^ written)]
 
 
