@@ -46,6 +46,7 @@ def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataPar
     )
     for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer):
+            _number_within_groups(part)
             _save_padding_between_buckets(part)
     for part in _torch_adam_parts(optimizer):
         _create_state(part.optimizer)
@@ -94,6 +95,20 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def _torch_adam_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Those that have torch's AdamW beneath."""
     return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+def _number_within_groups(part: DistributedOptimizer) -> None:
+    """A parameter's state is looked for at its own place, also in groups with parameters of two dtypes.
+
+    Megatron 0.19.2 numbers a group's parameters in the order of its buffers, which has bf16 first, and gives its
+    optimizer those in fp32 first: where a group has both, it would save one parameter's state as another's.
+    """
+    numbers = part.model_param_group_index_map
+    for group in part.opt_group_ranges:
+        # As _build_model_and_main_param_groups orders them.
+        ordered = sorted(group["params"], key=lambda parameter: parameter.dtype != torch.float32)
+        for number, parameter in enumerate(ordered):
+            numbers[parameter] = numbers[parameter][0], number
 
 
 def _save_padding_between_buckets(part: DistributedOptimizer) -> None:

@@ -93,7 +93,7 @@ def _arguments_of(model: Path, cuda: bool) -> list[str]:
     rope = read_rope(text, str(path))
     settings = qwen3_5.served_settings(text, rope.base, rope.share)
     arguments = [] if cuda else ["--max-mamba-cache-size", str(_cpu_states(text))]
-    if names[0] != qwen3_5.VISION_MODEL:
+    if names[0] not in qwen3_5.VISION_MODELS:
         return ["--json-model-override-args", json.dumps(settings), *arguments]
     return [
         "--json-model-override-args", json.dumps({"text_config": settings}), "--language-model-only", *arguments

@@ -74,6 +74,33 @@ def test_a_checkpoint_from_before_the_first_step_can_be_resumed(policy, tiny_mod
     assert [step(resumed), step(resumed)] == expected
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+def test_in_bf16_what_is_kept_in_fp32_is_resumed_bit_for_bit_too(tiny_model, world, tmp_path, distributed):
+    def begun() -> Policy:
+        config = PolicyConfig(model=str(tiny_model("qwen3.5")), max_tokens=64, micro_batch_tokens=256, precision="bf16")
+        policy = Policy(config, seed=0)
+        policy.begin_stage(OptimizerConfig(lr=1e-2, distributed=distributed), total_steps=9, keep_ref_policy=True)
+        return policy
+
+    def state(policy: Policy) -> dict[str, torch.Tensor]:
+        policy.gather_weights()
+        (chunk,) = policy.chunks
+        return {name: parameter.detach().clone() for name, parameter in chunk.named_parameters()}
+
+    policy = begun()
+    step(policy)
+    path = save_checkpoint(tmp_path, policy, {}, keep=1)
+    saved = state(policy)
+    expected = [step(policy), step(policy)]
+    resumed = begun()
+    load_checkpoint(path, resumed)
+    assert {str(tensor.dtype) for tensor in saved.values()} == {"torch.bfloat16", "torch.float32"}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in state(resumed).items())
+    assert [step(resumed), step(resumed)] == expected
+    after = state(policy)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in state(resumed).items())
+
+
 def test_random_states_are_restored(policy, tmp_path):
     path = save_checkpoint(tmp_path, policy, {}, keep=1)
     expected = torch.rand(3)
