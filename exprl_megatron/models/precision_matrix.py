@@ -44,7 +44,7 @@ def precision_violations(setting: Setting) -> list[str]:
     """One sentence for everything that `setting` asks of a precision and cannot have."""
     precision = setting.precision
     if not precision.fp8:
-        return [*_without_fp8(precision), *_fp32_on_cuda(setting)]
+        return [*_without_fp8(precision), *_fp32_on_cuda(setting), *_two_dtypes(setting)]
     if setting.architecture is not None and setting.architecture.delta_net is not None:
         return [
             f"policy.precision is {precision.kind}, in which gated delta nets, as this {setting.architecture.family} "
@@ -63,6 +63,19 @@ def _without_fp8(precision: PrecisionConfig) -> Iterator[str]:
                 f"policy.precision.{name} is {value} but the precision {precision.kind} multiplies nothing in 8 bits; "
                 f"leave it out, or choose an fp8 kind."
             )
+
+
+def _two_dtypes(setting: Setting) -> Iterator[str]:
+    """Megatron's plain optimizer takes the state of a parameter in fp32 for that of another one in bf16."""
+    architecture = setting.architecture
+    if setting.precision.kind != "bf16" or architecture is None or architecture.delta_net is None:
+        return
+    if not all(optimizer.distributed for optimizer in setting.optimizers):
+        yield (
+            f"optimizer.distributed is false with policy.precision bf16, but this {architecture.family} model has "
+            f"parameters in fp32 (A_log) beside, of which Megatron's plain optimizer writes no checkpoint; set it to "
+            f"true."
+        )
 
 
 def _fp32_on_cuda(setting: Setting) -> Iterator[str]:

@@ -62,6 +62,21 @@ def test_gated_delta_nets_are_in_bf16_alone(kind, capability, emulate):
     assert not refusals("bf16", capability, architecture="qwen3.5-27b")
 
 
+@pytest.mark.parametrize(
+    ("kind", "architecture", "distributed", "refused"),
+    [
+        ("bf16", "qwen3.5-27b", False, True),
+        ("bf16", "qwen3.5-27b", True, False),
+        ("fp32", "qwen3.5-27b", False, False),
+        ("bf16", "qwen3-32b", False, False),
+    ],
+)
+def test_parameters_of_two_dtypes_need_the_distributed_optimizer(kind, architecture, distributed, refused):
+    found = refusals(kind, HOPPER, architecture=architecture, optimizer=OptimizerConfig(distributed=distributed))
+    assert len(found) == refused
+    assert all(sentence.startswith("optimizer.distributed is false with policy.precision bf16") for sentence in found)
+
+
 @pytest.mark.parametrize("kind", FP8)
 def test_emulation_is_for_machines_without_cuda_alone(kind):
     assert not refusals(kind, CPU, emulate=True)

@@ -88,7 +88,6 @@ CASES = {
     "olmo3 PP2 recompute selective": ("olmo3", Layout(pp=2), {"recompute": "selective"}, {}),
     "olmo3 TP2xPP2xDP2+SP recompute full": ("olmo3", WINDOWS["TP2xPP2xDP2+SP"], {"recompute": "full"}, {}),
     "qwen3.5 TP2xPP2 padded, recompute full": ("qwen3.5", Layout(tp=2, pp=2), {"packing": False, **FULL}, {}),
-    "qwen3.5-moe PP2xVPP2xEP2 padded": ("qwen3.5-moe", EXPERTS["PP2xVPP2xEP2"], {"packing": False}, {}),
 }
 """The model, the layout, settings of the policy and of the optimizer."""
 REPLAYED = {
