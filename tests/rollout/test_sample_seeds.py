@@ -102,7 +102,8 @@ def test_a_whole_group_of_other_weights_is_an_error():
         _sampled(Server(version="2"), [Prompt("p", (1, 2))], 3, group_requests=True)
 
 
-def test_a_few_requests_begin_in_each_pass_of_the_event_loop():
+def begun_by_pass() -> Counter[int]:
+    """How many of 500 requests begin in each pass of the event loop."""
     begun: Counter[int] = Counter()
     turn = 0
 
@@ -124,5 +125,16 @@ def test_a_few_requests_begin_in_each_pass_of_the_event_loop():
         counting.cancel()
 
     asyncio.run(sampled())
+    return begun
+
+
+def test_a_few_requests_begin_in_each_pass_of_the_event_loop():
+    begun = begun_by_pass()
     # Some of a pass's are counted with the next one's, by their place in it.
     assert begun.total() == 500 and max(begun.values()) <= 2 * MAX_STARTS_PER_PASS
+
+
+def test_fewer_requests_begin_while_passes_of_the_event_loop_take_long(monkeypatch):
+    monkeypatch.setattr("exprl_megatron.rollout.sampler._LONG_PASS_S", -1.0)
+    begun = begun_by_pass()
+    assert begun.total() == 500 and len(begun) > 200
