@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from transformers import AutoConfig
-
 from exprl_megatron.errors import UserError
 from exprl_megatron.evaluation.eval_config import EvalConfig
 from exprl_megatron.evaluation.result_store import question_key
@@ -66,6 +64,8 @@ def read_questions(settings: EvalConfig) -> EvalQuestions:
     unverifiable = unmet_needs([problem for problem, _ in loaded], "verification", custom)
     if not problems:
         raise UserError("\n".join(unverifiable))
+    from transformers import AutoConfig
+
     model = AutoConfig.from_pretrained(settings.model).get_text_config()
     longest = _longest_prompt(settings, model.max_position_embeddings)
     tokenizer = load_tokenizer(settings.model)

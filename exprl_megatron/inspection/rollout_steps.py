@@ -15,7 +15,9 @@ from exprl_megatron.rollout.group import Group
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import DAMAGE, Journal, read_step
 from exprl_megatron.runs.log_prob_files import TrainerLogProbFiles
-from exprl_megatron.training.train_samples import TokenAdvantages, token_advantages
+
+TokenAdvantages = np.ndarray | None
+"""[tokens], float32: the advantage of each token of a trace; None: the trace is out of the loss."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,9 @@ def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvanta
     """
     if isinstance(stage, SelfDistillStage | OwnStageConfig):
         return None
+    # It imports torch, which takes seconds and is needed here alone.
+    from exprl_megatron.training.train_samples import token_advantages
+
     try:
         return token_advantages(stage, groups)
     except PluginError:

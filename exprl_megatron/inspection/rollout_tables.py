@@ -4,7 +4,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from exprl_megatron.inspection.rollout_steps import span_advantage
+from exprl_megatron.inspection.rollout_steps import TokenAdvantages, span_advantage
 from exprl_megatron.inspection.selection import (
     SelectedGroup,
     group_mean_score,
@@ -16,7 +16,6 @@ from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.reporting.plain_text import escaped_line
 from exprl_megatron.rollout.group import GradedTrace
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.train_samples import TokenAdvantages
 
 HASH_DIGITS = 12
 

@@ -4,11 +4,10 @@ from dataclasses import asdict
 
 import numpy as np
 
-from exprl_megatron.inspection.rollout_steps import InspectedGroup, span_advantage
+from exprl_megatron.inspection.rollout_steps import InspectedGroup, TokenAdvantages, span_advantage
 from exprl_megatron.inspection.selection import SelectedGroup
 from exprl_megatron.judging.judgement import judgement_to_dict
 from exprl_megatron.rollout.group import GradedTrace
-from exprl_megatron.training.train_samples import TokenAdvantages
 
 
 def group_to_dict(selected: SelectedGroup, tokens: bool = False) -> dict:

@@ -1,20 +1,26 @@
 """The tokens of a trace on which trainer and sampler differ most."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from exprl_megatron.inspection.rollout_steps import InspectedGroup
 from exprl_megatron.reporting.plain_text import escaped_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST = 20
 """Tokens of a trace."""
 
 
-def token_gap_table(inspected: InspectedGroup, place: int, tokenizer: Tokenizer | None) -> RenderableType:
+def token_gap_table(
+    inspected: InspectedGroup, place: int, tokenizer: "PreTrainedTokenizerBase | None"
+) -> RenderableType:
     """The tokens of the sample at `place` with the largest distances, in nats, in the order of the trace."""
     trace = inspected.group.samples[place].trace
     gap = inspected.gap(place)

@@ -9,13 +9,13 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from exprl_megatron.inspection.rollout_steps import TokenAdvantages
 from exprl_megatron.inspection.rollout_tables import advantage_text, finding_text, score_text
 from exprl_megatron.judging.token_text import TokenText
 from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.reporting.plain_text import escaped_line, escaped_text
 from exprl_megatron.rollout.group import GradedTrace, RewardTerm
 from exprl_megatron.rollout.trace import Trace
-from exprl_megatron.training.train_samples import TokenAdvantages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

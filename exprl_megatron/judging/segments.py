@@ -8,13 +8,16 @@ it opens. Special tokens have no text: the end-of-sequence token belongs to the 
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.config.segments import SegmentsConfig
 from exprl_megatron.judging.judgement import Granularity
 from exprl_megatron.judging.token_text import TokenText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _RELEASED_WINDOW = 10
 _BLANK_LINES = re.compile(r"\n[^\S\n]*\n\s*")
@@ -22,7 +25,7 @@ _SENTENCE_ENDS = re.compile(r"(?:[.!?]+[\"'”’)\]]*\s|[。！？]+[\"'”’�
 
 
 def segments_and_texts(
-    token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, config: SegmentsConfig, granularity: Granularity
+    token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", config: SegmentsConfig, granularity: Granularity
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """Return the results of `split_segments` and `shown_texts`; the tokens are decoded once."""
     text = TokenText(token_ids, tokenizer)
@@ -32,7 +35,7 @@ def segments_and_texts(
 
 def split_segments(
     token_ids: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     config: SegmentsConfig,
     text: TokenText | None = None,
 ) -> tuple[tuple[int, int], ...]:
@@ -65,7 +68,7 @@ def split_segments(
 def shown_texts(
     token_ids: Sequence[int],
     spans: Sequence[tuple[int, int]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     granularity: Granularity,
     text: TokenText | None = None,
 ) -> tuple[str, ...]:
@@ -115,7 +118,7 @@ def _joined(bounds: Iterable[int], length: int, config: SegmentsConfig) -> list[
     return kept[1 : config.max_segments]
 
 
-def _released_bounds(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, delimiter: str) -> list[int]:
+def _released_bounds(token_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", delimiter: str) -> list[int]:
     """Return a bound after each token where the decoded last 10 tokens, with special ones, end with the delimiter.
 
     The delimiter thus ends the segment before the one that it heads, and a `#` after `###` is a segment of its own.

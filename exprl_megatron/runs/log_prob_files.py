@@ -109,7 +109,7 @@ class TrainerLogProbFiles:
             try:
                 table = pq.read_table(path, page_checksum_verification=True).combine_chunks()
                 columns = [table[name].to_pylist() for name in ("group", "sample")]
-                values = [row.values.to_numpy() for row in table["trainer_log_probs"]]
+                values = [np.from_dlpack(row.values) for row in table["trainer_log_probs"]]
             except DAMAGE as error:
                 raise UserError(f"The file {path} is damaged ({error}); delete the directory {directory}.") from error
             found |= zip(zip(*columns, strict=True), values, strict=True)

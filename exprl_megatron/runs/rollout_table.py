@@ -128,7 +128,8 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
 def _slices(column: pa.ChunkedArray) -> list[np.ndarray]:
     """The column's lists, all in one piece of memory."""
     lists = column.combine_chunks()
-    offsets, values = lists.offsets.to_numpy().tolist(), lists.values.to_numpy()
+    # By to_numpy pyarrow imports pandas, which takes half a second.
+    offsets, values = np.from_dlpack(lists.offsets).tolist(), np.from_dlpack(lists.values)
     return [values[start:end] for start, end in pairwise(offsets)]
 
 

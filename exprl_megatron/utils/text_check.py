@@ -7,13 +7,15 @@ decoding by the tokenizer itself 60 to 170.
 import re
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from exprl_megatron.utils.token_spelling import decoded, special_ids, spelling_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _UNDECODABLE = "\ufffd".encode()
 _SPACE = b" "
@@ -60,7 +62,7 @@ class TextCheck:
         return self._tokens.take(pa.array(token_ids)).buffers()[2].to_pybytes()
 
 
-def text_check_of(tokenizer: PreTrainedTokenizerBase) -> TextCheck | None:
+def text_check_of(tokenizer: "PreTrainedTokenizerBase") -> TextCheck | None:
     """None where the tokenizer's texts are not its tokens put together; built once for each tokenizer."""
     if tokenizer not in _checks:
         tokens = _tokens_of(tokenizer)
@@ -68,7 +70,7 @@ def text_check_of(tokenizer: PreTrainedTokenizerBase) -> TextCheck | None:
     return _checks[tokenizer]
 
 
-def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> Sequence[bytes] | None:
+def _tokens_of(tokenizer: "PreTrainedTokenizerBase") -> Sequence[bytes] | None:
     if (spelling := spelling_of(tokenizer)) is not None:
         return spelling.tokens
     # Words, or the tokens of SentencePiece.
@@ -84,7 +86,7 @@ def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> Sequence[bytes] | None:
     return [bytes.fromhex(single[i]) if i in single else token for i, token in enumerate(tokens)]
 
 
-def _falls_back_to_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _falls_back_to_bytes(tokenizer: "PreTrainedTokenizerBase") -> bool:
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     return decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
 

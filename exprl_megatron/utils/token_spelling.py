@@ -4,10 +4,12 @@ import json
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _spellings: weakref.WeakKeyDictionary[Any, "Spelling | None"] = weakref.WeakKeyDictionary()
 
@@ -38,25 +40,25 @@ class Spelling:
         return self.data[places].tobytes(), ends
 
 
-def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
+def spelling_of(tokenizer: "PreTrainedTokenizerBase") -> Spelling | None:
     """None where the tokenizer does not spell in bytes; built once for each tokenizer."""
     if tokenizer not in _spellings:
         _spellings[tokenizer] = _byte_spelling(tokenizer)
     return _spellings[tokenizer]
 
 
-def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def decoded(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
     """Decode `ids`, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """The tokens that give no text."""
     added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return added | set(tokenizer.all_special_ids)
 
 
-def _byte_spelling(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
+def _byte_spelling(tokenizer: "PreTrainedTokenizerBase") -> Spelling | None:
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None or json.loads(decoder.__getstate__())["type"] != "ByteLevel":
         return None

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 
 from exprl_megatron.inspection.report_page.judge_figures import reason_word
-from exprl_megatron.inspection.rollout_steps import InspectedGroup, span_advantage
+from exprl_megatron.inspection.rollout_steps import InspectedGroup, TokenAdvantages, span_advantage
 from exprl_megatron.inspection.rollout_tables import HASH_DIGITS, versions_text
 from exprl_megatron.inspection.trace_text import PolicyTokenizer
 from exprl_megatron.judging.judgement import Abstained, Judgement
 from exprl_megatron.problems.problem import Problem
 from exprl_megatron.reporting.plain_text import escaped
 from exprl_megatron.rollout.group import GradedTrace
-from exprl_megatron.training.train_samples import TokenAdvantages
 
 Places = Callable[[int], int]
 """How many characters of a trace's text its first so many tokens give."""
