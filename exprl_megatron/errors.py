@@ -69,12 +69,24 @@ _STORAGE = {
 }
 
 
+_NO_FILES = ("/proc", "/sys")
+"""Directories of the kernel, in which nothing can be made; it says that what is to be made is not there."""
+
+
+def holds_no_files(path: object) -> bool:
+    """Whether `path` is in a directory of the kernel, which takes no files."""
+    found = os.path.realpath(os.fspath(path)) if isinstance(path, str | os.PathLike) else ""
+    return any(found == place or found.startswith(f"{place}/") for place in _NO_FILES)
+
+
 def storage_sentence(error: BaseException, where: object = "a file") -> str | None:
     """Where something cannot be read or written for want of room or rights, or because
     of what is at its path, one sentence about it; else None.
 
     `where` is named if the error itself names no file, as when a disk is full.
     """
+    if isinstance(error, FileNotFoundError) and holds_no_files(error.filename):
+        return f"Cannot use {error.filename}, which the kernel keeps; choose a place on a disk, then start again."
     if not isinstance(error, OSError) or error.errno not in _STORAGE:
         return None
     if error.filename is None and error.errno in (errno.EACCES, errno.EPERM):

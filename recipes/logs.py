@@ -1,13 +1,18 @@
 """A submitted experiment from another process: its state, what its components wrote, and its end."""
 
+import difflib
 import shlex
 import subprocess
 from pathlib import Path
 
 import nemo_run as run
+from nemo_run.config import get_nemorun_home
 
 from exprl_megatron.errors import UserError
 from recipes.experiment import outcomes
+
+_LISTED = 5
+"""Experiments that an error names."""
 
 
 def find(name: str) -> run.Experiment:
@@ -17,7 +22,21 @@ def find(name: str) -> run.Experiment:
             return look(name)
         except (AssertionError, FileNotFoundError):
             continue
-    raise UserError(f"There is no experiment {name} in NEMORUN_HOME; give an id or a title.")
+    raise UserError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    """That there is no experiment `name`, and which there are: the nearest one, or the latest ones."""
+    root = Path(get_nemorun_home()) / "experiments"
+    titles = [path.name for path in root.glob("*") if path.is_dir()]
+    ids = {path.name: path.stat().st_mtime for title in titles for path in (root / title).glob("*") if path.is_dir()}
+    if not ids:
+        return f"There is no experiment {name} in {root}, which has none; see NEMORUN_HOME."
+    if near := difflib.get_close_matches(name, [*titles, *ids], n=1):
+        return f"There is no experiment {name} in {root}; did you mean {near[0]}?"
+    latest = sorted(ids, key=ids.__getitem__, reverse=True)
+    more = f", and {len(latest) - _LISTED} earlier ones" if len(latest) > _LISTED else ""
+    return f"There is no experiment {name} in {root}; there are {', '.join(latest[:_LISTED])}{more}."
 
 
 def print_status(name: str) -> bool:

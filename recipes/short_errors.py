@@ -12,10 +12,14 @@ from typing import Any
 import nemo_run as run
 from nemo_run.cli import cli_parser
 
+from exprl_megatron.config.load import known_keys
 from exprl_megatron.errors import RunStopped, UserError
 from recipes import places
 
 _UNKNOWN = re.compile(r"No parameter named '(?P<name>\w+)' exists for <\w+\[(?P<owner>\w+)\((?P<body>.*)", re.DOTALL)
+_INVALID = re.compile(r"Invalid attribute '(?P<name>[^']+)' for ")
+_CONFIGS = ("config", "prime", "sparse")
+"""Arguments of the experiments that are configs of runs."""
 _ATTRIBUTE = re.compile(r"^  (\w+)=", re.MULTILINE)
 _EXECUTOR = re.compile(r"Executor (\S+) not found")
 EXECUTORS = ("local", "slurm", "slurm_over_ssh")
@@ -55,7 +59,7 @@ def _in_a_sentence(execute: Callable[..., None], models: Sequence[str]) -> Calla
         except RunStopped as error:
             _end(str(error), 1)
         except (UserError, ValueError, cli_parser.CLIException) as error:
-            _end(sentence(error), 2)
+            _end(sentence(error, sys.argv[1:]), 2)
 
     return executed
 
@@ -65,8 +69,8 @@ def _end(text: str, status: int) -> None:
     raise SystemExit(status)
 
 
-def sentence(error: Exception) -> str:
-    """What was wrong, in one sentence; a UserError's own words as they are."""
+def sentence(error: Exception, arguments: Sequence[str] = ()) -> str:
+    """What was wrong with the command's `arguments`, in one sentence; a UserError's own words as they are."""
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
@@ -76,9 +80,27 @@ def sentence(error: Exception) -> str:
     if found := _UNKNOWN.search(text):
         known = _attributes(argument.partition("=")[0], found["owner"], found["body"])
         return f"{argument} sets {found['name']}, which there is not; {_suggestion(found['name'], known)}"
+    if (invalid := _INVALID.search(text)) and (found_key := _invalid_key(invalid["name"], arguments)):
+        return found_key
     words = text.partition(" (Argument:")[0].strip()
     first = words.splitlines()[0] if words else type(error).__name__
     return f"{argument + ': ' if argument else ''}{first[:_LONGEST].rstrip('.')}; correct it."
+
+
+def _invalid_key(name: str, arguments: Sequence[str]) -> str | None:
+    """What is wrong with the argument that has `name` in its key; None where there is no such argument."""
+    for argument in arguments:
+        parts = [part for part in re.split(r"[.\[\]]", argument.partition("=")[0]) if part]
+        if "=" not in argument or name not in parts:
+            continue
+        above = parts[: parts.index(name)]
+        known: Sequence[str] = (*_CONFIGS, "nodes", "site", "run", "resume")
+        if above and above[0] in _CONFIGS:
+            known = known_keys(tuple(int(part) if part.isdigit() else part for part in above[1:]))
+        elif above:
+            known = [field.name for field in dataclasses.fields(places.Nodes if "nodes" in above[0] else places.Site)]
+        return f"{argument} sets {name}, which there is not; {_suggestion(name, known)}"
+    return None
 
 
 def _attributes(key: str, owner: str, body: str) -> list[str]:

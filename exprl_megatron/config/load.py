@@ -226,7 +226,7 @@ def _sentence(item: ErrorDetails, tree: Any) -> str:
     if item["type"] == "extra_forbidden":
         if (renamed := new_name(keys)) is not None:
             return f"{path} is now called {'.'.join(map(str, [*keys[:-1], renamed]))}; rename the key."
-        near = difflib.get_close_matches(str(item["loc"][-1]), _known(item["loc"][:-1]), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(item["loc"][-1]), known_keys(item["loc"][:-1]), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "remove it."
         return f"unknown key {path}; {hint}"
     if item["type"] == "missing":
@@ -288,8 +288,8 @@ def _keys(loc: tuple, tree: Any) -> list[str | int]:
     return keys
 
 
-def _known(loc: tuple) -> list[str]:
-    """Names of the fields of the config class at `loc`."""
+def known_keys(loc: tuple[str | int, ...]) -> list[str]:
+    """The keys that a config may have at `loc`; a number is a place in a list."""
     classes: list[type[BaseModel]] = [RunConfig]
     for part in loc:
         if isinstance(part, int):

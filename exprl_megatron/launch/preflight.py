@@ -19,6 +19,7 @@ from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 from exprl_megatron.training.examples import check_source
 from exprl_megatron.utils.accelerator import installation_fault
+from exprl_megatron.utils.files import require_directory
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -72,6 +73,8 @@ def dry_run(config: RunConfig) -> str | None:
     check_plugin_code(config)
     left_out = unchecked_model(config)
     if left_out is None:
+        # Where a model is elsewhere, so may be the disk that the run is for.
+        require_directory(Path(config.directory))
         check_inputs(config)
     return left_out
 

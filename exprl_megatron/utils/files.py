@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from exprl_megatron.errors import UserError
+from exprl_megatron.errors import UserError, holds_no_files
 
 
 class Claim:
@@ -53,6 +53,17 @@ def keep_private(root: Path) -> None:
         for path in (root, *root.rglob("*")):
             if not path.is_symlink() and (mode := path.stat().st_mode) & 0o077:
                 path.chmod(stat.S_IMODE(mode) & 0o700)
+
+
+def require_directory(path: Path) -> None:
+    """Raise UserError where `path` is no directory, or where none can be made, on this machine and by this user."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if holds_no_files(path):
+        raise UserError(f"Cannot use {path}, which the kernel keeps; choose a directory on a disk.")
+    if not there.is_dir():
+        raise UserError(f"Cannot use {path}: {there} is a file; choose a path whose parts are directories.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot use {path}: this user may not write to {there}; choose another directory.")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

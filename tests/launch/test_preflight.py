@@ -11,7 +11,7 @@ from exprl_megatron.conversion.to_megatron import convert_to_megatron
 from exprl_megatron.errors import UserError
 from exprl_megatron.launch.launcher import required_servers
 from exprl_megatron.launch.model_checks import model_violations
-from exprl_megatron.launch.preflight import check_inputs, required_problem_sets
+from exprl_megatron.launch.preflight import check_inputs, dry_run, required_problem_sets
 from exprl_megatron.launch.prompt_checks import check_prompts
 from exprl_megatron.runs.directory import RunDirectory
 
@@ -37,6 +37,14 @@ def run(tmp_path, model, kind="sft", **policy):
 
 def test_sft_may_start_from_megatrons_files(tmp_path, converted):
     check_inputs(run(tmp_path, converted))
+
+
+def test_a_dry_run_refuses_a_directory_that_cannot_be_one(tmp_path, converted):
+    config = run(tmp_path, converted)
+    assert dry_run(config) is None and not (tmp_path / "run").exists()
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="run is a file; choose a path whose parts are directories"):
+        dry_run(config)
 
 
 def test_what_samples_may_not(tmp_path, converted):

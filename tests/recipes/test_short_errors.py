@@ -36,6 +36,10 @@ def recipes(monkeypatch, capsys):
         (["site.wrkdir=x"], "site.wrkdir=x sets wrkdir, which there is not; did you mean workdir?"),
         (["nope=3"], "nope=3 sets nope, which there is not; did you mean nodes?"),
         (["config.policy.modle=x"], "config: unknown key policy.modle; did you mean 'model'?"),
+        (["config.polcy.x=1"], "config.polcy.x=1 sets polcy, which there is not; did you mean policy?"),
+        (["config.policy.layot.tp=2"], "config.policy.layot.tp=2 sets layot, which there is not; did you mean layout?"),
+        (["confg.seed=1"], "confg.seed=1 sets confg, which there is not; did you mean config?"),
+        (["nods.trainer=1"], "nods.trainer=1 sets nods, which there is not; did you mean nodes?"),
         (["run.executor=slrm"], "There is no executor slrm; did you mean slurm?"),
         (
             ["run.executor=slurm", "run.executor.partion=x"],
