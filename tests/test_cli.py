@@ -215,7 +215,7 @@ def test_a_dry_run_refuses_what_a_start_on_this_machine_refuses(run, monkeypatch
         status, told = run(monkeypatch, capsys, "server.count=2", "--dry-run")
         placed_elsewhere, _ = run(monkeypatch, capsys, "server.count=2", "--dry-run", "--servers", "registered")
         assert placed_elsewhere == 0
-        assert status == 2 and "of 1; make policy.layout or the servers' count or tp smaller" in told
+        assert status == 2 and "of 1; reduce policy.layout or the servers' count or tp" in told
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
