@@ -92,12 +92,11 @@ def _arguments_of(model: Path, cuda: bool) -> list[str]:
     text = qwen3_5.text_settings(tree, str(path))
     rope = read_rope(text, str(path))
     settings = qwen3_5.served_settings(text, rope.base, rope.share)
-    arguments = [] if cuda else ["--max-mamba-cache-size", str(_cpu_states(text))]
-    if names[0] not in qwen3_5.VISION_MODELS:
-        return ["--json-model-override-args", json.dumps(settings), *arguments]
-    return [
-        "--json-model-override-args", json.dumps({"text_config": settings}), "--language-model-only", *arguments
-    ]  # fmt: skip
+    if names[0] in qwen3_5.VISION_MODELS:
+        # SGLang's --language-model-only refuses this architecture; its model obeys the setting.
+        settings = {"language_model_only": True, "text_config": settings}
+    arguments = ["--json-model-override-args", json.dumps(settings)]
+    return arguments if cuda else [*arguments, "--max-mamba-cache-size", str(_cpu_states(text))]
 
 
 def _cpu_states(text: dict) -> int:

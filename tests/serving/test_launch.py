@@ -203,16 +203,15 @@ def test_a_server_of_qwen3_5_reads_the_settings_that_sglang_looks_for_elsewhere(
     }  # fmt: skip
     assert command.count("--max-mamba-cache-size") == (1 if cuda else 2) and command[-1] == "7"
     assert ("SGLANG_MAMBA_CONV_DTYPE" in server_environment({}, cuda=cuda)) is not cuda
-    assert "--language-model-only" not in command
+    assert "language_model_only" not in read
 
 
 def test_a_server_of_a_vision_model_has_its_language_model_alone(tiny_model, tmp_path):
     model = write_tiny_vision_model(tmp_path / "vision", tiny_model("qwen3.5"))
     settings = {"dtype": "bfloat16", "port": 1, "seed": 0, "weight_version": "v0", "cuda": True}
     command = server_command(model, ServerConfig(), **settings)
-    assert "--language-model-only" in command
     read = json.loads(command[command.index("--json-model-override-args") + 1])
-    assert read["text_config"]["full_attention_interval"] == 2
+    assert read["language_model_only"] is True and read["text_config"]["full_attention_interval"] == 2
 
 
 def test_states_of_gated_delta_nets_have_bounded_memory_on_a_cpu(tmp_path):

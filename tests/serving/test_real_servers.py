@@ -309,7 +309,7 @@ def test_the_states_of_a_gated_delta_net_are_of_one_request_alone(servers, tiny_
         await client.flush_cache()
         alone = [await client.generate(p, seed=i, **settings) for i, p in enumerate(prompts)]
         # The conversation continues: the states at the end of the response before are in the cache.
-        follow = [*prompts[7], *alone[7].token_ids, *PROMPT[:20]]
+        follow = [*prompts[7], *alone[7].token_ids.tolist(), *PROMPT[:20]]
         return [*first, *again, *alone], follow, await client.generate(follow, seed=1, **settings)
 
     generations, follow, continued = on(servers["qwen3.5"], ask)
