@@ -136,4 +136,4 @@ def test_another_temperature_in_the_same_directory_is_refused(killed_and_resumed
     directory, *_ = killed_and_resumed
     refused = subprocess.run([*command(directory), "--temperature", "0.7"], capture_output=True, text=True)
     assert refused.returncode == 2
-    assert "holds an evaluation with another sampling" in refused.stderr
+    assert "has an evaluation with another sampling" in refused.stderr

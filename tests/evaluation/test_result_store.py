@@ -94,7 +94,7 @@ def test_servers_and_deadlines_may_change(directory):
 def test_another_problem_under_the_same_id_is_refused(directory):
     kept = directory()
     kept.save("p", KEY, samples("p"))
-    with pytest.raises(UserError, match="The problem p was another one when"):
+    with pytest.raises(UserError, match="The problem p has changed since"):
         kept.find("p", question_key([1, 2], "math", "3"))
 
 

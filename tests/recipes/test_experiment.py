@@ -183,7 +183,7 @@ def test_a_dry_run_on_this_machine_refuses_too_few_gpus_and_a_port_in_use(monkey
     with monkeypatch.context() as patched:
         patched.setattr("exprl_megatron.launch.launcher.gpu_count", lambda: 1)
         recipe.config.server.count = 2
-        with pytest.raises(UserError, match=r"of 1; make policy\.layout or the servers' count or tp smaller"):
+        with pytest.raises(UserError, match=r"of 1; reduce policy\.layout or the servers' count or tp"):
             launch(recipe, dryrun=True)
         launch(recipe, slurm_of_research(), dryrun=True)
         assert "sbatch" in capsys.readouterr().out
