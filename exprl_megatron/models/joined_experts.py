@@ -58,7 +58,11 @@ def pieces(names: Iterable[str], architecture: Architecture) -> dict[str, Piece]
 
 
 def joined_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
-    """The shape of the joined tensor `name`."""
+    """Return the shape of the joined tensor `name`.
+
+    Raises:
+        ValueError: the model has no experts.
+    """
     experts = architecture.experts
     if experts is None:
         raise ValueError(f"{name} is of a model without experts")

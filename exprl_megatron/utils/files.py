@@ -56,7 +56,11 @@ def keep_private(root: Path) -> None:
 
 
 def require_directory(path: Path) -> None:
-    """Raise UserError where `path` is no directory, or where none can be made, on this machine and by this user."""
+    """Check that `path` is a directory in which this user may write, or that one can be created there.
+
+    Raises:
+        UserError: it is not.
+    """
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if holds_no_files(path):
         raise UserError(f"Cannot use {path}, which the kernel keeps; choose a directory on a disk.")
