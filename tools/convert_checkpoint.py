@@ -93,7 +93,9 @@ class _progress:
         return self._progress, self._advance
 
     def __exit__(self, *exception) -> None:
-        self._progress.stop()
+        # Where there is no terminal, a bar that has not begun ends with an empty line.
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def _advance(self, done: int, total: int) -> None:
         # Not before there is something to do: what is refused gets no empty bar.
