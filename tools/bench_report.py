@@ -124,7 +124,7 @@ def _graded(trace: Trace, reference: str, store: JudgementStore, draw: random.Ra
         judged = Scored(draw.randrange(5) / 4, answer, hash=key)
         question = f"Grade. The reference is: {reference}. {' '.join(draw.choices(_WORDS, k=200))}"
         asked = {"problem": trace.problem_id, "unit": "prefix", "rubric": None}
-        store.keep_judgement(key, asked | {"messages": [{"role": "user", "content": question}]}, answer, judged)
+        store.add_judgement(key, asked | {"messages": [{"role": "user", "content": question}]}, answer, judged)
         ends = number * tokens // _SEGMENTS, (number + 1) * tokens // _SEGMENTS
         segments.append(JudgedSegment(*ends, judged))
     verified = Scored(float(draw.random() < 0.4), "boxed 12")
