@@ -136,7 +136,11 @@ def _run(settings: "EvalConfig", as_json: bool, json_file: Path | None, unsolved
     def log(text: str) -> None:
         terminal.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    evaluation = evaluate(settings, log)
+    try:
+        evaluation = evaluate(settings, log)
+    except UserError as error:
+        # A run's config has this key; here it is an option.
+        raise UserError(str(error).replace("set problems.fields.", "use --field ")) from error
     terminal.print(result_table(settings, evaluation))
     for line in result_lines(settings, evaluation):
         log(line)

@@ -167,6 +167,7 @@ def run(tmp_path, tiny_model, monkeypatch, capsys):
         (("--max-new-tokens", "2048"), "has 1024 positions, including the prompt; lower --max-new-tokens."),
         (("--max-prompt-tokens", "3"), "None of the 5 problems has a prompt of at most 3 tokens"),
         (("--field", "answer=level", "--field", "problem=nothing"), "the field 'nothing' is missing"),
+        (("--field", "problem=nothing"), "use --field problem"),
         (("--dtype", "int8"), "dtype is 'int8': Input should be"),
     ],
 )
