@@ -15,6 +15,7 @@ MODELS = (
     "qwen3_235b_a22b",
     "glm4p5_air",
     "olmo3_32b",
+    "qwen3p5_27b",
 )
 """The modules that have a model's recipes."""
 EXPERIMENTS = ("exprl", "sparse_rl", "sft", "self_distill", "exprl_then_sparse_rl")

@@ -69,13 +69,16 @@ def sampling_time(
     prompt_tokens: float,
     answers: LengthDistribution,
 ) -> ServingTime:
-    """Seconds to sample `traces` traces for each of `problems`; a problem's prompt is read once."""
+    """Seconds to sample `traces` traces for each of `problems`.
+
+    A problem's prompt is read once; by gated delta nets once for each trace, as SGLang keeps no states of it.
+    """
     return serving_time(
         architecture,
         servers,
         requests=problems * traces,
         prompt_tokens=prompt_tokens,
-        read_tokens=problems * prompt_tokens,
+        read_tokens=(problems if architecture.delta_net is None else problems * traces) * prompt_tokens,
         answers=answers,
     )
 
@@ -94,7 +97,7 @@ def judging_time(
     """Seconds for `judgements` judgements of each of `problems`.
 
     Their prompts share `shared_tokens` (system, problem, rubric) and have `own_tokens` of a trace each; `cached`:
-    the shared part is read once for each problem, else with every judgement.
+    the shared part is read once for each problem, else (and by gated delta nets) with every judgement.
 
     More than 7 parameters: they are the variables of the formula.
     """
@@ -104,7 +107,8 @@ def judging_time(
         servers,
         requests=requests,
         prompt_tokens=shared_tokens + own_tokens,
-        read_tokens=(problems if cached else requests) * shared_tokens + requests * own_tokens,
+        read_tokens=(problems if cached and architecture.delta_net is None else requests) * shared_tokens
+        + requests * own_tokens,
         answers=answers,
     )
 

@@ -15,12 +15,24 @@ from exprl_megatron.planning.rl_time import (
     sampling_time,
     save_time,
 )
-from exprl_megatron.planning.serving_time import LengthDistribution, ServerHardware, iteration_seconds
+from exprl_megatron.planning.serving_time import LengthDistribution, ServerHardware, iteration_seconds, prefill_seconds
+from exprl_megatron.planning.targets import find_architecture
 
 MODELS = published_rows()["models"]
 LLAMA_8B, LLAMA_70B = architecture_of(MODELS["llama3-8b"]), architecture_of(MODELS["llama3-70b"])
 H100 = GPUS["h100"]
 SERVERS = ServerHardware(8, 1, H100)
+
+
+@pytest.mark.parametrize(("model", "times"), [("qwen3-32b", 1), ("qwen3.5-27b", 16)])
+def test_a_prompt_is_read_once_for_a_group_but_by_gated_delta_nets_once_for_each_trace(model, times):
+    architecture = find_architecture(model)[0]
+    servers, answers = ServerHardware(2, 4, H100), LengthDistribution(500, 4096)
+    given = {"problems": 8, "prompt_tokens": 300}
+    group = sampling_time(architecture, servers, traces=16, answers=answers, **given)
+    assert group.prefill_s == pytest.approx(times * prefill_seconds(architecture, servers, 8 * 300 / 2, 300))
+    judged = {"problems": 8, "judgements": 16, "shared_tokens": 300, "own_tokens": 0}
+    assert judging_time(architecture, servers, answers=answers, **judged).prefill_s == pytest.approx(group.prefill_s)
 
 
 def sample(servers=SERVERS, problems=64, traces=16, mean=1000, bound=4096):
