@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from helpers.forking import starter
-from helpers.tiny_models import write_tiny_model
+from helpers.tiny_models import write_tiny_model, write_tiny_vision_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -54,9 +54,10 @@ PROMPT = list(range(3, 100))
 @pytest.fixture(scope="module")
 def servers(tiny_model, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
-    specs = [
-        ServerSpec(f"{name}-0", tiny_model(name, **settings), _config(name), logs) for name, settings in MODELS.items()
-    ]
+    models = {name: tiny_model(name, **settings) for name, settings in MODELS.items()}
+    # As it is published; what is compared with it is its language model alone.
+    models["qwen3.5"] = write_tiny_vision_model(tmp_path_factory.mktemp("vision"), models["qwen3.5"])
+    specs = [ServerSpec(f"{name}-0", model, _config(name), logs) for name, model in models.items()]
     started = start_servers(specs, starter())
     yield dict(zip(MODELS, started, strict=True))
     stop_servers(started)
