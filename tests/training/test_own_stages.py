@@ -11,8 +11,11 @@ from helpers.scripted_rollouts import PROBLEMS, SECRET, Judging, drawn, rollouts
 
 from exprl_megatron.algorithms.advantages import advantage_fn
 from exprl_megatron.api import Group, LearnedTrace, OwnStage, PromptProblem, Scored
+from exprl_megatron.config.problems import LeakGuardConfig
 from exprl_megatron.errors import RunStopped, UserError
+from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.plugins.failures import PluginError
+from exprl_megatron.problems.problem import Reference
 from exprl_megatron.training.own_stages import StageHooks, read_kept, write_kept
 
 
@@ -320,6 +323,31 @@ def test_a_reference_of_any_problem_in_a_prompt_stops_the_run_whatever_the_code_
 
     with pytest.raises(RunStopped, match="Leak guard: a request to the policy for problem p"):
         sampled(monkeypatch, rollout)
+
+
+@pytest.mark.parametrize(("leaks", "said"), [(True, "with the reference of problem p5"), (False, None)])
+def test_the_reference_of_a_problem_that_is_not_sampled_is_no_hint_either(monkeypatch, leaks, said):
+    """What the problem's own statement has is none."""
+    words = SECRET if leaks else "What is 0?"
+    made_by = rollouts
+
+    def with_one_reference(*arguments, **named):
+        made = made_by(*arguments, **named)
+        others = [replace(problem, reference=Reference("x")) for problem in PROBLEMS[:5]]
+        guard = LeakGuard(LeakGuardConfig(), [*others, PROBLEMS[5]])
+        made._guards = dict.fromkeys(made._guards, guard)
+        return made
+
+    async def rollout(ctx):
+        return await ctx.sample(ctx.problems[:1], prompt=lambda problem: f"{problem.statement} {words}")
+
+    monkeypatch.setitem(globals(), "rollouts", with_one_reference)
+    if said is None:
+        assert len(sampled(monkeypatch, rollout)[0].groups) == 1
+        return
+    with pytest.raises(RunStopped, match="for problem p0 shares a run of") as found:
+        sampled(monkeypatch, rollout)
+    assert said.removeprefix("with the ") in str(found.value) and SECRET not in str(found.value)
 
 
 def test_prompts_of_the_users_own_are_sent_in_place_of_the_problems(monkeypatch):
