@@ -102,7 +102,7 @@ def begin(tmp_path, tiny_model, server):
         while runs:
             runs.pop().close()
 
-    def begin(kind: str, resume: bool = False, **placement):
+    def begin(kind: str, resume: bool = False, stage_kind: str = "sparse-rl", **placement):
         close()
         policy = {"model": str(model), "max_tokens": 160}
         config = run_config(
@@ -111,7 +111,7 @@ def begin(tmp_path, tiny_model, server):
             model,
             problems,
             policy=policy,
-            stages=[stage],
+            stages=[stage | {"kind": stage_kind}],
             placement={"kind": kind} | placement,
         )
         paths = RunDirectory(config.directory)
@@ -157,3 +157,8 @@ def test_a_stage_takes_no_memory_while_sleeping_servers_hold_more_than_they_may(
     with pytest.raises(RunStopped, match=r"the servers left 3\.00 GiB .* than placement.max_asleep_gb \(2\)"):
         begin("colocated", max_asleep_gb=2)
     assert events == [ASLEEP, "policy"]
+
+
+def test_a_run_has_the_stages_of_the_users_own(begin, events):
+    run, stage = begin("separate", stage_kind="examples.stages:SecondAttempt")
+    assert run._rollouts.own_stage(stage).samples
