@@ -93,7 +93,7 @@ class _progress:
         return self._progress, self._advance
 
     def __exit__(self, *exception) -> None:
-        # Where there is no terminal, a bar that has not begun ends with an empty line.
+        # Where there is no terminal, a bar that has not started ends with an empty line.
         if self._progress.live.is_started:
             self._progress.stop()
 

@@ -1,4 +1,4 @@
-"""What tools/convert_checkpoint.py refuses is one line on stderr, without an empty one of a bar that has not begun."""
+"""What tools/convert_checkpoint.py refuses is one line on stderr, without an empty one of a bar that has not started."""
 
 import subprocess
 import sys
