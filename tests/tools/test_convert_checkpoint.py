@@ -1,4 +1,4 @@
-"""What tools/convert_checkpoint.py refuses is one line on stderr, without an empty one of a bar that has not started."""
+"""A refusal of tools/convert_checkpoint.py is one line on stderr, without the empty line of an unstarted bar."""
 
 import subprocess
 import sys
