@@ -79,7 +79,7 @@ def test_the_second_stage_is_the_released_one():
     (stage,) = config.stages
     assert config.judge is None
     assert stage.max_staleness > 0 and config.placement.kind == "separate", "it samples while it learns"
-    assert (stage.problems_per_step, stage.group_size, stage.steps, stage.advantage) == (16, 32, 500, "mean-centred")
+    assert (stage.problems_per_step, stage.group_size, stage.steps, stage.advantage) == (16, 32, 500, "mean-centered")
     assert (stage.loss.clip_low, stage.loss.clip_high, stage.loss.entropy_coefficient) == (4.0, 4.0, 1e-4)
     assert (stage.loss.kl_coefficient, stage.loss.dual_clip, stage.loss.aggregation) == (0, None, "sequence-sum")
     assert (stage.optimizer.lr, stage.optimizer.clip_grad_norm) == (1e-6, 0.3)

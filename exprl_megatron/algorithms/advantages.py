@@ -117,9 +117,9 @@ def _cleared(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 _ESTIMATORS: dict[str, AdvantageFn] = {
-    "group-normalised": group_normalized,
-    "mean-centred": mean_centered,
+    "group-normalized": group_normalized,
+    "mean-centered": mean_centered,
     "leave-one-out": leave_one_out,
-    "batch-normalised": batch_normalized,
-    "group-centred-batch-normalised": group_centered_batch_normalized,
+    "batch-normalized": batch_normalized,
+    "group-centered-batch-normalized": group_centered_batch_normalized,
 }

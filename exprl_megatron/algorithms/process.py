@@ -19,7 +19,7 @@ from typing import Literal
 
 SegmentEstimator = Literal["delta", "end", "group", "batch", "basic"]
 ProcessVariant = Literal["recommended", "paper", "code"]
-OverlongRule = Literal["zero", "penalise", "exclude"]
+OverlongRule = Literal["zero", "penalize", "exclude"]
 
 SENTINEL = -100.0
 """The released code's value for a missing score."""
@@ -120,7 +120,7 @@ def _group_credits(
         if not trace.valid or (trace.overlong and overlong == "exclude"):
             credits.append(Credit(nothing, in_loss=False))
         elif trace.overlong:
-            penalty = fmean(last_scores) if overlong == "penalise" else 0.0
+            penalty = fmean(last_scores) if overlong == "penalize" else 0.0
             credits.append(Credit(tuple(-penalty for _ in nothing)))
         elif estimator == "end" and len(nothing) == 1 and variant == "recommended":
             credits.append(Credit(nothing))

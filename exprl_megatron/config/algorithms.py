@@ -22,26 +22,26 @@ def _loss(surrogate: str, clip: tuple[float, float], aggregation: str, kl: float
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     # DeepSeekMath, arXiv 2402.03300: equation 3, and the KL coefficient of its experiments.
-    "grpo": {"advantage": "group-normalised", "loss": _loss("clip", (0.2, 0.2), "sequence-mean", kl=0.04)},
+    "grpo": {"advantage": "group-normalized", "loss": _loss("clip", (0.2, 0.2), "sequence-mean", kl=0.04)},
     # arXiv 2503.20783: neither std nor response length in the objective, no KL.
-    "dr_grpo": {"advantage": "mean-centred", "loss": _loss("clip", (0.2, 0.2), "constant-length")},
+    "dr_grpo": {"advantage": "mean-centered", "loss": _loss("clip", (0.2, 0.2), "constant-length")},
     # arXiv 2402.14740: the whole response is one action, so that its tokens are summed.
     "rloo": {"advantage": "leave-one-out", "loss": _loss("clip", (0.2, 0.2), "sequence-sum")},
     # arXiv 2503.14476: clip-higher, token mean, soft overlong punishment of all traces (section 3.4), no KL.
     "dapo": {
-        "advantage": "group-normalised",
+        "advantage": "group-normalized",
         "overlong": "score",
         "soft_overlong": {},
         "loss": _loss("clip", (0.2, 0.28), "token-mean"),
     },
     # arXiv 2507.18071: the ranges of its experiments.
-    "gspo": {"advantage": "group-normalised", "loss": _loss("sequence-clip", (3e-4, 4e-4), "sequence-mean")},
+    "gspo": {"advantage": "group-normalized", "loss": _loss("sequence-clip", (3e-4, 4e-4), "sequence-mean")},
     # arXiv 2506.13585: no lower bound.
-    "cispo": {"advantage": "group-normalised", "loss": _loss("clipped-weight", (1.0, 0.28), "token-mean")},
+    "cispo": {"advantage": "group-normalized", "loss": _loss("clipped-weight", (1.0, 0.28), "token-mean")},
     # arXiv 2501.03262; its KL is taken off the reward and is here a term of the loss.
-    "reinforce++": {"advantage": "batch-normalised", "loss": _loss("clip", (0.2, 0.2), "token-mean", kl=1e-3)},
+    "reinforce++": {"advantage": "batch-normalized", "loss": _loss("clip", (0.2, 0.2), "token-mean", kl=1e-3)},
     "reinforce++-baseline": {
-        "advantage": "group-centred-batch-normalised",
+        "advantage": "group-centered-batch-normalized",
         "loss": _loss("clip", (0.2, 0.2), "token-mean", kl=1e-3),
     },
 }

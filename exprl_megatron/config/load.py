@@ -17,7 +17,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from exprl_megatron.config.algorithms import expand_algorithms
 from exprl_megatron.config.base import Config
-from exprl_megatron.config.renamed import new_name
+from exprl_megatron.config.renamed import new_name, new_value
 from exprl_megatron.config.reproduction import expand_reproduction
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.shorthand import expand_shorthand
@@ -237,6 +237,8 @@ def _sentence(item: ErrorDetails, tree: Any) -> str:
         return f"{path}.kind is {_given(item)}; set it to one of {', '.join(_kinds())}, or to module:Class of your own."
     if not path:
         return "the config is not a mapping of keys to values; write key: value lines."
+    if (renamed := new_value(keys, item["input"])) is not None:
+        return f"{path} is {_shown(item['input'])}, which is now called {renamed!r}; change the value."
     return f"{path} is {_shown(item['input'])}: {_lower(item['msg'])}; change the value."
 
 

@@ -8,7 +8,7 @@ from exprl_megatron.config.base import Config
 from exprl_megatron.config.plugin_path import PluginPath, choice_or_plugin
 
 Advantage = Literal[
-    "group-normalised", "mean-centred", "leave-one-out", "batch-normalised", "group-centred-batch-normalised"
+    "group-normalized", "mean-centered", "leave-one-out", "batch-normalized", "group-centered-batch-normalized"
 ]
 """Advantage of a trace from its score: GRPO, Dr. GRPO and ExpRL's stage 2, RLOO, REINFORCE++ and its baseline
 variant."""

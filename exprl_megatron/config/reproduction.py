@@ -149,7 +149,7 @@ def _programs(tree: dict) -> set[str]:
 
 def _program(stage: dict) -> str:
     """Which program a stage is of: of sparse-reward stages GRPO alone, which divides by the std, is the first's."""
-    return SECOND if stage.get("kind") == SPARSE and stage.get("advantage") != "group-normalised" else FIRST
+    return SECOND if stage.get("kind") == SPARSE and stage.get("advantage") != "group-normalized" else FIRST
 
 
 def _with_default(tree: Any, path: tuple[str | int, ...], value: Any) -> Any:

@@ -13,7 +13,7 @@ from exprl_megatron.config.reward import RewardTermConfig, reward_faults
 from exprl_megatron.config.segments import RouteConfig, SegmentsConfig
 from exprl_megatron.config.serving import SamplingConfig
 
-ZERO_ALONE = ("group-normalised", "mean-centred", "leave-one-out", "group-centred-batch-normalised")
+ZERO_ALONE = ("group-normalized", "mean-centered", "leave-one-out", "group-centered-batch-normalized")
 """Advantages that are differences within a group: they are 0 for a group of one trace."""
 
 
@@ -173,7 +173,7 @@ class ExprlOutcomeStage(JudgedStage):
 
     kind: Literal["exprl-outcome"]
     """The judge scores whole traces."""
-    advantage: AdvantageOrPlugin = "group-normalised"
+    advantage: AdvantageOrPlugin = "group-normalized"
     """How a group's scores become advantages (docs/algorithms.md)."""
     overlong: Literal["zero", "score", "exclude"] = "zero"
     """Score of a trace that reached max_new_tokens: 0 (paper), the judge's score, or none (the trace is left out)."""
@@ -211,7 +211,7 @@ class ExprlProcessStage(JudgedStage):
     variant: Literal["recommended", "paper", "code"] = "recommended"
     """The paper's or the released code's equations, or the recommended form; see algorithms/process.py."""
     segments: SegmentsConfig = SegmentsConfig()
-    overlong: Literal["zero", "penalise", "exclude"] = "zero"
+    overlong: Literal["zero", "penalize", "exclude"] = "zero"
     """Advantages of a trace that reached max_new_tokens: 0, minus the group's mean last score, or none (left out)."""
     allow_off_policy: bool = False
     """Permit several updates on one step's traces, and learning from traces of older weights."""
@@ -262,7 +262,7 @@ class SparseRlStage(RlStage):
 
     kind: Literal["sparse-rl"]
     """A verifier checks the final answer."""
-    advantage: AdvantageOrPlugin = "mean-centred"
+    advantage: AdvantageOrPlugin = "mean-centered"
     """How a group's scores become advantages (docs/algorithms.md)."""
     loss: SparseLossConfig = SparseLossConfig()
     overlong: Literal["score", "exclude"] = "score"

@@ -30,7 +30,7 @@ FAILURE = 0.2
 TRACES = ((0,), (1, 0), (1, 1))
 SCORES = (0.25, 1.0, 0.5)
 K = 3
-PER_GROUP = ("group-normalised", "mean-centred", "leave-one-out")
+PER_GROUP = ("group-normalized", "mean-centered", "leave-one-out")
 
 
 def _logits() -> torch.Tensor:
@@ -143,14 +143,14 @@ def test_what_divides_by_sequences_keeps_the_expected_gradient_and_the_token_mea
 
 
 def test_mean_centring_changes_its_length_by_a_known_factor_and_never_its_direction():
-    _close(_expected_step("mean-centred", K, [(False,) * K]), (1 - 1 / K) * _true_gradient())
+    _close(_expected_step("mean-centered", K, [(False,) * K]), (1 - 1 / K) * _true_gradient())
     factor = sum(_chance_of(n, K) * (1 - 1 / n) for n in range(1, K + 1))
-    _close(_expected_step("mean-centred", K, _patterns(K)), factor * _true_gradient())
+    _close(_expected_step("mean-centered", K, _patterns(K)), factor * _true_gradient())
     of_sixteen = sum(_chance_of(n, 16) * (1 - 1 / n) for n in range(1, 17)) / (1 - 1 / 16)
     assert 0.98 < of_sixteen < 1
 
 
-@pytest.mark.parametrize("name", ["mean-centred", "leave-one-out"])
+@pytest.mark.parametrize("name", ["mean-centered", "leave-one-out"])
 def test_problems_keep_their_equal_weight_where_failures_thin_their_groups_unequally(name):
     logits, scores = _logits(), (SCORES, (1.0, 0.0, 0.75))
     prior = [_log_prob(logits, trace).exp().item() for trace in TRACES]
@@ -181,9 +181,9 @@ def test_failure_as_reward_zero_shrinks_an_unscaled_gradient_by_the_share_of_fai
 def test_the_larger_the_group_the_less_failures_matter_to_grpo_and_as_reward_zero_they_always_do():
     errors = {}
     for size in (4, 8, 16):
-        without = _expected_by_counts("group-normalised", size, failure=0.0)
+        without = _expected_by_counts("group-normalized", size, failure=0.0)
         for as_zero in (False, True):
-            found = _expected_by_counts("group-normalised", size, FAILURE, as_zero)
+            found = _expected_by_counts("group-normalized", size, FAILURE, as_zero)
             errors[size, as_zero] = float((found - without).norm() / without.norm())
     assert errors[4, False] > errors[8, False] > errors[16, False]
     assert errors[16, False] < 0.04
@@ -192,8 +192,8 @@ def test_the_larger_the_group_the_less_failures_matter_to_grpo_and_as_reward_zer
 
 def test_both_ways_to_enumerate_agree():
     for as_zero in (False, True):
-        found = _expected_step("group-normalised", K, _patterns(K), as_zero=as_zero)
-        _close(_expected_by_counts("group-normalised", K, FAILURE, as_zero), found)
+        found = _expected_step("group-normalized", K, _patterns(K), as_zero=as_zero)
+        _close(_expected_by_counts("group-normalized", K, FAILURE, as_zero), found)
 
 
 @pytest.mark.parametrize("name", PER_GROUP)

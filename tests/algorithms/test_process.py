@@ -168,13 +168,13 @@ def test_overlong_traces_of_the_recommended_form():
     group = [trace([3, 5, 4]), trace([2, 3], overlong=True), trace([5, None])]
     mean_last = (0.75 + 0.5) / 2
     for estimator in ("delta", "end", "group", "batch", "basic"):
-        zero, penalised, excluded = (
-            process_credits([group], estimator, "recommended", rule)[0] for rule in ("zero", "penalise", "exclude")
+        zero, penalized, excluded = (
+            process_credits([group], estimator, "recommended", rule)[0] for rule in ("zero", "penalize", "exclude")
         )
         assert (zero[1].advantages, zero[1].in_loss) == ((0.0, 0.0), True)
-        assert list(penalised[1].advantages) == close([-mean_last] * 2)
+        assert list(penalized[1].advantages) == close([-mean_last] * 2)
         assert not excluded[1].in_loss
-        assert zero[0] == penalised[0] == excluded[0]
+        assert zero[0] == penalized[0] == excluded[0]
     baseline = process_credits([group], "group")[0][0]
     assert list(baseline.advantages) == close([-0.25, 0.25, 0.0])
 
@@ -188,7 +188,7 @@ def test_overlong_traces_of_the_paper_have_the_score_zero():
 
 def test_a_group_without_a_valid_trace_is_left_out_whole():
     for estimator in ("delta", "end", "group", "batch", "basic"):
-        for rule in ("zero", "penalise", "exclude"):
+        for rule in ("zero", "penalize", "exclude"):
             credits = process_credits([[trace([None]), trace([2, None])]], estimator, "recommended", rule)
             assert [credit.in_loss for credit in credits[0]] == [False, False]
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from exprl_megatron.config.load import check_config, load_config
-from exprl_megatron.config.renamed import RENAMED_KEYS
+from exprl_megatron.config.renamed import RENAMED_KEYS, RENAMED_VALUES
 from exprl_megatron.errors import UserError
 
 
@@ -141,6 +141,18 @@ def test_a_renamed_key_is_refused_with_its_new_name(tmp_path, override, old, new
     assert RENAMED_KEYS[old] == new.rpartition(".")[2]
     value = override.partition("=")[2]
     assert "unknown key" not in "".join(_complaints(tmp_path, _tree(), f"{new}={value}", "seed=x"))
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [(key.rpartition(".")[2], *names) for key, values in RENAMED_VALUES.items() for names in values.items()],
+)
+def test_a_renamed_value_is_refused_with_its_new_name(tmp_path, key, old, new):
+    tree = _tree()
+    tree["stages"][0] |= {"kind": "exprl-process" if key == "overlong" else "exprl-outcome", key: old}
+    assert f"stages.0.{key} is {old!r}, which is now called {new!r}; change the value." in _only(tmp_path, tree)
+    tree["stages"][0][key] = new
+    assert getattr(load_config(_file(tmp_path, tree)).stages[0], key) == new
 
 
 def test_renamed_keys_of_stages_and_routes_are_refused_with_their_new_names(tmp_path):

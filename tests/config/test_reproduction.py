@@ -31,7 +31,7 @@ SETTINGS = [
     ((*JUDGED, "8b-process-delta"), "stages.0.variant", "code", "core_algos.py:305 and 421"),
     ((*JUDGED, "8b-process-delta"), "stages.0.overlong", "zero", "scripts: custom_reward_function.clip_length=True"),
     (GRPO, "stages.0.overlong", "score", "qwen4b/grpo.sh: main_ppo clips no reward"),
-    (GRPO, "stages.0.advantage", "group-normalised", "qwen4b/grpo.sh: adv_estimator=grpo"),
+    (GRPO, "stages.0.advantage", "group-normalized", "qwen4b/grpo.sh: adv_estimator=grpo"),
     (FIRST, "stages.0.loss.aggregation", "micro-batch-mean", "dp_actor.py:475: x rows / ppo_mini_batch_size"),
     (FIRST, "stages.0.loss.use_rollout_log_probs", False, "ray_trainer: old_log_prob is computed by the actor"),
     (FIRST, "stages.0.loss.dual_clip", 3.0, "actor.yaml: clip_ratio_c"),
@@ -147,7 +147,7 @@ def test_the_dry_run_reports_what_departs_and_shows_what_was_set():
 
 
 def test_one_run_of_both_sparse_stages_is_refused_as_their_verifiers_differ():
-    both = [STAGE | {"kind": "sparse-rl", "advantage": "group-normalised"}, STAGE | {"kind": "sparse-rl", "name": "b"}]
+    both = [STAGE | {"kind": "sparse-rl", "advantage": "group-normalized"}, STAGE | {"kind": "sparse-rl", "name": "b"}]
     with pytest.raises(UserError, match="in different ways, and the config has a sparse-rl stage of each"):
         check_config(tree("sft", reproduce="released") | {"stages": both}, "t")
 

@@ -46,7 +46,7 @@ def run(tmp_path):
     shared = {"steps": 9, "problems": {"source": "x.jsonl"}, "group_size": 2}
     shared["sampling"] = {"max_new_tokens": 64}
     stages = [
-        shared | {"kind": "exprl-outcome", "name": "prime", "advantage": "mean-centred"},
+        shared | {"kind": "exprl-outcome", "name": "prime", "advantage": "mean-centered"},
         shared | {"kind": "exprl-process", "name": "parts", "estimator": "delta"},
     ]
     policy = {"model": str(POLICY), "max_tokens": 160}

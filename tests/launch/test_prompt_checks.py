@@ -109,8 +109,8 @@ def test_a_model_that_is_elsewhere_is_said_not_to_be_checked(tree):
         ({"sampling": {"max_new_tokens": 128, "top_k": 20}}, "top_k 20"),
         ({"group_size": 1}, "every advantage is 0"),
         ({"group_size": 1, "advantage": "leave-one-out"}, "every advantage is 0"),
-        ({"group_size": 1, "advantage": "mean-centred"}, "every advantage is 0"),
-        ({"group_size": 1, "advantage": "group-centred-batch-normalised"}, "every advantage is 0"),
+        ({"group_size": 1, "advantage": "mean-centered"}, "every advantage is 0"),
+        ({"group_size": 1, "advantage": "group-centered-batch-normalized"}, "every advantage is 0"),
     ],
 )
 def test_a_stage_that_would_learn_nothing_or_from_another_policy_is_refused(tree, changes, sentence):
@@ -120,5 +120,5 @@ def test_a_stage_that_would_learn_nothing_or_from_another_policy_is_refused(tree
 
 
 def test_one_trace_a_group_is_enough_where_batches_are_compared(tree):
-    tree["stages"][0] |= {"group_size": 1, "advantage": "batch-normalised"}
+    tree["stages"][0] |= {"group_size": 1, "advantage": "batch-normalized"}
     check_config(tree, "test")

@@ -51,6 +51,7 @@ def test_a_run_of_an_earlier_version_is_read_and_resumed_under_todays_names_of_k
     sampled = {"steps": 3, "problems": {"source": "p.jsonl"}, "problems_per_step": 2, "group_size": 2}
     routes = {"math": {"granularity": "segment", "estimator": "delta"}}
     stage = sampled | {"kind": "exprl-process", "name": "a", "granularity": "prefix", "routes": routes}
+    stage["overlong"] = "penalize"
     now = {"judge": {"model": "j", "placement": "own"}, "sync": {"pause_mode": "retract"}, "stages": [stage]}
     now["policy"] = {"model": "m", "ref_policy": "host"}
     directory = RunDirectory(tmp_path / "run")
@@ -67,6 +68,7 @@ def test_a_run_of_an_earlier_version_is_read_and_resumed_under_todays_names_of_k
         (stage["routes"]["math"], "granularity", "unit"),
     ]:
         section[old] = section.pop(key)
+    stage["overlong"] = "penalise"
     directory.config.write_text(yaml.safe_dump(tree))
     assert read_config(directory) == before
     directory.claim(config(directory.root, **now), resume=True).release()

@@ -251,7 +251,7 @@ def test_a_trace_whose_term_is_missing_is_out_of_statistics_and_loss():
     rewards, valid = group_rewards(group, "score")
     assert rewards.tolist() == [-1.0, 0.0, 0.0]
     assert valid.tolist() == [True, False, True]
-    stage = outcome_stage({"term": "judge"}, {"term": "a:f", "weight": -1.0}, advantage="mean-centred")
+    stage = outcome_stage({"term": "judge"}, {"term": "a:f", "weight": -1.0}, advantage="mean-centered")
     (rows,) = token_advantages(stage, [group])
     assert rows[1] is None
     assert [row[0] for row in rows if row is not None] == [-0.5, 0.5]

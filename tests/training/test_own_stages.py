@@ -107,8 +107,8 @@ def test_the_class_gets_its_settings():
 
 def test_a_stage_that_leaves_learning_as_it_is_learns_what_its_base_learns():
     groups = [group(1.0, 0.0, tokens=3), group(1.0, None, tokens=3)]
-    rows, metrics = hooks("Plain", advantage="mean-centred").learn(1, groups)
-    expected = advantage_fn("mean-centred")(
+    rows, metrics = hooks("Plain", advantage="mean-centered").learn(1, groups)
+    expected = advantage_fn("mean-centered")(
         torch.tensor([[1.0, 0.0], [1.0, 0.0]]).double(), torch.tensor([[1, 1], [1, 0]]).bool()
     )
     assert metrics == {} and rows[1][1] is None

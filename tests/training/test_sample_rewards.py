@@ -68,7 +68,7 @@ def test_an_abstention_is_not_punished_but_left_out():
     ("overlong", "scores"), [("zero", [-0.5, 0.0, 0.5]), ("score", [0.25, 0.0, 0.5]), ("exclude", [None, 0.0, 0.5])]
 )
 def test_a_judge_s_scores_are_punished_after_what_overlong_makes_of_them(overlong, scores):
-    settings = {"overlong": overlong, "advantage": "mean-centred", "soft_overlong": {"cache": 20, "penalty": 0.5}}
+    settings = {"overlong": overlong, "advantage": "mean-centered", "soft_overlong": {"cache": 20, "penalty": 0.5}}
     cut, near, short = graded(0, 0.75, 100, "length"), graded(1, 0.25, 90), graded(2, 0.5, 10)
     center = mean(score for score in scores if score is not None)
     expected = [None if score is None else pytest.approx(score - center) for score in scores]

@@ -94,7 +94,7 @@ def test_overlong_traces_of_stages_judged_whole():
 
 def test_the_stage_names_the_estimator_and_a_batch_is_the_whole_step():
     groups = [group(1.0, 0.0), group(0.0, 0.0)]
-    split = update_samples(stage("sparse-rl", advantage="batch-normalised", updates_per_step=2), groups)
+    split = update_samples(stage("sparse-rl", advantage="batch-normalized", updates_per_step=2), groups)
     std = (3 * 0.25**2 + 0.75**2) ** 0.5 / 3**0.5
     found = [[s.advantages[0] for s in part] for part in split]
     assert found == [close([0.75 / std, -0.25 / std]), close([-0.25 / std, -0.25 / std])]
@@ -127,8 +127,8 @@ def test_process_advantages_go_to_the_tokens_of_their_segments():
 
 def test_process_settings_reach_the_estimator():
     group_ = Group("p", (cut(0, (0.5, 1), (1.0, 1)), cut(1, (0.25, 2), finish="length")))
-    penalised = advantages_of(stage("exprl-process", overlong="penalise"), [group_])
-    assert penalised[1] == close([-0.625] * 2)
+    penalized = advantages_of(stage("exprl-process", overlong="penalize"), [group_])
+    assert penalized[1] == close([-0.625] * 2)
     assert len(sequences_of(stage("exprl-process", overlong="exclude"), [group_])) == 1
     ended = advantages_of(stage("exprl-process", estimator="end", variant="code"), [group_])
     assert ended == [close([-0.5, 0]), close([-0.25] * 2)]
