@@ -40,11 +40,11 @@ class Experts:
     """A mixture of experts in place of layers' MLPs: a linear router, SwiGLU experts."""
 
     count: int
-    chosen: int
-    """Experts that each token goes to."""
+    top_k: int
+    """Experts that each token is routed to."""
     ffn: int
     """Width of one expert."""
-    normalised: bool
+    norm_topk_prob: bool
     """Whether the chosen experts' weights are made to sum to 1."""
     dense_layers: int = 0
     """Layers at the model's beginning that have a dense MLP instead."""
@@ -354,16 +354,16 @@ def _experts(family: str, tree: dict) -> Experts | None:
         return Experts(
             # transformers 5 writes the second name, published checkpoints have the first.
             count=tree["num_experts"] if "num_experts" in tree else tree["num_local_experts"],
-            chosen=tree["num_experts_per_tok"],
+            top_k=tree["num_experts_per_tok"],
             ffn=tree["moe_intermediate_size"],
-            normalised=tree.get("norm_topk_prob", False),
+            norm_topk_prob=tree.get("norm_topk_prob", False),
         )
     if family == "qwen3.5-moe":
         return Experts(
             count=tree["num_experts"] if "num_experts" in tree else tree["num_local_experts"],
-            chosen=tree["num_experts_per_tok"],
+            top_k=tree["num_experts_per_tok"],
             ffn=tree["moe_intermediate_size"],
-            normalised=True,
+            norm_topk_prob=True,
             shared_ffn=tree["shared_expert_intermediate_size"],
             shared_gate=True,
         )
@@ -372,9 +372,9 @@ def _experts(family: str, tree: dict) -> Experts | None:
     if family == "glm4-moe":
         return Experts(
             count=tree["n_routed_experts"],
-            chosen=tree["num_experts_per_tok"],
+            top_k=tree["num_experts_per_tok"],
             ffn=tree["moe_intermediate_size"],
-            normalised=True,
+            norm_topk_prob=True,
             dense_layers=tree.get("first_k_dense_replace", 1),
             shared_ffn=tree["moe_intermediate_size"],
             sigmoid=True,

@@ -58,7 +58,7 @@ def routed_gemms(architecture: Architecture, tokens: float, tp: int, ep: int, et
     if experts is None:
         return ()
     local = experts.count / ep
-    rows = tokens / tp * experts.chosen * etp / local
+    rows = tokens / tp * experts.top_k * etp / local
     return _swiglu_gemms(rows, experts.ffn / etp, architecture.hidden, local)
 
 

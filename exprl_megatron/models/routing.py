@@ -33,7 +33,7 @@ class Routing:
         experts = architecture.experts
         if experts is None:
             return None
-        return cls(architecture.layers, experts.chosen, experts.count, experts.dense_layers)
+        return cls(architecture.layers, experts.top_k, experts.count, experts.dense_layers)
 
     def layers_of_stages(self, architecture: Architecture, layout: Layout) -> list[tuple[int, ...]]:
         """Return for each pipeline rank its layers with experts, counted from 0 over the whole model, in order."""

@@ -56,7 +56,7 @@ def _mlp(architecture: Architecture, layout: Layout, wide: int, entry: int) -> f
     experts = architecture.experts
     if experts is None:
         return (2 * wide + entry) * architecture.ffn / layout.tp
-    copies = experts.chosen * layout.etp / layout.tp
+    copies = experts.top_k * layout.etp / layout.tp
     ffn = experts.ffn / layout.etp
     # The norm's output stays as it is for the router in addition to its quantized copies.
     norm = (wide - entry) * architecture.hidden / layout.tp
@@ -118,7 +118,7 @@ def _widest(architecture: Architecture, layout: Layout) -> float:
     experts, hidden = architecture.experts, architecture.hidden
     if experts is None:
         return hidden + 3 * architecture.ffn / layout.tp
-    routed = experts.chosen * layout.etp / layout.tp * (hidden + 3 * experts.ffn / layout.etp)
+    routed = experts.top_k * layout.etp / layout.tp * (hidden + 3 * experts.ffn / layout.etp)
     if not experts.shared_ffn:
         return routed
     return hidden + max(routed, 3 * experts.shared_ffn / layout.tp)

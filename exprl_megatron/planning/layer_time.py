@@ -42,7 +42,7 @@ class RankWorkload:
         """Rows that pass this rank's MLP: tokens, or with experts the copies of tokens that it receives."""
         if self.architecture.experts is None:
             return self.tokens
-        return self.tokens / self.layout.tp * self.architecture.experts.chosen * self.layout.etp
+        return self.tokens / self.layout.tp * self.architecture.experts.top_k * self.layout.etp
 
     @property
     def sharded_tokens(self) -> float:
@@ -219,10 +219,10 @@ def _expert_parallel(rank: RankWorkload, compute_s: float) -> float:
     architecture, layout = rank.architecture, rank.layout
     if architecture.experts is None or layout.ep * layout.etp == 1:
         return 0.0
-    copies = rank.tokens / layout.tp * architecture.experts.chosen
+    copies = rank.tokens / layout.tp * architecture.experts.top_k
     row = architecture.hidden * rank.width
     across = 2 * exchange_seconds(
-        copies, row, architecture.experts.chosen, rank.gpu, layout.ep * layout.etp, rank.features.once_per_node
+        copies, row, architecture.experts.top_k, rank.gpu, layout.ep * layout.etp, rank.features.once_per_node
     )
     within = 2 * ring_seconds(copies * layout.etp * row, rank.gpu, layout.etp, 1)
     return exposed_seconds(across, compute_s, rank.features.ep_overlap) + within

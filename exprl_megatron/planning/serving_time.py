@@ -156,7 +156,7 @@ def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch
     bandwidth = gpu.hbm_bytes_per_s * EFFICIENCY.traffic * servers.tp
     dense, experts = linear_parameters(architecture)
     if architecture.experts:
-        experts *= 1 - (1 - architecture.experts.chosen / architecture.experts.count) ** batch
+        experts *= 1 - (1 - architecture.experts.top_k / architecture.experts.count) ** batch
     weights = (dense + experts) * servers.weight_bytes + architecture.vocabulary * architecture.hidden * 2.0
     compute = batch * linear_flops(architecture) / (servers.tp * gemm_flops_per_s(gpu, servers.kind))
     # A state is read and written.

@@ -163,10 +163,10 @@ def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: boo
         return {}
     return {
         "num_moe_experts": experts.count,
-        "moe_router_topk": experts.chosen,
+        "moe_router_topk": experts.top_k,
         "moe_ffn_hidden_size": experts.ffn,
         # Softmax over the chosen experts alone is softmax over all, made to sum to 1 over the chosen.
-        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_pre_softmax": not experts.norm_topk_prob,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss" if config.moe_aux_loss else "none",
         "moe_aux_loss_coeff": config.moe_aux_loss,

@@ -139,10 +139,10 @@ def test_qwen2_has_biases_and_its_head_size_follows_from_the_hidden_size(tmp_pat
 
 def test_experts_of_qwen3_moe_are_narrower_than_its_dense_layers_would_be(tmp_path):
     architecture = read_architecture(written(tmp_path, QWEN3_MOE))
-    assert architecture.experts == Experts(count=128, chosen=8, ffn=768, normalised=True)
+    assert architecture.experts == Experts(count=128, top_k=8, ffn=768, norm_topk_prob=True)
     assert (architecture.family, architecture.qk_norm) == ("qwen3-moe", True)
     plain = read_architecture(written(tmp_path, QWEN3_MOE | {"norm_topk_prob": False}))
-    assert not plain.experts.normalised
+    assert not plain.experts.norm_topk_prob
 
 
 def test_the_number_of_experts_is_read_under_the_name_that_transformers_5_writes(tmp_path):
@@ -153,7 +153,7 @@ def test_the_number_of_experts_is_read_under_the_name_that_transformers_5_writes
 
 def test_mixtrals_experts_have_the_width_of_its_mlp(tmp_path):
     architecture = read_architecture(written(tmp_path, MIXTRAL))
-    assert architecture.experts == Experts(count=8, chosen=2, ffn=14336, normalised=True)
+    assert architecture.experts == Experts(count=8, top_k=2, ffn=14336, norm_topk_prob=True)
 
 
 def test_mistral_is_llama_with_heads_of_a_size_of_their_own(tmp_path):

@@ -39,9 +39,9 @@ def test_air_is_read_as_published():
     air = read_architecture(ARCHITECTURES / "glm-4.5-air")
     assert air.experts == Experts(
         count=128,
-        chosen=8,
+        top_k=8,
         ffn=1408,
-        normalised=True,
+        norm_topk_prob=True,
         dense_layers=1,
         shared_ffn=1408,
         sigmoid=True,

@@ -55,7 +55,14 @@ def test_the_language_model_of_a_vision_model_is_read():
 def test_the_mixture_of_the_vision_model_is_read():
     found = read_architecture(PUBLISHED.with_name("qwen3.5-35b-a3b"))
     assert found.experts == Experts(
-        count=256, chosen=8, ffn=512, normalised=True, shared_ffn=512, shared_gate=True, sigmoid=False, scaling=1.0
+        count=256,
+        top_k=8,
+        ffn=512,
+        norm_topk_prob=True,
+        shared_ffn=512,
+        shared_gate=True,
+        sigmoid=False,
+        scaling=1.0,
     )
     assert found.delta_net == DeltaNet(key_heads=16, value_heads=32, key_dim=128, value_dim=128, kernel=4)
     assert (found.output_gate, found.zero_centered_norms, found.left_out) == (True, True, ("model.visual.", "mtp."))

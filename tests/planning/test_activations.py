@@ -63,7 +63,7 @@ def test_a_layer_keeps_what_the_formula_says_and_the_cpus_extras(model):
 
 def test_experts_keep_between_the_formula_and_twice_that():
     """Which expert gets how many tokens is chance, and the CPU runs experts one by one, unfused."""
-    experts = replace(find_architecture("qwen3-30b-a3b")[0].experts, count=8, chosen=2, ffn=32)
+    experts = replace(find_architecture("qwen3-30b-a3b")[0].experts, count=8, top_k=2, ffn=32)
     one, three = (replace(tiny("qwen3-30b-a3b", layers), experts=experts) for layers in (1, 3))
     measured = (saved_bytes(three) - saved_bytes(one)) / 2 / TOKENS
     planned = layer_bytes_per_token(one, Layout(), PrecisionConfig())
@@ -71,7 +71,7 @@ def test_experts_keep_between_the_formula_and_twice_that():
 
 
 def test_a_shared_expert_keeps_what_a_dense_mlp_of_its_width_does_but_for_its_input():
-    experts = replace(find_architecture("qwen3-30b-a3b")[0].experts, count=8, chosen=2, ffn=32)
+    experts = replace(find_architecture("qwen3-30b-a3b")[0].experts, count=8, top_k=2, ffn=32)
     plain = [replace(tiny("qwen3-30b-a3b", layers), experts=experts) for layers in (1, 3)]
     shared = [replace(one, experts=replace(experts, shared_ffn=48)) for one in plain]
     # Both have the same router, so chance is the same too.
