@@ -5,7 +5,6 @@ from dataclasses import MISSING, asdict, fields
 
 from exprl_megatron.models.architecture import Architecture, Experts
 
-
 _RENAMED = {"chosen": "top_k", "normalised": "norm_topk_prob"}
 """Fields of Experts under their name of an earlier version."""
 
