@@ -109,7 +109,7 @@ def train(
 
 
 def _advice(run: "RunConfig | None") -> str:
-    """What to type after an interruption; `run` is None where no config of one had been read."""
+    """Return what to type after an interruption; `run` is None where no config of one had been read."""
     words = ["exprl", *sys.argv[1:]]
     if run is not None and (Path(run.directory) / "config.yaml").is_file() and "--resume" not in words:
         words.append("--resume")

@@ -74,13 +74,13 @@ _NO_FILES = ("/proc", "/sys")
 
 
 def holds_no_files(path: object) -> bool:
-    """Whether `path` is in a directory of the kernel, which takes no files."""
+    """Return whether `path` is in a directory of the kernel, which takes no files."""
     found = os.path.realpath(os.fspath(path)) if isinstance(path, str | os.PathLike) else ""
     return any(found == place or found.startswith(f"{place}/") for place in _NO_FILES)
 
 
 def storage_sentence(error: BaseException, where: object = "a file") -> str | None:
-    """Where something cannot be read or written for want of room or rights, or because
+    """Return a sentence where something cannot be read or written for want of room or rights, or because
     of what is at its path, one sentence about it; else None.
 
     `where` is named if the error itself names no file, as when a disk is full.

@@ -28,7 +28,7 @@ class Build:
 
 @cache
 def this_build() -> Build:
-    """The build that runs, as it was when first asked."""
+    """Return the build that runs, as it was when first asked."""
     if (_ROOT / ".git").exists() and (commit := _git("rev-parse", "HEAD")):
         return Build(exprl_megatron.__version__, commit, bool(_git("status", "--porcelain", "--untracked-files=no")))
     return Build(exprl_megatron.__version__, _installed_commit(), False)
@@ -41,7 +41,7 @@ def package_versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of our files; nothing where it does not."""
+    """Return what git says of our files; nothing where it does not."""
     command = ["git", "-C", str(_ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_S, check=False)
@@ -51,7 +51,7 @@ def _git(*arguments: str) -> str:
 
 
 def _installed_commit() -> str | None:
-    """The commit that pip installed from a repository."""
+    """Return the commit that pip installed from a repository."""
     try:
         origin = json.loads(distribution("exprl-megatron").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:

@@ -70,7 +70,7 @@ def group_centered_batch_normalized(scores: torch.Tensor, valid: torch.Tensor) -
 
 
 def has_variance(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Whether the valid scores of each group differ: bool [...]; dynamic sampling (DAPO) keeps these groups.
+    """Return whether the valid scores of each group differ: bool [...]; dynamic sampling (DAPO) keeps these groups.
 
     With scores of 0 and 1 these are the groups with right and wrong traces (arXiv 2503.14476). Zero-variance groups
     have no gradient.

@@ -202,7 +202,7 @@ def dummy_sample(samples: Sequence[SampleOrOutline]) -> TrainSample:
 
 
 def replays_routing(samples: Sequence[SampleOrOutline]) -> bool:
-    """Whether the samples have the sampling server's choice of experts.
+    """Return whether the samples have the sampling server's choice of experts.
 
     Raises:
         ValueError: only some of the samples have it.
@@ -214,7 +214,7 @@ def replays_routing(samples: Sequence[SampleOrOutline]) -> bool:
 
 
 def _is_set(samples: Sequence[SampleOrOutline], name: str) -> bool:
-    """Whether the samples have the per-token array `name`; raises ValueError where only some of them have it."""
+    """Return whether the samples have the per-token array `name`; raises ValueError where only some of them have it."""
     present = [name in sample.token_fields for sample in samples]
     if any(present) and not all(present):
         raise ValueError(f"{name} is given for some samples of a batch and missing for others")

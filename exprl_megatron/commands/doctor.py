@@ -70,7 +70,9 @@ def examine() -> list[Finding]:
 
 
 def lacking(findings: list[Finding], gpus: bool) -> list[str]:
-    """The essential parts, of a node with `gpus` or of any machine, and those of a named run, that are not there."""
+    """Return the essential parts, of a node with `gpus` or of any machine, and those of a named run, that are not
+    there.
+    """
     essential = ESSENTIAL_ON_GPUS if gpus else ESSENTIAL
     return [
         finding.part
@@ -97,7 +99,7 @@ def _python() -> Finding:
 
 
 def _package(name: str, module: str, prevents: str) -> Finding:
-    """Looked up, not imported: an import of torch or SGLang takes many seconds."""
+    """Look the package up without importing it: an import of torch or SGLang takes many seconds."""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -108,7 +110,7 @@ def _package(name: str, module: str, prevents: str) -> Finding:
 
 
 def _apex() -> Finding:
-    """Its kernel, which the package of the same name on PyPI has not; looked up, not loaded."""
+    """Look up apex's kernel, which the package of the same name on PyPI lacks, without loading it."""
     found = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     prevents = "policy.gradient_accumulation_fusion (optional)"
     return Finding("apex", found, "with its CUDA kernels" if found else "not installed", "" if found else prevents)
@@ -119,7 +121,7 @@ def _cpu_backend() -> Finding:
 
 
 def _accelerator() -> Finding:
-    """What trainer, servers and groups run on here, and why not on a GPU that is there."""
+    """Report what trainer, servers and groups run on here, and why not on a GPU that is present."""
     if uses_cuda():
         return Finding("accelerator", True, "CUDA")
     if not device_visible():
@@ -142,7 +144,9 @@ def _assignment(variable: tuple[str, str]) -> str:
 
 
 def _verbs() -> Finding:
-    """The library through which NCCL reaches InfiniBand and RoCE, loaded as NCCL does, and the adapters' drivers."""
+    """Return the library through which NCCL reaches InfiniBand and RoCE, loaded as NCCL does, and the adapters'
+    drivers.
+    """
     try:
         ctypes.CDLL(VERBS)
     except OSError:
@@ -165,7 +169,7 @@ def _gpus() -> list[str]:
 
 
 def _sandbox() -> list[Finding]:
-    """Whether programs can be run, and whether they can recurse as deep as where contests run them."""
+    """Return whether programs can be run, and whether they can recurse as deep as where contests run them."""
     sandbox = sandbox_available()
     found = [Finding("sandbox for programs", sandbox.ok, sandbox.found, "" if sandbox.ok else "code problems")]
     if sandbox.ok:

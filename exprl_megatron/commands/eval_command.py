@@ -188,7 +188,7 @@ def _pairs(texts: list[str] | None) -> dict[str, Any]:
 
 
 def _max_new_tokens(model: Path) -> int:
-    """Half of the model's positions at most: long on GPUs, and on a CPU short enough that a first try ends."""
+    """Return at most half of the model's positions: long on GPUs, short enough on a CPU that a first try ends."""
     from exprl_megatron.models.architecture import read_architecture
     from exprl_megatron.utils.accelerator import uses_cuda
 

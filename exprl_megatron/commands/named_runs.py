@@ -40,7 +40,9 @@ def as_file(target: str) -> Iterator[str]:
 
 
 def is_recipe(name: str) -> bool:
-    """Whether `name` is the module of a recipe, as `MODEL` or `MODEL/STAGE`; NeMo-Run is not imported for that."""
+    """Return whether `name` is the module of a recipe, as `MODEL` or `MODEL/STAGE`; NeMo-Run is not imported
+    for that.
+    """
     found = importlib.util.find_spec("recipes")
     model = name.partition("/")[0]
     if found is None or not found.submodule_search_locations or not model.isidentifier():
@@ -53,7 +55,7 @@ def _is_model(module: Path) -> bool:
 
 
 def recipe_names() -> list[str]:
-    """The models that have recipes."""
+    """Return the models that have recipes."""
     found = importlib.util.find_spec("recipes")
     folders = [] if found is None else found.submodule_search_locations or []
     return sorted(path.stem for folder in folders for path in Path(folder).glob("*.py") if _is_model(path))

@@ -40,7 +40,7 @@ def _model(key: str, path: str) -> Finding:
 
 
 def _kernels(model: str) -> list[Finding]:
-    """What a policy needs on CUDA alone; nothing where the model is not there, which is a finding of its own."""
+    """Return what a policy needs on CUDA alone; nothing where the model is missing, which is a finding of its own."""
     if not uses_cuda() or not (Path(model) / "config.json").is_file():
         return []
     architecture = read_architecture(model)

@@ -7,7 +7,7 @@ _KINDS = ("sparse-rl", "exprl-outcome")
 
 
 def _loss(surrogate: str, clip: tuple[float, float], aggregation: str, kl: float = 0.0) -> dict[str, Any]:
-    """Every field of a loss that tells algorithms apart, so that no default of a kind of stage remains."""
+    """Return every field of a loss that distinguishes algorithms, so that no default of a kind of stage remains."""
     low, high = clip
     return {
         "surrogate": surrogate,
@@ -92,7 +92,7 @@ def _settings(name: str, kind: str) -> dict[str, Any]:
 
 
 def _under(settings: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
-    """The stage with what it leaves open taken from `settings`."""
+    """Return the stage with what it leaves open taken from `settings`."""
     loss = stage.get("loss")
     if loss is not None and not isinstance(loss, dict):
         return settings | stage
@@ -100,6 +100,6 @@ def _under(settings: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(stage: dict[str, Any]) -> set[str]:
-    """Names of the settings, those of the loss as `loss.NAME`."""
+    """Return the names of the settings, those of the loss as `loss.NAME`."""
     loss = stage.get("loss")
     return {*stage, *(f"loss.{name}" for name in (loss if isinstance(loss, dict) else ()))}

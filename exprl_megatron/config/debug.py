@@ -33,7 +33,7 @@ class DebugConfig(Config):
         return found + (self._assertion_violations(run_config) if self.assertions else [])
 
     def _assertion_violations(self, run_config) -> list[str]:
-        """What keeps a run from checking itself."""
+        """Return the reasons why a run cannot check itself."""
         found = []
         if not run_config.sync.verify:
             found.append("debug.assertions compares weights after each sync, but sync.verify is false; set it to true.")

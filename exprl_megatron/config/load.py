@@ -87,7 +87,7 @@ OmegaConf.register_resolver("oc.env", _environment_variable, replace=True)
 
 
 def _loaded(path: Path, above: tuple[Path, ...] = ()) -> Container:
-    """The file's tree over that of the file that it extends; `above` are the files that extend it."""
+    """Return the file's tree over that of the file that it extends; `above` are the files that extend it."""
     if not path.is_file():
         raise UserError(f"There is no config file {path}; give the path of a YAML file.")
     if path.resolve() in above:
@@ -190,7 +190,7 @@ def _validated(tree: Any) -> RunConfig:
 
 
 def _all_sentences(error: ValidationError, tree: Any, also: ConfigCheck) -> list[str]:
-    """What is wrong with keys and values, and, where only keys are unknown, how the rest contradicts itself."""
+    """Return what is wrong with keys and values, and, where only keys are unknown, the contradictions in the rest."""
     sentences = [_sentence(item, tree) for item in error.errors()]
     if any(item["type"] != "extra_forbidden" for item in error.errors()):
         return sentences
@@ -220,7 +220,7 @@ def _listing(origin: str, sentences: list[str]) -> str:
 
 
 def _sentence(item: ErrorDetails, tree: Any) -> str:
-    """One pydantic finding as a sentence with key, value and remedy."""
+    """Return one pydantic finding as a sentence with key, value and remedy."""
     keys = _keys(item["loc"], tree)
     path = ".".join(map(str, keys))
     if item["type"] == "extra_forbidden":
@@ -248,7 +248,7 @@ def _given(item: ErrorDetails) -> str:
 
 
 def _kinds() -> list[str]:
-    """The built-in stages that a config may name."""
+    """Return the built-in stages that a config may name."""
     return [str(tag_of(stage)) for stage in BUILT_IN]
 
 
@@ -258,7 +258,7 @@ def _shown(value: Any) -> str:
 
 
 def _fault(error: Exception) -> str:
-    """What is wrong with a YAML file, and in which line."""
+    """Return what is wrong with a YAML file, and in which line."""
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
@@ -266,7 +266,7 @@ def _fault(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """The error's message without the lines that OmegaConf adds about itself."""
+    """Return the error's message without the lines that OmegaConf adds about itself."""
     lines = str(error).splitlines()
     kept = [line for line in lines if not line.strip().startswith(_OF_OMEGACONF)]
     return " ".join(" ".join(kept or lines).split()).rstrip(".")
@@ -277,7 +277,7 @@ def _lower(text: str) -> str:
 
 
 def _keys(loc: tuple, tree: Any) -> list[str | int]:
-    """The keys as the user wrote them: pydantic adds the tag of the chosen stage, which no YAML has."""
+    """Return the keys as the user wrote them: pydantic adds the tag of the chosen stage, which no YAML has."""
     keys = []
     for part in loc:
         if isinstance(tree, dict) and part not in tree and stage_tag(tree) == part:
@@ -291,7 +291,7 @@ def _keys(loc: tuple, tree: Any) -> list[str | int]:
 
 
 def known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    """The keys that a config may have at `loc`; a number is a place in a list."""
+    """Return the keys that a config may have at `loc`; a number is a place in a list."""
     classes: list[type[BaseModel]] = [RunConfig]
     for part in loc:
         if isinstance(part, int):

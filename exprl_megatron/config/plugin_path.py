@@ -16,18 +16,20 @@ _OWN = "module:function of your own, or an entry point of the group exprl_megatr
 
 @cache
 def installed_plugins() -> dict[str, EntryPoint]:
-    """The entry points of all installed packages, by name."""
+    """Return the entry points of all installed packages, by name."""
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 def entry_points_named(name: str) -> list[EntryPoint]:
-    """The entry points of that name which differ, where several packages have one, in the order of their values."""
+    """Return the entry points of that name which differ, where several packages have one, in the order of their
+    values.
+    """
     found = {point.value: point for point in entry_points(group=ENTRY_POINTS) if point.name == name}
     return [found[value] for value in sorted(found)]
 
 
 def is_plugin(value: str) -> bool:
-    """Whether `value` has the form `module:function` or is the name of an entry point."""
+    """Return whether `value` has the form `module:function` or is the name of an entry point."""
     return _PATH.fullmatch(value) is not None or value in installed_plugins()
 
 

@@ -102,7 +102,7 @@ def expand_reproduction(tree: Any) -> tuple[Any, list[str]]:
 
 
 def deviations(tree: Any) -> list[str]:
-    """One sentence for each value of a resolved config (plain dicts and lists) that is not the released one."""
+    """Return one sentence for each value of a resolved config (plain dicts and lists) that is not the released one."""
     if tree.get("reproduce") != "released":
         return []
     return [
@@ -114,7 +114,7 @@ def deviations(tree: Any) -> list[str]:
 
 
 def released_only_values(tree: Any) -> list[str]:
-    """One sentence for each value of a resolved config that only `reproduce: released` may have set."""
+    """Return one sentence for each value of a resolved config that only `reproduce: released` may have set."""
     if tree.get("reproduce") is not None:
         return []
     return [
@@ -143,17 +143,19 @@ def _stages(tree: dict) -> list[dict]:
 
 
 def _programs(tree: dict) -> set[str]:
-    """Those of the sparse-reward stages."""
+    """Return the programs of the sparse-reward stages."""
     return {_program(stage) for stage in _stages(tree) if stage.get("kind") == SPARSE}
 
 
 def _program(stage: dict) -> str:
-    """Which program a stage is of: of sparse-reward stages GRPO alone, which divides by the std, is the first's."""
+    """Return the program of a stage: of sparse-reward stages GRPO alone, which divides by the std, is the first's."""
     return SECOND if stage.get("kind") == SPARSE and stage.get("advantage") != "group-normalized" else FIRST
 
 
 def _with_default(tree: Any, path: tuple[str | int, ...], value: Any) -> Any:
-    """A copy of `tree` that has `value` at `path` where there is none; what is no mapping on the way stays as it is."""
+    """Return a copy of `tree` that has `value` at `path` where there is none; what is no mapping on the way stays as it
+    is.
+    """
     first, *rest = path
     if isinstance(tree, list):
         return [_with_default(item, tuple(rest), value) if i == first else item for i, item in enumerate(tree)]

@@ -169,7 +169,7 @@ FREE_ARGUMENTS: Mapping[str, str] = {
 
 
 def row_of(key: str) -> ResumeRule | None:
-    """The row that speaks of `key` (see `without_stage_number`); the longest where several do."""
+    """Return the row that speaks of `key` (see `without_stage_number`); the longest where several do."""
     rows = {name: row for row in TABLE for name in row.keys}
     if key in rows:
         return rows[key]
@@ -183,7 +183,7 @@ def without_stage_number(key: str) -> str:
 
 
 def refused_changes(old: RunConfig, new: RunConfig, same_contents: bool) -> list[str]:
-    """The keys, with the reasons, in which `new` may not continue with what `old` began.
+    """Return the keys, with the reasons, in which `new` may not continue with what `old` began.
 
     `same_contents`: what the paths of both lead to is known to be the same.
     """
@@ -198,7 +198,7 @@ def refused_changes(old: RunConfig, new: RunConfig, same_contents: bool) -> list
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a config in JSON's terms by their keys; a list of plain values is one value."""
+    """Return the values of a config in JSON's terms by their keys; a list of plain values is one value."""
     if isinstance(tree, dict) and tree:
         items: Iterator[tuple[Any, Any]] = iter(tree.items())
     elif isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
@@ -219,7 +219,7 @@ def _allowed(
 
 
 def _batching_counts(config: RunConfig) -> bool:
-    """Whether the loss depends on which sequences share a micro-batch."""
+    """Return whether the loss depends on which sequences share a micro-batch."""
     losses = (getattr(stage, "loss", stage) for stage in config.stages)
     return config.policy.moe_aux_loss > 0 or any(
         getattr(loss, "aggregation", None) == "micro-batch-mean" for loss in losses

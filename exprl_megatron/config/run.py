@@ -35,7 +35,7 @@ class EvaluationConfig(Config):
     """Coverage of the intervals beside each pass@k."""
 
     def is_due(self, step: int) -> bool:
-        """Whether the weights are evaluated after step `step` of a stage, which is not its last one."""
+        """Return whether the weights are evaluated after step `step` of a stage, which is not its last one."""
         return self.every_steps is not None and step > 0 and step % self.every_steps == 0
 
     def violations(self, run_config) -> list[str]:
@@ -252,7 +252,7 @@ class RunConfig(Config):
         return found
 
     def _kept_violations(self) -> list[str]:
-        """Reasons why no stage could have kept problems for another one."""
+        """Return the reasons why no stage could have kept problems for another one."""
         found, earlier = [], set[str]()
         for stage in self.stages:
             wanted = stage.problems_from if isinstance(stage, RlStage) else None

@@ -93,7 +93,7 @@ class RlStage(Stage):
         return self.loss.kl_coefficient > 0
 
     def prompts_for(self, groups: int) -> int:
-        """Number of problems to sample for `groups` groups, with over-sampling."""
+        """Return the number of problems to sample for `groups` groups, with over-sampling."""
         return math.ceil(groups * self.over_sampling)
 
     def violations(self, run_config) -> list[str]:
@@ -117,7 +117,9 @@ class RlStage(Stage):
         return found + (self._staleness_violations() if self.max_staleness else [])
 
     def _learning_violations(self) -> list[str]:
-        """Reasons why the stage would learn from another distribution than it samples, or from advantages of 0."""
+        """Return the reasons why the stage would learn from another distribution than it samples, or from advantages of
+        0.
+        """
         found = []
         sampling = self.sampling
         cut = [f"top_p {sampling.top_p:g}"] if sampling.top_p < 1 else []
@@ -140,7 +142,7 @@ class RlStage(Stage):
         return f"advantage {advantage}" if advantage in ZERO_ALONE else None
 
     def _staleness_violations(self) -> list[str]:
-        """Reasons why the stage must not learn from traces of older weights."""
+        """Return the reasons why the stage must not learn from traces of older weights."""
         if self.loss.corrects:
             return []
         return [

@@ -24,7 +24,8 @@ class TransportChoice:
 
 
 def choose_transport(config: RunConfig, servers: Literal["policy", "ref"] = "policy") -> TransportChoice:
-    """The transport to the sampling servers (`policy`), or to the server that scores the reference policy (`ref`).
+    """Return the transport to the sampling servers (`policy`), or to the server that scores the reference policy
+    (`ref`).
 
     `sync.transport` where it names one. `auto` is `handles` where trainer and server share GPUs, `broadcast` where
     `direct` is known not to work, and else `direct`, with `broadcast` for servers that refuse it.

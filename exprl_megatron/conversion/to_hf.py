@@ -78,7 +78,7 @@ class Form:
                 yield name, tensor.to(self._cast(stored) or tensor.dtype)
 
     def _cast(self, stored: StoredParameter) -> torch.dtype | None:
-        """The dtype that a parameter is cast to, if it is; what is always in fp32 stays so."""
+        """Return the dtype that a parameter is cast to, if it is; what is always in fp32 stays so."""
         return self.format if isinstance(self.format, torch.dtype) and not stored.parameter.keeps_dtype else None
 
 
@@ -125,7 +125,7 @@ def convert_to_huggingface(
 
 
 def _units(table: list[StoredParameter], form: Form) -> list[Unit]:
-    """What must be in one file: a parameter, or those that are joined."""
+    """Return what must be in one file: each parameter, or those that are joined."""
     if form.joined is None:
         return [(stored,) for stored in table]
     units: dict[str, list[StoredParameter]] = {}
@@ -160,7 +160,7 @@ def _cut(weights: Weights, units: list[Unit], form: Form, file_bytes: int) -> li
 
 
 def _cut_described(described: Described, file_bytes: int) -> list[Described]:
-    """The content of each file, for tensors that are copied."""
+    """Return the content of each file, for tensors that are copied."""
     files: list[Described] = []
     filled = 0
     for name, entry in described.items():

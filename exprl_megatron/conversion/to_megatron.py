@@ -92,7 +92,7 @@ class _FromHuggingFace(DefaultSavePlanner):
         self._places = {(tensor.key, tensor.index): (stored, tensor) for stored in file for tensor in stored.tensors}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The piece's data: [1, ..., 1, rows, columns]."""
+        """Return the piece's data: [1, ..., 1, rows, columns]."""
         if write_item.type == WriteItemType.BYTE_IO:
             buffer = io.BytesIO()
             torch.save([{}], buffer)
@@ -162,7 +162,7 @@ def _size(stored: StoredParameter, dtypes: dict[str, torch.dtype]) -> int:
 
 
 def _name(dtypes: dict[str, torch.dtype]) -> str:
-    """The model's dtype in config.json: that of its matrices."""
+    """Return the model's dtype in config.json: that of its matrices."""
     return str(dtypes["embedding.word_embeddings.weight"]).removeprefix("torch.")
 
 

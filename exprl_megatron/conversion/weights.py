@@ -37,7 +37,7 @@ class Weights(Protocol):
         """
 
     def dtype(self, stored: StoredParameter) -> torch.dtype:
-        """The dtype of the tensors of one parameter."""
+        """Return the dtype of the tensors of one parameter."""
 
     def marks(self) -> list[list]:
         """Return marks that change when the files change."""
@@ -128,7 +128,8 @@ class MegatronWeights:
 
 
 def open_weights(path: Path, origin: Path | None = None) -> Weights:
-    """The weights in `path`: a model directory, a converted one, a checkpoint, or a run (then its newest checkpoint).
+    """Return the weights in `path`: a model directory, a converted one, a checkpoint, or a run (then its newest
+    checkpoint).
 
     A checkpoint has neither config.json nor tokenizer: they are those of `origin`, by default of the model that its run
     began with.

@@ -145,7 +145,7 @@ def _scan_stage(
 
 
 def _findings(group: Group, problems: _GuardedProblems, tokenizer: "PreTrainedTokenizerBase") -> Counter[str]:
-    """A group's share of the counts of StageScan; `reproduced` is a sum here."""
+    """Return a group's share of the counts of StageScan; `reproduced` is a sum here."""
     guard, own, other = problems.guard, group.problem_id, problems.next(group.problem_id)
     prompts = {sample.trace.prompt_ids.tobytes(): sample.trace.prompt_ids for sample in group.samples}
     requests = {key: tokenizer.decode(ids.tolist()) for key, ids in prompts.items()}

@@ -57,7 +57,7 @@ def _measured_rates() -> tuple[float, float]:
 
 
 def _fastest(work: Callable[[], object], for_s: float = 1.0) -> float:
-    """Seconds of the fastest of many runs: the machine may be busy with other things."""
+    """Return the seconds of the fastest of many runs: the machine may be busy with other things."""
     until, fastest = time.monotonic() + for_s, float("inf")
     while time.monotonic() < until or fastest == float("inf"):
         started = time.perf_counter()

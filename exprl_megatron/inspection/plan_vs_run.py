@@ -100,7 +100,9 @@ def compare_run(config: RunConfig, directory, gpu: Gpu) -> list[ComparedFigure]:
 
 
 def observed_workload(config: RunConfig, stage: Stage, steps: list[dict], directory) -> Workload:
-    """The stage's step with the lengths that the run had: responses from its metrics, prompts from its journal."""
+    """Return the stage's step with the lengths that the run had: responses from its metrics, prompts from its
+    journal.
+    """
     responses = [step["length/mean"] for step in steps if step.get("length/mean")]
     guessed = workload_of(config, stage, response_tokens=fmean(responses) if responses else None)
     if not guessed.sampled:
@@ -111,7 +113,7 @@ def observed_workload(config: RunConfig, stage: Stage, steps: list[dict], direct
 
 
 def _prompt_lengths(directory, stage: str) -> list[int]:
-    """Of the last step that the journal holds."""
+    """Return the prompt lengths of the last step that the journal holds."""
     from exprl_megatron.runs.journal import Journal
 
     journal = Journal(directory.journal)
@@ -136,7 +138,7 @@ def _rows(stage: str, planned: Plan, steps: list[dict]) -> list[ComparedFigure]:
 
 
 def prediction_device(config: RunConfig, name: str | None) -> tuple[Gpu, str]:
-    """The hardware to predict for, and a sentence about the prediction."""
+    """Return the hardware to predict for, and a sentence about the prediction."""
     if name is None and config.policy.precision.dtype != "fp32":
         name = "h100"
     if name is not None:

@@ -45,7 +45,7 @@ class InspectedGroup:
 def logged_steps(
     directory: RunDirectory, config: RunConfig, stage: str | None, step: int | None, every: bool
 ) -> list[tuple[str, int]]:
-    """The (stage, step) pairs that are meant: of one stage or of all, one step, `every` one, or else the latest.
+    """Return the (stage, step) pairs that are meant: of one stage or of all, one step, `every` one, or else the latest.
 
     Raises:
         UserError: there is none in the rollout log.
@@ -147,7 +147,7 @@ def span_advantage(advantages: TokenAdvantages, start: int, end: int) -> float |
 
 
 def _of_group(log_probs: dict[tuple[int, int], np.ndarray], number: int, group: Group) -> tuple[np.ndarray | None, ...]:
-    """Those of each sample. A step that was sampled again has other tokens than were learned from: none of these."""
+    """Return the arrays of each sample. A step that was sampled again has other tokens than were learned from: none."""
     found = (log_probs.get((number, sample.trace.sample)) for sample in group.samples)
     return tuple(
         values if values is not None and len(values) == len(sample.trace.token_ids) else None

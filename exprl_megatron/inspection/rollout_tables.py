@@ -41,7 +41,7 @@ def group_table(selected: SelectedGroup) -> Table:
 
 
 def score_text(judgement: Judgement) -> str:
-    """The score, or why there is none."""
+    """Return the score, or why there is none."""
     return f"abstained: {judgement.reason}" if isinstance(judgement, Abstained) else f"{judgement.value:.3g}"
 
 
@@ -61,7 +61,7 @@ def advantage_text(learned: bool, advantages: TokenAdvantages, start: int, end: 
 
 
 def versions_text(trace: Trace) -> str:
-    """The version of the weights, or each version and the tokens from it."""
+    """Return the version of the weights, or each version and the tokens from it."""
     if len(trace.weight_versions) == 1:
         return trace.weight_versions[0][0]
     return ", ".join(f"{version} {start}-{end}" for version, start, end in trace.weight_versions)

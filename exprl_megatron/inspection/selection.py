@@ -31,7 +31,7 @@ class SelectedGroup:
 
 
 def select(groups: Iterable[InspectedGroup], selection: Selection) -> list[SelectedGroup]:
-    """The groups with at least one trace that is asked for, in the order that is asked for.
+    """Return the groups with at least one trace that is asked for, in the order that is asked for.
 
     Without a sort key the order is the log's. What has no value to sort by (no score, nothing to disagree with) comes
     last.
@@ -53,12 +53,12 @@ def score_spread(group: Group) -> float | None:
 
 
 def group_mean_score(group: Group) -> float | None:
-    """Mean over the traces with a score; None where there is none."""
+    """Return the mean over the traces with a score; None where there is none."""
     return sum(group.scores) / len(group.scores) if group.scores else None
 
 
 def mean_tokens(group: Group) -> float:
-    """Mean length of the responses."""
+    """Return the mean length of the responses."""
     return sum(map(_tokens, group.samples)) / len(group.samples)
 
 
@@ -70,7 +70,7 @@ def disagreement(sample: GradedTrace) -> float | None:
 
 
 def has_abstention(sample: GradedTrace) -> bool:
-    """Whether the trace, or any of its segments, has no score."""
+    """Return whether the trace, or any of its segments, has no score."""
     return any(isinstance(judgement, Abstained) for judgement in (sample.judgement, *sample.judgements))
 
 
@@ -105,7 +105,9 @@ def _largest_disagreement(group: Group) -> float | None:
 
 
 def mean_gap(inspected: InspectedGroup, place: int) -> float | None:
-    """Mean distance of the trainer's log-probs from the sampler's over the tokens of a trace; None where unknown."""
+    """Return the mean distance of the trainer's log-probs from the sampler's over the tokens of a trace; None where
+    unknown.
+    """
     gap = inspected.gap(place)
     return None if gap is None or not len(gap) else float(np.abs(gap).mean())
 

@@ -21,7 +21,7 @@ MOST = 20
 def token_gap_table(
     inspected: InspectedGroup, place: int, tokenizer: "PreTrainedTokenizerBase | None"
 ) -> RenderableType:
-    """The tokens of the sample at `place` with the largest distances, in nats, in the order of the trace."""
+    """Return the tokens of the sample at `place` with the largest distances, in nats, in the order of the trace."""
     trace = inspected.group.samples[place].trace
     gap = inspected.gap(place)
     title = f"sample {trace.sample}: log-probs of trainer and sampler"

@@ -27,7 +27,9 @@ Boundaries = Callable[[GradedTrace], list[int] | None]
 def trace_panels(
     sample: GradedTrace, learned: bool, advantages: TokenAdvantages, boundaries: Boundaries
 ) -> RenderableType:
-    """The text, with a line before each segment, the words of judge and verifier, and the terms of the reward."""
+    """Return the text, with a line before each segment, the words of judge and verifier, and the terms of the
+    reward.
+    """
     panels = [_panel(f"sample {sample.trace.sample}", _body(sample, learned, advantages, boundaries))]
     if not sample.segments and sample.judgement.evidence:
         panels.append(_panel(f"judgement: {score_text(sample.judgement)}", escaped_text(sample.judgement.evidence)))
@@ -63,7 +65,7 @@ class PolicyTokenizer:
             return None
 
     def characters_before(self, trace: Trace) -> Callable[[int], int] | None:
-        """How many characters of the trace's text its first so many tokens give; None where that is not known."""
+        """Return a function from a number of tokens to the characters of text that they give; None where unknown."""
         if self.tokenizer is None:
             return None
         text = TokenText(trace.token_ids, self.tokenizer)
@@ -75,7 +77,7 @@ class PolicyTokenizer:
         return lambda tokens: lead + text.characters_before(tokens) if tokens else 0
 
     def boundaries(self, sample: GradedTrace) -> list[int] | None:
-        """The characters of a trace's text at which its segments begin; None where that is not known."""
+        """Return the characters of a trace's text at which its segments begin; None where that is not known."""
         before = self.characters_before(sample.trace)
         return None if before is None else [before(segment.start) for segment in sample.segments]
 

@@ -143,7 +143,7 @@ class TokenAnswerer:
         return await in_reply_thread(lambda: [self._answer(generation) for generation in generations])
 
     def _request_arguments(self, question: JudgeQuestion) -> dict[str, Any]:
-        """Arguments of a request besides the tokens and the seed."""
+        """Return the arguments of a request besides the tokens and the seed."""
         return {
             "temperature": question.temperature,
             "max_new_tokens": question.max_new_tokens,

@@ -193,7 +193,7 @@ class JudgePool:
             await _cancel_all(running)
 
     async def _any_healthy(self) -> bool:
-        """Whether at least one server is healthy."""
+        """Return whether at least one server is healthy."""
         checks = await asyncio.gather(*(server.health() for server in self._servers), return_exceptions=True)
         for check in checks:
             if isinstance(check, BaseException) and not isinstance(check, ServerError):

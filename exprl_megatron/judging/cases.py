@@ -94,7 +94,7 @@ class CaseBuilder:
         )
 
     def shows_reference(self, problem: Problem) -> bool:
-        """Whether the judge reads the problem's reference."""
+        """Return whether the judge reads the problem's reference."""
         return self._config.show_reference and problem.reference is not None
 
     def _prompt(self, problem: Problem, granularity: Granularity, rubric: Rubric | None) -> JudgePrompt:

@@ -105,7 +105,9 @@ def _plain(text: str) -> str:
 
 
 def _last_pieces(text: str, length: int) -> str:
-    """The last sentences or lines of `text` that are together at least `length` characters long, or all of it."""
+    """Return the last sentences or lines of `text` that are together at least `length` characters long, or all
+    of it.
+    """
     text = text.rstrip()
     for start in reversed([match.start() for match in _PIECE.finditer(text)]):
         if len(text) - start >= length:

@@ -20,7 +20,9 @@ class GateResult:
 
     @property
     def separation(self) -> float:
-        """How much larger the misplacement is without the right reference: the smaller of the two differences."""
+        """Return how much larger the misplacement is without the right reference: the smaller of the two
+        differences.
+        """
         return min(self.none.misplaced.rate, self.wrong.misplaced.rate) - self.right.misplaced.rate
 
     def metrics(self) -> dict[str, float]:

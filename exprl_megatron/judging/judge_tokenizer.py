@@ -108,7 +108,7 @@ class JudgeTokenizer:
         return _Joint(text, self._cuts.last(text, first, common) or first, end)
 
     def _windows_agree(self, joints: Sequence[_Joint], cuts: Sequence[int], longest: str, shared: _Shared) -> bool:
-        """Whether the tokens around each cut that is not proven are those of its two sides."""
+        """Return whether the tokens around each cut that is not proven are those of its two sides."""
         places = [(longest, cut) for cut in cuts] + [(joint.text, joint.cut) for joint in joints]
         if shared.tail:
             places += [(joint.text, joint.end) for joint in joints]

@@ -130,7 +130,7 @@ class LeakGuard:
         return any(n == own and np.isin(ngrams, hidden).any() for own, hidden in self._references(problem_id))
 
     def _all_hidden(self) -> dict[int, np.ndarray]:
-        """The n-grams of every reference, by n; made once."""
+        """Return the n-grams of every reference, by n; made once."""
         if self._of_all is None:
             found: dict[int, list[np.ndarray]] = {}
             for problem_id in self._problems:
@@ -157,11 +157,11 @@ class LeakGuard:
             )
 
     def has_canary(self, text: str) -> bool:
-        """Whether the canary is in `text`, regardless of case and blanks; False without a canary."""
+        """Return whether the canary is in `text`, regardless of case and blanks; False without a canary."""
         return self._canary is not None and self._canary in _squeezed(text)
 
     def is_guarded(self, problem_id: str) -> bool:
-        """Whether a reference of the problem has n-grams to search for.
+        """Return whether a reference of the problem has n-grams to search for.
 
         Raises:
             KeyError: the guard does not know the problem.

@@ -183,7 +183,7 @@ def prompt_set_hash(order: PromptOrder = "shared", prompt_set: str | None = None
 
 
 def is_shipped_hash(content: str) -> bool:
-    """Whether a current or earlier shipped prompt, or a set of them, has this hash."""
+    """Return whether a current or earlier shipped prompt, or a set of them, has this hash."""
     return content in _prompts_by_hash() or content in map(_set_hash, (*EARLIER, PARTS))
 
 
@@ -234,7 +234,7 @@ def _assembled(parts: Path, domain: str, granularity: Granularity, measure: Meas
 
 @cache
 def _parts(path: Path) -> dict[str, str]:
-    """The pieces in a file; what is before the first heading is for people."""
+    """Return the pieces in a file; what is before the first heading is for people."""
     pieces = _PART.split(path.read_text(encoding="utf-8"))
     return dict(zip(pieces[1::2], (text.strip() for text in pieces[2::2]), strict=True))
 

@@ -142,7 +142,7 @@ def parse_rubric(text: str, reference: str) -> Rubric:
 
 
 def is_quoted(quote: str, reference: str) -> bool:
-    """Whether `quote` is in `reference` as whole words, regardless of whitespace."""
+    """Return whether `quote` is in `reference` as whole words, regardless of whitespace."""
     words = _plain(quote)
     if not any(character.isalnum() for character in words):
         return False

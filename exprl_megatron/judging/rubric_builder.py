@@ -133,7 +133,7 @@ class RubricBuilder:
             )
 
     def _reference(self, problem: Problem) -> str:
-        """The reference as the builder reads it, and therefore quotes it."""
+        """Return the reference as the builder reads it, and therefore quotes it."""
         return self._guard(_solution(problem))
 
     def _key(self, problem: Problem) -> str:

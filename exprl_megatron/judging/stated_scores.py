@@ -109,7 +109,7 @@ def stated_scores(text: str) -> Iterator[StatedScore]:
 
 
 def _is_statement(before: str, after: str, found: re.Match) -> bool:
-    """Whether the judge gives this score, rather than only mentioning it."""
+    """Return whether the judge gives this score, rather than only mentioning it."""
     clause, rest = _clause(before), after[found.end() :]
     if any(sign.search(clause) for sign in (_OTHER_KIND, _CONDITION, _DENIAL, _CLAIM, _VERB)):
         return False

@@ -315,7 +315,9 @@ class _Connection:
 
 
 def is_final(judgement: Judgement) -> bool:
-    """Whether a repeated question would not give another judgement: a score, or an abstention that is not transient."""
+    """Return whether a repeated question would not give another judgement: a score, or an abstention that is not
+    transient.
+    """
     return isinstance(judgement, Scored) or judgement.reason not in TRANSIENT_REASONS
 
 

@@ -78,7 +78,7 @@ def store_error(path: Path, error: Exception) -> UserError:
 
 
 def has_version_1(connection: sqlite3.Connection) -> bool:
-    """Whether the store has judgements that version 1 wrote."""
+    """Return whether the store has judgements that version 1 wrote."""
     return bool(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'judgements_1'").fetchall())
 
 

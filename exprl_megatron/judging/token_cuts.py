@@ -121,7 +121,7 @@ class Cuts:
         return None
 
     def is_proven(self, text: str, cut: int) -> bool:
-        """Whether this cut is proven to be safe."""
+        """Return whether this cut is proven to be safe."""
         return any(kind.match(text, cut) for kind in self.proven)
 
     def first(self, text: str, start: int) -> int | None:
@@ -151,7 +151,7 @@ def safe_cuts(backend: Tokenizer) -> Cuts:
 
 
 def _joins(backend: Tokenizer, left: Iterable[str], right: Iterable[str], within_words: bool) -> bool:
-    """Whether the tokens of each left text and each right text are those of both together.
+    """Return whether the tokens of each left text and each right text are those of both together.
 
     Unless `within_words`, a pre-token must end between them.
     """
@@ -172,7 +172,7 @@ def _joins(backend: Tokenizer, left: Iterable[str], right: Iterable[str], within
 
 
 def _normalizer_is_local(normalizer: dict | None) -> bool:
-    """Whether the normalizer does the same to the parts of `word| word` and `word|\\n` as to the whole."""
+    """Return whether the normalizer does the same to the parts of `word| word` and `word|\n` as to the whole."""
     for component in _components(normalizer, "normalizers"):
         if component["type"] == "Replace":
             if len(component["pattern"].get("String", "")) != 1:
@@ -183,7 +183,7 @@ def _normalizer_is_local(normalizer: dict | None) -> bool:
 
 
 def _splitter_is_local(splitter: dict | None) -> bool:
-    """Whether the splits depend on nearby text only."""
+    """Return whether the splits depend on nearby text only."""
     for component in _components(splitter, "pretokenizers"):
         if component["type"] == "Split":
             pattern = component["pattern"]
@@ -195,7 +195,9 @@ def _splitter_is_local(splitter: dict | None) -> bool:
 
 
 def _never_splits_words(splitter: dict | None) -> bool:
-    """Whether the splitter splits only at spaces, if at all, so that a cut does not change the splits after it."""
+    """Return whether the splitter splits only at spaces, if at all, so that a cut does not change the splits
+    after it.
+    """
     return all(
         component["type"] in ("Metaspace", "WhitespaceSplit")
         or (component["type"] == "ByteLevel" and not component["use_regex"])

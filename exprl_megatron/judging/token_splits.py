@@ -32,7 +32,7 @@ _TOKENS = re.compile(
 
 
 def always_splits(backend: Tokenizer, before: str, behind: str) -> bool:
-    """Whether every cut between a character of `before` and `behind` is safe in every text.
+    """Return whether every cut between a character of `before` and `behind` is safe in every text.
 
     Args:
         backend: the fast tokenizer.
@@ -89,7 +89,9 @@ def _pattern(component: dict) -> str | None:
 
 
 def _never_spans(pattern: str, before: str, behind: str) -> bool:
-    """Whether no match can contain a character of `before` followed by `behind`; False where that is not decidable."""
+    """Return whether no match can contain a character of `before` followed by `behind`; False where that is not
+    decidable.
+    """
     depth, place, passed = 0, 0, False
     kind: str | None = "open"
     accepts = (False, False)
@@ -113,7 +115,7 @@ def _never_spans(pattern: str, before: str, behind: str) -> bool:
 
 
 def _repeats_apart(repeated: str | None, sign: str, accepts: tuple[bool, bool]) -> bool:
-    """Whether a quantifier adds no match that spans a cut; `accepts`: what the repeated part accepts."""
+    """Return whether a quantifier adds no match that spans a cut; `accepts`: what the repeated part accepts."""
     if repeated == "atom":
         return sign == "?" or not all(accepts)
     # A quantifier after a quantifier makes it lazy or possessive. Of groups only optional ones are supported.
@@ -121,7 +123,7 @@ def _repeats_apart(repeated: str | None, sign: str, accepts: tuple[bool, bool]) 
 
 
 def _matches_any(pattern: str, characters: str) -> bool:
-    """Whether one of `characters` matches, regardless of case."""
+    """Return whether one of `characters` matches, regardless of case."""
     left = Split(Regex(f"(?i:{pattern})"), "removed").pre_tokenize_str(characters)
     return [(characters, (0, len(characters)))] != left
 
@@ -135,7 +137,7 @@ def _added(backend: Tokenizer) -> list[Any]:
 
 
 def _added_token_is_apart(backend: Tokenizer, token: Any, before: str, behind: str) -> bool:
-    """Whether an added token, which is matched before anything is split, never spans a cut."""
+    """Return whether an added token, which is matched before anything is split, never spans a cut."""
     contents = [token.content]
     if backend.normalizer is not None:
         contents.append(backend.normalizer.normalize_str(token.content))

@@ -223,7 +223,7 @@ class WorkerNode:
         return True
 
     def has_ended(self) -> bool:
-        """Whether node 0 has ended.
+        """Return whether node 0 has ended.
 
         Raises:
             RunStopped: its store is gone without a report.

@@ -132,7 +132,7 @@ def _lengths(config: RunConfig, judge: Judge, problem: Problem, granularity: Gra
 
 
 def _longest(problems: Sequence[Problem]) -> list[Problem]:
-    """The longest problems, and one of each domain, whose prompts may differ."""
+    """Return the longest problems, and one of each domain, whose prompts may differ."""
 
     def size(problem: Problem) -> int:
         return len(problem.statement) + (0 if problem.reference is None else len(problem.reference.for_judge()))

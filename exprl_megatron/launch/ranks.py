@@ -85,7 +85,7 @@ class TrainerRanks:
         return [process.pid for process in self._processes.values()]
 
     def running(self) -> bool:
-        """Whether ranks still run; False when all have ended successfully.
+        """Return whether ranks still run; False when all have ended successfully.
 
         Raises:
             UserError, RunStopped, Preempted: the error of the rank that failed first.
@@ -97,11 +97,11 @@ class TrainerRanks:
         return self.alive()
 
     def _failed(self) -> list[int]:
-        """The ranks that have failed."""
+        """Return the ranks that have failed."""
         return [rank for rank, process in self._processes.items() if process.poll() not in (None, 0)]
 
     def alive(self) -> bool:
-        """Whether any rank still runs."""
+        """Return whether any rank still runs."""
         return any(process.poll() is None for process in self._processes.values())
 
     def stop(self) -> None:

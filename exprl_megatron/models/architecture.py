@@ -110,7 +110,7 @@ class Architecture:
     loaded, and an exported model has them as the original has."""
 
     def of_layer(self, layer: int) -> "Architecture":
-        """The model all of whose layers are like layer number `layer`, counted from 0."""
+        """Return the model all of whose layers are like layer number `layer`, counted from 0."""
         found = self
         if self.experts is not None and self.experts.dense_layers:
             experts = replace(self.experts, dense_layers=0) if layer >= self.experts.dense_layers else None
@@ -153,7 +153,7 @@ class Architecture:
 
 
 def read_architecture(directory: str | Path) -> Architecture:
-    """The architecture that `directory`/config.json describes.
+    """Return the architecture that `directory`/config.json describes.
 
     Raises:
         UserError: there is no such file, or it describes a model that is not supported.
@@ -187,7 +187,9 @@ def read_architecture(directory: str | Path) -> Architecture:
 
 
 def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
-    """One sentence for each way in which `layout` cannot hold `architecture` (the vocabulary is padded to fit)."""
+    """Return one sentence for each way in which `layout` cannot hold `architecture` (the vocabulary is padded
+    to fit).
+    """
     found = []
     if architecture.window is not None and layout.cp > 1:
         found.append(
@@ -219,7 +221,7 @@ def layout_violations(architecture: Architecture, layout: Layout) -> list[str]:
 
 
 def position_violations(architecture: Architecture, max_tokens: int, model: str) -> list[str]:
-    """The sentence for the user where `policy.max_tokens` is more than the positions of `model`, a directory."""
+    """Return the sentence for the user where `policy.max_tokens` is more than the positions of `model`, a directory."""
     positions, stretched = architecture.max_positions, architecture.stretched_positions
     if max_tokens <= positions:
         return []
@@ -235,7 +237,7 @@ def position_violations(architecture: Architecture, max_tokens: int, model: str)
 
 
 def stage_layers(architecture: Architecture, layout: Layout) -> list[list[range]]:
-    """The layers, counted from 0, as [pipeline rank][virtual stage]; `layout` must fit (see check_layout).
+    """Return the layers, counted from 0, as [pipeline rank][virtual stage]; `layout` must fit (see check_layout).
 
     Stage k of pp x vpp is on rank k modulo pp, as Megatron interleaves them.
     """
@@ -250,7 +252,7 @@ def stage_layers(architecture: Architecture, layout: Layout) -> list[list[range]
 
 
 def padded_vocabulary(architecture: Architecture, tp: int) -> int:
-    """Rows of the embedding: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
+    """Return the rows of the embedding: the vocabulary, rounded up to a multiple of the tensor-parallel size."""
     return math.ceil(architecture.vocabulary / tp) * tp
 
 
@@ -266,7 +268,7 @@ def check_layout(architecture: Architecture, layout: Layout) -> None:
 
 
 def _attention_heads(architecture: Architecture) -> list[tuple[str, int]]:
-    """What of layers' attention tensor parallelism divides, and how many there are."""
+    """Return the attention tensors that tensor parallelism divides, and how many there are of each."""
     found = [("attention heads", architecture.heads), ("KV groups", architecture.kv_groups)]
     if (net := architecture.delta_net) is not None:
         found += [("key heads of gated delta nets", net.key_heads), ("value heads", net.value_heads)]
@@ -274,7 +276,7 @@ def _attention_heads(architecture: Architecture) -> list[tuple[str, int]]:
 
 
 def _mlp_columns(architecture: Architecture) -> list[tuple[str, int]]:
-    """What of layers' MLPs tensor parallelism divides, and how many there are."""
+    """Return the MLP tensors that tensor parallelism divides, and how many there are of each."""
     kinds = [kind.experts for kind in architecture.kinds()]
     found = [("MLP columns", architecture.ffn)] if None in kinds else []
     return found + [("shared expert's columns", e.shared_ffn) for e in kinds if e is not None and e.shared_ffn]
@@ -306,7 +308,7 @@ def _expert_violations(experts: Experts | None, layout: Layout) -> list[str]:
 
 
 def _divisors(architecture: Architecture) -> str:
-    """The tensor-parallel sizes that fit."""
+    """Return the tensor-parallel sizes that fit."""
     counts = [count for _, count in (*_attention_heads(architecture), *_mlp_columns(architecture))]
     return ", ".join(str(n) for n in range(1, architecture.kv_groups + 1) if not any(count % n for count in counts))
 
@@ -345,7 +347,7 @@ def _architecture(family: str, tree: dict, rope: Rope) -> Architecture:
 
 
 def _kv_groups(family: str, tree: dict) -> int | None:
-    """None: as many as heads, which is what a setting left out means in these families, elsewhere another number."""
+    """Return None for as many groups as heads, which a setting left out means in these families, else the number."""
     return tree.get("num_key_value_heads") if family in ("llama", "olmo3") else tree["num_key_value_heads"]
 
 

@@ -9,7 +9,7 @@ _INPUT = tuple(f"linear_attn.in_proj_{part}.weight" for part in ("qkv", "z", "b"
 
 
 def delta_net_rows(net: DeltaNet) -> list[Row]:
-    """The table's rows of one layer, in the order of export."""
+    """Return the table's rows of one layer, in the order of export."""
     qkv = (net.keys, net.keys, net.values)
     projection = Stacked(rows=(qkv, (net.values,), (net.value_heads,), (net.value_heads,)))
     by_head = Rule(split_dim=0)

@@ -22,16 +22,18 @@ class Gemm:
         return 2.0 * self.m * self.n * self.k * self.copies
 
     def input_gradient(self) -> "Gemm":
-        """The product that gives the gradient of the input: [m, n] by [n, k]."""
+        """Return the product that gives the gradient of the input: [m, n] by [n, k]."""
         return Gemm(self.m, self.k, self.n, self.copies)
 
     def weight_gradient(self) -> "Gemm":
-        """The product that gives the gradient of the weight: [n, m] by [m, k]."""
+        """Return the product that gives the gradient of the weight: [n, m] by [m, k]."""
         return Gemm(self.n, self.k, self.m, self.copies)
 
 
 def attention_gemms(architecture: Architecture, tokens: float, tp: int) -> tuple[Gemm, Gemm]:
-    """A rank's projections around attention or a gated delta net: all of its inputs together; then the output."""
+    """Return a rank's projections around attention or a gated delta net: all of its inputs together; then the
+    output.
+    """
     if (net := architecture.delta_net) is not None:
         return (
             Gemm(tokens, net.projected / tp, architecture.hidden),
@@ -43,7 +45,7 @@ def attention_gemms(architecture: Architecture, tokens: float, tp: int) -> tuple
 
 
 def mlp_gemms(architecture: Architecture, tokens: float, tp: int, ep: int, etp: int) -> tuple[Gemm, ...]:
-    """A rank's MLP: gate and up together, then down; of experts one product each, tokens spread evenly."""
+    """Return a rank's MLP: gate and up together, then down; of experts one product each, tokens spread evenly."""
     if architecture.experts is None:
         return _swiglu_gemms(tokens, architecture.ffn / tp, architecture.hidden)
     return (
@@ -53,7 +55,7 @@ def mlp_gemms(architecture: Architecture, tokens: float, tp: int, ep: int, etp: 
 
 
 def routed_gemms(architecture: Architecture, tokens: float, tp: int, ep: int, etp: int) -> tuple[Gemm, ...]:
-    """The products of the experts that a router chooses from; none without."""
+    """Return the products of the experts that a router chooses from; none without."""
     experts = architecture.experts
     if experts is None:
         return ()
@@ -67,18 +69,18 @@ def _swiglu_gemms(rows: float, ffn: float, hidden: int, copies: float = 1.0) -> 
 
 
 def router_gemm(architecture: Architecture, tokens: float, tp: int) -> Gemm:
-    """The product that scores experts; 0 operations without experts."""
+    """Return the product that scores experts; 0 operations without experts."""
     count = architecture.experts.count if architecture.experts else 0
     return Gemm(tokens / tp, count, architecture.hidden)
 
 
 def head_gemm(architecture: Architecture, tokens: float, tp: int) -> Gemm:
-    """The output layer."""
+    """Return the output layer."""
     return Gemm(tokens, architecture.vocabulary / tp, architecture.hidden)
 
 
 def attention_flops(architecture: Architecture, sequence_length: float) -> float:
-    """Operations of causal attention's two products, forward, per token of a layer.
+    """Return the operations of causal attention's two products, forward, per token of a layer.
 
     The mean token sees half of the sequence; in a layer with a window w, tokens see all before them up to w, then w.
     A gated delta net's do not grow with the sequence (see delta_net_flops).
@@ -92,7 +94,7 @@ def attention_flops(architecture: Architecture, sequence_length: float) -> float
 
 
 def delta_net_flops(net: DeltaNet) -> float:
-    """Operations of a gated delta net between its projections, forward, per token.
+    """Return the operations of a gated delta net between its projections, forward, per token.
 
     Per value head with keys of K and values of V: reading the state for the correction and for the output, and writing
     it, 2 K V each; within a chunk of C tokens, of which the mean token sees half, C (3 K + 2 V): products of keys with
@@ -104,18 +106,18 @@ def delta_net_flops(net: DeltaNet) -> float:
 
 
 def layer_flops(architecture: Architecture) -> float:
-    """Operations of a layer's linear products, forward, per token."""
+    """Return the operations of a layer's linear products, forward, per token."""
     gemms = (*attention_gemms(architecture, 1, 1), *mlp_gemms(architecture, 1, 1, 1, 1))
     return sum(gemm.flops for gemm in gemms) + router_gemm(architecture, 1, 1).flops
 
 
 def linear_flops(architecture: Architecture) -> float:
-    """Operations of all layers' linear products, forward, per token."""
+    """Return the operations of all layers' linear products, forward, per token."""
     return sum(count * layer_flops(kind) for kind, count in architecture.kinds().items())
 
 
 def model_flops(architecture: Architecture, sequence_length: float, training: bool = True) -> float:
-    """Operations per token that the model itself needs, attention counted causally, nothing recomputed.
+    """Return the operations per token that the model itself needs, attention counted causally, nothing recomputed.
 
     The embedding is a look-up and counts nothing; a training step is three times the forward pass.
     """
@@ -123,20 +125,22 @@ def model_flops(architecture: Architecture, sequence_length: float, training: bo
 
 
 def sequence_flops(architecture: Architecture, lengths: Iterable[int]) -> list[float]:
-    """Operations of a forward pass over a sequence of each of `lengths`, counted as in model_flops."""
+    """Return the operations of a forward pass over a sequence of each of `lengths`, counted as in model_flops."""
     of_token = _forward_flops(architecture)
     return [length * of_token(length) for length in lengths]
 
 
 def _forward_flops(architecture: Architecture) -> Callable[[float], float]:
-    """A function from a sequence's length to the operations per token of a forward pass over it."""
+    """Return a function from a sequence's length to the operations per token of a forward pass over it."""
     kinds = architecture.kinds()
     linear = linear_flops(architecture) + head_gemm(architecture, 1, 1).flops
     return lambda length: linear + sum(count * attention_flops(kind, length) for kind, count in kinds.items())
 
 
 def linear_parameters(architecture: Architecture, layers: Iterable[int] | None = None) -> tuple[float, float]:
-    """Parameters of the matrices of `layers`, None: of all: (what every rank of a replica shares out, the experts)."""
+    """Return the parameters of the matrices of `layers` (None: of all layers): (what every rank of a replica shares
+    out, the experts).
+    """
     found = [0.0, 0.0]
     for kind, count in architecture.kinds(layers).items():
         routed = sum(gemm.n * gemm.k * gemm.copies for gemm in routed_gemms(kind, 1, 1, 1, 1))

@@ -47,7 +47,7 @@ def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the Hugging Face tensor `name` is quantized: a matrix of attention or of an MLP or expert."""
+    """Return whether the Hugging Face tensor `name` is quantized: a matrix of attention or of an MLP or expert."""
     router = name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
     return len(shape) == 2 and not is_vocabulary(name) and not router
 

@@ -33,18 +33,18 @@ class Piece:
 
 
 def may_be_joined(architecture: Architecture) -> bool:
-    """Whether both transformers and SGLang read joined experts of such a model."""
+    """Return whether both transformers and SGLang read joined experts of such a model."""
     return architecture.family == "qwen3.5-moe"
 
 
 def is_joined(name: str, architecture: Architecture) -> bool:
-    """Whether the tensor `name` has all experts of a layer of such a model."""
+    """Return whether the tensor `name` has all experts of a layer of such a model."""
     ours = may_be_joined(architecture) and name.startswith(f"{architecture.prefix}layers.")
     return ours and _JOINED.fullmatch(name) is not None
 
 
 def pieces(names: Iterable[str], architecture: Architecture) -> dict[str, Piece]:
-    """By the names of single experts' matrices, where they are in those of `names` that are joined."""
+    """Return the single experts' matrices by name, where they are in the joined tensors of `names`."""
     found: dict[str, Piece] = {}
     for name in names:
         joined = _JOINED.fullmatch(name) if is_joined(name, architecture) else None
@@ -71,7 +71,7 @@ def joined_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
 
 
 def place_of(name: str, architecture: Architecture) -> Piece | None:
-    """Where the single expert's matrix `name` belongs; None for any other tensor."""
+    """Return where the single expert's matrix `name` belongs; None for any other tensor."""
     single = _SINGLE.fullmatch(name)
     if single is None:
         return None
@@ -109,6 +109,6 @@ class Joiner:
 
 
 def _rows(part: str, architecture: Architecture) -> tuple[int, int]:
-    """Which of an expert's rows in a joined tensor are its gate, up or down matrix."""
+    """Return the range of an expert's rows in a joined tensor that are its gate, up or down matrix."""
     width = architecture.experts.ffn if architecture.experts else 0
     return {"gate": (0, width), "up": (width, 2 * width), "down": (0, architecture.hidden)}[part]

@@ -13,7 +13,8 @@ LEFT_OUT = "left-out.safetensors"
 
 
 def left_out_tensors(directory: str | Path, architecture: Architecture) -> dict[str, Path]:
-    """The names of those that `directory` has, in order, and the file that each is in; a model may come without them.
+    """Return the names of those that `directory` has, in order, and the file that each is in; a model may come without
+    them.
 
     Raises UserError where a file is missing, truncated or damaged.
     """

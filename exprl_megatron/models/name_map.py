@@ -32,17 +32,17 @@ _BUFFERS = ("mlp.router.expert_bias",)
 
 
 def embedding(architecture: Architecture) -> str:
-    """The name of the input embedding."""
+    """Return the name of the input embedding."""
     return f"{architecture.prefix}embed_tokens.weight"
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether the Hugging Face tensor `name` has a row for each token: the embedding or the output layer."""
+    """Return whether the Hugging Face tensor `name` has a row for each token: the embedding or the output layer."""
     return name == HEAD or name.endswith(".embed_tokens.weight")
 
 
 def is_buffer(name: str) -> bool:
-    """Whether Megatron's `name` is of a buffer that belongs to the model's weights."""
+    """Return whether Megatron's `name` is of a buffer that belongs to the model's weights."""
     return name.endswith(_BUFFERS)
 
 
@@ -80,7 +80,7 @@ class Parameter:
 
 
 def parameters(architecture: Architecture, layout: Layout, grouped: bool = False) -> list[Parameter]:
-    """All Megatron parameters of all pipeline stages, from the embedding to the output layer.
+    """Return all Megatron parameters of all pipeline stages, from the embedding to the output layer.
 
     `grouped`: experts are named as Transformer Engine's grouped layers name them (on CUDA), else one by one.
     """
@@ -118,13 +118,13 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def layers_are_alike(architecture: Architecture) -> bool:
-    """Whether all layers have the same tensors (what they compute may differ)."""
+    """Return whether all layers have the same tensors (what they compute may differ)."""
     every = [_layer_shapes(kind) for kind in architecture.kinds()]
     return all(shapes == every[0] for shapes in every)
 
 
 def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """The tensors of a layer, in the order of export."""
+    """Return the tensors of a layer, in the order of export."""
     hidden, ffn = architecture.hidden, architecture.ffn
     query, key = architecture.heads * architecture.head_dim, architecture.kv_groups * architecture.head_dim
     known: dict[str, tuple[int, ...]] = {
@@ -150,7 +150,7 @@ def _layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def _layer(architecture: Architecture, ep: int, grouped: bool) -> list[Row]:
-    """One layer's parameters, experts laid over `ep` ranks."""
+    """Return one layer's parameters, experts laid over `ep` ranks."""
     rows = delta_net_rows(architecture.delta_net) if architecture.delta_net else _attention_rows(architecture)
     if architecture.experts is not None:
         return rows + _expert_rows(architecture, architecture.experts, ep, grouped)
@@ -190,7 +190,7 @@ def _query_and_key_norms(whole_width: bool) -> list[Row]:
 
 
 def _expert_rows(architecture: Architecture, experts: Experts, ep: int, grouped: bool) -> list[Row]:
-    """The MLP of a layer of experts."""
+    """Return the MLP of a layer of experts."""
     router, gate, up, down = _expert_names(architecture.family)
     rows: list[Row] = [
         ("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), Rule(), None),

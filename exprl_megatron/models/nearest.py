@@ -44,7 +44,7 @@ FEATURES: dict[str, frozenset[str]] = {
 
 
 def nearest(name: str, tree: Settings) -> str:
-    """The supported architecture that is most like the unknown one called `name` with the config.json `tree`."""
+    """Return the supported architecture that is most like the unknown one called `name` with the config.json `tree`."""
     wanted = features(tree | (tree.get("text_config") or {}))
 
     def distance(known: str) -> float:
@@ -58,7 +58,7 @@ def nearest(name: str, tree: Settings) -> str:
 
 
 def features(settings: Settings) -> set[str]:
-    """Those of FEATURES that `settings` ask for, by the names that published models and transformers have for them."""
+    """Return the FEATURES that `settings` ask for, by the names that published models and transformers use."""
     return {feature for feature, asked in _ASKED.items() if asked(settings)}
 
 

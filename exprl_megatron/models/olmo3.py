@@ -14,12 +14,12 @@ def layer_types(tree: dict) -> tuple[str, ...]:
 
 
 def window(tree: dict) -> int:
-    """How many tokens, itself the last of them, a token sees in layers with windows."""
+    """Return how many tokens, including itself, a token attends to in layers with windows."""
     return tree.get("sliding_window", 4096)
 
 
 def unsupported_of_olmo3(tree: dict) -> str | None:
-    """The first setting that the libraries would not compute alike, as a noun phrase."""
+    """Return the first setting that the libraries would not compute alike, as a noun phrase."""
     heads, hidden = tree.get("num_attention_heads", 0), tree.get("hidden_size", 0)
     if tree.get("rope_parameters"):
         return (

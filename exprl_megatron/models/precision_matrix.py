@@ -41,7 +41,7 @@ class Setting:
 
 
 def precision_violations(setting: Setting) -> list[str]:
-    """One sentence for everything that `setting` asks of a precision and cannot have."""
+    """Return one sentence for everything that `setting` asks of a precision and cannot have."""
     precision = setting.precision
     if not precision.fp8:
         return [*_without_fp8(precision), *_fp32_on_cuda(setting), *_two_dtypes(setting)]

@@ -13,7 +13,8 @@ _INTERVAL = 4
 
 
 def text_settings(tree: dict, path: str) -> dict:
-    """The settings of the language model: a vision model has them under `text_config`; other trees are returned as is.
+    """Return the settings of the language model: a vision model has them under `text_config`; other trees are returned
+    as is.
 
     Raises:
         UserError: the file, read from `path`, lacks them or contradicts itself.
@@ -52,7 +53,7 @@ def delta_net(tree: dict) -> DeltaNet:
 
 
 def served_settings(tree: dict, rope_base: float, rotary_share: float) -> dict[str, Any]:
-    """What SGLang 0.5.23 is to read in place of config.json's own settings.
+    """Return the settings that SGLang 0.5.23 reads in place of config.json's own.
 
     It knows the kinds of layers by `full_attention_interval`, which transformers 5 does not write, and the share of a
     head that turns from beside the rotary settings, where published files do not have it; and it needs the latter.
@@ -73,12 +74,12 @@ def prefix(tree: dict) -> str:
 
 
 def left_out(tree: dict) -> tuple[str, ...]:
-    """The vision tower and the layers of multi-token prediction."""
+    """Return the vision tower and the layers of multi-token prediction."""
     return ("model.visual.", "mtp.") if tree["architectures"][0] in VISION_MODELS else ("mtp.",)
 
 
 def unsupported_setting(tree: dict) -> str | None:
-    """The first setting, as a noun phrase, that this policy or SGLang computes otherwise than transformers."""
+    """Return the first setting, as a noun phrase, that this policy or SGLang computes otherwise than transformers."""
     interval = tree.get("full_attention_interval", _INTERVAL)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         return f"full_attention_interval {interval!r}"
@@ -98,7 +99,7 @@ def unsupported_setting(tree: dict) -> str | None:
 
 
 def _unsupported_of_mixtures(tree: dict) -> str | None:
-    """Of the router transformers and SGLang make weights sum to 1, whatever the file says."""
+    """Return what is unsupported in a router; transformers and SGLang always make its weights sum to 1."""
     if not tree.get("norm_topk_prob", True):
         return "norm_topk_prob false"
     if not tree.get("shared_expert_intermediate_size"):

@@ -10,7 +10,7 @@ _RENAMED = {"chosen": "top_k", "normalised": "norm_topk_prob"}
 
 
 def differing_fields(recorded: dict, architecture: Architecture) -> list[str]:
-    """The fields, in order, that `recorded` (JSON of `asdict`) has otherwise than `architecture`.
+    """Return the fields, in order, that `recorded` (JSON of `asdict`) has otherwise than `architecture`.
 
     A field that `recorded` lacks had its default when it was written.
     """

@@ -91,7 +91,7 @@ class _Unsupported(Exception):
 
 
 def read_rope(tree: dict, path: str) -> Rope:
-    """The rotary positions of the config.json `tree`, which was read from `path`.
+    """Return the rotary positions of the config.json `tree`, which was read from `path`.
 
     Raises:
         UserError: a setting is not supported, is unknown, or is read differently by the libraries.
@@ -129,7 +129,7 @@ def _rope(tree: dict) -> Rope:
 
 
 def _share(settings: list[dict], name: str) -> float:
-    """The share of a head that turns, of the `settings` that say so."""
+    """Return the share of a head that turns, of the `settings` that say so."""
     shares = {section["partial_rotary_factor"] for section in settings} or {_DEFAULT_SHARE.get(name, 1.0)}
     if len(shares) > 1:
         raise _Unsupported(f"more than one partial_rotary_factor ({', '.join(map(str, sorted(shares)))})")
@@ -214,7 +214,9 @@ def _attention_factors(rope: dict, factor: float) -> tuple[float, float]:
 
 
 def _original_length(rope: dict, tree: dict) -> int:
-    """The length before it was stretched; transformers prefers the setting beside the section to the one in it."""
+    """Return the length before it was stretched; transformers prefers the setting beside the section to the one
+    in it.
+    """
     name = "original_max_position_embeddings"
     inside = rope.get(name)
     if name in tree and tree[name] != inside:

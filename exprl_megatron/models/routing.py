@@ -73,7 +73,7 @@ def with_router_replay(config: RunConfig) -> RunConfig:
 
 
 def replay_violations(config: RunConfig, architecture: Architecture) -> list[str]:
-    """The sentence for the user where the routers of `architecture` cannot replay what the servers chose."""
+    """Return the sentence for the user where the routers of `architecture` cannot replay what the servers chose."""
     if not config.policy.router_replay:
         return []
     if Routing.of(architecture) is None:

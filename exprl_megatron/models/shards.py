@@ -22,7 +22,7 @@ def shapes_in_words(shapes: dict[str, Shape], dtype: str) -> dict[str, Shape]:
 def split_into_buckets(
     table: Iterable[Parameter], bytes_of: Callable[[Parameter], int], bucket_bytes: int
 ) -> list[list[Parameter]]:
-    """The parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has more)."""
+    """Return the parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has more)."""
     cuts: list[list[Parameter]] = []
     filled = 0
     for parameter in table:
@@ -36,7 +36,7 @@ def split_into_buckets(
 
 
 def holders(parameter: Parameter, layout: Layout) -> tuple[int, ...]:
-    """The trainer's ranks that have the parameter's shards, in the shards' order; of several copies the first.
+    """Return the trainer's ranks that have the parameter's shards, in the shards' order; of several copies the first.
 
     Ranks are laid out as Megatron does: tp innermost, then cp, dp, pp; experts' etp innermost, then ep.
     """
@@ -48,14 +48,16 @@ def holders(parameter: Parameter, layout: Layout) -> tuple[int, ...]:
 
 
 def copies(parameter: Parameter, holder: int, layout: Layout) -> range:
-    """The ranks that have the same shard as `holder`, one of `holders`: its data- and context-parallel copies."""
+    """Return the ranks that have the same shard as `holder`, one of `holders`: its data- and context-parallel
+    copies.
+    """
     first = sender(parameter.pp_rank, layout)
     step = layout.tp if parameter.ep_rank is None else layout.etp * layout.ep
     return range(holder, first + layout.tp * layout.cp * layout.dp, step)
 
 
 def sender(stage: int, layout: Layout) -> int:
-    """The first rank of a pipeline stage, which sends the stage's messages."""
+    """Return the first rank of a pipeline stage, which sends the stage's messages."""
     return stage * layout.tp * layout.cp * layout.dp
 
 
@@ -70,7 +72,7 @@ def shard_shape(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) 
 
 
 def is_contiguous_shard(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, index: int) -> bool:
-    """Whether the `index`-th shard is one piece of its only Hugging Face tensor: it needs no place beside it."""
+    """Return whether the `index`-th shard is one piece of its only Hugging Face tensor: it needs no place beside it."""
     dim = parameter.rule.split_dim
     if len(parameter.hf_names) > 1 or dim not in (None, 0) or len(parameter.rule.sections(0)) > 1:
         return False

@@ -49,7 +49,7 @@ class StoredParameter:
 
     @property
     def tensors(self) -> list["StoredParameter"]:
-        """What is written under a key of its own: all of it, or each section of a gated delta net's matrices."""
+        """Return what is written under a key of its own: all of it, or each section of a gated delta net's matrices."""
         rule = self.parameter.rule
         if not isinstance(rule, Stacked):
             return [self]

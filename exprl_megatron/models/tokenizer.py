@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in the model's directory; code in the directory is never executed."""
+    """Return the tokenizer in the model's directory; code in the directory is never executed."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)

@@ -5,7 +5,7 @@ from exprl_megatron.models.olmo3 import unsupported_of_olmo3
 
 
 def unsupported(tree: dict) -> str | None:
-    """The first such setting as a noun phrase; what is left out counts as transformers reads it."""
+    """Return the first such setting as a noun phrase; what is left out counts as transformers reads it."""
     name = tree["architectures"][0]
     if tree.get("hidden_act", "silu") != "silu":
         return f"hidden_act {tree['hidden_act']}"
@@ -43,7 +43,7 @@ def unsupported(tree: dict) -> str | None:
 
 
 def _of_glm(tree: dict) -> str | None:
-    """Of GLM-4.5 and its successors, whose router Megatron computes in one of its ways alone."""
+    """Return what is unsupported in GLM-4.5 and its successors: Megatron computes their router in one way alone."""
     if not tree.get("norm_topk_prob", True):
         return "norm_topk_prob false, where Megatron's sigmoid router always makes weights sum to 1"
     if tree.get("n_group", 1) != 1 or tree.get("topk_group", 1) != 1:

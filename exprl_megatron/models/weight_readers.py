@@ -64,7 +64,7 @@ class Safetensors:
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
     def has(self, name: str) -> bool:
-        """Whether the files hold a tensor of that name."""
+        """Return whether the files hold a tensor of that name."""
         return name in self._files or name in self._pieces
 
     def _check(self, architecture: Architecture) -> None:
@@ -104,12 +104,14 @@ class Safetensors:
 
 
 def is_left_out(name: str, architecture: Architecture) -> bool:
-    """Whether the tensor `name` belongs to what a policy of this architecture is without."""
+    """Return whether the tensor `name` belongs to what a policy of this architecture is without."""
     return name.startswith(architecture.left_out) if architecture.left_out else False
 
 
 def has_joined_experts(directory: Path, architecture: Architecture) -> bool:
-    """Whether a model directory, in Hugging Face form or with Megatron's files, is of a model with joined experts."""
+    """Return whether a model directory, in Hugging Face form or with Megatron's files, is of a model with joined
+    experts.
+    """
     if not may_be_joined(architecture):
         return False
     if not any((directory / name).is_file() for name in (INDEX, SINGLE)):
@@ -185,7 +187,7 @@ def read_parts(
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors of a model directory.
+    """Return the safetensors of a model directory.
 
     Raises:
         UserError: there are none, or one of the index is missing.

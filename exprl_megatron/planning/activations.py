@@ -39,7 +39,7 @@ def layer_bytes_per_token(architecture: Architecture, layout: Layout, precision:
 
 
 def _delta_net(net: DeltaNet, wide: int) -> float:
-    """Between the projections of a gated delta net, as flash-linear-attention keeps it.
+    """Return what a gated delta net keeps between its projections in flash-linear-attention.
 
     The projection's output, the convolution's, keys and queries repeated to the value heads, values, decay and beta,
     the triangular system's rows, the output, and what its norm and gate give.
@@ -68,7 +68,7 @@ def _mlp(architecture: Architecture, layout: Layout, wide: int, entry: int) -> f
 def activation_bytes(
     architecture: Architecture, policy: PolicyConfig, pp_rank: int, micro_batches: int, layout: Layout | None = None
 ) -> float:
-    """The most that a rank of stage `pp_rank` keeps at once of all micro-batches in flight."""
+    """Return the most that a rank of stage `pp_rank` keeps at once of all micro-batches in flight."""
     layout = layout or policy.layout
     tokens = policy.micro_batch_tokens / layout.cp
     wide = value_bytes(policy.precision)
@@ -114,7 +114,9 @@ def working_bytes(architecture: Architecture, policy: PolicyConfig, backward: bo
 
 
 def _widest(architecture: Architecture, layout: Layout) -> float:
-    """Numbers for each token in the intermediates of a layer's MLP, the shared expert's output while others run."""
+    """Return the numbers for each token in the intermediates of a layer's MLP, the shared expert's output while others
+    run.
+    """
     experts, hidden = architecture.experts, architecture.hidden
     if experts is None:
         return hidden + 3 * architecture.ffn / layout.tp
@@ -125,5 +127,5 @@ def _widest(architecture: Architecture, layout: Layout) -> float:
 
 
 def value_bytes(precision: PrecisionConfig) -> int:
-    """Bytes of an activation or parameter outside FP8 products."""
+    """Return the bytes of an activation or parameter outside FP8 products."""
     return 4 if precision.dtype == "fp32" else 2

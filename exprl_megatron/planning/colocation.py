@@ -43,7 +43,7 @@ def with_sleeping_side(phases: list[Phase], config: RunConfig, architecture: Arc
 
 
 def server_faults(phases: list[Phase], server: ServerConfig, gpu: Gpu) -> list[str]:
-    """A sentence for each phase of a colocated server that has no room beside the sleeping trainer."""
+    """Return a sentence for each phase of a colocated server that has no room beside the sleeping trainer."""
     return [
         f"{phase.name}: with server.mem_fraction_static {server.memory_share:g} a server's weights, cache and "
         f"reserve ({(phase.memory.total - phase.memory.asleep) / GIB:.1f} GiB) and what the sleeping trainer holds "

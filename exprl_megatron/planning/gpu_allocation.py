@@ -20,7 +20,7 @@ JUDGE_EIGHTHS = (1, 2, 3)
 
 
 def best_allocation(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Plan:
-    """The plan of the config with the best layout and servers, and the ranking of as many trainer GPUs.
+    """Return the plan of the config with the best layout and servers, and the ranking of as many trainer GPUs.
 
     Raises:
         UserError: no allocation fits.

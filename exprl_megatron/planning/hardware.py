@@ -44,7 +44,7 @@ class Gpu:
         return "mxfp8" in self.fp8_kinds
 
     def peak(self, kind: str) -> tuple[str, float]:
-        """The name of the peak that products of a precision kind refer to, and its FLOP/s."""
+        """Return the name of the peak that products of a precision kind refer to, and its FLOP/s."""
         name, rate = {"fp32": ("FP32", self.fp32_flops), "bf16": ("BF16", self.bf16_flops)}.get(
             kind, ("FP8", self.fp8_flops)
         )
@@ -131,7 +131,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU called `name`, in any case.
+    """Return the GPU called `name`, in any case.
 
     Raises:
         UserError: the name is unknown.

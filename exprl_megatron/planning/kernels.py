@@ -56,8 +56,8 @@ def gemm_flops_per_s(gpu: Gpu, kind: str) -> float:
 
 
 def gemm_seconds(gemm: Gemm, gpu: Gpu, kind: str = "bf16", output_bytes: float = 2.0) -> float:
-    """Seconds of `gemm`: its operations at the reachable rate, half a wave of idle multiprocessors, and the write
-    of the output, which the next tile's loads do not hide. Never faster than its operands cross HBM.
+    """Return the seconds of `gemm`: its operations at the reachable rate, half a wave of idle multiprocessors, and the
+    write of the output, which the next tile's loads do not hide. Never faster than its operands cross HBM.
     """
     if gemm.flops == 0:
         return 0.0
@@ -72,7 +72,7 @@ def gemm_seconds(gemm: Gemm, gpu: Gpu, kind: str = "bf16", output_bytes: float =
 def attention_seconds(
     flops: float, length: float, gpu: Gpu, backward: bool, kind: str = "bf16", generation: int = 3
 ) -> float:
-    """Seconds of causal attention's `flops` over sequences of `length` tokens."""
+    """Return the seconds of causal attention's `flops` over sequences of `length` tokens."""
     if gpu.blackwell:
         share = EFFICIENCY.attention_blackwell[backward] * EFFICIENCY.sustained
     else:
@@ -81,12 +81,12 @@ def attention_seconds(
 
 
 def hbm_seconds(size: float, gpu: Gpu) -> float:
-    """Seconds to move `size` bytes through HBM in kernels that do nothing else."""
+    """Return the seconds to move `size` bytes through HBM in kernels that do nothing else."""
     return size / (gpu.hbm_bytes_per_s * EFFICIENCY.traffic)
 
 
 def host_optimizer_seconds(parameters: float, gradient_bytes: float, gpu: Gpu) -> float:
-    """Seconds to step `parameters` in host memory: gradients down, Adam over fp32 state, BF16 weights up."""
+    """Return the seconds to step `parameters` in host memory: gradients down, Adam over fp32 state, BF16 weights up."""
     link = parameters * (gradient_bytes + 2.0) / gpu.host_bytes_per_s
     memory = parameters * (24.0 + gradient_bytes + 2.0) / gpu.host_memory_bytes_per_s
     return (link + memory) / EFFICIENCY.traffic

@@ -77,7 +77,7 @@ NO_TIME = LayerTime(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def forward_layer(rank: RankWorkload) -> LayerTime:
-    """Seconds of a layer's forward pass."""
+    """Return the seconds of a layer's forward pass."""
     gemm = sum(_product(rank, g) for g in _gemms(rank)) + _router(rank, 1)
     attention = _attention(rank, backward=False)
     memory = hbm_seconds(_forward_bytes(rank), rank.gpu) + _kernels(rank, backward=False) * KERNEL_GAP
@@ -92,7 +92,7 @@ def forward_layer(rank: RankWorkload) -> LayerTime:
 
 
 def backward_layer(rank: RankWorkload) -> LayerTime:
-    """Seconds of a layer's backward pass: gradients of inputs and, unless frozen, of weights."""
+    """Return the seconds of a layer's backward pass: gradients of inputs and, unless frozen, of weights."""
     gemm = sum(_product(rank, g.input_gradient()) for g in _gemms(rank)) + _router(rank, 2)
     if not rank.features.lora:
         gemm += sum(_product(rank, g.weight_gradient(), 2 * rank.features.gradient_bytes) for g in _gemms(rank))
@@ -109,7 +109,7 @@ def backward_layer(rank: RankWorkload) -> LayerTime:
 
 
 def _gathers_mlp(rank: RankWorkload) -> bool:
-    """Whether an MLP that all tokens pass is divided by tensor parallelism."""
+    """Return whether an MLP that all tokens pass is divided by tensor parallelism."""
     return rank.architecture.experts is None or rank.architecture.experts.shared_ffn > 0
 
 
@@ -158,7 +158,7 @@ def _forward_bytes(rank: RankWorkload) -> float:
 
 
 def _backward_bytes(rank: RankWorkload) -> float:
-    """The same backwards: gradients of norms, residual sums, rotation and activation; casts of gradients."""
+    """Return the bytes of the backward pass: gradients of norms, residual sums, rotation, activation; their casts."""
     architecture, layout = rank.architecture, rank.layout
     heads = _projected(architecture) / layout.tp
     between = 12 * rank.sharded_tokens * architecture.hidden
@@ -171,7 +171,7 @@ def _backward_bytes(rank: RankWorkload) -> float:
 
 
 def _projected(architecture: Architecture) -> float:
-    """Numbers for each token that the input projection gives."""
+    """Return the numbers for each token that the input projection gives."""
     return attention_gemms(architecture, 1, 1)[0].n
 
 
@@ -187,12 +187,14 @@ def _kernels(rank: RankWorkload, backward: bool) -> float:
 
 
 def _permuted(rank: RankWorkload) -> float:
-    """Elements that move when tokens are copied to their experts' order and back: seven passes over the copies."""
+    """Return the elements that move when tokens are copied to their experts' order and back: seven passes over the
+    copies.
+    """
     return 7.0 * rank.rows * rank.architecture.hidden if rank.architecture.experts else 0.0
 
 
 def _activated(rank: RankWorkload) -> float:
-    """Numbers that the activation functions of a layer give."""
+    """Return the numbers that the activation functions of a layer give."""
     experts, layout = rank.architecture.experts, rank.layout
     if experts is None:
         return rank.rows * rank.architecture.ffn / layout.tp
@@ -207,7 +209,9 @@ def _tensor_parallel(rank: RankWorkload, gathers: int, compute_s: float) -> floa
 
 
 def _context_parallel(rank: RankWorkload, attention: float, times: int) -> float:
-    """Keys and values travel round the ring beside attention; backward their gradients travel too."""
+    """Return the seconds in which keys and values pass round the ring beside attention; their gradients do so
+    backward.
+    """
     architecture, layout = rank.architecture, rank.layout
     kept = rank.tokens * 2 * architecture.kv_groups * architecture.head_dim / layout.tp * rank.width
     transfer = times * ring_seconds(kept * layout.cp, rank.gpu, layout.cp, layout.tp)
@@ -215,7 +219,7 @@ def _context_parallel(rank: RankWorkload, attention: float, times: int) -> float
 
 
 def _expert_parallel(rank: RankWorkload, compute_s: float) -> float:
-    """Tokens travel to their experts and back."""
+    """Return the seconds in which tokens are sent to their experts and back."""
     architecture, layout = rank.architecture, rank.layout
     if architecture.experts is None or layout.ep * layout.etp == 1:
         return 0.0

@@ -159,7 +159,7 @@ def rank_layouts(
 
 
 def _most_memory_left(pipelines: list[TrainerPlan]) -> TrainerPlan:
-    """Of those that are as fast as the fastest, within `TIE_RATIO`, the one with the most memory left."""
+    """Return the plan with the most memory left of those within `TIE_RATIO` of the fastest."""
     fastest = min(one.seconds for one in pipelines)
     return min(
         (one for one in pipelines if one.seconds <= fastest * TIE_RATIO),

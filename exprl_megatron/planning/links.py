@@ -25,12 +25,12 @@ def ring_bandwidth(gpu: Gpu, size: int, stride: int) -> float:
 
 
 def ring_seconds(size_bytes: float, gpu: Gpu, size: int, stride: int) -> float:
-    """Seconds of one all-gather or reduce-scatter whose whole (gathered) tensor has `size_bytes`."""
+    """Return the seconds of one all-gather or reduce-scatter whose whole (gathered) tensor has `size_bytes`."""
     return size_bytes * (size - 1) / size / ring_bandwidth(gpu, size, stride) if size > 1 else 0.0
 
 
 def exchange_seconds(rows: float, row_bytes: float, chosen: int, gpu: Gpu, size: int, once_per_node: bool) -> float:
-    """Seconds in which each of `size` ranks sends `rows` rows, `chosen` for each token, evenly to all.
+    """Return the seconds in which each of `size` ranks sends `rows` rows, `chosen` for each token, evenly to all.
 
     With `once_per_node` a token crosses to another node once, however many experts it meets there (DeepEP, HybridEP).
     """
@@ -45,12 +45,12 @@ def exchange_seconds(rows: float, row_bytes: float, chosen: int, gpu: Gpu, size:
 
 
 def send_seconds(size_bytes: float, gpu: Gpu, stride: int) -> float:
-    """Seconds to send `size_bytes` to the rank `stride` further on."""
+    """Return the seconds to send `size_bytes` to the rank `stride` further on."""
     if 2 * stride <= gpu.gpus_per_node:
         return size_bytes / (gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
     return size_bytes / (gpu.nic_bytes_per_s * NIC_EFFICIENCY)
 
 
 def exposed_seconds(transfer: float, beside: float, overlapped: bool, most: float = MAX_HIDDEN_SHARE) -> float:
-    """Seconds of `transfer` that remain when up to `beside` seconds of computation run at the same time."""
+    """Return the seconds of `transfer` that remain when up to `beside` seconds of computation run at the same time."""
     return transfer - min(most * transfer, beside) if overlapped else transfer

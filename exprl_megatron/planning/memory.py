@@ -59,7 +59,7 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
     def excess_bytes(self, gpu: Gpu) -> float:
-        """Bytes by which they exceed what a plan may fill of `gpu`; negative where they fit."""
+        """Return the bytes by which they exceed what a plan may fill of `gpu`; negative where they fit."""
         return self.total - gpu.memory_bytes * USABLE
 
 
@@ -106,7 +106,9 @@ def training_memory(
     micro_batches: int,
     gpu: Gpu | None = None,
 ) -> Memory:
-    """Peak of the training phase on a rank of stage `pp_rank` with so many micro-batches for each of its ranks."""
+    """Return the peak of the training phase on a rank of stage `pp_rank` with so many micro-batches for each of its
+    ranks.
+    """
     rest = resident_memory(architecture, policy, optimizer, pp_rank, gpu)
     last = pp_rank == policy.layout.pp - 1
     return _with_more(
@@ -120,7 +122,7 @@ def training_memory(
 def log_prob_memory(
     architecture: Architecture, policy: PolicyConfig, optimizer: OptimizerConfig, pp_rank: int, gpu: Gpu | None = None
 ) -> Memory:
-    """Peak of a forward pass without gradients, optimizer and gradient buffers staying where they are."""
+    """Return the peak of a forward pass without gradients, optimizer and gradient buffers staying where they are."""
     rest = resident_memory(architecture, policy, optimizer, pp_rank, gpu)
     last = pp_rank == policy.layout.pp - 1
     return _with_more(
@@ -138,7 +140,7 @@ def reshard_memory(
     bucket_bytes: float,
     gpu: Gpu | None = None,
 ) -> Memory:
-    """Peak while weights are gathered: a bucket and the shards that it is made of.
+    """Return the peak while weights are gathered: a bucket and the shards that it is made of.
 
     A tensor is never cut, so the largest one may be more than a bucket.
     """
@@ -155,9 +157,9 @@ def host_memory(
     keeps_ref_policy: bool,
     colocated: bool = False,
 ) -> HostBytes:
-    """What a trainer's rank keeps in host memory: the stage's starting weights, and while they are scored the current
-    ones too; the offloaded share of the optimizer; what is away while colocated servers sample, of which the weights
-    wait where they do while the start is scored."""
+    """Return what a trainer's rank keeps in host memory: the stage's starting weights, and the current ones while the
+    start is scored; the offloaded share of the optimizer; what is away while colocated servers sample, of which the
+    weights wait where they do while the start is scored."""
     counts = rank_counts(architecture, policy.layout, pp_rank)
     kept = keeps_ref_policy and policy.ref_policy == "host"
     weights, state = value_bytes(policy.precision) * counts.total, optimizer_bytes(counts, policy, optimizer)
@@ -202,8 +204,8 @@ def logit_bytes(architecture: Architecture, policy: PolicyConfig, backward: bool
 def server_memory(
     architecture: Architecture, server: ServerConfig, gpu: Gpu, bucket_bytes: float = 0, weight_bytes: float = 2
 ) -> Memory:
-    """A device of an SGLang server: weights, the KV cache that fills what SGLang leaves, its reserve for activations
-    and graphs (sglang/srt/arg_groups/memory_hook.py), and a bucket of arriving weights.
+    """Return the memory of a device of an SGLang server: weights, the KV cache that fills what SGLang leaves, its
+    reserve for activations and graphs (sglang/srt/arg_groups/memory_hook.py), and a bucket of arriving weights.
 
     Weights and cache fill `server.memory_share` of the device, or all but the reserve where that is not set.
 
@@ -230,7 +232,7 @@ def server_memory(
 
 
 def kv_bytes_per_token(architecture: Architecture, tp: int, value: int = 2) -> float:
-    """A device's part of one token's keys and values; with more devices than groups each holds one group.
+    """Return a device's part of one token's keys and values; with more devices than groups each holds one group.
 
     Gated delta nets keep none.
     """
@@ -244,7 +246,7 @@ def _with_more(memory: Memory, **extra: float) -> Memory:
 
 
 def _fp8_linear(architecture: Architecture, policy: PolicyConfig, pp_rank: int) -> int:
-    """Parameters of the rank whose products run in FP8."""
+    """Return the parameters of the rank whose products run in FP8."""
     if not policy.precision.fp8 or policy.precision.emulate:
         return 0
     ends = policy.precision.first_last_bf16
@@ -255,7 +257,9 @@ def _fp8_linear(architecture: Architecture, policy: PolicyConfig, pp_rank: int) 
 
 
 def _fp8_bytes(policy: PolicyConfig, gpu: Gpu | None) -> float:
-    """Bytes of a quantized weight: as rows and as columns, where the tensor core cannot read columns of rows."""
+    """Return the bytes of a quantized weight: as rows and as columns, where the tensor core cannot read columns of
+    rows.
+    """
     if policy.precision.kind == "mxfp8":
         return 2 + 2 / 32
     one_copy = gpu is not None and gpu.blackwell and policy.precision.kind != "fp8-blockwise"
@@ -269,7 +273,7 @@ def communicators(layout: Layout) -> int:
 
 
 def _largest_gradient(architecture: Architecture, policy: PolicyConfig, last: bool) -> float:
-    """One weight's gradient in the model's own format, before it is added to the fp32 sum."""
+    """Return one weight's gradient in the model's own format, before it is added to the fp32 sum."""
     layout = policy.layout
     widest = max(_mlp_width(kind, layout) for kind in architecture.kinds())
     matrix = 2 * architecture.hidden * widest
@@ -279,7 +283,7 @@ def _largest_gradient(architecture: Architecture, policy: PolicyConfig, last: bo
 
 
 def _mlp_width(architecture: Architecture, layout: Layout) -> float:
-    """Columns of a rank's widest MLP in a layer."""
+    """Return the columns of a rank's widest MLP in a layer."""
     experts = architecture.experts
     if experts is None:
         return architecture.ffn / layout.tp

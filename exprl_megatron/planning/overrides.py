@@ -20,7 +20,7 @@ def overrides(plan: Plan) -> list[str]:
 
 
 def layout_text(layout: Layout) -> str:
-    """Only what is not 1, for example `TP4 PP4 VPP5 CP2 DP2`."""
+    """Return the sizes of a layout that are not 1, for example `TP4 PP4 VPP5 CP2 DP2`."""
     sizes = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
     text = " ".join(f"{name.upper()}{size}" for name, size in sizes.items() if size > 1) or "one GPU"
     return text + (" +ends" if layout.embedding_as_layer or layout.head_as_layer else "")

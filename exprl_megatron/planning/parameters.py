@@ -33,7 +33,7 @@ class ParameterCounts:
 
 
 def rank_counts(architecture: Architecture, layout: Layout, pp_rank: int) -> ParameterCounts:
-    """The parameters of each rank in pipeline stage `pp_rank`; the layout must fit the architecture."""
+    """Return the parameters of each rank in pipeline stage `pp_rank`; the layout must fit the architecture."""
     found = _ends(architecture, layout, pp_rank)
     for kind, count in architecture.kinds(chain(*stage_layers(architecture, layout)[pp_rank])).items():
         found += layer_counts(kind, layout) * count
@@ -41,27 +41,27 @@ def rank_counts(architecture: Architecture, layout: Layout, pp_rank: int) -> Par
 
 
 def layer_counts(architecture: Architecture, layout: Layout) -> ParameterCounts:
-    """A rank's parameters of one layer, one of those of a model whose layers are all alike."""
+    """Return a rank's parameters of one layer, one of those of a model whose layers are all alike."""
     whole, cut, matrices, experts = _layer(architecture)
     linear = matrices // layout.tp
     return ParameterCounts(whole + cut // layout.tp + linear, experts // (layout.ep * layout.etp), linear)
 
 
 def model_parameters(architecture: Architecture) -> int:
-    """Parameters of the whole model in Hugging Face form."""
+    """Return the parameters of the whole model in Hugging Face form."""
     layers = sum(count * sum(_layer(kind)) for kind, count in architecture.kinds().items())
     vocabulary = architecture.vocabulary * architecture.hidden * (1 if architecture.tied else 2)
     return layers + vocabulary + architecture.hidden
 
 
 def largest_tensor(architecture: Architecture) -> int:
-    """Elements of the largest tensor in Hugging Face form."""
+    """Return the elements of the largest tensor in Hugging Face form."""
     mlps = [width for kind in architecture.kinds() for width in _mlp_widths(kind)]
     return architecture.hidden * max(architecture.vocabulary, *mlps, architecture.heads * architecture.head_dim)
 
 
 def _mlp_widths(architecture: Architecture) -> list[int]:
-    """Of a layer's MLP, or of each of its experts and of the shared one."""
+    """Return the widths of a layer's MLP, or of each of its experts and of the shared one."""
     experts = architecture.experts
     return [architecture.ffn] if experts is None else [experts.ffn, experts.shared_ffn]
 
@@ -78,7 +78,7 @@ def _ends(architecture: Architecture, layout: Layout, pp_rank: int) -> Parameter
 
 @cache
 def _layer(architecture: Architecture) -> tuple[int, int, int, int]:
-    """One layer's elements: (whole on every rank, cut over tp and no matrix, matrices cut over tp, experts)."""
+    """Return one layer's elements: (whole on every rank, cut over tp and no matrix, matrices cut over tp, experts)."""
     one = replace(architecture, layers=1)
     shapes = hf_shapes(one)
     whole = cut = matrices = experts = 0

@@ -33,6 +33,8 @@ class Phase:
 
 
 def speed_of(tokens: float, flops: float, seconds: float, gpus: int, peak: tuple[str, float]) -> Speed:
-    """The speed of `gpus` that need `seconds` for `tokens` tokens, which take `flops` operations of the model."""
+    """Return the speed of `gpus` that need `seconds` for `tokens` tokens, which take `flops` operations of the
+    model.
+    """
     name, rate = peak
     return Speed(tokens / seconds / gpus, flops / seconds / gpus / rate, name)

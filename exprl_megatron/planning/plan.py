@@ -98,7 +98,7 @@ class Plan:
 
 
 def allocation_of(plan: Plan) -> GpuAllocation:
-    """The plan's own allocation."""
+    """Return the plan's own allocation."""
     config = plan.config
     servers = {"policy server": config.server.tp, "ref server": config.server.tp}
     if config.judge is not None:
@@ -112,7 +112,7 @@ def allocation_of(plan: Plan) -> GpuAllocation:
 
 
 def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
-    """The step of `stage` as the config lays it out.
+    """Return the step of `stage` as the config lays it out.
 
     Raises:
         UserError: a model is not found.
@@ -159,7 +159,7 @@ def plan(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu) -> Plan:
 
 
 def with_syncs(planned: Plan) -> Plan:
-    """The plan with its weight syncs."""
+    """Return the plan with its weight syncs."""
     if not planned.workload.sampled:
         return planned
     architecture, _ = find_architecture(planned.config.policy.model)
@@ -167,7 +167,7 @@ def with_syncs(planned: Plan) -> Plan:
 
 
 def ranked(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Ranking:
-    """The best layouts of `gpus` trainer GPUs for the config's policy. Raises UserError where none fits."""
+    """Return the best layouts of `gpus` trainer GPUs for the config's policy. Raises UserError where none fits."""
     architecture, _ = find_architecture(config.policy.model)
     room = gpu_left_for_trainer(config, gpu) if workload.sampled else gpu
     return rank_layouts(architecture, config.policy, stage.optimizer, workload, room, gpus)
@@ -209,7 +209,7 @@ def _trainer(config, stage, architecture, workload, gpu, one: TrainerPlan) -> li
 
 
 def _ref_policy_costs(config, stage, architecture, workload, gpu, one) -> dict[str, float]:
-    """Both places of the frozen starting weights: host memory of a rank, or the GPUs of a server.
+    """Return the costs of both placements of the frozen weights: host memory of a rank, or the GPUs of a server.
 
     Either reads the step's traces once more: the trainer after a swap, the server on its own GPUs.
     """
@@ -229,14 +229,14 @@ def _ref_policy_costs(config, stage, architecture, workload, gpu, one) -> dict[s
 
 
 def _swap_seconds(architecture, config, gpu, one) -> float:
-    """Seconds to swap the current weights for the reference policy's, and back."""
+    """Return the seconds to swap the current weights for the reference policy's, and back."""
     counts = (rank_counts(architecture, one.layout, rank).total for rank in range(one.layout.pp))
     size = max(counts) * (4 if config.policy.precision.dtype == "fp32" else 2)
     return 2 * host_swap_time(size, gpu)
 
 
 def _speed(time, times: int, seconds: float) -> Speed:
-    """Of a phase that does `time`'s work so often; log-probs count a token once for each pass over it."""
+    """Return the speed of a phase that repeats `time`'s work; log-probs count a token once for each pass over it."""
     return speed_of(time.tokens * times, time.flops * times, seconds, time.gpus, (time.peak_name, time.peak_flops))
 
 
@@ -261,7 +261,7 @@ def _illegal(config, stage, architecture: Architecture, workload, gpu) -> list[s
 
 
 def _is_modeled(config, gpu) -> bool:
-    """Whether the time model has a peak for the precision."""
+    """Return whether the time model has a peak for the precision."""
     return not config.policy.precision.fp8 or config.policy.precision.kind in gpu.fp8_kinds
 
 

@@ -31,14 +31,14 @@ CAUSES = {
 
 
 def update_seconds(one: TrainerPlan) -> dict[str, float]:
-    """Seconds of one update by cause."""
+    """Return the seconds of one update by cause."""
     time = one.training
     found = {name: getattr(time, name) for name in CAUSES if name != "ragged_s"}
     return found | {"ragged_s": (one.slowdown - 1) * time.total_s}
 
 
 def plan_to_dict(plan: Plan, top: int) -> dict[str, Any]:
-    """All of the plan, with the `top` best layouts."""
+    """Return the whole plan as a dict, with the `top` best layouts."""
     return {
         "model": plan.config.policy.model,
         "gpu": plan.gpu.name,
@@ -62,7 +62,9 @@ def plan_to_dict(plan: Plan, top: int) -> dict[str, Any]:
 
 
 def trainer_to_dict(one: TrainerPlan) -> dict[str, Any]:
-    """A trainer's layout, memory by kind on the fullest rank and by pipeline stage, and its seconds of a step."""
+    """Return a trainer's layout, memory by kind on the fullest rank and by pipeline stage, and its seconds of a
+    step.
+    """
     seconds = update_seconds(one)
     return {
         "layout": one.layout.model_dump(mode="json"),

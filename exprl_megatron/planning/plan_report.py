@@ -196,7 +196,7 @@ def _syncs_table(plan: Plan) -> Table:
 
 
 def sync_cells(kind: str, sync: SyncPlan) -> list[str]:
-    """A row of that table; see SYNC_COLUMNS."""
+    """Return a row of that table; see SYNC_COLUMNS."""
     cards = sync.over_network.items()
     out = max((size for card, size in cards if card.startswith("trainer") and card.endswith(" out")), default=0)
     into = max((size for card, size in cards if card.endswith(" in")), default=0)

@@ -53,7 +53,7 @@ def plan_target(
 
 
 def _ranking(config: RunConfig, stage: Stage, workload: Workload, gpu: Gpu, gpus: int) -> Ranking | None:
-    """None where nothing fits; the plan's faults report that."""
+    """Return the ranking, or None where nothing fits; the plan's faults report that."""
     try:
         return ranked(config, stage, workload, gpu, gpus)
     except UserError:

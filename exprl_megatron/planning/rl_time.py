@@ -45,7 +45,7 @@ def step_time(
     save_s: float = 0.0,
     one_step_off: bool = False,
 ) -> PlannedStepTime:
-    """The step of these phases; `log_probs` has one forward pass for each policy that is scored by the trainer.
+    """Return the step of these phases; `log_probs` has one forward pass for each policy that is scored by the trainer.
 
     `judging_s` is what judging adds to sampling (see `judging_tail`), `save_s` a checkpoint's share of a step.
     """
@@ -69,7 +69,7 @@ def sampling_time(
     prompt_tokens: float,
     answers: LengthDistribution,
 ) -> ServingTime:
-    """Seconds to sample `traces` traces for each of `problems`.
+    """Return the seconds to sample `traces` traces for each of `problems`.
 
     A problem's prompt is read once; by gated delta nets once for each trace, as SGLang keeps no states of it.
     """
@@ -94,7 +94,7 @@ def judging_time(
     answers: LengthDistribution,
     cached: bool = True,
 ) -> ServingTime:
-    """Seconds for `judgements` judgements of each of `problems`.
+    """Return the seconds for `judgements` judgements of each of `problems`.
 
     Their prompts share `shared_tokens` (system, problem, rubric) and have `own_tokens` of a trace each; `cached`:
     the shared part is read once for each problem, else (and by gated delta nets) with every judgement.
@@ -114,7 +114,7 @@ def judging_time(
 
 
 def judging_tail(sampling: ServingTime, judging: ServingTime, own_devices: bool) -> float:
-    """Seconds of judging after the last trace is there.
+    """Return the seconds of judging after the last trace is there.
 
     On devices of its own a judge works while traces still come: what is left is its surplus over sampling, and at
     least one round of the servers. On the sampling devices it starts when they are free.
@@ -126,10 +126,10 @@ def judging_tail(sampling: ServingTime, judging: ServingTime, own_devices: bool)
 
 
 def host_swap_time(size_bytes: float, gpu: Gpu) -> float:
-    """Seconds to exchange `size_bytes` of a GPU's weights with host memory: out and in at the same time."""
+    """Return the seconds to exchange `size_bytes` of a GPU's weights with host memory: out and in at the same time."""
     return size_bytes / (gpu.host_bytes_per_s * NVLINK_EFFICIENCY)
 
 
 def save_time(size_bytes: float, storage_bytes_per_s: float) -> float:
-    """Seconds to write a checkpoint of `size_bytes` in all."""
+    """Return the seconds to write a checkpoint of `size_bytes` in all."""
     return size_bytes / storage_bytes_per_s

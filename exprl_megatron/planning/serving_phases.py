@@ -15,7 +15,7 @@ from exprl_megatron.planning.workload import Workload
 
 
 def sampling_seconds(architecture: Architecture, servers: ServerHardware, workload: Workload) -> ServingTime:
-    """All of a step's traces."""
+    """Return the time to sample all traces of a step."""
     return sampling_time(
         architecture,
         servers,
@@ -27,7 +27,7 @@ def sampling_seconds(architecture: Architecture, servers: ServerHardware, worklo
 
 
 def judging_seconds(judge: Architecture, servers: ServerHardware, workload: Workload) -> ServingTime:
-    """All of a step's judgements."""
+    """Return the time of all judgements of a step."""
     return judging_time(
         judge,
         servers,
@@ -40,7 +40,7 @@ def judging_seconds(judge: Architecture, servers: ServerHardware, workload: Work
 
 
 def servers_of(architecture: Architecture, server: ServerConfig, gpu: Gpu) -> ServerHardware:
-    """The config's servers as the time model takes them. Raises UserError where the weights do not fit."""
+    """Return the config's servers as the time model takes them. Raises UserError where the weights do not fit."""
     memory = server_memory(architecture, server, gpu)
     return ServerHardware(
         server.count, server.tp, gpu, memory_share=(memory.weights + memory.kv_cache) / gpu.memory_bytes

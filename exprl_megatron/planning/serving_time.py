@@ -62,7 +62,7 @@ class LengthDistribution:
         return (low + high) / 2
 
     def share_longer(self, length: float) -> float:
-        """Share of answers longer than `length`."""
+        """Return the share of answers longer than `length`."""
         if length >= self.bound:
             return 0.0
         rate = self.rate
@@ -112,8 +112,8 @@ def serving_time(
     read_tokens: float,
     answers: LengthDistribution,
 ) -> ServingTime:
-    """Seconds to answer `requests` prompts of `prompt_tokens`, of all of which only `read_tokens` must be read (the
-    rest is cached).
+    """Return the seconds to answer `requests` prompts of `prompt_tokens`, of all of which only `read_tokens` must be
+    read (the rest is cached).
 
     Raises:
         UserError: the weights do not leave room for one request.
@@ -145,13 +145,13 @@ def serving_time(
 
 
 def prefill_seconds(architecture: Architecture, servers: ServerHardware, tokens: float, length: float) -> float:
-    """Seconds in which one server reads `tokens` tokens of prompts `length` long."""
+    """Return the seconds in which one server reads `tokens` tokens of prompts `length` long."""
     flops = tokens * model_flops(architecture, length, training=False)
     return flops / (servers.tp * gemm_flops_per_s(servers.gpu, servers.kind))
 
 
 def iteration_seconds(architecture: Architecture, servers: ServerHardware, batch: float, context: float) -> float:
-    """Seconds in which one server adds a token to each of `batch` answers that stand at `context` tokens."""
+    """Return the seconds in which one server adds a token to each of `batch` answers that stand at `context` tokens."""
     gpu, layers = servers.gpu, architecture.layers
     bandwidth = gpu.hbm_bytes_per_s * EFFICIENCY.traffic * servers.tp
     dense, experts = linear_parameters(architecture)
@@ -173,12 +173,12 @@ def _tokens_read(architecture: Architecture, context: float) -> float:
 
 
 def cache_bytes(architecture: Architecture, servers: ServerHardware) -> float:
-    """Bytes of KV cache of one token."""
+    """Return the bytes of KV cache of one token."""
     return 2 * architecture.attention_layers * architecture.kv_groups * architecture.head_dim * servers.kv_bytes
 
 
 def state_bytes(architecture: Architecture) -> int:
-    """Bytes of one request that do not grow with it: the states of its gated delta nets."""
+    """Return the bytes of one request that do not grow with it: the states of its gated delta nets."""
     net = architecture.delta_net
     return (architecture.layers - architecture.attention_layers) * net.state_bytes if net is not None else 0
 
@@ -195,7 +195,7 @@ def _all_reduces(architecture: Architecture, servers: ServerHardware, batch: flo
 
 
 def _kv_cache_tokens(architecture: Architecture, servers: ServerHardware) -> float:
-    """Tokens that one server's KV cache holds."""
+    """Return the tokens that one server's KV cache holds."""
     dense, experts = linear_parameters(architecture)
     weights = (dense + experts) * servers.weight_bytes
     weights += 2 * architecture.vocabulary * architecture.hidden * 2.0

@@ -62,7 +62,7 @@ def plan_sync(
     colocated: bool,
     fp8: bool = False,
 ) -> SyncPlan:
-    """The plan of a sync to `servers` servers of `server_tp` ranks.
+    """Return the plan of a sync to `servers` servers of `server_tp` ranks.
 
     `colocated`: the trainer's nodes have equal shares of the servers, in contiguous blocks, and each server's rank
     takes handles from the trainer rank on its GPU; else servers have nodes of their own, at most one server's ranks on
@@ -114,7 +114,7 @@ def plan_sync(
 
 
 def _chains(layout: Layout, gpu: Gpu, servers: int, server_tp: int) -> list[list[int]]:
-    """Of each node the trainer ranks that hand memory to servers' ranks, which hand messages on to each other."""
+    """Return, by node, the trainer ranks that pass memory to servers' ranks; they pass messages on to each other."""
     nodes = -(-layout.world_size // gpu.gpus_per_node)
     apart = -(-server_tp // gpu.gpus_per_node) * gpu.gpus_per_node
     sharing = max(1, min(-(-servers // nodes), gpu.gpus_per_node // server_tp))
@@ -131,7 +131,7 @@ def _chains(layout: Layout, gpu: Gpu, servers: int, server_tp: int) -> list[list
 def _gathered(
     message: Message, filler: int, shapes: dict[str, tuple[int, ...]], layout: Layout, dtype: str
 ) -> Counter[tuple[int, int]]:
-    """Bytes from rank to rank while a message is filled."""
+    """Return the bytes from rank to rank while a message is filled."""
     flows: Counter[tuple[int, int]] = Counter()
     for parameter in message.parameters:
         size = ITEMSIZE[dtype] * math.prod(shard_shape(parameter, shapes, layout))
@@ -142,7 +142,7 @@ def _gathered(
 
 
 def _network(flows: Counter[tuple[int, int]], gpu: Gpu) -> Counter[str]:
-    """What of the flows between ranks crosses from node to node, by network card."""
+    """Return the bytes of the flows between ranks that cross from node to node, by network card."""
     found: Counter[str] = Counter()
     for (source, target), size in flows.items():
         if source // gpu.gpus_per_node != target // gpu.gpus_per_node:
@@ -162,7 +162,7 @@ def _broadcast(message: Message, layout: Layout, servers: int) -> Counter[str]:
 
 
 def _gather_seconds(flows: Counter[tuple[int, int]], gpu: Gpu) -> float:
-    """Of the busiest link."""
+    """Return the seconds of the busiest link."""
     nvlink: Counter[str] = Counter()
     for (source, target), size in flows.items():
         if source // gpu.gpus_per_node == target // gpu.gpus_per_node:
@@ -180,7 +180,7 @@ def _longest(flows: Counter[str], rate: float) -> float:
 
 
 def _broadcast_seconds(message: Message, gpu: Gpu) -> float:
-    """One card in, and each server rank's copy of it, into its own memory."""
+    """Return the bytes of one card's input and of each server rank's copy of it into its own memory."""
     slowest = min(gpu.nic_bytes_per_s * NIC_EFFICIENCY, gpu.nvlink_bytes_per_s * NVLINK_EFFICIENCY)
     return message.nbytes / slowest + _load_seconds(message, gpu)
 
@@ -190,13 +190,13 @@ def _load_seconds(message: Message, gpu: Gpu) -> float:
 
 
 def _pipelined(gathering: list[float], taking: list[float]) -> float:
-    """Seconds where round n + 1 is gathered while round n is taken."""
+    """Return the seconds where round n + 1 is gathered while round n is taken."""
     between = sum(max(gather, take) for gather, take in zip(gathering[1:], taking[:-1], strict=True))
     return gathering[0] + between + taking[-1]
 
 
 def shard_bytes(architecture: Architecture, layout: Layout, dtype: str) -> dict[int, int]:
-    """Bytes of each rank's parameters; experts' as on their first copies."""
+    """Return the bytes of each rank's parameters; experts' as on their first copies."""
     shapes = hf_shapes(architecture)
     sizes: Counter[tuple[int, int | None]] = Counter()
     for parameter in parameters(architecture, layout):
@@ -219,7 +219,7 @@ def _bucket_bytes(
     source_ranks: Iterable[int],
     every: bool,
 ) -> dict[int, int]:
-    """What the ranks that fill messages hold for it; `every`: they fill those of all stages."""
+    """Return the bytes that ranks allocate to fill messages; with `every` they fill those of all stages."""
     found = {}
     for rank in source_ranks:
         mine = [m for messages in staged for m in messages if every or sender(m.stage, layout) == rank]

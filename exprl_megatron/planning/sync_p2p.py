@@ -34,7 +34,7 @@ def plan_direct(
     servers: int,
     server_tp: int,
 ) -> SyncPlan:
-    """The plan of a sync to `servers` servers of `server_tp` ranks on nodes of their own."""
+    """Return the plan of a sync to `servers` servers of `server_tp` ranks on nodes of their own."""
     plan = _transfers(architecture, layout, dtype, bucket_bytes, servers, server_tp)
     volumes = plan.volumes()
     cards = {f"trainer {rank} out": size for rank, size in sorted(volumes.sent.items())}
@@ -83,7 +83,7 @@ def _held(architecture: Architecture, layout: Layout) -> ShardTable:
 
 @lru_cache(maxsize=4)
 def _needs(architecture: Architecture, server_tp: int) -> list[np.ndarray]:
-    """Of each rank of a server; the planner asks for several layouts and numbers of servers."""
+    """Return the needs of each rank of a server; the planner asks for several layouts and numbers of servers."""
     shapes = hf_shapes(architecture)
     return [
         needs_table(rank, list(shapes))
@@ -92,14 +92,14 @@ def _needs(architecture: Architecture, server_tp: int) -> list[np.ndarray]:
 
 
 def _seconds(volumes: Volumes, gpu: Gpu) -> float:
-    """Of the busiest card, and of the server's rank that has most parts to receive."""
+    """Return the seconds of the busiest card and of the server's rank that has most parts to receive."""
     busiest = max(*volumes.sent.values(), *volumes.received.values())
     transfer_s = busiest / (gpu.nic_bytes_per_s * NIC_EFFICIENCY)
     return transfer_s + _REQUESTS * MESSAGE_S + max(volumes.parts.values()) * TENSOR_S
 
 
 def _beside(sent: RankTransfers, held: ShardTable) -> int:
-    """Numbers of the two rounds that a sender may have to put together beside its shard."""
+    """Return the most numbers of the two rounds that a sender may have to gather beside its shard."""
     if not len(sent.messages):
         return 0
     parts, counts = sent.messages["parts"], sent.counts()

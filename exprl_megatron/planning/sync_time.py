@@ -32,7 +32,7 @@ class _SyncRequest:
     fp8: bool
 
     def plan(self) -> SyncPlan:
-        """All of it."""
+        """Return the plan of the whole sync."""
         # Imported here: they import torch, which most of the planner does without.
         from exprl_megatron.planning.sync_broadcast import plan_sync
         from exprl_megatron.planning.sync_p2p import plan_direct
@@ -45,12 +45,12 @@ class _SyncRequest:
 
 
 def sync_seconds(config: RunConfig, architecture: Architecture, gpu: Gpu) -> float:
-    """Seconds of one sync by the run's transport; one that goes by files is taken for a broadcast."""
+    """Return the seconds of one sync by the run's transport; one that goes by files is taken for a broadcast."""
     return _seconds(_asked(config, architecture, gpu, choose_transport(config).kind))
 
 
 def sync_plans(config: RunConfig, architecture: Architecture, gpu: Gpu) -> dict[TransportKind, SyncPlan]:
-    """The plan of a sync by each transport that suits the run's placement, the run's own first."""
+    """Return the plan of a sync by each transport that suits the run's placement, the run's own first."""
     chosen = choose_transport(config).kind
     asked = _asked(config, architecture, gpu, chosen)
     kinds: tuple[TransportKind, ...] = ("handles",) if config.placement.kind == "colocated" else ("direct", "broadcast")

@@ -14,7 +14,7 @@ PUBLISHED = Path(__file__).parent / "architectures"
 
 
 def find_config(target: str, overrides: list[str], judge: str | None = None) -> tuple[RunConfig, bool]:
-    """The config to plan, and whether it is a real run's rather than made up around a model.
+    """Return the config to plan, and whether it is a real run's rather than made up around a model.
 
     Around a model it is sparse-reward RL, or with a judge ExpRL-Outcome, of 128 problems with 16 traces of up to 4,096
     tokens. Raises UserError where there is neither file nor model.
@@ -48,7 +48,7 @@ def find_architecture(model: str) -> tuple[Architecture, str | None]:
 
 
 def assumed_architecture(model: str, known: str) -> str:
-    """The sentence about a model that is not on this machine."""
+    """Return the sentence about a model that is not on this machine."""
     return f"{model} is not here: its shape is taken to be that of {known}."
 
 

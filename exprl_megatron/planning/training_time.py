@@ -69,7 +69,7 @@ def training_time(
     gpu: Gpu,
     features: TrainerFeatures = THIS_TRAINER,
 ) -> TrainingTime:
-    """Seconds of one optimizer step over `global_tokens` tokens in sequences of `sequence_length`.
+    """Return the seconds of one optimizer step over `global_tokens` tokens in sequences of `sequence_length`.
 
     `micro_batch_tokens` is the most that one data-parallel rank takes at a time, shared by its context-parallel
     ranks; tokens are spread evenly. Raises UserError for a precision that the GPU's tensor cores do not run.
@@ -115,7 +115,8 @@ def log_prob_time(
     gpu: Gpu,
     features: TrainerFeatures = THIS_TRAINER,
 ) -> TrainingTime:
-    """Seconds of one forward pass over `global_tokens` tokens, as `training_time` without backward and optimizer.
+    """Return the seconds of one forward pass over `global_tokens` tokens, as `training_time` without backward and
+    optimizer.
 
     More than 7 parameters: they are the variables of the formula.
     """
@@ -166,7 +167,7 @@ def check_precision(precision: PrecisionConfig, gpu: Gpu) -> None:
 
 
 def _recomputed(forward: LayerTime, recompute: str, rank: RankWorkload) -> float:
-    """Seconds a layer's backward pass spends on computing the forward pass again."""
+    """Return the seconds a layer's backward pass spends on computing the forward pass again."""
     if recompute == "selective":
         return forward.attention
     return forward.total * (rank.features.recomputed_share if recompute == "full" else 0.0)
@@ -189,7 +190,9 @@ class _Stage:
 
 
 def _slowest_stage(rank: RankWorkload, head: float, recompute: str | None = None) -> _Stage:
-    """The pipeline rank that the others wait for, the last one of equals; `recompute` None: only the forward pass."""
+    """Return the pipeline rank that the others wait for, the last one of equals; `recompute` None: only the forward
+    pass.
+    """
     layout, costs = rank.layout, {}
     for kind in rank.architecture.kinds():
         alike = replace(rank, architecture=kind)
@@ -210,7 +213,8 @@ def _slowest_stage(rank: RankWorkload, head: float, recompute: str | None = None
 
 
 def _head(rank: RankWorkload, training: bool) -> float:
-    """Seconds of the output layer and the loss for one micro-batch: BF16, vocabulary over tp, logits never whole.
+    """Return the seconds of the output layer and the loss for one micro-batch: BF16, vocabulary over tp, logits never
+    whole.
 
     Bytes per logit: the fused loss reads BF16 twice and writes its gradient; the chain reads and writes fp32 for
     the cast, maximum, difference, exponential, sum and division, and again for the gradient and its cast.
@@ -246,7 +250,7 @@ def _pipeline(rank: RankWorkload, forward: float, backward: float, batches: int)
 
 
 def _parameters(rank: RankWorkload, layers: list[int]) -> tuple[float, float]:
-    """Parameters on this rank: (shared out over dp x cp, shared out over the experts' data parallelism)."""
+    """Return the parameters on this rank: (shared out over dp x cp, shared out over the experts' data parallelism)."""
     layout, architecture = rank.layout, rank.architecture
     dense, experts = linear_parameters(architecture, layers)
     vocabulary = architecture.vocabulary * architecture.hidden * (1 if layout.pp > 1 or architecture.tied else 2)

@@ -55,7 +55,9 @@ class Workload:
 def workload_of(
     config: RunConfig, stage: Stage, prompt_tokens: float | None = None, response_tokens: float | None = None
 ) -> Workload:
-    """The workload of a stage's step. Unknown lengths are assumed: half of the longest response, a short prompt."""
+    """Return the workload of a stage's step. Unknown lengths are assumed: half of the longest response, a short
+    prompt.
+    """
     if isinstance(stage, SftStage):
         whole = config.policy.max_tokens
         response = min(response_tokens or whole / 2, whole)

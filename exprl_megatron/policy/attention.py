@@ -14,7 +14,9 @@ from exprl_megatron.policy.context_parallel import chunk_count, natural_order, o
 
 
 def has_window(config: TransformerConfig, layer_number: int) -> bool:
-    """Whether attention of the layer (Megatron counts from 1) sees a window, and its positions are not stretched."""
+    """Return whether attention of the layer (Megatron counts from 1) sees a window, and its positions are not
+    stretched.
+    """
     return is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
 
 

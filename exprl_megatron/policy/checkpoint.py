@@ -67,7 +67,7 @@ def save_checkpoint(root: str | Path, policy: Policy, extra: dict, keep: int) ->
 
 
 def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in `root` whose files all hold what was written, and a sentence on each newer one.
+    """Return the newest checkpoint in `root` whose files all hold what was written, and a sentence on each newer one.
 
     The newer ones are renamed; None where there was no checkpoint. Between them the ranks read every byte; a
     collective.
@@ -96,7 +96,7 @@ def intact_checkpoint(root: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def read_extra(path: str | Path) -> dict:
-    """The caller's own record in the checkpoint `path`."""
+    """Return the caller's own record in the checkpoint `path`."""
     return _read_record(path)["extra"]
 
 
@@ -137,7 +137,7 @@ def load_checkpoint(path: str | Path, policy: Policy) -> dict:
 
 
 def _load(state: dict, path: str) -> dict:
-    """What `state` describes, from the checkpoint's files."""
+    """Load what `state` describes from the checkpoint's files."""
     saved = dist_checkpointing.load_common_state_dict(path)["optimizer"]
     if len(parts(saved)) == len(parts(state["optimizer"])):
         return dist_checkpointing.load(state, path, _load_strategy())
@@ -150,7 +150,7 @@ def _load(state: dict, path: str) -> dict:
 
 
 def _metadata() -> dict:
-    """What Megatron's sharded descriptions are sentences; a new dict each time, they write groups into it."""
+    """Return the metadata of Megatron's sharded descriptions; a new dict each time, since they write groups into it."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -175,7 +175,7 @@ def _state(policy: Policy, loading: bool, same_layout: bool = True) -> dict:
 
 
 def _ref_weights(policy: Policy, index: int) -> dict:
-    """The description of a chunk's weights, with the starting weights as data and names of their own."""
+    """Return the description of a chunk's weights, with the starting weights as data and names of their own."""
     chunk, ref_weights = policy.chunks[index], policy.stage.ref_weights[index]
     values = {id(weight): ref_weights[name] for name, weight in named_weights(chunk)}
     described = chunk.sharded_state_dict(metadata=_metadata())
@@ -251,7 +251,7 @@ def _check_fit(path: str | Path, record: dict, policy: Policy) -> None:
 
 
 def _prepare(root: Path, policy: Policy) -> tuple[Path, Path]:
-    """An empty directory to write to, and the name it will get."""
+    """Return an empty directory to write to, and the name it will get."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob("checkpoint-*.tmp"):
         shutil.rmtree(leftover)
@@ -265,7 +265,7 @@ def _prepare(root: Path, policy: Policy) -> tuple[Path, Path]:
 
 
 def _bytes_needed(policy: Policy) -> int:
-    """No checkpoint is smaller: the weights, AdamW's two moments in fp32, the starting weights."""
+    """Return the size of the smallest checkpoint: the weights, AdamW's two moments in fp32, the starting weights."""
     numbers = sum(torch.Size(shape).numel() for shape in hf_shapes(policy.architecture).values())
     itemsize = next(policy.chunks[0].parameters()).dtype.itemsize
     copies = 2 if policy.stage.ref_weights is not None else 1
@@ -301,7 +301,7 @@ def _from_rank_0[T](action: Callable[[], T]) -> T:
 
 
 def _merged(mine: dict[str, str]) -> dict[str, str]:
-    """The checksums of all ranks."""
+    """Return the checksums of all ranks."""
     return {name: value for found in gather_from_all_ranks(mine) for name, value in sorted(found.items())}
 
 

@@ -29,7 +29,9 @@ class DamagedCheckpoint(Exception):
 
 
 def checkpoints(root: str | Path) -> list[Path]:
-    """All that has the name of a complete checkpoint in `root`, oldest first; what the files hold is not looked at."""
+    """Return all that has the name of a complete checkpoint in `root`, oldest first; what the files hold is not looked
+    at.
+    """
     root = Path(root)
     if not root.is_dir():
         return []
@@ -37,7 +39,7 @@ def checkpoints(root: str | Path) -> list[Path]:
 
 
 def number_of(checkpoint: Path) -> int:
-    """The number in the name of a checkpoint."""
+    """Return the number in the name of a checkpoint."""
     return int(NAME.fullmatch(checkpoint.name)[1])
 
 
@@ -76,7 +78,7 @@ def read_record(directory: str | Path) -> dict:
 
 
 def faults(directory: Path, recorded: dict[str, str], rank: int, ranks: int) -> list[str]:
-    """A few words on each file that is missing, cannot be read or holds other bytes than were `recorded`.
+    """Return a few words on each file that is missing, cannot be read or holds other bytes than were `recorded`.
 
     Of the files that are for `rank` of `ranks` to read.
     """

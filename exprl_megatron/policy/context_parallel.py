@@ -15,12 +15,14 @@ def chunk_count(cp: int) -> int:
 
 
 def own_chunks(cp: int, rank: int) -> tuple[int, ...]:
-    """Which of a sequence's chunks `rank` holds, in this order."""
+    """Return which of a sequence's chunks `rank` holds, in this order."""
     return (0,) if cp == 1 else (rank, 2 * cp - 1 - rank)
 
 
 def own_columns(lengths: Sequence[int], cp: int, rank: int) -> torch.Tensor:
-    """Columns of a row that `rank` holds, [sum(lengths) / cp], int64; `lengths` are those of the row's sequences."""
+    """Return the columns of a row that `rank` holds, [sum(lengths) / cp], int64; `lengths` are those of the row's
+    sequences.
+    """
     parts, start = [], 0
     for length in lengths:
         size = length // chunk_count(cp)

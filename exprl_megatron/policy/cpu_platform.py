@@ -32,17 +32,17 @@ class NoStream:
     cuda_stream = 0
 
     def wait_stream(self, stream) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
     def wait_event(self, event) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
     def record_event(self, event=None) -> "NoEvent":
-        """An event that has already happened."""
+        """Return an event that has already happened."""
         return event or NoEvent()
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
 
 class NoEvent:
@@ -52,13 +52,13 @@ class NoEvent:
         pass
 
     def record(self, stream=None) -> None:
-        """Nothing to record."""
+        """Do nothing: there is nothing to record."""
 
     def wait(self, stream=None) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: there is nothing to wait for."""
 
 
 class CudaOnCpu(types.ModuleType):
@@ -71,11 +71,11 @@ class CudaOnCpu(types.ModuleType):
         return getattr(torch.cuda, name)
 
     def is_available(self) -> bool:
-        """Nothing of Megatron computes on a device that is there but cannot be used."""
+        """Return False: nothing of Megatron computes on a device that is present but cannot be used."""
         return False
 
     def device_count(self) -> int:
-        """None, as is_available() is False."""
+        """Return 0, as is_available() is False."""
         return 0
 
     def current_device(self) -> torch.device:
@@ -94,7 +94,7 @@ class CudaOnCpu(types.ModuleType):
         """Pipeline sends and checkpoint staging wait for the device."""
 
     def empty_cache(self) -> None:
-        """There is no caching allocator."""
+        """Do nothing: there is no caching allocator."""
 
     def manual_seed(self, seed: int) -> None:
         """The tracker of random states seeds the device's generator: here it is the CPU's."""
@@ -178,7 +178,7 @@ def _gather_uneven(gather: Callable) -> Callable:
 
 
 def _scatter_uneven(scatter: Callable) -> Callable:
-    """The inverse, a sum over ranks of which each keeps its part."""
+    """Return the inverse, a sum over ranks of which each keeps its part."""
 
     @functools.wraps(scatter)
     def call(input_, group, input_split_sizes=None, use_global_buffer=False):
@@ -192,7 +192,9 @@ def _scatter_uneven(scatter: Callable) -> Callable:
 
 
 def _unless_alone(collective: Callable) -> Callable:
-    """A gather or reduce-scatter into `output`; gloo takes as long over a group of one as over the memory itself."""
+    """Gather or reduce-scatter into `output`; gloo takes as long over a group of one as over the memory
+    itself.
+    """
 
     @functools.wraps(collective)
     def call(output, input_, *args, group=None, **kwargs):
@@ -206,7 +208,7 @@ def _unless_alone(collective: Callable) -> Callable:
 
 
 def _adapt(module: types.ModuleType) -> None:
-    """Gives a freshly imported `megatron.core` module the view of torch, and its own adaptions where it has any."""
+    """Give a freshly imported `megatron.core` module the view of torch, and its own adaptations where it has any."""
     if module.__dict__.get("torch") is torch:
         module.torch = VIEW
     name = module.__name__.removeprefix(PREFIX)
@@ -237,7 +239,7 @@ def _adapt(module: types.ModuleType) -> None:
 
 @contextlib.contextmanager
 def _nothing_compiled():
-    """Within it `torch.compile` decorates with nothing: there it would import its compilers, for two seconds.
+    """Make `torch.compile` a no-op decorator inside: it would otherwise import its compilers, for two seconds.
 
     Megatron does the same where its `jit_fuser` is disabled.
     """

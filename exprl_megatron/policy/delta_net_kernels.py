@@ -12,12 +12,12 @@ PACKAGE, MODULE = "fla-core", "fla"
 
 
 def has_delta_net_kernels() -> bool:
-    """Whether flash-linear-attention is installed; looked up, not imported."""
+    """Return whether flash-linear-attention is installed; looked up, not imported."""
     return importlib.util.find_spec(MODULE) is not None
 
 
 def kernel_violations(architecture: Architecture, cuda: bool) -> list[str]:
-    """One sentence where a policy of this architecture would be built on `cuda` without its kernels."""
+    """Return one sentence where a policy of this architecture would be built on `cuda` without its kernels."""
     if architecture.delta_net is None or not cuda or has_delta_net_kernels():
         return []
     return [

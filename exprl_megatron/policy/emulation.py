@@ -57,7 +57,7 @@ class RoundedLinear(torch.autograd.Function):
 
 
 def emulate_fp8(chunk: GPTModel, precision: PrecisionConfig) -> None:
-    """Lets the linear layers of the chunk's transformer layers (experts' too) round their operands.
+    """Make the linear layers of the chunk's transformer layers (experts' too) round their operands.
 
     Router, embedding, norms, attention's own products and output layer stay as they are, and so do `first_last_bf16`
     layers at either end of the model. No parameter or buffer is added, nothing is renamed.
@@ -100,7 +100,7 @@ def _forward(
     tp_group,
     **_,
 ) -> torch.Tensor:
-    """As Megatron's linear_with_grad_accumulation_and_async_allreduce, with its communication as separate steps."""
+    """Compute Megatron's linear_with_grad_accumulation_and_async_allreduce, with communication as separate steps."""
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
     elif allreduce_dgrad:

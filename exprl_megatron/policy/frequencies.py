@@ -26,7 +26,7 @@ def rope_frequencies(architecture: Architecture) -> torch.Tensor:
 
 
 def _kept_by_llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
-    """Share of each frequency that is not stretched, [head_dim / 2].
+    """Return the share of each frequency that is not stretched, [head_dim / 2].
 
     1 for wavelengths below original_max_positions / high_freq_factor, 0 above original_max_positions /
     low_freq_factor, and linear in 1 / wavelength between the two (transformers, rope type `llama3`).
@@ -36,7 +36,7 @@ def _kept_by_llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.
 
 
 def _kept_by_yarn(architecture: Architecture, scaling: YarnScaling) -> torch.Tensor:
-    """Share of each frequency that is not stretched, [head_dim / 2] (arXiv 2309.00071, section 3.2).
+    """Return the share of each frequency that is not stretched, [head_dim / 2] (arXiv 2309.00071, section 3.2).
 
     1 for pairs of dimensions that turn `beta_fast` times within the original length, 0 for those that turn
     `beta_slow` times, and linear in the number of the pair between the two (transformers, rope type `yarn`).
@@ -44,7 +44,7 @@ def _kept_by_yarn(architecture: Architecture, scaling: YarnScaling) -> torch.Ten
     dim, pairs = architecture.head_dim, architecture.head_dim // 2
 
     def pair(turns: float) -> float:
-        """The pair that turns so often within the original length."""
+        """Return the pair that turns so often within the original length."""
         wavelength = scaling.original_max_positions / (turns * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(architecture.rope_base))
 

@@ -133,7 +133,7 @@ class LocalGatedDeltaNet(GatedDeltaNet):
         return (self.out_norm(read) * opened).to(value.dtype).flatten(2)
 
     def _convolved(self, qkv: torch.Tensor) -> torch.Tensor:
-        """The causal convolution, channel by channel, of [count, length, channels]."""
+        """Return the causal convolution, channel by channel, of [count, length, channels]."""
         channels, length = qkv.mT, qkv.shape[1]
         padding = self.conv_kernel_dim - 1
         mixed = torch.nn.functional.conv1d(channels, self.conv1d.weight, padding=padding, groups=channels.shape[1])
@@ -147,7 +147,7 @@ def _summed_over_heads(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _decay_parameter(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """A parameter like `parameter` in fp32, cut as it is."""
+    """Return a parameter like `parameter` in fp32, cut as it is."""
     made = torch.nn.Parameter(parameter.detach().float())
     for name in ("tensor_model_parallel", "partition_dim"):
         setattr(made, name, getattr(parameter, name))

@@ -28,7 +28,7 @@ class Gatherer:
         self.dtype = next(iter(self._local[0].values())).dtype
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which the Hugging Face tensor `name` is gathered."""
+        """Return the dtype in which the Hugging Face tensor `name` is gathered."""
         return getattr(torch, dtype_of(name, str(self.dtype).removeprefix("torch.")))
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class Gatherer:
             dist.send(self.own(parameter).contiguous(), dst=root)
 
     def own(self, parameter: Parameter) -> torch.Tensor:
-        """This rank's shard, which it must hold, in numbers of its tensors' dtype."""
+        """Return this rank's shard, which it must hold, in numbers of its tensors' dtype."""
         return dequantized(self._local[parameter.chunk][parameter.name].detach())
 
     def _receive(self, parameter: Parameter, rank: int, into: Sequence[torch.Tensor], index: int) -> None:
@@ -70,7 +70,8 @@ class Gatherer:
 def bucket_plan(
     architecture: Architecture, layout: Layout, itemsize: int, bucket_bytes: int, grouped: bool = False
 ) -> list[list[Parameter]]:
-    """The exported parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has more).
+    """Return the exported parameters in order, cut into buckets of at most `bucket_bytes` (more where one alone has
+    more).
 
     `grouped` is as in names.parameters.
     """

@@ -15,7 +15,7 @@ _made: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
 
 def gloo_group(timeout_s: float = 600.0) -> dist.ProcessGroup:
-    """The group of all ranks. The first call for a default group, which makes it, is a collective.
+    """Return the group of all ranks. The first call for a default group, which makes it, is a collective.
 
     A rank that waits in it longer than `timeout_s` of that call raises RuntimeError.
     """

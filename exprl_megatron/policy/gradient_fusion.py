@@ -7,7 +7,7 @@ from exprl_megatron.config.policy import PolicyConfig
 
 
 def has_fused_kernel() -> bool:
-    """Whether apex's kernel can be loaded, as Megatron looks for it."""
+    """Return whether apex's kernel can be loaded, as Megatron looks for it."""
     # Apex's extensions need torch's libraries.
     import torch  # noqa: F401
 
@@ -27,7 +27,7 @@ def fuses_gradients(config: PolicyConfig, cuda: bool) -> bool:
 
 
 def fusion_violations(config: PolicyConfig, cuda: bool) -> list[str]:
-    """One sentence where the config demands what `cuda`, the precision or this environment does not allow."""
+    """Return one sentence where the config demands what `cuda`, the precision or this environment does not allow."""
     if not config.gradient_accumulation_fusion:
         return []
     kind = config.precision.resolved(cuda).kind

@@ -29,14 +29,14 @@ class HostMemory:
         return sum(len(block) for block in self._blocks)
 
     def copy_from(self, storages: Sequence[torch.UntypedStorage]) -> None:
-        """Take the bytes of all `storages`; what was here before is lost."""
+        """Copy the bytes of all `storages` here; the previous content is lost."""
         self._reserve(sum(storage.nbytes() for storage in storages))
         for device, host in self._pieces(storages):
             host.copy_(device, non_blocking=self._pinned)
         self._synchronize()
 
     def copy_to(self, storages: Sequence[torch.UntypedStorage]) -> None:
-        """Give the bytes back to `storages`, which have the sizes of those in copy_from, in the same order."""
+        """Copy the bytes back to `storages`, which have the sizes of those in copy_from, in the same order."""
         for device, host in self._pieces(storages):
             device.copy_(host, non_blocking=self._pinned)
         self._synchronize()

@@ -195,7 +195,7 @@ def _add_shard(partial: Path, written: list[dict[str, int]], bucket: list[tuple[
 
 
 def _finish(directory: Path, partial: Path, origin: Path, written: list[dict[str, int]], dtype: str) -> None:
-    """Gives the shards their final names, adds index, config and tokenizer, and renames the directory."""
+    """Give the shards their final names, add index, config and tokenizer, and rename the directory."""
     names = [SINGLE]
     if len(written) > 1:
         names = [f"model-{number + 1:05d}-of-{len(written):05d}.safetensors" for number in range(len(written))]

@@ -14,7 +14,9 @@ class RotationTable(RotaryEmbedding):
     """The rotary embedding of queries and keys (see rotation.py), computed once for all layers."""
 
     def get_rotary_seq_len(self, context, decoder, hidden, config, packed_seq_params: PackedSeqParams | None = None):
-        """What `forward` gets: the length of the padded rows, or of a packed row the lengths of its sequences."""
+        """Return what `forward` gets: the length of the padded rows, or of a packed row the lengths of its
+        sequences.
+        """
         if packed_seq_params is None:
             return super().get_rotary_seq_len(context, decoder, hidden, config)
         return tuple(packed_seq_params.cu_seqlens_q.diff().tolist())
@@ -72,6 +74,6 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _blocks(hidden: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of `hidden` and of `others`, block after block; of a contiguous tensor they are views."""
+    """Yield the same rows of `hidden` and of `others`, block after block; of a contiguous tensor they are views."""
     rows = max(1, BLOCK // hidden.shape[-1])
     return zip(*(tensor.flatten(0, -2).split(rows) for tensor in (hidden, *others)), strict=True)

@@ -44,7 +44,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float | None, zero_centered: bool) -> torch.Tensor:
-    """The root-mean-square norm of [..., weight's size]; `zero_centered` multiplies by 1 + weight, summed in fp32."""
+    """Return the root-mean-square norm of [..., weight's size]; `zero_centered` multiplies by 1 + weight, summed in
+    fp32.
+    """
     if not zero_centered:
         return torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)
     return torch.nn.functional.rms_norm(hidden.float(), weight.shape, 1 + weight.float(), eps).type_as(hidden)

@@ -132,11 +132,11 @@ class _Tiles:
     chunk: int | None
 
     def blocks(self) -> list[slice]:
-        """The rows, cut."""
+        """Return the rows, cut."""
         return _slices(len(self.weight), TILE_ROWS)
 
     def parts(self, tokens: int) -> list[slice]:
-        """The tokens, cut."""
+        """Return the tokens, cut."""
         logit_bytes = 2 * 4 + self.weight.element_size()
         return _slices(tokens, self.chunk or TILE_BYTES // (min(len(self.weight), TILE_ROWS) * logit_bytes))
 
@@ -147,7 +147,9 @@ class _Tiles:
         return logits
 
     def read(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of all blocks: the target's logit (0 where it is another rank's), m, and S and U stacked; each [tokens]."""
+        """Return, of all blocks, the target's logit (0 where it is another rank's), m, and S and U stacked; each
+        [tokens].
+        """
         at_target = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         highest = torch.full_like(at_target, PADDED)
         sums = torch.zeros(2, len(targets), dtype=torch.float32, device=hidden.device)
@@ -175,7 +177,7 @@ def _slices(count: int, size: int) -> list[slice]:
 
 
 def _within(targets: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets lie in these rows (1.0 or 0.0), and where there (0 for the others)."""
+    """Return which targets are in these rows (1.0 or 0.0), and their place there (0 for the others)."""
     own = (targets >= rows.start) & (targets < rows.stop)
     return own.float(), torch.where(own, targets - rows.start, 0)
 

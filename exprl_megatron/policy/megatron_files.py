@@ -44,7 +44,7 @@ class MegatronFiles:
         self._check(metadata, architecture)
 
     def dtype(self, stored: StoredParameter) -> torch.dtype:
-        """The dtype of one parameter."""
+        """Return the dtype of one parameter."""
         return self._tensors[stored.tensors[0].key].properties.dtype
 
     def read(self, stored: StoredParameter) -> torch.Tensor:

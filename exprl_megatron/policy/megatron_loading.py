@@ -14,7 +14,7 @@ from exprl_megatron.policy.precision import set_parameter
 
 
 def is_converted(directory: str | Path) -> bool:
-    """Whether the weights in `directory` are Megatron's files."""
+    """Return whether the weights in `directory` are Megatron's files."""
     return (Path(directory) / MEGATRON).is_dir()
 
 

@@ -38,7 +38,7 @@ _KERNELS = {
 def build_chunks(
     architecture: Architecture, config: PolicyConfig, world: World, *, meta: bool = False
 ) -> list[GPTModel]:
-    """This rank's share of the model, one GPTModel for each virtual pipeline stage; weights are not yet set.
+    """Build this rank's share of the model, one GPTModel per virtual pipeline stage; weights are not yet set.
 
     `meta`: the same modules with shapes and dtypes but no memory, on torch's meta device.
     Raises UserError where the layout cannot hold the architecture.
@@ -125,7 +125,7 @@ def transformer_config(architecture: Architecture, config: PolicyConfig, device:
 
 
 def attention_backend(environment: Mapping[str, str], dtype: torch.dtype) -> AttnBackend:
-    """The first of Megatron's backends that agrees with what the user has set of Transformer Engine's variables.
+    """Return the first of Megatron's backends that agrees with what the user has set of Transformer Engine's variables.
 
     Megatron refuses to build a model whose backend demands another value of one of them; `auto`, the default here,
     demands all three kernels to be allowed. cuDNN's and flash attention compute in 16 bits only.
@@ -139,7 +139,7 @@ def attention_backend(environment: Mapping[str, str], dtype: torch.dtype) -> Att
 
 
 def _softmax_scale(architecture: Architecture) -> float | None:
-    """The factor of the attention scores; None: Megatron's own 1 / sqrt(head_dim).
+    """Return the factor of the attention scores; None: Megatron's own 1 / sqrt(head_dim).
 
     YaRN's factor on queries and on keys is its square here. Transformer Engine's kernel that rotates packed rows takes
     no factor, and Megatron says nothing of it (rope_utils.py, apply_rotary_pos_emb). All of a head must rotate.
@@ -180,7 +180,7 @@ def _expert_settings(architecture: Architecture, config: PolicyConfig, cuda: boo
 
 
 def _unlike_layers(layers: int, experts: Experts) -> dict:
-    """Which of the `layers` have experts, where not all have, and the expert that all tokens go to."""
+    """Return which of the `layers` have experts, where not all have, and the expert that all tokens go to."""
     found: dict = {}
     if experts.dense_layers:
         found["moe_layer_freq"] = [int(layer >= experts.dense_layers) for layer in range(layers)]
@@ -191,7 +191,9 @@ def _unlike_layers(layers: int, experts: Experts) -> dict:
 
 
 def _sigmoid_router(experts: Experts) -> dict:
-    """A sigmoid with a bias for the choice, which stays as it was loaded: the servers' choice rests on it too."""
+    """Return settings of a sigmoid router with a fixed bias for the choice, on which the servers' choice
+    depends too.
+    """
     if not experts.sigmoid:
         return {}
     return {
@@ -236,7 +238,7 @@ def _chunk(architecture: Architecture, config: PolicyConfig, world: World, stage
 def _block(
     architecture: Architecture, megatron: TransformerConfig, world: World, stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of virtual stage `stage` of this rank, of Transformer Engine's modules on CUDA."""
+    """Return the layers of virtual stage `stage` of this rank, of Transformer Engine's modules on CUDA."""
     cuda = world.device.type == "cuda"
     layers = stage_layers(architecture, world.layout)[world.pp_rank][stage or 0]
     if architecture.post_norms:
@@ -253,7 +255,7 @@ def _transformer_engine_modules() -> Modules:
 
 
 def _frequencies(architecture: Architecture) -> torch.Tensor:
-    """Of the rotary table; where some layers' positions are not stretched, of both tables together."""
+    """Return the frequencies of the rotary table; of both tables together where some layers are not stretched."""
     if architecture.window is None:
         return rope_frequencies(architecture)
     full, window = (architecture.of_layer(architecture.layer_types.index(kind)) for kind in (FULL, SLIDING))

@@ -41,7 +41,9 @@ class ModelInput:
 
 
 def model_input(sequences: Sequence[TrainSample], length: int, shape: PackingShape, cp_rank: int = 0) -> ModelInput:
-    """The input for `sequences` as `shape` lays them out; `length` is the micro-batch's, at least the longest's."""
+    """Return the input for `sequences` as `shape` lays them out; `length` is the micro-batch's, at least the
+    longest's.
+    """
     lengths = shape.with_padding([len(sequence) for sequence in sequences])
     begins = np.cumsum([0, *lengths])
     ids = np.zeros(begins[-1], dtype=np.int64)

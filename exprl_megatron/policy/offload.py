@@ -54,7 +54,7 @@ class Offload:
             torch.cuda.empty_cache()
 
     def onload(self, *parts: OffloadPart) -> None:
-        """Have these parts on the device again, as they were."""
+        """Restore these parts to the device as they were."""
         for part in parts:
             away = self._offloaded.pop(part, [])
             for storage, nbytes in away:
@@ -66,12 +66,12 @@ class Offload:
                     storage.fill_(0)
 
     def bytes_on_device(self) -> dict[OffloadPart, int]:
-        """Bytes on the device, of each part."""
+        """Return the bytes on the device, of each part."""
         parts: tuple[OffloadPart, ...] = ("weights", *TRAINING)
         return {part: sum(storage.nbytes() for storage in self._storages(part)) for part in parts}
 
     def _storages(self, part: OffloadPart) -> list[torch.UntypedStorage]:
-        """The part's pieces of memory on the device."""
+        """Return the part's pieces of memory on the device."""
         weights = self._policy.weight_storages()
         if part == "weights":
             return weights

@@ -14,7 +14,7 @@ from exprl_megatron.policy.precision import optimizer_settings
 
 
 def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
-    """A fresh optimizer on the chunks' current weights; `set_learning_rates` says what decays.
+    """Return a fresh optimizer on the chunks' current weights; `set_learning_rates` says what decays.
 
     Raises:
         UserError: its state should be offloaded from a GPU and there is none.
@@ -56,7 +56,7 @@ def build_optimizer(config: OptimizerConfig, chunks: Sequence[DistributedDataPar
 
 
 def _offload(config: OptimizerConfig) -> dict:
-    """A share of the parameters has its fp32 weights, gradients and moments in host memory and is stepped there."""
+    """Keep a share of the parameters' fp32 weights, gradients and moments in host memory and step them there."""
     if not config.offload:
         return {}
     return {
@@ -93,7 +93,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _torch_adam_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Those that have torch's AdamW beneath."""
+    """Return the parts of the optimizer that have torch's AdamW beneath."""
     return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
@@ -112,7 +112,7 @@ def _number_within_groups(part: DistributedOptimizer) -> None:
 
 
 def _save_padding_between_buckets(part: DistributedOptimizer) -> None:
-    """What is gathered for a checkpoint is stored where its parameters are looked for.
+    """Store what is gathered for a checkpoint at the places where its parameters are looked for.
 
     Megatron pads each bucket of a buffer to a multiple of the data-parallel ranks and 128, leaves the padding out of
     what it gathers, and cuts the parameters out at their places with padding: everything behind a padded bucket would
@@ -133,7 +133,7 @@ def _save_padding_between_buckets(part: DistributedOptimizer) -> None:
 
 
 def _with_padding(packed: torch.Tensor, buffer) -> torch.Tensor:
-    """All buckets concatenated without padding -> each at its offset in the buffer."""
+    """Return all buckets, concatenated without padding, each at its offset in the buffer."""
     sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
     if all(bucket.offset == sum(sizes[:number]) for number, bucket in enumerate(buffer.buckets)):
         return packed

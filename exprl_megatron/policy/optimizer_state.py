@@ -36,10 +36,10 @@ def _for_part(part: dict, dense: dict) -> dict:
 
 
 def _holder(part: dict) -> dict:
-    """Where the groups are: Megatron's plain fp32 optimizer has torch's state itself, the others have it inside."""
+    """Return the object with the groups: Megatron's plain fp32 optimizer has torch's state, others have it inside."""
     return part.get("optimizer", part)
 
 
 def _identity(group: dict) -> tuple:
-    """What Megatron tells groups apart by, but for the flag of experts."""
+    """Return the values by which Megatron distinguishes groups, except for the flag of experts."""
     return tuple(group.get(key) for key in param_group_identifier_keys if key != EXPERT)

@@ -19,7 +19,7 @@ BUCKET_PARAMETERS: int | None = None
 
 
 def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[DistributedDataParallel]:
-    """The chunks in Megatron's data parallelism, wired for the optimizer that `config` describes."""
+    """Return the chunks in Megatron's data parallelism, wired for the optimizer that `config` describes."""
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=config.distributed,
         grad_reduce_in_fp32=True,
@@ -41,7 +41,7 @@ def wrap(chunks: Sequence[GPTModel], config: OptimizerConfig) -> list[Distribute
 
 
 def is_wrapped_for(wrapped: Sequence[DistributedDataParallel], config: OptimizerConfig) -> bool:
-    """Whether `wrapped` is what wrap would make for `config`."""
+    """Return whether `wrapped` is what wrap would make for `config`."""
     settings = wrapped[0].ddp_config
     made_for = (settings.use_distributed_optimizer, settings.overlap_grad_reduce)
     return made_for == (config.distributed, config.overlap)

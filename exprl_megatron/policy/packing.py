@@ -31,7 +31,7 @@ class PackingShape:
     """Context-parallel ranks that share each sequence."""
 
     def with_padding(self, lengths: Sequence[int]) -> list[int]:
-        """Tokens that each sequence of a micro-batch takes."""
+        """Return the tokens that each sequence of a micro-batch takes."""
         if not self.packed:
             return [padded(max(lengths), self.row)] * len(lengths)
         sizes = [padded(length, self.sequence) for length in lengths]
@@ -40,7 +40,7 @@ class PackingShape:
 
 
 def shape_of(config: PolicyConfig, cuda: bool, packed: bool | None = None) -> PackingShape:
-    """The config's shape (or what it were with that `packed`), and all that asks for round lengths:
+    """Return the config's shape (or what it were with that `packed`), and all that asks for round lengths:
 
     * Context parallelism cuts each sequence into 2 x cp chunks.
     * Sequence parallelism cuts a rank's part of a row over tp ranks.
@@ -82,7 +82,9 @@ def plan_micro_batches(
 
 
 def padding_share(lengths: Sequence[int], plan: MicroBatchPlan, shape: PackingShape) -> float:
-    """Share of the tokens that the model computes under `plan` that are padding; a filler is one token and padding."""
+    """Return the share of the tokens that the model computes under `plan` that are padding; a filler is one token and
+    padding.
+    """
     rows = [[lengths[index] for index in rows] or [1] for micros in plan for rows in micros]
     return 1 - sum(lengths) / sum(sum(shape.with_padding(row)) for row in rows)
 
@@ -93,7 +95,7 @@ def padded(length: int, multiple: int) -> int:
 
 
 def _evenly(dealt: list[list[int]], fill, group: int) -> MicroBatchPlan:
-    """Each rank's indices in equally many micro-batches; fill(own, count) makes at least `count` of them."""
+    """Return each rank's indices in equally many micro-batches; fill(own, count) makes at least `count` of them."""
     count = 1
     while True:
         filled = [fill(own, count) for own in dealt]
@@ -106,7 +108,7 @@ def _evenly(dealt: list[list[int]], fill, group: int) -> MicroBatchPlan:
 def _fill_packed(
     own: list[int], count: int, *, work: Sequence[float], lengths: Sequence[int], budget: int, shape: PackingShape
 ) -> list[list[int]]:
-    """In `count` micro-batches of like work, or as many more as the budget asks for; `own` falls in work."""
+    """Fill `count` micro-batches of equal work, or as many more as the budget needs; `own` is in order of work."""
     sizes = {index: padded(lengths[index], shape.sequence) for index in own}
     capacity = budget // shape.row * shape.row
     count = max(count, math.ceil(sum(min(size, budget) for size in sizes.values()) / budget))
@@ -114,7 +116,7 @@ def _fill_packed(
 
 
 def _fewest(least: int, fill: Callable[[int], list[list[int]] | None]) -> list[list[int]]:
-    """What `fill` makes of the smallest count, from `least` on, for which it is not None.
+    """Return the result of `fill` for the smallest count, from `least` on, for which it is not None.
 
     Found in steps that double, then by bisection, as if every larger count would do as well.
     """
@@ -135,7 +137,7 @@ def _fewest(least: int, fill: Callable[[int], list[list[int]] | None]) -> list[l
 def _balance(
     own: list[int], count: int, work: Sequence[float], sizes: dict[int, int], capacity: int
 ) -> list[list[int]] | None:
-    """Each index, in turn, to the micro-batch with the least work that has room; None where one finds no room.
+    """Assign each index in turn to the micro-batch with the least work that has room; None where none has room.
 
     As sizes fall, a micro-batch without room for an index may have some for a later one: it waits in `full`, those
     with the fewest tokens first, and each index that is placed moves at most one micro-batch there.

@@ -99,7 +99,7 @@ class WholeWidthAttention(SelfAttention):
         self.k_norm = WholeWidthNorm(config, groups, self.pg_collection)
 
     def forward(self, *args, rotary_pos_emb: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As Megatron's; rotary_pos_emb: [sequence, 1, 1, both tables]."""
+        """Compute what Megatron's forward does; rotary_pos_emb: [sequence, 1, 1, both tables]."""
         own = one_table(rotary_pos_emb, self.table, self.config.kv_channels // 2)
         return super().forward(*args, rotary_pos_emb=own, **kwargs)
 
@@ -116,7 +116,7 @@ def two_tables(full: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
 
 
 def one_table(both: torch.Tensor, number: int, pairs: int) -> torch.Tensor:
-    """The part of the table `both`, [..., k x 2 x pairs], that comes of the first or second frequencies.
+    """Return the part of the table `both`, [..., k x 2 x pairs], that comes of the first or second frequencies.
 
     Megatron repeats what it makes of the frequencies (k is 2), a RotationTable has k = 4 functions of it.
     """
@@ -141,7 +141,7 @@ class WholeWidthNorm(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The weight, cut along its only dimension."""
+        """Return the weight, cut along its only dimension."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -155,7 +155,7 @@ class WholeWidthNorm(torch.nn.Module):
 def whole_width_norms(
     states: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], eps: float, group
 ) -> tuple[torch.Tensor, ...]:
-    """Each of `states`, [..., heads of this rank, head_dim], normalized over the heads of all ranks of `group`.
+    """Return each of `states`, [..., heads of this rank, head_dim], normalized over the heads of all ranks of `group`.
 
     weights: [heads of this rank, head_dim] of each. One collective for all of them, and one for their gradients.
     """

@@ -18,7 +18,7 @@ _RECIPES: dict[str, tuple[str, str]] = {
 
 
 def fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
-    """The TransformerConfig fields that say what is multiplied in 8 bits; none for bf16, fp32 and emulation."""
+    """Return the TransformerConfig fields that say what is multiplied in 8 bits; none for bf16, fp32 and emulation."""
     if not precision.fp8 or precision.emulate:
         return {}
     number_format, recipe = _RECIPES[precision.kind]
@@ -34,7 +34,7 @@ def fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
 
 
 def ddp_settings(config: TransformerConfig) -> dict[str, Any]:
-    """The DistributedDataParallelConfig fields that go with a model's FP8 parameters."""
+    """Return the DistributedDataParallelConfig fields that go with a model's FP8 parameters."""
     return {"fp8_param_gather": True} if config.fp8_param else {}
 
 
@@ -44,7 +44,7 @@ def optimizer_settings(config: TransformerConfig) -> dict[str, Any]:
 
 
 def dequantized(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's values as an ordinary tensor of its nominal dtype; no copy where it is one already."""
+    """Return the parameter's values as an ordinary tensor of its nominal dtype; no copy where it is one already."""
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter
 
 

@@ -43,7 +43,9 @@ class Replay:
 
     @contextmanager
     def forward(self, chunk: torch.nn.Module, experts: torch.Tensor) -> Iterator[None]:
-        """Within, `chunk` computes one micro-batch with `experts` [tokens, layers of all chunks, top_k]."""
+        """Make `chunk` compute one micro-batch with `experts` [tokens, layers of all chunks, top_k] inside the
+        block.
+        """
         for place, router in self._routers[chunk]:
             chosen = experts[:, place].long()
             if self._recomputes:

@@ -106,7 +106,7 @@ def _of(dp_rank: int, batches: Sequence[SampleBatch], owners: Sequence[list[int]
 
 
 def _complete(share: Sequence[SampleBatch]) -> Iterator[TrainSample]:
-    """Each complete sample once, in the order in which they come first."""
+    """Yield each complete sample once, in the order of first appearance."""
     return iter({id(one): one for batch in share for one in batch if isinstance(one, TrainSample)}.values())
 
 

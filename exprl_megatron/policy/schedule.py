@@ -6,7 +6,7 @@ from exprl_megatron.config.policy import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step number `step` (from 0) of `total_steps`.
+    """Return the learning rate of optimizer step number `step` (from 0) of `total_steps`.
 
     It rises linearly over `warmup_steps`, the last of which has the full rate (with `warmup_from_zero` the first has
     rate 0 and the step after them the full one). Then it is constant, or falls by a cosine or a line toward

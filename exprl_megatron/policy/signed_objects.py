@@ -69,7 +69,7 @@ def receive_object(source: int, group: dist.ProcessGroup) -> Any:
 
 
 def _alike(item: Any, group: dist.ProcessGroup) -> tuple[list[int], torch.Tensor]:
-    """The sizes of all ranks' signed items, and this rank's, as long as the longest."""
+    """Return the sizes of all ranks' signed items, and this rank's, as long as the longest."""
     data = _signed(item)
     sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64)
     dist.all_gather_single(sizes, torch.tensor([len(data)]), group=group)
@@ -89,7 +89,7 @@ def _signed(item: Any) -> torch.Tensor:
 
 
 def _opened(data: torch.Tensor) -> Any:
-    """The item. Raises RunStopped where a peer has not the key."""
+    """Return the item. Raises RunStopped where a peer has not the key."""
     try:
         return pickle.loads(verify(_key, _PURPOSE, data.numpy().data))
     except NotAuthentic as error:

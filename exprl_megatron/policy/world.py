@@ -97,7 +97,7 @@ def make_groups(layout: Layout, timeout_s: float = 600.0, gloo: bool = True) -> 
 
 
 def current_world(layout: Layout) -> World:
-    """The world that enter_world made for `layout`.
+    """Return the world that enter_world made for `layout`.
 
     Raises:
         RuntimeError: it made none or another.
@@ -130,7 +130,7 @@ def current_world(layout: Layout) -> World:
 
 
 def leave_world() -> None:
-    """Gives up all process groups; enter_world may be called again afterwards."""
+    """Destroy all process groups; enter_world may be called again afterwards."""
     parallel_state.destroy_model_parallel()
     # Models hold groups in reference cycles, and every group keeps threads and sockets.
     gc.collect()
@@ -139,7 +139,7 @@ def leave_world() -> None:
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is also its GPU's."""
+    """Return this process's number on its machine, which is also its GPU's."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -165,7 +165,9 @@ def _start_process_group(timeout_s: float, key: str | None) -> None:
 
 
 def _meeting_store(timeout_s: float) -> dist.TCPStore:
-    """The store at torchrun's MASTER_ADDR and MASTER_PORT: rank 0's, unless torchrun or our launcher holds it."""
+    """Return the store at torchrun's MASTER_ADDR and MASTER_PORT: rank 0's, unless torchrun or our launcher
+    holds it.
+    """
     global _store
     if _store is None:
         address, port = _variable("MASTER_ADDR"), int(_variable("MASTER_PORT"))

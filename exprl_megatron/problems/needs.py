@@ -18,7 +18,7 @@ _VERIFIED_BY: dict[Domain, str] = {
 
 
 def is_verifiable(problem: Problem) -> bool:
-    """Whether the built-in verifier (`rewards.verifier.AnswerVerifier`) can check answers to the problem."""
+    """Return whether the built-in verifier (`rewards.verifier.AnswerVerifier`) can check answers to the problem."""
     if problem.domain == "code":
         return bool(problem.tests)
     return problem.domain in ("math", "multiple-choice") and problem.answer is not None

@@ -101,7 +101,7 @@ def load_records(config: ProblemsConfig) -> list[tuple[Problem, dict]]:
 
 
 def is_custom_source(source: str) -> bool:
-    """Whether `problems.source` names a function of the user, and not an existing file."""
+    """Return whether `problems.source` names a function of the user, and not an existing file."""
     return is_plugin(source) and not Path(source).expanduser().exists()
 
 
@@ -129,7 +129,7 @@ def _files(directory: Path, split: str) -> list[Path]:
 
 
 def _in_split(path: str, split: str) -> bool:
-    """Whether a file belongs to the split: its path names this split, or none."""
+    """Return whether a file belongs to the split: its path names this split, or none."""
     named = set(re.findall(r"[a-z]+", path.lower())) & {*SPLIT_NAMES, split.lower()}
     return not named or split.lower() in named
 

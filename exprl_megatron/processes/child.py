@@ -18,10 +18,10 @@ class Child(Protocol):
     returncode: int | None
 
     def poll(self) -> int | None:
-        """The exit status, negative where a signal ended it; None while it runs."""
+        """Return the exit status, negative where a signal ended it; None while it runs."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status at the end. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        """Return the exit status at the end. Raises subprocess.TimeoutExpired after `timeout` seconds."""
 
     def send_signal(self, number: int) -> None:
         """Send it a signal, if it runs."""
@@ -41,7 +41,7 @@ class ForkedChild:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status, negative where a signal ended it; None while it runs."""
+        """Return the exit status, negative where a signal ended it; None while it runs."""
         if self.returncode is None:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             if ended:
@@ -49,7 +49,7 @@ class ForkedChild:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status at the end.
+        """Return the exit status at the end.
 
         Raises:
             subprocess.TimeoutExpired: after `timeout` seconds.
@@ -78,7 +78,7 @@ class ForkedChild:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have this process killed when `parent` ends; end it immediately if `parent` has ended."""
+    """Have the kernel kill this process when `parent` ends; end it immediately if `parent` has ended."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -49,7 +49,7 @@ def main(channel: int, parent: int, module: str) -> None:
 
 
 def _receive(requests: socket.socket) -> tuple[ForkRequest, list[int]] | None:
-    """The next request and its descriptors; None at the end."""
+    """Return the next request and its descriptors; None at the end."""
     length, descriptors, _, _ = socket.recv_fds(requests, LENGTH_BYTES, _MOST_DESCRIPTORS)
     if len(length) < LENGTH_BYTES:
         return None
@@ -58,7 +58,7 @@ def _receive(requests: socket.socket) -> tuple[ForkRequest, list[int]] | None:
 
 
 def _fork_twice(request: ForkRequest, descriptors: list[int], parent: int, requests: socket.socket) -> int:
-    """The process that was forked, once `parent` has adopted it."""
+    """Return the process that was forked, once `parent` has adopted it."""
     report, reported = os.pipe()
     between = os.fork()
     if between:

@@ -47,7 +47,9 @@ class RankHeartbeat:
         return self._file.fileno()
 
     def silent_s(self) -> float:
-        """Seconds since the rank's last heartbeat, counted from the first call; call several times a minute."""
+        """Return the seconds since the rank's last heartbeat, counted from the first call; call several times a
+        minute.
+        """
         if (beats := self._beats()) != self._last or self._heard is None:
             self._last, self._heard = beats, time.monotonic()
         return time.monotonic() - self._heard
@@ -61,7 +63,7 @@ class RankHeartbeat:
 
 
 def states(supervisor: int) -> list[str]:
-    """The states of the processes that `supervisor` runs, as `stopped` or `disk-sleep`."""
+    """Return the states of the processes that `supervisor` runs, as `stopped` or `disk-sleep`."""
     try:
         return [child.status() for child in psutil.Process(supervisor).children()]
     except psutil.NoSuchProcess:

@@ -27,7 +27,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def supervised_command(command: list[str], grace_s: float = 5.0, parent: int | None = None) -> list[str]:
-    """The command that runs `command` supervised, for this process to start; from SIGTERM to SIGKILL are `grace_s`."""
+    """Return the command that runs `command` supervised, for this process to start; from SIGTERM to SIGKILL are
+    `grace_s`.
+    """
     return [sys.executable, "-E", "-S", __file__, str(parent or os.getpid()), str(grace_s), *command]
 
 
@@ -82,7 +84,7 @@ def start_by_exec(command: list[str]) -> Callable[[dict[str, str]], subprocess.P
 
 
 def shell_status(status: int) -> int:
-    """The exit status in a shell's convention: 128 + the signal that ended the command."""
+    """Return the exit status in a shell's convention: 128 + the signal that ended the command."""
     return status if status >= 0 else 128 - status
 
 
@@ -94,7 +96,7 @@ def _wait(server: subprocess.Popen, seconds: float) -> None:
 
 
 def _shared_memory(pid: int) -> set[str]:
-    """The files of SGLang in shared memory that the process and its children have in use."""
+    """Return the files of SGLang in shared memory that the process and its children have in use."""
     found: set[str] = set()
     try:
         lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()

@@ -81,7 +81,7 @@ class MetricsWriter:
 
 
 def read_metrics(jsonl: Path) -> list[dict]:
-    """One record for each step in metrics.jsonl, in order; a last line cut off by a crash is left out.
+    """Return one record for each step in metrics.jsonl, in order; a last line cut off by a crash is left out.
 
     An evaluation's metrics are in the record of its step; the one before the first step is a record of step 0.
 
@@ -106,7 +106,9 @@ def _with_new_names(record: dict) -> dict:
 
 
 def _by_step(records: list[dict]) -> list[dict]:
-    """The records in the order of their steps, those of the same step as one, with the stage of the step itself."""
+    """Return the records in the order of their steps, those of the same step as one, with the stage of the step
+    itself.
+    """
     found: dict[int, dict] = {}
     for record in records:
         former = found.get(record["step"], record)
@@ -116,7 +118,7 @@ def _by_step(records: list[dict]) -> list[dict]:
 
 
 def _tagged(record: dict) -> dict[str, float]:
-    """The metrics of a record by tag; null stands for what is not finite."""
+    """Return the metrics of a record by tag; null stands for what is not finite."""
     values = record["metrics"].items()
     return {tag(record["stage"], name): math.nan if value is None else value for name, value in values}
 

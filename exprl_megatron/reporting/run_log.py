@@ -13,7 +13,9 @@ STARTED = "EXPRL_STARTED"
 
 
 def command_started() -> float:
-    """Seconds since the epoch when the command started: of this process, unless the environment says otherwise."""
+    """Return the seconds since the epoch when the command started: of this process, unless the environment says
+    otherwise.
+    """
     return float(os.environ.get(STARTED) or psutil.Process().create_time())
 
 
@@ -57,7 +59,7 @@ class RunLog:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
+    """Return the seconds as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -37,7 +37,7 @@ def step_line(place: str, metrics: Mapping[str, float], end: str, room: int) -> 
 
 
 def _share(value: float) -> str:
-    """In percent, with a digit behind the point below 10."""
+    """Return the share in percent, with one decimal below 10."""
     return f"{100 * value:.{1 if 0 < value < 0.0995 else 0}f}%"
 
 

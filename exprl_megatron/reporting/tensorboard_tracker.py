@@ -53,7 +53,7 @@ class TensorBoardTracker:
 
 
 def _last_steps(directory: Path) -> dict[str, int]:
-    """The last step of each tag in a directory's files, without what a later file takes out.
+    """Return the last step of each tag in a directory's files, without what a later file takes out.
 
     A file that a killed process left ends where it is torn.
     """
@@ -67,12 +67,12 @@ def _last_steps(directory: Path) -> dict[str, int]:
 
 
 def _before(purge_step: int, last: dict[str, int]) -> dict[str, int]:
-    """What `last` becomes with a file that begins at `purge_step`: TensorBoard takes out later scalars, but no text."""
+    """Return `last` after a file that begins at `purge_step`: TensorBoard removes later scalars, but no text."""
     return {tag: step if tag.endswith(_TEXT) else min(step, purge_step - 1) for tag, step in last.items()}
 
 
 def _cell(value: object) -> str:
-    """A value as text without markup, in one line of a Markdown table."""
+    """Return a value as text without markup, in one line of a Markdown table."""
     text = "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     for sign in "\\`*_{}[]<>#|":
         text = text.replace(sign, f"\\{sign}")

@@ -61,7 +61,7 @@ def _drop_cut_off_line(path: Path) -> None:
 
 
 def read_timeline(path: Path) -> list[Span]:
-    """All spans in the order in which they ended; a last line cut off by a crash is left out.
+    """Return all spans in the order in which they ended; a last line cut off by a crash is left out.
 
     Raises:
         UserError: there is no such file, or a line is damaged.

@@ -48,7 +48,7 @@ class Tracker(Protocol):
     """One service; all calls come from one thread."""
 
     def last_step(self, tag: str) -> int:
-        """The last step at which the service has `tag` from former attempts of the run; -1 without any."""
+        """Return the last step at which the service has `tag` from former attempts of the run; -1 without any."""
 
     def last_table_step(self, name: str) -> int:
         """Return the last step of the tables of that name; -1 without any."""
@@ -64,7 +64,7 @@ class Tracker(Protocol):
 
 
 def missing_packages(names: Sequence[TrackerName]) -> list[str]:
-    """One sentence for each tracker of `names` whose package, which has the tracker's name, is not installed."""
+    """Return one sentence for each tracker of `names` whose package, which has the tracker's name, is not installed."""
     return [
         f"trackers has {name}, whose package is not installed; install it with "
         f"`pip install 'exprl-megatron[{name}]'`, or leave it out."

@@ -57,7 +57,7 @@ def step_times(spans: Sequence[Span]) -> list[StepTime]:
 
 
 def _phases(spans: Sequence[Span]) -> dict[str, float]:
-    """The seconds of one step's phases."""
+    """Return the seconds of one step's phases."""
     last = {span.name: span for span in spans if span.name not in (SAMPLING, GRADING)}
     step = last.pop(STEP)
     found = dict.fromkeys(PHASES, 0.0)
@@ -76,12 +76,12 @@ def _phases(spans: Sequence[Span]) -> dict[str, float]:
 
 
 def mean_phases(times: Sequence[StepTime]) -> dict[str, float]:
-    """Seconds a step by phase."""
+    """Return the seconds a step by phase."""
     return {name: sum(time.phases[name] for time in times) / len(times) for name in PHASES}
 
 
 def stage_phases(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
-    """Seconds a step by phase, of every stage that has finished a step."""
+    """Return the seconds a step by phase, of every stage that has finished a step."""
     stages: dict[str, list[StepTime]] = defaultdict(list)
     for time in step_times(spans):
         stages[time.stage].append(time)
@@ -96,7 +96,7 @@ def bottleneck(phases: Mapping[str, float]) -> str:
 
 
 def waterfall_table(phases: Mapping[str, float], title: str) -> Table:
-    """Seconds and share of every phase."""
+    """Return the seconds and share of every phase."""
     total = sum(phases.values())
     table = Table("phase", "s a step", "share", title=title)
     for name, seconds in phases.items():
@@ -160,7 +160,7 @@ class TimelineBar:
 
 
 def bars(spans: Sequence[Span]) -> list[TimelineBar]:
-    """The picture's bars; a later one is drawn over an earlier one, so short ones come last."""
+    """Return the picture's bars; a later one is drawn over an earlier one, so short ones come last."""
     of_name: dict[str, list[tuple[float, float]]] = defaultdict(list)
     written: dict[tuple[str, int], float] = {}
     for span in spans:

@@ -115,7 +115,7 @@ def _run_with_retry(sandbox: CodeSandbox, program: str, test: CodeTest, wall_s: 
 
 
 def same_output(output: str, expected: str) -> bool:
-    """Whether the lines are equal, without surrounding white space, as text or as decimal numbers.
+    """Return whether the lines are equal, without surrounding white space, as text or as decimal numbers.
 
     This is the rule of LiveCodeBench.
     """

@@ -154,7 +154,7 @@ def recursion_depth() -> int:
 
 
 def sandbox_available() -> Availability:
-    """Whether this machine can contain programs; a program is run to find out."""
+    """Return whether this machine can contain programs; a program is run to find out."""
     sandbox = CodeSandbox()
     try:
         return Availability(True, ", ".join(sandbox.layers()))

@@ -61,7 +61,9 @@ class Zygote:
         return pid
 
     def ended(self, within_s: float) -> bool:
-        """Whether the started process ends within `within_s` seconds. It stays a zombie, which keeps its identifier."""
+        """Return whether the started process ends within `within_s` seconds. It stays a zombie, which keeps its
+        identifier.
+        """
         return bool(select.select([self._channel], [], [], max(0.0, within_s))[0])
 
     def reap(self) -> tuple[int, float]:

@@ -215,11 +215,11 @@ class _Opened:
         self._indent = len(before.expandtabs(4)) if _MARKERS.fullmatch(before) else 0
 
     def may_contain(self, fence: str) -> bool:
-        """Whether such a fence within the block would start a new block instead of being text of this one."""
+        """Return whether such a fence within the block would start a new block instead of being text of this one."""
         return fence[0] == self._fence[0] and len(fence) >= len(self._fence)
 
     def closed_by(self, line: str) -> bool:
-        """Whether `line` ends the block: a fence alone, or one after the last line of the program."""
+        """Return whether `line` ends the block: a fence alone, or one after the last line of the program."""
         bare = _unquoted(line).strip() if self._quoted else line.strip()
         if bare and set(bare) == {self._fence[0]} and len(bare) >= len(self._fence):
             return True
@@ -241,7 +241,7 @@ class _Opened:
 
 
 def _opens(fence: re.Match, opened: _Opened | None) -> bool:
-    """Whether a line with a fence opens a block, possibly within another block that was not closed."""
+    """Return whether a line with a fence opens a block, possibly within another block that was not closed."""
     info, before = fence["info"].strip(), fence["before"]
     if opened is not None:
         # Within a block only the name of a language distinguishes an opening fence from text.

@@ -77,7 +77,7 @@ _WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s-]+[^\W\d_]+)*")
 
 
 def same_answer(gold: str, answer: str, by_math_verify: Compare) -> bool:
-    """Whether `answer` is `gold` in another form; `by_math_verify` compares what cannot be decided here."""
+    """Return whether `answer` is `gold` in another form; `by_math_verify` compares what cannot be decided here."""
     gold, answer = normalize_answer(gold), normalize_answer(answer)
     if gold == answer:
         return True
@@ -174,7 +174,7 @@ def _on_24_hours(time: tuple[int, int, int], half: str) -> tuple[int, int, int]:
 
 
 def _same_base(gold: str, answer: str) -> bool | None:
-    """Whether digits and base are equal; the answer may omit the base, which the question names."""
+    """Return whether digits and base are equal; the answer may omit the base, which the question names."""
     wanted, given = _based(gold), _based(answer)
     if wanted is None and given is None:
         return None
@@ -204,7 +204,7 @@ def _same_number(gold: str, answer: str) -> bool | None:
 
 
 def same_value(first: Fraction, second: Fraction, exactly: bool = False) -> bool:
-    """Whether two numbers are equal, or equal when rounded as their decimals are."""
+    """Return whether two numbers are equal, or equal when rounded as their decimals are."""
     if first == second or exactly:
         return first == second
     difference = abs(first - second)
@@ -231,14 +231,14 @@ def _number(text: str) -> Fraction | None:
 
 
 def _same_words(gold: str, answer: str) -> bool | None:
-    """Whether words are equal without regard to case; undecided (None) where either is more than words."""
+    """Return whether words are equal without regard to case; undecided (None) where either is more than words."""
     texts = [" ".join(_without_text(text).replace("~", " ").split()).strip(" .").casefold() for text in (gold, answer)]
     same = texts[0] == texts[1] and _WORDS.fullmatch(texts[0])
     return True if same else None
 
 
 def _false_chain(gold: str, answer: str) -> bool:
-    """Whether the answer is a chain of equations such as 1 = 2 = 5 in which plain numbers differ."""
+    """Return whether the answer is a chain of equations such as 1 = 2 = 5 in which plain numbers differ."""
     if "=" in gold:
         return False
     numbers = [number for part in re.split(r"(?<![<>!:\\])=", answer) if (number := _number(part)) is not None]

@@ -68,7 +68,7 @@ def _equal(parse, verify, gold: str, answer: str | None) -> bool:
 
 
 def _tiny_and_different(one: object, other: object) -> bool:
-    """Whether two small numbers are equal only because math-verify rounds to six decimals."""
+    """Return whether two small numbers are equal only because math-verify rounds to six decimals."""
     try:
         values = [Fraction(str(value.evalf(20))) for value in (one, other)]
     except (AttributeError, ValueError, TypeError):

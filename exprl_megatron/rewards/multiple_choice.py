@@ -197,7 +197,7 @@ def _followed(fragment: str, first: re.Match, letters: str, choices: Sequence[st
 
 
 def _is_letter(match: re.Match, fragment: str, letters: str) -> bool:
-    """Whether a letter names a choice and is not a word ("a city", "I think"), a name or a unit."""
+    """Return whether a letter names a choice and is not a word ("a city", "I think"), a name or a unit."""
     letter = match["wrapped"] or match["bare"]
     if letter.islower() and letter.upper() not in letters:
         return False

@@ -35,7 +35,7 @@ def extract_prime_answer(text: str) -> str:
 
 
 def same_as_prime(gold: str, answer: str, compare: Callable[[str, str], bool]) -> bool:
-    """Whether `answer` counts as `gold`; `compare` compares texts that are not numbers, and may raise."""
+    """Return whether `answer` counts as `gold`; `compare` compares texts that are not numbers, and may raise."""
     wanted, found = (_plain(text) for text in (gold, answer[:MAX_ANSWER_LENGTH]))
     if wanted == found:
         return True

@@ -67,7 +67,7 @@ _CONTINUE = 1
 
 
 def is_supported() -> bool:
-    """Whether there is a filter for this machine's system calls."""
+    """Return whether there is a filter for this machine's system calls."""
     return hasattr(os, "uname") and os.uname().sysname == "Linux" and os.uname().machine in _ALLOWED
 
 

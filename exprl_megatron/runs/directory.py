@@ -106,7 +106,9 @@ class RunDirectory:
         return with_router_replay(config.with_precision())
 
     def _started_config(self) -> RunConfig:
-        """What the run here was started with. One of a version without router replay continues without it."""
+        """Return the config that the run was started with. One of a version without router replay continues
+        without it.
+        """
         config = read_config(self)
         return _with_replay(config, config.policy.router_replay or False)
 
@@ -126,7 +128,7 @@ class RunDirectory:
             )
 
     def _recorded_inputs(self) -> dict[str, str] | None:
-        """What the run was started with; None where it has not been recorded."""
+        """Return the inputs that the run was started with; None where they were not recorded."""
         try:
             return json.loads(self.inputs.read_bytes())
         except FileNotFoundError:
@@ -137,7 +139,7 @@ class RunDirectory:
             ) from error
 
     def _holds_work(self) -> bool:
-        """Whether a run has left anything here that was sampled, learned or measured."""
+        """Return whether a run has left anything here that was sampled, learned or measured."""
         kept = (self.journal, self.checkpoints, self.models, self.evaluations, self.metrics)
         return self.config.is_file() and any(
             file.stat().st_size for path in kept for file in (path, *path.rglob("*")) if file.is_file()
@@ -149,13 +151,15 @@ def _with_replay(config: RunConfig, replay: bool | None) -> RunConfig:
 
 
 def _different(recorded: Mapping[str, str], contents: Mapping[str, str]) -> list[str]:
-    """Keys whose values are not the same in both, or that one of them lacks; sources of plugins may change."""
+    """Return the keys whose values are not the same in both, or that one of them lacks; sources of plugins may
+    change.
+    """
     keys = {key for key in recorded.keys() | contents.keys() if not key.startswith(PLUGINS)}
     return sorted(key for key in keys if recorded.get(key) != contents.get(key))
 
 
 def _earlier_prompts(keys: Sequence[str], recorded: Mapping[str, str]) -> str:
-    """How to continue with the shipped prompts that a run was started with, where they are what differs."""
+    """Return how to continue with the shipped prompts that a run was started with, where they are what differs."""
     named = [f"{key}={recorded[key]}" for key in keys if is_shipped_hash(recorded.get(key, ""))]
     return f"resume it with {' '.join(named)} (the prompts that it was started with), " if named else ""
 

@@ -52,11 +52,11 @@ class Journal:
         self._root = root
 
     def path(self, stage: str, step: int) -> Path:
-        """The file of one step (1-based)."""
+        """Return the file of one step (1-based)."""
         return self._root / stage / f"step-{step:06d}.parquet"
 
     def has(self, stage: str, step: int) -> bool:
-        """Whether the step is in the log."""
+        """Return whether the step is in the log."""
         return self.path(stage, step).is_file() or self._path_v1(stage, step).is_file()
 
     def steps(self, stage: str) -> list[int]:

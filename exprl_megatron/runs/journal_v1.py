@@ -9,7 +9,7 @@ from exprl_megatron.rollout.trace import Trace
 
 
 def read_v1(content: bytes) -> tuple[list[Group], dict]:
-    """The groups of a step and its counts; Python's float text is exact, so numbers come back bit for bit.
+    """Return the groups of a step and its counts; Python's float text is exact, so numbers come back bit for bit.
 
     Raises OSError, EOFError, zlib.error, ValueError, KeyError or TypeError where `content` is damaged.
     """

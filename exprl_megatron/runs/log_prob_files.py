@@ -47,7 +47,7 @@ class TrainerLogProbFiles:
         self._root = root
 
     def directory(self, stage: str, step: int) -> Path:
-        """Where the complete files of a step (1-based) are."""
+        """Return the directory of the complete files of a step (1-based)."""
         return self._root / stage / f"step-{step:06d}"
 
     def write_part(self, stage: str, step: int, part: tuple[int, int], rows: Sequence[TraceLogProbs]) -> None:

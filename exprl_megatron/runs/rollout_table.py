@@ -64,12 +64,12 @@ TraceRow = tuple[int, Group, GradedTrace]
 
 
 def rows_of(groups: Sequence[Group]) -> list[TraceRow]:
-    """All traces in the order of the groups and of the samples."""
+    """Return all traces in the order of the groups and of the samples."""
     return [(number, group, member) for number, group in enumerate(groups) for member in group.samples]
 
 
 def batch_of(rows: Sequence[TraceRow]) -> pa.RecordBatch:
-    """The rows as a batch with the columns of SCHEMA."""
+    """Return the rows as a batch with the columns of SCHEMA."""
     members = [member for _, _, member in rows]
     traces = [member.trace for member in members]
     columns: dict[str, pa.Array] = {
@@ -94,7 +94,8 @@ def batch_of(rows: Sequence[TraceRow]) -> pa.RecordBatch:
 
 
 def groups_of(parts: Iterable[pa.Table]) -> list[Group]:
-    """The groups whose traces are the rows of `parts`, in their order; ValueError for numbers that none can have.
+    """Return the groups whose traces are the rows of `parts`, in their order; ValueError for numbers that none can
+    have.
 
     A group may continue in the next part. What is read of a part is dropped when the next one is taken, so that small
     parts need little memory beside the groups.
@@ -109,7 +110,7 @@ def groups_of(parts: Iterable[pa.Table]) -> list[Group]:
 
 
 def _members(table: pa.Table) -> Iterator[tuple[dict[str, Any], GradedTrace]]:
-    """Each row without its arrays, and the graded trace that it holds."""
+    """Yield each row without its arrays, and the graded trace that it holds."""
     arrays = {name: _slices(table[name]) for name in ("prompt_ids", "token_ids", "log_probs")}
     if not all(np.isfinite(log_probs).all() for log_probs in arrays["log_probs"]):
         raise ValueError("log_probs has a number that is not finite")
@@ -126,7 +127,7 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
 
 
 def _slices(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """The column's lists, all in one piece of memory."""
+    """Return the column's lists, all in one piece of memory."""
     lists = column.combine_chunks()
     # By to_numpy pyarrow imports pandas, which takes half a second.
     offsets, values = np.from_dlpack(lists.offsets).tolist(), np.from_dlpack(lists.values)
@@ -150,7 +151,7 @@ def _experts(arrays: Sequence[np.ndarray | None]) -> pa.StructArray:
 
 
 def _read_experts(table: pa.Table) -> list[np.ndarray | None]:
-    """Of each row; None where it has none, as in a file of version 2."""
+    """Return the experts of each row; None where it has none, as in a file of version 2."""
     if "routed_experts" not in table.column_names:
         return [None] * len(table)
     return [_ids_of(cell) for cell in table["routed_experts"]]

@@ -70,7 +70,7 @@ class ServerChecksums:
             parts |= {key: kept.clone() for key, kept in parts.items()}
 
     def result(self) -> tuple[dict[str, str], ...]:
-        """The checksums of each rank's parameters.
+        """Return the checksums of each rank's parameters.
 
         Raises:
             ValueError: a part of one never came.
@@ -169,7 +169,7 @@ def _in_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype, sigmoid_route
 
 
 def differing(held: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
-    """Names, in order, whose checksum is not the same in both or which only one of them has."""
+    """Return the names, in order, whose checksums differ or which only one of the two has."""
     return sorted(name for name in held.keys() | expected.keys() if held.get(name) != expected.get(name))
 
 

@@ -310,7 +310,7 @@ class SGLangClient(HttpClient):
         self._in_place = mode == "in_place"
 
     async def continue_(self) -> None:
-        """Go on sampling after `pause`."""
+        """Resume sampling after `pause`."""
         await self._post("/continue_generation", {})
         self._in_place = False
 
@@ -328,14 +328,14 @@ class SGLangClient(HttpClient):
         self.source = (await self.served(deadline_s=deadline_s)).model_path
 
     async def sleep(self, tags: Sequence[str] = (), *, deadline_s: float | None = None) -> None:
-        """Give up the memory of `tags` (`kv_cache`, `weights`; all), on an idle server with `--enable-memory-saver`.
+        """Release the memory of `tags` (`kv_cache`, `weights`; all), on an idle server with `--enable-memory-saver`.
 
         A server on a CPU dies of it.
         """
         await self._post("/release_memory_occupation", {"tags": list(tags)}, deadline_s)
 
     async def wake(self, tags: Sequence[str] = (), *, deadline_s: float | None = None) -> None:
-        """Take that memory again, which must be given up; what weights were is lost: update them before sampling."""
+        """Allocate that memory again after a release; the weights are lost: update them before sampling."""
         await self._post("/resume_memory_occupation", {"tags": list(tags)}, deadline_s)
 
     async def flush_cache(self) -> None:
@@ -355,7 +355,7 @@ class SGLangClient(HttpClient):
         await self._request("GET", "/health", None, deadline_s)
 
     async def served(self, *, deadline_s: float | None = None) -> ServedModel:
-        """Which weights the server serves, as it says itself."""
+        """Return which weights the server reports that it serves."""
         reply = await self._request("GET", "/model_info", None, deadline_s)
         return self._read("/model_info", lambda body: msgspec.convert(body, ServedModel), reply)
 
@@ -379,14 +379,14 @@ class SGLangClient(HttpClient):
         return self._read("/get_model_info", dict, await self._request("GET", "/get_model_info", None, deadline_s))
 
     async def loaders(self) -> list[str]:
-        """The functions that the server's `--custom-weight-loader` names."""
+        """Return the functions that the server's `--custom-weight-loader` names."""
         reply = await self._request("GET", "/server_info", None, None)
         self._start = self._read("/server_info", lambda r: int(r["random_seed"]), reply)
         return self._read("/server_info", lambda r: list(r["custom_weight_loader"] or ()), reply)
 
     @property
     def _key(self) -> str:
-        """What requests show; empty where the server wants none."""
+        """Return the key that requests show; empty where the server requires none."""
         return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     async def _command(
@@ -403,7 +403,7 @@ def _experts_wanted(asked: ExpectedReply) -> dict[str, bool]:
 
 
 def _limit(asked: ExpectedReply, prompt_tokens: int, new_tokens: int) -> int:
-    """Bytes that the reply to one prompt may have."""
+    """Return the bytes that the reply to one prompt may have."""
     experts = 0 if asked.routing is None else sent_bytes(prompt_tokens + new_tokens, asked.routing)
     return reply_limit(new_tokens, len(asked.watched_ids)) + experts
 
@@ -415,5 +415,5 @@ def _listed(token_ids: Sequence[int] | np.ndarray) -> list[int] | msgspec.Raw:
 
 
 def _of_weights(rank: Mapping[str, Any]) -> dict[str, str]:
-    """The checksums that a rank reports, but of buffers that are derived from the config."""
+    """Return the checksums that a rank reports, but of buffers that are derived from the config."""
     return {name: checksum for name, checksum in rank["checksums"].items() if is_weight(name)}

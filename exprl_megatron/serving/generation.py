@@ -119,7 +119,7 @@ _ID_LIST = msgspec.json.Decoder(list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)
 
 
 def reply_limit(tokens: int, watched: int = 0) -> int:
-    """Bytes that a reply about so many tokens may have, with the log-probs of `watched` ids at each of them.
+    """Return the bytes that a reply about so many tokens may have, with the log-probs of `watched` ids at each of them.
 
     A token is some 50 bytes of log-prob and id, and up to 128 characters of text, each up to 6 bytes in JSON.
     """
@@ -127,7 +127,7 @@ def reply_limit(tokens: int, watched: int = 0) -> int:
 
 
 def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation:
-    """The continuation that a reply of /generate holds.
+    """Return the continuation that a reply of /generate holds.
 
     Raises:
         ValueError: its form is not SGLang's (the error names the field), a log-prob is missing, not finite or above 0,
@@ -178,7 +178,7 @@ def read_generation(body: bytes, asked: ExpectedReply = _ANYTHING) -> Generation
 
 
 def read_generations(body: bytes, asked: ExpectedReply, count: int) -> list[Generation]:
-    """The `count` continuations that a reply to a request for several holds, in their order.
+    """Return the `count` continuations that a reply to a request for several holds, in their order.
 
     Raises:
         ValueError: as read_generation does for any of them, and where there are not `count`.
@@ -322,7 +322,7 @@ def _entries(block: memoryview | None, field: str) -> _Entries:
 
 
 def _parsed(block: memoryview, starts: np.ndarray, ends: np.ndarray, kind: pa.DataType, field: str) -> np.ndarray:
-    """The numbers written between `starts` and `ends` [n] in `block`."""
+    """Return the numbers written between `starts` and `ends` [n] in `block`."""
     count = len(starts)
     # Every second string is what is between two numbers; it is marked as missing and so not read.
     offsets = np.empty(2 * count + 1, np.int32)
@@ -337,7 +337,7 @@ def _parsed(block: memoryview, starts: np.ndarray, ends: np.ndarray, kind: pa.Da
 
 
 def _ids(block: memoryview, field: str) -> np.ndarray:
-    """The ids (int32) of a list `[1,2,...]`."""
+    """Return the ids (int32) of a list `[1,2,...]`."""
     block = block if len(block) <= _SHORT_IDS else _dense(block)
     if block[:1] != b"[" or block[-1:] != b"]":
         raise ValueError(f"{field} is not a list of ids")

@@ -7,7 +7,7 @@ _ANSWER_S = 5.0
 
 
 def healthy(url: str) -> bool:
-    """Whether the server at `url` answers /health by now."""
+    """Return whether the server at `url` answers /health by now."""
     # No proxy is between the machines of a run, whatever the environment says.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -152,7 +152,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _message(text: str) -> str:
-    """The error message in the body of a reply."""
+    """Return the error message in the body of a reply."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):

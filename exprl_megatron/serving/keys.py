@@ -49,7 +49,7 @@ def ensure_key(path: Path) -> None:
 
 
 def read_key(path: str | Path) -> Key:
-    """The key in `path`.
+    """Return the key in `path`.
 
     Raises:
         ServerError: it cannot be read.
@@ -61,10 +61,10 @@ def read_key(path: str | Path) -> Key:
 
 
 def fingerprint(key: str) -> str:
-    """Names the run whose key this is, without telling the key."""
+    """Return a name of the run whose key this is, which does not reveal the key."""
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def authorization(key_file: str | Path | None) -> dict[str, str]:
-    """The header of a request to servers with the key in `key_file`; none without a file."""
+    """Return the header of a request to servers with the key in `key_file`; none without a file."""
     return {"Authorization": f"Bearer {read_key(key_file)}"} if key_file else {}

@@ -101,7 +101,7 @@ def _report_checksums(model: torch.nn.Module, command: dict[str, Any]) -> None:
 
 
 def _compared(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that SGLang's own weight checker compares, but buffers that are derived from the config."""
+    """Return the tensors that SGLang's own weight checker compares, but buffers that are derived from the config."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor for name, tensor in tensors if is_weight(name) and not _is_skip_weight_check(name, tensor)}
 
@@ -113,7 +113,7 @@ def _connection(command: dict[str, Any]) -> dist.TCPStore:
 
 
 def _records(command: dict[str, Any]) -> Records:
-    """The records that trainer and servers share, on a connection of its own."""
+    """Return the records that trainer and servers share, on a connection of its own."""
     return Records(_connection(command), command["secret"], RECORDS)
 
 
@@ -163,7 +163,7 @@ class _Member:
                 self._group = joining.result()
 
     def _joined(self) -> dist.ProcessGroup:
-        """The group, connected by its first operation."""
+        """Return the group, connected by its first operation."""
         command = self._command
         with on_device(self._device):
             group = init_custom_process_group(
@@ -178,13 +178,13 @@ class _Member:
             return group
 
     def leave(self) -> None:
-        """Give the group up while the others do."""
+        """Leave the group together with the other members."""
         group, self._group = self._group, None
         if group is not None:
             destroy(group, self._command["deadline_s"])
 
     def abort(self) -> None:
-        """Give the group up, whatever is in flight in it."""
+        """Abort the group, whatever is in flight in it."""
         self._broken.set()
         group, self._group = self._group, None
         if group is not None:

@@ -41,7 +41,8 @@ def trace(
     dtype: torch.dtype,
     others: Mapping[str, torch.dtype] | None = None,
 ) -> list[ParameterView]:
-    """The places of all tensors of `shapes` in `model`, whose parameters stay as they are but for what is padding.
+    """Return the places of all tensors of `shapes` in `model`, whose parameters stay as they are but for what is
+    padding.
 
     `dtype` is what will be sent. Vectors of `others` have these wider dtypes, and their memory is sent as words of
     `dtype`.
@@ -108,7 +109,7 @@ class _Noted(TorchDispatchMode):
 
 
 def _in_words(place: ParameterView, count: int, words: torch.dtype) -> ParameterView:
-    """A vector's place where each of its numbers is `count` words."""
+    """Return a vector's place where each of its numbers is `count` words."""
     need = RequiredSlice(place.need.name, count * place.need.row, count * place.need.rows, 0, 1)
     return ParameterView(need, place.parameter, count * place.offset, (need.rows, 1), (1, 1), words)
 

@@ -34,7 +34,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def pack_expected(shapes: Mapping[str, tuple[int, ...]], dtypes: Sequence[str], parts: np.ndarray) -> bytes:
-    """The trainer's side of `checksums`; `dtypes` as `shapes`.
+    """Return the trainer's side of `checksums`; `dtypes` as `shapes`.
 
     Raises:
         ValueError: `parts` do not cover the parameters.
@@ -52,7 +52,7 @@ def pack_expected(shapes: Mapping[str, tuple[int, ...]], dtypes: Sequence[str], 
 
 @torch.no_grad()
 def checksums(held: Mapping[str, torch.Tensor], expected: bytes) -> dict[str, str]:
-    """The checksum of each of the tensors that a model has, by name.
+    """Return the checksum of each of the tensors that a model has, by name.
 
     In its place is what differs where one has another shape or dtype than expected, or is not expected at all.
     """
@@ -77,7 +77,7 @@ def checksums(held: Mapping[str, torch.Tensor], expected: bytes) -> dict[str, st
 
 
 def as_grid(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter as [rows, columns]; a vector is one column."""
+    """Return a parameter as [rows, columns]; a vector is one column."""
     return tensor.detach().reshape(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
 
 
@@ -87,5 +87,5 @@ def cut(grid: torch.Tensor, part: Slice) -> torch.Tensor:
 
 
 def to_hex(checksum: int) -> str:
-    """A checksum as text."""
+    """Return a checksum as text."""
     return f"{int(checksum):016x}"

@@ -151,7 +151,7 @@ def judge_endpoints(config: JudgeConfig) -> list[OpenAIEndpoint]:
 
 
 def _completion(reply: dict) -> Completion:
-    """The answer in a reply; TypeError or ValueError where it has none, or another form."""
+    """Return the answer in a reply; TypeError or ValueError where it has none, or another form."""
     form = msgspec.convert(reply, _Reply)
     choice, usage = form.choices[0], form.usage if isinstance(form.usage, dict) else {}
     tokens = choice.logprobs.get("content") if isinstance(choice.logprobs, dict) else None
@@ -167,7 +167,7 @@ def _completion(reply: dict) -> Completion:
 
 
 def _text(content: Any) -> str:
-    """The text of a message, which may be in parts; parts of other kinds (reasoning) are not the answer."""
+    """Return the text of a message, which may be in parts; parts of other kinds (reasoning) are not the answer."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
@@ -181,7 +181,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _count(counts: Any, name: str) -> int:
-    """A count of tokens, for the logs alone; 0 where it is not reported as one."""
+    """Return a count of tokens, for the logs alone; 0 where it is not reported as one."""
     value = counts.get(name) if isinstance(counts, dict) else None
     return value if isinstance(value, int) else 0
 

@@ -51,7 +51,7 @@ def accumulate_hashes(numbers: np.ndarray, hashes: np.ndarray, count: int) -> np
 
 
 def word_hash(numbers: torch.Tensor) -> torch.Tensor:
-    """The hash of a part on CUDA: int64 [], on its device."""
+    """Return the hash of a part on CUDA: int64 [], on its device."""
     keys, total, tile = _keys(numbers.device), torch.zeros((), dtype=torch.int64, device=numbers.device), 0
     for piece in _pieces(numbers, _WORDS_BYTES):
         missing = -len(piece) % (4 * _TILE)
@@ -102,7 +102,7 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right as an unsigned number."""
+    """Shift to the right as an unsigned number."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

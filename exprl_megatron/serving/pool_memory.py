@@ -42,7 +42,7 @@ class PoolMemory:
         return held
 
     def next_action(self, replica: Replica) -> Action | None:
-        """The next action by which the server comes to hold the memory that it should, if one is needed."""
+        """Return the next action by which the server comes to hold the memory that it should, if one is needed."""
         if self._released - replica.asleep:
             return sleep_action(replica, self._released)
         for tag in sorted(replica.asleep - self._released, key=SLEEPING.index, reverse=True):
@@ -50,7 +50,7 @@ class PoolMemory:
         return None
 
     async def memory_holders(self, replicas: dict[str, Replica]) -> list[str]:
-        """Names of the servers that are starting, or hold memory that they should have released."""
+        """Return the names of the servers that are starting, or hold memory that they should have released."""
         # A server is registered before its mark as starting is removed.
         starting = await asyncio.to_thread(self._registry.starting_servers, self._kind)
         registered = await asyncio.to_thread(self._registry.all)

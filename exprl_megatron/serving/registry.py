@@ -64,7 +64,7 @@ class Registry:
         self._start(name).unlink(missing_ok=True)
 
     def find(self, name: str) -> RegisteredServer | None:
-        """The server of that name, if it is registered; invalid files are skipped, see `warnings`."""
+        """Return the server of that name, if it is registered; invalid files are skipped, see `warnings`."""
         file = self._file(name)
         try:
             text = file.read_text()
@@ -79,7 +79,7 @@ class Registry:
         return server
 
     def warnings(self) -> list[str]:
-        """A sentence on each registration that was skipped, once."""
+        """Return a sentence on each registration that was skipped, once."""
         found, self._warnings = self._warnings, []
         return found
 
@@ -89,7 +89,7 @@ class Registry:
         return None if file is None else read_key(file)
 
     def authorization(self, server: RegisteredServer) -> dict[str, str]:
-        """The header that shows the key."""
+        """Return the header that shows the key."""
         key = self.key(server)
         return {} if key is None else {"Authorization": f"Bearer {key}"}
 
@@ -114,7 +114,7 @@ class Registry:
             self._warnings.append(sentence)
 
     def all(self) -> list[RegisteredServer]:
-        """All registered servers, by name."""
+        """Return all registered servers, by name."""
         found = (self.find(file.stem) for file in sorted(self.directory.glob("*.json")))
         return [server for server in found if server is not None]
 
@@ -123,7 +123,7 @@ class Registry:
         write_atomically(self._restart_request(server.name), server.instance_id.encode())
 
     def requested_restart(self, name: str) -> str | None:
-        """The `instance_id` of the server that should be restarted, if any."""
+        """Return the `instance_id` of the server that should be restarted, if any."""
         try:
             return self._restart_request(name).read_text()
         except FileNotFoundError:
@@ -134,7 +134,7 @@ class Registry:
         write_atomically(self._ended, b"")
 
     def ended_at(self) -> int | None:
-        """When the run was last marked as ended (nanoseconds of that file's clock), or None."""
+        """Return when the run was last marked as ended (nanoseconds of that file's clock), or None."""
         try:
             return self._ended.stat().st_mtime_ns
         except FileNotFoundError:
@@ -153,11 +153,13 @@ class Registry:
         self._hold(kind).unlink(missing_ok=True)
 
     def starts_held(self, kind: Kind) -> bool:
-        """Whether servers of `kind` must not start."""
+        """Return whether servers of `kind` must not start."""
         return self._hold(kind).is_file()
 
     def try_start(self, name: str) -> bool:
-        """Whether the server of that name may start; it then counts as starting until it is registered or withdrawn."""
+        """Return whether the server of that name may start; it then counts as starting until it is registered or
+        withdrawn.
+        """
         write_atomically(self._start(name), b"")
         if self.starts_held(name.rpartition("-")[0]):
             self._start(name).unlink(missing_ok=True)
@@ -165,7 +167,7 @@ class Registry:
         return True
 
     def starting_servers(self, kind: Kind) -> list[str]:
-        """Names of the servers of `kind` that are starting."""
+        """Return the names of the servers of `kind` that are starting."""
         return [file.stem for file in sorted(self.directory.glob(f"{kind}-*.starting"))]
 
     def _file(self, name: str) -> Path:

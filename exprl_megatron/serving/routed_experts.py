@@ -20,12 +20,12 @@ _COMPACT: dict[int, np.dtype] = {1: np.dtype(np.uint8), 2: np.dtype("<i2")}
 
 
 def sent_bytes(tokens: int, routing: Routing) -> int:
-    """The most bytes that the experts of `tokens` have in a reply, in base64."""
+    """Return the most bytes that the experts of `tokens` have in a reply, in base64."""
     return tokens * routing.layers * routing.top_k * _SENT.itemsize * 4 // 3 + 4
 
 
 def cut_routed_experts(body: bytes) -> tuple[bytes, bytes | None]:
-    """The reply `body` with null for its routed experts, and their bytes; None where it has none.
+    """Return the reply `body` with null for its routed experts, and their bytes; None where it has none.
 
     Raises:
         ValueError: they are there more than once, or are not a string in base64.

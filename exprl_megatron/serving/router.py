@@ -23,7 +23,7 @@ class RouterClient(RegisteredClient):
     async def generate_all(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **keywords: Any
     ) -> list[Generation]:
-        """See SGLangClient. Sends one request per prompt, since the router's request form has one continuation."""
+        """Send one request per prompt, since the router's request form has one continuation; see SGLangClient."""
         return await gather_or_cancel(
             self.generate(prompt, seed=seed, **keywords) for prompt, seed in zip(prompts, seeds, strict=True)
         )
@@ -47,7 +47,7 @@ class RouterClient(RegisteredClient):
             await asyncio.sleep(_POLL_S)
 
     async def _routed(self, urls: set[str]) -> bool:
-        """Whether the router has these workers already; adds missing workers and removes others."""
+        """Return whether the router has these workers already; adds missing workers and removes others."""
         reply = await self._request("GET", "/workers", None, None)
         workers = self._read("/workers", lambda r: {w["url"]: (w["id"], w["is_healthy"]) for w in r["workers"]}, reply)
         for url in workers.keys() - urls:
@@ -57,7 +57,7 @@ class RouterClient(RegisteredClient):
         return workers.keys() == urls and all(healthy for _, healthy in workers.values())
 
     def _key_of(self, url: str) -> dict[str, str]:
-        """The key that the router needs for the server at `url`."""
+        """Return the key that the router needs for the server at `url`."""
         server = next((server for server in self._registry.all() if server.url == url), None)
         key = None if server is None else self._registry.key(server)
         return {} if key is None else {"api_key": str(key)}
@@ -80,7 +80,7 @@ class RoutedClient(RouterClient):
         self._updating = asyncio.Lock()
 
     async def generate(self, *args: Any, **keywords: Any) -> Generation:
-        """See SGLangClient. Also raises ServerError where no server of the kind answers."""
+        """Generate as SGLangClient does. Also raises ServerError where no server of the kind answers."""
         await self._update_router(self.deadline_s)
         try:
             return await super().generate(*args, **keywords)

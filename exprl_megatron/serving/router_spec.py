@@ -16,7 +16,7 @@ class RouterSpec(ServerSpec):
     """One router to start, without workers; `config` is that of the servers behind it."""
 
     def command(self, port: int) -> list[str]:
-        """Arguments of sglang-router, which neither retries nor removes servers: its clients do."""
+        """Return the arguments of sglang-router, which neither retries nor removes servers: its clients do."""
         (metrics,) = free_ports(1, {port})
         command = [sys.executable, "-m", "exprl_megatron.serving.keyed_router", "--host", LOCAL, "--port", str(port)]
         command += ["--policy", "cache_aware", "--disable-retries", "--disable-circuit-breaker", "--log-level", "warn"]

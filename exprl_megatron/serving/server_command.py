@@ -42,7 +42,8 @@ def server_command(
     bind: str = LOCAL,
     first_gpu: int = 0,
 ) -> list[str]:
-    """Arguments of `python -m sglang.launch_server`, which takes its key from a file; it listens at the address `bind`.
+    """Return the arguments of `python -m sglang.launch_server`, which takes its key from a file; it listens at the
+    address `bind`.
 
     On a CPU requests are sampled from their own seed. On CUDA SGLang honors it only with
     `--enable-deterministic-inference`, which costs speed and is left to `config.extra_args`; else from `seed`.
@@ -80,7 +81,9 @@ def server_command(
 
 
 def _arguments_of(model: Path, cuda: bool) -> list[str]:
-    """What a server of this model needs so that it computes what the policy does, from the weights that it sends."""
+    """Return the arguments with which a server of this model computes what the policy does, from the weights it
+    gets.
+    """
     path = model / "config.json"
     tree = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     names = tree.get("architectures")
@@ -100,13 +103,13 @@ def _arguments_of(model: Path, cuda: bool) -> list[str]:
 
 
 def _cpu_states(text: dict) -> int:
-    """How many states a server of gated delta nets keeps on a CPU; see CPU_MAX_STATES."""
+    """Return how many states a server of gated delta nets keeps on a CPU; see CPU_MAX_STATES."""
     each = qwen3_5.delta_net(text).state_bytes * max(1, qwen3_5.layer_types(text).count(LINEAR))
     return min(CPU_MAX_STATES, max(3, CPU_STATE_BYTES // each))
 
 
 def irreproducible_sampling(config: ServerConfig, cuda: bool) -> str | None:
-    """The sentence for the user where servers do not use the seeds of requests, else None."""
+    """Return the sentence for the user where servers do not use the seeds of requests, else None."""
     if not cuda or is_deterministic(config.extra_args):
         return None
     return (
@@ -118,7 +121,8 @@ def irreproducible_sampling(config: ServerConfig, cuda: bool) -> str | None:
 def server_environment(
     inherited: Mapping[str, str], *, cuda: bool, tp: int = 1, extra_args: Sequence[str] = (), cpu_threads: int = 1
 ) -> dict[str, str]:
-    """The environment of a server of `tp` ranks and these extra arguments, started from a process with `inherited`.
+    """Return the environment of a server of `tp` ranks and these extra arguments, started from a process with
+    `inherited`.
 
     Without CUDA each rank computes with `cpu_threads` threads.
     """

@@ -156,7 +156,7 @@ class ServerPool:
                 replica.running.discard(task)
 
     async def _ask_router[T](self, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
-        """As `ask`, where the router chooses the server."""
+        """Send a request as `ask` does, where the router chooses the server."""
         for attempt in range(_MAX_ATTEMPTS):
             await self._healthy_replica(0)
             try:
@@ -282,7 +282,7 @@ class ServerPool:
             raise WeightsReplaced(f"{replaced[0]} No other server is left; find out who did it, then use --resume.")
 
     async def prepare(self, version: str) -> bool:
-        """Whether weights must be pushed to `clients`, since one of them does not have `version`.
+        """Return whether weights must be pushed to `clients`, since one of them does not have `version`.
 
         Waits for a server where there is none. Raises ServerError where none registers within start_deadline_s.
         """
@@ -334,7 +334,7 @@ class ServerPool:
             self._routed = urls
 
     async def _check_after_failure(self, error: ServerError) -> None:
-        """After a failed request through the router, find the servers that do not answer or have other weights."""
+        """Find, after a failed request through the router, the servers that do not answer or have other weights."""
 
         async def check(client: SGLangClient) -> None:
             await client.check_served(self._version, deadline_s=self._config.answer_deadline_s)
@@ -351,7 +351,7 @@ class ServerPool:
             await self._route()
 
     def _in_state(self, *states: str) -> list[Replica]:
-        """The servers in one of `states`, sorted by name."""
+        """Return the servers in one of `states`, sorted by name."""
         replicas = (self._replicas[name] for name in sorted(self._replicas))
         return [replica for replica in replicas if replica.state in states]
 

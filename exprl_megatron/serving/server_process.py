@@ -55,7 +55,7 @@ class ServerSpec:
     """What holds the key that each request needs; None: `key` beside the log."""
 
     def command(self, port: int) -> list[str]:
-        """The program and its arguments."""
+        """Return the program and its arguments."""
         return server_command(
             self.model,
             self.config,
@@ -92,7 +92,9 @@ def server_specs(
     seed: int = 0,
     weight_version: str = "initial",
 ) -> list[ServerSpec]:
-    """The `config.count` servers `role-0`, `role-1`, ... of one model, on GPUs of their own from the first on."""
+    """Return the `config.count` servers `role-0`, `role-1`, ... of one model, on GPUs of their own from the
+    first on.
+    """
     specs = [
         ServerSpec(
             name=f"{role}-{i}",
@@ -120,7 +122,7 @@ def server_seed(run_seed: int, name: str, instance_id: str) -> int:
 
 
 def side_by_side(specs: Sequence[ServerSpec], first_gpu: int = 0) -> list[ServerSpec]:
-    """The servers on GPUs of their own, from `first_gpu` of this machine on."""
+    """Return the servers on GPUs of their own, from `first_gpu` of this machine on."""
     placed = []
     for spec in specs:
         placed.append(replace(spec, first_gpu=first_gpu))
@@ -157,11 +159,11 @@ class Server:
         return self._process.pid
 
     def alive(self) -> bool:
-        """Whether the server's process runs."""
+        """Return whether the server's process runs."""
         return self._process.poll() is None
 
     def client(self) -> "SGLangClient":
-        """A client with this server's name, log file and request deadline."""
+        """Return a client with this server's name, log file and request deadline."""
         from exprl_megatron.serving.client import SGLangClient
 
         client = SGLangClient(
@@ -171,7 +173,7 @@ class Server:
         return client
 
     def ready(self) -> bool:
-        """Whether the server answers /health by now.
+        """Return whether the server answers /health by now.
 
         Raises ServerError where it has died, or start_deadline_s, counted from its start, has passed.
         """
@@ -196,7 +198,7 @@ class Server:
         self._process.wait()
 
     def end(self, what: str) -> ServerError:
-        """The error for a run that ends because this server did `what`."""
+        """Return the error for a run that ends because this server did `what`."""
         return self._error(f"{what}; continue with --resume")
 
     def _error(self, what: str) -> ServerError:
@@ -227,7 +229,7 @@ def wait_servers(servers: Sequence[Server]) -> None:
 
 
 def check_servers(specs: Sequence[ServerSpec]) -> list[int]:
-    """The ports that the servers would get now; starts nothing. Raises as `launch_servers` does."""
+    """Return the ports that the servers would get now; starts nothing. Raises as `launch_servers` does."""
     ports = _ports(specs)
     for spec in specs:
         spec.check()
@@ -277,7 +279,7 @@ def _launch(spec: ServerSpec, port: int, starter: Starter) -> Server:
 
 
 def _address(spec: ServerSpec) -> str:
-    """What the server listens at: the interface by which others know this machine, where they need it."""
+    """Return the address that the server listens at: an interface that others reach, where they need it."""
     return LOCAL if spec.host is None else interface(spec.host)
 
 

@@ -53,7 +53,7 @@ class ServerSupervisor:
         return self._specs
 
     def server(self, name: str) -> Server:
-        """The current process of the server of that name."""
+        """Return the current process of the server of that name."""
         return self._servers[name]
 
     def poll(self) -> None:

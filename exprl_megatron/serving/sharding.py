@@ -42,7 +42,7 @@ class Cut:
 
 
 def module_of(name: str) -> str:
-    """The module of the Hugging Face tensor `name`: `q_proj`, `embed_tokens`, or a vector that is in none."""
+    """Return the module of the Hugging Face tensor `name`: `q_proj`, `embed_tokens`, or a vector that is in none."""
     path, _, kind = name.rpartition(".")
     return kind if kind in _BY_HEADS else path.rpartition(".")[2]
 
@@ -55,7 +55,7 @@ def sections(module: str, rows: int, delta_net: DeltaNet | None) -> list[tuple[i
 
 
 def rectangle(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns as which a tensor is seen: a vector has one column."""
+    """Return the rows and columns as which a tensor is seen: a vector has one column."""
     return shape[0], math.prod(shape[1:])
 
 

@@ -28,7 +28,7 @@ class SharedJudgeClient:
         self._deadline_s = deadline_s
 
     async def generate(self, input_ids: Sequence[int], **keywords: Any) -> Generation:
-        """See SGLangClient and ServerPool.ask."""
+        """Generate as SGLangClient and ServerPool.ask do."""
 
         (generation,) = await self._generate(lambda client: _one(client.generate(input_ids, **keywords)))
         return generation
@@ -36,7 +36,7 @@ class SharedJudgeClient:
     async def generate_all(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], **keywords: Any
     ) -> list[Generation]:
-        """See SGLangClient and ServerPool.ask."""
+        """Generate as SGLangClient and ServerPool.ask do."""
         return await self._generate(lambda client: client.generate_all(prompts, seeds, **keywords))
 
     async def _generate(self, ask: Callable[[SGLangClient], Awaitable[list[Generation]]]) -> list[Generation]:

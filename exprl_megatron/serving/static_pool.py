@@ -11,7 +11,7 @@ class SamplingServers(Protocol):
     """A pool that sends a call to one of its servers."""
 
     async def ask[T](self, home: int, call: Callable[[SGLangClient], Coroutine[Any, Any, T]]) -> T:
-        """See ServerPool.ask."""
+        """Send a request as ServerPool.ask does."""
 
 
 class StaticPool:
@@ -26,7 +26,7 @@ class StaticPool:
         return await call(self.clients[home % len(self.clients)])
 
     async def prepare(self, version: str) -> bool:
-        """Whether weights must be pushed to `clients`, since they do not have `version`."""
+        """Return whether weights must be pushed to `clients`, since they do not have `version`."""
         return version != self._version
 
     async def commit(self, version: str) -> None:

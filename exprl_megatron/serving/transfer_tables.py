@@ -65,7 +65,7 @@ class RankTransfers:
                 yield made
 
     def counts(self) -> np.ndarray:
-        """Elements of each message, int64 [messages]."""
+        """Return the elements of each message, int64 [messages]."""
         ends = np.append(0, np.cumsum(areas(self.parts)))
         after = np.cumsum(self.messages["parts"])
         return ends[after] - ends[after - self.messages["parts"]]
@@ -84,7 +84,7 @@ class _RankTransfers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def areas(rectangles: np.ndarray) -> np.ndarray:
-    """Elements of each rectangle, int64 [rectangles]."""
+    """Return the elements of each rectangle, int64 [rectangles]."""
     return rectangles["rows"].astype(np.int64) * rectangles["columns"]
 
 
@@ -107,7 +107,9 @@ def pack_needs(needs: np.ndarray) -> bytes:
 
 
 def unpack_needs(packed: bytes, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
-    """The inverse of pack_needs, checked against the tensors' `shapes`. Raises ValueError where it does not fit."""
+    """Return the inverse of pack_needs, checked against the tensors' `shapes`. Raises ValueError where it does
+    not fit.
+    """
     needs = _unpacked(_decoded(packed, _Table), RECTANGLE)
     _check_within(needs, np.array([(shape[0], math.prod(shape[1:])) for shape in shapes.values()]))
     return needs

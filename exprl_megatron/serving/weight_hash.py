@@ -20,10 +20,10 @@ class WeightHash(Protocol):
     """The hash of one tensor."""
 
     def update(self, data: torch.Tensor) -> None:
-        """Go on with `data` ([n] uint8, on any device)."""
+        """Add `data` ([n] uint8, on any device) to the hash."""
 
     def hexdigest(self) -> str:
-        """The hash of all that came."""
+        """Return the hash of all that came."""
 
 
 class Sha256:

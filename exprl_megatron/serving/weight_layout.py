@@ -51,12 +51,12 @@ def served_dtype(name: str, dtype: str, sigmoid_router: bool) -> str:
 
 
 def is_weight(name: str) -> bool:
-    """Whether the tensor `name`, of those that SGLang's weight checker reports, is of the model's weights."""
+    """Return whether the tensor `name`, of those that SGLang's weight checker reports, is of the model's weights."""
     return not name.endswith(_OF_CONFIG)
 
 
 def plus_one(name: str, delta_net: DeltaNet | None) -> str | None:
-    """The server's copy of the norm's weight `name` with 1 added, by its name; None: it has none."""
+    """Return the server's copy of the norm's weight `name` with 1 added, by its name; None: it has none."""
     if delta_net is None or not name.endswith(_PLUS_ONE) or name.endswith(_PLAIN_NORM):
         return None
     return server_part(name, delta_net).parameter.removesuffix(".weight") + PLUS_ONE
@@ -89,7 +89,7 @@ class ServerParameters:
 
 
 def server_part(name: str, delta_net: DeltaNet | None = None) -> ServerPart:
-    """Which part of which parameter the Hugging Face tensor `name` is."""
+    """Return which part of which parameter the Hugging Face tensor `name` is."""
     if delta_net is not None:
         # SGLang's Qwen3.5 has attention's projections and norms in the layer itself.
         name = name.replace("model.language_model.", "model.", 1).replace(".self_attn.", ".")
@@ -113,7 +113,7 @@ def server_parameters(
     server: Device,
     delta_net: DeltaNet | None = None,
 ) -> list[ServerParameters]:
-    """The parameters of each rank of a server that holds the tensors of `shapes`, and their copies with 1 added.
+    """Return the parameters of each rank of a server that holds the tensors of `shapes`, and their copies with 1 added.
 
     `kv_heads` and `delta_net`: the model's.
     """
@@ -202,7 +202,7 @@ def _held_of(shape: tuple[int, ...], cut: Cut | None) -> tuple[tuple[int, ...], 
 
 
 def _shape(last: ServerPart, height: int, width: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a parameter of `height` rows, whose `last` part has this `shape`; experts are one dimension more."""
+    """Return the shape of a parameter of `height` rows, whose `last` part has this `shape`; experts add a dimension."""
     if last.is_expert:
         count = last.position // len(EXPERT_PARTS[last.parameter.rpartition(".")[2]]) + 1
         return (count, height // count, width)

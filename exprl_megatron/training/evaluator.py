@@ -40,7 +40,7 @@ class Evaluator:
         self._logger = logger
 
     def done(self, name: str) -> bool:
-        """Whether the evaluation `name` (see evaluation_name) has been made."""
+        """Return whether the evaluation `name` (see evaluation_name) has been made."""
         return self._file(name).is_file()
 
     async def evaluate(self, name: str, version: str) -> None:

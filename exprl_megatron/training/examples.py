@@ -74,7 +74,7 @@ class FileRows:
         self._rows = read_examples(path)
 
     def take(self, first: int, count: int) -> list[ExampleRow]:
-        """The `count` rows from the `first` (0-based) on."""
+        """Return the `count` rows from the `first` (0-based) on."""
         places = [place % len(self._rows) for place in range(first, first + count)]
         return [(f"Example {place + 1}", *self._rows[place]) for place in places]
 
@@ -92,7 +92,7 @@ class ReferenceRows:
         self._order = (seed, stage.name)
 
     def take(self, first: int, count: int) -> list[ExampleRow]:
-        """The `count` rows from the `first` (0-based) on."""
+        """Return the `count` rows from the `first` (0-based) on."""
         places = problem_indices(*self._order, first, count, len(self._problems))
         problems = [self._problems[place] for place in places]
         return [(f"Problem {p.id} with its reference", p.statement, p.reference.for_training()) for p in problems]

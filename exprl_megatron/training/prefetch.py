@@ -42,7 +42,7 @@ class RolloutPrefetch:
         self._paused = False
 
     def needs_weights(self, stage: RlStage, step: int, version: str) -> bool:
-        """Whether traces are to be sampled under `version`, the weights that step `step` updates.
+        """Return whether traces are to be sampled under `version`, the weights that step `step` updates.
 
         If so, traces in flight are paused, and the caller updates the servers' weights before it calls `start`. Tokens
         of these traces may have this version from then on.

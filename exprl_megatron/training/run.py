@@ -308,7 +308,7 @@ class Run:
             )
 
     def _record(self, stage: Stage) -> dict[str, Any]:
-        """What a checkpoint has beside the policy; rank 0's counts."""
+        """Return what a checkpoint has beside the policy; rank 0's counts."""
         record = self._progress.to_dict()
         if isinstance(stage, OwnStageConfig):
             record[OWN_STAGE] = self._coordinator.on_rank0(lambda: self._rollouts.own_stage(stage).state()) or {}

@@ -25,12 +25,12 @@ _DRIVER = ("libcuda.so.1", "libnvidia-ml.so.1")
 
 
 def uses_cuda() -> bool:
-    """Whether everything here runs on CUDA: a device is visible and the GPU environment is installed."""
+    """Return whether everything here runs on CUDA: a device is visible and the GPU environment is installed."""
     return not missing_gpu_packages() and device_visible()
 
 
 def group_backend() -> str:
-    """The torch.distributed backend of groups that move tensors: NCCL between GPUs and gloo between CPUs.
+    """Return the torch.distributed backend of groups that move tensors: NCCL between GPUs and gloo between CPUs.
 
     The environment variable EXPRL_GROUP_BACKEND names another one that torch knows, in the trainer and its servers.
     """
@@ -43,17 +43,17 @@ def gpu_count() -> int:
 
 
 def missing_gpu_packages() -> list[str]:
-    """The packages of the GPU environment that are not installed; looked up, not imported."""
+    """Return the packages of the GPU environment that are not installed; looked up, not imported."""
     return [package for module, package in GPU_PACKAGES.items() if importlib.util.find_spec(module) is None]
 
 
 def device_visible() -> bool:
-    """Whether torch sees a CUDA device, usable or not."""
+    """Return whether torch sees a CUDA device, usable or not."""
     return _devices()[0]
 
 
 def _devices() -> tuple[bool, int]:
-    """Whether torch sees a CUDA device, and how many.
+    """Return whether torch sees a CUDA device, and how many.
 
     A process without torch, such as the launcher, does not import it for this: where no driver is installed torch sees
     nothing, and where one is, another process asks torch.
@@ -84,7 +84,7 @@ def _torch_devices() -> tuple[bool, int]:
 
 @functools.cache
 def _devices_elsewhere(visible: str | None) -> tuple[bool, int]:
-    """What `_torch_devices` says in a new process; `visible` is the value of CUDA_VISIBLE_DEVICES here and there."""
+    """Return what `_torch_devices` says in a new process; `visible` is CUDA_VISIBLE_DEVICES here and there."""
     done = subprocess.run([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         # Torch cannot be imported there: what the reason is, the import here says.
@@ -125,7 +125,7 @@ def hide_unused_cuda() -> bool:
 
 
 def hidden_device_note() -> str:
-    """The sentence about a CUDA device that is not used."""
+    """Return the sentence about a CUDA device that is not used."""
     missing = " and ".join(missing_gpu_packages())
     return (
         f"this machine has a CUDA device but not {missing}, so everything runs on the CPU; {INSTALL} to use it, or set "
@@ -134,7 +134,7 @@ def hidden_device_note() -> str:
 
 
 def installation_fault() -> str | None:
-    """Why neither CUDA nor the CPU would work as they should, as a sentence; None where one of them does."""
+    """Return why neither CUDA nor the CPU would work as they should, as a sentence; None where one of them does."""
     missing = missing_gpu_packages()
     if len(missing) == len(GPU_PACKAGES) or uses_cuda():
         return None

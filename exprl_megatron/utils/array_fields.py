@@ -51,7 +51,7 @@ def _compared(self: ArrayFields) -> list[str]:
 
 
 def _fields(self: ArrayFields) -> tuple[Field, ...]:
-    """Those of the dataclass that derives from this base; TypeError where it is not one."""
+    """Return the fields of the dataclass that derives from this base; TypeError where it is not one."""
     if not is_dataclass(self):
         raise TypeError(f"{type(self).__name__} is not a dataclass")
     return fields(self)

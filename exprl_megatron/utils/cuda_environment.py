@@ -51,12 +51,14 @@ def rank_variables(inherited: Mapping[str, str], server_args: Sequence[str] = ()
 
 
 def is_deterministic(server_args: Sequence[str]) -> bool:
-    """Whether these arguments of SGLang switch deterministic inference on, without which it ignores requests' seeds."""
+    """Return whether these arguments of SGLang switch deterministic inference on, without which it ignores requests'
+    seeds.
+    """
     return DETERMINISTIC in server_args or _value(server_args, "--rl-on-policy-target") is not None
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:
-    """The last value of an option that is written `--flag value` or `--flag=value`."""
+    """Return the last value of an option that is written `--flag value` or `--flag=value`."""
     found = None
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):

@@ -32,7 +32,7 @@ class Claim:
 
     @classmethod
     def is_held(cls, root: Path) -> bool:
-        """Whether a live process, this one included, has the directory; it need not exist."""
+        """Return whether a live process, this one included, has the directory; it need not exist."""
         if not (root / "lock").is_file():
             return False
         try:
@@ -42,7 +42,7 @@ class Claim:
         return False
 
     def release(self) -> None:
-        """Give the directory back."""
+        """Release the directory."""
         self._file.close()
 
 

@@ -22,7 +22,8 @@ def gated_delta_rule(
     state: torch.Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs [count, tokens, heads, value_dim] and the last states, fp32, of sequences that begin with `state`.
+    """Return the outputs [count, tokens, heads, value_dim] and the last states, fp32, of sequences that begin with
+    `state`.
 
     The state S of each is [heads, key_dim, value_dim]; None: zeros. Token by token S = exp(decay) S, then
     S += beta k (v - S' k)', and the output is S' q / sqrt(key_dim) (equation 10 of the paper, in its transpose). query

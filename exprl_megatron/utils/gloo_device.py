@@ -14,7 +14,7 @@ _INTERFACES = "GLOO_SOCKET_IFNAME"
 
 
 def share_gloo_device() -> None:
-    """Let the gloo groups that this process makes from now on share its devices. Calling it again changes nothing."""
+    """Make all new gloo groups of this process share its devices. Calling it again changes nothing."""
     Backend.register_backend(
         Backend.GLOO,
         _group,
@@ -25,7 +25,7 @@ def share_gloo_device() -> None:
 
 
 def _group(settings, _: object) -> ProcessGroupGloo:
-    """What torch's own _create_gloo_process_group makes, with the shared devices."""
+    """Make what torch's own _create_gloo_process_group makes, with the shared devices."""
     timeout: timedelta = settings.timeout
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = _devices(os.getpid(), os.environ.get(_INTERFACES, ""))

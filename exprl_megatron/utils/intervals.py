@@ -32,7 +32,7 @@ class _Variance:
 
 
 def mean_bounds(values: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of the mean of shares in [0, 1], float64 [..., seeds, problems], as two arrays [...].
+    """Return the bounds of the mean of shares in [0, 1], float64 [..., seeds, problems], as two arrays [...].
 
     The interval of Korn and Graubard (Survey Methodology 24, 1998): Clopper-Pearson with the effective number of
     trials that the variance of the mean implies, reduced by the squared ratio of the normal to the t quantile. It
@@ -56,7 +56,7 @@ def mean_bounds(values: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarra
 
 
 def difference_bounds(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of mean(first) - mean(second), float64 [..., seeds, problems] each, as two arrays [...].
+    """Return the bounds of mean(first) - mean(second), float64 [..., seeds, problems] each, as two arrays [...].
 
     The problems are the same in the same order, and their differences are paired; the seeds of the two sides are
     independent and may differ in number. A t interval with Satterthwaite's degrees of freedom (Welch's, with the

@@ -17,7 +17,7 @@ _BACKLOG = 4096
 
 
 def start_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """A store of this process that listens at `address` alone, at `port` (0: any free one). Raises OSError."""
+    """Return a store of this process that listens at `address` alone, at `port` (0: any free one). Raises OSError."""
     # torch's own socket would listen on every interface, whatever the address.
     listening = socket.create_server((address, port), backlog=_BACKLOG)
     return dist.TCPStore(
@@ -32,7 +32,7 @@ def start_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
 
 
 def connect_store(address: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """A connection of its own to a store that listens elsewhere. Raises torch's DistError."""
+    """Return a connection of its own to a store that listens elsewhere. Raises torch's DistError."""
     timeout = timedelta(seconds=timeout_s)
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
@@ -57,22 +57,24 @@ class Records:
         self._store.set(name, sign(self.key, self._of(name), data))
 
     def get(self, name: str) -> bytes:
-        """The record, which is waited for. Raises NotAuthentic where another wrote it, RuntimeError after a timeout."""
+        """Return the record, which is waited for. Raises NotAuthentic where another wrote it, RuntimeError after a
+        timeout.
+        """
         return bytes(verify(self.key, self._of(name), self._store.get(name)))
 
     def check(self, names: list[str]) -> bool:
-        """Whether there is something under all `names`; `get` says whether it can be believed."""
+        """Return whether there is something under all `names`; `get` says whether it can be believed."""
         return self._store.check(names)
 
     def has(self, name: str) -> bool:
-        """Whether a record is there that can be believed."""
+        """Return whether a record is there that can be believed."""
         try:
             return self._store.check([name]) and self.get(name) is not None
         except NotAuthentic:
             return False
 
     def delete(self, name: str) -> None:
-        """Take the record away."""
+        """Delete the record."""
         self._store.delete_key(name)
 
     def add(self, name: str, number: int) -> int:

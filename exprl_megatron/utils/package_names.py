@@ -15,12 +15,12 @@ _NAME = re.compile(r"^Name: *(\S+) *$", re.MULTILINE)
 
 
 def install_fast_lookup() -> None:
-    """Let importlib.metadata.packages_distributions of this process be the one below."""
+    """Replace importlib.metadata.packages_distributions in this process by the one below."""
     importlib.metadata.packages_distributions = packages_distributions
 
 
 def packages_distributions() -> dict[str, list[str]]:
-    """As importlib.metadata.packages_distributions."""
+    """Return the same as importlib.metadata.packages_distributions."""
     found = defaultdict(list)
     for distribution in importlib.metadata.distributions():
         name = _name(distribution)

@@ -13,7 +13,7 @@ _GLOO = "GLOO_SOCKET_IFNAME"
 
 
 def is_free(port: int, host: str = LOCAL) -> bool:
-    """Whether a server could listen on `port` now."""
+    """Return whether a server could listen on `port` now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -40,13 +40,16 @@ def free_ports(count: int, taken: Set[int] = frozenset()) -> list[int]:
 
 
 def this_host() -> str:
-    """The name under which other machines of the job reach this one: Slurm's for the node, else the machine's own."""
+    """Return the name under which other machines of the job reach this one: Slurm's for the node, else the machine's
+    own.
+    """
     node = os.environ.get("SLURMD_NODENAME")
     return node if node and _resolves(node) else socket.gethostname()
 
 
 def interface(host: str) -> str:
-    """The address to listen at so that others reach this machine as `host`: that of the name, which they resolve too.
+    """Return the address to listen at so that others reach this machine as `host`: that of the name, which they resolve
+    too.
 
     All interfaces where a machine's name means loopback here, as in Debian's /etc/hosts, or nothing: others know it by
     another address. Loopback where it is asked for by its own name or number: then all is on this machine.
@@ -61,7 +64,7 @@ def interface(host: str) -> str:
 
 
 def gloo_on_loopback(inherited: Mapping[str, str]) -> dict[str, str]:
-    """The variable that makes gloo's groups listen on loopback alone, where all members are on this machine.
+    """Return the variable that makes gloo's groups listen on loopback alone, where all members are on this machine.
 
     Gloo would choose the interface of the machine's name. What the user has set is kept.
     """

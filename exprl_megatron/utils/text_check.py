@@ -63,7 +63,7 @@ class TextCheck:
 
 
 def text_check_of(tokenizer: "PreTrainedTokenizerBase") -> TextCheck | None:
-    """None where the tokenizer's texts are not its tokens put together; built once for each tokenizer."""
+    """Return None where the tokenizer's texts are not its tokens put together; built once for each tokenizer."""
     if tokenizer not in _checks:
         tokens = _tokens_of(tokenizer)
         _checks[tokenizer] = None if tokens is None else TextCheck(tokens)
@@ -96,7 +96,7 @@ def _spaceless(text: str) -> str:
 
 
 def _may_be_left_out(end: bytes, last: bytes) -> bool:
-    """Whether what a text lacks at its end is no more than an incomplete character and the last token."""
+    """Return whether what a text lacks at its end is no more than an incomplete character and the last token."""
     end = end.removesuffix(last)
     return not end or (len(end) < _CHARACTER and not _is_text(end, complete=True))
 
@@ -108,7 +108,7 @@ def _without_undecodable_end(data: bytes) -> bytes:
 
 
 def _is_text(data: bytes, complete: bool = False) -> bool:
-    """Whether `data` is UTF-8; unless it is to be `complete`, its last character need not be."""
+    """Return whether `data` is UTF-8; unless it is to be `complete`, its last character need not be."""
     try:
         data.decode()
     except UnicodeDecodeError as error:

@@ -32,7 +32,9 @@ class Spelling:
         return cls(tuple(tokens), np.frombuffer(b"".join(tokens), np.uint8), ends)
 
     def spelled(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
-        """The bytes of `ids` [n] (int64), and where those of the first 0, 1, ... of them end (int64, [1 + n])."""
+        """Return the bytes of `ids` [n] (int64), and where those of the first 0, 1, ... of them end (int64, [1
+        + n]).
+        """
         starts = self.ends[ids]
         lengths = self.ends[ids + 1] - starts
         ends = _ends(lengths)
@@ -41,7 +43,7 @@ class Spelling:
 
 
 def spelling_of(tokenizer: "PreTrainedTokenizerBase") -> Spelling | None:
-    """None where the tokenizer does not spell in bytes; built once for each tokenizer."""
+    """Return None where the tokenizer does not spell in bytes; built once for each tokenizer."""
     if tokenizer not in _spellings:
         _spellings[tokenizer] = _byte_spelling(tokenizer)
     return _spellings[tokenizer]
@@ -53,7 +55,7 @@ def decoded(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """The tokens that give no text."""
+    """Return the tokens that give no text."""
     added = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return added | set(tokenizer.all_special_ids)
 
@@ -77,14 +79,16 @@ def _ends(lengths: np.ndarray) -> np.ndarray:
 
 
 def _bytes_of(name: str) -> bytes:
-    """A token's bytes; a name with a character that represents no byte is written in UTF-8, as the decoder does."""
+    """Return a token's bytes; a name with a character that represents no byte is written in UTF-8, as the
+    decoder does.
+    """
     if all(character in _BYTES for character in name):
         return bytes(_BYTES[character] for character in name)
     return name.encode()
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level tokenizers (GPT-2's and after) write for bytes."""
+    """Return the characters that byte-level tokenizers (GPT-2's and after) write for bytes."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in shown)
     return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(others)}

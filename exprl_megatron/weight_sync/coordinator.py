@@ -97,7 +97,7 @@ class RankCoordinator:
 
     @contextmanager
     def abort_on_error(self) -> Iterator[None]:
-        """On an error inside the block, end the other ranks, which wait for a signal or soon will; rank 0 only."""
+        """End the other ranks on an error inside the block: they wait for a signal or soon will; rank 0 only."""
         try:
             yield
         except BaseException:
@@ -139,7 +139,7 @@ class RankCoordinator:
         return True
 
     def asked_to_stop(self) -> bool:
-        """Whether the run was asked to stop; the same on every rank. A collective."""
+        """Return whether the run was asked to stop; the same on every rank. A collective."""
         return self.broadcast_from_rank0(self._asked_to_stop)
 
     def close(self) -> None:

@@ -202,7 +202,7 @@ class DirectTransport:
         self._keep(plan)
 
     def _reported(self, shapes: dict[str, Shape]) -> tuple[list[bytes], list[list[int]]]:
-        """The distinct tables of slices that server ranks need, and the index of each server rank's table."""
+        """Return the distinct tables of slices that server ranks need, and the index of each server rank's table."""
         numbers: dict[bytes, int] = {}
         alike: list[list[int]] = []
         for server, client in enumerate(self._clients):
@@ -233,7 +233,7 @@ class DirectTransport:
             ) from error
 
     def _absent(self) -> list[str]:
-        """The servers with a rank that has not reported its slices, as each does before it joins."""
+        """Return the servers with a rank that has not reported its slices, as each does before it joins."""
         return [
             f"{client.name} ({client.url})"
             for server, client in enumerate(self._clients)
@@ -274,7 +274,7 @@ class DirectTransport:
         self._moved = plan.nbytes // len(self._clients) if self._coordinator.is_rank0 else 0
 
     def _ranks(self, server: int) -> range:
-        """A server's rank numbers in the group."""
+        """Return a server's rank numbers in the group."""
         first = self._world.layout.world_size + server * self._server_tp
         return range(first, first + self._server_tp)
 
@@ -312,7 +312,7 @@ class DirectTransport:
                 raise ServerError(f"{client.name} ({client.url}) could not {what} weights: {said}; see its log.")
 
     def _said(self, answer: str) -> str:
-        """A server rank's answer to a command; "" means success."""
+        """Return a server rank's answer to a command; "" means success."""
         if self._store is None:
             return "the group was aborted"
         try:

@@ -25,7 +25,7 @@ _POLL_S = 0.001
 
 
 def address_towards(host: str) -> str:
-    """The address at which `host` reaches this machine. Raises OSError where there is no route."""
+    """Return the address at which `host` reaches this machine. Raises OSError where there is no route."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         # Nothing is sent: connecting a datagram socket only selects the interface.
         probe.connect((socket.gethostbyname(host), 9))
@@ -33,7 +33,7 @@ def address_towards(host: str) -> str:
 
 
 def is_local_host(host: str) -> bool:
-    """Whether `host` is this machine."""
+    """Return whether `host` is this machine."""
     return address_towards(host) == socket.gethostbyname(host)
 
 
@@ -46,12 +46,12 @@ def rendezvous_store(address: str, deadline_s: float, port: int = 0) -> dist.TCP
 
 
 def group_name(secret: str) -> str:
-    """A new name for a group, which only holders of `secret` can compute."""
+    """Return a new name for a group, which only holders of `secret` can compute."""
     return f"exprl-weights-{hidden_name(secret, uuid.uuid4().hex)}"
 
 
 def timeout_s(deadline_s: float) -> float:
-    """The timeout of a group whose members wait for at most `deadline_s`."""
+    """Return the timeout of a group whose members wait for at most `deadline_s`."""
     # NCCL's watchdog ends the process where an operation takes longer: so only after the group was aborted.
     return deadline_s if group_backend() == "gloo" else 3 * deadline_s
 

@@ -136,7 +136,9 @@ class HandlesTransport:
         }
 
     def _find_sources(self) -> tuple[list[list[int]], Chains]:
-        """For each server rank the trainer rank that passes memory to it, and these ranks by machine; a collective."""
+        """Find, for each server rank, the trainer rank that passes memory to it, and these ranks by machine; a
+        collective.
+        """
         if self._coordinator.is_rank0:
             places = [(urlsplit(client.url).hostname, client.first_gpu) for client in self._clients]
             self._coordinator.signal(places)
@@ -154,7 +156,9 @@ class HandlesTransport:
         return found
 
     def _sources_of(self, client: SGLangClient, place: Place, seen: list[tuple[set[str], int]]) -> list[int]:
-        """For each rank of a server, the trainer rank on its GPU; without one, a trainer rank on its machine."""
+        """Return, for each rank of a server, the trainer rank on its GPU; without one, a trainer rank on its
+        machine.
+        """
         host, first_gpu = place
         by_gpu = {gpu: rank for rank, (hosts, gpu) in enumerate(seen) if host in hosts}
         if not by_gpu:
@@ -167,7 +171,7 @@ class HandlesTransport:
 
 
 def _chains(hosts: Sequence[str], sources: Sequence[Sequence[int]]) -> Chains:
-    """The source ranks of each machine; every rank once, even if its machine has several names."""
+    """Return the source ranks of each machine; every rank once, even if its machine has several names."""
     chains: dict[str, set[int]] = {}
     for host, ranks in zip(hosts, sources, strict=True):
         known = set().union(*(chain for other, chain in chains.items() if other != host))

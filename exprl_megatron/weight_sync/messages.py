@@ -82,7 +82,7 @@ def stage_messages(
 
 
 def smallest_message(messages: Sequence[Message], shapes: dict[str, Shape], dtype: str, fp8: bool = False) -> Message:
-    """The parameter of `messages` with the fewest bytes, as a message of its own."""
+    """Return the parameter of `messages` with the fewest bytes, as a message of its own."""
     table = [parameter for message in messages for parameter in message.parameters]
     least = min(table, key=lambda parameter: _sent_bytes(parameter, shapes, dtype, fp8))
     return _message(messages[0].stage, [least], shapes, dtype, fp8)
@@ -94,7 +94,7 @@ def rounds(staged: Sequence[Sequence[Message]]) -> list[tuple[Message, ...]]:
 
 
 def scratch_bytes(parameter: Parameter, shapes: dict[str, Shape], layout: Layout, dtype: str, fp8: bool = False) -> int:
-    """Bytes of scratch memory that the sender needs while it fills in this parameter.
+    """Return the bytes of scratch memory that the sender needs while it fills in this parameter.
 
     That is another rank's shard where its parts are not contiguous in the message, and with `fp8` the whole parameter
     before it is quantized.

@@ -99,7 +99,7 @@ class TransferPlan:
         return Volumes(dict(sent), received, parts)
 
     def sends(self, rank: int) -> RankTransfers:
-        """All that the trainer's `rank` sends; parts refer to its parameters, by their numbers in ShardTable."""
+        """Return all that the trainer's `rank` sends; parts refer to its parameters, by their numbers in ShardTable."""
         links = []
         for target, (_, sources) in self._targets.items():
             own = [group for group, sender in enumerate(self._senders(target)) if sender == rank]
@@ -108,7 +108,7 @@ class TransferPlan:
         return self._cut(links)
 
     def receives(self, target: int) -> RankTransfers:
-        """All that the server rank `target` receives; parts refer to its required slices, by their indices."""
+        """Return all that the server rank `target` receives; parts refer to its required slices, by their indices."""
         sources = self._targets[target][1]
         links: dict[int, list[np.ndarray]] = {}
         for group, sender in enumerate(self._senders(target)):
@@ -116,7 +116,7 @@ class TransferPlan:
         return self._cut(links.items())
 
     def _senders(self, target: int) -> list[int]:
-        """The sender of each group."""
+        """Return the sender of each group."""
         server, sources = self._targets[target]
         return [holding[server % len(holding)] for holding in sources.holdings]
 
@@ -195,7 +195,7 @@ def _rectangles(*columns: np.ndarray) -> np.ndarray:
 
 
 def _rounds(sizes: np.ndarray, ends: np.ndarray, budget: int) -> np.ndarray:
-    """The round of each slice: on each link, a new round starts where a slice would not fit into `budget` bytes.
+    """Return the round of each slice: on each link, a new round starts where a slice would not fit into `budget` bytes.
 
     `sizes`: bytes of the slices, link by link; `ends`: where each link's slices end.
     """

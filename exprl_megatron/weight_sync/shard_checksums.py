@@ -73,7 +73,7 @@ class ChecksumPlan:
 
 
 def plan_checksums(architecture: Architecture, world: World, server_tp: int) -> ChecksumPlan:
-    """The plan of this rank. Copies of a shard share its parts."""
+    """Return the plan of this rank. Copies of a shard share its parts."""
     layout, cuda = world.layout, world.device.type == "cuda"
     held = shard_table(architecture, layout, cuda)
     servers = server_parameters(
@@ -234,7 +234,7 @@ def _own_parts(plan: ChecksumPlan, gatherer: Gatherer) -> Iterator[tuple[Slice, 
 
 
 def _placed(wanted: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Parts of needs, as parts of the parameters that these are in."""
+    """Return the parts of needs, as parts of the parameters that these are in."""
     placed = wanted.copy()
     within = places[wanted["of"]]
     placed["of"] = within["of"]
@@ -244,7 +244,7 @@ def _placed(wanted: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _as_served(plan: ChecksumPlan, gatherer: Gatherer, parameter: Parameter) -> torch.Tensor:
-    """This rank's shard in the dtype in which servers keep its tensors."""
+    """Return this rank's shard in the dtype in which servers keep its tensors."""
     own = gatherer.own(parameter)
     kind = served_dtype(parameter.hf_names[0], str(own.dtype).removeprefix("torch."), plan.sigmoid_router)
     return own.to(getattr(torch, kind))

@@ -110,7 +110,8 @@ def _pattern(parameter: Parameter, shapes: dict[str, Shape], layout: Layout) -> 
 
 
 def _within(held: list[tuple[int, int]], start: int, length: int) -> Iterable[tuple[int, int, int]]:
-    """Rows `start` on of a part, which has the spans `held` of a tensor: (first, rows, rows of the run before it).
+    """Return the rows `start` on of a part, which has the spans `held` of a tensor: (first, rows, rows of the run
+    before it).
 
     What is behind the spans is padding, as of a vocabulary's last part.
     """
@@ -124,7 +125,7 @@ def _within(held: list[tuple[int, int]], start: int, length: int) -> Iterable[tu
 
 @lru_cache(maxsize=64)
 def _runs(rule: Rule, rows: int) -> tuple[tuple[int, tuple[tuple[int, int, int], ...]], ...]:
-    """For each part of a parameter with `rows` rows: its number of rows, and where they are in the parameter.
+    """Return, for each part of a parameter with `rows` rows, its number of rows and their place in the parameter.
 
     Each run is (row of the part, length, row of the parameter), of rows that are contiguous in both.
     """

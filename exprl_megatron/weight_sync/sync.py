@@ -28,7 +28,7 @@ class SyncTargets(Protocol):
         """Clients of the servers that were prepared last."""
 
     async def prepare(self, version: str) -> bool:
-        """Whether weights must be pushed to `clients`, since one of them does not have `version`."""
+        """Return whether weights must be pushed to `clients`, since one of them does not have `version`."""
 
     async def commit(self, version: str) -> None:
         """Note that the prepared servers have `version` now."""
@@ -90,7 +90,7 @@ class WeightSync:
         self._coordinator.run_collective(leave, self._transport.follow_close)
 
     def _exporter(self, check: WeightCheck | None) -> WeightExporter:
-        """An exporter of the policy's current weights; `check` reads the messages that this rank fills."""
+        """Return an exporter of the policy's current weights; `check` reads the messages that this rank fills."""
         config = self._config
         self._policy.gather_weights()
         return WeightExporter(
@@ -141,7 +141,7 @@ class WeightSync:
         return times, None
 
     def _new_check(self) -> WeightCheck | None:
-        """The check of the next sync. Servers are assumed to have exprl's loader until they were asked."""
+        """Return the check of the next sync. Servers are assumed to have exprl's loader until they were asked."""
         if not self._config.verify:
             return None
         if self._config.fp8 or self._have_loader is False:
@@ -173,7 +173,9 @@ class WeightSync:
         times.check_s = time.monotonic() - pushed
 
     def _servers_have_loader(self) -> bool:
-        """Whether all servers have exprl's loader; a collective. A request to another one's loader would end it."""
+        """Return whether all servers have exprl's loader; a collective. A request to another one's loader would
+        end it.
+        """
         if self._have_loader is None:
             self._have_loader = self._coordinator.broadcast_run(lambda: self._ask_for_loader())
         return self._have_loader
@@ -183,7 +185,7 @@ class WeightSync:
         return all(LOADER in names for names in loaders)
 
     async def _finish(self, version: str, error: Exception | None) -> bool:
-        """Whether the servers hold `version`; raises `error` where it is pointless to repeat the push."""
+        """Return whether the servers hold `version`; raises `error` where it is pointless to repeat the push."""
         if error is None:
             await self._targets.commit(version)
             return True

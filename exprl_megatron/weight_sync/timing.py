@@ -27,7 +27,7 @@ class SyncTimes:
     """Bytes that one server received, over the network or from disk."""
 
     def metrics(self) -> dict[str, float]:
-        """The metrics `sync/...` for the logs."""
+        """Return the metrics `sync/...` for the logs."""
         seconds = {
             f"sync/{part}": getattr(self, f"{part}_s") for part in ("gather", "quantize", "send", "load", "check")
         }

@@ -30,13 +30,13 @@ class WeightCheck(Protocol):
     """What WeightExporter calls for every message."""
 
     def begin(self, exporter: WeightExporter) -> None:
-        """Called before the push."""
+        """Prepare the check; called before the push."""
 
     def own(self, exporter: WeightExporter) -> Any:
-        """This rank's part of the expected checksums, after the push; a collective."""
+        """Return this rank's part of the expected checksums, after the push; a collective."""
 
     def expected(self, parts: Sequence[Any]) -> RankChecksums:
-        """The checksums that each server's ranks should have, from all ranks' parts; rank 0 only."""
+        """Return the checksums that each server's ranks should have, from all ranks' parts; rank 0 only."""
 
     async def held(self, clients: Sequence[SGLangClient]) -> list[RankChecksums]:
         """Return the checksums of each server's ranks; rank 0 only, after the push."""

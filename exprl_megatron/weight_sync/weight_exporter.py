@@ -33,7 +33,7 @@ class FilledBucket:
     """[message.nbytes] uint8."""
 
     def named(self) -> Bucket:
-        """The tensors under their names: views of `data`."""
+        """Return the tensors under their names: views of `data`."""
         return [(slot.name, view(self.data, slot)) for slot in self.message.slots]
 
 
@@ -91,7 +91,7 @@ class WeightExporter:
         return sum(message.nbytes for messages in self.rounds for message in messages)
 
     def source_ranks(self, message: Message) -> tuple[tuple[int, ...], ...]:
-        """The chains of ranks that receive the message."""
+        """Return the chains of ranks that receive the message."""
         return self._source_ranks or ((sender(message.stage, self._world.layout),),)
 
     def gather(self, number: int) -> FilledBucket | None:
@@ -135,7 +135,7 @@ class WeightExporter:
 
     @contextmanager
     def _complete(self) -> Iterator[None]:
-        """On CUDA, use this rank's device and wait for the current stream at the end."""
+        """Use this rank's device on CUDA, and wait for the current stream at the end."""
         if not self._cuda:
             yield
             return
@@ -164,7 +164,7 @@ class WeightExporter:
         return filled
 
     def _buffer(self, number: int) -> torch.Tensor:
-        """The buffer for round `number`, after its previous reader is done."""
+        """Return the buffer for round `number`, after its previous reader is done."""
         mine = [m.nbytes for messages in self.rounds for m in messages if self._fills(m)]
         if self._buffers[number % 2] is None:
             self._buffers[number % 2] = self._allocate(max(mine))
@@ -185,7 +185,7 @@ class WeightExporter:
         self.gather_s += time.monotonic() - started - (self.quantize_s - quantized)
 
     def _destination(self, views: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        """Where a full tensor is assembled: its slot in the message, or a buffer where it is quantized first."""
+        """Return where a full tensor is assembled: its slot in the message, or a buffer where it is quantized first."""
         if name + blocks.SCALE not in views:
             return views[name]
         return torch.empty(views[name].shape, dtype=self.gatherer.dtype, device=self._world.device)

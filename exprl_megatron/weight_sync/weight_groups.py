@@ -202,7 +202,7 @@ class WeightGroups:
             )
 
     async def _late_servers(self, late: Sequence[SGLangClient], stage: int) -> str:
-        """Which of the late servers blocks the group: one that answers no other request either, if there is one."""
+        """Return which late server blocks the group: one that answers no other request either, if there is one."""
 
         async def answers(client: SGLangClient) -> bool:
             try:
@@ -252,5 +252,5 @@ class WeightGroups:
 
 
 def broadcast_error(clients: Collection[SGLangClient], error: RuntimeError) -> ServerError:
-    """The error where this side of a broadcast fails and no server says why."""
+    """Return the error where this side of a broadcast fails and no server says why."""
     return ServerError(f"The weight broadcast to {', '.join(client.name for client in clients)} broke: {error}.")

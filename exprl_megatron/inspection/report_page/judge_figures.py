@@ -36,12 +36,12 @@ def judge_figures(groups: Sequence[InspectedGroup], most_tokens: int) -> dict[st
 
 
 def reason_word(reason: str) -> str:
-    """The reason of an abstention where it is a short word, else `other`."""
+    """Return the reason of an abstention where it is a short word, else `other`."""
     return reason if REASON.fullmatch(reason) else "other"
 
 
 def _lengths(samples: Sequence[GradedTrace], most_tokens: int) -> list[list[int]]:
-    """Counts of traces with a score, [LENGTH_BINS][BINS]."""
+    """Return the counts of traces with a score, [LENGTH_BINS][BINS]."""
     pairs = [(len(sample.trace.token_ids), sample.score) for sample in samples if sample.score is not None]
     tokens, scores = np.array(pairs, np.float64).reshape(-1, 2).T
     counts, _, _ = np.histogram2d(tokens, scores, (LENGTH_BINS, BINS), ((0, most_tokens), (0, 1)))

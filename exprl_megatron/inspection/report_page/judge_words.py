@@ -46,7 +46,7 @@ class JudgeWords:
 
 
 def _marked_rubric(entry: Entry) -> list[dict[str, Any]]:
-    """The checkpoints that the judge marked, each with its mark; empty where it had no rubric."""
+    """Return the checkpoints that the judge marked, each with its mark; empty where it had no rubric."""
     checkpoints = (entry.question.get("rubric") or {}).get("checkpoints", [])
     marks = read_marks(entry.answer, len(checkpoints)) or (None,) * len(checkpoints)
     return [

@@ -47,7 +47,7 @@ class SizeBudget:
 
 
 def pack(groups: Sequence[InspectedGroup], records: TraceRecords, most: int) -> PageBlock:
-    """The traces of a step that fit into about `most` bytes of a page.
+    """Return the traces of a step that fit into about `most` bytes of a page.
 
     What fails to agree with the verifier comes first, then what has no score, then the widest groups; within a group
     likewise, then its best, its worst, and the others. A group of which a trace is in the page has the figures of all.
@@ -70,7 +70,7 @@ def pack(groups: Sequence[InspectedGroup], records: TraceRecords, most: int) -> 
 
 
 def _fitting(groups: Sequence[InspectedGroup], records: TraceRecords, most: int) -> dict[int, dict[int, dict]]:
-    """By the position of each group the texts of its traces that fit, by their places."""
+    """Return, by the position of each group, the texts of its traces that fit, by their places."""
     order = sorted(range(len(groups)), key=lambda position: _interest(groups[position]), reverse=True)
     meter = _Meter(most)
     kept: dict[int, dict[int, dict]] = {}
@@ -105,12 +105,12 @@ class _Meter:
         self._stream = zlib.compressobj(6)
 
     def cost(self, record: dict[str, Any]) -> int:
-        """Bytes in base64 that `record` adds."""
+        """Return the bytes in base64 that `record` adds."""
         data = self._stream.compress(compact(record)) + self._stream.flush(zlib.Z_SYNC_FLUSH)
         return len(data) * 4 // 3
 
     def take(self, cost: int) -> bool:
-        """Whether so many bytes are left; they are spent then."""
+        """Return whether so many bytes are left; they are spent then."""
         if cost > self._left:
             return False
         self._left -= cost
@@ -124,7 +124,7 @@ def _interest(inspected: InspectedGroup) -> tuple[float, int, float]:
 
 
 def _places(inspected: InspectedGroup) -> list[int]:
-    """The places of a group's traces, the most interesting first."""
+    """Return the places of a group's traces, the most interesting first."""
     samples = inspected.group.samples
     scored = [(sample.score, place) for place, sample in enumerate(samples) if sample.score is not None]
     ends = {max(scored)[1], min(scored)[1]} if scored else set()

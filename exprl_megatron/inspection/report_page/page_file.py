@@ -43,7 +43,7 @@ def write_page(path: Path, reader: PageReader, most_bytes: int = MOST_BYTES) -> 
 
 
 def render(model: PageModel, live: bool = False) -> bytes:
-    """The page; a `live` one asks its server for blocks and for what is new."""
+    """Return the page; a `live` one asks its server for blocks and for what is new."""
     scripts = [get_plotlyjs(), _program()]
     template = _environment().get_template("page.html.j2")
     page = template.render(
@@ -59,7 +59,7 @@ def render(model: PageModel, live: bool = False) -> bytes:
 
 
 def content_policy(scripts: list[str], live: bool) -> str:
-    """Only these scripts run, and nothing is fetched from anywhere but, by a live page, from its own server."""
+    """Return a policy by which only these scripts run, and a live page fetches from its own server alone."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     rules = {
         "default-src": "'none'",
@@ -76,7 +76,7 @@ def content_policy(scripts: list[str], live: bool) -> str:
 
 
 def block_bytes(block: PageBlock) -> bytes:
-    """A block as a live page fetches it: JSON, deflated by gzip."""
+    """Return a block as a live page fetches it: JSON, deflated by gzip."""
     return base64.b64decode(block.packed)
 
 

@@ -50,7 +50,7 @@ class PageReader:
         return tuple(found)
 
     def model(self, page_bytes: int) -> PageModel:
-        """The page of what the runs have left so far, of about `page_bytes` as far as they are for traces."""
+        """Return the page of what the runs have left so far, of about `page_bytes` as far as they are for traces."""
         runs = [run.figures() for run in self._runs]
         _thin_out(runs)
         for run, predicted in zip(runs, self._predictions(), strict=True):
@@ -75,7 +75,7 @@ class PageReader:
         return PageModel(tree, blocks)
 
     def _predictions(self) -> list[dict[str, Any]]:
-        """Made once: they measure this machine where a run is one of a CPU."""
+        """Return the predictions, computed once: they measure this machine where a run is one of a CPU."""
         if self._predicted is None:
             self._predicted = [run.predictions() for run in self._runs]
         return self._predicted

@@ -41,7 +41,7 @@ class PageServer:
         self._reading = asyncio.Lock()
 
     def application(self) -> web.Application:
-        """With the check of every request, whatever it asks for."""
+        """Return the application, which checks every request, whatever it asks for."""
         application = web.Application(middlewares=[self._checked])
         application.add_routes(
             [
@@ -65,7 +65,7 @@ class PageServer:
         return answer
 
     async def _newest(self) -> PageModel:
-        """What the runs have left so far; read again only where that is more than the last time."""
+        """Return what the runs have written so far; read it again only where that is more than the last time."""
         async with self._reading:
             stamp = await asyncio.to_thread(self._reader.stamp)
             if self._model is None or stamp != self._stamp:
@@ -78,7 +78,7 @@ class PageServer:
         return web.Response(body=page, content_type="text/html", charset="utf-8")
 
     async def _say_stamp(self, _: web.Request) -> web.Response:
-        """A text that differs where there is something new."""
+        """Return a text that differs where there is something new."""
         return web.Response(text=str(hash(await asyncio.to_thread(self._reader.stamp))))
 
     async def _say_model(self, _: web.Request) -> web.Response:

@@ -39,13 +39,13 @@ def curves(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _is_curve(name: str) -> bool:
-    """Not of evaluations, nor what a verifier of the user's has named by a whole text in an earlier version."""
+    """Return whether the tag is a curve: no evaluation, and no whole text by which a user's verifier named a metric."""
     group, _, reason = name.partition("/")
     return group != EVALUATION.rstrip("/") and (group != "abstained" or reason_word(reason) == reason)
 
 
 def run_to_dict(directory: RunDirectory, canary: str | None) -> dict[str, Any]:
-    """What run.json says of the run, as texts; empty where it is missing or damaged.
+    """Return what run.json says of the run, as texts; empty where it is missing or damaged.
 
     With a `canary`, which may be empty, the page is without references: no message of an error, which may quote one,
     and no command that has the canary.
@@ -117,7 +117,7 @@ def config_rows(configs: Sequence[RunConfig], without_references: bool) -> list[
 
 
 def evaluation_names(directory: RunDirectory) -> list[str]:
-    """The evaluations whose answers were kept, in the order in which they were made."""
+    """Return the evaluations whose answers were kept, in the order in which they were made."""
     kept = sorted(directory.evaluations.rglob("*.parquet"), key=lambda path: path.stat().st_mtime)
     return [str(path.relative_to(directory.evaluations).with_suffix("")) for path in kept]
 
@@ -147,7 +147,7 @@ def _spans(spans: Sequence[Span], stage: str, last: int) -> list[list]:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Each leaf as JSON by its dotted key; stages by their names."""
+    """Return each leaf as JSON by its dotted key; stages by their names."""
     if isinstance(tree, dict) and tree:
         items = list(tree.items())
     elif isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
@@ -162,7 +162,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths by which they differ, to name the runs by."""
+    """Return the shortest ends of the paths by which they differ, to name the runs by."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(each[-length:]) for each in parts]

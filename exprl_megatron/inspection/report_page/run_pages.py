@@ -86,11 +86,13 @@ class RunPages:
         }
 
     def predictions(self) -> dict[str, Any]:
-        """The planner's seconds beside the run's."""
+        """Return the planner's seconds beside the run's."""
         return predictions(self.config, self.directory)
 
     def places(self) -> tuple[list[StepKey], int]:
-        """The steps and evaluations whose traces are shown, in the order of the run, and how many steps there are."""
+        """Return the steps and evaluations whose traces are shown, in the order of the run, and how many steps there
+        are.
+        """
         try:
             pairs = logged_steps(self.directory, self.config, None, None, every=True)
         except UserError:
@@ -132,7 +134,7 @@ class RunPages:
         return self._read[place]
 
     def _settings(self, place: StepKey) -> tuple[ProblemsConfig | None, int]:
-        """Where the problems come from, and how many tokens a response may have; nothing where config.yaml lacks it."""
+        """Return the source of the problems and the limit of a response's tokens; None where config.yaml lacks it."""
         if place.step is None:
             settings: EvaluationConfig | Stage | None = self.config.evaluation
         else:
@@ -154,7 +156,7 @@ class RunPages:
         return tuple(value for each in found for value in (each.st_size, each.st_mtime_ns))
 
     def _problems(self, source: ProblemsConfig | None) -> dict[str, Problem]:
-        """By their ids; none where the file they came from is gone. What is on a hub is not fetched."""
+        """Return the problems by id; none where their file is gone. Files on a hub are not fetched."""
         if source is None:
             return {}
         if source not in self._loaded:
@@ -172,5 +174,5 @@ def _problems_of(source: ProblemsConfig) -> list[Problem]:
 
 
 def _most_tokens(groups: Sequence[InspectedGroup], limit: int) -> int:
-    """The upper end of a histogram of lengths: the limit, or the longest trace where it was raised meanwhile."""
+    """Return the upper end of a histogram of lengths: the limit, or the longest trace where it was raised meanwhile."""
     return max([limit, *(len(m.trace.token_ids) for each in groups for m in each.group.samples)])

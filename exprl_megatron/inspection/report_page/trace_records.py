@@ -52,7 +52,7 @@ class TraceRecords:
         return record
 
     def row(self, inspected: InspectedGroup, place: int) -> dict[str, Any]:
-        """The figures of one trace, without any text."""
+        """Return the figures of one trace, without any text."""
         sample = inspected.group.samples[place]
         learned = inspected.advantages is not None
         advantages = None if inspected.advantages is None else inspected.advantages[place]
@@ -106,13 +106,13 @@ class TraceRecords:
         ]
 
     def _judged(self, judgement: Judgement) -> dict[str, Any] | None:
-        """What was asked and said; nothing of it without references, which judges and verifiers quote."""
+        """Return the questions and replies; None without references, which judges and verifiers quote."""
         if not self._references:
             return None
         return {"words": escaped(judgement.evidence), "asked": self._asked(judgement.hash)}
 
     def _prompt(self, sample: GradedTrace, problem: Problem | None) -> str | None:
-        """What the policy read; the problem's statement where its tokenizer is missing."""
+        """Return what the policy read; the problem's statement where its tokenizer is missing."""
         if self._tokenizer.tokenizer is not None:
             return escaped(self._tokenizer.tokenizer.decode(sample.trace.prompt_ids, skip_special_tokens=True))
         return None if problem is None else escaped(problem.statement)

@@ -79,7 +79,7 @@ class DecodePlan:
     pieces: list[DecodePiece]
 
     def is_of(self, pools: torch.Tensor, lengths: torch.Tensor) -> bool:
-        """Whether these are the requests that it was made for."""
+        """Return whether these are the requests that it was made for."""
         return torch.equal(self.pools, pools) and torch.equal(self.lengths, lengths)
 
 
@@ -88,12 +88,12 @@ PLANS = "exprl_decode_plans"
 
 
 def forget_plans(backend, *_, **__) -> None:
-    """Before TorchNativeAttnBackend.init_forward_metadata, which SGLang calls once for each forward pass."""
+    """Clear the plans before each forward pass: SGLang calls init_forward_metadata once for each."""
     setattr(backend, PLANS, {})
 
 
 def decode(original: Callable, backend, *tensors, scaling: float | None = None, **settings) -> torch.Tensor:
-    """Around TorchNativeAttnBackend._run_sdpa_forward_decode: one new token of each request."""
+    """Replace TorchNativeAttnBackend._run_sdpa_forward_decode: one new token of each request."""
     query, output, keys, values, places, pools, lengths, encoder_lengths = tensors
     batch = Batch(query, output, keys, values, places, scaling)
     if len(lengths) == 1 or not _covers(batch, encoder_lengths, settings):
@@ -110,14 +110,14 @@ def decode(original: Callable, backend, *tensors, scaling: float | None = None, 
 
 
 def decode_plan(batch: Batch, pools: torch.Tensor, lengths: torch.Tensor) -> DecodePlan:
-    """What to compute together of one new token of each request; `pools` and `lengths` [requests]."""
+    """Return what to compute together of one new token of each request; `pools` and `lengths` [requests]."""
     order = lengths.argsort(descending=True, stable=True)
     found = [_decode_piece(batch, rows, pools, lengths) for rows in order.split(piece_sizes(batch, lengths[order]))]
     return DecodePlan(pools.clone(), lengths.clone(), found)
 
 
 def piece_sizes(batch: Batch, lengths: torch.Tensor) -> list[int]:
-    """How many of the requests, longest first, each piece has: the rule of `pieces` for one new token of each."""
+    """Return how many requests, longest first, each piece has: the rule of `pieces` for one new token of each."""
     numbers = _numbers(batch, 1, 1)
     falling = lengths.neg().tolist()
     sizes: list[int] = []
@@ -153,7 +153,7 @@ def _decode_together(batch: Batch, piece: DecodePiece) -> None:
 
 
 def extend(original: Callable, backend, *tensors, scaling: float | None = None, **settings) -> torch.Tensor:
-    """Around TorchNativeAttnBackend._run_sdpa_forward_extend: prompts, after what of them is cached."""
+    """Replace TorchNativeAttnBackend._run_sdpa_forward_extend: prompts, after their cached part."""
     query, output, keys, values, places, pools, lengths, prefixes, counts, encoder_lengths = tensors
     batch = Batch(query, output, keys, values, places, scaling)
     alone = len(lengths) == 1 and not prefixes.any()
@@ -199,17 +199,17 @@ def pieces(batch: Batch, jobs: list[Job]) -> Iterator[list[Job]]:
 
 
 def _is_prompt(job: Job) -> bool:
-    """Whether its first token is the request's first: then a mask need not be made."""
+    """Return whether its first token is the request's first: then a mask need not be made."""
     return job.count == job.length
 
 
 def _numbers(batch: Batch, length: int, count: int) -> int:
-    """What one request takes of a piece: its keys and values, and the mask of its queries."""
+    """Return what one request takes of a piece: its keys and values, and the mask of its queries."""
     return length * (batch.cached + count * batch.share)
 
 
 def _cut(batch: Batch, job: Job) -> list[Job]:
-    """The job as several whose masks each have room in a piece; a prompt without cached tokens needs no mask."""
+    """Return the job as several whose masks each have room in a piece; a prompt without cached tokens needs no mask."""
     most = max(1, PIECE // (job.length * batch.share))
     if _is_prompt(job) or job.count <= most:
         return [job]
@@ -262,7 +262,7 @@ def _gathered(cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def _covers(batch: Batch, encoder_lengths: torch.Tensor | None, settings: dict) -> bool:
-    """Whether this is plain attention of a decoder over its own cache, in one number format."""
+    """Return whether this is plain attention of a decoder over its own cache, in one number format."""
     window = settings["sliding_window_size"]
     return (
         encoder_lengths is None

@@ -16,7 +16,9 @@ from exprl_megatron.utils.gated_delta_rule import gated_delta_rule, of_length_on
 def split_projection(
     qkvz: torch.Tensor, ba: torch.Tensor, key_heads: int, value_heads: int, key_dim: int, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The input of the convolution, output gates [tokens, value heads, value_dim], betas and alphas [tokens, heads]."""
+    """Return the input of the convolution, output gates [tokens, value heads, value_dim], betas and alphas [tokens,
+    heads].
+    """
     qkv, gate = qkvz.split((2 * key_heads * key_dim + value_heads * value_dim, value_heads * value_dim), dim=-1)
     beta, alpha = ba.split(value_heads, dim=-1)
     gate = gate.unflatten(-1, (value_heads, value_dim))
@@ -67,7 +69,7 @@ def convolve_next(
     *,
     conv_state_indices: torch.Tensor,
 ) -> torch.Tensor:
-    """One new token of each request, x [requests, channels]; returns the same, and moves the slots on."""
+    """Convolve one new token of each request, x [requests, channels], and advance the slots; returns the same shape."""
     slots = conv_state_indices.long()
     joined = torch.cat((conv_states[slots].to(x.dtype), x[..., None]), dim=-1)
     conv_states[slots] = joined[..., 1:].to(conv_states.dtype)
@@ -119,7 +121,7 @@ def read_prompts(
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[slice, int, int, int]]:
-    """Of each run of neighbors of one length: their place among the requests, first token, count and length."""
+    """Yield, for each run of neighbors of equal length: their place among the requests, first token, count, length."""
     request = token = 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -142,7 +144,7 @@ def read_next(
     softplus_beta: float,
     softplus_threshold: float,
 ) -> torch.Tensor:
-    """The same for one new token of each request: `a` and `b` are alphas and betas, [requests, value heads].
+    """Read one new token of each request: `a` and `b` are alphas and betas, [requests, value heads].
 
     More than 7 parameters: SGLang's names and order.
     """
@@ -173,7 +175,7 @@ def norm_of_output(
     is_rms_norm: bool = False,
     activation: str = "swish",
 ) -> torch.Tensor:
-    """In place of SGLang's layernorm_fn: the norm of a layer's output, times its gate.
+    """Replace SGLang's layernorm_fn: return the norm of a layer's output, times its gate.
 
     x and z [..., value_dim]. More than 7 parameters: SGLang's.
 
@@ -189,7 +191,9 @@ def norm_of_output(
 def normed_heads(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norms that multiply by 1 + their weight, of each head of queries and keys: [tokens x heads, head_dim] each."""
+    """Return the norms that multiply by 1 + their weight, of each head of queries and keys: [tokens x heads, head_dim]
+    each.
+    """
     return _normed(q.reshape(-1, head_dim), q_weight, eps), _normed(k.reshape(-1, head_dim), k_weight, eps)
 
 
@@ -202,7 +206,7 @@ def normed_heads_and_gates(
     head_dim: int,
     num_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `normed_heads`, and the gates, where each head's query and gate are side by side in q_gate."""
+    """Return `normed_heads` and the gates, where q_gate has each head's query and gate side by side."""
     query, gate = q_gate.reshape(-1, num_heads, 2, head_dim).unbind(2)
     return *normed_heads(query, k, q_weight, k_weight, eps, head_dim), gate.contiguous().flatten(0, 1)
 

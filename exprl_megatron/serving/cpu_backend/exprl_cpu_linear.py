@@ -17,7 +17,7 @@ LONG = 32
 
 
 def linear(original: Callable, method, layer, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Around UnquantizedLinearMethod.apply: x [rows, inputs] -> [rows, outputs]."""
+    """Replace UnquantizedLinearMethod.apply: x [rows, inputs] -> [rows, outputs]."""
     packed = getattr(layer, "use_intel_amx_backend", False)
     if bias is not None or packed or not weight_goes_first(x, layer.weight):
         return original(method, layer, x, bias)
@@ -27,7 +27,7 @@ def linear(original: Callable, method, layer, x: torch.Tensor, bias: torch.Tenso
 def output_layer(
     original: Callable, processor, hidden_states: torch.Tensor, lm_head, embedding_bias=None, **settings
 ) -> torch.Tensor:
-    """Around LogitsProcessor._compute_lm_head: hidden_states [rows, hidden] -> logits [rows, vocabulary]."""
+    """Replace LogitsProcessor._compute_lm_head: hidden_states [rows, hidden] -> logits [rows, vocabulary]."""
     plain = (
         embedding_bias is None
         and hasattr(lm_head, "weight")
@@ -42,7 +42,7 @@ def output_layer(
 
 
 def weight_goes_first(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether weight_first is the faster way to multiply x [rows, inputs] by weight [outputs, inputs]."""
+    """Return whether weight_first is the faster way to multiply x [rows, inputs] by weight [outputs, inputs]."""
     if x.dim() != 2 or weight.dim() != 2 or not x.dtype == weight.dtype == torch.float32:
         return False
     outputs, inputs = weight.shape

@@ -46,7 +46,7 @@ def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torc
 
 
 def _signed(word: int) -> int:
-    """The int32 of the same bits."""
+    """Return the int32 of the same bits."""
     return word - (word >> 31 << 32)
 
 
