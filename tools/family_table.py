@@ -1,7 +1,7 @@
 """How far each family's tiny random model is from transformers' where it is trained, converted and served.
 
 For each family the largest difference of a log-prob (seven sequences, packed and padded), the relative difference of
-the gradient's norm, whether the conversion there and back is bit-equal, and the largest difference of a served
+the gradient's norm, whether the conversion to Megatron and back is bit-equal, and the largest difference of a served
 log-prob, of SGLang servers of one rank and of two. All in fp32 on a CPU. docs/models.md has the table.
 
     python tools/family_table.py [--families NAME ...] [--no-servers]
@@ -48,10 +48,10 @@ ROPE = {
     "qwen3.5": None,
     "qwen3.5-moe": None,
 }
-"""Rotary settings by which each family's positions are stretched; None: the family has none, or its own."""
+"""RoPE scaling of each family; None: the family has none, or its own."""
 UNSERVED = ("qwen3.5-moe",)
 PROMPT, TEMPERATURE = list(range(3, 100)), 0.7
-COLUMNS = ("family", "log-prob", "gradient norm", "there and back", "served, tp 1", "served, tp 2")
+COLUMNS = ("family", "log-prob", "gradient norm", "round trip", "served, tp 1", "served, tp 2")
 
 
 @dataclass(frozen=True)
