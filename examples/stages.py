@@ -1,13 +1,13 @@
-"""Stages of one's own: `kind: examples.stages:CLASS` of a stage (docs/extending.md); examples/own_stages.yaml."""
+"""Stages of one's own: `kind: examples.stages:CLASS` of a stage (docs/extending.md); examples/custom_stages.yaml."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from exprl_megatron.api import Group, LearnContext, LearnedTrace, OwnStage
+from exprl_megatron.api import CustomStage, Group, LearnContext, LearnedTrace
 
 
-class KeepSolvable(OwnStage):
+class KeepSolvable(CustomStage):
     """Measures the policy's pass rate on each problem and learns nothing; keeps those between `low` and `high`.
 
     A later stage with `problems_from` and this stage's name learns from what was kept.
@@ -43,7 +43,7 @@ class KeepSolvable(OwnStage):
         self.right, self.tried = Counter(state["right"]), Counter(state["tried"])
 
 
-class RejectionSampling(OwnStage):
+class RejectionSampling(CustomStage):
     """Rejection-sampling fine-tuning: at most `keep` verified-correct traces of each problem, with maximum likelihood.
 
     For `objective: supervised`.
@@ -60,7 +60,7 @@ class RejectionSampling(OwnStage):
         return learned
 
 
-class SecondAttempt(OwnStage):
+class SecondAttempt(CustomStage):
     """Samples each problem twice: the second attempt reads the first, and learns from what it makes better."""
 
     async def rollout(self, ctx):

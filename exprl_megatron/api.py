@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from exprl_megatron.judging.judgement import Abstained, Judgement, Scored
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.problems.problem import CodeTest, Problem, Reference
+from exprl_megatron.rollout.custom_stage import CustomStage, LearnContext, LearnedTrace, PromptProblem, RolloutContext
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm, StepInfo
-from exprl_megatron.rollout.own_stage import LearnContext, LearnedTrace, OwnStage, PromptProblem, RolloutContext
 from exprl_megatron.rollout.trace import Trace
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Estimator = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 ProblemSource = Callable[[str], Iterable[Mapping[str, Any]]]
 """`problems.source`: (split) -> records like the lines of a problem file; called several times, always the same."""
 StepMetrics = Callable[[StepInfo, Sequence[Group]], Mapping[str, float]]
-"""`step_metrics`: numbers to log as `own/NAME`."""
+"""`step_metrics`: numbers to log as `custom/NAME`."""
 Surrogate = Callable[["SurrogateBatch"], "torch.Tensor"]
 """`loss.surrogate` of a stage: the policy's loss of each token [B, T]."""
 
@@ -38,6 +38,7 @@ __all__ = [
     "API_VERSION",
     "Abstained",
     "CodeTest",
+    "CustomStage",
     "Estimator",
     "GradedTrace",
     "Group",
@@ -45,7 +46,6 @@ __all__ = [
     "Judgement",
     "LearnContext",
     "LearnedTrace",
-    "OwnStage",
     "PluginError",
     "Problem",
     "ProblemSource",

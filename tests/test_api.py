@@ -80,17 +80,17 @@ ALIASES = {
 }
 
 HOOKS = {
-    "LearnContext": {
-        "default_learn": "(self, groups: Sequence[Group]) -> list[LearnedTrace]",
-        "log": "(self, text: str) -> None",
-        "log_metrics": "(self, metrics: Mapping[str, float]) -> None",
-    },
-    "OwnStage": {
+    "CustomStage": {
         "kept_problems": "(self) -> Collection[str] | None",
         "learn": "(self, ctx: LearnContext, groups: Sequence[Group]) -> Sequence[LearnedTrace]",
         "load_state_dict": "(self, state: dict[str, Any]) -> None",
         "rollout": "(self, ctx: RolloutContext) -> Sequence[Group]",
         "state_dict": "(self) -> dict[str, Any]",
+    },
+    "LearnContext": {
+        "default_learn": "(self, groups: Sequence[Group]) -> list[LearnedTrace]",
+        "log": "(self, text: str) -> None",
+        "log_metrics": "(self, metrics: Mapping[str, float]) -> None",
     },
     "RolloutContext": {
         "judge": "(self, trace: Trace) -> Scored | Abstained",
@@ -150,7 +150,7 @@ def test_the_hooks_of_a_stage_and_what_they_are_given_are_those_of_this_version(
             name
         ].keys()
     assert found == HOOKS
-    assert plain(str(inspect.signature(api.OwnStage))) == "(settings: Mapping[str, Any])"
+    assert plain(str(inspect.signature(api.CustomStage))) == "(settings: Mapping[str, Any])"
 
 
 def test_every_class_and_kind_of_plugin_is_documented():

@@ -48,7 +48,7 @@ SECTIONS = (
     Section(
         "Your own",
         "of stages that sample, where the config has `step_metrics`",
-        (Metric("own/NAME", "what a function of `step_metrics` returned under this name"),),
+        (Metric("custom/NAME", "what a function of `step_metrics` returned under this name"),),
     ),
     Section(
         "Verifier",

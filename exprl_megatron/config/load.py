@@ -21,7 +21,7 @@ from exprl_megatron.config.renamed import new_name, new_value
 from exprl_megatron.config.reproduction import expand_reproduction
 from exprl_megatron.config.run import RunConfig
 from exprl_megatron.config.shorthand import expand_shorthand
-from exprl_megatron.config.stage_kinds import BUILT_IN, OWN_TAG, Base, stage_tag, tag_of
+from exprl_megatron.config.stage_kinds import BUILT_IN, CUSTOM_TAG, Base, stage_tag, tag_of
 from exprl_megatron.errors import UserError
 
 _TO_REFER_TO = "x-"
@@ -232,7 +232,7 @@ def _sentence(item: ErrorDetails, tree: Any) -> str:
     if item["type"] == "missing":
         return f"{path} is missing; set it."
     if item["type"].startswith("union_tag"):
-        if _given(item).startswith(f"'{OWN_TAG}"):
+        if _given(item).startswith(f"'{CUSTOM_TAG}"):
             return f"{path}.base is {item['input']['base']!r}; set it to one of {', '.join(get_args(Base))}."
         return f"{path}.kind is {_given(item)}; set it to one of {', '.join(_kinds())}, or to module:Class of your own."
     if not path:

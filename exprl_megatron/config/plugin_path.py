@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 ENTRY_POINTS = "exprl_megatron.plugins"
 """The group of entry points in which a package offers its plugins."""
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
-_OWN = "module:function of your own, or an entry point of the group exprl_megatron.plugins"
+_PLUGIN = "module:function of your own, or an entry point of the group exprl_megatron.plugins"
 
 
 @cache
@@ -35,7 +35,7 @@ def is_plugin(value: str) -> bool:
 
 def _checked(value: str) -> str:
     if not is_plugin(value):
-        raise PydanticCustomError("plugin", f"input should be {_OWN}")
+        raise PydanticCustomError("plugin", f"input should be {_PLUGIN}")
     return value
 
 
@@ -50,7 +50,7 @@ def choice_or_plugin(names: tuple[str, ...]) -> BeforeValidator:
         if isinstance(value, str) and (value in names or is_plugin(value)):
             return value
         known = ", ".join(map(repr, names))
-        raise PydanticCustomError("plugin", f"input should be {known}, {_OWN}")
+        raise PydanticCustomError("plugin", f"input should be {known}, {_PLUGIN}")
 
     return BeforeValidator(checked)
 

@@ -27,7 +27,7 @@ class RewardTermConfig(Config):
         return self.name or self.term.rpartition(":")[2].rpartition(".")[2].lower()
 
     @property
-    def is_own(self) -> bool:
+    def is_custom(self) -> bool:
         """Whether a function of the user computes the term."""
         return self.term not in ("judge", "verifier", "length")
 

@@ -13,7 +13,7 @@ from exprl_megatron.config.policy import PolicyConfig
 from exprl_megatron.config.problems import BuiltInDomain, LeakGuardConfig, ProblemsConfig, PromptConfig
 from exprl_megatron.config.reproduction import deviations, released_only_values
 from exprl_megatron.config.serving import RETURN_ROUTED_EXPERTS, SamplingConfig, ServerConfig, SyncConfig
-from exprl_megatron.config.stage_kinds import AnyStage, OwnStageConfig
+from exprl_megatron.config.stage_kinds import AnyStage, CustomStageConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage
 from exprl_megatron.config.tracking import TrackerName, TrackingConfig
 from exprl_megatron.config.verifying import VerifierConfig
@@ -97,7 +97,7 @@ class RunConfig(Config):
     judge: JudgeConfig | None = None
     verifier: VerifierConfig = VerifierConfig()
     step_metrics: tuple[PluginPath, ...] = ()
-    """Functions of your own (step, groups) -> {name: number}, whose metrics each step has as `own/NAME`
+    """Functions of your own (step, groups) -> {name: number}, whose metrics each step has as `custom/NAME`
     (docs/extending.md)."""
     sync: SyncConfig = SyncConfig()
     stages: tuple[AnyStage, ...]
@@ -266,6 +266,6 @@ class RunConfig(Config):
                     f"stage {stage.name}: problems_from is {wanted!r}, but debug.only is sampling, where no stage "
                     "keeps problems; remove one of them."
                 )
-            if isinstance(stage, OwnStageConfig):
+            if isinstance(stage, CustomStageConfig):
                 earlier.add(stage.name)
         return found

@@ -10,15 +10,15 @@ from exprl_megatron.config.plugin_path import PluginPath, is_plugin
 from exprl_megatron.config.stages import ExprlOutcomeStage, ExprlProcessStage, SelfDistillStage, SftStage, SparseRlStage
 
 Base = Literal["sparse-rl", "exprl-outcome", "exprl-process"]
-OWN_TAG = "own "
+CUSTOM_TAG = "custom "
 """Begins the tags of stages of the user's own."""
 
 
-class OwnStageConfig(Config):
+class CustomStageConfig(Config):
     """A stage of the user's own (docs/extending.md): a built-in one with other logic of sampling or learning."""
 
     kind: PluginPath
-    """`module:Class`: the class of the stage, a subclass of `exprl_megatron.api.OwnStage`."""
+    """`module:Class`: the class of the stage, a subclass of `exprl_megatron.api.CustomStage`."""
     base: Base = "sparse-rl"
     """The built-in kind whose settings the stage has, by which traces are graded, and which does what the class leaves
     as it is."""
@@ -35,10 +35,10 @@ class OwnStageConfig(Config):
 
     def violations(self, run_config) -> list[str]:
         # Those of the base, which comes after this class among the parents of each stage below.
-        return super().violations(run_config) + own_violations(self)
+        return super().violations(run_config) + custom_violations(self)
 
 
-def own_violations(stage: Any) -> list[str]:
+def custom_violations(stage: Any) -> list[str]:
     """Return the contradictions of a stage of the user's own beyond those of its base."""
     found = []
     if stage.is_supervised and stage.loss not in (LossConfig(), SparseLossConfig()):
@@ -53,21 +53,21 @@ def own_violations(stage: Any) -> list[str]:
     return found
 
 
-class OwnSparseRlStage(OwnStageConfig, SparseRlStage):
+class CustomSparseRlStage(CustomStageConfig, SparseRlStage):
     """A stage of the user's own over `sparse-rl`."""
 
     kind: PluginPath  # type: ignore[assignment]
     base: Literal["sparse-rl"] = "sparse-rl"
 
 
-class OwnExprlOutcomeStage(OwnStageConfig, ExprlOutcomeStage):
+class CustomExprlOutcomeStage(CustomStageConfig, ExprlOutcomeStage):
     """A stage of the user's own over `exprl-outcome`."""
 
     kind: PluginPath  # type: ignore[assignment]
     base: Literal["exprl-outcome"]
 
 
-class OwnExprlProcessStage(OwnStageConfig, ExprlProcessStage):
+class CustomExprlProcessStage(CustomStageConfig, ExprlProcessStage):
     """A stage of the user's own over `exprl-process`."""
 
     kind: PluginPath  # type: ignore[assignment]
@@ -75,20 +75,20 @@ class OwnExprlProcessStage(OwnStageConfig, ExprlProcessStage):
 
 
 BUILT_IN = (ExprlOutcomeStage, ExprlProcessStage, SparseRlStage, SelfDistillStage, SftStage)
-OWN = (OwnSparseRlStage, OwnExprlOutcomeStage, OwnExprlProcessStage)
+CUSTOM = (CustomSparseRlStage, CustomExprlOutcomeStage, CustomExprlProcessStage)
 
 
 def stage_tag(stage: Any) -> Any:
     """Return which member of AnyStage `stage` (a mapping or a config) is; its `kind` where it is none of them."""
     read = stage.get if isinstance(stage, dict) else lambda key, default=None: getattr(stage, key, default)
     kind = read("kind")
-    return f"{OWN_TAG}{read('base', 'sparse-rl')}" if isinstance(kind, str) and is_plugin(kind) else kind
+    return f"{CUSTOM_TAG}{read('base', 'sparse-rl')}" if isinstance(kind, str) and is_plugin(kind) else kind
 
 
 def tag_of(config: type) -> str | None:
     """Return the tag of a class of AnyStage; None for any other class."""
-    if config in OWN:
-        return f"{OWN_TAG}{get_args(config.model_fields['base'].annotation)[0]}"
+    if config in CUSTOM:
+        return f"{CUSTOM_TAG}{get_args(config.model_fields['base'].annotation)[0]}"
     return get_args(config.model_fields["kind"].annotation)[0] if config in BUILT_IN else None
 
 
@@ -98,8 +98,8 @@ AnyStage = Annotated[
     | Annotated[SparseRlStage, Tag("sparse-rl")]
     | Annotated[SelfDistillStage, Tag("self-distill")]
     | Annotated[SftStage, Tag("sft")]
-    | Annotated[OwnSparseRlStage, Tag("own sparse-rl")]
-    | Annotated[OwnExprlOutcomeStage, Tag("own exprl-outcome")]
-    | Annotated[OwnExprlProcessStage, Tag("own exprl-process")],
+    | Annotated[CustomSparseRlStage, Tag("custom sparse-rl")]
+    | Annotated[CustomExprlOutcomeStage, Tag("custom exprl-outcome")]
+    | Annotated[CustomExprlProcessStage, Tag("custom exprl-process")],
     Discriminator(stage_tag),
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stage_kinds import OwnStageConfig
+from exprl_megatron.config.stage_kinds import CustomStageConfig
 from exprl_megatron.config.stages import SelfDistillStage, Stage
 from exprl_megatron.errors import UserError
 from exprl_megatron.plugins.failures import PluginError
@@ -123,7 +123,7 @@ def step_advantages(stage: Stage, groups: list[Group]) -> list[list[TokenAdvanta
     Raises:
         UserError: the log does not fit the stage.
     """
-    if isinstance(stage, SelfDistillStage | OwnStageConfig):
+    if isinstance(stage, SelfDistillStage | CustomStageConfig):
         return None
     # It imports torch, which takes seconds and is needed here alone.
     from exprl_megatron.training.train_samples import token_advantages

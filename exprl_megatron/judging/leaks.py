@@ -102,7 +102,7 @@ class LeakGuard:
                 "prompt.system, prompt.user and the problem's record."
             )
 
-    def check_own_text(self, problem_id: str, text: str) -> None:
+    def check_custom_prompt(self, problem_id: str, text: str) -> None:
         """Check a prompt that the user's code wrote: it must not contain the reference of any problem.
 
         N-grams of the statement of `problem_id` are not leaks of other problems.

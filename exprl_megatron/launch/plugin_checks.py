@@ -10,10 +10,10 @@ from typing import get_args
 
 from exprl_megatron.config.losses import Advantage, Surrogate
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stage_kinds import OwnStageConfig
+from exprl_megatron.config.stage_kinds import CustomStageConfig
 from exprl_megatron.config.stages import ExprlOutcomeStage, RlStage, SftStage, SparseRlStage
 from exprl_megatron.judging.judgement import Abstained, Scored
-from exprl_megatron.launch.own_stage_trial import check_own_stages, empty_trace, try_own_stage
+from exprl_megatron.launch.custom_stage_trial import check_custom_stages, empty_trace, try_custom_stage
 from exprl_megatron.plugins.calling import Plugin
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.plugins.loading import plugin_source, use_plugin_path
@@ -40,12 +40,12 @@ def _plugins(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.evaluation is not None and is_custom_source(config.evaluation.problems.source):
         yield "evaluation.problems.source", config.evaluation.problems.source
     for number, stage in enumerate(config.stages):
-        if isinstance(stage, OwnStageConfig):
+        if isinstance(stage, CustomStageConfig):
             yield f"stages.{number}.kind", stage.kind
         if isinstance(stage, RlStage | SftStage) and stage.problems and is_custom_source(stage.problems.source):
             yield f"stages.{number}.problems.source", stage.problems.source
         if isinstance(stage, ScoredStage):
-            yield from ((f"stages.{number}.reward.{i}.term", t.term) for i, t in enumerate(stage.reward) if t.is_own)
+            yield from ((f"stages.{number}.reward.{i}.term", t.term) for i, t in enumerate(stage.reward) if t.is_custom)
             if stage.advantage not in get_args(Advantage):
                 yield f"stages.{number}.advantage", stage.advantage
         if isinstance(stage, RlStage) and stage.loss.surrogate not in get_args(Surrogate):
@@ -68,11 +68,11 @@ def check_plugin_code(config: RunConfig) -> None:
     Raises:
         PluginError: a plugin cannot be loaded, takes other arguments, fails, or returns an invalid result.
     """
-    own_kinds = {stage.kind for stage in config.stages if isinstance(stage, OwnStageConfig)}
+    custom_kinds = {stage.kind for stage in config.stages if isinstance(stage, CustomStageConfig)}
     for key, path in plugins_of(config).items():
-        if path not in own_kinds:
+        if path not in custom_kinds:
             Plugin.load(key, path)
-    check_own_stages(config)
+    check_custom_stages(config)
     custom_verifiers(config.verifier, _silent)
     custom_step_metrics(config.step_metrics)(StepInfo("a", 1), [_sample_group()])
     for stage in config.stages:
@@ -101,9 +101,9 @@ def check_plugins_on_problems(config: RunConfig) -> None:
             if domain in verifiers:
                 asyncio.run(_try(verifiers[domain], problem, is_verifier=True))
     for stage in config.stages:
-        if isinstance(stage, OwnStageConfig):
-            try_own_stage(config, stage)
-        if isinstance(stage, ScoredStage) and any(term.is_own for term in stage.reward):
+        if isinstance(stage, CustomStageConfig):
+            try_custom_stage(config, stage)
+        if isinstance(stage, ScoredStage) and any(term.is_custom for term in stage.reward):
             problem = first_problem(stage.problems)
             for term in custom_terms(stage.name, stage.reward, config.verifier.answer_deadline_s, _silent).values():
                 asyncio.run(_try(term, problem, is_verifier=False))

@@ -21,6 +21,8 @@ RENAMED_METRICS = {
     "kept/sequences": "accepted/sequences",
 }
 """From a name in the metrics.jsonl of an earlier version to today's."""
+RENAMED_PREFIXES = {"own/": "custom/"}
+"""The same for all metrics whose names begin so."""
 
 
 class MetricsWriter:
@@ -101,8 +103,14 @@ def read_metrics(jsonl: Path) -> list[dict]:
 
 
 def _with_new_names(record: dict) -> dict:
-    metrics = {RENAMED_METRICS.get(name, name): value for name, value in record["metrics"].items()}
-    return record | {"metrics": metrics}
+    return record | {"metrics": {_new_name(name): value for name, value in record["metrics"].items()}}
+
+
+def _new_name(name: str) -> str:
+    for former, prefix in RENAMED_PREFIXES.items():
+        if name.startswith(former):
+            return prefix + name.removeprefix(former)
+    return RENAMED_METRICS.get(name, name)
 
 
 def _by_step(records: list[dict]) -> list[dict]:

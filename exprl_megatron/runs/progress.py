@@ -1,9 +1,12 @@
 """Progress of a run: what a checkpoint contains in addition to the state of the policy."""
 
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-OWN_STAGE = "own_stage"
+CUSTOM_STAGE = "custom_stage"
 """The key of a checkpoint's record with the state of a stage of the user's own."""
+_FORMER_CUSTOM_STAGE = "own_stage"
+"""The same key in checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,13 @@ class RunProgress:
     @classmethod
     def from_dict(cls, record: dict) -> "RunProgress":
         """Read what to_dict wrote; a checkpoint has the state of a stage of the user's own beside it."""
-        names = {key: "prompts_consumed" if key == "problems_drawn" else key for key in record if key != OWN_STAGE}
-        return cls(**{name: record[key] for key, name in names.items()})
+        others = record.keys() - {CUSTOM_STAGE, _FORMER_CUSTOM_STAGE}
+        return cls(**{"prompts_consumed" if key == "problems_drawn" else key: record[key] for key in others})
+
+
+def custom_stage_state(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a stage of the user's own in a checkpoint's record; empty where the stage has none."""
+    return record.get(CUSTOM_STAGE, record.get(_FORMER_CUSTOM_STAGE, {}))
 
 
 def updates_of(weight_version: str) -> int:

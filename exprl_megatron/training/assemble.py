@@ -24,9 +24,9 @@ from exprl_megatron.serving.server_pool import ServerPool
 from exprl_megatron.serving.shared_environment import nccl_difference
 from exprl_megatron.serving.shared_judge import SharedJudgeClient
 from exprl_megatron.serving.static_pool import StaticPool
+from exprl_megatron.training.custom_stages import custom_stages
 from exprl_megatron.training.evaluator import Evaluator
 from exprl_megatron.training.judging_runtime import JudgingRuntime
-from exprl_megatron.training.own_stages import own_stages
 from exprl_megatron.training.phase_switch import PhaseSwitch, put_to_sleep
 from exprl_megatron.training.prefetch import RolloutPrefetch
 from exprl_megatron.training.ref_scorer import RefScorer
@@ -69,8 +69,8 @@ def assemble(
         judges = _judges(config, registry, pool)
         judging = JudgingRuntime(config, paths.judgements, judges, logger)
         kept = RunDirectory(config.debug.rollouts) if config.debug.rollouts else paths
-        own = own_stages(config, logger.log)
-        rollouts = Rollouts(config, Journal(kept.journal), pool, judges, judging, logger, own)
+        custom = custom_stages(config, logger.log)
+        rollouts = Rollouts(config, Journal(kept.journal), pool, judges, judging, logger, custom)
         prefetch = RolloutPrefetch(coordinator, rollouts, on_failure)
         evaluator = Evaluator(config, paths, rollouts, judging, logger)
     # Prompts first: their errors are known before the servers are ready.

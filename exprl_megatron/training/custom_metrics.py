@@ -11,7 +11,7 @@ from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.rollout.group import Group, StepInfo
 
 ARGUMENTS = ("step", "groups")
-OWN = "own/"
+CUSTOM = "custom/"
 """Prefix of the user's metrics, which distinguishes them from all others."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.@-]{,59}")
 _MAX_NUMBERS = 200
@@ -37,10 +37,10 @@ def custom_step_metrics(paths: Sequence[str]) -> StepMetrics:
     def metrics(step: StepInfo, groups: Sequence[Group]) -> dict[str, float]:
         found: dict[str, float] = {}
         for plugin in plugins:
-            own = plugin.guarded(partial(checked_metrics, plugin, plugin(step, tuple(groups))))
-            if twice := sorted(own.keys() & found.keys()):
-                raise plugin.failure(f"returned {twice[0].removeprefix(OWN)!r}, as another of step_metrics does")
-            found |= own
+            custom = plugin.guarded(partial(checked_metrics, plugin, plugin(step, tuple(groups))))
+            if twice := sorted(custom.keys() & found.keys()):
+                raise plugin.failure(f"returned {twice[0].removeprefix(CUSTOM)!r}, as another of step_metrics does")
+            found |= custom
         return found
 
     return metrics
@@ -82,7 +82,7 @@ def log_failures(metrics: StepMetrics, log: Callable[[str], None], deadline_s: f
 
 
 def checked_metrics(plugin: Plugin, found: object) -> dict[str, float]:
-    """Return the numbers of a function's result under names that begin with `own/`.
+    """Return the numbers of a function's result under names that begin with `custom/`.
 
     Raises:
         PluginError: the result is not a mapping of short names to numbers.
@@ -96,9 +96,9 @@ def checked_metrics(plugin: Plugin, found: object) -> dict[str, float]:
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
             raise plugin.failure(f"returned the name {name!r}; use at most 60 lower-case letters, digits, and _ . @ -")
         try:
-            checked[OWN + name] = float(value)
+            checked[CUSTOM + name] = float(value)
         except Exception:
-            checked[OWN + name] = math.nan
-        if math.isnan(checked[OWN + name]):
+            checked[CUSTOM + name] = math.nan
+        if math.isnan(checked[CUSTOM + name]):
             raise plugin.failure(f"returned {name!r} as {described(value)} that is not a number")
     return checked

@@ -29,7 +29,7 @@ def custom_terms(
     return {
         term.shown_name: CustomFunction(Plugin.load(f"reward of stage {stage}", term.term), deadline_s, log)
         for term in terms
-        if term.is_own
+        if term.is_custom
     }
 
 
@@ -59,7 +59,7 @@ async def reward_terms(
         if term.term == "length":
             value: float | None = len(trace.token_ids) / max_tokens
             evidence = ""
-        elif term.is_own:
+        elif term.is_custom:
             value, evidence = await custom[term.shown_name].value(problem, trace)
         else:
             value, evidence = value_and_evidence(judgements.get(term.term))

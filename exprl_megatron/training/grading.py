@@ -45,34 +45,34 @@ def grade_of(stage: RlStage, judge: TextGrader | None, by_answer: GradeTrace, to
 
 
 def with_terms(
-    stage: ExprlOutcomeStage | SparseRlStage, grade_trace: GradeTrace, own: Mapping[str, CustomFunction]
+    stage: ExprlOutcomeStage | SparseRlStage, grade_trace: GradeTrace, custom: Mapping[str, CustomFunction]
 ) -> GradeTrace:
     """Return a function that grades as `grade_trace` does and adds the terms of the stage's reward.
 
-    `own` has the user's functions by the names of their terms.
+    `custom` has the user's functions by the names of their terms.
     """
 
     async def grade(problem: Problem, trace: Trace) -> GradedTrace:
         graded = await grade_trace(problem, trace)
         judged = isinstance(stage, ExprlOutcomeStage)
         found = {"judge": graded.judgement, "verifier": graded.verified if judged else graded.judgement}
-        terms = await reward_terms(stage.reward, own, found, problem, trace, stage.sampling.max_new_tokens)
+        terms = await reward_terms(stage.reward, custom, found, problem, trace, stage.sampling.max_new_tokens)
         return replace(graded, terms=terms)
 
     return grade
 
 
 def verified(
-    verifier: AnswerVerifier, config: VerifierConfig, own: Mapping[str, CustomFunction] = MappingProxyType({})
+    verifier: AnswerVerifier, config: VerifierConfig, custom: Mapping[str, CustomFunction] = MappingProxyType({})
 ) -> GradeTrace:
     """Return a function that grades by the final answer: 1 where it is right, else 0.
 
-    `own` has the user's verifiers by domain.
+    `custom` has the user's verifiers by domain.
     """
 
     async def grade(problem: Problem, trace: Trace) -> GradedTrace:
-        if problem.domain in own:
-            return GradedTrace(trace, await own[problem.domain].verify(problem, trace))
+        if problem.domain in custom:
+            return GradedTrace(trace, await custom[problem.domain].verify(problem, trace))
         return GradedTrace(trace, await verifier.verify(problem, trace.text, config.deadline_s(problem.domain)))
 
     return grade

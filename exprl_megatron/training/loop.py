@@ -5,7 +5,7 @@ each problem under the newest weights; grade each trace as soon as it is finishe
 or its segments; sparse-reward RL: a verifier checks the answer); compute the advantages of each group; take one or more
 clipped policy-gradient updates; push the new weights to the sampling servers. A stage with `max_staleness` samples its
 next steps in the meantime (prefetch.py). Self-distillation has a teacher instead of advantages. A stage of the user's
-own samples, or chooses what is learned, by its own code (own_stages.py).
+own samples, or chooses what is learned, by its own code (custom_stages.py).
 
 Every rank executes this file. Rank 0 alone talks to the servers and holds the graded groups; each rank receives the
 training samples that it learns from.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from exprl_megatron.algorithms.aggregation import accepted_denominator, denominator_of
 from exprl_megatron.algorithms.batch import SampleOrOutline
 from exprl_megatron.algorithms.objective import distillation_objective, policy_objective, supervised_objective
-from exprl_megatron.config.stage_kinds import OwnStageConfig
+from exprl_megatron.config.stage_kinds import CustomStageConfig
 from exprl_megatron.config.stages import RlStage, SelfDistillStage, SftStage
 from exprl_megatron.rollout.group import Group
 from exprl_megatron.training.run import Batches, Run
@@ -69,7 +69,7 @@ def batches_of(run: Run, stage: RlStage, step: int, groups: list[Group]) -> Sequ
     if isinstance(stage, SelfDistillStage):
         return [student_and_teacher(groups, run.teacher_prompts)]
     version = run.weight_version if stage.max_staleness else None
-    advantages = run.own_advantages(stage, step, groups) if isinstance(stage, OwnStageConfig) else None
+    advantages = run.custom_advantages(stage, step, groups) if isinstance(stage, CustomStageConfig) else None
     return [(batch, batch) for batch in update_samples(stage, groups, version, advantages)]
 
 

@@ -23,8 +23,8 @@ from exprl_megatron.models.tokenizer import load_tokenizer
 from exprl_megatron.problems.order import problem_indices
 from exprl_megatron.problems.prompts import PromptBuilder, PromptedProblems, check_vocabulary, drop_overlong
 from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.rollout.custom_stage import PromptProblem
 from exprl_megatron.rollout.group import GradedTrace, Group
-from exprl_megatron.rollout.own_stage import PromptProblem
 from exprl_megatron.rollout.sampler import Prompt, sample_groups, sample_seed
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.directory import RunDirectory
@@ -34,11 +34,11 @@ from exprl_megatron.serving.openai_endpoint import OpenAIEndpoint
 from exprl_megatron.serving.ready import wait_ready
 from exprl_megatron.serving.server_pool import ServerPool
 from exprl_megatron.serving.shared_judge import SharedJudgeClient
+from exprl_megatron.training.custom_rollouts import CustomPrompts, StepContext
+from exprl_megatron.training.custom_stages import StageHooks, read_kept, write_kept
 from exprl_megatron.training.grading import GradeTrace
 from exprl_megatron.training.judging_runtime import JudgingRuntime
 from exprl_megatron.training.loop_lag import LoopLag
-from exprl_megatron.training.own_rollouts import OwnPrompts, StepContext
-from exprl_megatron.training.own_stages import StageHooks, read_kept, write_kept
 from exprl_megatron.training.run_logger import RunLogger
 from exprl_megatron.training.sample_rewards import group_rewards
 from exprl_megatron.utils.text_check import text_check_of
@@ -61,7 +61,7 @@ class SamplePlan:
     """The weight versions that may sample them (see sample_groups)."""
     routing: Routing | None = None
     """Of the policy, where the experts that the servers choose are wanted."""
-    own_prompts: Mapping[int, tuple[int, ...]] | None = None
+    custom_prompts: Mapping[int, tuple[int, ...]] | None = None
     """Token ids of prompts that the user's own code wrote, in place of the problems' own, by index."""
 
 
@@ -76,10 +76,10 @@ class Rollouts:
         judges: Sequence[SGLangClient | OpenAIEndpoint | SharedJudgeClient],
         judging: JudgingRuntime,
         logger: RunLogger,
-        own_stages: Mapping[str, StageHooks] = MappingProxyType({}),
+        custom_stages: Mapping[str, StageHooks] = MappingProxyType({}),
     ):
         self._config = config
-        self._own_stages = own_stages
+        self._custom_stages = custom_stages
         self._kept = RunDirectory(config.directory).kept_problems
         self._choices: dict[str, Sequence[int]] = {}
         self._journal = journal
@@ -208,7 +208,7 @@ class Rollouts:
             RunStopped: the judge fails its gate, too many judgements are abstentions, or a reference leaks.
         """
         await self._judging.check_judge(stage, step)
-        hooks = self._own_stages.get(stage.name)
+        hooks = self._custom_stages.get(stage.name)
         if hooks is not None and hooks.samples:
             context = StepContext(self, stage, step, prompts_consumed, versions)
             groups = await hooks.rollout(context)
@@ -258,13 +258,13 @@ class Rollouts:
         groups = (groups + zero_variance)[:target_groups]
         return SampledStep(groups, next_problem - prompts_consumed, self._judging.take_counts())
 
-    def own_stage(self, stage: RlStage) -> StageHooks:
+    def custom_stage(self, stage: RlStage) -> StageHooks:
         """The hooks of a stage of the user's own."""
-        return self._own_stages[stage.name]
+        return self._custom_stages[stage.name]
 
     def write_kept_problems(self, stage: RlStage) -> None:
         """Write the problems that a stage of the user selects for later stages, if it selects any."""
-        kept = self._own_stages[stage.name].kept_problems([problem.id for problem in self.shown_problems(stage)])
+        kept = self._custom_stages[stage.name].kept_problems([problem.id for problem in self.shown_problems(stage)])
         if kept is not None:
             write_kept(self._kept, stage.name, kept)
 
@@ -285,7 +285,7 @@ class Rollouts:
         return [PromptProblem(problem.id, problem.statement, problem.domain) for problem in found]
 
     async def sample_problems(
-        self, context: StepContext, problem_ids: Sequence[str], group_size: int, prompts: OwnPrompts | None
+        self, context: StepContext, problem_ids: Sequence[str], group_size: int, prompts: CustomPrompts | None
     ) -> list[Group]:
         """Sample and grade traces of problems that the user's code chose; one group for each id.
 
@@ -294,7 +294,9 @@ class Rollouts:
         """
         stage = context.stage
         places = {problem.id: i for i, problem in enumerate(self._prompted[stage.problems].problems)}
-        own = None if prompts is None else {places[id]: self._own_prompt(stage, id, prompts[id]) for id in prompts}
+        custom = None
+        if prompts is not None:
+            custom = {places[id]: self._custom_prompt(stage, id, text) for id, text in prompts.items()}
         plan = SamplePlan(
             (stage.name, context.info.step),
             stage.problems,
@@ -303,7 +305,7 @@ class Rollouts:
             stage.sampling,
             context.versions,
             self._routing,
-            own,
+            custom,
         )
         grade = self._judging.grade(stage, self._tokenizer)
         judged = isinstance(stage, JudgedStage)
@@ -323,7 +325,7 @@ class Rollouts:
         """Print a line for the user."""
         self._logger.log(text)
 
-    def _own_prompt(self, stage: RlStage, problem_id: str, text: str) -> tuple[int, ...]:
+    def _custom_prompt(self, stage: RlStage, problem_id: str, text: str) -> tuple[int, ...]:
         builder = PromptBuilder(self._tokenizer, self._config.prompt)
         if (fault := builder.fault(text)) is not None:
             raise UserError(f"stage {stage.name}: the prompt of its own code for problem {problem_id} {fault}")
@@ -380,10 +382,10 @@ class Rollouts:
         occurrences = Counter() if occurrences is None else occurrences
         prompts = []
         for i in plan.indices:
-            token_ids = prompted.prompts[i] if plan.own_prompts is None else plan.own_prompts[i]
+            token_ids = prompted.prompts[i] if plan.custom_prompts is None else plan.custom_prompts[i]
             prompts.append(Prompt(prompted.problems[i].id, token_ids, occurrences[i]))
             occurrences[i] += 1
-        check = guard.check_request if plan.own_prompts is None else guard.check_own_text
+        check = guard.check_request if plan.custom_prompts is None else guard.check_custom_prompt
         await asyncio.to_thread(self._check_prompts, check, prompts)
         graded: dict[Trace, GradedTrace] = {}
         grade_after_sampling = judged and self._shared_judge is not None

@@ -14,7 +14,7 @@ import numpy as np
 
 from exprl_megatron.algorithms.batch import LossFunction, SampleOrOutline, TrainSample
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stage_kinds import OwnStageConfig
+from exprl_megatron.config.stage_kinds import CustomStageConfig
 from exprl_megatron.config.stages import JudgedStage, RlStage, SelfDistillStage, SftStage, Stage
 from exprl_megatron.errors import GradientNotFinite, Preempted, RunStopped
 from exprl_megatron.models.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ from exprl_megatron.reporting.timeline import ROLLOUTS, STEP
 from exprl_megatron.rollout.group import Group, StepInfo
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal, SampledStep
-from exprl_megatron.runs.progress import OWN_STAGE, RunProgress
+from exprl_megatron.runs.progress import CUSTOM_STAGE, RunProgress, custom_stage_state
 from exprl_megatron.training.custom_metrics import StepMetrics, custom_step_metrics, log_failures
 from exprl_megatron.training.evaluator import Evaluator, evaluation_name
 from exprl_megatron.training.examples import ExampleReader
@@ -138,9 +138,9 @@ class Run:
             self._ref_scorer.begin_stage(stage.name)
         if self._resumed_from is not None and self._progress.step > 0:
             record = load_checkpoint(self._resumed_from, self.policy)
-            if isinstance(stage, OwnStageConfig):
-                state = record.get(OWN_STAGE, {})
-                self._coordinator.on_rank0(lambda: self._rollouts.own_stage(stage).load_state(state))
+            if isinstance(stage, CustomStageConfig):
+                state = custom_stage_state(record)
+                self._coordinator.on_rank0(lambda: self._rollouts.custom_stage(stage).load_state(state))
         self._resumed_from = None
         self._examples = ExampleReader(self.config, stage) if isinstance(stage, SftStage) else None
         if self._examples is not None and self._logger is not None and self._examples.dropped:
@@ -180,9 +180,9 @@ class Run:
             self._step_metrics = log_failures(custom_step_metrics(self.config.step_metrics), self._logger.log)
         return self._step_metrics(StepInfo(stage.name, step), groups)
 
-    def own_advantages(self, stage: RlStage, step: int, groups: list[Group]) -> list[list[TokenAdvantages]]:
+    def custom_advantages(self, stage: RlStage, step: int, groups: list[Group]) -> list[list[TokenAdvantages]]:
         """Let a stage of the user's own choose what is learned from `groups`, on rank 0; see update_samples."""
-        advantages, metrics = self._rollouts.own_stage(stage).learn(step, groups)
+        advantages, metrics = self._rollouts.custom_stage(stage).learn(step, groups)
         self._step_counts |= metrics
         return advantages
 
@@ -310,15 +310,15 @@ class Run:
     def _record(self, stage: Stage) -> dict[str, Any]:
         """Return what a checkpoint has beside the policy; rank 0's counts."""
         record = self._progress.to_dict()
-        if isinstance(stage, OwnStageConfig):
-            record[OWN_STAGE] = self._coordinator.on_rank0(lambda: self._rollouts.own_stage(stage).state()) or {}
+        if isinstance(stage, CustomStageConfig):
+            record[CUSTOM_STAGE] = self._coordinator.on_rank0(lambda: self._rollouts.custom_stage(stage).state()) or {}
         return record
 
     def close_stage(self, stage: Stage) -> None:
         """Save the stage's weights in Hugging Face format, once, if the run learns: copies would look like results."""
         if not self.config.learns:
             return
-        if isinstance(stage, OwnStageConfig):
+        if isinstance(stage, CustomStageConfig):
             self._coordinator.on_rank0(lambda: self._rollouts.write_kept_problems(cast(RlStage, stage)))
         target = self._directory.models / stage.name
         if stage.name not in self._trained_stages and self._coordinator.broadcast_from_rank0(target.is_dir):

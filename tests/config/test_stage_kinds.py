@@ -12,8 +12,8 @@ SPARSE = {"kind": "sparse-rl", "name": "later", "steps": 1, "problems": "x"}
 
 
 def tree(*more, **stage):
-    own = {"kind": "my.stages:KeepEasy", "steps": 3, "problems": "x"} | stage
-    return {"directory": "d", "policy": {"model": "m"}, "judge": {"model": "j"}, "stages": [own, *more]}
+    custom = {"kind": "my.stages:KeepEasy", "steps": 3, "problems": "x"} | stage
+    return {"directory": "d", "policy": {"model": "m"}, "judge": {"model": "j"}, "stages": [custom, *more]}
 
 
 @pytest.mark.parametrize(

@@ -225,15 +225,15 @@ def measured(tmp_path, tiny_model, monkeypatch):
     record = {"id": "m", "problem": "How long?", "answer": "2.0", "domain": "measured"}
     (tmp_path / "problems.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "own_measures.py").write_text(
+    (tmp_path / "mine" / "custom_measures.py").write_text(
         "from exprl_megatron.api import Scored\n\n\ndef near(problem, trace):\n"
         "    return Scored(float(trace.text == problem.answer), trace.text)\n"
     )
     monkeypatch.setattr(sys, "path", list(sys.path))
     problems = {"source": str(tmp_path / "problems.jsonl"), "domains": ["measured"]}
-    own = {"verifiers": {"measured": "own_measures:near"}, "plugin_path": (str(tmp_path / "mine"),)}
-    yield settings_for(tmp_path, tiny_model("qwen3"), problems=problems, **own)
-    sys.modules.pop("own_measures", None)
+    custom = {"verifiers": {"measured": "custom_measures:near"}, "plugin_path": (str(tmp_path / "mine"),)}
+    yield settings_for(tmp_path, tiny_model("qwen3"), problems=problems, **custom)
+    sys.modules.pop("custom_measures", None)
     load_plugin.cache_clear()
 
 
@@ -268,7 +268,7 @@ class NoClient:
 
 def test_what_another_source_of_the_verifier_found_is_not_combined(measured):
     before = measured.identity("model")["verifiers"]["measured"]
-    source = Path(measured.plugin_path[0]) / "own_measures.py"
+    source = Path(measured.plugin_path[0]) / "custom_measures.py"
     source.write_text(source.read_text() + "# changed\n")
     assert measured.identity("model")["verifiers"]["measured"] != before
 
@@ -277,10 +277,12 @@ def test_the_verifiers_of_a_runs_config_are_taken_from_its_file(tmp_path, monkey
     eval_command = importlib.import_module("exprl_megatron.commands.eval_command")
     stage = {"kind": "sparse-rl", "steps": 1, "problems": {"source": "x", "domains": ["measured"]}}
     tree = {"directory": "d", "policy": {"model": "m"}, "stages": [stage], "plugin_path": ["mine"]}
-    (tmp_path / "run.yaml").write_text(json.dumps(tree | {"verifier": {"domains": {"measured": "own_measures:near"}}}))
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(tree | {"verifier": {"domains": {"measured": "custom_measures:near"}}})
+    )
     seen = []
     monkeypatch.setattr(eval_command, "_run", lambda settings, *_: seen.append(settings))
     arguments = ("--problems", "p.jsonl", "--config", tmp_path / "run.yaml", "--max-new-tokens", "8")
     assert command_line("eval", tmp_path, *arguments)[0] == 0
-    assert seen[0].verifiers == {"measured": "own_measures:near"} and seen[0].plugin_path == ("mine",)
+    assert seen[0].verifiers == {"measured": "custom_measures:near"} and seen[0].plugin_path == ("mine",)
     assert seen[0].problems.domains == ("measured",)

@@ -110,10 +110,10 @@ def _bar(*shown):
     yield SimpleNamespace(sampled=lambda: None, graded=lambda: None)
 
 
-def rollouts(of_stage, events, *, judging=None, servers=None, lent=False, prompts=None, by_groups=False, own=None):
+def rollouts(of_stage, events, *, judging=None, servers=None, lent=False, prompts=None, by_groups=False, custom=None):
     """Rollouts of PROBLEMS, each of which has the prompt (number,); `prompts` are their texts with the template.
 
-    `own` has the hooks of stages of the user's own by name.
+    `custom` has the hooks of stages of the user's own by name.
     """
     made = Rollouts.__new__(Rollouts)
     made._config = SimpleNamespace(seed=3, server=ServerConfig(group_requests=by_groups))
@@ -122,7 +122,7 @@ def rollouts(of_stage, events, *, judging=None, servers=None, lent=False, prompt
     made._judging = judging or Judging(events)
     made._routing = None
     made._journal = Log(events)
-    made._own_stages, made._choices = own or {}, {}
+    made._custom_stages, made._choices = custom or {}, {}
     made._logger = SimpleNamespace(rollouts=_bar)
     texts = prompts or {}
     made._tokenizer = SimpleNamespace(decode=lambda ids: texts.get(ids[0], PROBLEMS[ids[0]].text))

@@ -133,7 +133,7 @@ def test_a_dry_run_tries_code_also_where_the_models_are_elsewhere(run, tmp_path)
         dry_run(run(GOOD.replace("def estimate(", "def estimates("), model=tmp_path / "elsewhere"))
 
 
-def test_an_own_domain_needs_its_verifier_only_where_the_reward_depends_on_it(run):
+def test_a_custom_domain_needs_its_verifier_only_where_the_reward_depends_on_it(run):
     config = run(GOOD)
     without = config.model_copy(update={"verifier": config.verifier.model_copy(update={"domains": {}})})
     with pytest.raises(UserError, match=r"1 of 1 measured problems have no verifier in verifier\.domains \(b\)"):

@@ -210,8 +210,8 @@ def test_a_file_of_problems_is_read_once_by_all_checks(tmp_path, tiny_model, mon
 
     read, rows = [], sources._rows
     monkeypatch.setattr(sources, "_rows", lambda problems: read.append(problems.source) or rows(problems))
-    own = "from exprl_megatron.api import Scored\none = lambda *_: 1.0\nright = lambda *_: Scored(1.0)\n"
-    (tmp_path / "custom_terms.py").write_text(own)
+    custom = "from exprl_megatron.api import Scored\none = lambda *_: 1.0\nright = lambda *_: Scored(1.0)\n"
+    (tmp_path / "custom_terms.py").write_text(custom)
     config = run(tmp_path, tiny_model("qwen3"), "sparse-rl")
     evaluation = {"problems": config.stages[0].problems.model_dump(), "samples": 1, "k": [1]}
     evaluation["sampling"] = {"max_new_tokens": 16}

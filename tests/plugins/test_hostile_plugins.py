@@ -211,7 +211,7 @@ def test_step_metrics_that_never_return_are_left_out_and_the_run_goes_on():
     def hangs(step, groups):
         calls.append(step)
         go_on.wait()
-        return {"own/late": 1.0}
+        return {"custom/late": 1.0}
 
     metrics = log_failures(hangs, said.append, deadline_s=0.01)
     assert [metrics(StepInfo("a", number), []) for number in (1, 2)] == [{}, {}]

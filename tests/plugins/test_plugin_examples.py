@@ -79,7 +79,7 @@ def test_a_metric_of_the_users_own_has_the_share_of_traces_that_please_the_judge
     ]
     metrics = custom_step_metrics(["examples.step_metrics:trusted_but_wrong"])
     found = metrics(StepInfo("prime", 1), [Group("p", tuple(members))])
-    assert found == {"own/trusted_but_wrong": 0.25, "own/longest_trace": 9.0}
+    assert found == {"custom/trusted_but_wrong": 0.25, "custom/longest_trace": 9.0}
 
 
 def test_an_estimator_of_the_users_own_computes_the_advantages_and_abstentions_have_none():

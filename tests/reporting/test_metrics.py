@@ -107,13 +107,22 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 
 def test_metrics_of_an_earlier_version_are_read_under_their_new_names(tmp_path):
     jsonl = tmp_path / "metrics.jsonl"
-    earlier = {"sync/quantise": 0.5, "kl/start": 0.25, "kept/tokens": 8.0, "kept/sequences": 2.0}
+    earlier = {
+        "sync/quantise": 0.5,
+        "kl/start": 0.25,
+        "kept/tokens": 8.0,
+        "kept/sequences": 2.0,
+        "own/own/x": 1.0,
+        "down/own/x": 3.0,
+    }
     jsonl.write_text(json.dumps({"stage": "s", "step": 1, "wall_s": 1.0, "metrics": earlier}) + "\n")
     assert read_metrics(jsonl)[0]["metrics"] == {
         "sync/quantize": 0.5,
         "kl/ref": 0.25,
         "accepted/tokens": 8.0,
         "accepted/sequences": 2.0,
+        "custom/own/x": 1.0,
+        "down/own/x": 3.0,
     }
 
 

@@ -161,4 +161,4 @@ def test_a_stage_takes_no_memory_while_sleeping_servers_hold_more_than_they_may(
 
 def test_a_run_has_the_stages_of_the_users_own(begin, events):
     run, stage = begin("separate", stage_kind="examples.stages:SecondAttempt")
-    assert run._rollouts.own_stage(stage).samples
+    assert run._rollouts.custom_stage(stage).samples

@@ -44,14 +44,14 @@ def run(tmp_path, monkeypatch):
 def test_a_step_has_the_metrics_of_every_function_under_names_of_their_own(run):
     made, _ = run("mine_metrics:counts", "mine_metrics:breaks_at_two")
     found = made.custom_metrics(STAGE, 1, [group(1.0, 0.0)])
-    assert found == {"own/groups": 1.0, "own/step": 1.0, "own/inverse": 1.0}
+    assert found == {"custom/groups": 1.0, "custom/step": 1.0, "custom/inverse": 1.0}
     assert run()[0].custom_metrics(STAGE, 1, []) == {}
 
 
 def test_a_failure_in_the_run_is_reported_once_and_stops_nothing(run):
     made, said = run("mine_metrics:breaks_at_two")
     found = [made.custom_metrics(STAGE, step, []) for step in (1, 2, 2, 3)]
-    assert found == [{"own/inverse": 1.0}, {}, {}, {"own/inverse": -1.0}]
+    assert found == [{"custom/inverse": 1.0}, {}, {}, {"custom/inverse": -1.0}]
     assert len(said) == 1 and "mine_metrics.py, line 7, in breaks_at_two: ZeroDivisionError" in said[0]
 
 

@@ -49,8 +49,8 @@ def module(tmp_path, monkeypatch):
 
 def verify(said: list[str] | None = None, deadline_s: float = 5.0):
     config = VerifierConfig(domains={"counting": "mine:verify"}, answer_deadline_s=deadline_s)
-    own = custom_verifiers(config, (said if said is not None else []).append)
-    return asyncio.run(verified(None, config, own)(PROBLEM, TRACE)).judgement
+    custom = custom_verifiers(config, (said if said is not None else []).append)
+    return asyncio.run(verified(None, config, custom)(PROBLEM, TRACE)).judgement
 
 
 @pytest.mark.parametrize("kind", ["async def", "def"])
@@ -89,8 +89,8 @@ def test_other_domains_keep_the_built_in_verifier(module):
             return Scored(1.0, "built in")
 
     config = VerifierConfig(domains={"counting": "mine:verify"})
-    own = custom_verifiers(config, print)
-    grade = verified(BuiltIn(), config, own)
+    custom = custom_verifiers(config, print)
+    grade = verified(BuiltIn(), config, custom)
     math = Problem("m", "1 + 1?", answer="2")
     assert [asyncio.run(grade(p, TRACE)).judgement.value for p in (PROBLEM, math)] == [0.0, 1.0]
 
@@ -160,8 +160,8 @@ def test_a_reward_is_the_weighted_sum_of_its_terms(module):
     async def grade(problem, trace):
         return GradedTrace(trace, Scored(0.75), verified=Scored(1.0))
 
-    own = custom_terms("prime", stage.reward, 5.0, print)
-    found = asyncio.run(with_terms(stage, grade, own)(PROBLEM, TRACE))
+    custom = custom_terms("prime", stage.reward, 5.0, print)
+    found = asyncio.run(with_terms(stage, grade, custom)(PROBLEM, TRACE))
     assert [(term.name, term.value) for term in found.terms] == [
         ("judge", 0.75),
         ("verifier", 1.0),
@@ -177,9 +177,9 @@ def test_a_reward_is_the_weighted_sum_of_its_terms(module):
 def test_a_term_that_is_no_finite_number_stops_the_run(module, returned):
     module(f"def format(problem, trace): return {returned}")
     stage = outcome_stage({"term": "judge"}, {"term": "mine:format"})
-    (own,) = custom_terms("prime", stage.reward, 5.0, print).values()
+    (custom,) = custom_terms("prime", stage.reward, 5.0, print).values()
     with pytest.raises(PluginError, match=r"reward of stage prime: mine:format \(.*mine.py, line 3\) returned "):
-        asyncio.run(own.value(PROBLEM, TRACE))
+        asyncio.run(custom.value(PROBLEM, TRACE))
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_each_draw_of_a_problem_is_an_occurrence_of_its_own(monkeypatch, rounds,
     whole._tokenizer = SimpleNamespace(decode=note_thread)
     whole._logger = SimpleNamespace(rollouts=lambda *shown: nullcontext())
     whole._judging = SimpleNamespace(grade=lambda *how: None, take_counts=dict)
-    whole._own_stages, whole._choices = {}, {}
+    whole._custom_stages, whole._choices = {}, {}
     whole._pool = whole._shared_judge = whole._routing = None
     asked = []
 

@@ -81,7 +81,7 @@ def rollouts_on(client, problems, whole_groups=False):
     bar = SimpleNamespace(sampled=lambda: None, graded=lambda: None)
     found._logger = SimpleNamespace(rollouts=lambda *shown: nullcontext(bar), log=lambda text: None)
     found._judging = SimpleNamespace(grade=lambda *how: graded, take_counts=dict, grade_by_answer=lambda: graded)
-    found._own_stages, found._choices = {}, {}
+    found._custom_stages, found._choices = {}, {}
     found._pool, found._shared_judge, found._routing = StaticPool([client]), None, ROUTING
     return found
 

@@ -1,4 +1,4 @@
-"""Runs on real servers with the code of examples/: own_rewards.yaml, and the stages of stages.py."""
+"""Runs on real servers with the code of examples/: custom_rewards.yaml, and the stages of stages.py."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from exprl_megatron.launch.preflight import check_inputs
 from exprl_megatron.runs.directory import RunDirectory
 from exprl_megatron.runs.journal import Journal
 
-CONFIG = "examples/own_rewards.yaml"
+CONFIG = "examples/custom_rewards.yaml"
 
 
 def overridden(directory, model, problems) -> list[str]:
@@ -85,9 +85,9 @@ def test_a_run_learns_from_rewards_of_the_users_own(trained_server, tiny_model, 
         found = metrics[step - 1]
         assert found["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
         assert found["reward/term/length"] > 0
-        assert found["own/longest_trace"] == max(len(sample.trace.token_ids) for sample in samples)
-        assert found["own/step"] == step
-        assert 0 <= found["own/trusted_but_wrong"] <= 1
+        assert found["custom/longest_trace"] == max(len(sample.trace.token_ids) for sample in samples)
+        assert found["custom/step"] == step
+        assert 0 <= found["custom/trusted_but_wrong"] <= 1
         assert math.isfinite(found["grad_norm"]) and found["grad_norm"] > 0
     # Both verifiers were asked: one counts words, the other compares numbers.
     assert "words" in evidence and len(evidence) > 1
@@ -130,5 +130,5 @@ def test_a_killed_run_has_counted_every_step_and_later_stages_learn_from_what_wa
     assert last.prompts_consumed == 3 and {group.problem_id for group in last.groups} <= set(kept)
     assert Counter(len(group.samples) for group in last.groups) == {2: 3}
     metrics = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
-    assert [line["metrics"].get("own/tried") for line in metrics] == [3.0, 6.0, None]
+    assert [line["metrics"].get("custom/tried") for line in metrics] == [3.0, 6.0, None]
     assert [line["metrics"].get("loss") is None for line in metrics] == [True, True, False]

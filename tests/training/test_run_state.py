@@ -241,7 +241,7 @@ def test_samples_and_those_that_the_reference_policy_scores_are_scattered_side_b
     assert found == [("one here", "one's ref here"), ("two here", "two's ref here")]
 
 
-OWN = {"name": "a", "kind": "my_code:Stage"}
+CUSTOM = {"name": "a", "kind": "my_code:Stage"}
 
 
 class Counting:
@@ -252,7 +252,7 @@ class Counting:
 
     def learn(self, step, groups):
         self.learned += len(groups)
-        return [["advantages"]], {"own/learned": float(self.learned)}
+        return [["advantages"]], {"custom/learned": float(self.learned)}
 
     def state(self):
         return {"learned": self.learned}
@@ -262,13 +262,13 @@ class Counting:
 
 
 def test_a_checkpoint_has_the_state_of_the_users_own_stage_and_a_resumed_run_continues_with_it(tmp_path, monkeypatch):
-    (of_stage,) = (of_config := config(tmp_path, OWN)).stages
+    (of_stage,) = (of_config := config(tmp_path, CUSTOM)).stages
     records, counting, parts = [], Counting(), Parts()
     monkeypatch.setattr(module, "save_checkpoint", lambda root, policy, record, keep: records.append(record))
-    parts.own_stage = lambda stage: counting
+    parts.custom_stage = lambda stage: counting
     made = run_of(of_config, parts, RunProgress(step=4, updates=2))
-    assert made.own_advantages(of_stage, 4, ["one", "two"]) == [["advantages"]]
-    assert made._step_counts == {"own/learned": 2.0}
+    assert made.custom_advantages(of_stage, 4, ["one", "two"]) == [["advantages"]]
+    assert made._step_counts == {"custom/learned": 2.0}
     made.checkpoint_if_due(of_stage, 4)
     assert RunProgress.from_dict(records[0]) == made._progress
     counting = Counting()
@@ -278,7 +278,7 @@ def test_a_checkpoint_has_the_state_of_the_users_own_stage_and_a_resumed_run_con
 
 
 def test_a_stage_of_the_users_own_writes_at_its_end_which_problems_it_kept_and_others_do_not(tmp_path):
-    of_config, parts = config(tmp_path, OWN, {"name": "b"}), Parts()
+    of_config, parts = config(tmp_path, CUSTOM, {"name": "b"}), Parts()
     parts.save_huggingface = lambda target: parts.events.append(f"model {target.name}")
     parts.write_kept_problems = lambda stage: parts.events.append(f"kept {stage.name}")
     made = run_of(of_config, parts)

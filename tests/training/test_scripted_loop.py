@@ -35,12 +35,12 @@ class Recorder:
     def on_rank0(self, work):
         return work()
 
-    def own_advantages(self, stage, step, groups):
-        self.calls.append(("own", step, [group.problem_id for group in groups]))
+    def custom_advantages(self, stage, step, groups):
+        self.calls.append(("custom", step, [group.problem_id for group in groups]))
         return self.advantages
 
     def custom_metrics(self, stage, step, groups):
-        return {"own/groups": len(groups)}
+        return {"custom/groups": len(groups)}
 
     def scattered(self, batches):
         return batches()
@@ -181,15 +181,15 @@ def test_supervised_learning_divides_by_the_tokens_of_the_batch_at_temperature_1
     assert run.named("apply") == [("apply", 1.0)]
 
 
-def _own(**changes):
+def _custom(**changes):
     return _stage("my_code:Stage", **changes)
 
 
 def test_a_stage_of_the_users_own_learns_what_it_chooses():
     run = Recorder(_groups())
     run.advantages = [[None, np.full(5, 0.25, np.float32)], [np.full(2, -1.0, np.float32), None]]
-    loop.rl_step(run, _own(), 4)
-    assert run.named("own") == [("own", 4, ["p", "q"])]
+    loop.rl_step(run, _custom(), 4)
+    assert run.named("custom") == [("custom", 4, ["p", "q"])]
     ((_, samples, temperature, divisor),) = run.named("accumulate")
     assert [s.advantages.tolist() for s in samples] == [[0.25] * 5, [-1.0] * 2]
     assert (temperature, divisor) == (0.7, 7) and run.named("check") == [("check", 7)]
@@ -199,16 +199,16 @@ def test_a_stage_of_the_users_own_learns_what_it_chooses():
 def test_a_stage_of_the_users_own_that_learns_nothing_takes_no_update():
     run = Recorder(_groups())
     run.advantages = [[None, None], [None, None]]
-    metrics = loop.rl_step(run, _own(), 1)
+    metrics = loop.rl_step(run, _custom(), 1)
     assert run.named("accumulate") == run.named("apply") == [] and metrics["reward/mean"] == 0.5
 
 
 def test_a_supervised_stage_of_the_users_own_maximizes_likelihood_without_old_or_reference_log_probs():
     run = Recorder(_groups())
     run.advantages = [[np.ones(3, np.float32), None], [None, np.ones(4, np.float32)]]
-    loop.rl_step(run, _own(objective="supervised", updates_per_step=2), 1)
+    loop.rl_step(run, _custom(objective="supervised", updates_per_step=2), 1)
     assert [(len(samples), *rest) for _, samples, *rest in run.named("accumulate")] == [(1, 1.0, 3), (1, 1.0, 4)]
-    assert [call[0] for call in run.calls] == ["sample", "own", "accumulate", "apply", "accumulate", "apply"]
+    assert [call[0] for call in run.calls] == ["sample", "custom", "accumulate", "apply", "accumulate", "apply"]
 
 
 class Stages:

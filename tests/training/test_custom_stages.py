@@ -10,16 +10,16 @@ from helpers.graded import graded, group, stage
 from helpers.scripted_rollouts import PROBLEMS, SECRET, Judging, drawn, rollouts
 
 from exprl_megatron.algorithms.advantages import advantage_fn
-from exprl_megatron.api import Group, LearnedTrace, OwnStage, PromptProblem, Scored
+from exprl_megatron.api import CustomStage, Group, LearnedTrace, PromptProblem, Scored
 from exprl_megatron.config.problems import LeakGuardConfig
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.problems.problem import Reference
-from exprl_megatron.training.own_stages import StageHooks, read_kept, write_kept
+from exprl_megatron.training.custom_stages import StageHooks, read_kept, write_kept
 
 
-class Taking(OwnStage):
+class Taking(CustomStage):
     """Calls what a test puts here in place of a hook."""
 
     on_learn = on_rollout = on_kept = on_state = None
@@ -37,26 +37,26 @@ class Taking(OwnStage):
         return type(self).on_state()
 
 
-class Plain(OwnStage):
+class Plain(CustomStage):
     """Leaves everything as it is."""
 
 
-class Awaiting(OwnStage):
+class Awaiting(CustomStage):
     async def learn(self, ctx, groups):
         return ()
 
 
-class Blocking(OwnStage):
+class Blocking(CustomStage):
     def rollout(self, ctx):
         return ()
 
 
-class Short(OwnStage):
+class Short(CustomStage):
     def learn(self, ctx):
         return ()
 
 
-class Strict(OwnStage):
+class Strict(CustomStage):
     def __init__(self, settings):
         super().__init__(settings)
         self.keep = settings["keep"]
@@ -70,13 +70,13 @@ class NoStage:
     pass
 
 
-def own(cls="Taking", **changes):
+def custom(cls="Taking", **changes):
     tree = {"name": "mine", "problems_per_step": 2, "group_size": 2}
     return stage(f"{__name__}:{cls}", **tree | changes)
 
 
 def hooks(name="Taking", **changes) -> StageHooks:
-    return StageHooks(own(name, **changes), print)
+    return StageHooks(custom(name, **changes), print)
 
 
 def learn(monkeypatch, function, *groups, **changes):
@@ -90,9 +90,9 @@ def learn(monkeypatch, function, *groups, **changes):
         ("Awaiting", r"Awaiting.learn \(.*, line \d+\) must be `def`, not async"),
         ("Blocking", r"Blocking.rollout \(.*, line \d+\) must be `async def`"),
         ("Short", r"Short.learn \(.*, line \d+\) takes other arguments than \(self, ctx, groups\)"),
-        ("Strict", r"Strict failed at .*test_own_stages.py, line \d+, in __init__: KeyError: 'keep'"),
-        ("elsewhere", "is a function that does not inherit from exprl_megatron.api.OwnStage"),
-        ("NoStage", "is a class that does not inherit from exprl_megatron.api.OwnStage"),
+        ("Strict", r"Strict failed at .*test_custom_stages.py, line \d+, in __init__: KeyError: 'keep'"),
+        ("elsewhere", "is a function that does not inherit from exprl_megatron.api.CustomStage"),
+        ("NoStage", "is a class that does not inherit from exprl_megatron.api.CustomStage"),
         ("Nowhere", "defines no Nowhere"),
     ],
 )
@@ -125,7 +125,7 @@ def test_what_is_learned_has_its_own_advantages_by_trace_or_by_token(monkeypatch
         return [LearnedTrace(groups[0].samples[1].trace, -0.5), LearnedTrace(groups[1].samples[0].trace, [1.0, 2.0])]
 
     rows, metrics = learn(monkeypatch, chosen, one, other)
-    assert metrics == {"own/chosen": 2.0}
+    assert metrics == {"custom/chosen": 2.0}
     assert rows[0][0] is None and rows[0][1].tolist() == [-0.5] * 3
     assert rows[1][0].tolist() == [1.0, 2.0] and rows[1][1] is None
 
@@ -184,22 +184,22 @@ class GradingByPart(Judging):
 def sampled(monkeypatch, function, first=0, **changes):
     """The step of a stage whose `rollout` is `function`, and what happened."""
     monkeypatch.setattr(Taking, "on_rollout", staticmethod(function), raising=False)
-    of_stage, events = own(**changes), []
-    made = rollouts(of_stage, events, judging=GradingByPart(events), own={"mine": StageHooks(of_stage, print)})
+    of_stage, events = custom(**changes), []
+    made = rollouts(of_stage, events, judging=GradingByPart(events), custom={"mine": StageHooks(of_stage, print)})
     texts = {}
 
-    def own_prompt(of_stage, problem_id, text):
+    def custom_prompt(of_stage, problem_id, text):
         texts[100 + len(texts)] = text
         return (99 + len(texts),)
 
-    made._own_prompt = own_prompt
+    made._custom_prompt = custom_prompt
     made._tokenizer.decode = lambda ids: texts.get(ids[0]) or PROBLEMS[ids[0]].text
     return asyncio.run(made.collect(of_stage, 1, first, ["v0"])), events
 
 
 def test_the_base_samples_where_the_class_does_not():
-    of_stage, events = own("Plain"), []
-    made = rollouts(of_stage, events, own={"mine": StageHooks(of_stage, print)})
+    of_stage, events = custom("Plain"), []
+    made = rollouts(of_stage, events, custom={"mine": StageHooks(of_stage, print)})
     step = asyncio.run(made.collect(of_stage, 1, 4, ["v0"]))
     assert [found.problem_id for found in step.groups] == drawn(of_stage, 4, 2) and step.prompts_consumed == 2
 
@@ -214,7 +214,7 @@ def test_a_stage_samples_the_problems_that_come_next_and_the_next_step_those_aft
         return await ctx.sample(chosen, group_size=1)
 
     step, events = sampled(monkeypatch, rollout, first=2)
-    assert seen == [drawn(own(), 2, 3), drawn(own(), 5, 2)]
+    assert seen == [drawn(custom(), 2, 3), drawn(custom(), 5, 2)]
     assert step.prompts_consumed == 5 and sorted(g.problem_id for g in step.groups) == sorted(seen[0])
     assert [len(found.samples) for found in step.groups] == [1, 1, 1]
     assert events[0] == "gate 1" and events[-2:] == ["abstentions 1", "log 1"]
@@ -369,10 +369,10 @@ def test_kept_problems_are_in_the_order_of_the_set_and_known(monkeypatch):
 
 
 def test_a_later_stage_draws_from_what_was_kept_alone(tmp_path):
-    later = own("Plain", name="later", problems_per_step=4)
+    later = custom("Plain", name="later", problems_per_step=4)
     # The config's check wants the stage that keeps; it is not run here.
     later = later.model_copy(update={"problems_from": "mine"})
-    made = rollouts(later, [], own={"later": StageHooks(later, print)})
+    made = rollouts(later, [], custom={"later": StageHooks(later, print)})
     made._kept = tmp_path
     with pytest.raises(UserError, match="Stage mine kept no problem"):
         asyncio.run(made.collect(later, 1, 0, ["v0"]))
@@ -383,8 +383,8 @@ def test_a_later_stage_draws_from_what_was_kept_alone(tmp_path):
 
 
 def test_a_later_stage_without_any_kept_problem_says_so(tmp_path):
-    later = own("Plain", name="later").model_copy(update={"problems_from": "mine"})
-    made = rollouts(later, [], own={"later": StageHooks(later, print)})
+    later = custom("Plain", name="later").model_copy(update={"problems_from": "mine"})
+    made = rollouts(later, [], custom={"later": StageHooks(later, print)})
     made._kept = tmp_path
     write_kept(tmp_path, "mine", ["elsewhere"])
     with pytest.raises(UserError, match="Stage later has none of the problems that stage mine kept"):

@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch, tiny_model):
 
     def make(body: str, *more: dict, **stage):
         sys.modules.pop("mine_stage", None)
-        header = "from exprl_megatron.api import *\nclass Mine(OwnStage):\n"
+        header = "from exprl_megatron.api import *\nclass Mine(CustomStage):\n"
         code = header + textwrap.indent(textwrap.dedent(body).strip() or "pass", "    ") + "\n"
         (tmp_path / "mine_stage.py").write_text(code)
         shared = {
@@ -90,7 +90,7 @@ def test_a_stage_with_a_mixture_of_rewards_and_a_later_one_that_takes_what_it_ke
 
 
 def test_the_examples_pass_the_checks_of_a_start():
-    check_inputs(load_config("examples/own_stages.yaml"))
+    check_inputs(load_config("examples/custom_stages.yaml"))
 
 
 def test_a_second_attempt_passes_them_too(run):

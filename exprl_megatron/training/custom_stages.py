@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stage_kinds import OwnStageConfig
+from exprl_megatron.config.stage_kinds import CustomStageConfig
 from exprl_megatron.errors import Preempted, RunStopped, ServerError, UserError
 from exprl_megatron.judging.judgement import Abstained, Scored
 from exprl_megatron.plugins.calling import Plugin, described
 from exprl_megatron.plugins.failures import PluginError, place_of_error
 from exprl_megatron.plugins.loading import load_object
+from exprl_megatron.rollout.custom_stage import CustomStage, LearnedTrace
 from exprl_megatron.rollout.group import Group, StepInfo
-from exprl_megatron.rollout.own_stage import LearnedTrace, OwnStage
 from exprl_megatron.training.custom_metrics import checked_metrics
-from exprl_megatron.training.own_rollouts import StepContext
+from exprl_megatron.training.custom_rollouts import StepContext
 from exprl_megatron.training.train_samples import GradedStage, TokenAdvantages, token_advantages
 from exprl_megatron.utils.files import write_atomically
 
@@ -34,33 +34,33 @@ class StageHooks:
         log: prints a line for the user.
 
     Raises:
-        PluginError: the class cannot be loaded, is not an OwnStage, refuses the settings, or has a hook with another
+        PluginError: the class cannot be loaded, is not an CustomStage, refuses the settings, or has a hook with another
             signature. Every method raises it where the hook fails or returns an invalid result.
     """
 
     def __init__(self, stage: Any, log: Callable[[str], None]):
         self._stage: GradedStage = stage
-        self._config: OwnStageConfig = stage
+        self._config: CustomStageConfig = stage
         self._log = log
         key = f"kind of stage {stage.name}"
         try:
             found = load_object(stage.kind)
         except PluginError as error:
             raise PluginError(f"{key}: {error}") from error
-        if not (inspect.isclass(found) and issubclass(found, OwnStage)):
+        if not (inspect.isclass(found) and issubclass(found, CustomStage)):
             shown = "a class" if inspect.isclass(found) else described(found)
             raise PluginError(
-                f"{key}: {stage.kind} is {shown} that does not inherit from exprl_megatron.api.OwnStage; derive it "
+                f"{key}: {stage.kind} is {shown} that does not inherit from exprl_megatron.api.CustomStage; derive it "
                 "from that class."
             )
         # Errors name the class until there is an instance.
         self._plugin = Plugin(key, stage.kind, found)
-        self._instance: OwnStage = self._plugin.guarded(lambda: found(dict(stage.settings)))
+        self._instance: CustomStage = self._plugin.guarded(lambda: found(dict(stage.settings)))
         self._check_forms(found)
 
-    def _check_forms(self, found: type[OwnStage]) -> None:
+    def _check_forms(self, found: type[CustomStage]) -> None:
         for name in ("rollout", "learn", "kept_problems", "state_dict", "load_state_dict"):
-            hook, form = getattr(found, name), getattr(OwnStage, name)
+            hook, form = getattr(found, name), getattr(CustomStage, name)
             arguments = list(inspect.signature(form).parameters)
             Plugin(self._plugin.key, f"{self._plugin.path}.{name}", hook).check_arguments(tuple(arguments))
             if inspect.iscoroutinefunction(hook) != inspect.iscoroutinefunction(form):
@@ -70,12 +70,12 @@ class StageHooks:
     @property
     def samples(self) -> bool:
         """Whether the user's code samples the steps."""
-        return type(self._instance).rollout is not OwnStage.rollout
+        return type(self._instance).rollout is not CustomStage.rollout
 
     @property
     def keeps_problems(self) -> bool:
         """Whether the user's code chooses problems for later stages."""
-        return type(self._instance).kept_problems is not OwnStage.kept_problems
+        return type(self._instance).kept_problems is not CustomStage.kept_problems
 
     async def rollout(self, context: StepContext) -> list[Group]:
         """Return the groups of a step; an error of the context ends the run, even if the user's code catches it.
@@ -244,13 +244,13 @@ class UpdateContext:
         self.metrics |= checked_metrics(self._plugin, metrics)
 
 
-def own_stages(config: RunConfig, log: Callable[[str], None]) -> dict[str, StageHooks]:
+def custom_stages(config: RunConfig, log: Callable[[str], None]) -> dict[str, StageHooks]:
     """Create the instances of the user's stages, by name of the stage; `log` prints a line for the user.
 
     Raises:
         PluginError: see StageHooks.
     """
-    return {stage.name: StageHooks(stage, log) for stage in config.stages if isinstance(stage, OwnStageConfig)}
+    return {stage.name: StageHooks(stage, log) for stage in config.stages if isinstance(stage, CustomStageConfig)}
 
 
 def write_kept(directory: Path, stage: str, problem_ids: Sequence[str]) -> None:

@@ -9,12 +9,12 @@ from exprl_megatron.config.stages import RlStage
 from exprl_megatron.errors import RunStopped, ServerError, UserError
 from exprl_megatron.judging.judgement import Judgement
 from exprl_megatron.plugins.calling import described
+from exprl_megatron.rollout.custom_stage import PromptProblem
 from exprl_megatron.rollout.group import Group, StepInfo
-from exprl_megatron.rollout.own_stage import PromptProblem
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import SampledStep
 
-OwnPrompts = Mapping[str, str]
+CustomPrompts = Mapping[str, str]
 """The text of a prompt in place of a problem's statement, by the problem's id."""
 
 
@@ -28,7 +28,7 @@ class StepSampler(Protocol):
         """`count` problems in the stage's seeded order, from the place `first` on."""
 
     async def sample_problems(
-        self, context: "StepContext", problem_ids: Sequence[str], group_size: int, prompts: OwnPrompts | None
+        self, context: "StepContext", problem_ids: Sequence[str], group_size: int, prompts: CustomPrompts | None
     ) -> list[Group]:
         """Sample and grade; one group for each id, in their order."""
 

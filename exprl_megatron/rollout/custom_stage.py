@@ -34,7 +34,7 @@ class LearnedTrace:
 
 
 class RolloutContext(Protocol):
-    """What `OwnStage.rollout` may use, on rank 0 while the weights are fixed. Its errors end the run."""
+    """What `CustomStage.rollout` may use, on rank 0 while the weights are fixed. Its errors end the run."""
 
     info: StepInfo
 
@@ -71,7 +71,7 @@ class RolloutContext(Protocol):
 
 
 class LearnContext(Protocol):
-    """What `OwnStage.learn` may use, on rank 0 between sampling and the updates."""
+    """What `CustomStage.learn` may use, on rank 0 between sampling and the updates."""
 
     info: StepInfo
 
@@ -79,13 +79,13 @@ class LearnContext(Protocol):
         """Return the traces of `groups`, all of one size, with the advantages that the base computes."""
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Add numbers to those of the step, as `own/NAME`."""
+        """Add numbers to those of the step, as `custom/NAME`."""
 
     def log(self, text: str) -> None:
         """Print a line for the user and write it to the run's log."""
 
 
-class OwnStage:
+class CustomStage:
     """A stage of the user's own. One instance exists, on rank 0; it is made with the stage's `settings`.
 
     What `learn` keeps in the instance is in the checkpoints where `state_dict` returns it. A resumed run reads the

@@ -12,50 +12,50 @@ from typing import Any
 import numpy as np
 
 from exprl_megatron.config.run import RunConfig
-from exprl_megatron.config.stage_kinds import OwnStageConfig
+from exprl_megatron.config.stage_kinds import CustomStageConfig
 from exprl_megatron.config.stages import ExprlProcessStage, JudgedStage, RlStage
 from exprl_megatron.errors import RunStopped, UserError
 from exprl_megatron.judging.judgement import Judgement, Scored
 from exprl_megatron.judging.leaks import LeakGuard
 from exprl_megatron.plugins.failures import PluginError
 from exprl_megatron.problems.sources import load_problems
+from exprl_megatron.rollout.custom_stage import PromptProblem
 from exprl_megatron.rollout.group import GradedTrace, Group, JudgedSegment, RewardTerm
-from exprl_megatron.rollout.own_stage import PromptProblem
 from exprl_megatron.rollout.trace import Trace
 from exprl_megatron.runs.journal import SampledStep
-from exprl_megatron.training.own_rollouts import OwnPrompts, StepContext
-from exprl_megatron.training.own_stages import StageHooks
+from exprl_megatron.training.custom_rollouts import CustomPrompts, StepContext
+from exprl_megatron.training.custom_stages import StageHooks
 
 
-def check_own_stages(config: RunConfig) -> None:
+def check_custom_stages(config: RunConfig) -> None:
     """Make every stage of the user's own and check what needs no problem.
 
     Raises:
         PluginError: as StageHooks; or a stage cannot keep problems for, or sample with, what the config asks for.
     """
-    hooks = {s.name: StageHooks(s, _silent) for s in config.stages if isinstance(s, OwnStageConfig)}
+    hooks = {s.name: StageHooks(s, _silent) for s in config.stages if isinstance(s, CustomStageConfig)}
     for stage in config.stages:
         wanted = stage.problems_from if isinstance(stage, RlStage) else None
         if wanted is not None and not hooks[wanted].keeps_problems:
             raise PluginError(
                 f"stage {stage.name}: problems_from is {wanted}, whose class has no kept_problems; write that method."
             )
-        if not isinstance(stage, OwnStageConfig) or not hooks[stage.name].samples:
+        if not isinstance(stage, CustomStageConfig) or not hooks[stage.name].samples:
             continue
-        own: Any = stage
-        if own.max_staleness:
+        custom: Any = stage
+        if custom.max_staleness:
             raise PluginError(
-                f"stage {own.name}: max_staleness is {own.max_staleness}, but {own.kind} has a rollout of its own, "
-                "whose steps follow each other; set it to 0."
+                f"stage {custom.name}: max_staleness is {custom.max_staleness}, but {custom.kind} has a rollout of its "
+                "own, whose steps follow each other; set it to 0."
             )
-        if isinstance(own, JudgedStage) and config.judge is not None and config.judge.placement == "policy":
+        if isinstance(custom, JudgedStage) and config.judge is not None and config.judge.placement == "policy":
             raise PluginError(
-                f"stage {own.name}: {own.kind} has a rollout of its own, which judges between its samples, but "
+                f"stage {custom.name}: {custom.kind} has a rollout of its own, which judges between its samples, but "
                 "judge.placement is policy; set it to own."
             )
 
 
-def try_own_stage(config: RunConfig, stage: Any) -> None:
+def try_custom_stage(config: RunConfig, stage: Any) -> None:
     """Take one step with `stage`, without servers, and what a checkpoint and the stage's end do.
 
     Raises:
@@ -96,10 +96,10 @@ class _TrialSampler:
         return [shown[place % len(shown)] for place in range(first, first + count)]
 
     async def sample_problems(
-        self, context: StepContext, problem_ids: Sequence[str], group_size: int, prompts: OwnPrompts | None
+        self, context: StepContext, problem_ids: Sequence[str], group_size: int, prompts: CustomPrompts | None
     ) -> list[Group]:
         for problem_id, text in (prompts or {}).items():
-            self._guard.check_own_text(problem_id, text)
+            self._guard.check_custom_prompt(problem_id, text)
         return [self._group(problem_id, group_size) for problem_id in problem_ids]
 
     async def sample_built_in(self, context: StepContext) -> SampledStep:
