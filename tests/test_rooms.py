@@ -94,6 +94,12 @@ def test_no_two_modules_have_the_same_name():
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_no_two_test_files_have_the_same_name():
+    # pytest imports them by name alone, and collects nothing where two have the same one.
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_the_readme_lists_the_rooms_in_their_order():
     text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.*?`) \| ", text[text.index("| `exprl_megatron/` |") :], re.MULTILINE)[1:]

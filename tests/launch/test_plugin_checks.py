@@ -146,7 +146,7 @@ def test_a_custom_domain_needs_its_verifier_only_where_the_reward_depends_on_it(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"advantage": "group-normalized"}, r"0\.advantage is 'group-normalized': input should be 'group-n.*mod"),
+        ({"advantage": "group-norm"}, r"0\.advantage is 'group-norm': input should be 'group-n.*mod"),
         ({"advantage": "mine.estimate"}, r"0\.advantage is 'mine\.estimate': input should be .* module:function"),
         ({"loss": {"surrogate": "PPO"}}, r"stages\.0\.loss\.surrogate is 'PPO': input should be 'clip', .*module:f"),
         ({"reward": [{"term": "format"}]}, r"0\.reward\.0\.term is 'format': input should be 'judge', 'ver"),
