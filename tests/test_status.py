@@ -65,7 +65,7 @@ def rows() -> list[Row]:
     found = []
     for line in PAGE.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("| ") or cells[0] in ("path", "word") or cells[0].strip("`") in LEVELS:
+        if not line.startswith("| ") or cells[0] in ("path", "level") or cells[0].strip("`") in LEVELS:
             continue
         gpu = tuple(code(cells[3])) if len(cells) > 3 else ()
         levels = frozenset(span for span in code(cells[1]) if span in LEVELS)
