@@ -144,21 +144,24 @@ def tables(arms: Sequence[Arm], ablations: Sequence[str]) -> str:
     """The rivals, the ablations, and the differences between the arms of each of the two, as Markdown."""
     rivals, others = _split(arms, ablations)
     parts = [
-        f"Percent; in brackets the 95 % interval ({METHOD}, over seeds and problems, with t for the seeds). The column "
-        "seeds: on how many a row rests; with 1, its intervals cover the choice of problems alone. Groups with a "
-        "success: share of the groups of 16 traces, over all steps of stage 1, in which at least one final answer was "
-        "right.",
+        f"Figures are percentages; brackets contain the 95 % interval ({METHOD}, over seeds and problems, with t for "
+        "the seeds). The column seeds is the number of seeds of a row; with 1, the intervals cover only the choice of "
+        "problems. Groups with a success are the share of groups of 16 traces, over all steps of stage 1, in which at "
+        "least one final answer was correct.",
         _table(rivals, _RIVAL_COLUMNS),
-        f"Differences in points, paired by problem; in brackets the 95 % interval ({DIFFERENCE_METHOD}, with "
-        "Satterthwaite's degrees of freedom; Newcombe's where both arms are at 0 or 100). The intervals are not "
-        "corrected for the number of comparisons.",
+        "Differences are in percentage points, paired by problem; brackets contain the 95 % interval "
+        f"({DIFFERENCE_METHOD}, with Satterthwaite's degrees of freedom; Newcombe's if both arms are at 0 or 100). The "
+        "intervals are not corrected for the number of comparisons.",
         _differences(rivals),
-        "The ablations, beside what they change:",
+        "The ablations, with the arms that they are compared with (segments a trace, and percent of the traces with "
+        "one segment, are those of the last step of stage 1):",
         _table(others, _ABLATION_COLUMNS),
         _differences(others),
-        "pass@1 of these tables after both stages:\n\n![pass@1 of every arm with its interval](study/pass.svg)",
-        "The share of groups with a success by the verifier over the steps of both stages, a panel for each arm: a "
-        "thin line is a seed, the thick one the mean of the seeds, and the dashed line marks the start of stage 2:",
+        "The picture shows pass@1 of these tables after both stages:\n\n"
+        "![pass@1 of every arm with its interval](study/pass.svg)",
+        "The curves show the share of groups with a success by the verifier over the steps of both stages, in a panel "
+        "for each arm. A thin line is a seed, the thick line is the mean of the seeds, and the dashed line marks the "
+        "start of stage 2:",
         f"![Curves of both stages](study/curves.svg)\n\nFinished runs: {sum(len(arm.runs) for arm in arms)}.",
     ]
     return "\n\n".join(part for part in parts if part)
