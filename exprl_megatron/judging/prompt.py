@@ -38,9 +38,14 @@ last, as in the released code; by default it uses the first set, which has the q
 _SECTION = re.compile(r"^## (system|user)[ \t]*$", re.MULTILINE)
 _PART = re.compile(r"^## ([a-z-]+)[ \t]*$", re.MULTILINE)
 _HASH = re.compile(r"[0-9a-f]{16}")
+_SHOWN = 200
+"""Characters of a name that an error message quotes."""
 _SOUNDNESS = re.compile(r"\bSound: ", re.ASCII)
 # A brace after a letter or a brace belongs to TeX (\boxed{x}, a_{n}) and is not a placeholder.
-_PLACEHOLDER = re.compile(r"(?<![\w}^\\])\{([a-z_]+)\}")
+# One right after another placeholder is one.
+_PLACEHOLDER = re.compile(
+    r"(?:(?<![\w}^\\])|" + "|".join(rf"(?<={{{name}}})" for name in PLACEHOLDERS) + r")\{([a-z_]+)\}"
+)
 _TAG = re.compile(r"</([a-z]+)>")
 
 
@@ -242,9 +247,9 @@ def _parts(path: Path) -> dict[str, str]:
 def _from_file(name: str) -> tuple[JudgePrompt, str]:
     """Read the prompt in the shipped or other file of this name; returns it with the file's path."""
     path = SHIPPED / f"{name}.md"
-    if not path.is_file():
+    if not _is_file(path):
         path = Path(name).expanduser()
-    if not path.is_file():
+    if not _is_file(path):
         near = difflib.get_close_matches(name, [*(p.stem for p in SHIPPED.glob("*.md")), *shipped_names()], n=1)
         advice = (
             f"did you mean {near[0]}?"
@@ -254,12 +259,26 @@ def _from_file(name: str) -> tuple[JudgePrompt, str]:
                 "math-trace or miniature; docs/judging.md describes them."
             )
         )
-        raise UserError(f"There is no judge prompt {name!r}; {advice}")
+        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+        raise UserError(f"There is no judge prompt {shown!r}; {advice}")
     return _parsed(path), str(path)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a whole prompt in place of a path is too long a name
+        return False
+
+
 def _parsed(path: Path) -> JudgePrompt:
-    pieces = _SECTION.split(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The judge prompt {path} is not UTF-8 text ({error}); convert it.") from error
+    except OSError as error:
+        raise UserError(f"The judge prompt {path} cannot be read ({error.strerror}); correct the path.") from error
+    pieces = _SECTION.split(text)
     names, texts = pieces[1::2], [text.strip() for text in pieces[2::2]]
     sections = dict(zip(names, texts, strict=True))
     if len(names) != len(sections) or "user" not in sections or pieces[0].strip():

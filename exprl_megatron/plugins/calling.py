@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from exprl_megatron.plugins.failures import PluginError, place_of_error, place_of_function
+from exprl_megatron.plugins.async_calls import contained, in_plugin_loop
+from exprl_megatron.plugins.failures import PluginError, is_failure, place_of_error, place_of_function
 from exprl_megatron.plugins.loading import load_plugin
 
 
@@ -62,25 +63,22 @@ class Plugin:
             return work()
         except PluginError:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise PluginError(f"{self.key}: {self.path} failed at {place_of_error(error, self.function)}.") from error
 
     async def ask(self, *arguments: Any) -> Any:
-        """Await the function's result; one that is not async runs in a thread. Raises what it raises."""
+        """Await the function's result, which is computed in another thread. Raises what it raises."""
         if self.is_async:
-            return await self.function(*arguments)
+            return await in_plugin_loop(lambda: self.function(*arguments))
         found = await _in_daemon_thread(self.function, arguments)
         # A function that is not async may return what another async one does.
-        return await found if inspect.isawaitable(found) else found
+        return await in_plugin_loop(lambda: found) if inspect.isawaitable(found) else found
 
     def failure(self, what: str) -> PluginError:
         """An error that says `what` of the function, and where it is defined."""
         return PluginError(f"{self.key}: {self.path} ({place_of_function(self.function)}) {what}.")
-
-
-def contained(error: BaseException) -> RuntimeError:
-    """Return an exception that does not end the process, with the traceback of `error`, such as SystemExit."""
-    return RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
 
 
 def described(value: Any) -> str:

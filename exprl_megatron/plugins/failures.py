@@ -3,6 +3,7 @@
 import functools
 import inspect
 import sysconfig
+import threading
 import traceback
 from pathlib import Path
 
@@ -19,6 +20,15 @@ class PluginError(UserError):
     """The user's own code cannot be loaded, failed, or returned what it must not; names its file and line."""
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether `error`, which code of the user raised in this thread, is a failure of that code.
+
+    Ctrl-C is none. Exceptions that do not derive from Exception are failures too: asyncio.CancelledError, SystemExit,
+    the panics of extensions that are written in Rust.
+    """
+    return not isinstance(error, KeyboardInterrupt) or threading.current_thread() is not threading.main_thread()
+
+
 def place_of_error(error: BaseException, function: object = None) -> str:
     """`FILE, line N, in NAME: Type: message` of the innermost frame in the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -33,9 +43,9 @@ def place_of_error(error: BaseException, function: object = None) -> str:
 
 
 def _words(error: BaseException) -> str:
-    """The message of an exception in one line; of one that cannot say it, nothing."""
+    """The message of an exception in one line that can be encoded; of one that cannot say it, nothing."""
     try:
-        words = " ".join(str(error).split())
+        words = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
     except Exception:
         return ""
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."

@@ -9,13 +9,15 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 from exprl_megatron.config.plugin_path import entry_points_named, installed_plugins
-from exprl_megatron.plugins.failures import PluginError, place_of_error
+from exprl_megatron.plugins.failures import PluginError, is_failure, place_of_error
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,14 @@ class PluginSource:
     sha256: str
 
 
+_plugin_directories: list[str] = []
+
+
 def use_plugin_path(directories: Iterable[str]) -> None:
     """Search `directories`, after the working directory, for plugins from now on in this process."""
     wanted = [str(Path(directory).expanduser().resolve()) for directory in (".", *directories)]
     sys.path[:] = [*wanted, *(entry for entry in sys.path if entry not in wanted)]
+    _plugin_directories[:] = wanted
 
 
 def load_object(path: str) -> Any:
@@ -42,15 +48,23 @@ def load_object(path: str) -> Any:
     working_directory = str(Path.cwd())
     if working_directory not in sys.path:
         sys.path.insert(0, working_directory)
+    _refuse_taken_name(path, module_name)
     try:
-        found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
+        # Standard output is for what a command prints, which may be JSON.
+        with redirect_stdout(sys.stderr):
+            found: Any = importlib.import_module(module_name)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise PluginError(f"The plugin {path} cannot be imported: {_import_failure(module_name, error)}") from error
-    file = getattr(found, "__file__", None) or module_name
+    file = _shown_file(found, module_name)
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise PluginError(f"The plugin {path} is not there: {file} defines no {part}; correct the name.")
-        found = getattr(found, part)
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            raise PluginError(f"The plugin {path} is not there: {file} defines no {part}; correct the name.") from error
+        except Exception as error:
+            raise PluginError(f"The plugin {path} cannot be read from {file}: {place_of_error(error)}.") from error
     return found
 
 
@@ -65,7 +79,9 @@ def load_plugin(path: str) -> Callable[..., Any]:
     if inspect.isclass(found):
         try:
             found = found()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if not is_failure(error):
+                raise
             raise PluginError(
                 f"The plugin {path} cannot be made without arguments: {place_of_error(error, found)}; "
                 "give its class an __init__ that needs none."
@@ -110,14 +126,48 @@ def _module_and_name(path: str) -> tuple[str, str]:
     return module_name, name.partition("[")[0].strip()
 
 
+def _refuse_taken_name(path: str, module_name: str) -> None:
+    """Raise PluginError where the user's module has the name of another one, which Python finds in its place."""
+    name = module_name.partition(".")[0]
+    own = _origin(name)
+    if own is None:
+        return
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    if name in sys.stdlib_module_names and name != "test":  # which no library imports
+        other = "a module of Python's standard library"
+    elif loaded is not None and Path(loaded).resolve() != Path(own).resolve():
+        other = f"imported from {loaded} already"
+    else:
+        return
+    raise PluginError(f"The plugin {path} cannot be in {own}: {name} is {other}; rename yours.")
+
+
+def _origin(name: str) -> str | None:
+    """The file of the module `name` in the user's directories; None where there is none."""
+    spec = PathFinder.find_spec(name, [str(Path.cwd()), *_plugin_directories])
+    return spec.origin if spec is not None and spec.has_location else None
+
+
+def _shown_file(module: Any, module_name: str) -> str:
+    """The file of a module, for an error; says so where it is a directory."""
+    if (file := getattr(module, "__file__", None)) is not None:
+        return str(file)
+    directory = next(iter(getattr(module, "__path__", ())), None)
+    return module_name if directory is None else f"{directory}, a directory without __init__.py,"
+
+
 def _import_failure(module_name: str, error: BaseException) -> str:
     """What failed, and in which of the user's lines."""
     wanted = {".".join(module_name.split(".")[: n + 1]) for n in range(module_name.count(".") + 1)}
     if isinstance(error, ModuleNotFoundError) and error.name in wanted:
+        if module_name.endswith(".py"):
+            return f"{module_name} is the name of a file; write the module's name, {module_name.removesuffix('.py')}."
         return (
             f"there is no module {error.name} in the working directory ({Path.cwd()}), in plugin_path or on the "
             "Python path; correct the path, or add the directory to plugin_path."
         )
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}."
+    if isinstance(error, SyntaxError):
+        return f"{_origin(module_name.partition('.')[0]) or module_name}: {type(error).__name__}: {error.msg}."
     return f"{place_of_error(error)}."

@@ -1,10 +1,12 @@
 """Converts records of a source to problems, and describes what is wrong with their fields."""
 
+import itertools
 import json
 import math
 import string
 from collections.abc import Sequence
 from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from exprl_megatron.config.problems import BuiltInDomain, Domain, FieldNames
@@ -135,11 +137,11 @@ class _Reader:
 
     def text(self, role: str, *, needed: bool) -> str | None:
         name, value = self._field(role)
-        if role in NUMERIC_FIELDS and isinstance(value, int | float) and not isinstance(value, bool):
+        if role in NUMERIC_FIELDS and isinstance(value, Real) and not isinstance(value, bool):
             return self._number(name, value)
         if value is None:
             if needed:
-                known = ", ".join(self._record)
+                known = _shown_keys(self._record)
                 near = next((other for other in COMMON_NAMES[role] if other in self._record), None)
                 remedy = f"set problems.fields.{role}={near}" if near else f"add it or set problems.fields.{role}"
                 self.faults.append(f"the field {name!r} is missing (the record has: {known}); {remedy}.")
@@ -152,38 +154,45 @@ class _Reader:
         elif (fault := encoding_fault(value)) is not None:
             self.faults.append(f"the field {name!r} {fault}")
         else:
-            return value
+            return str.__str__(value)  # not a subclass such as numpy.str_, which not every library takes for text
         return None
 
-    def _number(self, name: str, value: float) -> str | None:
+    def _number(self, name: str, value: Real) -> str | None:
         """Format a number without an exponent: 0.00001 and not 1e-05."""
-        if not math.isfinite(value):
+        if not isinstance(value, Integral) and not math.isfinite(value):
             self.faults.append(f"the field {name!r} is {value}, not a number; write the value, or leave the field out.")
             return None
-        return format(Decimal(repr(value)), "f")
+        try:
+            return format(Decimal(str(value)), "f")
+        except (ValueError, ArithmeticError):  # Python writes no integer of more than 4300 digits, Decimal no fraction
+            self.faults.append(f"the field {name!r} is a number that has no decimal form; write it as text.")
+            return None
 
     def domain(self) -> Domain:
         name, value = self._field("domain")
         if value is None:
             return "math"
-        if value not in self._domains:
+        if not isinstance(value, str) or value not in self._domains:
             self.faults.append(
-                f"the field {name!r} is {value!r}; use one of {', '.join(self._domains)}, or name it in "
+                f"the field {name!r} is {_shown(value)}; use one of {', '.join(self._domains)}, or name it in "
                 "problems.domains."
             )
-        return value
+            return "math"
+        return str.__str__(value)
 
     def choices(self) -> tuple[str, ...]:
         name, value = self._field("choices")
         if value is None:
             return ()
-        if not isinstance(value, list) or not all(isinstance(choice, str) and choice.strip() for choice in value):
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(choice, str) and choice.strip() for choice in value
+        ):
             self.faults.append(f"the field {name!r} is {_shown(value)}; write a list of texts, none of them empty.")
             return ()
         if len(value) > len(string.ascii_uppercase):
             self.faults.append(f"the field {name!r} has {len(value)} choices, more than there are letters; shorten it.")
         self.faults += [f"the field {name!r}: a choice {fault}" for fault in map(encoding_fault, value) if fault]
-        return tuple(value)
+        return tuple(map(str.__str__, value))
 
     def tests(self) -> tuple[CodeTest, ...]:
         name, value = self._field("tests")
@@ -256,5 +265,14 @@ def encoding_fault(text: str) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # of a class of the user
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _shown_keys(record: dict[str, Any]) -> str:
+    """The names of the first fields of a record; a source that is a function may have keys that are not text."""
+    shown = [key if isinstance(key, str) and len(key) <= 60 else _shown(key) for key in itertools.islice(record, 20)]
+    return ", ".join([*shown, *(["..."] if len(record) > len(shown) else [])]) or "no field"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -20,6 +21,8 @@ from exprl_megatron.problems.records import group_faults, parse_problem, parse_r
 JSON_LINES = (".jsonl", ".json")
 PARQUET = (".parquet",)
 _BATCH_ROWS = 1024
+MAX_RECORDS = 2_000_000
+"""Maximum number of records that are read from a function of the user without a limit in the config."""
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 _END = object()
@@ -194,15 +197,19 @@ def _custom_rows(config: ProblemsConfig) -> Iterator[SourceRow]:
     records = plugin(config.split)
     if not isinstance(records, Iterable) or isinstance(records, str | Mapping):
         raise plugin.failure(f"returned {described(records)} instead of an iterable of records")
-    iterator = iter(records)
+    iterator = plugin.guarded(lambda: iter(records))
     for number in itertools.count(1):
+        if number > MAX_RECORDS and config.limit is None:
+            raise plugin.failure(
+                f"yielded more than {MAX_RECORDS} records; set problems.limit if there are so many or they never end"
+            )
         # A generator raises its exceptions here, and not where it is called.
         record = plugin.guarded(lambda: next(iterator, _END))
         if record is _END:
             return
         if not isinstance(record, Mapping):
             raise plugin.failure(f"yielded {described(record)} as record {number} instead of a mapping of fields")
-        yield f"{config.source} record {number}", dict(record)
+        yield f"{config.source} record {number}", plugin.guarded(partial(dict, record))
 
 
 def _hub_rows(config: ProblemsConfig) -> Iterator[SourceRow]:

@@ -85,14 +85,7 @@ class CustomFunction:
         except TimeoutError:
             place = self.plugin.failure(f"gave no answer within {self._deadline_s:g} s")
             return self._abstained("verifier-timeout", str(place))
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # The user's code canceled a task of its own, which must not end the step.
-            what = f"{self.plugin.path} failed at {place_of_error(error, self.plugin.function)}"
-            return self._abstained("verifier-error", what)
-        except (Exception, SystemExit) as error:
+        except Exception as error:  # Plugin.ask raises no other, except where the step itself is canceled
             what = f"{self.plugin.path} failed at {place_of_error(error, self.plugin.function)}"
             return self._abstained("verifier-error", what)
 

@@ -97,7 +97,10 @@ class HttpClient:
         try:
             headers = self.headers | _UNCOMPRESSED | ({} if body is None else _JSON)
             data = None if body is None else _json(body)
-            asked = self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout)
+            # The request has a reference, and is for this server alone: redirects are not followed.
+            asked = self._session.request(
+                method, self.url + path, data=data, headers=headers, timeout=timeout, allow_redirects=False
+            )
             async with asked as response:
                 reply = await self._body(path, response, limit)
                 status = response.status
@@ -106,7 +109,9 @@ class HttpClient:
         except (aiohttp.ClientError, OSError) as error:
             raise self._error(path, f"died or is not reachable ({type(error).__name__}: {error})") from error
         if status not in (200, 202):
-            said = _message(reply.decode(errors="replace"))
+            said = self._without_key(_message(reply.decode(errors="replace")))
+            if 300 <= status < 400:
+                said = f"it redirects to another address; name that one. {said}".strip()
             error = self._error(path, f"refused with HTTP {status}: {said}")
             raise RequestRefused(str(error), said) if status in _REFUSALS else error
         return reply
@@ -132,7 +137,13 @@ class HttpClient:
             raise self._error(path, f"answered in an unknown form ({error!r}): {said[:_SHOWN]}") from error
 
     def _error(self, path: str, what: str) -> ServerError:
-        return ServerError(f"{self.name} ({self.url}), asked {path}: {what.rstrip('.')}.{log_tail(self.log_file)}")
+        what = self._without_key(what.rstrip("."))
+        return ServerError(f"{self.name} ({self.url}), asked {path}: {what}.{log_tail(self.log_file)}")
+
+    def _without_key(self, text: str) -> str:
+        """Return `text`, which a server may have made of the request's headers, without the key in them."""
+        key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "[key]") if key else text
 
 
 def _json(body: dict) -> bytes:

@@ -18,9 +18,9 @@ class FaultyServer:
     no tokens).
 
     A number is an HTTP status to refuse with, a string the answer (to each question, where several are asked at once),
-    a list the answers to several, bytes the whole reply, "drop" cuts the connection, "hang" never answers. `counts` has
-    `requests`, `running`, `most-running` and `abandoned` (the client hung up), and `questions` and `most-questions`,
-    which are in flight.
+    a list the answers to several, bytes the whole reply, a tuple the text, status and headers of one, "drop" cuts the
+    connection, "hang" never answers. `counts` has `requests`, `running`, `most-running` and `abandoned` (the client
+    hung up), and `questions` and `most-questions`, which are in flight.
     """
 
     def __init__(self, *script, well=True):
@@ -59,6 +59,8 @@ class FaultyServer:
                 request.transport.abort()
             if isinstance(act, bytes):
                 return web.Response(body=act, content_type="application/json")
+            if isinstance(act, tuple):
+                return web.Response(text=act[0], status=act[1], headers=act[2] if len(act) > 2 else None)
             if isinstance(act, int):
                 return web.json_response({"error": {"message": f"status {act}"}}, status=act)
             if several is not None and not isinstance(act, dict):

@@ -211,6 +211,31 @@ def test_braces_of_tex_in_a_prompt_file_are_text(tmp_path):
     assert prompt.messages("p", "r", "t")[0]["content"] == "Put it in \\boxed{trace}, a_{n}.\nt"
 
 
+def test_placeholders_without_a_space_between_them_are_filled(tmp_path):
+    prompt = load_prompt(_file(tmp_path, "## user\n{problem}{reference}{rubric}{trace}"))
+    assert prompt.messages("p", "r", "t", "c")[0]["content"] == "prct"
+
+
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbf## user\n{trace}", b"## user\r\n{trace}\r\n"], ids=["mark", "crlf"])
+def test_a_prompt_file_of_another_editor_is_the_same_prompt(tmp_path, text):
+    (tmp_path / "prompt.md").write_bytes(text)
+    prompt = load_prompt(str(tmp_path / "prompt.md"))
+    assert prompt.version == load_prompt(_file(tmp_path, "## user\n{trace}")).version
+
+
+@pytest.mark.parametrize("text", [bytes(range(256)), "## user\n{trace}".encode("utf-16")], ids=["binary", "utf-16"])
+def test_a_prompt_file_that_is_no_utf8_is_refused_with_its_path(tmp_path, text):
+    (tmp_path / "prompt.md").write_bytes(text)
+    with pytest.raises(UserError, match=r"The judge prompt .*/prompt.md is not UTF-8 text \(.*\); convert it\."):
+        load_prompt(str(tmp_path / "prompt.md"))
+
+
+def test_a_prompt_in_place_of_its_path_is_refused_in_one_short_sentence():
+    with pytest.raises(UserError, match="There is no judge prompt 'Score the solution") as caught:
+        load_prompt("Score the solution {trace}. " * 500)
+    assert len(str(caught.value)) < 500
+
+
 def test_tags_of_a_prompt_file_are_kept_from_its_data(tmp_path):
     prompt = load_prompt(_file(tmp_path, "## user\n<attempt>\n{trace}\n</attempt>"))
     assert {"attempt", "trace", "reference", "problem", "checkpoints"} <= prompt.tags

@@ -192,6 +192,51 @@ def test_an_endpoint_gets_the_chat_the_model_and_the_key():
     assert server.headers[0]["Authorization"] == "Bearer sesame"
 
 
+KEY = "sk-sesame-0123456789"
+ENDPOINT = {"endpoints": ("http://as-the-client-says/v1",)}
+
+
+def _with_key(server):
+    return endpoint(server, api_key=KEY)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 429, 500])
+def test_a_key_that_an_endpoint_repeats_is_in_no_error(status):
+    reply = (f"Incorrect API key provided: {KEY}.", status)
+    judgement = _run([FaultyServer(*[reply] * 9)], _one, _with_key, retries=1, **ENDPOINT)
+    assert isinstance(judgement, Abstained)
+    assert "Incorrect API key provided: [key]" in judgement.evidence and KEY not in judgement.evidence
+
+
+def test_a_key_in_a_reply_of_another_form_is_in_no_error():
+    judgement = _run([FaultyServer(*[f"<html>{KEY}</html>".encode()] * 9)], _one, _with_key, retries=0, **ENDPOINT)
+    assert judgement.reason == "server-error"
+    assert "<html>[key]</html>" in judgement.evidence
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_request_with_a_reference_does_not_follow_a_redirect_to_another_server(status):
+    other = FaultyServer()
+
+    async def run():
+        async with listening(other):
+            elsewhere = {"Location": f"{other.url}/v1/chat/completions"}
+            home = FaultyServer(*[("Moved", status, elsewhere)] * 9)
+            async with listening(home), _with_key(home) as client:
+                return await _one(make_judge(client, retries=1, **ENDPOINT)), home
+
+    judgement, home = asyncio.run(run())
+    assert judgement.reason == "server-error" and f"HTTP {status}: it redirects to" in judgement.evidence
+    assert (home.counts["requests"], other.counts["requests"]) == (2, 0)
+
+
+@pytest.mark.parametrize("reply", [b"", b"<html>Bad gateway</html>", b'{"choices": [', b"[]", b"null", b'"Score: 4"'])
+def test_what_is_no_reply_is_an_abstention_after_the_retries(reply):
+    server = FaultyServer(*[reply] * 9)
+    assert _run([server], _one, endpoint, retries=2).reason == "server-error"
+    assert server.counts["requests"] == 3
+
+
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
